@@ -20,14 +20,14 @@ from benchmarks.timing import Ratio
 from dist_train.outcome import ExitCode, UsageError, text_with_code
 
 
-def main(words: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print the table. Exit codes: 0 every bar holds, 1 a bar is missed, 2 it cannot be measured here."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--only", choices=sorted(GROUPS), action="append", metavar="GROUP", help=", ".join(GROUPS))
     parser.add_argument("--pairs", type=int, default=21, help="pairs of timings of a step of width 1")
     parser.add_argument("--json", type=Path, metavar="FILE", help="store the rows in this file, by group")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where both sides compute")
-    arguments = parser.parse_args(words)
+    arguments = parser.parse_args(argv)
     try:
         _check(arguments.device, arguments.only or ())
         if arguments.json:

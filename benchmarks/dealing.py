@@ -20,19 +20,19 @@ from dist_train.cluster.communicator import Communicator
 from dist_train.cluster.joining import join_ranks
 
 _BATCH = 1024
-_OTHERS = 2
+_BUSY_PROCESSES = 2
 """Busy processes on the slow rank's core, each of which gets as much of it as the rank."""
-_SETTLING = 6
+_SETTLING_UPDATES = 6
 """Updates until the shares are stable."""
-_BUSY = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"
+_BUSY_PROGRAM = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"
 
 
 @contextmanager
-def own_core(rank: int, others: int) -> Iterator[None]:
-    """Pin this process to core `rank`, together with `others` busy processes."""
+def pinned_to_core(rank: int, busy_processes: int) -> Iterator[None]:
+    """Pin this process to core `rank`, together with `busy_processes` busy processes."""
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[rank % len(cores)]})
-    busy = [subprocess.Popen([sys.executable, "-c", _BUSY]) for _ in range(others)]
+    busy = [subprocess.Popen([sys.executable, "-c", _BUSY_PROGRAM]) for _ in range(busy_processes)]
     try:
         yield
     finally:
@@ -43,7 +43,7 @@ def own_core(rank: int, others: int) -> Iterator[None]:
 
 def dealing_row(comm: Communicator, pairs: int) -> Ratio:
     """Return the step time with measured over that with even shares, VGG9 width 0.25, with the last rank slowed."""
-    with shared_folder(comm) as folder, own_core(comm.rank, _OTHERS if comm.rank == comm.size - 1 else 0):
+    with shared_folder(comm) as folder, pinned_to_core(comm.rank, _BUSY_PROCESSES if comm.rank == comm.size - 1 else 0):
         sides = {
             dealing: open_trainer(
                 settings(0.25, _BATCH, **{**QUIET, "batch": {"dealing": dealing, "micro_size": 64}}),
@@ -58,7 +58,7 @@ def dealing_row(comm: Communicator, pairs: int) -> Ratio:
             ("even", sides["even"].advance),
             pairs=pairs,
             bar=0.75,
-            warm_up=_SETTLING,
+            warm_up=_SETTLING_UPDATES,
             images=_BATCH,
         )
         measured, even = (side.take_step.weights.values for side in sides.values())

@@ -103,7 +103,7 @@ def run(seeds: int) -> Ends:
     return Ends(starts, plain, smoothed)
 
 
-def in_the_flat_one(ends: Sequence[float]) -> int:
+def in_flat_minimum(ends: Sequence[float]) -> int:
     """Return the number of `ends` on the flat minimum's side of the barrier."""
     middle = barrier()
     return sum(end > middle for end in ends)
@@ -114,8 +114,8 @@ def table(ends: Ends) -> str:
     return (
         f"| {STEPS} updates from the same {len(ends.starts)} starts | end in the flat minimum |\n"
         "|---|---|\n"
-        f"| gradient descent | {in_the_flat_one(ends.plain)} |\n"
-        f"| SmoothOut, uniform, amplitude {AMPLITUDE:g}, constant | {in_the_flat_one(ends.smoothed)} |"
+        f"| gradient descent | {in_flat_minimum(ends.plain)} |\n"
+        f"| SmoothOut, uniform, amplitude {AMPLITUDE:g}, constant | {in_flat_minimum(ends.smoothed)} |"
     )
 
 
@@ -130,7 +130,7 @@ def draw(ends: Ends, output: Path) -> None:
         (ends.plain, "gradient descent", "#808080"),
         (ends.smoothed, "SmoothOut", _SMOOTH_COLOUR),
     ):
-        text = f"{label}: {in_the_flat_one(values)} of {total} end in the flat minimum"
+        text = f"{label}: {in_flat_minimum(values)} of {total} end in the flat minimum"
         counts.hist(values, bins=bins.tolist(), color=colour, alpha=0.75, label=text)
     counts.plot(ends.starts, [-0.05 * total] * total, "|", color="black", markersize=7, label="starts")
     counts.set(xlabel="weight", ylabel="seeds that end here", xlim=INTERVAL)

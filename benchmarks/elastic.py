@@ -14,12 +14,11 @@ import os
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -30,12 +29,13 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.elastic_task import GLOBAL_SIZE, MICRO_SIZE, WIDTH
-from benchmarks.recovery import ranks_of
+from benchmarks.launching import children_of, descendants, running
 
 _ROOT = Path(__file__).resolve().parent.parent
+_VARIABLES = {"HOROVOD_CYCLE_TIME": "5"}
 _LAUNCH = str(_ROOT / "launch" / "horovodrun.sh")
 STEPS = 24
-HIT_AFTER = 8
+LOST_AFTER = 8
 """Number of finished updates when the rank is lost."""
 STOPPED_TIMEOUT = 15.0
 """`comm.timeout` of our runs; the default is 60 s."""
@@ -63,75 +63,75 @@ Steps = Sequence[tuple[int, float]]
 """Finished updates with their times."""
 
 
-def settle(who: str, what: str, before: Steps, hit: float, after: Steps, ended: float | None) -> Loss:
-    """Return the result, from the updates `before` the loss at time `hit` and those `after` it."""
+def settle(who: str, what: str, before: Steps, lost_at: float, after: Steps, ended: float | None) -> Loss:
+    """Return the result, from the updates `before` the loss at time `lost_at` and those `after` it."""
     if not after:
         return Loss(who, what, None, ended, None, None)
-    step, moment = after[0]
-    lost = before[-1][0] - (step - 1)
-    return Loss(who, what, moment - hit, None if ended is None else ended - hit, lost, None)
+    step, finished = after[0]
+    repeated = before[-1][0] - (step - 1)
+    return Loss(who, what, finished - lost_at, None if ended is None else ended - lost_at, repeated, None)
 
 
 def ours(what: str, every_steps: int, folder: Path) -> Loss:
     """Run ours, make it lose a rank by `what`, and start it again with one rank."""
     config = _write_config(folder, every_steps)
     run = folder / "run"
-    with _started([_LAUNCH, "-np", "2", "train", config]) as process:
-        before = _await(lambda: _our_steps(run), HIT_AFTER, time.time() + PATIENCE)
+    with running([_LAUNCH, "-np", "2", "train", config], _VARIABLES) as process:
+        before = _wait_for_steps(lambda: _our_steps(run), LOST_AFTER, time.time() + PATIENCE)
         rank = _rank_of(process.pid, rank=1)
-        hit = time.time()
+        lost_at = time.time()
         os.kill(rank, {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}[what])
         process.wait()
         before, ended = _our_steps(run), time.time()
-    with _started([_LAUNCH, "-np", "1", "train", config]) as process:
+    with running([_LAUNCH, "-np", "1", "train", config], _VARIABLES) as process:
         process.wait()
     after = [step for step in _our_steps(run) if step[1] > ended]
-    return settle(f"restart, checkpoint every {every_steps}", what, before, hit, after, ended)
+    return settle(f"restart, checkpoint every {every_steps}", what, before, lost_at, after, ended)
 
 
 def in_place(what: str, folder: Path) -> Loss:
     """Run ours with recovery in place, and make it lose a rank by `what`."""
     run = folder / "run"
     launch = [sys.executable, "-m", "dist_train", "launch", "-np", "2", "--min-ranks", "1"]
-    with _started([*launch, "train", _write_config(folder, 20)]) as process:
-        _await(lambda: _our_steps(run), HIT_AFTER, time.time() + PATIENCE)
-        rank = max(ranks_of(process.pid))
-        before, hit = _our_steps(run), time.time()
+    with running([*launch, "train", _write_config(folder, 20)], _VARIABLES) as process:
+        _wait_for_steps(lambda: _our_steps(run), LOST_AFTER, time.time() + PATIENCE)
+        rank = max(children_of(process.pid))
+        before, lost_at = _our_steps(run), time.time()
         os.kill(rank, {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}[what])
         process.wait()
-    return settle("recovery in place", what, before, hit, _our_steps(run)[len(before) :], None)
+    return settle("recovery in place", what, before, lost_at, _our_steps(run)[len(before) :], None)
 
 
 def elastic(what: str, folder: Path) -> Loss:
     """Run Horovod Elastic and make it lose a rank by `what`."""
-    fail_at = HIT_AFTER + 1 if what == "exception" else 0
-    with _started(_elastic_command(folder, fail_at)) as process:
-        before = _await(lambda: _elastic_steps(folder), HIT_AFTER, time.time() + PATIENCE)
-        hit = time.time()
+    fail_at = LOST_AFTER + 1 if what == "exception" else 0
+    with running(_elastic_command(folder, fail_at), _VARIABLES) as process:
+        before = _wait_for_steps(lambda: _elastic_steps(folder), LOST_AFTER, time.time() + PATIENCE)
+        lost_at = time.time()
         if what != "exception":
             rank = int((folder / "rank-1").read_text())
-            before, hit = _elastic_steps(folder), time.time()
+            before, lost_at = _elastic_steps(folder), time.time()
             os.kill(rank, {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}[what])
         else:
-            before, hit = before[:HIT_AFTER], before[HIT_AFTER - 1][1]
+            before, lost_at = before[:LOST_AFTER], before[LOST_AFTER - 1][1]
         done = len(before)
         # An update in progress may still finish with the lost rank's gradients.
         with suppress(TimeoutError):
-            _await(lambda: _elastic_steps(folder), done + 3, time.time() + PATIENCE)
+            _wait_for_steps(lambda: _elastic_steps(folder), done + 3, time.time() + PATIENCE)
         after = _elastic_steps(folder)[done:]
         deadline = time.time() + (PATIENCE if after else 0)
         while process.poll() is None and not (folder / "digest").exists() and time.time() < deadline:
             time.sleep(0.05)
     if len(after) < 3:
         after = []
-    return settle("Horovod Elastic", what, before, hit, after, None)
+    return settle("Horovod Elastic", what, before, lost_at, after, None)
 
 
 def undisturbed(folder: Path) -> tuple[str, str]:
     """Return the digests of the final weights of our and of an elastic run that lose no rank."""
-    with _started([_LAUNCH, "-np", "2", "train", _write_config(folder, 20)]) as process:
+    with running([_LAUNCH, "-np", "2", "train", _write_config(folder, 20)], _VARIABLES) as process:
         process.wait()
-    with _started(_elastic_command(folder, 0)) as process:
+    with running(_elastic_command(folder, 0), _VARIABLES) as process:
         process.wait()
     return our_digest(folder), elastic_digest(folder)
 
@@ -179,44 +179,17 @@ def _elastic_command(folder: Path, fail_at: int) -> list[str]:
     return [*launcher, *hosts, *program]
 
 
-@contextmanager
-def _started(command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
-    """Run `command` during the block, then kill all of its processes."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HOROVOD_CYCLE_TIME": "5", "PYTHONPATH": str(_ROOT)}
-    with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
-        )
-        try:
-            yield process
-        finally:
-            for pid in [process.pid, *_descendants(process.pid)]:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            process.wait()
-
-
-def _descendants(pid: int) -> list[int]:
-    """Return the descendants of process `pid`."""
-    found: list[int] = []
-    for children in Path(f"/proc/{pid}/task").glob("*/children"):
-        with suppress(FileNotFoundError, ProcessLookupError):
-            for child in map(int, children.read_text().split()):
-                found += [child, *_descendants(child)]
-    return found
-
-
 def _rank_of(pid: int, rank: int) -> int:
     """Return the process of rank `rank` of the launcher `pid`: the first descendant with that HOROVOD_RANK."""
     wanted = f"HOROVOD_RANK={rank}".encode()
-    for child in _descendants(pid):
+    for child in descendants(pid):
         with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
             if wanted in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
                 return child
     raise RuntimeError(f"there is no rank {rank} below process {pid}")
 
 
-def _await(steps: Callable[[], Steps], count: int, deadline: float) -> Steps:
+def _wait_for_steps(steps: Callable[[], Steps], count: int, deadline: float) -> Steps:
     """Return the updates as soon as there are at least `count`. Raises TimeoutError."""
     while len(done := steps()) < count:
         if time.time() > deadline:

@@ -151,7 +151,7 @@ def _library(folder: Path) -> Path:
     return library
 
 
-class _Watch(TorchDispatchMode):
+class _OperatorCounter(TorchDispatchMode):
     """Counts operators on the device, and supplies values when the host reads one, which fake tensors do not have."""
 
     def __init__(self, samples: int) -> None:
@@ -202,11 +202,11 @@ class _Watch(TorchDispatchMode):
             return result
         if "cpu" in places:
             if self._is_recording:
-                raise RuntimeError(f"a graph would keep the address of host memory: {func} in {_place()}")
+                raise RuntimeError(f"a graph would keep the address of host memory: {func} in {_calling_function()}")
             if name not in ("_to_copy", "copy_"):
-                self.mixed.append(f"{func} in {_place()}")
+                self.mixed.append(f"{func} in {_calling_function()}")
             elif not kwargs.get("non_blocking", args[2:] == (True,)):
-                self._note_wait(_place())
+                self._note_wait(_calling_function())
         if not _is_view(func):
             self.operators[name] += 1
             self.bytes[name] += _bytes(func, args, kwargs, result)
@@ -214,7 +214,7 @@ class _Watch(TorchDispatchMode):
 
     def _value(self, tensor: Tensor) -> bool | int | float:
         if tensor.is_cuda:
-            place = _place()
+            place = _calling_function()
             self._note_wait(place)
             if place == "training/reduction.py:result":
                 return self._samples if tensor.storage_offset() == _SLOT_OF_SAMPLES else 0
@@ -263,7 +263,7 @@ def _bytes(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: 
     return total
 
 
-def _place() -> str:
+def _calling_function() -> str:
     """Return the innermost running function of the package, as FILE:FUNCTION."""
     frame = sys._getframe()
     while frame is not None:
@@ -358,7 +358,7 @@ def _plain_step(config: Config, network: nn.Module, samples: int, size: int) -> 
     return update
 
 
-def _emulated(job: Job) -> tuple[Emulated, Counter[str], Counter[str]]:
+def _emulate(job: Job) -> tuple[Emulated, Counter[str], Counter[str]]:
     """Return the result of `job`, and its counts and bytes by operator."""
     config = parse_config(job.sections, source="emulation")
     images, share = config.data.image_format, config.batch.global_size // job.ranks
@@ -366,7 +366,7 @@ def _emulated(job: Job) -> tuple[Emulated, Counter[str], Counter[str]]:
     points = config.noise.points if config.noise.passes == "all" else 1
     # Nothing is computed, so Triton is not needed.
     operators.has_triton = lambda: True  # type: ignore[assignment]
-    watch = _Watch(config.batch.global_size * points)
+    watch = _OperatorCounter(config.batch.global_size * points)
     error = ""
     with FakeTensorMode(), watch:
         try:
@@ -382,12 +382,12 @@ def _emulated(job: Job) -> tuple[Emulated, Counter[str], Counter[str]]:
                 counter.clear()
             step()
         except Exception as failure:
-            error = f"{type(failure).__name__}: {failure} in {_where(failure)}"
+            error = f"{type(failure).__name__}: {failure} in {_raised_at(failure)}"
     work = sum(watch.operators.values()), sum(watch.bytes.values())
     return Emulated(*work, dict(watch.waits), tuple(watch.mixed), error), watch.operators, watch.bytes
 
 
-def _where(failure: BaseException) -> str:
+def _raised_at(failure: BaseException) -> str:
     """Return the file and line of the package where `failure` was raised."""
     lines = []
     trace = failure.__traceback__
@@ -399,10 +399,10 @@ def _where(failure: BaseException) -> str:
     return lines[-1] if lines else "the emulation"
 
 
-def _all(jobs: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+def _emulate_all(jobs: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     for job in jobs:
-        yield asdict(_emulated(Job(**job))[0])
+        yield asdict(_emulate(Job(**job))[0])
 
 
 if __name__ == "__main__":
-    print(json.dumps(list(_all(json.load(sys.stdin)))))
+    print(json.dumps(list(_emulate_all(json.load(sys.stdin)))))

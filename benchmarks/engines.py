@@ -32,14 +32,14 @@ _LONGEST_SUM = 0.3e-3
 
 def rows(pairs: int) -> Iterator[Ratio]:
     """Yield rows of a tiny sum, steps and a start-up on two ranks; the engines are launched in turn."""
-    sums = [(_on("torch", "sum"), _on("mpi", "sum")) for _ in range(pairs)]
+    sums = [(_measure_on("torch", "sum"), _measure_on("mpi", "sum")) for _ in range(pairs)]
     yield ratio_of("tiny sum, 2 ranks", "torch.distributed", "Horovod over MPI", sums, None)
-    bare = [(_on("torch", "sum"), _on("torch", "bare-sum")) for _ in range(pairs)]
+    bare = [(_measure_on("torch", "sum"), _measure_on("torch", "bare-sum")) for _ in range(pairs)]
     yield ratio_of("tiny sum, 2 ranks", "torch.distributed", "dist.all_reduce of a bare program", bare, 1.1)
     against_bar = [(ours, _LONGEST_SUM) for ours, _ in sums + bare]
     yield ratio_of("tiny sum, 2 ranks", "torch.distributed", "0.3 ms", against_bar, 1.0)
     for batch in _STEPS:
-        steps = [(_on("torch", f"step-{batch}"), _on("mpi", f"step-{batch}")) for _ in range(pairs)]
+        steps = [(_measure_on("torch", f"step-{batch}"), _measure_on("mpi", f"step-{batch}")) for _ in range(pairs)]
         row = f"step, width 0.25, batch {batch}, 2 ranks"
         yield ratio_of(row, "torch.distributed", "Horovod over MPI", steps, 1.0, images=batch)
     over_mpi, over_bare = [], []
@@ -49,15 +49,15 @@ def rows(pairs: int) -> Iterator[Ratio]:
             run = Path(folder) / str(pair)
             ours = seconds_to_step(1, config, run / "torch", controller="torch", ranks=2)
             over_mpi.append((ours, seconds_to_step(1, config, run / "mpi", controller="mpi", ranks=2)))
-            begun = time.time()
-            over_bare.append((ours, _on("torch", "bare") - begun))
+            started = time.time()
+            over_bare.append((ours, _measure_on("torch", "bare") - started))
     yield ratio_of(
         "start, 2 ranks", "dist-train launch, to the first step", "mpirun, to the first step", over_mpi, None
     )
     yield ratio_of("start, 2 ranks", "dist-train launch, to the first step", "bare torchrun", over_bare, 1.15)
 
 
-def _on(controller: str, what: str) -> float:
+def _measure_on(controller: str, what: str) -> float:
     return float(measure(on_ranks(controller, 2, module("benchmarks.engines", what))))
 
 

@@ -30,9 +30,8 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.groups import Device, groups_on
-from benchmarks.launching import NotMeasuredError, environment, measure, module, on_ranks, tell
+from benchmarks.launching import NotMeasuredError, children_of, environment, measure, module, on_ranks, tell
 from benchmarks.machine import this_machine
-from benchmarks.recovery import ranks_of
 from benchmarks.subject import QUIET, open_trainer, settings
 from benchmarks.timing import compare, timed
 from dist_train.checkpoint.files import find_checkpoint, list_checkpoints, read_checkpoint
@@ -61,7 +60,7 @@ class Finding:
     holds: bool = True
 
 
-def main(words: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Write the page. Exit codes: 0 every part holds, 1 a part does not, 2 there is no GPU."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="cpu: to try the parts without a GPU")
@@ -70,7 +69,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=520, help="time limit of all parts together")
     parser.add_argument("--part-seconds", type=float, default=100, help="time limit of one part")
     parser.add_argument("--tell", metavar="PART", help=argparse.SUPPRESS)
-    arguments = parser.parse_args(words)
+    arguments = parser.parse_args(argv)
     device: Device = arguments.device
     if device == "cuda" and not torch.cuda.is_available():
         print("gpu: torch sees no GPU here; see dist-train doctor", file=sys.stderr)
@@ -95,19 +94,19 @@ def _write_page(page: Path, device: Device, parts: Sequence[str], limits: argpar
     failed = 0
     for name in parts:
         print(f"{name} ...", file=sys.stderr)
-        begun = time.monotonic()
-        found = _found(name, device, min(limits.part_seconds, end - begun))
+        started = time.monotonic()
+        found = _run_part(name, device, min(limits.part_seconds, end - started))
         failed += not found.holds
         lines += [f"## {name}: {'holds' if found.holds else 'FAILED'}", "", found.text, ""]
-        lines += [f"{time.monotonic() - begun:.0f} s.", ""]
+        lines += [f"{time.monotonic() - started:.0f} s.", ""]
         # Written after every part, so that nothing is lost if a later part fails.
         page.write_text("\n".join(lines), encoding="utf-8")
     print(page)
     return 1 if failed else 0
 
 
-def _found(name: str, device: Device, seconds: float) -> Finding:
-    """Return the finding of the part or group of rows `name` within `seconds`; a failure is a finding too."""
+def _run_part(name: str, device: Device, seconds: float) -> Finding:
+    """Run the part or group of rows `name` for at most `seconds`; a failure is a finding, too."""
     if seconds <= 0:
         return Finding("No time was left for it.", holds=False)
     if name not in PARTS:
@@ -170,7 +169,7 @@ def recovery(device: Device, folder: Path) -> Finding:
     _run(module("dist_train", *train, folder / "alone"))
     options = ["launch", "-np", 2, "--min-ranks", 1, "--restarts", 1]
     launch = module("dist_train", *options, *train, folder / "elastic")
-    code = _kill_at_checkpoint(launch, folder / "elastic", lambda launcher: max(ranks_of(launcher)))
+    code = _kill_at_checkpoint(launch, folder / "elastic", lambda launcher: max(children_of(launcher)))
     digests = {name: _digest(folder / name) for name in ("alone", "elastic")}
     records = [json.loads(line) for line in (folder / "elastic/metrics.jsonl").read_text().splitlines()]
     kinds = ("rank_lost", "rank_joined")
@@ -184,7 +183,7 @@ def recovery(device: Device, folder: Path) -> Finding:
 def _aborts(device: torch.device) -> Iterator[str]:
     """Create a group, sum over it and abort it, twice; yield the times. Raises RuntimeError if an abort hangs."""
     for _ in range(2):
-        begun = time.perf_counter()
+        started = time.perf_counter()
         group = DeviceGroup(lambda: abortable_nccl(dist.HashStore(), 0, 1, timedelta(seconds=60)))
         group.connect(device)
         connected = time.perf_counter()
@@ -192,7 +191,7 @@ def _aborts(device: torch.device) -> Iterator[str]:
         if not group.await_end(30):
             raise RuntimeError("the abort has not ended within 30 s")
         torch.cuda.synchronize(device)
-        yield f"- made in {connected - begun:.2f} s, aborted in {time.perf_counter() - connected:.2f} s"
+        yield f"- made in {connected - started:.2f} s, aborted in {time.perf_counter() - connected:.2f} s"
 
 
 def _run(command: Sequence[str]) -> None:

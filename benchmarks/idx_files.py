@@ -30,10 +30,10 @@ def write_unpacked(folder: Path, split: Split, count: int) -> None:
 
 
 def _contents(split: Split, count: int) -> Iterator[tuple[str, bytes]]:
-    made = make_synthetic((1, 28, 28), FASHION_MNIST_CLASSES, count, split, 0)
+    data = make_synthetic((1, 28, 28), FASHION_MNIST_CLASSES, count, split, 0)
     stem = _STEMS[split]
-    yield f"{stem}-images-idx3-ubyte", _idx(made.images[:, 0].numpy())
-    yield f"{stem}-labels-idx1-ubyte", _idx(made.labels.numpy().astype(numpy.uint8))
+    yield f"{stem}-images-idx3-ubyte", _idx(data.images[:, 0].numpy())
+    yield f"{stem}-labels-idx1-ubyte", _idx(data.labels.numpy().astype(numpy.uint8))
 
 
 def _idx(array: NDArray[Any]) -> bytes:

@@ -85,12 +85,12 @@ def main() -> None:
     with closing(PointEvaluator(model, [data], [], Compute(torch.device("cpu"), torch.float32))) as evaluator:
         evaluator.evaluate(walk(points[0]))
         run_on_all_ranks(comm, lambda: None, "begin")
-        begun = time.perf_counter()
+        started = time.perf_counter()
         for point in deal(points, comm.rank, comm.size):
             evaluator.evaluate(walk(point))
         run_on_all_ranks(comm, lambda: None, "end")
     if comm.rank == 0:
-        tell(time.perf_counter() - begun)
+        tell(time.perf_counter() - started)
 
 
 def _subject() -> tuple[nn.Module, Tensor, Tensor, Walk]:

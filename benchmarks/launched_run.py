@@ -37,11 +37,11 @@ def seconds_to_step(step: int, config: Path, run: Path, *, controller: str, rank
         NotMeasuredError: the run failed.
     """
     program = module("dist_train", "train", config, f"run.max_steps={step}", "--run-dir", run)
-    begun = time.time()
+    started = time.time()
     _finish(on_ranks(controller, ranks, program))
     records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     [done] = [record["time"] for record in records if record["kind"] == "train" and record["step"] == step]
-    return float(done - begun)
+    return float(done - started)
 
 
 def _finish(command: Sequence[str]) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -44,6 +47,41 @@ def measure(command: Sequence[str], variables: Mapping[str, str] | None = None) 
         output = f"{ended.stdout[-2000:]}{ended.stderr[-4000:]}"
         raise NotMeasuredError(f"no result (exit code {ended.returncode}) from {' '.join(command)}:\n{output}")
     return json.loads(results[0])
+
+
+@contextmanager
+def running(command: Sequence[str], variables: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+    """Run `command` in the package's environment with `variables` during the block, then kill all of its processes."""
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(_ROOT), **variables},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+        try:
+            yield process
+        finally:
+            for pid in [process.pid, *descendants(process.pid)]:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            process.wait()
+
+
+def descendants(pid: int) -> list[int]:
+    """Return the descendants of process `pid`."""
+    return [each for child in children_of(pid) for each in (child, *descendants(child))]
+
+
+def children_of(pid: int) -> list[int]:
+    """Return the children of process `pid`."""
+    found: list[int] = []
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            found += [int(child) for child in children.read_text().split()]
+    return found
 
 
 def environment(variables: Mapping[str, str]) -> dict[str, str]:

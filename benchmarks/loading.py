@@ -176,13 +176,13 @@ def _jpeg(random: np.random.Generator) -> bytes:
     return written.getvalue()
 
 
-def main(words: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print the rows."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.loading", description=__doc__)
     parser.add_argument("--images", type=int, default=IMAGES, help="JPEGs on disk")
     parser.add_argument("--pairs", type=int, default=10, help="pairs of timings, ours and theirs")
     parser.add_argument("--processes", type=int, default=_PROCESSES, help="processes of each side")
-    arguments = parser.parse_args(words)
+    arguments = parser.parse_args(argv)
     for row in rows(arguments.pairs, arguments.images, arguments.processes):
         print(
             f"{row.row}: {row.ours} / {row.theirs}: {row.median:.3f} ({row.lower:.3f}-{row.upper:.3f}), "

@@ -66,12 +66,12 @@ def follow(amplitude: float) -> list[Point]:
         for step in range(1, _STEPS + 1):
             trainer.advance()
             if step % _EVERY == 0:
-                points.append(look(trainer))
+                points.append(evaluate_both(trainer))
         trainer.close()
     return points
 
 
-def look(trainer: Trainer) -> Point:
+def evaluate_both(trainer: Trainer) -> Point:
     """Evaluate with both kinds of statistics, and restore the running ones."""
     running = _evaluate(trainer)
     kept = {name: buffer.clone() for name, buffer in trainer.network.named_buffers()}

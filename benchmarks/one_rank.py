@@ -17,7 +17,7 @@ from dist_train.cluster.communicator import Alone
 from dist_train.cluster.devices import device_type
 from dist_train.data.catalog import load_images
 
-WATCHED: Mapping[str, Mapping[str, Any]] = {
+MONITORED: Mapping[str, Mapping[str, Any]] = {
     "metrics": {"enabled": True, "port": 0},
     "evaluation": {"every_epochs": 0},
     "checkpoint": {"every_epochs": 0, "every_steps": 20},
@@ -26,10 +26,10 @@ WATCHED: Mapping[str, Mapping[str, Any]] = {
 
 
 def throughput_rows(width: float, pairs: int) -> Iterator[Ratio]:
-    """Yield our step time over the bare loop's, quiet and watched, in two precisions, both channels-last."""
+    """Yield our step time over the bare loop's, quiet and with monitoring, in two precisions, both channels-last."""
     device = torch.device(device_type())
     for compute, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-        for name, extra, bar in (("quiet", QUIET, 1 / 0.97), ("watched", WATCHED, 1 / 0.95)):
+        for name, extra, bar in (("quiet", QUIET, 1 / 0.97), ("watched", MONITORED, 1 / 0.95)):
             config = settings(width, 128, precision={"threads": 1, "compute": compute}, **extra)
             data = load_images(config.data, "train", 0)
             theirs = bare_loop(

@@ -18,8 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-_ROOT = Path(__file__).resolve().parent.parent
+from benchmarks.launching import children_of, running
+
 TIMEOUT = 5.0
 """`comm.timeout`: how long the ranks wait for a stopped one."""
 PATIENCE = 120.0
@@ -50,19 +51,19 @@ def measure_faults(kills: int, stops: int, folder: Path) -> list[Row]:
     found: dict[str, list[float]] = {"killed": [], "stopped": [], "joined": []}
     run = folder / "run"
     with _launch(folder, ["-np", "3", "--min-ranks", "1", "--restarts", "1000"], epochs=100_000) as process:
-        _await(lambda: len(_records(run)) > _WARM_UP)
+        _wait_for(lambda: len(_records(run)) > _WARM_UP)
         for number in (signal.SIGKILL,) * kills + (signal.SIGSTOP,) * stops:
             time.sleep(chosen.uniform(0.5, 1.0))
             before = len(_events(run, "rank_lost"))
-            victim = chosen.choice(sorted(ranks_of(process.pid)))
+            victim = chosen.choice(sorted(children_of(process.pid)))
             hit = time.time()
             os.kill(victim, number)
-            _await(lambda: len(_events(run, "rank_lost")) > before)  # noqa: B023  # called before the next turn
+            _wait_for(lambda: len(_events(run, "rank_lost")) > before)  # noqa: B023  # called before the next turn
             lost = _events(run, "rank_lost")[before]
             took = lost["time"] - hit - _update_seconds(run, lost["step"])
             is_stop = number == signal.SIGSTOP
             found["stopped" if is_stop else "killed"].append(took - (TIMEOUT if is_stop else 0.0))
-            _await(lambda: len(_events(run, "rank_joined")) > before)  # noqa: B023
+            _wait_for(lambda: len(_events(run, "rank_joined")) > before)  # noqa: B023
             joined = _events(run, "rank_joined")[before]
             found["joined"].append(joined["seconds"] - _update_seconds(run, joined["step"]))
     names = {
@@ -101,8 +102,7 @@ def table_of(rows: Sequence[Row]) -> Table:
     return table
 
 
-@contextmanager
-def _launch(folder: Path, options: Sequence[str], **run: int) -> Iterator[subprocess.Popen[bytes]]:
+def _launch(folder: Path, options: Sequence[str], **run: int) -> AbstractContextManager[subprocess.Popen[bytes]]:
     settings = {
         "run": {"name": "run", "directory": str(folder), "epochs": 1000, **run},
         "data": {"name": "synthetic", "synthetic_samples": 1024},
@@ -118,26 +118,7 @@ def _launch(folder: Path, options: Sequence[str], **run: int) -> Iterator[subpro
     config = folder / "config.yaml"
     config.write_text(yaml.safe_dump(settings))
     command = [sys.executable, "-m", "dist_train", "launch", *options, "train", str(config)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(_ROOT)}
-    with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
-        )
-        try:
-            yield process
-        finally:
-            # The ranks die with the launcher.
-            process.kill()
-            process.wait()
-
-
-def ranks_of(launcher: int) -> list[int]:
-    """Return the ids of the rank processes of a launch."""
-    found = []
-    for children in Path(f"/proc/{launcher}/task").glob("*/children"):
-        with suppress(FileNotFoundError, ProcessLookupError):
-            found += [int(child) for child in children.read_text().split()]
-    return found
+    return running(command, {})
 
 
 def _records(run: Path) -> list[dict[str, Any]]:
@@ -155,16 +136,17 @@ def _events(run: Path, name: str) -> list[dict[str, Any]]:
 def _update_seconds(run: Path, step: int) -> float:
     """Return the seconds of update `step`, once it is recorded."""
 
-    def look() -> float:
+    def recorded_seconds() -> float:
         seconds = [each["step_seconds"] for each in _records(run) if each["kind"] == "train" and each["step"] == step]
         return float(seconds[0]) if seconds else 0.0
 
-    return _await(look)
+    return _wait_for(recorded_seconds)
 
 
-def _await(look: Callable[[], float]) -> float:
+def _wait_for(value: Callable[[], float]) -> float:
+    """Return the first value that is not 0. Raises TimeoutError."""
     deadline = time.time() + PATIENCE
-    while not (found := look()):
+    while not (found := value()):
         if time.time() > deadline:
             raise TimeoutError("the run does not continue")
         time.sleep(0.02)

@@ -57,9 +57,9 @@ _WIRE_RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
 _FIGURE_RANKS = 64
 
 
-def main(words: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print the tables; on request also write them into a page, and draw the figure."""
-    arguments = _parser().parse_args(words)
+    arguments = _parser().parse_args(argv)
     if arguments.measure:
         measured = measure(machine_name(), arguments.updates, arguments.launches)
         arguments.record.write_text(json.dumps(asdict(measured), indent=1) + "\n")
@@ -71,7 +71,7 @@ def main(words: Sequence[str] | None = None) -> None:
             printed.add_row(*row)
         console.print(printed)
     if arguments.page:
-        renew(arguments.page, tables)
+        update_page(arguments.page, tables)
     if arguments.figure:
         cluster = _cluster(arguments, calibrated(published(), Fabric()).jitter)
         subjects = (
@@ -85,7 +85,7 @@ def main(words: Sequence[str] | None = None) -> None:
         scaling_figure.draw(panels, arguments.figure)
 
 
-def renew(page: Path, tables: Sequence[Table]) -> None:
+def update_page(page: Path, tables: Sequence[Table]) -> None:
     """Write `tables` between their markers in `page`."""
     text = page.read_text(encoding="utf-8")
     for table in tables:

@@ -15,7 +15,7 @@ from dist_train.report.drawing import save
 _HALVED, _DOUBLED = "#0072b2", "#e69f00"
 """Blue and orange, distinguishable by colour-blind readers and in greyscale."""
 _INK = "#202020"
-_SEEN = 0.005
+_MIN_LABELLED_CHANGE = 0.005
 """Factors nearer to 1 than this get no number."""
 
 
@@ -39,11 +39,11 @@ def _draw_panel(axes: Axes, title: str, swings: Sequence[Swing]) -> None:
         heights = [place + shift for place in places]
         axes.barh(heights, [factor - 1 for factor in factors], 0.38, left=1, color=colour, label=label)
         for height, factor in zip(heights, factors, strict=True):
-            if abs(factor - 1) >= _SEEN:
-                _write(axes, factor, height)
+            if abs(factor - 1) >= _MIN_LABELLED_CHANGE:
+                _label(axes, factor, height)
     for place, swing in zip(places, swings, strict=True):
-        if max(abs(swing.halved - 1), abs(swing.doubled - 1)) < _SEEN:
-            _write(axes, 1.0, place)
+        if max(abs(swing.halved - 1), abs(swing.doubled - 1)) < _MIN_LABELLED_CHANGE:
+            _label(axes, 1.0, place)
     axes.set_yticks(list(places), [swing.guess for swing in swings])
     axes.invert_yaxis()
     axes.set_xscale("log", base=2)
@@ -59,7 +59,7 @@ def _draw_panel(axes: Axes, title: str, swings: Sequence[Swing]) -> None:
     axes.set_xlabel("time of an update, as a factor")
 
 
-def _write(axes: Axes, factor: float, height: float) -> None:
+def _label(axes: Axes, factor: float, height: float) -> None:
     """Write `factor` at the end of its bar."""
     side, align = (3, "left") if factor >= 1 else (-3, "right")
     axes.annotate(

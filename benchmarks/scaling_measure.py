@@ -34,7 +34,7 @@ CONTROLLERS = ("mpi", "gloo", "torch")
 CYCLE_MILLISECONDS = {"mpi": 1.0, "gloo": 5.0, "torch": 0.0}
 """Horovod's cycle, as `launch/local.sh` sets it; torch.distributed has none."""
 RANKS = (1, 2, 4, 8, 16)
-_OFTEN = 4
+_MAX_REPEATED_RANKS = 4
 """Launches of up to this many ranks are repeated."""
 _LENGTHS = (1, 1 << 10, 1 << 14, 1 << 17, 1 << 20, 2_789_712)
 """Numbers of 64-bit integers of an allreduce; the last is the number of VGG9's gradients."""
@@ -113,12 +113,12 @@ def measure(machine: str, updates: int, launches: int) -> Measurements:
     Every launch is repeated `launches` times, but launches of more than four ranks are made once.
     """
     cores = len(os.sched_getaffinity(0))
-    begun, busy, ours = time.monotonic(), _busy_seconds(), _our_seconds()
+    started, busy, ours = time.monotonic(), _busy_seconds(), _our_seconds()
     startups: list[Startup] = []
     allreduces: list[Allreduce] = []
     steps: list[Step] = []
     for ranks in RANKS:
-        times = launches if ranks <= _OFTEN else 1
+        times = launches if ranks <= _MAX_REPEATED_RANKS else 1
         for controller, launched in _in_turn(times, ranks, "allreduce").items():
             met, whole, rows = zip(*launched, strict=True)
             startups.append(Startup(controller, ranks, statistics.median(met), statistics.median(whole)))
@@ -128,7 +128,7 @@ def measure(machine: str, updates: int, launches: int) -> Measurements:
                 for controller, launched in _in_turn(times, ranks, "steps", updates, width, global_size).items():
                     [entry] = _pooled([entries for _, _, entries in launched], ("width", "global_size"))
                     steps.append(Step(controller, ranks, **entry))
-    elapsed, busy, ours = time.monotonic() - begun, _busy_seconds() - busy, _our_seconds() - ours
+    elapsed, busy, ours = time.monotonic() - started, _busy_seconds() - busy, _our_seconds() - ours
     others = max(0.0, busy - ours) / (elapsed * cores)
     order = {controller: place for place, controller in enumerate(CONTROLLERS)}
     startups.sort(key=lambda row: order[row.controller])
@@ -173,9 +173,9 @@ def _launch(controller: str, ranks: int, *arguments: object) -> tuple[float, flo
     """Return the seconds until the ranks were connected and until the launcher ended, and their measurements."""
     variables = {"HOROVOD_CYCLE_TIME": str(CYCLE_MILLISECONDS[controller])}
     program = module("benchmarks.scaling_measure", *arguments)
-    begun = time.time()
+    started = time.time()
     record = measure_launch(on_ranks(controller, ranks, program), variables)
-    return record["met"] - begun, time.time() - begun, record["entries"]
+    return record["met"] - started, time.time() - started, record["entries"]
 
 
 def main() -> None:

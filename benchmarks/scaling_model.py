@@ -254,9 +254,9 @@ def communication(
     free, hidden = -backward, 0.0
     for message in sums:
         ready = backward * (message.ready - 1.0) + agreement_seconds(coordination, ranks)
-        begun = max(ready, free)
-        free = begun + message.part * allreduce_seconds(network, ranks, message.size)
-        hidden += min(free, 0.0) - min(begun, 0.0)
+        started = max(ready, free)
+        free = started + message.part * allreduce_seconds(network, ranks, message.size)
+        hidden += min(free, 0.0) - min(started, 0.0)
     return max(0.0, free), hidden
 
 

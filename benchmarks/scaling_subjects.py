@@ -84,7 +84,7 @@ def layers_of(network: nn.Module, image: tuple[int, int, int]) -> tuple[Layer, .
     """Return the layers of `network` that have weights, in the order of a forward pass of one `image`."""
     found: list[Layer] = []
 
-    def note(module: nn.Module, _: object, output: Tensor) -> None:
+    def record_layer(module: nn.Module, _: object, output: Tensor) -> None:
         weights = sum(parameter.numel() for parameter in module.parameters())
         filters = sum(len(parameter) if parameter.dim() > 1 else 1 for parameter in module.parameters())
         multiply_adds = 0
@@ -94,7 +94,7 @@ def layers_of(network: nn.Module, image: tuple[int, int, int]) -> tuple[Layer, .
             found.append(Layer(weights, multiply_adds, filters))
 
     leaves = [module for module in network.modules() if not list(module.children())]
-    hooks = [module.register_forward_hook(note) for module in leaves]
+    hooks = [module.register_forward_hook(record_layer) for module in leaves]
     device = next(network.parameters()).device
     with torch.no_grad():
         network.eval()(torch.zeros(1, *image, device=device))

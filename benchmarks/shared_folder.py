@@ -14,8 +14,8 @@ from dist_train.cluster.communicator import Communicator, broadcast_str
 @contextmanager
 def shared_folder(comm: Communicator) -> Iterator[Path]:
     """Yield the same folder on all ranks; after the block they wait for each other before it is removed."""
-    made = tempfile.mkdtemp() if comm.rank == 0 else ""
-    folder = Path(broadcast_str(comm, made, "folder"))
+    created = tempfile.mkdtemp() if comm.rank == 0 else ""
+    folder = Path(broadcast_str(comm, created, "folder"))
     yield folder
     comm.barrier()
     if comm.rank == 0:

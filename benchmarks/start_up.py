@@ -42,5 +42,5 @@ def resume_rows(pairs: int) -> Iterator[Ratio]:
 
 def bare_horovod(controller: str) -> float:
     """Return the seconds from the launch of the minimal program on two ranks until its allreduce was done."""
-    begun = time.time()
-    return float(measure(on_ranks(controller, 2, module("benchmarks.bare_horovod")))) - begun
+    started = time.time()
+    return float(measure(on_ranks(controller, 2, module("benchmarks.bare_horovod")))) - started

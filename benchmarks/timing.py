@@ -98,13 +98,13 @@ def ratio_of(
 
 def timed(call: Callable[[], object]) -> float:
     """Return the seconds of `call`, including the work that it queued on the GPU."""
-    _settle()
-    begun = time.perf_counter()
+    _synchronize()
+    started = time.perf_counter()
     call()
-    _settle()
-    return time.perf_counter() - begun
+    _synchronize()
+    return time.perf_counter() - started
 
 
-def _settle() -> None:
+def _synchronize() -> None:
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()

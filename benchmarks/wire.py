@@ -16,8 +16,8 @@ _MB = 1e6
 _BAR = 1.01
 
 
-class Counting(Alone):
-    """Counts the bytes of all allreduces."""
+class CountingCommunicator(Alone):
+    """One rank that counts the bytes of all allreduces."""
 
     def __init__(self) -> None:
         self.sent = 0
@@ -28,9 +28,9 @@ class Counting(Alone):
         return super().allreduce_async(tensor, name)
 
 
-def sent_in_an_update(**comm: str) -> int:
+def bytes_per_update(**comm: str) -> int:
     """Return the bytes of VGG9's third update, width 1, one micro-batch of 128, with the settings `comm`."""
-    counting = Counting()
+    counting = CountingCommunicator()
     with TemporaryDirectory() as folder:
         sections = {**QUIET, "comm": {"verify_every": 0, **comm}}
         trainer = open_trainer(settings(1.0, 128, **sections), counting, Path(folder) / "run")
@@ -44,9 +44,9 @@ def sent_in_an_update(**comm: str) -> int:
 def rows() -> Iterator[Ratio]:
     """Yield each exact reduction beside floats of as many bits; `exact`, which has none, beside float32."""
     floats = {
-        "float": sent_in_an_update(reduction="float"),
-        "float, fp16": sent_in_an_update(reduction="float", compression="fp16"),
+        "float": bytes_per_update(reduction="float"),
+        "float, fp16": bytes_per_update(reduction="float", compression="fp16"),
     }
     for ours, theirs, bar in (("exact", "float", None), ("exact32", "float", _BAR), ("exact16", "float, fp16", _BAR)):
-        amounts = [(sent_in_an_update(reduction=ours) / _MB, floats[theirs] / _MB)]
+        amounts = [(bytes_per_update(reduction=ours) / _MB, floats[theirs] / _MB)]
         yield ratio_of("bytes of an update, VGG9 width 1", ours, theirs, amounts, bar, unit="MB")

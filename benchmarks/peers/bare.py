@@ -31,10 +31,10 @@ def train(work: Work, perturb: Callable[[nn.Module], Callable[[], None]]) -> Non
                 return clock.report()
 
 
-def leave_alone(model: nn.Module) -> Callable[[], None]:
+def without_noise(model: nn.Module) -> Callable[[], None]:
     """Train without noise."""
     return lambda: None
 
 
 if __name__ == "__main__":
-    train(work_from_arguments(), leave_alone)
+    train(work_from_arguments(), without_noise)

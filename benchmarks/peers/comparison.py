@@ -39,7 +39,7 @@ def rows(work: Work, rounds: int) -> Iterator[Ratio]:
     ours: dict[int, list[float]] = {}
     for ranks in (1, 2):
         shared = replace(work, ranks=ranks)
-        peers = [peer for peer in _peers() if ranks in peer.ranks]
+        peers = [peer for peer in _available_peers() if ranks in peer.ranks]
         seconds: dict[str, list[float]] = {peer.name: [] for peer in peers}
         for number in range(rounds):
             for peer in (*peers[number % len(peers) :], *peers[: number % len(peers)]):
@@ -81,30 +81,30 @@ def _by_itself(name: str, ranks: int) -> list[str]:
     return [str(PEERS_PYTHON), "-m", name]
 
 
-def _limit(work: Work) -> float | None:
+def _bar_of_limit(work: Work) -> float | None:
     return 1 / 0.97
 
 
-def _as_fast(work: Work) -> float | None:
+def _bar_of_peer(work: Work) -> float | None:
     return 1.0
 
 
-def _example(work: Work) -> float | None:
+def _bar_of_example(work: Work) -> float | None:
     return 1 / 1.3 if work.batch == 8192 else 1.0
 
 
-OURS = Peer("dist-train", "benchmarks.peers.ours", _alone_or_by_mpirun, (1, 2), _as_fast)
-_HERE = (
+OURS = Peer("dist-train", "benchmarks.peers.ours", _alone_or_by_mpirun, (1, 2), _bar_of_peer)
+_PEERS = (
     OURS,
-    Peer("bare PyTorch loop", "benchmarks.peers.bare", _alone_or_by_mpirun, (1,), _limit),
-    Peer("PyTorch DDP, Gloo", "benchmarks.peers.ddp", _by_torchrun, (1, 2), _as_fast),
-    Peer("Horovod's example", "benchmarks.peers.horovod_example", _alone_or_by_mpirun, (1, 2), _example),
+    Peer("bare PyTorch loop", "benchmarks.peers.bare", _alone_or_by_mpirun, (1,), _bar_of_limit),
+    Peer("PyTorch DDP, Gloo", "benchmarks.peers.ddp", _by_torchrun, (1, 2), _bar_of_peer),
+    Peer("Horovod's example", "benchmarks.peers.horovod_example", _alone_or_by_mpirun, (1, 2), _bar_of_example),
 )
-_ELSEWHERE = (
-    Peer("Lightning, DDP", "benchmarks.peers.lightning_ddp", _by_itself, (1, 2), _as_fast),
-    Peer("Ignite", "benchmarks.peers.ignite_ddp", _by_itself, (1, 2), _as_fast),
+_PEERS_IN_OTHER_ENVIRONMENT = (
+    Peer("Lightning, DDP", "benchmarks.peers.lightning_ddp", _by_itself, (1, 2), _bar_of_peer),
+    Peer("Ignite", "benchmarks.peers.ignite_ddp", _by_itself, (1, 2), _bar_of_peer),
 )
 
 
-def _peers() -> tuple[Peer, ...]:
-    return (*_HERE, *_ELSEWHERE) if PEERS_PYTHON.exists() else _HERE
+def _available_peers() -> tuple[Peer, ...]:
+    return (*_PEERS, *_PEERS_IN_OTHER_ENVIRONMENT) if PEERS_PYTHON.exists() else _PEERS

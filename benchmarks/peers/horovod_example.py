@@ -15,7 +15,7 @@ from torchvision import transforms
 from benchmarks.peers.work import Clock, Work, images_and_labels, sgd, vgg9, work_from_arguments
 
 
-class Pictures(Dataset[tuple[Tensor, int]]):
+class Images(Dataset[tuple[Tensor, int]]):
     """Images as torchvision's data sets hold them: bytes, and a transform for each sample."""
 
     def __init__(self, samples: int) -> None:
@@ -50,7 +50,7 @@ class Metric:
 
 def train(work: Work) -> None:
     """Make the updates."""
-    data = Pictures(work.samples)
+    data = Images(work.samples)
     sampler: DistributedSampler[tuple[Tensor, int]] = DistributedSampler(data, num_replicas=hvd.size(), rank=hvd.rank())
     share = work.batch // work.ranks
     loader = DataLoader(data, batch_size=share, sampler=sampler, num_workers=1, drop_last=True)

@@ -36,11 +36,11 @@ def train(local_rank: int, work: Work) -> None:
     )
     clock = Clock(work)
 
-    def take_time(engine: Engine) -> None:
+    def record_time(engine: Engine) -> None:
         if clock.update_ended():
             engine.terminate()
 
-    trainer.add_event_handler(Events.ITERATION_COMPLETED(every=work.passes), take_time)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(every=work.passes), record_time)
     trainer.run(loader, max_epochs=1_000_000)
     if idist.get_rank() == 0:
         clock.report()

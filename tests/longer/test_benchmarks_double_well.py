@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.double_well import AMPLITUDE, FLAT, INTERVAL, SHARP, barrier, draw, in_the_flat_one, loss, run, table
+from benchmarks.double_well import AMPLITUDE, FLAT, INTERVAL, SHARP, barrier, draw, in_flat_minimum, loss, run, table
 from benchmarks.double_well import smoothed_loss as smoothed
 
 
@@ -36,10 +36,10 @@ def test_smoothed_loss_is_the_mean_over_the_noise() -> None:
 def test_smoothout_finds_the_flat_minimum_for_almost_all_seeds(tmp_path: Path) -> None:
     ends = run(100)
     assert len(set(ends.starts)) == 100
-    assert in_the_flat_one(ends.smoothed) >= 90
-    assert in_the_flat_one(ends.plain) <= 60
+    assert in_flat_minimum(ends.smoothed) >= 90
+    assert in_flat_minimum(ends.plain) <= 60
     # Without noise, descent stays in the basin of its start.
-    assert in_the_flat_one(ends.plain) == in_the_flat_one(ends.starts)
+    assert in_flat_minimum(ends.plain) == in_flat_minimum(ends.starts)
     draw(ends, tmp_path / "double_well.png")
     assert (tmp_path / "double_well.png").read_bytes().startswith(b"\x89PNG")
     page = (Path(__file__).parents[2] / "docs" / "method.md").read_text()
