@@ -93,6 +93,13 @@ def is_training(run: Path) -> bool:
     return bool(found.get("state") == "running" and found["step"] > 0)
 
 
+def start_training(mark: str, *launcher: str, configuration: str, run: Path) -> subprocess.Popen[str]:
+    """Start a run and wait for its first update."""
+    process = start(mark, *launcher, "train", configuration, "--run-dir", str(run))
+    wait_while_running(process, lambda: is_training(run))
+    return process
+
+
 @LAUNCHERS
 def test_finished_run_exits_with_0(launcher: tuple[str, ...], configuration: str, tmp_path: Path, mark: str) -> None:
     run = tmp_path / "run"
@@ -133,8 +140,7 @@ def test_promise_7_signal_to_the_script_saves_and_exits_with_75(
     launcher: tuple[str, ...], number: signal.Signals, configuration: str, tmp_path: Path, mark: str
 ) -> None:
     run = tmp_path / "run"
-    process = start(mark, *launcher, "train", configuration, "--run-dir", str(run))
-    wait_while_running(process, lambda: is_training(run))
+    process = start_training(mark, *launcher, configuration=configuration, run=run)
     process.send_signal(number)
     code, _, err = finish(process)
     assert code == ExitCode.STOPPED, err
@@ -182,8 +188,7 @@ def test_killed_rank_ends_the_run_with_1(
     launcher: tuple[str, ...], configuration: str, tmp_path: Path, mark: str
 ) -> None:
     run = tmp_path / "run"
-    process = start(mark, *launcher, "train", configuration, "--run-dir", str(run))
-    wait_while_running(process, lambda: is_training(run))
+    process = start_training(mark, *launcher, configuration=configuration, run=run)
     os.kill(status(run)["pid"], signal.SIGKILL)
     code, _, _ = finish(process)
     assert code == ExitCode.FAULT
@@ -194,8 +199,7 @@ def test_ranks_do_not_outlive_a_killed_script(
     launcher: tuple[str, ...], configuration: str, tmp_path: Path, mark: str
 ) -> None:
     run = tmp_path / "run"
-    process = start(mark, *launcher, "train", configuration, "--run-dir", str(run))
-    wait_while_running(process, lambda: is_training(run))
+    process = start_training(mark, *launcher, configuration=configuration, run=run)
     process.kill()
     process.communicate()
     wait_for(lambda: not processes_with(mark), "the ranks outlive the script")
@@ -257,8 +261,7 @@ def test_ranks_of_a_host_file_save_and_stop_on_sigterm(configuration: str, tmp_p
     run = tmp_path / "run"
     hosts = tmp_path / "hosts"
     hosts.write_text("localhost slots=2\n")
-    process = start(mark, *MPIRUN, "--hostfile", str(hosts), "train", configuration, "--run-dir", str(run))
-    wait_while_running(process, lambda: is_training(run))
+    process = start_training(mark, *MPIRUN, "--hostfile", str(hosts), configuration=configuration, run=run)
     process.terminate()
     code, _, err = finish(process)
     assert code == ExitCode.STOPPED, err

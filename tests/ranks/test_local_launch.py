@@ -21,6 +21,7 @@ from tests.launching import (
     kill,
     launch,
     mostly_lengthy,
+    process_of_rank,
     small_settings,
     start,
     status,
@@ -100,11 +101,16 @@ def test_second_signal_ends_hanging_ranks(running: subprocess.Popen[str]) -> Non
     assert code == ExitCode.FAULT, output
 
 
-def test_killed_rank_ends_the_launch_with_1(running: subprocess.Popen[str], tmp_path: Path) -> None:
-    os.kill(descendants(running.pid)[1], signal.SIGKILL)
+def test_killed_rank_is_named_and_ends_the_launch_with_1(running: subprocess.Popen[str], tmp_path: Path) -> None:
+    pid = process_of_rank(running.pid, 1)
+    os.kill(pid, signal.SIGKILL)
     code, output = wait_for_end(running)
     assert code == ExitCode.FAULT
-    assert status(tmp_path / "run")["state"] == "failed"
+    after = status(tmp_path / "run")
+    assert after["state"] == "failed"
+    assert after["reason"].startswith("rank 1 (")
+    assert f"process {pid})" in output
+    assert "[rank-lost]" in output
     assert "SIGKILL" in output
 
 
