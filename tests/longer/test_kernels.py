@@ -54,17 +54,17 @@ def sizes_of(samples: int, size: int) -> list[int]:
     return [size] * (groups - 1) + [samples - size * (groups - 1)]
 
 
-def by_kernels(
+def norm_by_kernels(
     inputs: Tensor, upstream: Tensor, weight: Tensor, bias: Tensor, sizes: Sequence[int], activation: str
 ) -> tuple[Tensor, ...]:
     """Return outputs, moments, the inputs' gradient and the groups' sums."""
     operators = torch.ops.dist_train
     outputs, moments = operators.ghost_norm(inputs, weight, bias, EPSILON, sizes[0], len(sizes), activation)
-    of = operators.ghost_norm_backward(upstream, inputs, weight, bias, moments, sizes[0], activation)
-    return outputs, moments, *of
+    gradients = operators.ghost_norm_backward(upstream, inputs, weight, bias, moments, sizes[0], activation)
+    return outputs, moments, *gradients
 
 
-def by_float64(
+def norm_in_float64(
     inputs: Tensor, upstream: Tensor, weight: Tensor, bias: Tensor, sizes: Sequence[int], activation: str
 ) -> tuple[Tensor, ...]:
     """Return outputs, means and variances, and the gradients of inputs, weight and bias."""
@@ -89,26 +89,26 @@ def test_norm_agrees_with_float64_up_to_rounding(
 ) -> None:
     samples, channels, sides, size = case
     given, sizes = tensors(samples, channels, sides), sizes_of(samples, size)
-    outputs, moments, of_inputs, of_groups = by_kernels(*given, sizes, activation)
-    expected = by_float64(*given, sizes, activation)
-    for found, true in zip((outputs, moments[:2], of_inputs, *of_groups.sum(1)), expected, strict=True):
+    outputs, moments, input_gradients, group_sums = norm_by_kernels(*given, sizes, activation)
+    expected = norm_in_float64(*given, sizes, activation)
+    for found, true in zip((outputs, moments[:2], input_gradients, *group_sums.sum(1)), expected, strict=True):
         torch.testing.assert_close(found.double(), true, rtol=1e-5, atol=1e-5 * float(true.abs().max()) + 1e-6)
 
 
 def test_variance_is_accurate_where_the_mean_is_large() -> None:
     inputs, upstream, weight, bias = tensors(40, 3, (9, 11), offset=1000.0)
-    _, moments, _, _ = by_kernels(inputs, upstream, weight, bias, [40], "none")
-    _, expected, *_ = by_float64(inputs, upstream, weight, bias, [40], "none")
+    _, moments, _, _ = norm_by_kernels(inputs, upstream, weight, bias, [40], "none")
+    _, expected, *_ = norm_in_float64(inputs, upstream, weight, bias, [40], "none")
     torch.testing.assert_close(moments[:2].double(), expected, rtol=1e-5, atol=0.0)
 
 
 def test_promise_3_bits_of_a_group_do_not_depend_on_other_groups() -> None:
     given, sizes = tensors(40, 5, (9, 11)), sizes_of(40, 11)
-    outputs, moments, of_inputs, of_groups = by_kernels(*given, sizes, "relu")
-    parts = zip(*(each.split(sizes) for each in (given[0], given[1], outputs, of_inputs)), strict=True)
-    for index, (inputs, upstream, its_outputs, of_its_inputs) in enumerate(parts):
-        alone = by_kernels(inputs, upstream, given[2], given[3], [len(inputs)], "relu")
-        in_batch = its_outputs, moments[:, index : index + 1], of_its_inputs, of_groups[:, index : index + 1]
+    outputs, moments, input_gradients, group_sums = norm_by_kernels(*given, sizes, "relu")
+    parts = zip(*(each.split(sizes) for each in (given[0], given[1], outputs, input_gradients)), strict=True)
+    for index, (inputs, upstream, its_outputs, its_input_gradients) in enumerate(parts):
+        alone = norm_by_kernels(inputs, upstream, given[2], given[3], [len(inputs)], "relu")
+        in_batch = its_outputs, moments[:, index : index + 1], its_input_gradients, group_sums[:, index : index + 1]
         assert all(torch.equal(one, other) for one, other in zip(alone, in_batch, strict=True))
 
 
@@ -116,8 +116,8 @@ def test_promise_3_bits_of_a_group_do_not_depend_on_other_groups() -> None:
 def test_half_precision_activations_are_computed_in_float32(kind: torch.dtype) -> None:
     inputs, upstream, weight, bias = tensors(9, 6, (4, 4))
     inputs, upstream = inputs.to(kind), upstream.to(kind)
-    found = by_kernels(inputs, upstream, weight, bias, [4, 5], "relu")
-    expected = by_kernels(inputs.float(), upstream.float(), weight, bias, [4, 5], "relu")
+    found = norm_by_kernels(inputs, upstream, weight, bias, [4, 5], "relu")
+    expected = norm_by_kernels(inputs.float(), upstream.float(), weight, bias, [4, 5], "relu")
     for one, other in zip(found, expected, strict=True):
         # A GPU rounds to bfloat16, but the interpreter truncates.
         torch.testing.assert_close(one.float(), other, rtol=torch.finfo(one.dtype).eps, atol=1e-7)
@@ -127,10 +127,10 @@ def test_half_precision_activations_are_computed_in_float32(kind: torch.dtype) -
 def test_nan_spreads_within_its_group_and_channel_only(activation: str) -> None:
     inputs, upstream, weight, bias = tensors(6, 2, (3, 3))
     inputs[4, 1, 0, 0] = torch.nan
-    outputs, moments, of_inputs, _ = by_kernels(inputs, upstream, weight, bias, [3, 3], activation)
-    for each in (outputs[3:, 1], moments[:, 1, 1], of_inputs[3:, 1]):
+    outputs, moments, input_gradients, _ = norm_by_kernels(inputs, upstream, weight, bias, [3, 3], activation)
+    for each in (outputs[3:, 1], moments[:, 1, 1], input_gradients[3:, 1]):
         assert each.isnan().all()
-    for each in (outputs[:3], outputs[:, 0], moments[:, 0], of_inputs[:3]):
+    for each in (outputs[:3], outputs[:, 0], moments[:, 0], input_gradients[:3]):
         assert each.isfinite().all()
 
 

@@ -252,12 +252,12 @@ def test_norm_is_accurate_also_where_most_values_are_equal(samples: int, shape: 
     expected = run(torch.float64, torch.contiguous_format)
     layouts = [torch.contiguous_format, *([torch.channels_last] if len(shape) == 3 else [])]
     for layout in layouts:
-        outputs, of_inputs, of_weight, of_bias = run(torch.float32, layout)
+        outputs, input_gradient, weight_gradient, bias_gradient = run(torch.float32, layout)
         assert distance(outputs, expected[0]) < 2e-6
         # With two samples the gradient is a small difference of large numbers.
-        assert distance(of_inputs, expected[1]) < (1e-2 if samples == 2 and len(shape) == 1 else 1e-5)
-        assert distance(of_weight, expected[2]) < 1e-4
-        assert distance(of_bias, expected[3]) < 1e-5
+        assert distance(input_gradient, expected[1]) < (1e-2 if samples == 2 and len(shape) == 1 else 1e-5)
+        assert distance(weight_gradient, expected[2]) < 1e-4
+        assert distance(bias_gradient, expected[3]) < 1e-5
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
