@@ -185,8 +185,8 @@ class _Member:
 def list_shards(settings: DataSettings, split: Split, seed: int) -> PackedListing:
     """Return the images of a split in WebDataset shards in `data.root`.
 
-    Raises:
-        UsageError: shards are missing or damaged, an index does not match its shard, or a sample has no image or label.
+    Raises UsageError if shards are missing or damaged, an index does not match its shard, or a sample has no image or
+    label.
     """
     files = []
     for shard in find_shards(settings, split):

@@ -28,8 +28,7 @@ class Batches:
 
         What was measured of the ranks' speed is dropped.
 
-        Raises:
-            UsageError: ranks share every micro-batch, and one has fewer samples than there are ranks.
+        Raises UsageError if ranks share every micro-batch, and one has fewer samples than there are ranks.
         """
         self._plans = tuple(BatchPlan(stage.global_size, micro_size) for stage in self._epochs.stages)
         self._dealings = tuple(build_dealing(self._config, plan, rank, size) for plan in self._plans)

@@ -42,8 +42,7 @@ class Compute:
 def set_up_compute(settings: PrecisionSettings, device: torch.device) -> Compute:
     """Set up threads, memory and kernels according to `settings`, for `device`.
 
-    Raises:
-        UsageError: the device does not support the precision.
+    Raises UsageError if the device does not support the precision.
     """
     assert settings.threads != "auto", "decided when the run starts"
     if settings.compute == "float16" and device.type != "cuda":

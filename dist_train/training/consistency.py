@@ -32,8 +32,7 @@ def verify_agreement(
 ) -> None:
     """Compare digests of the clean weights, their average and the noise over all ranks, after update `step`.
 
-    Raises:
-        DisagreementError: they differ; the message says what differs and names the ranks that are in the minority.
+    Raises DisagreementError if they differ; the message says what differs and names the ranks that are in the minority.
     """
     mine = [digest(weights.values), noise.digest(step) if noise else 0, averaging.digest() if averaging else 0]
     digests = gather(comm, mine, "agreement")

@@ -141,8 +141,7 @@ class MeasuredDealing(Dealing):
 def build_dealing(config: Config, plan: BatchPlan, rank: int, size: int) -> Dealing:
     """Return how the micro-batches of `plan` are dealt to `rank` of `size`, without any measurement so far.
 
-    Raises:
-        UsageError: ranks share every micro-batch, and one has fewer samples than there are ranks.
+    Raises UsageError if ranks share every micro-batch, and one has fewer samples than there are ranks.
     """
     if config.batch.dealing == "even":
         return Dealing(share_of(config.model, plan, rank, size))

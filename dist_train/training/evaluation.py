@@ -111,8 +111,7 @@ def recompute_statistics(
 
     As in training, the samples are cut into micro-batches and dealt to ranks, and statistics are summed as integers.
 
-    Raises:
-        DivergedError: the statistics are not finite, or out of range; on all ranks.
+    Raises DivergedError if the statistics are not finite, or out of range; on all ranks.
     """
     statistics = BatchStatistics(norm_modules(model), compute.device)
     tally = Tally(comm, statistics, compute.device)
@@ -180,8 +179,7 @@ def stored_model(contents: Contents, config: Config, weights: Weights = "raw") -
 def stored_config(contents: Contents, overrides: Sequence[str]) -> Config:
     """Return a checkpoint's configuration with `section.key=value` overrides, and the device set to `auto`.
 
-    Raises:
-        UsageError: an override would change the model or its data.
+    Raises UsageError if an override would change the model or its data.
     """
     stored = parse_config(dict(contents.config), source="the checkpoint")
     settings = yaml.safe_load(dump_config(stored))

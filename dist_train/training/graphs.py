@@ -52,8 +52,7 @@ class CudaGraphRecorder:
     def record(self, launch: Callable[[], None]) -> Callable[[], None]:
         """Record `launch` as a CUDA graph.
 
-        Raises:
-            UsageError: it does something that cannot be recorded, such as a wait for the device.
+        Raises UsageError if it does something that cannot be recorded, such as a wait for the device.
         """
         graph = torch.cuda.CUDAGraph()
         try:

@@ -24,8 +24,7 @@ def shares_micro_batches(settings: ModelSettings) -> bool:
 def share_of(settings: ModelSettings, plan: BatchPlan, rank: int, size: int) -> tuple[MicroBatch, ...]:
     """Return the micro-batches, or parts of them, that rank `rank` of `size` computes.
 
-    Raises:
-        UsageError: ranks share every micro-batch, and one has fewer samples than there are ranks.
+    Raises UsageError if ranks share every micro-batch, and one has fewer samples than there are ranks.
     """
     return plan.slices(rank, size) if shares_micro_batches(settings) else plan.share(rank, size)
 
@@ -57,8 +56,7 @@ def find_micro_size(
     Sizes are powers of two up to a rank's even share of the global batch. The result may be a little smaller, so that
     no micro-batch has fewer than `fewest` samples.
 
-    Raises:
-        UsageError: not even the smallest size fits.
+    Raises UsageError if not even the smallest size fits.
     """
     largest = min(_LARGEST[device.type], max(1, global_size // comm.size))
     fits = run_on_all_ranks(comm, lambda: _largest_that_fits(try_size, largest), "fit a micro-batch")

@@ -60,8 +60,7 @@ class Recovery:
 def plan_recovery(states: Sequence[RankState]) -> Recovery:
     """Return how ranks with these states, by rank, continue; the same on all ranks.
 
-    Raises:
-        FaultError: no rank has a state.
+    Raises FaultError if no rank has a state.
     """
     steps = [state.step for state in states if state.has_state]
     if not steps:
@@ -76,8 +75,7 @@ def plan_recovery(states: Sequence[RankState]) -> Recovery:
 def agree_on_recovery(comm: Communicator, mine: RankState) -> Recovery:
     """Return how all ranks continue, given this rank's state. All ranks call it.
 
-    Raises:
-        UsageError: this rank joins with other code, settings or data than the others have.
+    Raises UsageError if this rank joins with other code, settings or data than the others have.
     """
     rows = gather(comm, mine.row(), "standings")
     states = [RankState(bool(row[0]), row[1], bool(row[2]), bool(row[3]), tuple(row[4:])) for row in rows]

@@ -141,8 +141,7 @@ def build_reduction(
     `share` is the part of its samples that this rank computes; `progress` keeps what a reduction carries from one
     update to the next.
 
-    Raises:
-        UsageError: Adasum cannot work with this group, or 16 bits not with so many gradients.
+    Raises UsageError if Adasum cannot work with this group, or 16 bits not with so many gradients.
     """
     if settings.op == "adasum":
         _check_adasum(comm, share, weights.values.device)
