@@ -20,6 +20,7 @@ from dist_train.config.plugins import from_folder, plugin_problems, with_long_na
 from dist_train.config.problems import ConfigError, Problem, problems_of
 from dist_train.config.resuming import with_present_names
 from dist_train.config.sections import Config
+from dist_train.outcome import UsageError
 
 SHIPPED = "dist_train:"
 """Prefix of the name of a file that comes with the program, as in `dist_train:configs/demo.yaml`."""
@@ -143,6 +144,8 @@ def parse_config(settings: Mapping[str, Any], *, source: str, plugins: Sequence[
         config = Config.model_validate_json(text, strict=True)
     except ValidationError as error:
         raise ConfigError(source, problems_of(error, Config)) from None
+    except UsageError:  # a ValueError, too, with a code of its own
+        raise
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError.of(source, _FILE, str(error), code="wrong-type") from None
     complete = config.model_dump(mode="json")

@@ -14,8 +14,9 @@ from pydantic import ValidationError
 
 from dist_train.config import Config, ConfigError, dump_config, load_config, parse_config
 from dist_train.config.loading import with_overrides
+from dist_train.outcome import UsageError
 from dist_train.sweep.study_file import load_study
-from tests.raising import raises_problems
+from tests.raising import raises, raises_problems
 
 LAUGHS = "a: &a [lol, lol]\n" + "".join(
     f"{b}: &{b} [*{a}, *{a}, *{a}, *{a}, *{a}, *{a}]\n" for a, b in pairwise("abcdefghij")
@@ -119,6 +120,18 @@ def test_a_file_that_is_not_utf_8_is_a_config_error(tmp_path: Path) -> None:
         load_config(tmp_path / "config.yaml")
 
 
+def test_plugins_that_are_no_list_are_a_problem_of_that_setting(tmp_path: Path) -> None:
+    write(tmp_path, "plugins: 3")
+    with raises_problems(("plugins", "wrong-type")):
+        load_config(tmp_path / "config.yaml")
+
+
+def test_a_plugin_that_cannot_be_imported_has_its_own_code(tmp_path: Path) -> None:
+    write(tmp_path, "plugins: [missing.py]")
+    with raises(UsageError, "plugin-import"):
+        load_config(tmp_path / "config.yaml")
+
+
 class TestBase:
     def test_a_file_says_only_what_differs_from_its_base(self, tmp_path: Path) -> None:
         write(tmp_path, "run: {seed: 1, epochs: 7}\nbatch: {global_size: 64}", "grandparent.yaml")
@@ -199,8 +212,6 @@ class TestOverrides:
         assert refusal(tmp_path, "", "noise.amplitud=1") == [("noise.amplitud", "unknown-key")]
 
     def test_the_mapping_that_is_overridden_stays_as_it_was(self) -> None:
-        from dist_train.config.loading import with_overrides
-
         settings: dict[str, dict[str, int]] = {"run": {"seed": 1}}
         assert with_overrides(settings, ["run.seed=2"]) == {"run": {"seed": 2}}
         assert settings == {"run": {"seed": 1}}
