@@ -1,7 +1,7 @@
 """Emulates a step on a GPU: tensors have device, dtype and shape, but no values (torch's FakeTensor).
 
-It shows operators that mix devices, where the host waits for the device, and how many bytes a step reads and writes. On
-torch's CPU build autograd needs a small preloaded library: `emulate` starts a process with it.
+It shows operators that mix devices, where the host waits for the device, and how many bytes a step reads and writes.
+Where there is no GPU autograd needs a small preloaded library: `emulate` starts a process with it.
 """
 
 from __future__ import annotations
@@ -111,9 +111,7 @@ def emulate(jobs: Sequence[Job]) -> list[Emulated]:
         UsageError: this torch cannot emulate a GPU here.
     """
     with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-        if not torch.version.cuda:
-            environment["LD_PRELOAD"] = str(_library(Path(folder)))
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "LD_PRELOAD": str(_library(Path(folder)))}
         ended = subprocess.run(
             [sys.executable, "-m", "benchmarks.emulation"],
             input=json.dumps([asdict(job) for job in jobs]),
@@ -133,9 +131,7 @@ def _library(folder: Path) -> Path:
     """Compile the library to preload into `folder`, and return its path."""
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
-        raise UsageError(
-            "emulating a GPU with torch's CPU build needs a C++ compiler: install g++", code="compiler-missing"
-        )
+        raise UsageError("emulating a GPU needs a C++ compiler: install g++", code="compiler-missing")
     of_torch, library = Path(torch.__file__).parent, folder / "stand_in_gpu.so"
     libraries = of_torch / "lib"
     command = [compiler, "-std=c++20", "-shared", "-fPIC", f"-I{of_torch / 'include'}"]
