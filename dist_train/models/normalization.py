@@ -356,7 +356,11 @@ def _multiply_add(
     """Write images * factor + others * slope + term to `out`, computed in float32; factor, slope and term are [C]."""
     shape = (-1, *(1,) * (images.dim() - 2))
     single = out.dtype == torch.float32
-    result = torch.addcmul(term.view(shape), images, factor.view(shape), out=out if single else None)
+    if single or images.is_cuda:
+        result = torch.addcmul(term.view(shape), images, factor.view(shape), out=out if single else None)
+    else:  # on CPUs torch converts faster beforehand than while it computes
+        values = images.float()
+        result = torch.addcmul(term.view(shape), values, factor.view(shape), out=values)
     if others is not None and slope is not None:
         result.addcmul_(others.float(), slope.view(shape))
     if not single:
