@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -23,7 +24,7 @@ from dist_train.outcome import UsageError
 _STORE_TIMEOUT = timedelta(minutes=30)  # ranks that cannot meet give up much earlier (`meeting_within`)
 
 
-class TorchOperations(Communicator):
+class TorchOperations(Communicator, ABC):
     """The operations of torch.distributed; a subclass starts them in its process groups."""
 
     def allreduce_async(self, tensor: torch.Tensor, name: str) -> Pending:
@@ -42,8 +43,9 @@ class TorchOperations(Communicator):
         options.rootRank = root
         self._start(tensor, lambda group: group.broadcast([tensor], options), name).wait()
 
+    @abstractmethod
     def _start(self, tensor: torch.Tensor, operation: Callable[[Any], Any], name: str) -> Pending:
-        raise NotImplementedError
+        """Start `operation`, given the process group for `tensor`."""
 
 
 class TorchCommunicator(TorchOperations):
