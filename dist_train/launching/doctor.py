@@ -258,7 +258,7 @@ def check_known_data() -> tuple[Check, ...]:
 def check_configuration(config: Config) -> tuple[Check, ...]:
     """Check everything else that `train` refuses before its first step."""
     try:
-        from dist_train.launching.preflight import check_settings
+        from dist_train.launching.run import check_settings
     except (ImportError, OSError):
         return ()  # without torch, which another check reports
     try:

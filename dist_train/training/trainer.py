@@ -27,8 +27,8 @@ from dist_train.optim.schedules import LearningRate
 from dist_train.outcome import DivergedError, FaultError, StoppedError
 from dist_train.rundir.records import Detail, Epochs, EvaluationRecord, EventRecord, Record, TrainRecord
 from dist_train.rundir.status import StatusFile
-from dist_train.training.batches import Batches
 from dist_train.training.consistency import verify_agreement
+from dist_train.training.dealing import Batches
 from dist_train.training.evaluation import Evaluation, evaluate, recompute_statistics, statistics_samples
 from dist_train.training.measuring import Measuring, Profiler
 from dist_train.training.micro_batches import halve
