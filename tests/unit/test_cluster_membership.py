@@ -126,13 +126,19 @@ def meet(members: Sequence[Member], why: str = "") -> list[Generation]:
     return [made[number] for number in range(len(members))]
 
 
+def begin_training(server: MembershipServer, members: Sequence[Member]) -> None:
+    """Report that `members` train, and wait until the server has heard all of them."""
+    for each in members:
+        each.trains()
+    wait_for(lambda: sum(peer.has_state for peer in server.state.peers) == len(members))
+
+
 def test_ranks_meet_lose_one_and_meet_again() -> None:
     with serving(3, 5.0) as server:
         members = [member(server, slot) for slot in range(3)]
         first = meet(members)
         assert [each.rank for each in first] == [0, 1, 2]
-        for each in members:
-            each.trains()
+        begin_training(server, members)
         members[1].leave("failed: out of memory")
         left = [members[0], members[2]]
         wait_for(lambda: all(each.interruption for each in left))
@@ -149,8 +155,7 @@ def test_who_is_silent_is_expelled_and_ends_when_it_wakes(monkeypatch: pytest.Mo
     with serving(2, 0.5) as server:
         members = [member(server, slot, ended) for slot in range(2)]
         meet(members)
-        for each in members:
-            each.trains()
+        begin_training(server, members)
         monkeypatch.setattr(members[1]._connection, "send", lambda fields: None)  # as a process that SIGSTOP holds
         wait_for(lambda: members[0].interruption)
         assert "has not answered" in members[0].interruption
@@ -165,8 +170,7 @@ def test_who_beats_but_does_not_move_on_is_expelled() -> None:
     with serving(2, 0.5) as server:
         members = [member(server, slot, ended) for slot in range(2)]
         meet(members)
-        for each in members:
-            each.trains()
+        begin_training(server, members)
         members[0].pulse.move()
         members[0].pulse.rest()
         members[1].pulse.move()
@@ -232,8 +236,7 @@ def test_who_beats_but_does_not_stop_is_expelled() -> None:
     with serving(2, 0.5) as server:
         members = [member(server, slot, ended) for slot in range(2)]
         meet(members)
-        for each in members:
-            each.trains()
+        begin_training(server, members)
         (alone,) = meet(members[:1], "gradient.0: a rank does not come")
         assert (alone.rank, alone.size) == (0, 1)
         assert "has not stopped" in alone.lost[0]
@@ -262,7 +265,7 @@ def training_alone(most: int) -> Iterator[MembershipServer]:
     with serving(1, 5.0, most) as server:
         alone = member(server, 0)
         meet([alone])
-        alone.trains()
+        begin_training(server, [alone])
         yield server
         alone.leave("")
 
