@@ -24,6 +24,8 @@ SumOverRanks = Callable[[Tensor, str], None]  # sums a contiguous tensor over al
 
 _RUN = 128  # the most samples that one accumulator adds up
 
+_CACHED_VALUES = 100_000  # float32 values that, twice, stay in the cache of one core
+
 _FEW_VALUES = 8192  # per channel: so far, torch's backward pass, given accurate moments, errs below 2e-5
 
 
@@ -129,12 +131,12 @@ class _Normalize(torch.autograd.Function):
         if not fused:
             inputs = _channels_last(inputs)
         outputs = torch.empty_like(inputs)
-        groups = zip(inputs.split(group_sizes), outputs.split(group_sizes), strict=True)
+        groups = zip(_split(inputs, group_sizes), _split(outputs, group_sizes), strict=True)
         if fused:
             means, variances, scales = _normalize_fused(groups, len(group_sizes), weight, bias, epsilon)
         else:
             moments = [_normalize(group, weight, bias, epsilon, output, across) for group, output in groups]
-            means, variances, scales = (torch.stack(of_groups) for of_groups in zip(*moments, strict=True))
+            means, variances, scales = (_stack(of_groups) for of_groups in zip(*moments, strict=True))
         ctx.save_for_backward(inputs, weight, bias, means, scales)
         ctx.epsilon, ctx.group_sizes, ctx.across, ctx.fused = epsilon, group_sizes, across, fused
         ctx.mark_non_differentiable(means, variances)
@@ -148,15 +150,14 @@ class _Normalize(torch.autograd.Function):
             assert ctx.across is None, "sync norm has first derivatives only"
             return *_plain_gradients(ctx, upstream, "none"), None, None, None
         upstream = upstream if ctx.fused else _channels_last(upstream)
-        groups = zip(
-            inputs.split(ctx.group_sizes), upstream.split(ctx.group_sizes), means.unbind(), scales.unbind(), strict=True
-        )
-        values = max(ctx.group_sizes) * inputs[0, 0].numel()
+        sizes = ctx.group_sizes
+        groups = zip(_split(inputs, sizes), _split(upstream, sizes), means.unbind(), scales.unbind(), strict=True)
+        values = max(sizes) * inputs[0, 0].numel()
         if ctx.fused or (ctx.across is None and values <= _FEW_VALUES):
             of_inputs, of_weight, of_bias = _fused_gradients(weight, ctx.epsilon, groups)
         else:
             of_inputs = torch.empty_like(inputs)
-            of_groups = of_inputs.split(ctx.group_sizes)
+            of_groups = _split(of_inputs, sizes)
             gradients = [
                 _gradients(weight, ctx.across, *group, of_group)
                 for group, of_group in zip(groups, of_groups, strict=True)
@@ -196,6 +197,14 @@ def _torch_is_accurate(inputs: Tensor) -> bool:
     if inputs.dim() == 2:
         return len(inputs) <= _RUN
     return not inputs.is_contiguous(memory_format=torch.channels_last)
+
+
+def _split(samples: Tensor, group_sizes: Sequence[int]) -> Sequence[Tensor]:
+    return (samples,) if len(group_sizes) == 1 else samples.split(group_sizes)
+
+
+def _stack(of_groups: tuple[Tensor, ...]) -> Tensor:
+    return of_groups[0].unsqueeze(0) if len(of_groups) == 1 else torch.stack(of_groups)
 
 
 def _channels_last(images: Tensor) -> Tensor:
@@ -244,8 +253,9 @@ def _normalize(
     else:
         mean, variance, unbiased = _moments_across_ranks(mean, variance, values, across)
     scale = (variance + epsilon).rsqrt_()
-    factor = weight * scale
-    _multiply_add(group, factor, torch.addcmul(bias, mean, factor, value=-1.0), output)
+    unused = mean.new_empty(0)
+    # torch's kernel for evaluation, given this group's moments.
+    torch.native_batch_norm(group, weight, bias, mean, variance, False, 0.0, epsilon, out=(output, unused, unused))
     return mean, unbiased, scale
 
 
@@ -271,7 +281,7 @@ def _gradients(
     factor = weight * scale
     slope = factor * scale * mean_product
     term = torch.addcmul(slope * mean, factor, mean_gradient, value=-1.0)
-    _multiply_add(upstream, factor, term, of_group, group, slope.neg_())
+    _write_gradient(upstream, factor, group, slope.neg_(), term, of_group)
     return of_weight, of_bias
 
 
@@ -350,18 +360,20 @@ def _moments_across_ranks(
     return mean.float(), variance.float(), (variance * (count / (count - 1).clamp_(min=1.0))).float()
 
 
-def _multiply_add(
-    images: Tensor, factor: Tensor, term: Tensor, out: Tensor, others: Tensor | None = None, slope: Tensor | None = None
+def _write_gradient(
+    upstream: Tensor, factor: Tensor, group: Tensor, slope: Tensor, term: Tensor, output: Tensor
 ) -> None:
-    """Write images * factor + others * slope + term to `out`, computed in float32; factor, slope and term are [C]."""
-    shape = (-1, *(1,) * (images.dim() - 2))
-    single = out.dtype == torch.float32
-    if single or images.is_cuda:
-        result = torch.addcmul(term.view(shape), images, factor.view(shape), out=out if single else None)
-    else:  # on CPUs torch converts faster beforehand than while it computes
-        values = images.float()
-        result = torch.addcmul(term.view(shape), values, factor.view(shape), out=values)
-    if others is not None and slope is not None:
-        result.addcmul_(others.float(), slope.view(shape))
-    if not single:
-        out.copy_(result)
+    """Write upstream * factor + group * slope + term to `output`, computed in float32. Factor, slope and term are [C].
+
+    In half precision on CPUs, a part at a time whose float32 copies fit the core's cache.
+    """
+    shape = (-1, *(1,) * (group.dim() - 2))
+    factor, slope, term = factor.view(shape), slope.view(shape), term.view(shape)
+    if output.dtype == torch.float32:
+        torch.addcmul(term, upstream, factor, out=output).addcmul_(group, slope)
+        return
+    samples = len(group) if group.is_cuda else max(1, _CACHED_VALUES // group[0].numel())
+    for of_output, *of_inputs in zip(output.split(samples), upstream.split(samples), group.split(samples), strict=True):
+        result, values = (part.float() for part in of_inputs)
+        torch.addcmul(term, result, factor, out=result).addcmul_(values, slope)
+        of_output.copy_(result)
