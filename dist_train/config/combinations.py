@@ -197,6 +197,12 @@ def _noise(config: Config) -> Iterator[Problem]:
             f"batch.global_size is a multiple of {noise.points} micro-batches, or set noise.passes to all"
         )
         yield Problem("noise.passes", wrong, code="passes-unequal", allowed="all")
+    if noise.target_rise is not None and noise.schedule.kind != "constant":
+        wrong = "the amplitude follows either a schedule or the measured rise; set noise.schedule to {kind: constant}"
+        yield Problem("noise.target_rise", wrong, code="target-rise-schedule", allowed="null")
+    if noise.target_rise is not None and noise.amplitude == 0:
+        wrong = "the amplitude is multiplied until the rise is reached, and must begin above 0"
+        yield Problem("noise.amplitude", wrong, code="target-rise-amplitude", allowed="above 0")
     if config.model.norm == "sync" and _perturbs(config) and noise.sharing == "rank":
         wrong = (
             "sync norm takes its statistics over all ranks, which must then hold the same weights; "
@@ -309,7 +315,7 @@ _UNUSED: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
     ("noise.distribution", _is_sam, "this method draws nothing"),
     *(
         (f"noise.{name}", lambda c: not _perturbs(c), "this noise.method does not average over draws")
-        for name in ("draws", "antithetic", "mix", "passes")
+        for name in ("draws", "antithetic", "mix", "passes", "target_rise")
     ),
     *(
         (f"noise.{name}", lambda c: c.noise.method == "ivon", "ivon has its own way of drawing")

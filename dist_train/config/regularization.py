@@ -120,6 +120,10 @@ class NoiseSettings(Section):
     """Draws of noise per step. global: one for all ranks. rank: one per rank. micro_batch: one per micro-batch."""
     schedule: NoiseSchedule = Field(default_factory=ConstantSchedule)
     """c(t), the factor on the amplitude at step t of T."""
+    target_rise: PositiveFloat | None = Field(None, examples=[0.05])
+    """By how much the noise shall raise the training loss: the amplitude, which begins as `amplitude`, then follows the
+    rise that each update measures on its first micro-batch. null: the amplitude does not depend on the loss.
+    """
     exclude: tuple[str, ...] = Field(("norm",), examples=[["norm", "bias"]])
     """Weights without noise: norm, bias, or patterns of parameter names (*, ?)."""
     draws: PositiveInt = Field(1, examples=[4])

@@ -8,7 +8,8 @@ is not w in floating point.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import cast
 
@@ -24,6 +25,8 @@ from dist_train.optim.schedules import noise_factor
 
 Ascend = Callable[[], None]  # takes a micro-batch's gradient at the current weights into `FlatWeights.gradients`
 
+
+_FASTEST = 1.1  # factor by which an amplitude may change in one update
 
 _AMPLITUDE_PER_DEVIATION = math.sqrt(3.0)  # a draw of amplitude 1 has variance 1/3
 
@@ -48,21 +51,21 @@ class Noise:
     total_steps: int
     rank: int
 
-    kept: dict[str, Tensor] = field(default_factory=dict, init=False)  # [n] each; checkpoints hold it
+    kept: dict[str, Tensor] = field(default_factory=dict, init=False)  # checkpoints hold it, [n] by parameter
 
     def __post_init__(self) -> None:
         pass  # subclasses create their buffers
 
     def load(self, kept: Mapping[str, Tensor]) -> None:
         """Restore `kept` from what `state` returned."""
-        for name, values in self.kept.items():
-            for parameter, view in self.weights.named(values).items():
-                view.copy_(kept[f"{name}.{parameter}"])
+        for name, view in self.state().items():
+            view.copy_(kept[name])
 
     def state(self) -> dict[str, Tensor]:
-        """Return `kept` as checkpoints hold it: a tensor for each name and parameter."""
-        named = {name: self.weights.named(values) for name, values in self.kept.items()}
-        return {f"{name}.{each}": view for name, views in named.items() for each, view in views.items()}
+        """Return `kept` as checkpoints hold it: a view for each name and, where it has n values, parameter."""
+        whole = {name: values for name, values in self.kept.items() if values.shape != self.weights.values.shape}
+        named = {name: self.weights.named(values) for name, values in self.kept.items() if name not in whole}
+        return whole | {f"{name}.{each}": view for name, views in named.items() for each, view in views.items()}
 
     def points(self, micro_batch: int) -> Sequence[Point]:
         """Return the points at which the gradient of a micro-batch is taken; every micro-batch has as many."""
@@ -78,6 +81,11 @@ class Noise:
     def perturb_for(self, micro_batch: int, ascend: Ascend, point: Point = Point()) -> None:
         """Move the perturbed weights to `point` of `micro_batch`, unless all micro-batches share one point."""
 
+    @contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Let the model compute with the clean weights within the block."""
+        yield
+
     def restore(self) -> None:
         """Let the model compute with the clean weights again."""
 
@@ -86,6 +94,9 @@ class Noise:
 
     def after_update(self, step: int) -> None:
         """Change the weights after the optimizer has made update `step`."""
+
+    def follow(self, step: int, rise: float) -> None:
+        """Adapt the noise to `rise`, by which it raised the mean loss of the first micro-batch of `step`."""
 
     def digest(self, step: int) -> int:
         """Return a digest of the noise of `step`, the last update; equal on ranks that agree."""
@@ -109,6 +120,14 @@ class _Perturbing(_Scheduled):
         self._step = step
         self.weights.compute_with(self._views)
 
+    @contextmanager
+    def lifted(self) -> Iterator[None]:
+        self.weights.compute_with_values()
+        try:
+            yield
+        finally:
+            self.weights.compute_with(self._views)
+
     def restore(self) -> None:
         self.weights.compute_with_values()
 
@@ -119,6 +138,9 @@ class SmoothOut(_Perturbing):
     `sharing: global` makes one draw per step, `rank` one per rank, `micro_batch` one per micro-batch of the global
     batch, whichever rank computes it. `draws` multiplies them; with `antithetic`, each draw is also taken with the
     opposite sign (NSO, arXiv 2306.08553); `mix` below 1 adds the clean weights as a point (m-RWP, arXiv 2404.00357).
+
+    With `target_rise` the amplitude follows the measured rises, as `kept["strength"]` says: three float64, an update's
+    number, and the factors on the amplitude before it and from it on.
     """
 
     def __post_init__(self) -> None:
@@ -134,6 +156,31 @@ class SmoothOut(_Perturbing):
         self._points = tuple(points)
         self._turns = len(points) if settings.passes == "one" else 1  # micro-batches in a row that share the draws
         self._has_one_point = len(points) == 1 and settings.sharing != "micro_batch"  # for all micro-batches
+        if settings.target_rise is not None:
+            self.kept["strength"] = torch.tensor((0.0, 1.0, 1.0), dtype=torch.float64, device=self._perturbed.device)
+
+    def amplitude(self, step: int) -> float:
+        """Return a c(t), times the strength that follows the measured rises, if it does."""
+        amplitude = super().amplitude(step)
+        if "strength" not in self.kept:
+            return amplitude
+        since, before, now = map(float, self.kept["strength"].tolist())
+        return amplitude * (now if step >= since else before)
+
+    def follow(self, step: int, rise: float) -> None:
+        """Let the next amplitude be larger if `rise` is below the target, and smaller if it is above.
+
+        For small noise the rise is proportional to the amplitude squared: a fourth root goes half of the way.
+        """
+        if self.settings.target_rise is None:
+            return
+        # Of roots, all computers give the same bits.
+        factor = math.sqrt(math.sqrt(self.settings.target_rise / rise)) if rise > 0 else _FASTEST
+        strength = self.kept["strength"]
+        now = float(strength[2])
+        strength.copy_(
+            torch.tensor((step + 1.0, now, now * min(max(factor, 1 / _FASTEST), _FASTEST)), dtype=torch.float64)
+        )
 
     def points(self, micro_batch: int) -> Sequence[Point]:
         """Return all points or, if micro-batches take turns, the one of `micro_batch` with the weight of all."""

@@ -197,7 +197,7 @@ def _check_adasum(comm: Communicator, share: float, device: torch.device) -> Non
         )
 
 
-_LOSS, _CORRECT, _SAMPLES, _OUT_OF_RANGE, _OUT_OF_MEMORY, _STOP, _MEET, _SLOTS = range(8)
+_LOSS, _CORRECT, _SAMPLES, _RISE, _RISE_SAMPLES, _OUT_OF_RANGE, _OUT_OF_MEMORY, _STOP, _MEET, _SLOTS = range(10)
 
 _TERM_LIMIT = LOSSES.term_limit(4096)
 """As many micro-batches as any global batch or split in use has; their sum cannot leave the range."""
@@ -210,6 +210,8 @@ class TallyResult:
     loss: float
     accuracy: float
     samples: int
+    rise: float
+    """Mean of what `Tally.add_rise` was given, per sample; 0 if nothing was."""
     out_of_range: int
     out_of_memory: int
     stop: int
@@ -252,6 +254,12 @@ class Tally:
         self._losses.append(loss_sum.detach())
         self._correct.append(logits.argmax(dim=1) == labels)
         self._samples += len(labels)
+
+    def add_rise(self, loss_sum: torch.Tensor, clean_loss_sum: torch.Tensor, samples: int) -> None:
+        """Count by how much the summed loss of `samples` samples is larger with the noise than without."""
+        rise = (loss_sum.detach() - clean_loss_sum).to(torch.float64)
+        self._counts[_RISE].add_(LOSSES.encode(torch.where(rise.abs() < _TERM_LIMIT, rise, 0.0)))
+        self._counts[_RISE_SAMPLES].add_(samples)
 
     def count(self, out_of_range: torch.Tensor | None = None) -> None:
         """Add to the counts on the device what was noted since the last call, and whether a gradient was out of range.
@@ -309,6 +317,7 @@ class Tally:
             loss=counts[_LOSS] * 2.0**-LOSSES.bits / samples if samples else 0.0,
             accuracy=counts[_CORRECT] / samples if samples else 0.0,
             samples=samples,
+            rise=counts[_RISE] * 2.0**-LOSSES.bits / max(counts[_RISE_SAMPLES], 1),
             out_of_range=counts[_OUT_OF_RANGE],
             out_of_memory=counts[_OUT_OF_MEMORY],
             stop=counts[_STOP],

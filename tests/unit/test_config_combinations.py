@@ -166,6 +166,18 @@ def parse(settings: dict[str, Any]) -> Config:
             {"noise": {**NOISE, "mix": 0.5, "passes": "one"}, "batch": {"global_size": 64, "micro_size": 32}},
         ),
         (
+            {"noise": {**NOISE, "target_rise": 0.05, "schedule": {"kind": "cosine"}}},
+            "noise.target_rise",
+            "target-rise-schedule",
+            {"noise": {**NOISE, "target_rise": 0.05}},
+        ),
+        (
+            {"noise": {**NOISE, "target_rise": 0.05, "amplitude": 0.0}},
+            "noise.amplitude",
+            "target-rise-amplitude",
+            {"noise": {**NOISE, "target_rise": 0.05}},
+        ),
+        (
             {"noise": {**NOISE, "antithetic": True, "passes": "one"}},
             "noise.passes",
             "passes-unequal",

@@ -76,6 +76,35 @@ def test_weights_that_are_not_finite_come_back_too() -> None:
     assert torch.equal(weights.values.view(torch.int32), clean.view(torch.int32))
 
 
+def test_lifted_noise_comes_back_as_it_was() -> None:
+    weights = weights_of()
+    noise = a_noise(weights)
+    with perturbed(noise, 0):
+        noisy = in_force(weights).clone()
+        with noise.lifted():
+            assert torch.equal(in_force(weights), weights.values)
+        assert torch.equal(in_force(weights), noisy)
+
+
+@PROPERTY
+@given(st.floats(1e-3, 1e3), st.floats(1e-3, 1.0))
+def test_the_amplitude_reaches_that_of_the_target_rise(curvature: float, target: float) -> None:
+    noise = a_noise(weights_of(), target_rise=target)
+    for step in range(150):
+        used = noise.amplitude(step)
+        noise.follow(step, curvature * used**2)
+        assert noise.amplitude(step) == used, "that of the last update does not change"
+        assert 1 / 1.11 < noise.amplitude(step + 1) / used < 1.11
+    assert curvature * noise.amplitude(150) ** 2 == pytest.approx(target, rel=0.01)
+
+
+@pytest.mark.parametrize("rise", [0.0, -0.5])
+def test_noise_that_raises_no_loss_grows(rise: float) -> None:
+    noise = a_noise(weights_of(), target_rise=0.1)
+    noise.follow(0, rise)
+    assert noise.amplitude(1) == pytest.approx(1.1 * AMPLITUDE)
+
+
 @PROPERTY
 @given(st.sampled_from(["global", "micro_batch"]), st.integers(0, 2**40), st.integers(0, 2**20), st.integers(0, 64))
 def test_promise_4_two_ranks_draw_the_same(sharing: str, seed: int, step: int, micro_batch: int) -> None:

@@ -66,6 +66,15 @@ class Plain:
 
             yield part.index, gradient, part.size
 
+    def first_loss(self, step: int, at: Tensors) -> float:
+        """Return the mean loss of the step's first micro-batch at given weights."""
+        size = self.config.batch.global_size
+        part = BatchPlan(size, int(self.config.batch.micro_size)).micro_batches[0]
+        inputs, labels = self._samples.read(BatchRequest(self._order[step * size :][part.start : part.stop], 0))
+        names = [name for name, _ in self.model.named_parameters()]
+        logits = torch.func.functional_call(self.model, dict(zip(names, at, strict=True)), inputs)
+        return float(functional.cross_entropy(logits, labels))
+
     def gradient(self, step: int, at: Callable[[int], Sequence[tuple[float, Tensors]]]) -> Tensors:
         """Return the sum over micro-batches of their gradients at (share, weights), as `at` says by their index."""
         total = [torch.zeros_like(weight) for weight in self.weights]
@@ -96,6 +105,16 @@ def late_noise(plain: Plain, step: int, rate: float) -> None:
     amplitude = 0.0 if step < 0.3 * TOTAL else 0.05
     noisy = plain.moved(plain.u(step), amplitude)
     plain.descend(plain.gradient(step, lambda index: [(1.0, noisy)]), rate)
+
+
+def target_rise(plain: Plain, step: int, rate: float) -> None:
+    """The amplitude moves towards that of the rise, by at most a tenth an update."""
+    [strength] = plain.kept.setdefault("strength", [torch.ones(())])
+    noisy = plain.moved(plain.u(step), 0.2 * float(strength))
+    rise = plain.first_loss(step, noisy) - plain.first_loss(step, plain.weights)
+    plain.descend(plain.gradient(step, lambda index: [(1.0, noisy)]), rate)
+    factor = (0.5 / rise) ** 0.25 if rise > 0 else math.inf
+    plain.kept["strength"] = [strength * min(max(factor, 1 / 1.1), 1.1)]
 
 
 def m_rwp(plain: Plain, step: int, rate: float) -> None:
@@ -208,6 +227,7 @@ EVEN = {"batch": {"global_size": 24, "micro_size": 6}}
 MICRO = {"sharing": "micro_batch"}
 RIVALS: dict[Callable[[Plain, int, float], None], dict[str, Any]] = {
     late_noise: {"noise": {"amplitude": 0.05, "schedule": {"kind": "late", "start": 0.3}}},
+    target_rise: {"noise": {"amplitude": 0.2, "target_rise": 0.5}},
     m_rwp: {"noise": {"amplitude": 0.05, "mix": 0.3, **MICRO}},
     m_rwp_by_turns: {"noise": {"amplitude": 0.05, "mix": 0.3, "passes": "one"}, **EVEN},
     nso: {"noise": {"amplitude": 0.05, "draws": 2, "antithetic": True, **MICRO}},
