@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -20,6 +21,7 @@ from dist_train.rundir import atomic
 from dist_train.rundir.atomic import json_text
 
 FORMAT = 1
+_DAMAGED = ".damaged"
 _NAME = re.compile(r"step-(\d{8,})\.pt")
 _TYPES: Mapping[str, type | tuple[type, ...]] = {
     "step": int,
@@ -36,6 +38,10 @@ Metrics = Mapping[str, float | int | None]
 
 class DamagedCheckpointError(UsageError):
     """A checkpoint's bytes are not the ones that were written."""
+
+
+class NoWholeCheckpointError(UsageError):
+    """Every checkpoint of a run is damaged."""
 
 
 @dataclass(frozen=True)
@@ -101,18 +107,24 @@ def write_checkpoint(directory: Path, contents: Contents, before_publishing: Cal
 
 
 def list_checkpoints(directory: Path) -> list[CheckpointFile]:
-    """Return the checkpoints in `directory` that have a readable record, earliest first, without verifying digests."""
+    """Return the checkpoints in `directory` that have a whole record, earliest first, without verifying digests.
+
+    Raises OSError.
+    """
     files = []
     for path in _step_files(directory):
         try:
             files.append(read_record(path))
         except DamagedCheckpointError:
-            _logger.debug("%s has no readable record", path)
+            _logger.debug("%s has no whole record", path)
     return sorted(files, key=lambda file: file.step)
 
 
 def read_record(path: Path) -> CheckpointFile:
-    """Read the record beside the checkpoint at `path`. Raises DamagedCheckpointError."""
+    """Read the record beside the checkpoint at `path`. Raises DamagedCheckpointError or OSError.
+
+    A record that exists and cannot be read at the moment, as when a file server does not answer, is not damaged.
+    """
     record = path.with_suffix(".json")
     try:
         fields = json.loads(atomic.read_regular(record))
@@ -125,6 +137,8 @@ def read_record(path: Path) -> CheckpointFile:
             dict(fields["metrics"]),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOENT, errno.EINVAL):
+            raise
         raise DamagedCheckpointError(
             f"{path} is damaged: its record {record.name} cannot be read", code="checkpoint-record"
         ) from error
@@ -143,7 +157,10 @@ def find_checkpoint(target: Path) -> Path:
 
 
 def read_checkpoint(path: Path) -> Contents:
-    """Return the verified contents of the checkpoint at `path`. Raises DamagedCheckpointError or UsageError."""
+    """Return the verified contents of the checkpoint at `path`.
+
+    Raises DamagedCheckpointError, UsageError or OSError.
+    """
     if not path.is_file():
         raise UsageError(f"{path}: there is no such checkpoint", code="checkpoint-missing")
     record = read_record(path)
@@ -202,37 +219,42 @@ def _contents(path: Path, fields: Mapping[str, Any]) -> Contents:
 
 
 def newest_whole(directory: Path, report_damage: Callable[[Path, str], None]) -> Contents | None:
-    """Return the latest whole checkpoint, if any, and rename damaged ones. Raises UsageError if all are damaged."""
+    """Return the latest whole checkpoint, if any, and rename damaged ones with their records.
+
+    Raises:
+        NoWholeCheckpointError: all are damaged, now or when the run was started before.
+        OSError: a file cannot be read at the moment; nothing is renamed for it.
+    """
     if not directory.is_dir():
         return None
-    paths = sorted(_step_files(directory), key=lambda path: int(path.stem.removeprefix("step-")), reverse=True)
-    damaged = 0
-    for path in paths:
+    for path in sorted(_step_files(directory), key=_step_of, reverse=True):
         try:
             return read_checkpoint(path)
         except DamagedCheckpointError as error:
-            if path.with_suffix(".json").exists():
-                damaged += 1
-                report_damage(path, str(error))
-                path.rename(path.with_suffix(".pt.damaged"))
-            else:
-                # The writer was killed between the two renames: this checkpoint was never published.
-                path.unlink()
-            path.with_suffix(".json").unlink(missing_ok=True)
-    if damaged:
-        raise UsageError(
-            f"every checkpoint in {directory} is damaged (renamed to *.damaged): "
-            f"start a new run in another directory (run.name), or set run.resume to an intact checkpoint",
+            record = path.with_suffix(".json")
+            if not record.exists():
+                continue  # the writer was killed between the two renames: this checkpoint was never published
+            report_damage(path, str(error))
+            for file in (path, record):
+                file.rename(f"{file}{_DAMAGED}")
+    if any(directory.glob(f"step-*.pt{_DAMAGED}")):
+        raise NoWholeCheckpointError(
+            f"every checkpoint in {directory} is damaged (renamed to *{_DAMAGED}): start a new run in another "
+            f"directory (run.name), set run.resume to an intact checkpoint, or delete them to begin again",
             code="no-whole-checkpoint",
         )
     return None
 
 
 def prune(directory: Path, *, keep: int, best_step: int | None) -> None:
-    """Delete all checkpoints but the last `keep` and that of `best_step`."""
-    for file in list_checkpoints(directory)[:-keep]:
+    """Delete all checkpoints but the last `keep` and that of `best_step`, and older ones that were never published."""
+    published = list_checkpoints(directory)
+    for file in published[:-keep]:
         if file.step != best_step:
             remove_checkpoint(file.path)
+    for path in _step_files(directory):
+        if published and _step_of(path) < published[-1].step and not path.with_suffix(".json").exists():
+            path.unlink()
 
 
 def remove_checkpoint(path: Path) -> None:
@@ -250,6 +272,10 @@ def adopt(fallback: Path, directory: Path) -> None:
             atomic.write_bytes(directory / source.name, source.read_bytes())
     for file in in_fallback:
         remove_checkpoint(file.path)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.stem.removeprefix("step-"))
 
 
 def _step_files(directory: Path) -> list[Path]:

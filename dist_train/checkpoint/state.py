@@ -15,7 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dist_train.checkpoint.files import Contents, adopt, find_checkpoint, newest_whole, read_record, read_stored
+from dist_train.checkpoint.files import (
+    Contents,
+    NoWholeCheckpointError,
+    adopt,
+    find_checkpoint,
+    newest_whole,
+    read_record,
+    read_stored,
+)
 from dist_train.cluster.communicator import Communicator, broadcast_str
 from dist_train.config import Config, differences, parse_config
 from dist_train.config.resuming import with_decisions
@@ -53,7 +61,11 @@ def find_resume_point(config: Config, directory: RunDirectory) -> ResumePoint:
     damage: dict[str, str] = {}
     contents = None
     if named is None or named.resolve().parent != checkpoints.resolve():
-        contents = newest_whole(checkpoints, lambda path, text: damage.update({path.name: text}))
+        try:
+            contents = newest_whole(checkpoints, lambda path, text: damage.update({path.name: text}))
+        except NoWholeCheckpointError:
+            if named is None:
+                raise
     if contents is None and named is not None:
         # The run starts from another run's checkpoint; once it has its own, it resumes from that, as when requeued.
         contents = read_stored(named).contents

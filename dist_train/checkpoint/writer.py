@@ -122,7 +122,10 @@ class CheckpointWriter:
             file = self._write_with_retries(contents)
             if file is None:
                 return
-            prune(self.directory, keep=self.settings.keep, best_step=best_step)
+            try:
+                prune(self.directory, keep=self.settings.keep, best_step=best_step)
+            except OSError as error:
+                _logger.warning("older checkpoints than that of step %d cannot be deleted: %s", contents.step, error)
         except Exception as error:
             self._results.put(NotWritten(contents.step, error))
             return

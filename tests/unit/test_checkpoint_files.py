@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from dist_train.checkpoint.files import (
     Contents,
     DamagedCheckpointError,
+    NoWholeCheckpointError,
     list_checkpoints,
     newest_whole,
     prune,
@@ -157,7 +158,9 @@ class TestNewestWhole:
         assert names(tmp_path) == [
             "step-00000001.json",
             "step-00000001.pt",
+            "step-00000002.json.damaged",
             "step-00000002.pt.damaged",
+            "step-00000003.json.damaged",
             "step-00000003.pt.damaged",
         ]
         again, damage = newest(tmp_path)
@@ -170,13 +173,39 @@ class TestNewestWhole:
         found, damage = newest(tmp_path)
         assert found is not None
         assert (found.step, damage) == (1, {})
+        prune(tmp_path, keep=1, best_step=None)
+        assert "step-00000002.pt" in names(tmp_path), "its record may be on its way"
+        write(tmp_path, 3)
+        prune(tmp_path, keep=1, best_step=None)
+        assert names(tmp_path) == ["step-00000003.json", "step-00000003.pt"]
+
+    def test_promise_6_one_that_cannot_be_read_at_the_moment_is_not_damaged(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for step in (1, 2):
+            write(tmp_path, step)
+
+        def fail(path: Path) -> bytes:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+
+        before = names(tmp_path)
+        with monkeypatch.context() as patched:
+            patched.setattr(atomic, "read_regular", fail)
+            with pytest.raises(OSError, match=r"step-00000002\.json"):
+                newest(tmp_path)
+        assert names(tmp_path) == before
+        found, damage = newest(tmp_path)
+        assert found is not None
+        assert (found.step, damage) == (2, {})
 
     def test_when_every_one_is_damaged_the_run_does_not_silently_start_anew(self, tmp_path: Path) -> None:
         for step in (1, 2):
             write(tmp_path, step).path.write_bytes(b"")
-        with raises(UsageError, "no-whole-checkpoint"):
-            newest(tmp_path)
-        assert names(tmp_path) == ["step-00000001.pt.damaged", "step-00000002.pt.damaged"]
+        for _ in range(2):  # nor when it is started once more
+            with raises(NoWholeCheckpointError, "no-whole-checkpoint"):
+                newest(tmp_path)
+        set_aside = [f"step-0000000{step}.{kind}.damaged" for step in (1, 2) for kind in ("json", "pt")]
+        assert names(tmp_path) == set_aside
 
     def test_other_files_are_not_taken_for_checkpoints(self, tmp_path: Path) -> None:
         write(tmp_path, 1)

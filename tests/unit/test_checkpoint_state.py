@@ -169,6 +169,17 @@ def test_a_damaged_checkpoint_is_told(tmp_path: Path) -> None:
     assert list(resume_point.damage) == ["step-00000004.pt"]
 
 
+def test_a_run_without_a_whole_checkpoint_starts_from_the_one_that_is_named(tmp_path: Path) -> None:
+    directory, other = run_with(tmp_path / "damaged", 2), run_with(tmp_path / "other", 3)
+    (directory.checkpoints / "step-00000002.pt").write_bytes(b"")
+    for _ in range(2):
+        with raises(UsageError, "no-whole-checkpoint"):
+            find_resume_point(Config(), directory)
+    found = find_resume_point(parse(run={"resume": str(other.checkpoint(3))}), directory).contents
+    assert found is not None
+    assert found.step == 3
+
+
 def test_a_run_of_an_earlier_version_is_resumed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """`former_run` was saved when ranks had another name, half-way; `undisturbed.pt` is where that version ended."""
     former = Path(__file__).with_name("former_run")
