@@ -36,7 +36,10 @@ class Launch:
 
 
 def current_launch(environment: Mapping[str, str] = os.environ) -> Launch:
-    """Return the launch by horovodrun, mpirun, srun, torchrun, dist-train launch, or none. Raises UsageError."""
+    """Return the launch by horovodrun, mpirun, srun, torchrun, dist-train launch, env://, or none. Raises UsageError.
+
+    env:// is torch's name for variables that something else has set, such as Kubeflow's PyTorchJob.
+    """
     if "OMPI_COMM_WORLD_SIZE" in environment:
         for name in ("HOROVOD_CONTROLLER", "HOROVOD_CPU_OPERATIONS"):
             if environment.get(name, "").lower() == "gloo":
@@ -55,6 +58,14 @@ def current_launch(environment: Mapping[str, str] = os.environ) -> Launch:
         return Launch("srun", size, int(environment["SLURM_PROCID"]), _store_of_slurm(environment))
     if "HOROVOD_SIZE" in environment:
         return Launch("horovodrun", int(environment["HOROVOD_SIZE"]), int(environment["HOROVOD_RANK"]))
+    if "RANK" in environment and environment.get("WORLD_SIZE", "1") != "1":
+        if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]:
+            raise UsageError(
+                f"RANK and WORLD_SIZE={environment['WORLD_SIZE']} are set, but not {missing[0]}, where the ranks meet: "
+                f"set it too, or unset RANK to train with one rank",
+                code="launch-variables",
+            )
+        return Launch("env://", int(environment["WORLD_SIZE"]), int(environment["RANK"]), _store_of_torch(environment))
     return Launch("alone", 1, 0)
 
 

@@ -29,6 +29,7 @@ from tests.launching import (
     weights_digest,
     write_config,
 )
+from tests.services.servers import free_port
 from tests.waiting import PATIENCE, wait_for_lines, wait_until_gone
 
 pytestmark = pytest.mark.ranks
@@ -162,12 +163,17 @@ def test_torchrun_is_bit_identical_to_one_rank(tmp_path: Path) -> None:
     assert weights_digest(tmp_path / "torchrun") == weights_digest(tmp_path / "alone")
 
 
-def test_slurm_variables_suffice_to_start_ranks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", ["srun", "env://"])
+def test_its_variables_suffice_to_start_ranks(tmp_path: Path, launcher: str) -> None:
     config = write_config(tmp_path, small_settings(run={"max_steps": 5}))
     train_ranks(1, "alone", config, tmp_path / "alone")
-    step = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost"}
+    if launcher == "srun":
+        step = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}
+        shared, of_rank = {**step, "SLURM_STEP_NODELIST": "localhost"}, "SLURM_PROCID"
+    else:
+        shared, of_rank = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}, "RANK"
     command = ("train", config, "comm.engine=torch", "--run-dir", str(tmp_path / "run"))
-    tasks = [start(1, "alone", *command, extra={**step, "SLURM_PROCID": str(rank)}) for rank in range(2)]
+    tasks = [start(1, "alone", *command, extra={**shared, of_rank: str(rank)}) for rank in range(2)]
     outputs = [task.communicate(timeout=PATIENCE)[0] for task in tasks]
     assert [task.returncode for task in tasks] == [0, 0], outputs
     assert weights_digest(tmp_path / "run") == weights_digest(tmp_path / "alone")

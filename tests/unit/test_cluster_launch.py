@@ -38,6 +38,7 @@ OURS = {
     "MASTER_PORT": "4711",
     "DIST_TRAIN_LISTEN_FD": "5",
 }
+ENV = {"RANK": "5", "WORLD_SIZE": "8", "MASTER_ADDR": "job-master-0", "MASTER_PORT": "23456"}
 BATCH_SCRIPT = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}
 
 
@@ -53,6 +54,10 @@ BATCH_SCRIPT = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}
         (TORCHRUN, Launch("torchrun", 4, 3, StoreAddress("n1", 29400, "dist_train.r.2", is_served=True))),
         ({**SRUN, **TORCHRUN}, Launch("torchrun", 4, 3, StoreAddress("n1", 29400, "dist_train.r.2", is_served=True))),
         (OURS, Launch("dist-train launch", 2, 0, StoreAddress("127.0.0.1", 4711, "dist_train..0", listen_fd=5))),
+        (ENV, Launch("env://", 8, 5, StoreAddress("job-master-0", 23456, "dist_train..0"))),
+        ({**ENV, **MPIRUN}, Launch("mpirun", 4, 3)),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, Launch("alone", 1, 0)),
+        ({"WORLD_SIZE": "8"}, Launch("alone", 1, 0)),
         # mpirun and horovodrun within a Slurm job see its variables too
         ({**SRUN, **MPIRUN}, Launch("mpirun", 4, 3)),
         ({**SRUN, **HOROVODRUN}, Launch("horovodrun", 2, 1)),
@@ -63,6 +68,12 @@ BATCH_SCRIPT = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}
 )
 def test_each_launcher_is_known_by_its_variables(environment: dict[str, str], launch: Launch) -> None:
     assert current_launch(environment) == launch
+
+
+@pytest.mark.parametrize("missing", ["MASTER_ADDR", "MASTER_PORT"])
+def test_ranks_that_cannot_meet_do_not_train_alone(missing: str) -> None:
+    with raises(UsageError, "launch-variables"):
+        current_launch({name: value for name, value in ENV.items() if name != missing})
 
 
 @pytest.mark.parametrize("name", ["HOROVOD_CONTROLLER", "HOROVOD_CPU_OPERATIONS"])
