@@ -222,21 +222,30 @@ def newest_whole(directory: Path, report_damage: Callable[[Path, str], None]) ->
     """Return the latest whole checkpoint, if any, and rename damaged ones with their records.
 
     Raises:
-        NoWholeCheckpointError: all are damaged, now or when the run was started before.
+        NoWholeCheckpointError: all are damaged or without a record, now or when the run was started before.
         OSError: a file cannot be read at the moment; nothing is renamed for it.
     """
     if not directory.is_dir():
         return None
+    without_record = 0
     for path in sorted(_step_files(directory), key=_step_of, reverse=True):
         try:
             return read_checkpoint(path)
         except DamagedCheckpointError as error:
             record = path.with_suffix(".json")
             if not record.exists():
-                continue  # the writer was killed between the two renames: this checkpoint was never published
+                without_record += 1
+                continue
             report_damage(path, str(error))
             for file in (path, record):
                 file.rename(f"{file}{_DAMAGED}")
+    # A writer that is killed between its two renames leaves one checkpoint that was never published.
+    if without_record > 1:
+        raise NoWholeCheckpointError(
+            f"{directory} holds checkpoints, but not their records: copy step-*.json, too, start a new run in another "
+            f"directory (run.name), or delete them to begin again",
+            code="no-whole-checkpoint",
+        )
     if any(directory.glob(f"step-*.pt{_DAMAGED}")):
         raise NoWholeCheckpointError(
             f"every checkpoint in {directory} is damaged (renamed to *{_DAMAGED}): start a new run in another "

@@ -179,6 +179,16 @@ class TestNewestWhole:
         prune(tmp_path, keep=1, best_step=None)
         assert names(tmp_path) == ["step-00000003.json", "step-00000003.pt"]
 
+    def test_promise_6_several_without_records_are_not_passed_over(self, tmp_path: Path) -> None:
+        for step in (1, 2):
+            write(tmp_path, step).path.with_suffix(".json").unlink()
+        before = names(tmp_path)
+        with raises(NoWholeCheckpointError, "no-whole-checkpoint"):
+            newest(tmp_path)
+        assert names(tmp_path) == before
+        (tmp_path / "step-00000002.pt").unlink()
+        assert newest(tmp_path) == (None, {}), "the run was killed while it published its first"
+
     def test_promise_6_one_that_cannot_be_read_at_the_moment_is_not_damaged(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
