@@ -222,6 +222,7 @@ def broadcast_state(
 
 _FILES = (".safetensors", ".pth", ".pt", ".bin")
 _TORCHVISION = "torchvision:"
+_WRAPPER_PREFIX = re.compile(r"^((module|_orig_mod)\.)+")
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 _NORM_BUFFERS = (".num_batches_tracked", ".running_mean", ".running_var")
 
@@ -274,7 +275,8 @@ def read_initial(source: Path, model: str) -> InitialWeights:
     """Return the weights of `source`: a run, a checkpoint, a file of weights, or `torchvision:NAME`.
 
     A file of weights is a `.safetensors` file, or a state dict saved by `torch.save`, from which no code is run. The
-    state dict may be nested under `state_dict` or `model`, and names may begin with `module.`, as wrappers leave them.
+    state dict may be nested under `state_dict` or `model`, and names may begin with `module.` or `_orig_mod.`, as
+    DistributedDataParallel and torch.compile leave them.
     Raises UsageError if there is no such file, or it does not hold weights.
     """
     path = find_initial(source, model)
@@ -341,7 +343,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         ) from error
     while isinstance(content, Mapping) and (inner := next((content[key] for key in _WRAPPERS if key in content), None)):
         content = inner
-    tensors = {str(name).removeprefix("module."): value for name, value in dict(content).items()} if content else {}
+    tensors = {_WRAPPER_PREFIX.sub("", str(name)): value for name, value in dict(content).items()} if content else {}
     if not tensors or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise UsageError(f"{path} does not hold tensors by name only", code="weights-unreadable")
     return tensors

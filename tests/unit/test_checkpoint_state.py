@@ -237,7 +237,7 @@ def test_weights_are_taken_and_a_head_of_other_classes_is_the_seeds(
     if path.suffix == ".safetensors":
         save_file(published, path)
     else:
-        parallel = {f"module.{name}": tensor for name, tensor in published.items()}
+        parallel = {f"module._orig_mod.{name}": tensor for name, tensor in published.items()}
         contents: dict[str, Any] = {
             "plain": published,
             "wrapped": {"epoch": 3, "state_dict": published},
