@@ -141,8 +141,10 @@ count_ranks() {
 # check_gpus TASKS: refuses allocations without one rank per GPU and equally many GPUs per node. One task per node is
 # allowed, because the scripts request it by default.
 check_gpus() {
-    local each counts
-    if [[ ${SLURM_GPUS_PER_TASK:-${SLURM_TRES_PER_TASK:-1}} == *[02-9] || ${SLURM_NTASKS_PER_GPU:-1} != 1 ]] ||
+    local each counts gpus_per_task=${SLURM_GPUS_PER_TASK:-1}
+    # With --cpus-per-task only, SLURM_TRES_PER_TASK is cpu=4.
+    [[ ! ${SLURM_TRES_PER_TASK:-} =~ gres/gpu[^,]*[:=]([0-9]+)(,|$) ]] || gpus_per_task=${BASH_REMATCH[1]}
+    if [[ ${gpus_per_task##*:} != 1 || ${SLURM_NTASKS_PER_GPU:-1} != 1 ]] ||
         (($1 != nodes && $1 != nodes * gpus)); then
         usage_error "each rank drives one GPU, but $1 tasks were requested with $((nodes * gpus)) GPUs: use only --gpus-per-node, or set RANKS_PER_NODE"
     fi

@@ -70,6 +70,22 @@ def test_each_rank_has_the_gpus_of_its_own_node(launcher: str, cluster: Cluster,
     assert gpus["node1"] != gpus["node2"]
 
 
+def test_batch_scripts_start_with_the_resources_that_they_request_themselves(cluster: Cluster, tmp_path: Path) -> None:
+    alone, task = tmp_path / "sb_128", tmp_path / "sweep"
+    for folder in (alone, task):
+        folder.mkdir()
+    jobs = [
+        cluster.sbatch(alone, "sb_128.sh", **layout_recording_variables(alone)),
+        cluster.sbatch(
+            *(task, "sweep.sh", "--array=1", "--gpus-per-node=4"),
+            **{**layout_recording_variables(task), "STUDY": str(ROOT / "studies/smoke.yaml")},
+        ),
+    ]
+    ended = [cluster.wait(job) for job in jobs]
+    counts = [[(rank, len(gpus)) for _, rank, gpus in layout(folder)] for folder in (alone, task)]
+    assert counts == [[(0, 1)], [(rank, 4) for rank in range(4)]], "".join(job.output for job in ended)
+
+
 @dataclass(frozen=True)
 class Request:
     """Options of sbatch; the ranks in total and the GPUs per node that they request (None: not requested)."""

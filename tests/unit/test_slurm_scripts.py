@@ -93,10 +93,18 @@ def test_of_a_whole_node_only_the_gpus_that_were_asked_for_are_used(programs: st
     assert " --gpus-per-node=2 " in command
 
 
+@pytest.mark.parametrize("asked", ["cpu=4", "cpu=2,gres/gpu:a100=1", "gres/gpu=1"])
+def test_one_gpu_for_each_task_is_allowed_with_any_number_of_cores(programs: str, asked: str) -> None:
+    variables = {"SLURM_TRES_PER_TASK": asked, "SLURM_NTASKS": "4", "SLURM_GPUS_ON_NODE": "2"}
+    assert " --ntasks=4 --ntasks-per-node=2 " in command_of(PATH=programs, **variables)
+
+
 @pytest.mark.parametrize(
     "asked",
     [
         {"SLURM_TRES_PER_TASK": "gres/gpu=2", "SLURM_NTASKS": "2"},
+        {"SLURM_TRES_PER_TASK": "cpu=1,gres/gpu:a100=11", "SLURM_NTASKS": "2"},
+        {"SLURM_GPUS_PER_TASK": "a100:2", "SLURM_NTASKS": "2"},
         {"SLURM_NTASKS_PER_GPU": "2", "SLURM_GPUS": "4", "SLURM_NTASKS": "8"},
         {"SLURM_NTASKS": "9", "SLURM_GPUS": "4"},
     ],
