@@ -103,7 +103,7 @@ read_allocation() {
     gpus=${SLURM_GPUS_ON_NODE:-0}
     ((gpus > 0)) || return 0
     local each=${SLURM_GPUS_PER_NODE:-} total=${SLURM_GPUS:-}
-    [[ -n $each ]] || each=$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null | sed -nE '0,/TresPerNode=/s/^ *TresPerNode=.*gres\/gpu[^,]*[:=]([0-9]+).*/\1/p') || each=
+    [[ -n $each ]] || each=$(scontrol show job "$job" 2>/dev/null | sed -nE '0,/TresPerNode=/s/^ *TresPerNode=.*gres\/gpu[^,]*[:=]([0-9]+).*/\1/p') || each=
     if [[ ${SLURM_TRES_PER_TASK:-} == *gpu* || -n ${SLURM_GPUS_PER_TASK:-} ]]; then
         total=${SLURM_NTASKS:-1}
     fi
@@ -149,7 +149,7 @@ check_gpus() {
         usage_error "each rank drives one GPU, but $1 tasks were requested with $((nodes * gpus)) GPUs: use only --gpus-per-node, or set RANKS_PER_NODE"
     fi
     ((nodes > 1)) || return 0
-    each=$(scontrol show job --details "$SLURM_JOB_ID" 2>/dev/null | sed -nE 's/^ *Nodes=([^ ]+).*GRES=[^ ]*gpu[^ ]*:([0-9]+)\(.*/\1: \2/p') || each=
+    each=$(scontrol show job --details "$job" 2>/dev/null | sed -nE 's/^ *Nodes=([^ ]+).*GRES=[^ ]*gpu[^ ]*:([0-9]+)\(.*/\1: \2/p') || each=
     counts=$(awk -F ': ' 'NF { print $2 }' <<<"$each" | sort -u | wc -l)
     ((counts <= 1)) || usage_error "the nodes have different numbers of GPUs (${each//$'\n'/, }): use --gpus-per-node"
 }
@@ -441,21 +441,21 @@ guard_batch_host() {
     # grep hides srun's messages about the end of the step.
     env "${requests[@]}" srun --mpi=none --overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 "--nodelist=$other" \
         --cpus-per-task=1 --gres=none --input=none --output=none --no-kill \
-        bash -c "$(declare -f requeue_once_lost); requeue_once_lost $(printf '%q ' "$host" "$(readlink "/proc/$$/fd/2")")" \
+        bash -c "$(declare -f requeue_once_lost); requeue_once_lost $(printf '%q ' "$job" "$host" "$(readlink "/proc/$$/fd/2")")" \
         2> >(grep --line-buffered -vE 'Job step aborted|Terminated|Killed|forcing job termination|got SIG' >&2) &
     guard_step=$! guard_node=$other
 }
 
-# requeue_once_lost HOST LOG: requeues the job once it has lost HOST.
+# requeue_once_lost JOB HOST LOG: requeues the job once it has lost HOST.
 requeue_once_lost() {
     trap '' USR1 USR2 HUP
     local left
     while sleep "${GUARD_SECONDS:-30}"; do
-        left=$(squeue --noheader --jobs "$SLURM_JOB_ID" --states RUNNING --format %N 2>/dev/null) || continue
+        left=$(squeue --noheader --jobs "$1" --states RUNNING --format %N 2>/dev/null) || continue
         [[ -n $left ]] || continue
-        ! scontrol show hostnames "$left" | grep -qx "$1" || continue
-        echo "job $SLURM_JOB_ID: the job has lost $1, where its batch script ran: requeued" >>"$2"
-        scontrol requeue "$SLURM_JOB_ID"
+        ! scontrol show hostnames "$left" | grep -qx "$2" || continue
+        echo "job $1: the job has lost $2, where its batch script ran: requeued" >>"$3"
+        scontrol requeue "$1"
     done
 }
 
@@ -583,7 +583,7 @@ end_lingering_ranks() {
         sleep 1
         ! grep -qs "\"$launch_id\"" "$status" || ! grep -qs '"state": "failed"' "$status" || ((++waited < 10)) || break
     done
-    squeue --noheader --steps --jobs "$SLURM_JOB_ID" --format %i | grep -E '\.[0-9]+$' | xargs -r scancel --signal=KILL
+    squeue --noheader --steps --jobs "$job" --format %i | grep -E '\.[0-9]+$' | xargs -r scancel --signal=KILL
     sleep 1
     kill -KILL "$launcher"
 }

@@ -113,9 +113,13 @@ _LONGEST_COMMENT = 1000
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """The job of a process, its end by its time limit (seconds since 1970) if known, and Slurm's restarts of it."""
+    """The job of a process, its end by its time limit (seconds since 1970) if known, and Slurm's restarts of it.
+
+    `name` selects the job in squeue and scontrol: the id of an array's last task is also that of the whole array.
+    """
 
     id: str
+    name: str
     end: float | None
     restarts: int
 
@@ -125,8 +129,10 @@ def current_job(environment: Mapping[str, str] = os.environ) -> SlurmJob | None:
     job = environment.get("SLURM_JOB_ID", "")
     if not job:
         return None
+    array, task = environment.get("SLURM_ARRAY_JOB_ID", ""), environment.get("SLURM_ARRAY_TASK_ID", "")
+    name = f"{array}_{task}" if array and task else job
     end, restarts = environment.get("SLURM_JOB_END_TIME", ""), environment.get("SLURM_RESTART_COUNT", "")
-    return SlurmJob(job, int(end) if end.isdecimal() else None, int(restarts) if restarts.isdecimal() else 0)
+    return SlurmJob(job, name, int(end) if end.isdecimal() else None, int(restarts) if restarts.isdecimal() else 0)
 
 
 JOB_WAITS = frozenset({"PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT"})
@@ -138,9 +144,10 @@ def job_states(jobs: Sequence[str]) -> dict[str, str]:
     if not jobs:
         return {}
     # squeue accepts an unknown id among several, but not alone.
-    # %A is an array task's own job id, as in its environment; %i is not.
+    # %A is an array task's own job id, as in its environment; %i is not. An array's id selects all of its tasks.
     lines = command_output("squeue", "--noheader", "--states=all", "--format=%A %T", f"--jobs={','.join(jobs)}")
-    return dict(line.split(maxsplit=1) for line in lines.splitlines() if " " in line)
+    states = dict(line.split(maxsplit=1) for line in lines.splitlines() if " " in line)
+    return {job: state for job, state in states.items() if job in jobs}
 
 
 def job_end(job: str) -> float | None:
@@ -158,7 +165,7 @@ def comment_on_job(text: str, environment: Mapping[str, str] = os.environ) -> No
     job = current_job(environment)
     if job is not None:
         line = " ".join(text.split())[:_LONGEST_COMMENT]
-        command_output("scontrol", "update", f"jobid={job.id}", f"comment={line}")
+        command_output("scontrol", "update", f"jobid={job.name}", f"comment={line}")
 
 
 def submit(script: str, options: Sequence[str]) -> str:

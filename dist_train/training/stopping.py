@@ -122,4 +122,4 @@ class EarlyStopping:
 def job_time_limit() -> TimeLimit:
     """Return the time limit of this process's Slurm job; no limit outside Slurm."""
     job = current_job()
-    return TimeLimit(None if job is None else job.end or job_end(job.id))
+    return TimeLimit(None if job is None else job.end or job_end(job.name))

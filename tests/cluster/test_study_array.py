@@ -64,6 +64,30 @@ def test_requeue_and_resubmission_run_only_the_tasks_that_need_it(cluster: Clust
     assert remaining() == ""
 
 
+def test_hanging_rank_of_the_last_task_does_not_disturb_the_others(cluster: Cluster, tmp_path: Path) -> None:
+    study = tmp_path / "study.yaml"
+    run_settings = {"directory": str(tmp_path / "runs"), "epochs": 1000, "device": "cpu"}
+    base = write_config(tmp_path, {**LONG, "run": run_settings, "comm": {"engine": "torch", "timeout": 10}})
+    study.write_text(yaml.safe_dump({"name": "array", "base": base, "seeds": [0, 1], "variants": {"one": {}}}))
+    runs = [tmp_path / "runs" / "array" / f"one-seed-{seed}" for seed in (0, 1)]
+    options = ("--array=1-2", "--gpus-per-node=0", "--cpus-per-task=2", "--nodelist=node1")
+    array = cluster.sbatch(tmp_path, "sweep.sh", *options, STUDY=str(study), RANKS_PER_NODE="2", PYTHONPATH=str(ROOT))
+    try:
+        wait_for(lambda: all(status(run).get("step", 0) >= 1 for run in runs), lambda: cluster.job(f"{array}_2").output)
+        # Rank 0 reports that rank 1 is silent, and ends; the batch script must kill rank 1.
+        stop = """
+            for rank in $(pgrep -f '^[^ ]*python[0-9.]* -m dist_train train .*one-seed-1'); do
+                ! grep -qzx SLURM_PROCID=1 /proc/$rank/environ || kill -STOP $rank
+            done
+        """
+        cluster.on("node1", "sh", "-c", stop, folder=tmp_path)
+        wait_for(lambda: "restarted on 1 nodes" in cluster.job(f"{array}_2").output)
+        assert status(runs[0])["state"] == "running"
+    finally:
+        cluster.run("scancel", str(array), folder=tmp_path)
+    assert "Killed" not in cluster.wait(f"{array}_1").output
+
+
 def test_submitted_study_trains_analyzes_and_reports_with_a_site_setup(cluster: Cluster, tmp_path: Path) -> None:
     study = write_study(tmp_path, analyse=[{"kind": "direction", "options": {"points": 3}}])
     # With --export=NONE only this file makes the package importable, like a module that must be loaded.
