@@ -82,6 +82,10 @@ answer_help() {
 # Every signal from Slurm is a stop request; Slurm itself kills the job after KillWait.
 trap note_gentle_stop_request TERM INT USR1 USR2 HUP
 
+# After sbatch --export=NONE, the steps would not get the environment of this script either: no PATH for the guard, no
+# libraries for mpirun's daemons.
+export SLURM_EXPORT_ENV=ALL
+
 # SLURM_JOB_ID of an array task may be the array's id, so name the task explicitly.
 job=${SLURM_JOB_ID:-}
 [[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID

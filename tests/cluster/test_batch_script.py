@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
 
 from dist_train.outcome import ExitCode
-from tests.cluster.cluster import Cluster
+from tests.cluster.cluster import ROOT, Cluster
 from tests.cluster.runs import Undisturbed
 from tests.cluster.submitted import SubmittedRun, assert_finished_like, train_with
 from tests.launching import status
@@ -32,6 +35,27 @@ def test_two_nodes_are_bit_identical_to_one_rank(
     ended = submitted.wait_for_weights_of(large_batch)
     assert status(submitted.run)["world_size"] == 4, ended.output
     assert "2 nodes (node[1-2]) x 2 ranks" in ended.output
+
+
+@pytest.mark.lengthy
+def test_steps_have_the_environment_of_the_script_where_sbatch_exports_none(
+    cluster: Cluster, tmp_path: Path, large_batch: Undisturbed
+) -> None:
+    setup = tmp_path / "setup.sh"
+    variables = {
+        "CONFIG": large_batch.config,
+        "RUN_DIR": str(tmp_path / "run"),
+        "RANKS_PER_NODE": "2",
+        "LAUNCHER": "mpirun",
+        "DIST_TRAIN_PYTHON": sys.executable,
+        "PYTHONPATH": str(ROOT),
+        "PATH": os.environ["PATH"],
+    }
+    setup.write_text("".join(f"export {name}={shlex.quote(value)}\n" for name, value in variables.items()))
+    submitted = SubmittedRun(cluster, tmp_path, large_batch.config, f"--export=DIST_TRAIN_SETUP={setup}")
+    ended = submitted.wait_for_weights_of(large_batch)
+    # The step that guards the batch host has started.
+    assert "execve" not in ended.output
 
 
 @pytest.mark.lengthy
