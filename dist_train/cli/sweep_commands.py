@@ -241,7 +241,7 @@ def _submit(arguments: argparse.Namespace) -> int:
     print(f"job            {job}")
     print(f"run directory  {directory}")
     print(f"watch it       {shlex.join(['dist-train', 'runs', str(directory.parent)])}")
-    print(f"               {shlex.join(['tail', '-F', str(submission.log).replace('%j', job)])}")
+    print(f"               {shlex.join(['tail', '-F', str(submission.log_of(job))])}")
     print(f"               squeue --jobs {job}; scancel {job}")
     return ExitCode.FINISHED
 

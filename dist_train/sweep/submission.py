@@ -46,10 +46,9 @@ class Submission:
     partition: str | None = None
     options: tuple[str, ...] = ()
 
-    @property
-    def log(self) -> Path:
-        """The job's output file; Slurm replaces %j by the job's id."""
-        return self.run_directory / "slurm-%j.log"
+    def log_of(self, job: str) -> Path:
+        """Return the output file of the job with this id."""
+        return self.run_directory / f"slurm-{job}.log"
 
     @property
     def ranks(self) -> int | None:
@@ -110,7 +109,7 @@ def jobs_of(files: RunDirectory) -> dict[str, str]:
 def write_script(submission: Submission) -> str:
     """Return the text of the batch script."""
     run = ["train", str(submission.config_file), *submission.overrides, "--run-dir", str(submission.run_directory)]
-    requests = (*_requests(submission), *_OF_RUNS, f"--output={submission.log}")
+    requests = (*_requests(submission), *_OF_RUNS, _log_option(submission.run_directory, "%j"))
     return _script(submission, (*requests, *submission.options), f"run_in_job {shlex.join(run)}")
 
 
@@ -133,8 +132,8 @@ def study_jobs(plan: Plan, numbers: str, submission: Submission) -> tuple[Job, .
         f"OVERRIDES={shlex.quote(shlex.join(submission.overrides))}",
     )
     array = (*_requests(submission), *_OF_RUNS, f"--array={numbers}")
-    runs = (*array, f"--output={folder}/slurm-%A_%a.log", *submission.options)
-    dependent = ("--kill-on-invalid-dep=yes", "--open-mode=append", f"--output={folder}/slurm-%j.log")
+    runs = (*array, _log_option(folder, "%A_%a"), *submission.options)
+    dependent = ("--kill-on-invalid-dep=yes", "--open-mode=append", _log_option(folder, "%j"))
     jobs = [Job("runs", _script(submission, runs, *variables, "sweep_in_job"))]
     if plan.study.analyse:
         analyses = (*_requests(submission), *dependent, *submission.options)
@@ -156,6 +155,11 @@ def submit_study(jobs: Sequence[Job], folder: Path) -> dict[str, str]:
 
 
 _OF_RUNS = ("--requeue", "--no-kill", "--signal=B:USR1@120", "--open-mode=append")
+
+
+def _log_option(folder: Path, job: str) -> str:
+    """Return the option for the output file; Slurm replaces % and a letter, here only those in `job`."""
+    return f"--output={str(folder).replace('%', '%%')}/slurm-{job}.log"
 
 
 def _script(submission: Submission, requests: Sequence[str], *body: str) -> str:

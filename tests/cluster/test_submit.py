@@ -19,9 +19,9 @@ _SUBMIT = (sys.executable, "-m", "dist_train", "submit")
 
 def test_submitted_run_finishes(cluster: Cluster, tmp_path: Path, large_batch: Undisturbed) -> None:
     command = (*_SUBMIT, large_batch.config, "--nodes", "2", "--ranks-per-node", "1", "--time", "5")
-    submitted = cluster.run(*command, "--run-dir", "run", "--", "--comment=two words", folder=tmp_path)
+    submitted = cluster.run(*command, "--run-dir", "rate%j x", "--", "--comment=two words", folder=tmp_path)
     assert submitted.returncode == 0, submitted.stderr
-    run = tmp_path / "run"
+    run = tmp_path / "rate%j x"
     assert "global batch 8,192 = 8 micro-batches of 1,024\n2 ranks x 4 micro-batches a step\n" in submitted.stdout
     assert f"run directory  {run}\n" in submitted.stdout
     found = re.search(r"^job +(\d+)$", submitted.stdout, re.MULTILINE)
@@ -31,6 +31,7 @@ def test_submitted_run_finishes(cluster: Cluster, tmp_path: Path, large_batch: U
     assert status(run)["world_size"] == 2
     assert weights_digest(run) == large_batch.weights
     assert (run / f"slurm-{found[1]}.log").is_file()
+    assert f"tail -F '{run}/slurm-{found[1]}.log'" in submitted.stdout
 
 
 def test_bad_configuration_is_not_submitted(cluster: Cluster, tmp_path: Path) -> None:

@@ -28,9 +28,7 @@ def test_what_slurm_does_not_say_is_not_made_up() -> None:
     assert current_job({"SLURM_JOB_ID": "17"}) == SlurmJob(id="17", name="17", end=None, restarts=0)
 
 
-def test_the_last_task_of_an_array_is_not_named_like_the_array(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_the_last_task_of_an_array_is_not_named_like_the_array(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     environment = {"SLURM_JOB_ID": "17", "SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "6"}
     job = current_job(environment)
     assert job is not None
