@@ -19,7 +19,7 @@
 #   MPI               value of srun --mpi; `srun --mpi=list` lists them (pmix; none with comm.engine=torch, which is
 #                     also used if there is no pmix and comm.engine is auto)
 #   RANKS_PER_NODE    ranks per node (one per GPU; without GPUs one per task of the job, else one)
-#   OMP_NUM_THREADS   threads per rank (its cores: --cpus-per-task, else an equal share of the node's)
+#   OMP_NUM_THREADS   threads per rank (its cores: --cpus-per-task, but at most an equal share of the node's)
 #   SPARE_NODES       nodes of the job that stay idle until another is lost (0)
 #   LOSS_SECONDS      srun: seconds that the other ranks have to end once one has ended (40)
 #   NETWORK_INTERFACE network interface for the ranks, such as ib0 (chosen by MPI, NCCL and Gloo)
@@ -138,7 +138,10 @@ count_ranks() {
         [[ -n ${SLURM_NTASKS:-} ]] || ranks_here=1
         rank_count=$tasks
     fi
-    cores_each=${SLURM_CPUS_PER_TASK:-$((${SLURM_CPUS_ON_NODE:-1} / ranks_here))}
+    local share=$((${SLURM_CPUS_ON_NODE:-1} / ranks_here))
+    cores_each=${SLURM_CPUS_PER_TASK:-$share}
+    # Several ranks of one task share its cores.
+    ((rank_count <= tasks || cores_each <= share)) || cores_each=$share
     ((cores_each > 0)) || cores_each=1
 }
 

@@ -54,6 +54,13 @@ def test_one_rank_for_each_gpu(programs: str) -> None:
     assert f" {ROOT}/launch/rank.sh {sys.executable} -m dist_train train {ROOT}/configs/lb_8192.yaml" in command
 
 
+def test_ranks_of_one_task_share_its_cores(programs: str) -> None:
+    variables = {"SLURM_NTASKS": "2", "SLURM_CPUS_PER_TASK": "4", "SLURM_CPUS_ON_NODE": "4"}
+    command = command_of(PATH=programs, RANKS_PER_NODE="2", **variables)
+    assert " --ntasks=4 --ntasks-per-node=2 --cpus-per-task=2 " in command
+    assert "--overcommit" not in command
+
+
 def test_without_gpus_one_rank_for_each_task(programs: str) -> None:
     command = command_of(PATH=programs, SLURM_NTASKS="4", SLURM_TASKS_PER_NODE="2(x2)")
     assert " --ntasks=4 --ntasks-per-node=2 --cpus-per-task=16 " in command
