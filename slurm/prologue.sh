@@ -610,6 +610,10 @@ run_in_job() {
         mapfile -t names < <(scontrol show hostnames "$job_nodes" 2>/dev/null)
         guard_batch_host "${names[@]}"
     }
+    local name
+    for name in MAX_RESTARTS MAX_REQUEUES; do
+        [[ ${!name:-0} =~ ^[0-9]+$ ]] || usage_error "$name takes a number, 0 or more, not '${!name}'"
+    done
     [[ -z ${MIN_RANKS:-} ]] || be_elastic
     prepare_ranks "${@:2}"
     launch_or_show stop_through_launcher "$@" "${more_overrides[@]}"

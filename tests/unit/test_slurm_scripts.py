@@ -188,6 +188,8 @@ def test_any_other_image_is_run_by_pyxis(programs: str) -> None:
     ("variables", "message"),
     [
         ({"LAUNCHER": "ssh"}, "LAUNCHER is srun or mpirun, not 'ssh'"),
+        ({"MAX_RESTARTS": "three"}, "MAX_RESTARTS takes a number, 0 or more, not 'three'"),
+        ({"MAX_REQUEUES": "-1"}, "MAX_REQUEUES takes a number, 0 or more, not '-1'"),
         ({"RANKS_PER_NODE": "all"}, "RANKS_PER_NODE takes a number, 1 or more, not 'all'"),
         ({"LAUNCHER": "mpirun", "CONTAINER": "image"}, "Pyxis needs srun"),
         ({"CONTAINER": "/nowhere.sif"}, "CONTAINER /nowhere.sif cannot be read"),
