@@ -311,7 +311,9 @@ landscape_in_job() {
 analyses_in_job() {
     local lines line measurement failed=0
     prepare_ranks
-    mapfile -t lines < <("${dist_train[@]}" sweep "$@" --analyses)
+    lines=$("${dist_train[@]}" sweep "$@" --analyses) || exit
+    [[ -n $lines ]] || exit 0
+    mapfile -t lines <<<"$lines"
     for line in "${lines[@]}"; do
         read_words measurement analyses "$line"
         say "$line"

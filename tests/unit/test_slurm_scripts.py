@@ -286,6 +286,18 @@ class TestSweep:
         assert message in ended.stderr
 
 
+def test_analyses_of_an_unreadable_study_end_with_2(programs: str, tmp_path: Path) -> None:
+    script = tmp_path / "analyses.sh"
+    script.write_text(
+        f'#!/usr/bin/env bash\nset -euo pipefail\nroot={ROOT}\n. "$root/slurm/prologue.sh"\n'
+        f"analyses_in_job {tmp_path}/study.yaml\n"
+    )
+    script.chmod(0o755)
+    ended = start(str(script), PATH=programs, PYTHONPATH=str(ROOT), **TWO_NODES)
+    assert ended.returncode == 2
+    assert "study.yaml" in ended.stderr
+
+
 class TestLandscape:
     """Points shared out over the ranks of all nodes."""
 
