@@ -575,13 +575,25 @@ start_on_node() {
 
 # Prints the job's remaining nodes that answer, one per line.
 living_nodes() {
-    local name address port
-    port=$(scontrol show config 2>/dev/null | sed -n 's/^SlurmdPort *= *\([0-9]*\).*/\1/p') || port=
-    scontrol show node "$(squeue --noheader --jobs "$job" --format %N)" --oneliner |
-        sed -n 's/^NodeName=\([^ ]*\) .* NodeAddr=\([^ ]*\) .*/\1 \2/p' |
-        while read -r name address; do
-            { timeout 5 bash -c ": <>/dev/tcp/$address/${port:-6818}" 2>/dev/null && echo "$name"; } &
-        done | sort -V
+    local names
+    names=$(squeue --noheader --jobs "$job" --format %N 2>/dev/null) || names=$job_nodes
+    answering_nodes | grep -xFf <(scontrol show hostnames "$names")
+}
+
+# Sets `node_addresses`, the job's nodes with their addresses, one per line, and `slurmd_port`: what answering_nodes needs,
+# also while the controller does not answer.
+read_addresses() {
+    slurmd_port=$(scontrol show config 2>/dev/null | sed -n 's/^SlurmdPort *= *\([0-9]*\).*/\1/p') || slurmd_port=
+    node_addresses=$(scontrol show node "$job_nodes" --oneliner 2>/dev/null |
+        sed -n 's/^NodeName=\([^ ]*\) .* NodeAddr=\([^ ]*\) .*/\1 \2/p') || node_addresses=
+}
+
+# Prints those of the job's nodes that answer, one per line.
+answering_nodes() {
+    local name address
+    while read -r name address; do
+        { timeout 5 bash -c ": <>/dev/tcp/$address/${slurmd_port:-6818}" 2>/dev/null && echo "$name"; } &
+    done <<<"$node_addresses" | sort -V
 }
 
 # srun waits for a lost node, and ranks for a rank that was on it. Ends both once Slurm reports a node failure, or once
@@ -608,6 +620,7 @@ run_in_job() {
     # shellcheck disable=SC2329  # `launch_or_show` calls it
     before_launch() {
         local names
+        read_addresses
         check_nodes
         mapfile -t names < <(scontrol show hostnames "$job_nodes" 2>/dev/null)
         guard_batch_host "${names[@]}"
@@ -628,13 +641,14 @@ run_in_job() {
 
 # Ends the job, requeued if that can help; returns if the run is to be restarted within the job.
 end_job() {
-    local status=0 verdict state restarts=${MAX_RESTARTS:-${MAX_REQUEUES:-3}}
+    local status=0 state restarts=${MAX_RESTARTS:-${MAX_REQUEUES:-3}}
     rm -f "$run_directory/join-$launch_id.json" # in case the launcher was killed
     "${dist_train[@]}" outcome "$run_directory" --launch "$launch_id" || status=$?
     case $status in
         1 | "$stopped_status") ;;
         *) exit "$status" ;;
     esac
+    await_controller
     state=$(squeue --noheader --jobs "$job" --format %T 2>/dev/null) || state=
     if [[ -n $state && $state != RUNNING ]]; then
         say "not requeued by this script: Slurm is ending the job ($state), and requeues it if it preempted it"
@@ -642,13 +656,36 @@ end_job() {
     fi
     # After a stop request do not restart within the job: the nodes are wanted.
     ((!stop_signals && status == 1)) || restarts=0
-    # If the run is given up, the status must not be 75, by which a site may requeue.
-    verdict=$("${dist_train[@]}" requeue "$run_directory" --launch "$launch_id" --code "${launcher_status:-0}" \
-        --limit "${MAX_REQUEUES:-3}" --restarts "$restarts" --words "$(tail -n 100 "$error_log" 2>/dev/null)") || exit
+    decide_what_follows "$restarts"
     [[ $verdict == restart ]] || requeue_job
 }
 
+# decide_what_follows RESTARTS: sets `verdict` to restart, as often as this, or to requeue; exits if the run is given up.
+decide_what_follows() {
+    # The exit status is not 75 then, by which a site may requeue.
+    verdict=$("${dist_train[@]}" requeue "$run_directory" --launch "$launch_id" --code "${launcher_status:-0}" \
+        --limit "${MAX_REQUEUES:-3}" --restarts "$1" --words "$(tail -n 100 "$error_log" 2>/dev/null)") || exit
+}
+
+# Waits up to ten minutes while Slurm's controller does not answer.
+await_controller() {
+    local deadline=$((SECONDS + 600)) said=''
+    while [[ $(squeue --noheader --jobs "$job" 2>&1) =~ 'contact slurm controller'|'timed out'|'Zero Bytes' ]] &&
+        ((SECONDS < deadline)); do
+        [[ -n $said ]] || say "waiting for Slurm's controller, which does not answer"
+        said=1
+        sleep 5
+    done
+}
+
+# Requeues the job although the run was to be restarted within it.
+requeue_instead() {
+    decide_what_follows 0
+    requeue_job
+}
+
 requeue_job() {
+    await_controller
     if scontrol requeue "$job"; then
         say "requeued"
     else
@@ -661,10 +698,10 @@ requeue_job() {
 prepare_restart() {
     local living=()
     mapfile -t living < <(living_nodes)
-    ((${#living[@]})) || requeue_job
+    ((${#living[@]})) || requeue_instead
     [[ -z ${guard_step:-} ]] || kill -0 "$guard_step" 2>/dev/null || guard_batch_host "${living[@]}"
     use_nodes "${living[@]}"
-    ((rank_count >= ${MIN_RANKS:-1})) || requeue_job
+    ((rank_count >= ${MIN_RANKS:-1})) || requeue_instead
     set_rank_environment "$threads"
     compose
     : >"$error_log"

@@ -120,6 +120,15 @@ class Cluster:
         """Run scontrol on the login node."""
         self._rig("exec", "scontrol", *arguments)
 
+    def stop_controller(self) -> None:
+        """Stop Slurm's controller; jobs continue."""
+        self.control("shutdown", "slurmctld")
+
+    def start_controller(self) -> None:
+        """Start Slurm's controller again and wait until it answers."""
+        self._rig("on", "ctl", "sh", "-c", "setsid /usr/sbin/slurmctld -D </dev/null >/dev/null 2>&1 &")
+        wait_for(lambda: self._start("exec", "sinfo", folder=ROOT).returncode == 0)
+
     def kill_node(self, node: str) -> None:
         """Kill all processes of a node, and tell Slurm at once that it is down."""
         self._rig("kill-node", node)

@@ -119,6 +119,7 @@ def test_job_with_too_few_ranks_left_is_requeued(cluster: Cluster, tmp_path: Pat
     submitted.wait_for(has_ranks(6))
     cluster.kill_node("node2")
     submitted.wait_for_restarts(1)
+    assert status(submitted.run)["state"] == "stopped"
     cluster.start_node("node2")
     (tmp_path / "hurry").touch()
     ended = submitted.wait_for_weights_of(long_run)

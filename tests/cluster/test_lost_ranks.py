@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from tests.cluster.cluster import Cluster
 from tests.cluster.runs import Undisturbed
 from tests.cluster.submitted import SubmittedRun, train_with
 from tests.launching import status
-from tests.waiting import PATIENCE
+from tests.waiting import PATIENCE, wait_for
 
 # The fixture `cluster` checks after every test that no process is left behind.
 pytestmark = [pytest.mark.ranks, pytest.mark.services]
@@ -68,6 +69,28 @@ def test_stopped_rank_ends_the_whole_job_within_60_s_by_default(
     seconds = time.monotonic() - started
     assert f"(node2, process {rank}) has not answered for " in reason
     assert seconds < 60
+
+
+@pytest.mark.lengthy
+def test_run_with_a_lost_rank_waits_for_slurms_controller(
+    cluster: Cluster, tmp_path: Path, long_run: Undisturbed
+) -> None:
+    submitted = SubmittedRun(cluster, tmp_path, long_run.config)
+    submitted.wait_for_step(5)
+    log = Path(
+        re.findall(r"StdOut=(\S+)", cluster.run("scontrol", "show", "job", str(submitted.job), folder=tmp_path).stdout)[
+            0
+        ]
+    )
+    cluster.stop_controller()
+    try:
+        disturb(cluster, submitted, "KILL")
+        wait_for(lambda: "waiting for Slurm's controller" in log.read_text(), log.read_text, 120)
+    finally:
+        cluster.start_controller()
+    ended = submitted.wait_for_weights_of(long_run)
+    assert ended.restarts == 0
+    assert "restarted on 2 nodes" in ended.output
 
 
 @pytest.mark.lengthy
