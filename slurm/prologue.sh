@@ -573,19 +573,26 @@ start_on_node() {
         "${dist_train[@]}" launch --join "$2" -np "$ranks_here" &
 }
 
-# Prints the job's remaining nodes that answer, one per line.
+# Prints the job's remaining nodes that answer, one per line. Whether `silent_nodes` do, Slurm says.
 living_nodes() {
     local names
     names=$(squeue --noheader --jobs "$job" --format %N 2>/dev/null) || names=$job_nodes
-    answering_nodes | grep -xFf <(scontrol show hostnames "$names")
+    [[ -n $names ]] || return 0
+    {
+        answering_nodes
+        sinfo --noheader --Node --responding "--nodes=$names" --format %N 2>/dev/null | grep -xF "$silent_nodes"
+    } | grep -xFf <(scontrol show hostnames "$names") | sort -Vu
 }
 
-# Sets `node_addresses`, the job's nodes with their addresses, one per line, and `slurmd_port`: what answering_nodes needs,
-# also while the controller does not answer.
+# Sets what living_nodes needs, also while Slurm's controller does not answer: `slurmd_port`, `node_addresses` (lines of
+# a node and its address), and `silent_nodes`, which do not answer although the job has just begun.
 read_addresses() {
     slurmd_port=$(scontrol show config 2>/dev/null | sed -n 's/^SlurmdPort *= *\([0-9]*\).*/\1/p') || slurmd_port=
     node_addresses=$(scontrol show node "$job_nodes" --oneliner 2>/dev/null |
         sed -n 's/^NodeName=\([^ ]*\) .* NodeAddr=\([^ ]*\) .*/\1 \2/p') || node_addresses=
+    silent_nodes=$(cut -d ' ' -f 1 <<<"$node_addresses" | grep -vxFf <(answering_nodes)) || silent_nodes=
+    [[ -z $silent_nodes ]] ||
+        say "${silent_nodes//$'\n'/, } cannot be reached on slurmd's port ${slurmd_port:-6818}: a loss is noticed only once Slurm notices it"
 }
 
 # Prints those of the job's nodes that answer, one per line.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -124,6 +126,21 @@ def test_job_with_too_few_ranks_left_is_requeued(cluster: Cluster, tmp_path: Pat
     (tmp_path / "hurry").touch()
     ended = submitted.wait_for_weights_of(long_run)
     assert "4 ranks are left of at least 5" in ended.output
+
+
+def test_run_starts_where_users_cannot_reach_slurmd(cluster: Cluster, tmp_path: Path, long_run: Undisturbed) -> None:
+    # Our batch script reads slurmd's port from scontrol: here one at which nothing listens.
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(
+        f'#!/bin/sh\n[ "$*" != "show config" ] || exec echo SlurmdPort = 9\nexec {shutil.which("scontrol")} "$@"\n'
+    )
+    scontrol.chmod(0o755)
+    (tmp_path / "hurry").touch()
+    path = f"{scontrol.parent}:{os.environ['PATH']}"
+    submitted = SubmittedRun(cluster, tmp_path, long_run.config, "--nodes=3", **variables(tmp_path, PATH=path))
+    ended = submitted.wait_for_weights_of(long_run)
+    assert "node1, node2, node3 cannot be reached on slurmd's port 9" in ended.output
 
 
 def test_run_resumes_after_a_preemption_and_the_loss_of_its_first_node(
