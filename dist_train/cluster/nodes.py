@@ -112,7 +112,7 @@ def survey_nodes(directory: Path, environment: Mapping[str, str] = os.environ) -
 
 def report_node(folder: Path, environment: Mapping[str, str] = os.environ) -> NodeReport:
     """Return what this node sees; all nodes run this at once, and exchange their addresses in `folder`."""
-    node = socket.gethostname().split(".")[0]
+    node = environment.get("SLURMD_NODENAME", "") or socket.gethostname().split(".")[0]
     addresses = interface_addresses()
     own = addresses.get(environment.get(INTERFACE_VARIABLE, ""), "") or _resolve(node)
     visible = environment.get("CUDA_VISIBLE_DEVICES", "")

@@ -29,6 +29,16 @@ def docker_bridge(cluster: Cluster, tmp_path: Path) -> Iterator[None]:
         cluster.on(node, "ip", "link", "del", "docker0", folder=tmp_path)
 
 
+@pytest.fixture
+def other_host_names(cluster: Cluster, tmp_path: Path) -> Iterator[None]:
+    """Nodes whose host names are not their names in Slurm, as in clouds."""
+    for node in cluster.nodes:
+        assert cluster.on(node, "hostname", f"ip-10-0-0-{node[-1]}", folder=tmp_path).returncode == 0
+    yield
+    for node in cluster.nodes:
+        cluster.on(node, "hostname", node, folder=tmp_path)
+
+
 def run_doctor(cluster: Cluster, folder: Path, command: str) -> dict[str, list[tuple[str, str]]]:
     """Run `doctor --cluster` in a job on both nodes; return state and text of its checks by name."""
     options = ("--nodes=2", "--exclusive", "--wait", "--output=out", f"--wrap={command} --json")
@@ -43,6 +53,13 @@ def test_identical_nodes_pass_all_checks(cluster: Cluster, tmp_path: Path) -> No
     checks = run_doctor(cluster, tmp_path, _DOCTOR)
     assert {state for found in checks.values() for state, _ in found} == {"fine"}
     assert checks.keys() == {"Slurm", "node1", "node2"}
+
+
+@pytest.mark.lengthy
+@pytest.mark.usefixtures("other_host_names")
+def test_nodes_with_other_host_names_pass_all_checks(cluster: Cluster, tmp_path: Path) -> None:
+    checks = run_doctor(cluster, tmp_path, _DOCTOR)
+    assert {state for found in checks.values() for state, _ in found} == {"fine"}
 
 
 @pytest.mark.lengthy
