@@ -34,7 +34,8 @@ rank_count=2
 hostfile=
 while (($#)); do
     case $1 in
-        -np | -n)
+        --np=* | --hostfile=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
+        -np | --np | -n)
             (($# > 1)) || usage_error "-np takes a number of ranks"
             rank_count=$2
             shift 2
