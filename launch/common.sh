@@ -114,7 +114,9 @@ passed_variables() {
         printf '%s\n' "${rank_environment[@]%%=*}"
         for name in $(compgen -e); do
             case $name in
-                PATH | LD_LIBRARY_PATH | PYTHONPATH | OMP_NUM_THREADS | MKL_NUM_THREADS | HOROVOD_* | NCCL_* | DIST_TRAIN_SETUP) printf '%s\n' "$name" ;;
+                PATH | LD_LIBRARY_PATH | PYTHONPATH | OMP_NUM_THREADS | MKL_NUM_THREADS) printf '%s\n' "$name" ;;
+                HOROVOD_* | NCCL_* | UCX_* | GLOO_* | TORCH_*) printf '%s\n' "$name" ;;
+                DIST_TRAIN_SETUP | DIST_TRAIN_CACHE | XDG_CACHE_HOME) printf '%s\n' "$name" ;;
                 # In a Slurm job the GPU numbers differ by node.
                 CUDA_VISIBLE_DEVICES) [[ -n ${SLURM_JOB_ID:-} ]] || printf '%s\n' "$name" ;;
             esac

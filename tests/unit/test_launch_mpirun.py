@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -35,3 +36,12 @@ def test_options_are_understood_as_mpirun_understands_them(options: tuple[str, .
     assert command[:2] == ["-np", "3"]
     assert command[command.index("--hostfile") + 1] == "hosts"
     assert command[-1] == "runs"
+
+
+def test_ranks_on_other_machines_get_the_variables_of_libraries_and_caches(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("node1 slots=3\n")
+    names = ("UCX_TLS", "GLOO_SOCKET_IFNAME", "TORCH_LOGS", "NCCL_DEBUG", "DIST_TRAIN_CACHE", "XDG_CACHE_HOME")
+    command = command_of(tmp_path, "--hostfile", "hosts", "runs", EDITOR="vi", **dict.fromkeys(names, "x"))
+    passed = {name for option, name in pairwise(command) if option == "-x"}
+    assert passed >= {*names, "PATH"}
+    assert "EDITOR" not in passed
