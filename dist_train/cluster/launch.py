@@ -150,11 +150,11 @@ def job_states(jobs: Sequence[str]) -> dict[str, str]:
     return {job: state for job, state in states.items() if job in jobs}
 
 
-def job_end(job: str) -> float | None:
-    """Return when the time limit ends `job`, in seconds since 1970; None if Slurm does not say."""
+def job_end(job: str, seconds: float = 20.0) -> float | None:
+    """Return when the time limit ends `job`, in seconds since 1970; None if Slurm does not say within `seconds`."""
     try:
         return datetime.fromisoformat(
-            command_output("squeue", "--noheader", "--format=%e", f"--jobs={job}")
+            command_output("squeue", "--noheader", "--format=%e", f"--jobs={job}", seconds=seconds)
         ).timestamp()
     except ValueError:
         return None

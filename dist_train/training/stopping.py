@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -54,14 +55,18 @@ class StopRequests:
 
 _EXIT_SECONDS = 15.0
 """Time for the ranks to exit and for the batch script to requeue the job."""
+_ASK_SECONDS = 5.0
+"""How long Slurm may take to say whether the job's time limit has been extended."""
 
 
 class TimeLimit:
     """Decides when a run must stop to be done by `end`, from how long its steps and checkpoints take."""
 
-    def __init__(self, end: float | None) -> None:
+    def __init__(self, end: float | None, ask_end: Callable[[], float | None] | None = None) -> None:
+        """`ask_end`: returns the end as it is now, if known; called when the known one is near."""
         self.end = end
         """In seconds since 1970; None: no limit."""
+        self._ask_end = ask_end
         self._last_step_end: float | None = None
         self._longest_step = 0.0
         self._longest_save = 0.0
@@ -81,7 +86,14 @@ class TimeLimit:
         if self._last_step_end is not None:
             self._longest_step = max(self._longest_step, now - self._last_step_end)
         self._last_step_end = now
-        return now + 2 * self._longest_step + 2 * self._longest_save + _EXIT_SECONDS >= self.end
+        needed = 2 * self._longest_step + 2 * self._longest_save + _ASK_SECONDS + _EXIT_SECONDS
+        if now + needed >= self.end and self._ask_end:
+            latest = self._ask_end()
+            if latest is None or latest <= self.end:
+                self._ask_end = None  # the run stops: there is no time to ask at each step
+            else:
+                self.end = latest
+        return now + needed >= self.end
 
 
 class EarlyStopping:
@@ -122,4 +134,7 @@ class EarlyStopping:
 def job_time_limit() -> TimeLimit:
     """Return the time limit of this process's Slurm job; no limit outside Slurm."""
     job = current_job()
-    return TimeLimit(None if job is None else job.end or job_end(job.name))
+    if job is None:
+        return TimeLimit(None)
+    # The environment keeps the end that the job was started with.
+    return TimeLimit(job.end or job_end(job.name), partial(job_end, job.name, _ASK_SECONDS))

@@ -39,6 +39,32 @@ def test_an_evaluation_counts_as_part_of_its_step() -> None:
     assert limit.is_near(800.0)
 
 
+def test_an_extended_limit_is_noticed_before_the_run_stops() -> None:
+    ends = [2000.0, 3000.0, 3000.0]
+    limit = TimeLimit(1000.0, lambda: ends.pop(0))
+    asked = first_near(limit, 1.0)
+    assert 3000 - 30 < asked < 3000 - 15
+    assert not ends
+    assert limit.is_near(asked + 1), "Slurm is not asked again"
+
+
+def test_a_limit_that_slurm_does_not_know_stays() -> None:
+    assert 1000 - 30 < first_near(TimeLimit(1000.0, lambda: None), 1.0) < 1000 - 15
+
+
+def test_slurm_is_asked_for_the_end_of_the_job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    squeue = tmp_path / "squeue"
+    squeue.write_text("#!/bin/sh\necho 2033-05-18T03:33:20\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "1000")
+    limit = job_time_limit()
+    assert not limit.is_near(990.0)
+    assert limit.end is not None
+    assert abs(limit.end - 2e9) <= 86400
+
+
 def test_a_run_near_its_limit_is_saved_and_stopped(tmp_path: Path) -> None:
     trainer = build_trainer(small_config(), tmp_path, Alone())
     trainer.time_limit = TimeLimit(1.0)
