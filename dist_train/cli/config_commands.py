@@ -125,9 +125,9 @@ def _survey_for_scripts(directory: Path) -> int:
 
 def _doctor(arguments: argparse.Namespace) -> int:
     if arguments.node is not None:
-        from dist_train.cluster.nodes import as_line, report_node
+        from dist_train.cluster.nodes import as_line, notice_survey_end, report_node
 
-        print(as_line(report_node(arguments.node)))
+        print(as_line(report_node(arguments.node, notice_survey_end())))
         return ExitCode.FINISHED
     if arguments.cluster is not None and arguments.brief:
         return _survey_for_scripts(arguments.cluster)

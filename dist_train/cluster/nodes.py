@@ -9,15 +9,18 @@ import fcntl
 import json
 import os
 import platform
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from dist_train.cluster.heartbeats import interface_addresses
@@ -30,13 +33,15 @@ _JOB_REQUESTS = frozenset(
     {"SLURM_GPUS", "SLURM_GPUS_PER_TASK", "SLURM_NTASKS_PER_GPU", "SLURM_TRES_PER_TASK", "SLURM_TRES_BIND"}
 )
 """Variables with the job's own requests, which srun would add to ours."""
-_ANSWER_SECONDS = 15.0
-_MEETING_SECONDS = 8.0
+_COMMAND_SECONDS = 15.0
+_ANSWER_SECONDS = 30.0  # of a cluster's nodes, and then a second more for each: all load Python from one file system
 _CONNECT_SECONDS = 3.0
+_LINGER_SECONDS = 1.0  # how long nodes differ in when they learn that the survey is over
+_REPORT_SECONDS = 10.0  # to report then: a node may just have begun to connect to others
 _COMPARED = ("torch", "dist_train", "horovod")
 _MOST_PEERS = 16
 _CLOCK_SECONDS = 2.0
-_POLL_SECONDS = 0.05
+_POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -95,14 +100,15 @@ def survey_nodes(directory: Path, environment: Mapping[str, str] = os.environ) -
             with suppress(OSError):  # a file system without locks: the nodes report it
                 fcntl.flock(lock, fcntl.LOCK_EX)
             begun = time.time()
-            output, errors = _output(_command(nodes, folder, environment))
+            limit = _ANSWER_SECONDS + len(nodes)
+            output, errors = _output(_command(nodes, folder, environment), limit)
             ended = time.time()
     by_node = {report.node: report for line in output.splitlines() if (report := _parse(line)) is not None}
     reports = tuple(by_node[node] for node in nodes if node in by_node)
     shared, interface = _shared_addresses(reports)
     requested = environment.get(INTERFACE_VARIABLE, "")
     faults = (
-        *_missing(nodes, by_node, errors),
+        *_missing(nodes, by_node, errors, limit),
         *_differences(reports, begun, ended, requested),
         *shared,
         *_unreachable(reports, interface, requested),
@@ -110,8 +116,18 @@ def survey_nodes(directory: Path, environment: Mapping[str, str] = os.environ) -
     return Survey(reports, faults, interface)
 
 
-def report_node(folder: Path, environment: Mapping[str, str] = os.environ) -> NodeReport:
-    """Return what this node sees; all nodes run this at once, and exchange their addresses in `folder`."""
+def notice_survey_end() -> Callable[[], bool]:
+    """Return a function that tells whether the survey is over, from the signal that srun forwards to each node."""
+    received: list[int] = []
+    signal.signal(signal.SIGUSR2, lambda number, _: received.append(number))
+    return lambda: bool(received)
+
+
+def report_node(folder: Path, is_over: Callable[[], bool], environment: Mapping[str, str] = os.environ) -> NodeReport:
+    """Return what this node sees; all nodes run this at once, and exchange their addresses in `folder`.
+
+    It waits for nodes that start later, until `is_over`.
+    """
     node = environment.get("SLURMD_NODENAME", "") or socket.gethostname().split(".")[0]
     addresses = interface_addresses()
     own = addresses.get(environment.get(INTERFACE_VARIABLE, ""), "") or _resolve(node)
@@ -127,7 +143,7 @@ def report_node(folder: Path, environment: Mapping[str, str] = os.environ) -> No
     try:
         nodes = (folder / "nodes").read_text().split()
         has_locks = _is_refused(folder / "lock")
-        unreachable = _meet(folder, node, nodes, own, environment.get(INTERFACE_VARIABLE, ""))
+        unreachable = _meet(folder, node, nodes, own, environment.get(INTERFACE_VARIABLE, ""), is_over)
     except OSError as error:
         return replace(report, directory_fault=f"{folder.parent}: {error.strerror}")
     return replace(report, has_locks=has_locks, unreachable=unreachable)
@@ -149,22 +165,23 @@ def _command(nodes: Sequence[str], folder: Path, environment: Mapping[str, str])
     ]
 
 
-def _output(command: Sequence[str], seconds: float = _ANSWER_SECONDS) -> tuple[str, str]:
-    """Return the command's standard output and error, when it ends or after `seconds`."""
+def _output(command: Sequence[str], seconds: float = _COMMAND_SECONDS) -> tuple[str, str]:
+    """Return the command's standard output and error; after `seconds` it is asked to end by SIGUSR2."""
     none, pipe = subprocess.DEVNULL, subprocess.PIPE
     environment = {name: value for name, value in os.environ.items() if name not in _JOB_REQUESTS}
     try:
         process = subprocess.Popen(command, stdin=none, stdout=pipe, stderr=pipe, text=True, env=environment)
     except OSError as error:
         return "", f"{command[0]}: {error.strerror}"
-    try:
-        return process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        process.terminate()
-    try:
-        return process.communicate(timeout=_CONNECT_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
+    for patience, stop in (
+        (seconds, partial(process.send_signal, signal.SIGUSR2)),
+        (_REPORT_SECONDS, process.terminate),
+        (_CONNECT_SECONDS, process.kill),
+    ):
+        try:
+            return process.communicate(timeout=patience)
+        except subprocess.TimeoutExpired:
+            stop()
     return process.communicate()
 
 
@@ -175,9 +192,11 @@ def _parse(line: str) -> NodeReport | None:
         return None
 
 
-def _missing(nodes: Sequence[str], by_node: Mapping[str, NodeReport], errors: str) -> Iterator[Fault]:
+def _missing(nodes: Sequence[str], by_node: Mapping[str, NodeReport], errors: str, limit: float) -> Iterator[Fault]:
     if missing := tuple(node for node in nodes if node not in by_node):
-        why = "; ".join(errors.splitlines()[:2]) or f"nothing within {_ANSWER_SECONDS:g} s"
+        # a process that does not answer yet dies of the signal that ends the survey
+        told = [line for line in errors.splitlines() if str(signal.strsignal(signal.SIGUSR2)) not in line]
+        why = "; ".join(told[:2]) or f"nothing within {limit:g} s"
         fix = "see with: srun --overlap --nodelist=NODE hostname; keep spare nodes by SPARE_NODES"
         yield Fault(missing, f"does not answer ({why})", fix)
 
@@ -259,19 +278,37 @@ def _is_refused(path: Path) -> bool:
     return False
 
 
-def _meet(folder: Path, node: str, nodes: Sequence[str], own: str, interface: str) -> dict[str, str]:
-    """Serve our name to the others, and return which of our next peers we do not reach, with reasons."""
-    until = time.monotonic() + _MEETING_SECONDS
-    with socket.create_server(("", 0)) as server:
+def _meet(
+    folder: Path, node: str, nodes: Sequence[str], own: str, interface: str, is_over: Callable[[], bool]
+) -> dict[str, str]:
+    """Serve our name until all have met, and return which of our next peers we do not reach, with reasons."""
+    with socket.create_server(("", 0)) as server, ThreadPoolExecutor(_MOST_PEERS) as pool:
         threading.Thread(target=_serve, args=(server, node), daemon=True).start()
         _publish(folder / f"{node}.at", json.dumps([own, server.getsockname()[1]]))
         index = nodes.index(node) if node in nodes else 0
-        peers = [*nodes[index + 1 :], *nodes[:index]][:_MOST_PEERS]
-        unreachable = {peer: fault for peer in peers if (fault := _reach(folder, peer, interface, until))}
+        awaited = [*nodes[index + 1 :], *nodes[:index]][:_MOST_PEERS]
+        # Who never comes does not answer srun, or does not see the folder: reported elsewhere.
+        attempts: dict[str, Future[str]] = {}
+        while awaited and not is_over():
+            names = _names_in(folder)
+            for peer in [peer for peer in awaited if f"{peer}.at" in names]:
+                attempts[peer] = pool.submit(_reach, folder, peer, interface)
+                awaited.remove(peer)
+            time.sleep(_POLL_SECONDS if awaited else 0.0)
+        unreachable = {peer: fault for peer, attempt in attempts.items() if (fault := attempt.result())}
         _publish(folder / f"{node}.done", "")
-        while time.monotonic() < until and not all((folder / f"{other}.done").exists() for other in nodes):
+        while not {f"{other}.done" for other in nodes} <= _names_in(folder):
+            if is_over():
+                time.sleep(_LINGER_SECONDS)  # others may still be connecting to us
+                break
             time.sleep(_POLL_SECONDS)
     return unreachable
+
+
+def _names_in(folder: Path) -> set[str]:
+    """Return the names in `folder`, also those that other nodes have just made."""
+    os.utime(folder)  # otherwise NFS clients may show what they read up to half a minute ago
+    return set(os.listdir(folder))
 
 
 def _serve(server: socket.socket, node: str) -> None:
@@ -282,12 +319,8 @@ def _serve(server: socket.socket, node: str) -> None:
                 connection.sendall(node.encode())
 
 
-def _reach(folder: Path, peer: str, interface: str, until: float) -> str:
+def _reach(folder: Path, peer: str, interface: str) -> str:
     """Return why `peer` is not reached; empty if it answers with its name."""
-    while not (folder / f"{peer}.at").exists():
-        if time.monotonic() > until:
-            return ""  # it does not answer srun, or does not see the folder: reported elsewhere
-        time.sleep(_POLL_SECONDS)
     advertised, port = json.loads((folder / f"{peer}.at").read_text())
     address = advertised if interface else _resolve(peer)
     if not address:

@@ -63,6 +63,26 @@ def test_nodes_with_other_host_names_pass_all_checks(cluster: Cluster, tmp_path:
 
 
 @pytest.mark.lengthy
+def test_node_that_starts_python_slowly_passes(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, time\nif 'SLURM_STEP_ID' in os.environ and os.uname().nodename == 'node2':\n    time.sleep(18)\n"
+    )
+    checks = run_doctor(cluster, tmp_path, f"PYTHONPATH={tmp_path}:$PYTHONPATH {_DOCTOR}")
+    assert {state for found in checks.values() for state, _ in found} == {"fine"}
+
+
+@pytest.mark.lengthy
+def test_node_that_never_starts_python_does_not_answer(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, time\nif 'SLURM_STEP_ID' in os.environ and os.uname().nodename == 'node2':\n    time.sleep(600)\n"
+    )
+    checks = run_doctor(cluster, tmp_path, f"PYTHONPATH={tmp_path}:$PYTHONPATH {_DOCTOR}")
+    assert [state for state, _ in checks["node1"]] == ["fine"]
+    assert [state for state, _ in checks["node2"]] == ["fails"]
+    assert "does not answer (nothing within 32 s)" in checks["node2"][0][1]
+
+
+@pytest.mark.lengthy
 @pytest.mark.usefixtures("docker_bridge")
 def test_unusable_interface_is_reported_with_a_usable_one(cluster: Cluster, tmp_path: Path) -> None:
     checks = run_doctor(cluster, tmp_path, f"NETWORK_INTERFACE=docker0 {_DOCTOR}")
