@@ -46,7 +46,10 @@ _POLL_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class NodeReport:
-    """What one node sees. `addresses`: IPv4, by interface. `unreachable`: nodes not reached from here, with reasons."""
+    """What one node sees. `addresses`: IPv4, by interface.
+
+    `reached`: how many of its next peers it reaches; `unreachable`: those that it does not, with reasons.
+    """
 
     node: str
     clock: float
@@ -56,6 +59,7 @@ class NodeReport:
     gpus: int
     directory_fault: str = ""
     has_locks: bool = True  # whether file locks held by other nodes are respected here
+    reached: int = 0
     unreachable: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -143,10 +147,11 @@ def report_node(folder: Path, is_over: Callable[[], bool], environment: Mapping[
     try:
         nodes = (folder / "nodes").read_text().split()
         has_locks = _is_refused(folder / "lock")
-        unreachable = _meet(folder, node, nodes, own, environment.get(INTERFACE_VARIABLE, ""), is_over)
+        met = _meet(folder, node, nodes, own, environment.get(INTERFACE_VARIABLE, ""), is_over)
     except OSError as error:
         return replace(report, directory_fault=f"{folder.parent}: {error.strerror}")
-    return replace(report, has_locks=has_locks, unreachable=unreachable)
+    unreachable = {peer: fault for peer, fault in met.items() if fault}
+    return replace(report, has_locks=has_locks, reached=len(met) - len(unreachable), unreachable=unreachable)
 
 
 def as_line(report: NodeReport) -> str:
@@ -256,14 +261,13 @@ def _unreachable(reports: Sequence[NodeReport], interface: str, requested: str) 
     """Yield the nodes that most others do not reach, and those that reach no other."""
     for report in reports:
         complaints = [other.unreachable[report.node] for other in reports if report.node in other.unreachable]
-        missed = len(report.unreachable)
         if complaints and 2 * len(complaints) >= min(len(reports) - 1, _MOST_PEERS):
             setting = f"{INTERFACE_VARIABLE}={interface or 'IFACE'}"
             fix = f"check names and addresses, or set {setting}"
             if requested:
                 fix = f"another interface than {requested}: {setting}"
             yield Fault((report.node,), f"the others do not reach it: {complaints[0]}", fix)
-        elif missed and missed == len(reports) - 1:
+        elif report.unreachable and not report.reached:
             text = next(iter(report.unreachable.values()))
             yield Fault((report.node,), f"reaches no other node: {text}", "check its network")
 
@@ -281,7 +285,7 @@ def _is_refused(path: Path) -> bool:
 def _meet(
     folder: Path, node: str, nodes: Sequence[str], own: str, interface: str, is_over: Callable[[], bool]
 ) -> dict[str, str]:
-    """Serve our name until all have met, and return which of our next peers we do not reach, with reasons."""
+    """Serve our name until all have met, and return for our next peers why they are not reached; empty if they are."""
     with socket.create_server(("", 0)) as server, ThreadPoolExecutor(_MOST_PEERS) as pool:
         threading.Thread(target=_serve, args=(server, node), daemon=True).start()
         _publish(folder / f"{node}.at", json.dumps([own, server.getsockname()[1]]))
@@ -295,14 +299,14 @@ def _meet(
                 attempts[peer] = pool.submit(_reach, folder, peer, interface)
                 awaited.remove(peer)
             time.sleep(_POLL_SECONDS if awaited else 0.0)
-        unreachable = {peer: fault for peer, attempt in attempts.items() if (fault := attempt.result())}
+        met = {peer: attempt.result() for peer, attempt in attempts.items()}
         _publish(folder / f"{node}.done", "")
         while not {f"{other}.done" for other in nodes} <= _names_in(folder):
             if is_over():
                 time.sleep(_LINGER_SECONDS)  # others may still be connecting to us
                 break
             time.sleep(_POLL_SECONDS)
-    return unreachable
+    return met
 
 
 def _names_in(folder: Path) -> set[str]:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
-from dist_train.cluster.nodes import NodeReport, report_node
+import pytest
+
+from dist_train.cluster import nodes
+from dist_train.cluster.nodes import NodeReport, as_line, report_node, survey_nodes
 
 
-def meet(folder: Path, nodes: list[str], late: dict[str, float], over: threading.Event) -> dict[str, NodeReport]:
+def meet(folder: Path, names: list[str], late: dict[str, float], over: threading.Event) -> dict[str, NodeReport]:
     """Return the reports of the nodes that come, `late` by so many seconds."""
-    (folder / "nodes").write_text("\n".join(nodes))
+    (folder / "nodes").write_text("\n".join(names))
     (folder / "lock").touch()
 
     def report(node: str) -> NodeReport:
@@ -35,3 +40,25 @@ def test_nodes_report_when_the_survey_is_over_though_one_never_comes(tmp_path: P
     reports = meet(tmp_path, ["node1", "node2", "node3"], {"node1": 0, "node2": 0}, over)
     assert [report.unreachable for report in reports.values()] == [{}, {}]
     assert not timer.is_alive()
+
+
+def survey(folder: Path, reports: Sequence[NodeReport], monkeypatch: pytest.MonkeyPatch) -> Mapping[str, str]:
+    """Return the text of each node's last fault, from its report."""
+
+    def output(command: Sequence[str], seconds: float = 0.0) -> tuple[str, str]:
+        lines = [report.node for report in reports] if command[0] == "scontrol" else map(as_line, reports)
+        return "\n".join(lines), ""
+
+    monkeypatch.setattr(nodes, "_output", output)
+    found = survey_nodes(folder, {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[0-19]"})
+    return {node: fault.text for fault in found.faults for node in fault.nodes}
+
+
+def test_node_that_reaches_no_other_is_named_among_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reports = [
+        NodeReport(f"node{number}", time.time(), {}, f"10.0.0.{number}", {}, 0, reached=16) for number in range(20)
+    ]
+    assert survey(tmp_path, reports, monkeypatch) == {}
+    cut_off = replace(reports[3], reached=0, unreachable={f"node{number}": "timed out" for number in range(4, 20)})
+    faults = survey(tmp_path, [*reports[:3], cut_off, *reports[4:]], monkeypatch)
+    assert faults == {"node3": "reaches no other node: timed out"}
