@@ -71,6 +71,7 @@ def examine(config: Config, data_named: bool) -> tuple[Check, ...]:
         check_mpi(),
         check_libraries(),
         check_launchers(),
+        check_host_name(),
         check_slurm(),
         *data,
         check_metrics_port(config),
@@ -210,6 +211,16 @@ def check_launchers() -> Check:
     if all(found.values()):
         return Check("launchers", "fine", detail)
     return Check("launchers", "note", detail, f"for several ranks, {_SET_UP}")
+
+
+def check_host_name() -> Check:
+    """Check that this machine's own name resolves, without which ranks of horovodrun crash."""
+    name = socket.gethostname()
+    try:
+        return Check("host name", "fine", f"{name} is {socket.gethostbyname(name)}")
+    except OSError:
+        detail = f"{name} does not resolve: horovodrun's ranks crash"
+        return Check("host name", "note", detail, f"add a line to /etc/hosts: ADDRESS {name}; or use dist-train launch")
 
 
 def check_slurm() -> Check:

@@ -212,6 +212,15 @@ def test_a_library_that_does_not_load_is_named_with_what_needs_it(monkeypatch: p
     assert "make setup" in check.fix
 
 
+def test_a_host_name_that_does_not_resolve_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: "localhost")
+    assert doctor.check_host_name().state == "fine"
+    monkeypatch.setattr(socket, "gethostname", lambda: "nowhere.invalid")
+    check = doctor.check_host_name()
+    assert check.state == "note"
+    assert "/etc/hosts" in check.fix
+
+
 def test_horovod_and_mpi4py_load_one_mpi() -> None:
     build = inspection.horovod_build()
     assert build.mpi
