@@ -27,7 +27,7 @@ from dist_train.cluster.device_group import POLL_SECONDS, DeviceGroup, abortable
 from dist_train.cluster.devices import check_own_gpu
 from dist_train.cluster.joining import end_process
 from dist_train.cluster.member import Member
-from dist_train.cluster.torch_engine import TorchOperations
+from dist_train.cluster.torch_engine import TorchOperations, gloo_options
 
 _POLL_INTERVAL = timedelta(milliseconds=100)  # between checks of a waiting operation, of ms each
 _STORE_TIMEOUT = timedelta(seconds=60)
@@ -140,7 +140,9 @@ class ElasticCommunicator(TorchOperations):
         if new.rank != 0:
             store = dist.TCPStore(*new.store, is_master=False, timeout=_STORE_TIMEOUT)
         group_store = dist.PrefixStore(f"generation.{new.generation}", store)
-        return dist.ProcessGroupGloo(group_store, new.rank, new.size, self._gloo_options()), group_store
+        # where the others reach this node, whatever its own name resolves to
+        options = gloo_options(self._operation_timeout, self._member.address)
+        return dist.ProcessGroupGloo(group_store, new.rank, new.size, options), group_store
 
     def _connect(self, device: torch.device) -> None:
         if self._group_store is None:
@@ -166,15 +168,6 @@ class ElasticCommunicator(TorchOperations):
             self.check()
         with _naming_breaks(name):
             return future.result()
-
-    def _gloo_options(self) -> Any:
-        """Return options that make Gloo listen where the others reach this node, whatever its own name resolves to."""
-        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # in no stub
-        options._timeout = self._operation_timeout
-        interface = os.environ.get("GLOO_SOCKET_IFNAME", "")
-        address = {"interface": interface.split(",")[0]} if interface else {"hostname": self._member.address}
-        options._devices = [dist.ProcessGroupGloo.create_device(**address)]
-        return options
 
     def _discard_groups(self) -> None:
         """Discard the groups. A thread destroys Gloo's: with an operation in flight that takes up to its timeout."""

@@ -134,7 +134,7 @@ def report_node(folder: Path, is_over: Callable[[], bool], environment: Mapping[
     """
     node = environment.get("SLURMD_NODENAME", "") or socket.gethostname().split(".")[0]
     addresses = interface_addresses()
-    own = addresses.get(environment.get(INTERFACE_VARIABLE, ""), "") or _resolve(node)
+    own = addresses.get(environment.get(INTERFACE_VARIABLE, ""), "") or _resolve(socket.gethostname())
     visible = environment.get("CUDA_VISIBLE_DEVICES", "")
     report = NodeReport(
         node,
@@ -218,6 +218,10 @@ def _differences(reports: Sequence[NodeReport], begun: float, ended: float, requ
         if requested and requested not in report.addresses:
             fix = f"{INTERFACE_VARIABLE} names one that all nodes have"
             yield Fault((report.node,), f"has no interface {requested} with an address", fix)
+        if report.own_address.startswith("127.") and report.addresses and not requested:
+            text = f"its own name is {report.own_address} to it, where no other node reaches it"
+            fix = f"give the name the node's address in /etc/hosts, or set {INTERFACE_VARIABLE}"
+            yield Fault((report.node,), text, fix, is_fatal=False)
         late = max(begun - report.clock, report.clock - ended)
         if late > _CLOCK_SECONDS:
             yield Fault((report.node,), f"its clock differs by {late:.0f} s", "set it by NTP or chrony", is_fatal=False)

@@ -11,7 +11,9 @@ import os
 import socket
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
+from ipaddress import ip_address
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from dist_train.cluster.communicator import Communicator, Operation, Pending, ga
 from dist_train.cluster.launch import Launch, StoreAddress
 from dist_train.outcome import UsageError
 
+_INTERFACE = "GLOO_SOCKET_IFNAME"
 _STORE_TIMEOUT = timedelta(minutes=30)  # ranks that cannot meet give up much earlier (`meeting_within`)
 
 
@@ -66,7 +69,9 @@ class TorchCommunicator(TorchOperations):
         self._device: dist.ProcessGroupNCCL | None = None
         # A rank may be lost while the others meet, and with rank 0 the store.
         with naming_lost_ranks(RuntimeError, "meeting: "):
-            self._host = dist.ProcessGroupGloo(dist.PrefixStore("host", store), self.rank, self.size, operation_timeout)
+            address = _address_for_others(store, launch.store, self.size)
+            options = gloo_options(operation_timeout, address) if address else operation_timeout
+            self._host = dist.ProcessGroupGloo(dist.PrefixStore("host", store), self.rank, self.size, options)
             if device_type == "cuda":
                 self._device = dist.ProcessGroupNCCL(
                     dist.PrefixStore("device", store), self.rank, self.size, nccl_options(operation_timeout)
@@ -114,6 +119,56 @@ def _open_store(launch: Launch, address: StoreAddress) -> dist.Store:
             code="ranks-cannot-meet",
         ) from error
     return dist.PrefixStore(address.prefix, store)
+
+
+def gloo_options(timeout: timedelta, address: str) -> Any:
+    """Return options by which Gloo listens at `address`, or at the interface of GLOO_SOCKET_IFNAME if it is set."""
+    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # in no stub
+    options._timeout = timeout
+    interface = os.environ.get(_INTERFACE, "")
+    place = {"interface": interface.split(",")[0]} if interface else {"hostname": address}
+    options._devices = [dist.ProcessGroupGloo.create_device(**place)]
+    return options
+
+
+def _address_for_others(store: dist.Store, place: StoreAddress, size: int) -> str:
+    """Return where ranks on other nodes reach this one, if its own name, at which Gloo listens, does not tell them.
+
+    Empty if it does, and if there are no other nodes. All ranks must call this.
+    """
+    here, there = _route_to(place)
+    if here and not _is_loopback(here) and here != there:
+        # On the store's node the route to it is within the node; the other nodes know its address.
+        store.set("store_node", there)
+    if store.add("met", 1) == size:
+        store.set("all_met", "yes")
+    if os.environ.get(_INTERFACE) or not _is_loopback(_own_address()):
+        return ""
+    if here and not _is_loopback(here):
+        return here
+    store.wait(["all_met"])
+    return store.get("store_node").decode() if store.check(["store_node"]) else ""
+
+
+def _route_to(place: StoreAddress) -> tuple[str, str]:
+    """Return our own address on the way to `place`, and that of its node; empty if unknown."""
+    for family, kind, protocol, _, address in socket.getaddrinfo(place.host, place.port, type=socket.SOCK_DGRAM):
+        with suppress(OSError), socket.socket(family, kind, protocol) as datagrams:
+            datagrams.connect(address)  # sends nothing
+            return datagrams.getsockname()[0], datagrams.getpeername()[0]
+    return "", ""
+
+
+def _own_address() -> str:
+    """Return what this node's own name resolves to; loopback if nothing, as for Gloo."""
+    try:
+        return str(socket.getaddrinfo(socket.gethostname(), None)[0][4][0])
+    except OSError:
+        return "127.0.0.1"
+
+
+def _is_loopback(address: str) -> bool:
+    return ip_address(address).is_loopback
 
 
 def nccl_options(timeout: timedelta) -> Any:

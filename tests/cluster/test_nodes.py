@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,11 +33,15 @@ def docker_bridge(cluster: Cluster, tmp_path: Path) -> Iterator[None]:
 @pytest.fixture
 def other_host_names(cluster: Cluster, tmp_path: Path) -> Iterator[None]:
     """Nodes whose host names are not their names in Slurm, as in clouds."""
+    known = cluster.on("node1", "cat", "/etc/hosts", folder=tmp_path).stdout
+    hosts = tmp_path / "hosts"
+    hosts.write_text(re.sub(r"^([0-9.]+) (node[0-9])$", r"\1 \2 ip-\2", known, flags=re.MULTILINE))
     for node in cluster.nodes:
-        assert cluster.on(node, "hostname", f"ip-10-0-0-{node[-1]}", folder=tmp_path).returncode == 0
+        renaming = f"mount --bind {hosts} /etc/hosts && hostname ip-{node}"
+        assert cluster.on(node, "sh", "-c", renaming, folder=tmp_path).returncode == 0
     yield
     for node in cluster.nodes:
-        cluster.on(node, "hostname", node, folder=tmp_path)
+        cluster.on(node, "sh", "-c", f"hostname {node}; umount /etc/hosts", folder=tmp_path)
 
 
 def run_doctor(cluster: Cluster, folder: Path, command: str) -> dict[str, list[tuple[str, str]]]:
@@ -112,3 +117,25 @@ def test_job_uses_a_network_that_all_nodes_share(
     ended = submitted.wait()
     assert "NETWORK_INTERFACE=eth0" in ended.output
     assert_finished_like(ended, submitted.run, large_batch)
+
+
+@pytest.mark.lengthy
+def test_torch_ranks_meet_on_nodes_whose_own_names_are_loopback(
+    cluster: Cluster, tmp_path: Path, large_batch: Undisturbed
+) -> None:
+    # Only within the ranks: the test's Slurm itself needs the names.
+    known = cluster.on("node1", "cat", "/etc/hosts", folder=tmp_path).stdout
+    for node in cluster.nodes:
+        hosts = re.sub(rf"^[0-9.]+ {node}$", f"127.0.1.1 {node}", known, flags=re.MULTILINE)
+        (tmp_path / f"hosts-{node}").write_text(hosts)
+    python = tmp_path / "python"
+    python.write_text(
+        "#!/bin/sh\n"
+        f'[ -n "$SLURM_STEP_ID" ] || exec {sys.executable} "$@"\n'
+        f"exec unshare --mount sh -c 'mount --bind {tmp_path}/hosts-$(uname -n) /etc/hosts && "
+        f"""exec {sys.executable} "$@"' sh "$@"\n"""
+    )
+    python.chmod(0o755)
+    environment = {**LAUNCHERS["torch"], "DIST_TRAIN_PYTHON": str(python)}
+    submitted = SubmittedRun(cluster, tmp_path, large_batch.config, **environment)
+    submitted.wait_for_weights_of(large_batch)

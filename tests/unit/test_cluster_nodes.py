@@ -62,3 +62,9 @@ def test_node_that_reaches_no_other_is_named_among_many(tmp_path: Path, monkeypa
     cut_off = replace(reports[3], reached=0, unreachable={f"node{number}": "timed out" for number in range(4, 20)})
     faults = survey(tmp_path, [*reports[:3], cut_off, *reports[4:]], monkeypatch)
     assert faults == {"node3": "reaches no other node: timed out"}
+
+
+def test_node_whose_own_name_is_loopback_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    node = NodeReport("node1", time.time(), {"eth0": "10.0.0.1"}, "10.0.0.1", {}, 0, reached=1)
+    other = NodeReport("node2", time.time(), {"eth0": "10.0.0.2"}, "127.0.1.1", {}, 0, reached=1)
+    assert list(survey(tmp_path, [node, other], monkeypatch)) == ["node2"]
