@@ -74,12 +74,10 @@ def test_batch_scripts_start_with_the_resources_that_they_request_themselves(clu
     alone, task = tmp_path / "sb_128", tmp_path / "sweep"
     for folder in (alone, task):
         folder.mkdir()
+    study = {**layout_recording_variables(task), "STUDY": str(ROOT / "studies/smoke.yaml")}
     jobs = [
         cluster.sbatch(alone, "sb_128.sh", **layout_recording_variables(alone)),
-        cluster.sbatch(
-            *(task, "sweep.sh", "--array=1", "--gpus-per-node=4"),
-            **{**layout_recording_variables(task), "STUDY": str(ROOT / "studies/smoke.yaml")},
-        ),
+        cluster.sbatch(task, "sweep.sh", "--array=1", "--gpus-per-node=4", **study),
     ]
     ended = [cluster.wait(job) for job in jobs]
     counts = [[(rank, len(gpus)) for _, rank, gpus in layout(folder)] for folder in (alone, task)]
