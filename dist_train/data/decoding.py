@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from dist_train.outcome import FaultError
+from dist_train.outcome import FaultError, UsageError
 
 ATTEMPTS = 10
 DRAWS = 2 * ATTEMPTS + 3  # per image: area and aspect of each attempt, then top, left, mirror
@@ -68,17 +68,26 @@ class _OpenFile:
 
 
 def read_image(path: str | Part, open_file: Callable[[str], _OpenFile] = _OpenFile) -> Image.Image:
-    """Return the image in a file, or in a part of one, in RGB; raise FaultError, which names it, if it is damaged."""
+    """Return the image in a file, or in a part of one, in RGB.
+
+    Raises FaultError, which names it, if it is damaged; UsageError if it is grayscale of more than 8 bits.
+    """
+    name = os.fsencode(path if isinstance(path, str) else path[3]).decode(errors="replace")
     try:
         with Image.open(io.BytesIO(_content(path, open_file))) as image:
+            if image.mode.startswith(("I", "F")):
+                # Pillow would clip their values to 0..255.
+                raise UsageError(
+                    f"the image {name} has more than 8 bits per pixel (Pillow's mode {image.mode}): convert to 8 bits",
+                    code="image-depth",
+                )
             is_masked = image.mode == "P" and "transparency" in image.info
             return (image.convert("RGBA") if is_masked else image).convert("RGB")
-    except MemoryError:
+    except (MemoryError, UsageError):
         raise
     except Exception as error:
         # Damaged files raise errors of many types: OSError, SyntaxError, ValueError, struct.error, ...
         reason = "it is not an image" if isinstance(error, UnidentifiedImageError) else in_words(error)
-        name = os.fsencode(path if isinstance(path, str) else path[3]).decode(errors="replace")
         raise FaultError(
             f"the image {name} cannot be read ({reason}): repair or remove it", code="image-unreadable"
         ) from error
@@ -157,7 +166,7 @@ class EncodedImages:
         self._open_file = lru_cache(_OPEN_FILES)(_OpenFile)
 
     def image(self, reference: str | Part) -> Image.Image:
-        """Return an image in RGB; raises FaultError as `read_image` does."""
+        """Return an image in RGB; raises FaultError and UsageError as `read_image` does."""
         return read_image(reference, self._open_file)
 
     def read(self, work: Work, pixels: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:

@@ -14,7 +14,7 @@ from torchvision import transforms
 from torchvision.transforms import functional
 
 from dist_train.data.decoding import ATTEMPTS, DRAWS, random_box
-from dist_train.outcome import FaultError
+from dist_train.outcome import CodedError, FaultError, UsageError
 from dist_train.reproducible import key, uniform
 from tests.raising import raises
 from tests.unit.image_folders import damage, write_image
@@ -93,6 +93,16 @@ def test_images_of_any_mode_come_as_three_channels(tmp_path: Path, mode: str, dr
     assert decode(str(path), 8, draws).shape == (3, 8, 8)
 
 
+@pytest.mark.parametrize(("suffix", "kind"), [("png", np.uint16), ("tif", np.uint16), ("tif", np.float32)])
+def test_images_of_more_than_8_bits_are_refused(tmp_path: Path, suffix: str, kind: type[np.generic]) -> None:
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(np.full((9, 9), 3000, kind)).save(path)
+    for reference in (str(path), (str(path), 0, path.stat().st_size, f"{path}, sample 0")):
+        with raises(UsageError, "image-depth") as refused:
+            decode(reference, 4, None)
+        assert str(path) in str(refused.value)
+
+
 def test_a_palette_with_transparency_raises_no_warning(tmp_path: Path) -> None:
     image = Image.new("P", (9, 9), 1)
     image.putpalette([0, 0, 0, 250, 120, 10])
@@ -127,13 +137,13 @@ def test_whatever_is_wrong_with_the_bytes_it_is_a_fault_or_an_image(
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     path.write_bytes(content)
-    assert outcome(path) in ("image-unreadable", "an image")
+    assert outcome(path) in ("image-unreadable", "image-depth", "an image")
 
 
 def outcome(path: Path) -> str:
     try:
         decoded = decode(str(path), 4, None)
-    except FaultError as error:
+    except CodedError as error:
         return error.code
     return "an image" if decoded.shape == (3, 4, 4) else f"{decoded.shape}"
 
