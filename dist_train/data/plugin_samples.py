@@ -79,7 +79,9 @@ class PluginSamples:
         name = f"sample {index} of {self._settings.name} ({split})"
         with _naming(name), failing_clearly(self._settings.name):
             image, label = source[index]
-            number = int(label)
+            number = _whole_number(label)
+        if number is None:
+            raise UsageError(f"{name} has the label {label!r:.60}, not a whole number", code="plugin-data-form")
         if not 0 <= number < self._settings.image_format.classes:
             raise UsageError(
                 f"{name} has the label {number}: data.classes is {self._settings.image_format.classes}, "
@@ -106,9 +108,9 @@ def labels_of(dataset: MapDataset, settings: DataSettings, split: Split, seed: i
     targets = getattr(dataset, "targets", None)
     classes = settings.image_format.classes
     if targets is not None and len(targets) == len(dataset):
-        labels = torch.as_tensor(targets)
-        if labels.ndim == 1 and not labels.is_floating_point() and 0 <= labels.min() <= labels.max() < classes:
-            return labels.to(torch.int64)
+        labels = np.asarray(targets)
+        if labels.ndim == 1 and labels.dtype.kind in "iu" and 0 <= labels.min() <= labels.max() < classes:
+            return torch.from_numpy(labels.astype(np.int64))
     reader = PluginSamples(settings.model_copy(update={"augment": "none"}), seed, {split: dataset})
     pixels, read = np.empty((1, *settings.image_format.shape), np.uint8), np.empty(len(dataset), np.int64)
     for index in range(len(dataset)):
@@ -134,6 +136,12 @@ def _naming(name: str) -> Iterator[None]:
         yield
     except UsageError as error:
         raise UsageError(f"{name}: {error}", code=error.code) from error
+
+
+def _whole_number(label: Any) -> int | None:
+    """Return a label that is an integer, or an array or tensor of integer type without dimensions; None for others."""
+    number = label.numpy(force=True) if isinstance(label, Tensor) else np.asarray(label)
+    return int(number) if number.ndim == 0 and number.dtype.kind in "iu" else None
 
 
 def _pixels(image: Any) -> NDArray[Any]:

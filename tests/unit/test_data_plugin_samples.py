@@ -17,7 +17,7 @@ from dist_train.data.images import BatchRequest, Split, Splits
 from dist_train.data.loader import open_splits, training_labels
 from dist_train.outcome import UsageError
 from tests.raising import raises
-from tests.unit.drawing_data import SIZE
+from tests.unit.drawing_data import SIZE, Drawing
 from tests.unit.image_folders import write_folder
 from tests.unit.image_sets import write_arrays, write_shards
 
@@ -119,6 +119,8 @@ def test_a_subset_is_balanced_by_the_labels_or_the_targets(monkeypatch: pytest.M
 
     monkeypatch.setattr(drawing_data.Drawing, "targets", [1, 0] * 12, raising=False)
     assert training_labels(DataSettings.model_validate(OWN), 5).tolist() == [1, 0] * 12
+    monkeypatch.setattr(drawing_data.Drawing, "targets", ["cat", "dog"] * 12)
+    assert training_labels(DataSettings.model_validate(OWN), 5).tolist() == [0, 1] * 12
 
 
 @pytest.mark.parametrize(
@@ -143,6 +145,23 @@ def test_a_mistake_in_the_code_is_found_before_the_first_step(
         monkeypatch.setattr(drawing_data, "nothing", lambda settings, split, seed: None)
     with raises(UsageError, code):
         opened(**{**OWN, **values})
+
+
+@pytest.mark.parametrize("label", [1, np.uint8(1), np.array(1), torch.tensor(1), torch.tensor(1, dtype=torch.int16)])
+def test_labels_may_be_whole_numbers_of_any_kind(label: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Drawing, "__getitem__", lambda self, index: (torch.zeros(3, SIZE, SIZE).byte(), label))
+    splits = opened(**OWN)
+    assert splits.train.read(BatchRequest(torch.tensor([0])))[1].tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    "label", [0.9, 1.0, "1", None, True, np.float32(1), np.array([1]), torch.tensor(1.0), torch.tensor([1]), [1]]
+)
+def test_labels_that_are_not_whole_numbers_are_refused(label: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Drawing, "__getitem__", lambda self, index: (torch.zeros(3, SIZE, SIZE).byte(), label))
+    with raises(UsageError, "plugin-data-form") as refused:
+        opened(**OWN)
+    assert f"sample 0 of {HERE}:drawing (train)" in str(refused.value)
 
 
 @pytest.mark.parametrize(("how", "code"), [("shape", "plugin-data-form"), ("raises", "plugin-failed")])
