@@ -61,7 +61,7 @@ def digest_of(text: str, *tensors: Tensor) -> str:
 
 
 class MapDataset(Protocol):
-    """A map-style Dataset; an image is a PIL image, a uint8 tensor [C, H, W], or an array [H, W] or [H, W, C]."""
+    """A map-style Dataset of PIL images, uint8 tensors [C, H, W], or arrays [H, W], [H, W, C] or [C, H, W]."""
 
     def __len__(self) -> int: ...
 

@@ -92,10 +92,12 @@ class PluginSamples:
 
     def _checked_pixels(self, image: Any, name: str) -> NDArray[np.uint8]:
         """Return the pixels [C, H, W] of an image that a plug-in returned; raise UsageError if their form is wrong."""
-        pixels = _pixels(image)
+        pixels = returned = image.numpy(force=True) if isinstance(image, Tensor) else np.asarray(image)
+        if returned.shape != self._shape and not isinstance(image, Tensor):
+            pixels = _channels_first(returned)
         if pixels.shape != self._shape or pixels.dtype != np.uint8:
             raise UsageError(
-                f"{name} is {pixels.dtype} of {list(pixels.shape)}, not uint8 of {list(self._shape)}: "
+                f"{name} is {returned.dtype} of {list(returned.shape)}, not uint8 of {list(self._shape)}: "
                 f"set data.shape or data.image_size accordingly, or resize it in the plug-in; leave scaling and "
                 f"normalization to data.normalize",
                 code="plugin-data-form",
@@ -144,11 +146,8 @@ def _whole_number(label: Any) -> int | None:
     return int(number) if number.ndim == 0 and number.dtype.kind in "iu" else None
 
 
-def _pixels(image: Any) -> NDArray[Any]:
-    """Return the pixels [C, H, W] of a tensor [C, H, W], a PIL image, or an array [H, W] or [H, W, C]."""
-    if isinstance(image, Tensor):
-        return image.numpy(force=True)
-    pixels = np.asarray(image)
+def _channels_first(pixels: NDArray[Any]) -> NDArray[Any]:
+    """Return pixels [H, W] or [H, W, C] as [C, H, W], and others as they are."""
     return pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, -1, 0) if pixels.ndim == 3 else pixels
 
 

@@ -53,6 +53,11 @@ def floats(images: Any) -> Any:
     return lambda image: torch.zeros(images.shape)
 
 
+def as_array(images: Any, options: dict[str, Any]) -> Any:
+    """Return the image as a NumPy array with its axes in the order of the option `axes`."""
+    return lambda image: image.numpy().transpose(options["axes"])
+
+
 def nothing(images: Any) -> None:
     return None
 

@@ -174,6 +174,18 @@ def test_a_mistake_in_a_later_sample_names_it(how: str, code: str) -> None:
     assert f"sample 13 of {name} (train)" in str(error.value)
 
 
+def test_arrays_may_have_their_channels_first_or_last() -> None:
+    shape = (3, SIZE, SIZE + 1)
+    values: dict[str, Any] = {"name": "synthetic", "synthetic_shape": shape, "synthetic_samples": 8}
+    expected = read(opened(**values), [0, 1], 0)
+    for axes in ([0, 1, 2], [1, 2, 0]):
+        arrays = opened(**values, augment=f"{HERE}:as_array", augment_options={"axes": axes})
+        assert torch.equal(read(arrays, [0, 1], 0), expected)
+    with raises(UsageError, "plugin-data-form") as refused:
+        opened(**values, augment=f"{HERE}:as_array", augment_options={"axes": [0, 2, 1]})
+    assert f"uint8 of {[3, SIZE + 1, SIZE]}, not uint8 of {list(shape)}" in str(refused.value)
+
+
 def test_the_documented_transform_works(root: Path, tmp_path: Path) -> None:
     page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
     [content] = re.findall(r"```python\n# transforms\.py\n(.*?)```", page, re.DOTALL)
