@@ -50,10 +50,14 @@ def load_data(settings: DataSettings, split: Split, seed: int) -> ImageSet | Map
     The validation split is taken out of the training images. A plug-in may return a map-style Dataset instead: then all
     of it is returned, and no sample is read yet.
 
-    Raises UsageError if files are missing or damaged, or hold fewer images than `train_size` or `validation_size`.
+    Raises UsageError if files are missing or damaged, or hold no image, or fewer than `train_size` or
+    `validation_size`.
     """
     read: Split = "test" if split == "test" else "train"
     images = (_plugin if is_plugin(settings.name) else READERS[settings.name])(settings, read, seed)
+    if len(images) == 0:
+        place = f" in {settings.root}" if settings.root is not None else ""
+        raise UsageError(f"{settings.name} holds no {read} images{place}: both splits need some", code="data-counts")
     if not isinstance(images, ImageSet):
         return images
     assert images.shape == settings.image_format.shape

@@ -164,6 +164,11 @@ def test_labels_that_are_not_whole_numbers_are_refused(label: object, monkeypatc
     assert f"sample 0 of {HERE}:drawing (train)" in str(refused.value)
 
 
+def test_a_data_set_without_samples_is_refused() -> None:
+    with raises(UsageError, "data-counts"):
+        opened(**OWN, options={"test": 0})
+
+
 @pytest.mark.parametrize(("how", "code"), [("shape", "plugin-data-form"), ("raises", "plugin-failed")])
 def test_a_mistake_in_a_later_sample_names_it(how: str, code: str) -> None:
     name = f"{HERE}:broken"

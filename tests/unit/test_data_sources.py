@@ -251,6 +251,17 @@ def test_arrays_of_another_form_are_refused(arrays: dict[str, Any], code: str, t
         open_splits(data("numpy", tmp_path, shape=(3, 8, 8), image_column="pictures"), SEED, CPU)
 
 
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_split_without_images_is_refused(split: str, root: Path, tmp_path: Path) -> None:
+    folder = write_arrays(tmp_path / "arrays", root, 3, SIZE, SEED)
+    name = "validation" if split == "test" else split
+    np.save(folder / f"{name}_images.npy", np.zeros((0, SIZE, SIZE, 3), np.uint8))
+    np.save(folder / f"{name}_labels.npy", np.zeros(0, np.int64))
+    with raises(UsageError, "data-counts") as refused:
+        open_splits(data("numpy", folder, shape=(3, SIZE, SIZE)), SEED, CPU)
+    assert f"no {split} images in {folder}" in str(refused.value)
+
+
 def test_a_damaged_entry_of_the_cache_is_made_again(root: Path, folders: dict[str, Path], cache: Path) -> None:
     settings = data("parquet", folders["parquet"])
     expected = list(read(open_splits(settings, SEED, CPU), None))
