@@ -71,6 +71,12 @@ class BatchPlan:
 
     def steps_per_epoch(self, samples: int) -> int:
         """Return the number of whole global batches in `samples`; raise UsageError if there is none."""
+        if samples <= 0:
+            raise UsageError(
+                f"no training samples are left for a global batch of {self.global_size}: "
+                f"train on more samples (data.train_size, data.validation_size)",
+                code="too-few-samples",
+            )
         if samples < self.global_size:
             raise UsageError(
                 f"{samples} training samples do not fill a global batch of {self.global_size}: "
@@ -107,15 +113,20 @@ def balanced_choice(labels: Tensor, size: int, classes: int, seed: int) -> Tenso
 
 def stratified_choice(labels: Tensor, size: int, classes: int, seed: int) -> Tensor:
     """Return `size` samples to hold out, in proportion to the classes, ascending. Raises UsageError."""
-    if size >= labels.numel():
-        raise UsageError(
-            f"data.validation_size is {size}, but there are {labels.numel()} training images: hold out fewer",
-            code="too-few-samples",
-        )
+    check_validation_size(size, labels.numel())
     shuffled, position, class_size = _shuffled_positions(labels, classes, seed, "validation split")
     # Spread the samples of each class evenly over [0, 1): every prefix then has the proportions of the whole.
     quantile = (position + 0.5) / class_size
     return shuffled[torch.argsort(quantile, stable=True)[:size]].sort().values
+
+
+def check_validation_size(size: int, images: int) -> None:
+    """Raise UsageError if holding out `size` of all training images leaves none to train on."""
+    if size >= images:
+        raise UsageError(
+            f"data.validation_size is {size}, but there are {images} training images: hold out fewer",
+            code="too-few-samples",
+        )
 
 
 def divided(labels: Tensor, settings: DataSettings, seed: int) -> tuple[Tensor, Tensor | None]:

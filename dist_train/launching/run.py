@@ -18,7 +18,7 @@ from dist_train.cluster.watchdog import start_watchdog
 from dist_train.config import Config, dump_config, parse_config
 from dist_train.config.resuming import with_setting
 from dist_train.data.catalog import find_data
-from dist_train.data.plan import BatchPlan
+from dist_train.data.plan import BatchPlan, check_validation_size
 from dist_train.launching.assembly import assemble
 from dist_train.launching.regrouping import Regrouping
 from dist_train.launching.session import Session, open_session
@@ -201,7 +201,9 @@ def check_batches(config: Config) -> None:
     """Check that there are samples for every batch, if the settings say how many there are. Raises UsageError."""
     samples = [] if config.data.train_size is None else [config.data.train_size]
     if config.data.name == "synthetic":
-        samples.append(config.data.synthetic_samples - (config.data.validation_size or 0))
+        held_out = config.data.validation_size or 0
+        check_validation_size(held_out, config.data.synthetic_samples)
+        samples.append(config.data.synthetic_samples - held_out)
     batches = [size for _, size in config.batch.sizes]
     if config.schedule.keep_updates:
         batches.append(config.schedule.base_batch)

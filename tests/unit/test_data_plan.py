@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dist_train.config import parse_config
 from dist_train.data.plan import (
     BatchPlan,
     MicroBatch,
@@ -17,6 +18,7 @@ from dist_train.data.plan import (
     others,
     stratified_choice,
 )
+from dist_train.launching.run import check_batches
 from dist_train.outcome import UsageError
 from tests.raising import raises
 
@@ -74,6 +76,9 @@ def test_what_is_left_of_an_epoch_after_its_last_whole_batch_is_left_out() -> No
 def test_promise_1_fewer_samples_than_one_batch_are_refused_with_both_numbers_and_the_fix() -> None:
     with raises(UsageError, "too-few-samples"):
         BatchPlan(128, 32).steps_per_epoch(100)
+    with raises(UsageError, "too-few-samples") as refused:
+        BatchPlan(128, 32).steps_per_epoch(0)
+    assert "at most" not in str(refused.value)
 
 
 @settings(deadline=None, max_examples=100)
@@ -159,6 +164,10 @@ def test_what_is_held_out_has_the_shares_of_the_classes(labels: list[int], data:
 def test_no_sample_is_left_by_a_validation_split_as_large_as_the_training_set() -> None:
     with raises(UsageError, "too-few-samples"):
         stratified_choice(torch.tensor([0, 1, 0]), 3, 2, 0)
+    data = {"name": "synthetic", "synthetic_samples": 1024, "validation_size": 5000}
+    with raises(UsageError, "too-few-samples") as refused:
+        check_batches(parse_config({"data": data}, source="test"))
+    assert "data.validation_size is 5000, but there are 1024" in str(refused.value)
 
 
 def test_more_than_there_is_is_refused_with_both_numbers() -> None:
