@@ -30,7 +30,9 @@ class Problem:
     def __str__(self) -> str:
         lines = [f"  {self.path}: {self.wrong} [{self.code}]"]
         if self.value is not _MISSING:
-            lines.append(f"      value:   {_shorten(self.value)}")
+            # in quotes, text that looks like a number is seen to be text
+            is_quoted = self.code == "wrong-type" and isinstance(self.value, str)
+            lines.append(f"      value:   {_shorten(repr(self.value) if is_quoted else self.value)}")
         if self.allowed:
             lines.append(f"      allowed: {self.allowed}")
         return "\n".join(lines)

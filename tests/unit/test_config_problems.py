@@ -47,6 +47,7 @@ def test_a_fault_is_told_with_its_value_and_what_is_allowed() -> None:
         "      value:   70000",
         "      allowed: a whole number at least 0 and at most 65535",
     ]
+    assert "      value:   '0.1'" in str(only_problem({"optimizer": {"learning_rate": "0.1"}})).splitlines()
 
 
 @pytest.mark.parametrize(
