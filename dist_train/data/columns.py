@@ -206,11 +206,13 @@ def read_arrays(settings: DataSettings, split: Split) -> ImageSet:
     (images_file, images_name), (labels_file, labels_name) = find_arrays(settings, split)
     images, labels = _array(images_file, images_name), _array(labels_file, labels_name)
     image_format = settings.image_format
+    if images.dtype != np.uint8:
+        raise UsageError(f"{images_file} holds {images.dtype}, not uint8: convert to 8 bits", code="data-shape")
     pixels = _channels_first(images, image_format.shape)
-    if pixels is None or images.dtype != np.uint8:
+    if pixels is None:
         raise UsageError(
-            f"{images_file} holds {images.dtype} of {list(images.shape)}, not uint8 images of "
-            f"{list(image_format.shape)}, channels first or last: set data.shape accordingly",
+            f"{images_file} holds an array of {list(images.shape)}, not images of {list(image_format.shape)}, "
+            f"channels first or last: set data.shape accordingly",
             code="data-shape",
         )
     if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
@@ -270,10 +272,8 @@ def _array(path: Path, name: str) -> NDArray[Any]:
 
 
 def _channels_first(images: NDArray[Any], shape: tuple[int, int, int]) -> Tensor | None:
-    """Return a view [N, C, H, W] of uint8 images of `shape`, channels first or last; None for any other array."""
+    """Return a view [N, C, H, W] of uint8 images of `shape`, channels first or last; None for any other shape."""
     channels, height, width = shape
-    if images.dtype != np.uint8:
-        return None
     pixels = torch.from_numpy(images)
     if images.shape[1:] == shape:
         return pixels

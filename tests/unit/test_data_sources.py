@@ -245,8 +245,9 @@ def test_arrays_of_another_form_are_refused(arrays: dict[str, Any], code: str, t
     whole = {"images": np.zeros((4, 8, 8, 3), np.uint8), "labels": np.array([0, 1, 2, 0]), **arrays}
     for split in ("train", "test"):
         np.savez(tmp_path / f"{split}.npz", **whole)
-    with raises(UsageError, code):
+    with raises(UsageError, code) as refused:
         open_splits(data("numpy", tmp_path, shape=(3, 8, 8)), SEED, CPU)
+    assert ("set data.shape" in str(refused.value)) == (whole["images"].shape != (4, 8, 8, 3))
     with raises(UsageError, "column-missing"):
         open_splits(data("numpy", tmp_path, shape=(3, 8, 8), image_column="pictures"), SEED, CPU)
 
