@@ -42,7 +42,7 @@ from dist_train.optim.schedules import LearningRate
 from dist_train.outcome import UsageError
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import Epochs
-from dist_train.training.compute import Compute, LossScale, set_up_compute
+from dist_train.training.compute import Compute, LossScale, is_out_of_memory, set_up_compute
 from dist_train.training.consistency import check_same_data
 from dist_train.training.graphs import CudaGraphRecorder, GraphRecorder
 from dist_train.training.measuring import (
@@ -82,8 +82,8 @@ def assemble(
 ) -> Trainer:
     """Build the trainer of `config`, at the beginning or where the checkpoint of rank 0's `resume_point` left off.
 
-    Raises UsageError if the device, the data or the batch do not fit, or the checkpoint is from another model or from a
-    run that cannot be lengthened yet.
+    Raises UsageError if the device, the data, the model or the batch do not fit, or the checkpoint is from another
+    model or from a run that cannot be lengthened yet.
     """
     device = share_out_devices(comm, config.run.device)
     config = with_device(config, "cuda" if device.type == "cuda" else "cpu")
@@ -103,10 +103,7 @@ def assemble(
         updates_of = partial(operator.mul, updates_per_epoch)
     total_steps = updates_of(config.run.epochs)
 
-    network = build_model(config).to(compute.device)
-    if compute.device.type == "cuda":
-        join_relus(network)
-    weights = FlatWeights(network)
+    network, weights = run_on_all_ranks(comm, partial(_build_network, config, compute.device), "build the model")
     is_measured = config.metrics.enabled or config.metrics.writes_tensorboard
     measuring = None
     has_clock = is_measured or config.batch.dealing == "measured"
@@ -231,6 +228,21 @@ def build_step(
         wait_for_checkpoint_copy=wait_for_checkpoint_copy,
         graph_recorder=graph_recorder,
     )
+
+
+def _build_network(config: Config, device: torch.device) -> tuple[nn.Module, FlatWeights]:
+    """Return the network of `config` on `device`, and its weights. Raises UsageError if they do not fit the memory."""
+    try:
+        network = build_model(config).to(device)
+        if device.type == "cuda":
+            join_relus(network)
+        return network, FlatWeights(network)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UsageError(
+            "the model does not fit the memory of host or device: set a smaller model.width", code="out-of-memory"
+        ) from error
 
 
 def _restore(

@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from dist_train.checkpoint import writer
 from dist_train.checkpoint.files import list_checkpoints, newest_whole, read_checkpoint, write_checkpoint
 from dist_train.cluster.communicator import Alone
+from dist_train.config import Config
+from dist_train.launching import assembly
 from dist_train.models import build_model
 from dist_train.outcome import StoppedError, UsageError
 from dist_train.rundir.records import (
@@ -248,6 +251,15 @@ def test_promise_6_a_checkpoint_that_cannot_be_written_is_told_and_the_run_goes_
 def test_fewer_samples_than_one_batch_are_refused(tmp_path: Path) -> None:
     with raises(UsageError, "too-few-samples"):
         build_trainer(small_config(batch={"global_size": 101}), tmp_path, Alone())
+
+
+def test_a_model_that_does_not_fit_the_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(config: Config) -> nn.Module:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried")
+
+    monkeypatch.setattr(assembly, "build_model", build)
+    with raises(UsageError, "out-of-memory"):
+        build_trainer(small_config(), tmp_path, Alone())
 
 
 def test_a_trainer_at_its_end_does_nothing(tmp_path: Path) -> None:
