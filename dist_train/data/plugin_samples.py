@@ -141,9 +141,9 @@ def _naming(name: str) -> Iterator[None]:
 
 
 def _whole_number(label: Any) -> int | None:
-    """Return a label that is an integer, or an array or tensor of integer type without dimensions; None for others."""
+    """Return a label that is an integer, or one integer in an array or tensor, as in MedMNIST; None for others."""
     number = label.numpy(force=True) if isinstance(label, Tensor) else np.asarray(label)
-    return int(number) if number.ndim == 0 and number.dtype.kind in "iu" else None
+    return int(number.item()) if number.size == 1 and number.dtype.kind in "iu" else None
 
 
 def _channels_first(pixels: NDArray[Any]) -> NDArray[Any]:

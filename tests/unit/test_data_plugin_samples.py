@@ -147,7 +147,9 @@ def test_a_mistake_in_the_code_is_found_before_the_first_step(
         opened(**{**OWN, **values})
 
 
-@pytest.mark.parametrize("label", [1, np.uint8(1), np.array(1), torch.tensor(1), torch.tensor(1, dtype=torch.int16)])
+@pytest.mark.parametrize(
+    "label", [1, np.uint8(1), np.array(1), np.array([1]), [1], torch.tensor(1), torch.tensor(1, dtype=torch.int16)]
+)
 def test_labels_may_be_whole_numbers_of_any_kind(label: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Drawing, "__getitem__", lambda self, index: (torch.zeros(3, SIZE, SIZE).byte(), label))
     splits = opened(**OWN)
@@ -155,7 +157,7 @@ def test_labels_may_be_whole_numbers_of_any_kind(label: object, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(
-    "label", [0.9, 1.0, "1", None, True, np.float32(1), np.array([1]), torch.tensor(1.0), torch.tensor([1]), [1]]
+    "label", [0.9, 1.0, "1", None, True, np.float32(1), np.array([1, 0]), torch.tensor(1.0), torch.tensor([])]
 )
 def test_labels_that_are_not_whole_numbers_are_refused(label: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Drawing, "__getitem__", lambda self, index: (torch.zeros(3, SIZE, SIZE).byte(), label))
