@@ -26,6 +26,7 @@ from dist_train.sweep.study_file import (
     Study,
     drawn_settings,
     load_study,
+    problems_of_overrides,
 )
 
 
@@ -121,6 +122,8 @@ def plan_study(
     base_settings = read_settings(base_file)
     base = parse_config(base_settings, source=str(base_file))
     with_overrides(base_settings, overrides)  # raises if an override is invalid
+    if refused := list(problems_of_overrides(overrides)):
+        raise ConfigError("command line", refused)
     folder = (directory or base.run.directory) / study.name
     planned: list[PlannedRun] = []
     found: list[Problem] = []

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 _SETTING = re.compile(r"[a-z_]+(\.[a-z_]+)+")
-_OURS = ("run.name", "run.directory", "run.seed", "run.resume")
+_SET_BY_STUDY = ("run", "run.name", "run.directory", "run.seed", "run.resume")
 
 Settings = dict[str, Any]  # values by dotted path: `noise.amplitude: 0.01`
 
@@ -162,6 +162,18 @@ def load_study(path: Path) -> Study:
     return study
 
 
+def problems_of_overrides(overrides: Sequence[str]) -> Iterator[Problem]:
+    """Yield a problem for each override of a setting that the study itself sets."""
+    for override in overrides:
+        path, _, value = override.partition("=")
+        if path in _SET_BY_STUDY:
+            yield _set_by_study(path, value)
+
+
+def _set_by_study(path: str, value: object) -> Problem:
+    return Problem(path, "the study itself sets this for each run", code="set-by-study", value=value)
+
+
 def _problems_of_settings(study: Study) -> Iterator[Problem]:
     places = {"settings": study.settings}
     grids = {"grid": study.grid}
@@ -172,9 +184,8 @@ def _problems_of_settings(study: Study) -> Iterator[Problem]:
     spaces = {"search.space": space}
     for place, settings in (places | grids | spaces).items():
         for path, value in settings.items():
-            if path in _OURS:
-                wrong = "the study itself sets this for each run"
-                yield Problem(f"{place}.{path}", wrong, code="set-by-study", value=value)
+            if path in _SET_BY_STUDY:
+                yield _set_by_study(f"{place}.{path}", value)
             elif not _SETTING.fullmatch(path):
                 allowed = "the dotted path of a setting, such as noise.amplitude"
                 yield Problem(f"{place}.{path}", "not a setting", code="wrong-form", value=value, allowed=allowed)

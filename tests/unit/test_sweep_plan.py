@@ -148,6 +148,14 @@ class TestFaults:
     def test_each_is_named(self, tmp_path: Path, changes: dict[str, Any], fault: tuple[str, str]) -> None:
         assert fault in faults(tmp_path, **changes)
 
+    @pytest.mark.parametrize("override", ["run.seed=5", "run.name=x", "run.directory=/x", "run.resume=never", "run={}"])
+    def test_an_override_of_what_the_study_sets_itself_is_refused(self, tmp_path: Path, override: str) -> None:
+        with pytest.raises(ConfigError) as refused:
+            plan_study(write_study(tmp_path), overrides=["run.epochs=2", override])
+        assert [(fault.path, fault.code) for fault in refused.value.problems] == [
+            (override.partition("=")[0], "set-by-study")
+        ]
+
     def test_a_grid_that_would_give_one_name_twice_is_refused(self, tmp_path: Path) -> None:
         found = faults(tmp_path, variants={"a": {"grid": {"noise.exclude": [["x y"], ["x  y"]]}}})
         assert ("variants", "name-twice") in found
