@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
 from dist_train.config.plugins import Options, PluginName, is_plugin
 
@@ -32,6 +33,8 @@ DATA_SETS: Mapping[str, ImageFormat] = {
 AtLeastTwo = Annotated[int, Field(ge=2)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
+UserPath = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]
+"""A path, in which a leading ~ is the user's home: a shell does not expand it in section.key=~/folder."""
 
 
 class Section(BaseModel):
@@ -71,7 +74,7 @@ class DataSettings(Section):
     numpy, arrays. synthetic: generated images, no files needed.
     """
     options: Options = options_of("data.name")
-    root: Path | None = Field(None, examples=["/data/cifar10"])
+    root: UserPath | None = Field(None, examples=["/data/cifar10"])
     """Folder of the data set's files; null: the default places."""
     download: bool = False
     """Download CIFAR's archive into `root` if it is missing."""

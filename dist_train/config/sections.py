@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from dist_train.config.parts import AtLeastTwo, Beta, DataSettings, Fraction, Section, options_of
+from dist_train.config.parts import AtLeastTwo, Beta, DataSettings, Fraction, Section, UserPath, options_of
 from dist_train.config.plugins import Options, PluginName
 from dist_train.config.regularization import (
     AveragingSettings,
@@ -24,7 +25,7 @@ class RunSettings(Section):
 
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", examples=["lb-noise"])
     """Name of the run's directory."""
-    directory: Path = Field(Path("runs"), examples=["/scratch/runs"])
+    directory: UserPath = Field(Path("runs"), examples=["/scratch/runs"])
     """Folder that holds the run directories."""
     seed: NonNegativeInt = Field(0, examples=[1])
     """Seed of all randomness."""
@@ -42,11 +43,13 @@ class RunSettings(Section):
     """Number of updates to trace with the profiler."""
     stop_signal: Literal["SIGUSR1", "SIGUSR2", "SIGHUP"] = "SIGUSR2"
     """A further signal that asks the run to save and stop, as SIGTERM, SIGINT and SIGUSR2 do."""
-    resume: str = Field("auto", examples=["runs/other/checkpoints/step-00000040.pt"])
+    resume: Annotated[str, AfterValidator(os.path.expanduser)] = Field(
+        "auto", examples=["runs/other/checkpoints/step-00000040.pt"]
+    )
     """auto: resume from the last checkpoint, if any. never: start from the beginning. Or the path of a checkpoint, or
     of a run, whose last checkpoint is used.
     """
-    init_from: Path | None = Field(None, examples=["runs/other"])
+    init_from: UserPath | None = Field(None, examples=["runs/other"])
     """Source of a new run's weights and norm statistics: a run (its last checkpoint), a checkpoint, a .safetensors or
     .pth file, or torchvision:NAME for torchvision's weights in torch.hub's cache; null: random weights from the seed.
     """
@@ -252,7 +255,7 @@ class CheckpointSettings(Section):
     """Also keep the one with the best accuracy on the validation split, or else on the test split."""
     background: bool = True
     """Write checkpoints while training continues."""
-    fallback_directory: Path | None = Field(None, examples=["/scratch/me"])
+    fallback_directory: UserPath | None = Field(None, examples=["/scratch/me"])
     """Folder on another disk, for the last checkpoint if the run directory's disk is full or fails; a resume reads it
     from there.
     """
@@ -282,15 +285,15 @@ class MetricsSettings(Section):
     """Which ranks serve metrics. first: rank 0, for the run. all: every rank, also its own."""
     every_steps: PositiveInt = Field(1, examples=[10])
     """Steps between training records."""
-    token_file: Path | None = Field(None, examples=["/home/me/metrics.token"])
+    token_file: UserPath | None = Field(None, examples=["/home/me/metrics.token"])
     """File with the bearer token that a scrape must send."""
-    password_file: Path | None = Field(None, examples=["/home/me/metrics.password"])
+    password_file: UserPath | None = Field(None, examples=["/home/me/metrics.password"])
     """File with user:password that a scrape must send."""
-    certificate_file: Path | None = Field(None, examples=["/home/me/metrics.crt"])
+    certificate_file: UserPath | None = Field(None, examples=["/home/me/metrics.crt"])
     """TLS certificate (PEM), with its chain; null: plain HTTP."""
-    key_file: Path | None = Field(None, examples=["/home/me/metrics.key"])
+    key_file: UserPath | None = Field(None, examples=["/home/me/metrics.key"])
     """Private key (PEM) of the TLS certificate."""
-    targets_directory: Path | None = Field(None, examples=["/shared/targets"])
+    targets_directory: UserPath | None = Field(None, examples=["/shared/targets"])
     """Folder where Prometheus looks for targets (file_sd): the run is listed there, and for a day after its end how it
     ended.
     """

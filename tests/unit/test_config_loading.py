@@ -53,6 +53,25 @@ def test_a_config_is_frozen(tmp_path: Path) -> None:
         config.run.seed = 4  # type: ignore[misc]
 
 
+def test_a_leading_tilde_is_the_home_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    config = load(
+        tmp_path,
+        "run: {directory: ~/runs, init_from: ~/a.pth, resume: ~/run}\ncheckpoint: {fallback_directory: ~/spare}",
+        "data.root=~/data",
+        "metrics.token_file=~/token",
+    )
+    home = Path("/home/me")
+    assert (config.run.directory, config.run.init_from, config.run.resume) == (
+        home / "runs",
+        home / "a.pth",
+        "/home/me/run",
+    )
+    assert (config.checkpoint.fallback_directory, config.data.root) == (home / "spare", home / "data")
+    assert config.metrics.token_file == home / "token"
+    assert load(tmp_path, "run: {directory: ~nobody-here/runs}").run.directory == Path("~nobody-here/runs")
+
+
 @pytest.mark.parametrize(
     ("text", "number"), [("1e-4", 1e-4), ("5E+2", 500.0), ("1.e-3", 1e-3), ("0.5", 0.5), ("1", 1.0)]
 )

@@ -59,7 +59,7 @@ class ServingPlan:
 def plan_of(settings: MetricsSettings) -> ServingPlan:
     """Return the part of `settings` that the exporter's process needs."""
     values = {field.name: getattr(settings, field.name) for field in fields(ServingPlan)}
-    paths = {name: path.expanduser().absolute() for name, path in values.items() if isinstance(path, Path)}
+    paths = {name: path.absolute() for name, path in values.items() if isinstance(path, Path)}
     return ServingPlan(**values | paths)
 
 
