@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -309,8 +310,11 @@ def replay(path: Path | str, step: int) -> Replay:
     start = before[-1] if before else None
     settings = read_checkpoint(start.path).config if start else yaml.safe_load(dump_config(run.config))
     config = parse_config(with_overrides(settings, _replayed(step, start.path if start else None)), source="the run")
-    # the same on all ranks
-    place = Path(tempfile.gettempdir()) / f"dist_train-replay-{run.directory.run_id()}-{step}"
+    launch = current_launch()
+    # The same on all ranks; a process that is the only rank has a place of its own.
+    own = f"-{os.getpid()}" if launch.size == 1 else ""
+    place = Path(tempfile.gettempdir()) / f"dist_train-replay-{run.directory.run_id()}-{step}{own}"
+    is_ours = launch.rank == 0
     try:
         train(config, place)
         again = load_run(place)
@@ -318,8 +322,11 @@ def replay(path: Path | str, step: int) -> Replay:
         weights_agree = None
         if step in run.steps:
             weights_agree = _same_weights(run.checkpoint(step), again.checkpoint(step))
+    except UsageError as error:
+        is_ours = is_ours and error.code != "run-in-use"  # by another launch that replays the same update
+        raise
     finally:
-        if current_launch().rank == 0:
+        if is_ours:
             shutil.rmtree(place, ignore_errors=True)
     return Replay(step, start.step if start else 0, recorded, replayed, weights_agree)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import tempfile
 from pathlib import Path
 
 import onnxruntime
@@ -12,10 +13,13 @@ import torch
 from safetensors.torch import load_file
 
 import dist_train
+from dist_train import api
+from dist_train.config import Config
 from dist_train.outcome import ExitCode, UsageError
 from dist_train.rundir.records import EvaluationRecord
-from tests.launching import launch, small_settings, train_alone, write_config
+from tests.launching import launch, small_settings, start, train_alone, write_config
 from tests.raising import raises
+from tests.waiting import PATIENCE
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +99,26 @@ def test_replayed_update_is_bit_identical(run: Path, ranks: int, step: int) -> N
     ended = launch(ranks, "torch" if ranks > 1 else "alone", "replay", f"{run}@{step}")
     assert ended.code == 0, ended.output
     assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_replays_of_one_update_at_once_do_not_disturb_each_other(run: Path) -> None:
+    replays = [start(1, "alone", "replay", f"{run}@2") for _ in range(2)]
+    ended = [(replay.communicate(timeout=PATIENCE)[0], replay.returncode) for replay in replays]
+    assert [code for _, code in ended] == [0, 0], ended
+
+
+def test_refused_replay_leaves_the_other_launch_s_files(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(config: Config, place: Path) -> None:
+        place.mkdir()
+        raise UsageError("another launch trains here", code="run-in-use")
+
+    monkeypatch.setattr(api, "train", refuse)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with raises(UsageError, code="run-in-use"):
+        api.replay(run, 2)
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_replay_detects_a_changed_record(run: Path, tmp_path: Path) -> None:
