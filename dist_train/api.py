@@ -316,11 +316,16 @@ def replay(path: Path | str, step: int) -> Replay:
     place = Path(tempfile.gettempdir()) / f"dist_train-replay-{run.directory.run_id()}-{step}{own}"
     is_ours = launch.rank == 0
     try:
-        train(config, place)
+        try:
+            train(config, place)
+        except DivergedError:
+            # Once the update is recorded, only the evaluation that ends a run has found something not finite.
+            if step not in _updates(load_run(place)):
+                raise
         again = load_run(place)
         replayed = _update(again, step)
         weights_agree = None
-        if step in run.steps:
+        if step in run.steps and step in again.steps:
             weights_agree = _same_weights(run.checkpoint(step), again.checkpoint(step))
     except UsageError as error:
         is_ours = is_ours and error.code != "run-in-use"  # by another launch that replays the same update
@@ -346,10 +351,13 @@ def _replayed(step: int, checkpoint: Path | None) -> list[str]:
     ]
 
 
+def _updates(run: Run) -> dict[int, TrainRecord]:
+    return {record.step: record for record in run.records if isinstance(record, TrainRecord)}
+
+
 def _update(run: Run, step: int) -> dict[str, float]:
-    for record in run.records:
-        if isinstance(record, TrainRecord) and record.step == step:
-            return {name: float(getattr(record, name)) for name in _COMPARED}
+    if record := _updates(run).get(step):
+        return {name: float(getattr(record, name)) for name in _COMPARED}
     raise UsageError(f"{run.directory.root} has no record of update {step}", code="step-not-recorded")
 
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 import dist_train
 from dist_train import api
-from dist_train.config import Config
-from dist_train.outcome import ExitCode, UsageError
+from dist_train.config import Config, load_config
+from dist_train.outcome import DivergedError, ExitCode, UsageError
 from dist_train.rundir.records import EvaluationRecord
 from tests.launching import launch, small_settings, start, train_alone, write_config
 from tests.raising import raises
@@ -99,6 +99,16 @@ def test_replayed_update_is_bit_identical(run: Path, ranks: int, step: int) -> N
     ended = launch(ranks, "torch" if ranks > 1 else "alone", "replay", f"{run}@{step}")
     assert ended.code == 0, ended.output
     assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_last_update_before_a_divergence_is_replayed(tmp_path: Path) -> None:
+    config = load_config(write_config(tmp_path, small_settings(optimizer={"learning_rate": 1e6})))
+    with pytest.raises(DivergedError):
+        dist_train.train(config, tmp_path / "run")
+    last = dist_train.load_run(tmp_path / "run").status.step
+    again = dist_train.replay(tmp_path / "run", last)
+    assert again.agrees
+    assert again.weights_agree is None
 
 
 def test_replays_of_one_update_at_once_do_not_disturb_each_other(run: Path) -> None:
