@@ -7,8 +7,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +27,7 @@ from dist_train.data.images import Split
 from dist_train.data.loader import open_splits
 from dist_train.data.plan import BatchPlan
 from dist_train.launching import train
-from dist_train.outcome import DivergedError, UsageError
+from dist_train.outcome import DivergedError, UsageError, writing
 from dist_train.report.drawing import RangeTest, draw_learning_curve, read_range_test, write_range_test
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import EvaluationRecord, Record, TrainRecord, read_records
@@ -170,24 +170,34 @@ def export(target: Path | str, to: Format, output: Path | None = None, weights: 
         (32, 0.0)
 
     Raises:
-        UsageError: there is no such checkpoint, or the library that writes `to` is not installed.
+        UsageError: there is no such checkpoint, the library that writes `to` is not installed, or `output` cannot be
+            written.
     """
     contents = read_checkpoint(find_checkpoint(Path(target)))
     config = stored_config(contents, ())
     model = stored_model(contents, config, weights).eval()
     suffix, write = _FORMATS[to]
     output = output or Path(f"{config.run.name}-{contents.step:08d}{suffix}")
-    output.parent.mkdir(parents=True, exist_ok=True)
     images = torch.rand(4, *config.data.image_format.shape, generator=torch.Generator().manual_seed(0))
     try:
-        with torch.no_grad():
-            loaded = write(model, images, output)
+        with torch.no_grad(), _replacing(output) as part:
+            loaded = write(model, images, part)
             difference = float((loaded(images) - model(images)).abs().max())
     except ImportError as error:
         raise UsageError(
             f"{to} needs {error.name}, which is not installed: pip install 'dist_train[onnx]'", code="export-missing"
         ) from error
     return Export(output, contents.step, difference)
+
+
+@contextmanager
+def _replacing(output: Path) -> Iterator[Path]:
+    """Give a path to write, in a new folder, since libraries report a bad path each in its own way; then move it."""
+    with writing(output, "choose another file with -o FILE"):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
+            yield Path(folder, output.name)
+            os.replace(Path(folder, output.name), output)
 
 
 _Loaded = Callable[[Tensor], Tensor]

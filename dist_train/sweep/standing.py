@@ -24,7 +24,7 @@ from rich.text import Text
 from dist_train.cluster.launch import JOB_IS_ALIVE, current_job, job_states
 from dist_train.config import ConfigError, differences, load_config
 from dist_train.monitoring import wording
-from dist_train.outcome import ExitCode, escaped
+from dist_train.outcome import ExitCode, escaped, writing
 from dist_train.rundir import atomic
 from dist_train.rundir.paths import DISK_FULL, RunDirectory, read_holder
 from dist_train.rundir.records import EvaluationRecord, read_last_records, read_records
@@ -320,9 +320,13 @@ def renewed(plan: Plan) -> Plan:
 
 
 def publish(plan: Plan) -> None:
-    """Write the plan into the study's folder; in an Optuna search, first report results and renew the plan."""
+    """Write the plan into the study's folder; in an Optuna search, first report results and renew the plan.
+
+    Raises UsageError if the folder cannot be written.
+    """
     trials = optuna_trials(plan.study, plan.directory)
-    with trials.locked() if trials else nullcontext():
+    fix = "choose another folder with --directory (submit: --run-dir)"
+    with writing(plan.directory, fix), trials.locked() if trials else nullcontext():
         if trials:
             plan = renewed(plan)
             _report_results(plan, trials)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import dist_train
 from dist_train import api
+from dist_train.api import Format
 from dist_train.config import Config, load_config
 from dist_train.outcome import DivergedError, ExitCode, UsageError
 from dist_train.rundir.records import EvaluationRecord
@@ -59,6 +60,15 @@ def test_exported_model_gives_the_same_logits(run: Path, tmp_path: Path, to: str
         images = torch.rand(7, *dist_train.load_run(run).config.data.image_format.shape)
         [logits] = session.run(None, {"images": images.numpy()})
         torch.testing.assert_close(torch.from_numpy(logits), dist_train.load_run(run).model()(images))
+
+
+@pytest.mark.parametrize(("to", "name"), [("safetensors", "folder"), ("torch-export", "file/model")])
+def test_export_to_an_unwritable_place_is_refused(run: Path, tmp_path: Path, to: Format, name: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    with raises(UsageError, code="output-unwritable"):
+        dist_train.export(run, to, tmp_path / name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 
 
 def test_averaged_weights_are_evaluated_and_exported(tmp_path: Path) -> None:

@@ -147,6 +147,9 @@ def test_curves_that_cannot_be_drawn_are_refused(tmp_path: Path) -> None:
         draw_learning_curve([run], tmp_path / "curve.gif")
     with raises(UsageError, "folder-missing"):
         draw_learning_curve([run], tmp_path / "nowhere" / "curve.png")
+    (tmp_path / "folder.png").mkdir()
+    with raises(UsageError, "output-unwritable"):
+        draw_learning_curve([run], tmp_path / "folder.png")
     with raises(UsageError, "no-run-here"):
         draw_learning_curve([run, tmp_path / "empty"], tmp_path / "curve.png")
     with raises(UsageError, "no-run-here"):

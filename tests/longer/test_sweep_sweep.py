@@ -250,6 +250,9 @@ class TestCommand:
         assert main(["sweep", good, "--only", "5"]) == ExitCode.USAGE
         assert "[no-such-run-number]" in capsys.readouterr().err
         assert main(["sweep", good, "--arguments"]) == ExitCode.USAGE
+        (tmp_path / "file").touch()
+        assert main(["sweep", good, "--directory", str(tmp_path / "file")]) == ExitCode.USAGE
+        assert "[output-unwritable]" in capsys.readouterr().err
         assert main(["sweep", good, "noise.amplitud=1"]) == ExitCode.USAGE
         bad = str(write_study(tmp_path, settings={"noise.amplitud": 1}))
         assert main(["sweep", bad]) == ExitCode.USAGE
