@@ -136,8 +136,14 @@ def read_record(path: Path) -> CheckpointFile:
             int(fields["bytes"]),
             dict(fields["metrics"]),
         )
+    except FileNotFoundError as error:
+        raise DamagedCheckpointError(
+            f"{path} cannot be verified: there is no record {record.name} beside it; a checkpoint that is copied needs "
+            f"both files",
+            code="checkpoint-record",
+        ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, OSError) and error.errno not in (errno.ENOENT, errno.EINVAL):
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
         raise DamagedCheckpointError(
             f"{path} is damaged: its record {record.name} cannot be read", code="checkpoint-record"
