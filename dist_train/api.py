@@ -27,7 +27,7 @@ from dist_train.data.images import Split
 from dist_train.data.loader import open_splits
 from dist_train.data.plan import BatchPlan
 from dist_train.launching import train
-from dist_train.outcome import DivergedError, UsageError, writing
+from dist_train.outcome import DivergedError, UsageError, check_choice, writing
 from dist_train.report.drawing import RangeTest, draw_learning_curve, read_range_test, write_range_test
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import EvaluationRecord, Record, TrainRecord, read_records
@@ -109,9 +109,9 @@ class Run:
         """Return step, loss and accuracy of the last checkpoint on the whole of `split`. Raises UsageError."""
         return evaluate_stored(self.directory.root, split, overrides, weights)
 
-    def learning_curve(self, output: Path | None = None) -> Path:
+    def learning_curve(self, output: Path | str | None = None) -> Path:
         """Draw loss and accuracy against epoch into `output` (.png, .svg, .pdf), and return where it is."""
-        output = output or self.directory.learning_curve
+        output = Path(output or self.directory.learning_curve)
         draw_learning_curve([self.directory.root], output)
         return output
 
@@ -158,14 +158,14 @@ class Export:
     difference: float
 
 
-def export(target: Path | str, to: Format, output: Path | None = None, weights: Weights = "raw") -> Export:
+def export(target: Path | str, to: Format, output: Path | str | None = None, weights: Weights = "raw") -> Export:
     """Write the model of a checkpoint, or of a run's last one, with clean weights, or averaged, and norm statistics.
 
     safetensors: the tensors by name, to be loaded into the same network. torch-export and onnx: the network too, for
     any number of images. What is written is loaded back, and compared on a few random images, [4, C, H, W].
 
     Examples:
-        >>> written = dist_train.export("runs/demo", "safetensors", Path("demo.safetensors"))
+        >>> written = dist_train.export("runs/demo", "safetensors", "demo.safetensors")
         >>> written.step, written.difference
         (32, 0.0)
 
@@ -173,11 +173,12 @@ def export(target: Path | str, to: Format, output: Path | None = None, weights: 
         UsageError: there is no such checkpoint, the library that writes `to` is not installed, or `output` cannot be
             written.
     """
+    check_choice("to", to, Format)
     contents = read_checkpoint(find_checkpoint(Path(target)))
     config = stored_config(contents, ())
     model = stored_model(contents, config, weights).eval()
     suffix, write = _FORMATS[to]
-    output = output or Path(f"{config.run.name}-{contents.step:08d}{suffix}")
+    output = Path(output or f"{config.run.name}-{contents.step:08d}{suffix}")
     images = torch.rand(4, *config.data.image_format.shape, generator=torch.Generator().manual_seed(0))
     try:
         with torch.no_grad(), _replacing(output) as part:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 from pathlib import Path
+from typing import get_args
 
 _LOGIN = re.compile(r"(?<=://)\S{1,512}(?=@)|[^\s:/@]{1,256}:[^\s/@]\S{0,512}(?=@)")
 _QUERY = re.compile(r"(https?://[^\s?]*\?)\S+")
@@ -79,6 +80,12 @@ def writing(place: Path, fix: str) -> Iterator[None]:
         raise UsageError(
             f"cannot write {place} ({error.strerror or error}): {fix}", code="output-unwritable"
         ) from error
+
+
+def check_choice(name: str, value: object, choices: object) -> None:
+    """Raise UsageError if the argument `name` is not one of `choices`, a Literal."""
+    if value not in get_args(choices):
+        raise UsageError(f"{name} is {', '.join(get_args(choices))}, not {value!r}", code="no-such-choice")
 
 
 _GENERAL = frozenset(kind.code for kind in (UsageError, FaultError, DivergedError, DisagreementError, StoppedError))

@@ -65,6 +65,8 @@ def train(config: Config, run_directory: Path | str | None = None, observers: Se
         RankLostError: a rank is gone.
         FaultError: the run directory could not be written, or something else failed that is not the user's mistake.
     """
+    if not isinstance(config, Config):
+        raise UsageError(f"not a Config but {config!r}: train(load_config(PATH, overrides))", code="wrong-type")
     directory = RunDirectory(config.run_directory if run_directory is None else Path(run_directory))
     micro_size = config.batch.micro_size
     with oserror_to_fault(directory), ExitStack() as stack:

@@ -27,7 +27,7 @@ from dist_train.data.loader import open_splits
 from dist_train.data.plan import BatchPlan
 from dist_train.models import build_model
 from dist_train.models.norms import BatchStatistics, norm_modules
-from dist_train.outcome import DivergedError, UsageError
+from dist_train.outcome import DivergedError, UsageError, check_choice
 from dist_train.reproducible import generator
 from dist_train.rundir.atomic import finite
 from dist_train.training.compute import Compute, set_up_compute, share_of_threads
@@ -139,6 +139,8 @@ def evaluate_stored(
 
     Norm statistics are the checkpoint's, computed at its clean or averaged weights.
     """
+    check_choice("split", split, Split)
+    check_choice("weights", weights, Weights)
     with ExitStack() as stack:
         comm = join_ranks(timeout=60.0, device_type=device_type())
         stack.callback(comm.close)

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 import pytest
@@ -101,6 +102,19 @@ def test_evaluating_missing_averages_or_splits_is_refused(run: Path) -> None:
         dist_train.evaluate(run, weights="averaged")
     with raises(UsageError, code="no-validation"):
         dist_train.evaluate(run, "validation")
+
+
+def test_arguments_of_another_kind_are_refused_or_converted(run: Path, tmp_path: Path) -> None:
+    arguments: Any = dist_train
+    with raises(UsageError, code="no-such-choice"):
+        arguments.load_run(run).evaluate("foo")
+    with raises(UsageError, code="no-such-choice"):
+        arguments.export(run, "foo")
+    with raises(UsageError, code="wrong-type"):
+        arguments.train("config.yaml", tmp_path / "run")
+    written = dist_train.export(run, "safetensors", str(tmp_path / "model.safetensors"))
+    assert written.path == tmp_path / "model.safetensors"
+    assert dist_train.load_run(run).learning_curve(str(tmp_path / "curve.png")) == tmp_path / "curve.png"
 
 
 @pytest.mark.parametrize(("ranks", "step"), [(1, 2), (2, 5), (1, 6)])
