@@ -10,6 +10,7 @@ from pathlib import Path
 
 import yaml
 
+from dist_train.checkpoint.files import find_checkpoint, read_record
 from dist_train.checkpoint.state import ResumePoint, find_initial, find_resume_point
 from dist_train.cluster.communicator import Communicator, RankLostError, broadcast_str, gather, run_on_all_ranks
 from dist_train.cluster.devices import device_type
@@ -152,6 +153,8 @@ def _lock(config: Config, directory: RunDirectory, comm: Communicator) -> RunLoc
         if comm.rank != 0:
             return None
         check_settings(config)
+        if not directory.root.exists():  # which a refused start would leave
+            check_sources(config, directory)
         directory.create()
         return LockRequest(directory.root, directory.lock)
 
@@ -220,15 +223,20 @@ def check_data(config: Config) -> None:
         find_data(config.data)
 
 
-def check_initial_weights(config: Config) -> None:
-    """Check that the initial weights of a run that has not begun exist. Raises UsageError."""
-    if config.run.init_from is not None and not RunDirectory(config.run_directory).checkpoint_steps():
+def check_sources(config: Config, directory: RunDirectory) -> None:
+    """Check that what a run without checkpoints would begin with exists. Raises UsageError."""
+    if directory.checkpoint_steps():
+        return
+    if config.run.resume not in ("auto", "never"):
+        read_record(find_checkpoint(Path(config.run.resume)))
+    elif config.run.init_from is not None:
         find_initial(config.run.init_from, config.model.name)
 
 
 def refusals(config: Config) -> Iterator[UsageError]:
     """Yield every reason why `train` would refuse `config` here."""
-    for check in (check_metrics, check_batches, check_data, check_initial_weights):
+    check_start = partial(check_sources, directory=RunDirectory(config.run_directory))
+    for check in (check_metrics, check_batches, check_data, check_start):
         try:
             check(config)
         except UsageError as error:

@@ -7,8 +7,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from dist_train.cli.main import main
 from tests.unit.test_cli_commands import write_config
 from tests.waiting import PATIENCE
+
+
+@pytest.mark.parametrize("override", ["run.resume=nope", "run.init_from=none.pth"])
+def test_a_start_that_is_refused_leaves_no_run(tmp_path: Path, override: str) -> None:
+    assert main(["train", write_config(tmp_path), override, "--run-dir", str(tmp_path / "run")]) == 2
+    assert not (tmp_path / "run").exists()
+
 
 _SCRIPT = """
 import os, resource, signal, sys
