@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("dist_train.training")
 
+_LONGEST_REASON = 500  # characters in `status.json`; an error of a compiler may have 100,000
+
 
 @dataclass(eq=False)
 class Session:
@@ -163,6 +165,8 @@ class Session:
         is_bug = code == ExitCode.FAULT and not isinstance(error, FaultError)
         if not isinstance(error, StoppedError | PeerFailedError):
             _logger.info("%s", reason, exc_info=error if is_bug else None)
+        if len(reason) > _LONGEST_REASON:
+            reason = f"{reason[:_LONGEST_REASON]}... (see the log)"
         if code == ExitCode.FAULT and not is_recorded:
             self._record_fault(reason)
         self._end("stopped" if isinstance(error, StoppedError) else "failed", code, reason, is_recorded=is_recorded)

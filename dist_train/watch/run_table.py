@@ -125,6 +125,7 @@ _COLUMNS = (
     _Column("left", 7, lambda run: "" if run.seconds_left is None else wording.duration(run.seconds_left)),
 )
 _GAP = 2  # characters between two columns
+_LONGEST_NOTE = 600
 _LEAST_NOTE = 16
 """Columns are left out, and then long names folded, before notes become shorter than this many characters."""
 
@@ -144,7 +145,7 @@ def render(
     notes = [escaped(" ".join(run.note.split())) for run in summaries]
     widths = {column: max(map(cell_len, _cells(column, summaries))) for column in columns}
     name_width = max(map(cell_len, ("run", *names)))
-    note_width = max(map(cell_len, notes), default=0)
+    note_width = min(_LONGEST_NOTE, max(map(cell_len, notes), default=0))
     if width is not None:
         least_note = min(note_width, _LEAST_NOTE)
         room = width - (_GAP + least_note if note_width else 0)

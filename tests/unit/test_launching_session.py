@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import socket
 import subprocess
@@ -131,6 +132,20 @@ def test_how_a_run_fails_is_an_event_before_its_end_on_rank_0(
     assert all(str(error) in str(record.details["reason"]) for record in first.events)
     assert second.events == []
     assert len(first.ends) == len(second.ends) == 1
+
+
+def test_a_long_reason_is_cut_in_the_status(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def launch(comm: SimulatedRanks) -> None:
+        session, _ = begun(tmp_path, comm)
+        with caplog.at_level(logging.INFO):
+            session.fail(RuntimeError("word " * 1000 + "end"))
+
+    results(1, launch)
+    status = read_status(tmp_path / "status.json")
+    assert status is not None
+    assert len(status.reason) < 600
+    assert status.reason.endswith("... (see the log)")
+    assert "word end" in caplog.text
 
 
 def test_a_rank_that_is_left_keeps_in_the_status_how_far_the_run_was(tmp_path: Path) -> None:

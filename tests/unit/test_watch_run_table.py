@@ -263,6 +263,12 @@ def test_the_command_prints_one_whole_line_a_run_into_a_pipe(
     assert len(lines) == 4
 
 
+def test_a_note_of_any_length_pads_no_row_beyond_some_hundred_characters(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", state="failed", reason="word " * 2000)
+    table = render(read_runs(tmp_path, NOW))
+    assert table.columns[-1].max_width == 600
+
+
 def test_the_command_says_when_there_are_no_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(str(tmp_path)) == 0
     assert capsys.readouterr().out == f"no runs in {tmp_path}\n"
