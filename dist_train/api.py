@@ -271,8 +271,17 @@ def learning_rate_range(config: Config, low: float, high: float, updates: int, r
     ]
     tested = parse_config(with_overrides(yaml.safe_load(dump_config(config)), overrides), source="the range test")
     directory = RunDirectory(run_directory)
-    with suppress(DivergedError):  # what was measured before it is the result
-        train(tested, directory.root)
+    try:
+        with suppress(DivergedError):  # what was measured before it is the result
+            train(tested, directory.root)
+    except UsageError as error:
+        if error.code != "settings-changed":
+            raise
+        raise UsageError(
+            f"{directory.root} holds a range test with other settings, or other --from, --to or --updates: choose "
+            f"another folder with --run-dir DIR",
+            code="settings-changed",
+        ) from error
     test = read_range_test(directory)
     if current_launch().rank == 0:
         write_range_test(test, directory)

@@ -54,6 +54,9 @@ def test_the_command_tries_the_rates_and_writes_what_it_found(
     assert rates == pytest.approx([10 ** (-3 + at / 2) for at in range(7)])
     assert json.loads((place / "lr_range.json").read_text())["rates"] == rates
     assert (place / "lr_range.png").read_bytes().startswith(b"\x89PNG")
+    capsys.readouterr()
+    assert main([*words, "--updates", "8"]) == 2
+    assert "other --from, --to or --updates: choose another folder with --run-dir" in capsys.readouterr().err
 
 
 def test_it_ends_before_where_the_loss_is_not_finite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
