@@ -94,6 +94,13 @@ class LandscapeSettings:
             )
         if self.points < 2:
             raise UsageError(f"--points is {self.points}: a line has 2 or more", code="option-range")
+        place = -self.start * (self.points - 1) / (self.stop - self.start)  # of the checkpoint among the points
+        if self.kind == "direction" and self.start < 0 < self.stop and abs(place - round(place)) > 1e-9:
+            raise UsageError(
+                f"--points is {self.points}: none of them is the checkpoint, alpha 0, whose basin is measured; "
+                f"choose an odd number, and a --range that is as wide on both sides",
+                code="option-range",
+            )
         if self.lines < 1:
             raise UsageError(f"--directions is {self.lines}: there must be 1 or more", code="option-range")
 

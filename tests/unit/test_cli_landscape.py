@@ -56,6 +56,7 @@ def test_between_two_checkpoints_and_into_another_folder(
         (["direction", "nowhere"], "target-missing"),
         (["interpolate", "RUN", "RUN"], "same-checkpoint"),
         (["direction", "RUN", "--points", "1"], "option-range"),
+        (["direction", "RUN", "--points", "4"], "option-range"),
         (["direction", "RUN", "--samples", "0"], "option-range"),
         (["direction", "RUN", "--exclude", "nothing"], "no-such-weight"),
         (["direction", "RUN", "model.width=2"], "settings-changed"),
