@@ -74,6 +74,7 @@ CASES: list[Sections] = [
     {"comm": {"reduction": "float"}, "noise": {"sharing": "micro_batch", "scale": "filter"}},
     {"noise": {"sharing": "micro_batch", "draws": 2, "mix": 0.5}, "optimizer": {"clip_norm": 0.5}},
     {"noise": {"method": "sam", "sharing": "micro_batch"}},
+    {"noise": {"method": "arwp", "sharing": "micro_batch", "target_rise": 0.05}},
     {"regularization": {"mixup": 0.2, "cutmix": 1.0, "label_smoothing": 0.1}, "data": {"augment": "crop-flip"}},
     {"precision": {"compute": "bfloat16"}, "model": {"norm": "batch"}},
     {"batch": {"schedule": [{"epoch": 1, "global_size": 50}]}, "model": {"norm": "group"}},
