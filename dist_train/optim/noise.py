@@ -139,8 +139,8 @@ class SmoothOut(_Perturbing):
     batch, whichever rank computes it. `draws` multiplies them; with `antithetic`, each draw is also taken with the
     opposite sign (NSO, arXiv 2306.08553); `mix` below 1 adds the clean weights as a point (m-RWP, arXiv 2404.00357).
 
-    With `target_rise` the amplitude follows the measured rises, as `kept["strength"]` says: three float64, an update's
-    number, and the factors on the amplitude before it and from it on.
+    With `target_rise` the amplitude follows the measured rises, as `kept["strength"]` says: three float64 on the
+    host, an update's number, and the factors on the amplitude before it and from it on.
     """
 
     def __post_init__(self) -> None:
@@ -157,7 +157,7 @@ class SmoothOut(_Perturbing):
         self._turns = len(points) if settings.passes == "one" else 1  # micro-batches in a row that share the draws
         self._has_one_point = len(points) == 1 and settings.sharing != "micro_batch"  # for all micro-batches
         if settings.target_rise is not None:
-            self.kept["strength"] = torch.tensor((0.0, 1.0, 1.0), dtype=torch.float64, device=self._perturbed.device)
+            self.kept["strength"] = torch.tensor((0.0, 1.0, 1.0), dtype=torch.float64)
 
     def amplitude(self, step: int) -> float:
         """Return a c(t), times the strength that follows the measured rises, if it does."""

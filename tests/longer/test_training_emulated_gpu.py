@@ -20,6 +20,7 @@ NOISE: list[Sections] = [
     {"noise": {"method": "sgld"}},
     {"noise": {"method": "fsgld", "antithetic": True}},
     {"noise": {"method": "arwp", "scale": "filter_norm", "draws": 2, "mix": 0.5}},
+    {"noise": {"method": "smoothout", "sharing": "micro_batch", "target_rise": 0.05}},
     {"noise": {"method": "smoothout", "antithetic": True, "passes": "one", "sharing": "micro_batch"}},
     {"noise": {"method": "ivon"}, "optimizer": {"momentum": 0.0, "nesterov": False}},
     *({"noise": {"method": "langevin", "scale": scale}} for scale in ("absolute", "weight", "filter")),
