@@ -207,7 +207,7 @@ def test_results_are_not_reused_for_other_checkpoints_or_settings(run: Path, eva
     others = [
         Request([checkpoint(run, 9)], DIRECTION),
         Request([run], replace(DIRECTION, points=5)),
-        Request([run], replace(DIRECTION, start=-0.5)),
+        Request([run], replace(DIRECTION, start=-0.5, points=4)),
         Request([run], replace(DIRECTION, lines=1)),
         Request([run], PLANE),
         *(Request([run], replace(DIRECTION, measure=measure)) for measure in measures),
