@@ -220,7 +220,6 @@ def build_step(
         clip_norm=config.optimizer.clip_norm,
         averaging=averaging,
         label_smoothing=config.regularization.label_smoothing,
-        measures_rise=config.noise.target_rise is not None,
         mix=build_mix(config.regularization, config.run.seed, len(samples)),
         loss_scale=LossScale(progress if compute.precision == torch.float16 else None),
         sum_over_ranks=sum_over(config.model, comm, clock),

@@ -82,7 +82,7 @@ class Noise:
         """Move the perturbed weights to `point` of `micro_batch`, unless all micro-batches share one point."""
 
     @contextmanager
-    def lifted(self) -> Iterator[None]:
+    def at_clean_weights(self) -> Iterator[None]:
         """Let the model compute with the clean weights within the block."""
         yield
 
@@ -95,7 +95,7 @@ class Noise:
     def after_update(self, step: int) -> None:
         """Change the weights after the optimizer has made update `step`."""
 
-    def follow(self, step: int, rise: float) -> None:
+    def adapt(self, step: int, rise: float) -> None:
         """Adapt the noise to `rise`, by which it raised the mean loss of the first micro-batch of `step`."""
 
     def digest(self, step: int) -> int:
@@ -121,7 +121,7 @@ class _Perturbing(_Scheduled):
         self.weights.compute_with(self._views)
 
     @contextmanager
-    def lifted(self) -> Iterator[None]:
+    def at_clean_weights(self) -> Iterator[None]:
         self.weights.compute_with_values()
         try:
             yield
@@ -167,7 +167,7 @@ class SmoothOut(_Perturbing):
         since, before, now = map(float, self.kept["strength"].tolist())
         return amplitude * (now if step >= since else before)
 
-    def follow(self, step: int, rise: float) -> None:
+    def adapt(self, step: int, rise: float) -> None:
         """Let the next amplitude be larger if `rise` is below the target, and smaller if it is above.
 
         For small noise the rise is proportional to the amplitude squared: a fourth root goes half of the way.

@@ -98,8 +98,6 @@ class TrainingStep:
     clip_norm: float | None
     averaging: Averaging
     label_smoothing: float = 0.0
-    measures_rise: bool = False
-    """Whether to measure by how much the noise raises the loss of the first micro-batch."""
     mix: Mix = unmixed
     loss_scale: LossScale = field(default_factory=LossScale)
     sum_over_ranks: SumOverRanks | None = None
@@ -137,7 +135,7 @@ class TrainingStep:
             self.noise.before_update(batch.step, learning_rate)
             optimizer_step(self.optimizer)
             self.noise.after_update(batch.step)
-            self.noise.follow(batch.step, total.rise)
+            self.noise.adapt(batch.step, total.rise)
             self.averaging.after_update(batch.step)
             self.statistics.absorb(total.statistics, total.samples, _STATISTICS_MOMENTUM)
             self.loss_scale.note_update()
@@ -205,7 +203,7 @@ class TrainingStep:
             with self.clock.part("perturb_restore"):
                 self.noise.perturb_for(micro_batch.index, partial(self._ascend, inputs, target, scaled_size), point)
             divisor = scaled_size / point.weight
-            if self.measures_rise and micro_batch.index == 0 and point is points[0]:
+            if self.noise.settings.target_rise is not None and micro_batch.index == 0 and point is points[0]:
                 self._measure_rise(inputs, target)
             if micro_batch is batch.micro_batches[-1] and point is points[-1]:
                 # Never a graph: it sends buckets while its backward pass is under way.
@@ -242,7 +240,7 @@ class TrainingStep:
         """Note by how much the loss of a micro-batch is larger with the noise; no gradients, no norm statistics."""
         with self.clock.part("forward_backward"), torch.no_grad():
             _, loss = self._forward(inputs, target)
-            with self.noise.lifted():
+            with self.noise.at_clean_weights():
                 _, clean_loss = self._forward(inputs, target)
         self.tally.add_rise(loss, clean_loss, len(target.main))
         self.statistics.forget()

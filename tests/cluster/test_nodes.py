@@ -67,21 +67,24 @@ def test_nodes_with_other_host_names_pass_all_checks(cluster: Cluster, tmp_path:
     assert {state for found in checks.values() for state, _ in found} == {"fine"}
 
 
+def _with_slow_node2(folder: Path, seconds: int) -> str:
+    """Return the check, with Python on node2 starting `seconds` late."""
+    (folder / "sitecustomize.py").write_text(
+        "import os, time\nif 'SLURM_STEP_ID' in os.environ and os.uname().nodename == 'node2':\n"
+        f"    time.sleep({seconds})\n"
+    )
+    return f"PYTHONPATH={folder}:$PYTHONPATH {_DOCTOR}"
+
+
 @pytest.mark.lengthy
 def test_node_that_starts_python_slowly_passes(cluster: Cluster, tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text(
-        "import os, time\nif 'SLURM_STEP_ID' in os.environ and os.uname().nodename == 'node2':\n    time.sleep(18)\n"
-    )
-    checks = run_doctor(cluster, tmp_path, f"PYTHONPATH={tmp_path}:$PYTHONPATH {_DOCTOR}")
+    checks = run_doctor(cluster, tmp_path, _with_slow_node2(tmp_path, 18))
     assert {state for found in checks.values() for state, _ in found} == {"fine"}
 
 
 @pytest.mark.lengthy
 def test_node_that_never_starts_python_does_not_answer(cluster: Cluster, tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text(
-        "import os, time\nif 'SLURM_STEP_ID' in os.environ and os.uname().nodename == 'node2':\n    time.sleep(600)\n"
-    )
-    checks = run_doctor(cluster, tmp_path, f"PYTHONPATH={tmp_path}:$PYTHONPATH {_DOCTOR}")
+    checks = run_doctor(cluster, tmp_path, _with_slow_node2(tmp_path, 600))
     assert [state for state, _ in checks["node1"]] == ["fine"]
     assert [state for state, _ in checks["node2"]] == ["fails"]
     assert "does not answer (nothing within 32 s)" in checks["node2"][0][1]

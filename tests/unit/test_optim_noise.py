@@ -76,12 +76,12 @@ def test_weights_that_are_not_finite_come_back_too() -> None:
     assert torch.equal(weights.values.view(torch.int32), clean.view(torch.int32))
 
 
-def test_lifted_noise_comes_back_as_it_was() -> None:
+def test_noise_comes_back_as_it_was_after_the_clean_weights() -> None:
     weights = weights_of()
     noise = a_noise(weights)
     with perturbed(noise, 0):
         noisy = in_force(weights).clone()
-        with noise.lifted():
+        with noise.at_clean_weights():
             assert torch.equal(in_force(weights), weights.values)
         assert torch.equal(in_force(weights), noisy)
 
@@ -92,7 +92,7 @@ def test_the_amplitude_reaches_that_of_the_target_rise(curvature: float, target:
     noise = a_noise(weights_of(), target_rise=target)
     for step in range(150):
         used = noise.amplitude(step)
-        noise.follow(step, curvature * used**2)
+        noise.adapt(step, curvature * used**2)
         assert noise.amplitude(step) == used, "that of the last update does not change"
         assert 1 / 1.11 < noise.amplitude(step + 1) / used < 1.11
     assert curvature * noise.amplitude(150) ** 2 == pytest.approx(target, rel=0.01)
@@ -101,7 +101,7 @@ def test_the_amplitude_reaches_that_of_the_target_rise(curvature: float, target:
 @pytest.mark.parametrize("rise", [0.0, -0.5])
 def test_noise_that_raises_no_loss_grows(rise: float) -> None:
     noise = a_noise(weights_of(), target_rise=0.1)
-    noise.follow(0, rise)
+    noise.adapt(0, rise)
     assert noise.amplitude(1) == pytest.approx(1.1 * AMPLITUDE)
 
 
