@@ -104,18 +104,25 @@ def train_ranks(
     return ended
 
 
-def train_alone(config: str, run: Path, *overrides: str) -> None:
-    """Train to the end on one rank in this process, which saves starting another."""
+def run_here(*arguments: str) -> LaunchResult:
+    """Run `dist-train ARGUMENTS` on one rank in this process, which saves starting another."""
     variables, threads = dict(os.environ), torch.get_num_threads()
     output = io.StringIO()
     try:
         with redirect_stdout(output), redirect_stderr(output):
-            code = main(["train", config, *overrides, "--run-dir", str(run)])
+            code = main(list(arguments))
     finally:
         torch.set_num_threads(threads)
         os.environ.clear()
         os.environ.update(variables)
-    assert code == 0, output.getvalue()
+    return LaunchResult(code, output.getvalue())
+
+
+def train_alone(config: str, run: Path, *overrides: str) -> LaunchResult:
+    """Train on one rank in this process; fail unless that ends with exit code 0."""
+    ended = run_here("train", config, *overrides, "--run-dir", str(run))
+    assert ended.code == 0, ended.output
+    return ended
 
 
 def start(

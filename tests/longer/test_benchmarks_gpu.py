@@ -14,6 +14,7 @@ from benchmarks.groups import Device
 from benchmarks.subject import settings
 from dist_train.config import Config
 from dist_train.outcome import ExitCode
+from tests.launching import mostly_lengthy
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -31,7 +32,7 @@ def test_each_part_holds_on_a_cpu(tmp_path: Path, part: str) -> None:
     assert code == 0
 
 
-@pytest.mark.parametrize("part", [same_bits, recovery])
+@pytest.mark.parametrize("part", mostly_lengthy([recovery, same_bits]))
 def test_killed_resumed_and_launched_runs_are_bit_identical(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: Callable[[Device, Path], Finding]
 ) -> None:

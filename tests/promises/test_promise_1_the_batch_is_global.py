@@ -14,7 +14,15 @@ from dist_train.data.images import BatchRequest
 from dist_train.data.loader import open_splits
 from dist_train.data.plan import batch_indices, epoch_order
 from dist_train.models import build_model
-from tests.launching import final_checkpoint, launch, mostly_lengthy, records, small_settings, train_ranks, write_config
+from tests.launching import (
+    final_checkpoint,
+    mostly_lengthy,
+    records,
+    run_here,
+    small_settings,
+    train_ranks,
+    write_config,
+)
 
 PLAIN: dict[str, Any] = {
     "run": {"max_steps": 1},
@@ -47,7 +55,7 @@ def test_gradient_is_the_mean_over_the_global_batch(tmp_path: Path, ranks: int, 
 
 def test_fewer_samples_than_a_batch_are_refused(tmp_path: Path) -> None:
     config = write_config(tmp_path, small_settings(batch={"global_size": 821}))
-    ended = launch(1, "alone", "train", config, "--run-dir", str(tmp_path / "run"))
+    ended = run_here("train", config, "--run-dir", str(tmp_path / "run"))
     assert ended.code == 2
     assert "[too-few-samples]" in ended.output
     assert "Traceback" not in ended.output

@@ -55,7 +55,7 @@ def train(folder: Path, noise: dict[str, Any], ranks: int, controller: str, norm
     return run
 
 
-@pytest.mark.parametrize("name", mostly_lengthy(sorted(_NOISES), 2))
+@pytest.mark.parametrize("name", mostly_lengthy(sorted(_NOISES)))
 def test_several_ranks_are_bit_identical_to_one(tmp_path: Path, name: str) -> None:
     noise, ranks, controller = _NOISES[name]
     norm = "none" if name.endswith("without norms") else "ghost"

@@ -10,6 +10,7 @@ from tests.launching import (
     assert_same_run,
     events,
     final_checkpoint,
+    mostly_lengthy,
     small_settings,
     train_alone,
     train_ranks,
@@ -65,7 +66,7 @@ def repeats(run: Path) -> list[tuple[int, int]]:
     return [(event["step"], event["times"]) for event in found]
 
 
-@pytest.mark.parametrize("reduction", ["exact32", "exact16"])
+@pytest.mark.parametrize("reduction", mostly_lengthy(["exact32", "exact16"]))
 def test_repeated_updates_are_bit_identical_on_other_numbers_of_ranks_and_engines(
     tmp_path: Path, reduction: str
 ) -> None:

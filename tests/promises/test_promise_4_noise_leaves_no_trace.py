@@ -42,7 +42,7 @@ def test_fifty_noisy_steps_at_learning_rate_0_keep_the_initial_weights(
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize(("target", "method"), [("weights", "smoothout"), ("noise", "langevin")])
+@pytest.mark.parametrize(("target", "method"), mostly_lengthy([("weights", "smoothout"), ("noise", "langevin")]))
 def test_flipped_bit_on_one_of_three_ranks_ends_the_run_with_4(tmp_path: Path, target: str, method: str) -> None:
     settings = small_settings(comm={"verify_every": 4}, batch={"global_size": 96}, noise={"method": method})
     ended = launch(
@@ -74,7 +74,7 @@ def test_four_ranks_have_bit_identical_weights_after_200_steps(tmp_path: Path) -
     folder.mkdir()
     train_ranks(
         4,
-        "gloo",
+        "mpi",
         write_config(tmp_path, settings),
         tmp_path / "run",
         program=["-m", "tests.ranks.own_weights", str(folder)],

@@ -12,9 +12,9 @@ from tests.launching import (
     assert_same_run,
     events,
     kill_while_training,
-    launch,
     records,
     results,
+    run_here,
     small_settings,
     start,
     status,
@@ -24,7 +24,7 @@ from tests.launching import (
     write_config,
 )
 
-KILLS = 6
+KILLS = 4
 
 
 @pytest.mark.ranks
@@ -32,7 +32,7 @@ def test_run_killed_at_random_moments_resumes_bit_identically(tmp_path: Path) ->
     config = write_config(
         tmp_path,
         small_settings(
-            run={"epochs": 40},
+            run={"epochs": 20},
             noise={"sharing": "micro_batch", "schedule": {"kind": "cosine"}},
             schedule={"warmup_epochs": 3, "decay": "cosine"},
             evaluation={"every_epochs": 5},
@@ -54,15 +54,15 @@ def test_run_killed_at_random_moments_resumes_bit_identically(tmp_path: Path) ->
 
 def test_resume_auto_starts_a_run_where_there_is_nothing_to_resume(tmp_path: Path) -> None:
     config = write_config(tmp_path, small_settings(run={"max_steps": 2, "resume": "auto"}))
-    train_ranks(1, "alone", config, tmp_path / "run")
+    train_alone(config, tmp_path / "run")
 
 
 def test_resume_with_changed_settings_is_refused(tmp_path: Path) -> None:
     config = write_config(tmp_path, small_settings(run={"max_steps": 2}))
     run = tmp_path / "run"
-    train_ranks(1, "alone", config, run)
+    train_alone(config, run)
     before = weights_digest(run)
-    ended = launch(1, "alone", "train", config, "noise.amplitude=0.5", "run.max_steps=4", "--run-dir", str(run))
+    ended = run_here("train", config, "noise.amplitude=0.5", "run.max_steps=4", "--run-dir", str(run))
     assert ended.code == 2
     assert "[settings-changed]" in ended.output
     assert "Traceback" not in ended.output

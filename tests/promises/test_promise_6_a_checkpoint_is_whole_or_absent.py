@@ -17,11 +17,10 @@ from tests.launching import (
     assert_same_run,
     events,
     final_checkpoint,
-    launch,
     records,
+    run_here,
     small_settings,
     train_alone,
-    train_ranks,
     write_config,
 )
 
@@ -38,7 +37,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_checkpoint_has_the_documented_contents(tmp_path: Path) -> None:
     settings = small_settings(run={"max_steps": 8})
-    train_ranks(1, "alone", write_config(tmp_path, settings), tmp_path / "run")
+    train_alone(write_config(tmp_path, settings), tmp_path / "run")
     contents = final_checkpoint(tmp_path / "run")
     required = {"format", "step", "epoch", "model", "optimizer", "config", "metrics"}
     assert contents.keys() == required | {"plugins", "average", "noise", "grid_exponents"}
@@ -69,7 +68,7 @@ def test_damaged_checkpoint_is_reported_and_the_previous_one_used(undamaged: Pat
         last.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
     else:
         last.with_suffix(".json").unlink()
-    ended = train_ranks(1, "alone", config, run, "run.max_steps=12")
+    ended = train_alone(config, run, "run.max_steps=12")
     assert "Traceback" not in ended.output
     [resumed] = events(run, "resumed")
     assert resumed["step"] == 6
@@ -82,10 +81,10 @@ def test_damaged_checkpoint_is_reported_and_the_previous_one_used(undamaged: Pat
 def test_full_disk_is_reported_and_the_last_good_checkpoint_stays(tmp_path: Path, small_disk: Path) -> None:
     config = write_config(tmp_path, small_settings(run={"max_steps": 3}, checkpoint={"keep": 1}))
     run = small_disk / "run"
-    train_ranks(1, "alone", config, run)
+    train_alone(config, run)
     good = final_checkpoint(run)
     (small_disk / "ballast").write_bytes(b"x" * (_free(small_disk) - 20_000))
-    ended = launch(1, "alone", "train", config, "run.max_steps=6", "--run-dir", str(run))
+    ended = run_here("train", config, "run.max_steps=6", "--run-dir", str(run))
     assert ended.code == 1
     assert "[checkpoint-not-written]" in ended.output
     assert "Traceback" not in ended.output
@@ -93,14 +92,14 @@ def test_full_disk_is_reported_and_the_last_good_checkpoint_stays(tmp_path: Path
     assert after["step"] == 3
     assert all(torch.equal(after["model"][name], tensor) for name, tensor in good["model"].items())
     (small_disk / "ballast").unlink()
-    train_ranks(1, "alone", config, run, "run.max_steps=6")
+    train_alone(config, run, "run.max_steps=6")
     assert [record["step"] for record in records(run, "train")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_unwritable_folder_is_reported_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     config = write_config(tmp_path, small_settings())
-    ended = launch(1, "alone", "train", config, "--run-dir", str(tmp_path / "file" / "run"))
+    ended = run_here("train", config, "--run-dir", str(tmp_path / "file" / "run"))
     assert ended.code == 2
     assert "[run-directory-unwritable]" in ended.output
     assert len(ended.output.splitlines()) == 1

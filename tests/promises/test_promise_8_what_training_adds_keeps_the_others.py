@@ -88,8 +88,8 @@ def test_all_ranks_stop_early_at_the_same_step_and_a_resume_reports_it(tmp_path:
     config = write_config(tmp_path, settings_of(sections))
     whole, run = tmp_path / "whole", tmp_path / "run"
     train_alone(config, whole)
-    for ranks in (2, 3):
-        ended = train_ranks(ranks, "torch", config, run)
+    for controller in ("torch", "mpi"):
+        ended = train_ranks(2, controller, config, run)
         assert_same_run(run, whole)
         after = status(run)
         # The first evaluation sets the best accuracy, which the next two do not exceed by `min_delta`.
@@ -98,5 +98,5 @@ def test_all_ranks_stop_early_at_the_same_step_and_a_resume_reports_it(tmp_path:
         assert "stopped early" in ended.output
     [event] = events(run, "stopped_early")
     assert event["step"] == 21
-    train_ranks(1, "alone", config, run, "early_stopping.patience=3")
+    train_alone(config, run, "early_stopping.patience=3")
     assert (status(run)["step"], status(run)["reason"]) == (28, "")

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from dist_train.outcome import ExitCode
-from tests.launching import mostly_lengthy, status
+from tests.launching import mostly_lengthy, status, train_alone
 from tests.waiting import PATIENCE, wait_for
 
 ROOT = Path(__file__).parents[2]
@@ -67,6 +67,14 @@ def processes_with(name: str) -> set[str]:
     return {path.name for path in Path("/proc").iterdir() if path.name.isdigit() and is_marked(path)}
 
 
+def is_rank(process: str) -> bool:
+    try:
+        variables = Path(f"/proc/{process}/environ").read_bytes()
+    except OSError:
+        return False
+    return re.search(rb"\0(HOROVOD_RANK|OMPI_COMM_WORLD_RANK)=", variables) is not None
+
+
 def start(mark: str, *command: str, environment: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
     return subprocess.Popen(
         command,
@@ -101,22 +109,12 @@ def start_training(mark: str, *launcher: str, configuration: str, run: Path) -> 
 
 
 @LAUNCHERS
-def test_finished_run_exits_with_0(launcher: tuple[str, ...], configuration: str, tmp_path: Path, mark: str) -> None:
-    run = tmp_path / "run"
-    process = start(mark, *launcher, "train", configuration, "run.max_steps=3", "--run-dir", str(run))
-    code, out, err = finish(process)
-    assert code == ExitCode.FINISHED, err
-    assert status(run)["state"] == "finished"
-    assert status(run)["world_size"] == 2
-    assert "[0]<stdout>" not in out
-
-
-@LAUNCHERS
-def test_progress_bar_is_redrawn_on_the_terminal(
+def test_finished_run_exits_with_0_and_redraws_its_progress_bar_on_the_terminal(
     launcher: tuple[str, ...], configuration: str, tmp_path: Path, mark: str
 ) -> None:
     terminal, end = pty.openpty()
-    command = (*launcher, "train", configuration, "run.max_steps=20", "--run-dir", str(tmp_path / "run"))
+    run = tmp_path / "run"
+    command = (*launcher, "train", configuration, "run.max_steps=20", "--run-dir", str(run))
     environment = {**os.environ, mark: "1", "TERM": "xterm"}
     process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=end, stderr=end)
     os.close(end)
@@ -127,14 +125,14 @@ def test_progress_bar_is_redrawn_on_the_terminal(
     os.close(terminal)
     assert process.wait(timeout=PATIENCE) == ExitCode.FINISHED, shown
     assert b"\x1b[2K" in shown, "no line was redrawn"
+    assert b"[0]<stdout>" not in shown
+    assert (status(run)["state"], status(run)["world_size"]) == ("finished", 2)
 
 
 @pytest.mark.parametrize(
     ("launcher", "number"),
-    mostly_lengthy(
-        [(MPIRUN, signal.SIGINT), (LOCAL, signal.SIGTERM), (LOCAL, signal.SIGUSR2), (MPIRUN, signal.SIGUSR2)]
-    ),
-    ids=["mpirun-SIGINT", "horovodrun-SIGTERM", "horovodrun-SIGUSR2", "mpirun-SIGUSR2"],
+    mostly_lengthy([(LOCAL, signal.SIGTERM), (LOCAL, signal.SIGUSR2), (MPIRUN, signal.SIGUSR2)]),
+    ids=["horovodrun-SIGTERM", "horovodrun-SIGUSR2", "mpirun-SIGUSR2"],
 )
 def test_promise_7_signal_to_the_script_saves_and_exits_with_75(
     launcher: tuple[str, ...], number: signal.Signals, configuration: str, tmp_path: Path, mark: str
@@ -156,22 +154,11 @@ def test_promise_7_signal_during_start_up_stops_the_ranks(
 ) -> None:
     run = tmp_path / "run"
     process = start(mark, *launcher, "train", configuration, "--run-dir", str(run))
-    wait_while_running(process, lambda: has_ranks(mark))
+    wait_while_running(process, lambda: any(map(is_rank, processes_with(mark))))
     process.send_signal(signal.SIGTERM)
     code, _, err = finish(process)
     assert code == ExitCode.STOPPED, err
     assert status(run)["state"] == "stopped"
-
-
-def has_ranks(mark: str) -> bool:
-    def is_rank(process: str) -> bool:
-        try:
-            variables = Path(f"/proc/{process}/environ").read_bytes()
-        except OSError:
-            return False
-        return re.search(rb"\0(HOROVOD_RANK|OMPI_COMM_WORLD_RANK)=", variables) is not None
-
-    return any(is_rank(process) for process in processes_with(mark))
 
 
 @LAUNCHERS
@@ -189,9 +176,12 @@ def test_killed_rank_ends_the_run_with_1(
 ) -> None:
     run = tmp_path / "run"
     process = start_training(mark, *launcher, configuration=configuration, run=run)
-    os.kill(status(run)["pid"], signal.SIGKILL)
-    code, _, _ = finish(process)
+    lost = next(pid for pid in processes_with(mark) if is_rank(pid) and int(pid) != status(run)["pid"])
+    os.kill(int(lost), signal.SIGKILL)
+    code, out, err = finish(process)
     assert code == ExitCode.FAULT
+    assert "[rank-lost]" in out + err
+    assert (status(run)["state"], status(run)["exit_code"]) == ("failed", ExitCode.FAULT)
 
 
 @LAUNCHERS
@@ -207,8 +197,8 @@ def test_ranks_do_not_outlive_a_killed_script(
 
 def test_exit_code_ignores_the_status_of_an_earlier_launch(configuration: str, tmp_path: Path, mark: str) -> None:
     run = tmp_path / "run"
+    train_alone(configuration, run, "run.max_steps=2")
     command = (*MPIRUN, "train", configuration, "run.max_steps=2", "--run-dir", str(run))
-    assert finish(start(mark, *command))[0] == ExitCode.FINISHED
     # Horovod refuses this under mpirun, before the run writes a status.
     code, _, _ = finish(start(mark, *command, environment={"HOROVOD_CONTROLLER": "gloo"}))
     assert code != ExitCode.FINISHED
@@ -257,11 +247,11 @@ def test_help_prints_usage(launcher: tuple[str, ...], mark: str) -> None:
     assert err == ""
 
 
-def test_ranks_of_a_host_file_save_and_stop_on_sigterm(configuration: str, tmp_path: Path, mark: str) -> None:
+def test_ranks_of_a_host_file_save_and_stop_on_sigint(configuration: str, tmp_path: Path, mark: str) -> None:
     run = tmp_path / "run"
     hosts = tmp_path / "hosts"
     hosts.write_text("localhost slots=2\n")
     process = start_training(mark, *MPIRUN, "--hostfile", str(hosts), configuration=configuration, run=run)
-    process.terminate()
+    process.send_signal(signal.SIGINT)
     code, _, err = finish(process)
     assert code == ExitCode.STOPPED, err

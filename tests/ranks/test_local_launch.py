@@ -25,6 +25,7 @@ from tests.launching import (
     small_settings,
     start,
     status,
+    train_alone,
     train_ranks,
     weights_digest,
     write_config,
@@ -56,9 +57,12 @@ def wait_for_end(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("number", mostly_lengthy([signal.SIGINT, signal.SIGUSR2]))
-def test_signal_to_the_launcher_saves_and_stops(
+def test_signal_to_the_launcher_saves_and_stops_ranks_of_one_launch_id(
     running: subprocess.Popen[str], tmp_path: Path, number: signal.Signals
 ) -> None:
+    environments = [Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in descendants(running.pid)[:2]]
+    ids = {variable for each in environments for variable in each if variable.startswith(b"DIST_TRAIN_LAUNCH=")}
+    assert (len(environments), len(ids)) == (2, 1)
     running.send_signal(number)
     code, output = wait_for_end(running)
     assert code == ExitCode.STOPPED, output
@@ -125,15 +129,6 @@ def test_stopped_rank_does_not_delay_the_end_of_the_launch(running: subprocess.P
     assert time.monotonic() - started < 30, output  # the launcher waits 40 s for ranks that may still end by themselves
 
 
-def test_all_ranks_have_the_same_launch_id(running: subprocess.Popen[str]) -> None:
-    environments = [Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in descendants(running.pid)[:2]]
-    ids = {variable for each in environments for variable in each if variable.startswith(b"DIST_TRAIN_LAUNCH=")}
-    running.send_signal(signal.SIGTERM)
-    wait_for_end(running)
-    assert len(environments) == 2
-    assert len(ids) == 1
-
-
 def test_ranks_die_with_their_launcher(running: subprocess.Popen[str]) -> None:
     ranks = descendants(running.pid)
     running.kill()
@@ -158,15 +153,15 @@ def test_exit_code_is_that_of_the_ranks(tmp_path: Path, settings: dict[str, dict
 
 def test_torchrun_is_bit_identical_to_one_rank(tmp_path: Path) -> None:
     config = write_config(tmp_path, small_settings(run={"max_steps": 5}))
-    for ranks, controller in ((1, "alone"), (2, "torchrun")):
-        train_ranks(ranks, controller, config, tmp_path / controller)
+    train_alone(config, tmp_path / "alone")
+    train_ranks(2, "torchrun", config, tmp_path / "torchrun")
     assert weights_digest(tmp_path / "torchrun") == weights_digest(tmp_path / "alone")
 
 
 @pytest.mark.parametrize("launcher", ["srun", "env://"])
 def test_its_variables_suffice_to_start_ranks(tmp_path: Path, launcher: str) -> None:
     config = write_config(tmp_path, small_settings(run={"max_steps": 5}))
-    train_ranks(1, "alone", config, tmp_path / "alone")
+    train_alone(config, tmp_path / "alone")
     if launcher == "srun":
         step = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}
         shared, of_rank = {**step, "SLURM_STEP_NODELIST": "localhost"}, "SLURM_PROCID"
