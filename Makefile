@@ -71,7 +71,7 @@ gpu: setup ## on a machine with a GPU: the promises, memory, speed and a profile
 dashboards: setup ## write Grafana's dashboards and the tables of metrics and settings anew, from the code
 	PYTHONPATH=docker/grafana $(python) -m dashboard_generator docker/grafana/dashboards
 	$(python) -m benchmarks.metrics_table docs/monitoring.md
-	$(python) -m dist_train.config.reference > docs/settings.md
+	$(python) -m benchmarks.settings_page > docs/settings.md
 
 clean: ## remove what was made here, except runs and the caches outside this folder
 	rm -rf .venv .venv-loggers build site dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,11 +1,10 @@
-"""Writes docs/settings.md, a page with every setting, from the schema: `python -m dist_train.config.reference`."""
+"""Every setting with what it takes, its default and its meaning, read from the schema and its source."""
 
 from __future__ import annotations
 
 import ast
 import inspect
 import json
-import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,20 +17,6 @@ from pydantic.fields import FieldInfo
 from dist_train.config.loading import write_override
 from dist_train.config.problems import in_words, is_collection, leaf_schema, models_of
 from dist_train.config.sections import Config
-
-_HEAD = """\
-# Settings
-
-Every setting of a configuration: what it takes, its default, its meaning, and an example for the command line. How
-files, bases and overrides fit together: [configuration.md](configuration.md).
-
-```sh
-dist-train train configs/demo.yaml run.name=louder noise.amplitude=0.03 optimizer.learning_rate=0.2
-```
-
-In YAML a section is a mapping: `noise: {amplitude: 0.03}`. `null` is no value. This page is generated from
-`dist_train/config`: `make dashboards`.
-"""
 
 
 @dataclass(frozen=True)
@@ -91,18 +76,6 @@ def settings_of(model: type[BaseModel], prefix: str = "") -> Iterator[Setting]:
             yield _setting(path, field, meanings[name])
 
 
-def settings_markdown() -> str:
-    """Return the page."""
-    parts = [_HEAD]
-    for name, field in Config.model_fields.items():
-        [section] = models_of(field)
-        parts.append(f"## `{name}`\n\n{inspect.getdoc(section)}\n")
-        parts.append("| setting | takes | default | meaning | example |\n|---|---|---|---|---|")
-        parts.extend(_row(setting) for setting in settings_of(section, f"{name}."))
-        parts.append("")
-    return "\n".join(parts)
-
-
 def _setting(path: str, field: FieldInfo, meaning: str) -> Setting:
     schema = leaf_schema(field)
     default = None if field.is_required() else field.get_default(call_default_factory=True)
@@ -148,19 +121,3 @@ def _choices(schema: Any) -> Iterator[str]:
         yield from ("true", "false") if each.get("type") == "boolean" else each.get("enum", ())
         if "const" in each:
             yield each["const"]
-
-
-def _row(setting: Setting) -> str:
-    cells = (
-        f"`{setting.path}`",
-        re.sub(r"(?<=of the form )\S+", r"`\g<0>`", setting.takes),
-        f"`{setting.default}`",
-        setting.meaning,
-        f"`{setting.example}`",
-    )
-    row = " | ".join(cell.replace("|", "\\|") for cell in cells)
-    return f"| {row} |"
-
-
-if __name__ == "__main__":
-    print(settings_markdown(), end="")

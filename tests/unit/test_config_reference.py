@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.settings_page import settings_markdown
 from dist_train.config import ENCODED
 from dist_train.config.loading import with_overrides
-from dist_train.config.reference import Setting, settings_markdown, settings_of
+from dist_train.config.reference import Setting, settings_of
 from dist_train.config.sections import Config
 from dist_train.data.catalog import READERS
 from dist_train.models.building import _MODELS
@@ -23,7 +24,7 @@ SETTINGS = list(settings_of(Config))
 
 def test_the_page_is_that_of_the_schema() -> None:
     assert PAGE.read_text(encoding="utf-8") == settings_markdown(), (
-        "renew it: python -m dist_train.config.reference > docs/settings.md"
+        "renew it: python -m benchmarks.settings_page > docs/settings.md"
     )
 
 
