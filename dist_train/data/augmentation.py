@@ -35,19 +35,18 @@ class ChannelStatistics:
 class PixelFormat:
     """The network's input format: pixels scaled to [0, 1], then normalized if `statistics` are given."""
 
-    dtype: torch.dtype = torch.float32
     memory_format: torch.memory_format = torch.contiguous_format
     statistics: ChannelStatistics | None = None
 
     def convert(self, images: Tensor) -> Tensor:
-        """Convert uint8 images [n, C, H, W] to `dtype` on the same device; images do not affect each other."""
+        """Convert uint8 images [n, C, H, W] to float32 on the same device; images do not affect each other."""
         pixels = images.to(torch.float32, memory_format=self.memory_format).div_(255)
         if self.statistics is not None:
             for channel, (mean, deviation) in enumerate(
                 zip(self.statistics.mean, self.statistics.deviation, strict=True)
             ):
                 pixels[:, channel].sub_(mean).div_(deviation)
-        return pixels.to(self.dtype)
+        return pixels
 
 
 def channel_statistics(images: Tensor) -> ChannelStatistics:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -70,22 +70,14 @@ def load_data(settings: DataSettings, split: Split, seed: int) -> ImageSet | Map
 
 def find_data(settings: DataSettings) -> None:
     """Check that the files of both splits are there, without reading their images. Raises UsageError."""
-    splits: tuple[Split, ...] = ("train", "test")
-    if settings.name == "fashion-mnist":
-        for split in splits:
-            find_fashion_mnist(settings.root, split)
-    elif settings.name in _ARCHIVES:
-        for split in splits:
-            find_archive(_ARCHIVES[settings.name], settings.root or data_sets_folder(), split)
-    elif settings.root is None:
-        return
-    elif settings.name == "imagefolder" and settings.classes is not None:
-        train, test = (list_split(settings.root, split, settings.classes, seed=0) for split in splits)
+    if settings.name == "imagefolder":
+        classes = settings.image_format.classes
+        train, test = (list_split(settings.folder, split, classes, seed=0) for split in ("train", "test"))
         check_same_classes(train, test)
         divided(train.labels, settings, seed=0)
-    elif settings.name in _FINDERS:
-        for split in splits:
-            _FINDERS[settings.name](settings, split)
+    elif find := _FINDERS.get(settings.name):
+        find(settings, "train")
+        find(settings, "test")
 
 
 def _fashion_mnist(settings: DataSettings, split: Split, seed: int) -> ImageSet:
@@ -94,12 +86,16 @@ def _fashion_mnist(settings: DataSettings, split: Split, seed: int) -> ImageSet:
     return decoded_once(decoded_folder(), source, lambda: decode_fashion_mnist(files))
 
 
-def _cifar(name: str, archive: Archive, settings: DataSettings, split: Split, seed: int) -> ImageSet:
-    root = settings.root or data_sets_folder()
+def _find_cifar(settings: DataSettings, split: Split) -> tuple[Path, ...]:
+    return find_archive(_ARCHIVES[settings.name], settings.root or data_sets_folder(), split)
+
+
+def _cifar(settings: DataSettings, split: Split, seed: int) -> ImageSet:
+    archive, root = _ARCHIVES[settings.name], settings.root or data_sets_folder()
     if settings.download:
         download_archive(archive, root)
-    files = find_archive(archive, root, split)
-    source = Source(name, split, CIFAR_VERSION, files)
+    files = _find_cifar(settings, split)
+    source = Source(settings.name, split, CIFAR_VERSION, files)
     return decoded_once(decoded_folder(), source, lambda: decode_archive(archive, root, files, split))
 
 
@@ -128,12 +124,14 @@ def _plugin(settings: DataSettings, split: Split, seed: int) -> ImageSet | MapDa
 
 READERS: Mapping[str, Reader] = {
     "fashion-mnist": _fashion_mnist,
-    **{name: partial(_cifar, name, archive) for name, archive in _ARCHIVES.items()},
+    **dict.fromkeys(_ARCHIVES, _cifar),
     "numpy": lambda settings, split, seed: read_arrays(settings, split),
     "synthetic": _synthetic,
 }
 
 _FINDERS: Mapping[str, Callable[[DataSettings, Split], object]] = {
+    "fashion-mnist": lambda settings, split: find_fashion_mnist(settings.root, split),
+    **dict.fromkeys(_ARCHIVES, _find_cifar),
     "parquet": find_parquet,
     "webdataset": find_shards,
     "huggingface": find_saved,

@@ -6,7 +6,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -25,8 +25,6 @@ _LARGEST_ASPECT = 4 / 3
 _MARGIN = 256 / 224
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
-
-
 Part = tuple[str, int, int, str]  # an image in a file: the file, offset and length in bytes, name for messages
 
 _OPEN_FILES = 64
@@ -65,40 +63,6 @@ class _OpenFile:
     def __del__(self) -> None:
         if self._descriptor >= 0:
             os.close(self._descriptor)
-
-
-def read_image(path: str | Part, open_file: Callable[[str], _OpenFile] = _OpenFile) -> Image.Image:
-    """Return the image in a file, or in a part of one, in RGB.
-
-    Raises FaultError, which names it, if it is damaged; UsageError if it is grayscale of more than 8 bits.
-    """
-    name = os.fsencode(path if isinstance(path, str) else path[3]).decode(errors="replace")
-    try:
-        with Image.open(io.BytesIO(_content(path, open_file))) as image:
-            if image.mode.startswith(("I", "F")):
-                # Pillow would clip their values to 0..255.
-                raise UsageError(
-                    f"the image {name} has more than 8 bits per pixel (Pillow's mode {image.mode}): convert to 8 bits",
-                    code="image-depth",
-                )
-            is_masked = image.mode == "P" and "transparency" in image.info
-            return (image.convert("RGBA") if is_masked else image).convert("RGB")
-    except (MemoryError, UsageError):
-        raise
-    except Exception as error:
-        # Damaged files raise errors of many types: OSError, SyntaxError, ValueError, struct.error, ...
-        reason = "it is not an image" if isinstance(error, UnidentifiedImageError) else in_words(error)
-        raise FaultError(
-            f"the image {name} cannot be read ({reason}): repair or remove it", code="image-unreadable"
-        ) from error
-
-
-def _content(path: str | Part, open_file: Callable[[str], _OpenFile]) -> bytes:
-    """Return an encoded image, read at once: Pillow would make many small reads."""
-    if isinstance(path, str):
-        with open(path, "rb", buffering=0) as file:
-            return file.read()
-    return open_file(path[0]).read(path[1], path[2])
 
 
 def random_box(width: int, height: int, draws: Sequence[float]) -> Box:
@@ -166,8 +130,38 @@ class EncodedImages:
         self._open_file = lru_cache(_OPEN_FILES)(_OpenFile)
 
     def image(self, reference: str | Part) -> Image.Image:
-        """Return an image in RGB; raises FaultError and UsageError as `read_image` does."""
-        return read_image(reference, self._open_file)
+        """Return the image in a file, or in a part of one, in RGB.
+
+        Raises FaultError, which names it, if it is damaged; UsageError if it is grayscale of more than 8 bits.
+        """
+        name = os.fsencode(reference if isinstance(reference, str) else reference[3]).decode(errors="replace")
+        try:
+            with Image.open(io.BytesIO(self._content(reference))) as image:
+                if image.mode.startswith(("I", "F")):
+                    # Pillow would clip their values to 0..255.
+                    raise UsageError(
+                        f"the image {name} has more than 8 bits per pixel (Pillow's mode {image.mode}): "
+                        f"convert to 8 bits",
+                        code="image-depth",
+                    )
+                is_masked = image.mode == "P" and "transparency" in image.info
+                return (image.convert("RGBA") if is_masked else image).convert("RGB")
+        except (MemoryError, UsageError):
+            raise
+        except Exception as error:
+            # Damaged files raise errors of many types: OSError, SyntaxError, ValueError, struct.error, ...
+            reason = "it is not an image" if isinstance(error, UnidentifiedImageError) else in_words(error)
+            raise FaultError(
+                f"the image {name} cannot be read ({reason}): repair or remove it", code="image-unreadable"
+            ) from error
+
+    def _content(self, reference: str | Part) -> bytes:
+        """Return an encoded image, read at once: Pillow would make many small reads."""
+        if isinstance(reference, str):
+            with open(reference, "rb", buffering=0) as file:
+                return file.read()
+        path, offset, length, _ = reference
+        return self._open_file(path).read(offset, length)
 
     def read(self, work: Work, pixels: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
         """Write the images of `work` to `pixels` [n, C, H, W]; the caller's listing has the labels."""

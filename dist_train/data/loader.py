@@ -30,7 +30,7 @@ from dist_train.data.decoders import Decoder, LoaderProcesses, Order
 from dist_train.data.decoding import DRAWS, EncodedImages, Work
 from dist_train.data.image_folder import Listing as FolderListing
 from dist_train.data.image_folder import check_same_classes, list_split
-from dist_train.data.images import BatchRequest, ImageSet, MapDataset, Split, Splits
+from dist_train.data.images import BatchRequest, ImageSet, MapDataset, SampleSource, Split, Splits
 from dist_train.data.packed import PackedListing, list_shards
 from dist_train.data.plan import divided
 from dist_train.data.plugin_samples import PluginSamples, Recipe, labels_of
@@ -40,7 +40,7 @@ from dist_train.reproducible import generator, key, uniform
 _RESIDENT_FRACTION = 4  # images stay on a GPU if they take less than one in so many parts of its free memory
 
 
-class Samples:
+class Samples(SampleSource):
     """The samples of a split that is in memory: on the device if it fits there. Nothing here waits for the device."""
 
     def __init__(
@@ -77,12 +77,6 @@ class Samples:
             images = self._augment(images, move(batch.indices, self._device), self._seed, batch.epoch)
         return self._pixels.convert(images), labels
 
-    def prefetch(self, batches: Iterable[BatchRequest]) -> None:
-        """Do nothing: all samples are in memory."""
-
-    def close(self) -> None:
-        """Do nothing."""
-
     def _staged(self, source: Tensor, indices: Tensor) -> Tensor:
         """Copy rows from host memory to the device, through a pinned buffer, while the device computes."""
         staging = staging_buffer((indices.numel(), *source.shape[1:]), source.dtype, self._device)
@@ -95,21 +89,20 @@ def open_splits(
     seed: int,
     device: torch.device,
     memory_format: torch.memory_format = torch.contiguous_format,
-    dtype: torch.dtype = torch.float32,
 ) -> Splits:
     """Open the splits. Only training samples are augmented; all splits are normalized by the training images.
 
     Raises UsageError if files are missing or damaged, or do not match the settings; FaultError if a sample that is read
     at the start is damaged.
     """
-    pixels = PixelFormat(dtype, memory_format)
+    pixels = PixelFormat(memory_format)
     if settings.name in ENCODED:
         return _open(settings, _list_encoded_splits(settings, seed), {}, seed, device, pixels)
     names: tuple[Split, ...] = ("train", "test", *(("validation",) if settings.validation_size is not None else ()))
     opened = {split: load_data(settings, split, seed) for split in names}
     in_memory = {split: images for split, images in opened.items() if isinstance(images, ImageSet)}
     if settings.normalize and "train" in in_memory:
-        pixels = PixelFormat(dtype, memory_format, channel_statistics(in_memory["train"].images))
+        pixels = PixelFormat(memory_format, channel_statistics(in_memory["train"].images))
     if len(in_memory) < len(opened) or is_plugin(settings.augment):
         return _open(settings, _list_python_splits(settings, opened, seed), opened, seed, device, pixels)
     samples = {
@@ -173,7 +166,7 @@ class IndexListing:
 Listing: TypeAlias = FolderListing | PackedListing | IndexListing  # a split in order
 
 
-class LoadedSamples:
+class LoadedSamples(SampleSource):
     """The samples of a split that are made when needed. Augmentation depends on (seed, epoch, sample)."""
 
     def __init__(

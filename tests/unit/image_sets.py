@@ -12,7 +12,7 @@ import pyarrow
 from numpy.typing import NDArray
 from pyarrow import parquet
 
-from dist_train.data.decoding import Part, fitted, read_image
+from dist_train.data.decoding import EncodedImages, Part, fitted
 from dist_train.data.image_folder import Listing, list_split
 from dist_train.data.images import Split
 
@@ -21,7 +21,7 @@ SPLITS: dict[Split, str] = {"train": "train", "test": "validation"}
 
 def decode(path: str | Part, size: int, draws: Sequence[float] | None) -> NDArray[np.uint8]:
     """Return the image in a file, or in a part of one, as uint8 [3, size, size]."""
-    return fitted(read_image(path), size, draws)
+    return fitted(EncodedImages().image(path), size, draws)
 
 
 def in_class_order(root: Path, split: Split, classes: int) -> list[tuple[bytes, int]]:
