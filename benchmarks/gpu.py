@@ -37,8 +37,8 @@ from benchmarks.timing import compare, timed
 from dist_train.checkpoint.files import find_checkpoint, list_checkpoints, read_checkpoint
 from dist_train.checkpoint.state import Progress
 from dist_train.cluster.communicator import Alone
-from dist_train.cluster.device_group import DeviceGroup, abortable_nccl
 from dist_train.cluster.devices import find_gpus
+from dist_train.cluster.elastic import DeviceGroup, abortable_nccl
 from dist_train.config import CommSettings, NoiseSettings, dump_config
 from dist_train.kernels import operators
 from dist_train.models import build_model

@@ -22,7 +22,7 @@ from dist_train.analysis.directions import random_direction
 from dist_train.analysis.landscape_files import Point
 from dist_train.analysis.landscape_points import Batch, PointEvaluator, Walk, along, axis, place_of
 from dist_train.cluster.communicator import run_on_all_ranks
-from dist_train.cluster.points import deal, join_points
+from dist_train.cluster.joining import join_points
 from dist_train.models import build_model
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.training.compute import Compute
@@ -86,7 +86,7 @@ def main() -> None:
         evaluator.evaluate(walk(points[0]))
         run_on_all_ranks(comm, lambda: None, "begin")
         started = time.perf_counter()
-        for point in deal(points, comm.rank, comm.size):
+        for point in points[comm.rank :: comm.size]:
             evaluator.evaluate(walk(point))
         run_on_all_ranks(comm, lambda: None, "end")
     if comm.rank == 0:

@@ -46,7 +46,6 @@ from dist_train.analysis.landscape_points import (
 )
 from dist_train.checkpoint.files import Stored, read_stored
 from dist_train.cluster.communicator import Communicator, broadcast_str, run_on_all_ranks
-from dist_train.cluster.points import deal
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import UsageError
 from dist_train.rundir.paths import RunDirectory
@@ -158,7 +157,7 @@ def _measure_all(
     """Deal the unfinished points out to the ranks, evaluate them, and write all points."""
     numbers = range(len(plan.points))
     unfinished = sorted(set(numbers).difference(folder.finished())) if comm.rank == 0 else []
-    mine = deal(json.loads(broadcast_str(comm, json.dumps(unfinished), "points")), comm.rank, comm.size)
+    mine = json.loads(broadcast_str(comm, json.dumps(unfinished), "points"))[comm.rank :: comm.size]
 
     def measure() -> None:
         evaluator = PointEvaluator(

@@ -57,7 +57,7 @@ def _landscape(arguments: argparse.Namespace) -> int:
     from dist_train.analysis.directions import describe
     from dist_train.analysis.landscape import make_landscape
     from dist_train.cluster.communicator import run_on_all_ranks
-    from dist_train.cluster.points import join_points
+    from dist_train.cluster.joining import join_points
 
     comm = join_points()
     request = run_on_all_ranks(comm, lambda: _request(arguments), "read the options")

@@ -23,12 +23,13 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from dist_train.cluster.joined_nodes import Expelled, View
 from dist_train.cluster.local_launch import say
 from dist_train.cluster.membership_server import (
     BEATS_IN_TIMEOUT,
     ENDS_OF_A_RUN,
     TOKEN_VARIABLE,
+    Expelled,
+    View,
     answer_of_authority,
     answer_to,
 )

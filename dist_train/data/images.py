@@ -88,7 +88,7 @@ class SampleSource(Protocol):
         """Return inputs [n, C, H, W] and labels int64 [n] of `batch`."""
 
     def prefetch(self, batches: Iterable[BatchRequest]) -> None:
-        """Begin to prepare what will be read next, in this order, in place of earlier calls' batches; or do nothing."""
+        """Begin to prepare the batches that will be read next, in this order, instead of those of earlier calls."""
 
     def close(self) -> None:
         """Stop preparing samples; may be called again."""

@@ -30,7 +30,7 @@ from dist_train.data.decoders import Decoder, LoaderProcesses, Order
 from dist_train.data.decoding import DRAWS, EncodedImages, Work
 from dist_train.data.image_folder import Listing as FolderListing
 from dist_train.data.image_folder import check_same_classes, list_split
-from dist_train.data.images import BatchRequest, ImageSet, MapDataset, SampleSource, Split, Splits
+from dist_train.data.images import BatchRequest, ImageSet, MapDataset, Split, Splits
 from dist_train.data.packed import PackedListing, list_shards
 from dist_train.data.plan import divided
 from dist_train.data.plugin_samples import PluginSamples, Recipe, labels_of
@@ -40,7 +40,7 @@ from dist_train.reproducible import generator, key, uniform
 _RESIDENT_FRACTION = 4  # images stay on a GPU if they take less than one in so many parts of its free memory
 
 
-class Samples(SampleSource):
+class Samples:
     """The samples of a split that is in memory: on the device if it fits there. Nothing here waits for the device."""
 
     def __init__(
@@ -76,6 +76,12 @@ class Samples(SampleSource):
         if batch.epoch is not None and self._augment is not unchanged:
             images = self._augment(images, move(batch.indices, self._device), self._seed, batch.epoch)
         return self._pixels.convert(images), labels
+
+    def prefetch(self, batches: Iterable[BatchRequest]) -> None:
+        """Do nothing: all samples are in memory."""
+
+    def close(self) -> None:
+        """Do nothing."""
 
     def _staged(self, source: Tensor, indices: Tensor) -> Tensor:
         """Copy rows from host memory to the device, through a pinned buffer, while the device computes."""
@@ -166,7 +172,7 @@ class IndexListing:
 Listing: TypeAlias = FolderListing | PackedListing | IndexListing  # a split in order
 
 
-class LoadedSamples(SampleSource):
+class LoadedSamples:
     """The samples of a split that are made when needed. Augmentation depends on (seed, epoch, sample)."""
 
     def __init__(

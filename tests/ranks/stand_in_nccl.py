@@ -19,8 +19,7 @@ import torch.distributed as dist
 
 from dist_train.cluster import elastic
 from dist_train.cluster.communicator import Pending
-from dist_train.cluster.device_group import DeviceGroup
-from dist_train.cluster.elastic import ElasticCommunicator
+from dist_train.cluster.elastic import DeviceGroup, ElasticCommunicator
 from dist_train.cluster.membership_server import SLOT_VARIABLE
 
 _ON_DEVICE = ("gradient.", "tally", "evaluation", "state.")

@@ -13,8 +13,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from dist_train.cluster.communicator import GroupBrokenError
-from dist_train.cluster.device_group import DeviceGroup
-from dist_train.cluster.elastic import ElasticCommunicator, _DeviceWork
+from dist_train.cluster.elastic import DeviceGroup, ElasticCommunicator, _DeviceWork
 from dist_train.cluster.torch_engine import abort_nccl
 from tests.waiting import wait_for
 

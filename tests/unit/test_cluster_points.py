@@ -1,24 +1,15 @@
-"""Points shared out over ranks."""
+"""Ranks that share points of work."""
 
 from __future__ import annotations
 
 import sys
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from dist_train.cluster.communicator import Alone
-from dist_train.cluster.points import deal, join_points
+from dist_train.cluster.joining import join_points
 from dist_train.outcome import UsageError
 from tests.raising import raises
-
-
-@given(st.integers(0, 40), st.integers(1, 9))
-def test_every_point_is_dealt_out_once_and_evenly(points: int, size: int) -> None:
-    shares = [deal(range(points), rank, size) for rank in range(size)]
-    assert sorted(point for share in shares for point in share) == list(range(points))
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_alone_no_mpi_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
