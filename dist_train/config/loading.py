@@ -66,9 +66,21 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), plugins: Sequen
     return parse_config(with_overrides(read_settings(path), overrides), source=str(path), plugins=plugins)
 
 
-def read_settings(path: Path) -> dict[str, Any]:
-    """Return the unchecked settings of the YAML file at `path`, merged over those of its bases. Raises ConfigError."""
-    return _read(path, ())
+def read_settings(path: Path, seen: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return the unchecked settings of the YAML file at `path`, merged over those of its bases. Raises ConfigError.
+
+    `seen`: the files of which it is a base.
+    """
+    settings = from_folder(read_mapping(path), located(path).parent)
+    if _BASE not in settings:
+        return settings
+    name = settings.pop(_BASE)
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise ConfigError.of(str(path), _BASE, "not the name of a file", code="wrong-form", value=name)
+    base, seen = based_on(path, name), (*seen, os.path.realpath(located(path)))
+    if os.path.realpath(located(base)) in seen:
+        raise ConfigError.of(str(path), _BASE, "the file is its own base", code="base-cycle", value=str(base))
+    return _merge(read_settings(base, seen), settings)
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
@@ -176,19 +188,6 @@ def _without_short_names(settings: Mapping[str, Any], more: Sequence[str]) -> di
         raise ConfigError(_PLUGINS, [Problem(_PLUGINS, "not a list of files", code="wrong-type", value=files)])
     rest = {name: value for name, value in settings.items() if name != _PLUGINS}
     return with_long_names(rest, [*files, *more], Config)
-
-
-def _read(path: Path, seen: tuple[str, ...]) -> dict[str, Any]:
-    settings = from_folder(read_mapping(path), located(path).parent)
-    if _BASE not in settings:
-        return settings
-    name = settings.pop(_BASE)
-    if not isinstance(name, str) or not name or "\0" in name:
-        raise ConfigError.of(str(path), _BASE, "not the name of a file", code="wrong-form", value=name)
-    base, seen = based_on(path, name), (*seen, os.path.realpath(located(path)))
-    if os.path.realpath(located(base)) in seen:
-        raise ConfigError.of(str(path), _BASE, "the file is its own base", code="base-cycle", value=str(base))
-    return _merge(_read(base, seen), settings)
 
 
 def _merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -98,9 +98,7 @@ NoiseMethod = Literal["none", "smoothout", "arwp", "langevin", "sgld", "fsgld", 
 class NoiseSettings(Section):
     """The noise on the weights."""
 
-    method: Literal["none", "smoothout", "arwp", "langevin", "sgld", "fsgld", "sam", "asam", "ivon"] | PluginName = (
-        "none"
-    )
+    method: NoiseMethod | PluginName = "none"
     """smoothout: gradients at perturbed weights, which are restored before the update; arwp: likewise, with less noise
     where gradients were large. langevin: each update adds noise that stays; sgld: likewise, times the square root of
     the learning rate; fsgld: smoothout and sgld together. sam, asam: gradients at weights moved up the micro-batch's

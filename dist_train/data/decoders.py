@@ -18,7 +18,7 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -86,7 +86,7 @@ class _Part:
 @dataclass(eq=False)
 class _Batch:
     order: Order
-    parts: list[_Part] = field(default_factory=list)
+    parts: list[_Part]
 
 
 class LoaderProcesses(Decoder):

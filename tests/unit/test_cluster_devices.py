@@ -28,7 +28,7 @@ from dist_train.cluster.devices import (
 from dist_train.config import Config
 from dist_train.config.resuming import with_device
 from dist_train.config.sections import Device
-from dist_train.launching.provenance import describe_device
+from dist_train.launching.session import describe_device
 from dist_train.outcome import UsageError
 from tests.raising import raises
 from tests.unit.simulated_ranks import SimulatedRanks, results

@@ -14,9 +14,8 @@ import torch
 from dist_train.cluster import inspection
 from dist_train.cluster.communicator import Alone, Communicator
 from dist_train.cluster.inspection import horovod_build, loaded_mpi_version, mpi_library
-from dist_train.launching.provenance import device_name, launch_environment, revision
 from dist_train.launching.run import train
-from dist_train.launching.session import Session
+from dist_train.launching.session import Session, device_name, launch_environment, revision
 from dist_train.monitoring.observers import Observers
 from dist_train.outcome import FaultError
 from dist_train.rundir.paths import RunDirectory

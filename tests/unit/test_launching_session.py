@@ -17,9 +17,8 @@ from dist_train.checkpoint.state import ResumePoint
 from dist_train.cli.main import main
 from dist_train.cluster.communicator import Alone
 from dist_train.launching.assembly import assemble
-from dist_train.launching.provenance import revision
 from dist_train.launching.run import train
-from dist_train.launching.session import Session, open_session
+from dist_train.launching.session import Session, open_session, revision
 from dist_train.monitoring.observers import Observers
 from dist_train.outcome import DisagreementError, DivergedError, StoppedError, UsageError
 from dist_train.rundir.paths import RunDirectory

@@ -20,7 +20,7 @@ from dist_train.cluster.communicator import Alone
 from dist_train.config import ConfigError
 from dist_train.data.images import BatchRequest
 from dist_train.data.plan import epoch_order
-from dist_train.launching.provenance import run_facts
+from dist_train.launching.session import run_facts
 from dist_train.models import build_model
 from dist_train.monitoring.prometheus.board import Board
 from dist_train.outcome import UsageError
