@@ -307,8 +307,7 @@ def _on_device(network: nn.Module) -> nn.Module:
 def _our_step(config: Config, network: nn.Module, ranks: int, recorder: GraphRecorder) -> Callable[[], object]:
     """Return a function that makes one update as our program does; `network` is the model of `config`."""
     comm, compute = _Rank0(ranks), _Compute(_DEVICE, _PRECISIONS[config.precision.compute])
-    layout = torch.channels_last if config.precision.channels_last else torch.contiguous_format
-    splits = open_splits(config.data, config.run.seed, _DEVICE, layout)
+    splits = open_splits(config.data, config.run.seed, _DEVICE, config.precision.channels_last)
     join_relus(network)
     weights = FlatWeights(network)
     step = build_step(

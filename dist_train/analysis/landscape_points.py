@@ -270,10 +270,9 @@ def open_subject(stored: Stored, overrides: Sequence[str], measure: MeasureSetti
     compute = set_up_compute(config.precision.model_copy(update=changes), device)
     # On a CPU channels_last takes half the time, whatever the run used.
     channels_last = config.precision.channels_last or compute.device.type == "cpu"
-    layout = torch.channels_last if channels_last else torch.contiguous_format
     batch_size = measure.batch_size or _BATCH_SIZES[compute.device.type]
     model = stored_model(stored.contents, config)
-    with closing(open_splits(config.data, config.run.seed, compute.device, layout)) as splits:
+    with closing(open_splits(config.data, config.run.seed, compute.device, channels_last)) as splits:
         train, test = (
             _batches(samples, _subset(samples, wanted, measure.subset_seed), batch_size)
             for samples, wanted in ((splits.train, measure.samples), (splits.test, measure.test_samples))

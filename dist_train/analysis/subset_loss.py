@@ -180,10 +180,9 @@ def open_stored_subset(
     # TF32's errors would look like curvature.
     exact = precision.model_copy(update={"compute": "float32", "tf32": False, "threads": 1})
     compute = set_up_compute(exact, choose_device(config.run.device, local_rank=0))
-    layout = torch.channels_last if precision.channels_last else torch.contiguous_format
     chosen = choose_samples(training_labels(config.data, config.run.seed), config.data.image_format.classes, settings)
     model = stored_model(stored.contents, config).to(compute.device)
-    with closing(open_splits(config.data, config.run.seed, compute.device, layout)) as splits:
+    with closing(open_splits(config.data, config.run.seed, compute.device, precision.channels_last)) as splits:
         if settings.statistics == "recomputed":
             _recompute(model, splits.train, config, compute)
         requests = [BatchRequest(part) for part in cut(chosen, settings.batch_size)]

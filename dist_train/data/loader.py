@@ -94,21 +94,21 @@ def open_splits(
     settings: DataSettings,
     seed: int,
     device: torch.device,
-    memory_format: torch.memory_format = torch.contiguous_format,
+    channels_last: bool = False,
 ) -> Splits:
     """Open the splits. Only training samples are augmented; all splits are normalized by the training images.
 
     Raises UsageError if files are missing or damaged, or do not match the settings; FaultError if a sample that is read
     at the start is damaged.
     """
-    pixels = PixelFormat(memory_format)
+    pixels = PixelFormat(torch.channels_last if channels_last else torch.contiguous_format)
     if settings.name in ENCODED:
         return _open(settings, _list_encoded_splits(settings, seed), {}, seed, device, pixels)
     names: tuple[Split, ...] = ("train", "test", *(("validation",) if settings.validation_size is not None else ()))
     opened = {split: load_data(settings, split, seed) for split in names}
     in_memory = {split: images for split, images in opened.items() if isinstance(images, ImageSet)}
     if settings.normalize and "train" in in_memory:
-        pixels = PixelFormat(memory_format, channel_statistics(in_memory["train"].images))
+        pixels = replace(pixels, statistics=channel_statistics(in_memory["train"].images))
     if len(in_memory) < len(opened) or is_plugin(settings.augment):
         return _open(settings, _list_python_splits(settings, opened, seed), opened, seed, device, pixels)
     samples = {

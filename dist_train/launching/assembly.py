@@ -88,8 +88,7 @@ def assemble(
     device = share_out_devices(comm, config.run.device)
     config = with_device(config, "cuda" if device.type == "cuda" else "cpu")
     compute = run_on_all_ranks(comm, partial(set_up_compute, config.precision, device), "set up its device")
-    layout = torch.channels_last if config.precision.channels_last else torch.contiguous_format
-    open_data = partial(open_splits, config.data, config.run.seed, compute.device, layout)
+    open_data = partial(open_splits, config.data, config.run.seed, compute.device, config.precision.channels_last)
     splits = run_on_all_ranks(comm, open_data, "load the data")
     check_same_data(comm, splits.identity, config.data.name)
 

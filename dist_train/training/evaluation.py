@@ -150,8 +150,7 @@ def evaluate_stored(
         if config.precision.threads == "auto":
             config = with_setting(config, "precision.threads", share_of_threads(comm.local_size))
         compute = set_up_compute(config.precision, share_out_devices(comm, config.run.device))
-        layout = torch.channels_last if config.precision.channels_last else torch.contiguous_format
-        open_data = partial(open_splits, config.data, config.run.seed, compute.device, layout)
+        open_data = partial(open_splits, config.data, config.run.seed, compute.device, config.precision.channels_last)
         splits = run_on_all_ranks(comm, open_data, "load the data")
         stack.callback(splits.close)
         model = stored_model(contents, config, weights).to(compute.device)

@@ -104,5 +104,4 @@ def sam_gradients(config: Config, step: int) -> dict[str, Tensor]:
 
 def samples_of(config: Config) -> SampleSource:
     """Return the training samples that a run of `config` reads."""
-    layout = torch.channels_last if config.precision.channels_last else torch.contiguous_format
-    return open_splits(config.data, config.run.seed, torch.device("cpu"), memory_format=layout).train
+    return open_splits(config.data, config.run.seed, torch.device("cpu"), config.precision.channels_last).train

@@ -51,7 +51,7 @@ def test_promise_2_augmented_samples_do_not_depend_on_the_micro_batch() -> None:
 
 def test_both_splits_are_normalized_by_the_training_images_in_use(tmp_path: Path) -> None:
     settings = DataSettings(name="synthetic", synthetic_samples=200, train_size=50, normalize=True, augment="crop-flip")
-    splits = open_splits(settings, seed=1, device=CPU, memory_format=torch.channels_last)
+    splits = open_splits(settings, seed=1, device=CPU, channels_last=True)
     train = load_images(settings, "train", 1)
     test = load_images(settings, "test", 1)
     pixels = PixelFormat(statistics=channel_statistics(train.images))

@@ -88,7 +88,7 @@ def test_averaged_weights_have_norm_statistics_of_their_own(tmp_path: Path) -> N
     model = build_model(config)
     model.load_state_dict(stored_state(contents, "averaged"))
     stored = {name: value.clone() for name, value in running_statistics(model).items()}
-    splits = open_splits(config.data, 0, torch.device("cpu"), torch.channels_last)
+    splits = open_splits(config.data, 0, torch.device("cpu"), channels_last=True)
     trainer = build_trainer(config, tmp_path / "other", Alone())
     indices = statistics_samples(len(splits.train), config.model.norm_samples, 6, 0)
     recompute_statistics(model, splits.train, indices, micro_size=6, compute=trainer.take_step.compute, comm=Alone())
