@@ -196,10 +196,11 @@ class MembershipServer:
             if key.data is None:
                 self._accept()
                 continue
-            if events & selectors.EVENT_WRITE:
-                self._flush(key.data)
-            if events & selectors.EVENT_READ:
-                self._receive(key.data)
+            connection = self._connections.get(key.data)  # None: dropped meanwhile
+            if connection and events & selectors.EVENT_WRITE:
+                self._flush(key.data, connection)
+            if connection and events & selectors.EVENT_READ:
+                self._receive(key.data, connection)
         now = time.monotonic()
         self._expel_silent(now)
         self._start_nodes()
@@ -273,10 +274,7 @@ class MembershipServer:
             self._selector.register(accepted, selectors.EVENT_READ, peer_id)
             self._send(peer_id, {"kind": "challenge", "text": connection.challenge})
 
-    def _receive(self, peer_id: int) -> None:
-        connection = self._connections.get(peer_id)
-        if connection is None:
-            return
+    def _receive(self, peer_id: int, connection: _Connection) -> None:
         try:
             content = connection.socket.recv(1 << 16)
         except BlockingIOError:
@@ -446,12 +444,9 @@ class MembershipServer:
         connection = self._connections.get(peer_id)
         if connection is not None:
             connection.unsent += json.dumps(dict(fields)).encode() + b"\n"
-            self._flush(peer_id)
+            self._flush(peer_id, connection)
 
-    def _flush(self, peer_id: int) -> None:
-        connection = self._connections.get(peer_id)
-        if connection is None:
-            return
+    def _flush(self, peer_id: int, connection: _Connection) -> None:
         with suppress(OSError):  # a broken connection is noticed where it is read
             sent = connection.socket.send(connection.unsent)
             connection.unsent = connection.unsent[sent:]

@@ -209,30 +209,27 @@ def fetch(url: str, path: Path, sha256: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with exclusive(path.parent / f".{path.name}.lock"):
-            if not path.exists():
-                _LOGGER.info("downloading %s to %s", url, path)
-                _fetch(url, path, sha256)
+            if path.exists():
+                return
+            _LOGGER.info("downloading %s to %s", url, path)
+            with replacing(path) as file:
+                written = _HashingFile(file)
+                for chunk in _chunks(url, path):
+                    written.write(chunk)
+                found = written.digest.hexdigest()
+                if found != sha256:
+                    raise UsageError(
+                        f"{url} returned {file.tell()} bytes with SHA-256 {found}, but the published one is {sha256}: "
+                        f"the download was dropped. Try again, or put {path.name} from a source that you trust into "
+                        f"{path.parent}.",
+                        code="download-digest",
+                    )
     except OSError as error:
         raise UsageError(
             f"cannot write {path}: {error.strerror or error}. Set data.root to a writable folder with space for the "
             "archive.",
             code="download-unwritable",
         ) from error
-
-
-def _fetch(url: str, path: Path, sha256: str) -> None:
-    digest = hashlib.sha256()
-    with replacing(path) as file:
-        for chunk in _chunks(url, path):
-            digest.update(chunk)
-            file.write(chunk)
-        if digest.hexdigest() != sha256:
-            raise UsageError(
-                f"{url} returned {file.tell()} bytes with SHA-256 {digest.hexdigest()}, but the published one is "
-                f"{sha256}: the download was dropped. Try again, or put {path.name} from a source that you trust "
-                f"into {path.parent}.",
-                code="download-digest",
-            )
 
 
 def _chunks(url: str, path: Path) -> Iterator[bytes]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -130,19 +130,16 @@ def _check_columns(path: Path, schema: Any, image: str, label: str) -> None:
 def _unpack(path: Path, image: str, label: str, content: Path) -> Index:
     """Write the encoded images of a Parquet file to `content`; return their index."""
     arrow = _pyarrow()
-    lengths, labels, rows = [], [], 0
+    lengths, labels = [], []
     try:
         with replacing(content) as file:
-            for batch in _parquet_file(path).iter_batches(_ROWS, columns=[image, label]):
-                images = _bytes_of(batch.column(batch.schema.get_field_index(image)))
-                batch_labels = batch.column(batch.schema.get_field_index(label))
-                _check_present(path, (images, batch_labels), rows)
+            batches = _parquet_file(path).iter_batches(_ROWS, columns=[image, label])
+            for images, batch_labels in _columns_of(path, batches, image, label):
                 for each in images:
                     encoded = each.as_buffer()
                     file.write(encoded)
                     lengths.append(encoded.size)
                 labels += batch_labels.to_pylist()
-                rows += len(batch)
     except arrow.ArrowException as error:
         raise UsageError(f"{path} cannot be read as Parquet: {error}", code="data-format") from error
     ends = np.cumsum(np.array(lengths, np.int64))
@@ -160,14 +157,10 @@ def _saved_index(path: Path, image: str, label: str) -> Index:
     except (OSError, arrow.ArrowException) as error:
         raise UsageError(f"{path} cannot be read as an Arrow stream: {error}", code="data-format") from error
     _check_columns(path, table.schema, image, label)
-    parts, rows = [], 0
-    for batch in table.to_batches():
-        images = _bytes_of(batch.column(batch.schema.get_field_index(image)))
-        labels = batch.column(batch.schema.get_field_index(label))
-        _check_present(path, (images, labels), rows)
-        if len(batch):
+    parts = []
+    for images, labels in _columns_of(path, table.to_batches(), image, label):
+        if len(images):
             parts.append(_index_of(images, start, labels.to_numpy(zero_copy_only=False)))
-        rows += len(batch)
     index = np.concatenate(parts) if parts else np.empty((0, 3), np.int64)
     if len(index) and not 0 <= index[:, 0].min() <= (index[:, 0] + index[:, 1]).max() <= size:
         raise UsageError(f"{path} is compressed: save the data set without compression", code="data-format")
@@ -182,20 +175,24 @@ def _index_of(images: Any, start: int, labels: NDArray[Any]) -> Index:
     return np.stack([ends[:-1] + (data.address - start), np.diff(ends), labels.astype(np.int64)], axis=1)
 
 
-def _bytes_of(column: Any) -> Any:
-    """Return the encoded images of a column: the column, or its field `bytes` in Hugging Face's {bytes, path}."""
-    if not _pyarrow().types.is_struct(column.type):
-        return column
-    return column.flatten()[column.type.get_field_index("bytes")]
+def _columns_of(path: Path, batches: Iterable[Any], image: str, label: str) -> Iterator[tuple[Any, Any]]:
+    """Yield the encoded images and the labels of each batch of rows. Raises UsageError if one is missing.
 
-
-def _check_present(path: Path, columns: Iterable[Any], rows: int) -> None:
-    for column in columns:
-        if column.null_count:
-            row = rows + column.is_null().to_pylist().index(True)
-            raise UsageError(
-                f"row {row} of {path} has no image or label in the file: repair or remove it", code="column-missing"
-            )
+    Images are a column, or its field `bytes` in Hugging Face's {bytes, path}.
+    """
+    rows = 0
+    for batch in batches:
+        images, labels = (batch.column(batch.schema.get_field_index(name)) for name in (image, label))
+        if _pyarrow().types.is_struct(images.type):
+            images = images.flatten()[images.type.get_field_index("bytes")]
+        for column in (images, labels):
+            if column.null_count:
+                row = rows + column.is_null().to_pylist().index(True)
+                raise UsageError(
+                    f"row {row} of {path} has no image or label in the file: repair or remove it", code="column-missing"
+                )
+        rows += len(batch)
+        yield images, labels
 
 
 _DIGESTED = 64

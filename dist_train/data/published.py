@@ -35,53 +35,37 @@ def read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
     Raises UsageError if the file cannot be read, is shorter or longer than its header says, or is not an IDX file of
     unsigned bytes with as many dimensions.
     """
-    header_bytes = 4 + 4 * dimensions
-    content = _read_idx(path, header_bytes, dimensions)
-    if len(content) < header_bytes:
-        raise _damaged(
-            path, f"it holds {len(content)} bytes, less than an IDX header of {header_bytes}", code="data-length"
-        )
-    magic = (_UNSIGNED_BYTE << 8) | dimensions
-    start = int.from_bytes(content[:4], "big")
-    if start != magic:
-        raise _damaged(
-            path, f"it begins with {start:08x}, not with the IDX magic number {magic:08x}", code="data-format"
-        )
-    shape = _shape(content, dimensions)
-    expected = header_bytes + math.prod(shape)
-    if len(content) != expected:
-        size = f"more than {expected}" if len(content) > expected else f"{len(content)}"
-        what = " x ".join(map(str, shape))
-        raise _damaged(
-            path, f"its header announces {what} bytes, {expected} in all; it holds {size}", code="data-length"
-        )
-    return np.frombuffer(content, dtype=np.uint8, offset=header_bytes).reshape(shape)
-
-
-def _read_idx(path: Path, header_bytes: int, dimensions: int) -> bytearray:
-    """Read `path`, but little more than its header announces, so that no file can fill the memory."""
+    header_bytes, magic = 4 + 4 * dimensions, (_UNSIGNED_BYTE << 8) | dimensions
     content = bytearray()
-    limit = header_bytes
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            while len(content) <= limit:
-                chunk = file.read(_IDX_CHUNK)
-                if not chunk:
-                    break
+            header = file.read(header_bytes)
+            if len(header) < header_bytes:
+                reason = f"it holds {len(header)} bytes, less than an IDX header of {header_bytes}"
+                raise _damaged(path, reason, code="data-length")
+            if (start := int.from_bytes(header[:4], "big")) != magic:
+                reason = f"it begins with {start:08x}, not with the IDX magic number {magic:08x}"
+                raise _damaged(path, reason, code="data-format")
+            shape = tuple(int.from_bytes(header[at : at + 4], "big") for at in range(4, header_bytes, 4))
+            announced = math.prod(shape)
+            # Little more than that, so that no file can fill the memory.
+            while len(content) <= announced and (chunk := file.read(_IDX_CHUNK)):
                 content += chunk
-                if len(content) >= header_bytes:
-                    limit = header_bytes + math.prod(_shape(content, dimensions))
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise _damaged(path, f"gzip cannot unpack it ({error})", code="data-unpackable") from error
     except OSError as error:
         raise UsageError(
             f"cannot read {path}: {error.strerror or error}. {_FASHION_MNIST_FIX}", code="data-unreadable"
         ) from error
-    return content
-
-
-def _shape(content: bytearray, dimensions: int) -> tuple[int, ...]:
-    return tuple(int.from_bytes(content[4 * i : 4 * i + 4], "big") for i in range(1, dimensions + 1))
+    if len(content) != announced:
+        size = f"more than {header_bytes + announced}" if len(content) > announced else header_bytes + len(content)
+        what = " x ".join(map(str, shape))
+        raise _damaged(
+            path,
+            f"its header announces {what} bytes, {header_bytes + announced} in all; it holds {size}",
+            code="data-length",
+        )
+    return np.frombuffer(content, dtype=np.uint8).reshape(shape)
 
 
 def _damaged(path: Path, reason: str, code: str) -> UsageError:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +14,15 @@ import yaml
 
 from dist_train.checkpoint.files import find_checkpoint, read_record
 from dist_train.checkpoint.state import ResumePoint, find_initial, find_resume_point
-from dist_train.cluster.communicator import Communicator, RankLostError, broadcast_str, gather, run_on_all_ranks
+from dist_train.cluster.communicator import (
+    Communicator,
+    Generation,
+    RankLostError,
+    broadcast_str,
+    gather,
+    gather_str,
+    run_on_all_ranks,
+)
 from dist_train.cluster.devices import device_type
 from dist_train.cluster.joining import join_ranks, meeting_within
 from dist_train.cluster.watchdog import start_watchdog
@@ -20,18 +30,27 @@ from dist_train.config import Config, dump_config, parse_config
 from dist_train.config.resuming import with_setting
 from dist_train.data.catalog import find_data
 from dist_train.data.plan import BatchPlan, check_validation_size
-from dist_train.launching.assembly import assemble
-from dist_train.launching.regrouping import Regrouping
+from dist_train.launching.assembly import assemble, build_writer, own_norms, set_up_reduction
 from dist_train.launching.session import Session, open_session
+from dist_train.monitoring.console import open_logs
 from dist_train.monitoring.observers import check_installed
 from dist_train.monitoring.prometheus.http_server import access_warnings, check_access
 from dist_train.outcome import DisagreementError, DivergedError, StoppedError, UsageError
-from dist_train.rundir.paths import LockRequest, RunDirectory, RunLock, oserror_to_fault
+from dist_train.rundir.paths import (
+    LEASE_SECONDS,
+    PATIENCE_SECONDS,
+    LockRequest,
+    RunDirectory,
+    RunLock,
+    oserror_to_fault,
+)
 from dist_train.rundir.records import Observer, Outcome, rewind
 from dist_train.start_up import without_collection
 from dist_train.training.compute import share_of_threads
 from dist_train.training.consistency import check_consistent_across_ranks, identity_of
-from dist_train.training.stopping import StopRequests
+from dist_train.training.micro_batches import sum_over
+from dist_train.training.stopping import StopRequests, job_time_limit
+from dist_train.training.trainer import Trainer
 
 _logger = logging.getLogger("dist_train.launching")
 
@@ -130,6 +149,68 @@ def train(config: Config, run_directory: Path | str | None = None, observers: Se
             session.fail(error)
             raise
         return session.finish()
+
+
+_KEEP_ALL_STEPS = 2**62
+
+
+@dataclass
+class Regrouping:
+    """Called with a trainer whose ranks, of an elastic launch, have just met and hold the same state."""
+
+    config: Config
+    directory: RunDirectory
+    session: Session
+    stack: ExitStack  # the run's exit stack: closes what is opened here when the run ends
+    observers: Sequence[Observer] = ()  # rank 0's observers, besides those that the settings name
+    _logs: ExitStack = field(default_factory=ExitStack)
+    _logging_as: int | None = None
+
+    def __post_init__(self) -> None:
+        self.stack.callback(self._logs.close)
+
+    def open_logs(self, rank: int) -> None:
+        """Write this process's log to the file of `rank`."""
+        if rank != self._logging_as:
+            self._logs.close()
+            self._logs.enter_context(open_logs(self.directory.logs, rank))
+            self._logging_as = rank
+
+    def __call__(self, trainer: Trainer, generation: Generation) -> None:
+        """Redistribute the micro-batches; a rank that has become rank 0 takes over writing the run directory."""
+        comm, step = trainer.comm, trainer.take_step
+        self.open_logs(comm.rank)
+        step.reduction.close()
+        step.noise.rank = comm.rank
+        # A broken group may still write to its buffers: sums get new ones.
+        trainer.take_step = replace(
+            step,
+            reduction=set_up_reduction(trainer.config, step.weights, step.noise, comm, trainer.progress),
+            sum_over_ranks=sum_over(trainer.config.model, comm, step.clock),
+        )
+        takes_over = comm.rank == 0 and trainer.writer is None
+        take_over = partial(self._take_over, trainer) if takes_over else lambda: None
+        run_on_all_ranks(comm, take_over, "take over the run directory")
+        nodes = gather_str(comm, socket.gethostname(), "nodes")
+        self.session.note_generation(trainer, nodes)
+        if takes_over:
+            for record in trainer.recent.all():
+                trainer.observers.record(record)
+
+    def _take_over(self, trainer: Trainer) -> None:
+        # The lost rank's node may be cut off without having noticed, or the file server may still hold its lock.
+        request = LockRequest(self.directory.root, self.directory.lock, patience=LEASE_SECONDS)
+        lock = request.wait(LEASE_SECONDS + PATIENCE_SECONDS)
+        assert lock is not None, "the request has either got the lock or raised UsageError"
+        self.stack.callback(lock.release)
+        rewind(self.directory.metrics, _KEEP_ALL_STEPS)
+        self.session.take_over(self.config, lock, self.observers)
+        trainer.observers, trainer.status = self.session.observers, self.session.status
+        trainer.writer = build_writer(self.config, self.directory, self.session)
+        trainer.take_step = replace(trainer.take_step, wait_for_checkpoint_copy=trainer.writer.wait_until_copied)
+        trainer.time_limit = job_time_limit()
+        if trainer.measuring:
+            trainer.measuring.norms = own_norms(self.config, trainer.take_step.weights)
 
 
 def _leave(comm: Communicator, kind: object, error: BaseException | None, traceback: object) -> None:

@@ -81,7 +81,7 @@ class Trainer:
     may_shrink: bool = False
     """Whether the micro-batch size may be halved when memory runs out."""
     regroup: Callable[[Trainer, Generation], None] = lambda trainer, generation: None
-    """Adapts the trainer of an elastic launch to a new group of ranks: see `launching/regrouping.py`."""
+    """Adapts the trainer of an elastic launch to a new group of ranks: see `launching/run.py`."""
     identity: tuple[int, ...] = ()
     """Digests of code, settings and data; a rank that joins must have the same."""
 
