@@ -6,7 +6,6 @@ import ctypes
 import shutil
 import sys
 from contextlib import suppress
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -21,24 +20,13 @@ def installed_version(package: str) -> str:
         return ""
 
 
-@dataclass(frozen=True)
-class HorovodBuild:
-    """Horovod's version, and what it was built with."""
-
-    version: str
-    mpi: bool
-    gloo: bool
-    nccl: bool
-
-
-def horovod_build() -> HorovodBuild:
-    """Return what Horovod was built with. Raises ImportError."""
+def horovod_build() -> dict[str, bool]:
+    """Return what Horovod was built with: MPI, Gloo, NCCL. Raises ImportError."""
     try:
         import horovod.torch as hvd
     except OSError as error:
         raise ImportError(str(error)) from error
-    parts = (bool(hvd.mpi_built()), bool(hvd.gloo_built()), bool(hvd.nccl_built()))
-    return HorovodBuild(metadata.version("horovod"), *parts)
+    return {"MPI": bool(hvd.mpi_built()), "Gloo": bool(hvd.gloo_built()), "NCCL": bool(hvd.nccl_built())}
 
 
 def mpi_library() -> str:

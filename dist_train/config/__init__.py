@@ -1,9 +1,17 @@
 """The settings: their defaults and checks. `load_config(path, overrides)` returns a frozen `Config`."""
 
 from dist_train.config.loading import dump_config, load_config, parse_config
-from dist_train.config.parts import DATA_SETS, ENCODED, DataSettings, ImageFormat
+from dist_train.config.parts import (
+    DATA_SETS,
+    ENCODED,
+    AveragingSettings,
+    DataSettings,
+    ImageFormat,
+    NoiseSchedule,
+    NoiseSettings,
+    RegularizationSettings,
+)
 from dist_train.config.problems import ConfigError
-from dist_train.config.regularization import AveragingSettings, NoiseSchedule, NoiseSettings, RegularizationSettings
 from dist_train.config.resuming import differences
 from dist_train.config.sections import (
     CommSettings,

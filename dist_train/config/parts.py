@@ -1,4 +1,4 @@
-"""The base class of sections, image formats and number types; and the section `data`."""
+"""The base class of sections, and the sections for data, noise, regularization, averaging and early stopping."""
 
 from __future__ import annotations
 
@@ -8,7 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+)
 
 from dist_train.config.plugins import Options, PluginName, is_plugin
 
@@ -131,3 +140,199 @@ class DataSettings(Section):
             assert self.classes is not None, "checked before"
             return ImageFormat(self.shape, self.classes)
         return DATA_SETS[self.name]
+
+
+class ConstantSchedule(Section):
+    """c(t) = 1."""
+
+    kind: Literal["constant"] = "constant"
+
+
+class CosineSchedule(Section):
+    """c(t) = (1 + cos(pi t/T)) / 2."""
+
+    kind: Literal["cosine"]
+
+
+class LinearSchedule(Section):
+    """c(t) = 1 - t/T."""
+
+    kind: Literal["linear"]
+
+
+class ExponentialSchedule(Section):
+    """c(t) = r^(t/T)."""
+
+    kind: Literal["exponential"]
+    final_fraction: Fraction = Field(0.01, examples=[0.1])
+    """r, the value at the end."""
+
+
+class InversePowerSchedule(Section):
+    """c(t) = (1 + t)^(-g/2)."""
+
+    kind: Literal["inverse_power"]
+    gamma: PositiveFloat = Field(0.55, examples=[1.0])
+    """g."""
+
+
+class TanhSchedule(Section):
+    """c(t) = (tanh(s (t/T - 1/2)) + 1) / 2; it rises, as in SmoothOut's reference code."""
+
+    kind: Literal["tanh"]
+    steepness: PositiveFloat = Field(10.0, examples=[5.0])
+    """s."""
+
+
+class LateSchedule(Section):
+    """c(t) = 0 before t = s T, then 1."""
+
+    kind: Literal["late"]
+    start: Fraction = Field(0.75, examples=[0.9])
+    """s, the part of the run without noise."""
+
+
+class RiseSchedule(Section):
+    """c(t) = 1 + r (1 - cos(pi t/T)) / 2; it rises from 1 to 1 + r, as in LPF-SGD."""
+
+    kind: Literal["rise"]
+    rise: PositiveFloat = Field(15.0, examples=[3.0])
+    """r."""
+
+
+class PluginSchedule(Section):
+    """c(t) = `function`(t, T)."""
+
+    kind: Literal["plugin"]
+    function: PluginName = Field(examples=["mine.py:hold"])
+    """`package.module:name` or `FILE.py:name`."""
+    options: Options = Field(default_factory=dict, examples=[{"until": 0.5}])
+    """Settings of `function`."""
+
+
+NoiseSchedule = Annotated[
+    ConstantSchedule
+    | LinearSchedule
+    | CosineSchedule
+    | ExponentialSchedule
+    | InversePowerSchedule
+    | TanhSchedule
+    | LateSchedule
+    | RiseSchedule
+    | PluginSchedule,
+    Field(discriminator="kind"),
+]
+
+
+NoiseMethod = Literal["none", "smoothout", "arwp", "langevin", "sgld", "fsgld", "sam", "asam", "ivon"]
+
+
+class NoiseSettings(Section):
+    """The noise on the weights."""
+
+    method: NoiseMethod | PluginName = "none"
+    """smoothout: gradients at perturbed weights, which are restored before the update; arwp: likewise, with less noise
+    where gradients were large. langevin: each update adds noise that stays; sgld: likewise, times the square root of
+    the learning rate; fsgld: smoothout and sgld together. sam, asam: gradients at weights moved up the micro-batch's
+    own gradient. ivon: variational online Newton.
+    """
+    options: Options = options_of("noise.method")
+    distribution: Literal["uniform", "normal"] = "uniform"
+    """Distribution of u. uniform: on [-1, 1]. normal: with the same variance, 1/3."""
+    amplitude: NonNegativeFloat = Field(0.01, examples=[0.03])
+    """a, the amplitude of the noise."""
+    scale: Literal["absolute", "weight", "filter", "filter_norm"] | PluginName = "absolute"
+    """absolute: the noise is a c(t) u. weight: times |w|. filter: each filter's draw is rescaled to the filter's norm.
+    filter_norm: each element is multiplied by the filter's norm.
+    """
+    scale_options: Options = options_of("noise.scale")
+    sharing: Literal["global", "rank", "micro_batch"] = "global"
+    """Draws of noise per step. global: one for all ranks. rank: one per rank. micro_batch: one per micro-batch."""
+    schedule: NoiseSchedule = Field(default_factory=ConstantSchedule)
+    """c(t), the factor on the amplitude at step t of T."""
+    target_rise: PositiveFloat | None = Field(None, examples=[0.05])
+    """By how much the noise shall raise the training loss: the amplitude, which begins as `amplitude`, then follows the
+    rise that each update measures on its first micro-batch. null: the amplitude does not depend on the loss.
+    """
+    exclude: tuple[str, ...] = Field(("norm",), examples=[["norm", "bias"]])
+    """Weights without noise: norm, bias, or patterns of parameter names (*, ?)."""
+    draws: PositiveInt = Field(1, examples=[4])
+    """Number of draws over which each micro-batch's gradient is averaged."""
+    antithetic: bool = False
+    """Use each draw u together with -u."""
+    mix: Fraction = Field(1.0, examples=[0.5])
+    """Weight of the perturbed gradients; the rest is the gradient at the weights."""
+    passes: Literal["all", "one"] = "all"
+    """all: each micro-batch is computed at every point given by draws, antithetic and mix. one: at a single one of
+    them, in turn, at the cost of plain training.
+    """
+    offset: NonNegativeFloat = Field(0.01, examples=[0.1])
+    """asam: added to |w|."""
+    adaptation: NonNegativeFloat = Field(1.0, examples=[0.1])
+    """arwp: factor on the squared gradients."""
+    memory: Beta = Field(0.9, examples=[0.99])
+    """arwp: decay of the squared gradients."""
+    temperature: NonNegativeFloat | None = Field(None, examples=[1e-8])
+    """fsgld: temperature of the noise that stays; null: derived from the amplitude as its authors do."""
+    sample_size: PositiveFloat = Field(60000.0, examples=[2048.0])
+    """ivon: effective sample size, usually the training set's size."""
+    curvature: PositiveFloat = Field(1.0, examples=[0.1])
+    """ivon: initial estimate of the Hessian."""
+    damping: PositiveFloat = Field(1e-4, examples=[0.001])
+    """ivon: weight decay, delta."""
+    betas: tuple[Beta, Beta] = Field((0.9, 0.99999), examples=[[0.9, 0.999]])
+    """ivon: decay of the momentum and of the Hessian estimate."""
+
+    @property
+    def points(self) -> int:
+        """Number of points at which gradients are taken, for methods that draw them."""
+        return self.draws * (2 if self.antithetic else 1) + (self.mix < 1)
+
+
+Metric = Annotated[str, Field(pattern=r"^(train|validation|test)(-averaged)?\.(accuracy|loss)$")]
+"""A quantity that evaluations measure: a split, with `-averaged` for the averaged weights, and accuracy or loss."""
+
+
+class RegularizationSettings(Section):
+    """Changes to labels and images in training only; evaluations use the original ones."""
+
+    label_smoothing: Beta = Field(0.0, examples=[0.1])
+    """Share of each label that is spread over all classes (arXiv 1512.00567)."""
+    mixup: NonNegativeFloat = Field(0.0, examples=[0.2])
+    """alpha: each image and its label are blended with the next of the global batch, in a proportion from Beta(alpha,
+    alpha) (arXiv 1710.09412); 0: off.
+    """
+    cutmix: NonNegativeFloat = Field(0.0, examples=[1.0])
+    """alpha: a box of each image is replaced by that of the next image; its area comes from Beta(alpha, alpha) (arXiv
+    1905.04899); 0: off. If mixup is on, too, each image gets one of the two at random.
+    """
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed."""
+        return self.mixup > 0 or self.cutmix > 0
+
+
+class AveragingSettings(Section):
+    """An average of the weights over training, evaluated and saved beside the weights."""
+
+    kind: Literal["none", "ema", "lawa"] = "none"
+    """ema: exponential moving average (Polyak). lawa: mean of the `last` snapshots of the weights (arXiv 2209.14981).
+    """
+    decay: Annotated[float, Field(gt=0, lt=1)] = Field(0.999, examples=[0.99])
+    """Decay of the ema: weight of the old average in each new one."""
+    every_steps: PositiveInt | None = Field(None, examples=[100])
+    """Updates between two snapshots; null: each update for ema, each epoch for lawa."""
+    last: AtLeastTwo = Field(5, examples=[10])
+    """Number of snapshots that lawa averages."""
+
+
+class EarlyStoppingSettings(Section):
+    """Ends the run before its last epoch when evaluations no longer improve."""
+
+    patience: PositiveInt | None = Field(None, examples=[5])
+    """Evaluations without improvement after which the run ends; null: never."""
+    min_delta: NonNegativeFloat = Field(0.0, examples=[0.001])
+    """Smallest improvement of the metric that counts."""
+    metric: Metric | None = Field(None, examples=["validation.loss"])
+    """SPLIT.accuracy or SPLIT.loss; null: accuracy on the validation split, or else on the test split."""

@@ -8,14 +8,20 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from dist_train.config.parts import AtLeastTwo, Beta, DataSettings, Fraction, Section, UserPath, options_of
-from dist_train.config.plugins import Options, PluginName
-from dist_train.config.regularization import (
+from dist_train.config.parts import (
+    AtLeastTwo,
     AveragingSettings,
+    Beta,
+    DataSettings,
     EarlyStoppingSettings,
+    Fraction,
     NoiseSettings,
     RegularizationSettings,
+    Section,
+    UserPath,
+    options_of,
 )
+from dist_train.config.plugins import Options, PluginName
 
 Device = Literal["auto", "cpu", "cuda"]
 

@@ -142,7 +142,7 @@ def check_devices(asked: Device) -> Check:
 
 def check_horovod(asked: Device) -> Check:
     """Check that Horovod loads, and that its build suits the ranks' devices if run.device is `asked`."""
-    from dist_train.cluster.inspection import horovod_build
+    from dist_train.cluster.inspection import horovod_build, installed_version
     from dist_train.cluster.joining import is_installed
 
     rebuild = "build it for this torch and MPI: rm -r .venv, then make setup"
@@ -151,19 +151,18 @@ def check_horovod(asked: Device) -> Check:
     except ImportError as error:
         detail = "not installed: ranks talk by torch.distributed" if not is_installed("horovod") else str(error)
         return Check("Horovod", "note", detail, f"for horovodrun and mpirun, {_SET_UP}")
-    parts = {"MPI": build.mpi, "Gloo": build.gloo, "NCCL": build.nccl}
-    listed = ", ".join(name for name, built in parts.items() if built)
-    detail = f"{build.version}, built with {listed or 'nothing'}"
-    if not (build.mpi or build.gloo):
+    listed = ", ".join(name for name, built in build.items() if built)
+    detail = f"{installed_version('horovod')}, built with {listed or 'nothing'}"
+    if not (build["MPI"] or build["Gloo"]):
         return Check("Horovod", "note", detail, rebuild)
-    if not build.nccl and asked != "cpu":
+    if not build["NCCL"] and asked != "cpu":
         from dist_train.cluster.devices import torch_gpus
 
         found = torch_gpus()
         if found.built_for:
             how = "set comm.engine=torch for several ranks on GPUs, or rm -r .venv, then make setup"
             return Check("Horovod", "note", f"{detail}: without NCCL it carries one rank on GPUs, no more", how)
-    if not (build.mpi and build.gloo):
+    if not (build["MPI"] and build["Gloo"]):
         return Check("Horovod", "note", f"{detail} only", rebuild)
     return Check("Horovod", "fine", detail)
 

@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
 
 from dist_train.config.loading import read_mapping
-from dist_train.config.parts import Section
+from dist_train.config.parts import Metric, Section
 from dist_train.config.problems import ConfigError, Problem, problems_of
-from dist_train.config.regularization import Metric
 from dist_train.outcome import UsageError
 from dist_train.rundir.atomic import exclusive
 

@@ -171,8 +171,7 @@ def test_a_machine_without_gpus_is_fine_unless_the_run_asks_for_one(monkeypatch:
 def test_a_horovod_without_nccl_beside_a_torch_for_gpus_is_noted(
     asked: Device, gpus: int, nccl: bool, state: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build = inspection.HorovodBuild("0.28.1", mpi=True, gloo=True, nccl=nccl)
-    monkeypatch.setattr(inspection, "horovod_build", lambda: build)
+    monkeypatch.setattr(inspection, "horovod_build", lambda: {"MPI": True, "Gloo": True, "NCCL": nccl})
     monkeypatch.setattr(devices, "torch_gpus", lambda: devices.TorchGpus("2.15.0", "CUDA 13.2", gpus))
     check = doctor.check_horovod(asked)
     assert check.state == state
@@ -223,8 +222,8 @@ def test_a_host_name_that_does_not_resolve_is_noted(monkeypatch: pytest.MonkeyPa
 
 def test_horovod_and_mpi4py_load_one_mpi() -> None:
     build = inspection.horovod_build()
-    assert build.mpi
-    assert build.gloo
+    assert build["MPI"]
+    assert build["Gloo"]
     assert "MPI" in inspection.mpi_library()
     assert len(inspection.loaded_mpi_libraries()) == 1
 

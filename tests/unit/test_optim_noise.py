@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_train.config import NoiseSettings, parse_config
-from dist_train.config.regularization import CosineSchedule
+from dist_train.config.parts import CosineSchedule
 from dist_train.models import build_model
 from dist_train.models.norms import GroupedBatchNorm
 from dist_train.optim.flat_weights import FlatWeights
