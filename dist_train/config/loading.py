@@ -25,7 +25,7 @@ from dist_train.outcome import UsageError
 SHIPPED = "dist_train:"
 """Prefix of the name of a file that comes with the program, as in `dist_train:configs/demo.yaml`."""
 
-_FILE, _BASE, _PLUGINS = "(file)", "base", "plugins"
+_FILE, _BASE = "(file)", "base"
 _COMMAND_LINE = "command line"
 
 
@@ -151,7 +151,7 @@ def parse_config(settings: Mapping[str, Any], *, source: str, plugins: Sequence[
     Raises ConfigError if something in it is wrong; every problem is listed.
     """
     try:
-        settings = _without_short_names(with_present_names(settings, source), plugins)
+        settings = with_long_names(with_present_names(settings, source), plugins, Config)
         text = json.dumps(settings, default=_refuse)
         config = Config.model_validate_json(text, strict=True)
     except ValidationError as error:
@@ -179,15 +179,6 @@ def flat_settings(sections: Mapping[str, object], prefix: str = "") -> Iterator[
             yield from flat_settings(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
-
-
-def _without_short_names(settings: Mapping[str, Any], more: Sequence[str]) -> dict[str, Any]:
-    """Return `settings` without the list of plug-ins, and with their short names replaced by long ones."""
-    files = settings.get(_PLUGINS, [])
-    if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
-        raise ConfigError(_PLUGINS, [Problem(_PLUGINS, "not a list of files", code="wrong-type", value=files)])
-    rest = {name: value for name, value in settings.items() if name != _PLUGINS}
-    return with_long_names(rest, [*files, *more], Config)
 
 
 def _merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 from pydantic import BaseModel, Field, ValidationError
 
-from dist_train.config.problems import Problem, models_of, problems_of
+from dist_train.config.problems import ConfigError, Problem, models_of, problems_of
 from dist_train.outcome import CodedError, UsageError
 
 Kind = Literal[
@@ -178,15 +178,17 @@ def plugin_problems(settings: Mapping[str, Any]) -> Iterator[Problem]:
                 yield replace(found, path=f"{options_path}{inner}")
 
 
-def with_long_names(settings: Mapping[str, Any], files: Sequence[str], model: type[BaseModel]) -> dict[str, Any]:
-    """Return `settings` with each short name, from one of `files` or an entry point, replaced by its long name.
+def with_long_names(settings: Mapping[str, Any], more: Sequence[str], model: type[BaseModel]) -> dict[str, Any]:
+    """Return `settings` without the list `plugins`, and with each short name replaced by its long name.
 
-    The built-in choices of `model`, the configuration, stay.
-
-    Raises UsageError if a file cannot be imported.
+    A short name is from one of the files that the list names, from one of `more`, or an entry point. The built-in
+    choices of `model`, the configuration, stay. Raises UsageError if a file cannot be imported.
     """
-    changed = from_folder(settings, Path())
-    registered = {mark: f"{file}:{name}" for file in files for mark, name in _registered(file)}
+    files = settings.get("plugins", [])
+    if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
+        raise ConfigError.of("plugins", "plugins", "not a list of files", code="wrong-type", value=files)
+    changed = from_folder({name: value for name, value in settings.items() if name != "plugins"}, Path())
+    registered = {mark: f"{file}:{name}" for file in (*files, *more) for mark, name in _registered(file)}
     for path, kind in _PLACES.items():
         for _, section, key in _sections(changed, path.split(".")):
             name = section.get(key)
