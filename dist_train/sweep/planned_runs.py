@@ -62,6 +62,8 @@ class PlannedRun:
         return RunDirectory(self.directory)
 
 
+_LONGEST_NAME = 255  # of a file on Linux
+
 _RECORDED = ("number", "name", "variant", "title", "seed", "settings", "overrides")
 
 
@@ -263,6 +265,9 @@ def _duplicates(runs: Sequence[PlannedRun]) -> Iterator[Problem]:
     names: dict[str, PlannedRun] = {}
     settings: dict[str, PlannedRun] = {}
     for run in runs:
+        if len(run.name) > _LONGEST_NAME:
+            wrong = f"the name of a run's folder would be longer than {_LONGEST_NAME} characters"
+            yield Problem(f"variants.{run.family}", wrong, code="out-of-range", value=run.name)
         if run.name in names:
             yield Problem("variants", "two runs would have the same name", code="name-twice", value=run.name)
             continue

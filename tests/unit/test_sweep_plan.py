@@ -127,6 +127,7 @@ class TestFaults:
             ({"variants": {"a": {"like": "b"}, "bb": {}}}, ("variants.a.like", "unknown-variant")),
             ({"variants": {"a": {"like": "b"}, "b": {"like": "a"}}}, ("variants.a.like", "like-itself")),
             ({"variants": {"a": {}, "b": {"settings": {}}}}, ("variants.b", "same-settings")),
+            ({"variants": {"a": {"grid": {"noise.exclude": [["x" * 255]]}}}}, ("variants.a", "out-of-range")),
             ({"analyse": [{"kind": "directon"}]}, ("analyse.0.kind", "unknown-kind")),
             ({"analyse": [{"kind": "direction", "variants": ["plian"]}]}, ("analyse.0.variants", "unknown-variant")),
             ({"analyse": [{"kind": "interpolate", "between": ["plain"]}]}, ("analyse.0.between.1", "missing")),
