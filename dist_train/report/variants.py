@@ -119,9 +119,9 @@ class Variant:
         return [(before[run.seed], (run, value)) for run, value in self.measured(measure) if run.seed in before]
 
     def measured(self, measure: Measure) -> list[tuple[StoredRun, float]]:
-        """Return the counted and the diverged runs that have a finite value of `measure`, with the values."""
-        counted = {run.name: run for run in self.counted}
-        counted |= {run.name: run for run in self.distinct if run.is_diverged}
+        """Return the counted runs that have a finite value of `measure`, and the diverged ones, if they guess."""
+        counted = {run.name: run for run in self.counted if not run.is_diverged}
+        counted |= {run.name: run for run in self.distinct if measure.is_guess(run)}
         found = ((run, measure.take(run)) for run in counted.values())
         return [(run, value) for run, value in found if value is not None and math.isfinite(value)]
 
@@ -204,8 +204,8 @@ def _preference(run: StoredRun) -> tuple[bool, int, int, str]:
 
 
 def _effective_settings(run: StoredRun) -> tuple[tuple[str, str], ...]:
-    """Return the settings that can change the results of `run`, without the seed."""
-    return tuple((path, shown(value)) for path, value in run.settings.items() if not path.startswith(_NO_EFFECT))
+    """Return the settings that can change the results of `run`, without the seed; floats with all their digits."""
+    return tuple((path, repr(value)) for path, value in run.settings.items() if not path.startswith(_NO_EFFECT))
 
 
 def changes_between(base: Mapping[str, object], settings: Mapping[str, object]) -> tuple[Change, ...]:
