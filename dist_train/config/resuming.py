@@ -61,6 +61,11 @@ def differences(before: Config, after: Config) -> list[Difference]:
     ]
 
 
+def may_change(path: str) -> bool:
+    """Whether a resume may change the setting at the dotted `path`."""
+    return any(path == each or path.startswith(f"{each}.") for each in _CHANGEABLE)
+
+
 def with_decisions(config: Config, decided: Config) -> Config:
     """Return `config` with the values of `decided` for settings that are `auto`."""
     for path in _DECIDED_ONCE:

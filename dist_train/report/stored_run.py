@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,8 @@ from typing import Any, Literal
 import yaml
 
 from dist_train.config import DATA_SETS
-from dist_train.config.loading import parse_yaml
+from dist_train.config.loading import flat_settings, parse_yaml
+from dist_train.config.resuming import may_change
 from dist_train.outcome import ExitCode, UsageError
 from dist_train.report.analyses import Analyses, read_analyses
 from dist_train.rundir.atomic import read_regular
@@ -171,7 +172,8 @@ class Subject:
         for entry in fields.get("contrasts") or ():
             match entry:
                 case {"variants": [*variants], "against": str() as against} if len(members.get(against, ())) == 1:
-                    chosen = tuple(name for variant in variants for name in members.get(str(variant), ()))
+                    once = dict.fromkeys(map(str, variants))
+                    chosen = tuple(name for variant in once for name in members.get(variant, ()))
                     found.append(NamedContrast(str(entry.get("title") or ""), chosen, members[against][0]))
         return tuple(found)
 
@@ -213,16 +215,37 @@ def _runs_below(directory: Path) -> Iterator[StoredRun]:
 
 def _study_runs(directory: Path, prefix: str) -> Iterator[StoredRun]:
     path = StudyDirectory(directory).runs
-    base: object = None
+    base: Mapping[str, object] = {}
     with suppress(BrokenFileError):
-        base = read_settings(StudyDirectory(directory).base).get(_BATCH)
+        base = read_settings(StudyDirectory(directory).base)
     try:
-        plan = [_planned(entry, base) for entry in json.loads(read_regular(path))]
+        plan = [_planned(entry, base.get(_BATCH)) for entry in json.loads(read_regular(path))]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(
             f"{path} is not a list of runs ({error!r}): start the study's sweep again", code="plan-damaged"
         ) from error
-    yield from (read_run(directory / planned.name, prefix + planned.name, planned) for planned in plan)
+    for planned in plan:
+        run = read_run(directory / planned.name, prefix + planned.name, planned)
+        # Its numbers would stand under the title of settings that it did not have.
+        changed = "; ".join(_changes(run.settings, base, planned.overrides))
+        note = f"it was started with other settings than the study has now ({changed})"
+        yield StoredRun(run.directory, run.name, "broken", note, planned) if changed else run
+
+
+def _changes(settings: Mapping[str, object], base: Mapping[str, object], overrides: Sequence[str]) -> Iterator[str]:
+    """Yield how `settings` differ from `base` with `overrides`, other than a resume may or a run itself decides."""
+    expected = dict(base)
+    for override in overrides:
+        path, _, text = override.partition("=")
+        with suppress(yaml.YAMLError):
+            chosen = dict(flat_settings({path: parse_yaml(text)}))
+            expected = {name: value for name, value in expected.items() if not name.startswith(f"{path}.")} | chosen
+    for path in sorted(settings.keys() & expected.keys()):
+        had, has = settings[path], expected[path]
+        # Names of plug-ins have a short and a long form, and paths may begin with ~.
+        is_plain = not any(isinstance(each, str) and (each == "auto" or set(":~") & set(each)) for each in (had, has))
+        if had != has and is_plain and not may_change(path):
+            yield f"{path}: {had}, not {has}"
 
 
 def _planned(entry: Mapping[str, Any], base_batch: object) -> Planned:
