@@ -152,7 +152,9 @@ def _landscape(folder: Path, digests: Collection[str]) -> Landscape:
 def _comparable(settings: object) -> str:
     """Return the settings that comparable results share: not how they were computed or which images a seed chose."""
     if isinstance(settings, Mapping):
-        settings = {name: value for name, value in settings.items() if name not in _INCIDENTAL}
+        # Norms that use each pass's own statistics give another loss with passes of another size.
+        left_out = _INCIDENTAL - {"batch_size"} if settings.get("statistics") == "batch" else _INCIDENTAL
+        settings = {name: value for name, value in settings.items() if name not in left_out}
     return json.dumps(settings, sort_keys=True)
 
 

@@ -137,6 +137,8 @@ def effect_tables(panels: Sequence[Panel]) -> tuple[Table[Effect | None], ...]:
     """
     runs = counted_runs(panels)
     basic = [measure for measure in measures_of(runs) if measure.key in _EFFECTS]
+    # A difference in % could be taken for a relative one.
+    basic = [replace(measure, unit="points") if measure.unit == "%" else measure for measure in basic]
     tables = (_effect_table(title, panels, group) for title, group in _grouped([*basic, *sharpness_measures(runs)]))
     return tuple(table for table in tables if table.measures)
 
@@ -225,8 +227,7 @@ def contrast_tables(panels: Sequence[Panel], named: Sequence[NamedContrast]) -> 
             tables.append(_contrast_table(title, *reference, chosen))
     for panel in {panel.title: panel for panel in (*panels[:1], *panels[-1:])}.values():
         if panel.base is not None:
-            others = [each for each in placed.values() if each[1] is not panel.base]
-            tables.append(_contrast_table("All variants", panel, panel.base, others))
+            tables.append(_contrast_table("All variants", panel, panel.base, list(placed.values())))
     return tuple(table for table in tables if table.measures)
 
 
@@ -266,7 +267,8 @@ def _contrast_table(
     """Return the contrasts of `chosen` with `reference`, of `panel`; intervals are corrected for their number."""
     measures = (JUDGED_ACCURACY, JUDGED_LOSS, _EQUAL_LOSS)
     # Chosen by the planned seeds, so that the correction does not grow as runs finish.
-    chosen = [(place, variant) for place, variant in chosen if len(_seeds(variant) & _seeds(reference)) > 1]
+    others = (each for each in chosen if each[1] is not reference)
+    chosen = [(place, variant) for place, variant in others if len(_seeds(variant) & _seeds(reference)) > 1]
     rows: list[Row[Effect | None]] = []
     for place, variant in chosen:
         cells = (

@@ -1,0 +1,93 @@
+"""Which runs a report puts together, and which it leaves out: by their settings, and by how they ended."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dist_train.report.measures import Measure, measures_of
+from dist_train.report.stored_run import Subject, read_subject
+from dist_train.report.tables import contrast_tables, effect_tables, variant_cell
+from dist_train.report.variants import panels_of
+from tests.unit.report_study import make_run, make_study, treatments, write_status
+
+
+def measures(subject: Subject) -> dict[str, Measure]:
+    return {measure.key: measure for measure in measures_of(subject.runs)}
+
+
+def test_runs_whose_rates_differ_in_the_seventh_digit_are_two_variants(tmp_path: Path) -> None:
+    treatment = treatments()[0]
+    for name, rate in (("first", 0.1234567), ("second", 0.1234568)):
+        settings = {**treatment.settings, "run.name": name, "optimizer.learning_rate": rate}
+        make_run(tmp_path / name, treatment, 0, settings)
+    [panel] = panels_of(read_subject(tmp_path).runs)
+    assert [len(variant.counted) for variant in panel.variants] == [1, 1]
+
+
+def test_diverged_run_counts_as_guessing_and_has_no_other_number(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "study")
+    write_status(study / "sb-seed-0", "failed", 100, "the loss is not finite", exit_code=3)
+    subject = read_subject(study)
+    base = panels_of(subject.runs)[0].variants[0]
+    notes = {key: variant_cell(base, measure).note for key, measure in measures(subject).items()}
+    assert notes.pop("final_test") == "n = 3, 1 as if guessing"
+    assert set(notes.values()) == {"n = 2, 1 diverged"}
+
+
+def test_run_that_began_with_other_settings_than_its_study_has_now_does_not_count(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "study")
+    plan = json.loads((study / "runs.json").read_text())
+    for entry in plan:
+        if entry["variant"] == "lb-noise-amplitude-0.01" and entry["seed"] < 2:
+            entry["overrides"] = [text.replace("=0.01", "=0.02") for text in entry["overrides"]]
+        # what a resume may change, and what a run decides itself
+        entry["overrides"] += ["evaluation.every_epochs=5", "batch.micro_size=auto", "data.root=~/data"]
+    (study / "runs.json").write_text(json.dumps(plan))
+    (study / "base.yaml").write_text(yaml.safe_dump({"noise": {"schedule": {"kind": "cosine"}}}))
+    subject = read_subject(study)
+    assert {run.note for run in subject.runs if not run.is_finished} == {
+        "it was started with other settings than the study has now (noise.schedule.kind: constant, not cosine)",
+        "it was started with other settings than the study has now "
+        "(noise.amplitude: 0.01, not 0.02; noise.schedule.kind: constant, not cosine)",
+    }
+    (study / "base.yaml").unlink()
+    subject = read_subject(study)
+    [changed] = [each for each in panels_of(subject.runs)[1].variants if each.name == "lb-noise-amplitude-0.01"]
+    assert variant_cell(changed, measures(subject)["final_test"]).note == "n = 1, 2 unfinished"
+
+
+@pytest.mark.parametrize(("statistics", "count"), [("checkpoint", 3), ("batch", 2)])
+def test_sharpness_with_each_pass_s_statistics_is_compared_at_one_size_of_passes(
+    tmp_path: Path, statistics: str, count: int
+) -> None:
+    study = make_study(tmp_path / "study")
+    for path in study.glob("*/analysis/sharpness-*.json"):
+        fields = json.loads(path.read_text())
+        fields["settings"] |= {"statistics": statistics, "batch_size": 64 if "sb-seed-0" in str(path) else 256}
+        path.write_text(json.dumps(fields))
+    subject = read_subject(study)
+    base = panels_of(subject.runs)[0].variants[0]
+    assert variant_cell(base, measures(subject)["sharpness-Hessian trace"]).note == f"n = {count}"
+
+
+def test_differences_of_percentages_are_in_points(tmp_path: Path) -> None:
+    tables = effect_tables(panels_of(read_subject(make_study(tmp_path / "study")).runs))
+    headings = [measure.heading for measure in tables[0].measures]
+    assert headings[:3] == ["final test accuracy, points", "final train accuracy, points", "generalization gap, points"]
+
+
+def test_contrast_counts_each_variant_once_and_not_its_reference(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "study")
+    names = ["sb", "lb-noise-amplitude-0.01"]
+    described = {
+        "variants": {treatment.name: {} for treatment in treatments()},
+        "contrasts": [{"variants": [*names, names[0], "lb"], "against": "lb"}],
+    }
+    (study / "study.yaml").write_text(yaml.safe_dump(described))
+    subject = read_subject(study)
+    [(_, rows)] = contrast_tables(panels_of(subject.runs), subject.contrasts)[0].groups
+    assert [row.variant.name for row in rows] == names
