@@ -95,7 +95,7 @@ class LandscapeSettings:
         if self.points < 2:
             raise UsageError(f"--points is {self.points}: a line has 2 or more", code="option-range")
         place = -self.start * (self.points - 1) / (self.stop - self.start)  # of the checkpoint among the points
-        if self.kind == "direction" and self.start < 0 < self.stop and abs(place - round(place)) > 1e-9:
+        if self.kind == "direction" and abs(place - min(max(round(place), 0), self.points - 1)) > 1e-9:
             raise UsageError(
                 f"--points is {self.points}: none of them is the checkpoint, alpha 0, whose basin is measured; "
                 f"choose an odd number, and a --range that is as wide on both sides",

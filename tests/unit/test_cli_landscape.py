@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_train.cli.main import main
+from dist_train.cli.main import main, parse
 
 pytestmark = pytest.mark.usefixtures("threads_as_before")
 
@@ -50,6 +50,11 @@ def test_between_two_checkpoints_and_into_another_folder(
     assert Path(told[-1]).parent == tmp_path / "there"
 
 
+@pytest.mark.parametrize("start", ["-1e-05", "-1.5E-3", "-.5", "-2"])
+def test_range_may_begin_with_any_negative_number(start: str) -> None:
+    assert parse(["landscape", "direction", "RUN", "--range", start, "1e-3"]).range == [float(start), 0.001]
+
+
 @pytest.mark.parametrize(
     ("words", "code"),
     [
@@ -57,6 +62,7 @@ def test_between_two_checkpoints_and_into_another_folder(
         (["interpolate", "RUN", "RUN"], "same-checkpoint"),
         (["direction", "RUN", "--points", "1"], "option-range"),
         (["direction", "RUN", "--points", "4"], "option-range"),
+        (["direction", "RUN", "--range", "0.5", "1"], "option-range"),
         (["direction", "RUN", "--samples", "0"], "option-range"),
         (["direction", "RUN", "--exclude", "nothing"], "no-such-weight"),
         (["direction", "RUN", "model.width=2"], "settings-changed"),
