@@ -328,7 +328,11 @@ def _rows(record: SharpnessRecord) -> Iterator[tuple[str, str]]:
         censored = f", at least: {width.censored} of {width.directions} end beyond the reach" if width.censored else ""
         yield f"basin width, rise {width.rise:g}", f"{_number(width.mean, width.standard_error)}{censored}"
     if (scale := record.noise_scale) is not None:
-        yield "gradient noise scale, samples", _number(scale.value, scale.standard_error)
+        beyond = "unknown: more than these samples can show"
+        yield (
+            "gradient noise scale, samples",
+            beyond if scale.value is None else _number(scale.value, scale.standard_error),
+        )
 
 
 def _number(value: float | None, error: float | None = None) -> str:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dist_train.rundir.atomic import read_regular
 from dist_train.rundir.paths import BrokenFileError, RunDirectory
@@ -81,17 +81,25 @@ class Sharpness:
     bounds: frozenset[str] = frozenset()
 
 
+_Result = TypeVar("_Result", Landscape, Sharpness)
+
+
 @dataclass(frozen=True)
 class Analyses:
-    """All results of a run; `problems` names unusable files and the reasons."""
+    """All results of a run; `problems` names unusable files and the reasons, `last_step` is its last checkpoint's."""
 
     landscapes: tuple[Landscape, ...] = ()
     sharpness: tuple[Sharpness, ...] = ()
     problems: tuple[str, ...] = ()
+    last_step: int | None = None
 
     def of_kind(self, kind: str) -> tuple[Landscape, ...]:
         """Return the landscapes of one kind."""
         return tuple(item for item in self.landscapes if item.kind == kind)
+
+    def at_the_end(self, results: Sequence[_Result]) -> tuple[_Result, ...]:
+        """Return those of `results` that belong to the last checkpoint, as far as is known."""
+        return tuple(item for item in results if None in (item.step, self.last_step) or item.step == self.last_step)
 
 
 def read_analyses(directory: RunDirectory) -> Analyses:
@@ -109,7 +117,8 @@ def read_analyses(directory: RunDirectory) -> Analyses:
                 sharpness.append(_sharpness(path, digests - {""}))
         except BrokenFileError as error:
             problems.append(f"{path.name}: {error}")
-    return Analyses(tuple(landscapes), tuple(sharpness), tuple(problems))
+    last_step = max(directory.checkpoint_steps(), default=None)
+    return Analyses(tuple(landscapes), tuple(sharpness), tuple(problems), last_step)
 
 
 @dataclass(frozen=True)

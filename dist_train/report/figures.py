@@ -195,12 +195,12 @@ def _chart(
 def _between(panels: Sequence[Panel]) -> tuple[Chart, ...]:
     """Return a chart for every pair of variants with lines between their runs: the mean over these lines."""
     variants = [(f"{panel.short}, {variant.label}", variant) for panel in panels for variant in panel.variants]
-    names = {run.directory.name: title for title, variant in variants for run in variant.runs}
+    names = {run.directory: title for title, variant in variants for run in variant.runs}
     pairs: dict[str, list[Landscape]] = {}
     for title, variant in variants:
         for run in variant.counted:
             for item in run.analyses.of_kind("interpolate"):
-                other = names.get(item.runs[-1], item.runs[-1])
+                other = names.get(run.directory.parent / item.runs[-1], item.runs[-1])
                 pairs.setdefault(f"{title} (0) to {other} (1)", []).append(item)
     charts: list[Chart] = []
     for title, found in pairs.items():

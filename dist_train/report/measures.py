@@ -152,13 +152,13 @@ def commonest_settings(results: Sequence[Landscape] | Sequence[Sharpness]) -> st
 
 
 def directions_of(runs: Sequence[StoredRun]) -> dict[str, Landscape]:
-    """Return each run's latest `direction` landscape with the commonest settings, by run name."""
-    return _comparable({run.name: run.analyses.of_kind("direction") for run in runs})
+    """Return each run's `direction` landscape at its last checkpoint with the commonest settings, by run name."""
+    return _comparable({run.name: run.analyses.at_the_end(run.analyses.of_kind("direction")) for run in runs})
 
 
 def sharpness_of(runs: Sequence[StoredRun]) -> dict[str, Sharpness]:
-    """Return each run's latest sharpness with the commonest settings, by run name."""
-    return _comparable({run.name: run.analyses.sharpness for run in runs})
+    """Return each run's sharpness at its last checkpoint with the commonest settings, by run name."""
+    return _comparable({run.name: run.analyses.at_the_end(run.analyses.sharpness) for run in runs})
 
 
 def _comparable(results: Mapping[str, Sequence[_Result]]) -> dict[str, _Result]:

@@ -86,6 +86,10 @@ def test_widths_and_noise_scale_are_measured(run: Path, capsys: pytest.CaptureFi
     printed = capsys.readouterr().out
     assert "at least: 2 of 2 end beyond the reach" in printed
     assert "gradient noise scale" in printed
+    record["noise_scale"]["value"] = None
+    next((run / "analysis").iterdir()).write_text(json.dumps(record))
+    assert main(["sharpness", str(run), *OPTIONS, *more]) == 0
+    assert "gradient noise scale, samples  unknown: more than these samples can show" in capsys.readouterr().out
 
 
 def test_only_missing_measures_are_added_to_a_record(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dist_train.report.figures import landscape_figure
 from dist_train.report.measures import Measure, measures_of
 from dist_train.report.stored_run import Subject, read_subject
 from dist_train.report.tables import contrast_tables, effect_tables, variant_cell
@@ -91,3 +92,24 @@ def test_contrast_counts_each_variant_once_and_not_its_reference(tmp_path: Path)
     subject = read_subject(study)
     [(_, rows)] = contrast_tables(panels_of(subject.runs), subject.contrasts)[0].groups
     assert [row.variant.name for row in rows] == names
+
+
+def test_line_ends_at_the_run_of_its_own_study(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        plan = make_study(tmp_path / name, seeds=(0,)) / "runs.json"
+        plan.write_text(plan.read_text().replace("LB, base line", f"LB, {name}"))
+    lines = landscape_figure(panels_of(read_subject(tmp_path).runs)).between
+    assert [line.title.rpartition(" to ")[2] for line in lines] == ["LB, first (1)", "LB, second (1)"]
+
+
+def test_sharpness_of_an_earlier_checkpoint_is_not_that_of_the_run(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "study")
+    run = study / "sb-seed-0"
+    [path] = run.glob("analysis/sharpness-*.json")
+    fields = json.loads(path.read_text())
+    fields["checkpoint"] |= {"step": 100, "sha256": "0" * 64}
+    path.write_text(json.dumps(fields))
+    (run / "checkpoints" / "step-00000100.json").write_text(json.dumps(fields["checkpoint"]))
+    subject = read_subject(study)
+    base = panels_of(subject.runs)[0].variants[0]
+    assert variant_cell(base, measures(subject)["sharpness-Hessian trace"]).note == "n = 2"
