@@ -6,6 +6,7 @@ import csv
 import io
 import math
 import shutil
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 
 _WIDTH = 7.0  # inches: the text width of a two-column page
 _LETTERS_PER_INCH = 17
+_LETTERS_OF_LABEL = 28  # in a line beside a strip
 _MARKS = {"dots": "o", "squares": "s"}
 _MOST_MARKS = 30
 _STYLE: dict[Any, Any] = {
@@ -108,8 +110,9 @@ def _draw(numbered: NumberedFigure) -> Figure:
     most = 3 if numbered.key == "sharpness" else 2
     rows = [row[at : at + most] for row in numbered.rows for at in range(0, len(row), most)]
     columns = max(map(len, rows))
-    figure = Figure(figsize=(_WIDTH if columns > 1 else _WIDTH / 2, 0.3 + 2.2 * len(rows)), layout="constrained")
-    grid = figure.subplots(len(rows), columns, squeeze=False)
+    heights = [max(map(_height, row)) for row in rows]
+    figure = Figure(figsize=(_WIDTH if columns > 1 else _WIDTH / 2, 0.3 + sum(heights)), layout="constrained")
+    grid = figure.subplots(len(rows), columns, squeeze=False, height_ratios=heights)
     for panels, places in zip(rows, grid, strict=True):
         for axes in places[len(panels) :]:
             axes.remove()
@@ -122,9 +125,23 @@ def _draw(numbered: NumberedFigure) -> Figure:
     for axes in figure.axes:
         handles.update({label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)})
     if handles:
-        across = int(figure.get_figwidth() * _LETTERS_PER_INCH) // (max(map(len, handles)) + 7)
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=max(1, across))
+        letters = int(figure.get_figwidth() * _LETTERS_PER_INCH)
+        labels = [textwrap.fill(label, letters - 7) for label in handles]
+        across = letters // (max(len(line) for label in labels for line in label.split("\n")) + 7)
+        figure.legend(handles.values(), labels, loc="outside lower center", ncols=across)
+        lines = math.ceil(len(labels) / across) * max(1 + label.count("\n") for label in labels)
+        figure.set_figheight(figure.get_figheight() + 0.17 * max(0, lines - 2))
     return figure
+
+
+def _height(panel: Chart | Strip) -> float:
+    """Return the height of a panel in inches."""
+    lines = 0 if isinstance(panel, Chart) else sum(1 + label.count("\n") for label in _labels(panel))
+    return max(2.2, 0.7 + 0.14 * lines)
+
+
+def _labels(strip: Strip) -> list[str]:
+    return [textwrap.fill(variant.label, _LETTERS_OF_LABEL) for variant in strip.variants]
 
 
 def stacked(charts: Sequence[Chart], heights: Sequence[float], title: str) -> Figure:
@@ -202,7 +219,7 @@ def _draw_series(axes: Axes, series: Series) -> None:
 def _draw_strip(axes: Axes, strip: Strip) -> None:
     axes.set_title(strip.panel.title, loc="left")
     _set_axis(axes, "x", strip.axis)
-    axes.set_yticks(range(len(strip.variants)), [variant.label for variant in strip.variants])
+    axes.set_yticks(range(len(strip.variants)), _labels(strip))
     axes.set_ylim(len(strip.variants) - 0.5, -0.5)
     for row, variant in enumerate(strip.variants):
         look, factor = look_of(f"s{variant.colour}"), strip.measure.factor

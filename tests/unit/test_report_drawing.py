@@ -1,4 +1,4 @@
-"""A learning-rate range test: the rates that are tried, and the one that is suggested."""
+"""A learning-rate range test: the rates that are tried, and the one that is suggested. Figures as files."""
 
 from __future__ import annotations
 
@@ -10,10 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from dist_train.cli.main import main
+from dist_train.report import drawing
 from dist_train.report.drawing import range_test
+from dist_train.report.page import figures_of
+from dist_train.report.stored_run import read_subject
 from tests.launching import write_config
+from tests.unit.report_study import make_study
 from tests.unit.small_trainers import SETTINGS
 
 
@@ -74,3 +79,21 @@ def test_rates_that_do_not_rise_are_refused(
 ) -> None:
     assert main(["lr-range", write_config(tmp_path, SETTINGS), "--run-dir", str(tmp_path / "range"), *words]) == 2
     assert "[option-range]" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("error")
+def test_long_names_of_variants_stay_within_the_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = make_study(tmp_path / "study", seeds=(0,))
+    plan = (study / "runs.json").read_text()
+    (study / "runs.json").write_text(plan.replace(", noise,", f", noise {'that is described at length, ' * 4}"))
+    drawn: list[Figure] = []
+    monkeypatch.setattr(drawing, "save", lambda figure, path: drawn.append(figure))
+    drawing.save_figures(figures_of(read_subject(study))[:2], tmp_path, "png")
+    for figure in drawn:
+        figure.draw_without_rendering()
+        boxes = [box for axes in figure.axes if (box := axes.get_tightbbox()) is not None]
+        boxes += [legend.get_window_extent() for legend in figure.legends]
+        for box in boxes:
+            assert box.x0 > -1
+            assert box.x1 < figure.bbox.x1 + 1
+            assert box.y0 > -1
