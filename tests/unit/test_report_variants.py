@@ -29,6 +29,15 @@ def test_runs_whose_rates_differ_in_the_seventh_digit_are_two_variants(tmp_path:
     assert [len(variant.counted) for variant in panel.variants] == [1, 1]
 
 
+def test_runs_by_another_engine_are_of_one_variant(tmp_path: Path) -> None:
+    treatment = treatments()[0]
+    for seed, engine in enumerate(("auto", "torch")):
+        settings = {**treatment.settings, "run.seed": seed, "comm.engine": engine}
+        make_run(tmp_path / engine, treatment, seed, settings)
+    [panel] = panels_of(read_subject(tmp_path).runs)
+    assert [len(variant.counted) for variant in panel.variants] == [2]
+
+
 def test_diverged_run_counts_as_guessing_and_has_no_other_number(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study")
     write_status(study / "sb-seed-0", "failed", 100, "the loss is not finite", exit_code=3)
