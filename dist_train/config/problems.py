@@ -72,7 +72,9 @@ def problems_of(error: ValidationError, model: type[BaseModel]) -> list[Problem]
     problems: dict[str, Problem] = {}
     for fault in error.errors(include_url=False):
         location = _locate(fault["loc"], model)
-        if location.path not in problems:
+        # pydantic does not count items with faults of their own: the list may be long enough.
+        is_long_enough = fault["type"] == "too_short" and fault["ctx"]["actual_length"] < len(fault["input"])
+        if location.path not in problems and not is_long_enough:
             problems[location.path] = _problem(fault, location, model)
     return list(problems.values())
 

@@ -107,6 +107,9 @@ class TestFaults:
             ("variants.noisy.grid.noise.amplitude", "out-of-range"),
         ]
 
+    def test_a_list_with_a_wrong_item_is_not_called_too_short(self, tmp_path: Path) -> None:
+        assert faults(tmp_path, seeds=[-1]) == [("seeds.0", "out-of-range")]
+
     def test_an_unknown_key_is_named(self, tmp_path: Path) -> None:
         found = faults(tmp_path, seed=[1], variants={"a": {"setings": {}}})
         assert {("seed", "unknown-key"), ("variants.a.setings", "unknown-key")} <= set(found)
@@ -120,7 +123,6 @@ class TestFaults:
             ({"variants": 3}, ("variants", "wrong-type")),
             ({"seeds": []}, ("seeds", "out-of-range")),
             ({"seeds": [1, 1]}, ("seeds", "seed-twice")),
-            ({"seeds": [-1]}, ("seeds.0", "out-of-range")),
             ({"settings": {"run.seed": 3}}, ("settings.run.seed", "set-by-study")),
             ({"settings": {"noise": {"amplitude": 1}}}, ("settings.noise", "wrong-form")),
             ({"grid": {"noise.amplitude": []}}, ("grid.noise.amplitude", "empty-grid")),
