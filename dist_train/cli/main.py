@@ -6,6 +6,7 @@ import argparse
 import difflib
 import io
 import re
+import signal
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext, redirect_stderr
@@ -46,6 +47,8 @@ _COMMANDS = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command in `arguments` (default: the command line), and return its exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # some encodings lack characters of curves, tables and reasons
     try:
         # All ranks of a launch have the same arguments: only rank 0 reports errors in them.
         with nullcontext() if current_launch().rank == 0 else redirect_stderr(io.StringIO()):
@@ -54,6 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UsageError, FaultError, DivergedError) as error:
         print(f"dist-train: {printable(text_with_code(error))}", file=sys.stderr)
         return exit_code_of(error)
+    except KeyboardInterrupt:
+        # As Python ends, but without a traceback; shells must see that the signal ended this process.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGINT)
+        raise
     except BrokenPipeError:
         # The reader of our output has gone.
         sys.stderr.close()

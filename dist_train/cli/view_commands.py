@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import math
 import os
 import sys
@@ -104,8 +103,6 @@ def _watch(arguments: argparse.Namespace) -> int:
     from dist_train.watch.view import show_once, watch
 
     watched = WatchedRun(find_run(arguments.directory))
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # some encodings lack the characters that draw curves
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=_size("COLUMNS", _COLUMNS), height=_size("LINES", _ROWS))

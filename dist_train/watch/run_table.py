@@ -24,7 +24,7 @@ from dist_train.monitoring.wording import Pace
 from dist_train.outcome import UsageError, escaped
 from dist_train.rundir.atomic import json_text, read_regular
 from dist_train.rundir.paths import BrokenFileError, RunDirectory
-from dist_train.rundir.records import EvaluationRecord, Record, TrainRecord, read_records
+from dist_train.rundir.records import EvaluationRecord, Record, TrainRecord, read_last_records, read_records
 from dist_train.rundir.status import Status, load_status
 
 _STALE_AFTER = 600.0  # seconds of silence after which a run on another host counts as lost
@@ -218,7 +218,7 @@ def _read_run(run: RunDirectory, root: Path, now: float) -> RunSummary:
 def _summary(run: RunDirectory, name: str, now: float) -> RunSummary:
     status = load_status(run.status)
     settings = Settings.of(read_settings(run.config))
-    records = read_measurements(run.metrics)
+    records = _measurements(run.metrics, read_last_records)  # of a long run, all would take seconds
     state, note = _state(status, run, now)
     latest = [record for record in records if isinstance(record, TrainRecord)][-50:]
     tested = [record.accuracy for record in records if isinstance(record, EvaluationRecord) and record.split == "test"]
@@ -278,8 +278,12 @@ def read_settings(path: Path) -> Mapping[str, object]:
 
 def read_measurements(path: Path) -> tuple[Record, ...]:
     """Return the records in `path`; empty if there is no such file. Raises BrokenFileError if it cannot be read."""
+    return _measurements(path, read_records)
+
+
+def _measurements(path: Path, read: Callable[[Path], tuple[Record, ...]]) -> tuple[Record, ...]:
     try:
-        return read_records(path)
+        return read(path)
     except FileNotFoundError:
         return ()
     except OSError as error:

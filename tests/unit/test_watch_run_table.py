@@ -23,10 +23,11 @@ from rich.table import Table
 
 from dist_train.cli.main import main, parse
 from dist_train.outcome import UsageError
-from dist_train.rundir.records import EvaluationRecord, Record, TrainRecord, to_json
+from dist_train.rundir.records import EvaluationRecord, Record, TrainRecord, from_json, to_json
 from dist_train.watch.run_table import RunSummary, as_json, beside_slurm, read_runs, render
 from tests.raising import raises
 from tests.unit.test_config_loading import LAUGHS
+from tests.waiting import PATIENCE
 
 DOCS = Path(__file__).parents[2] / "docs"
 NOW = datetime.now(UTC)
@@ -105,6 +106,29 @@ def test_what_status_json_knows_better_is_taken_from_it(tmp_path: Path) -> None:
     make_run(tmp_path / "lb", [train(1, 0.0)], best_accuracy=0.9, samples_per_second=5.0)
     run = only_run(tmp_path)
     assert (run.best_accuracy, run.samples_per_second) == (0.9, 5.0)
+
+
+def test_only_the_end_of_the_records_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = make_run(tmp_path / "lb", [train(step, step * 2.0) for step in range(1, 2001)], total_steps=2100)
+    parsed: list[str | bytes] = []
+
+    def parse_line(line: str | bytes) -> Record | None:
+        parsed.append(line)
+        return from_json(line)
+
+    monkeypatch.setattr("dist_train.rundir.records.from_json", parse_line)
+    run = only_run(path)
+    assert (run.samples_per_second, run.seconds_left) == (16_384.0, 200.0)
+    assert len(parsed) < 1000
+
+
+def test_a_table_is_printed_in_any_encoding(tmp_path: Path) -> None:
+    make_run(tmp_path / "lb", state="failed", reason="GLHF! \N{BEACH WITH UMBRELLA}")
+    command = [sys.executable, "-m", "dist_train", "runs", str(tmp_path)]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    ended = subprocess.run(command, capture_output=True, env=environment, timeout=PATIENCE, cwd=DOCS.parent)
+    assert (ended.returncode, ended.stderr) == (0, b"")
+    assert b"GLHF! ?" in ended.stdout
 
 
 def test_a_run_that_has_not_done_a_step_is_shown(tmp_path: Path) -> None:
