@@ -73,6 +73,13 @@ def find_resume_point(config: Config, directory: RunDirectory) -> ResumePoint:
         source = config.run.init_from
         initial = None if source is None else read_initial(source, config.model.name)
         return ResumePoint(config, None, damage, initial=initial)
+    saved = saved_config(contents, config)
+    epochs_before = saved.run.epochs if config.run.epochs > saved.run.epochs else None
+    return ResumePoint(with_decisions(config, saved), contents, damage, epochs_before)
+
+
+def saved_config(contents: Contents, config: Config) -> Config:
+    """Return the settings in a checkpoint. Raises UsageError if a run with settings `config` may not resume from it."""
     saved = parse_config(dict(contents.config), source="the checkpoint")
     is_longer = config.run.epochs > saved.run.epochs
     changed = [each for each in differences(saved, config) if not (is_longer and each.path == "run.epochs")]
@@ -83,8 +90,7 @@ def find_resume_point(config: Config, directory: RunDirectory) -> ResumePoint:
             + "\n".join(f"  {difference}" for difference in changed),
             code="settings-changed",
         )
-    epochs_before = saved.run.epochs if is_longer else None
-    return ResumePoint(with_decisions(config, saved), contents, damage, epochs_before)
+    return saved
 
 
 @dataclass

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import yaml
 
-from dist_train.checkpoint.files import find_checkpoint, read_record
-from dist_train.checkpoint.state import ResumePoint, find_initial, find_resume_point
+from dist_train.checkpoint.files import read_stored
+from dist_train.checkpoint.state import ResumePoint, find_initial, find_resume_point, saved_config
 from dist_train.cluster.communicator import (
     Communicator,
     Generation,
@@ -305,11 +305,11 @@ def check_data(config: Config) -> None:
 
 
 def check_sources(config: Config, directory: RunDirectory) -> None:
-    """Check that what a run without checkpoints would begin with exists. Raises UsageError."""
+    """Check that what a run without checkpoints would begin with exists and fits. Raises UsageError."""
     if directory.checkpoint_steps():
         return
     if config.run.resume not in ("auto", "never"):
-        read_record(find_checkpoint(Path(config.run.resume)))
+        saved_config(read_stored(Path(config.run.resume)).contents, config)
     elif config.run.init_from is not None:
         find_initial(config.run.init_from, config.model.name)
 

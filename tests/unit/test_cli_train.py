@@ -10,14 +10,37 @@ from pathlib import Path
 import pytest
 
 from dist_train.cli.main import main
+from dist_train.config import load_config
+from tests.unit.checkpoint_files import write
 from tests.unit.test_cli_commands import write_config
 from tests.waiting import PATIENCE
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("override", ["run.resume=nope", "run.init_from=none.pth"])
 def test_a_start_that_is_refused_leaves_no_run(tmp_path: Path, override: str) -> None:
     assert main(["train", write_config(tmp_path), override, "--run-dir", str(tmp_path / "run")]) == 2
     assert not (tmp_path / "run").exists()
+
+
+def test_a_resume_with_other_settings_leaves_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, checkpoints = write_config(tmp_path), tmp_path / "other/checkpoints"
+    checkpoints.mkdir(parents=True)
+    write(checkpoints, 3, config=load_config(Path(path)).model_dump(mode="json"))
+    resume = f"run.resume={tmp_path / 'other'}"
+    assert main(["train", path, resume, "model.width=0.5", "--run-dir", str(tmp_path / "run")]) == 2
+    assert "model.width" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_interrupted_command_ends_by_the_signal_without_a_traceback() -> None:
+    script = (
+        "import signal, dist_train.cli.main as it; it.parse = lambda words: signal.raise_signal(signal.SIGINT); "
+        "it.main()"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=PATIENCE, cwd=ROOT)
+    assert (ended.returncode, ended.stderr) == (-signal.SIGINT, "")
 
 
 _SCRIPT = """
@@ -36,7 +59,7 @@ main(["train", *sys.argv[1:]])
 
 def test_a_rank_that_a_fault_of_memory_kills_says_where_it_was(tmp_path: Path) -> None:
     command = [sys.executable, "-c", _SCRIPT, write_config(tmp_path)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, cwd=Path(__file__).parents[2])
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, cwd=ROOT)
     assert ended.returncode == -signal.SIGSEGV
     assert "Fatal Python error: Segmentation fault" in ended.stderr
     assert "in train_until_a_library_fails" in ended.stderr
