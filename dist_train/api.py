@@ -313,7 +313,8 @@ class Replay:
 def replay(path: Path | str, step: int) -> Replay:
     """Make update `step` of a run again, from the checkpoint before it, or from its beginning.
 
-    Every rank of a launch calls it, on any number of ranks; the run itself is only read.
+    Every rank of a launch calls it, on any number of ranks; the run itself is only read. Rank 0 alone compares: on the
+    others nothing is `recorded` or `replayed`.
 
     Examples:
         >>> again = dist_train.replay("runs/demo", 20)
@@ -338,10 +339,12 @@ def replay(path: Path | str, step: int) -> Replay:
     try:
         try:
             train(config, place)
-        except DivergedError:
-            # Once the update is recorded, only the evaluation that ends a run has found something not finite.
-            if step not in _updates(load_run(place)):
+        except DivergedError as error:
+            # Otherwise the update is recorded, and only the evaluation that ends a run has found something not finite.
+            if error.code == "step-not-finite":
                 raise
+        if not is_ours:  # rank 0 may have removed the folder already, or another node has it
+            return Replay(step, start.step if start else 0, {}, {}, None)
         again = load_run(place)
         replayed = _update(again, step)
         weights_agree = None

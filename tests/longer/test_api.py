@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import dist_train
 from dist_train import api
 from dist_train.api import Format
+from dist_train.cluster.launch import Launch
 from dist_train.config import Config, load_config
 from dist_train.outcome import DivergedError, ExitCode, UsageError
 from dist_train.rundir.records import EvaluationRecord
@@ -153,6 +154,13 @@ def test_refused_replay_leaves_the_other_launch_s_files(
     with raises(UsageError, code="run-in-use"):
         api.replay(run, 2)
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_replay_on_another_rank_does_not_read_what_rank_0_removes(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "current_launch", lambda: Launch("torchrun", 2, 1))
+    monkeypatch.setattr(api, "train", lambda config, place: None)
+    again = api.replay(run, 2)
+    assert (again.step, again.recorded, again.agrees) == (2, {}, True)
 
 
 def test_replay_detects_a_changed_record(run: Path, tmp_path: Path) -> None:
