@@ -59,13 +59,20 @@ def current_launch(environment: Mapping[str, str] = os.environ) -> Launch:
     if "HOROVOD_SIZE" in environment:
         return Launch("horovodrun", int(environment["HOROVOD_SIZE"]), int(environment["HOROVOD_RANK"]))
     if "RANK" in environment and environment.get("WORLD_SIZE", "1") != "1":
+        ranks, rank, port = (environment.get(name, "") for name in ("WORLD_SIZE", "RANK", "MASTER_PORT"))
         if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]:
             raise UsageError(
-                f"RANK and WORLD_SIZE={environment['WORLD_SIZE']} are set, but not {missing[0]}, where the ranks meet: "
+                f"RANK and WORLD_SIZE={ranks} are set, but not {missing[0]}, where the ranks meet: "
                 f"set it too, or unset RANK to train with one rank",
                 code="launch-variables",
             )
-        return Launch("env://", int(environment["WORLD_SIZE"]), int(environment["RANK"]), _store_of_torch(environment))
+        if not (ranks.isdecimal() and rank.isdecimal() and port.isdecimal() and int(rank) < int(ranks)):
+            raise UsageError(
+                f"RANK={rank}, WORLD_SIZE={ranks} and MASTER_PORT={port} must be numbers, the first below the second: "
+                f"correct them, or unset RANK to train with one rank",
+                code="launch-variables",
+            )
+        return Launch("env://", int(ranks), int(rank), _store_of_torch(environment))
     return Launch("alone", 1, 0)
 
 
