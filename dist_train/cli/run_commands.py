@@ -183,15 +183,16 @@ def _launch(arguments: argparse.Namespace) -> int:
     with blocked_signals():
         config = named_config(command)
     elasticity = _elasticity(arguments, config)
+    run = command.run_dir or config.run_directory
     if elasticity is None:
-        return launch_ranks([sys.executable, "-m", "dist_train", *words], arguments.np)
+        return launch_ranks([sys.executable, "-m", "dist_train", *words], arguments.np, run)
     from dist_train.cluster.elastic_launch import Entrance, launch_elastic
 
     entrance = None
     if arguments.listen is not None:
         host, port = arguments.listen
-        entrance = Entrance(host, port, command.run_dir or config.run_directory)
-    return launch_elastic(words, arguments.np, elasticity, entrance)
+        entrance = Entrance(host, port, run)
+    return launch_elastic(words, arguments.np, elasticity, run, entrance)
 
 
 def _elasticity(arguments: argparse.Namespace, config: Config) -> Elasticity | None:

@@ -57,11 +57,14 @@ class Entrance:
 Authority: TypeAlias = MembershipServer | RemoteAuthority  # its own server, or that of another node
 
 
-def launch_elastic(words: Sequence[str], count: int, elasticity: Elasticity, entrance: Entrance | None = None) -> int:
+def launch_elastic(
+    words: Sequence[str], count: int, elasticity: Elasticity, run: Path, entrance: Entrance | None = None
+) -> int:
     """Run `dist-train WORDS` as `count` ranks on this machine until they end, and return the run's exit code.
 
-    Like `launch_ranks`, except that the others continue without a lost rank, which is restarted. Call it from a process
-    without threads. With an `entrance`, ranks of other nodes may join, or be the only ranks.
+    Like `launch_ranks`, for the run in the directory `run`, except that the others continue without a lost rank, which
+    is restarted. Call it from a process without threads. With an `entrance`, ranks of other nodes may join, or be the
+    only ranks.
 
     Returns the code with which the ranks ended the run; if none did, as `launch_ranks`. Raises UsageError if it cannot
     listen at `entrance`, or write the file for other launchers.
@@ -74,7 +77,7 @@ def launch_elastic(words: Sequence[str], count: int, elasticity: Elasticity, ent
         with _admitting_others(server, entrance, launch):
             shared = {"MASTER_PORT": "0", "WORLD_SIZE": str(elasticity.first)}
             local = LocalProcesses(words, range(count), environment, lambda slot: {**shared, **server.variables(slot)})
-            code = _run_ranks(local, server, elasticity.restarts)
+            code = _run_ranks(local, server, elasticity.restarts, run)
             if server.state.generation == 0 and not server.state.has_ended:
                 say(f"the run has not begun: there were fewer than the {elasticity.first} ranks that it begins with")
             return code
@@ -182,10 +185,11 @@ class LocalProcesses:
         return start_rank(program, rank_environment(self.environment, index, len(self.slots), variables), mask)
 
 
-def _run_ranks(local: LocalProcesses, authority: Authority, restarts: int) -> int:
+def _run_ranks(local: LocalProcesses, authority: Authority, restarts: int, run: Path | None = None) -> int:
     """Start the `local` processes, restart each up to `restarts` times, and return the run's exit code when it ends."""
     with blocked_signals() as mask:
-        return _ElasticRanks(local, mask, authority, restarts).wait()
+        ranks = _ElasticRanks(local, mask, authority, restarts)
+        return ranks.wait_and_record(run, local.environment[LAUNCH_VARIABLE])
 
 
 class _ElasticRanks(Ranks):

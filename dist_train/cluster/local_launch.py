@@ -16,6 +16,8 @@ from pathlib import Path
 
 from dist_train.cluster.launch import LISTEN_FD
 from dist_train.outcome import ExitCode
+from dist_train.rundir.paths import RunDirectory
+from dist_train.rundir.status import LAUNCH_VARIABLE, record_lost
 
 _STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP}
 SIGNALS = _STOP_SIGNALS | {signal.SIGCHLD}
@@ -29,14 +31,15 @@ _PR_SET_PDEATHSIG = 1
 _OTHER_LAUNCHERS = ("OMPI_", "PMIX_", "HOROVOD_RANK", "HOROVOD_SIZE", "TORCHELASTIC_")
 
 
-def launch_ranks(command: Sequence[str], size: int) -> int:
+def launch_ranks(command: Sequence[str], size: int, run: Path | None = None) -> int:
     """Run `command` as `size` ranks on this machine until they end, and return the exit code of the launch.
 
     SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 ask the ranks to save and stop; a second SIGTERM or SIGINT ends them.
-    When one rank fails, the others end by themselves, or are terminated. Call it from a process without threads.
+    When one rank fails, the others end by themselves, or are terminated. If none of them could record in the status of
+    the directory `run` how the launch ended, this does. Call it from a process without threads.
     Returns the exit code of the first rank that failed, 1 if a signal killed it; 0 if none failed.
     """
-    environment = {"DIST_TRAIN_LAUNCH": secrets.token_hex(8), **os.environ}
+    environment = {LAUNCH_VARIABLE: secrets.token_hex(8), **os.environ}
     with blocked_signals() as mask:
         with socket.create_server(("127.0.0.1", 0), backlog=max(128, size)) as listener:
             port = {"MASTER_PORT": str(listener.getsockname()[1])}
@@ -44,7 +47,7 @@ def launch_ranks(command: Sequence[str], size: int) -> int:
                 start_rank(command, rank_environment(environment, rank, size, port), mask, listener.fileno())
                 for rank in range(size)
             ]
-        return Ranks(ranks).wait()
+        return Ranks(ranks).wait_and_record(run, environment[LAUNCH_VARIABLE])
 
 
 class Ranks:
@@ -58,6 +61,14 @@ class Ranks:
         self._signalled: set[int] = set()
         self._ended: set[int] = set()
         self._is_terminating = False
+        self._first_end = ""  # of a rank that failed, for people
+
+    def wait_and_record(self, run: Path | None, launch: str) -> int:
+        """Wait; if no rank of `launch` has recorded an end in the status of `run`, record that all are lost."""
+        code = self.wait()
+        if run is not None:
+            record_lost(RunDirectory(run).status, launch, f"no rank is left: {self._first_end}")
+        return code
 
     def wait(self) -> int:
         """Return the exit code of the launch once all have ended; if that fails, kill what still runs."""
@@ -107,8 +118,11 @@ class Ranks:
             if code is None or rank in self._ended:
                 continue
             self._ended.add(rank)
+            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+            end = f"{self._name(rank)} {how}"
+            self._first_end = self._first_end or (end if code else "")
             if code < 0 and not self._is_terminating:
-                say(f"{self._name(rank)} was killed by {signal.Signals(-code).name}")
+                say(end)
             self._note_end(rank, code)
 
     def _name(self, rank: int) -> str:

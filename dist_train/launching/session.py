@@ -55,7 +55,7 @@ class Session:
     trainer: Trainer | None = None  # whose run is reported, once there is one
 
     def __post_init__(self) -> None:
-        self.status = _status_file(self.directory, self.comm) if self.comm.rank == 0 else None
+        self.status = self._status_file() if self.comm.rank == 0 else None
         self._launched = time.time()
         self._begun = time.monotonic()
         self._observers_have_begun = False
@@ -70,7 +70,7 @@ class Session:
         self.observers = Observers((*_observers(config.metrics, self.directory, 0), *more))
         self._observers_have_begun = False
         self.lock = lock
-        self.status = _status_file(self.directory, self.comm)
+        self.status = self._status_file()
 
     def note_generation(self, trainer: Trainer, nodes: tuple[str, ...]) -> None:
         """Report that the ranks, on `nodes`, have met again. All ranks call it."""
@@ -202,11 +202,19 @@ class Session:
     def _record_fault(self, reason: str) -> None:
         """Record the fault in the status on the rank where it happened, as no other may know of it."""
         if self.status is None and not self._others_continue:
-            status = _status_file(self.directory, self.comm)
+            status = self._status_file()
             if self.trainer is not None:
                 status.note(**_progress_of(self.trainer), best_accuracy=self.trainer.progress.best_accuracy)
                 status.note(samples_per_second=self.trainer.samples_per_second)
             status.end("failed", ExitCode.FAULT, f"rank {self.comm.rank}: {reason}")
+
+    def _status_file(self) -> StatusFile:
+        """Return the status file of this launch, which begins with the progress of the launch before it."""
+
+        def address() -> str:
+            return next((each.address or "" for each in self.observers if isinstance(each, Exporter)), "")
+
+        return StatusFile(self.directory.status, self.comm.size, read_status(self.directory.status), address)
 
     def _outcome(self, state: State, code: ExitCode, reason: str) -> Outcome:
         trainer = self.trainer
@@ -259,11 +267,6 @@ def open_session(
     """Return this launch's session, with this rank's observers, and `more` on rank 0. Raises UsageError."""
     observers = (*_observers(config.metrics, directory, comm.rank), *(more if comm.rank == 0 else ()))
     return Session(directory, comm, Observers(observers), lock, run_id)
-
-
-def _status_file(directory: RunDirectory, comm: Communicator) -> StatusFile:
-    """Return the status file of this launch, which begins with the progress of the launch before it."""
-    return StatusFile(directory.status, comm.size, read_status(directory.status))
 
 
 def _observers(settings: MetricsSettings, directory: RunDirectory, rank: int) -> Iterator[Observer]:

@@ -56,6 +56,9 @@ class Observers(Observer):
     def __bool__(self) -> bool:
         return bool(self._observers)
 
+    def __iter__(self) -> Iterator[Observer]:
+        return iter(self._observers)
+
     def begin(self, facts: RunFacts) -> None:
         """Forward `begin`."""
         self._call_each(lambda observer: observer.begin(facts))

@@ -12,9 +12,9 @@ import os
 import socket
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -60,6 +60,7 @@ class Status:
     slurm_job: str = ""
     generation: _Count = 1  # how often the ranks of this launch have met: more than once if some were lost or joined
     environment: Mapping[str, str] = field(default_factory=dict)  # versions, and device, of the last launch
+    metrics: str = ""  # the URL at which rank 0 serves the run's metrics; empty while it does not
 
 
 _STATUS = TypeAdapter(Status)
@@ -68,9 +69,15 @@ _STATUS = TypeAdapter(Status)
 class StatusFile:
     """The status of this launch, rewritten at every change of state, and otherwise at most once a second."""
 
-    def __init__(self, path: Path, world_size: int, before: Status | None = None) -> None:
-        """Begin in state `starting`, with the progress of `before`; nothing is written yet."""
+    def __init__(
+        self, path: Path, world_size: int, before: Status | None = None, metrics: Callable[[], str] = str
+    ) -> None:
+        """Begin in state `starting`, with the progress of `before`; nothing is written yet.
+
+        `metrics` returns the URL of the metrics at the moment.
+        """
         self._file = RewrittenFile(path)
+        self._metrics = metrics
         now = _now()
         begun = Status(
             state="starting",
@@ -123,7 +130,7 @@ class StatusFile:
 
     def _write(self) -> None:
         self._written = time.monotonic()
-        self.note(updated=_now())
+        self.note(updated=_now(), metrics="" if self._fields["finished"] else self._metrics())
         current = self.current
         text = json_text(asdict(current), indent=2) + "\n"
         self._file.write(text)
@@ -153,6 +160,19 @@ def read_status(path: Path) -> Status | None:
         return load_status(path)
     except BrokenFileError:
         return None
+
+
+def record_lost(path: Path, launch: str, reason: str) -> None:
+    """Record in the status at `path` that `launch`, whose processes have all ended, has failed, if none of them has
+    recorded an end.
+    """
+    status = read_status(path)
+    if status is None or status.launch != launch or status.exit_code is not None:
+        return
+    now, code = _now(), int(ExitCode.FAULT)
+    ended = replace(status, state="failed", exit_code=code, reason=reason, finished=now, updated=now, metrics="")
+    with suppress(OSError):  # the old status stays
+        atomic.swap_text(path, json_text(asdict(ended), indent=2) + "\n")
 
 
 def another_failed(path: Path) -> bool:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -14,7 +17,11 @@ from dist_train.cluster.launch import Launch, StoreAddress, current_launch
 from dist_train.cluster.torch_engine import TorchCommunicator
 from dist_train.config.sections import Engine
 from dist_train.outcome import UsageError
+from dist_train.rundir.status import read_status
 from tests.raising import raises
+from tests.waiting import PATIENCE
+
+ROOT = Path(__file__).parents[2]
 
 MPIRUN = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3"}
 SRUN = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "8", "SLURM_NTASKS": "8"}
@@ -74,6 +81,40 @@ def test_each_launcher_is_known_by_its_variables(environment: dict[str, str], la
 def test_ranks_that_cannot_meet_do_not_train_alone(missing: str) -> None:
     with raises(UsageError, "launch-variables"):
         current_launch({name: value for name, value in ENV.items() if name != missing})
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"RANK": "$(INDEX)"}, {"WORLD_SIZE": "two"}, {"MASTER_PORT": "tcp://10.0.0.1:80"}, {"RANK": "8"}, {"RANK": "-1"}],
+)
+def test_variables_that_are_no_ranks_are_refused(changed: dict[str, str]) -> None:
+    with raises(UsageError, "launch-variables"):
+        current_launch({**ENV, **changed})
+
+
+_LAUNCHER = """
+import os, signal, sys
+from pathlib import Path
+from dist_train.cluster import local_launch
+
+run = Path(sys.argv[1])
+if len(sys.argv) == 2:  # a rank
+    from dist_train.rundir.status import StatusFile
+    StatusFile(run / "status.json", 2).change("running", step=7)
+    os.kill(os.getpid(), signal.SIGKILL)
+sys.exit(local_launch.launch_ranks([sys.executable, __file__, str(run)], 2, run))
+"""
+
+
+def test_launcher_records_that_all_ranks_are_lost(tmp_path: Path) -> None:
+    script = tmp_path / "launcher.py"
+    script.write_text(_LAUNCHER)
+    ended = subprocess.run([sys.executable, script, tmp_path, "launch"], timeout=PATIENCE, cwd=ROOT, check=False)
+    assert ended.returncode == 1
+    status = read_status(tmp_path / "status.json")
+    assert status is not None
+    assert (status.state, status.step, status.exit_code) == ("failed", 7, 1)
+    assert "was killed by SIGKILL" in status.reason
 
 
 @pytest.mark.parametrize("name", ["HOROVOD_CONTROLLER", "HOROVOD_CPU_OPERATIONS"])

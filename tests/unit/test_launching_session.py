@@ -69,6 +69,22 @@ def begun(folder: Path, comm: SimulatedRanks | Alone, *, going_on: bool = False)
     return session, told
 
 
+def test_status_has_the_address_of_the_metrics_while_they_are_served(tmp_path: Path) -> None:
+    addresses: list[str] = []
+
+    class Reader(Observer):
+        def record(self, record: Record) -> None:
+            status = read_status(tmp_path / "run/status.json")
+            addresses.append(status.metrics if status else "")
+
+    assert train(small_config(metrics={"enabled": True, "port": 0}), tmp_path / "run", [Reader()]).state == "finished"
+    assert addresses
+    assert all(re.fullmatch(r"http://127\.0\.0\.1:[1-9][0-9]*/metrics", address) for address in addresses)
+    status = read_status(tmp_path / "run/status.json")
+    assert status is not None
+    assert status.metrics == ""
+
+
 def test_every_rank_s_observers_are_told_the_facts_and_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     before = time.time()

@@ -22,6 +22,7 @@ from dist_train.rundir.status import (
     read_counts,
     read_ranks,
     read_status,
+    record_lost,
 )
 from tests.unit.exporting import FACTS, OUTCOME, train
 
@@ -46,6 +47,24 @@ def test_a_change_of_state_is_written_at_once(path: Path, monkeypatch: pytest.Mo
     assert (status.state, status.step, status.epoch, status.total_steps) == ("running", 4, 0.5, 80)
     assert (status.world_size, status.launch, status.pid) == (3, "abc", os.getpid())
     assert (status.exit_code, status.finished) == (None, None)
+
+
+def test_lost_launch_is_recorded_unless_it_recorded_its_end_itself(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record_lost(path, "abc", "no rank is left")
+    assert not path.exists()
+    monkeypatch.setenv(LAUNCH_VARIABLE, "abc")
+    file = StatusFile(path, 3, metrics=lambda: "http://127.0.0.1:9810/metrics")
+    file.change("running", step=4)
+    record_lost(path, "another", "no rank is left")
+    assert read_status(path) == file.current
+    record_lost(path, "abc", "no rank is left")
+    status = read_status(path)
+    assert status is not None
+    assert (status.state, status.exit_code, status.reason, status.step) == ("failed", 1, "no rank is left", 4)
+    assert (status.finished is not None, status.metrics) == (True, "")
+    file.end("stopped", ExitCode.STOPPED, "")
+    record_lost(path, "abc", "no rank is left")
+    assert read_status(path) == file.current
 
 
 def test_progress_is_written_at_a_steady_pace_and_never_lost(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
