@@ -20,7 +20,8 @@ from dist_train.monitoring.prometheus.board import outcome_label
 from dist_train.monitoring.prometheus.messages import ServingPlan
 from dist_train.monitoring.prometheus.targets import TargetFile, identity_of, remove_stale, target_file
 from dist_train.rundir.records import Outcome
-from tests.unit.exporting import FACTS, OUTCOME, STOPPED
+from tests.unit.exporting import FACTS, OUTCOME, STOPPED, serving
+from tests.waiting import wait_for
 
 
 def plan(directory: Path, host: str = "127.0.0.1", advertised: str | None = None, tls: bool = False) -> ServingPlan:
@@ -216,6 +217,22 @@ def test_what_says_how_a_run_ended_stays_for_a_while_or_until_the_run_is_back(tm
     assert remove_stale(tmp_path).removed == (old.path,)
     assert remove_stale(tmp_path, resumed="another").removed == ()
     assert remove_stale(tmp_path, resumed=FACTS.run_id).removed == (recent.path,)
+
+
+def test_rank_with_another_number_moves_its_file_but_not_that_of_its_successor(tmp_path: Path) -> None:
+    def ranks() -> list[str]:
+        return [path.stem.rpartition("-")[2] for path in sorted(tmp_path.glob("*.json"))]
+
+    with serving(replace(FACTS, rank=2), targets_directory=tmp_path) as exporter:
+        assert ranks() == ["2"]
+        exporter.regroup(replace(FACTS, rank=1))
+        wait_for(lambda: ranks() == ["1"])
+        (path,) = tmp_path.glob("*.json")
+        theirs = path.read_text().replace(identity_of(os.getpid()), "another pid:[1] 2 3")
+        path.write_text(theirs)
+        exporter.regroup(replace(FACTS, rank=3))
+        wait_for(lambda: ranks() == ["1", "3"])
+    assert path.read_text() == theirs
 
 
 def test_a_touched_file_is_new_and_one_that_was_removed_comes_back(tmp_path: Path) -> None:

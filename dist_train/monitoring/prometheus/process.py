@@ -114,14 +114,12 @@ class _Service:
     def run(self) -> None:
         Thread(target=self._server.serve_forever, args=(_LOOK_SECONDS,), name="http", daemon=True).start()
         try:
-            self._write_target()
-            host = self._plan.host_for_others(self._facts.node)
-            address = f"{self._plan.scheme}://{host}:{self._server.server_port}/metrics"
-            self._channel.send(Serving(address, None if self._target is None else self._target.path))
+            self._announce()
             self._board.recall(_history(self._facts.run_directory / "metrics.jsonl"))
             while self._outcome is None and not self._is_over and os.getppid() == self._trainer:
                 select.select([self._channel.fileno(), self._wake], [], [], _LOOK_SECONDS)
                 self._receive()
+                self._follow_rank()
                 self._heartbeat()
                 self._measure_disk()
                 time.sleep(_PAUSE_SECONDS)
@@ -174,6 +172,23 @@ class _Service:
             self._target = target
             if warning := targets.remove_stale(directory, resumed=self._facts.run_id).warning:
                 self._warn(f"{directory}: {warning}")
+
+    def _announce(self) -> None:
+        """Say where the metrics are, to Prometheus and to the trainer."""
+        self._write_target()
+        host = self._plan.host_for_others(self._facts.node)
+        address = f"{self._plan.scheme}://{host}:{self._server.server_port}/metrics"
+        self._channel.send(Serving(address, None if self._target is None else self._target.path))
+
+    def _follow_rank(self) -> None:
+        """Move the target file if the rank has another number since ranks were lost."""
+        facts = self._board.snapshot().facts
+        if facts.rank != self._facts.rank:
+            self._facts, before, self._target = facts, self._target, None
+            with suppress(OSError):  # the trainer, or the file, may be gone
+                self._announce()
+                if before is not None:
+                    before.remove()
 
     def _heartbeat(self) -> None:
         if self._target is None or time.monotonic() - self._touched < targets.HEARTBEAT_SECONDS:

@@ -75,6 +75,13 @@ class TargetFile:
         except FileNotFoundError:
             self.write()
 
+    def remove(self) -> None:
+        """Remove the file, unless another process has taken it over. Raises OSError."""
+        with _open_ours(self.path) as file:
+            entry = _read(file)
+        if entry is not None and entry[1][_PROCESS_LABEL] == self.process:
+            self.path.unlink()
+
     def end(self, outcome: str) -> None:
         """Record how the run ended in the file, for alert rules that cannot rely on a last scrape.
 
