@@ -23,6 +23,7 @@ from dist_train.cluster.launch import command_output
 from dist_train.cluster.nodes import Survey
 from dist_train.config import Config, DataSettings
 from dist_train.config.sections import Device
+from dist_train.monitoring.prometheus.http_server import Site, bind
 from dist_train.outcome import UsageError
 
 State = Literal["fine", "note", "fails"]  # usable; training runs without it; training cannot run here
@@ -279,20 +280,19 @@ def check_configuration(config: Config) -> tuple[Check, ...]:
 
 
 def check_metrics_port(config: Config) -> Check:
-    """Check that metrics can be served at their host and port."""
+    """Check that metrics can be served at their host, and say at which port."""
     settings = config.metrics
     if not settings.enabled:
         return Check("metrics", "fine", "switched off")
     listening = f"{settings.host}:{settings.port}"
     try:
-        family, kind, _, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind) as listener:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
+        with bind(settings.host, settings.port, Site(bytes, bool, {}, None)) as server:
+            port = server.server_port
     except OSError as error:
         fix = "set metrics.port to another (0: any free one), or metrics.host to an address of this machine"
         return Check("metrics", "note", f"{listening} cannot be served: {error.strerror}", fix)
-    return Check("metrics", "fine", f"{listening} is free")
+    free = "is free" if port == settings.port else f"is in use; metrics would be at port {port}"
+    return Check("metrics", "fine", f"{listening} {free}" if settings.port else "at any free port")
 
 
 def check_shared_memory() -> Check:

@@ -94,12 +94,18 @@ def test_missing_data_are_no_fault_where_no_configuration_names_them() -> None:
     assert all(check.fix for check in checks if check.state == "note")
 
 
-def test_a_port_in_use_is_told_with_a_fix() -> None:
+def test_port_that_replaces_one_in_use_is_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        check = doctor.check_metrics_port(settings(metrics={"port": taken.getsockname()[1]}))
+        port = taken.getsockname()[1]
+        check = doctor.check_metrics_port(settings(metrics={"port": port}))
+    assert check.state == "fine"
+    assert int(check.detail.rpartition(" ")[2]) > port
+
+
+def test_address_of_another_machine_is_told_with_a_fix() -> None:
+    check = doctor.check_metrics_port(settings(metrics={"host": "192.0.2.1"}))
     assert check.state == "note"
-    assert "in use" in check.detail
-    assert "metrics.port" in check.fix
+    assert "metrics.host" in check.fix
 
 
 def test_a_free_port_is_fine() -> None:
