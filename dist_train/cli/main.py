@@ -20,7 +20,16 @@ from dist_train.cli.run_commands import add_evaluate, add_launch, add_lr_range, 
 from dist_train.cli.sweep_commands import add_submit, add_sweep
 from dist_train.cli.view_commands import add_curve, add_report, add_runs, add_watch
 from dist_train.cluster.launch import current_launch
-from dist_train.outcome import DivergedError, ExitCode, FaultError, UsageError, exit_code_of, printable, text_with_code
+from dist_train.outcome import (
+    CodedError,
+    DivergedError,
+    ExitCode,
+    FaultError,
+    UsageError,
+    exit_code_of,
+    printable,
+    text_with_code,
+)
 
 _COMMANDS = (
     add_train,
@@ -55,8 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parsed = parse(list(sys.argv[1:] if arguments is None else arguments))
         return int(parsed.run(parsed))
     except (UsageError, FaultError, DivergedError) as error:
-        print(f"dist-train: {printable(text_with_code(error))}", file=sys.stderr)
-        return exit_code_of(error)
+        return _report(error)
+    except PermissionError as error:  # a run directory, for example, is its user's alone
+        return _report(UsageError(f"permission denied: {error.filename}", code="permission-denied"))
     except KeyboardInterrupt:
         # As Python ends, but without a traceback; shells must see that the signal ended this process.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -66,6 +76,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of our output has gone.
         sys.stderr.close()
         return ExitCode.FAULT
+
+
+def _report(error: CodedError) -> int:
+    print(f"dist-train: {printable(text_with_code(error))}", file=sys.stderr)
+    return exit_code_of(error)
 
 
 def parse(words: list[str]) -> argparse.Namespace:

@@ -65,7 +65,8 @@ class RunSummary:
 def read_runs(directory: Path, now: datetime | None = None) -> tuple[RunSummary, ...]:
     """Return every run at or below `directory`, sorted by path. Raises UsageError if it is not a folder."""
     moment = (now or datetime.now(UTC)).timestamp()
-    return tuple(_read_run(run, directory, moment) for run in _runs_below(directory))
+    runs = sorted(_runs_below(directory), key=lambda run: run.root)
+    return tuple(_read_run(run, directory, moment) for run in runs)
 
 
 def beside_slurm(summaries: Sequence[RunSummary], job_states: Mapping[str, str]) -> tuple[RunSummary, ...]:
@@ -192,7 +193,8 @@ def _done(run: RunSummary) -> str:
 def _runs_below(directory: Path) -> Iterator[RunDirectory]:
     if not directory.is_dir():
         raise UsageError(f"there is no folder {directory}: name the folder that holds the runs", code="folder-missing")
-    for folder, children, _ in os.walk(directory):
+    unreadable: list[OSError] = []
+    for folder, children, _ in os.walk(directory, onerror=unreadable.append):
         run = RunDirectory(Path(folder))
         try:
             is_run = run.has_begun
@@ -202,6 +204,7 @@ def _runs_below(directory: Path) -> Iterator[RunDirectory]:
             children.clear()
             yield run
         children.sort()
+    yield from (RunDirectory(Path(error.filename)) for error in unreadable)  # their rows say so
 
 
 def _read_run(run: RunDirectory, root: Path, now: float) -> RunSummary:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import subprocess
 import sys
@@ -32,6 +33,18 @@ def test_a_resume_with_other_settings_leaves_no_run(tmp_path: Path, capsys: pyte
     assert main(["train", path, resume, "model.width=0.5", "--run-dir", str(tmp_path / "run")]) == 2
     assert "model.width" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_denied_permission_is_told_without_a_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(name: Path) -> Path:
+        raise PermissionError(errno.EACCES, "Permission denied", str(name / "status.json"))
+
+    monkeypatch.setattr("dist_train.watch.run.find_run", refuse)
+    assert main(["watch", str(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert told == f"dist-train: permission denied: {tmp_path}/status.json [permission-denied]\n"
 
 
 def test_an_interrupted_command_ends_by_the_signal_without_a_traceback() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import html
 import io
 import json
@@ -10,7 +11,7 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -23,7 +24,9 @@ from rich.table import Table
 
 from dist_train.cli.main import main, parse
 from dist_train.outcome import UsageError
+from dist_train.rundir.paths import BrokenFileError
 from dist_train.rundir.records import EvaluationRecord, Record, TrainRecord, from_json, to_json
+from dist_train.rundir.status import Status, load_status
 from dist_train.watch.run_table import RunSummary, as_json, beside_slurm, read_runs, render
 from tests.raising import raises
 from tests.unit.test_config_loading import LAUGHS
@@ -120,6 +123,31 @@ def test_only_the_end_of_the_records_is_read(tmp_path: Path, monkeypatch: pytest
     run = only_run(path)
     assert (run.samples_per_second, run.seconds_left) == (16_384.0, 200.0)
     assert len(parsed) < 1000
+
+
+def test_run_of_another_user_is_a_row_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b", "c"):
+        make_run(tmp_path / name)
+    scandir = os.scandir
+
+    def scan(path: str) -> Iterator[os.DirEntry[str]]:
+        if path == str(tmp_path / "b"):  # root may read everything
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    monkeypatch.setattr("dist_train.watch.run_table.load_status", _refuse_b)
+    assert [(run.name, run.state) for run in read_runs(tmp_path)] == [
+        ("a", "running"),
+        ("b", "broken"),
+        ("c", "running"),
+    ]
+
+
+def _refuse_b(path: Path) -> Status:
+    if path.parent.name == "b":
+        raise BrokenFileError("status.json cannot be read: Permission denied")
+    return load_status(path)
 
 
 def test_a_table_is_printed_in_any_encoding(tmp_path: Path) -> None:
