@@ -78,7 +78,7 @@ def examine(config: Config, data_named: bool) -> tuple[Check, ...]:
         check_metrics_port(config),
         check_shared_memory(),
         check_disk("run directory", config.run_directory),
-        check_cache(),
+        check_cache(is_needed=data_named and config.data.name == "parquet"),
     )
 
 
@@ -320,15 +320,16 @@ def check_disk(name: str, directory: Path) -> Check:
     return Check(name, "fine", detail)
 
 
-def check_cache() -> Check:
-    """Check the folder for decoded data."""
+def check_cache(*, is_needed: bool) -> Check:
+    """Check the folder for decoded data; without it, ranks decode each for itself, unless it `is_needed`."""
     try:
         from dist_train.data.cache import decoded_folder
     except (ImportError, OSError):
         return Check("cache", "note", "not checked: torch cannot be loaded")
     check = check_disk("cache", decoded_folder())
     if check.state == "fails":
-        return replace(check, fix="choose another place: DIST_TRAIN_CACHE=FOLDER")
+        state: State = "fails" if is_needed else "note"
+        return replace(check, state=state, fix="choose another place: DIST_TRAIN_CACHE=FOLDER")
     return check
 
 

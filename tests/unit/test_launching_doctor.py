@@ -94,6 +94,16 @@ def test_missing_data_are_no_fault_where_no_configuration_names_them() -> None:
     assert all(check.fix for check in checks if check.state == "note")
 
 
+@pytest.mark.parametrize(("is_needed", "state"), [(False, "note"), (True, "fails")])
+def test_cache_that_cannot_be_written_fails_where_it_is_needed(
+    is_needed: bool, state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("DIST_TRAIN_CACHE", str(tmp_path / "file" / "cache"))
+    check = doctor.check_cache(is_needed=is_needed)
+    assert (check.state, "DIST_TRAIN_CACHE" in check.fix) == (state, True)
+
+
 def test_port_that_replaces_one_in_use_is_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
