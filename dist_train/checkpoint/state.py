@@ -206,21 +206,22 @@ def _shape(state: Mapping[str, Tensor], name: str) -> str:
 def broadcast_state(
     comm: Communicator, model: nn.Module, weights: FlatWeights, optimizer: Optimizer, *more: Tensor, root: int = 0
 ) -> None:
-    """Give every rank the state of rank `root`: optimizer, model buffers, weights, and the tensors `more`.
+    """Give every rank the state of rank `root`: optimizer, buffers and frozen parameters of the model, weights, `more`.
 
     Not Horovod's broadcast of the optimizer: on ranks without optimizer state it makes a step, which changes the
     weights. Our optimizers have their whole state from the beginning. Tensors of one type and device are sent as one,
     since each broadcast costs a round of all ranks. If a rank is lost meanwhile, no tensor is changed.
     """
-    parameters = {name for name, _ in model.named_parameters()}
-    buffers = [value for name, value in model.state_dict().items() if name not in parameters]
+    trained = {segment.name for segment in weights.segments}
+    others = [value for name, value in model.state_dict().items() if name not in trained]
     groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    for tensor in (*(tensor for _, tensor in state_tensors(optimizer)), *buffers, weights.values, *more):
+    for tensor in (*(tensor for _, tensor in state_tensors(optimizer)), *others, weights.values, *more):
         groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
     with torch.no_grad():
         received = [torch.cat([tensor.reshape(-1) for tensor in tensors]) for tensors in groups.values()]
         for index, flat in enumerate(received):
-            comm.broadcast(flat, f"state.{index}", root)
+            # As bytes: the engines do not send every type.
+            comm.broadcast(flat.view(torch.uint8), f"state.{index}", root)
         for flat, tensors in zip(received, groups.values(), strict=True):
             for tensor, values in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
                 tensor.copy_(values.view_as(tensor))

@@ -17,6 +17,7 @@ from torchvision import models
 from dist_train.checkpoint.files import list_checkpoints, write_checkpoint
 from dist_train.checkpoint.state import (
     Progress,
+    broadcast_state,
     find_initial,
     find_resume_point,
     load_model,
@@ -24,9 +25,10 @@ from dist_train.checkpoint.state import (
     restored_progress,
     shared_progress,
 )
-from dist_train.cluster.communicator import Alone
+from dist_train.cluster.communicator import Alone, Communicator
 from dist_train.config import Config, load_config, parse_config
 from dist_train.models import build_model
+from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import UsageError
 from dist_train.rundir.paths import RunDirectory
 from tests.raising import raises
@@ -62,6 +64,26 @@ def test_every_rank_has_rank_0_s() -> None:
     progress = Progress(7, 0.8, 5, None, None, None, 0.9)
     shared = results(3, lambda each: shared_progress(each, Progress() if each.rank else progress))
     assert shared == [progress] * 3
+
+
+def state_on(comm: Communicator) -> dict[str, torch.Tensor]:
+    """Return what a model with a frozen layer and buffers of its own holds after rank 0's was sent to all ranks."""
+    network = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 2)).requires_grad_(True)
+    network[0].requires_grad_(False)
+    for number, dtype in enumerate((torch.int16, torch.bool, torch.complex64, torch.float64)):
+        network.register_buffer(f"buffer{number}", torch.zeros(3, dtype=dtype))
+    with torch.no_grad():
+        for value in network.state_dict().values():
+            value.fill_(1 + comm.rank)
+    weights = FlatWeights(network)
+    broadcast_state(comm, network, weights, torch.optim.SGD(weights.parameters))
+    return network.state_dict()
+
+
+def test_every_rank_gets_frozen_parameters_and_buffers_of_any_type() -> None:
+    first, second = results(2, state_on)
+    assert [name for name in first if not torch.equal(first[name], torch.ones_like(first[name]))] == []
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
 
 def test_the_best_checkpoint_is_the_best_of_those_saved_at_an_evaluation() -> None:
