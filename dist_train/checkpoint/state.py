@@ -24,7 +24,7 @@ from dist_train.checkpoint.files import (
     read_record,
     read_stored,
 )
-from dist_train.cluster.communicator import Communicator, broadcast_str
+from dist_train.cluster.communicator import Communicator, broadcast_str, gather, run_on_all_ranks, signed_digest
 from dist_train.config import Config, differences, parse_config
 from dist_train.config.resuming import with_decisions
 from dist_train.optim.averaging import Averaging, averaged_state
@@ -211,6 +211,8 @@ def broadcast_state(
     Not Horovod's broadcast of the optimizer: on ranks without optimizer state it makes a step, which changes the
     weights. Our optimizers have their whole state from the beginning. Tensors of one type and device are sent as one,
     since each broadcast costs a round of all ranks. If a rank is lost meanwhile, no tensor is changed.
+
+    Raises UsageError if the state does not fit that of another rank: of a plug-in's optimizer.
     """
     trained = {segment.name for segment in weights.segments}
     others = [value for name, value in model.state_dict().items() if name not in trained]
@@ -219,12 +221,27 @@ def broadcast_state(
         groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
     with torch.no_grad():
         received = [torch.cat([tensor.reshape(-1) for tensor in tensors]) for tensors in groups.values()]
+        _check_same_layout(comm, [(str(flat.dtype), flat.device.type, len(flat)) for flat in received], root)
         for index, flat in enumerate(received):
             # As bytes: the engines do not send every type.
             comm.broadcast(flat.view(torch.uint8), f"state.{index}", root)
         for flat, tensors in zip(received, groups.values(), strict=True):
             for tensor, values in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
                 tensor.copy_(values.view_as(tensor))
+
+
+def _check_same_layout(comm: Communicator, layout: Sequence[object], root: int) -> None:
+    digests = gather(comm, [signed_digest(repr(layout).encode())], "state.layout")
+
+    def check() -> None:
+        if digests[comm.rank] != digests[root]:
+            raise UsageError(
+                "the run's state does not fit a new optimizer: a plug-in must create its whole state at once, as "
+                "docs/extending.md says; until then, resume on one rank",
+                code="plugin-result",
+            )
+
+    run_on_all_ranks(comm, check, "take over the run's state")
 
 
 _FILES = (".safetensors", ".pth", ".pt", ".bin")

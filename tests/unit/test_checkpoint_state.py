@@ -25,7 +25,7 @@ from dist_train.checkpoint.state import (
     restored_progress,
     shared_progress,
 )
-from dist_train.cluster.communicator import Alone, Communicator
+from dist_train.cluster.communicator import Alone, Communicator, PeerFailedError
 from dist_train.config import Config, load_config, parse_config
 from dist_train.models import build_model
 from dist_train.optim.flat_weights import FlatWeights
@@ -33,7 +33,7 @@ from dist_train.outcome import UsageError
 from dist_train.rundir.paths import RunDirectory
 from tests.raising import raises
 from tests.unit.checkpoint_files import contents
-from tests.unit.simulated_ranks import results
+from tests.unit.simulated_ranks import on_ranks, results
 from tests.unit.small_trainers import build_trainer
 from tests.unit.test_rundir_paths import DECIDED, parse
 
@@ -84,6 +84,21 @@ def test_every_rank_gets_frozen_parameters_and_buffers_of_any_type() -> None:
     first, second = results(2, state_on)
     assert [name for name in first if not torch.equal(first[name], torch.ones_like(first[name]))] == []
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+def test_a_state_that_only_one_rank_has_is_refused_on_all() -> None:
+    def job(comm: Communicator) -> None:
+        network = torch.nn.Linear(2, 3)
+        weights = FlatWeights(network)
+        optimizer = torch.optim.RMSprop(weights.parameters)
+        if comm.rank == 0:
+            optimizer.state[network.weight]["square_avg"] = torch.ones(3, 2)
+        broadcast_state(comm, network, weights, optimizer)
+
+    first, second = on_ranks(2, job)
+    assert isinstance(first, PeerFailedError)
+    assert isinstance(second, UsageError)
+    assert second.code == "plugin-result"
 
 
 def test_the_best_checkpoint_is_the_best_of_those_saved_at_an_evaluation() -> None:
