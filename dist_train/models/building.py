@@ -22,9 +22,9 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from dist_train.config import Config, ImageFormat, ModelSettings
 from dist_train.config.plugins import call_plugin, failing_clearly
-from dist_train.models.norms import VECTOR_GROUP, NormFactory, norm_factory, norm_parameters
+from dist_train.models.norms import VECTOR_GROUP, NormFactory, norm_factory, norm_modules, norm_parameters
 from dist_train.outcome import UsageError
-from dist_train.reproducible import generator
+from dist_train.reproducible import generator, key
 
 _POOL = None
 _VGG9 = (64, 64, _POOL, 128, 128, _POOL, 256, 256, 256, _POOL)
@@ -141,8 +141,10 @@ _MODELS: Mapping[str, Callable[[ImageFormat, float, NormFactory], nn.Module]] = 
 
 def build_model(config: Config) -> nn.Module:
     """Return the network [n, C, H, W] -> logits [n, classes], on the CPU, with initial weights from `run.seed`."""
-    # torch's layers draw initial values, which are overwritten: leave the global generator as it was.
+    # torch's layers draw initial values, which are overwritten, and a plug-in's buffers may be random, too: leave the
+    # global generator as it was.
     with torch.random.fork_rng(devices=()):
+        torch.default_generator.manual_seed(key(config.run.seed, "model"))
         model = _network(config.model, config.data.image_format)
     initialize(model, config.run.seed)
     return model
@@ -153,14 +155,50 @@ def _network(settings: ModelSettings, images: ImageFormat) -> nn.Module:
     if settings.name in _MODELS:
         return _MODELS[settings.name](images, settings.width, norm)
     model: nn.Module = call_plugin(settings.name, settings.options, nn.Module, images, settings.width, norm)
+    blank = torch.zeros(2, *images.shape)
     with failing_clearly(settings.name), torch.no_grad():
-        logits = model.eval()(torch.zeros(2, *images.shape))
-    if tuple(logits.shape) != (2, images.classes):
-        raise UsageError(
-            f"{settings.name} gives logits of {list(logits.shape)}, not [2, {images.classes}], for 2 images",
-            code="plugin-result",
-        )
-    return model.train()
+        outputs = {"": model.eval()(blank)}
+        buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+        outputs[" in training"] = model.train()(blank)
+        for buffer, value in buffers:
+            buffer.copy_(value)
+    for mode, logits in outputs.items():
+        if not isinstance(logits, Tensor) or tuple(logits.shape) != (2, images.classes):
+            form = f"logits of {list(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+            raise UsageError(
+                f"{settings.name} gives {form}, not logits of [2, {images.classes}], for 2 images{mode}",
+                code="plugin-result",
+            )
+    _check_trainable(model, settings.name)
+    return model
+
+
+def _check_trainable(model: nn.Module, name: str) -> None:
+    """Raise UsageError if a plug-in's `model`, after a forward pass in training, cannot be trained reproducibly."""
+    for path, module in model.named_modules():
+        if _is_random(module):
+            raise UsageError(
+                f"{name} draws random numbers in {path}, which would depend on how samples are dealt to ranks: "
+                f"switch that off, for example by dropout: 0 in model.options",
+                code="library-model",
+            )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UsageError(f"{name} has no parameter to train", code="plugin-result")
+    for path, parameter in model.named_parameters():
+        if not parameter.numel() or (parameter.requires_grad and parameter.dtype != torch.float32):
+            raise UsageError(
+                f"the parameter {path} of {name} is {str(parameter.dtype).removeprefix('torch.')} of "
+                f"{list(parameter.shape)}: what is trained is float32, and nothing is empty",
+                code="plugin-result",
+            )
+    for norm in norm_modules(model):
+        if len(norm.seen) != 1:
+            raise UsageError(
+                f"{name} uses a norm {len(norm.seen)} times in a forward pass: build one for each use, or set "
+                f"model.norm=group",
+                code="plugin-result",
+            )
+        norm.seen.clear()
 
 
 def initialize(model: nn.Module, seed: int) -> None:
@@ -240,12 +278,6 @@ def _with_norm(model: nn.Module, name: str, width: float, norm: NormFactory) -> 
             f"model.width does not apply to {name}: set it to 1, and the width by model.options", code="library-model"
         )
     for path, module in list(model.named_modules()):
-        if _is_random(module):
-            raise UsageError(
-                f"{name} draws random numbers in {path}, which would depend on how samples are dealt to ranks: "
-                f"switch that off by model.options, for example dropout: 0",
-                code="library-model",
-            )
         if isinstance(module, _BatchNorm):
             parent, _, last = path.rpartition(".")
             setattr(model.get_submodule(parent), last, norm(module.num_features))
@@ -254,6 +286,8 @@ def _with_norm(model: nn.Module, name: str, width: float, norm: NormFactory) -> 
 
 def _is_random(module: nn.Module) -> bool:
     """Whether `module` draws random numbers in training: dropout, or a block that is skipped at random."""
+    if isinstance(module, nn.RNNBase | nn.MultiheadAttention):
+        return module.dropout > 0
     if isinstance(module, _DropoutNd):
         return module.p > 0
     if type(module).__name__ not in ("StochasticDepth", "DropPath", "DropBlock2d"):

@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _NormBase
 
 from dist_train.config import ModelSettings
 from dist_train.models.normalization import AcrossRanks, Activation, SumOverRanks, normalize
@@ -119,11 +120,12 @@ def sync_batch_norm(norms: Sequence[GroupedBatchNorm], sum_over_ranks: SumOverRa
 
 
 def norm_parameters(model: nn.Module) -> frozenset[str]:
-    """Return the names of the parameters of `model` that belong to norms."""
+    """Return the names of the parameters of `model` that belong to norms, its own layer and RMS norms included."""
     return frozenset(
         f"{prefix}.{name}"
         for prefix, module in model.named_modules()
-        if isinstance(module, GroupedBatchNorm | nn.GroupNorm)
+        # timm's RMS norms have no base class but that of all modules
+        if isinstance(module, GroupedBatchNorm | nn.GroupNorm | _NormBase) or hasattr(module, "normalized_shape")
         for name, _ in module.named_parameters(recurse=False)
     )
 

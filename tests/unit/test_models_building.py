@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
-from dist_train.config import Config, ModelSettings, parse_config
+from dist_train.config import Config, ImageFormat, ModelSettings, parse_config
 from dist_train.models import build_model
 from dist_train.models.building import _MODELS
-from dist_train.models.norms import GroupedBatchNorm, norm_modules, norm_parameters
+from dist_train.models.norms import GroupedBatchNorm, NormFactory, norm_modules, norm_parameters
 from dist_train.outcome import UsageError
 from tests.raising import raises, raises_problems
 
+HERE = __name__
 MODELS = tuple(_MODELS)
 NORMS: tuple[str, ...] = get_args(ModelSettings.model_fields["norm"].annotation)
 
@@ -123,6 +124,84 @@ def test_what_would_draw_at_random_is_refused() -> None:
     with raises(UsageError, code="library-model"):
         built("torchvision:convnext_tiny")
     built("torchvision:vgg11", options={"dropout": 0.0})
+    for kind in ("dropout", "recurrent"):
+        with raises(UsageError, code="library-model"):
+            built(f"{HERE}:network", options={"kind": kind})
+
+
+class Network(nn.Module):
+    """A plug-in's network, with one peculiarity."""
+
+    def __init__(self, classes: int, norm: NormFactory, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.stem, self.norm, self.head = nn.Linear(3 * 32 * 32, 8), norm(8), nn.Linear(8, classes)
+        self.register_buffer("random", torch.randn(8))
+        self.register_buffer("passes", torch.zeros(()))
+        extra: dict[str, Callable[[], nn.Module]] = {
+            "dropout": lambda: nn.Dropout(0.5),
+            "recurrent": lambda: nn.LSTM(8, 8, num_layers=2, dropout=0.5),
+            "double": lambda: nn.Linear(8, 8).double(),
+            "complex": lambda: nn.ParameterList([torch.ones(2, dtype=torch.complex64)]),
+            "empty": lambda: nn.ParameterList([torch.ones(0, 5)]),
+            "norm-unused": lambda: norm(8),
+            "layer-norm": lambda: nn.Sequential(nn.LayerNorm(8), nn.RMSNorm(8), nn.BatchNorm1d(8)),
+        }
+        self.extra = extra.get(kind, nn.Identity)()
+        self.requires_grad_(kind != "frozen")
+
+    def forward(self, images: Tensor) -> object:
+        if self.training:
+            self.passes += 1
+        features = self.norm(self.stem(images.flatten(1)) * self.random)
+        if self.kind == "norm-twice":
+            features = self.norm(features)
+        if self.kind == "layer-norm":
+            features = self.extra(features)
+        logits = self.head(features)
+        of_training = (logits, features) if self.training else logits
+        return {"dict": {"logits": logits}, "tuple-in-training": of_training}.get(self.kind, logits)
+
+
+def network(images: ImageFormat, width: float, norm: NormFactory, options: dict[str, Any]) -> nn.Module:
+    return Network(images.classes, norm, options["kind"])
+
+
+@pytest.mark.parametrize(
+    "kind", ["dict", "tuple-in-training", "double", "complex", "empty", "frozen", "norm-unused", "norm-twice"]
+)
+def test_what_cannot_be_trained_is_refused_before_the_run(kind: str) -> None:
+    with raises(UsageError, code="plugin-result"):
+        built(f"{HERE}:network", options={"kind": kind})
+
+
+def test_random_buffers_come_from_the_seed_and_a_trial_pass_leaves_no_trace() -> None:
+    torch.manual_seed(1)
+    first = built(f"{HERE}:network", options={"kind": "plain"})
+    torch.manual_seed(2)
+    again = built(f"{HERE}:network", options={"kind": "plain"})
+    assert torch.equal(first.get_buffer("random"), again.get_buffer("random"))
+    assert first.get_buffer("passes") == 0
+    assert first.training
+    assert not any(norm.seen for norm in norm_modules(first))
+
+
+def test_norms_of_the_model_itself_begin_as_the_identity() -> None:
+    model = built(f"{HERE}:network", options={"kind": "layer-norm"})
+    own = {name: value for name, value in model.named_parameters() if name.startswith("extra")}
+    assert own.keys() <= norm_parameters(model)
+    assert all(bool((value == float(name.endswith("weight"))).all()) for name, value in own.items())
+
+
+def test_a_network_of_layer_norms_learns_from_every_weight() -> None:
+    model = built("timm:convnext_atto")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    images, labels = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.arange(4)
+    for _ in range(3):
+        optimizer.zero_grad()
+        functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+    assert [name for name, value in model.named_parameters() if value.grad is None or not value.grad.any()] == []
 
 
 @pytest.mark.parametrize("name", ["torchvision:resnet1", "timm:resnet1"])
