@@ -207,7 +207,9 @@ _Loaded = Callable[[Tensor], Tensor]
 def _safetensors(model: nn.Module, images: Tensor, output: Path) -> _Loaded:
     from safetensors.torch import load_file, save_file
 
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, output)
+    # copies, since tied parameters, which share memory, are refused
+    copies = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in model.state_dict().items()}
+    save_file(copies, output)
     model.load_state_dict(load_file(output))
     return model
 

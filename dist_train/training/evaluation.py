@@ -173,7 +173,12 @@ def evaluate_stored(
 def stored_model(contents: Contents, config: Config, weights: Weights = "raw") -> nn.Module:
     """Return the network of `config` with a checkpoint's raw or averaged `weights`, on the CPU."""
     model = build_model(config)
-    load_model(stored_state(contents, weights), model, "the checkpoint")
+    state = stored_state(contents, weights)
+    load_model(state, model, "the checkpoint")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # An average has only the first of a tied parameter's names.
+            parameter.copy_(state[name])
     return model
 
 

@@ -8,16 +8,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import nn
 from torch.nn import functional
 
+from dist_train.api import export
 from dist_train.checkpoint.files import find_checkpoint, list_checkpoints, read_checkpoint
 from dist_train.cluster.communicator import Alone, Communicator
+from dist_train.config import ImageFormat
 from dist_train.data.images import BatchRequest
 from dist_train.data.loader import open_splits
 from dist_train.models import build_model
+from dist_train.optim.averaging import mean_of
 from dist_train.outcome import UsageError
 from dist_train.training import evaluation
-from dist_train.training.evaluation import evaluate_stored, stored_config
+from dist_train.training.evaluation import evaluate_stored, stored_config, stored_model
 from tests.raising import raises
 from tests.unit.checkpoint_files import write
 from tests.unit.simulated_ranks import results
@@ -74,6 +79,26 @@ def test_it_is_loss_and_accuracy_over_the_whole_split(run: Path, split: str, sam
 def test_it_is_what_the_run_itself_measured(run: Path) -> None:
     result = evaluate_stored(run, "test", [])
     assert result["accuracy"] == list_checkpoints(run / "checkpoints")[-1].metrics["test_accuracy"]
+
+
+def tied(images: ImageFormat, width: float, norm: object) -> nn.Module:
+    """Return a network of which two layers have the same weights."""
+    inputs, first, second = nn.Linear(math.prod(images.shape), 8), nn.Linear(8, 8), nn.Linear(8, 8)
+    second.weight = first.weight
+    return nn.Sequential(nn.Flatten(), inputs, first, nn.ReLU(), second, nn.ReLU(), nn.Linear(8, images.classes))
+
+
+def test_tied_parameters_are_averaged_and_exported_under_both_names(tmp_path: Path) -> None:
+    averaging = {"kind": "lawa", "every_steps": 2}
+    build_trainer(small_config(model={"name": f"{__name__}:tied"}, averaging=averaging), tmp_path, Alone()).run()
+    contents = read_checkpoint(find_checkpoint(tmp_path))
+    model = stored_model(contents, stored_config(contents, []), "averaged")
+    expected = mean_of([row["2.weight"] for row in contents.average["kept"]])
+    assert torch.equal(model.get_parameter("2.weight"), expected)
+    assert not torch.equal(model.get_parameter("2.weight"), contents.model["2.weight"])
+    written = load_file(export(tmp_path, "safetensors", tmp_path / "model.safetensors", "averaged").path)
+    assert torch.equal(written["2.weight"], expected)
+    assert torch.equal(written["4.weight"], expected)
 
 
 def test_promise_3_it_has_the_same_bits_on_any_number_of_ranks(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
