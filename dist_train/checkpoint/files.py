@@ -182,9 +182,11 @@ def read_checkpoint(path: Path) -> Contents:
     try:
         fields = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:
-        # Bytes that torch did not write raise errors of nearly any type, with advice that users should not follow.
-        raise DamagedCheckpointError(
-            f"{path} is damaged: it cannot be read ({type(error).__name__})", code="checkpoint-unreadable"
+        # Of nearly any type, with advice that users should not follow. The bytes are those that were written: what is
+        # missing is memory, or a torch that knows what they hold.
+        raise UsageError(
+            f"{path} is not damaged, but torch cannot load it here ({type(error).__name__})",
+            code="checkpoint-unreadable",
         ) from error
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:
         raise UsageError(f"{path} is not a checkpoint of format {FORMAT}", code="checkpoint-format")

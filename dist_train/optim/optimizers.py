@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,7 @@ from torch.optim import Optimizer
 from dist_train.config import OptimizerSettings
 from dist_train.config.plugins import call_plugin, is_plugin
 from dist_train.optim.flat_weights import FlatWeights
+from dist_train.outcome import UsageError
 
 _DYNAMO_DISABLE = "__dynamo_disable"
 
@@ -39,8 +41,25 @@ def build_optimizer(settings: OptimizerSettings, weights: FlatWeights) -> Optimi
     groups = [group for group in groups if group.parameters]
     _avoid_loading_the_compiler()
     if is_plugin(settings.name):
-        return cast(Optimizer, call_plugin(settings.name, settings.options, Optimizer, settings, groups))
+        optimizer = cast(Optimizer, call_plugin(settings.name, settings.options, Optimizer, settings, groups))
+        _check_loadable(optimizer, settings.name)
+        return optimizer
     return _OPTIMIZERS[settings.name](settings, groups)
+
+
+def _check_loadable(optimizer: Optimizer, name: str) -> None:
+    """Raise UsageError if checkpoints, which are loaded without running code, would not give `param_groups` back."""
+    try:
+        content = io.BytesIO()
+        torch.save(optimizer.state_dict()["param_groups"], content)
+        content.seek(0)
+        torch.load(content, weights_only=True)
+    except Exception as error:  # of nearly any type
+        raise UsageError(
+            f"the param_groups of {name} hold more than numbers, texts and tensors, which checkpoints cannot give back "
+            f"({type(error).__name__})",
+            code="plugin-result",
+        ) from error
 
 
 def set_learning_rate(optimizer: Optimizer, rate: float) -> None:

@@ -210,6 +210,23 @@ class TestNewestWhole:
         assert found is not None
         assert (found.step, damage) == (2, {})
 
+    def test_promise_6_one_that_torch_cannot_load_here_is_not_damaged(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for step in (1, 2):
+            write(tmp_path, step)
+
+        def fail(*_: object, **__: object) -> None:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+        before = names(tmp_path)
+        with monkeypatch.context() as patched:
+            patched.setattr(torch, "load", fail)
+            with raises(UsageError, "checkpoint-unreadable"):
+                newest(tmp_path)
+        assert names(tmp_path) == before
+        assert newest(tmp_path)[1] == {}
+
     def test_when_every_one_is_damaged_the_run_does_not_silently_start_anew(self, tmp_path: Path) -> None:
         for step in (1, 2):
             write(tmp_path, step).path.write_bytes(b"")

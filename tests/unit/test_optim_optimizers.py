@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -16,7 +17,9 @@ from dist_train.checkpoint.files import Contents
 from dist_train.checkpoint.state import load_into
 from dist_train.config import OptimizerSettings
 from dist_train.optim.flat_weights import FlatWeights
-from dist_train.optim.optimizers import build_optimizer, optimizer_step, set_learning_rate, state_tensors
+from dist_train.optim.optimizers import Group, build_optimizer, optimizer_step, set_learning_rate, state_tensors
+from dist_train.outcome import UsageError
+from tests.raising import raises
 
 RATES = (0.1, 0.4, 0.05, 0.0)
 Name = Literal["sgd", "adam", "adamw", "lars", "lamb"]
@@ -223,6 +226,18 @@ def test_a_group_may_be_empty(exclude: tuple[str, ...]) -> None:
         set_gradients(model, 0)
         optimizer.step()
         assert sum(len(group["params"]) for group in optimizer.param_groups) == 4
+
+
+def with_numpys_numbers(settings: OptimizerSettings, groups: Sequence[Group]) -> torch.optim.Optimizer:
+    optimizer = torch.optim.SGD([parameter for group in groups for parameter in group.parameters])
+    optimizer.param_groups[0]["momentum"] = numpy.float64(0.9)
+    return optimizer
+
+
+def test_a_plugin_whose_settings_checkpoints_could_not_give_back_is_refused_at_once() -> None:
+    settings = OptimizerSettings(name=f"{__name__}:with_numpys_numbers")
+    with raises(UsageError, code="plugin-result"):
+        build_optimizer(settings, FlatWeights(a_model()))
 
 
 def optimizer_of(kind: type[torch.optim.Optimizer], **options: Any) -> tuple[torch.optim.Optimizer, torch.nn.Parameter]:
