@@ -63,6 +63,8 @@ class CheckpointWriter:
 
     def __post_init__(self) -> None:
         self._copies: dict[str, torch.Tensor] = {}
+        # That of the thread which trains: in a new thread the first GPU is current.
+        self._device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
         # One long-lived thread: starting one makes the training wait until the thread has run first.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint-writer")
         self._thread.submit(lambda: None).result()
@@ -117,8 +119,9 @@ class CheckpointWriter:
                 contents = replace(contents, **{name: self._copy(name, getattr(contents, name)) for name in names})
             finally:
                 self._copied.set()
-            if torch.cuda.is_initialized():
-                torch.cuda.synchronize()
+            if self._device is not None:
+                # Not the whole device: that is an error while a CUDA graph is recorded.
+                torch.cuda.current_stream(self._device).synchronize()
             file = self._write_with_retries(contents)
             if file is None:
                 return

@@ -60,6 +60,29 @@ def test_the_optimizer_may_move_on_also_after_a_fault_in_copying(tmp_path: Path)
     assert list_checkpoints(tmp_path) == []
 
 
+def test_copies_from_a_gpu_are_waited_for_in_its_stream_on_the_gpu_that_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trains = threading.current_thread()
+    waited: list[int | None] = []
+
+    class Stream:
+        def __init__(self, device: int | None = None) -> None:
+            self.synchronize = lambda: waited.append(device)
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    # As in CUDA, where each thread has a current device of its own, at first device 0.
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2 if threading.current_thread() is trains else 0)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: pytest.fail("fails while a graph is recorded"))
+    writer = CheckpointWriter(tmp_path, CheckpointSettings(), nothing)
+    writer.submit(contents(1), None)
+    writer.close()
+    [result] = writer.results()
+    assert isinstance(result, Written)
+    assert waited == [2]
+
+
 def test_submission_does_not_wait_for_the_disk_but_the_next_one_waits_for_its_turn(tmp_path: Path) -> None:
     go, writing = threading.Event(), threading.Event()
 
