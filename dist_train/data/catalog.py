@@ -119,6 +119,13 @@ def _plugin(settings: DataSettings, split: Split, seed: int) -> ImageSet | MapDa
             f"set data.shape and data.classes accordingly",
             code="plugin-data-form",
         )
+    least, most = (int(each) for each in images.labels.aminmax()) if len(images) else (0, 0)
+    if not 0 <= least <= most < images.classes:
+        raise UsageError(
+            f"{settings.name} returned labels from {least} to {most}: data.classes is {images.classes}, labels count "
+            f"from 0",
+            code="plugin-data-form",
+        )
     return replace(images, identity=images.identity or images.digest())
 
 

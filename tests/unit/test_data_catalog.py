@@ -11,7 +11,7 @@ import torch
 
 from dist_train.config import DATA_SETS, DataSettings
 from dist_train.data.catalog import READERS, load_images, make_synthetic
-from dist_train.data.images import Split
+from dist_train.data.images import ImageSet, Split
 from dist_train.data.published import CIFAR10, CIFAR100
 from dist_train.outcome import UsageError
 from tests.archives import (
@@ -139,3 +139,17 @@ def test_what_is_learnt_from_train_holds_on_test() -> None:
     centres = torch.stack([train.images[train.labels == label].float().mean(0) for label in range(10)])
     nearest = torch.cdist(test.images.float().flatten(1), centres.flatten(1)).argmin(1)
     assert (nearest == test.labels).float().mean() > 0.95
+
+
+def labelled(settings: DataSettings, split: Split, seed: int, options: dict[str, int]) -> ImageSet:
+    """Return blank images, one of them with another label."""
+    return ImageSet(torch.zeros(3, 1, 2, 2, dtype=torch.uint8), torch.tensor([0, 1, options["label"]]), 2)
+
+
+@pytest.mark.parametrize("label", [2, -1, -100])
+def test_labels_of_a_plugins_image_set_count_from_0_below_the_number_of_classes(label: int) -> None:
+    name = f"{__name__}:labelled"
+    settings = DataSettings(name=name, shape=(1, 2, 2), classes=2, options={"label": label})
+    with raises(UsageError, "plugin-data-form"):
+        load_images(settings, "train", 0)
+    load_images(settings.model_copy(update={"options": {"label": 1}}), "train", 0)
