@@ -25,7 +25,7 @@ from dist_train.optim.averaging import Averaging
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.optim.noise import Noise
 from dist_train.optim.optimizers import optimizer_step, set_learning_rate
-from dist_train.outcome import DivergedError
+from dist_train.outcome import DivergedError, UsageError
 from dist_train.training.compute import Compute, LossScale, is_out_of_memory
 from dist_train.training.graphs import GraphRecorder, MicroBatchGraphs
 from dist_train.training.measuring import HostTimer, StepClock, StepTimes
@@ -55,8 +55,10 @@ class Update:
     """Whether ranks are waiting to join."""
 
 
-class OutOfMemoryError(RuntimeError):
+class OutOfMemoryError(UsageError):
     """A micro-batch does not fit some rank's device; the weights are those before the step."""
+
+    code = "out-of-memory"
 
 
 @dataclass(frozen=True)
@@ -275,7 +277,10 @@ def clip_gradient(gradient: Tensor, norm: float, max_norm: float | None) -> None
 
 def _check(total: TallyResult, batch: GlobalBatch, points: int) -> None:
     if total.out_of_memory:
-        raise OutOfMemoryError(f"{total.out_of_memory} ranks ran out of memory in step {batch.step + 1}")
+        raise OutOfMemoryError(
+            f"{total.out_of_memory} of the ranks ran out of memory in step {batch.step + 1}: begin with a smaller "
+            f"batch.micro_size, or with auto, which finds it"
+        )
     if total.out_of_range or not math.isfinite(total.gradient_norm):
         raise DivergedError(
             f"the loss, the gradient or the activations of step {batch.step + 1} are not finite or out of range",

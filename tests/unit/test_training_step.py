@@ -16,9 +16,10 @@ from torch.nn import functional
 from dist_train.cluster.communicator import Alone, Communicator
 from dist_train.data.images import BatchRequest
 from dist_train.data.plan import batch_indices, epoch_order
-from dist_train.outcome import DivergedError
+from dist_train.outcome import DivergedError, UsageError
 from dist_train.training.step import GlobalBatch, OutOfMemoryError, Update, clip_gradient
 from dist_train.training.trainer import Trainer
+from tests.raising import raises
 from tests.unit.plain_step import noise_of, sam_gradients, scaled, smoothout_gradients
 from tests.unit.simulated_ranks import SimulatedRanks, on_ranks, results
 from tests.unit.small_trainers import build_trainer, gradient_bits, small_config, state_bits
@@ -348,7 +349,7 @@ def test_a_size_that_was_asked_for_is_not_changed_and_the_weights_are_as_before(
     trainer = build_trainer(small_config(), tmp_path, Alone())
     trainer.take_step = replace(trainer.take_step, model=Limited(trainer.network, 3))
     before = trainer.take_step.weights.values.clone()
-    with pytest.raises(OutOfMemoryError):
+    with raises(UsageError, "out-of-memory"):
         trainer.run()
     assert torch.equal(trainer.take_step.weights.values, before)
 
