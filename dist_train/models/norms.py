@@ -87,7 +87,8 @@ def norm_modules(model: nn.Module) -> list[GroupedBatchNorm]:
 def join_relus(model: nn.Module) -> None:
     """Fuse each ReLU after a norm in an `nn.Sequential` into the norm: on a GPU, one kernel less."""
     for parent in list(model.modules()):
-        if isinstance(parent, nn.Sequential):
+        # A subclass may do something between the two, such as an addition.
+        if isinstance(parent, nn.Sequential) and type(parent).forward is nn.Sequential.forward:
             for (_, norm), (name, after) in pairwise(list(parent.named_children())):
                 if isinstance(norm, GroupedBatchNorm) and type(after) is nn.ReLU:
                     norm.activation = "relu"

@@ -131,6 +131,19 @@ def test_a_norm_that_a_relu_was_joined_to_has_the_bits_of_both(shape: tuple[int,
         assert torch.equal(found, expected)
 
 
+class Residual(nn.Sequential):
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        norm, relu = self
+        outputs: torch.Tensor = relu(norm(inputs) + inputs)
+        return outputs
+
+
+def test_a_relu_that_does_not_directly_follow_its_norm_stays() -> None:
+    apart, joined = (Residual(a_norm(4), nn.ReLU()) for _ in range(2))
+    join_relus(joined)
+    assert torch.equal(joined(batch(11, (5, 4))), apart(batch(11, (5, 4))))
+
+
 def test_the_state_dict_has_batch_norm_s_names_and_nothing_else() -> None:
     assert list(GroupedBatchNorm(2).state_dict()) == ["weight", "bias", "running_mean", "running_var"]
 
