@@ -8,6 +8,7 @@ models of torchvision and timm are available as `torchvision:resnet50` or `timm:
 from __future__ import annotations
 
 import difflib
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
@@ -25,6 +26,9 @@ from dist_train.config.plugins import call_plugin, failing_clearly
 from dist_train.models.norms import VECTOR_GROUP, NormFactory, norm_factory, norm_modules, norm_parameters
 from dist_train.outcome import UsageError
 from dist_train.reproducible import generator, key
+
+_logger = logging.getLogger("dist_train.models")
+_MAX_NAMES = 3  # of buffers in a message
 
 _POOL = None
 _VGG9 = (64, 64, _POOL, 128, 128, _POOL, 256, 256, 256, _POOL)
@@ -158,9 +162,16 @@ def _network(settings: ModelSettings, images: ImageFormat) -> nn.Module:
     blank = torch.zeros(2, *images.shape)
     with failing_clearly(settings.name), torch.no_grad():
         outputs = {"": model.eval()(blank)}
-        buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+        buffers = [(name, buffer, buffer.clone()) for name, buffer in model.named_buffers()]
         outputs[" in training"] = model.train()(blank)
-        for buffer, value in buffers:
+        if changed := [name for name, buffer, value in buffers if not torch.equal(buffer, value)]:
+            _logger.warning(
+                "%s changes buffers in training (%s), on each rank by its own samples: results depend on the number of "
+                "ranks; build norms by norm(channels)",
+                settings.name,
+                ", ".join(changed[:_MAX_NAMES]),
+            )
+        for _, buffer, value in buffers:
             buffer.copy_(value)
     for mode, logits in outputs.items():
         if not isinstance(logits, Tensor) or tuple(logits.shape) != (2, images.classes):

@@ -175,13 +175,14 @@ def test_what_cannot_be_trained_is_refused_before_the_run(kind: str) -> None:
         built(f"{HERE}:network", options={"kind": kind})
 
 
-def test_random_buffers_come_from_the_seed_and_a_trial_pass_leaves_no_trace() -> None:
+def test_random_buffers_come_from_the_seed_and_a_trial_pass_leaves_no_trace(caplog: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(1)
     first = built(f"{HERE}:network", options={"kind": "plain"})
     torch.manual_seed(2)
     again = built(f"{HERE}:network", options={"kind": "plain"})
     assert torch.equal(first.get_buffer("random"), again.get_buffer("random"))
     assert first.get_buffer("passes") == 0
+    assert "changes buffers in training (passes)" in caplog.text
     assert first.training
     assert not any(norm.seen for norm in norm_modules(first))
 
