@@ -203,6 +203,10 @@ def _shape(state: Mapping[str, Tensor], name: str) -> str:
     return "x".join(map(str, state[name].shape)) or "a scalar" if name in state else "missing"
 
 
+_SENT = (torch.float32, torch.float64, torch.float16, torch.int32, torch.int64)
+"""Types that every engine sends; others travel as bytes."""
+
+
 def broadcast_state(
     comm: Communicator, model: nn.Module, weights: FlatWeights, optimizer: Optimizer, *more: Tensor, root: int = 0
 ) -> None:
@@ -223,8 +227,7 @@ def broadcast_state(
         received = [torch.cat([tensor.reshape(-1) for tensor in tensors]) for tensors in groups.values()]
         _check_same_layout(comm, [(str(flat.dtype), flat.device.type, len(flat)) for flat in received], root)
         for index, flat in enumerate(received):
-            # As bytes: the engines do not send every type.
-            comm.broadcast(flat.view(torch.uint8), f"state.{index}", root)
+            comm.broadcast(flat if flat.dtype in _SENT else flat.view(torch.uint8), f"state.{index}", root)
         for flat, tensors in zip(received, groups.values(), strict=True):
             for tensor, values in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
                 tensor.copy_(values.view_as(tensor))

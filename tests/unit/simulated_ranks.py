@@ -83,7 +83,8 @@ class SimulatedRanks(Communicator):
 
     def broadcast(self, tensor: torch.Tensor, name: str, root: int = 0) -> None:
         """Replace `tensor` by that of rank `root`."""
-        assert tensor.dtype in (torch.uint8, torch.int64, torch.float32), "neither Gloo nor Horovod sends every type"
+        known = (torch.uint8, torch.int64, torch.float32, torch.float64)
+        assert tensor.dtype in known, "neither Gloo nor Horovod sends every type"
         self._start(tensor, name, lambda tensors: tensors[root]).wait()
 
     def _start(self, tensor: torch.Tensor, name: str, combine: Callable[[list[torch.Tensor]], torch.Tensor]) -> Pending:
