@@ -42,13 +42,18 @@ def build_optimizer(settings: OptimizerSettings, weights: FlatWeights) -> Optimi
     _avoid_loading_the_compiler()
     if is_plugin(settings.name):
         optimizer = cast(Optimizer, call_plugin(settings.name, settings.options, Optimizer, settings, groups))
-        _check_loadable(optimizer, settings.name)
+        _check_usable(optimizer, settings.name)
         return optimizer
     return _OPTIMIZERS[settings.name](settings, groups)
 
 
-def _check_loadable(optimizer: Optimizer, name: str) -> None:
-    """Raise UsageError if checkpoints, which are loaded without running code, would not give `param_groups` back."""
+def _check_usable(optimizer: Optimizer, name: str) -> None:
+    """Raise UsageError if `step` cannot be called, or checkpoints, loaded without running code, would lose settings."""
+    if any(
+        each.default is each.empty and each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
+        for each in inspect.signature(optimizer.step).parameters.values()
+    ):
+        raise UsageError(f"the step of {name} needs arguments: it is called without any", code="plugin-result")
     try:
         content = io.BytesIO()
         torch.save(optimizer.state_dict()["param_groups"], content)
@@ -69,7 +74,11 @@ def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
 
 
 def optimizer_step(optimizer: Optimizer) -> None:
-    """Call `optimizer.step()` without torch's wrappers, which would load the compiler: a second on every rank."""
+    """Call `optimizer.step()`, of torch and timm without wrappers that load the compiler: a second on every rank."""
+    is_known = type(optimizer).__module__.startswith(("torch.optim.", "timm.optim."))
+    if not is_known or optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        optimizer.step()
+        return
     with torch.no_grad():
         inspect.unwrap(type(optimizer).step)(optimizer)
 

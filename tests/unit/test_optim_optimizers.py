@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import subprocess
 import sys
@@ -265,6 +266,35 @@ def test_optimizer_step_does_bit_for_bit_what_the_optimizer_s_own_step_does(
         optimizer_step(other)
         assert torch.equal(expected, weight)
         assert weight.requires_grad
+
+
+def bounded(step: Callable[[torch.optim.Optimizer], None]) -> Callable[[torch.optim.Optimizer], None]:
+    @functools.wraps(step)
+    def step_within_bounds(optimizer: torch.optim.Optimizer) -> None:
+        step(optimizer)
+        with torch.no_grad():
+            for parameter in optimizer.param_groups[0]["params"]:
+                parameter.clamp_(-0.5, 0.5)
+
+    return step_within_bounds
+
+
+class BoundedSgd(torch.optim.SGD):
+    @bounded
+    def step(self) -> None:  # type: ignore[override]  # no closure
+        super().step()
+
+
+def test_what_a_plugin_s_optimizer_does_around_its_step_is_done() -> None:
+    (optimizer, weight), (hooked, other) = optimizer_of(BoundedSgd), optimizer_of(torch.optim.SGD)
+    called: list[object] = []
+    hooked.register_step_post_hook(lambda optimizer, *_: called.append(optimizer))
+    for parameter in (weight, other):
+        parameter.grad = torch.zeros(7)
+    optimizer_step(optimizer)
+    optimizer_step(hooked)
+    assert float(weight.detach().abs().max()) == 0.5
+    assert called == [hooked]
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
