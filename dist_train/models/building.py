@@ -163,7 +163,8 @@ def _network(settings: ModelSettings, images: ImageFormat) -> nn.Module:
     with failing_clearly(settings.name), torch.no_grad():
         outputs = {"": model.eval()(blank)}
         buffers = [(name, buffer, buffer.clone()) for name, buffer in model.named_buffers()]
-        outputs[" in training"] = model.train()(blank)
+        with torch.enable_grad():
+            outputs[" in training"] = model.train()(blank)
         if changed := [name for name, buffer, value in buffers if not torch.equal(buffer, value)]:
             _logger.warning(
                 "%s changes buffers in training (%s), on each rank by its own samples: results depend on the number of "
@@ -181,6 +182,8 @@ def _network(settings: ModelSettings, images: ImageFormat) -> nn.Module:
                 code="plugin-result",
             )
     _check_trainable(model, settings.name)
+    if not outputs[" in training"].requires_grad:
+        raise UsageError(f"the logits of {settings.name} depend on no parameter that is trained", code="plugin-result")
     return model
 
 

@@ -160,7 +160,8 @@ class Network(nn.Module):
             features = self.extra(features)
         logits = self.head(features)
         of_training = (logits, features) if self.training else logits
-        return {"dict": {"logits": logits}, "tuple-in-training": of_training}.get(self.kind, logits)
+        others = {"dict": {"logits": logits}, "tuple-in-training": of_training, "detached": logits.detach()}
+        return others.get(self.kind, logits)
 
 
 def network(images: ImageFormat, width: float, norm: NormFactory, options: dict[str, Any]) -> nn.Module:
@@ -168,7 +169,8 @@ def network(images: ImageFormat, width: float, norm: NormFactory, options: dict[
 
 
 @pytest.mark.parametrize(
-    "kind", ["dict", "tuple-in-training", "double", "complex", "empty", "frozen", "norm-unused", "norm-twice"]
+    "kind",
+    ["dict", "tuple-in-training", "detached", "double", "complex", "empty", "frozen", "norm-unused", "norm-twice"],
 )
 def test_what_cannot_be_trained_is_refused_before_the_run(kind: str) -> None:
     with raises(UsageError, code="plugin-result"):
