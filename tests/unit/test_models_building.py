@@ -132,6 +132,9 @@ def test_what_would_draw_at_random_is_refused() -> None:
 class Network(nn.Module):
     """A plug-in's network, with one peculiarity."""
 
+    random: Tensor
+    passes: Tensor
+
     def __init__(self, classes: int, norm: NormFactory, kind: str) -> None:
         super().__init__()
         self.kind = kind
