@@ -187,7 +187,9 @@ class _OperatorCounter(TorchDispatchMode):
         if name == "_local_scalar_dense":
             return self._value(args[0])
         if name == "_pin_memory":
-            return args[0].clone()
+            pinned = args[0].clone()
+            pinned.is_pinned_here = True
+            return pinned
         # FakeTensor does not support fused optimizers, which return nothing.
         result = None if name in _FUSED else func(*args, **kwargs)
         if name in ("convolution", "convolution_backward"):
@@ -201,7 +203,12 @@ class _OperatorCounter(TorchDispatchMode):
                 raise RuntimeError(f"a graph would keep the address of host memory: {func} in {_calling_function()}")
             if name not in ("_to_copy", "copy_"):
                 self.mixed.append(f"{func} in {_calling_function()}")
-            elif not kwargs.get("non_blocking", args[2:] == (True,)):
+            elif not kwargs.get("non_blocking", args[2:] == (True,)) or any(
+                # CUDA first waits for the stream before it copies from memory that is not pinned.
+                tensor.dim() and not hasattr(tensor, "is_pinned_here")
+                for tensor in inputs
+                if not tensor.is_cuda
+            ):
                 self._note_wait(_calling_function())
         if not _is_view(func):
             self.operators[name] += 1

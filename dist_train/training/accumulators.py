@@ -245,7 +245,8 @@ class GridAccumulator(GradientAccumulator):
         exponents = self._grids.exponents
         self._exponents = exponents or [GRADIENTS.bits] * len(self._tensors)
         scales = torch.tensor([2.0**exponent for exponent in self._exponents])
-        self._scales.copy_(scales, non_blocking=True)
+        # From memory that is not pinned, CUDA would first wait for the stream: for the update before this one.
+        self._scales.copy_(scales.pin_memory() if self._scales.is_cuda else scales, non_blocking=True)
         integers = torch.int32 if exponents else torch.int64
         if self._total.dtype != integers or len(self._total) == 0:
             self._total = torch.zeros_like(self._gradients, dtype=integers)
