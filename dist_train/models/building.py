@@ -304,6 +304,6 @@ def _is_random(module: nn.Module) -> bool:
         return module.dropout > 0
     if isinstance(module, _DropoutNd):
         return module.p > 0
-    if type(module).__name__ not in ("StochasticDepth", "DropPath", "DropBlock2d"):
+    if type(module).__name__ not in ("StochasticDepth", "DropPath", "DropBlock2d", "PatchDropout"):
         return False
-    return float(getattr(module, "p", None) or getattr(module, "drop_prob", 0.0) or 0.0) > 0
+    return any(float(getattr(module, name, None) or 0.0) > 0 for name in ("p", "drop_prob", "prob"))

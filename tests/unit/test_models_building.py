@@ -123,6 +123,8 @@ def test_what_would_draw_at_random_is_refused() -> None:
         built("torchvision:vgg11")
     with raises(UsageError, code="library-model"):
         built("torchvision:convnext_tiny")
+    with raises(UsageError, code="library-model"):
+        built("timm:vit_tiny_patch16_224", options={"img_size": 32, "patch_drop_rate": 0.5})
     built("torchvision:vgg11", options={"dropout": 0.0})
     for kind in ("dropout", "recurrent"):
         with raises(UsageError, code="library-model"):
