@@ -1,8 +1,8 @@
 """Numbers that depend on nothing but what they stand for: random draws, and sums whose value no order changes.
 
 Randomness is a pure function of (seed, purpose, indices): nothing to save, nothing to replay. Every random choice of a
-run takes its own generator from here, so that no global generator is read and any step can be reproduced alone, on any
-rank.
+run takes its own generator from here, so that any step can be reproduced alone, on any rank. Layers such as dropout
+know only torch's global generators: `LayerDraws` seeds these for each micro-batch, and leaves them as it found them.
 
 Sums are of floats as 64-bit integers at a power-of-two scale. Floating-point addition is not associative, so a float
 sum depends on how its terms are dealt out to ranks. Integer addition is associative. A power of two scales a float32
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy
@@ -45,6 +46,37 @@ def key(seed: int, purpose: str, *indices: int | str) -> int:
 def generator(seed: int, purpose: str, *indices: int | str, device: torch.device | str = "cpu") -> torch.Generator:
     """Return a generator on `device` whose stream depends on (seed, purpose, indices) alone."""
     return torch.Generator(device=device).manual_seed(key(seed, purpose, *indices))
+
+
+class LayerDraws:
+    """What dropout and other layers draw from torch's global generators: a function of the seed and the micro-batch.
+
+    So it does not depend on how micro-batches are dealt to ranks, and every pass over a micro-batch in an update, also
+    a repeated one, has the same masks.
+    """
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self._seed = seed
+        self._generators = [torch.default_generator]
+        if device.type == "cuda":
+            first = device.index or 0
+            self._generators += torch.cuda.default_generators[first : first + 1]
+
+    @contextmanager
+    def borrowed(self) -> Iterator[None]:
+        """Return a context which restores the global generators at its end: they are the caller's."""
+        states = [each.get_state() for each in self._generators]
+        try:
+            yield
+        finally:
+            for each, state in zip(self._generators, states, strict=True):
+                each.set_state(state)
+
+    def begin(self, step: int, start: int) -> None:
+        """Seed the generators for a pass over the micro-batch that starts with sample `start` of its global batch."""
+        number = key(self._seed, "layers", step, start)
+        for each in self._generators:
+            each.manual_seed(number)
 
 
 def bits(stream: int, count: int, device: torch.device) -> Iterator[torch.Tensor]:

@@ -29,7 +29,7 @@ from dist_train.config import Config
 from dist_train.data.images import BatchRequest, SampleSource
 from dist_train.data.loader import open_splits
 from dist_train.data.plan import BatchPlan
-from dist_train.models.norms import BatchStatistics, norm_modules
+from dist_train.models.norms import BatchStatistics, collect_statistics, norm_modules
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import UsageError
 from dist_train.reproducible import generator
@@ -159,7 +159,7 @@ class PointEvaluator:
             lane.statistics.collect()
 
         for lane in self._lanes:
-            lane.model.train()
+            collect_statistics(lane.model)
             lane.statistics.clear()
         self._map_batches(self._statistics_batches, collect)
         samples = sum(len(labels) for _, labels in self._statistics_batches)

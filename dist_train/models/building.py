@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 
 from dist_train.config import Config, ImageFormat, ModelSettings
 from dist_train.config.plugins import call_plugin, failing_clearly
@@ -53,7 +52,7 @@ def _vgg9(images: ImageFormat, width: float, norm: NormFactory) -> nn.Module:
 
 
 def _vgg(plan: Sequence[int | None], images: ImageFormat, width: float, norm: NormFactory) -> nn.Module:
-    """Return VGG with one linear layer: the published ones need dropout, whose draws would depend on the ranks."""
+    """Return VGG with one linear layer instead of the published three with dropout."""
     layers, features = _convolutions(plan, images, width, norm)
     layers["classifier"] = nn.Linear(features, images.classes)
     return nn.Sequential(layers)
@@ -189,13 +188,6 @@ def _network(settings: ModelSettings, images: ImageFormat) -> nn.Module:
 
 def _check_trainable(model: nn.Module, name: str) -> None:
     """Raise UsageError if a plug-in's `model`, after a forward pass in training, cannot be trained reproducibly."""
-    for path, module in model.named_modules():
-        if _is_random(module):
-            raise UsageError(
-                f"{name} draws random numbers in {path}, which would depend on how samples are dealt to ranks: "
-                f"switch that off, for example by dropout: 0 in model.options",
-                code="library-model",
-            )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UsageError(f"{name} has no parameter to train", code="plugin-result")
     for path, parameter in model.named_parameters():
@@ -296,14 +288,3 @@ def _with_norm(model: nn.Module, name: str, width: float, norm: NormFactory) -> 
             parent, _, last = path.rpartition(".")
             setattr(model.get_submodule(parent), last, norm(module.num_features))
     return model
-
-
-def _is_random(module: nn.Module) -> bool:
-    """Whether `module` draws random numbers in training: dropout, or a block that is skipped at random."""
-    if isinstance(module, nn.RNNBase | nn.MultiheadAttention):
-        return module.dropout > 0
-    if isinstance(module, _DropoutNd):
-        return module.p > 0
-    if type(module).__name__ not in ("StochasticDepth", "DropPath", "DropBlock2d", "PatchDropout"):
-        return False
-    return any(float(getattr(module, name, None) or 0.0) > 0 for name in ("p", "drop_prob", "prob"))

@@ -84,6 +84,16 @@ def norm_modules(model: nn.Module) -> list[GroupedBatchNorm]:
     return [module for module in model.modules() if isinstance(module, GroupedBatchNorm)]
 
 
+def collect_statistics(model: nn.Module) -> None:
+    """Put `model` into evaluation mode except for its norms: a forward pass then collects their statistics.
+
+    In training mode, dropout would make them random.
+    """
+    model.eval()
+    for norm in norm_modules(model):
+        norm.train()
+
+
 def join_relus(model: nn.Module) -> None:
     """Fuse each ReLU after a norm in an `nn.Sequential` into the norm: on a GPU, one kernel less."""
     for parent in list(model.modules()):

@@ -26,7 +26,7 @@ from dist_train.data.images import BatchRequest, SampleSource, Split
 from dist_train.data.loader import open_splits
 from dist_train.data.plan import BatchPlan
 from dist_train.models import build_model
-from dist_train.models.norms import BatchStatistics, norm_modules
+from dist_train.models.norms import BatchStatistics, collect_statistics, norm_modules
 from dist_train.outcome import DivergedError, UsageError, check_choice
 from dist_train.reproducible import generator
 from dist_train.rundir.atomic import finite
@@ -116,7 +116,7 @@ def recompute_statistics(
     statistics = BatchStatistics(norm_modules(model), compute.device)
     tally = Tally(comm, statistics, compute.device)
     was_training = model.training
-    model.train()
+    collect_statistics(model)
     share = BatchPlan(len(indices), micro_size).share(comm.rank, comm.size)
     requests = [BatchRequest(indices[batch.start : batch.stop]) for batch in share]
     samples.prefetch(requests)

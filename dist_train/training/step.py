@@ -26,6 +26,7 @@ from dist_train.optim.flat_weights import FlatWeights
 from dist_train.optim.noise import Noise
 from dist_train.optim.optimizers import optimizer_step, set_learning_rate
 from dist_train.outcome import DivergedError, UsageError
+from dist_train.reproducible import LayerDraws
 from dist_train.training.compute import Compute, LossScale, is_out_of_memory
 from dist_train.training.graphs import GraphRecorder, MicroBatchGraphs
 from dist_train.training.measuring import HostTimer, StepClock, StepTimes
@@ -97,6 +98,8 @@ class TrainingStep:
     optimizer: Optimizer
     tally: Tally
     compute: Compute
+    draws: LayerDraws
+    """The random numbers of the model's own layers, such as dropout."""
     clip_norm: float | None
     averaging: Averaging
     label_smoothing: float = 0.0
@@ -165,7 +168,11 @@ class TrainingStep:
         try:
             with self.clock.phase("perturb"):
                 self.noise.perturb(batch.step)
-            with self.clock.phase("forward-backward"), sync_batch_norm(self.norms, self.sum_over_ranks):
+            with (
+                self.clock.phase("forward-backward"),
+                sync_batch_norm(self.norms, self.sum_over_ranks),
+                self.draws.borrowed(),
+            ):
                 fits = self._add_gradients(batch)
         finally:
             with self.clock.phase("restore"):
@@ -200,13 +207,16 @@ class TrainingStep:
             request = batch.request(micro_batch)
             inputs, target = self.mix(*self.samples.read(request), request)
         scaled_size = len(batch.indices) / self.loss_scale.value
+        begin_draws = partial(self.draws.begin, batch.step, micro_batch.start)
         points = self.noise.points(micro_batch.index)
         for point in points:
+            begin_draws()
             with self.clock.part("perturb_restore"):
                 self.noise.perturb_for(micro_batch.index, partial(self._ascend, inputs, target, scaled_size), point)
             divisor = scaled_size / point.weight
             if self.noise.settings.target_rise is not None and micro_batch.index == 0 and point is points[0]:
-                self._measure_rise(inputs, target)
+                self._measure_rise(inputs, target, begin_draws)
+            begin_draws()
             if micro_batch is batch.micro_batches[-1] and point is points[-1]:
                 # Never a graph: it sends buckets while its backward pass is under way.
                 self._differentiate(inputs, target, divisor, self.reduction.last_micro_batch)
@@ -238,10 +248,12 @@ class TrainingStep:
             logits = self.model(inputs)
         return logits, loss_sum(logits.float(), target, self.label_smoothing)
 
-    def _measure_rise(self, inputs: Tensor, target: Target) -> None:
+    def _measure_rise(self, inputs: Tensor, target: Target, begin_draws: Callable[[], None]) -> None:
         """Note by how much the loss of a micro-batch is larger with the noise; no gradients, no norm statistics."""
         with self.clock.part("forward_backward"), torch.no_grad():
+            begin_draws()
             _, loss = self._forward(inputs, target)
+            begin_draws()
             with self.noise.at_clean_weights():
                 _, clean_loss = self._forward(inputs, target)
         self.tally.add_rise(loss, clean_loss, len(target.main))

@@ -1,4 +1,4 @@
-"""Promise 8: averages, mixed samples, validation and early stopping keep the other promises."""
+"""Promise 8: dropout, averages, mixed samples, validation and early stopping keep the other promises."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ from tests.waiting import lines_of, wait_for_lines
 pytestmark = pytest.mark.ranks
 
 FEATURES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
-    "ema, mixup, cutmix, label smoothing, validation": {
+    "dropout, ema, mixup, cutmix, label smoothing, validation": {
+        "model": {"name": "tests.unit.drawing_model:drawing"},
         "averaging": {"kind": "ema", "decay": 0.9},
         "regularization": {"mixup": 0.4, "cutmix": 1.0, "label_smoothing": 0.1},
         "data": {"validation_size": 60, "augment": "crop-flip"},

@@ -118,19 +118,6 @@ def test_timm_takes_any_number_of_channels() -> None:
         built("torchvision:resnet18", one)
 
 
-def test_what_would_draw_at_random_is_refused() -> None:
-    with raises(UsageError, code="library-model"):
-        built("torchvision:vgg11")
-    with raises(UsageError, code="library-model"):
-        built("torchvision:convnext_tiny")
-    with raises(UsageError, code="library-model"):
-        built("timm:vit_tiny_patch16_224", options={"img_size": 32, "patch_drop_rate": 0.5})
-    built("torchvision:vgg11", options={"dropout": 0.0})
-    for kind in ("dropout", "recurrent"):
-        with raises(UsageError, code="library-model"):
-            built(f"{HERE}:network", options={"kind": kind})
-
-
 class Network(nn.Module):
     """A plug-in's network, with one peculiarity."""
 
@@ -144,8 +131,6 @@ class Network(nn.Module):
         self.register_buffer("random", torch.randn(8))
         self.register_buffer("passes", torch.zeros(()))
         extra: dict[str, Callable[[], nn.Module]] = {
-            "dropout": lambda: nn.Dropout(0.5),
-            "recurrent": lambda: nn.LSTM(8, 8, num_layers=2, dropout=0.5),
             "double": lambda: nn.Linear(8, 8).double(),
             "complex": lambda: nn.ParameterList([torch.ones(2, dtype=torch.complex64)]),
             "empty": lambda: nn.ParameterList([torch.ones(0, 5)]),

@@ -1,0 +1,66 @@
+"""Layers that draw random numbers, such as dropout: by the seed and the micro-batch, whoever computes it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dist_train.cluster.communicator import Alone
+from dist_train.training.trainer import Trainer
+from tests.unit.small_trainers import build_trainer, small_config, state_bits
+
+MODEL = {"name": "tests.unit.drawing_model:drawing"}
+
+
+def trained(folder: Path, **sections: Any) -> Trainer:
+    trainer = build_trainer(small_config(model=MODEL, **sections), folder, Alone())
+    trainer.run()
+    return trainer
+
+
+def test_runs_are_bit_identical_and_leave_the_global_generator_as_it_was(tmp_path: Path) -> None:
+    states = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        states.append(state_bits(trained(tmp_path / f"{seed}").take_step.model))
+        assert torch.equal(torch.get_rng_state(), before)
+    assert states[0] == states[1]
+
+
+def test_another_seed_gives_other_masks(tmp_path: Path) -> None:
+    first, second = (trained(tmp_path / f"{seed}", run={"seed": seed, "max_steps": 1}) for seed in (0, 1))
+    assert not torch.equal(masks(first)[0], masks(second)[0])
+
+
+def masks(trainer: Trainer) -> list[torch.Tensor]:
+    found = trainer.take_step.model.masks
+    assert isinstance(found, list)
+    return found[1:]  # the first is of the trial when the model was built
+
+
+@pytest.mark.parametrize(
+    ("noise", "passes"),
+    [
+        ({"method": "none"}, [1, 1, 1, 1, 1]),
+        ({"method": "sam", "sharing": "micro_batch"}, [2, 2, 2, 2, 2]),
+        ({"method": "smoothout", "antithetic": True}, [2, 2, 2, 2, 2]),
+        ({"method": "smoothout", "target_rise": 0.05}, [3, 1, 1, 1, 1]),
+    ],
+    ids=lambda value: value.get("method") if isinstance(value, dict) else None,
+)
+def test_passes_over_a_micro_batch_have_the_same_masks(
+    tmp_path: Path, noise: dict[str, object], passes: list[int]
+) -> None:
+    found = masks(trained(tmp_path, noise=noise, run={"max_steps": 2}))
+    distinct: list[torch.Tensor] = []
+    for _ in range(2):
+        for count in passes:
+            of_micro_batch, found = found[:count], found[count:]
+            assert all(torch.equal(each, of_micro_batch[0]) for each in of_micro_batch)
+            distinct.append(of_micro_batch[0])
+    assert not found
+    assert len({tuple(each.tolist()) for each in distinct}) > 5, "of 10 micro-batches"
