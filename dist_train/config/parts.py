@@ -84,7 +84,7 @@ class DataSettings(Section):
     """
     options: Options = options_of("data.name")
     root: UserPath | None = Field(None, examples=["/data/cifar10"])
-    """Folder of the data set's files; null: the default places."""
+    """Folder of the data set's files. null: for CIFAR the cache, for fashion-mnist Debian's package or the cache."""
     download: bool = False
     """Download CIFAR's archive into `root` if it is missing."""
     train_size: PositiveInt | None = Field(None, examples=[16384])

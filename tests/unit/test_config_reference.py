@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from benchmarks.settings_page import settings_markdown
 from dist_train.config import ENCODED
 from dist_train.config.loading import with_overrides
 from dist_train.config.reference import Setting, settings_of
+from dist_train.config.resuming import _CHANGEABLE, _DECIDED_ONCE
 from dist_train.config.sections import Config
 from dist_train.data.catalog import READERS
 from dist_train.models.building import _MODELS
@@ -26,6 +28,14 @@ def test_the_page_is_that_of_the_schema() -> None:
     assert PAGE.read_text(encoding="utf-8") == settings_markdown(), (
         "renew it: python -m benchmarks.settings_page > docs/settings.md"
     )
+
+
+def test_the_page_on_configuration_names_what_a_resume_may_change_and_what_it_keeps() -> None:
+    lines = (PAGE.parent / "configuration.md").read_text(encoding="utf-8").splitlines()
+    row = next(line for line in lines if line.startswith("| resume |"))
+    changeable, kept = row.split(" except ")[1].split(". What `auto` chose for ")
+    assert set(re.findall(r"`(.+?)`", changeable)) == _CHANGEABLE
+    assert tuple(re.findall(r"`(.+?)`", kept)) == _DECIDED_ONCE
 
 
 def test_every_setting_of_the_defaults_has_its_row() -> None:
