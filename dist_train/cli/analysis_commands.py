@@ -27,8 +27,9 @@ def add_landscape(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "landscape",
         help="loss and accuracy along a line or over a plane in weight space",
-        description="Evaluate a network at many points of weight space, distributed over the ranks of mpirun or "
-        "srun; write the points as CSV, and figures. The same command resumes an interrupted one.",
+        description="Evaluate a network at many points of weight space, distributed over the ranks of a launch "
+        "(dist-train launch, torchrun, mpirun or srun); write the points as CSV, and figures. The same command resumes "
+        "an interrupted one.",
     )
     kinds = parser.add_subparsers(title="kinds", metavar="KIND", dest="kind", required=True)
     line = kinds.add_parser("interpolate", help="the line through two checkpoints")

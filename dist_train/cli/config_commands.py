@@ -21,13 +21,21 @@ def add_config_command(subparsers: Subparsers) -> None:
         ("run-directory", "print the directory of its run", _run_directory),
         ("engine", "print the communication library of its ranks under srun: horovod or torch", _engine),
     ):
-        command = actions.add_parser(name, help=text, description=text)
+        command = actions.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
         add_config(command)
         command.set_defaults(run=action)
-    path = actions.add_parser("path", help="print the path of a file that comes with the program")
+    path = actions.add_parser(
+        "path",
+        help="print the path of a file that comes with the program",
+        description="Print the path of a configuration, study, launch or batch script of the installed package.",
+    )
     path.add_argument("file", type=Path, metavar="FILE", help="such as dist_train:slurm/lb_8192.sh")
     path.set_defaults(run=_path)
-    schema = actions.add_parser("schema", help="print the JSON schema of a configuration")
+    schema = actions.add_parser(
+        "schema",
+        help="print the JSON schema of a configuration",
+        description="Print the JSON schema of a configuration, for editors: every key, its default, its meaning.",
+    )
     schema.add_argument("config", nargs="?", type=Path, metavar="CONFIG", help="not needed")
     schema.set_defaults(run=_schema)
 

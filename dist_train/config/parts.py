@@ -251,8 +251,8 @@ class NoiseSettings(Section):
     schedule: NoiseSchedule = Field(default_factory=ConstantSchedule)
     """c(t), the factor on the amplitude at step t of T."""
     target_rise: PositiveFloat | None = Field(None, examples=[0.05])
-    """By how much the noise shall raise the training loss: the amplitude, which begins as `amplitude`, then follows the
-    rise that each update measures on its first micro-batch. null: the amplitude does not depend on the loss.
+    """Rise of the training loss that the noise should cause: the amplitude begins as `amplitude`, and each update
+    adapts it to the rise measured on its first micro-batch. null: the amplitude does not depend on the loss.
     """
     exclude: tuple[str, ...] = Field(("norm",), examples=[["norm", "bias"]])
     """Weights without noise: norm, bias, or patterns of parameter names (*, ?)."""
