@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,6 +75,16 @@ def test_a_documented_run_has_settings_that_go_together(words: list[str], monkey
 @pytest.mark.parametrize(("page", "file"), FILES)
 def test_a_documented_file_is_there(page: str, file: str) -> None:
     assert (ROOT / file).exists()
+
+
+def test_documented_extras_are_those_of_the_package() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = {
+        name
+        for page in (*PAGES, ROOT / "docs" / "first_run.ipynb")
+        for name in re.findall(r"dist_train\[(\w+)\]", page.read_text())
+    }
+    assert named - {"NAME"} <= set(extras)
 
 
 ARRAYS = [
