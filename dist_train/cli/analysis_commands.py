@@ -352,7 +352,7 @@ def add_export(subparsers: Subparsers) -> None:
     )
     parser.add_argument("target", type=Path, metavar="RUN_OR_CHECKPOINT", help=_TARGET)
     parser.add_argument("--to", choices=("safetensors", "torch-export", "onnx"), required=True, help="the format")
-    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="(default: NAME-STEP.SUFFIX)")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="the file (default: NAME-STEP.SUFFIX)")
     add_weights(parser)
     parser.set_defaults(run=_export)
 

@@ -84,9 +84,11 @@ def add_lr_range(subparsers: Subparsers) -> None:
         "lr_range.csv, lr_range.json and lr_range.png into the run directory. Runs on many ranks as train does.",
     )
     add_config(parser)
-    parser.add_argument("--from", dest="low", type=float, default=1e-4, metavar="A", help="(default: 0.0001)")
-    parser.add_argument("--to", dest="high", type=float, default=10.0, metavar="B", help="(default: 10)")
-    parser.add_argument("--updates", type=count, default=100, metavar="N", help="(default: 100)")
+    parser.add_argument(
+        "--from", dest="low", type=float, default=1e-4, metavar="A", help="first rate (default: 0.0001)"
+    )
+    parser.add_argument("--to", dest="high", type=float, default=10.0, metavar="B", help="last rate (default: 10)")
+    parser.add_argument("--updates", type=count, default=100, metavar="N", help="number of updates (default: 100)")
     parser.set_defaults(run=_lr_range)
 
 
@@ -259,7 +261,9 @@ def add_evaluate(subparsers: Subparsers) -> None:
     )
     parser.add_argument("target", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run directory or a checkpoint")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="data.root=DIR, for instance")
-    parser.add_argument("--split", choices=("train", "validation", "test"), default="test")
+    parser.add_argument(
+        "--split", choices=("train", "validation", "test"), default="test", help="what to evaluate (default: test)"
+    )
     add_weights(parser)
     parser.set_defaults(run=_evaluate)
 
@@ -288,7 +292,7 @@ def add_outcome(subparsers: Subparsers) -> None:
         description="Exit with the code that the run's last launch wrote into status.json; with 1 if it wrote none, or "
         "if that was not the launch --launch.",
     )
-    parser.add_argument("run_directory", type=Path, metavar="RUN")
+    parser.add_argument("run_directory", type=Path, metavar="RUN", help="a run directory")
     parser.add_argument("--launch", metavar="ID", help="the launch's DIST_TRAIN_LAUNCH")
     parser.set_defaults(run=_outcome)
 
@@ -318,7 +322,7 @@ def add_requeue(subparsers: Subparsers) -> None:
         "used up its requeues without progress: then its status.json says failed, and the reason. The exit code is "
         "then that of the job: 1, or 2 if what was asked for is impossible.",
     )
-    parser.add_argument("run_directory", type=Path, metavar="RUN")
+    parser.add_argument("run_directory", type=Path, metavar="RUN", help="a run directory")
     parser.add_argument(
         "--limit", type=_limit, default=3, metavar="N", help="requeues in a row without a new checkpoint (default: 3)"
     )
