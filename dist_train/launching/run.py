@@ -72,7 +72,7 @@ def train(config: Config, run_directory: Path | str | None = None, observers: Se
     called on rank 0 like the run's loggers: one that raises is reported once and dropped.
 
     Examples:
-        >>> config = dist_train.load_config("dist_train:configs/smoke.yaml", ["batch.global_size=128"])
+        >>> config = dist_train.load_config("dist_train:configs/smoke.yaml")
         >>> outcome = dist_train.train(config, "runs/demo")  # 4 epochs of 8 updates
         >>> outcome.state, outcome.step
         ('finished', 32)

@@ -297,7 +297,7 @@ class Observer:
         ...         if isinstance(record, TrainRecord):
         ...             self.losses.append(record.loss)
         >>> losses = Losses()
-        >>> config = dist_train.load_config("dist_train:configs/smoke.yaml", ["batch.global_size=128"])
+        >>> config = dist_train.load_config("dist_train:configs/smoke.yaml")
         >>> outcome = dist_train.train(config, "runs/observed", observers=[losses])
         >>> len(losses.losses), losses.losses[-1] < losses.losses[0]
         (32, True)

@@ -185,10 +185,10 @@ class TestConfig:
             assert main(command) == ExitCode.USAGE
             assert word in capsys.readouterr().err
 
-    def test_check_refuses_the_shipped_file_whose_batch_a_study_chooses(self) -> None:
+    def test_check_refuses_a_batch_of_more_samples_than_there_are(self) -> None:
         smoke = str(Path(__file__).parents[2] / "configs" / "smoke.yaml")
-        assert main(["config", "check", smoke]) == ExitCode.USAGE
-        assert main(["config", "check", smoke, "batch.global_size=256"]) == ExitCode.FINISHED
+        assert main(["config", "check", smoke]) == ExitCode.FINISHED
+        assert main(["config", "check", smoke, "batch.global_size=8192"]) == ExitCode.USAGE
 
     def test_show_prints_every_setting_so_that_it_can_be_loaded(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
