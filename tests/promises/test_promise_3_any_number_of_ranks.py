@@ -85,6 +85,7 @@ def test_more_ranks_than_micro_batches_are_bit_identical_to_one(tmp_path: Path) 
     assert weights_digest(tmp_path / "torch") == weights_digest(tmp_path / "alone")
 
 
+@pytest.mark.lengthy
 def test_float_reduction_agrees_to_a_millionth_in_the_first_step(tmp_path: Path) -> None:
     config = write_config(tmp_path, small_settings(run={"max_steps": 1}, comm={"reduction": "float"}))
     first = []

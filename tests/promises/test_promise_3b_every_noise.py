@@ -65,6 +65,7 @@ def test_several_ranks_are_bit_identical_to_one(tmp_path: Path, name: str) -> No
     assert_same_run(several, alone)
 
 
+@pytest.mark.lengthy
 def test_one_draw_per_rank_depends_on_the_number_of_ranks(tmp_path: Path) -> None:
     noise = {"sharing": "rank", "scale": "weight", "amplitude": 0.5}
     two, three = (train(tmp_path, noise, ranks, "torch") for ranks in (2, 3))

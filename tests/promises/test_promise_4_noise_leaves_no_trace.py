@@ -62,6 +62,7 @@ def test_flipped_bit_on_one_of_three_ranks_ends_the_run_with_4(tmp_path: Path, t
 
 
 @pytest.mark.ranks
+@pytest.mark.lengthy
 def test_four_ranks_have_bit_identical_weights_after_200_steps(tmp_path: Path) -> None:
     settings = small_settings(
         run={"epochs": 25, "max_steps": 200},

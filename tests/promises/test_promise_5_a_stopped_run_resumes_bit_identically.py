@@ -24,7 +24,7 @@ from tests.launching import (
     write_config,
 )
 
-KILLS = 4
+KILLS = 3
 
 
 @pytest.mark.ranks
@@ -32,7 +32,7 @@ def test_run_killed_at_random_moments_resumes_bit_identically(tmp_path: Path) ->
     config = write_config(
         tmp_path,
         small_settings(
-            run={"epochs": 20},
+            run={"epochs": 14},
             noise={"sharing": "micro_batch", "schedule": {"kind": "cosine"}},
             schedule={"warmup_epochs": 3, "decay": "cosine"},
             evaluation={"every_epochs": 5},

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dist_train.outcome import ExitCode
-from tests.launching import launch, small_settings, status, train_ranks, write_config
+from tests.launching import launch, mostly_lengthy, small_settings, status, train_ranks, write_config
 
 pytestmark = pytest.mark.ranks
 
@@ -17,10 +17,7 @@ pytestmark = pytest.mark.ranks
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and torch can use it")
 @pytest.mark.parametrize(
     ("ranks", "controller", "variables"),
-    [
-        (1, "alone", {"SLURM_GPUS_ON_NODE": "4"}),
-        (2, "mpi", {"CUDA_VISIBLE_DEVICES": "0,1"}),
-    ],
+    mostly_lengthy([(1, "alone", {"SLURM_GPUS_ON_NODE": "4"}), (2, "mpi", {"CUDA_VISIBLE_DEVICES": "0,1"})]),
 )
 def test_run_uses_the_cpu_instead_of_gpus_only_on_request(
     ranks: int, controller: str, variables: Mapping[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
