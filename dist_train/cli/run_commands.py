@@ -117,7 +117,7 @@ def add_launch(subparsers: Subparsers) -> None:
         "launch",
         help="a command on several ranks of this machine, without MPI or Horovod",
         description="Run `dist-train COMMAND ...` as N ranks on this machine, over torch.distributed. "
-        "SIGTERM, SIGINT and SIGUSR2 ask the ranks to save and stop. The exit code is the command's own.",
+        "SIGTERM, SIGINT, SIGHUP and SIGUSR2 ask the ranks to save and stop. The exit code is the command's own.",
     )
     parser.add_argument("-np", type=int, default=2, metavar="N", help="number of ranks on this machine (default: 2)")
     parser.add_argument(

@@ -48,7 +48,7 @@ class RunSettings(Section):
     profile_steps: NonNegativeInt = Field(0, examples=[5])
     """Number of updates to trace with the profiler."""
     stop_signal: Literal["SIGUSR1", "SIGUSR2", "SIGHUP"] = "SIGUSR2"
-    """A further signal that asks the run to save and stop, as SIGTERM, SIGINT and SIGUSR2 do."""
+    """A further signal that asks the run to save and stop, as SIGTERM, SIGINT, SIGHUP and SIGUSR2 do."""
     resume: Annotated[str, AfterValidator(os.path.expanduser)] = Field(
         "auto", examples=["runs/other/checkpoints/step-00000040.pt"]
     )

@@ -12,14 +12,14 @@ from typing import Any
 from dist_train.checkpoint.state import Progress
 from dist_train.cluster.launch import current_job, job_end
 
-_ALWAYS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+_ALWAYS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 
 
 class StopRequests:
-    """Within the block, SIGTERM, SIGINT and SIGUSR2 request a stop instead of ending the process.
+    """Within the block, SIGTERM, SIGINT, SIGHUP and SIGUSR2 request a stop instead of ending the process.
 
-    A second SIGINT ends the process as usual. If SIGINT is already ignored, as in background jobs of a shell script, it
-    stays ignored.
+    A second SIGINT ends the process as usual. Ignored signals stay ignored: SIGINT in background jobs of a shell
+    script, SIGHUP under nohup.
     """
 
     def __init__(self, stop_signal: str = "SIGUSR2") -> None:
@@ -31,7 +31,7 @@ class StopRequests:
 
     def __enter__(self) -> StopRequests:
         for number in self._signals:
-            if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
+            if number in (signal.SIGTERM, signal.SIGUSR2) or signal.getsignal(number) != signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._note)
         return self
 
