@@ -2,7 +2,7 @@
 
 Randomness is a pure function of (seed, purpose, indices): nothing to save, nothing to replay. Every random choice of a
 run takes its own generator from here, so that any step can be reproduced alone, on any rank. Layers such as dropout
-know only torch's global generators: `LayerDraws` seeds these for each micro-batch, and leaves them as it found them.
+know only torch's global generators: `LayerRng` seeds these for each micro-batch, and leaves them as it found them.
 
 Sums are of floats as 64-bit integers at a power-of-two scale. Floating-point addition is not associative, so a float
 sum depends on how its terms are dealt out to ranks. Integer addition is associative. A power of two scales a float32
@@ -48,11 +48,11 @@ def generator(seed: int, purpose: str, *indices: int | str, device: torch.device
     return torch.Generator(device=device).manual_seed(key(seed, purpose, *indices))
 
 
-class LayerDraws:
-    """What dropout and other layers draw from torch's global generators: a function of the seed and the micro-batch.
+class LayerRng:
+    """torch's global generators, from which dropout and other layers draw, seeded for each micro-batch.
 
-    So it does not depend on how micro-batches are dealt to ranks, and every pass over a micro-batch in an update, also
-    a repeated one, has the same masks.
+    What they draw does not depend on how micro-batches are dealt to ranks, and all passes over a micro-batch in an
+    update, also a repeated one, have the same masks.
     """
 
     def __init__(self, seed: int, device: torch.device) -> None:
@@ -63,7 +63,7 @@ class LayerDraws:
             self._generators += torch.cuda.default_generators[first : first + 1]
 
     @contextmanager
-    def borrowed(self) -> Iterator[None]:
+    def preserved(self) -> Iterator[None]:
         """Return a context which restores the global generators at its end: they are the caller's."""
         states = [each.get_state() for each in self._generators]
         try:
@@ -72,7 +72,7 @@ class LayerDraws:
             for each, state in zip(self._generators, states, strict=True):
                 each.set_state(state)
 
-    def begin(self, step: int, start: int) -> None:
+    def seed(self, step: int, start: int) -> None:
         """Seed the generators for a pass over the micro-batch that starts with sample `start` of its global batch."""
         number = key(self._seed, "layers", step, start)
         for each in self._generators:

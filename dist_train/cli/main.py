@@ -66,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UsageError, FaultError, DivergedError) as error:
         return _report(error)
     except PermissionError as error:  # a run directory, for example, is its user's alone
+        if error.filename is None:
+            raise
         return _report(UsageError(f"permission denied: {error.filename}", code="permission-denied"))
     except KeyboardInterrupt:
         # As Python ends, but without a traceback; shells must see that the signal ended this process.

@@ -40,7 +40,7 @@ from dist_train.optim.noise import Noise, SmoothOut, build_noise
 from dist_train.optim.optimizers import build_optimizer
 from dist_train.optim.schedules import LearningRate
 from dist_train.outcome import UsageError
-from dist_train.reproducible import LayerDraws
+from dist_train.reproducible import LayerRng
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import Epochs
 from dist_train.training.compute import Compute, LossScale, is_out_of_memory, set_up_compute
@@ -217,7 +217,7 @@ def build_step(
         optimizer=optimizer,
         tally=Tally(comm, statistics, compute.device),
         compute=compute,
-        draws=LayerDraws(config.run.seed, compute.device),
+        layer_rng=LayerRng(config.run.seed, compute.device),
         clip_norm=config.optimizer.clip_norm,
         averaging=averaging,
         label_smoothing=config.regularization.label_smoothing,
@@ -337,7 +337,7 @@ def _with_micro_size(
         return config
     images = config.data.image_format
     try_size = forward_and_backward(model, images.shape, images.classes, compute)
-    with LayerDraws(config.run.seed, compute.device).borrowed():
+    with LayerRng(config.run.seed, compute.device).preserved():
         size = find_micro_size(
             try_size,
             global_size=config.batch.global_size,

@@ -26,7 +26,7 @@ from dist_train.optim.flat_weights import FlatWeights
 from dist_train.optim.noise import Noise
 from dist_train.optim.optimizers import optimizer_step, set_learning_rate
 from dist_train.outcome import DivergedError, UsageError
-from dist_train.reproducible import LayerDraws
+from dist_train.reproducible import LayerRng
 from dist_train.training.compute import Compute, LossScale, is_out_of_memory
 from dist_train.training.graphs import GraphRecorder, MicroBatchGraphs
 from dist_train.training.measuring import HostTimer, StepClock, StepTimes
@@ -98,8 +98,8 @@ class TrainingStep:
     optimizer: Optimizer
     tally: Tally
     compute: Compute
-    draws: LayerDraws
-    """The random numbers of the model's own layers, such as dropout."""
+    layer_rng: LayerRng
+    """Of the model's own layers, such as dropout."""
     clip_norm: float | None
     averaging: Averaging
     label_smoothing: float = 0.0
@@ -171,7 +171,7 @@ class TrainingStep:
             with (
                 self.clock.phase("forward-backward"),
                 sync_batch_norm(self.norms, self.sum_over_ranks),
-                self.draws.borrowed(),
+                self.layer_rng.preserved(),
             ):
                 fits = self._add_gradients(batch)
         finally:
@@ -207,16 +207,16 @@ class TrainingStep:
             request = batch.request(micro_batch)
             inputs, target = self.mix(*self.samples.read(request), request)
         scaled_size = len(batch.indices) / self.loss_scale.value
-        begin_draws = partial(self.draws.begin, batch.step, micro_batch.start)
+        seed_layers = partial(self.layer_rng.seed, batch.step, micro_batch.start)
         points = self.noise.points(micro_batch.index)
         for point in points:
-            begin_draws()
+            seed_layers()
             with self.clock.part("perturb_restore"):
                 self.noise.perturb_for(micro_batch.index, partial(self._ascend, inputs, target, scaled_size), point)
             divisor = scaled_size / point.weight
             if self.noise.settings.target_rise is not None and micro_batch.index == 0 and point is points[0]:
-                self._measure_rise(inputs, target, begin_draws)
-            begin_draws()
+                self._measure_rise(inputs, target, seed_layers)
+            seed_layers()
             if micro_batch is batch.micro_batches[-1] and point is points[-1]:
                 # Never a graph: it sends buckets while its backward pass is under way.
                 self._differentiate(inputs, target, divisor, self.reduction.last_micro_batch)
@@ -248,12 +248,12 @@ class TrainingStep:
             logits = self.model(inputs)
         return logits, loss_sum(logits.float(), target, self.label_smoothing)
 
-    def _measure_rise(self, inputs: Tensor, target: Target, begin_draws: Callable[[], None]) -> None:
+    def _measure_rise(self, inputs: Tensor, target: Target, seed_layers: Callable[[], None]) -> None:
         """Note by how much the loss of a micro-batch is larger with the noise; no gradients, no norm statistics."""
         with self.clock.part("forward_backward"), torch.no_grad():
-            begin_draws()
+            seed_layers()
             _, loss = self._forward(inputs, target)
-            begin_draws()
+            seed_layers()
             with self.noise.at_clean_weights():
                 _, clean_loss = self._forward(inputs, target)
         self.tally.add_rise(loss, clean_loss, len(target.main))

@@ -9,7 +9,7 @@ import pytest
 from dist_train.training.stopping import StopRequests
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP])
 def test_promise_7_a_signal_sets_the_flag_and_nothing_else(number: signal.Signals) -> None:
     with StopRequests() as stop:
         assert not stop.requested()
@@ -33,19 +33,20 @@ def test_a_second_interrupt_ends_the_process_as_usual() -> None:
         assert stop.requested()
 
 
-def test_an_interrupt_that_is_ignored_already_stays_so() -> None:
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_that_is_ignored_already_stays_so(number: signal.Signals) -> None:
+    before = signal.signal(number, signal.SIG_IGN)
     try:
         with StopRequests() as stop:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
             assert not stop.requested()
-        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        assert signal.getsignal(number) == signal.SIG_IGN
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)
 
 
 def test_the_signals_are_given_back_also_when_an_error_passes() -> None:
-    numbers = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+    numbers = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
     before = [signal.getsignal(number) for number in numbers]
 
     def broken_off() -> None:

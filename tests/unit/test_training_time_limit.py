@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 
 import pytest
@@ -8,30 +7,8 @@ import pytest
 from dist_train.checkpoint.files import list_checkpoints
 from dist_train.cluster.communicator import Alone
 from dist_train.outcome import StoppedError
-from dist_train.training.stopping import StopRequests, TimeLimit, job_time_limit
+from dist_train.training.stopping import TimeLimit, job_time_limit
 from tests.unit.small_trainers import build_trainer, small_config
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2])
-def test_a_signal_requests_a_stop(number: signal.Signals) -> None:
-    before = signal.signal(number, signal.SIG_DFL)
-    try:
-        with StopRequests() as requests:
-            signal.raise_signal(number)
-            assert (requests.requested(), requests.reason) == (True, number.name)
-        assert signal.getsignal(number) == signal.SIG_DFL
-    finally:
-        signal.signal(number, before)
-
-
-def test_a_closed_terminal_does_not_stop_a_run_under_nohup() -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with StopRequests() as requests:
-            signal.raise_signal(signal.SIGHUP)
-            assert not requests.requested()
-    finally:
-        signal.signal(signal.SIGHUP, before)
 
 
 def first_near(limit: TimeLimit, seconds_a_step: float) -> float:
