@@ -1,14 +1,24 @@
-"""What pyproject.toml cannot say: which files outside the package an installed program needs."""
+"""What pyproject.toml cannot say: the compiled kernels, and which files outside the package a program needs."""
 
 import shutil
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 from setuptools.command.build_py import build_py
 
 SHIPPED = ("configs", "studies", "launch", "slurm")
 OF_A_CHECKOUT = ("demo.sh",)
 """Makes .venv first, and is of no use in another environment."""
+
+CPU_KERNELS = Extension(
+    "dist_train.kernels._cpu",
+    ["dist_train/kernels/_cpu.c"],
+    # Not -ffast-math: the bits are to be the same everywhere.
+    extra_compile_args=["-O3", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"],
+    extra_link_args=["-fopenmp"],
+    py_limited_api=True,
+    optional=True,  # without a compiler, torch's operators are used instead
+)
 
 
 class BuildWithShippedFiles(build_py):
@@ -24,4 +34,8 @@ class BuildWithShippedFiles(build_py):
             shutil.copytree(folder, target, ignore=shutil.ignore_patterns(*OF_A_CHECKOUT), dirs_exist_ok=True)
 
 
-setup(cmdclass={"build_py": BuildWithShippedFiles})
+setup(
+    cmdclass={"build_py": BuildWithShippedFiles},
+    ext_modules=[CPU_KERNELS],
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+)

@@ -58,7 +58,7 @@ digest() {
     local packages
     packages=$(echo "$venv"/lib/python*/site-packages)
     {
-        cat pyproject.toml setup.py docker/{common,cuda,environment,horovod_wheel}.sh
+        cat pyproject.toml setup.py dist_train/kernels/_cpu.c docker/{common,cuda,environment,horovod_wheel}.sh
         cat "$packages/torch/version.py" 2>/dev/null || true
         find "$packages" -maxdepth 1 -name 'nvidia_nccl*.dist-info' -printf '%f\n' 2>/dev/null || true
         builder

@@ -1,6 +1,6 @@
 """Our kernels as torch operators, `torch.ops.dist_train`, with shape functions for FakeTensor and torch.compile.
 
-Triton is imported when an operator is first called.
+Those for GPUs are Triton's, imported when an operator is first called. Norms also have compiled kernels for CPUs.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import sysconfig
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -45,20 +46,52 @@ def has_triton() -> bool:
     return find_spec("triton") is not None and compiler is not None and header.exists()
 
 
+@cache
+def has_cpu_kernels() -> bool:
+    """Whether the compiled kernels were built, which needs a C compiler, and find their OpenMP library."""
+    try:
+        from dist_train.kernels import _cpu  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def has_norm_kernels(inputs: Tensor, weight: Tensor) -> bool:
+    """Whether there are kernels for norms of `inputs`, on their device and of their type, and of `weight`."""
+    if inputs.is_cuda:
+        return inputs.dtype != torch.float64 and has_triton()
+    if inputs.device.type != "cpu" or weight.dtype != torch.float32:
+        return False
+    return inputs.dtype in (torch.float32, torch.bfloat16) and has_cpu_kernels()
+
+
+def norm_kernels(inputs: Tensor) -> ModuleType:
+    """Return the module that normalizes tensors on the device of `inputs`; see `has_norm_kernels`."""
+    if inputs.is_cuda:
+        from dist_train.kernels import norms
+
+        return norms
+    from dist_train.kernels import cpu
+
+    return cpu
+
+
 def _ghost_norm(
     inputs: Tensor, weight: Tensor, bias: Tensor, epsilon: float, size: int, groups: int, activation: str
 ) -> tuple[Tensor, Tensor]:
-    from dist_train.kernels import norms
-
-    return norms.normalize(inputs, weight, bias, epsilon, size, groups, activation == "relu")
+    found: tuple[Tensor, Tensor] = norm_kernels(inputs).normalize(
+        inputs, weight, bias, epsilon, size, groups, activation == "relu"
+    )
+    return found
 
 
 def _ghost_norm_backward(
     upstream: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor, moments: Tensor, size: int, activation: str
 ) -> tuple[Tensor, Tensor]:
-    from dist_train.kernels import norms
-
-    return norms.gradients(upstream, inputs, weight, bias, moments, size, activation == "relu")
+    found: tuple[Tensor, Tensor] = norm_kernels(inputs).gradients(
+        upstream, inputs, weight, bias, moments, size, activation == "relu"
+    )
+    return found
 
 
 def _shapes(

@@ -234,8 +234,7 @@ def _build_network(config: Config, device: torch.device) -> tuple[nn.Module, Fla
     """Return the network of `config` on `device`, and its weights. Raises UsageError if they do not fit the memory."""
     try:
         network = build_model(config).to(device)
-        if device.type == "cuda":
-            join_relus(network)
+        join_relus(network)
         return network, FlatWeights(network)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):

@@ -95,7 +95,7 @@ def collect_statistics(model: nn.Module) -> None:
 
 
 def join_relus(model: nn.Module) -> None:
-    """Fuse each ReLU after a norm in an `nn.Sequential` into the norm: on a GPU, one kernel less."""
+    """Fuse each ReLU after a norm in an `nn.Sequential` into the norm: one pass over memory less."""
     for parent in list(model.modules()):
         # A subclass may do something between the two, such as an addition.
         if isinstance(parent, nn.Sequential) and type(parent).forward is nn.Sequential.forward:

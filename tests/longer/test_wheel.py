@@ -63,7 +63,7 @@ def test_wheel_contains_only_the_package_and_shipped_files(wheel: Path) -> None:
     package = {
         str(path.relative_to(ROOT))
         for path in (ROOT / "dist_train").rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
+        if path.is_file() and path.suffix != ".c" and "__pycache__" not in path.parts
     }
     shipped = {
         f"dist_train/share/{path.relative_to(ROOT)}" for folder in SHIPPED for path in (ROOT / folder).iterdir()

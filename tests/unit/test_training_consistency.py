@@ -74,7 +74,9 @@ def test_the_code_is_every_source_file_and_what_computes() -> None:
     )
 
 
-def test_on_gpus_the_kernels_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernels_of_the_device_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(consistency, "has_cpu_kernels", lambda: False)
+    assert consistency.code_of(CONFIG)["CPU kernels"] == "none"
     assert "Triton" not in consistency.code_of(CONFIG)
     monkeypatch.setattr(consistency, "device_type", lambda asked: "cuda")
     monkeypatch.setattr(consistency, "has_triton", lambda: False)

@@ -1,0 +1,101 @@
+"""The compiled kernels for norms on CPUs."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from dist_train.kernels import operators
+from dist_train.models.norms import GroupedBatchNorm
+from tests.unit.norm_kernels import EPSILON, NormKernels, norm_by, norm_in_float64, sizes_of, tensors
+
+cpu = pytest.importorskip("dist_train.kernels.cpu", reason="needs the compiled kernels, which make setup builds")
+
+ROOT = Path(__file__).parents[2]
+CASE = (40, 70, (9, 11))
+
+
+class TestNorms(NormKernels):
+    @pytest.fixture
+    def kernels(self) -> ModuleType:
+        module: ModuleType = cpu
+        return module
+
+    @pytest.fixture
+    def kind(self) -> torch.dtype:
+        return torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=str)
+def test_bits_do_not_depend_on_the_number_of_threads(kind: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, upstream, weight, bias = tensors(*CASE)
+    given = inputs.to(kind), upstream.to(kind), weight, bias
+    expected = norm_by(cpu, *given, sizes_of(40, 17), "relu")
+    monkeypatch.setattr(cpu, "_threads", lambda _: 3)
+    for found, alone in zip(norm_by(cpu, *given, sizes_of(40, 17), "relu"), expected, strict=True):
+        assert torch.equal(found, alone)
+
+
+def test_bits_do_not_depend_on_the_width_of_vectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = shutil.which("cc") or pytest.skip("needs a C compiler")
+    library, source = tmp_path / "_cpu.so", ROOT / "dist_train/kernels/_cpu.c"
+    options = ("-O1", "-fopenmp", "-ffp-contract=off", "-fPIC", "-shared", f"-I{sysconfig.get_paths()['include']}")
+    subprocess.run([compiler, *options, "-DVECTORIZED=", "-o", library, source], check=True)
+    spec = importlib.util.spec_from_file_location("_cpu", library)
+    assert spec is not None
+    assert spec.loader is not None
+    scalar = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(scalar)
+    for kind in (torch.float32, torch.bfloat16):
+        inputs, upstream, weight, bias = tensors(*CASE)
+        given = inputs.to(kind), upstream.to(kind), weight, bias
+        expected = norm_by(cpu, *given, [40], "relu")
+        with monkeypatch.context() as patch:
+            patch.setattr(cpu, "_cpu", scalar)
+            for found, vectorized in zip(norm_by(cpu, *given, [40], "relu"), expected, strict=True):
+                assert torch.equal(found, vectorized)
+
+
+def test_many_equal_values_do_not_lose_digits() -> None:
+    inputs, upstream, weight, bias = tensors(120, 4, (28, 28))
+    inputs[:, :, :, 14:] = 0.3  # the black background of Fashion-MNIST: torch's error is 1e-4 and more
+    found = norm_by(cpu, inputs, upstream, weight, bias, [120], "none")
+    expected = norm_in_float64(inputs, upstream, weight, bias, [120], "none")
+    outputs, moments, of_inputs, of_groups = found
+    for result, true in zip((outputs, moments[:2], of_inputs, *of_groups[:, 0]), expected, strict=True):
+        assert float((result.double() - true).abs().max() / true.abs().max()) < 5e-7
+
+
+@pytest.mark.parametrize("sides", [(), (3, 2)], ids=str)
+@pytest.mark.parametrize("samples", [1, 5])
+def test_without_kernels_torch_computes_the_same_up_to_rounding(
+    samples: int, sides: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs, upstream, weight, bias = tensors(samples + 200, 6, sides)
+    sizes = [100, samples + 100]
+    expected = norm_in_float64(inputs, upstream, weight, bias, sizes, "relu")
+    monkeypatch.setattr(operators, "has_cpu_kernels", lambda: False)
+    norm = GroupedBatchNorm(6, 100)
+    norm.epsilon, norm.activation = EPSILON, "relu"
+    with torch.no_grad():
+        norm.weight.copy_(weight)
+        norm.bias.copy_(bias)
+    leaf = inputs.clone().requires_grad_()
+    outputs = norm(leaf)
+    [seen] = norm.seen
+    gradients = torch.autograd.grad(outputs, (leaf, norm.weight, norm.bias), upstream)
+    for found, true in zip((outputs, torch.stack([seen.means, seen.variances]), *gradients), expected, strict=True):
+        torch.testing.assert_close(found.double(), true, rtol=1e-5, atol=1e-5 * float(true.abs().max()) + 1e-6)
+
+
+def test_groups_that_do_not_fit_the_rows_are_refused() -> None:
+    inputs, _, weight, bias = tensors(4, 3, ())
+    with pytest.raises(ValueError, match="a group has"):
+        cpu.normalize(inputs, weight, bias, EPSILON, 3, 2, False)
