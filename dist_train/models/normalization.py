@@ -123,7 +123,8 @@ class _NormalizeByTorch(torch.autograd.Function):
         copies = not _torch_is_accurate(inputs)
         for group, output, of_group in groups:
             mean, variance, scale, saved_mean = of_group.unbind()
-            values, result = (_by_channel(group), _by_channel(output)) if copies else (group, output)
+            values = _by_channel(group) if copies else group
+            result = torch.empty_like(values) if copies else output
             # With momentum 1 the running statistics become those of this group.
             torch.native_batch_norm(
                 values, weight, bias, mean, variance, True, 1.0, epsilon, out=(result, saved_mean, scale)
@@ -151,7 +152,9 @@ class _NormalizeByTorch(torch.autograd.Function):
             of_values, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
                 slopes, values, weight, None, None, mean, scale, True, ctx.epsilon, [True, True, True]
             )
-            of_groups.append((_by_sample(of_values, group) if ctx.copies else of_values, of_weight, of_bias))
+            if ctx.copies:
+                of_values = _by_sample(of_values, group).to(group.dtype)
+            of_groups.append((of_values, of_weight, of_bias))
         if len(of_groups) == 1:
             return *of_groups[0], None, None
         parts, of_weights, of_biases = zip(*of_groups, strict=True)
@@ -221,8 +224,9 @@ def _torch_is_accurate(inputs: Tensor) -> bool:
 
 
 def _by_channel(group: Tensor) -> Tensor:
-    """Return a copy of `group` [n, C, ...] in which the values of each channel are contiguous: [1, C, values]."""
-    return group.transpose(0, 1).flatten(1).contiguous().unsqueeze(0)
+    """Return `group` [n, C, ...], at least float32, with the values of each channel contiguous: [1, C, values]."""
+    values = group.to(torch.promote_types(group.dtype, torch.float32))
+    return values.transpose(0, 1).flatten(1).contiguous().unsqueeze(0)
 
 
 def _by_sample(values: Tensor, group: Tensor) -> Tensor:
