@@ -131,6 +131,8 @@ class _NormalizeByTorch(torch.autograd.Function):
             )
             if copies:
                 output.copy_(_by_sample(result, output))
+            if group.numel() == len(weight):
+                variance.zero_()  # of a single value, for which torch divides by 0
         means, variances, scales, _ = moments.unbind()
         ctx.save_for_backward(inputs, weight, bias, means, scales)
         ctx.epsilon, ctx.group_sizes, ctx.copies = epsilon, group_sizes, copies
