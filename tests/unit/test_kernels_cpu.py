@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from dist_train.kernels import operators
+from dist_train.models.normalization import normalize
 from dist_train.models.norms import GroupedBatchNorm
 from tests.unit.norm_kernels import EPSILON, NormKernels, norm_by, norm_in_float64, sizes_of, tensors
 
@@ -74,15 +75,14 @@ def test_many_equal_values_do_not_lose_digits() -> None:
 
 
 @pytest.mark.parametrize("sides", [(), (1, 1), (3, 2)], ids=str)
-@pytest.mark.parametrize(("samples", "size"), [(205, 100), (3, 1)])
 def test_without_kernels_torch_computes_the_same_up_to_rounding(
-    samples: int, size: int, sides: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+    sides: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inputs, upstream, weight, bias = tensors(samples, 6, sides)
-    sizes = sizes_of(samples, size)
+    inputs, upstream, weight, bias = tensors(205, 6, sides)
+    sizes = sizes_of(205, 100)
     expected = norm_in_float64(inputs, upstream, weight, bias, sizes, "relu")
     monkeypatch.setattr(operators, "has_cpu_kernels", lambda: False)
-    norm = GroupedBatchNorm(6, size)
+    norm = GroupedBatchNorm(6, 100)
     norm.epsilon, norm.activation = EPSILON, "relu"
     with torch.no_grad():
         norm.weight.copy_(weight)
@@ -93,6 +93,16 @@ def test_without_kernels_torch_computes_the_same_up_to_rounding(
     gradients = torch.autograd.grad(outputs, (leaf, norm.weight, norm.bias), upstream)
     for found, true in zip((outputs, torch.stack([seen.means, seen.variances]), *gradients), expected, strict=True):
         torch.testing.assert_close(found.double(), true, rtol=1e-5, atol=1e-5 * float(true.abs().max()) + 1e-6)
+
+
+@pytest.mark.parametrize("with_kernels", [True, False])
+def test_single_value_has_variance_0(with_kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, _, weight, bias = tensors(3, 6, ())
+    monkeypatch.setattr(operators, "has_cpu_kernels", lambda: with_kernels)
+    outputs, means, variances = normalize(inputs, weight, bias, EPSILON, [1, 1, 1])
+    torch.testing.assert_close(outputs, bias.expand(3, -1), rtol=0.0, atol=1e-3)
+    assert torch.equal(means, inputs)
+    assert not variances.any()
 
 
 def test_groups_that_do_not_fit_the_rows_are_refused() -> None:
