@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from dist_train.kernels import operators
 
@@ -170,11 +171,8 @@ class _NormalizeAcrossRanks(torch.autograd.Function):
         ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor, epsilon: float, across: AcrossRanks
     ) -> tuple[Tensor, Tensor, Tensor]:
         mean, variance, unbiased = _moments_across_ranks(inputs, across)
-        outputs, unused = torch.empty_like(inputs), mean.new_empty(0)
-        # torch's kernel for evaluation, given these moments.
-        torch.native_batch_norm(
-            inputs, weight, bias, mean, variance, False, 0.0, epsilon, out=(outputs, unused, unused)
-        )
+        # Evaluation normalizes by given moments.
+        outputs = functional.batch_norm(inputs, mean, variance, weight, bias, eps=epsilon)
         ctx.save_for_backward(inputs, weight, mean, (variance + epsilon).rsqrt_())
         ctx.across = across
         means, variances = mean.unsqueeze(0), unbiased.unsqueeze(0)
