@@ -23,6 +23,7 @@ A search maximized the smallest distance between any two, for normal and for eac
 """
 
 _DASHES = ("", "7 3", "2 3", "9 3 2 3")
+_FILLS = (1.0, 0.0, 0.4)
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Look:
 
     colour: int
     dashes: tuple[float, ...] = ()
-    is_hollow: bool = False  # whether marks are drawn as outlines
+    fill: float = 1.0  # how much of the colour marks have within their outline; 0: none
 
 
 _AVERAGED = (7.0, 3.0)
@@ -50,13 +51,13 @@ ROLES: Mapping[str, Look] = {
 
 
 def look_of(style: str) -> Look:
-    """Return the look of a series style: s0 is the base line; s6 reuses the colour of s1, dashed, and so on."""
+    """Return the look of a series style: s0 is the base line; s6 has the colour of s1, dashed and hollow, and so on."""
     role = style.split()[0]
     if role in ROLES:
         return ROLES[role]
     turn, place = divmod(int(role[1:]) - 1, len(LIGHT) - 1) if role != "s0" else (0, -1)
     dashes = _DASHES[turn % len(_DASHES)]
-    return Look(place + 1, tuple(map(float, dashes.split())), turn % 2 == 1)
+    return Look(place + 1, tuple(map(float, dashes.split())), _FILLS[turn % len(_FILLS)])
 
 
 def style_rules(styles: Iterable[str]) -> Iterator[str]:
@@ -67,7 +68,9 @@ def style_rules(styles: Iterable[str]) -> Iterator[str]:
     for style in styles:
         look = look_of(style)
         dashes = f";--dash:{' '.join(f'{each:g}' for each in look.dashes)};--stroke:dashed" if look.dashes else ""
-        yield f".{style}{{--c:var(--c{look.colour}){dashes}{';--fill:var(--paper)' if look.is_hollow else ''}}}"
+        mix = f"color-mix(in srgb,var(--c{look.colour}) {look.fill:.0%},var(--paper))"
+        fill = f";--fill:{mix}" if look.fill < 1.0 else ""
+        yield f".{style}{{--c:var(--c{look.colour}){dashes}{fill}}}"
 
 
 WIDTH = 400

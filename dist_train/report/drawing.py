@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
 from dist_train.outcome import UsageError, writing
-from dist_train.report.chart import LIGHT, look_of, ticks
+from dist_train.report.chart import LIGHT, Look, look_of, ticks
 from dist_train.rundir import atomic
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import TrainRecord, read_records
@@ -194,7 +195,7 @@ def _draw_series(axes: Axes, series: Series) -> None:
     look = look_of(series.style)
     points = [point for point in series.points if math.isfinite(point.x) and math.isfinite(point.y)]
     x, y, colour = [point.x for point in points], [point.y for point in points], LIGHT[look.colour]
-    fill = "white" if look.is_hollow else colour
+    fill = _fill(look)
     if series.form in _MARKS:
         axes.plot(x, y, _MARKS[series.form], color=colour, markerfacecolor=fill, markersize=4, label=series.label)
         return
@@ -216,6 +217,12 @@ def _draw_series(axes: Axes, series: Series) -> None:
         axes.fill_between(places, low, high, color=colour, alpha=0.13, linewidth=0)
 
 
+def _fill(look: Look) -> tuple[float, float, float]:
+    """Return the colour within a mark's outline, on white paper."""
+    red, green, blue = (1.0 - look.fill * (1.0 - part) for part in to_rgb(LIGHT[look.colour]))
+    return red, green, blue
+
+
 def _draw_strip(axes: Axes, strip: Strip) -> None:
     axes.set_title(strip.panel.title, loc="left")
     _set_axis(axes, "x", strip.axis)
@@ -231,8 +238,7 @@ def _draw_strip(axes: Axes, strip: Strip) -> None:
             axes.plot(ends, [row, row], color=colour, linewidth=4, alpha=0.25)
         if found is not None:
             axes.plot([found.mean * factor], [row], "|", color=colour, markersize=11)
-        fill = "white" if look.is_hollow else colour
-        axes.plot(values, [row] * len(values), "o", color=colour, markerfacecolor=fill)
+        axes.plot(values, [row] * len(values), "o", color=colour, markerfacecolor=_fill(look))
 
 
 _FORMATS = (".png", ".svg", ".pdf")

@@ -74,6 +74,6 @@ def test_every_style_has_one_rule() -> None:
     rules = list(style_rules(["s0", "s6", "loss"]))
     assert rules[-3:] == [
         ".s0{--c:var(--c0)}",
-        ".s6{--c:var(--c1);--dash:7 3;--stroke:dashed;--fill:var(--paper)}",
+        ".s6{--c:var(--c1);--dash:7 3;--stroke:dashed;--fill:color-mix(in srgb,var(--c1) 0%,var(--paper))}",
         ".loss{--c:var(--c1)}",
     ]
