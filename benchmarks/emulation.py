@@ -195,17 +195,19 @@ class _OperatorCounter(TorchDispatchMode):
         if name in ("convolution", "convolution_backward"):
             result = _in_layout_of(result, args[1] if name == "convolution_backward" else args[0])
         inputs, outputs = _tensors((args, kwargs)), _tensors(result)
-        places = {tensor.device.type for tensor in (*inputs, *outputs) if tensor.dim() or tensor.is_cuda}
+        is_copy = name in ("_to_copy", "copy_")
+        # Kernels take a number on the host as an argument; a copy reads it from memory.
+        places = {tensor.device.type for tensor in (*inputs, *outputs) if tensor.dim() or tensor.is_cuda or is_copy}
         if "cuda" not in places or func.namespace not in ("aten", "dist_train") or name in _NO_KERNEL:
             return result
         if "cpu" in places:
             if self._is_recording:
                 raise RuntimeError(f"a graph would keep the address of host memory: {func} in {_calling_function()}")
-            if name not in ("_to_copy", "copy_"):
+            if not is_copy:
                 self.mixed.append(f"{func} in {_calling_function()}")
             elif not kwargs.get("non_blocking", args[2:] == (True,)) or any(
                 # CUDA first waits for the stream before it copies from memory that is not pinned.
-                tensor.dim() and not hasattr(tensor, "is_pinned_here")
+                not hasattr(tensor, "is_pinned_here")
                 for tensor in inputs
                 if not tensor.is_cuda
             ):

@@ -293,12 +293,13 @@ class Tally:
         self._largest = self._counts[:0] if largest is None else largest
         self.count(out_of_range)
         self._counts[_OUT_OF_RANGE].add_(self._statistics.out_of_range)
-        self._counts[_OUT_OF_MEMORY] = int(out_of_memory)
-        self._counts[_STOP] = int(stop)
-        self._counts[_MEET] = int(self._comm.wants_meeting)
+        # By `fill_`: an assignment to an element would copy the number from host memory, for which CUDA waits.
+        self._counts[_OUT_OF_MEMORY].fill_(int(out_of_memory))
+        self._counts[_STOP].fill_(int(stop))
+        self._counts[_MEET].fill_(int(self._comm.wants_meeting))
         paces = self._counts.new_zeros(self._comm.size)
         if pace:
-            paces[self._comm.rank] = pace
+            paces[self._comm.rank].fill_(pace)
         self._sent = torch.cat([self._counts, paces, self._largest, self._statistics.sums])
         self._pending = self._comm.allreduce_async(self._sent, "tally")
 
