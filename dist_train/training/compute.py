@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -85,6 +86,19 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
+
+
+_NOT_DETERMINISTIC = re.compile(r"(\w+) does not have a deterministic implementation")
+
+
+def refuse_nondeterministic(error: BaseException) -> None:
+    """Raise UsageError if `error` is torch's, that an operator has no deterministic kernel; else do nothing."""
+    if found := _NOT_DETERMINISTIC.search(str(error)):
+        raise UsageError(
+            f"the model needs {found[1]}, of which torch has no deterministic kernel: begin with "
+            f"precision.deterministic=false, which no longer gives the same bits in every run, or with another model",
+            code="kernel-not-deterministic",
+        ) from error
 
 
 FIRST = 2.0**16

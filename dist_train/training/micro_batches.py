@@ -12,7 +12,7 @@ from dist_train.config import ModelSettings
 from dist_train.data.plan import BatchPlan, MicroBatch
 from dist_train.models.normalization import SumOverRanks
 from dist_train.outcome import UsageError
-from dist_train.training.compute import Compute, is_out_of_memory
+from dist_train.training.compute import Compute, is_out_of_memory, refuse_nondeterministic
 from dist_train.training.measuring import StepClock
 
 
@@ -81,6 +81,7 @@ def _fits(try_size: Callable[[int], None], size: int) -> bool:
     try:
         try_size(size)
     except (RuntimeError, MemoryError) as error:
+        refuse_nondeterministic(error)
         if not is_out_of_memory(error):
             raise
         return False

@@ -27,7 +27,7 @@ from dist_train.optim.noise import Noise
 from dist_train.optim.optimizers import optimizer_step, set_learning_rate
 from dist_train.outcome import DivergedError, UsageError
 from dist_train.reproducible import LayerRng
-from dist_train.training.compute import Compute, LossScale, is_out_of_memory
+from dist_train.training.compute import Compute, LossScale, is_out_of_memory, refuse_nondeterministic
 from dist_train.training.graphs import GraphRecorder, MicroBatchGraphs
 from dist_train.training.measuring import HostTimer, StepClock, StepTimes
 from dist_train.training.reduction import GradientReduction, Tally, TallyResult
@@ -195,6 +195,7 @@ class TrainingStep:
             for micro_batch in batch.micro_batches:
                 self._add_gradient(batch, micro_batch)
         except (RuntimeError, MemoryError) as error:
+            refuse_nondeterministic(error)
             # With sync norm the others already wait for this rank in a collective of the forward or backward pass.
             if not is_out_of_memory(error) or self.sum_over_ranks is not None:
                 raise

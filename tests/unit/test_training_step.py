@@ -16,6 +16,7 @@ from torch.nn import functional
 from dist_train.cluster.communicator import Alone, Communicator
 from dist_train.data.images import BatchRequest
 from dist_train.data.plan import batch_indices, epoch_order
+from dist_train.models import build_model
 from dist_train.outcome import DivergedError, UsageError
 from dist_train.training.step import GlobalBatch, OutOfMemoryError, Update, clip_gradient
 from dist_train.training.trainer import Trainer
@@ -363,6 +364,35 @@ def test_an_error_of_another_kind_is_not_taken_for_a_lack_of_memory(tmp_path: Pa
         trainer.run()
     assert not isinstance(caught.value, OutOfMemoryError)
     assert torch.equal(trainer.take_step.weights.values, before)
+
+
+class Putting(nn.Module):
+    """A network with an operator that has no deterministic kernel."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs: Tensor = self.network(inputs)
+        return outputs + torch.zeros(1).put_(torch.tensor([0]), torch.ones(1))
+
+
+@pytest.mark.parametrize("micro_size", [6, "auto"])
+def test_an_operator_without_a_deterministic_kernel_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, micro_size: int | str
+) -> None:
+    monkeypatch.setattr("dist_train.launching.assembly.build_model", lambda config: Putting(build_model(config)))
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    try:
+        with raises(UsageError, "kernel-not-deterministic") as caught:
+            build_trainer(
+                small_config(batch={"micro_size": micro_size}, precision={"deterministic": True}), tmp_path, Alone()
+            ).run()
+    finally:
+        torch.use_deterministic_algorithms(mode=False)
+        torch.backends.cudnn.deterministic = False
+    assert "put_" in str(caught.value)
 
 
 @pytest.mark.parametrize(
