@@ -133,7 +133,8 @@ def _rows(group: str, device: Device, seconds: float) -> Finding:
 
 def same_bits(device: Device, folder: Path) -> Finding:
     """Train twice, once killed and resumed, and once as the only rank of a Horovod job: are the weights equal?"""
-    config = _write_config(device, folder)
+    # Four runs and five starts, within the time of a part also where the host needs 30 ms for an update.
+    config = _write_config(device, folder, updates=300)
 
     def command(name: str, controller: str = "alone") -> list[str]:
         return on_ranks(controller, 1, module("dist_train", "train", config, "--run-dir", folder / name))
@@ -147,9 +148,9 @@ def same_bits(device: Device, folder: Path) -> Finding:
     return Finding("\n".join(["| run | weights |", "|---|---|", *rows]), len(set(digests.values())) == 1)
 
 
-def _write_config(device: Device, folder: Path) -> Path:
-    """Write the configuration of a short run with checkpoints and return its path."""
-    updates, every = (1000, 50) if device == "cuda" else (8, 1)
+def _write_config(device: Device, folder: Path, updates: int) -> Path:
+    """Write the configuration of a short run with checkpoints, on a CPU of 8 updates, and return its path."""
+    updates, every = (updates, 50) if device == "cuda" else (8, 1)
     sections = {**QUIET, "checkpoint": {"every_epochs": 0, "every_steps": every}, "batch": {"micro_size": 64}}
     sections["run"] = {"device": device, "max_steps": updates}
     config = folder / "config.yaml"
@@ -164,7 +165,8 @@ def recovery(device: Device, folder: Path) -> Finding:
         lines = ["NCCL's group of one rank, made, used and aborted:", *_aborts(torch.device("cuda", 0)), ""]
         if torch.cuda.device_count() < 2:
             return Finding("\n".join([*lines, "NOT CHECKED: a lost rank. Two ranks need two GPUs."]))
-    config = _write_config(device, folder)
+    # Enough for the lost rank to come back.
+    config = _write_config(device, folder, updates=1000)
     train = ["train", str(config), "--run-dir"]
     _run(module("dist_train", *train, folder / "alone"))
     options = ["launch", "-np", 2, "--min-ranks", 1, "--restarts", 1]
@@ -337,10 +339,10 @@ def graphs(device: Device, folder: Path) -> Finding:
 
 def no_waits(device: Device, folder: Path) -> Finding:
     """Run the tests of a step under torch's sync debug mode; on a CPU only those that need no GPU."""
-    hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
+    variables = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {"DIST_TRAIN_TEST_GPU": "1"}
     command = module("pytest", "-q", "-p", "no:cacheprovider", "tests/unit/test_training_device.py")
     ended = subprocess.run(
-        command, cwd=Path(__file__).parents[1], env=environment(hidden), capture_output=True, text=True
+        command, cwd=Path(__file__).parents[1], env=environment(variables), capture_output=True, text=True
     )
     return Finding(f"```\n{ended.stdout[-3000:].rstrip()}\n```", ended.returncode == 0)
 

@@ -18,6 +18,10 @@ pytest.register_assert_rewrite("tests.launching")
 
 ROOT = Path(__file__).parents[1]
 
+# On a machine with GPUs, too, the tests are for CPUs, but where `make gpu` runs some. To be set before torch looks.
+if any(Path("/dev").glob("nvidia[0-9]*")) and "DIST_TRAIN_TEST_GPU" not in os.environ:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 # No deadline and no database: results depend on neither the machine's speed nor earlier sessions.
 settings.register_profile(
     "hermetic", deadline=None, database=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
