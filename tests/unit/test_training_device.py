@@ -88,6 +88,7 @@ def test_every_part_of_a_step_but_the_reading_of_its_result_is_forbidden_to_wait
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch's sync debug mode is one of CUDA's")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize(
     "sections",
     [
