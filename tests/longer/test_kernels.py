@@ -11,6 +11,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from types import ModuleType
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -106,6 +107,24 @@ def test_gradient_on_a_grid_that_is_not_finite_is_reported_as_largest(bad: float
     assert sizes.tolist() == [1.0, torch.inf]
 
 
+def test_every_launch_says_that_multiplications_and_additions_are_not_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dist_train.kernels import flat, norms  # which need Triton
+
+    kernels = [(flat, name) for name in ("_random_bits", "_accumulate", "_accumulate_on_grids")]
+    kernels += [(norms, name) for name in ("_part_moments", "_write_normalized", "_part_sums", "_write_gradients")]
+    launches = {name: MagicMock() for _, name in kernels}
+    for module, name in kernels:
+        monkeypatch.setattr(module, name, launches[name])
+    integers, matrix, ones = torch.zeros(4, dtype=torch.int64), torch.ones(4, 2), torch.ones(2)
+    flat.random_bits(integers.int(), 1, 2)
+    flat.accumulate(matrix.flatten(), integers, 1.0, begun=True)
+    flat.accumulate_on_grids(matrix.flatten(), integers, integers, integers.view(-1, 1), ones, 0, begun=True)
+    _, moments = norms.normalize(matrix, ones, ones, 1e-5, 4, 1, rectify=False)
+    norms.gradients(matrix, matrix, ones, ones, moments, 4, rectify=False)
+    for launch in launches.values():
+        assert launch.__getitem__.return_value.call_args.kwargs["enable_fp_fusion"] is False
+
+
 COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
@@ -136,5 +155,6 @@ for capability in (80, 90):
 
 def test_kernels_compile_for_gpus() -> None:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    ended = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-W", "error", "-c", COMPILE]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
