@@ -62,8 +62,10 @@ class CudaGraphRecorder:
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
+            # What cannot be recorded also makes the end of the recording fail, with an error that says less.
             raise UsageError(
-                f"the model's passes cannot be recorded: {error}; set precision.cuda_graphs to false",
+                f"the model's passes cannot be recorded: {error.__context__ or error}; set precision.cuda_graphs to "
+                f"false",
                 code="cuda-graphs-capture",
             ) from error
         return graph.replay

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -189,13 +189,29 @@ def test_a_cuda_graph_is_recorded_on_the_stream_that_was_warm_and_other_threads_
     assert replay is graph.replay
 
 
+@contextmanager
+def failing_at_its_end() -> Iterator[None]:
+    """As torch's context of a recording in which something has failed."""
+    try:
+        yield
+    finally:
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+
+@pytest.mark.parametrize("recording", [nullcontext, failing_at_its_end])
+def test_what_cannot_be_recorded_is_refused_and_named(
+    cuda: Mock, recording: Callable[[], AbstractContextManager[None]]
+) -> None:
+    cuda.graph.return_value = recording()
+    with raises(UsageError, "cuda-graphs-capture") as caught:
+        CudaGraphRecorder().record(Mock(side_effect=RuntimeError("not permitted when stream is capturing")))
+    assert "not permitted" in str(caught.value)
+
+
 @pytest.mark.usefixtures("cuda")
-def test_what_cannot_be_recorded_is_refused_but_a_lack_of_memory_stays_one() -> None:
-    recorder = CudaGraphRecorder()
-    with raises(UsageError, "cuda-graphs-capture"):
-        recorder.record(Mock(side_effect=RuntimeError("operation not permitted when stream is capturing")))
+def test_a_lack_of_memory_while_recording_stays_one() -> None:
     with pytest.raises(torch.OutOfMemoryError):
-        recorder.record(Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
+        CudaGraphRecorder().record(Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
 
 
 def test_reading_a_value_within_a_pass_cannot_be_recorded() -> None:
