@@ -46,6 +46,15 @@ def has_triton() -> bool:
     return find_spec("triton") is not None and compiler is not None and header.exists()
 
 
+def triton_version() -> str:
+    """Return the version of Triton, whose distribution has another name in some builds of torch; "none" without it."""
+    if not has_triton():
+        return "none"
+    import triton
+
+    return str(triton.__version__)
+
+
 @cache
 def has_cpu_kernels() -> bool:
     """Whether the compiled kernels were built, which needs a C compiler, and find their OpenMP library."""

@@ -8,7 +8,6 @@ import platform
 import socket
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from dist_train.cluster.devices import device_type
 from dist_train.config import Config
 from dist_train.config.loading import flat_settings
 from dist_train.config.plugins import plugin_files
-from dist_train.kernels.operators import has_cpu_kernels, has_triton
+from dist_train.kernels.operators import has_cpu_kernels, triton_version
 from dist_train.optim.averaging import Averaging
 from dist_train.optim.flat_weights import FlatWeights, digest
 from dist_train.optim.noise import Noise
@@ -82,7 +81,7 @@ def code_of(config: Config) -> Mapping[str, str]:
     """Return what `code_listing` does, digests of the plug-ins in `config`, and which kernels there are."""
     listing = {**code_listing(), **plugin_files(config.model_dump(mode="json"))}
     if device_type(config.run.device) == "cuda":
-        listing["Triton"] = metadata.version("triton") if has_triton() else "none"
+        listing["Triton"] = triton_version()
     else:
         listing["CPU kernels"] = "compiled" if has_cpu_kernels() else "none"
     return listing

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from dist_train.cluster.communicator import PeerFailedError
 from dist_train.config import parse_config
+from dist_train.kernels import operators
 from dist_train.outcome import UsageError
 from dist_train.training import consistency
 from dist_train.training.consistency import (
@@ -79,8 +82,11 @@ def test_the_kernels_of_the_device_count(monkeypatch: pytest.MonkeyPatch) -> Non
     assert consistency.code_of(CONFIG)["CPU kernels"] == "none"
     assert "Triton" not in consistency.code_of(CONFIG)
     monkeypatch.setattr(consistency, "device_type", lambda asked: "cuda")
-    monkeypatch.setattr(consistency, "has_triton", lambda: False)
+    monkeypatch.setattr(operators, "has_triton", lambda: False)
     assert consistency.code_of(CONFIG)["Triton"] == "none"
+    monkeypatch.setattr(operators, "has_triton", lambda: True)
+    monkeypatch.setitem(sys.modules, "triton", Mock(__version__="3.9.0+git1"))  # of a distribution of any name
+    assert consistency.code_of(CONFIG)["Triton"] == "3.9.0+git1"
 
 
 def test_every_setting_counts() -> None:
