@@ -81,11 +81,13 @@ class Job:
     """A step to emulate: rank 0 of `ranks` ranks with the configuration `sections`.
 
     If `plain` is not 0, plain PyTorch (batch norm, fused SGD) computes the rank's share, `plain` samples per pass.
+    Without `triton`, torch's operators take the place of our kernels, as where there is no compiler.
     """
 
     sections: Mapping[str, Mapping[str, Any]]
     ranks: int = 1
     plain: int = 0
+    triton: bool = True
 
 
 @dataclass(frozen=True)
@@ -369,7 +371,7 @@ def _emulate(job: Job) -> tuple[Emulated, Counter[str], Counter[str]]:
     network = bare_vgg9(images.shape[0], images.classes, config.model.width) if job.plain else build_model(config)
     points = config.noise.points if config.noise.passes == "all" else 1
     # Nothing is computed, so Triton is not needed.
-    operators.has_triton = lambda: True  # type: ignore[assignment]
+    operators.has_triton = lambda: job.triton  # type: ignore[assignment]
     watch = _OperatorCounter(config.batch.global_size * points)
     error = ""
     with FakeTensorMode(), watch:

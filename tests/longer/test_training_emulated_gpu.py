@@ -82,20 +82,28 @@ GRAPHED: list[Sections] = [
     {"comm": {"reduction": "float"}, "model": {"name": "resnet18", "norm": "group"}},
 ]
 GRAPHS: list[Sections] = [{"precision": {"cuda_graphs": True}, **sections} for sections in GRAPHED]
-CASES = [*NOISE, *NORMS, *OPTIMIZERS, *REDUCTIONS, *MODELS, *FEATURES, *GRAPHS]
+WITH_TRITON = [*NOISE, *NORMS, *OPTIMIZERS, *REDUCTIONS, *MODELS, *FEATURES, *GRAPHS]
+WITHOUT_TRITON = [NORMS[2], *REDUCTIONS[:3], *MODELS, GRAPHS[2]]
+"""As in our container image, which has no compiler."""
+CASES = [*((case, True) for case in WITH_TRITON), *((case, False) for case in WITHOUT_TRITON)]
 
 
 @pytest.fixture(scope="module")
-def emulated() -> dict[str, Emulated]:
-    names = {*SETTINGS, *(name for case in CASES for name in case)}
+def emulated() -> dict[tuple[str, bool], Emulated]:
+    names = {*SETTINGS, *(name for case in WITH_TRITON for name in case)}
     small = {**SETTINGS, "batch": {"global_size": 16, "micro_size": 4}, "model": {"width": 0.03125, "ghost_size": 2}}
-    jobs = [Job({name: {**small.get(name, {}), **case.get(name, {})} for name in names}, ranks=2) for case in CASES]
-    return dict(zip(map(str, CASES), emulate(jobs), strict=True))
+    jobs = [
+        Job({name: {**small.get(name, {}), **case.get(name, {})} for name in names}, ranks=2, triton=triton)
+        for case, triton in CASES
+    ]
+    return {(str(case), triton): found for (case, triton), found in zip(CASES, emulate(jobs), strict=True)}
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_step_mixes_no_devices_and_waits_only_for_its_result(emulated: dict[str, Emulated], case: Sections) -> None:
-    found = emulated[str(case)]
+@pytest.mark.parametrize(("case", "triton"), CASES, ids=str)
+def test_step_mixes_no_devices_and_waits_only_for_its_result(
+    emulated: dict[tuple[str, bool], Emulated], case: Sections, triton: bool
+) -> None:
+    found = emulated[str(case), triton]
     assert found.error == ""
     assert found.mixed == ()
     assert found.waits.keys() == KNOWN_WAITS
