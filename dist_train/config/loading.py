@@ -8,6 +8,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -101,15 +102,32 @@ def read_mapping(path: Path) -> dict[str, Any]:
     raise ConfigError.of(str(path), _FILE, "not a mapping of sections", code="wrong-type", value=settings)
 
 
-def parse_yaml(text: str | bytes) -> Any:
+def parse_yaml(text: str | bytes, *, is_dumped: bool = False) -> Any:
     """Return the value of the YAML `text`; 1e-4 is a number, and dates are text.
+
+    If `is_dumped`, the text is from `dump_config` and libyaml parses it several times faster. Texts by hand may differ
+    between the two, and PyYAML explains faults better.
 
     Raises yaml.YAMLError if it is not YAML, has duplicate keys, nests too deeply, or grows too large by its aliases.
     """
     try:
-        return yaml.load(text, Loader=_Loader)
+        root = _composed(text, is_dumped)
+        if root is None:
+            return None
+        if _expanded_size(root, {}) > _LARGEST_EXPANDED:
+            raise yaml.composer.ComposerError(
+                None, None, "its aliases expand to too much, or contain themselves", root.start_mark
+            )
+        return _Loader("").construct_document(root)
     except RecursionError:
         raise yaml.YAMLError("it nests too deeply") from None
+
+
+def _composed(text: str | bytes, is_dumped: bool) -> yaml.Node | None:
+    if is_dumped:
+        with suppress(yaml.YAMLError):
+            return yaml.compose(text, Loader=_DumpedLoader)
+    return yaml.compose(text, Loader=_Loader)
 
 
 def yaml_fault(error: yaml.YAMLError) -> str:
@@ -258,17 +276,8 @@ class _Loader(yaml.SafeLoader):
     """Safe YAML 1.1 without its traps.
 
     The traps: duplicate keys are accepted, 1e-4 is text, 2020-01-01 is a date, and a few aliases of aliases expand to
-    more than fits into memory.
+    more than fits into memory (`parse_yaml` refuses those).
     """
-
-    def compose_document(self) -> yaml.Node | None:
-        """Return the root of the document. Raises ComposerError if it is too large with its aliases expanded."""
-        root: yaml.Node | None = super().compose_document()
-        if root is not None and _expanded_size(root, {}) > _LARGEST_EXPANDED:
-            raise yaml.composer.ComposerError(
-                None, None, "its aliases expand to too much, or contain themselves", root.start_mark
-            )
-        return root
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         """Return the value of `node`. Raises ConstructorError if it does not fit its tag."""
@@ -278,6 +287,10 @@ class _Loader(yaml.SafeLoader):
             raise yaml.constructor.ConstructorError(
                 None, None, f"not a value of {node.tag.rpartition(':')[2]}", node.start_mark
             ) from error
+
+
+class _DumpedLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc] # libyaml may be missing
+    """Composes what `_Dumper` wrote."""
 
 
 class _Dumper(yaml.SafeDumper):
@@ -307,3 +320,4 @@ for _class in (_Loader, _Dumper):
     _class.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
     )
+_DumpedLoader.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers

@@ -267,7 +267,7 @@ class Settings:
 def read_settings(path: Path) -> Mapping[str, object]:
     """Return a run's settings, of any version, by dotted path; empty without a file. Raises BrokenFileError."""
     try:
-        sections = parse_yaml(read_regular(path))
+        sections = parse_yaml(read_regular(path), is_dumped=True)
     except FileNotFoundError:
         return {}  # the run has not written it yet
     except OSError as error:

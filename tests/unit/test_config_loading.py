@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from dist_train.config import Config, ConfigError, dump_config, load_config, parse_config
-from dist_train.config.loading import with_overrides
+from dist_train.config.loading import parse_yaml, with_overrides
 from dist_train.outcome import UsageError
 from dist_train.sweep.study_file import load_study
 from tests.raising import raises, raises_problems
@@ -284,6 +284,7 @@ def test_what_is_dumped_is_loaded_again(tmp_path_factory: pytest.TempPathFactory
     path.write_text(text, encoding="utf-8")
     assert load_config(path) == config
     assert dump_config(load_config(path)) == text
+    assert parse_yaml(text, is_dumped=True) == parse_yaml(text)
 
 
 def test_a_dump_holds_every_setting_and_is_plain_yaml() -> None:
@@ -366,6 +367,8 @@ def test_yaml_that_stands_for_more_than_memory_holds_is_refused(
     path.write_text(text)
     with raises_problems(("(file)", "not-yaml")):
         read(path)
+    with pytest.raises(yaml.YAMLError):
+        parse_yaml(text, is_dumped=True)
 
 
 def test_an_override_with_such_aliases_is_refused(tmp_path: Path) -> None:
