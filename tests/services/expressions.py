@@ -39,7 +39,6 @@ def variables(run: str, run_id: str = ".*") -> dict[str, str]:
         "x": "dist_train_step",
         "__rate_interval": "30s",
         "__interval": "15s",
-        "__interval_ms": "15000",
         "__range": "5m",
     }
 

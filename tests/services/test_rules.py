@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -16,7 +17,16 @@ from dashboard_generator.links import ALERTS, runbook_path
 from dashboard_generator.runbook import sections
 
 from dist_train.monitoring.prometheus.metrics import METRICS
-from tests.services.expressions import DOCKER, RULES, metric_names, rules
+from tests.services.expressions import (
+    DASHBOARDS,
+    DOCKER,
+    RULES,
+    dashboard_queries,
+    filled,
+    metric_names,
+    rules,
+    variables,
+)
 
 ROOT = Path(__file__).parents[2]
 TESTS = sorted((DOCKER / "prometheus" / "tests").glob("*.yml"))
@@ -150,6 +160,54 @@ def test_coarser_rule_would_give_a_false_alarm(written: str, replacement: str, h
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "alertname: DistTrain" in done.stdout + done.stderr
+
+
+def check_values(series: dict[str, str], query: str, expected: dict[int, dict[str, str]], folder: Path) -> None:
+    """Check `query` of a dashboard at times in seconds; `series` are scraped every 15 s, as in promtool's tests."""
+    [written] = [
+        text
+        for path in DASHBOARDS.glob("*.json")
+        for name, text in dashboard_queries(json.loads(path.read_text(encoding="utf-8")))
+        if name == query
+    ]
+    expression = filled(written, variables("a"))
+    expectations = [
+        {
+            "expr": expression,
+            "eval_time": f"{moment}s",
+            "exp_samples": [{"labels": labels, "value": float(value)} for labels, value in samples.items()],
+        }
+        for moment, samples in expected.items()
+    ]
+    inputs = [{"series": name, "values": values} for name, values in series.items()]
+    test = {"interval": "15s", "input_series": inputs, "promql_expr_test": expectations}
+    path = folder / "dashboard.yml"
+    path.write_text(yaml.safe_dump({"evaluation_interval": "1s", "tests": [test]}), encoding="utf-8")
+    assert "SUCCESS" in run("promtool", "test", "rules", path)
+
+
+A_RUN = 'run="a", run_id="1f"'
+
+
+@promtool
+def test_a_run_whose_batch_grew_has_one_bar(tmp_path: Path) -> None:
+    kinds = [f'{{global_batch="{size}", model="m", noise="none", {A_RUN}}}' for size in (64, 512)]
+    series = {
+        f"dist_train_epoch{{{A_RUN}}}": "0+1x20",
+        f"dist_train_run_info{kinds[0]}": "1x5 stale",
+        f"dist_train_run_info{kinds[1]}": "_x6 1x14",
+    }
+    check_values(series, "Epochs done/A", {80: {kinds[0]: "5"}, 280: {kinds[1]: "18"}}, tmp_path)
+
+
+@promtool
+def test_every_event_is_marked_whenever_it_was_scraped(tmp_path: Path) -> None:
+    counts = {f"dist_train_checkpoints_total{{{A_RUN}}}": "0x4 1x10"}
+    mark = {f"{{{A_RUN}}}": "1"}
+    check_values(counts, "mark Checkpoints", {67: {}, 82: mark, 112: {}}, tmp_path)
+    launches = {f"dist_train_launch_timestamp_seconds{{{A_RUN}}}": "_x4 5x4 stale _x3 150x8"}
+    first, second = ({f"{{{A_RUN}}}": str(launch)} for launch in (5, 150))
+    check_values(launches, "mark Launches", {67: first, 82: {}, 187: {}, 202: second, 217: {}}, tmp_path)
 
 
 @pytest.mark.skipif(not shutil.which("amtool"), reason="needs the Debian package prometheus-alertmanager")

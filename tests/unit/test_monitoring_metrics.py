@@ -96,7 +96,7 @@ def test_a_page_reads_back_what_was_recorded() -> None:
         ("dist_train_planned_steps", ()): 210,
         ("dist_train_epoch", ()): 29 / 7,
         ("dist_train_planned_epochs", ()): 30,
-        ("dist_train_samples_total", ()): 29 * 8192,
+        ("dist_train_samples", ()): 29 * 8192,
         ("dist_train_planned_samples", ()): 210 * 8192,
         ("dist_train_launch_timestamp_seconds", ()): 1_700_000_000.5,
         ("dist_train_loss", ("batch",)): 0.4321,

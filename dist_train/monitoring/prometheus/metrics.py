@@ -223,7 +223,7 @@ METRICS: tuple[Metric, ...] = (
     _gauge("planned_steps", "Optimizer updates at which the run ends.", "facts.total_steps", "updates"),
     _gauge("epoch", "Epochs done, with fraction.", lambda now: now.facts.passes.done(now.step), "epochs"),
     _gauge("planned_epochs", "Epochs over which the schedules are laid out.", "facts.epochs", "epochs"),
-    _count("samples_total", "Training samples used by all ranks since the run's first step.", _samples, "samples"),
+    _gauge("samples", "Training samples used by all ranks since the run's first step.", _samples, "samples"),
     _gauge("planned_samples", "Training samples that the run will have used at its end.", _planned_samples, "samples"),
     _gauge("time_left_seconds", "Time to the last step at the pace of the last minute.", "seconds_left"),
     _gauge("time_limit_timestamp_seconds", "When the batch system ends the run's job.", _nonzero("facts.time_limit")),

@@ -22,18 +22,19 @@ from dashboard_generator.panels import (
 )
 
 _LABELS = ("global_batch", "noise", "run", "run_id", "split", "model")
-_AXIS = {"Steps": "dist_train_step", "Epochs": "dist_train_epoch", "Samples": "dist_train_samples_total"}
+_AXIS = {"Steps": "dist_train_step", "Epochs": "dist_train_epoch", "Samples": "dist_train_samples"}
+_INFO = f'dist_train_run_info{{{OF_RUN}, noise=~"$noise"}}'
+_KINDS = "run, run_id, model, global_batch, noise"
 KIND = "batch {{global_batch}}, {{noise}}: {{run}} {{run_id}}"
 """A legend with the labels by which runs differ."""
 
 
 def _with_kind(expression: str) -> str:
     """Return `expression` with the labels by which runs differ added: model, global batch, noise."""
-    return _joined(expression, 'dist_train_run_info{run=~"$run", run_id=~"$run_id", noise=~"$noise"}')
+    return _joined(expression, f"max by ({_KINDS}) ({_INFO})")
 
 
-def _joined(expression: str, info: str) -> str:
-    kinds = f"max by (run, run_id, model, global_batch, noise) ({info})"
+def _joined(expression: str, kinds: str) -> str:
     return f"{expression} * on (run, run_id) group_left (model, global_batch, noise) {kinds}"
 
 
@@ -43,15 +44,9 @@ def _of(metric: str) -> str:
 
 def _last_of(metric: str) -> str:
     """Return the last value in the dashboard's time range, also of runs that have ended."""
-    value = _within(f"{metric}{{{OF_RUN}}}")
-    return _joined(
-        f"max by (run, run_id) ({value})",
-        _within('dist_train_run_info{run=~"$run", run_id=~"$run_id", noise=~"$noise"}'),
-    )
-
-
-def _within(selector: str) -> str:
-    return f"last_over_time({selector}[$__range])"
+    # A run with a batch schedule has several global batches in this range: the one that it had longest names it.
+    kinds = f"topk by (run, run_id) (1, max by ({_KINDS}) (count_over_time({_INFO}[$__range]))) ^ 0"
+    return _joined(f"max by (run, run_id) (last_over_time({metric}{{{OF_RUN}}}[$__range]))", kinds)
 
 
 def _by_split(metric: str) -> str:

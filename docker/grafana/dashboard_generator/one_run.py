@@ -81,7 +81,7 @@ def build() -> model.Dashboard:
         "One run in depth: progress, learning, speed, checkpoints, events, memory.",
     )
     built.with_variable(source_choice())
-    built.with_variable(one_choice("run", "Run", "The run to spec at", "label_values(dist_train_state, run)"))
+    built.with_variable(one_choice("run", "Run", "The run to show", "label_values(dist_train_state, run)"))
     built.with_variable(one_choice("run_id", "Run id", "Tells runs of one name apart", RUN_IDS))
     built.with_variable(
         choice(
@@ -104,12 +104,16 @@ def _events(built: dashboard.Dashboard) -> None:
         ("Failed checkpoints", RED, "dist_train_checkpoint_failures_total"),
     ):
         built.annotation(event(name, colour, f"{_of_changes(metric)} > 0", name))
-    launch = f"time() - {_of('dist_train_launch_timestamp_seconds')} < $__interval_ms / 1000"
+    # A launch is first scraped when it is set up, long after it began.
+    metric = "dist_train_launch_timestamp_seconds"
+    before = f"max by (run, run_id) (last_over_time({metric}{{{OF_RUN}}}[1d] offset $__interval))"
+    launch = f"{_of(metric)} > on (run, run_id) ({before} or on (run, run_id) 0 * {_of(metric)})"
     built.annotation(event("Launches", GREEN, launch, "Launch"))
 
 
 def _of_changes(metric: str) -> str:
-    return f"max by (run, run_id) (changes({metric}{{{OF_RUN}}}[$__interval]))"
+    # $__interval would miss changes between its last sample and the next interval's first one.
+    return f"max by (run, run_id) (changes({metric}{{{OF_RUN}}}[$__rate_interval]))"
 
 
 def _status(built: dashboard.Dashboard) -> None:
@@ -166,7 +170,7 @@ def _status(built: dashboard.Dashboard) -> None:
         ("Micro-batches", "Micro-batches of one step, over all ranks.", "none", "dist_train_micro_batches"),
         ("Micro-batch", "Samples of one micro-batch.", "none", "dist_train_micro_batch_size"),
         ("Epochs planned", "Epochs of the whole run.", "none", "dist_train_planned_epochs"),
-        ("Samples", "Training samples used since the run's first step.", "short", "dist_train_samples_total"),
+        ("Samples", "Training samples used since the run's first step.", "short", "dist_train_samples"),
         ("Samples planned", "Training samples of the whole run.", "short", "dist_train_planned_samples"),
     ):
         built.with_panel(number(PanelSpec(title, description, unit, 3, 4), Query(_of(metric), "{{run}}")))
