@@ -238,8 +238,13 @@ def _data(config: Config) -> Iterator[Problem]:
 
 
 def unused_settings(config: Config) -> list[str]:
-    """Return one sentence for each setting that was given but has no effect in combination with the others."""
+    """Return one sentence for each setting that was given but has no effect in combination with the others.
+
+    None if all settings were given, as in a run's `config.yaml`: nobody chose each of them.
+    """
     sections = {name: getattr(config, name) for name in type(config).model_fields}
+    if all(settings.model_fields_set == settings.__class__.model_fields.keys() for settings in sections.values()):
+        return []
     given = {f"{section}.{name}" for section, settings in sections.items() for name in settings.model_fields_set}
     return [f"{path} has no effect: {why}" for path, is_unused, why in _UNUSED if path in given and is_unused(config)]
 
