@@ -17,7 +17,7 @@ from dist_train.watch.figure import Axis, Chart, Series
 
 LIGHT = ("#1d2126", "#0a12e6", "#de6822", "#0d997b", "#d962d9", "#5c3405")
 DARK = ("#f0f1f2", "#4e55ff", "#cc2e29", "#64ef8c", "#ae4985", "#eac327")
-"""Series colours on a light and on a dark background; the first is the base line's.
+"""Series colours on a light and on a dark background; the first is the baseline's.
 
 A search maximized the smallest distance between any two, for normal and for each kind of colour-blind vision.
 """
@@ -51,7 +51,7 @@ ROLES: Mapping[str, Look] = {
 
 
 def look_of(style: str) -> Look:
-    """Return the look of a series style: s0 is the base line; s6 has the colour of s1, dashed and hollow, and so on."""
+    """Return the look of a series style: s0 is the baseline; s6 has the colour of s1, dashed and hollow, and so on."""
     role = style.split()[0]
     if role in ROLES:
         return ROLES[role]

@@ -64,7 +64,7 @@ class _Drawn:
 
 
 def landscape_figure(panels: Sequence[Panel]) -> LandscapeFigure:
-    """Return the charts around solutions: base line and one noise variant of each panel, then the other variants."""
+    """Return the charts around solutions: baseline and one noise variant of each panel, then the other variants."""
     runs = counted_runs(panels)
     chosen = directions_of(runs)
     drawn = [
@@ -129,7 +129,7 @@ def _step(landscape: Landscape) -> str:
 
 
 def _paper_variants(drawn: Sequence[_Drawn]) -> list[_Drawn]:
-    """Return the base lines and one noise variant: of those in every panel, the most accurate at the largest batch."""
+    """Return the baselines and one noise variant: of those in every panel, the most accurate at the largest batch."""
     noisy = [item for item in drawn if not item.variant.is_base]
     labels: dict[str, set[str]] = {}
     for item in noisy:
@@ -373,7 +373,7 @@ def figures_of_study(
     scatters: Sequence[Scatter],
 ) -> dict[str, NumberedFigure]:
     """Return the non-empty figures of several runs, by key; `measure` is the one shown "at a glance"."""
-    labels: dict[str, dict[str, None]] = {}  # base lines may differ by panel
+    labels: dict[str, dict[str, None]] = {}  # baselines may differ by panel
     for variant in (variant for panel in panels for variant in panel.variants if variant.counted):
         labels.setdefault(f"s{variant.colour}", {})[variant.label] = None
     legend = {style: " / ".join(words) for style, words in labels.items()}

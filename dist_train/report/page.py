@@ -39,7 +39,7 @@ _FOLDER = Path(__file__).parent
 
 
 def tables_in_markdown(subject: Subject) -> str:
-    """Return the tables of variants, differences from the base line, contrasts and rank correlations."""
+    """Return the tables of variants, differences from the baseline, contrasts and rank correlations."""
     panels = panels_of(subject.runs)
     scatters = sharpness_scatters(panels)
     groups: dict[str, dict[str, None]] = {}

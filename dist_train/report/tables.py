@@ -1,4 +1,4 @@
-"""The tables of the page: variants, differences from the base line, contrasts (paired by seed), runs."""
+"""The tables of the page: variants, differences from the baseline, contrasts (paired by seed), runs."""
 
 from __future__ import annotations
 
@@ -130,9 +130,9 @@ def run_cells(run: StoredRun, measures: Sequence[Measure]) -> tuple[Cell, ...]:
 
 
 def effect_tables(panels: Sequence[Panel]) -> tuple[Table[Effect | None], ...]:
-    """Return the differences from the base line, a table for each group of measures.
+    """Return the differences from the baseline, a table for each group of measures.
 
-    Variants are compared with the base line of their batch size, and base lines with that of the smallest batch.
+    Variants are compared with the baseline of their batch size, and baselines with that of the smallest batch.
     Measures of which no two seeds can be compared are left out.
     """
     runs = counted_runs(panels)
@@ -214,7 +214,7 @@ _EQUAL_LOSS = replace(
 
 
 def contrast_tables(panels: Sequence[Panel], named: Sequence[NamedContrast]) -> tuple[Table[Effect | None], ...]:
-    """Return the study's named contrasts, then all variants against the base lines of the smallest and largest batch.
+    """Return the study's named contrasts, then all variants against the baselines of the smallest and largest batch.
 
     Variants without two seeds in common with the reference, and measures that no two seeds have, are left out.
     """

@@ -43,7 +43,7 @@ _MOST_WORDS = 8
 
 @dataclass(frozen=True)
 class Change:
-    """A setting that differs from the base line's."""
+    """A setting that differs from the baseline's."""
 
     path: str
     base: object
@@ -60,7 +60,7 @@ class Lost:
 
 @dataclass(frozen=True)
 class Variant:
-    """Runs that differ only in their seeds. `label` says how it differs from the base line; it decides the `colour`."""
+    """Runs that differ only in their seeds. `label` says how it differs from the baseline; it decides the `colour`."""
 
     name: str
     label: str
@@ -132,7 +132,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Panel:
-    """The variants of one global batch size; the first is the base line, if there is one."""
+    """The variants of one global batch size; the first is the baseline, if there is one."""
 
     title: str
     short: str
@@ -153,8 +153,8 @@ def counted_runs(panels: Sequence[Panel]) -> list[StoredRun]:
 def panels_of(runs: Sequence[StoredRun]) -> tuple[Panel, ...]:
     """Return the runs in panels by global batch size, ascending; two panels are called SB and LB.
 
-    Equal labels have equal colours in all panels; base lines have the first colour. A base line's changes are relative
-    to the first panel's base line.
+    Equal labels have equal colours in all panels; baselines have the first colour. A baseline's changes are relative
+    to the first panel's baseline.
     """
     groups = _groups(runs)
     sizes = {name: _batch(group) for name, group in groups.items()}
@@ -279,7 +279,7 @@ def _is_without_noise(settings: Mapping[str, object]) -> bool:
 
 
 def _labels(members: Mapping[str, Sequence[StoredRun]], base: str | None, short: str) -> dict[str, str]:
-    """Return the labels of the variants by name, the base line first: the study's title, or what the variant changes.
+    """Return the labels of the variants by name, the baseline first: the study's title, or what the variant changes.
 
     `short` is the panel's name, which is removed from titles.
     """
@@ -291,7 +291,7 @@ def _labels(members: Mapping[str, Sequence[StoredRun]], base: str | None, short:
         if planned is not None and planned.is_titled:
             words = [planned.title.removeprefix(f"{short}, ")]
         elif name == base and _is_without_noise(settings):
-            words = ["base line"]
+            words = ["baseline"]
         elif name != base and base is not None and settings:
             changes = changes_between(_settings(members[base]), settings)
             words = [*_noise_in_words(settings, changes), *_others_in_words(changes)]

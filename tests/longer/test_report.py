@@ -95,7 +95,7 @@ def test_runs_have_the_numbers_of_their_analyses(study: Path, page: Page) -> Non
 def test_page_has_the_figures_of_the_paper(page: Page) -> None:
     assert "Figure 2. Learning curves" in page.text
     assert "Figure 3. The loss around the solutions" in page.text
-    for panel in ("a SB, base line", "b SB, noise, amplitude 0.01", "c LB, base line", "d LB, noise, amplitude 0.01"):
+    for panel in ("a SB, baseline", "b SB, noise, amplitude 0.01", "c LB, baseline", "d LB, noise, amplitude 0.01"):
         assert panel in page.text
     assert {"train loss", "train accuracy", "test loss", "test accuracy"} <= {label for label, _ in page.series}
     assert re.search(r"all runs: \u03c1 = \u2212?[01]\.\d\d \(\S+ to \S+; n = 24\)", page.text)
@@ -139,7 +139,7 @@ def test_each_figure_is_saved_as_a_file(
             assert b"/Type /Page\n" in content or b"/Type /Page " in content
     if form == "svg":
         words = paths[1].read_text()
-        assert all(f"<!-- {text} -->" in words for text in ("LB, batch 8,192", "base line", "noise, amplitude 0.01"))
+        assert all(f"<!-- {text} -->" in words for text in ("LB, batch 8,192", "baseline", "noise, amplitude 0.01"))
         assert "checkbox" not in words
 
 
@@ -151,7 +151,7 @@ def test_unknown_file_format_is_refused(study: Path, tmp_path: Path) -> None:
 
 
 def test_page_shows_lines_between_solutions_and_planes(page: Page) -> None:
-    assert "SB, base line (0) to LB, base line (1)" in page.text
+    assert "SB, baseline (0) to LB, baseline (1)" in page.text
     assert "3 lines" in page.text
     assert "lb-seed-0, step 80" in page.text
     assert [address for address in page.addresses if address.startswith("data:image/svg+xml;base64,")]
@@ -206,7 +206,7 @@ def test_unfinished_run_represents_its_variant_until_one_finishes(tmp_path: Path
     study = make_study(tmp_path / "study", seeds=(0,))
     write_status(study / "lb-seed-0", "stopped", 40, "asked by SIGTERM")
     page = rendered(study)
-    assert "base line not finished" in page.text
+    assert "baseline not finished" in page.text
     assert page.of("final_test", variant="lb")[0] == evaluations(study / "lb-seed-0", "test")[-1]["accuracy"]
 
 

@@ -21,8 +21,8 @@ from tests.longer.test_report_counting import NOISY, ROW, TRACE, sharpness_file,
 from tests.unit.report_study import make_run, make_study, treatments, write_status
 
 SEEDS = (0, 1, 2, 3)
-AGAINST_SB = "All variants: difference from SB, base line"
-AGAINST_LB = "All variants: difference from LB, base line"
+AGAINST_SB = "All variants: difference from SB, baseline"
+AGAINST_LB = "All variants: difference from LB, baseline"
 ACCURACY = "final test accuracy, points"
 EQUAL_LOSS = "test accuracy at equal training loss, points"
 
@@ -40,7 +40,7 @@ def diverge(run: Path) -> None:
 
 
 @pytest.mark.parametrize(("title", "reference"), [(AGAINST_SB, "sb"), (AGAINST_LB, "lb")])
-def test_every_variant_is_compared_with_both_base_lines(tmp_path: Path, title: str, reference: str) -> None:
+def test_every_variant_is_compared_with_both_baselines(tmp_path: Path, title: str, reference: str) -> None:
     study = make_study(tmp_path / "study", SEEDS)
     table = cells(study)
     found = {row: cell for (name, row, column), cell in table.items() if (name, column) == (title, ACCURACY)}
@@ -71,13 +71,13 @@ def test_named_contrasts_are_corrected_for_their_number(tmp_path: Path) -> None:
     variants: dict[str, object] = {name: {} for name in ("sb", "sb-noise", "lb", "lb-noise")}
     (study / "study.yaml").write_text(yaml.safe_dump({"name": "a", "variants": variants, "contrasts": contrasts}))
     table = cells(study)
-    one = table["H1: difference from LB, base line", "SB, base line", ACCURACY]
+    one = table["H1: difference from LB, baseline", "SB, baseline", ACCURACY]
     interval = stats.ttest_rel(final(study, "sb"), final(study, "lb")).confidence_interval(0.95)
     assert numbers(one)[1:] == pytest.approx([value * 100 for value in interval], abs=0.005)
     assert "corrected" not in one
     assert len({row for title, row, _ in table if title.startswith("H4")}) == len(others) == 3
     corrected = stats.ttest_rel(final(study, NOISY), final(study, "sb")).confidence_interval(1 - 0.05 / 3)
-    cell = table["H4: difference from SB, base line", ROW, ACCURACY]
+    cell = table["H4: difference from SB, baseline", ROW, ACCURACY]
     assert numbers(cell)[3:] == pytest.approx([value * 100 for value in corrected], abs=0.005)
     assert not [title for title, *_ in table if title.startswith("unknown")]
 
@@ -111,7 +111,7 @@ def test_diverged_run_counts_as_guessing_and_is_mentioned_in_every_cell(tmp_path
     contrast = table[AGAINST_SB, ROW, ACCURACY]
     assert numbers(contrast)[0] == pytest.approx(100 * np.mean(differences), abs=0.005)
     assert contrast.endswith("n = 3, 1 as if guessing, 1 unfinished)")
-    effect = table["Differences from the base line: basin width and sharpness", ROW, TRACE]
+    effect = table["Differences from the baseline: basin width and sharpness", ROW, TRACE]
     assert effect.endswith("n = 2, 1 diverged, 1 unfinished)")
     correlation = table["Rank correlation with generalization gap", TRACE, "LB"]
     assert correlation.endswith("n = 14, 1 diverged, 1 unfinished)")
@@ -298,12 +298,12 @@ def test_sharpness_along_training_is_drawn_with_two_over_the_rate(tmp_path: Path
         (run / "analysis" / "sharpness-early.json").write_text(json.dumps(values))
     page = rendered(study)
     assert "Sharpness along training" in page.text
-    frame = {label: points for label, points in page.series if label.startswith("base line")}
+    frame = {label: points for label, points in page.series if label.startswith("baseline")}
     # two updates per epoch
-    assert [point[3] for point in frame["base line"]] == [10.0, 40.0]
-    assert frame["base line"][0][2] == f"{fmean(measured[20]):.2f} (n = 2)"
+    assert [point[3] for point in frame["baseline"]] == [10.0, 40.0]
+    assert frame["baseline"][0][2] == f"{fmean(measured[20]):.2f} (n = 2)"
     rates = [record.learning_rate for record in read_run(study / "lb-seed-0", "lb").train]
-    texts = [point[2] for point in frame["base line, 2 / rate"]]
+    texts = [point[2] for point in frame["baseline, 2 / rate"]]
     assert texts[0] == f"2 / rate = {2 / rates[0]:.2f}"
     assert len(texts) == sum(rate > 0 for rate in rates)
     # the table still shows the last checkpoint

@@ -22,7 +22,7 @@ from tests.unit.report_study import make_run, make_study, treatments, write_reco
 
 ACCURACY = "Accuracy and loss"
 SHARPNESS = "Basin width and sharpness"
-SHARPNESS_EFFECTS = "Differences from the base line: basin width and sharpness"
+SHARPNESS_EFFECTS = "Differences from the baseline: basin width and sharpness"
 WITH_ACCURACY = "Rank correlation with final test accuracy"
 WITH_LOSS = "Rank correlation with final train loss"
 TEST = "final test accuracy, %"
@@ -70,7 +70,7 @@ def test_cell_counts_the_seeds_with_its_measure(tmp_path: Path) -> None:
     assert table[SHARPNESS, ROW, TRACE].endswith(" (n = 1)")
     assert "\u00b1" not in table[SHARPNESS, ROW, TRACE]
     assert leading(table[SHARPNESS, ROW, TRACE]) == pytest.approx(trace(study / f"{NOISY}-seed-0"), rel=5e-3)
-    assert table[SHARPNESS, "LB, base line", TRACE].endswith("(n = 2)")
+    assert table[SHARPNESS, "LB, baseline", TRACE].endswith("(n = 2)")
     # one pair has no interval
     assert table[SHARPNESS_EFFECTS, ROW, TRACE] == "\u2013"
     assert table[SHARPNESS_EFFECTS, ROW, WIDTH].endswith("; n = 2)")
@@ -98,8 +98,8 @@ def test_difference_counts_seeds_with_both_measures(tmp_path: Path) -> None:
     assert leading(table[SHARPNESS_EFFECTS, "LB, noise, amplitude 0.001", TRACE]) == pytest.approx(mean, rel=5e-3)
     assert table[SHARPNESS_EFFECTS, "LB, noise, amplitude 0.03", TRACE] == "\u2013"
     assert table[SHARPNESS_EFFECTS, "SB, noise, amplitude 0.01", TRACE].endswith("; n = 3)")
-    assert table[SHARPNESS_EFFECTS, "LB, base line, from that of SB", TRACE].endswith("; n = 2, 1 unfinished)")
-    assert table[ACCURACY, "LB, base line", "seeds"] == "2 of 3"
+    assert table[SHARPNESS_EFFECTS, "LB, baseline, from that of SB", TRACE].endswith("; n = 2, 1 unfinished)")
+    assert table[ACCURACY, "LB, baseline", "seeds"] == "2 of 3"
 
 
 def test_sharpness_with_other_settings_is_omitted_and_counted(tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ def test_censored_width_makes_mean_and_difference_lower_bounds(tmp_path: Path) -
     assert "to" in table[SHARPNESS_EFFECTS, "LB, noise, amplitude 0.001", WIDTH]
 
 
-def test_censored_base_line_makes_a_difference_an_upper_bound(tmp_path: Path) -> None:
+def test_censored_baseline_makes_a_difference_an_upper_bound(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study")
     change_width(study / "lb-seed-1", open=2)
     change_width(study / "lb-noise-amplitude-0.03-seed-2", open=1)
@@ -219,7 +219,7 @@ def test_censored_base_line_makes_a_difference_an_upper_bound(tmp_path: Path) ->
     assert table[SHARPNESS_EFFECTS, ROW, WIDTH].startswith("\u2264 +")
     assert table[SHARPNESS_EFFECTS, ROW, WIDTH].endswith("(n = 3, 1 censored)")
     assert table[SHARPNESS_EFFECTS, "LB, noise, amplitude 0.03", WIDTH] == "unknown (n = 3, 2 censored)"
-    assert table[SHARPNESS_EFFECTS, "LB, base line, from that of SB", WIDTH].startswith("\u2265")
+    assert table[SHARPNESS_EFFECTS, "LB, baseline, from that of SB", WIDTH].startswith("\u2265")
     assert "unknown" in rendered(study).text
 
 

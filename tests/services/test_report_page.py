@@ -99,7 +99,7 @@ def test_chart_shows_values_under_the_pointer(pages: dict[str, Path], tab: Page,
         tooltip = tab.evaluate("document.querySelector('.tip:not([hidden])').innerText")
         assert tooltip.startswith("epoch 3")
         assert [line.split(" ")[0] for line in tooltip.splitlines()[1:]].count("noise,") == 3
-        assert "base line" in tooltip
+        assert "baseline" in tooltip
         assert "± " in tooltip
         inside = "(() => { const t = document.querySelector('.tip:not([hidden])').getBoundingClientRect();"
         assert tab.evaluate(inside + "return t.left >= 0 && t.right <= innerWidth && t.height > 20 })()")
@@ -114,7 +114,7 @@ def test_scatter_names_the_run_under_the_pointer(pages: dict[str, Path], tab: Pa
     x, y = tab.evaluate(f"(b => [b.left + b.width / 2, b.top + b.height / 2])({mark}.getBoundingClientRect())")
     tab.point_at(x, y)
     tooltip = tab.evaluate("document.querySelector('.tip:not([hidden])').innerText")
-    assert tooltip.strip().startswith("LB, base line, seed ")
+    assert tooltip.strip().startswith("LB, baseline, seed ")
 
 
 def test_arrow_keys_move_along_a_chart(pages: dict[str, Path], tab: Page) -> None:

@@ -33,14 +33,14 @@ class Treatment:
 
 
 def treatments() -> tuple[Treatment, ...]:
-    """Return base line and noise at batch 128 and 8192."""
+    """Return baseline and noise at batch 128 and 8192."""
     found = []
     for short, batch, accuracy, train, width, epochs, steps in (
         ("sb", 128, 0.912, 0.9999, 0.62, 20, 10),
         ("lb", 8192, 0.898, 0.992, 0.28, 40, 2),
     ):
         base: dict[str, object] = {"batch.global_size": batch, "run.epochs": epochs}
-        found.append(Treatment(short, f"{short.upper()}, base line", base, accuracy, train, width, epochs, steps))
+        found.append(Treatment(short, f"{short.upper()}, baseline", base, accuracy, train, width, epochs, steps))
         for amplitude, better, wider in ((0.03, -0.006, 0.2), (0.01, 0.004, 0.1), (0.001, 0.0006, 0.01)):
             noise = {"noise.method": "smoothout", "noise.amplitude": amplitude}
             found.append(

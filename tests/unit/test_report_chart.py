@@ -65,7 +65,7 @@ def test_lines_stand_out_from_their_ground(colours: Sequence[str], at: int) -> N
         assert (max(ground, colour) + 0.05) / (min(ground, colour) + 0.05) >= 3
 
 
-def test_twenty_variants_beside_the_base_line_have_looks_of_their_own() -> None:
+def test_twenty_variants_beside_the_baseline_have_looks_of_their_own() -> None:
     assert len({look_of(f"s{number}") for number in range(21)}) == 21
     assert not any(look_of(f"s{number}").dashes for number in range(len(LIGHT)))
 

@@ -106,7 +106,7 @@ def test_contrast_counts_each_variant_once_and_not_its_reference(tmp_path: Path)
 def test_line_ends_at_the_run_of_its_own_study(tmp_path: Path) -> None:
     for name in ("first", "second"):
         plan = make_study(tmp_path / name, seeds=(0,)) / "runs.json"
-        plan.write_text(plan.read_text().replace("LB, base line", f"LB, {name}"))
+        plan.write_text(plan.read_text().replace("LB, baseline", f"LB, {name}"))
     lines = landscape_figure(panels_of(read_subject(tmp_path).runs)).between
     assert [line.title.rpartition(" to ")[2] for line in lines] == ["LB, first (1)", "LB, second (1)"]
 
