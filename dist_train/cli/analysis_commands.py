@@ -105,7 +105,9 @@ def _add_directions(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_measure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="data.root=DIR, for instance")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="data.root=DIR, for instance"
+    )
     parser.add_argument(
         "--samples",
         type=_number_or_all,

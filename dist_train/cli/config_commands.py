@@ -103,7 +103,7 @@ def add_doctor(subparsers: Subparsers) -> None:
     parser.add_argument(
         "config", nargs="?", type=Path, metavar="CONFIG", help="also check what this configuration needs"
     )
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings to override")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="settings to override")
     parser.add_argument("--json", action="store_true", help="one JSON document instead of the table")
     parser.add_argument(
         "--cluster",

@@ -260,7 +260,9 @@ def add_evaluate(subparsers: Subparsers) -> None:
         description="Print loss and accuracy of a checkpoint, or of a run's last checkpoint, as one line of JSON.",
     )
     parser.add_argument("target", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run directory or a checkpoint")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="data.root=DIR, for instance")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="data.root=DIR, for instance"
+    )
     parser.add_argument(
         "--split", choices=("train", "validation", "test"), default="test", help="what to evaluate (default: test)"
     )

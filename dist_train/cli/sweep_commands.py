@@ -29,7 +29,9 @@ def add_sweep(subparsers: Subparsers) -> None:
         "named), 2 the study is wrong, 75 stopped after saving, or other processes still train some runs.",
     )
     parser.add_argument("study", type=Path, metavar="STUDY", help="a YAML file, see docs/studies.md")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings to override in every run")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="settings to override in every run"
+    )
     parser.add_argument("--only", type=count, metavar="N", help="only the run with this number; shows its output")
     parser.add_argument("--jobs", type=count, default=1, metavar="K", help="runs at a time (default: 1)")
     parser.add_argument("--ranks", type=count, default=1, metavar="W", help="ranks per run (default: 1)")

@@ -57,6 +57,15 @@ class TestProgram:
             assert ended.value.code == 0
             assert text in capsys.readouterr().out
 
+    @pytest.mark.parametrize("command", ["train", "sweep", "submit", "lr-range", "evaluate"])
+    def test_what_is_missing_is_named_without_the_optional_settings(
+        self, command: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with pytest.raises(SystemExit) as ended:
+            main([command])
+        assert ended.value.code == ExitCode.USAGE
+        assert "section.key=value" not in capsys.readouterr().err.splitlines()[-1]
+
     @pytest.mark.parametrize(
         ("options", "code"),
         [
