@@ -377,7 +377,9 @@ def _replayed(step: int, checkpoint: Path | None) -> list[str]:
 
 
 def _updates(run: Run) -> dict[int, TrainRecord]:
-    return {record.step: record for record in run.records if isinstance(record, TrainRecord)}
+    with suppress(FileNotFoundError):
+        return {record.step: record for record in run.records if isinstance(record, TrainRecord)}
+    return {}
 
 
 def _update(run: Run, step: int) -> dict[str, float]:

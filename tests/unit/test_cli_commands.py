@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -374,6 +375,15 @@ class TestEvaluate:
     def test_a_run_that_is_not_there_ends_with_2(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["evaluate", str(tmp_path / "nowhere")]) == 2
         assert "[target-missing]" in capsys.readouterr().err
+
+
+def test_a_replay_of_a_run_without_records_names_the_update(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(trained, tmp_path / "run")
+    (run / "metrics.jsonl").unlink()
+    assert main(["replay", f"{run}@1"]) == ExitCode.USAGE
+    assert "step-not-recorded" in capsys.readouterr().err
 
 
 class TestOutcome:
