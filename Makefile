@@ -5,7 +5,7 @@ python := .venv/bin/python
 code := $(wildcard dist_train tests benchmarks docker/grafana/dashboard_generator)
 
 help: ## show this list
-	@sed -nE 's/^([a-z-]+):[^#]*## /\1: /p' $(MAKEFILE_LIST) | awk -F': ' '{ printf "make %-15s %s\n", $$1, $$2 }'
+	@sed -nE 's/^([a-z-]+):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{ printf "make %-15s %s\n", $$1, $$2 }'
 
 # A file's tests share what they set up. Files that take minutes come first, so that all lanes end together.
 by_file := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder

@@ -31,6 +31,12 @@ def test_a_file_for_the_hosting_site_is_of_its_format(schema: str, pattern: str)
     subprocess.run([program, "--builtin-schema", schema, *files], check=True, capture_output=True)
 
 
+def test_make_help_has_every_target_with_its_whole_text() -> None:
+    shown = subprocess.run(["make", "help"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
+    written = re.findall(r"^([a-z-]+):[^#\n]*## (.*)", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    assert [line.split(maxsplit=2)[1:] for line in shown] == [[target, text] for target, text in written]
+
+
 def test_ci_runs_lint_and_tests_on_the_oldest_and_the_newest_python() -> None:
     [job] = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"].values()
     assert [step["run"] for step in job["steps"] if "run" in step] == ["make lint", "make test"]
