@@ -22,7 +22,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dist_train.config import Config, ImageFormat, ModelSettings
 from dist_train.config.plugins import call_plugin, failing_clearly
-from dist_train.models.norms import VECTOR_GROUP, NormFactory, norm_factory, norm_modules, norm_parameters
+from dist_train.models.norms import (
+    VECTOR_GROUP,
+    GroupedBatchNorm,
+    NormFactory,
+    norm_factory,
+    norm_modules,
+    norm_parameters,
+)
 from dist_train.outcome import UsageError
 from dist_train.reproducible import generator, key
 
@@ -210,19 +217,28 @@ def _check_trainable(model: nn.Module, name: str) -> None:
 def initialize(model: nn.Module, seed: int) -> None:
     """Initialize weights after He et al. (arXiv 1502.01852), biases to 0, norms to the identity.
 
-    Each parameter has its own random stream, drawn on the CPU, so that the device does not matter.
+    Each parameter has its own random stream, drawn on the CPU, so that the device does not matter. Frozen parameters,
+    and the gains of layers, such as layer scales, keep the values with which the model was built.
     """
     of_norms = norm_parameters(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue
             if name in of_norms:
                 parameter.fill_(1.0 if name.endswith("weight") else 0.0)
-            elif parameter.dim() < 2:
+            elif parameter.dim() < 2 and "bias" in name.rpartition(".")[2]:
                 parameter.zero_()
-            else:
+            elif parameter.dim() >= 2 and not _is_gain(parameter):
                 fan_in = parameter[0].numel()
                 sample = torch.empty(parameter.shape).normal_(generator=generator(seed, "initial weights", name))
                 parameter.copy_(sample.mul_((2.0 / fan_in) ** 0.5))
+
+
+def _is_gain(parameter: Tensor) -> bool:
+    """Whether all of several elements are equal, and not 0: weights that are to be random would differ."""
+    first = parameter.flatten()[0]
+    return parameter.numel() > 1 and bool(first) and bool((parameter == first).all())
 
 
 Builder = Callable[..., nn.Module]
@@ -278,13 +294,30 @@ def _refuse_weights(name: str, options: Mapping[str, Any], *loading: str) -> Non
 
 
 def _with_norm(model: nn.Module, name: str, width: float, norm: NormFactory) -> nn.Module:
-    """Return `model`, called `name`, with each of its batch norms replaced by `norm`."""
+    """Return `model`, called `name`, with each of its batch norms replaced by `norm`.
+
+    Batch norms of timm may contain dropout and an activation, which follow them.
+    """
     if width != 1.0:
         raise UsageError(
             f"model.width does not apply to {name}: set it to 1, and the width by model.options", code="library-model"
         )
     for path, module in list(model.named_modules()):
         if isinstance(module, _BatchNorm):
+            replacement = norm(module.num_features)
+            if isinstance(replacement, GroupedBatchNorm):
+                replacement.epsilon = module.eps
+            for child_name, child in module.named_children():
+                replacement.add_module(child_name, child)
+            if list(module.children()):
+                replacement.register_forward_hook(_apply_children)
             parent, _, last = path.rpartition(".")
-            setattr(model.get_submodule(parent), last, norm(module.num_features))
+            setattr(model.get_submodule(parent), last, replacement)
     return model
+
+
+def _apply_children(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """Return the output of a forward hook: that of `module`, then passed through its children in order."""
+    for child in module.children():
+        output = child(output)
+    return output

@@ -8,13 +8,15 @@ from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torchvision import models
 
 from dist_train.config import Config, ImageFormat, ModelSettings, parse_config
 from dist_train.models import build_model
-from dist_train.models.building import _MODELS
+from dist_train.models.building import _MODELS, initialize
 from dist_train.models.norms import GroupedBatchNorm, NormFactory, norm_modules, norm_parameters
 from dist_train.outcome import UsageError
 from tests.raising import raises, raises_problems
@@ -111,6 +113,23 @@ def test_a_model_of_a_library_has_the_runs_norms_and_classes(name: str) -> None:
     assert all(torch.equal(tensor, again[key]) for key, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize("name", ["torchvision:mobilenet_v3_small", "timm:mobilenetv3_small_050"])
+def test_a_model_of_a_library_computes_what_the_library_computes(name: str) -> None:
+    """With timm's activations, which are parts of its batch norms, and torchvision's epsilon of 0.001."""
+    library, _, model_name = name.partition(":")
+    create: Any = {"timm": timm.create_model, "torchvision": models.get_model}[library]
+    theirs, ours = create(model_name, num_classes=5), built(name, norm="batch")
+    _, unexpected = theirs.load_state_dict(ours.state_dict(), strict=False)
+    assert not unexpected
+    for model in (theirs, ours):
+        model.eval()
+        for buffer_name, buffer in model.named_buffers():
+            if buffer_name.endswith("running_var"):
+                buffer.fill_(0.5)
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(ours(images), theirs(images), rtol=1e-5, atol=1e-7)
+
+
 def test_timm_takes_any_number_of_channels() -> None:
     one = {**IMAGES, "synthetic_shape": [1, 32, 32]}
     assert built("timm:resnet18", one)(torch.zeros(4, 1, 32, 32)).shape == (4, 5)
@@ -184,6 +203,27 @@ def test_norms_of_the_model_itself_begin_as_the_identity() -> None:
     own = {name: value for name, value in model.named_parameters() if name.startswith("extra")}
     assert own.keys() <= norm_parameters(model)
     assert all(bool((value == float(name.endswith("weight"))).all()) for name, value in own.items())
+
+
+def test_gains_and_frozen_parameters_keep_the_values_with_which_they_were_built() -> None:
+    model = nn.Module()
+    built_with = {
+        "scale": torch.full((4,), 1e-6),
+        "scale_of_channels": torch.full((4, 1, 1), 1e-6),
+        "temperature": torch.tensor(2.5),
+        "rates": torch.linspace(1, 2, 4),
+    }
+    for name, value in built_with.items():
+        model.register_parameter(name, nn.Parameter(value.clone()))
+    model.register_parameter("positions", nn.Parameter(torch.arange(6.0).view(2, 3), requires_grad=False))
+    model.register_parameter("in_proj_bias", nn.Parameter(torch.ones(4)))
+    model.register_parameter("token", nn.Parameter(torch.zeros(1, 4)))
+    initialize(model, seed=0)
+    parameters = dict(model.named_parameters())
+    assert all(torch.equal(parameters[name], value) for name, value in built_with.items())
+    assert torch.equal(parameters["positions"], torch.arange(6.0).view(2, 3))
+    assert not parameters["in_proj_bias"].any()
+    assert parameters["token"].all()
 
 
 def test_a_network_of_layer_norms_learns_from_every_weight() -> None:
