@@ -245,8 +245,14 @@ def unused_settings(config: Config) -> list[str]:
     sections = {name: getattr(config, name) for name in type(config).model_fields}
     if all(settings.model_fields_set == settings.__class__.model_fields.keys() for settings in sections.values()):
         return []
-    given = {f"{section}.{name}" for section, settings in sections.items() for name in settings.model_fields_set}
+    # a plug-in that is given its section may use all of it
+    passed = {each.partition(".")[0] for each in _GIVEN_SECTIONS if is_plugin(_value(config, each))}
+    given = {f"{each}.{name}" for each in sections.keys() - passed for name in sections[each].model_fields_set}
     return [f"{path} has no effect: {why}" for path, is_unused, why in _UNUSED if path in given and is_unused(config)]
+
+
+_GIVEN_SECTIONS = ("data.name", "noise.method", "optimizer.name")
+"""Settings whose plug-ins are called with the settings of their section."""
 
 
 def _value(config: Config, setting: str) -> Any:
@@ -344,7 +350,7 @@ _UNUSED: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
     ("data.download", lambda c: not c.data.name.startswith("cifar"), "only CIFAR can be downloaded"),
     (
         "data.loader_workers",
-        lambda c: _not_encoded(c) and not is_plugin(c.data.name) and not is_plugin(c.data.augment),
+        lambda c: _not_encoded(c) and not is_plugin(c.data.augment),
         "this data set is held in memory",
     ),
     ("data.image_size", _not_encoded, "the images of this data set have a fixed size"),
