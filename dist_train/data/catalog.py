@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dist_train.config import DataSettings
-from dist_train.config.plugins import call_plugin, is_plugin
+from dist_train.config.plugins import call_plugin, failing_clearly, is_plugin
 from dist_train.data.cache import Source, data_sets_folder, decoded_folder, decoded_once
 from dist_train.data.columns import find_arrays, find_parquet, find_saved, read_arrays
 from dist_train.data.image_folder import check_same_classes, list_split
@@ -108,6 +108,8 @@ def _plugin(settings: DataSettings, split: Split, seed: int) -> ImageSet | MapDa
     images: ImageSet | MapDataset = call_plugin(settings.name, settings.options, object, settings, split, seed)
     if not isinstance(images, ImageSet):
         if hasattr(images, "__len__") and hasattr(images, "__getitem__"):
+            with failing_clearly(settings.name):
+                len(images)
             return images
         raise UsageError(
             f"{settings.name} returned {type(images).__name__}, neither an ImageSet nor a map-style Dataset",

@@ -107,12 +107,13 @@ class PluginSamples:
 
 def labels_of(dataset: MapDataset, settings: DataSettings, split: Split, seed: int) -> Tensor:
     """Return all labels of a Dataset, int64 [n], from its `targets`, as in torchvision, or by reading every sample."""
-    targets = getattr(dataset, "targets", None)
     classes = settings.image_format.classes
-    if targets is not None and len(targets) == len(dataset):
-        labels = np.asarray(targets)
-        if labels.ndim == 1 and labels.dtype.kind in "iu" and 0 <= labels.min() <= labels.max() < classes:
-            return torch.from_numpy(labels.astype(np.int64))
+    try:
+        labels = np.asarray(getattr(dataset, "targets", None))
+    except Exception:  # of the Dataset's own code, or of targets that are no array: labels are then read
+        labels = np.empty(0)
+    if labels.shape == (len(dataset),) and labels.dtype.kind in "iu" and 0 <= labels.min() <= labels.max() < classes:
+        return torch.from_numpy(labels.astype(np.int64))
     reader = PluginSamples(settings.model_copy(update={"augment": "none"}), seed, {split: dataset})
     pixels, read = np.empty((1, *settings.image_format.shape), np.uint8), np.empty(len(dataset), np.int64)
     for index in range(len(dataset)):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dist_train.config import DataSettings
-from dist_train.data.images import BatchRequest, Split, Splits
+from dist_train.data.images import BatchRequest, ImageSet, Split, Splits
 from dist_train.data.loader import open_splits, training_labels
 from dist_train.outcome import UsageError
 from tests.raising import raises
@@ -119,8 +119,10 @@ def test_a_subset_is_balanced_by_the_labels_or_the_targets(monkeypatch: pytest.M
 
     monkeypatch.setattr(drawing_data.Drawing, "targets", [1, 0] * 12, raising=False)
     assert training_labels(DataSettings.model_validate(OWN), 5).tolist() == [1, 0] * 12
-    monkeypatch.setattr(drawing_data.Drawing, "targets", ["cat", "dog"] * 12)
-    assert training_labels(DataSettings.model_validate(OWN), 5).tolist() == [0, 1] * 12
+    unusable: tuple[object, ...] = (["cat", "dog"] * 12, [[0], [0, 1]] * 12, 24, property(lambda self: 1 / 0))
+    for targets in unusable:
+        monkeypatch.setattr(drawing_data.Drawing, "targets", targets)
+        assert training_labels(DataSettings.model_validate(OWN), 5).tolist() == [0, 1] * 12
 
 
 @pytest.mark.parametrize(
@@ -164,6 +166,23 @@ def test_labels_that_are_not_whole_numbers_are_refused(label: object, monkeypatc
     with raises(UsageError, "plugin-data-form") as refused:
         opened(**OWN)
     assert f"sample 0 of {HERE}:drawing (train)" in str(refused.value)
+
+
+def test_a_data_set_whose_length_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Drawing, "__len__", lambda self: 1 // 0)
+    with raises(UsageError, "plugin-failed") as refused:
+        opened(**OWN)
+    assert "ZeroDivisionError" in str(refused.value)
+
+
+def test_an_image_set_of_other_types_names_them() -> None:
+    images, labels = torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(AssertionError, match="float32, not uint8"):
+        ImageSet(images.float(), labels, 2)
+    with pytest.raises(AssertionError, match="int32, not int64"):
+        ImageSet(images, labels.int(), 2)
+    with pytest.raises(AssertionError, match=r"\[1\] labels, 2 images"):
+        ImageSet(images, labels[:1], 2)
 
 
 def test_a_data_set_without_samples_is_refused() -> None:
