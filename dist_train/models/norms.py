@@ -91,7 +91,7 @@ def collect_statistics(model: nn.Module) -> None:
     """
     model.eval()
     for norm in norm_modules(model):
-        norm.train()
+        norm.training = True  # not train(), which would reach the dropout that a norm of timm contains
 
 
 def join_relus(model: nn.Module) -> None:

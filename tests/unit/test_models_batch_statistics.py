@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dist_train.models.norms import BatchStatistics, GroupedBatchNorm, norm_modules
+from dist_train.models.norms import BatchStatistics, GroupedBatchNorm, collect_statistics, norm_modules
 from dist_train.reproducible import STATISTICS
 
 PROPERTY = settings(deadline=None, max_examples=25)
@@ -126,3 +126,11 @@ def test_statistics_that_are_not_finite_or_too_large_are_noted_until_cleared(bad
     norm(batch(4, ()))
     statistics.collect()
     assert not statistics.out_of_range
+
+
+def test_statistics_are_collected_without_the_dropout_of_the_model_and_its_norms() -> None:
+    norm, dropout = GroupedBatchNorm(CHANNELS), nn.Dropout()
+    norm.add_module("drop", nn.Dropout())
+    model = nn.Sequential(norm, dropout)
+    collect_statistics(model)
+    assert [each.training for each in model.modules()] == [False, True, False, False]
