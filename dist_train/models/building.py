@@ -155,17 +155,19 @@ def build_model(config: Config) -> nn.Module:
     # global generator as it was.
     with torch.random.fork_rng(devices=()):
         torch.default_generator.manual_seed(key(config.run.seed, "model"))
-        model = _network(config.model, config.data.image_format)
+        model = _network(config.model, config.data.image_format, config.precision.channels_last)
     initialize(model, config.run.seed)
     return model
 
 
-def _network(settings: ModelSettings, images: ImageFormat) -> nn.Module:
+def _network(settings: ModelSettings, images: ImageFormat, channels_last: bool) -> nn.Module:
     norm = norm_factory(settings)
     if settings.name in _MODELS:
         return _MODELS[settings.name](images, settings.width, norm)
     model: nn.Module = call_plugin(settings.name, settings.options, nn.Module, images, settings.width, norm)
-    blank = torch.zeros(2, *images.shape)
+    # in the layout of training, where for example Tensor.view may fail
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    blank = torch.zeros(2, *images.shape).to(memory_format=layout)
     with failing_clearly(settings.name), torch.no_grad():
         outputs = {"": model.eval()(blank)}
         buffers = [(name, buffer, buffer.clone()) for name, buffer in model.named_buffers()]

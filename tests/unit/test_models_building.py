@@ -155,6 +155,7 @@ class Network(nn.Module):
             "empty": lambda: nn.ParameterList([torch.ones(0, 5)]),
             "norm-unused": lambda: norm(8),
             "layer-norm": lambda: nn.Sequential(nn.LayerNorm(8), nn.RMSNorm(8), nn.BatchNorm1d(8)),
+            "view": lambda: nn.Conv2d(3, 3, 1),
         }
         self.extra = extra.get(kind, nn.Identity)()
         self.requires_grad_(kind != "frozen")
@@ -162,6 +163,8 @@ class Network(nn.Module):
     def forward(self, images: Tensor) -> object:
         if self.training:
             self.passes += 1
+        if self.kind == "view":
+            images = self.extra(images).view(len(images), 3 * 32 * 32)
         features = self.norm(self.stem(images.flatten(1)) * self.random)
         if self.kind == "norm-twice":
             features = self.norm(features)
@@ -184,6 +187,14 @@ def network(images: ImageFormat, width: float, norm: NormFactory, options: dict[
 def test_what_cannot_be_trained_is_refused_before_the_run(kind: str) -> None:
     with raises(UsageError, code="plugin-result"):
         built(f"{HERE}:network", options={"kind": kind})
+
+
+def test_a_network_is_tried_in_the_layout_of_training() -> None:
+    settings = {"data": IMAGES, "model": {"name": f"{HERE}:network", "options": {"kind": "view"}}}
+    with raises(UsageError, code="plugin-failed") as refused:
+        build_model(parse_config(settings, source="test"))
+    assert "reshape" in str(refused.value)
+    build_model(parse_config({**settings, "precision": {"channels_last": False}}, source="test"))
 
 
 def test_random_buffers_come_from_the_seed_and_a_trial_pass_leaves_no_trace(caplog: pytest.LogCaptureFixture) -> None:
