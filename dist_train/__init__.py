@@ -38,6 +38,8 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "api":  # for what has no name here, as `dist_train.api.learning_rate_range`
+        return import_module("dist_train.api")
     if name not in __all__:
         raise AttributeError(f"module {__name__} has no attribute {name}")
     return getattr(import_module(f"dist_train.{_MODULES.get(name, 'api')}"), name)

@@ -238,7 +238,7 @@ _FORMATS: Mapping[Format, tuple[str, Callable[[nn.Module, Tensor, Path], _Loaded
 }
 
 
-def learning_rate_range(config: Config, low: float, high: float, updates: int, run_directory: Path) -> RangeTest:
+def learning_rate_range(config: Config, low: float, high: float, updates: int, run_directory: Path | str) -> RangeTest:
     """Train as `config` says with a rate that rises from `low` to `high` over `updates` updates, each times a factor.
 
     Every rank of a launch calls it. It ends before where the loss is not finite any more. What was found is also
@@ -272,7 +272,7 @@ def learning_rate_range(config: Config, low: float, high: float, updates: int, r
         "metrics={enabled: false}",
     ]
     tested = parse_config(with_overrides(yaml.safe_load(dump_config(config)), overrides), source="the range test")
-    directory = RunDirectory(run_directory)
+    directory = RunDirectory(Path(run_directory))
     try:
         with suppress(DivergedError):  # what was measured before it is the result
             train(tested, directory.root)

@@ -30,7 +30,7 @@ from dist_train.config.resuming import with_decisions
 from dist_train.optim.averaging import Averaging, averaged_state
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.optim.optimizers import state_tensors
-from dist_train.outcome import UsageError
+from dist_train.outcome import UsageError, check_choice
 from dist_train.rundir.paths import RunDirectory
 
 
@@ -157,7 +157,8 @@ Weights = Literal["raw", "averaged"]  # which weights of a checkpoint: those of 
 
 
 def stored_state(contents: Contents, weights: Weights) -> Mapping[str, Tensor]:
-    """Return the model's state dict in a checkpoint; raise UsageError for averaged weights that it does not hold."""
+    """Return the model's state dict in a checkpoint; raise UsageError for other weights than it holds."""
+    check_choice("weights", weights, Weights)
     if weights == "raw":
         return contents.model
     if not contents.average:

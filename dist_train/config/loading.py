@@ -143,7 +143,7 @@ def with_overrides(settings: Mapping[str, Any], overrides: Sequence[str]) -> dic
     """Return `settings` with `section.key=value` overrides; later ones take precedence. Raises ConfigError."""
     changed = dict(settings)
     problems: list[Problem] = []
-    for override in overrides:
+    for override in [overrides] if isinstance(overrides, str) else overrides:
         try:
             _apply(changed, override)
         except ConfigError as error:

@@ -219,8 +219,10 @@ def plugin_files(settings: Mapping[str, Any]) -> dict[str, str]:
     places = {name.rpartition(":")[0] for _, name, _, _ in named_plugins(settings) if is_plugin(name)}
     folders = {_folder(_module(place)) for place in places} - {None}
     found: dict[str, str] = {}
+    # a script that trains may lie beside a plug-in, and is no part of it
+    script = sys.modules["__main__"]
     for module in list(sys.modules.values()):
-        file = getattr(module, "__file__", None)
+        file = getattr(module, "__file__", None) if module is not script else None
         for folder in folders:
             if folder and file and file.endswith(".py") and Path(file).is_relative_to(folder):
                 name = str(Path(file).relative_to(folder.parent))

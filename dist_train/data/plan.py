@@ -80,8 +80,8 @@ class BatchPlan:
         if samples < self.global_size:
             raise UsageError(
                 f"{samples} training samples do not fill a global batch of {self.global_size}: "
-                f"set batch.global_size (or batch.schedule, schedule.base_batch) to at most {samples}, or train on more "
-                f"samples (data.train_size, data.validation_size)",
+                f"set batch.global_size (or batch.schedule, schedule.base_batch) to at most {samples}, or train on "
+                f"more samples (data.train_size, data.validation_size)",
                 code="too-few-samples",
             )
         return samples // self.global_size

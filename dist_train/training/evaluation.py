@@ -140,7 +140,6 @@ def evaluate_stored(
     Norm statistics are the checkpoint's, computed at its clean or averaged weights.
     """
     check_choice("split", split, Split)
-    check_choice("weights", weights, Weights)
     with ExitStack() as stack:
         comm = join_ranks(timeout=60.0, device_type=device_type())
         stack.callback(comm.close)

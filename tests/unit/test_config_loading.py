@@ -230,6 +230,9 @@ class TestOverrides:
     def test_a_misspelt_override_is_an_unknown_key(self, tmp_path: Path) -> None:
         assert refusal(tmp_path, "", "noise.amplitud=1") == [("noise.amplitud", "unknown-key")]
 
+    def test_one_override_needs_no_list(self) -> None:
+        assert with_overrides({}, "run.seed=2") == {"run": {"seed": 2}}
+
     def test_the_mapping_that_is_overridden_stays_as_it_was(self) -> None:
         settings: dict[str, dict[str, int]] = {"run": {"seed": 1}}
         assert with_overrides(settings, ["run.seed=2"]) == {"run": {"seed": 2}}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,6 +64,14 @@ def test_the_command_tries_the_rates_and_writes_what_it_found(
     capsys.readouterr()
     assert main([*words, "--updates", "8"]) == 2
     assert "other --from, --to or --updates: choose another folder with --run-dir" in capsys.readouterr().err
+
+
+def test_a_script_that_imports_the_package_alone_can_call_it(tmp_path: Path) -> None:
+    arguments = f"{write_config(tmp_path, SETTINGS)!r}), 0.001, 1, 2, {str(tmp_path / 'range')!r}"
+    program = f"import dist_train; dist_train.api.learning_rate_range(dist_train.load_config({arguments})"
+    ended = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "range" / "lr_range.csv").is_file()
 
 
 def test_it_ends_before_where_the_loss_is_not_finite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
 from dist_train.checkpoint.files import find_checkpoint, read_checkpoint
-from dist_train.checkpoint.state import stored_state
+from dist_train.checkpoint.state import Weights, stored_state
 from dist_train.cluster.communicator import Alone, Communicator
 from dist_train.data.loader import open_splits
 from dist_train.models import build_model
 from dist_train.models.norms import running_statistics
+from dist_train.outcome import UsageError
 from dist_train.training.evaluation import recompute_statistics, statistics_samples
+from tests.raising import raises
 from tests.unit.simulated_ranks import results
 from tests.unit.small_trainers import build_trainer, small_config, state_bits
 from tests.unit.test_training_trainer import Notebook
@@ -56,6 +58,8 @@ def test_promise_3_with_averages_and_mixing(tmp_path: Path, sections: dict[str, 
     first, second = stored_state(one, "averaged"), stored_state(three, "averaged")
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+    with raises(UsageError, "no-such-choice"):
+        stored_state(one, cast(Weights, "mean"))
 
 
 def test_with_sync_norm_the_partner_is_the_same_on_any_number_of_ranks(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from dist_train.cluster.communicator import PeerFailedError
 from dist_train.config import parse_config
+from dist_train.config.plugins import plugin_files
 from dist_train.kernels import operators
 from dist_train.outcome import UsageError
 from dist_train.training import consistency
@@ -75,6 +76,16 @@ def test_the_code_is_every_source_file_and_what_computes() -> None:
     assert {"dist_train/training/step.py", "dist_train/cluster/communicator.py", "torch", "numpy", "Python"} <= set(
         listing
     )
+
+
+def test_a_script_beside_a_plug_in_is_no_part_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text("import beside_mine\n\n\ndef model(): ...\n")
+    (tmp_path / "beside_mine.py").touch()
+    (tmp_path / "script.py").touch()
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(tmp_path / "script.py"), raising=False)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    files = plugin_files({"model": {"name": f"{tmp_path}/mine.py:model"}})
+    assert list(files) == [f"{tmp_path.name}/beside_mine.py", f"{tmp_path.name}/mine.py"]
 
 
 def test_the_kernels_of_the_device_count(monkeypatch: pytest.MonkeyPatch) -> None:
