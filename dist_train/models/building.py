@@ -239,8 +239,7 @@ def initialize(model: nn.Module, seed: int) -> None:
 
 def _is_gain(parameter: Tensor) -> bool:
     """Whether all of several elements are equal, and not 0: weights that are to be random would differ."""
-    first = parameter.flatten()[0]
-    return parameter.numel() > 1 and bool(first) and bool((parameter == first).all())
+    return parameter.numel() > 1 and bool(parameter.all()) and bool((parameter == parameter.flatten()[0]).all())
 
 
 Builder = Callable[..., nn.Module]
