@@ -97,10 +97,10 @@ def collect_statistics(model: nn.Module) -> None:
 def join_relus(model: nn.Module) -> None:
     """Fuse each ReLU after a norm in an `nn.Sequential` into the norm: one pass over memory less."""
     for parent in list(model.modules()):
-        # A subclass may do something between the two, such as an addition.
+        # A subclass may do something between the two, such as an addition, and a norm of timm calls its children.
         if isinstance(parent, nn.Sequential) and type(parent).forward is nn.Sequential.forward:
             for (_, norm), (name, after) in pairwise(list(parent.named_children())):
-                if isinstance(norm, GroupedBatchNorm) and type(after) is nn.ReLU:
+                if isinstance(norm, GroupedBatchNorm) and type(after) is nn.ReLU and not list(norm.children()):
                     norm.activation = "relu"
                     setattr(parent, name, nn.Identity())
 

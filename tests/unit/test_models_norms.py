@@ -142,6 +142,10 @@ def test_a_relu_that_does_not_directly_follow_its_norm_stays() -> None:
     apart, joined = (Residual(a_norm(4), nn.ReLU()) for _ in range(2))
     join_relus(joined)
     assert torch.equal(joined(batch(11, (5, 4))), apart(batch(11, (5, 4))))
+    with_child = nn.Sequential(a_norm(4), nn.ReLU())
+    with_child[0].add_module("act", nn.SiLU())
+    join_relus(with_child)
+    assert isinstance(with_child[1], nn.ReLU)
 
 
 def test_the_state_dict_has_batch_norm_s_names_and_nothing_else() -> None:
