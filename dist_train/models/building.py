@@ -305,7 +305,7 @@ def _with_norm(model: nn.Module, name: str, width: float, norm: NormFactory) -> 
         )
     for path, module in list(model.named_modules()):
         if isinstance(module, _BatchNorm):
-            replacement = norm(module.num_features)
+            replacement = norm(module.num_features, least=VECTOR_GROUP if isinstance(module, nn.BatchNorm1d) else 2)
             if isinstance(replacement, GroupedBatchNorm):
                 replacement.epsilon = module.eps
             for child_name, child in module.named_children():

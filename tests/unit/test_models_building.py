@@ -16,8 +16,8 @@ from torchvision import models
 
 from dist_train.config import Config, ImageFormat, ModelSettings, parse_config
 from dist_train.models import build_model
-from dist_train.models.building import _MODELS, initialize
-from dist_train.models.norms import GroupedBatchNorm, NormFactory, norm_modules, norm_parameters
+from dist_train.models.building import _MODELS, _with_norm, initialize
+from dist_train.models.norms import GroupedBatchNorm, NormFactory, norm_factory, norm_modules, norm_parameters
 from dist_train.outcome import UsageError
 from tests.raising import raises, raises_problems
 
@@ -128,6 +128,12 @@ def test_a_model_of_a_library_computes_what_the_library_computes(name: str) -> N
                 buffer.fill_(0.5)
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(ours(images), theirs(images), rtol=1e-5, atol=1e-7)
+
+
+def test_group_norm_in_place_of_a_norm_of_vectors_has_more_than_two_values_per_group() -> None:
+    norm = norm_factory(ModelSettings(norm="group"))
+    model = _with_norm(nn.Sequential(nn.BatchNorm2d(32), nn.BatchNorm1d(32)), "a model", 1.0, norm)
+    assert [each.num_groups for each in model if isinstance(each, nn.GroupNorm)] == [16, 4]
 
 
 def test_timm_takes_any_number_of_channels() -> None:
