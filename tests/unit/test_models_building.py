@@ -133,7 +133,7 @@ def test_a_model_of_a_library_computes_what_the_library_computes(name: str) -> N
 def test_group_norm_in_place_of_a_norm_of_vectors_has_more_than_two_values_per_group() -> None:
     norm = norm_factory(ModelSettings(norm="group"))
     model = _with_norm(nn.Sequential(nn.BatchNorm2d(32), nn.BatchNorm1d(32)), "a model", 1.0, norm)
-    assert [each.num_groups for each in model if isinstance(each, nn.GroupNorm)] == [16, 4]
+    assert [each.num_groups for each in model.modules() if isinstance(each, nn.GroupNorm)] == [16, 4]
 
 
 def test_timm_takes_any_number_of_channels() -> None:
