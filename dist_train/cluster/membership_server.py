@@ -289,7 +289,7 @@ class MembershipServer:
         for line in lines:
             try:
                 self._handle(peer_id, json.loads(line))
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 self._lose(peer_id, "sent what is no message")
                 return
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -249,6 +250,17 @@ def test_who_beats_but_does_not_stop_is_expelled() -> None:
 def test_who_does_not_know_the_token_is_not_heard() -> None:
     with serving(1, 5.0) as server, pytest.raises(RankLostError, match="closed the connection"):
         Member(5.0, {**server.variables(0), TOKEN_VARIABLE: "guess"})
+
+
+def test_a_stranger_cannot_end_the_launch() -> None:
+    with serving(1, 5.0) as server:
+        with socket.create_connection(server.address) as stranger:
+            stranger.sendall(b"[" * 100_000 + b"\n")
+            while stranger.recv(1000):
+                pass
+        own = member(server, 0)
+        assert [generation.size for generation in meet([own])] == [1]
+        own.leave("")
 
 
 def joining(server: MembershipServer, count: int, token: str | None = None) -> RemoteAuthority:
