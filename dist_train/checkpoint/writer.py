@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -98,12 +98,14 @@ class CheckpointWriter:
                 done.append(self._results.get_nowait())
         return done
 
-    def wait(self) -> None:
-        """Wait until nothing is being written; a checkpoint that failed is retried once more."""
+    def wait(self, seconds: float | None = None) -> bool:
+        """Wait, `seconds` at most, and return whether nothing is being written; what failed is retried once more."""
         if self._pending is not None:
             self._awaited.set()
-            self._pending.result()
+            if not wait([self._pending], seconds).done:
+                return False
             self._pending = None
+        return True
 
     def close(self) -> None:
         """Wait until nothing is being written, then end the thread."""

@@ -190,6 +190,15 @@ def run_on_all_ranks(comm: Communicator, action: Callable[[], Result], name: str
     return result
 
 
+def await_on_all_ranks(comm: Communicator, attempt: Callable[[], bool], name: str) -> None:
+    """Call `attempt` on all ranks, again until it returns true on each of them; errors are those of `run_on_all_ranks`.
+
+    For what may take longer than an engine lets ranks wait for each other.
+    """
+    while not all(done for (done,) in gather(comm, [run_on_all_ranks(comm, attempt, name)], f"{name}: done")):
+        pass
+
+
 class PeerFailedError(UsageError):
     """Another rank failed and has reported why."""
 

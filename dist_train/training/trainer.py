@@ -15,7 +15,13 @@ from torch import nn
 from dist_train.checkpoint.files import Contents
 from dist_train.checkpoint.state import Progress, broadcast_state
 from dist_train.checkpoint.writer import CheckpointWriter, NotWritten
-from dist_train.cluster.communicator import Communicator, Generation, GroupBrokenError, MeetingRequestedError
+from dist_train.cluster.communicator import (
+    Communicator,
+    Generation,
+    GroupBrokenError,
+    MeetingRequestedError,
+    await_on_all_ranks,
+)
 from dist_train.config import Config
 from dist_train.config.plugins import plugin_files
 from dist_train.config.resuming import with_setting
@@ -47,6 +53,8 @@ from dist_train.training.step import OutOfMemoryError, TrainingStep
 from dist_train.training.stopping import EarlyStopping, StopRequests, TimeLimit
 
 _logger = logging.getLogger("dist_train.training")
+
+_SAVING_POLL_SECONDS = 1.0
 
 
 @dataclass
@@ -157,7 +165,6 @@ class Trainer:
             self.advance()
         self._publish_measurement()
         self._finish_saving()
-        self.comm.barrier()
         if self.progress.non_finite_step == self.progress.step:
             raise DivergedError(
                 f"the last evaluation, after step {self.progress.step}, is not finite", code="evaluation-not-finite"
@@ -425,8 +432,13 @@ class Trainer:
             self._report_saved()
 
     def _finish_saving(self) -> None:
-        """Wait for the last checkpoint; raise FaultError if it could not be written."""
-        self.settle_saving()
+        """Wait for the last checkpoint; raise FaultError if it could not be written.
+
+        All ranks wait, since launchers end a rank that the others have left.
+        """
+        writer = self.writer
+        await_on_all_ranks(self.comm, lambda: writer is None or writer.wait(_SAVING_POLL_SECONDS), "save")
+        self._report_saved()
         failed = self._not_written
         if failed is not None and failed.step == self._saved_step:
             place = f"it was written to {failed.fallback}" if failed.fallback else "earlier ones are untouched"
@@ -435,6 +447,7 @@ class Trainer:
                 f"{place}. Free some space and run the same command again",
                 code="checkpoint-not-written",
             ) from failed.error
+        self.comm.barrier()
 
     def _stop(self) -> None:
         if self.status:

@@ -15,12 +15,13 @@ from dist_train.checkpoint.files import list_checkpoints, read_checkpoint, write
 from dist_train.cli.main import main
 from dist_train.cluster.communicator import Alone
 from dist_train.models.norms import BatchStatistics
-from dist_train.outcome import DivergedError, FaultError, UsageError
+from dist_train.outcome import DivergedError, FaultError, StoppedError, UsageError
 from dist_train.rundir.records import EventRecord, read_records
 from dist_train.rundir.status import StatusFile
 from dist_train.training.evaluation import evaluate_stored
 from dist_train.training.reduction import Tally
 from tests.raising import raises
+from tests.unit.simulated_ranks import SimulatedRanks, results
 from tests.unit.small_trainers import build_trainer, small_config
 from tests.unit.test_cli_commands import write_config
 from tests.unit.test_training_step import Limited, take
@@ -90,6 +91,25 @@ def test_a_last_checkpoint_that_fails_is_a_fault(
         trainer.stop.request("SIGTERM")
     with pytest.raises((OSError, FaultError)):
         trainer.run()
+
+
+def test_no_rank_leaves_a_stopped_run_before_its_checkpoint_is_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slowly(*arguments: Any) -> Any:
+        time.sleep(1.5)
+        return write_checkpoint(*arguments)
+
+    monkeypatch.setattr(writer, "write_checkpoint", slowly)
+
+    def stop(comm: SimulatedRanks) -> list[str]:
+        trainer = build_trainer(small_config(), tmp_path, comm)
+        trainer.stop.request("SIGTERM")
+        with pytest.raises(StoppedError):
+            trainer.run()
+        return [file.path.name for file in list_checkpoints(tmp_path / "checkpoints")]
+
+    assert results(2, stop) == [["step-00000001.pt"]] * 2
 
 
 def test_overrides_may_follow_an_option(tmp_path: Path) -> None:
