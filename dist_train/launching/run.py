@@ -18,6 +18,7 @@ from dist_train.cluster.communicator import (
     Communicator,
     Generation,
     RankLostError,
+    await_on_all_ranks,
     broadcast_str,
     gather,
     gather_str,
@@ -38,7 +39,6 @@ from dist_train.monitoring.prometheus.http_server import access_warnings, check_
 from dist_train.outcome import DisagreementError, DivergedError, StoppedError, UsageError
 from dist_train.rundir.paths import (
     LEASE_SECONDS,
-    PATIENCE_SECONDS,
     LockRequest,
     RunDirectory,
     RunLock,
@@ -165,6 +165,7 @@ class Regrouping:
     observers: Sequence[Observer] = ()  # rank 0's observers, besides those that the settings name
     _logs: ExitStack = field(default_factory=ExitStack)
     _logging_as: int | None = None
+    _owes_records: bool = False  # what the lost rank 0 may not have written; another loss may come before that is done
 
     def __post_init__(self) -> None:
         self.stack.callback(self._logs.close)
@@ -188,21 +189,27 @@ class Regrouping:
             reduction=set_up_reduction(trainer.config, step.weights, step.noise, comm, trainer.progress),
             sum_over_ranks=sum_over(trainer.config.model, comm, step.clock),
         )
-        takes_over = comm.rank == 0 and trainer.writer is None
-        take_over = partial(self._take_over, trainer) if takes_over else lambda: None
-        run_on_all_ranks(comm, take_over, "take over the run directory")
-        nodes = gather_str(comm, socket.gethostname(), "nodes")
-        self.session.note_generation(trainer, nodes)
-        if takes_over:
-            for record in trainer.recent.all():
-                trainer.observers.record(record)
-
-    def _take_over(self, trainer: Trainer) -> None:
         # The lost rank's node may be cut off without having noticed, or the file server may still hold its lock.
         request = LockRequest(self.directory.root, self.directory.lock, patience=LEASE_SECONDS)
-        lock = request.wait(LEASE_SECONDS + PATIENCE_SECONDS)
-        assert lock is not None, "the request has either got the lock or raised UsageError"
+
+        def take_over() -> bool:
+            if comm.rank == 0 and trainer.writer is None:
+                if (lock := request.wait(_poll_seconds(self.config))) is None:
+                    return False
+                self._take_over(trainer, lock)
+            return True
+
+        await_on_all_ranks(comm, take_over, "take over the run directory")
+        nodes = gather_str(comm, socket.gethostname(), "nodes")
+        self.session.note_generation(trainer, nodes)
+        if self._owes_records:
+            for record in trainer.recent.all():
+                trainer.observers.record(record)
+            self._owes_records = False
+
+    def _take_over(self, trainer: Trainer, lock: RunLock) -> None:
         self.stack.callback(lock.release)
+        self._owes_records = True
         rewind(self.directory.metrics, _KEEP_ALL_STEPS)
         self.session.take_over(self.config, lock, self.observers)
         trainer.observers, trainer.status = self.session.observers, self.session.status
@@ -241,11 +248,20 @@ def _lock(config: Config, directory: RunDirectory, comm: Communicator) -> RunLoc
 
     lock: RunLock | None = None
     requested = run_on_all_ranks(comm, request, "make the run directory")
-    # A dead node's lock may be held for longer than an engine lets ranks wait for each other.
-    while not broadcast_str(comm, "held" if lock else "", "lock"):
-        wait = partial(requested.wait, config.comm.timeout / _POLLS_IN_TIMEOUT) if requested else lambda: None
-        lock = run_on_all_ranks(comm, wait, "lock the run directory")
+
+    def attempt() -> bool:
+        nonlocal lock
+        if requested and not lock:
+            lock = requested.wait(_poll_seconds(config))
+        return not requested or lock is not None
+
+    await_on_all_ranks(comm, attempt, "lock the run directory")
     return lock
+
+
+def _poll_seconds(config: Config) -> float:
+    """Return for how long ranks that wait for the run directory may wait before they synchronize."""
+    return config.comm.timeout / _POLLS_IN_TIMEOUT
 
 
 def _find_resume_point(config: Config, directory: RunDirectory, comm: Communicator) -> ResumePoint:
