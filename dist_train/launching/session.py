@@ -162,7 +162,9 @@ class Session:
             self.trainer.settle_saving()
         code = exit_code_of(error)
         is_own_error = not isinstance(error, RankLostError)
-        self._others_continue = self.comm.is_elastic and is_own_error and self.trainer is not None
+        has_begun = self.comm.is_elastic and self.trainer is not None
+        # The run is that of the others until a joining rank has met them.
+        self._others_continue = self.comm.is_joining or (has_begun and is_own_error)
         # A rank that failed on its own knows why; the others know only that it is lost.
         is_recorded = isinstance(error, RankLostError | PeerFailedError) and another_failed(self.directory.status)
         reason = " ".join(str(error).split()) or type(error).__name__

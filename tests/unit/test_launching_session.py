@@ -7,17 +7,19 @@ import re
 import socket
 import subprocess
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+import torch
 
 import dist_train
 from dist_train.checkpoint.files import newest_whole
 from dist_train.checkpoint.state import ResumePoint
 from dist_train.cli.main import main
-from dist_train.cluster.communicator import Alone
+from dist_train.cluster.communicator import Alone, Generation, GroupBrokenError, Pending, RankLostError
 from dist_train.launching.assembly import assemble
-from dist_train.launching.run import train
+from dist_train.launching.run import Regrouping, train
 from dist_train.launching.session import Session, open_session, revision
 from dist_train.monitoring.observers import Observers
 from dist_train.outcome import DisagreementError, DivergedError, StoppedError, UsageError
@@ -179,6 +181,57 @@ def test_a_rank_that_is_left_keeps_in_the_status_how_far_the_run_was(tmp_path: P
     assert (status.state, status.reason) == ("failed", "rank 1: rank 0 does not answer")
     assert (status.step, status.epoch, status.total_steps) == (6, 2.0, 6)
     assert status.environment
+
+
+@pytest.mark.parametrize("error", [RankLostError("the run has ended meanwhile"), OSError("no such device")])
+def test_a_rank_that_fails_before_it_has_joined_leaves_the_status_to_the_others(
+    tmp_path: Path, error: Exception
+) -> None:
+    begun(tmp_path, Alone())[0].finish()
+    before = read_status(tmp_path / "status.json")
+    joining = Alone()
+    joining.rank, joining.size, joining.is_elastic, joining.is_joining = 1, 2, True, True
+    Session(RunDirectory(tmp_path), joining, Observers()).fail(error)
+    assert read_status(tmp_path / "status.json") == before
+
+
+class LosesOneWhileItMeets(Alone):
+    """The only rank left, which learns of a loss once it has taken over the run directory."""
+
+    is_elastic = True
+    has_lost_one = False
+
+    def allreduce_async(self, tensor: torch.Tensor, name: str) -> Pending:
+        if name == "nodes.length" and not self.has_lost_one:
+            self.has_lost_one = True
+            raise GroupBrokenError("rank 1 died")
+        return Pending()
+
+
+def test_a_loss_right_after_a_takeover_loses_no_record_of_the_former_rank_0(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path)
+    directory.create()
+    former = EventRecord(1, "dealing", 5.0, {})
+    generation = Generation(2, 0, 1, ("", 0), ("here",), ("rank 0 died",), "", ())
+
+    def launch(comm: SimulatedRanks) -> None:
+        comm.is_elastic = True
+        session = open_session(small_config(), directory, comm)
+        trainer = assemble(small_config(), ResumePoint(small_config()), directory, comm, session, StopRequests())
+        if comm.rank == 0:
+            session.finish()
+            return
+        trainer.recent.add(former)
+        session.comm = trainer.comm = LosesOneWhileItMeets()
+        with ExitStack() as stack:
+            regroup = Regrouping(small_config(), directory, session, stack)
+            with pytest.raises(GroupBrokenError):
+                regroup(trainer, generation)
+            regroup(trainer, generation)
+            session.finish()
+
+    results(2, launch)
+    assert former in read_records(directory.metrics)
 
 
 def test_a_launch_that_begins_again_keeps_in_the_status_how_far_the_run_was(tmp_path: Path) -> None:
