@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -20,6 +21,7 @@ from dist_train.cluster.communicator import (
     Generation,
     GroupBrokenError,
     MeetingRequestedError,
+    RankLostError,
     await_on_all_ranks,
 )
 from dist_train.config import Config
@@ -30,7 +32,7 @@ from dist_train.data.plan import BatchPlan
 from dist_train.monitoring.observers import Observers
 from dist_train.optim.averaging import AveragedModel
 from dist_train.optim.schedules import LearningRate
-from dist_train.outcome import DivergedError, FaultError, StoppedError
+from dist_train.outcome import DisagreementError, DivergedError, FaultError, StoppedError
 from dist_train.rundir.records import Detail, Epochs, EvaluationRecord, EventRecord, Record, TrainRecord
 from dist_train.rundir.status import StatusFile
 from dist_train.training.consistency import verify_agreement
@@ -159,6 +161,10 @@ class Trainer:
             except GroupBrokenError as error:
                 must_recover = True
                 self._interruption.note(error, update_is_redone=self._is_step_complete)
+            except (DivergedError, DisagreementError, OutOfMemoryError):  # on all ranks
+                with suppress(RankLostError):
+                    self._await_saving()
+                raise
 
     def _train(self) -> None:
         while not self._is_step_complete or (self.progress.step < self.last_step and not self.stopped_early):
@@ -431,14 +437,15 @@ class Trainer:
             self.writer.wait()
             self._report_saved()
 
-    def _finish_saving(self) -> None:
-        """Wait for the last checkpoint; raise FaultError if it could not be written.
-
-        All ranks wait, since launchers end a rank that the others have left.
-        """
+    def _await_saving(self) -> None:
+        """Wait on all ranks for the checkpoint being written, since launchers end a rank that the others have left."""
         writer = self.writer
         await_on_all_ranks(self.comm, lambda: writer is None or writer.wait(_SAVING_POLL_SECONDS), "save")
         self._report_saved()
+
+    def _finish_saving(self) -> None:
+        """Wait for the last checkpoint; raise FaultError if it could not be written."""
+        self._await_saving()
         failed = self._not_written
         if failed is not None and failed.step == self._saved_step:
             place = f"it was written to {failed.fallback}" if failed.fallback else "earlier ones are untouched"

@@ -93,19 +93,25 @@ def test_a_last_checkpoint_that_fails_is_a_fault(
         trainer.run()
 
 
-def test_no_rank_leaves_a_stopped_run_before_its_checkpoint_is_on_disk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("ending", [StoppedError, DivergedError])
+def test_no_rank_leaves_before_the_checkpoint_is_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: type[Exception]
 ) -> None:
     def slowly(*arguments: Any) -> Any:
         time.sleep(1.5)
         return write_checkpoint(*arguments)
 
     monkeypatch.setattr(writer, "write_checkpoint", slowly)
+    config = small_config(checkpoint={"every_steps": 1})
+    if ending is DivergedError:
+        rate = {"learning_rate": 1e30}
+        config = small_config(checkpoint={"every_steps": 1}, model={"norm": "none", "width": 0.25}, optimizer=rate)
 
     def stop(comm: SimulatedRanks) -> list[str]:
-        trainer = build_trainer(small_config(), tmp_path, comm)
-        trainer.stop.request("SIGTERM")
-        with pytest.raises(StoppedError):
+        trainer = build_trainer(config, tmp_path, comm)
+        if ending is StoppedError:
+            trainer.stop.request("SIGTERM")
+        with pytest.raises(ending):
             trainer.run()
         return [file.path.name for file in list_checkpoints(tmp_path / "checkpoints")]
 
