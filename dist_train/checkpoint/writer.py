@@ -161,9 +161,14 @@ class CheckpointWriter:
     def _write_to_fallback(self, contents: Contents) -> Path | None:
         if self.fallback is None:
             return None
+
+        def before_publishing() -> None:
+            with suppress(OSError):  # of the run directory, which may be why this one goes elsewhere
+                self.before_publishing()
+
         try:
             self.fallback.mkdir(mode=0o700, parents=True, exist_ok=True)
-            file = write_checkpoint(self.fallback, contents, self.before_publishing)
+            file = write_checkpoint(self.fallback, contents, before_publishing)
             prune(self.fallback, keep=1, best_step=None)
         except OSError as error:
             _logger.warning(

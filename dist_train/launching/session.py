@@ -143,9 +143,15 @@ class Session:
         self._record_event("lengthened", before=before, now=now)
 
     def before_publishing(self) -> None:
-        """Flush the records before a checkpoint gets its name, from any thread. Raises OSError if the lock is gone."""
+        """Flush the records before a checkpoint gets its name, from any thread.
+
+        Raises OSError if that fails, or the lock is gone.
+        """
         if self.lock is not None:
             self.lock.check()
+        for each in self.observers:
+            if isinstance(each, JsonLines):  # as an observer that fails, it would be dropped
+                each.flush()
         self.observers.sync()
 
     def finish(self) -> Outcome:

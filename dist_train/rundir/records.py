@@ -329,7 +329,7 @@ _BACKLOG_LIMIT = 100_000
 
 
 class JsonLines(Observer):
-    """Appends each record to `path` in one write; `sync` flushes to disk.
+    """Appends each record to `path` in one write; `flush` flushes to disk.
 
     A record whose (kind, step, split or event) the file already has is not written again. While writes fail, records
     wait in memory; the first failure is reported.
@@ -359,8 +359,8 @@ class JsonLines(Observer):
                 self._backlog.append(f"{json_text(fields)}\n".encode())
             self._write_backlog()
 
-    def sync(self) -> None:
-        """Flush what was recorded to disk."""
+    def flush(self) -> None:
+        """Flush what was recorded to disk, from any thread. Raises OSError."""
         with self._lock:
             if self._file is None:
                 return
@@ -372,7 +372,7 @@ class JsonLines(Observer):
 
     def end(self, outcome: Outcome) -> None:
         """Flush to disk and close."""
-        self.sync()
+        self.flush()
         with self._lock:
             if self._file is not None:
                 os.close(self._file)

@@ -154,8 +154,8 @@ def test_what_is_refused_to_the_end_is_reported_once(tmp_path: Path) -> None:
 def test_what_is_refused_lies_in_the_fallback_until_the_next_one_is_written(tmp_path: Path) -> None:
     disk, fallback = tmp_path / "disk", tmp_path / "elsewhere" / "run"
     disk.mkdir()
-    # Refused, written to the fallback, refused again as the last try.
-    script = iter([True, False, True])
+    # Refused; in the fallback written all the same; refused again as the last try.
+    script = iter([True, True, True])
 
     def fail() -> None:
         if next(script, False):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import re
 import socket
 import subprocess
@@ -181,6 +183,26 @@ def test_a_rank_that_is_left_keeps_in_the_status_how_far_the_run_was(tmp_path: P
     assert (status.state, status.reason) == ("failed", "rank 1: rank 0 does not answer")
     assert (status.step, status.epoch, status.total_steps) == (6, 2.0, 6)
     assert status.environment
+
+
+def test_records_that_cannot_be_flushed_keep_the_checkpoint_back_and_are_recorded_further(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, first, second = RunDirectory(tmp_path), EventRecord(1, "one", 5.0, {}), EventRecord(2, "two", 5.0, {})
+
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    session = open_session(small_config(), directory, Alone())
+    session.observers.record(first)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        with pytest.raises(OSError, match="quota"):
+            session.before_publishing()
+    session.observers.record(second)
+    session.before_publishing()
+    assert read_records(directory.metrics) == (first, second)
+    session.finish()
 
 
 @pytest.mark.parametrize("error", [RankLostError("the run has ended meanwhile"), OSError("no such device")])

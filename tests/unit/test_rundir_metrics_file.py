@@ -90,7 +90,7 @@ def test_a_record_is_in_the_file_as_soon_as_it_is_recorded(tmp_path: Path) -> No
     for step in (1, 2):
         lines.record(train(step))
         assert path.read_text().count("\n") == step
-    lines.sync()
+    lines.flush()
     lines.end(OUTCOME)
     assert path.read_text() == f"{to_json(train(1))}\n{to_json(train(2))}\n"
 
@@ -134,7 +134,7 @@ def test_a_full_disk_tears_no_line_and_loses_no_record_when_there_is_room_again(
         with files_limited_to(path.stat().st_size + 50):
             lines.record(train(2))
             lines.record(train(3))
-            lines.sync()
+            lines.flush()
             assert path.read_text() == to_json(train(1)) + "\n"
         lines.record(train(4))
     lines.end(OUTCOME)
@@ -154,7 +154,7 @@ def test_records_that_never_found_room_are_reported_as_lost(tmp_path: Path, capl
 def test_sync_after_the_end_does_nothing(tmp_path: Path) -> None:
     lines = JsonLines(tmp_path / "metrics.jsonl")
     lines.end(OUTCOME)
-    lines.sync()
+    lines.flush()
     lines.end(OUTCOME)
 
 

@@ -37,7 +37,7 @@ def finish(run: PlannedRun, accuracy: float) -> None:
     run.files.save_config(run.config)
     lines = JsonLines(run.files.metrics)
     lines.record(EvaluationRecord(3, 1.0, "test", 1.0, accuracy, 10, 0.0))
-    lines.sync()
+    lines.flush()
     StatusFile(run.files.status, 1).end("finished", ExitCode.FINISHED, "")
 
 
