@@ -21,10 +21,10 @@ def no_handler_is_left_behind() -> Iterator[None]:
 
 
 def test_a_line_tells_time_level_and_rank(tmp_path: Path) -> None:
-    with open_logs(tmp_path / "logs", rank=3) as path:
+    with open_logs(tmp_path, rank=3) as path:
         logger.info("step %d", 7)
         logger.debug("too small to tell")
-    assert path == tmp_path / "logs" / "rank-3.log"
+    assert path == tmp_path / "rank-3.log"
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z INFO    rank 3  step 7\n", path.read_text())
 
 
@@ -43,12 +43,20 @@ def test_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_a_second_run_in_the_process_logs_into_its_own_file(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
     with open_logs(tmp_path / "a", rank=1):
         logger.info("one")
     with open_logs(tmp_path / "b", rank=1):
         logger.info("two")
     assert "two" not in (tmp_path / "a" / "rank-1.log").read_text()
     assert "one" not in (tmp_path / "b" / "rank-1.log").read_text()
+
+
+def test_a_run_directory_that_is_away_is_not_made_again(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), open_logs(tmp_path / "away" / "logs", rank=1):
+        pass
+    assert not (tmp_path / "away").exists()
 
 
 def test_a_resumed_run_adds_to_the_log(tmp_path: Path) -> None:
