@@ -246,11 +246,14 @@ class _ElasticRanks(Ranks):
             if slot in view.members:
                 self._joining.pop(index, None)
                 self._futile_restarts[index] = 0
-        latest = time.monotonic() - START_TIMEOUTS * self._authority.timeout
+        seconds = START_TIMEOUTS * self._authority.timeout
+        latest = time.monotonic() - seconds
         for index, started in list(self._joining.items()):
             # The authority notices silent joiners; processes that begin the run give up by themselves.
             is_late = view.has_state and started < latest and self._local.slots[index] not in view.joiners
             if self._has_ended or is_late:
+                if not self._has_ended:
+                    say(f"{self._name(index)} has not connected within {seconds:g} s: it is killed")
                 del self._joining[index]
                 self._processes[index].kill()
 
