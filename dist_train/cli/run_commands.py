@@ -65,8 +65,8 @@ def _code_of(train: Callable[[], object]) -> ExitCode:
 
     try:
         train()
-    except PeerFailedError:
-        return ExitCode.USAGE
+    except PeerFailedError as error:
+        return exit_code_of(error)
     except (DivergedError, DisagreementError, StoppedError) as error:
         if current_launch().rank == 0:
             print(f"dist-train: {printable(text_with_code(error))}", file=sys.stderr)

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch
 
-from dist_train.outcome import FaultError, UsageError
+from dist_train.outcome import ExitCode, FaultError, UsageError, exit_code_of
 
 Result = TypeVar("Result")
 
@@ -182,11 +182,13 @@ def run_on_all_ranks(comm: Communicator, action: Callable[[], Result], name: str
         result = action()
     except Exception as error:
         failure = error
-    failed = [rank for rank, (bad,) in enumerate(gather(comm, [failure is not None], name)) if bad]
+    codes = [code for (code,) in gather(comm, [0 if failure is None else exit_code_of(failure)], name)]
+    failed = [rank for rank, code in enumerate(codes) if code]
     if failure is not None and failed[0] == comm.rank:
         raise failure
     if failed:
-        raise PeerFailedError(f"rank {', '.join(map(str, failed))} could not {name}; see its message")
+        ranks = ", ".join(map(str, failed))
+        raise PeerFailedError(f"rank {ranks} could not {name}; see its message", ExitCode(codes[failed[0]]))
     return result
 
 
@@ -200,6 +202,10 @@ def await_on_all_ranks(comm: Communicator, attempt: Callable[[], bool], name: st
 
 
 class PeerFailedError(UsageError):
-    """Another rank failed and has reported why."""
+    """Another rank failed, with this exit code, and has reported why."""
 
     code = "peer-failed"
+
+    def __init__(self, text: str, exit_code: ExitCode) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code

@@ -185,7 +185,7 @@ class Session:
             _logger.info("%s", reason, exc_info=error if is_bug else None)
         if len(reason) > _LONGEST_REASON:
             reason = f"{reason[:_LONGEST_REASON]}... (see the log)"
-        if code == ExitCode.FAULT and not is_recorded:
+        if code == ExitCode.FAULT and not is_recorded and not isinstance(error, PeerFailedError):
             self._record_fault(reason)
         self._end("stopped" if isinstance(error, StoppedError) else "failed", code, reason, is_recorded=is_recorded)
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_train.cluster.communicator import Alone, PeerFailedError, broadcast_str, gather, gather_str, run_on_all_ranks
-from dist_train.outcome import UsageError
+from dist_train.outcome import ExitCode, exit_code_of
 from tests.unit.simulated_ranks import SimulatedRanks, on_ranks, results
 
 SIZES = [1, 2, 3, 5]
@@ -58,7 +58,7 @@ def test_what_fails_somewhere_fails_everywhere_and_is_told_once(failing: list[in
             assert str(error) == f"on {rank}"
         else:
             assert isinstance(error, PeerFailedError)
-            assert isinstance(error, UsageError)
+            assert exit_code_of(error) == ExitCode.FAULT, "that of the first that failed"
             assert all(str(rank) in str(error) for rank in failing)
 
 
