@@ -23,6 +23,7 @@ from dist_train.cluster.communicator import (
     MeetingRequestedError,
     RankLostError,
     await_on_all_ranks,
+    run_on_all_ranks,
 )
 from dist_train.config import Config
 from dist_train.config.plugins import plugin_files
@@ -444,8 +445,16 @@ class Trainer:
         self._report_saved()
 
     def _finish_saving(self) -> None:
-        """Wait for the last checkpoint; raise FaultError if it could not be written."""
+        """Wait for the last checkpoint; raise FaultError if it could not be written, on other ranks PeerFailedError."""
         self._await_saving()
+        if not self.comm.is_elastic:
+            run_on_all_ranks(self.comm, self._check_saved, "save the last checkpoint")
+            return
+        # On another node, the rank that takes over may be able to.
+        self._check_saved()
+        self.comm.barrier()
+
+    def _check_saved(self) -> None:
         failed = self._not_written
         if failed is not None and failed.step == self._saved_step:
             place = f"it was written to {failed.fallback}" if failed.fallback else "earlier ones are untouched"
@@ -454,7 +463,6 @@ class Trainer:
                 f"{place}. Free some space and run the same command again",
                 code="checkpoint-not-written",
             ) from failed.error
-        self.comm.barrier()
 
     def _stop(self) -> None:
         if self.status:

@@ -13,15 +13,15 @@ import torch
 from dist_train.checkpoint import writer
 from dist_train.checkpoint.files import list_checkpoints, read_checkpoint, write_checkpoint
 from dist_train.cli.main import main
-from dist_train.cluster.communicator import Alone
+from dist_train.cluster.communicator import Alone, PeerFailedError
 from dist_train.models.norms import BatchStatistics
-from dist_train.outcome import DivergedError, FaultError, StoppedError, UsageError
+from dist_train.outcome import DivergedError, ExitCode, FaultError, StoppedError, UsageError
 from dist_train.rundir.records import EventRecord, read_records
 from dist_train.rundir.status import StatusFile
 from dist_train.training.evaluation import evaluate_stored
 from dist_train.training.reduction import Tally
 from tests.raising import raises
-from tests.unit.simulated_ranks import SimulatedRanks, results
+from tests.unit.simulated_ranks import SimulatedRanks, on_ranks, results
 from tests.unit.small_trainers import build_trainer, small_config
 from tests.unit.test_cli_commands import write_config
 from tests.unit.test_training_step import Limited, take
@@ -91,6 +91,24 @@ def test_a_last_checkpoint_that_fails_is_a_fault(
         trainer.stop.request("SIGTERM")
     with pytest.raises((OSError, FaultError)):
         trainer.run()
+
+
+def test_a_last_checkpoint_that_fails_ends_all_ranks_with_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    def stop(comm: SimulatedRanks) -> None:
+        trainer = build_trainer(small_config(), tmp_path, comm)
+        trainer.stop.request("SIGTERM")
+        trainer.run()
+
+    monkeypatch.setattr(writer, "write_checkpoint", fail)
+    first, second = on_ranks(2, stop)
+    assert isinstance(first, FaultError)
+    assert isinstance(second, PeerFailedError)
+    assert second.exit_code == ExitCode.FAULT
 
 
 @pytest.mark.parametrize("ending", [StoppedError, DivergedError])
