@@ -21,6 +21,8 @@ import torch
 
 from dist_train.checkpoint.files import CheckpointFile, Contents, prune, remove_checkpoint, write_checkpoint
 from dist_train.config.sections import CheckpointSettings
+from dist_train.outcome import FaultError
+from dist_train.rundir.records import Detail
 
 _YIELD_SECONDS = 0.001
 _FIRST_PAUSE_SECONDS = 1.0
@@ -36,6 +38,16 @@ class Written:
     stall_seconds: float
     seconds: float
 
+    @property
+    def details(self) -> dict[str, Detail]:
+        """The fields of its event."""
+        return {
+            "path": self.file.path.name,
+            "bytes": self.file.size,
+            "seconds": round(self.seconds, 4),
+            "stall_seconds": round(self.stall_seconds, 4),
+        }
+
 
 @dataclass(frozen=True)
 class NotWritten:
@@ -47,6 +59,26 @@ class NotWritten:
     step: int
     error: Exception
     fallback: Path | None = None
+
+    @property
+    def why(self) -> str:
+        """What failed, and where the checkpoint is instead."""
+        return f"{self._cause}; it was written to {self.fallback}" if self.fallback else self._cause
+
+    @property
+    def _cause(self) -> str:
+        if isinstance(self.error, OSError) and self.error.strerror:
+            return f"{self.error.strerror}: {self.error.filename}" if self.error.filename else self.error.strerror
+        return f"{type(self.error).__name__}: {self.error}"
+
+    def fault(self) -> FaultError:
+        """Return the error that ends a run whose last checkpoint this is."""
+        untouched = "" if self.fallback else "; earlier ones are untouched"
+        return FaultError(
+            f"the last checkpoint (step {self.step}) could not be written: {self.why}{untouched}. Free some space and "
+            f"run the same command again",
+            code="checkpoint-not-written",
+        )
 
 
 @dataclass(eq=False)

@@ -33,7 +33,7 @@ from dist_train.data.plan import BatchPlan
 from dist_train.monitoring.observers import Observers
 from dist_train.optim.averaging import AveragedModel
 from dist_train.optim.schedules import LearningRate
-from dist_train.outcome import DisagreementError, DivergedError, FaultError, StoppedError
+from dist_train.outcome import DisagreementError, DivergedError, StoppedError
 from dist_train.rundir.records import Detail, Epochs, EvaluationRecord, EventRecord, Record, TrainRecord
 from dist_train.rundir.status import StatusFile
 from dist_train.training.consistency import verify_agreement
@@ -56,8 +56,6 @@ from dist_train.training.step import OutOfMemoryError, TrainingStep
 from dist_train.training.stopping import EarlyStopping, StopRequests, TimeLimit
 
 _logger = logging.getLogger("dist_train.training")
-
-_SAVING_POLL_SECONDS = 1.0
 
 
 @dataclass
@@ -415,22 +413,13 @@ class Trainer:
         for result in self.writer.results() if self.writer else ():
             if isinstance(result, NotWritten):
                 self._not_written = result
-                error = _describe(result.error)
-                place = f"; it was written to {result.fallback}" if result.fallback else ""
-                _logger.error("the checkpoint of step %d could not be written: %s%s", result.step, error, place)
-                self._event_at(result.step, "checkpoint_failed", error=f"{error}{place}")
+                _logger.error("the checkpoint of step %d could not be written: %s", result.step, result.why)
+                self._event_at(result.step, "checkpoint_failed", error=result.why)
             else:
                 if self._not_written is not None and self._not_written.step == result.file.step:
                     self._not_written = None
                 self.time_limit.note_saved(result.seconds)
-                self._event_at(
-                    result.file.step,
-                    "checkpoint",
-                    path=result.file.path.name,
-                    bytes=result.file.size,
-                    seconds=round(result.seconds, 4),
-                    stall_seconds=round(result.stall_seconds, 4),
-                )
+                self._event_at(result.file.step, "checkpoint", **result.details)
 
     def settle_saving(self) -> None:
         """Wait for the checkpoint being written, if any, and record whether it was."""
@@ -440,8 +429,7 @@ class Trainer:
 
     def _await_saving(self) -> None:
         """Wait on all ranks for the checkpoint being written, since launchers end a rank that the others have left."""
-        writer = self.writer
-        await_on_all_ranks(self.comm, lambda: writer is None or writer.wait(_SAVING_POLL_SECONDS), "save")
+        await_on_all_ranks(self.comm, lambda: self.writer is None or self.writer.wait(1.0), "save")
         self._report_saved()
 
     def _finish_saving(self) -> None:
@@ -457,12 +445,7 @@ class Trainer:
     def _check_saved(self) -> None:
         failed = self._not_written
         if failed is not None and failed.step == self._saved_step:
-            place = f"it was written to {failed.fallback}" if failed.fallback else "earlier ones are untouched"
-            raise FaultError(
-                f"the last checkpoint (step {failed.step}) could not be written: {_describe(failed.error)}; "
-                f"{place}. Free some space and run the same command again",
-                code="checkpoint-not-written",
-            ) from failed.error
+            raise failed.fault() from failed.error
 
     def _stop(self) -> None:
         if self.status:
@@ -515,9 +498,3 @@ class Trainer:
             self._set_micro_size(shared.micro_size)
         self.deal_micro_batches(self.plan.micro_size)
         self.regroup(self, generation)
-
-
-def _describe(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return f"{type(error).__name__}: {error}"
