@@ -72,6 +72,20 @@ INLINE float rectified(float gradient, float output) { return output <= 0.0f ? 0
         for (int64_t tile = 0, width = smaller(TILE, channels); tile < (channels); \
              tile += TILE, width = smaller(TILE, (channels) - tile))
 
+/* What a block of channels needs of its group. */
+typedef struct {
+    float mean[TILE], scale[TILE], factor[TILE], bias[TILE];
+} Block;
+
+INLINE void load(Block *restrict block, const Group *restrict group, int64_t tile, int64_t width) {
+    for (int64_t lane = 0; lane < width; lane++) {
+        block->mean[lane] = group->mean[tile + lane];
+        block->scale[lane] = group->scale[tile + lane];
+        block->factor[lane] = block->scale[lane] * group->weight[tile + lane];
+        block->bias[lane] = group->bias[tile + lane];
+    }
+}
+
 /* Sums of the rows [first, last), or of their squared distances from `mean`. */
 INLINE void sum_rows(
     const void *restrict inputs, int64_t first, int64_t last, int64_t channels, const float *restrict mean,
@@ -95,16 +109,13 @@ INLINE void normalize_rows(
     const void *restrict inputs, int64_t first, int64_t last, int64_t channels, const Group *restrict group,
     void *restrict outputs, int bfloat16, int relu) {
     FOR_BLOCKS(first, last, channels) {
-        float mean[TILE], factor[TILE], bias[TILE];
-        for (int64_t lane = 0; lane < width; lane++) {
-            mean[lane] = group->mean[tile + lane];
-            factor[lane] = group->scale[tile + lane] * group->weight[tile + lane];
-            bias[lane] = group->bias[tile + lane];
-        }
+        Block block;
+        load(&block, group, tile, width);
         for (int64_t row = run; row < stop; row++)
             for (int64_t lane = 0; lane < width; lane++) {
                 int64_t place = row * channels + tile + lane;
-                float result = (get(inputs, place, bfloat16) - mean[lane]) * factor[lane] + bias[lane];
+                float distance = get(inputs, place, bfloat16) - block.mean[lane];
+                float result = distance * block.factor[lane] + block.bias[lane];
                 put(outputs, place, relu ? rectified(result, result) : result, bfloat16);
             }
     }
@@ -117,22 +128,17 @@ INLINE void sum_gradients(
     memset(sums, 0, 2 * (size_t)channels * sizeof *sums);
     FOR_BLOCKS(first, last, channels) {
         float product[TILE] = {0}, sum[TILE] = {0};
-        float mean[TILE], scale[TILE], factor[TILE], bias[TILE];
-        for (int64_t lane = 0; lane < width; lane++) {
-            mean[lane] = group->mean[tile + lane];
-            scale[lane] = group->scale[tile + lane];
-            factor[lane] = scale[lane] * group->weight[tile + lane];
-            bias[lane] = group->bias[tile + lane];
-        }
+        Block block;
+        load(&block, group, tile, width);
         for (int64_t row = run; row < stop; row++)
             for (int64_t lane = 0; lane < width; lane++) {
                 int64_t place = row * channels + tile + lane;
-                float distance = get(inputs, place, bfloat16) - mean[lane];
+                float distance = get(inputs, place, bfloat16) - block.mean[lane];
                 float gradient = get(upstream, place, bfloat16);
                 if (relu)
-                    gradient = rectified(gradient, distance * factor[lane] + bias[lane]);
+                    gradient = rectified(gradient, distance * block.factor[lane] + block.bias[lane]);
                 sum[lane] += gradient;
-                product[lane] += gradient * (distance * scale[lane]);
+                product[lane] += gradient * (distance * block.scale[lane]);
             }
         for (int64_t lane = 0; lane < width; lane++) {
             sums[tile + lane] += product[lane];
@@ -145,24 +151,20 @@ INLINE void write_gradients(
     const void *restrict upstream, const void *restrict inputs, int64_t first, int64_t last, int64_t channels,
     const Group *restrict group, void *restrict of_inputs, int bfloat16, int relu) {
     FOR_BLOCKS(first, last, channels) {
-        float mean[TILE], scale[TILE], factor[TILE], bias[TILE], mean_gradient[TILE], mean_product[TILE];
-        for (int64_t lane = 0; lane < width; lane++) {
-            mean[lane] = group->mean[tile + lane];
-            scale[lane] = group->scale[tile + lane];
-            factor[lane] = scale[lane] * group->weight[tile + lane];
-            bias[lane] = group->bias[tile + lane];
-            mean_gradient[lane] = group->mean_gradient[tile + lane];
-            mean_product[lane] = group->mean_product[tile + lane];
-        }
+        Block block;
+        load(&block, group, tile, width);
+        float mean_gradient[TILE], mean_product[TILE];
+        memcpy(mean_gradient, group->mean_gradient + tile, (size_t)width * sizeof *mean_gradient);
+        memcpy(mean_product, group->mean_product + tile, (size_t)width * sizeof *mean_product);
         for (int64_t row = run; row < stop; row++)
             for (int64_t lane = 0; lane < width; lane++) {
                 int64_t place = row * channels + tile + lane;
-                float distance = get(inputs, place, bfloat16) - mean[lane];
+                float distance = get(inputs, place, bfloat16) - block.mean[lane];
                 float gradient = get(upstream, place, bfloat16);
                 if (relu)
-                    gradient = rectified(gradient, distance * factor[lane] + bias[lane]);
-                float centered = gradient - mean_gradient[lane] - distance * scale[lane] * mean_product[lane];
-                put(of_inputs, place, centered * factor[lane], bfloat16);
+                    gradient = rectified(gradient, distance * block.factor[lane] + block.bias[lane]);
+                float centered = gradient - mean_gradient[lane] - distance * block.scale[lane] * mean_product[lane];
+                put(of_inputs, place, centered * block.factor[lane], bfloat16);
             }
     }
 }
