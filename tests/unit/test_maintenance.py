@@ -32,7 +32,9 @@ def test_a_file_for_the_hosting_site_is_of_its_format(schema: str, pattern: str)
 
 
 def test_make_help_has_every_target_with_its_whole_text() -> None:
-    shown = subprocess.run(["make", "help"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
+    shown = subprocess.run(
+        ["make", "--no-print-directory", "help"], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.splitlines()
     written = re.findall(r"^([a-z-]+):[^#\n]*## (.*)", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     assert [line.split(maxsplit=2)[1:] for line in shown] == [[target, text] for target, text in written]
 
