@@ -103,6 +103,18 @@ def test_metadata_passes_the_check_of_package_indexes(distributions: tuple[Path,
 
 
 @pytest.mark.lengthy
+def test_without_a_compiler_the_wheel_lacks_only_the_compiled_kernels(
+    distributions: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sdist, wheel = distributions
+    monkeypatch.setenv("CC", "false")
+    pip("wheel", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(sdist))
+    [without] = tmp_path.iterdir()
+    lacking = set(ZipFile(wheel).namelist()) - set(ZipFile(without).namelist())
+    assert lacking == {"dist_train/kernels/_cpu.abi3.so"}
+
+
+@pytest.mark.lengthy
 def test_two_ranks_train_without_compiler_and_mpi(wheel: Path, tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
     programs = tmp_path / "venv/bin"
