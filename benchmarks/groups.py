@@ -26,6 +26,7 @@ from benchmarks import (
     perturbation,
     scaling_efficiency,
     start_up,
+    together,
     traffic,
     two_ranks,
     wire,
@@ -94,6 +95,7 @@ GROUPS: Mapping[str, Group] = MappingProxyType(
         "scaling-1": Group(
             lambda pairs: scaling_efficiency.efficiency_rows(comparison.WHOLE_8192, max(1, pairs // 20))
         ),
+        "together-0.25": Group(lambda pairs: together.rows(0.25, 8192, pairs)),
         "oversubscribed": Group(
             lambda pairs: scaling_efficiency.oversubscribed_rows(comparison.SMALL_8192, max(1, pairs // 5))
         ),

@@ -1,17 +1,13 @@
 """Rows of the cost of more ranks: two against one, a core each, and more ranks than cores; one thread each, over MPI.
 
 Strong scaling: the same global batch on twice the ranks. Weak scaling: twice the batch on twice the ranks. Both include
-the cores' competition for memory and clock. Comparing with two independent programs that run side by side, each on half
-the batch, excludes it: the rest is the cost of working together.
+the cores' competition for memory and clock, which `benchmarks/together.py` excludes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
-from statistics import fmean
 
 from benchmarks.peers.comparison import OURS, seconds_of
 from benchmarks.peers.work import Work
@@ -22,27 +18,18 @@ _MANY = (4, 8)
 
 
 def efficiency_rows(work: Work, rounds: int) -> Iterator[Ratio]:
-    """Yield the rows of `work`: strong, weak, and against two programs. A ratio of 1 is an efficiency of 1."""
+    """Yield the rows of `work`: strong and weak scaling. A ratio of 1 is an efficiency of 1."""
     two = replace(work, ranks=2)
     half = replace(work, batch=work.batch // 2)
-    strong, weak, together = [], [], []
+    strong, weak = [], []
     for _ in range(rounds):
         on_two = seconds_of(OURS, two)
         strong.append((on_two, seconds_of(OURS, work) / 2))
         weak.append((on_two, seconds_of(OURS, half)))
-        together.append((on_two, _side_by_side(half)))
     title = f"width {work.width:g}, batch {work.batch}"
     yield ratio_of(f"strong scaling, {title}", "2 ranks", "half of 1's", strong, BAR, images=work.batch)
     small = f"1 rank, batch {half.batch}"
     yield ratio_of(f"weak scaling, {title}", "2 ranks", small, weak, BAR, images=work.batch)
-    apart = f"2 programs side by side, batch {half.batch} each"
-    yield ratio_of(f"working together, {title}", "2 ranks", apart, together, BAR, images=work.batch)
-
-
-def _side_by_side(work: Work) -> float:
-    """Return the mean seconds of an update of two programs that do `work` at the same time."""
-    with ThreadPoolExecutor(2) as pool:
-        return fmean(pool.map(partial(seconds_of, OURS), [work, work]))
 
 
 def oversubscribed_rows(work: Work, rounds: int) -> Iterator[Ratio]:

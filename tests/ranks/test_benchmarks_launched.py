@@ -1,4 +1,4 @@
-"""Benchmarks that launch ranks: start-up times, and the rows of the overlap."""
+"""Benchmarks that launch ranks: start-up times, the overlap, two ranks against two programs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import overlap
+from benchmarks import overlap, together
 from benchmarks.launched_run import seconds_to_step, write_settings
 from benchmarks.start_up import bare_horovod
 
@@ -27,3 +27,11 @@ def test_overlap_benchmark_has_four_rows_for_two_ranks() -> None:
     rows = list(overlap.rows("gloo", 0.0625, 16, 1))
     assert len(rows) == 4
     assert "2 ranks over gloo" in rows[0].row
+
+
+@pytest.mark.ranks
+def test_two_ranks_are_compared_with_two_programs() -> None:
+    mean, slower, wait = together.rows(0.0625, 32, 2)
+    assert mean.pairs == slower.pairs == wait.pairs == 2
+    assert mean.amount_theirs <= slower.amount_theirs
+    assert 0 < wait.median < 1
