@@ -11,13 +11,15 @@ import torch
 from torch import nn
 
 from dist_train.models.norms import norm_parameters
+from dist_train.outcome import UsageError
 
 _ALIGNMENT = 16  # floats (64 bytes) at which tensors begin: a cache line, and the widest vector register
+KINDS = frozenset({"weight", "bias", "norm"})
 
 
 @dataclass(frozen=True)
 class Segment:
-    """The place [start, stop) of a parameter in the buffer, and its kind: weight, bias or norm."""
+    """The place [start, stop) of a parameter in the buffer, and its kind, one of KINDS."""
 
     name: str
     kind: str
@@ -125,12 +127,18 @@ class FlatWeights:
         return torch.tensor(lengths, dtype=torch.int64, device=self.values.device)
 
     def excluded(self, patterns: Sequence[str]) -> list[Segment]:
-        """Return the segments whose kind or name matches one of `patterns` (names with `*` and `?` as in a shell)."""
-        return [
-            segment
-            for segment in self.segments
-            if any(segment.kind == pattern or fnmatchcase(segment.name, pattern) for pattern in patterns)
-        ]
+        """Return the segments whose kind or name matches one of `patterns` (names with `*` and `?` as in a shell).
+
+        Raises UsageError if a pattern that is no kind matches none.
+        """
+        matched: set[Segment] = set()
+        for pattern in patterns:
+            found = [each for each in self.segments if each.kind == pattern or fnmatchcase(each.name, pattern)]
+            if not found and pattern not in KINDS:
+                names = ", ".join(segment.name for segment in self.segments)
+                raise UsageError(f"exclude: no weight is called {pattern}; names are {names}", code="no-such-weight")
+            matched.update(found)
+        return [segment for segment in self.segments if segment in matched]
 
 
 def digest(values: torch.Tensor) -> int:

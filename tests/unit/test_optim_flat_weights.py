@@ -12,6 +12,8 @@ from dist_train.config import OptimizerSettings
 from dist_train.models.norms import GroupedBatchNorm
 from dist_train.optim.flat_weights import FlatWeights, digest
 from dist_train.optim.optimizers import build_optimizer
+from dist_train.outcome import UsageError
+from tests.raising import raises
 
 PROPERTY = settings(deadline=None, max_examples=60)
 
@@ -113,11 +115,19 @@ def test_frozen_parameters_are_left_where_they_are() -> None:
         (["3.*"], ["3.weight", "3.bias"]),
         (["?.bias"], ["0.bias", "1.bias", "3.bias"]),
         (["norm", "0.weight"], ["0.weight", "1.weight", "1.bias"]),
-        (["nothing", "NORM"], []),
     ],
 )
 def test_weights_are_excluded_by_kind_and_by_name(patterns: list[str], names: list[str]) -> None:
     assert [segment.name for segment in FlatWeights(a_model()).excluded(patterns)] == names
+
+
+def test_a_pattern_that_matches_nothing_is_refused() -> None:
+    weights = FlatWeights(nn.Sequential(nn.Linear(2, 2)))
+    assert weights.excluded(["norm"]) == []
+    with raises(UsageError, "no-such-weight"):
+        weights.excluded(["bias", "NORM", "clasifier.*"])
+    with raises(UsageError, "no-such-weight"):
+        build_optimizer(OptimizerSettings(exclude=("1.*",)), weights)
 
 
 @PROPERTY
