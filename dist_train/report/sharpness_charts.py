@@ -1,4 +1,4 @@
-"""Charts of sharpness: against generalization, with rank correlations, and along training with 2 / learning rate."""
+"""Charts of sharpness: against generalization, with rank correlations, and along training with its stability limit."""
 
 from __future__ import annotations
 
@@ -212,7 +212,7 @@ _MOST_POINTS = 400
 
 
 def sharpness_courses(panels: Sequence[Panel]) -> tuple[Chart, ...]:
-    """Return a chart per panel: the eigenvalue of runs with two or more measured checkpoints, and 2 / learning rate.
+    """Return a chart per panel: the eigenvalue of runs with two or more measured checkpoints, and its stability limit.
 
     Only measurements with the commonest settings are used. All charts share a logarithmic y axis.
     """
@@ -222,10 +222,10 @@ def sharpness_courses(panels: Sequence[Panel]) -> tuple[Chart, ...]:
     values = [point.y for _, series in drawn for each in series for point in each.points if point.y > 0]
     if not values:
         return ()
-    # Towards the end of a decay 2 / rate grows without bound.
-    eigenvalues = [point.y for _, series in drawn for each in series[::2] for point in each.points]
+    # Towards the end of a decay the limit grows without bound.
+    eigenvalues = [point.y for _, series in drawn for each in _measured(series) for point in each.points]
     low, high = min(values), min(max(values), 30 * max(eigenvalues))
-    axis = Axis("largest eigenvalue; dashed: 2 / rate", low / 1.4, high * 1.4, plain, is_logarithmic=True)
+    axis = Axis("largest eigenvalue; dashed: limit of stability", low / 1.4, high * 1.4, plain, is_logarithmic=True)
     return tuple(
         Chart(f"course-{number}", panel.title, _described(panel, series), epochs_axis(series), axis, series)
         for number, (panel, series) in enumerate(drawn)
@@ -256,17 +256,34 @@ def epoch_at(run: StoredRun, step: int) -> float | None:
 
 
 def _series(panel: Panel, settings: str | None) -> tuple[Series, ...]:
-    """Return two series per variant, alternating: its eigenvalues and its 2 / rate."""
+    """Return each variant's eigenvalues and, for SGD, the limit above which it is unstable."""
     series: list[Series] = []
     for variant in panel.variants:
         runs = [run for run in variant.counted if len(eigenvalues_of(run, settings)) > 1]
         if runs:
             style = f"s{variant.colour}"
-            series += [
-                Series(variant.label, style, _eigenvalues(runs, settings)),
-                Series(f"{variant.label}, 2 / rate", style, _stability_limit(runs[0]), "dashed"),
-            ]
+            series.append(Series(variant.label, style, _eigenvalues(runs, settings)))
+            factor = stability_factor(runs[0].settings)
+            if factor is not None:
+                limit = _stability_limit(runs[0], factor)
+                series.append(Series(f"{variant.label}, limit of stability", style, limit, "dashed"))
     return tuple(series)
+
+
+def _measured(series: Sequence[Series]) -> list[Series]:
+    return [each for each in series if each.form != "dashed"]
+
+
+def stability_factor(settings: Mapping[str, object]) -> float | None:
+    """Return the Hessian's eigenvalue times the learning rate up to which SGD is stable on a quadratic loss.
+
+    2, with momentum m 2 + 2 m, with Nesterov's (2 + 2 m) / (1 + 2 m): Cohen et al., arXiv 2103.00065, appendix B. None
+    for other optimizers, or if the settings are missing.
+    """
+    momentum = settings.get("optimizer.momentum")
+    if settings.get("optimizer.name") != "sgd" or not isinstance(momentum, int | float):
+        return None
+    return (2 + 2 * momentum) / (1 + 2 * momentum if settings.get("optimizer.nesterov") else 1)
 
 
 def _eigenvalues(runs: Sequence[StoredRun], settings: str | None) -> tuple[Point, ...]:
@@ -278,13 +295,15 @@ def _eigenvalues(runs: Sequence[StoredRun], settings: str | None) -> tuple[Point
     return mean_points(sorted(values.items()), lambda found: f"{three_digits(found.mean)} (n = {found.count})")
 
 
-def _stability_limit(run: StoredRun) -> tuple[Point, ...]:
+def _stability_limit(run: StoredRun, factor: float) -> tuple[Point, ...]:
     every = max(1, math.ceil(len(run.train) / _MOST_POINTS))
-    limits = ((record.epoch, 2 / record.learning_rate) for record in run.train[::every] if record.learning_rate > 0)
-    return tuple(Point(epoch, limit, f"2 / rate = {three_digits(limit)}") for epoch, limit in limits)
+    limits = (
+        (record.epoch, factor / record.learning_rate) for record in run.train[::every] if record.learning_rate > 0
+    )
+    return tuple(Point(epoch, limit, f"{factor:.3g} / rate = {three_digits(limit)}") for epoch, limit in limits)
 
 
 def _described(panel: Panel, series: Sequence[Series]) -> str:
-    return f"Largest eigenvalue of the Hessian along training, and 2 / learning rate, {panel.title}; " + "; ".join(
-        f"{each.label} {each.points[-1].text}" for each in series[::2]
+    return f"Largest eigenvalue of the Hessian along training, and its limit of stability, {panel.title}; " + "; ".join(
+        f"{each.label} {each.points[-1].text}" for each in _measured(series)
     )
