@@ -24,7 +24,14 @@ from dist_train.monitoring.wording import Pace
 from dist_train.outcome import UsageError, escaped
 from dist_train.rundir.atomic import json_text, read_regular
 from dist_train.rundir.paths import BrokenFileError, RunDirectory
-from dist_train.rundir.records import EvaluationRecord, Record, TrainRecord, read_last_records, read_records
+from dist_train.rundir.records import (
+    EvaluationRecord,
+    EventRecord,
+    Record,
+    TrainRecord,
+    read_last_records,
+    read_records,
+)
 from dist_train.rundir.status import Status, load_status
 
 _STALE_AFTER = 600.0  # seconds of silence after which a run on another host counts as lost
@@ -223,7 +230,9 @@ def _summary(run: RunDirectory, name: str, now: float) -> RunSummary:
     settings = Settings.of(read_settings(run.config))
     records = _measurements(run.metrics, read_last_records)  # of a long run, all would take seconds
     state, note = _state(status, run, now)
-    latest = [record for record in records if isinstance(record, TrainRecord)][-50:]
+    # The time between two launches says nothing about the pace of either.
+    resumed = [at for at, each in enumerate(records) if isinstance(each, EventRecord) and each.event == "resumed"]
+    latest = [record for record in records[max(resumed, default=0) :] if isinstance(record, TrainRecord)][-50:]
     tested = [record.accuracy for record in records if isinstance(record, EvaluationRecord) and record.split == "test"]
     pace = latest[-1].samples_per_second if latest else None
     return RunSummary(

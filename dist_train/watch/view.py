@@ -217,10 +217,12 @@ def _rate_pairs(run: Snapshot) -> list[tuple[str, str]]:
     latest = run.history.latest[-1] if run.history.latest else None
     pairs = []
     if latest is not None:
-        recent = run.history.latest
-        seconds = fmean(record.step_seconds for record in recent)
+        times = [record.step_seconds for record in run.history.latest]
+        seconds = fmean(times)
+        # Weighted by time: the images of these updates over their time.
+        rate = fmean((record.samples_per_second for record in run.history.latest), times if any(times) else None)
         pairs = [
-            ("images/s", wording.rate(fmean(record.samples_per_second for record in recent))),
+            ("images/s", wording.rate(rate)),
             ("step time", f"{seconds * 1_000:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"),
             ("learning rate", f"{latest.learning_rate:.4g}"),
             ("noise", f"{latest.noise_amplitude:.3g}"),

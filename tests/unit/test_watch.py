@@ -142,6 +142,11 @@ class TestFacts:
         ):
             assert fact in shown, fact
 
+    def test_images_per_second_are_those_of_the_time_that_the_updates_took(self, directory: Path) -> None:
+        made = [TrainRecord(step, step / 10, 1.0, 0.5, 0.1, 0.0, 1.0, step, 120 / step, NOW) for step in (1, 3)]
+        write_records(directory, made)
+        assert "images/s 60 " in words(drawn(look(directory)))
+
     def test_the_slowest_rank_is_marked(self, directory: Path) -> None:
         shown = words(drawn(look(directory)))
         assert "ranks at step 40" in shown

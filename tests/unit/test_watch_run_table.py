@@ -25,7 +25,7 @@ from rich.table import Table
 from dist_train.cli.main import main, parse
 from dist_train.outcome import UsageError
 from dist_train.rundir.paths import BrokenFileError
-from dist_train.rundir.records import EvaluationRecord, Record, TrainRecord, from_json, to_json
+from dist_train.rundir.records import EvaluationRecord, EventRecord, Record, TrainRecord, from_json, to_json
 from dist_train.rundir.status import Status, load_status
 from dist_train.watch.run_table import RunSummary, as_json, beside_slurm, read_runs, render
 from tests.raising import raises
@@ -103,6 +103,13 @@ def test_a_running_run_shows_progress_best_accuracy_throughput_and_time_left(tmp
         global_size=8192,
         noise="smoothout 0.01",
     )
+
+
+def test_time_left_does_not_count_the_pause_before_a_resume(tmp_path: Path) -> None:
+    before = [train(step, step * 2.0) for step in range(1, 41)]
+    after = [train(step, 90_000.0 + step * 2.0) for step in range(41, 46)]
+    make_run(tmp_path / "lb", [*before, EventRecord(40, "resumed", 90_080.0, {}), *after], step=45, total_steps=100)
+    assert only_run(tmp_path).seconds_left == pytest.approx(2.0 * 55)
 
 
 def test_what_status_json_knows_better_is_taken_from_it(tmp_path: Path) -> None:
