@@ -22,7 +22,7 @@ from dist_train.config import Config
 from dist_train.data.images import BatchRequest, SampleSource
 from dist_train.data.loader import open_splits, training_labels
 from dist_train.data.plan import balanced_choice
-from dist_train.models.norms import norm_modules
+from dist_train.models.norms import collect_statistics, norm_modules
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import DivergedError, UsageError
 from dist_train.reproducible import generator
@@ -41,8 +41,8 @@ def cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
 class SubsetLoss:
     """The mean loss on `batches` as a function of the weights of `model`: passes in float32, vectors in float64.
 
-    The model's mode, eval or train, decides whether norms use running or batch statistics. Between calls the model
-    holds its original (clean) weights, bit-identically.
+    The mode of the model's norms, eval or train, decides whether they use running or batch statistics. Between calls
+    the model holds its original (clean) weights, bit-identically.
 
     Several threads take batches in turn, and sums are taken in the order of the batches: if the caller sets one
     intra-op thread, results are bit-identical for any number of threads.
@@ -171,7 +171,7 @@ def open_stored_subset(
 ) -> tuple[SubsetLoss, MeasuredCheckpoint, MeasuredData]:
     """Return the loss of `stored` on the training images that `settings` choose, and records of checkpoint and data.
 
-    The model is in eval mode unless `settings.statistics` is "batch".
+    The model is in eval mode, except for its norms if `settings.statistics` is "batch".
 
     Raises UsageError if the settings do not fit, or there are no data, or too few.
     """
@@ -188,7 +188,9 @@ def open_stored_subset(
         requests = [BatchRequest(part) for part in cut(chosen, settings.batch_size)]
         splits.train.prefetch(requests)
         batches = tuple(map(splits.train.read, requests))
-    model.train(settings.statistics == "batch")
+    model.eval()
+    if settings.statistics == "batch":
+        collect_statistics(model)
     checkpoint = MeasuredCheckpoint(path=str(stored.path), sha256=stored.sha256, step=stored.contents.step)
     data = MeasuredData(
         samples=len(chosen),

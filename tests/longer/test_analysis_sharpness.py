@@ -168,6 +168,14 @@ def test_measures_are_deterministic(run: Path) -> None:
     assert (second.keskar, second.expected_rise, second.data) == (first.keskar, first.expected_rise, first.data)
 
 
+def test_dropout_is_off_with_each_pass_s_statistics(tmp_path: Path) -> None:
+    config = small_config(run={"epochs": 1}, model={"name": "tests.unit.drawing_model:drawing", "width": 1.0})
+    build_trainer(config, tmp_path, Alone()).run()
+    settings = QUICK.model_copy(update={"statistics": "batch"})
+    first, second = (measure_sharpness(tmp_path, settings, ["rise"], folder=tmp_path / name)[0] for name in "ab")
+    assert (first.loss, first.accuracy, first.expected_rise) == (second.loss, second.accuracy, second.expected_rise)
+
+
 @pytest.mark.parametrize(
     ("options", "code"),
     [
