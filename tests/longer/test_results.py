@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 
@@ -16,7 +17,7 @@ from dist_train.report.page import render, tables_in_markdown
 from dist_train.report.stored_run import StoredRun, Subject, read_subject
 from dist_train.report.tables import effect_tables, run_cells
 from dist_train.report.variants import panels_of
-from dist_train.sweep.study_file import load_study
+from dist_train.sweep.study_file import Uniform, load_study
 from tests.longer.report_page import cells
 
 ROOT = Path(__file__).parents[2]
@@ -202,8 +203,31 @@ def test_documented_extent_of_low_loss_follows_from_the_lines(rivals: Subject) -
         [line] = run_of(rivals, f"sb-seed-{seed}").analyses.of_kind("interpolate")
         for point in line.lines("train")[0]:
             losses.setdefault(round(point.alpha, 9), []).append(point.loss)
-    low = [alpha for alpha, values in sorted(losses.items()) if fmean(values) < 0.1]
-    around_sb, around_lb = [alpha for alpha in low if alpha < 0.7], [alpha for alpha in low if alpha > 0.7]
+    means = [(alpha, fmean(values)) for alpha, values in sorted(losses.items())]
+    leaves_sb, enters_lb, leaves_lb = (
+        alpha + (0.1 - loss) / (later - loss) * (beyond - alpha)
+        for (alpha, loss), (beyond, later) in pairwise(means)
+        if (loss < 0.1) != (later < 0.1)
+    )
     text = (ROOT / "docs/results.md").read_text()
-    assert f"at least {around_sb[-1] - around_sb[0]:.2f} of the distance around SB" in text
-    assert f"over only {around_lb[-1] - around_lb[0]:.2f} around LB" in text
+    assert f"at least {leaves_sb - means[0][0]:.2f} of the distance around SB" in text
+    assert f"over only {leaves_lb - enters_lb:.2f} around LB" in text
+
+
+def test_best_rates_and_strengths_near_the_ends_of_their_ranges_are_reported() -> None:
+    tuned, study = (load_study(ROOT / f"studies/rivals_{name}.yaml") for name in ("tune", "confirm"))
+    assert tuned.search is not None
+    near = {}
+    for name in tuned.variants.keys() & study.variants.keys():
+        chosen = study.settings_of(name)
+        has_strength = chosen["noise.method"] not in ("none", "ivon")
+        for path in ("optimizer.learning_rate", *(["noise.amplitude"] if has_strength else [])):
+            space = tuned.search.space[path]
+            assert isinstance(space, Uniform)
+            place = math.log(chosen[path] / space.low) / math.log(space.high / space.low)
+            if not 0.1 < place < 0.9:
+                near[name, path] = f"{chosen[path]:.2f}"
+    rates = {name: near.pop((name, "optimizer.learning_rate")) for name in ("lb-smoothing", "lb-lawa")}
+    assert not near
+    text = " ".join((ROOT / "docs/results.md").read_text().split())
+    assert f"label smoothing ({rates['lb-smoothing']}) and LAWA ({rates['lb-lawa']}) lie within a tenth" in text
