@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -181,8 +182,10 @@ def test_an_override_is_read_back_as_it_was(value: object) -> None:
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 class TestShipped:
-    def test_every_run_is_valid(self, path: Path) -> None:
-        assert plan_study(path).runs
+    def test_every_run_is_valid_and_the_documented_number_is_that_of_the_runs(self, path: Path) -> None:
+        text = (path.parents[1] / "docs/studies.md").read_text()
+        [number] = re.findall(rf"^\| `studies/{path.name}` \| .*?\b(\w+) (?:tiny )?runs\b", text, re.MULTILINE)
+        assert len(plan_study(path).runs) == (6 if number == "six" else int(number))
 
     def test_what_the_norm_averages_over_is_the_same_in_every_variant(self, path: Path) -> None:
         # but where the norm is what a variant is about
