@@ -91,7 +91,7 @@ Word = Annotated[str, Field(strict=True)]
 
 @dataclass(frozen=True)
 class TrainRecord:
-    """One optimizer update, or the mean over the updates since the previous record."""
+    """One optimizer update: the last of every `metrics.every_steps`, and of the run."""
 
     step: Count  # updates done
     epoch: Real  # epochs done: step / steps per epoch
