@@ -141,6 +141,18 @@ class FlatWeights:
         return [segment for segment in self.segments if segment in matched]
 
 
+_NORM_PART = 1 << 16
+
+
+def norm(values: torch.Tensor) -> torch.Tensor:
+    """Return the Euclidean norm [] of float32 `values` [n], computed on their device.
+
+    In parts, since torch adds up the squares of all of them in float32 on CPUs: of 25 million normal values the norm
+    would be 0.14 % too small.
+    """
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(values.split(_NORM_PART))))
+
+
 def digest(values: torch.Tensor) -> int:
     """Return a 64-bit digest of float32 `values` [n], computed on their device; any single changed bit changes it."""
     bits = values.detach().view(torch.int32).to(torch.int64)

@@ -19,7 +19,7 @@ from torch import Tensor
 from dist_train.config import NoiseSettings
 from dist_train.config.plugins import call_plugin, is_plugin
 from dist_train.config.resuming import STREAM_OF_A_RANK
-from dist_train.optim.flat_weights import FlatWeights, digest
+from dist_train.optim.flat_weights import FlatWeights, digest, norm
 from dist_train.optim.noise_draws import Filters, NoiseDraws
 from dist_train.optim.schedules import noise_factor
 
@@ -355,7 +355,7 @@ class AdaptiveSharpnessAware(SharpnessAware):
 
 
 def _normalized(vector: Tensor) -> Tensor:
-    return vector.div_(torch.linalg.vector_norm(vector).clamp_(min=torch.finfo(vector.dtype).tiny))
+    return vector.div_(norm(vector).clamp_(min=torch.finfo(vector.dtype).tiny))
 
 
 class VariationalNewton(_Perturbing):

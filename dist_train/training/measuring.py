@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from dist_train.cluster.communicator import Communicator
+from dist_train.optim.flat_weights import norm
 from dist_train.rundir.records import Measurement, RankMeasurement, StepParts
 
 Part = Literal["data_wait", "forward_backward", "perturb_restore", "allreduce_wait", "optimizer", "checkpoint_stall"]
@@ -278,8 +279,8 @@ class WeightNorms:
     def start(self) -> None:
         """Start to compute the norms of the current values."""
         chunks = zip(self._values.split(_CHUNK), self._initial.split(_CHUNK), strict=True)
-        distances = torch.stack([torch.linalg.vector_norm(values - initial) for values, initial in chunks])
-        norms = torch.stack([torch.linalg.vector_norm(self._values), torch.linalg.vector_norm(distances)])
+        distances = torch.stack([norm(values - initial) for values, initial in chunks])
+        norms = torch.stack([norm(self._values), norm(distances)])
         self._norms.copy_(norms, non_blocking=True)
         if self._copied is not None:
             self._copied.record()

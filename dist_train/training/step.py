@@ -22,7 +22,7 @@ from dist_train.data.plan import MicroBatch
 from dist_train.models.normalization import SumOverRanks
 from dist_train.models.norms import BatchStatistics, GroupedBatchNorm, sync_batch_norm
 from dist_train.optim.averaging import Averaging
-from dist_train.optim.flat_weights import FlatWeights
+from dist_train.optim.flat_weights import FlatWeights, norm
 from dist_train.optim.noise import Noise
 from dist_train.optim.optimizers import optimizer_step, set_learning_rate
 from dist_train.outcome import DivergedError, UsageError
@@ -187,7 +187,7 @@ class TrainingStep:
         )
         with self.clock.phase("allreduce"):
             self.reduction.finish()
-            return self.tally.result(torch.linalg.vector_norm(self.weights.gradients))
+            return self.tally.result(norm(self.weights.gradients))
 
     def _add_gradients(self, batch: GlobalBatch) -> bool:
         """Add up the gradients of this rank's micro-batches; return False if they do not fit its device."""

@@ -10,7 +10,7 @@ from torch import nn
 
 from dist_train.config import OptimizerSettings
 from dist_train.models.norms import GroupedBatchNorm
-from dist_train.optim.flat_weights import FlatWeights, digest
+from dist_train.optim.flat_weights import FlatWeights, digest, norm
 from dist_train.optim.optimizers import build_optimizer
 from dist_train.outcome import UsageError
 from tests.raising import raises
@@ -147,3 +147,9 @@ def test_promise_4_any_flipped_bit_changes_the_digest(values: list[float], place
 
 def test_the_digest_tells_places_apart() -> None:
     assert digest(torch.tensor([1.0, 2.0])) != digest(torch.tensor([2.0, 1.0]))
+
+
+@pytest.mark.parametrize("length", [1, 65_536, 3_000_000])
+def test_the_norm_of_many_values_is_accurate(length: int) -> None:
+    values = torch.randn(length, generator=torch.Generator().manual_seed(0))
+    assert float(norm(values)) == pytest.approx(float(values.double().norm()), rel=1e-6)
