@@ -101,7 +101,7 @@ class Run:
         if step not in self.steps:
             known = ", ".join(map(str, self.steps)) or "none"
             raise UsageError(f"{self.directory.root} has no checkpoint of step {step}: {known}", code="no-checkpoint")
-        return next(file.path for file in list_checkpoints(self.directory.checkpoints) if file.step == step)
+        return self.directory.checkpoint(step)
 
     def evaluate(
         self, split: Split = "test", overrides: Sequence[str] = (), weights: Weights = "raw"
@@ -329,10 +329,11 @@ def replay(path: Path | str, step: int) -> Replay:
     run = load_run(path)
     recorded = _update(run, step)
     every = run.config.metrics.every_steps
-    before = [file for file in list_checkpoints(run.directory.checkpoints) if file.step <= step - every]
-    start = before[-1] if before else None
-    settings = read_checkpoint(start.path).config if start else yaml.safe_load(dump_config(run.config))
-    config = parse_config(with_overrides(settings, _replayed(step, start.path if start else None)), source="the run")
+    before = [each for each in run.steps if each <= step - every]
+    begun_at = before[-1] if before else 0
+    start = run.directory.checkpoint(begun_at) if before else None
+    settings = read_checkpoint(start).config if start else yaml.safe_load(dump_config(run.config))
+    config = parse_config(with_overrides(settings, _replayed(step, start)), source="the run")
     launch = current_launch()
     # The same on all ranks; a process that is the only rank has a place of its own.
     own = f"-{os.getpid()}" if launch.size == 1 else ""
@@ -346,7 +347,7 @@ def replay(path: Path | str, step: int) -> Replay:
             if error.code == "step-not-finite":
                 raise
         if not is_ours:  # rank 0 may have removed the folder already, or another node has it
-            return Replay(step, start.step if start else 0, {}, {}, None)
+            return Replay(step, begun_at, {}, {}, None)
         again = load_run(place)
         replayed = _update(again, step)
         weights_agree = None
@@ -358,7 +359,7 @@ def replay(path: Path | str, step: int) -> Replay:
     finally:
         if is_ours:
             shutil.rmtree(place, ignore_errors=True)
-    return Replay(step, start.step if start else 0, recorded, replayed, weights_agree)
+    return Replay(step, begun_at, recorded, replayed, weights_agree)
 
 
 def _replayed(step: int, checkpoint: Path | None) -> list[str]:
@@ -376,15 +377,11 @@ def _replayed(step: int, checkpoint: Path | None) -> list[str]:
     ]
 
 
-def _updates(run: Run) -> dict[int, TrainRecord]:
-    with suppress(FileNotFoundError):
-        return {record.step: record for record in run.records if isinstance(record, TrainRecord)}
-    return {}
-
-
 def _update(run: Run, step: int) -> dict[str, float]:
-    if record := _updates(run).get(step):
-        return {name: float(getattr(record, name)) for name in _COMPARED}
+    with suppress(FileNotFoundError):
+        for record in run.records:
+            if isinstance(record, TrainRecord) and record.step == step:
+                return {name: float(getattr(record, name)) for name in _COMPARED}
     raise UsageError(f"{run.directory.root} has no record of update {step}", code="step-not-recorded")
 
 
