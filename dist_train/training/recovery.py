@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import takewhile
 
 from dist_train.checkpoint.state import Progress
 from dist_train.cluster.communicator import (
@@ -22,7 +23,7 @@ from dist_train.cluster.communicator import (
     gather,
 )
 from dist_train.outcome import FaultError, UsageError
-from dist_train.rundir.records import Detail, EvaluationRecord, EventRecord, Record, TrainRecord
+from dist_train.rundir.records import Detail, EvaluationRecord, EventRecord, Record
 from dist_train.training.step import Update
 
 _IDENTITY = ("code", "settings", "data")
@@ -201,16 +202,15 @@ class RecentRecords:
 
     def __init__(self, limit: int) -> None:
         """Keep at most `limit` records. With 0 none is kept, and each counts as new."""
-        self._kept: deque[tuple[int, Record]] = deque(maxlen=limit)
+        self._kept: deque[Record] = deque(maxlen=limit)
         self._checkpoints = (-1, -1)
 
     def add(self, record: Record) -> bool:
         """Keep `record`; return whether it is new."""
-        is_new = isinstance(record, EventRecord) or all(
-            _key(record) != _key(other) for _, other in self._of(record.step)
-        )
+        latest = takewhile(lambda other: other.step >= record.step, reversed(self._kept))
+        is_new = isinstance(record, EventRecord) or all(_key(record) != _key(other) for other in latest)
         if is_new:
-            self._kept.append((record.step, record))
+            self._kept.append(record)
         return is_new
 
     def saved(self, step: int) -> None:
@@ -221,28 +221,13 @@ class RecentRecords:
         if step == self._checkpoints[1]:
             return
         self._checkpoints = (self._checkpoints[1], step)
-        while self._kept and self._kept[0][0] <= self._checkpoints[0]:
+        while self._kept and self._kept[0].step <= self._checkpoints[0]:
             self._kept.popleft()
 
     def all(self) -> list[Record]:
         """Return the kept records in order."""
-        return [record for _, record in self._kept]
-
-    def _of(self, step: int) -> list[tuple[int, Record]]:
-        """Return the latest records, back to the first one of `step`."""
-        found = []
-        for entry in reversed(self._kept):
-            if entry[0] < step:
-                break
-            found.append(entry)
-        return found
+        return list(self._kept)
 
 
-def _key(record: Record) -> tuple[str, int, str]:
-    match record:
-        case TrainRecord():
-            return "train", record.step, ""
-        case EvaluationRecord():
-            return "eval", record.step, record.split
-        case EventRecord():
-            return "event", record.step, record.event
+def _key(record: Record) -> tuple[type[Record], int, str]:
+    return type(record), record.step, record.split if isinstance(record, EvaluationRecord) else ""
