@@ -79,7 +79,7 @@ class StatusFile:
         self._file = RewrittenFile(path)
         self._metrics = metrics
         now = _now()
-        begun = Status(
+        self.current = Status(  # as it is now, written or not
             state="starting",
             step=before.step if before else 0,
             epoch=before.epoch if before else 0.0,
@@ -98,24 +98,18 @@ class StatusFile:
             slurm_job=os.environ.get("SLURM_JOB_ID", ""),
             environment=before.environment if before else {},
         )
-        self._fields: dict[str, Any] = dict(vars(begun))
         self._written = 0.0
 
-    @property
-    def current(self) -> Status:
-        """The status as it is now, written or not."""
-        return Status(**self._fields)
-
-    def note(self, **fields: object) -> None:
+    def note(self, **fields: Any) -> None:
         """Set `fields`, to be written with the next write."""
-        self._fields |= fields
+        self.current = replace(self.current, **fields)
 
-    def change(self, state: State, **fields: object) -> None:
+    def change(self, state: State, **fields: Any) -> None:
         """Enter `state` and write at once."""
         self.note(state=state, **fields)
         self._write()
 
-    def progress(self, **fields: object) -> None:
+    def progress(self, **fields: Any) -> None:
         """Set `fields`, and write them if the last write is at least a second ago.
 
         Does not overwrite a failure that another rank of this launch has recorded: this rank may be a step behind it.
@@ -130,11 +124,10 @@ class StatusFile:
 
     def _write(self) -> None:
         self._written = time.monotonic()
-        self.note(updated=_now(), metrics="" if self._fields["finished"] else self._metrics())
-        current = self.current
-        text = json_text(asdict(current), indent=2) + "\n"
+        self.note(updated=_now(), metrics="" if self.current.finished else self._metrics())
+        text = json_text(asdict(self.current), indent=2) + "\n"
         self._file.write(text)
-        if self._file.is_refused and current.finished is not None:
+        if self._file.is_refused and self.current.finished is not None:
             with suppress(OSError):
                 directory = RunDirectory(self._file.path.parent)
                 directory.spend_reserve(lambda: atomic.swap_text(self._file.path, text))
