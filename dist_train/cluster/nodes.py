@@ -26,6 +26,7 @@ from pathlib import Path
 from dist_train.cluster.heartbeats import interface_addresses
 from dist_train.cluster.inspection import installed_version
 from dist_train.outcome import UsageError
+from dist_train.rundir.atomic import swap_text
 
 INTERFACE_VARIABLE = "NETWORK_INTERFACE"  # for the ranks; slurm/prologue.sh passes it to MPI, NCCL and Gloo
 
@@ -99,7 +100,7 @@ def survey_nodes(directory: Path, environment: Mapping[str, str] = os.environ) -
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".nodes-", dir=directory, ignore_cleanup_errors=True) as name:
         folder = Path(name)
-        _publish(folder / "nodes", "\n".join(nodes))
+        swap_text(folder / "nodes", "\n".join(nodes))
         with (folder / "lock").open("w") as lock:
             with suppress(OSError):  # a file system without locks: the nodes report it
                 fcntl.flock(lock, fcntl.LOCK_EX)
@@ -292,7 +293,7 @@ def _meet(
     """Serve our name until all have met, and return for our next peers why they are not reached; empty if they are."""
     with socket.create_server(("", 0)) as server, ThreadPoolExecutor(_MOST_PEERS) as pool:
         threading.Thread(target=_serve, args=(server, node), daemon=True).start()
-        _publish(folder / f"{node}.at", json.dumps([own, server.getsockname()[1]]))
+        swap_text(folder / f"{node}.at", json.dumps([own, server.getsockname()[1]]))
         index = nodes.index(node) if node in nodes else 0
         awaited = [*nodes[index + 1 :], *nodes[:index]][:_MOST_PEERS]
         # Who never comes does not answer srun, or does not see the folder: reported elsewhere.
@@ -304,7 +305,7 @@ def _meet(
                 awaited.remove(peer)
             time.sleep(_POLL_SECONDS if awaited else 0.0)
         met = {peer: attempt.result() for peer, attempt in attempts.items()}
-        _publish(folder / f"{node}.done", "")
+        swap_text(folder / f"{node}.done", "")
         while not {f"{other}.done" for other in nodes} <= _names_in(folder):
             if is_over():
                 time.sleep(_LINGER_SECONDS)  # others may still be connecting to us
@@ -340,13 +341,6 @@ def _reach(folder: Path, peer: str, interface: str) -> str:
     except OSError as error:
         return f"{address}: {error.strerror or error}"
     return "" if name == peer else f"{address} is {name or 'nobody'}"
-
-
-def _publish(path: Path, text: str) -> None:
-    """Write `text` atomically to `path`, for which others wait."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text)
-    part.rename(path)
 
 
 def _resolve(name: str) -> str:
