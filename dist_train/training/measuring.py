@@ -155,6 +155,7 @@ _logger = logging.getLogger("dist_train.training")
 _HERTZ = 1e6
 
 _QUERIES: Mapping[str, Callable[[Any, Any], float]] = {
+    "device_utilization": lambda nvml, gpu: nvml.nvmlDeviceGetUtilizationRates(gpu).gpu / 100,
     "device_used_bytes": lambda nvml, gpu: nvml.nvmlDeviceGetMemoryInfo(gpu).used,
     "device_power_watts": lambda nvml, gpu: nvml.nvmlDeviceGetPowerUsage(gpu) / 1000,
     "device_core_clock_hertz": lambda nvml, gpu: nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_SM) * _HERTZ,
@@ -187,7 +188,7 @@ class GpuReader:
             _logger.info("NVML does not know of %s: %s", uuid, " ".join(str(error).split()))
 
     def read(self) -> dict[str, float]:
-        """Return values by field of `RankMeasurement`: bytes, watts, hertz, bits, counts."""
+        """Return values by field of `RankMeasurement`: shares, bytes, watts, hertz, bits, counts."""
         values = {}
         for field, query in list(self._queries.items()):
             try:
@@ -201,20 +202,10 @@ class GpuReader:
 class UsageReader:
     """Reads this process's use of memory, and of `device`."""
 
-    def __init__(
-        self,
-        device: torch.device,
-        read_utilization: Callable[[torch.device], float] = torch.cuda.utilization,
-        read_gpu: Callable[[], Mapping[str, float]] = dict,
-    ) -> None:
-        """`read_utilization` returns percent; if it raises, it is not called again.
-
-        `read_gpu` returns further values of the device, by field of `RankMeasurement`.
-        """
+    def __init__(self, device: torch.device, read_gpu: Callable[[], Mapping[str, float]] = dict) -> None:
+        """`read_gpu` returns what NVML knows of the device, by field of `RankMeasurement`."""
         self._device = device
-        self._read_utilization = read_utilization
         self._read_gpu = read_gpu
-        self._has_utilization = device.type == "cuda"
         self._read_at = -math.inf
         self._usage: Mapping[str, float] = {}
 
@@ -230,20 +221,10 @@ class UsageReader:
                 "resident_bytes": _resident_bytes(),
                 "device_bytes": reserved,
                 "device_peak_bytes": peak,
-                "device_utilization": self._utilization(),
+                "device_utilization": math.nan,
                 **self._read_gpu(),
             }
         return self._usage
-
-    def _utilization(self) -> float:
-        if not self._has_utilization:
-            return math.nan
-        try:
-            return self._read_utilization(self._device) / 100
-        except Exception as error:  # NVML's errors and torch's have no common base
-            self._has_utilization = False
-            _logger.info("the device's utilization is not known: %s", " ".join(str(error).split()))
-            return math.nan
 
 
 def read_usage_of(device: torch.device) -> UsageReader:
@@ -251,7 +232,7 @@ def read_usage_of(device: torch.device) -> UsageReader:
     if device.type != "cuda" or torch.version.hip:
         return UsageReader(device)
     uuid = getattr(torch.cuda.get_device_properties(device), "uuid", "unknown")
-    return UsageReader(device, read_gpu=GpuReader(f"GPU-{uuid}").read)
+    return UsageReader(device, GpuReader(f"GPU-{uuid}").read)
 
 
 def _resident_bytes() -> float:

@@ -7,6 +7,10 @@ typedef struct {
     unsigned long long total, free, used;
 } Memory;
 
+typedef struct {
+    unsigned gpu, memory;
+} Utilization;
+
 int nvmlInitWithFlags(unsigned flags) { return SUCCESS; }
 
 const char *nvmlErrorString(int code) { return code == NOT_SUPPORTED ? "Not Supported" : "Not Found"; }
@@ -19,6 +23,11 @@ int nvmlDeviceGetHandleByUUID(const char *uuid, void **gpu) {
 
 int nvmlDeviceGetMemoryInfo(void *gpu, Memory *memory) {
     *memory = (Memory){80000, 6000, 74000};
+    return SUCCESS;
+}
+
+int nvmlDeviceGetUtilizationRates(void *gpu, Utilization *percent) {
+    *percent = (Utilization){42, 7};
     return SUCCESS;
 }
 

@@ -46,6 +46,7 @@ def test_memory_power_clocks_throttling_and_errors_are_read_and_what_is_not_supp
 ) -> None:
     (first, second), log = ask(library, "GPU-1")
     assert first == {
+        "device_utilization": 0.42,
         "device_used_bytes": 74_000,
         "device_power_watts": 687.5,
         "device_core_clock_hertz": 1.98e9,
