@@ -26,8 +26,8 @@ from torchvision.transforms import v2
 from benchmarks.timing import Ratio, compare
 from dist_train.config import DataSettings
 from dist_train.data.cache import cache_folder
-from dist_train.data.images import BatchRequest, Splits
-from dist_train.data.loader import open_splits
+from dist_train.data.images import BatchRequest
+from dist_train.data.loader import Splits, open_splits
 
 IMAGES = 20_000
 _SIDE = 256

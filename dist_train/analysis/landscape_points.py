@@ -26,8 +26,8 @@ from dist_train.analysis.landscape_files import Measured, MeasureSettings, Point
 from dist_train.checkpoint.files import Stored
 from dist_train.cluster.devices import choose_device
 from dist_train.config import Config
-from dist_train.data.images import BatchRequest, SampleSource
-from dist_train.data.loader import open_splits
+from dist_train.data.images import BatchRequest
+from dist_train.data.loader import SampleSource, open_splits
 from dist_train.data.plan import BatchPlan
 from dist_train.models.norms import BatchStatistics, collect_statistics, norm_modules
 from dist_train.optim.flat_weights import FlatWeights

@@ -19,8 +19,8 @@ from dist_train.checkpoint.files import Stored
 from dist_train.cluster.communicator import Alone
 from dist_train.cluster.devices import choose_device
 from dist_train.config import Config
-from dist_train.data.images import BatchRequest, SampleSource
-from dist_train.data.loader import open_splits, training_labels
+from dist_train.data.images import BatchRequest
+from dist_train.data.loader import SampleSource, open_splits, training_labels
 from dist_train.data.plan import balanced_choice
 from dist_train.models.norms import collect_statistics, norm_modules
 from dist_train.optim.flat_weights import FlatWeights

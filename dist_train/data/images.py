@@ -1,16 +1,13 @@
-"""The types in which data sets reach the rest of the program, and the interface through which a trainer reads them."""
+"""The types in which data sets reach the rest of the program, and in which it asks for samples."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
-
-from dist_train.outcome import UsageError
 
 Split = Literal["train", "validation", "test"]
 
@@ -76,44 +73,3 @@ class BatchRequest:
 
     indices: Tensor
     epoch: int | None = None
-
-
-class SampleSource(Protocol):
-    """The samples of one split, delivered on the device in the network's input format."""
-
-    classes: int
-    shape: tuple[int, int, int]  # channels, height and width of an input
-
-    def __len__(self) -> int: ...
-
-    def read(self, batch: BatchRequest) -> tuple[Tensor, Tensor]:
-        """Return inputs [n, C, H, W] and labels int64 [n] of `batch`."""
-
-    def prefetch(self, batches: Iterable[BatchRequest]) -> None:
-        """Begin to prepare the batches that will be read next, in this order, instead of those of earlier calls."""
-
-    def close(self) -> None:
-        """Stop preparing samples; may be called again."""
-
-
-@dataclass(frozen=True)
-class Splits:
-    """The splits of a data set."""
-
-    train: SampleSource
-    test: SampleSource
-    identity: str = ""  # identifies the files of the data set; empty for images that are generated from the settings
-    validation: SampleSource | None = None  # the part of the training set that is held out, if the settings ask for one
-
-    def of(self, split: Split) -> SampleSource:
-        """Return the samples of `split`. Raises UsageError if there is no validation split."""
-        samples = {"train": self.train, "validation": self.validation, "test": self.test}[split]
-        if samples is None:
-            raise UsageError("the run has no validation split: data.validation_size is not set", code="no-validation")
-        return samples
-
-    def close(self) -> None:
-        """Close all splits."""
-        for samples in (self.train, self.test, self.validation):
-            if samples is not None:
-                samples.close()

@@ -30,18 +30,72 @@ from dist_train.data.decoders import Decoder, LoaderProcesses, Order
 from dist_train.data.decoding import DRAWS, EncodedImages, Work
 from dist_train.data.image_folder import Listing as FolderListing
 from dist_train.data.image_folder import check_same_classes, list_split
-from dist_train.data.images import BatchRequest, ImageSet, MapDataset, Split, Splits
+from dist_train.data.images import BatchRequest, ImageSet, MapDataset, Split
 from dist_train.data.packed import PackedListing, list_shards
 from dist_train.data.plan import divided
 from dist_train.data.plugin_samples import PluginSamples, Recipe, labels_of
-from dist_train.outcome import CodedError
+from dist_train.outcome import CodedError, UsageError
 from dist_train.reproducible import generator, key, uniform
 
 _RESIDENT_FRACTION = 4  # images stay on a GPU if they take less than one in so many parts of its free memory
 
 
-class Samples:
-    """The samples of a split that is in memory: on the device if it fits there. Nothing here waits for the device."""
+class SampleSource:
+    """The samples of one split, delivered on the device in the network's input format, without waiting for it."""
+
+    def __init__(self, device: torch.device, seed: int, augment: str, pixels: PixelFormat | None) -> None:
+        """`augment`: a key of `AUGMENTATIONS`."""
+        self._device = device
+        self._seed = seed
+        self._augment = AUGMENTATIONS[augment]
+        self._pixels = pixels or PixelFormat()
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def read(self, batch: BatchRequest) -> tuple[Tensor, Tensor]:
+        """Return inputs [n, C, H, W] and labels int64 [n] of `batch`."""
+        images, labels = self._on_device(batch)
+        if batch.epoch is not None and self._augment is not unchanged:
+            images = self._augment(images, move(batch.indices, self._device), self._seed, batch.epoch)
+        return self._pixels.convert(images), labels
+
+    def prefetch(self, batches: Iterable[BatchRequest]) -> None:
+        """Begin to prepare the batches that will be read next, in this order, instead of those of earlier calls."""
+
+    def close(self) -> None:
+        """Stop preparing samples; may be called again."""
+
+    def _on_device(self, batch: BatchRequest) -> tuple[Tensor, Tensor]:
+        """Return images uint8 [n, C, H, W] and labels int64 [n]."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The splits of a data set."""
+
+    train: SampleSource
+    test: SampleSource
+    identity: str = ""  # identifies the files of the data set; empty for images that are generated from the settings
+    validation: SampleSource | None = None  # the part of the training set that is held out, if the settings ask for one
+
+    def of(self, split: Split) -> SampleSource:
+        """Return the samples of `split`. Raises UsageError if there is no validation split."""
+        samples = {"train": self.train, "validation": self.validation, "test": self.test}[split]
+        if samples is None:
+            raise UsageError("the run has no validation split: data.validation_size is not set", code="no-validation")
+        return samples
+
+    def close(self) -> None:
+        """Close all splits."""
+        for samples in (self.train, self.test, self.validation):
+            if samples is not None:
+                samples.close()
+
+
+class Samples(SampleSource):
+    """The samples of a split that is in memory: on the device if it fits there."""
 
     def __init__(
         self,
@@ -51,12 +105,7 @@ class Samples:
         augment: str = "none",
         pixels: PixelFormat | None = None,
     ) -> None:
-        self.classes = images.classes
-        self.shape = images.shape
-        self._device = device
-        self._seed = seed
-        self._augment = AUGMENTATIONS[augment]
-        self._pixels = pixels or PixelFormat()
+        super().__init__(device, seed, augment, pixels)
         self._is_resident = _fits(images, device)
         # On a CPU these are the mapped pages; nothing is copied.
         self._images, self._labels = (
@@ -66,22 +115,11 @@ class Samples:
     def __len__(self) -> int:
         return len(self._labels)
 
-    def read(self, batch: BatchRequest) -> tuple[Tensor, Tensor]:
-        """Return inputs [n, C, H, W] and labels int64 [n] of `batch`."""
+    def _on_device(self, batch: BatchRequest) -> tuple[Tensor, Tensor]:
         if self._is_resident:
             indices = move(batch.indices, self._images.device)
-            images, labels = self._images.index_select(0, indices), self._labels.index_select(0, indices)
-        else:
-            images, labels = (self._staged(source, batch.indices) for source in (self._images, self._labels))
-        if batch.epoch is not None and self._augment is not unchanged:
-            images = self._augment(images, move(batch.indices, self._device), self._seed, batch.epoch)
-        return self._pixels.convert(images), labels
-
-    def prefetch(self, batches: Iterable[BatchRequest]) -> None:
-        """Do nothing: all samples are in memory."""
-
-    def close(self) -> None:
-        """Do nothing."""
+            return self._images.index_select(0, indices), self._labels.index_select(0, indices)
+        return self._staged(self._images, batch.indices), self._staged(self._labels, batch.indices)
 
     def _staged(self, source: Tensor, indices: Tensor) -> Tensor:
         """Copy rows from host memory to the device, through a pinned buffer, while the device computes."""
@@ -172,7 +210,7 @@ class IndexListing:
 Listing: TypeAlias = FolderListing | PackedListing | IndexListing  # a split in order
 
 
-class LoadedSamples:
+class LoadedSamples(SampleSource):
     """The samples of a split that are made when needed. Augmentation depends on (seed, epoch, sample)."""
 
     def __init__(
@@ -186,33 +224,25 @@ class LoadedSamples:
         pixels: PixelFormat | None = None,
     ) -> None:
         """Make the samples of `listing` by `decoder`, which other splits may share; only training is augmented."""
-        self.classes = settings.image_format.classes
-        self.shape = settings.image_format.shape
+        is_encoded, augment = settings.name in ENCODED, settings.augment if split == "train" else "none"
+        super().__init__(device, seed, "none" if is_encoded or is_plugin(augment) else augment, pixels)
+        self._shape = settings.image_format.shape
         self._split = split
         # the validation split of a Dataset is a part of its training split
         self._source: Split = "train" if split == "validation" and listing.labels is None else split
         self._listing = listing
         self._decoder = decoder
-        self._device = device
-        self._seed = seed
-        self._pixels = pixels or PixelFormat()
-        is_encoded, augment = settings.name in ENCODED, settings.augment if split == "train" else "none"
         self._is_cropped = is_encoded and augment == "crop-flip"
         # a plug-in may draw random numbers in each epoch
         self._has_epochs = self._is_cropped or (split == "train" and _uses_plugin(settings))
         self.is_shuffled = is_encoded  # whether the listing has been shuffled by the seed
-        self._augment = unchanged if is_encoded or is_plugin(augment) else AUGMENTATIONS[augment]
 
     def __len__(self) -> int:
         return len(self._listing)
 
-    def read(self, batch: BatchRequest) -> tuple[Tensor, Tensor]:
-        """Return inputs [n, C, H, W] and labels int64 [n] of `batch`."""
-        staged, labels = self.staged(batch)
-        images = staged.to(self._device, non_blocking=True)
-        if batch.epoch is not None and self._augment is not unchanged:
-            images = self._augment(images, move(batch.indices, self._device), self._seed, batch.epoch)
-        return self._pixels.convert(images), move(labels, self._device)
+    def _on_device(self, batch: BatchRequest) -> tuple[Tensor, Tensor]:
+        images, labels = self.staged(batch)
+        return images.to(self._device, non_blocking=True), move(labels, self._device)
 
     def prefetch(self, batches: Iterable[BatchRequest]) -> None:
         """Let the loader processes begin to make the batches that will be read next."""
@@ -225,7 +255,7 @@ class LoadedSamples:
     def staged(self, batch: BatchRequest) -> tuple[Tensor, Tensor]:
         """Return images, uint8 [n, C, H, W], in a buffer ready to be copied to the device, and labels, int64 [n]."""
         count = batch.indices.numel()
-        images = staging_buffer((count, *self.shape), torch.uint8, self._device)
+        images = staging_buffer((count, *self._shape), torch.uint8, self._device)
         labels = torch.zeros(count, dtype=torch.int64)
         self._decoder.fetch(self._order(batch), images, labels)
         return images, labels if self._listing.labels is None else self._listing.labels[batch.indices]

@@ -28,8 +28,7 @@ from dist_train.cluster.devices import share_out_devices
 from dist_train.config import Config
 from dist_train.config.resuming import with_device, with_setting
 from dist_train.data.augmentation import build_mix
-from dist_train.data.images import SampleSource
-from dist_train.data.loader import open_splits
+from dist_train.data.loader import SampleSource, open_splits
 from dist_train.data.plan import BatchPlan, MicroBatch
 from dist_train.launching.session import Session
 from dist_train.models import build_model

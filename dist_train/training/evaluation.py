@@ -22,8 +22,8 @@ from dist_train.cluster.joining import join_ranks
 from dist_train.config import Config, differences, dump_config, parse_config
 from dist_train.config.loading import with_overrides
 from dist_train.config.resuming import with_setting
-from dist_train.data.images import BatchRequest, SampleSource, Split
-from dist_train.data.loader import open_splits
+from dist_train.data.images import BatchRequest, Split
+from dist_train.data.loader import SampleSource, open_splits
 from dist_train.data.plan import BatchPlan
 from dist_train.models import build_model
 from dist_train.models.norms import BatchStatistics, collect_statistics, norm_modules

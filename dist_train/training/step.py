@@ -17,7 +17,8 @@ from torch.nn import functional
 from torch.optim import Optimizer
 
 from dist_train.data.augmentation import Mix, Target, unmixed
-from dist_train.data.images import BatchRequest, SampleSource
+from dist_train.data.images import BatchRequest
+from dist_train.data.loader import SampleSource
 from dist_train.data.plan import MicroBatch
 from dist_train.models.normalization import SumOverRanks
 from dist_train.models.norms import BatchStatistics, GroupedBatchNorm, sync_batch_norm

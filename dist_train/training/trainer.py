@@ -28,7 +28,8 @@ from dist_train.cluster.communicator import (
 from dist_train.config import Config
 from dist_train.config.plugins import plugin_files
 from dist_train.config.resuming import with_setting
-from dist_train.data.images import Split, Splits
+from dist_train.data.images import Split
+from dist_train.data.loader import Splits
 from dist_train.data.plan import BatchPlan
 from dist_train.monitoring.observers import Observers
 from dist_train.optim.averaging import AveragedModel

@@ -11,8 +11,8 @@ from torch.nn import functional
 
 from dist_train.config import Config
 from dist_train.config.resuming import STREAM_OF_A_RANK
-from dist_train.data.images import BatchRequest, SampleSource
-from dist_train.data.loader import open_splits
+from dist_train.data.images import BatchRequest
+from dist_train.data.loader import SampleSource, open_splits
 from dist_train.data.plan import BatchPlan, epoch_order
 from dist_train.models import build_model
 from dist_train.optim.flat_weights import FlatWeights, Segment

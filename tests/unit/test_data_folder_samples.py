@@ -14,8 +14,8 @@ from dist_train.config import DataSettings
 from dist_train.data import loader
 from dist_train.data.augmentation import channel_statistics
 from dist_train.data.image_folder import list_split
-from dist_train.data.images import BatchRequest, Splits
-from dist_train.data.loader import augmentation_draws, open_splits
+from dist_train.data.images import BatchRequest
+from dist_train.data.loader import Splits, augmentation_draws, open_splits
 from dist_train.outcome import FaultError, UsageError
 from tests.raising import raises
 from tests.unit.image_folders import damage, write_folder
@@ -53,7 +53,7 @@ def bytes_of(root: Path, split: str, sample: int, draws: list[float] | None, see
 @pytest.mark.parametrize("loaders", LOADERS)
 def test_samples_are_those_of_the_shuffled_listing(opened: dict[int, Splits], root: Path, loaders: int) -> None:
     splits = opened[loaders]
-    assert (len(splits.train), len(splits.test), splits.train.classes, splits.train.shape) == (24, 12, 3, (3, 8, 8))
+    assert (len(splits.train), len(splits.test)) == (24, 12)
     inputs, labels = splits.train.read(BatchRequest(torch.arange(4, 7)))
     expected = torch.stack([bytes_of(root, "train", sample, None) for sample in (4, 5, 6)])
     assert torch.equal(inputs, expected.to(torch.float32) / 255)

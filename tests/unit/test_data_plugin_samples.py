@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from dist_train.config import DataSettings
-from dist_train.data.images import BatchRequest, ImageSet, Split, Splits
-from dist_train.data.loader import open_splits, training_labels
+from dist_train.data.images import BatchRequest, ImageSet, Split
+from dist_train.data.loader import Splits, open_splits, training_labels
 from dist_train.outcome import UsageError
 from tests.raising import raises
 from tests.unit.drawing_data import SIZE, Drawing

@@ -15,8 +15,8 @@ from pyarrow import parquet
 
 from dist_train.config import DataSettings, parse_config
 from dist_train.data.catalog import find_data
-from dist_train.data.images import BatchRequest, Splits
-from dist_train.data.loader import open_splits, training_labels
+from dist_train.data.images import BatchRequest
+from dist_train.data.loader import Splits, open_splits, training_labels
 from dist_train.outcome import FaultError, UsageError
 from tests.raising import raises, raises_problems
 from tests.unit.image_folders import write_folder
