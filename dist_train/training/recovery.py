@@ -10,7 +10,7 @@ import json
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from itertools import takewhile
 
 from dist_train.checkpoint.state import Progress
@@ -24,7 +24,6 @@ from dist_train.cluster.communicator import (
 )
 from dist_train.outcome import FaultError, UsageError
 from dist_train.rundir.records import Detail, EvaluationRecord, EventRecord, Record
-from dist_train.training.step import Update
 
 _IDENTITY = ("code", "settings", "data")
 
@@ -110,12 +109,6 @@ class LastUpdate:
     seconds: float
     progress: Progress
 
-    @staticmethod
-    def of(update: Update, seconds: float, progress: Progress) -> LastUpdate:
-        """Return the part of `update` that is kept; it took `seconds`."""
-        values = update.loss, update.accuracy, update.gradient_norm, update.stop_requested, update.repeats
-        return LastUpdate(*values, seconds, replace(progress))
-
 
 @dataclass(frozen=True)
 class SharedState:
@@ -186,8 +179,7 @@ class Interruption:
 
 def assign_progress(progress: Progress, values: Progress) -> None:
     """Copy `values` into `progress`, an object that others refer to."""
-    for each in fields(progress):
-        setattr(progress, each.name, getattr(values, each.name))
+    vars(progress).update(vars(values))
 
 
 MAX_RECORDS = 10_000

@@ -98,7 +98,7 @@ class Trainer:
     def __post_init__(self) -> None:
         assert self.config.batch.micro_size != "auto", "decided when the run starts"
         self._batches = Batches(self.config, self.epochs, len(self.splits.train))
-        self.deal_micro_batches(self.config.batch.micro_size)
+        self._batches.deal(self.config.batch.micro_size, self.comm.rank, self.comm.size)
         self._statistics_step: int | None = None
         self._averaged = AveragedModel(self.network, self.take_step.averaging, self._recompute_statistics)
         early = self.config.early_stopping
@@ -135,10 +135,6 @@ class Trainer:
     def samples_per_second(self) -> float | None:
         """Training samples per second, over the updates of this launch."""
         return self._samples_done / self._busy_seconds if self._busy_seconds else None
-
-    def deal_micro_batches(self, micro_size: int) -> None:
-        """Reset how micro-batches are dealt to ranks; all ranks call it when the batch plan or the group changes."""
-        self._batches.deal(micro_size, self.comm.rank, self.comm.size)
 
     def run(self) -> None:
         """Train to the end, with the evaluations and checkpoints that are due.
@@ -222,13 +218,14 @@ class Trainer:
         seconds = time.perf_counter() - begun
         size = self._batches.plan(step).global_size
         if shares := self._batches.dealing(step).note(step, update.times, update.paces):
-            self._event_at(step + 1, "dealing", shares=" ".join(map(str, shares)))
+            self._event("dealing", step + 1, shares=" ".join(map(str, shares)))
         if (size_before := self._batches.changed(step)) is not None:
-            self._event_at(step + 1, "batch_size", before=size_before, now=size)
+            self._event("batch_size", step + 1, before=size_before, now=size)
         self.progress.step += 1
         self._is_step_complete, self._has_last_noise = False, True
         self._meeting_requested = update.meeting_requested
-        self._last_update = LastUpdate.of(update, seconds, self.progress)
+        kept = update.loss, update.accuracy, update.gradient_norm, update.stop_requested, update.repeats
+        self._last_update = LastUpdate(*kept, seconds, replace(self.progress))
         if self.profiler:
             self.profiler.after_update(self.progress.step)
         self._busy_seconds += seconds
@@ -247,7 +244,7 @@ class Trainer:
     def _set_micro_size(self, size: int) -> None:
         self.config = with_setting(self.config, "batch.micro_size", size)
         self._settings = self.config.model_dump(mode="json")
-        self.deal_micro_batches(size)
+        self._batches.deal(size, self.comm.rank, self.comm.size)
 
     def _complete_step(self, update: LastUpdate) -> None:
         """Do the work due after the last update. Called again if a rank was lost meanwhile."""
@@ -415,12 +412,12 @@ class Trainer:
             if isinstance(result, NotWritten):
                 self._not_written = result
                 _logger.error("the checkpoint of step %d could not be written: %s", result.step, result.why)
-                self._event_at(result.step, "checkpoint_failed", error=result.why)
+                self._event("checkpoint_failed", result.step, error=result.why)
             else:
                 if self._not_written is not None and self._not_written.step == result.file.step:
                     self._not_written = None
                 self.time_limit.note_saved(result.seconds)
-                self._event_at(result.file.step, "checkpoint", **result.details)
+                self._event("checkpoint", result.file.step, **result.details)
 
     def settle_saving(self) -> None:
         """Wait for the checkpoint being written, if any, and record whether it was."""
@@ -460,11 +457,9 @@ class Trainer:
             f"stopped on request after step {self.progress.step}, checkpoint saved: the same command resumes the run"
         )
 
-    def _event(self, name: str, **details: Detail) -> None:
-        self._event_at(self.progress.step, name, **details)
-
-    def _event_at(self, step: int, name: str, **details: Detail) -> None:
-        self._record(EventRecord(step, name, time.time(), details))
+    def _event(self, name: str, step: int | None = None, /, **details: Detail) -> None:
+        """Record an event of `step`, by default the last update."""
+        self._record(EventRecord(self.progress.step if step is None else step, name, time.time(), details))
 
     def _record(self, record: Record) -> None:
         """Record on rank 0; the other ranks keep a copy in case they take over from it."""
@@ -497,5 +492,5 @@ class Trainer:
         self._averaged.forget()
         if shared.micro_size != self.plan.micro_size:
             self._set_micro_size(shared.micro_size)
-        self.deal_micro_batches(self.plan.micro_size)
+        self._batches.deal(self.plan.micro_size, self.comm.rank, self.comm.size)
         self.regroup(self, generation)
