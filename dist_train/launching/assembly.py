@@ -334,7 +334,7 @@ def _with_micro_size(
     if config.batch.micro_size != "auto":
         return config
     images = config.data.image_format
-    try_size = forward_and_backward(model, images.shape, images.classes, compute)
+    try_size = partial(forward_and_backward, model, images.shape, images.classes, compute)
     with LayerRng(config.run.seed, compute.device).preserved():
         size = find_micro_size(
             try_size,

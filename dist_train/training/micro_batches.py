@@ -107,17 +107,13 @@ def halve(micro_size: int, global_size: int) -> int:
 
 
 def forward_and_backward(
-    model: torch.nn.Module, shape: tuple[int, int, int], classes: int, compute: Compute
-) -> Callable[[int], None]:
-    """Return a function that runs forward and backward passes of `model` on a blank micro-batch of a given size."""
-
-    def try_size(size: int) -> None:
-        inputs = torch.zeros(size, *shape, device=compute.device)
-        labels = torch.arange(size, device=compute.device) % classes
-        with compute.autocast():
-            logits = model(inputs)
-        torch.autograd.backward(functional.cross_entropy(logits.float(), labels))
-        if compute.device.type == "cuda":
-            torch.cuda.synchronize(compute.device)
-
-    return try_size
+    model: torch.nn.Module, shape: tuple[int, int, int], classes: int, compute: Compute, size: int
+) -> None:
+    """Run a forward and a backward pass of `model` on a blank micro-batch of `size` images."""
+    inputs = torch.zeros(size, *shape, device=compute.device)
+    labels = torch.arange(size, device=compute.device) % classes
+    with compute.autocast():
+        logits = model(inputs)
+    torch.autograd.backward(functional.cross_entropy(logits.float(), labels))
+    if compute.device.type == "cuda":
+        torch.cuda.synchronize(compute.device)

@@ -113,5 +113,5 @@ def test_a_single_sample_cannot_be_halved() -> None:
 
 def test_a_trial_runs_the_model_both_ways() -> None:
     model = build_model(small_config())
-    forward_and_backward(model, (1, 8, 8), 10, Compute(CPU, torch.float32))(4)
+    forward_and_backward(model, (1, 8, 8), 10, Compute(CPU, torch.float32), 4)
     assert all(parameter.grad is not None for parameter in model.parameters())
