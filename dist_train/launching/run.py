@@ -194,7 +194,7 @@ class Regrouping:
 
         def take_over() -> bool:
             if comm.rank == 0 and trainer.writer is None:
-                if (lock := request.wait(_poll_seconds(self.config))) is None:
+                if (lock := request.wait(self.config.comm.timeout / _POLLS_IN_TIMEOUT)) is None:
                     return False
                 self._take_over(trainer, lock)
             return True
@@ -252,16 +252,11 @@ def _lock(config: Config, directory: RunDirectory, comm: Communicator) -> RunLoc
     def attempt() -> bool:
         nonlocal lock
         if requested and not lock:
-            lock = requested.wait(_poll_seconds(config))
+            lock = requested.wait(config.comm.timeout / _POLLS_IN_TIMEOUT)
         return not requested or lock is not None
 
     await_on_all_ranks(comm, attempt, "lock the run directory")
     return lock
-
-
-def _poll_seconds(config: Config) -> float:
-    """Return for how long ranks that wait for the run directory may wait before they synchronize."""
-    return config.comm.timeout / _POLLS_IN_TIMEOUT
 
 
 def _find_resume_point(config: Config, directory: RunDirectory, comm: Communicator) -> ResumePoint:
