@@ -160,10 +160,6 @@ class FixedPoint:
         """Absolute values from here on are out of range, also as a sum."""
         return 2.0 ** (62 - self.bits)
 
-    def term_limit(self, terms: int) -> float:
-        """Return what each of `terms` absolute values must stay below for their sum to be within the limit."""
-        return self.limit / terms
-
     def encode(self, values: torch.Tensor) -> torch.Tensor:
         """Return float `values` as int64, rounded towards zero; they must be within the limit."""
         return values.mul(2.0**self.bits).to(torch.int64)

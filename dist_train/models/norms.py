@@ -170,7 +170,7 @@ def norm_factory(settings: ModelSettings) -> NormFactory:
     return lambda channels, *, least=2: _NORMS[settings.norm](channels, least, settings)
 
 
-_LIMIT = STATISTICS.term_limit(4096)  # no sum of a global batch, of at most 4096 groups, leaves the range
+_LIMIT = STATISTICS.limit / 4096  # no sum of a global batch, of at most 4096 groups, leaves the range
 
 
 class BatchStatistics:

@@ -199,7 +199,7 @@ def _check_adasum(comm: Communicator, share: float, device: torch.device) -> Non
 
 _LOSS, _CORRECT, _SAMPLES, _RISE, _RISE_SAMPLES, _OUT_OF_RANGE, _OUT_OF_MEMORY, _STOP, _MEET, _SLOTS = range(10)
 
-_TERM_LIMIT = LOSSES.term_limit(4096)
+_TERM_LIMIT = LOSSES.limit / 4096
 """As many micro-batches as any global batch or split in use has; their sum cannot leave the range."""
 
 
