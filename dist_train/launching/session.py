@@ -67,7 +67,7 @@ class Session:
         """Take over rank 0's reporting from a lost rank; this rank has the `lock` now."""
         # The exporter of this rank, if any, gives way to that of rank 0.
         self.observers.end(self._outcome("running", ExitCode.FINISHED, ""))
-        self.observers = Observers((*_observers(config.metrics, self.directory, 0), *more))
+        self.observers = Observers(_observers(config.metrics, self.directory, 0, more))
         self._observers_have_begun = False
         self.lock = lock
         self.status = self._status_file()
@@ -273,12 +273,13 @@ def open_session(
     more: Sequence[Observer] = (),
 ) -> Session:
     """Return this launch's session, with this rank's observers, and `more` on rank 0. Raises UsageError."""
-    observers = (*_observers(config.metrics, directory, comm.rank), *(more if comm.rank == 0 else ()))
-    return Session(directory, comm, Observers(observers), lock, run_id)
+    return Session(directory, comm, Observers(_observers(config.metrics, directory, comm.rank, more)), lock, run_id)
 
 
-def _observers(settings: MetricsSettings, directory: RunDirectory, rank: int) -> Iterator[Observer]:
-    """Yield the observers of `rank`: those that write files before those that publish."""
+def _observers(
+    settings: MetricsSettings, directory: RunDirectory, rank: int, more: Sequence[Observer]
+) -> Iterator[Observer]:
+    """Yield the observers of `rank`: those that write files before those that publish; `more` on rank 0."""
     # made first, since that may fail
     chosen = settings.loggers if rank == 0 else ()
     loggers = [call_plugin(each.name, each.options, Observer, directory.root) for each in chosen]
@@ -292,6 +293,8 @@ def _observers(settings: MetricsSettings, directory: RunDirectory, rank: int) ->
     if settings.tensorboard and rank == 0:
         yield TensorBoard(directory.root)
     yield from loggers
+    if rank == 0:
+        yield from more
 
 
 def revision(root: Path = Path(dist_train.__file__).parents[1]) -> str:
