@@ -25,6 +25,7 @@ from pathlib import Path
 
 from dist_train.cluster.heartbeats import interface_addresses
 from dist_train.cluster.inspection import installed_version
+from dist_train.cluster.launch import command_output
 from dist_train.outcome import UsageError
 from dist_train.rundir.atomic import swap_text
 
@@ -34,7 +35,6 @@ _JOB_REQUESTS = frozenset(
     {"SLURM_GPUS", "SLURM_GPUS_PER_TASK", "SLURM_NTASKS_PER_GPU", "SLURM_TRES_PER_TASK", "SLURM_TRES_BIND"}
 )
 """Variables with the job's own requests, which srun would add to ours."""
-_COMMAND_SECONDS = 15.0
 _ANSWER_SECONDS = 30.0  # of a cluster's nodes, and then a second more for each: all load Python from one file system
 _CONNECT_SECONDS = 3.0
 _LINGER_SECONDS = 1.0  # how long nodes differ in when they learn that the survey is over
@@ -95,7 +95,7 @@ def survey_nodes(directory: Path, environment: Mapping[str, str] = os.environ) -
         raise UsageError(
             "there is no Slurm allocation here: run it in a batch script, or within salloc", code="no-allocation"
         )
-    listed, _ = _output(["scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"]])
+    listed = command_output("scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"])
     nodes = listed.split() or [socket.gethostname()]
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".nodes-", dir=directory, ignore_cleanup_errors=True) as name:
@@ -171,7 +171,7 @@ def _command(nodes: Sequence[str], folder: Path, environment: Mapping[str, str])
     ]
 
 
-def _output(command: Sequence[str], seconds: float = _COMMAND_SECONDS) -> tuple[str, str]:
+def _output(command: Sequence[str], seconds: float) -> tuple[str, str]:
     """Return the command's standard output and error; after `seconds` it is asked to end by SIGUSR2."""
     none, pipe = subprocess.DEVNULL, subprocess.PIPE
     environment = {name: value for name, value in os.environ.items() if name not in _JOB_REQUESTS}

@@ -45,11 +45,8 @@ def test_nodes_report_when_the_survey_is_over_though_one_never_comes(tmp_path: P
 def survey(folder: Path, reports: Sequence[NodeReport], monkeypatch: pytest.MonkeyPatch) -> Mapping[str, str]:
     """Return the text of each node's last fault, from its report."""
 
-    def output(command: Sequence[str], seconds: float = 0.0) -> tuple[str, str]:
-        lines = [report.node for report in reports] if command[0] == "scontrol" else map(as_line, reports)
-        return "\n".join(lines), ""
-
-    monkeypatch.setattr(nodes, "_output", output)
+    monkeypatch.setattr(nodes, "command_output", lambda *command: " ".join(report.node for report in reports))
+    monkeypatch.setattr(nodes, "_output", lambda command, seconds: ("\n".join(map(as_line, reports)), ""))
     found = survey_nodes(folder, {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[0-19]"})
     return {node: fault.text for fault in found.faults for node in fault.nodes}
 
