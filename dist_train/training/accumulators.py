@@ -85,9 +85,15 @@ class GradientAccumulator(ABC):
     def add(self, bucket: Bucket) -> None:
         """Add the gradients of one micro-batch."""
 
-    @abstractmethod
     def send(self, bucket: Bucket, name: str) -> Pending:
         """Start the sum over the ranks."""
+        if bucket.index not in self._begun:
+            self.begin(bucket)
+        return self._comm.allreduce_async(self._packed(bucket), name)
+
+    def _packed(self, bucket: Bucket) -> torch.Tensor:
+        """Return the bucket's sum as it is sent."""
+        return self._total[bucket.part]
 
     @abstractmethod
     def receive(self, bucket: Bucket) -> None:
@@ -125,13 +131,6 @@ class ExactAccumulator(GradientAccumulator):
             _add_as_integers(gradients, total)
         else:
             total.copy_(gradients)
-
-    def send(self, bucket: Bucket, name: str) -> Pending:
-        """Start the sum over the ranks."""
-        if bucket.index not in self._begun:
-            self.begin(bucket)
-        total = self._total[bucket.part]
-        return self._comm.allreduce_async(total, name)
 
     def receive(self, bucket: Bucket) -> None:
         """Turn the sum back into floats, once."""
@@ -278,12 +277,9 @@ class GridAccumulator(GradientAccumulator):
         else:
             total.copy_(gradients)
 
-    def send(self, bucket: Bucket, name: str) -> Pending:
-        """Start the sum over the ranks."""
-        if bucket.index not in self._begun:
-            self.begin(bucket)
+    def _packed(self, bucket: Bucket) -> torch.Tensor:
         total = self._total[bucket.part]
-        return self._comm.allreduce_async(pack_halves(total) if self._travel_in_pairs else total, name)
+        return pack_halves(total) if self._travel_in_pairs else total
 
     def receive(self, bucket: Bucket) -> None:
         """Turn the sum back into floats, once."""
@@ -353,12 +349,11 @@ class FloatAccumulator(GradientAccumulator):
         self._met.append(gradients.sum())
         self._total[bucket.part] += gradients
 
-    def send(self, bucket: Bucket, name: str) -> Pending:
-        """Start the sum over the ranks."""
+    def _packed(self, bucket: Bucket) -> torch.Tensor:
         sent = self._sent[bucket.part]
         if self._sent is not self._total:
             sent.copy_(self._total[bucket.part])
-        return self._comm.allreduce_async(sent, name)
+        return sent
 
     def receive(self, bucket: Bucket) -> None:
         """Leave the sum where the gradients are."""
