@@ -43,9 +43,9 @@ def key(seed: int, purpose: str, *indices: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
-def generator(seed: int, purpose: str, *indices: int | str, device: torch.device | str = "cpu") -> torch.Generator:
-    """Return a generator on `device` whose stream depends on (seed, purpose, indices) alone."""
-    return torch.Generator(device=device).manual_seed(key(seed, purpose, *indices))
+def generator(seed: int, purpose: str, *indices: int | str) -> torch.Generator:
+    """Return a generator on the CPU whose stream depends on (seed, purpose, indices) alone."""
+    return torch.Generator().manual_seed(key(seed, purpose, *indices))
 
 
 class LayerRng:

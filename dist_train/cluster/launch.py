@@ -79,9 +79,9 @@ def current_launch(environment: Mapping[str, str] = os.environ) -> Launch:
 MEMBERSHIP_VARIABLE = "DIST_TRAIN_MEMBERSHIP"  # where the ranks of an elastic launch find its authority: HOST:PORT
 
 
-def is_elastic(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether ranks of the launch of `environment` may leave and join."""
-    return MEMBERSHIP_VARIABLE in environment
+def is_elastic() -> bool:
+    """Whether ranks of this launch may leave and join."""
+    return MEMBERSHIP_VARIABLE in os.environ
 
 
 LISTEN_FD = "DIST_TRAIN_LISTEN_FD"  # rank 0's listening socket for the store; -1 for the other ranks
