@@ -82,6 +82,16 @@ def writing(place: Path, fix: str) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def reading(place: Path, fix: str = "", code: str = "data-unreadable") -> Iterator[None]:
+    """Turn an OSError in the block into a UsageError: `place` cannot be read, and how to fix it."""
+    try:
+        yield
+    except OSError as error:
+        ending = f". {fix}" if fix else ""
+        raise UsageError(f"cannot read {place}: {error.strerror or error}{ending}", code=code) from error
+
+
 def check_choice(name: str, value: object, choices: object) -> None:
     """Raise UsageError if the argument `name` is not one of `choices`, a Literal."""
     if value not in get_args(choices):

@@ -30,7 +30,7 @@ from dist_train.config.resuming import with_decisions
 from dist_train.optim.averaging import Averaging, averaged_state
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.optim.optimizers import state_tensors
-from dist_train.outcome import UsageError, check_choice
+from dist_train.outcome import UsageError, check_choice, reading
 from dist_train.rundir.paths import RunDirectory
 
 
@@ -311,12 +311,10 @@ def read_initial(source: Path, model: str) -> InitialWeights:
     if not _is_foreign(path):
         stored = read_stored(path)
         return InitialWeights(stored.path, stored.sha256, stored.contents.model, stored.contents.step)
-    try:
+    with reading(path, code="weights-unreadable"):
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         tensors = _tensors(path)
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror or error}", code="weights-unreadable") from error
     # File names of torch.hub end in the first digits of the digest.
     expected = re.search(r"-([0-9a-f]{8,})\.pth$", path.name) if str(source).startswith(_TORCHVISION) else None
     if expected and not digest.startswith(expected[1]):

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from dist_train.data.images import ImageSet, Split
-from dist_train.outcome import UsageError
+from dist_train.outcome import UsageError, reading
 from dist_train.rundir.atomic import exclusive, replacing, write_text
 from dist_train.rundir.paths import refuse_foreign
 
@@ -45,10 +45,8 @@ class Source:
         """Return the entry's file stem; reads every source file. Raises UsageError if one cannot be read."""
         digest = hashlib.sha256()
         for path in self.files:
-            try:
+            with reading(path):
                 digest.update(f"{path.stat().st_size}:{_file_digest(path)}\n".encode())
-            except OSError as error:
-                raise UsageError(f"cannot read {path}: {error.strerror or error}", code="data-unreadable") from error
         return f"{self.name}-{self.split}-v{self.reader_version}-{digest.hexdigest()[:16]}"
 
 

@@ -27,7 +27,7 @@ from dist_train.config import DataSettings
 from dist_train.data.cache import cache_folder, refuse_foreign_cache
 from dist_train.data.image_folder import SUFFIXES
 from dist_train.data.images import Split, digest_of
-from dist_train.outcome import UsageError
+from dist_train.outcome import UsageError, reading
 from dist_train.reproducible import generator
 from dist_train.rundir.atomic import exclusive, replacing
 
@@ -190,10 +190,8 @@ def list_shards(settings: DataSettings, split: Split, seed: int) -> PackedListin
     """
     files = []
     for shard in find_shards(settings, split):
-        try:
+        with reading(shard):
             files.append(PackedFile(shard, shard, _shard_index(shard, settings)))
-        except OSError as error:
-            raise UsageError(f"cannot read {shard}: {error.strerror or error}", code="data-unreadable") from error
     return packed_listing(files, settings.image_format.classes, split, seed)
 
 

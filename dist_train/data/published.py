@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from dist_train.data.cache import data_sets_folder, fetch
 from dist_train.data.images import ImageSet, Split
-from dist_train.outcome import UsageError
+from dist_train.outcome import UsageError, reading
 
 _UNSIGNED_BYTE = 0x08
 _IDX_CHUNK = 1 << 22
@@ -210,7 +210,10 @@ def decode_archive(archive: Archive, root: Path, files: Sequence[Path], split: S
     if packed:
         contents = _unpack(files[0], archive, archive.batches[split], fix)
     else:
-        contents = {str(path): _read(path, fix) for path in files}
+        contents = {}
+        for path in files:
+            with reading(path, fix):
+                contents[str(path)] = path.read_bytes()
     batches = [_batch(content, place, archive, fix) for place, content in contents.items()]
     pixels = np.concatenate([images for images, _ in batches]).reshape(-1, *_SHAPE)
     labels = np.concatenate([labels for _, labels in batches])
@@ -223,13 +226,6 @@ def _unpacked(archive: Archive, root: Path, split: Split) -> tuple[Path, ...]:
 
 def _missing(archive: Archive, root: Path, split: Split) -> list[Path]:
     return [path for path in _unpacked(archive, root, split) if not path.is_file()]
-
-
-def _read(path: Path, fix: str) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror or error}. {fix}", code="data-unreadable") from error
 
 
 def _unpack(path: Path, archive: Archive, names: tuple[str, ...], fix: str) -> dict[str, bytes]:
