@@ -14,7 +14,7 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,13 +70,12 @@ def launch_elastic(
     listen at `entrance`, or write the file for other launchers.
     """
     launch = os.environ.get(LAUNCH_VARIABLE, "") or secrets.token_hex(8)
-    environment = {**os.environ, LAUNCH_VARIABLE: launch}
     order = {"words": list(words), "folder": os.getcwd(), "launch": launch, "restarts": elasticity.restarts}
     server = _serve(count, elasticity, entrance, order)
     try:
         with _admitting_others(server, entrance, launch):
-            shared = {"MASTER_PORT": "0", "WORLD_SIZE": str(elasticity.first)}
-            local = LocalProcesses(words, range(count), environment, lambda slot: {**shared, **server.variables(slot)})
+            variables = {**server.variables, "WORLD_SIZE": str(elasticity.first)}
+            local = LocalProcesses(words, range(count), launch, variables)
             code = _run_ranks(local, server, elasticity.restarts, run)
             if server.state.generation == 0 and not server.state.has_ended:
                 say(f"the run has not begun: there were fewer than the {elasticity.first} ranks that it begins with")
@@ -155,41 +154,37 @@ def launch_joining(entry: Entry, count: int) -> int:
                 f"nodes need the same folders",
                 code="join-folder",
             ) from error
-        environment = {**os.environ, LAUNCH_VARIABLE: order["launch"]}
-        shared = {
+        variables = {
             TOKEN_VARIABLE: entry.token,
             MEMBERSHIP_VARIABLE: f"{entry.host}:{entry.port}",
             "WORLD_SIZE": str(order["size"]),
-            "MASTER_PORT": "0",
         }
-        local = LocalProcesses(
-            order["words"], order["slots"], environment, lambda slot: {**shared, SLOT_VARIABLE: str(slot)}
-        )
+        local = LocalProcesses(order["words"], order["slots"], order["launch"], variables)
         return _run_ranks(local, authority, order["restarts"])
 
 
 @dataclass(frozen=True)
 class LocalProcesses:
-    """The processes of a launcher: `dist-train WORDS` for each of `slots`, with variables of all and of its slot."""
+    """The processes of a launcher: `dist-train WORDS` for each of `slots`, which join `launch`."""
 
     words: Sequence[str]
     slots: Sequence[int]
-    environment: Mapping[str, str]
-    slot_environment: Callable[[int], Mapping[str, str]]
+    launch: str
+    variables: Mapping[str, str]  # where the authority is, and how many ranks the run begins with
 
     def start(self, index: int, mask: set[int | signal.Signals]) -> Popen[bytes]:
         """Start the process of `slots[index]`."""
-        slot = self.slots[index]
-        variables = {"RANK": str(slot), **self.slot_environment(slot)}
+        slot = str(self.slots[index])
+        variables = {**self.variables, "RANK": slot, SLOT_VARIABLE: slot, "MASTER_PORT": "0"}
+        environment = {**os.environ, LAUNCH_VARIABLE: self.launch}
         program = [sys.executable, "-m", "dist_train", *self.words]
-        return start_rank(program, rank_environment(self.environment, index, len(self.slots), variables), mask)
+        return start_rank(program, rank_environment(environment, index, len(self.slots), variables), mask)
 
 
 def _run_ranks(local: LocalProcesses, authority: Authority, restarts: int, run: Path | None = None) -> int:
     """Start the `local` processes, restart each up to `restarts` times, and return the run's exit code when it ends."""
     with blocked_signals() as mask:
-        ranks = _ElasticRanks(local, mask, authority, restarts)
-        return ranks.wait_and_record(run, local.environment[LAUNCH_VARIABLE])
+        return _ElasticRanks(local, mask, authority, restarts).wait_and_record(run, local.launch)
 
 
 class _ElasticRanks(Ranks):

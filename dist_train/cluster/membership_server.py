@@ -185,10 +185,11 @@ class MembershipServer:
         host, port = self._listener.getsockname()[:2]
         return host, port
 
-    def variables(self, slot: int) -> Mapping[str, str]:
-        """Return the environment variables by which the process of `slot` finds the authority."""
+    @property
+    def variables(self) -> Mapping[str, str]:
+        """The environment variables by which processes find the authority."""
         host, port = self.address
-        return {MEMBERSHIP_VARIABLE: f"{host}:{port}", TOKEN_VARIABLE: self.token, SLOT_VARIABLE: str(slot)}
+        return {MEMBERSHIP_VARIABLE: f"{host}:{port}", TOKEN_VARIABLE: self.token}
 
     def poll(self, seconds: float) -> None:
         """Handle the messages that have arrived, waiting up to `seconds` for one, and expel silent processes."""

@@ -16,7 +16,7 @@ from dist_train.cluster.communicator import Generation, RankLostError
 from dist_train.cluster.joined_launch import Entry, RemoteAuthority, entry_of
 from dist_train.cluster.member import Member, Pulse
 from dist_train.cluster.membership import Came, Event, Gone, MayGrow, Membership, Message, Peer, Ready, Trains, decide
-from dist_train.cluster.membership_server import TOKEN_VARIABLE, MembershipServer
+from dist_train.cluster.membership_server import SLOT_VARIABLE, TOKEN_VARIABLE, MembershipServer
 from dist_train.outcome import UsageError
 from tests.waiting import wait_for
 
@@ -110,7 +110,8 @@ def serving(
 
 
 def member(server: MembershipServer, slot: int, ended: list[int] | None = None) -> Member:
-    return Member(server.timeout, server.variables(slot), lambda: (ended if ended is not None else []).append(slot))
+    environment = {**server.variables, SLOT_VARIABLE: str(slot)}
+    return Member(server.timeout, environment, lambda: (ended if ended is not None else []).append(slot))
 
 
 def meet(members: Sequence[Member], why: str = "") -> list[Generation]:
@@ -249,7 +250,7 @@ def test_who_beats_but_does_not_stop_is_expelled() -> None:
 
 def test_who_does_not_know_the_token_is_not_heard() -> None:
     with serving(1, 5.0) as server, pytest.raises(RankLostError, match="closed the connection"):
-        Member(5.0, {**server.variables(0), TOKEN_VARIABLE: "guess"})
+        Member(5.0, {**server.variables, SLOT_VARIABLE: "0", TOKEN_VARIABLE: "guess"})
 
 
 def test_a_stranger_cannot_end_the_launch() -> None:
