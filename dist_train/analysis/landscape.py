@@ -94,7 +94,7 @@ def make_landscape(request: Request, comm: Communicator, report: Report) -> Fini
     stored = run_on_all_ranks(comm, lambda: [read_stored(target) for target in request.targets], "read the checkpoints")
 
     def open_all() -> tuple[Subject, _Plan]:
-        subject = open_subject(stored[0], request.overrides, settings.measure, local_rank=comm.local_rank)
+        subject = open_subject(stored[0], request.overrides, settings, local_rank=comm.local_rank)
         return subject, _plan_points(settings, stored, subject)
 
     subject, plan = run_on_all_ranks(comm, open_all, "open the checkpoints and their data")
@@ -132,18 +132,17 @@ def _plan_points(settings: LandscapeSettings, stored: Sequence[Stored], subject:
         walk = interpolation(subject.place, there, variances_of(subject.model))
         return _Plan(points, walk, stored, {"distances": [distance]})
     weights = FlatWeights(subject.model)
-    choice = settings.directions
-    check_exclusions(weights, choice.exclude)
+    check_exclusions(weights, settings.exclude)
     if settings.trajectory:
         checkpoints = run_checkpoints(stored[0].path)
-        trajectory = trace(checkpoints, subject, weights.mask(choice.exclude))
+        trajectory = trace(checkpoints, subject, weights.mask(settings.exclude))
         alphas, betas = (axis(*reach, settings.points) for reach in trajectory.reaches)
         walk = along(subject.place, lambda _: trajectory.directions)
         return _Plan(plane_points(alphas, betas), walk, checkpoints, trajectory.record(), trajectory)
     alphas = axis(settings.start, settings.stop, settings.points)
 
     def drawn(index: int) -> torch.Tensor:
-        return random_direction(weights, choice.normalization, choice.exclude, choice.seed, index)
+        return random_direction(weights, settings.normalization, settings.exclude, settings.seed, index)
 
     if settings.kind == "plane":
         directions = drawn(0), drawn(1)

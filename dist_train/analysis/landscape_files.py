@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -43,36 +43,8 @@ class Measured(NamedTuple):
 
 
 @dataclass(frozen=True)
-class DirectionSettings:
-    """How random directions are drawn (`directions.random_direction`)."""
-
-    normalization: str = "filter"
-    exclude: tuple[str, ...] = ("norm", "bias")
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class MeasureSettings:
-    """What is measured at each point. Sample counts: None means all."""
-
-    samples: int | None = 10_000
-    test_samples: int | None = None
-    statistics: Statistics = "recomputed"
-    statistics_samples: int | None = None  # None: the run's `model.norm_samples`
-    batch_size: int | None = None  # None: chosen for the device
-    precision: Literal["float32", "run"] = "float32"
-    subset_seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("samples", "test_samples", "statistics_samples", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"--{name.replace('_', '-')} is {value}: it must be 1 or more", code="option-range")
-
-
-@dataclass(frozen=True)
 class LandscapeSettings:
-    """Which points are evaluated, and how.
+    """Which points are evaluated, and how. Sample counts: None means all.
 
     `lines` is the number of directions of a `direction` landscape. With `trajectory` a plane's directions are the
     principal ones of the run's checkpoints and its axes cover them; `start` and `stop` are then unused.
@@ -82,10 +54,20 @@ class LandscapeSettings:
     start: float
     stop: float
     points: int
-    measure: MeasureSettings = MeasureSettings()
-    directions: DirectionSettings = DirectionSettings()
     lines: int = 1
     trajectory: bool = False
+    # of random directions (`directions.random_direction`)
+    normalization: str = "filter"
+    exclude: Sequence[str] = ("norm", "bias")
+    seed: int = 0
+    # of what is measured at each point
+    samples: int | None = 10_000
+    test_samples: int | None = None
+    statistics: Statistics = "recomputed"
+    statistics_samples: int | None = None  # None: the run's `model.norm_samples`
+    batch_size: int | None = None  # None: chosen for the device
+    subset_seed: int = 0
+    precision: Literal["float32", "run"] = "float32"
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.start) and math.isfinite(self.stop) and self.start < self.stop):
@@ -103,21 +85,20 @@ class LandscapeSettings:
             )
         if self.lines < 1:
             raise UsageError(f"--directions is {self.lines}: there must be 1 or more", code="option-range")
+        for name in ("samples", "test_samples", "statistics_samples", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"--{name.replace('_', '-')} is {value}: it must be 1 or more", code="option-range")
 
     def record(self) -> dict[str, Any]:
         """Return every setting that the numbers depend on; results record them and are named by their digest."""
-        fields: dict[str, Any] = {"format": FORMAT, "points": self.points, **asdict(self.measure)}
         # The subject records the resulting precision as `compute`.
-        del fields["precision"]
-        if self.trajectory:
-            fields |= {"trajectory": True, "exclude": list(self.directions.exclude)}
-        else:
-            fields |= {"start": self.start, "stop": self.stop}
-        if self.kind == "direction":
-            fields["directions"] = self.lines
+        names = ["points", "samples", "test_samples", "statistics", "statistics_samples", "batch_size", "subset_seed"]
+        names += ["trajectory", "exclude"] if self.trajectory else ["start", "stop"]
         if self.kind != "interpolate" and not self.trajectory:
-            fields |= asdict(self.directions) | {"exclude": list(self.directions.exclude)}
-        return fields
+            names += ["normalization", "exclude", "seed"]
+        fields = {"format": FORMAT, **{name: getattr(self, name) for name in names}}
+        return fields | ({"directions": self.lines} if self.kind == "direction" else {})
 
 
 SPLITS = ("train", "test")

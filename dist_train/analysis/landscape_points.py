@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from dist_train.analysis.landscape_files import Measured, MeasureSettings, Point
+from dist_train.analysis.landscape_files import LandscapeSettings, Measured, Point
 from dist_train.checkpoint.files import Stored
 from dist_train.cluster.devices import choose_device
 from dist_train.config import Config
@@ -261,25 +261,25 @@ class Subject:
         }
 
 
-def open_subject(stored: Stored, overrides: Sequence[str], measure: MeasureSettings, *, local_rank: int) -> Subject:
+def open_subject(stored: Stored, overrides: Sequence[str], settings: LandscapeSettings, *, local_rank: int) -> Subject:
     """Build the network of `stored` and load its data. Raises UsageError if they do not fit."""
     config = stored_config(stored.contents, overrides)
     # One thread per operation, so that the bits do not depend on a rank's number of cores.
-    changes = {"threads": 1} if measure.precision == "run" else {"threads": 1, "compute": "float32", "tf32": False}
+    changes = {"threads": 1} if settings.precision == "run" else {"threads": 1, "compute": "float32", "tf32": False}
     device = choose_device(config.run.device, local_rank=local_rank)
     compute = set_up_compute(config.precision.model_copy(update=changes), device)
     # On a CPU channels_last takes half the time, whatever the run used.
     channels_last = config.precision.channels_last or compute.device.type == "cpu"
-    batch_size = measure.batch_size or _BATCH_SIZES[compute.device.type]
+    batch_size = settings.batch_size or _BATCH_SIZES[compute.device.type]
     model = stored_model(stored.contents, config)
     with closing(open_splits(config.data, config.run.seed, compute.device, channels_last)) as splits:
         train, test = (
-            _batches(samples, _subset(samples, wanted, measure.subset_seed), batch_size)
-            for samples, wanted in ((splits.train, measure.samples), (splits.test, measure.test_samples))
+            _batches(samples, _subset(samples, wanted, settings.subset_seed), batch_size)
+            for samples, wanted in ((splits.train, settings.samples), (splits.test, settings.test_samples))
         )
         statistics: list[Batch] = []
-        if measure.statistics == "recomputed" and norm_modules(model):
-            wanted, micro_size = measure.statistics_samples or config.model.norm_samples, config.batch.micro_size
+        if settings.statistics == "recomputed" and norm_modules(model):
+            wanted, micro_size = settings.statistics_samples or config.model.norm_samples, config.batch.micro_size
             assert micro_size != "auto", "a run resolves it before it saves"
             chosen = statistics_samples(len(splits.train), wanted, micro_size, config.run.seed)
             statistics = _batches(splits.train, chosen, micro_size)

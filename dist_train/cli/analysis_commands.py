@@ -37,7 +37,9 @@ def add_landscape(subparsers: Subparsers) -> None:
     _add_axis(line, (-0.5, 1.5), 41)
     direction = kinds.add_parser("direction", help="random directions from one checkpoint")
     direction.add_argument("targets", nargs=1, type=Path, metavar="CHECKPOINT", help=_TARGET)
-    direction.add_argument("--directions", type=int, default=1, metavar="N", help="how many directions (default: 1)")
+    direction.add_argument(
+        "--directions", dest="lines", type=int, default=1, metavar="N", help="how many directions (default: 1)"
+    )
     _add_axis(direction, (-1.0, 1.0), 51)
     _add_directions(direction)
     plane = kinds.add_parser("plane", help="the plane of two directions from one checkpoint")
@@ -51,7 +53,7 @@ def add_landscape(subparsers: Subparsers) -> None:
     _add_directions(plane)
     for kind in (line, direction, plane):
         _add_measure(kind)
-        kind.set_defaults(run=_landscape, directions=1, trajectory=False)
+        kind.set_defaults(run=_landscape)
 
 
 def _landscape(arguments: argparse.Namespace) -> int:
@@ -151,18 +153,14 @@ def _number_or_all(text: str) -> int | None:
 
 def _request(arguments: argparse.Namespace) -> Request:
     from dist_train.analysis.landscape import Request
-    from dist_train.analysis.landscape_files import DirectionSettings, LandscapeSettings, MeasureSettings
+    from dist_train.analysis.landscape_files import LandscapeSettings
 
-    given = arguments
-    directions = DirectionSettings()
-    if given.kind != "interpolate":
-        directions = DirectionSettings(given.normalization, tuple(given.exclude), given.seed)
-    measure = MeasureSettings(**{field.name: getattr(given, field.name) for field in fields(MeasureSettings)})
-    start, stop = given.range
-    settings = LandscapeSettings(
-        given.kind, start, stop, given.points, measure, directions, given.directions, given.trajectory
+    given, (start, stop) = vars(arguments), arguments.range
+    chosen = {field.name: given[field.name] for field in fields(LandscapeSettings) if field.name in given}
+    settings = LandscapeSettings(start=start, stop=stop, **chosen)
+    return Request(
+        arguments.targets, settings, arguments.overrides, arguments.output, arguments.threads, arguments.scale
     )
-    return Request(given.targets, settings, given.overrides, given.output, given.threads, given.scale)
 
 
 class _Progress:

@@ -7,20 +7,14 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from dist_train.analysis import landscape_figures
 from dist_train.analysis.landscape import Finished, Report, Request, make_landscape
-from dist_train.analysis.landscape_files import (
-    DirectionSettings,
-    LandscapeSettings,
-    MeasureSettings,
-    PointRow,
-    Statistics,
-    read_landscape,
-)
+from dist_train.analysis.landscape_files import LandscapeSettings, PointRow, Statistics, read_landscape
 from dist_train.analysis.landscape_points import PointEvaluator
 from dist_train.cluster.communicator import Alone
 from dist_train.data.images import Split
@@ -31,10 +25,9 @@ from tests.unit.small_trainers import build_trainer, small_config
 
 pytestmark = pytest.mark.usefixtures("threads_as_before")
 
-EVERYTHING = MeasureSettings(samples=None, batch_size=16)
-LINE = LandscapeSettings("interpolate", -0.5, 1.5, 5, EVERYTHING)
-DIRECTION = LandscapeSettings("direction", -1.0, 1.0, 3, EVERYTHING, lines=2)
-PLANE = LandscapeSettings("plane", -1.0, 1.0, 3, EVERYTHING)
+LINE = LandscapeSettings("interpolate", -0.5, 1.5, 5, samples=None, batch_size=16)
+DIRECTION = replace(LINE, kind="direction", start=-1.0, stop=1.0, points=3, lines=2)
+PLANE = replace(DIRECTION, kind="plane", lines=1)
 
 
 class KilledError(BaseException):
@@ -104,8 +97,7 @@ def requests(run: Path) -> list[Request]:
 @pytest.mark.parametrize("statistics", ["interpolated", "recomputed"])
 @pytest.mark.usefixtures("without_figures")
 def test_ends_of_a_line_agree_with_evaluate(run: Path, statistics: Statistics) -> None:
-    measure = replace(EVERYTHING, statistics=statistics)
-    finished = compute(Request([checkpoint(run, 3), run], replace(LINE, measure=measure)))
+    finished = compute(Request([checkpoint(run, 3), run], replace(LINE, statistics=statistics)))
     splits: tuple[Split, ...] = ("train", "test")
     for alpha, step in ((0.0, 3), (1.0, 12)):
         for split in splits:
@@ -128,10 +120,14 @@ def test_center_of_directions_and_planes_agrees_with_evaluate(run: Path) -> None
 def test_directions_and_statistics_change_the_losses(run: Path) -> None:
     request = requests(run)[1]
     found = [rows(compute(request))]
-    measure = replace(EVERYTHING, statistics="interpolated")
-    found.append(rows(compute(replace(request, settings=replace(DIRECTION, measure=measure)))))
-    for choice in (DirectionSettings(seed=1), DirectionSettings("layer"), DirectionSettings(exclude=())):
-        found.append(rows(compute(replace(request, settings=replace(DIRECTION, directions=choice)))))
+    changes: tuple[dict[str, Any], ...] = (
+        {"statistics": "interpolated"},
+        {"seed": 1},
+        {"normalization": "layer"},
+        {"exclude": ()},
+    )
+    for change in changes:
+        found.append(rows(compute(replace(request, settings=replace(DIRECTION, **change)))))
     losses = [[row.loss for row in result if row.direction == line] for result in found for line in range(2)]
     assert len({tuple(line) for line in losses}) == len(losses)
 
@@ -192,26 +188,24 @@ def test_finished_result_is_drawn_again_without_evaluations(run: Path, evaluatio
 @pytest.mark.usefixtures("without_figures")
 def test_results_are_not_reused_for_other_checkpoints_or_settings(run: Path, evaluations: list[None]) -> None:
     request = Request([run], DIRECTION)
-    measures = [
-        replace(EVERYTHING, **change)
-        for change in (
-            {"samples": 40},
-            {"samples": 40, "subset_seed": 1},
-            {"test_samples": 10},
-            {"statistics": "interpolated"},
-            {"statistics_samples": 20},
-            {"batch_size": 17},
-        )
-    ]
-    choices = [DirectionSettings("layer"), DirectionSettings(seed=1), DirectionSettings(exclude=("norm",))]
+    changes: tuple[dict[str, Any], ...] = (
+        {"samples": 40},
+        {"samples": 40, "subset_seed": 1},
+        {"test_samples": 10},
+        {"statistics": "interpolated"},
+        {"statistics_samples": 20},
+        {"batch_size": 17},
+        {"normalization": "layer"},
+        {"seed": 1},
+        {"exclude": ("norm",)},
+        {"points": 5},
+        {"start": -0.5, "points": 4},
+        {"lines": 1},
+    )
     others = [
         Request([checkpoint(run, 9)], DIRECTION),
-        Request([run], replace(DIRECTION, points=5)),
-        Request([run], replace(DIRECTION, start=-0.5, points=4)),
-        Request([run], replace(DIRECTION, lines=1)),
         Request([run], PLANE),
-        *(Request([run], replace(DIRECTION, measure=measure)) for measure in measures),
-        *(Request([run], replace(DIRECTION, directions=choice)) for choice in choices),
+        *(Request([run], replace(DIRECTION, **change)) for change in changes),
     ]
     folders = [compute(request).folder]
     for other in others:
@@ -287,4 +281,4 @@ class TestRefusals:
 
     def test_samples_must_be_positive(self) -> None:
         with raises(UsageError, "option-range"):
-            replace(EVERYTHING, test_samples=0)
+            replace(LINE, test_samples=0)
