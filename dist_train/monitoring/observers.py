@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 from pydantic import BaseModel, Field
 
+from dist_train.config.loading import flat_settings
 from dist_train.outcome import UsageError
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import (
@@ -227,23 +228,10 @@ class WandbOptions(BaseModel, extra="forbid"):
     mode: Literal["offline", "online"] = "offline"
 
 
-class WandbShaped(Tracker):
-    """A tracker whose runs have W&B's interface: `log(numbers, step)` and `finish()`."""
+class Trackio(Tracker):
+    """Logs into the project's trackio SQLite file; the run of an earlier launch is replaced."""
 
     _run: Any = None
-
-    def log(self, numbers: Mapping[str, float], step: int, moment: float) -> None:
-        """Log `numbers`; the library writes them from its own thread or process."""
-        self._run.log(dict(numbers), step=step)
-
-    def end(self, outcome: Outcome) -> None:
-        """Wait until everything is written."""
-        if self._run is not None:
-            self._run.finish()
-
-
-class Trackio(WandbShaped):
-    """Logs into the project's trackio SQLite file; the run of an earlier launch is replaced."""
 
     def __init__(self, directory: Path, options: TrackioOptions) -> None:
         super().__init__()
@@ -268,6 +256,10 @@ class Trackio(WandbShaped):
                 auto_log_cpu=False,
             )
 
+    def log(self, numbers: Mapping[str, float], step: int, moment: float) -> None:
+        """Log `numbers`; the library writes them from its own thread."""
+        self._run.log(dict(numbers), step=step)
+
     def end(self, outcome: Outcome) -> None:
         """Wait until everything is written, so that nothing is left for the exit of the process."""
         if self._run is not None:
@@ -277,8 +269,10 @@ class Trackio(WandbShaped):
                 trackio.finish()
 
 
-class Wandb(WandbShaped):
+class Wandb(Tracker):
     """Logs into a folder of the run directory or to W&B's server; the launches of a run are a group."""
+
+    _run: Any = None
 
     def __init__(self, directory: Path, options: WandbOptions) -> None:
         super().__init__()
@@ -303,8 +297,13 @@ class Wandb(WandbShaped):
             _logger.info("logged to %s", self._run.url)
 
     def log(self, numbers: Mapping[str, float], step: int, moment: float) -> None:
-        """Log `numbers` with the time at which they were measured."""
-        super().log({**numbers, "_timestamp": moment}, step, moment)
+        """Log `numbers` with the time at which they were measured; the library writes them from its own process."""
+        self._run.log({**numbers, "_timestamp": moment}, step=step)
+
+    def end(self, outcome: Outcome) -> None:
+        """Wait until everything is written."""
+        if self._run is not None:
+            self._run.finish()
 
 
 class MlflowOptions(BaseModel, extra="forbid"):
@@ -345,7 +344,7 @@ class Mlflow(Tracker):
             client.delete_run(run.info.run_id)
         opened = client.create_run(experiment, run_name=facts.name, tags={_RUN_ID: facts.run_id})
         self._client, self._run = client, opened.info.run_id
-        params = [Param(name, str(value)) for name, value in _flat(settings)]
+        params = [Param(name, str(value)) for name, value in flat_settings(settings)]
         for start in range(0, len(params), _PARAMS):
             client.log_batch(self._run, params=params[start : start + _PARAMS])
 
@@ -381,12 +380,3 @@ class Mlflow(Tracker):
         if self._run:
             self.sync()
             self._client.set_terminated(self._run, status=_STATES.get(outcome.state, "FAILED"))
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Yield each setting with its dotted name."""
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
