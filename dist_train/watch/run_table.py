@@ -82,19 +82,19 @@ def beside_slurm(summaries: Sequence[RunSummary], job_states: Mapping[str, str])
     A run marked as active whose job is pending or has ended is lost. A failed run whose job is pending is stopped: it
     will be started again.
     """
-    return tuple(_beside_slurm(run, job_states.get(run.slurm_job, "")) for run in summaries)
-
-
-def _beside_slurm(run: RunSummary, job_state: str) -> RunSummary:
-    waits = job_state in JOB_WAITS
-    if run.state in ALIVE and job_state and (waits or job_state not in JOB_IS_ALIVE):
-        state = "lost"
-    elif run.state == "failed" and waits:
-        state = "stopped"
-    else:
-        return run
-    note = f"its job {run.slurm_job} is {job_state}"
-    return replace(run, state=state, note=f"{run.note}; {note}" if run.note else note, seconds_left=None)
+    corrected = []
+    for run in summaries:
+        job_state, state = job_states.get(run.slurm_job, ""), run.state
+        waits = job_state in JOB_WAITS
+        if state in ALIVE and job_state and (waits or job_state not in JOB_IS_ALIVE):
+            state = "lost"
+        elif state == "failed" and waits:
+            state = "stopped"
+        if state != run.state:
+            note = "; ".join(filter(None, (run.note, f"its job {run.slurm_job} is {job_state}")))
+            run = replace(run, state=state, note=note, seconds_left=None)
+        corrected.append(run)
+    return tuple(corrected)
 
 
 def read_state(directory: RunDirectory) -> tuple[str, str]:
@@ -228,7 +228,7 @@ def _read_run(run: RunDirectory, root: Path, now: float) -> RunSummary:
 def _summary(run: RunDirectory, name: str, now: float) -> RunSummary:
     status = load_status(run.status)
     settings = Settings.of(read_settings(run.config))
-    records = _measurements(run.metrics, read_last_records)  # of a long run, all would take seconds
+    records = read_measurements(run.metrics, read_last_records)  # of a long run, all would take seconds
     state, note = _state(status, run, now)
     # The time between two launches says nothing about the pace of either.
     resumed = [at for at, each in enumerate(records) if isinstance(each, EventRecord) and each.event == "resumed"]
@@ -288,12 +288,10 @@ def read_settings(path: Path) -> Mapping[str, object]:
     return dict(flat_settings(sections))
 
 
-def read_measurements(path: Path) -> tuple[Record, ...]:
+def read_measurements(
+    path: Path, read: Callable[[Path], tuple[Record, ...]] = read_records
+) -> tuple[Record, ...]:
     """Return the records in `path`; empty if there is no such file. Raises BrokenFileError if it cannot be read."""
-    return _measurements(path, read_records)
-
-
-def _measurements(path: Path, read: Callable[[Path], tuple[Record, ...]]) -> tuple[Record, ...]:
     try:
         return read(path)
     except FileNotFoundError:
