@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 
+from dist_train.monitoring import wording
 from dist_train.report.analyses import Landscape
 from dist_train.report.chart import WIDTH
 from dist_train.report.measures import Measure, Summary, commonest_settings, directions_of, mean_points, summary
@@ -102,7 +103,7 @@ def run_landscapes(run: StoredRun) -> tuple[Chart, ...]:
             title = f"Along random directions{_step(item)}"
             if item.kind == "interpolate":
                 title = f"From {item.runs[0]} (0) to {item.runs[-1]} (1)"
-            charts.append(_single(f"run-landscape-{len(charts)}", [item], title))
+            charts.append(_chart(f"run-landscape-{len(charts)}", title, f". {title}", [item]))
     return tuple(charts)
 
 
@@ -162,34 +163,27 @@ def _axes(landscapes: Sequence[Landscape]) -> _Axes:
 
 def _around(key: str, drawn: _Drawn, letter: str, axes: _Axes) -> Chart:
     curves = sum(len(item.lines("train")) for item in drawn.landscapes)
-    runs = len(drawn.landscapes)
-    note = f"{curves} direction{'s' if curves != 1 else ''}, {runs} run{'s' if runs != 1 else ''}"
-    widths = _widths(drawn.landscapes)
-    description = f"Loss (left) and accuracy (right), train and test, around the solution of {drawn.title}; {note}."
-    note = f"{note}{'; ' if widths else ''}{widths}"
-    return _chart(key, drawn.title, description, axes, drawn.landscapes, note, letter)
-
-
-def _single(key: str, landscapes: Sequence[Landscape], title: str) -> Chart:
-    x, loss, accuracy = _axes(landscapes)
-    if landscapes[0].kind == "interpolate":
-        x = Axis("\u03b1", x.low, x.high, plain)
-    note = f"{len(landscapes)} lines; " if len(landscapes) > 1 else ""
-    description = f"Loss (left) and accuracy (right), train and test. {title}."
-    return _chart(key, title, description, (x, loss, accuracy), landscapes, f"{note}{_widths(landscapes)}")
+    note = f"{wording.plural(curves, 'direction')}, {wording.plural(len(drawn.landscapes), 'run')}"
+    described = f", around the solution of {drawn.title}; {note}"
+    return replace(_chart(key, drawn.title, described, drawn.landscapes, note, axes), letter=letter)
 
 
 def _chart(
-    key: str, title: str, description: str, axes: _Axes, landscapes: Sequence[Landscape], note: str, letter: str = ""
+    key: str, title: str, described: str, landscapes: Sequence[Landscape], note: str = "", axes: _Axes | None = None
 ) -> Chart:
-    x, left, right = axes
+    """Return the mean lines of `landscapes`, and their widths after `note`; `axes`: by default their own."""
+    x, left, right = axes or _axes(landscapes)
+    if landscapes[0].kind == "interpolate":
+        x = replace(x, title="\u03b1")
     series = tuple(
         drawn
         for split in ("train", "test")
         for quantity in (LOSS, ACCURACY)
         if (drawn := _mean_line(landscapes, split, quantity)).points
     )
-    return Chart(key, title, description, x, left, series, right, letter, note, upright=0.0)
+    note = "; ".join(filter(None, (note, _widths(landscapes))))
+    description = f"Loss (left) and accuracy (right), train and test{described}."
+    return Chart(key, title, description, x, left, series, right, note=note, upright=0.0)
 
 
 def _between(panels: Sequence[Panel]) -> tuple[Chart, ...]:
@@ -206,7 +200,8 @@ def _between(panels: Sequence[Panel]) -> tuple[Chart, ...]:
     for title, found in pairs.items():
         settings = commonest_settings(found)
         comparable = [item for item in found if item.settings == settings]
-        charts.append(_single(f"between-{len(charts)}", comparable, title))
+        note = f"{len(comparable)} lines" if len(comparable) > 1 else ""
+        charts.append(_chart(f"between-{len(charts)}", title, f". {title}", comparable, note))
     return tuple(charts)
 
 
