@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -182,24 +182,6 @@ class _Progress:
             print(text, file=sys.stderr, flush=True)
 
 
-_SHARPNESS_OPTIONS = {
-    "samples": "training images over which the loss is taken, balanced over classes if possible (default: 2048)",
-    "seed": "seed of images, starts, directions, draws and probes (default: 0)",
-    "batch-size": "images per pass (default: 256)",
-    "keskar-epsilon": "half the box's width, in units of |weight| + 1 (default: 0.001)",
-    "keskar-iterations": "maximum number of iterations per ascent (default: 10)",
-    "keskar-dimensions": "dimensions of the random subspace (default: 100)",
-    "keskar-starts": "number of ascents: the first from the weights, others from random points in the box (default: 2)",
-    "draws": "draws of noise at each amplitude, each used with both signs (default: 8)",
-    "hessian-eigenvalues": "number of largest eigenvalues (default: 5)",
-    "hessian-tolerance": "relative error of the eigenvalues (default: 0.001)",
-    "hessian-probes": "random vectors from which the trace is estimated (default: 16)",
-    "width-directions": "random directions along which the width is measured (default: 5)",
-    "width-reach": "largest distance on each side, in norms of the filters (default: 2)",
-}
-_FLOAT_OPTIONS = {"keskar-epsilon", "hessian-tolerance", "width-reach"}
-
-
 def add_sharpness(subparsers: Subparsers) -> None:
     """Add `sharpness RUN_OR_CHECKPOINT`. Omitted options are not set, so that the settings' defaults apply."""
     parser = subparsers.add_parser(
@@ -221,19 +203,10 @@ def add_sharpness(subparsers: Subparsers) -> None:
         help="which measures; width and noise-scale too (default: keskar,rise,hessian)",
     )
     parser.add_argument(
-        "--width-rises",
-        type=_numbers,
-        metavar="LIST",
-        help="rises of the loss at which the basin's width is measured (default: 0.05,0.5,1)",
-    )
-    parser.add_argument(
         "--statistics",
         choices=("checkpoint", "recomputed", "batch"),
         help="norm statistics. checkpoint: the stored ones, fixed (default). recomputed: recomputed at the stored "
         "weights, then fixed. batch: those of each pass, as in training",
-    )
-    parser.add_argument(
-        "--amplitudes", type=_numbers, metavar="LIST", help="amplitudes of the noise (default: 0.0001,0.001,0.01,0.1)"
     )
     parser.add_argument(
         "--scale",
@@ -241,17 +214,10 @@ def add_sharpness(subparsers: Subparsers) -> None:
         help="scale of the noise, as noise.scale (default: absolute)",
     )
     parser.add_argument(
-        "--exclude",
-        type=_words,
-        metavar="LIST",
-        help="weights without noise: norm, bias, or patterns of names (default: norm)",
-    )
-    parser.add_argument(
         "--output", type=Path, default=None, metavar="DIR", help="folder of the record (default: RUN/analysis)"
     )
-    for name, text in _SHARPNESS_OPTIONS.items():
-        kind, metavar = (float, "X") if name in _FLOAT_OPTIONS else (int, "N")
-        parser.add_argument(f"--{name}", type=kind, metavar=metavar, help=text)
+    for name, (kind, text) in _SHARPNESS_OPTIONS.items():
+        parser.add_argument(f"--{name}", type=kind, metavar=_METAVARS[kind], help=text)
     parser.set_defaults(run=_sharpness)
 
 
@@ -283,6 +249,27 @@ def _numbers(text: str) -> list[float]:
 
 def _words(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+_METAVARS: Mapping[Callable[[str], object], str] = {int: "N", float: "X", _numbers: "LIST", _words: "LIST"}
+_SHARPNESS_OPTIONS: Mapping[str, tuple[Callable[[str], object], str]] = {
+    "samples": (int, "training images over which the loss is taken, balanced over classes if possible (default: 2048)"),
+    "seed": (int, "seed of images, starts, directions, draws and probes (default: 0)"),
+    "batch-size": (int, "images per pass (default: 256)"),
+    "keskar-epsilon": (float, "half the box's width, in units of |weight| + 1 (default: 0.001)"),
+    "keskar-iterations": (int, "maximum number of iterations per ascent (default: 10)"),
+    "keskar-dimensions": (int, "dimensions of the random subspace (default: 100)"),
+    "keskar-starts": (int, "ascents: the first from the weights, others from random points in the box (default: 2)"),
+    "amplitudes": (_numbers, "amplitudes of the noise (default: 0.0001,0.001,0.01,0.1)"),
+    "draws": (int, "draws of noise at each amplitude, each used with both signs (default: 8)"),
+    "exclude": (_words, "weights without noise: norm, bias, or patterns of names (default: norm)"),
+    "hessian-eigenvalues": (int, "number of largest eigenvalues (default: 5)"),
+    "hessian-tolerance": (float, "relative error of the eigenvalues (default: 0.001)"),
+    "hessian-probes": (int, "random vectors from which the trace is estimated (default: 16)"),
+    "width-rises": (_numbers, "rises of the loss at which the basin's width is measured (default: 0.05,0.5,1)"),
+    "width-directions": (int, "random directions along which the width is measured (default: 5)"),
+    "width-reach": (float, "largest distance on each side, in norms of the filters (default: 2)"),
+}
 
 
 def _measures(text: str) -> list[Measure]:
