@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal
 
+import numpy
 from scipy import stats
 
 from dist_train.report.measures import (
@@ -246,13 +246,9 @@ def eigenvalues_of(run: StoredRun, settings: str | None) -> tuple[tuple[int, flo
 def epoch_at(run: StoredRun, step: int) -> float | None:
     """Return the epochs done after `step` updates, interpolated between records; None beyond the last one."""
     records: tuple[TrainRecord | EvaluationRecord, ...] = (*run.train, *run.evaluations)
-    known = sorted({record.step: record.epoch for record in records}.items())
-    at = bisect_left(known, (step, -math.inf))
-    if at == len(known):
-        return None
-    right, left = known[at], known[at - 1] if at else (0, 0.0)
-    fraction = (step - left[0]) / (right[0] - left[0]) if right[0] != left[0] else 1.0
-    return left[1] + fraction * (right[1] - left[1])
+    epochs = {0: 0.0} | {record.step: record.epoch for record in records}
+    steps = sorted(epochs)
+    return float(numpy.interp(step, steps, [epochs[at] for at in steps])) if step <= steps[-1] else None
 
 
 def _series(panel: Panel, settings: str | None) -> tuple[Series, ...]:
