@@ -139,13 +139,13 @@ def effect_tables(panels: Sequence[Panel]) -> tuple[Table[Effect | None], ...]:
     basic = [measure for measure in measures_of(runs) if measure.key in _EFFECTS]
     # A difference in % could be taken for a relative one.
     basic = [replace(measure, unit="points") if measure.unit == "%" else measure for measure in basic]
-    tables = (_effect_table(title, panels, group) for title, group in _grouped([*basic, *sharpness_measures(runs)]))
+    tables = []
+    for title, group in _grouped([*basic, *sharpness_measures(runs)]):
+        by_panel = [
+            (panel, [row for row in _effect_rows(panel, panels[0], group) if any(row.cells)]) for panel in panels
+        ]
+        tables.append(_without_empty_columns(title, group, [(panel, rows) for panel, rows in by_panel if rows]))
     return tuple(table for table in tables if table.measures)
-
-
-def _effect_table(title: str, panels: Sequence[Panel], measures: Sequence[Measure]) -> Table[Effect | None]:
-    groups = ((panel, [row for row in _effect_rows(panel, panels[0], measures) if any(row.cells)]) for panel in panels)
-    return _without_empty_columns(title, measures, [(panel, rows) for panel, rows in groups if rows])
 
 
 def _without_empty_columns(
@@ -177,18 +177,13 @@ def _effect(variant: Variant, base: Variant, measure: Measure, comparisons: int 
     corrected = variant.difference(base, measure, 1 - (1 - _CONFIDENCE) / comparisons)
     if interval is None or corrected is None:
         return None
-    note = difference_note(variant, base, measure, interval)
+    pairs = [[run for run, _ in pair] for pair in variant.pairs(base, measure)]
+    note = measured_note(interval.count, interval.censored, measure, pairs) + lost_note(variant.lost(measure, base))
     text = signed(measure, interval.difference)
     if interval.censored:
         return Effect(interval, corrected, f"{interval.sign} {text}" if interval.sign else "", "", "", note)
     ends, wider = (f"{signed(measure, each.low)} to {signed(measure, each.high)}" for each in (interval, corrected))
     return Effect(interval, corrected, text, ends, wider if comparisons > 1 else "", note)
-
-
-def difference_note(variant: Variant, base: Variant, measure: Measure, interval: Interval) -> str:
-    """Return the note of a difference: the number of pairs, how they are qualified, and why others are missing."""
-    pairs = [[run for run, _ in pair] for pair in variant.pairs(base, measure)]
-    return measured_note(interval.count, interval.censored, measure, pairs) + lost_note(variant.lost(measure, base))
 
 
 def signed(measure: Measure, value: float) -> str:
