@@ -390,6 +390,6 @@ def _chart(test: RangeTest) -> Chart:
         Series("smoothed", "train", points(test.smoothed)),
     )
     x = Axis("learning rate", test.rates[0], test.rates[-1], plain, is_logarithmic=True)
-    y = loss_axis("loss", test.losses, plain)
+    y = loss_axis("loss", test.losses)
     note = "" if test.suggestion is None else f"steepest at {three_digits(test.suggestion)}"
     return Chart("lr-range", "", "Loss against learning rate.", x, y, series, note=note, upright=test.suggestion)

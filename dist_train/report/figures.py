@@ -152,7 +152,7 @@ def _axes(landscapes: Sequence[Landscape]) -> _Axes:
     points = [point for landscape in landscapes for point in landscape.points]
     losses = [point.loss for point in points if math.isfinite(point.loss)]
     most = max(losses, default=0.0)
-    height = loss_axis("loss", losses, plain) if most > _MOST_LINEAR else Axis("loss", 0.0, most * 1.03 or 1.0, plain)
+    height = loss_axis("loss", losses) if most > _MOST_LINEAR else Axis("loss", 0.0, most * 1.03 or 1.0, plain)
     least = min((point.accuracy for point in points if math.isfinite(point.accuracy)), default=0.0)
     return (
         linear_axis("distance along the direction, \u03b1", [point.alpha for point in points], plain, margin=0.0),

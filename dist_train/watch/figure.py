@@ -81,16 +81,16 @@ def linear_axis(title: str, values: Iterable[float], write: Callable[[float], st
     return Axis(title, low - rim, high + rim, write)
 
 
-def loss_axis(title: str, values: Iterable[float], write: Callable[[float], str]) -> Axis:
+def loss_axis(title: str, values: Iterable[float]) -> Axis:
     """Return an axis from 0, or a logarithmic axis if a linear one would hide the small values."""
     positive = [value for value in values if math.isfinite(value) and value > 0]
     if not positive:
-        return Axis(title, 0.0, 1.0, write)
+        return Axis(title, 0.0, 1.0, plain)
     least, most = min(positive), max(positive)
     if most / least > _LOG_RANGE:
         # A few values near 0 must not take the whole height.
-        return Axis(title, max(least, most / 1e5) / 1.3, most * 1.3, write, is_logarithmic=True)
-    return Axis(title, 0.0, most * 1.06, write)
+        return Axis(title, max(least, most / 1e5) / 1.3, most * 1.3, plain, is_logarithmic=True)
+    return Axis(title, 0.0, most * 1.06, plain)
 
 
 def plain(value: float) -> str:
@@ -124,7 +124,7 @@ def _accuracy_axis(title: str, curves: Sequence[Sequence[Point]]) -> Axis:
 
 
 def _loss_axis(title: str, curves: Sequence[Sequence[Point]]) -> Axis:
-    return loss_axis(title, [point.y for points in curves for point in points], plain)
+    return loss_axis(title, [point.y for points in curves for point in points])
 
 
 def _rate_axis(title: str, curves: Sequence[Sequence[Point]]) -> Axis:

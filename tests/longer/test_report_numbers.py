@@ -89,10 +89,10 @@ def test_ticks_are_few_and_within_the_axis(low: float, reach: float) -> None:
 
 
 def test_axis_over_many_decades_is_logarithmic() -> None:
-    axis = loss_axis("loss", [3.0, 0.001, math.nan, 0.0], plain)
+    axis = loss_axis("loss", [3.0, 0.001, math.nan, 0.0])
     assert axis.is_logarithmic
     assert {0.001, 0.01, 0.1, 1.0} <= set(ticks(axis))
-    assert not loss_axis("loss", [3.0, 0.5], plain).is_logarithmic
+    assert not loss_axis("loss", [3.0, 0.5]).is_logarithmic
     assert axis.share(0.0) < 0
 
 
