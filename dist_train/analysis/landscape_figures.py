@@ -1,38 +1,38 @@
-"""Figures of landscapes: loss in blue on the left axis, accuracy in red on the right; train solid, test dashed."""
+"""Figures of landscapes: lines as charts of the report's style, planes as contours."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from statistics import fmean
 
 import numpy
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 
 from dist_train.analysis.directions import Trajectory
 from dist_train.analysis.landscape_files import SPLITS, Landscape
-from dist_train.rundir import atomic
+from dist_train.report.drawing import STYLE, save, stacked
 from dist_train.rundir.paths import RunDirectory
+from dist_train.watch.figure import (
+    ACCURACY,
+    LOSS,
+    Axis,
+    Chart,
+    Point,
+    Quantity,
+    Series,
+    linear_axis,
+    percent_tick,
+    plain,
+)
 
 _LOSS_COLOUR, _ACCURACY_COLOUR = "#0B4FB3", "#C8201E"
-_DASHES = {"train": "-", "test": (0, (4, 2))}
 _LEVELS = 12
-_STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.grid": False,
-    "axes.edgecolor": "#606060",
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "svg.fonttype": "path",
-    "svg.hashsalt": "dist_train",
-}
 
 Values = NDArray[numpy.float64]
 
@@ -41,77 +41,43 @@ def draw_landscape(
     landscape: Landscape, outputs: Sequence[Path], scale: str = "linear", trajectory: Trajectory | None = None
 ) -> None:
     """Draw `landscape` into `outputs`, SVG, PDF or PNG by suffix; `scale` of the loss axis is linear or log."""
-    with rc_context(_STYLE):
-        if landscape.kind == "plane":
+    if landscape.kind == "plane":
+        with rc_context({**STYLE, "axes.grid": False}):
             figure = _draw_plane(landscape, scale, trajectory)
-        else:
-            figure = _draw_lines(landscape, scale)
-        for output in outputs:
-            with atomic.replacing(output) as file:
-                # Without a date the same result gives the same file.
-                undated: dict[str, dict[str, Any]] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
-                figure.savefig(file, format=output.suffix[1:], dpi=160, metadata=undated.get(output.suffix))
-
-
-def draw_line(loss: Axes, accuracy: Axes, landscape: Landscape, scale: str) -> None:
-    """Draw the lines of `landscape`, of several directions the mean and the full range. `accuracy` is `loss`'s twin."""
-    for split in SPLITS:
-        alphas, losses, accuracies = _lines(landscape, split)
-        _plot(loss, alphas, losses, _LOSS_COLOUR, split)
-        _plot(accuracy, alphas, accuracies, _ACCURACY_COLOUR, split)
-    loss.set_xlabel("alpha")
-    for axes, name, colour in ((loss, "loss", _LOSS_COLOUR), (accuracy, "accuracy", _ACCURACY_COLOUR)):
-        axes.set_ylabel(name, color=colour)
-        axes.tick_params(axis="y", colors=colour)
-    accuracy.set_ylim(0, 1.02)
-    accuracy.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None, symbol=" %"))
-    loss.margins(x=0)
-    loss.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 2.5, 5, 10]))
-    positive = [value for line in loss.get_lines() for value in numpy.asarray(line.get_ydata(), float) if value > 0]
-    if scale == "log" and positive:
-        loss.set_yscale("log")
-        loss.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(positive) < 1e3 * min(positive) else (1,)))
-        loss.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        loss.yaxis.set_minor_formatter(NullFormatter())
     else:
-        loss.set_ylim(bottom=0)
+        figure = stacked([line_chart(landscape, scale)], (4.2,), _title(landscape))
+    for output in outputs:
+        save(figure, output)
 
 
-def _lines(landscape: Landscape, split: str) -> tuple[Values, Values, Values]:
-    """Return alphas [p], losses and accuracies [directions, p]."""
-    rows = [row for row in landscape.rows if row.split == split]
-    directions = len({row.direction for row in rows})
-    values = numpy.array([(row.alpha, row.loss, row.accuracy) for row in rows]).reshape(directions, -1, 3)
-    alphas, losses, accuracies = numpy.moveaxis(values, 2, 0)
-    return alphas[0], losses, accuracies
-
-
-def _plot(axes: Axes, alphas: Values, values: Values, colour: str, split: str) -> None:
-    values = numpy.where(numpy.isfinite(values), values, numpy.nan)
-    if len(values) > 1:
-        if split == "train":
-            axes.fill_between(alphas, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.15, linewidth=0)
-        else:
-            for edge in (values.min(axis=0), values.max(axis=0)):
-                axes.plot(alphas, edge, color=colour, lw=0.5, ls=":")
-    axes.plot(alphas, values.mean(axis=0), color=colour, ls=_DASHES[split], lw=1.5)
-
-
-def _draw_lines(landscape: Landscape, scale: str) -> Figure:
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    loss = figure.subplots()
-    accuracy = loss.twinx()
-    draw_line(loss, accuracy, landscape, scale)
-    for marked in (0, 1) if landscape.kind == "interpolate" else (0,):
-        loss.axvline(marked, color="#b0b0b0", lw=0.8, ls=":", zorder=0)
-    handles = [
-        Line2D([], [], color=colour, ls=_DASHES[split], label=f"{split} {name}")
-        for name, colour in (("loss", _LOSS_COLOUR), ("accuracy", _ACCURACY_COLOUR))
+def line_chart(landscape: Landscape, scale: str) -> Chart:
+    """Return loss (left) and accuracy (right) along the lines; of several directions the mean, and the full range."""
+    series = tuple(
+        Series(
+            f"{split} {quantity.name}",
+            quantity.name,
+            _points(landscape, split, quantity),
+            "dashed" if split == "test" else "line",
+            "left" if quantity is LOSS else "right",
+        )
+        for quantity in (LOSS, ACCURACY)
         for split in SPLITS
-    ]
-    loss.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, fontsize=8.5, borderaxespad=0.2)
-    figure.suptitle(_title(landscape), x=0.01, ha="left", fontsize=9)
-    return figure
+    )
+    losses = [row.loss for row in landscape.rows if math.isfinite(row.loss)]
+    positive = [loss for loss in losses if loss > 0]
+    left = Axis("loss", 0.0, max(losses, default=0.0) * 1.05 or 1.0, plain)
+    if scale == "log" and positive:
+        left = Axis("loss", min(positive) / 1.1, max(positive) * 1.1, plain, is_logarithmic=True)
+    x = linear_axis("alpha", [row.alpha for row in landscape.rows], plain, margin=0.0)
+    return Chart("line", "", "", x, left, series, Axis("accuracy, %", 0.0, 1.02, percent_tick), upright=0.0)
+
+
+def _points(landscape: Landscape, split: str, quantity: Quantity) -> tuple[Point, ...]:
+    values: dict[float, list[float]] = {}
+    for row in landscape.rows:
+        if row.split == split:
+            values.setdefault(row.alpha, []).append(quantity.take(row))
+    return tuple(Point(alpha, fmean(found), "", min(found), max(found)) for alpha, found in values.items())
 
 
 def _draw_plane(landscape: Landscape, scale: str, trajectory: Trajectory | None) -> Figure:

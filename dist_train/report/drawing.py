@@ -52,9 +52,10 @@ if TYPE_CHECKING:
 _WIDTH = 7.0  # inches: the text width of a two-column page
 _LETTERS_PER_INCH = 17
 _LETTERS_OF_LABEL = 28  # in a line beside a strip
+_LETTERS_OF_TITLE = 76
 _MARKS = {"dots": "o", "squares": "s"}
 _MOST_MARKS = 30
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 8,
     "axes.titlesize": 8,
@@ -94,7 +95,7 @@ def _save(figure: NumberedFigure, folder: Path, form: str) -> Iterable[Path]:
         yield path
     if figure.rows:
         path = folder / f"{name}.{form}"
-        with rc_context(_STYLE):
+        with rc_context(STYLE):
             save(_draw(figure), path)
         yield path
 
@@ -103,7 +104,7 @@ def save(figure: Figure, path: Path) -> None:
     """Write `figure` to `path` in the format of its suffix; the same figure gives the same bytes."""
     form = path.suffix[1:].lower()
     undated: dict[str, dict[str, Any]] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
-    with rc_context(_STYLE), atomic.replacing(path) as file:
+    with rc_context(STYLE), atomic.replacing(path) as file:
         figure.savefig(file, format=form, dpi=160, metadata=undated.get(form))
 
 
@@ -147,21 +148,21 @@ def _labels(strip: Strip) -> list[str]:
 
 def stacked(charts: Sequence[Chart], heights: Sequence[float], title: str) -> Figure:
     """Return `charts` stacked on one x axis, with `heights` in inches, each with its own legend."""
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(_WIDTH, sum(heights)), layout="constrained")
         places = figure.subplots(len(charts), 1, sharex=True, height_ratios=heights, squeeze=False)
         for axes, chart in zip(places[:, 0], charts, strict=True):
-            _draw_chart(axes, chart)
+            drawn = _draw_chart(axes, chart)
             axes.label_outer()
-            if axes.get_legend_handles_labels()[0]:
-                axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0.2)
-        figure.suptitle(title, fontweight="bold", x=0.01, ha="left")
+            if handles := [handle for each in drawn for handle in each.get_legend_handles_labels()[0]]:
+                axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0.2)
+        figure.suptitle(textwrap.fill(title, _LETTERS_OF_TITLE), fontweight="bold", x=0.01, ha="left")
         figure.align_ylabels()
     return figure
 
 
-def _draw_chart(axes: Axes, chart: Chart) -> None:
-    """Draw `chart` as on the page: title, axes, curves or points with bands, and the note at the right."""
+def _draw_chart(axes: Axes, chart: Chart) -> tuple[Axes, ...]:
+    """Draw `chart` as on the page: title, axes, curves or points with bands, note; return the left and right axes."""
     axes.set_title("" if chart.title == chart.x.title else f"{chart.letter}  {chart.title}".strip(), loc="left")
     if chart.note:
         axes.set_title(chart.note, loc="right", color="#606060")
@@ -177,6 +178,7 @@ def _draw_chart(axes: Axes, chart: Chart) -> None:
         axes.axvline(chart.upright, color="#a0a0a0", linewidth=0.6, linestyle=":")
     for series in chart.series:
         _draw_series(right if series.axis == "right" else axes, series)
+    return (axes, right) if chart.right else (axes,)
 
 
 def _set_axis(axes: Axes, which: str, axis: Axis) -> None:

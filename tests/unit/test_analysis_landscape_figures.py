@@ -8,13 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy
 import pytest
 import torch
-from matplotlib.figure import Figure
 
 from dist_train.analysis.directions import Trajectory
-from dist_train.analysis.landscape_figures import draw_landscape, draw_line
+from dist_train.analysis.landscape_figures import draw_landscape, line_chart
 from dist_train.analysis.landscape_files import SPLITS, Landscape, Point, PointRow
 from dist_train.analysis.landscape_points import axis, line_points, plane_points
 
@@ -51,12 +49,12 @@ def test_a_line_between_two_runs_names_what_it_shows(tmp_path: Path) -> None:
         "from sb step 7 (0) to lb step 7 (1); statistics recomputed",
         "alpha",
         "loss",
-        "accuracy",
+        "accuracy, %",
         "train loss",
         "test loss",
         "train accuracy",
         "test accuracy",
-        "100 %",
+        "100",
     }
     assert outputs[1].read_bytes().startswith(b"\x89PNG")
 
@@ -71,34 +69,25 @@ def test_the_same_result_gives_the_same_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("scale", ["linear", "log"])
-def test_loss_is_blue_on_the_left_and_accuracy_red_on_the_right_train_solid_and_test_dashed(scale: str) -> None:
-    loss = Figure().subplots()
-    accuracy = loss.twinx()
+def test_loss_is_on_the_left_and_accuracy_on_the_right_train_solid_and_test_dashed(scale: str) -> None:
     shown = landscape("direction", line_points(ALPHAS, 1))
-    draw_line(loss, accuracy, shown, scale)
-    assert loss.get_yscale() == scale
-    assert [str(axes.yaxis.get_label_position()) for axes in (loss, accuracy)] == ["left", "right"]
-    for axes, red_above_blue in ((loss, False), (accuracy, True)):
-        train, test = axes.get_lines()
-        assert [train.get_linestyle(), test.get_linestyle()] == ["-", "--"]
-        for line in (train, test):
-            colour = str(line.get_color())
-            assert (int(colour[1:3], 16) > int(colour[5:], 16)) == red_above_blue
-    assert numpy.asarray(loss.get_lines()[1].get_ydata()).tolist() == [
-        row.loss for row in shown.rows if row.split == "test"
+    chart = line_chart(shown, scale)
+    assert chart.left.is_logarithmic == (scale == "log")
+    assert [(each.label, each.style, each.axis, each.form) for each in chart.series] == [
+        ("train loss", "loss", "left", "line"),
+        ("test loss", "loss", "left", "dashed"),
+        ("train accuracy", "accuracy", "right", "line"),
+        ("test accuracy", "accuracy", "right", "dashed"),
     ]
+    assert [point.y for point in chart.series[1].points] == [row.loss for row in shown.rows if row.split == "test"]
 
 
 def test_several_directions_give_mean_and_band() -> None:
-    loss = Figure().subplots()
-    draw_line(loss, loss.twinx(), landscape("direction", line_points(ALPHAS, 3)), "linear")
-    [band] = loss.collections
-    assert numpy.asarray(loss.get_lines()[0].get_ydata()).tolist() == pytest.approx(
-        [0.2 + alpha**2 for alpha in ALPHAS]
-    )
-    edges = band.get_paths()[0].get_extents()
-    assert edges.y0 == pytest.approx(0.1)
-    assert edges.y1 == pytest.approx(1.3)
+    train = line_chart(landscape("direction", line_points(ALPHAS, 3)), "linear").series[0].points
+    assert [point.y for point in train] == pytest.approx([0.2 + alpha**2 for alpha in ALPHAS])
+    assert [(point.low, point.high) for point in train] == [
+        pytest.approx((0.1 + alpha**2, 0.3 + alpha**2)) for alpha in ALPHAS
+    ]
 
 
 @pytest.mark.parametrize("scale", ["linear", "log"])

@@ -29,7 +29,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("optim", "data", "monitoring"),
     ("checkpoint", "watch"),
     ("training", "sweep"),
-    ("launching", "analysis", "report"),
+    ("launching", "report"),
+    ("analysis",),
     ("api",),
     ("cli",),
 )
