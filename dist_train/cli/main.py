@@ -89,7 +89,10 @@ def parse(words: list[str]) -> argparse.Namespace:
     """Return the arguments of the command line `words`; `run` is the command's function. Exits if they are wrong."""
     parser = build_parser()
     parsed, rest = _parse(parser, words)
-    _take_late_overrides(parser, parsed, rest)
+    if rest and not hasattr(parsed, "overrides"):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # overrides after an option: argparse recognizes only those before it
+        parsed.overrides = [*parsed.overrides, *rest]
     return parsed
 
 
@@ -146,11 +149,3 @@ def _parse(parser: argparse.ArgumentParser, words: list[str]) -> tuple[argparse.
             parsed.sbatch_options = words[end + 1 :]
             return parsed, rest
     return parser.parse_known_args(words)
-
-
-def _take_late_overrides(parser: argparse.ArgumentParser, parsed: argparse.Namespace, rest: list[str]) -> None:
-    """Add the overrides after an option: argparse recognizes only those before it."""
-    if rest and not hasattr(parsed, "overrides"):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        parsed.overrides = [*parsed.overrides, *rest]
