@@ -281,12 +281,12 @@ _LOGGER = "dist_train"
 
 
 @contextmanager
-def open_logs(directory: Path, rank: int, level: int = logging.INFO) -> Iterator[Path]:
+def open_logs(directory: Path, rank: int) -> Iterator[Path]:
     """Log to the rank's file in `directory`, and rank 0's warnings to stderr; yield the path. Raises OSError."""
     path = directory / f"rank-{rank}.log"
     handlers = [_RankFile(path, rank), *([_Stderr()] if rank == 0 else ())]
     logger = logging.getLogger(_LOGGER)
-    logger.setLevel(level)
+    logger.setLevel(logging.INFO)
     for handler in handlers:
         logger.addHandler(handler)
     try:
