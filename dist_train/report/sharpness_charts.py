@@ -22,7 +22,7 @@ from dist_train.report.measures import (
 )
 from dist_train.report.stored_run import StoredRun
 from dist_train.report.tables import limits, lost_note
-from dist_train.report.variants import Lost, Panel, Variant, counted_runs, duplicates_of
+from dist_train.report.variants import Panel, Variant, counted_runs, duplicates_of
 from dist_train.rundir.records import EvaluationRecord, TrainRecord
 from dist_train.watch.figure import (
     Axis,
@@ -159,17 +159,15 @@ def _related(
     ]
 
 
-def _lost(variants: Sequence[Variant]) -> Lost:
-    """Return how many runs of `variants` the correlations lack because they diverged or have not finished."""
-    runs = {run.name: run for variant in variants for run in variant.distinct}.values()
-    diverged = sum(run.is_diverged for run in runs)
-    return Lost(diverged, sum(not run.is_finished for run in runs) - diverged)
+def _lost(variants: Sequence[Variant]) -> str:
+    runs = {run.name: run for variant in variants for run in variant.distinct}
+    return lost_note([[run] for run in runs.values()])
 
 
 def _correlations(
-    measure: Measure, others: Sequence[Measure], related: Sequence[_Related], lost: Mapping[str, Lost]
+    measure: Measure, others: Sequence[Measure], related: Sequence[_Related], lost: Mapping[str, str]
 ) -> Iterator[Correlation]:
-    """Yield them over all runs, within batch sizes, and over variants' means; `lost`: missing runs by `among`."""
+    """Yield them over all runs, within batch sizes, and over variants' means; `lost`: their number, by `among`."""
     other = ", given ".join(each.title for each in others)
     shorts = dict.fromkeys(item.panel.short for item in related)
     for among in ("all runs", *(shorts if len(shorts) > 1 else ())):
@@ -178,7 +176,7 @@ def _correlations(
         rho = rank_correlation([item.value for item in found], *columns)
         censored = sum(measure.is_bound(item.run) for item in found)
         unresolved = sum(measure.is_unresolved(item.run) for item in found)
-        yield Correlation(other, among, rho, limits(len(found), censored, unresolved) + lost_note(lost[among]))
+        yield Correlation(other, among, rho, limits(len(found), censored, unresolved) + lost[among])
     means: dict[tuple[str, str], list[_Related]] = {}
     for item in related:
         means.setdefault((item.panel.title, item.variant.name), []).append(item)

@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 
 from dist_train.report.measures import JUDGED_ACCURACY, JUDGED_LOSS, Interval, Measure, measures_of, sharpness_measures
 from dist_train.report.stored_run import NamedContrast, StoredRun
-from dist_train.report.variants import Lost, Panel, Variant, counted_runs
+from dist_train.report.variants import Panel, Variant, counted_runs
 from dist_train.watch.figure import three_digits
 
 _EFFECTS = ("final_test", "final_train", "gap", "test_loss", "train_loss")
@@ -93,7 +93,7 @@ def variant_cell(variant: Variant, measure: Measure) -> Cell:
         return Cell()
     spread = "" if found.deviation is None else measure.spread(found.mean, found.deviation)
     note = measured_note(found.count, found.censored, measure, [[run] for run, _ in variant.measured(measure)])
-    note += lost_note(variant.lost(measure))
+    note += lost_note(variant.lacking(measure))
     return Cell(found.mean, measure.write(found.mean * measure.factor), spread, found.censored > 0, note)
 
 
@@ -111,9 +111,11 @@ def measured_note(count: int, censored: int, measure: Measure, values: Sequence[
     return limits(count, censored, unresolved, guessed)
 
 
-def lost_note(lost: Lost) -> str:
-    """Return how many runs a number lacks because they diverged or have not finished."""
-    words = ((lost.diverged, "diverged"), (lost.unfinished, "unfinished"))
+def lost_note(lacking: Sequence[Sequence[StoredRun]]) -> str:
+    """Return how many values are missing because runs behind them, each in `lacking`, diverged or have not finished."""
+    diverged = sum(any(run.is_diverged for run in runs) for runs in lacking)
+    unfinished = sum(any(not run.is_finished for run in runs) for runs in lacking) - diverged
+    words = ((diverged, "diverged"), (unfinished, "unfinished"))
     return "".join(f", {number} {word}" for number, word in words if number)
 
 
@@ -178,7 +180,7 @@ def _effect(variant: Variant, base: Variant, measure: Measure, comparisons: int 
     if interval is None or corrected is None:
         return None
     pairs = [[run for run, _ in pair] for pair in variant.pairs(base, measure)]
-    note = measured_note(interval.count, interval.censored, measure, pairs) + lost_note(variant.lost(measure, base))
+    note = measured_note(interval.count, interval.censored, measure, pairs) + lost_note(variant.lacking(measure, base))
     text = signed(measure, interval.difference)
     if interval.censored:
         return Effect(interval, corrected, f"{interval.sign} {text}" if interval.sign else "", "", "", note)

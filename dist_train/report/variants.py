@@ -51,14 +51,6 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Lost:
-    """Numbers of planned runs without a value because they diverged or have not finished."""
-
-    diverged: int
-    unfinished: int
-
-
-@dataclass(frozen=True)
 class Variant:
     """Runs that differ only in their seeds. `label` says how it differs from the baseline; it decides the `colour`."""
 
@@ -92,16 +84,13 @@ class Variant:
         """Return the runs, each seed once."""
         return tuple(run for run in self.runs if run.name not in self.repeated)
 
-    def lost(self, measure: Measure, base: Variant | None = None) -> Lost:
-        """Return how many runs lack `measure`; with `base`, how many pairs with it do."""
+    def lacking(self, measure: Measure, base: Variant | None = None) -> list[list[StoredRun]]:
+        """Return the runs that lack `measure`, each alone; with `base`, those of each pair with it."""
         groups = [[run] for run in self.distinct]
         if base is not None:
             groups = [[first, run] for first in base.distinct for run in self.distinct if first.seed == run.seed]
         have = {run.name for each in (self, base) if each is not None for run, _ in each.measured(measure)}
-        lacking = [[run for run in runs if run.name not in have] for runs in groups]
-        diverged = sum(any(run.is_diverged for run in runs) for runs in lacking)
-        bad = sum(any(run.is_diverged or not run.is_finished for run in runs) for runs in lacking)
-        return Lost(diverged, bad - diverged)
+        return [[run for run in runs if run.name not in have] for runs in groups]
 
     def summary(self, measure: Measure) -> Summary | None:
         """Return the mean and the spread of `measure` over the counted runs that have it."""
