@@ -288,9 +288,7 @@ def read_settings(path: Path) -> Mapping[str, object]:
     return dict(flat_settings(sections))
 
 
-def read_measurements(
-    path: Path, read: Callable[[Path], tuple[Record, ...]] = read_records
-) -> tuple[Record, ...]:
+def read_measurements(path: Path, read: Callable[[Path], tuple[Record, ...]] = read_records) -> tuple[Record, ...]:
     """Return the records in `path`; empty if there is no such file. Raises BrokenFileError if it cannot be read."""
     try:
         return read(path)
