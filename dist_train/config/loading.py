@@ -17,7 +17,7 @@ import yaml
 from pydantic import ValidationError
 
 from dist_train.config.combinations import conflicts
-from dist_train.config.plugins import from_folder, plugin_problems, with_long_names
+from dist_train.config.plugins import forget_edited, from_folder, plugin_problems, with_long_names
 from dist_train.config.problems import ConfigError, Problem, problems_of
 from dist_train.config.resuming import with_present_names
 from dist_train.config.sections import Config
@@ -64,6 +64,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), plugins: Sequen
         ConfigError: the file cannot be read, or something in it or in the overrides is wrong.
     """
     path = Path(path)
+    forget_edited()
     return parse_config(with_overrides(read_settings(path), overrides), source=str(path), plugins=plugins)
 
 

@@ -66,6 +66,12 @@ _OPTIONS: Mapping[str, str] = {"noise.scale": "scale_options", "data.augment": "
 """The key of a plug-in's options, if it is not `options`: sections with more than one plug-in."""
 
 _MARK = "_dist_train_plugin"
+
+_INSTALLED = frozenset({"site-packages", "dist-packages"})
+
+_imported: dict[Path, str] = {}
+"""Plug-in files that this process has imported, and their digests."""
+
 _Target = TypeVar("_Target", bound=Callable[..., Any])
 
 
@@ -217,24 +223,36 @@ def plugin_files(settings: Mapping[str, Any]) -> dict[str, str]:
     The keys are the files' paths, beginning with the name of the plug-in's folder; installed packages are left out.
     """
     places = {name.rpartition(":")[0] for _, name, _, _ in named_plugins(settings) if is_plugin(name)}
-    folders = {_folder(_module(place)) for place in places} - {None}
+    folders = {folder for place in places if (folder := _folder(_module(place))) is not None}
     found: dict[str, str] = {}
     # a script that trains may lie beside a plug-in, and is no part of it
     script = sys.modules["__main__"]
     for module in list(sys.modules.values()):
         file = getattr(module, "__file__", None) if module is not script else None
         for folder in folders:
-            if folder and file and file.endswith(".py") and Path(file).is_relative_to(folder):
-                name = str(Path(file).relative_to(folder.parent))
-                found[name] = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
+            if file and file.endswith(".py") and Path(file).is_relative_to(folder):
+                name = Path(file).relative_to(folder.parent)
+                if not _INSTALLED & set(name.parts):  # the folder may hold a virtual environment
+                    found[str(name)] = _digest(Path(file))
     return dict(sorted(found.items()))
+
+
+def forget_edited() -> None:
+    """Forget plug-in files edited since they were imported, so that they are imported again; not what they import."""
+    for file, digest in _imported.items():
+        if file.is_file() and _digest(file) != digest:
+            sys.modules.pop(_module_name(file), None)
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
 def _folder(module: ModuleType) -> Path | None:
     """Return the folder of a single-file module, or of its top-level package; None if it is installed."""
     top = sys.modules[module.__name__.partition(".")[0]]
     file = getattr(top, "__file__", None)
-    if file is None or {"site-packages", "dist-packages"} & set(Path(file).parts):
+    if file is None or _INSTALLED & set(Path(file).parts):
         return None
     return Path(file).parent
 
@@ -254,7 +272,7 @@ def _import(place: str) -> ModuleType:
             sys.path.append(os.getcwd())
         return importlib.import_module(place)
     path = os.path.abspath(place)
-    name = f"{Path(path).stem}_{hashlib.sha256(path.encode()).hexdigest()[:8]}"
+    name = _module_name(Path(path))
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
@@ -270,7 +288,12 @@ def _import(place: str) -> ModuleType:
     except BaseException:
         del sys.modules[name]
         raise
+    _imported[Path(path)] = _digest(Path(path))
     return module
+
+
+def _module_name(file: Path) -> str:
+    return f"{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
 
 
 def _choices(model: type[BaseModel], path: str) -> tuple[object, ...]:

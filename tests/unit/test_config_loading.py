@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from dist_train.config import Config, ConfigError, dump_config, load_config, parse_config
 from dist_train.config.loading import parse_yaml, with_overrides
+from dist_train.config.plugins import load_plugin
 from dist_train.outcome import UsageError
 from dist_train.sweep.study_file import load_study
 from tests.raising import raises, raises_problems
@@ -149,6 +150,20 @@ def test_a_plugin_that_cannot_be_imported_has_its_own_code(tmp_path: Path) -> No
     write(tmp_path, "plugins: [missing.py]")
     with raises(UsageError, "plugin-import"):
         load_config(tmp_path / "config.yaml")
+
+
+def test_an_edited_plugin_is_imported_again(tmp_path: Path) -> None:
+    text = "model: {name: mine.py:model}"
+    source = "from torch import nn\n\n\ndef model(images, width, norm):\n    return nn.Linear(1, %d)\n"
+    for width in (2, 30):  # of another length, since Python finds edits within a second by the length alone
+        write(tmp_path, source % width, "mine.py")
+        name = load(tmp_path, text).model.name
+        assert load_plugin(name) is load_plugin(load(tmp_path, text).model.name)
+        assert load_plugin(name)(None, 1.0, None).out_features == width
+        write(tmp_path, source % 400, "mine.py")
+        assert load_plugin(name)(None, 1.0, None).out_features == width  # a run is not disturbed
+    (tmp_path / "mine.py").unlink()
+    load(tmp_path, text)
 
 
 class TestBase:
