@@ -88,6 +88,15 @@ def test_a_script_beside_a_plug_in_is_no_part_of_it(tmp_path: Path, monkeypatch:
     assert list(files) == [f"{tmp_path.name}/beside_mine.py", f"{tmp_path.name}/mine.py"]
 
 
+def test_an_environment_beside_a_plug_in_is_no_part_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = tmp_path / ".venv" / "lib" / "python3" / "site-packages"
+    installed.mkdir(parents=True)
+    (installed / "installed_beside_mine.py").touch()
+    (tmp_path / "mine.py").write_text("import installed_beside_mine\n\n\ndef model(): ...\n")
+    monkeypatch.syspath_prepend(str(installed))
+    assert list(plugin_files({"model": {"name": f"{tmp_path}/mine.py:model"}})) == [f"{tmp_path.name}/mine.py"]
+
+
 def test_the_kernels_of_the_device_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(consistency, "has_cpu_kernels", lambda: False)
     assert consistency.code_of(CONFIG)["CPU kernels"] == "none"
