@@ -23,11 +23,12 @@ from dist_train.checkpoint.state import Weights
 from dist_train.cluster.launch import current_launch
 from dist_train.config import Config, ScheduleSettings, dump_config, load_config, parse_config
 from dist_train.config.loading import with_overrides, write_override
+from dist_train.config.plugins import is_plugin
 from dist_train.data.images import Split
 from dist_train.data.loader import open_splits
 from dist_train.data.plan import BatchPlan
 from dist_train.launching import train
-from dist_train.outcome import DivergedError, UsageError, check_choice, writing
+from dist_train.outcome import CodedError, DivergedError, UsageError, check_choice, writing
 from dist_train.report.drawing import RangeTest, draw_learning_curve, read_range_test, write_range_test
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import EvaluationRecord, Record, TrainRecord, read_records
@@ -170,8 +171,8 @@ def export(target: Path | str, to: Format, output: Path | str | None = None, wei
         (32, 0.0)
 
     Raises:
-        UsageError: there is no such checkpoint, the library that writes `to` is not installed, or `output` cannot be
-            written.
+        UsageError: there is no such checkpoint, the library that writes `to` is not installed, it cannot represent your
+            model, or `output` cannot be written.
     """
     check_choice("to", to, Format)
     contents = read_checkpoint(find_checkpoint(Path(target)))
@@ -188,6 +189,11 @@ def export(target: Path | str, to: Format, output: Path | str | None = None, wei
         raise UsageError(
             f"{to} needs {error.name}, which is not installed: pip install 'dist_train[onnx]'", code="export-missing"
         ) from error
+    except Exception as error:  # of torch's exporters, of nearly any type
+        if isinstance(error, CodedError) or not is_plugin(config.model.name):
+            raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UsageError(f"{to} cannot represent {config.model.name}: {reason}", code="plugin-failed") from error
     return Export(output, contents.step, difference)
 
 

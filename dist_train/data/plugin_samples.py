@@ -96,10 +96,11 @@ class PluginSamples:
         if returned.shape != self._shape and not isinstance(image, Tensor):
             pixels = _channels_first(returned)
         if pixels.shape != self._shape or pixels.dtype != np.uint8:
+            fix = "set data.shape or data.image_size accordingly, or resize it in the plug-in"
+            if returned.dtype != np.uint8:
+                fix = "return pixels from 0 to 255, without ToTensor, ToDtype and Normalize: see data.normalize"
             raise UsageError(
-                f"{name} is {returned.dtype} of {list(returned.shape)}, not uint8 of {list(self._shape)}: "
-                f"set data.shape or data.image_size accordingly, or resize it in the plug-in; leave scaling and "
-                f"normalization to data.normalize",
+                f"{name} is {returned.dtype} of {list(returned.shape)}, not uint8 of {list(self._shape)}: {fix}",
                 code="plugin-data-form",
             )
         return pixels

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+import threading
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import FrameType
@@ -11,6 +12,7 @@ from typing import Any
 
 from dist_train.checkpoint.state import Progress
 from dist_train.cluster.launch import current_job, job_end
+from dist_train.outcome import UsageError
 
 _ALWAYS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 
@@ -30,6 +32,8 @@ class StopRequests:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequests:
+        if threading.current_thread() is not threading.main_thread():
+            raise UsageError("train() handles signals: call it in the main thread")
         for number in self._signals:
             if number in (signal.SIGTERM, signal.SIGUSR2) or signal.getsignal(number) != signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._note)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from dist_train.outcome import UsageError
 from dist_train.training.stopping import StopRequests
+from tests.raising import raises
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP])
@@ -31,6 +34,15 @@ def test_a_second_interrupt_ends_the_process_as_usual() -> None:
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
         assert stop.requested()
+
+
+def test_training_outside_the_main_thread_is_refused() -> None:
+    def enter() -> None:
+        with StopRequests():
+            pass
+
+    with ThreadPoolExecutor(1) as pool, raises(UsageError, "usage"):
+        pool.submit(enter).result()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
