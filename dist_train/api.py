@@ -24,6 +24,7 @@ from dist_train.cluster.launch import current_launch
 from dist_train.config import Config, ScheduleSettings, dump_config, load_config, parse_config
 from dist_train.config.loading import with_overrides, write_override
 from dist_train.config.plugins import is_plugin
+from dist_train.data.augmentation import ChannelStatistics
 from dist_train.data.images import Split
 from dist_train.data.loader import open_splits
 from dist_train.data.plan import BatchPlan
@@ -109,6 +110,16 @@ class Run:
     ) -> dict[str, object]:
         """Return step, loss and accuracy of the last checkpoint on the whole of `split`. Raises UsageError."""
         return evaluate_stored(self.directory.root, split, overrides, weights)
+
+    def normalization(self) -> ChannelStatistics | None:
+        """Return the `mean` and `deviation` of each channel by which `data.normalize` normalizes inputs; None without.
+
+        They are computed again from the run's training images. Raises UsageError if these are missing.
+        """
+        settings = self.config.data.model_copy(update={"loader_workers": 0})
+        splits = open_splits(settings, self.config.run.seed, torch.device("cpu"))
+        splits.close()
+        return splits.normalization
 
     def learning_curve(self, output: Path | str | None = None) -> Path:
         """Draw loss and accuracy against epoch into `output` (.png, .svg, .pdf), and return where it is."""

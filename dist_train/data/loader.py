@@ -17,6 +17,7 @@ from dist_train.config import ENCODED, DataSettings
 from dist_train.config.plugins import is_plugin
 from dist_train.data.augmentation import (
     AUGMENTATIONS,
+    ChannelStatistics,
     PixelFormat,
     channel_statistics,
     move,
@@ -79,6 +80,7 @@ class Splits:
     test: SampleSource
     identity: str = ""  # identifies the files of the data set; empty for images that are generated from the settings
     validation: SampleSource | None = None  # the part of the training set that is held out, if the settings ask for one
+    normalization: ChannelStatistics | None = None  # by which inputs are normalized, with `data.normalize`
 
     def of(self, split: Split) -> SampleSource:
         """Return the samples of `split`. Raises UsageError if there is no validation split."""
@@ -154,7 +156,7 @@ def open_splits(
         for split, images in in_memory.items()
     }
     identity = f"{in_memory['train'].identity} {in_memory['test'].identity}".strip()
-    return Splits(train=samples["train"], test=samples["test"], validation=samples.get("validation"), identity=identity)
+    return Splits(samples["train"], samples["test"], identity, samples.get("validation"), pixels.statistics)
 
 
 def training_labels(settings: DataSettings, seed: int) -> Tensor:
@@ -365,7 +367,7 @@ def _open(
         for split, listing in listings.items()
     }
     identity = f"{listings['train'].digest()} {listings['test'].digest()}"
-    return Splits(train=samples["train"], test=samples["test"], validation=samples.get("validation"), identity=identity)
+    return Splits(samples["train"], samples["test"], identity, samples.get("validation"), pixels.statistics)
 
 
 def _statistics_images(samples: LoadedSamples, seed: int) -> Iterator[Tensor]:

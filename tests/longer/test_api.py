@@ -18,6 +18,8 @@ from dist_train import api
 from dist_train.api import Format
 from dist_train.cluster.launch import Launch
 from dist_train.config import Config, load_config
+from dist_train.data.images import BatchRequest
+from dist_train.data.loader import open_splits
 from dist_train.outcome import DivergedError, ExitCode, UsageError
 from dist_train.rundir.records import EvaluationRecord
 from tests.launching import launch, small_settings, start, train_alone, write_config
@@ -34,6 +36,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+def test_the_example_of_the_page_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "python.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(page.partition("```python\n")[2].partition("```")[0], names)
+    assert names["model"](torch.rand(3, *names["config"].data.image_format.shape)).shape == (3, 10)
+
+
 def test_load_run_gives_status_configuration_and_metrics(run: Path) -> None:
     loaded = dist_train.load_run(run)
     assert loaded.status.state == "finished"
@@ -47,6 +57,21 @@ def test_load_run_gives_status_configuration_and_metrics(run: Path) -> None:
         loaded.model(step=1)
     with raises(UsageError, code="target-missing"):
         dist_train.load_run(run.parent / "nowhere")
+
+
+def test_the_statistics_of_a_run_normalize_its_images(tmp_path: Path) -> None:
+    write_config(tmp_path, small_settings(data={"normalize": True}))
+    run = dist_train.load_run(tmp_path)
+    statistics = run.normalization()
+    plain, normalized = (
+        open_splits(run.config.data.model_copy(update={"normalize": on}), 0, torch.device("cpu")).test.read(
+            BatchRequest(torch.arange(4))
+        )[0]
+        for on in (False, True)
+    )
+    assert statistics
+    mean, deviation = (torch.tensor(values)[:, None, None] for values in (statistics.mean, statistics.deviation))
+    torch.testing.assert_close((plain - mean) / deviation, normalized)
 
 
 @pytest.mark.parametrize("to", ["safetensors", "torch-export", "onnx"])
