@@ -20,8 +20,12 @@ OUTSIDE = re.compile(r"\]\(\.\./([\w./-]+)(#[\w-]*)?\)")
 RECORDS = "dist_train.rundir.records"
 REFERENCE = {
     "Names of `dist_train`": [f"dist_train.{name}" for name in dist_train.__all__],
-    "What calls return": ["dist_train.api.Export", "dist_train.api.Replay", f"{RECORDS}.Outcome"]
-    + ["dist_train.data.images.ChannelStatistics"],
+    "What calls return": [
+        "dist_train.api.Export",
+        "dist_train.api.Replay",
+        "dist_train.data.images.ChannelStatistics",
+        f"{RECORDS}.Outcome",
+    ],
     "What observers get": [
         f"{RECORDS}.{name}" for name in ("TrainRecord", "EvaluationRecord", "EventRecord", "Measurement", "RunFacts")
     ],
