@@ -69,8 +69,8 @@ _MARK = "_dist_train_plugin"
 
 _INSTALLED = frozenset({"site-packages", "dist-packages"})
 
-_imported: dict[Path, str] = {}
-"""Plug-in files that this process has imported, and their digests."""
+_DIGEST = "_dist_train_digest"
+"""Attribute of a module imported from a file: the digest of the file at that moment."""
 
 _Target = TypeVar("_Target", bound=Callable[..., Any])
 
@@ -239,9 +239,14 @@ def plugin_files(settings: Mapping[str, Any]) -> dict[str, str]:
 
 def forget_edited() -> None:
     """Forget plug-in files edited since they were imported, so that they are imported again; not what they import."""
-    for file, digest in _imported.items():
-        if file.is_file() and _digest(file) != digest:
-            sys.modules.pop(_module_name(file), None)
+    for name, module in list(sys.modules.items()):
+        digest = vars(module).get(_DIGEST) if isinstance(module, ModuleType) else None
+        if (
+            digest is not None
+            and Path(str(module.__file__)).is_file()
+            and _digest(Path(str(module.__file__))) != digest
+        ):
+            del sys.modules[name]
 
 
 def _digest(file: Path) -> str:
@@ -272,7 +277,7 @@ def _import(place: str) -> ModuleType:
             sys.path.append(os.getcwd())
         return importlib.import_module(place)
     path = os.path.abspath(place)
-    name = _module_name(Path(path))
+    name = f"{Path(path).stem}_{hashlib.sha256(path.encode()).hexdigest()[:8]}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
@@ -288,12 +293,8 @@ def _import(place: str) -> ModuleType:
     except BaseException:
         del sys.modules[name]
         raise
-    _imported[Path(path)] = _digest(Path(path))
+    setattr(module, _DIGEST, _digest(Path(path)))
     return module
-
-
-def _module_name(file: Path) -> str:
-    return f"{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
 
 
 def _choices(model: type[BaseModel], path: str) -> tuple[object, ...]:

@@ -223,7 +223,7 @@ def sharpness_courses(panels: Sequence[Panel]) -> tuple[Chart, ...]:
     # Towards the end of a decay the limit grows without bound.
     eigenvalues = [point.y for _, series in drawn for each in _measured(series) for point in each.points]
     low, high = min(values), min(max(values), 30 * max(eigenvalues))
-    axis = Axis("largest eigenvalue; dashed: limit of stability", low / 1.4, high * 1.4, plain, is_logarithmic=True)
+    axis = Axis("largest Hessian eigenvalue", low / 1.4, high * 1.4, plain, is_logarithmic=True)
     return tuple(
         Chart(f"course-{number}", panel.title, _described(panel, series), epochs_axis(series), axis, series)
         for number, (panel, series) in enumerate(drawn)

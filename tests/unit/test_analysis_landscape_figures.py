@@ -63,9 +63,10 @@ def test_the_same_result_gives_the_same_file(tmp_path: Path) -> None:
     for name in ("a.svg", "b.svg"):
         draw_landscape(landscape("direction", line_points(ALPHAS, 3)), [tmp_path / name], "log")
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
-    assert "sb step 7, 3 random directions, mean and range, normalized by filter; statistics recomputed" in words(
-        tmp_path / "a.svg"
-    )
+    assert words(tmp_path / "a.svg") >= {
+        "sb step 7, 3 random directions, mean and range, normalized by filter;",
+        "statistics recomputed",
+    }
 
 
 @pytest.mark.parametrize("scale", ["linear", "log"])
