@@ -12,12 +12,14 @@ from statistics import fmean
 import pytest
 
 from dist_train.config.loading import flat_settings
-from dist_train.report.measures import TRAIN_LOSS, measures_of
+from dist_train.report.measures import TRAIN_LOSS, commonest_settings, measures_of
 from dist_train.report.page import render, tables_in_markdown
+from dist_train.report.sharpness_charts import eigenvalues_of
 from dist_train.report.stored_run import StoredRun, Subject, read_subject
 from dist_train.report.tables import effect_tables, run_cells
 from dist_train.report.variants import panels_of
 from dist_train.sweep.study_file import Uniform, load_study
+from dist_train.watch.figure import three_digits
 from tests.longer.report_page import cells
 
 ROOT = Path(__file__).parents[2]
@@ -212,6 +214,28 @@ def test_documented_extent_of_low_loss_follows_from_the_lines(rivals: Subject) -
     text = (ROOT / "docs/results.md").read_text()
     assert f"at least {leaves_sb - means[0][0]:.2f} of the distance around SB" in text
     assert f"over only {leaves_lb - enters_lb:.2f} around LB" in text
+
+
+def test_documented_sharpness_along_training_is_that_of_the_runs(tmp_path: Path) -> None:
+    subprocess.run(["tar", "-C", str(tmp_path), "-xJf", str(RESULTS / "rivals-course.tar.xz")], check=True)
+    subject = read_subject(tmp_path / "rivals-course")
+    text = " ".join((ROOT / "docs/results.md").read_text().split())
+
+    def at(variant: str, step: int) -> tuple[str, str, str]:
+        """Return both seeds' largest eigenvalues, and the limit of stability of SGD with Nesterov momentum of 0.9."""
+        runs = [run_of(subject, f"{variant}-seed-{seed}") for seed in (100, 101)]
+        settings = commonest_settings(runs[0].analyses.sharpness)
+        first, second = (f"{dict(eigenvalues_of(run, settings))[step]:.2f}" for run in runs)
+        [rate] = [record.learning_rate for record in runs[0].train if record.step == step]
+        return first, second, three_digits(3.8 / 2.8 / rate)
+
+    for quoted, variant, step in (
+        ("{} and {} (seeds 100 and 101) where SGD with this momentum is stable up to {}", "lb", 30),
+        ("after 60 passes {} and {} where it is stable up to {}", "lb", 60),
+        ("({} and {} of {}, after 6 passes)", "sb", 384),
+        ("from 60 passes on ({} and {})", "lb-smoothout-pilot", 60),
+    ):
+        assert quoted.format(*at(variant, step)) in text
 
 
 def test_best_rates_and_strengths_near_the_ends_of_their_ranges_are_reported() -> None:
