@@ -33,7 +33,7 @@ class StopRequests:
 
     def __enter__(self) -> StopRequests:
         if threading.current_thread() is not threading.main_thread():
-            raise UsageError("train() handles signals: call it in the main thread")
+            raise UsageError("train() handles signals: call it in the main thread", code="not-the-main-thread")
         for number in self._signals:
             if number in (signal.SIGTERM, signal.SIGUSR2) or signal.getsignal(number) != signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._note)

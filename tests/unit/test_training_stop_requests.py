@@ -41,7 +41,7 @@ def test_training_outside_the_main_thread_is_refused() -> None:
         with StopRequests():
             pass
 
-    with ThreadPoolExecutor(1) as pool, raises(UsageError, "usage"):
+    with ThreadPoolExecutor(1) as pool, raises(UsageError, "not-the-main-thread"):
         pool.submit(enter).result()
 
 
