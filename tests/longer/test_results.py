@@ -238,6 +238,20 @@ def test_documented_sharpness_along_training_is_that_of_the_runs(tmp_path: Path)
         assert quoted.format(*at(variant, step)) in text
 
 
+def test_page_of_batch_8192_has_the_numbers_of_its_tables(tmp_path: Path) -> None:
+    subprocess.run(["tar", "-C", str(tmp_path), "-xJf", str(RESULTS / "rivals-16384.tar.xz")], check=True)
+    subject = read_subject(tmp_path / "rivals-16384")
+    study = load_study(ROOT / "studies/rivals_16384_confirm.yaml")
+    assert len(subject.runs) == len(study.variants) * len(study.seeds)
+    summary, _, detail = (ROOT / "docs/results_16384.md").read_text().partition("## The tables")
+    tables = tables_in_markdown(subject)
+    assert not [line for line in detail.splitlines() if line.startswith("| ") and line not in tables.splitlines()]
+    differences = DIFFERENCE.findall(" ".join(summary.split()))
+    assert len(differences) > 15
+    assert not [(mean, ends) for mean, ends in differences if f" {mean} ({ends};" not in tables.replace("*", "")]
+    assert all(words in tables for words in re.findall(r"[0-9.]+ ± [0-9.]+", summary))
+
+
 def test_best_rates_and_strengths_near_the_ends_of_their_ranges_are_reported() -> None:
     tuned, study = (load_study(ROOT / f"studies/rivals_{name}.yaml") for name in ("tune", "confirm"))
     assert tuned.search is not None
