@@ -23,7 +23,7 @@ REFERENCE = {
     "What calls return": [
         "dist_train.api.Export",
         "dist_train.api.Replay",
-        "dist_train.data.images.ChannelStatistics",
+        "dist_train.data.augmentation.ChannelStatistics",
         f"{RECORDS}.Outcome",
     ],
     "What observers get": [

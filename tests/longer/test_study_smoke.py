@@ -25,8 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkout")
     for name in ("studies", "configs"):
         (folder / name).symlink_to(ROOT / name)
-    (folder / ".venv").mkdir()
-    (folder / ".venv" / "bin").symlink_to(Path(sys.executable).parent)
+    (folder / ".venv").symlink_to(sys.prefix)  # not its bin alone: Python 3.13 looks for pyvenv.cfg beside it
     lines = (ROOT / "Makefile").read_text().split("\nstudy-smoke:")[1].split("\n\n")[0].splitlines()[1:]
     assert len(lines) == 5
     for line in lines:

@@ -55,4 +55,4 @@ def test_files_are_equal_on_any_number_of_ranks_also_after_a_kill(trained_run: P
 def test_usage_error_is_reported_once_and_exits_with_2(trained_run: Path) -> None:
     ended = launch(2, "mpi", "landscape", "direction", str(trained_run), "--exclude", "nothing")
     assert ended.code == 2, ended.output
-    assert ended.output.count("no weight has this name") == 1
+    assert ended.output.count("no-such-weight") == 1
