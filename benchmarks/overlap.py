@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 
@@ -94,8 +94,8 @@ def _pair(comm: Communicator, ours: Trainer, theirs: Trainer, turn: int) -> tupl
     return (times[0], times[1]) if turn % 2 == 0 else (times[1], times[0])
 
 
-def main() -> None:
-    """Measure on every rank; rank 0 prints the rows."""
+def print_rows(rows_on: Callable[[Communicator, float, int, int], Iterable[Ratio]]) -> None:
+    """Measure on every rank with the command line's WIDTH GLOBAL_SIZE PAIRS; rank 0 prints the rows."""
     width, global_size, pairs = float(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     comm = join_ranks(timeout=600.0, device_type="cpu")
     measured = [asdict(row) for row in rows_on(comm, width, global_size, pairs)]
@@ -105,4 +105,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    print_rows(rows_on)

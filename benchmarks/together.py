@@ -7,17 +7,16 @@ the second row compares with the slower program of each pair, and the third has 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import fmean
 
-from benchmarks.launching import measure, module, on_ranks, tell
+from benchmarks.launching import measure, module, on_ranks
+from benchmarks.overlap import print_rows
 from benchmarks.shared_folder import shared_folder
 from benchmarks.subject import QUIET, open_trainer, settings
 from benchmarks.timing import Ratio, ratio_of, timed
 from dist_train.cluster.communicator import Alone, Communicator, gather
-from dist_train.cluster.joining import join_ranks
 from dist_train.training.trainer import Trainer
 
 _BAR = 1.03
@@ -72,15 +71,5 @@ def _pair(comm: Communicator, together: Trainer, apart: Trainer, turn: int) -> P
     return Pair(*([value / _NANO for value in each] for each in zip(*gather(comm, mine, "seconds"), strict=True)))
 
 
-def main() -> None:
-    """Measure on every rank; rank 0 prints the rows."""
-    width, global_size, pairs = float(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    comm = join_ranks(timeout=600.0, device_type="cpu")
-    measured = [asdict(row) for row in rows_on(comm, width, global_size, pairs)]
-    if comm.rank == 0:
-        tell(measured)
-    comm.close()
-
-
 if __name__ == "__main__":
-    main()
+    print_rows(rows_on)

@@ -6,6 +6,7 @@ processes.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeAlias
@@ -41,7 +42,7 @@ from dist_train.reproducible import generator, key, uniform
 _RESIDENT_FRACTION = 4  # images stay on a GPU if they take less than one in so many parts of its free memory
 
 
-class SampleSource:
+class SampleSource(ABC):
     """The samples of one split, delivered on the device in the network's input format, without waiting for it."""
 
     def __init__(self, device: torch.device, seed: int, augment: str, pixels: PixelFormat | None) -> None:
@@ -51,8 +52,8 @@ class SampleSource:
         self._augment = AUGMENTATIONS[augment]
         self._pixels = pixels or PixelFormat()
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def __len__(self) -> int: ...
 
     def read(self, batch: BatchRequest) -> tuple[Tensor, Tensor]:
         """Return inputs [n, C, H, W] and labels int64 [n] of `batch`."""
@@ -61,15 +62,15 @@ class SampleSource:
             images = self._augment(images, move(batch.indices, self._device), self._seed, batch.epoch)
         return self._pixels.convert(images), labels
 
-    def prefetch(self, batches: Iterable[BatchRequest]) -> None:
+    def prefetch(self, batches: Iterable[BatchRequest]) -> None:  # noqa: B027, nothing to prepare if all is in memory
         """Begin to prepare the batches that will be read next, in this order, instead of those of earlier calls."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Stop preparing samples; may be called again."""
 
+    @abstractmethod
     def _on_device(self, batch: BatchRequest) -> tuple[Tensor, Tensor]:
         """Return images uint8 [n, C, H, W] and labels int64 [n]."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
