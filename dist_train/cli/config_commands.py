@@ -69,7 +69,7 @@ def _run_directory(arguments: argparse.Namespace) -> int:
 
 
 def _engine(arguments: argparse.Namespace) -> int:
-    from dist_train.cluster.joining import engine_of, is_installed
+    from dist_train.cluster.launch import engine_of, is_installed
 
     print(engine_of("srun", named_config(arguments).comm.engine, is_installed("horovod")))
     return ExitCode.FINISHED

@@ -7,13 +7,12 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 
 from dist_train.cluster.communicator import Alone, Communicator, Pending
-from dist_train.cluster.launch import current_launch, is_elastic
+from dist_train.cluster.launch import current_launch, engine_of, is_elastic, is_installed
 from dist_train.config.sections import Engine
 from dist_train.outcome import ExitCode, UsageError
 
@@ -141,17 +140,3 @@ class MpiCommunicator(Communicator):
     def broadcast(self, tensor: torch.Tensor, name: str, root: int = 0) -> None:
         """Overwrite `tensor` with that of rank `root`."""
         self._communicator.Bcast(tensor.numpy(), root=root)
-
-
-def engine_of(launcher: str, asked: Engine, has_horovod: bool) -> Literal["horovod", "torch"]:
-    """Return the engine under `launcher` if comm.engine is `asked`."""
-    if asked != "auto":
-        return asked
-    if launcher in ("horovodrun", "mpirun"):
-        return "horovod"
-    return "horovod" if launcher == "srun" and has_horovod else "torch"
-
-
-def is_installed(module: str) -> bool:
-    """Whether `module` can be found, without loading it."""
-    return find_spec(module) is not None

@@ -10,7 +10,10 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from importlib.util import find_spec
+from typing import Literal
 
+from dist_train.config.sections import Engine
 from dist_train.outcome import UsageError
 
 
@@ -87,6 +90,20 @@ def is_elastic() -> bool:
 LISTEN_FD = "DIST_TRAIN_LISTEN_FD"  # rank 0's listening socket for the store; -1 for the other ranks
 
 _SLURM_PORTS = range(15000, 30000)  # below Linux's ephemeral ports
+
+
+def engine_of(launcher: str, asked: Engine, has_horovod: bool) -> Literal["horovod", "torch"]:
+    """Return the engine under `launcher` if comm.engine is `asked`."""
+    if asked != "auto":
+        return asked
+    if launcher in ("horovodrun", "mpirun"):
+        return "horovod"
+    return "horovod" if launcher == "srun" and has_horovod else "torch"
+
+
+def is_installed(module: str) -> bool:
+    """Whether `module` can be found, without loading it."""
+    return find_spec(module) is not None
 
 
 def _store_of_torch(environment: Mapping[str, str]) -> StoreAddress:

@@ -144,7 +144,7 @@ def check_devices(asked: Device) -> Check:
 def check_horovod(asked: Device) -> Check:
     """Check that Horovod loads, and that its build suits the ranks' devices if run.device is `asked`."""
     from dist_train.cluster.inspection import horovod_build, installed_version
-    from dist_train.cluster.joining import is_installed
+    from dist_train.cluster.launch import is_installed
 
     rebuild = "build it for this torch and MPI: rm -r .venv, then make setup"
     try:

@@ -12,8 +12,7 @@ import pytest
 
 from dist_train.cluster import horovod, joining
 from dist_train.cluster.communicator import Alone
-from dist_train.cluster.joining import engine_of
-from dist_train.cluster.launch import Launch, StoreAddress, current_launch
+from dist_train.cluster.launch import Launch, StoreAddress, current_launch, engine_of
 from dist_train.cluster.torch_engine import TorchCommunicator
 from dist_train.config.sections import Engine
 from dist_train.outcome import UsageError
