@@ -131,7 +131,6 @@ def _array(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ..
 
 def _arguments(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ...]) -> int:
     from dist_train.sweep.standing import publish, standing_of
-    from dist_train.sweep.sweep import train_arguments
 
     if arguments.only is None:
         raise UsageError("--arguments prints those of one run: choose it by --only", code="option-alone")
@@ -140,7 +139,7 @@ def _arguments(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun
     match standing.then:
         case "start":
             publish(plan)
-            print("\n".join(train_arguments(plan, run)))
+            print("\n".join(plan.train_arguments(run)))
             return ExitCode.FINISHED
         case "skip":
             print(f"dist-train: run {run.number}, {run.name}, has finished", file=sys.stderr)
@@ -208,7 +207,8 @@ def add_submit(subparsers: Subparsers) -> None:
 
 def _submission(arguments: argparse.Namespace, file: Path, directory: Path, name: str) -> Submission:
     """Return the submission for the run, or the study, of `file` in `directory`."""
-    from dist_train.sweep.submission import Submission, project_root
+    from dist_train.config.loading import project_root
+    from dist_train.sweep.submission import Submission
 
     return Submission(
         root=project_root(),

@@ -37,6 +37,16 @@ def shipped_folder() -> Path:
     return share if share.is_dir() else package.parent
 
 
+def project_root() -> Path:
+    """Return the folder of the launch and batch scripts. Raises UsageError if they have been removed."""
+    root = shipped_folder()
+    if not (root / "slurm" / "prologue.sh").is_file():
+        raise UsageError(
+            f"there are no batch scripts at {root / 'slurm'}: install dist_train again", code="scripts-missing"
+        )
+    return root
+
+
 def located(path: Path) -> Path:
     """Return the file at `path`, which may be the name of a shipped file."""
     return shipped_folder() / str(path).removeprefix(SHIPPED) if str(path).startswith(SHIPPED) else path

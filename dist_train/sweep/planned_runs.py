@@ -90,6 +90,10 @@ class Plan:
         """Return the run of this number; None if there is none, or if its trial has not been suggested yet."""
         return next((run for run in self.runs if run.number == number), None)
 
+    def train_arguments(self, run: PlannedRun) -> tuple[str, ...]:
+        """Return the `dist-train` arguments that train `run`."""
+        return ("train", str(self.base_file), *run.overrides)
+
 
 @dataclass(frozen=True)
 class _Variant:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from dist_train.cluster.launch import JOB_IS_ALIVE, job_states, submit
 from dist_train.config import Config
-from dist_train.config.loading import shipped_folder
 from dist_train.data.plan import BatchPlan
 from dist_train.outcome import UsageError
 from dist_train.rundir.paths import RunDirectory
@@ -55,16 +54,6 @@ class Submission:
         """The largest possible number of ranks; None if it depends on the nodes' GPUs."""
         each = self.ranks_per_node or _gpus(self.options)
         return None if each is None else each * int(self.nodes.split("-")[-1])
-
-
-def project_root() -> Path:
-    """Return the folder of the launch and batch scripts. Raises UsageError if they have been removed."""
-    root = shipped_folder()
-    if not (root / "slurm" / "prologue.sh").is_file():
-        raise UsageError(
-            f"there are no batch scripts at {root / 'slurm'}: install dist_train again", code="scripts-missing"
-        )
-    return root
 
 
 def submit_run(submission: Submission) -> str:

@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
+from dist_train.config.loading import project_root
 from dist_train.monitoring import wording
 from dist_train.outcome import ExitCode
 from dist_train.rundir.paths import try_to_lock
 from dist_train.rundir.status import read_status
 from dist_train.sweep.planned_runs import Plan, PlannedRun
 from dist_train.sweep.standing import Standing, standing_of
-from dist_train.sweep.submission import project_root
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Launcher:
         """Return the command line of `run`. Raises UsageError as `program` does."""
         # If the sweep is killed, its runs get SIGTERM: they save and stop.
         guard = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
-        return [*guard, *self.program(), *train_arguments(plan, run)]
+        return [*guard, *self.program(), *plan.train_arguments(run)]
 
     def program(self) -> list[str]:
         """Return the command that takes the arguments of `dist-train`. Raises UsageError without launch scripts."""
@@ -47,11 +47,6 @@ class Launcher:
         """Return the run's environment variables."""
         defaults = {"OMP_NUM_THREADS": str(self.threads), "DIST_TRAIN_PYTHON": sys.executable}
         return {**defaults, **os.environ}
-
-
-def train_arguments(plan: Plan, run: PlannedRun) -> tuple[str, ...]:
-    """Return the `dist-train` arguments that train `run`."""
-    return ("train", str(plan.base_file), *run.overrides)
 
 
 def share_of_threads(jobs: int, ranks: int) -> int:

@@ -147,6 +147,7 @@ def test_a_file_has_at_most_500_lines() -> None:
         "dist_train.cluster.launch",
         "dist_train.config",
         "dist_train.outcome",
+        "dist_train.sweep.sweep",
         "dist_train.__main__",
     ],
 )

@@ -10,8 +10,9 @@ import yaml
 
 from dist_train.cli.main import main
 from dist_train.config import load_config
+from dist_train.config.loading import project_root
 from dist_train.outcome import ExitCode, UsageError
-from dist_train.sweep.submission import describe_batch, project_root
+from dist_train.sweep.submission import describe_batch
 from tests.raising import raises
 from tests.unit.studies import write_study
 
