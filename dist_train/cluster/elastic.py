@@ -311,8 +311,9 @@ class DeviceGroup:
         def end() -> None:
             with suppress(RuntimeError):  # it was broken already
                 self._end(aborted[0])
-            aborted.clear()
             self._is_aborted.set()
+            # Not before: the group's end joins torch's watchdog, which sleeps a minute or more if it saw NCCL fail.
+            aborted.clear()
 
         threading.Thread(target=end, name="aborted-group", daemon=True).start()
 
@@ -327,6 +328,8 @@ def abortable_nccl(store: dist.Store, rank: int, size: int, timeout: timedelta) 
     os.environ.setdefault("TORCH_NCCL_NONBLOCKING_TIMEOUT", f"{timeout.total_seconds():.0f}")
     # Torch's monitor would kill a process whose NCCL watchdog stalls, as that of an aborted group may.
     os.environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
+    # Its signal to dump stays in the store, where ranks that join later would take it for their own.
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
     options = nccl_options(timeout)
     # As in torchft: otherwise an abort cannot reach a thread that is inside NCCL while ranks connect.
     options.config.blocking = False

@@ -180,6 +180,25 @@ def test_what_an_abort_has_completed_is_not_used() -> None:
     assert work.waited == 0
 
 
+def test_a_group_that_takes_long_to_disappear_is_aborted_before() -> None:
+    may_disappear, disappeared = threading.Event(), threading.Event()
+
+    class Lingering(Group):
+        def allreduce(self, tensors: list[torch.Tensor], options: Any) -> Work:
+            return Work(Group(), completed=True)  # no cycle that keeps this group
+
+        def __del__(self) -> None:
+            may_disappear.wait(5)
+            disappeared.set()
+
+    group = DeviceGroup(Lingering)
+    group.connect(CPU)
+    group.abort()
+    assert group.await_end(2)
+    may_disappear.set()
+    assert disappeared.wait(5)
+
+
 def test_errors_and_silence_break_the_group() -> None:
     group = DeviceGroup(Group)
     group.connect(CPU)
