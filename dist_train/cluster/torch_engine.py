@@ -85,7 +85,8 @@ class TorchCommunicator(TorchOperations):
     def close(self, error: BaseException | None = None) -> None:
         """Leave the group."""
         if self._device is not None:
-            abort_nccl(self._device)
+            with suppress(RuntimeError):  # it was broken already, for which there is another error
+                abort_nccl(self._device)
             self._device = None
 
     def _start(self, tensor: torch.Tensor, operation: Callable[[Any], Any], name: str) -> Pending:
