@@ -34,16 +34,24 @@ _LIBRARY.define(
 
 
 @cache
-def has_triton() -> bool:
-    """Whether Triton is installed, and the C compiler and Python header with which it builds its launchers.
+def why_no_triton() -> str:
+    """Return why torch's operators are used on GPUs instead of Triton's kernels; empty if they are not.
 
-    `DIST_TRAIN_TRITON=off`, set on all ranks, makes this false: torch's operators are used instead.
+    Triton builds its launchers with a C compiler and Python's header. `DIST_TRAIN_TRITON=off` must be set on all ranks.
     """
     if os.environ.get("DIST_TRAIN_TRITON") == "off":
-        return False
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+        return "DIST_TRAIN_TRITON is off"
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton needs a C compiler"
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
-    return find_spec("triton") is not None and compiler is not None and header.exists()
+    return "" if header.exists() else f"Triton needs {header}"
+
+
+def has_triton() -> bool:
+    """Whether Triton's kernels are used on GPUs."""
+    return not why_no_triton()
 
 
 def triton_version() -> str:

@@ -25,6 +25,7 @@ from dist_train.cluster.launch import command_output, current_job
 from dist_train.config import Config
 from dist_train.config.plugins import call_plugin, plugin_files
 from dist_train.config.sections import MetricsSettings
+from dist_train.kernels.operators import why_no_triton
 from dist_train.monitoring.console import open_console
 from dist_train.monitoring.observers import Observers, TensorBoard
 from dist_train.monitoring.prometheus.exporter import Exporter
@@ -379,9 +380,13 @@ def run_facts(
 
 
 def describe_device(config: Config, device: torch.device) -> str:
-    """Return the device's name; for a GPU, also whether its kernels are deterministic; for a CPU, why it is no GPU."""
-    remark = why_no_gpu(find_gpus(os.environ))
+    """Return the device's name; for a GPU, also what kernels it uses; for a CPU, why it is no GPU."""
+    remarks = [why_no_gpu(find_gpus(os.environ))]
     if device.type == "cuda":
         reason = f", since comm.reduction is {config.comm.reduction}" if config.comm.is_exact else ""
-        remark = f"deterministic kernels alone{reason}" if config.precision.deterministic is True else ""
-    return "; ".join(filter(None, (device_name(device), remark)))
+        why = why_no_triton()
+        remarks = [
+            f"deterministic kernels alone{reason}" if config.precision.deterministic is True else "",
+            f"torch's slower operators instead of our kernels ({why})" if why else "",
+        ]
+    return "; ".join(filter(None, (device_name(device), *remarks)))

@@ -12,6 +12,7 @@ import torch
 
 from dist_train.checkpoint.state import Progress
 from dist_train.config import PrecisionSettings
+from dist_train.kernels import operators
 from dist_train.outcome import UsageError
 from dist_train.start_up import keep_freed_memory, keep_small_objects_together, use_large_pages
 
@@ -26,6 +27,8 @@ _OUT_OF_MEMORY = (
     "valid cuDNN algorithm to run convolution",  # all of them need more workspace than is free
     "unable to find an engine to execute",
 )
+
+_LONGEST_DETAIL = 300  # characters of an error: a compiler's has its whole command line
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Compute:
 def set_up_compute(settings: PrecisionSettings, device: torch.device) -> Compute:
     """Set up threads, memory and kernels according to `settings`, for `device`.
 
-    Raises UsageError if the device does not support the precision.
+    Raises UsageError if the device does not support the precision, or Triton is there but unusable.
     """
     assert settings.threads != "auto", "decided when the run starts"
     if settings.compute == "float16" and device.type != "cuda":
@@ -59,6 +62,8 @@ def set_up_compute(settings: PrecisionSettings, device: torch.device) -> Compute
     torch.backends.cudnn.allow_tf32 = settings.tf32
     if settings.deterministic is True:
         _use_deterministic_kernels()
+    if device.type == "cuda" and operators.has_triton():
+        _check_triton(device)
     return Compute(device, _PRECISIONS[settings.compute])
 
 
@@ -71,6 +76,21 @@ def _use_deterministic_kernels() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
+
+
+def _check_triton(device: torch.device) -> None:
+    """Raise UsageError if Triton cannot build a kernel, or the device cannot run it."""
+    try:
+        torch.ops.dist_train.random_bits_(torch.empty(2, dtype=torch.int32, device=device), 0, 0)
+        torch.cuda.synchronize(device)
+    except Exception as error:  # of nearly any type: from Triton, the C compiler, the linker, the disk
+        detail = " ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST_DETAIL]
+        raise UsageError(
+            f"Triton cannot build its kernels ({detail}): it needs a C compiler with its headers (on Debian gcc and "
+            f"libc6-dev) and a folder to write to, ~/.triton or TRITON_CACHE_DIR. Or set DIST_TRAIN_TRITON=off on all "
+            f"ranks, which uses torch's slower operators",
+            code="triton-unusable",
+        ) from error
 
 
 def share_of_threads(local_size: int) -> int:

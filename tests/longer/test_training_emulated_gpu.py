@@ -84,7 +84,7 @@ GRAPHED: list[Sections] = [
 GRAPHS: list[Sections] = [{"precision": {"cuda_graphs": True}, **sections} for sections in GRAPHED]
 WITH_TRITON = [*NOISE, *NORMS, *OPTIMIZERS, *REDUCTIONS, *MODELS, *FEATURES, *GRAPHS]
 WITHOUT_TRITON = [NORMS[2], *REDUCTIONS[:3], *MODELS, GRAPHS[2]]
-"""As in our container image, which has no compiler."""
+"""As where there is no compiler."""
 CASES = [*((case, True) for case in WITH_TRITON), *((case, False) for case in WITHOUT_TRITON)]
 
 

@@ -28,6 +28,7 @@ from dist_train.cluster.devices import (
 from dist_train.config import Config
 from dist_train.config.resuming import with_device
 from dist_train.config.sections import Device
+from dist_train.launching import session
 from dist_train.launching.session import describe_device
 from dist_train.outcome import UsageError
 from tests.raising import raises
@@ -217,8 +218,11 @@ def test_a_run_on_gpus_says_how_it_keeps_to_the_same_bits(
     settings: dict[str, object], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device.index}")
+    monkeypatch.setattr(session, "why_no_triton", lambda: "")
     config = with_device(Config.model_validate(settings), "cuda")
     assert describe_device(config, torch.device("cuda", 1)) == words
+    monkeypatch.setattr(session, "why_no_triton", lambda: "no compiler")
+    assert describe_device(config, torch.device("cuda", 1)).endswith("instead of our kernels (no compiler)")
 
 
 def test_a_run_on_the_cpu_says_why_where_torch_is_built_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,6 +39,12 @@ def test_horovod_is_built_by_the_script_of_the_set_up() -> None:
     assert "pip" not in DEFINITION
 
 
+def test_the_image_that_runs_has_what_triton_builds_with() -> None:
+    runtime = DOCKERFILE.rpartition("\nFROM ")[2]
+    # gcc only recommends the headers, and nothing recommended is installed
+    assert "packages=(gcc libc6-dev)" in runtime.partition("COPY --from=build /opt/venv")[2]
+
+
 def test_apptainer_takes_the_image_that_the_dockerfile_makes() -> None:
     header = dict(line.split(": ", 1) for line in DEFINITION.splitlines() if re.match(r"(Bootstrap|From): ", line))
     assert header == {"Bootstrap": "docker-archive", "From": "dist-train.tar"}

@@ -15,6 +15,7 @@ from dist_train.cli.main import parse
 from dist_train.cluster import devices, inspection
 from dist_train.config import Config
 from dist_train.config.sections import Device
+from dist_train.kernels import operators
 from dist_train.launching import doctor
 from dist_train.outcome import ExitCode
 from tests.archives import write_fashion_mnist
@@ -171,6 +172,16 @@ def test_a_machine_without_gpus_is_fine_unless_the_run_asks_for_one(monkeypatch:
     check = doctor.check_devices("cuda")
     assert check.state == "fails"
     assert "run.device=cpu" in check.fix
+
+
+@pytest.mark.parametrize(("why", "state"), [("", "fine"), ("no compiler", "note")])
+def test_gpus_without_our_kernels_are_noted(why: str, state: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "torch_gpus", lambda: devices.TorchGpus("2.15.0", "CUDA 13.2", 1))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "card")
+    monkeypatch.setattr(operators, "why_no_triton", lambda: why)
+    check = doctor.check_devices("auto")
+    assert (check.state, bool(check.fix)) == (state, bool(why))
+    assert why in check.detail
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from dist_train.config import PrecisionSettings
+from dist_train.kernels import operators
 from dist_train.outcome import UsageError
 from dist_train.training.compute import is_out_of_memory, set_up_compute, share_of_threads
 from tests.raising import raises
@@ -52,6 +54,18 @@ def test_settings_choose_threads_and_precision() -> None:
 def test_what_needs_a_gpu_is_refused_on_a_cpu_with_the_fix(settings: dict[str, Any], code: str) -> None:
     with raises(UsageError, code):
         set_up_compute(PrecisionSettings(threads=1, **settings), CPU)
+
+
+def test_triton_that_builds_no_kernel_is_one_message_with_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, device = PrecisionSettings(threads=1), torch.device("cuda", 0)
+    monkeypatch.setattr(operators, "has_triton", lambda: False)
+    assert set_up_compute(settings, device).device == device
+    monkeypatch.setattr(operators, "has_triton", lambda: True)
+    monkeypatch.setattr(torch, "empty", Mock(side_effect=OSError(28, "No space left on device")))
+    with raises(UsageError, "triton-unusable") as caught:
+        set_up_compute(settings, device)
+    assert "No space left on device" in str(caught.value)
+    assert "DIST_TRAIN_TRITON=off" in str(caught.value)
 
 
 @pytest.fixture
