@@ -371,7 +371,7 @@ def _emulate(job: Job) -> tuple[Emulated, Counter[str], Counter[str]]:
     network = bare_vgg9(images.shape[0], images.classes, config.model.width) if job.plain else build_model(config)
     points = config.noise.points if config.noise.passes == "all" else 1
     # Nothing is computed, so Triton is not needed.
-    operators.has_triton = lambda: job.triton  # type: ignore[assignment]
+    operators.has_triton = lambda: job.triton
     watch = _OperatorCounter(config.batch.global_size * points)
     error = ""
     with FakeTensorMode(), watch:

@@ -334,7 +334,9 @@ def _with_micro_size(
     if config.batch.micro_size != "auto":
         return config
     images = config.data.image_format
-    try_size = partial(forward_and_backward, model, images.shape, images.classes, compute)
+    # That of training, on which the kernels and their memory depend.
+    layout = torch.channels_last if config.precision.channels_last else torch.contiguous_format
+    try_size = partial(forward_and_backward, model, images.shape, images.classes, compute, layout)
     with LayerRng(config.run.seed, compute.device).preserved():
         size = find_micro_size(
             try_size,

@@ -134,9 +134,9 @@ def check_devices(asked: Device) -> Check:
     if found.count:
         names = ", ".join(torch.cuda.get_device_name(index) for index in range(found.count))
         detail = f"{names}: at most {found.count} ranks on this node; {processor}"
-        if why := why_no_triton():
+        if missing := why_no_triton():
             fix = "install gcc, libc6-dev and python3-dev, or what your system calls them"
-            return Check("devices", "note", f"{detail}; torch's slower operators replace our kernels: {why}", fix)
+            return Check("devices", "note", f"{detail}; torch's slower operators replace our kernels: {missing}", fix)
         return Check("devices", "fine", detail)
     if not signs.present and asked != "cuda":
         return Check("devices", "fine", f"{processor}; {devices.why_no_gpu(signs) or 'no GPU'}")

@@ -107,10 +107,15 @@ def halve(micro_size: int, global_size: int) -> int:
 
 
 def forward_and_backward(
-    model: torch.nn.Module, shape: tuple[int, int, int], classes: int, compute: Compute, size: int
+    model: torch.nn.Module,
+    shape: tuple[int, int, int],
+    classes: int,
+    compute: Compute,
+    layout: torch.memory_format,
+    size: int,
 ) -> None:
-    """Run a forward and a backward pass of `model` on a blank micro-batch of `size` images."""
-    inputs = torch.zeros(size, *shape, device=compute.device)
+    """Run a forward and a backward pass of `model` on a blank micro-batch of `size` images in `layout`."""
+    inputs = torch.empty(size, *shape, device=compute.device, memory_format=layout).zero_()
     labels = torch.arange(size, device=compute.device) % classes
     with compute.autocast():
         logits = model(inputs)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
 from dist_train.cluster.communicator import Alone, Communicator
 from dist_train.models import build_model
@@ -111,7 +112,11 @@ def test_a_single_sample_cannot_be_halved() -> None:
         halve(1, 8192)
 
 
-def test_a_trial_runs_the_model_both_ways() -> None:
-    model = build_model(small_config())
-    forward_and_backward(model, (1, 8, 8), 10, Compute(CPU, torch.float32), 4)
+def test_a_trial_runs_the_model_both_ways_in_the_layout_of_training() -> None:
+    model = build_model(small_config(data={"synthetic_shape": [3, 8, 8]}))
+    seen: list[Tensor] = []
+    model.register_forward_pre_hook(lambda module, inputs: seen.extend(inputs))
+    forward_and_backward(model, (3, 8, 8), 10, Compute(CPU, torch.float32), torch.channels_last, 4)
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+    assert not seen[0].any()
     assert all(parameter.grad is not None for parameter in model.parameters())
