@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 
 from dist_train.cluster.communicator import Communicator, gather, run_on_all_ranks, signed_digest
+from dist_train.cluster.joining import connecting_within, end_process
 from dist_train.config.sections import Device
 from dist_train.outcome import UsageError
 
@@ -31,6 +32,7 @@ _GPU_COUNTS = (
 _GPU_LISTS = ("SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "CUDA_VISIBLE_DEVICES")
 _NONE_VISIBLE = ("", "-1")
 _NO_GPUS_IN_SLURM = "NoDevFiles"
+_CONNECTING_SHARE = 2.0  # multiple of `comm.timeout` for NCCL to connect the ranks' GPUs
 _USE_CPU = "run.device=cpu trains on the CPU"
 _USE_CUDA_TORCH = "install a torch that is built for CUDA (make setup, without DEVICE=cpu)"
 
@@ -207,14 +209,27 @@ def choose_device(asked: Device, *, local_rank: int) -> torch.device:
     return device
 
 
-def share_out_devices(comm: Communicator, asked: Device) -> torch.device:
-    """Return this rank's device; raise UsageError on all ranks if they mix CPUs and GPUs or share a GPU."""
+def share_out_devices(comm: Communicator, asked: Device, timeout: float) -> torch.device:
+    """Return this rank's device; raise UsageError on all ranks if they mix CPUs and GPUs or share a GPU.
+
+    If GPUs do not connect within a multiple of `timeout`, the process ends.
+    """
     device = run_on_all_ranks(comm, partial(choose_device, asked, local_rank=comm.local_rank), "use its device")
     if comm.size > 1 and not comm.is_joining:
         placements = _gather_placements(comm, device)
         run_on_all_ranks(comm, partial(check_placements, placements, comm.has_nccl), "share out the GPUs")
     comm.use_device(device)
+    if comm.size > 1 and device.type == "cuda" and not comm.is_elastic:
+        connect(comm, device, timeout * _CONNECTING_SHARE)
     return device
+
+
+def connect(comm: Communicator, device: torch.device, seconds: float, end: Callable[[], None] = end_process) -> None:
+    """Connect the ranks' devices by a first sum, in which NCCL may hang; call `end` if it takes longer."""
+    with connecting_within(seconds, end):
+        first = torch.zeros(1, dtype=torch.int64, device=device)
+        comm.allreduce_async(first, "connecting").wait()
+        first.item()  # waits for the device
 
 
 def check_own_gpu(comm: Communicator, device: torch.device) -> None:

@@ -85,7 +85,7 @@ def assemble(
     Raises UsageError if the device, the data, the model or the batch do not fit, or the checkpoint is from another
     model or from a run that cannot be lengthened yet.
     """
-    device = share_out_devices(comm, config.run.device)
+    device = share_out_devices(comm, config.run.device, config.comm.timeout)
     config = with_device(config, "cuda" if device.type == "cuda" else "cpu")
     compute = run_on_all_ranks(comm, partial(set_up_compute, config.precision, device), "set up its device")
     open_data = partial(open_splits, config.data, config.run.seed, compute.device, config.precision.channels_last)

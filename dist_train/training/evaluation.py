@@ -141,14 +141,15 @@ def evaluate_stored(
     """
     check_choice("split", split, Split)
     with ExitStack() as stack:
-        comm = join_ranks(timeout=60.0, device_type=device_type())
+        timeout = 60.0
+        comm = join_ranks(timeout=timeout, device_type=device_type())
         stack.callback(comm.close)
         stored = run_on_all_ranks(comm, lambda: read_stored(target), "read the checkpoint")
         contents = stored.contents
         config = stored_config(contents, overrides)
         if config.precision.threads == "auto":
             config = with_setting(config, "precision.threads", share_of_threads(comm.local_size))
-        compute = set_up_compute(config.precision, share_out_devices(comm, config.run.device))
+        compute = set_up_compute(config.precision, share_out_devices(comm, config.run.device, timeout))
         open_data = partial(open_splits, config.data, config.run.seed, compute.device, config.precision.channels_last)
         splits = run_on_all_ranks(comm, open_data, "load the data")
         stack.callback(splits.close)

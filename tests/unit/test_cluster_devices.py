@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_train.cluster.communicator import PeerFailedError
+from dist_train.cluster import joining
+from dist_train.cluster.communicator import Communicator, PeerFailedError, Pending
 from dist_train.cluster.devices import (
     GpuSigns,
     Placement,
@@ -17,6 +19,7 @@ from dist_train.cluster.devices import (
     check_own_gpu,
     check_placements,
     choose_device,
+    connect,
     device_type,
     find_gpus,
     kind_of_device,
@@ -25,6 +28,7 @@ from dist_train.cluster.devices import (
     torch_gpus,
     why_no_gpu,
 )
+from dist_train.cluster.launch import Launch
 from dist_train.config import Config
 from dist_train.config.resuming import with_device
 from dist_train.config.sections import Device
@@ -175,7 +179,7 @@ def test_several_ranks_on_gpus_need_nccl() -> None:
 
 
 def test_ranks_agree_on_their_devices_and_are_refused_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert results(3, lambda each: share_out_devices(each, "cpu").type) == ["cpu"] * 3
+    assert results(3, lambda each: share_out_devices(each, "cpu", 60.0).type) == ["cpu"] * 3
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     if torch_gpus().count:
         pytest.skip("torch was using a GPU before the variable hid it")
@@ -183,13 +187,33 @@ def test_ranks_agree_on_their_devices_and_are_refused_together(monkeypatch: pyte
 
     def refused(each: object) -> None:
         try:
-            share_out_devices(each, "cuda")  # type: ignore[arg-type]  # `results` gives its own ranks
+            share_out_devices(each, "cuda", 60.0)  # type: ignore[arg-type]  # `results` gives its own ranks
         except UsageError as error:
             errors.append(type(error))
 
     results(3, refused)
     assert sorted(error.__name__ for error in errors) == ["PeerFailedError", "PeerFailedError", "UsageError"]
     assert PeerFailedError in errors
+
+
+def test_devices_connect_by_a_first_sum() -> None:
+    results(3, lambda each: connect(each, torch.device("cpu"), 30.0))
+
+
+def test_a_process_whose_gpu_does_not_connect_ends(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended = threading.Event()
+
+    class Hanging(Communicator):
+        def allreduce_async(self, tensor: torch.Tensor, name: str) -> Pending:
+            assert ended.wait(30)
+            return Pending()
+
+    monkeypatch.setattr(joining, "current_launch", lambda: Launch("torchrun", 8, 3))
+    monkeypatch.setattr(joining, "_HEAD_START_SECONDS", 0.0)
+    connect(Hanging(), torch.device("cpu"), 0.05, ended.set)
+    assert "the 8 ranks have not connected" in capsys.readouterr().err
 
 
 def test_who_joins_with_another_rank_s_gpu_is_refused_alone(monkeypatch: pytest.MonkeyPatch) -> None:
