@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import re
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -99,6 +100,35 @@ def share_of_threads(local_size: int) -> int:
     if requested.isdecimal() and int(requested) > 0:
         return int(requested)
     return max(1, len(os.sched_getaffinity(0)) // local_size)
+
+
+class OutOfMemoryError(UsageError):
+    """Some rank's device ran out of memory: of a training step or an evaluation, raised on all ranks."""
+
+    code = "out-of-memory"
+
+
+def fits_memory(work: Callable[[], object]) -> bool:
+    """Call `work`; return False if memory runs out. Raises UsageError if an operator has no deterministic kernel."""
+    try:
+        work()
+    except (RuntimeError, MemoryError) as error:
+        refuse_nondeterministic(error)
+        if not is_out_of_memory(error):
+            raise
+        return False
+    return True
+
+
+@contextmanager
+def fitting_model(fix: str) -> Iterator[None]:
+    """Turn a lack of memory in the block, which builds a model, into a UsageError with its `fix`."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UsageError(f"the model does not fit the memory of host or device: {fix}", code="out-of-memory") from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -30,7 +30,14 @@ from dist_train.models.norms import BatchStatistics, collect_statistics, norm_mo
 from dist_train.outcome import DivergedError, UsageError, check_choice
 from dist_train.reproducible import generator
 from dist_train.rundir.atomic import finite
-from dist_train.training.compute import Compute, set_up_compute, share_of_threads
+from dist_train.training.compute import (
+    Compute,
+    OutOfMemoryError,
+    fits_memory,
+    fitting_model,
+    set_up_compute,
+    share_of_threads,
+)
 from dist_train.training.reduction import Tally
 
 _MAY_CHANGE = frozenset(
@@ -65,26 +72,38 @@ def evaluate(
     The result does not depend on the number of ranks: the split is cut into batches in order, and each batch has its
     own slot in the sums. Losses are float64, so that all finite float32 logits have a finite loss. A sample whose loss
     is not finite counts as misclassified. `after_batch` is called after each batch of this rank.
+
+    Raises OutOfMemoryError if a batch does not fit the device of some rank; on all ranks.
     """
     plan = BatchPlan(count, batch_size)
-    sums = torch.zeros(2, len(plan.micro_batches), dtype=torch.float64, device=compute.device)
+    # Losses, samples classified correctly, and whether a rank ran out of memory, by batch.
+    sums = torch.zeros(3, len(plan.micro_batches), dtype=torch.float64, device=compute.device)
     was_training = model.training
     model.eval()
     share = plan.share(comm.rank, comm.size)
     requests = [BatchRequest(torch.arange(batch.start, batch.stop)) for batch in share]
     samples.prefetch(requests)
-    with torch.inference_mode(), compute.autocast():
-        for batch, request in zip(share, requests, strict=True):
-            inputs, labels = samples.read(request)
-            logits = model(inputs).double()
-            losses = functional.cross_entropy(logits, labels, reduction="none")
-            sums[0, batch.index] = losses.sum()
-            sums[1, batch.index] = ((logits.argmax(dim=1) == labels) & losses.isfinite()).sum()
-            after_batch()
+
+    def add_up() -> None:
+        with torch.inference_mode(), compute.autocast():
+            for batch, request in zip(share, requests, strict=True):
+                inputs, labels = samples.read(request)
+                logits = model(inputs).double()
+                losses = functional.cross_entropy(logits, labels, reduction="none")
+                sums[0, batch.index] = losses.sum()
+                sums[1, batch.index] = ((logits.argmax(dim=1) == labels) & losses.isfinite()).sum()
+                after_batch()
+
+    if not fits_memory(add_up):
+        sums[2, share[0].index] = 1.0
     model.train(was_training)
     # Each slot is zero on all ranks but one, so the float sum over the ranks is exact.
     comm.allreduce_async(sums, "evaluation").wait()
-    losses_of_batches, correct = sums.tolist()
+    losses_of_batches, correct, out_of_memory = sums.tolist()
+    if short := sum(out_of_memory):
+        raise OutOfMemoryError(
+            f"{short:g} of the ranks ran out of memory in the evaluation: set a smaller evaluation.batch_size"
+        )
     return Evaluation(math.fsum(losses_of_batches) / count, sum(correct) / count, count)
 
 
@@ -111,7 +130,9 @@ def recompute_statistics(
 
     As in training, the samples are cut into micro-batches and dealt to ranks, and statistics are summed as integers.
 
-    Raises DivergedError if the statistics are not finite, or out of range; on all ranks.
+    Raises, on all ranks:
+        DivergedError: the statistics are not finite, or out of range.
+        OutOfMemoryError: a micro-batch does not fit the device of some rank.
     """
     statistics = BatchStatistics(norm_modules(model), compute.device)
     tally = Tally(comm, statistics, compute.device)
@@ -120,13 +141,22 @@ def recompute_statistics(
     share = BatchPlan(len(indices), micro_size).share(comm.rank, comm.size)
     requests = [BatchRequest(indices[batch.start : batch.stop]) for batch in share]
     samples.prefetch(requests)
-    with torch.no_grad(), compute.autocast():
-        for request in requests:
-            model(samples.read(request)[0])
-            statistics.collect()
+
+    def collect() -> None:
+        with torch.no_grad(), compute.autocast():
+            for request in requests:
+                model(samples.read(request)[0])
+                statistics.collect()
+
+    fits = fits_memory(collect)
     model.train(was_training)
-    tally.send()
+    tally.send(out_of_memory=not fits)
     total = tally.result()
+    if total.out_of_memory:
+        raise OutOfMemoryError(
+            f"{total.out_of_memory} of the ranks ran out of memory in computing the norms' statistics: begin with a "
+            f"smaller batch.micro_size"
+        )
     if total.out_of_range:
         raise DivergedError("the norms' statistics are not finite or out of range", code="statistics-not-finite")
     statistics.absorb(total.statistics, len(indices), momentum=1.0)
@@ -153,7 +183,12 @@ def evaluate_stored(
         open_data = partial(open_splits, config.data, config.run.seed, compute.device, config.precision.channels_last)
         splits = run_on_all_ranks(comm, open_data, "load the data")
         stack.callback(splits.close)
-        model = stored_model(contents, config, weights).to(compute.device)
+
+        def build() -> nn.Module:
+            with fitting_model("free some, or set run.device=cpu"):
+                return stored_model(contents, config, weights).to(compute.device)
+
+        model = run_on_all_ranks(comm, build, "build the model")
         samples = splits.of(split)
         batch_size = config.evaluation.batch_size
         result = evaluate(model, samples, len(samples), batch_size=batch_size, compute=compute, comm=comm)

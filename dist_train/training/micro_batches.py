@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch.nn import functional
@@ -12,7 +13,7 @@ from dist_train.config import ModelSettings
 from dist_train.data.plan import BatchPlan, MicroBatch
 from dist_train.models.normalization import SumOverRanks
 from dist_train.outcome import UsageError
-from dist_train.training.compute import Compute, is_out_of_memory, refuse_nondeterministic
+from dist_train.training.compute import Compute, fits_memory
 from dist_train.training.measuring import StepClock
 
 
@@ -79,16 +80,10 @@ def _largest_that_fits(try_size: Callable[[int], None], largest: int) -> int:
 
 def _fits(try_size: Callable[[int], None], size: int) -> bool:
     try:
-        try_size(size)
-    except (RuntimeError, MemoryError) as error:
-        refuse_nondeterministic(error)
-        if not is_out_of_memory(error):
-            raise
-        return False
+        return fits_memory(partial(try_size, size))
     finally:
         # Free the blocks of this trial, which do not fit the next size. Does nothing if no GPU is in use.
         torch.cuda.empty_cache()
-    return True
 
 
 def avoid_short_last_micro_batch(micro_size: int, global_size: int, fewest: int = 2) -> int:

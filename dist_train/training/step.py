@@ -26,9 +26,15 @@ from dist_train.optim.averaging import Averaging
 from dist_train.optim.flat_weights import FlatWeights, norm
 from dist_train.optim.noise import Noise
 from dist_train.optim.optimizers import optimizer_step, set_learning_rate
-from dist_train.outcome import DivergedError, UsageError
+from dist_train.outcome import DivergedError
 from dist_train.reproducible import LayerRng
-from dist_train.training.compute import Compute, LossScale, is_out_of_memory, refuse_nondeterministic
+from dist_train.training.compute import (
+    Compute,
+    LossScale,
+    OutOfMemoryError,
+    is_out_of_memory,
+    refuse_nondeterministic,
+)
 from dist_train.training.graphs import GraphRecorder, MicroBatchGraphs
 from dist_train.training.measuring import HostTimer, StepClock, StepTimes
 from dist_train.training.reduction import GradientReduction, Tally, TallyResult
@@ -55,12 +61,6 @@ class Update:
     """The `GlobalBatch.pace` of every rank."""
     meeting_requested: bool = False
     """Whether ranks are waiting to join."""
-
-
-class OutOfMemoryError(UsageError):
-    """A micro-batch does not fit some rank's device; the weights are those before the step."""
-
-    code = "out-of-memory"
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class TrainingStep:
 
         Raises:
             DivergedError: the loss or the gradient is not finite, or out of range; on all ranks.
-            OutOfMemoryError: a micro-batch does not fit the device of some rank; on all ranks.
+            OutOfMemoryError: a micro-batch does not fit the device of some rank; on all ranks, the weights unchanged.
             RankLostError: a rank was lost.
         """
         self.clock.start()

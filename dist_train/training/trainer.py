@@ -37,6 +37,7 @@ from dist_train.optim.schedules import LearningRate
 from dist_train.outcome import DisagreementError, DivergedError, StoppedError
 from dist_train.rundir.records import Detail, Epochs, EvaluationRecord, EventRecord, Record, TrainRecord
 from dist_train.rundir.status import StatusFile
+from dist_train.training.compute import OutOfMemoryError
 from dist_train.training.consistency import verify_agreement
 from dist_train.training.dealing import Batches
 from dist_train.training.evaluation import Evaluation, evaluate, recompute_statistics, statistics_samples
@@ -53,7 +54,7 @@ from dist_train.training.recovery import (
     assign_progress,
     broadcast_shared_state,
 )
-from dist_train.training.step import OutOfMemoryError, TrainingStep
+from dist_train.training.step import TrainingStep
 from dist_train.training.stopping import EarlyStopping, StopRequests, TimeLimit
 
 _logger = logging.getLogger("dist_train.training")
@@ -143,6 +144,7 @@ class Trainer:
             StoppedError: a stop was requested; the checkpoint is saved.
             DivergedError: the loss, the gradient or the last evaluation is not finite.
             DisagreementError: ranks hold different weights or noise.
+            OutOfMemoryError: a step or an evaluation does not fit the device of some rank.
             FaultError: the last checkpoint could not be written, or a rank was lost.
         """
         if self._has_state:

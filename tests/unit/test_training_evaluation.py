@@ -16,8 +16,10 @@ from dist_train.data.images import BatchRequest, ImageSet
 from dist_train.data.loader import Samples
 from dist_train.models import build_model
 from dist_train.models.norms import norm_modules
+from dist_train.outcome import UsageError
 from dist_train.training.compute import Compute
 from dist_train.training.evaluation import Evaluation, evaluate, recompute_statistics, statistics_samples
+from tests.raising import raises
 from tests.unit.simulated_ranks import SimulatedRanks, results
 from tests.unit.small_trainers import small_config, state_bits
 
@@ -103,6 +105,39 @@ def test_a_loss_that_is_not_finite_is_nan_on_all_ranks() -> None:
     for result in results(2, blown_up):
         assert math.isnan(result.loss)
         assert result.accuracy == 0.0, "a sample without a loss is not classified rightly"
+
+
+class Short(nn.Module):
+    """A network whose device has memory for four samples at once."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if len(inputs) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return torch.zeros(len(inputs), 10)
+
+
+@pytest.mark.parametrize("short", [[0], [1], [0, 1]])
+def test_a_lack_of_memory_on_some_rank_is_told_on_all(short: list[int]) -> None:
+    def run_out(comm: SimulatedRanks) -> str:
+        model = Short() if comm.rank in short else a_model()
+        with raises(UsageError, "out-of-memory") as caught:
+            evaluated(comm, 7, model)
+        assert model.training
+        return str(caught.value)
+
+    for text in results(2, run_out):
+        assert text.startswith(f"{len(short)} of the ranks")
+        assert "evaluation.batch_size" in text
+
+
+def test_a_lack_of_memory_for_norm_statistics_is_told_on_all_ranks() -> None:
+    def run_out(comm: SimulatedRanks) -> None:
+        indices = statistics_samples(60, 40, 16, 0)
+        model = Short() if comm.rank else nn.Flatten()
+        with raises(UsageError, "out-of-memory"):
+            recompute_statistics(model, samples(), indices, micro_size=9, compute=CPU, comm=comm)
+
+    results(2, run_out)
 
 
 @pytest.mark.parametrize("scale", [1e7, 1e20, 3e38])

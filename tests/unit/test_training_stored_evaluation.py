@@ -15,7 +15,7 @@ from torch.nn import functional
 from dist_train.api import export
 from dist_train.checkpoint.files import find_checkpoint, list_checkpoints, read_checkpoint
 from dist_train.cluster.communicator import Alone, Communicator
-from dist_train.config import ImageFormat
+from dist_train.config import Config, ImageFormat
 from dist_train.data.images import BatchRequest
 from dist_train.data.loader import open_splits
 from dist_train.models import build_model
@@ -74,6 +74,15 @@ def test_it_is_loss_and_accuracy_over_the_whole_split(run: Path, split: str, sam
     assert result["accuracy"] == (logits.argmax(1) == labels).sum().item() / samples
     assert (result["samples"], result["split"], result["step"], result["epoch"]) == (samples, split, 6, 2.0)
     assert result["checkpoint"] == str(find_checkpoint(run))
+
+
+def test_a_model_that_does_not_fit_the_memory_is_told(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(config: Config) -> nn.Module:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(evaluation, "build_model", build)
+    with raises(UsageError, "out-of-memory"):
+        evaluate_stored(run, "test", [])
 
 
 def test_it_is_what_the_run_itself_measured(run: Path) -> None:
