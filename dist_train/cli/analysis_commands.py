@@ -16,7 +16,8 @@ from dist_train.outcome import ExitCode, UsageError
 
 if TYPE_CHECKING:
     from dist_train.analysis.landscape import Request
-    from dist_train.analysis.sharpness_record import Measure, SharpnessRecord
+    from dist_train.analysis.landscape_files import LandscapeSettings
+    from dist_train.analysis.sharpness_record import Measure, SharpnessRecord, SharpnessSettings
 
 _TARGET = "a checkpoint, or a run directory: its last one"
 _REPORT_SECONDS = 10.0
@@ -53,7 +54,7 @@ def add_landscape(subparsers: Subparsers) -> None:
     _add_directions(plane)
     for kind in (line, direction, plane):
         _add_measure(kind)
-        kind.set_defaults(run=_landscape)
+        kind.set_defaults(run=_landscape, check=_landscape_settings)
 
 
 def _landscape(arguments: argparse.Namespace) -> int:
@@ -153,14 +154,19 @@ def _number_or_all(text: str) -> int | None:
 
 def _request(arguments: argparse.Namespace) -> Request:
     from dist_train.analysis.landscape import Request
+
+    settings = _landscape_settings(arguments)
+    return Request(
+        arguments.targets, settings, arguments.overrides, arguments.output, arguments.threads, arguments.scale
+    )
+
+
+def _landscape_settings(arguments: argparse.Namespace) -> LandscapeSettings:
     from dist_train.analysis.landscape_files import LandscapeSettings
 
     given, (start, stop) = vars(arguments), arguments.range
     chosen = {field.name: given[field.name] for field in fields(LandscapeSettings) if field.name in given}
-    settings = LandscapeSettings(start=start, stop=stop, **chosen)
-    return Request(
-        arguments.targets, settings, arguments.overrides, arguments.output, arguments.threads, arguments.scale
-    )
+    return LandscapeSettings(start=start, stop=stop, **chosen)
 
 
 class _Progress:
@@ -218,19 +224,18 @@ def add_sharpness(subparsers: Subparsers) -> None:
     )
     for name, (kind, text) in _SHARPNESS_OPTIONS.items():
         parser.add_argument(f"--{name}", type=kind, metavar=_METAVARS[kind], help=text)
-    parser.set_defaults(run=_sharpness)
+    parser.set_defaults(run=_sharpness, check=_sharpness_settings)
 
 
 def _sharpness(arguments: argparse.Namespace) -> int:
-    from dist_train.analysis.sharpness import measure_sharpness
-    from dist_train.analysis.sharpness_record import SharpnessSettings, settings_from
+    settings, measures = _sharpness_settings(arguments)
 
-    given = vars(arguments)
-    settings = settings_from({name: given[name] for name in SharpnessSettings.model_fields if name in given})
+    from dist_train.analysis.sharpness import measure_sharpness
+
     record, path = measure_sharpness(
         arguments.target,
         settings,
-        _measures(arguments.only),
+        measures,
         arguments.overrides,
         arguments.output,
         report=partial(print, file=sys.stderr, flush=True),
@@ -238,6 +243,14 @@ def _sharpness(arguments: argparse.Namespace) -> int:
     print("\n".join(_table(record)))
     print(path)
     return ExitCode.FINISHED
+
+
+def _sharpness_settings(arguments: argparse.Namespace) -> tuple[SharpnessSettings, list[Measure]]:
+    from dist_train.analysis.sharpness_record import SharpnessSettings, settings_from
+
+    given = vars(arguments)
+    settings = settings_from({name: given[name] for name in SharpnessSettings.model_fields if name in given})
+    return settings, _measures(arguments.only)
 
 
 def _numbers(text: str) -> list[float]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import re
 import shlex
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,6 +64,7 @@ def _study(arguments: argparse.Namespace) -> int:
     from dist_train.sweep.planned_runs import plan_study
 
     plan = plan_study(arguments.study, arguments.directory, arguments.overrides)
+    _check_analyses(plan)
     runs: tuple[PlannedRun, ...] = plan.runs
     if arguments.only is not None:
         if arguments.only in plan.unasked and arguments.action in (_sweep, _arguments):
@@ -78,6 +81,30 @@ def _study(arguments: argparse.Namespace) -> int:
         runs = (only,)
     action: Callable[[argparse.Namespace, Plan, tuple[PlannedRun, ...]], int] = arguments.action
     return action(arguments, plan, runs)
+
+
+def _check_analyses(plan: Plan) -> None:
+    """Raise ConfigError if the command of an analysis, hours later, would refuse the options that the study gives."""
+    from dist_train.cli.main import parse
+    from dist_train.config.problems import ConfigError, Problem
+    from dist_train.sweep.planned_runs import analysis_command
+
+    refused = []
+    for number, analysis in enumerate(plan.study.analyse):
+        words = analysis_command(analysis, ["RUN"] * (2 if analysis.kind == "interpolate" else 1))
+        printed = io.StringIO()
+        try:
+            with redirect_stdout(printed), redirect_stderr(printed):
+                parsed = parse(list(words))
+            parsed.check(parsed)
+            continue
+        except SystemExit:
+            wrong = printed.getvalue().rpartition("error: ")[2].strip()
+        except UsageError as error:
+            wrong = str(error)
+        refused.append(Problem(f"analyse.{number}.options", wrong, code="analysis-options", value=analysis.options))
+    if refused:
+        raise ConfigError(str(plan.file), refused)
 
 
 def _sweep(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ...]) -> int:
@@ -256,6 +283,7 @@ def _submit_study(arguments: argparse.Namespace) -> int:
 
     parent = arguments.run_dir.absolute() if arguments.run_dir else None
     plan = plan_study(located(arguments.config), parent, arguments.overrides)
+    _check_analyses(plan)
     left = numbers_left(plan, plan.runs)
     if not left:
         print(f"dist-train: no run of {plan.study.name} is left to do", file=sys.stderr)

@@ -289,9 +289,14 @@ def _duplicates(runs: Sequence[PlannedRun]) -> Iterator[Problem]:
 def analysis_commands(study: Study, runs: Sequence[PlannedRun]) -> Iterator[tuple[str, ...]]:
     """Yield the `dist-train` arguments of each analysis of `runs`, finished ones; `interpolate` pairs them by seed."""
     for analysis in study.analyse:
-        command = ("sharpness",) if analysis.kind == "sharpness" else ("landscape", analysis.kind)
         for subjects in _subjects(study, analysis, runs):
-            yield (*command, *(str(run.directory) for run in subjects), *_options(analysis))
+            yield analysis_command(analysis, [str(run.directory) for run in subjects])
+
+
+def analysis_command(analysis: Analysis, targets: Sequence[str]) -> tuple[str, ...]:
+    """Return the `dist-train` arguments of `analysis` of `targets`, run directories or checkpoints."""
+    command = ("sharpness",) if analysis.kind == "sharpness" else ("landscape", analysis.kind)
+    return (*command, *targets, *_options(analysis))
 
 
 def _subjects(study: Study, analysis: Analysis, runs: Sequence[PlannedRun]) -> Iterator[tuple[PlannedRun, ...]]:

@@ -150,6 +150,30 @@ def test_a_study_is_submitted_as_runs_analyses_and_report(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("command", [["sweep", "--list"], ["submit", "--study", "--dry-run"]])
+def test_options_that_an_analysis_refuses_are_refused_before_the_runs(
+    command: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    refused = {
+        "interpolate": {"pionts": 5},
+        "direction": {"points": 4},
+        "plane": {"scale": "linaer"},
+        "sharpness": {"samples": 0},
+    }
+    analyse: list[dict[str, object]] = [{"kind": kind, "options": options} for kind, options in refused.items()]
+    analyse[0]["between"] = ["plain", "noisy"]
+    good = {"kind": "sharpness", "options": {"only": "width", "exclude": "norm,bias"}}
+    assert main([*command, str(write_study(tmp_path, analyse=[good]))]) == ExitCode.FINISHED
+    capsys.readouterr()
+    study = write_study(tmp_path, analyse=[*analyse, {"kind": "sharpness", "options": {"only": "flatness"}}, good])
+    assert main([*command, str(study)]) == ExitCode.USAGE
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("[analysis-options]") == 5
+    for words in ("analyse.0.options: unrecognized arguments: --pionts; did you mean --points?", "--points is 4"):
+        assert words in printed.err
+
+
 def test_a_bad_configuration_is_refused(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["submit", str(config), "noise.amplitud=1", "--dry-run"]) == ExitCode.USAGE
     printed = capsys.readouterr()
