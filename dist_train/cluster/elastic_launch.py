@@ -249,6 +249,7 @@ class _ElasticRanks(Ranks):
             if self._has_ended or is_late:
                 if not self._has_ended:
                     say(f"{self._name(index)} has not connected within {seconds:g} s: it is killed")
+                self._is_terminating = self._has_ended  # its end is no news then
                 del self._joining[index]
                 self._processes[index].kill()
 

@@ -33,7 +33,7 @@ from dist_train.cluster.membership_server import (
     answer_to,
 )
 from dist_train.cluster.messages import MessageConnection
-from dist_train.outcome import FaultError, UsageError
+from dist_train.outcome import ExitCode, FaultError, UsageError
 from dist_train.rundir import atomic
 
 _VIEW = TypeAdapter(View)
@@ -180,7 +180,9 @@ class RemoteAuthority:
         return None
 
     def ask_to_stop(self) -> None:
-        """Do nothing: the ranks that received the signal agree with all others to stop."""
+        """End a run that has not begun; otherwise the ranks that received the signal agree with all others to stop."""
+        if not self._view.members:
+            self.note_code(ExitCode.STOPPED)
 
     def abandon(self) -> None:
         """Do nothing: this launcher waits for its own ranks only."""

@@ -230,7 +230,7 @@ class MembershipServer:
         if self._nodes.processes:
             return True
         is_late = time.monotonic() - self._alone_since > START_TIMEOUTS * self.timeout
-        may_begin = self.state.generation == 0 and not self.state.has_ended and not self._stop_requested
+        may_begin = self.state.generation == 0 and not self.state.has_ended and self.view.code is None
         return may_begin and self._here < self.size and not is_late
 
     def expect(self, processes: int) -> None:
@@ -249,8 +249,10 @@ class MembershipServer:
         return next((code if code > 0 else int(ExitCode.FAULT) for code in self._codes if code != 0), None)
 
     def ask_to_stop(self) -> None:
-        """Make the launchers of other nodes ask their ranks to save and stop."""
+        """Make the launchers of other nodes ask their ranks to save and stop; a run that has not begun just ends."""
         self._stop_requested = True
+        if self.state.generation == 0:
+            self.note_code(ExitCode.STOPPED)
 
     def abandon(self) -> None:
         """Disconnect the launchers of other nodes, which then end their ranks."""

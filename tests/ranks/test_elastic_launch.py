@@ -196,6 +196,17 @@ def test_launcher_without_ranks_starts_with_those_that_join(tmp_path: Path) -> N
     assert (ending["state"], ending["world_size"], ending["generation"]) == ("finished", 2, 1)
 
 
+@pytest.mark.parametrize("asked", [0, 1])
+def test_a_launch_that_waits_for_its_ranks_stops_at_once(tmp_path: Path, asked: int) -> None:
+    config, run = write_config(tmp_path, SETTINGS), tmp_path / "run"
+    with ElasticRun(config, run, 1, ("--start-with", "3", *LISTENING)) as launch, launch.join(1) as joined:
+        wait_for(lambda: len(launch.slots()) == 2, lambda: launch.log.read_text())
+        (launch, joined)[asked].process.send_signal((signal.SIGTERM, signal.SIGINT)[asked])
+        ended = [each.wait(SETTINGS["comm"]["timeout"]) for each in (launch, joined)]
+    assert [each.code for each in ended] == [ExitCode.STOPPED] * 2, [each.output for each in ended]
+    assert not (run / "status.json").exists()
+
+
 def test_joined_launches_end_when_the_first_launcher_is_killed(tmp_path: Path) -> None:
     config, run = write_config(tmp_path, ENDLESS), tmp_path / "run"
     with ElasticRun(config, run, 1, ("--max-ranks", "2", *LISTENING)) as launch:
