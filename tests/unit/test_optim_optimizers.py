@@ -241,6 +241,25 @@ def test_a_plugin_whose_settings_checkpoints_could_not_give_back_is_refused_at_o
         build_optimizer(settings, FlatWeights(a_model()))
 
 
+def with_a_slower_group(settings: OptimizerSettings, groups: Sequence[Group]) -> torch.optim.Optimizer:
+    parts: list[dict[str, Any]] = [{"params": group.parameters} for group in groups]
+    parts[1]["lr"] = 0.1 * settings.learning_rate
+    return torch.optim.SGD(parts, lr=settings.learning_rate)
+
+
+def test_a_plugin_s_groups_keep_the_ratio_of_their_rates_over_a_resume() -> None:
+    settings = OptimizerSettings(name=f"{__name__}:with_a_slower_group", learning_rate=2.0, exclude=("bias", "norm"))
+    optimizer = build_optimizer(settings, FlatWeights(a_model()))
+    for rate in (0.0, 0.5):
+        set_learning_rate(optimizer, rate)
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([rate, 0.1 * rate])
+    set_learning_rate(optimizer, 0.0)
+    resumed = build_optimizer(settings, FlatWeights(a_model()))
+    resumed.load_state_dict(optimizer.state_dict())
+    set_learning_rate(resumed, 3.0)
+    assert [group["lr"] for group in resumed.param_groups] == pytest.approx([3.0, 0.3])
+
+
 def optimizer_of(kind: type[torch.optim.Optimizer], **options: Any) -> tuple[torch.optim.Optimizer, torch.nn.Parameter]:
     weight = torch.nn.Parameter(torch.linspace(-1, 1, 7))
     optimizer = kind([weight], lr=0.1, **options)  # type: ignore[call-arg]  # every kind has a rate
