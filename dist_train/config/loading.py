@@ -286,8 +286,8 @@ def _expanded_size(node: yaml.Node, sizes: dict[yaml.Node, float]) -> float:
 class _Loader(yaml.SafeLoader):
     """Safe YAML 1.1 without its traps.
 
-    The traps: duplicate keys are accepted, 1e-4 is text, 2020-01-01 is a date, and a few aliases of aliases expand to
-    more than fits into memory (`parse_yaml` refuses those).
+    The traps: duplicate keys are accepted, 1e-4 is text, 2020-01-01 is a date, 010 is 8, 1:30 is 90, the key `no` is
+    false, and a few aliases of aliases expand to more than fits into memory (`parse_yaml` refuses those).
     """
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
@@ -319,12 +319,16 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
         if fault:
             raise yaml.constructor.ConstructorError(None, None, fault, key.start_mark)
         names.add(key.value)
-    return dict(loader.construct_pairs(node, deep=True))
+    return {key.value: loader.construct_object(value, deep=True) for key, value in node.value}
 
 
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+_OCTAL_OR_SEXAGESIMAL = re.compile(r"^[-+]?(0[0-9_]+|[0-9][0-9_]*(:[0-9]+)+(\.[0-9_]*)?)$")
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+    first: [
+        (yaml.resolver.BaseResolver.DEFAULT_SCALAR_TAG, _OCTAL_OR_SEXAGESIMAL),
+        *((tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")),
+    ]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 for _class in (_Loader, _Dumper):

@@ -85,6 +85,22 @@ def test_a_date_is_read_as_text(tmp_path: Path) -> None:
     assert load(tmp_path, "run: {name: 2026-01-31}").run.name == "2026-01-31"
 
 
+@pytest.mark.parametrize("text", ["010", "-010", "1:30", "1:30.5", "0_7"])
+def test_what_yaml_1_1_takes_for_octal_or_sexagesimal_is_text(tmp_path: Path, text: str) -> None:
+    config = load(tmp_path, f"run: {{directory: {text}}}")
+    assert config.run.directory == Path(text)
+    assert load(tmp_path, "", f"run.directory={text}") == load(tmp_path, dump_config(config)) == config
+    for path in ("run.seed", "optimizer.learning_rate"):
+        section, _, key = path.partition(".")
+        assert refusal(tmp_path, f"{section}: {{{key}: {text}}}") == [(path, "wrong-type")]
+        assert refusal(tmp_path, "", f"{path}={text}") == [(path, "wrong-type")]
+
+
+def test_keys_are_text() -> None:
+    text = "{no: 1, on: 2, 010: 3, 1: 4, 1e3: 5}"
+    assert parse_yaml(text) == {"no": 1, "on": 2, "010": 3, "1": 4, "1e3": 5}
+
+
 @pytest.mark.parametrize(
     "text",
     [
