@@ -190,6 +190,25 @@ def test_a_data_set_without_samples_is_refused() -> None:
         opened(**OWN, options={"test": 0})
 
 
+@pytest.mark.parametrize(
+    ("returned", "told"),
+    [
+        ({"image": 0, "label": 1}, "returned dict of length 2,"),
+        ((0, 1, "name"), "returned tuple of length 3,"),
+        (torch.zeros(2), "returned Tensor of length 2,"),
+        (7, "returned int, not"),
+    ],
+)
+def test_a_sample_that_is_no_pair_is_named_with_what_it_is(
+    monkeypatch: pytest.MonkeyPatch, returned: object, told: str
+) -> None:
+    monkeypatch.setattr(Drawing, "__getitem__", lambda self, index: returned)
+    with raises(UsageError, "plugin-data-form") as refused:
+        read(opened(**OWN), [0], 0)
+    assert told in str(refused.value)
+    assert "(image, label)" in str(refused.value)
+
+
 @pytest.mark.parametrize(("how", "code"), [("shape", "plugin-data-form"), ("raises", "plugin-failed")])
 def test_a_mistake_in_a_later_sample_names_it(how: str, code: str) -> None:
     name = f"{HERE}:broken"
