@@ -289,7 +289,7 @@ def build_writer(config: Config, directory: RunDirectory, session: Session) -> C
 
 def own_norms(config: Config, weights: FlatWeights) -> WeightNorms:
     """Return the norms of `weights`, and of their distance from the initial weights, which are built again."""
-    initial = FlatWeights(build_model(config).to(weights.values.device))
+    initial = FlatWeights(build_model(config, is_trained=False).to(weights.values.device))
     return WeightNorms(weights.values, initial.values)
 
 

@@ -149,18 +149,21 @@ _MODELS: Mapping[str, Callable[[ImageFormat, float, NormFactory], nn.Module]] = 
 }
 
 
-def build_model(config: Config) -> nn.Module:
-    """Return the network [n, C, H, W] -> logits [n, classes], on the CPU, with initial weights from `run.seed`."""
+def build_model(config: Config, *, is_trained: bool = True) -> nn.Module:
+    """Return the network [n, C, H, W] -> logits [n, classes], on the CPU, with initial weights from `run.seed`.
+
+    Warns of what makes training depend on the number of ranks, if the network `is_trained`.
+    """
     # torch's layers draw initial values, which are overwritten, and a plug-in's buffers may be random, too: leave the
     # global generator as it was.
     with torch.random.fork_rng(devices=()):
         torch.default_generator.manual_seed(key(config.run.seed, "model"))
-        model = _network(config.model, config.data.image_format, config.precision.channels_last)
+        model = _network(config.model, config.data.image_format, config.precision.channels_last, is_trained)
     initialize(model, config.run.seed)
     return model
 
 
-def _network(settings: ModelSettings, images: ImageFormat, channels_last: bool) -> nn.Module:
+def _network(settings: ModelSettings, images: ImageFormat, channels_last: bool, is_trained: bool) -> nn.Module:
     norm = norm_factory(settings)
     if settings.name in _MODELS:
         return _MODELS[settings.name](images, settings.width, norm)
@@ -173,7 +176,8 @@ def _network(settings: ModelSettings, images: ImageFormat, channels_last: bool) 
         buffers = [(name, buffer, buffer.clone()) for name, buffer in model.named_buffers()]
         with torch.enable_grad():
             outputs[" in training"] = model.train()(blank)
-        if changed := [name for name, buffer, value in buffers if not torch.equal(buffer, value)]:
+        changed = [name for name, buffer, value in buffers if not torch.equal(buffer, value)]
+        if changed and is_trained:
             _logger.warning(
                 "%s changes buffers in training (%s), on each rank by its own samples: results depend on the number of "
                 "ranks; build norms by norm(channels)",

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision import models
 
+from dist_train.checkpoint.files import Contents
 from dist_train.config import Config, ImageFormat, ModelSettings, parse_config
 from dist_train.models import build_model
 from dist_train.models.building import _MODELS, _with_norm, initialize
 from dist_train.models.norms import GroupedBatchNorm, NormFactory, norm_factory, norm_modules, norm_parameters
 from dist_train.outcome import UsageError
+from dist_train.training.evaluation import stored_model
 from tests.raising import raises, raises_problems
 
 HERE = __name__
@@ -266,3 +268,13 @@ def test_an_unknown_model_is_refused_before_the_run(name: str) -> None:
 def test_weights_are_named_by_init_from_alone(name: str, options: dict[str, object]) -> None:
     with raises(UsageError, code="library-model"):
         built(name, options=options)
+
+
+def test_a_network_that_is_not_trained_again_gives_no_warning_of_training(caplog: pytest.LogCaptureFixture) -> None:
+    settings = {"data": IMAGES, "model": {"name": f"{HERE}:network", "options": {"kind": "plain"}}}
+    config = parse_config(settings, source="test")
+    contents = Contents(step=1, epoch=1.0, model=build_model(config).state_dict(), optimizer={}, config={}, metrics={})
+    assert caplog.text.count("changes buffers in training") == 1
+    for _ in range(2):
+        stored_model(contents, config)
+    assert caplog.text.count("changes buffers in training") == 1
