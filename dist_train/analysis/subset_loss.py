@@ -26,7 +26,13 @@ from dist_train.models.norms import collect_statistics, norm_modules
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import DivergedError, UsageError
 from dist_train.reproducible import generator
-from dist_train.training.compute import Compute, set_up_compute, share_of_threads
+from dist_train.training.compute import (
+    Compute,
+    is_out_of_memory,
+    refuse_nondeterministic,
+    set_up_compute,
+    share_of_threads,
+)
 from dist_train.training.evaluation import recompute_statistics, statistics_samples, stored_config, stored_model
 
 Vector = NDArray[np.float64]
@@ -132,11 +138,20 @@ class SubsetLoss:
             return sum(self._map_batches(work)) / self._samples
 
     def _map_batches(self, work: Callable[[Batch], Result]) -> list[Result]:
-        """Return the result of `work` for each batch, in order."""
-        if self._threads == 1:
-            return [work(batch) for batch in self._batches]
-        with ThreadPoolExecutor(self._threads) as pool:
-            return list(pool.map(work, self._batches))
+        """Return the result of `work` for each batch, in order. Raises UsageError if this device cannot do it."""
+        try:
+            if self._threads == 1:
+                return [work(batch) for batch in self._batches]
+            with ThreadPoolExecutor(self._threads) as pool:
+                return list(pool.map(work, self._batches))
+        except (RuntimeError, MemoryError) as error:
+            # Training needs no second derivatives.
+            refuse_nondeterministic(error, "on another device it may have: set run.device=cpu")
+            if is_out_of_memory(error):
+                raise UsageError(
+                    "a batch does not fit the memory: set a smaller --batch-size", code="out-of-memory"
+                ) from error
+            raise
 
     @contextmanager
     def _at(self, values: Tensor) -> Iterator[None]:

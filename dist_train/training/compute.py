@@ -141,12 +141,16 @@ def is_out_of_memory(error: BaseException) -> bool:
 _NOT_DETERMINISTIC = re.compile(r"(\w+) does not have a deterministic implementation")
 
 
-def refuse_nondeterministic(error: BaseException) -> None:
+_OTHER_KERNELS = (
+    "begin with precision.deterministic=false, which no longer gives the same bits in every run, or with another model"
+)
+
+
+def refuse_nondeterministic(error: BaseException, fix: str = _OTHER_KERNELS) -> None:
     """Raise UsageError if `error` is torch's, that an operator has no deterministic kernel; else do nothing."""
     if found := _NOT_DETERMINISTIC.search(str(error)):
         raise UsageError(
-            f"the model needs {found[1]}, of which torch has no deterministic kernel: begin with "
-            f"precision.deterministic=false, which no longer gives the same bits in every run, or with another model",
+            f"the model needs {found[1]}, of which torch has no deterministic kernel: {fix}",
             code="kernel-not-deterministic",
         ) from error
 

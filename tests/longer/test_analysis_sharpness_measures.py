@@ -30,6 +30,8 @@ from dist_train.data.catalog import make_synthetic
 from dist_train.data.images import BatchRequest
 from dist_train.data.loader import Samples
 from dist_train.models import build_model
+from dist_train.outcome import UsageError
+from tests.raising import raises
 from tests.unit.small_trainers import small_config, state_bits
 
 EPSILON = 1e-3
@@ -394,3 +396,36 @@ class TestLoss:
     def test_confident_prediction_has_a_positive_loss(self) -> None:
         outputs, labels = torch.tensor([[30.0, 0.0]]), torch.tensor([0])
         assert float(cross_entropy(outputs, labels)) == pytest.approx(np.exp(-30.0), rel=1e-2, abs=0)
+
+
+class Refusing(nn.Module):
+    """A network whose second derivatives are refused with `error`."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.layer, self.error = nn.Linear(3, 2), error
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs: Tensor = self.layer(inputs)
+        outputs.register_hook(self.refuse)
+        return outputs
+
+    def refuse(self, gradient: Tensor) -> None:
+        if gradient.requires_grad:
+            raise self.error
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (RuntimeError("put_ does not have a deterministic implementation, but"), "kernel-not-deterministic"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "out-of-memory"),
+    ],
+)
+def test_what_a_device_cannot_do_is_told(error: Exception, code: str, threads: int) -> None:
+    batch = torch.ones(4, 3), torch.zeros(4, dtype=torch.int64)
+    loss = SubsetLoss(Refusing(error), [batch], threads=threads)
+    loss.value_and_gradient(loss.point())
+    with raises(UsageError, code):
+        loss.hessian_product(loss.point())
