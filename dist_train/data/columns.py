@@ -162,7 +162,7 @@ def _saved_index(path: Path, image: str, label: str) -> Index:
         if len(images):
             parts.append(_index_of(images, start, labels.to_numpy(zero_copy_only=False)))
     index = np.concatenate(parts) if parts else np.empty((0, 3), np.int64)
-    if len(index) and not 0 <= index[:, 0].min() <= (index[:, 0] + index[:, 1]).max() <= size:
+    if len(index) and not 0 <= np.min(index[:, 0]) <= np.max(index[:, 0] + index[:, 1]) <= size:
         raise UsageError(f"{path} is compressed: save the data set without compression", code="data-format")
     return index
 

@@ -114,9 +114,9 @@ def decode_fashion_mnist(files: tuple[Path, Path]) -> ImageSet:
             f"one of them is damaged. {_FASHION_MNIST_FIX}",
             code="data-counts",
         )
-    if labels.max() >= FASHION_MNIST_CLASSES:
+    if (largest := np.max(labels)) >= FASHION_MNIST_CLASSES:
         raise _damaged(
-            labels_file, f"it holds the label {labels.max()}, not 0 to {FASHION_MNIST_CLASSES - 1}", code="data-labels"
+            labels_file, f"it holds the label {largest}, not 0 to {FASHION_MNIST_CLASSES - 1}", code="data-labels"
         )
     # The arrays are views of bytearrays and thus writable, so torch accepts them without a copy.
     return ImageSet(torch.from_numpy(pixels).unsqueeze(1), torch.from_numpy(labels).long(), FASHION_MNIST_CLASSES)
