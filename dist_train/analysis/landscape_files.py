@@ -23,7 +23,7 @@ from dist_train.rundir.atomic import json_text
 Kind = Literal["interpolate", "direction", "plane"]
 Statistics = Literal["recomputed", "interpolated"]
 
-FORMAT = 1  # increased whenever the same settings start to give other numbers
+FORMAT = 2  # increased whenever the same settings start to give other numbers
 
 
 @dataclass(frozen=True)

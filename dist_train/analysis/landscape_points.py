@@ -102,8 +102,8 @@ LossSum = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (outputs, labe
 
 
 def cross_entropy_sum(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return the sum of the samples' cross entropies."""
-    return functional.cross_entropy(outputs.float(), labels, reduction="sum")
+    """Return the summed cross entropies in float64, as evaluations do: in float32 a confident sample's is zero."""
+    return functional.cross_entropy(outputs.double(), labels, reduction="sum")
 
 
 class PointEvaluator:

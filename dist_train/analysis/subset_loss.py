@@ -11,9 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional
 
-from dist_train.analysis.landscape_points import Batch, Result, digest
+from dist_train.analysis.landscape_points import Batch, LossSum, Result, cross_entropy_sum, digest
 from dist_train.analysis.sharpness_record import MeasuredCheckpoint, MeasuredData, SharpnessSettings
 from dist_train.checkpoint.files import Stored
 from dist_train.cluster.communicator import Alone
@@ -39,11 +38,6 @@ Vector = NDArray[np.float64]
 """All trainable weights concatenated, or a direction in their space: [count], without padding."""
 
 
-def cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Return the summed cross entropies in float64; in float32 that of a confident sample would round to zero."""
-    return functional.cross_entropy(outputs.double(), labels, reduction="sum")
-
-
 class SubsetLoss:
     """The mean loss on `batches` as a function of the weights of `model`: passes in float32, vectors in float64.
 
@@ -58,7 +52,7 @@ class SubsetLoss:
         self,
         model: nn.Module,
         batches: Sequence[Batch],
-        summed_loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
+        summed_loss: LossSum = cross_entropy_sum,
         threads: int = 1,
     ) -> None:
         """Move the weights of `model`, float32, into one flat buffer; `summed_loss` returns a batch's summed loss."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dist_train.analysis.directions import random_direction
+from dist_train.analysis.landscape_points import cross_entropy_sum
 from dist_train.analysis.sharpness import (
     basin_widths,
     coordinates,
@@ -25,7 +26,7 @@ from dist_train.analysis.sharpness import (
     trace_with_error,
 )
 from dist_train.analysis.sharpness_record import SharpnessSettings
-from dist_train.analysis.subset_loss import SubsetLoss, Vector, cross_entropy
+from dist_train.analysis.subset_loss import SubsetLoss, Vector
 from dist_train.data.catalog import make_synthetic
 from dist_train.data.images import BatchRequest
 from dist_train.data.loader import Samples
@@ -156,7 +157,7 @@ def linear_model() -> nn.Linear:
 
 def subset_loss(model: nn.Module, *, quadratic: bool = False, threads: int = 1) -> SubsetLoss:
     batches = [(INPUTS[:40], LABELS[:40]), (INPUTS[40:], LABELS[40:])]
-    return SubsetLoss(model, batches, half_square if quadratic else cross_entropy, threads)
+    return SubsetLoss(model, batches, half_square if quadratic else cross_entropy_sum, threads)
 
 
 def with_ones() -> Vector:
@@ -395,7 +396,7 @@ class TestLoss:
 
     def test_confident_prediction_has_a_positive_loss(self) -> None:
         outputs, labels = torch.tensor([[30.0, 0.0]]), torch.tensor([0])
-        assert float(cross_entropy(outputs, labels)) == pytest.approx(np.exp(-30.0), rel=1e-2, abs=0)
+        assert float(cross_entropy_sum(outputs, labels)) == pytest.approx(np.exp(-30.0), rel=1e-2, abs=0)
 
 
 class Refusing(nn.Module):

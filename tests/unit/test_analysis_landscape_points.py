@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import closing
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from dist_train.data.loader import Samples
 from dist_train.models import build_model
 from dist_train.models.norms import norm_modules
 from dist_train.training.compute import Compute
-from dist_train.training.evaluation import recompute_statistics
+from dist_train.training.evaluation import evaluate, recompute_statistics
 from tests.unit.small_trainers import small_config
 
 COMPUTE = Compute(torch.device("cpu"), torch.float32)
@@ -97,6 +98,21 @@ def test_it_is_the_mean_over_all_samples_of_each_split() -> None:
             logits = model(inputs)
         assert found.loss == pytest.approx(functional.cross_entropy(logits, labels).item(), rel=1e-6)
         assert found.accuracy == (logits.argmax(1) == labels).sum().item() / len(labels)
+
+
+def test_the_loss_of_a_confident_network_is_that_of_an_evaluation() -> None:
+    model = network().eval()
+    *_, (_, bias) = model.named_parameters()
+    with torch.no_grad():
+        bias[0] += 30.0
+    [(inputs, labels)] = batches(16, 16)
+    labels = torch.zeros_like(labels)
+    with closing(PointEvaluator(model, [[(inputs, labels)]], [], COMPUTE)) as evaluator:
+        [measured] = evaluator.evaluate(place_of(model))
+    samples = Mock(read=lambda request: (inputs, labels))
+    evaluation = evaluate(model, samples, 16, batch_size=16, compute=COMPUTE, comm=Alone())
+    assert 0 < measured.loss < 1e-9
+    assert measured.loss == pytest.approx(evaluation.loss, rel=1e-12, abs=0)
 
 
 @pytest.mark.parametrize("threads", [2, 3])
