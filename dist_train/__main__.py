@@ -19,7 +19,6 @@ def _main_of_elastic_rank() -> int:
     except Exception:
         traceback.print_exc()
         code = ExitCode.FAULT
-    sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import io
 import re
 import signal
@@ -59,9 +60,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # some encodings lack characters of curves, tables and reasons
     try:
+        try:
+            return _run(list(sys.argv[1:] if arguments is None else arguments))
+        finally:
+            # Not left to the interpreter, which prints a fault as ignored.
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except OSError as error:
+        is_closed = isinstance(error, BrokenPipeError)  # the reader of our output has gone
+        if not is_closed and error.errno != errno.ENOSPC:
+            raise
+        sys.stdout = None  # whose rest the interpreter would try to write once more
+        if is_closed:
+            return ExitCode.FAULT
+        what = error.filename or "the output"
+        return _report(FaultError(f"{what} cannot be written: {error.strerror}", code="output-unwritable"))
+
+
+def _run(words: list[str]) -> int:
+    try:
         # All ranks of a launch have the same arguments: only rank 0 reports errors in them.
         with nullcontext() if current_launch().rank == 0 else redirect_stderr(io.StringIO()):
-            parsed = parse(list(sys.argv[1:] if arguments is None else arguments))
+            parsed = parse(words)
         return int(parsed.run(parsed))
     except (UsageError, FaultError, DivergedError) as error:
         return _report(error)
@@ -74,10 +94,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.raise_signal(signal.SIGINT)
         raise
-    except BrokenPipeError:
-        # The reader of our output has gone.
-        sys.stderr.close()
-        return ExitCode.FAULT
 
 
 def _report(error: CodedError) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -57,6 +58,27 @@ class TestProgram:
                 main(arguments)
             assert ended.value.code == 0
             assert text in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        ("command", "unbuffered"), [(["config", "path", SMOKE], ""), (["config", "path", SMOKE], "1"), (["--help"], "")]
+    )
+    def test_an_output_that_cannot_be_written_is_told_in_one_line_and_a_reader_that_has_gone_is_not(
+        self, command: list[str], unbuffered: str
+    ) -> None:
+        def printed_to(output: int) -> tuple[int, str]:
+            program = [sys.executable, "-m", "dist_train", *command]
+            environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+            ended = subprocess.run(program, stdout=output, stderr=subprocess.PIPE, env=environment, text=True)
+            os.close(output)
+            return ended.returncode, ended.stderr
+
+        reader, gone = os.pipe()
+        os.close(reader)
+        assert printed_to(gone) == (ExitCode.FAULT, "")
+        code, told = printed_to(os.open("/dev/full", os.O_WRONLY))
+        assert code == ExitCode.FAULT
+        assert told.splitlines() == [told.strip()]
+        assert "[output-unwritable]" in told
 
     @pytest.mark.parametrize("command", ["train", "sweep", "submit", "lr-range", "evaluate"])
     def test_what_is_missing_is_named_without_the_optional_settings(
