@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import operator
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -92,15 +91,9 @@ def assemble(
     splits = run_on_all_ranks(comm, open_data, "load the data")
     check_same_data(comm, splits.identity, config.data.name)
 
-    def steps_of(batch_size: int) -> int:
-        return BatchPlan(batch_size, 1).steps_per_epoch(len(splits.train))
-
-    epochs = run_on_all_ranks(comm, lambda: Epochs.of(config.batch.sizes, steps_of), "plan the batches")
-    updates_of, updates_per_epoch = epochs.steps, None
-    if config.schedule.keep_updates:
-        updates_per_epoch = run_on_all_ranks(comm, lambda: steps_of(config.schedule.base_batch), "plan the updates")
-        updates_of = partial(operator.mul, updates_per_epoch)
-    total_steps = updates_of(config.run.epochs)
+    plan_epochs = partial(_plan_epochs, config, len(splits.train))
+    epochs, scheduled = run_on_all_ranks(comm, plan_epochs, "plan the batches")
+    total_steps = scheduled.steps(config.run.epochs)
 
     network, weights = run_on_all_ranks(comm, partial(_build_network, config, compute.device), "build the model")
     is_measured = config.metrics.enabled or config.metrics.writes_tensorboard
@@ -113,7 +106,7 @@ def assemble(
     optimizer = build_optimizer(config.optimizer, weights)
     averaging = build_averaging(config.averaging, weights, epochs.stages[0].steps_per_epoch)
     noise = build_noise(config.noise, weights, seed=config.run.seed, total_steps=total_steps, rank=comm.rank)
-    restore = partial(_restore, resume_point, updates_of, network, optimizer, averaging, noise)
+    restore = partial(_restore, resume_point, scheduled, network, optimizer, averaging, noise)
     progress = run_on_all_ranks(comm, restore, "restore the checkpoint")
     if not comm.is_joining:
         progress = shared_progress(comm, progress)
@@ -167,10 +160,8 @@ def assemble(
             config.schedule,
             config.optimizer.learning_rate,
             config.batch.global_size,
-            epochs.stages[0].steps_per_epoch,
             config.run.epochs,
-            updates_per_epoch,
-            epochs,
+            scheduled,
         ),
         epochs=epochs,
         total_steps=total_steps,
@@ -229,6 +220,16 @@ def build_step(
     )
 
 
+def _plan_epochs(config: Config, samples: int) -> tuple[Epochs, Epochs]:
+    """Return the passes over `samples` training samples, and the epochs of the schedules. Raises UsageError."""
+
+    def steps_of(batch_size: int) -> int:
+        return BatchPlan(batch_size, 1).steps_per_epoch(samples)
+
+    passes = Epochs.of(config.batch.sizes, steps_of)
+    return passes, Epochs.of([(0, config.schedule.base_batch)], steps_of) if config.schedule.keep_updates else passes
+
+
 def _build_network(config: Config, device: torch.device) -> tuple[nn.Module, FlatWeights]:
     """Return the network of `config` on `device`, and its weights. Raises UsageError if they do not fit the memory."""
     with fitting_model("set a smaller model.width"):
@@ -239,7 +240,7 @@ def _build_network(config: Config, device: torch.device) -> tuple[nn.Module, Fla
 
 def _restore(
     resume_point: ResumePoint,
-    updates_of: Callable[[int], int],
+    scheduled: Epochs,
     network: nn.Module,
     optimizer: Optimizer,
     averaging: Averaging,
@@ -253,7 +254,7 @@ def _restore(
             load_model(state, network, str(initial.path))
         return Progress()
     epochs_before = resume_point.epochs_before or 0
-    if contents.step < (planned := updates_of(epochs_before)):
+    if contents.step < (planned := scheduled.steps(epochs_before)):
         raise UsageError(
             f"the run has done {contents.step} of the {planned} updates of its {epochs_before} epochs: "
             f"finish it with run.epochs={epochs_before}, then lengthen it",

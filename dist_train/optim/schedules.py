@@ -19,10 +19,8 @@ class LearningRate:
     settings: ScheduleSettings
     base: float
     global_size: int
-    steps_per_epoch: int  # updates in a pass over the data
     epochs: int
-    updates_per_epoch: int | None = None  # in an epoch of the schedule; None: as in a pass over the data
-    passes: Epochs | None = None  # the passes over the data if the global batch size changes during the run
+    calendar: Epochs  # which updates make up an epoch of the schedule
 
     @property
     def peak(self) -> float:
@@ -31,10 +29,7 @@ class LearningRate:
 
     def at(self, step: int) -> float:
         """Return the learning rate of update `step`, counted from 0."""
-        if self.passes is not None and self.updates_per_epoch is None:
-            epoch = self.passes.done(step)
-        else:
-            epoch = step / (self.updates_per_epoch or self.steps_per_epoch)
+        epoch = self.calendar.done(step)
         warmup = self.settings.warmup_epochs
         if epoch < warmup:
             return self.base + (self.peak - self.base) * epoch / warmup

@@ -13,13 +13,18 @@ from hypothesis import strategies as st
 from dist_train.cluster.communicator import Alone
 from dist_train.config import ScheduleSettings
 from dist_train.optim.schedules import LearningRate
+from dist_train.rundir.records import Epochs
 from tests.unit.small_trainers import build_trainer, small_config
 
 STEPS = 10
 
 
+def calendar(global_size: int, updates: int) -> Epochs:
+    return Epochs.of([(0, global_size)], lambda _: updates)
+
+
 def rate(base: float = 0.1, global_size: int = 1024, epochs: int = 20, **fields: Any) -> LearningRate:
-    return LearningRate(ScheduleSettings(**fields), base, global_size, STEPS, epochs)
+    return LearningRate(ScheduleSettings(**fields), base, global_size, epochs, calendar(global_size, STEPS))
 
 
 @pytest.mark.parametrize(("scaling", "factor"), [("none", 1.0), ("linear", 8.0), ("sqrt", math.sqrt(8))])
@@ -83,8 +88,8 @@ def test_kept_updates_go_at_the_rates_of_base_batch_training(
 ) -> None:
     """390 updates of 128 an epoch, 6 of 8192: warm-up, milestones and end fall on the same updates."""
     settings = ScheduleSettings(decay=decay, milestones=(3.0, 4.7, 6.0), warmup_epochs=1.5, keep_updates=True)
-    small = LearningRate(settings, 0.1, 128, per_epoch, 8)
-    large = LearningRate(settings, 0.1, 8192, 6, 8, per_epoch)
+    small = LearningRate(settings, 0.1, 128, 8, calendar(128, per_epoch))
+    large = LearningRate(settings, 0.1, 8192, 8, calendar(128, per_epoch))
     assert [large.at(step) for step in range(8 * per_epoch + 1)] == [
         small.at(step) for step in range(8 * per_epoch + 1)
     ]
@@ -97,8 +102,8 @@ def test_the_paper_s_rates() -> None:
         ),
         base=0.1,
         global_size=8192,
-        steps_per_epoch=6,
         epochs=300,
+        calendar=calendar(8192, 6),
     )
     values = [large.at(6 * epoch) for epoch in (0, 5, 10, 149, 150, 225, 275, 299)]
     assert values == pytest.approx([0.1, 0.45, 0.8, 0.8, 0.08, 0.008, 0.0008, 0.0008])
