@@ -71,6 +71,20 @@ class StoppedError(CodedError):
     exit_code = ExitCode.STOPPED
 
 
+SHARED_ERRORS = (DivergedError, DisagreementError, StoppedError)
+"""Errors that end a run on all ranks alike; any other error is that of one rank."""
+
+
+class PeerFailedError(UsageError):
+    """Another rank failed, with this exit code, and reports why."""
+
+    code = "peer-failed"
+
+    def __init__(self, text: str, exit_code: ExitCode) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code
+
+
 @contextmanager
 def writing(place: Path, fix: str) -> Iterator[None]:
     """Turn an OSError in the block into a UsageError: `place` cannot be written, and how to fix it."""

@@ -22,10 +22,11 @@ from dist_train.cli.sweep_commands import add_submit, add_sweep
 from dist_train.cli.view_commands import add_curve, add_report, add_runs, add_watch
 from dist_train.cluster.launch import current_launch
 from dist_train.outcome import (
+    SHARED_ERRORS,
     CodedError,
-    DivergedError,
     ExitCode,
     FaultError,
+    PeerFailedError,
     UsageError,
     exit_code_of,
     printable,
@@ -83,7 +84,7 @@ def _run(words: list[str]) -> int:
         with nullcontext() if current_launch().rank == 0 else redirect_stderr(io.StringIO()):
             parsed = parse(words)
         return int(parsed.run(parsed))
-    except (UsageError, FaultError, DivergedError) as error:
+    except CodedError as error:
         return _report(error)
     except PermissionError as error:  # a run directory, for example, is its user's alone
         if error.filename is None:
@@ -97,7 +98,10 @@ def _run(words: list[str]) -> int:
 
 
 def _report(error: CodedError) -> int:
-    print(f"dist-train: {printable(text_with_code(error))}", file=sys.stderr)
+    """Print `error`, on rank 0 alone if all ranks have it, and return the exit code. A failed peer reports itself."""
+    is_reported_elsewhere = isinstance(error, SHARED_ERRORS) and current_launch().rank != 0
+    if not (is_reported_elsewhere or isinstance(error, PeerFailedError)):
+        print(f"dist-train: {printable(text_with_code(error))}", file=sys.stderr)
     return exit_code_of(error)
 
 

@@ -6,24 +6,13 @@ import argparse
 import faulthandler
 import json
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dist_train.cli.common import Subparsers, add_config, add_weights, count, named_config, warn_of_unused
 from dist_train.cluster.launch import current_launch
-from dist_train.outcome import (
-    DisagreementError,
-    DivergedError,
-    ExitCode,
-    StoppedError,
-    UsageError,
-    escaped,
-    exit_code_of,
-    printable,
-    text_with_code,
-)
+from dist_train.outcome import ExitCode, UsageError, escaped
 from dist_train.start_up import without_collection
 
 if TYPE_CHECKING:
@@ -56,21 +45,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
     if current_launch().rank == 0:
         warn_of_unused(config)
-    return _code_of(lambda: train(config, arguments.run_dir))
-
-
-def _code_of(train: Callable[[], object]) -> ExitCode:
-    """Call `train`, and return the exit code; rank 0 reports errors that all ranks share."""
-    from dist_train.cluster.communicator import PeerFailedError
-
-    try:
-        train()
-    except PeerFailedError as error:
-        return exit_code_of(error)
-    except (DivergedError, DisagreementError, StoppedError) as error:
-        if current_launch().rank == 0:
-            print(f"dist-train: {printable(text_with_code(error))}", file=sys.stderr)
-        return exit_code_of(error)
+    train(config, arguments.run_dir)
     return ExitCode.FINISHED
 
 
@@ -97,18 +72,14 @@ def _lr_range(arguments: argparse.Namespace) -> int:
 
     config = named_config(arguments)
     run_directory = arguments.run_dir or config.run.directory / f"{config.run.name}-lr-range"
-
-    def test_rates() -> None:
-        test = learning_rate_range(config, arguments.low, arguments.high, arguments.updates, run_directory)
-        if current_launch().rank != 0:
-            return
+    test = learning_rate_range(config, arguments.low, arguments.high, arguments.updates, run_directory)
+    if current_launch().rank == 0:
         result = "the loss does not fall: no suggestion"
         if test.suggestion is not None:
             result = f"suggestion: {test.suggestion:.3g}, where the smoothed loss falls steepest; try it and half of it"
         print(f"{len(test.rates)} updates, rates {test.rates[0]:.3g} to {test.rates[-1]:.3g}; {result}")
         print(escaped(str(run_directory / "lr_range.png")))
-
-    return _code_of(test_rates)
+    return ExitCode.FINISHED
 
 
 def add_launch(subparsers: Subparsers) -> None:

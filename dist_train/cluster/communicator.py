@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch
 
-from dist_train.outcome import ExitCode, FaultError, UsageError, exit_code_of
+from dist_train.outcome import ExitCode, FaultError, PeerFailedError, exit_code_of
 
 Result = TypeVar("Result")
 
@@ -199,13 +199,3 @@ def await_on_all_ranks(comm: Communicator, attempt: Callable[[], bool], name: st
     """
     while not all(done for (done,) in gather(comm, [run_on_all_ranks(comm, attempt, name)], f"{name}: done")):
         pass
-
-
-class PeerFailedError(UsageError):
-    """Another rank failed, with this exit code, and has reported why."""
-
-    code = "peer-failed"
-
-    def __init__(self, text: str, exit_code: ExitCode) -> None:
-        super().__init__(text)
-        self.exit_code = exit_code

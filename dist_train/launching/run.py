@@ -36,7 +36,7 @@ from dist_train.launching.session import Session, open_session
 from dist_train.monitoring.console import open_logs
 from dist_train.monitoring.observers import check_installed
 from dist_train.monitoring.prometheus.http_server import access_warnings, check_access
-from dist_train.outcome import DisagreementError, DivergedError, StoppedError, UsageError
+from dist_train.outcome import SHARED_ERRORS, UsageError
 from dist_train.rundir.paths import (
     LEASE_SECONDS,
     LockRequest,
@@ -58,9 +58,6 @@ _SILENCE_SHARE = 2 / 3  # part of `comm.timeout` in silence; the rest is for the
 
 _MEETING_SHARE = 2.0  # multiple of `comm.timeout` for the ranks to meet: on a large launch some start late
 
-
-_SHARED_ERRORS = (StoppedError, DivergedError, DisagreementError)
-"""Errors that end the run on all ranks alike; any other error is of one rank."""
 
 _POLLS_IN_TIMEOUT = 4  # how often within `comm.timeout` ranks that wait for the run directory synchronize
 
@@ -222,7 +219,7 @@ class Regrouping:
 
 def _leave(comm: Communicator, kind: object, error: BaseException | None, traceback: object) -> None:
     """Leave the ranks, as an exit callback: in order, or because of an error of this rank alone."""
-    comm.close(None if isinstance(error, _SHARED_ERRORS) else error)
+    comm.close(None if isinstance(error, SHARED_ERRORS) else error)
 
 
 def _join(directory: RunDirectory) -> ResumePoint:

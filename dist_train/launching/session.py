@@ -18,7 +18,7 @@ import torch
 import dist_train
 from dist_train.checkpoint.files import list_checkpoints
 from dist_train.checkpoint.state import InitialWeights, Progress, ResumePoint
-from dist_train.cluster.communicator import Communicator, PeerFailedError, RankLostError, gather_str
+from dist_train.cluster.communicator import Communicator, RankLostError, gather_str
 from dist_train.cluster.devices import find_gpus, why_no_gpu
 from dist_train.cluster.inspection import installed_version, loaded_mpi_version
 from dist_train.cluster.launch import command_output, current_job
@@ -29,7 +29,15 @@ from dist_train.kernels.operators import why_no_triton
 from dist_train.monitoring.console import open_console
 from dist_train.monitoring.observers import Observers, TensorBoard
 from dist_train.monitoring.prometheus.exporter import Exporter
-from dist_train.outcome import DisagreementError, DivergedError, ExitCode, FaultError, StoppedError, exit_code_of
+from dist_train.outcome import (
+    DisagreementError,
+    DivergedError,
+    ExitCode,
+    FaultError,
+    PeerFailedError,
+    StoppedError,
+    exit_code_of,
+)
 from dist_train.rundir.paths import RunDirectory, RunLock
 from dist_train.rundir.records import Detail, EventRecord, JsonLines, Observer, Outcome, RunFacts
 from dist_train.rundir.status import EventCounts, RanksFile, State, StatusFile, another_failed, read_status

@@ -25,11 +25,11 @@ from dist_train.checkpoint.state import (
     restored_progress,
     shared_progress,
 )
-from dist_train.cluster.communicator import Alone, Communicator, PeerFailedError
+from dist_train.cluster.communicator import Alone, Communicator
 from dist_train.config import Config, load_config, parse_config
 from dist_train.models import build_model
 from dist_train.optim.flat_weights import FlatWeights
-from dist_train.outcome import UsageError
+from dist_train.outcome import PeerFailedError, UsageError
 from dist_train.rundir.paths import RunDirectory
 from tests.raising import raises
 from tests.unit.checkpoint_files import contents

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dist_train.cluster import joining
-from dist_train.cluster.communicator import Communicator, PeerFailedError, Pending
+from dist_train.cluster.communicator import Communicator, Pending
 from dist_train.cluster.devices import (
     GpuSigns,
     Placement,
@@ -34,7 +34,7 @@ from dist_train.config.resuming import with_device
 from dist_train.config.sections import Device
 from dist_train.launching import session
 from dist_train.launching.session import describe_device
-from dist_train.outcome import UsageError
+from dist_train.outcome import PeerFailedError, UsageError
 from tests.raising import raises
 from tests.unit.simulated_ranks import SimulatedRanks, results
 

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_train.cluster.communicator import Alone, PeerFailedError, broadcast_str, gather, gather_str, run_on_all_ranks
-from dist_train.outcome import ExitCode, exit_code_of
+from dist_train.cluster.communicator import Alone, broadcast_str, gather, gather_str, run_on_all_ranks
+from dist_train.outcome import ExitCode, PeerFailedError, exit_code_of
 from tests.unit.simulated_ranks import SimulatedRanks, on_ranks, results
 
 SIZES = [1, 2, 3, 5]

@@ -8,11 +8,10 @@ from unittest.mock import Mock
 
 import pytest
 
-from dist_train.cluster.communicator import PeerFailedError
 from dist_train.config import parse_config
 from dist_train.config.plugins import plugin_files
 from dist_train.kernels import operators
-from dist_train.outcome import UsageError
+from dist_train.outcome import PeerFailedError, UsageError
 from dist_train.training import consistency
 from dist_train.training.consistency import (
     check_consistent_across_ranks,

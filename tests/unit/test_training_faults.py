@@ -13,9 +13,9 @@ import torch
 from dist_train.checkpoint import writer
 from dist_train.checkpoint.files import list_checkpoints, read_checkpoint, write_checkpoint
 from dist_train.cli.main import main
-from dist_train.cluster.communicator import Alone, PeerFailedError
+from dist_train.cluster.communicator import Alone
 from dist_train.models.norms import BatchStatistics
-from dist_train.outcome import DivergedError, ExitCode, FaultError, StoppedError, UsageError
+from dist_train.outcome import DivergedError, ExitCode, FaultError, PeerFailedError, StoppedError, UsageError
 from dist_train.rundir.records import EventRecord, read_records
 from dist_train.rundir.status import StatusFile
 from dist_train.training.evaluation import evaluate_stored
