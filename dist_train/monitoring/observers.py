@@ -31,12 +31,14 @@ from dist_train.outcome import UsageError
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import (
     EvaluationRecord,
+    Identity,
     Measurement,
     Observer,
     Outcome,
     Record,
     RunFacts,
     TrainRecord,
+    identity_of,
     read_records,
 )
 
@@ -189,7 +191,7 @@ class Tracker(Observer, ABC):
     """Logs each launch as a tracker's run, beginning with earlier launches' records from `metrics.jsonl`."""
 
     def __init__(self) -> None:
-        self._logged: set[tuple[type[Record], int, str]] = set()
+        self._logged: set[Identity] = set()
 
     def begin(self, facts: RunFacts) -> None:
         """Open the tracker's run and log the records of earlier launches."""
@@ -200,7 +202,7 @@ class Tracker(Observer, ABC):
 
     def record(self, record: Record) -> None:
         """Log the numbers of `record`, once: a resumed run may repeat an evaluation."""
-        identity = (type(record), record.step, record.split if isinstance(record, EvaluationRecord) else "")
+        identity = identity_of(record)
         if (numbers := numbers_of(record)) and identity not in self._logged:
             self._logged.add(identity)
             self.log(numbers, record.step, record.time)

@@ -348,15 +348,13 @@ class JsonLines(Observer):
 
     def record(self, record: Record) -> None:
         """Append `record`, unless the file has it."""
-        fields = _fields(record)
-        identity = _identity_of(fields)
-        assert identity is not None
+        identity = identity_of(record)
         with self._lock:
             if identity in self._written:
                 return
             self._written.add(identity)
             if len(self._backlog) < _BACKLOG_LIMIT:
-                self._backlog.append(f"{json_text(fields)}\n".encode())
+                self._backlog.append(f"{to_json(record)}\n".encode())
             self._write_backlog()
 
     def flush(self) -> None:
@@ -433,6 +431,13 @@ class Identity(NamedTuple):
     kind: str
     step: int
     part: str
+
+
+def identity_of(record: Record) -> Identity:
+    """Return what identifies `record` within its run."""
+    identity = _identity_of(_fields(record))
+    assert identity is not None
+    return identity
 
 
 def _identity(line: bytes) -> Identity | None:

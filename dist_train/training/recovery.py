@@ -23,7 +23,7 @@ from dist_train.cluster.communicator import (
     gather,
 )
 from dist_train.outcome import FaultError, UsageError
-from dist_train.rundir.records import Detail, EvaluationRecord, EventRecord, Record
+from dist_train.rundir.records import Detail, EventRecord, Record, identity_of
 
 _IDENTITY = ("code", "settings", "data")
 
@@ -200,7 +200,7 @@ class RecentRecords:
     def add(self, record: Record) -> bool:
         """Keep `record`; return whether it is new."""
         latest = takewhile(lambda other: other.step >= record.step, reversed(self._kept))
-        is_new = isinstance(record, EventRecord) or all(_key(record) != _key(other) for other in latest)
+        is_new = isinstance(record, EventRecord) or identity_of(record) not in map(identity_of, latest)
         if is_new:
             self._kept.append(record)
         return is_new
@@ -219,7 +219,3 @@ class RecentRecords:
     def all(self) -> list[Record]:
         """Return the kept records in order."""
         return list(self._kept)
-
-
-def _key(record: Record) -> tuple[type[Record], int, str]:
-    return type(record), record.step, record.split if isinstance(record, EvaluationRecord) else ""
