@@ -10,7 +10,7 @@ from dist_train.checkpoint.state import ResumePoint
 from dist_train.cluster.communicator import Communicator
 from dist_train.config import Config, parse_config
 from dist_train.launching.assembly import assemble
-from dist_train.launching.session import open_session
+from dist_train.launching.session import Session, build_observers
 from dist_train.rundir.paths import RunDirectory
 from dist_train.training.stopping import StopRequests
 from dist_train.training.trainer import Trainer
@@ -43,7 +43,7 @@ def open_trainer(config: Config, comm: Communicator, directory: Path) -> Trainer
     """Return the trainer of `config` in a new run directory, ready for its first update."""
     run = RunDirectory(directory)
     run.create()
-    session = open_session(config, run, comm)
+    session = Session(run, comm, build_observers(config.metrics, run, comm.rank))
     trainer = assemble(config, ResumePoint(config), run, comm, session, StopRequests())
     session.begin(trainer, ResumePoint(config))
     return trainer

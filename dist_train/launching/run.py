@@ -32,7 +32,7 @@ from dist_train.config.resuming import with_setting
 from dist_train.data.catalog import find_data
 from dist_train.data.plan import BatchPlan, check_validation_size
 from dist_train.launching.assembly import assemble, build_writer, own_norms, set_up_reduction
-from dist_train.launching.session import Session, open_session
+from dist_train.launching.session import Session, build_observers
 from dist_train.monitoring.console import open_logs
 from dist_train.monitoring.observers import check_installed
 from dist_train.monitoring.prometheus.http_server import access_warnings, check_access
@@ -119,8 +119,8 @@ def train(config: Config, run_directory: Path | str | None = None, observers: Se
             resume_point = run_on_all_ranks(comm, find, "open the run directory")
             settled = _shared_config(comm, resume_point.config)
             run_id = broadcast_str(comm, directory.run_id() if comm.rank == 0 else "", "run id")
-        open_loggers = partial(open_session, settled, directory, comm, lock, run_id, observers)
-        session = run_on_all_ranks(comm, open_loggers, "open its loggers")
+        open_loggers = partial(build_observers, settled.metrics, directory, comm.rank, observers)
+        session = Session(directory, comm, run_on_all_ranks(comm, open_loggers, "open its loggers"), lock, run_id)
         regroup = Regrouping(settled, directory, session, stack, observers)
         if not comm.is_joining:
             regroup.open_logs(comm.rank)

@@ -7,7 +7,7 @@ import os
 import platform
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -76,7 +76,7 @@ class Session:
         """Take over rank 0's reporting from a lost rank; this rank has the `lock` now."""
         # The exporter of this rank, if any, gives way to that of rank 0.
         self.observers.end(self._outcome("running", ExitCode.FINISHED, ""))
-        self.observers = Observers(_observers(config.metrics, self.directory, 0, more))
+        self.observers = build_observers(config.metrics, self.directory, 0, more)
         self._observers_have_begun = False
         self.lock = lock
         self.status = self._status_file()
@@ -273,37 +273,21 @@ def _progress_of(trainer: Trainer) -> dict[str, float]:
     return {"step": trainer.progress.step, "epoch": trainer.epoch, "total_steps": trainer.last_step}
 
 
-def open_session(
-    config: Config,
-    directory: RunDirectory,
-    comm: Communicator,
-    lock: RunLock | None = None,
-    run_id: str = "",
-    more: Sequence[Observer] = (),
-) -> Session:
-    """Return this launch's session, with this rank's observers, and `more` on rank 0. Raises UsageError."""
-    return Session(directory, comm, Observers(_observers(config.metrics, directory, comm.rank, more)), lock, run_id)
-
-
-def _observers(
-    settings: MetricsSettings, directory: RunDirectory, rank: int, more: Sequence[Observer]
-) -> Iterator[Observer]:
-    """Yield the observers of `rank`: those that write files before those that publish; `more` on rank 0."""
+def build_observers(
+    settings: MetricsSettings, directory: RunDirectory, rank: int, more: Sequence[Observer] = ()
+) -> Observers:
+    """Return the observers of `rank`, those that write files first; on rank 0 also `more`. Raises UsageError."""
+    if rank != 0:
+        return Observers([Exporter(settings)] if settings.enabled and settings.ranks == "all" else [])
     # made first, since that may fail
-    chosen = settings.loggers if rank == 0 else ()
-    loggers = [call_plugin(each.name, each.options, Observer, directory.root) for each in chosen]
-    if rank == 0:
-        yield JsonLines(directory.metrics)
-        yield EventCounts(directory.event_counts)
-        yield open_console()
-        yield RanksFile(directory.ranks)
-    if settings.enabled and (rank == 0 or settings.ranks == "all"):
-        yield Exporter(settings)
-    if settings.tensorboard and rank == 0:
-        yield TensorBoard(directory.root)
-    yield from loggers
-    if rank == 0:
-        yield from more
+    loggers = [call_plugin(each.name, each.options, Observer, directory.root) for each in settings.loggers]
+    observers: list[Observer] = [JsonLines(directory.metrics), EventCounts(directory.event_counts)]
+    observers += [open_console(), RanksFile(directory.ranks)]
+    if settings.enabled:
+        observers.append(Exporter(settings))
+    if settings.tensorboard:
+        observers.append(TensorBoard(directory.root))
+    return Observers([*observers, *loggers, *more])
 
 
 def revision(root: Path = Path(dist_train.__file__).parents[1]) -> str:

@@ -22,7 +22,7 @@ from dist_train.cli.main import main
 from dist_train.cluster.communicator import Alone, Generation, GroupBrokenError, Pending, RankLostError
 from dist_train.launching.assembly import assemble
 from dist_train.launching.run import Regrouping, train
-from dist_train.launching.session import Session, open_session, revision
+from dist_train.launching.session import Session, build_observers, revision
 from dist_train.monitoring.observers import Observers
 from dist_train.outcome import DisagreementError, DivergedError, StoppedError, UsageError
 from dist_train.rundir.paths import RunDirectory
@@ -193,7 +193,7 @@ def test_records_that_cannot_be_flushed_keep_the_checkpoint_back_and_are_recorde
     def fail(descriptor: int) -> None:
         raise OSError(errno.EDQUOT, "Disk quota exceeded")
 
-    session = open_session(small_config(), directory, Alone())
+    session = Session(directory, Alone(), build_observers(small_config().metrics, directory, 0))
     session.observers.record(first)
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fail)
@@ -238,7 +238,7 @@ def test_a_loss_right_after_a_takeover_loses_no_record_of_the_former_rank_0(tmp_
 
     def launch(comm: SimulatedRanks) -> None:
         comm.is_elastic = True
-        session = open_session(small_config(), directory, comm)
+        session = Session(directory, comm, build_observers(small_config().metrics, directory, comm.rank))
         trainer = assemble(small_config(), ResumePoint(small_config()), directory, comm, session, StopRequests())
         if comm.rank == 0:
             session.finish()
@@ -295,10 +295,11 @@ def test_who_watches_follows_the_settings(
 ) -> None:
     directory = RunDirectory(tmp_path)
     directory.create()
+    settings = small_config(metrics=metrics).metrics
 
     def names(comm: SimulatedRanks) -> list[str]:
-        session = open_session(small_config(metrics=metrics), directory, comm)
-        observers = [type(observer).__name__ for observer in session.observers._observers]
+        session = Session(directory, comm, build_observers(settings, directory, comm.rank))
+        observers = [type(observer).__name__ for observer in session.observers]
         session.finish()
         return observers
 
