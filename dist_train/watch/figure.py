@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 from dist_train.rundir.records import EvaluationRecord, EventRecord, Record, TrainRecord
-from dist_train.watch.run import Point as Means
+from dist_train.watch.run import MeanRecord
 
 _LOG_RANGE = 25.0
 _SETTLED = 0.35  # fraction of a curve, at its start, that may lie outside the frame so that its end is readable
@@ -171,12 +171,12 @@ class Measured:
     """A run's measurements, evaluations by split. If `steps_per_epoch` is None, curves are drawn against steps."""
 
     name: str
-    train: Sequence[TrainRecord] | Sequence[Means]
+    train: Sequence[TrainRecord] | Sequence[MeanRecord]
     evaluations: Mapping[str, Sequence[EvaluationRecord]]
     steps_per_epoch: float | None
     is_exact: bool = True  # whether the records' `epoch` is fractional; old runs recorded whole epochs
 
-    def place(self, record: TrainRecord | EvaluationRecord | Means) -> float:
+    def place(self, record: TrainRecord | EvaluationRecord | MeanRecord) -> float:
         """Return the x value of `record`: its epoch, or its step."""
         if self.steps_per_epoch is None:
             return record.step
@@ -233,7 +233,7 @@ def epochs_axis(drawn: Iterable[Series], title: str = "epoch") -> Axis:
 
 
 def _thinned(
-    records: Sequence[TrainRecord | EvaluationRecord | Means], quantity: Quantity, measured: Measured, most: int
+    records: Sequence[TrainRecord | EvaluationRecord | MeanRecord], quantity: Quantity, measured: Measured, most: int
 ) -> tuple[Point, ...]:
     """Return the records as at most `most` points: means over equal chunks, NaN if a value is not finite."""
     size = max(1, math.ceil(len(records) / most))

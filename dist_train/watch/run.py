@@ -88,7 +88,7 @@ _TRAIN_MARK = b'{"kind": "train"'
 
 
 @dataclass(frozen=True)
-class Point:
+class MeanRecord:
     """The mean of one or several successive training records; NaN if a value is not finite."""
 
     step: float
@@ -103,10 +103,10 @@ class ThinnedCurve:
     def __init__(self, most: int = _MOST_POINTS) -> None:
         self._most = most
         self._size = 1
-        self._points: list[Point] = []
-        self._open: list[Point] = []
+        self._points: list[MeanRecord] = []
+        self._open: list[MeanRecord] = []
 
-    def append(self, point: Point) -> None:
+    def append(self, point: MeanRecord) -> None:
         """Add a point at the end."""
         self._open.append(point)
         if len(self._open) == self._size:
@@ -116,7 +116,7 @@ class ThinnedCurve:
             self._points = [_mean(self._points[at : at + 2]) for at in range(0, len(self._points), 2)]
             self._size *= 2
 
-    def points(self) -> list[Point]:
+    def points(self) -> list[MeanRecord]:
         """Return the points in order."""
         return [*self._points, _mean(self._open)] if self._open else list(self._points)
 
@@ -167,7 +167,7 @@ class History:
             self.steps_per_epoch = record.step / record.epoch
         match record:
             case TrainRecord():
-                self.batches.append(Point(record.step, record.loss, record.accuracy, record.epoch))
+                self.batches.append(MeanRecord(record.step, record.loss, record.accuracy, record.epoch))
                 self.latest.append(record)
             case EvaluationRecord():
                 self.evaluations.setdefault(record.split, []).append(record)
@@ -182,8 +182,8 @@ class History:
         self.moments.append(record.time)
 
 
-def _mean(points: Sequence[Point]) -> Point:
-    return Point(*(sum(values) / len(points) for values in zip(*map(astuple, points), strict=True)))
+def _mean(points: Sequence[MeanRecord]) -> MeanRecord:
+    return MeanRecord(*(sum(values) / len(points) for values in zip(*map(astuple, points), strict=True)))
 
 
 _SILENT_AFTER = 60.0  # silence shorter than this, in seconds, is never reported, however fast the run is

@@ -28,7 +28,7 @@ from dist_train.rundir.records import (
     to_json,
 )
 from dist_train.rundir.status import RanksFile, StatusFile
-from dist_train.watch.run import History, Point, Snapshot, ThinnedCurve, WatchedRun, find_run
+from dist_train.watch.run import History, MeanRecord, Snapshot, ThinnedCurve, WatchedRun, find_run
 from dist_train.watch.run_table import seconds_left
 from dist_train.watch.view import frame, plan, summary
 from tests.raising import raises
@@ -386,7 +386,7 @@ class TestHistory:
     def test_a_thinned_curve_keeps_its_shape_in_bounded_memory(self) -> None:
         curve = ThinnedCurve(most=16)
         for step in range(1, 10_001):
-            curve.append(Point(step, 2.0 * step, 0.5))
+            curve.append(MeanRecord(step, 2.0 * step, 0.5))
         points = curve.points()
         assert 16 <= len(points) <= 33
         assert points[-1].step > 9_500
