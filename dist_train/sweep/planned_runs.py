@@ -104,7 +104,7 @@ class _Variant:
     """
 
     name: str
-    variant: str
+    family: str
     title: str
     settings: Settings
     origins: Mapping[str, str]
@@ -154,8 +154,21 @@ def plan_study(
             wrong = "no evaluation measures it: see data.validation_size, evaluation.train_samples, averaging.kind"
             found.append(Problem("search.objective", wrong, code="metric-not-measured", value=study.search.objective))
         if variant.is_asked:
-            labels, place = (name, variant.name, variant.variant, variant.title), (variant.searched, variant.trial)
-            planned.append(PlannedRun(number, *labels, seed, variant.settings, arguments, config, *place))
+            planned.append(
+                PlannedRun(
+                    number=number,
+                    name=name,
+                    variant=variant.name,
+                    family=variant.family,
+                    title=variant.title,
+                    seed=seed,
+                    settings=variant.settings,
+                    overrides=arguments,
+                    config=config,
+                    searched=variant.searched,
+                    trial=variant.trial,
+                )
+            )
     found += _duplicates(planned)
     if found:
         # A problem of a variant recurs with every seed: list it once.
@@ -171,7 +184,7 @@ def _points(study: Study, trials: OptunaTrials | None) -> Iterator[tuple[int, in
         for trial in range(study.search.trials if study.search else 1)
         for seed in study.seeds
         for variant in variants
-        if seed in study.seeds_of(variant.variant)
+        if seed in study.seeds_of(variant.family)
     )
     asked = {variant.name: trials.settings(variant.name) for variant in variants} if trials else {}
     for number, (trial, seed, variant) in enumerate(every, start=1):
@@ -224,7 +237,7 @@ def _variants(study: Study) -> Iterator[_Variant]:
             labels = [f"{shorts[path]} {_label(value)}" for path, value in chosen.items()]
             yield _Variant(
                 name="-".join([variant, *(re.sub(r"[^A-Za-z0-9._-]+", "-", label).strip("-") for label in labels)]),
-                variant=variant,
+                family=variant,
                 title=", ".join([described.title or variant, *labels]),
                 settings={**settings, **chosen},
                 origins=origins,
