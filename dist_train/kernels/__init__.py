@@ -1,1 +1,1 @@
-"""GPU kernels written in Triton, as torch operators. No other package imports Triton."""
+"""Fused kernels as torch operators: Triton's for GPUs, compiled ones for CPUs. No other package imports Triton."""

@@ -62,7 +62,7 @@ def _accumulate_on_grids(
 
 
 def random_bits(out: Tensor, low: int, high: int) -> None:
-    """Fill int32 `out` [n] with the hashes of 0, 1, ... by the halves of a key, as `randomness.hash_by_torch` does."""
+    """Fill int32 `out` [n] with the hashes of 0, 1, ... by the halves of a key, as `hash_by_torch` does."""
     # Of integers alone, but Triton 3.9 warns where a launch does not say it.
     programs = triton.cdiv(len(out), _BLOCK)
     _random_bits[(programs,)](out, len(out), low, high, block=_BLOCK, enable_fp_fusion=False)

@@ -103,12 +103,12 @@ def settings_listing(config: Config) -> dict[str, str]:
 
 def _compare(comm: Communicator, what: str, listing: Mapping[str, str], fix: str) -> None:
     content = json.dumps(listing, sort_keys=True).encode()
-    outliers = minority([each for (each,) in gather(comm, [signed_digest(content)], f"alike.{what}")])
+    outliers = minority([each for (each,) in gather(comm, [signed_digest(content)], f"consistency.{what}")])
     if not outliers:
         return
     # The reporter compares its listing with rank 0's. If rank 0 is in the minority, a rank of the majority reports.
     reporter = outliers[0] if outliers[0] != 0 else next(rank for rank in range(comm.size) if rank not in outliers)
-    first: dict[str, str] = json.loads(broadcast_str(comm, json.dumps(listing), f"alike.{what}.listing"))
+    first: dict[str, str] = json.loads(broadcast_str(comm, json.dumps(listing), f"consistency.{what}.listing"))
 
     def report() -> None:
         if comm.rank != reporter:
