@@ -1,4 +1,4 @@
-"""What a run left, for notebooks and scripts: its settings, records and model; exports, and updates made again."""
+"""For notebooks and scripts: the settings, records and model of a run; exports, range tests and replays of updates."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ Format = Literal["safetensors", "torch-export", "onnx"]
 
 @dataclass(frozen=True)
 class Run:
-    """A run's directory, read when asked; `load_run` opens it.
+    """A run, read from its directory on demand; `load_run` returns it.
 
     Examples:
         >>> run = dist_train.load_run("runs/demo")
-        >>> rows = run.metrics()  # a DataFrame where pandas is there
+        >>> rows = run.metrics()  # a DataFrame if pandas is installed
         >>> images = torch.rand(5, *run.config.data.image_format.shape)  # [n, C, H, W]
         >>> run.model()(images).shape  # logits [n, classes]
         torch.Size([5, 10])
@@ -55,26 +55,26 @@ class Run:
 
     @cached_property
     def config(self) -> Config:
-        """Every setting of the run. Raises ConfigError where they cannot be read."""
+        """Every setting of the run. Raises ConfigError if they cannot be read."""
         return load_config(self.directory.config)
 
     @property
     def status(self) -> Status:
-        """How the run is, or how it ended. Raises BrokenFileError where nothing readable says so."""
+        """The state of the run, or how it ended. Raises BrokenFileError if it cannot be read."""
         return load_status(self.directory.status)
 
     @property
     def records(self) -> tuple[Record, ...]:
-        """Its records in order: updates, evaluations, events. Raises OSError where there are none."""
+        """The records in order: updates, evaluations, events. Raises OSError if there are none."""
         return read_records(self.directory.metrics)
 
     @property
     def steps(self) -> tuple[int, ...]:
-        """The updates after which there is a checkpoint, the earliest first."""
+        """The steps of the checkpoints, in order."""
         return tuple(file.step for file in list_checkpoints(self.directory.checkpoints))
 
     def metrics(self) -> Any:
-        """Return the records of updates and evaluations: a DataFrame where pandas is there, else a list of mappings."""
+        """Return the records of updates and evaluations: a DataFrame with pandas installed, else a list of mappings."""
         kinds = {TrainRecord: "train", EvaluationRecord: "eval"}
         rows = [{"kind": kinds[type(each)], **asdict(each)} for each in self.records if type(each) in kinds]
         if importlib.util.find_spec("pandas") is None:
@@ -84,11 +84,10 @@ class Run:
         return pandas.DataFrame(rows)
 
     def model(self, step: int | None = None, weights: Weights = "raw") -> nn.Module:
-        """Return the network after `step` (none: the last checkpoint) with clean weights, on the CPU, for evaluation.
+        """Return the network of the checkpoint at `step` (default: the last one), in evaluation mode on the CPU.
 
-        `weights="averaged"`: with their average along the way, where the run made one.
-
-        It takes images [n, C, H, W] as the run's data set gives them, and returns logits [n, classes].
+        It has the clean weights or, with `weights="averaged"`, the run's average of them. It takes images [n, C, H, W]
+        as the run's data set gives them, and returns logits [n, classes].
 
         Raises:
             UsageError: there is no such checkpoint, it is damaged, or it holds no average.
@@ -97,7 +96,7 @@ class Run:
         return stored_model(contents, stored_config(contents, ()), weights).eval()
 
     def checkpoint(self, step: int | None = None) -> Path:
-        """Return the checkpoint after `step`, or the last one. Raises UsageError where there is none."""
+        """Return the checkpoint at `step` (default: the last one). Raises UsageError if there is none."""
         if step is None:
             return find_checkpoint(self.directory.root)
         if step not in self.steps:
@@ -122,7 +121,7 @@ class Run:
         return splits.normalization
 
     def learning_curve(self, output: Path | str | None = None) -> Path:
-        """Draw loss and accuracy against epoch into `output` (.png, .svg, .pdf), and return where it is."""
+        """Draw loss and accuracy against epoch into `output` (.png, .svg or .pdf), and return its path."""
         output = Path(output or self.directory.learning_curve)
         draw_learning_curve([self.directory.root], output)
         return output
@@ -163,7 +162,7 @@ def evaluate(
 
 @dataclass(frozen=True)
 class Export:
-    """A model written to `path`; `difference` is the largest of its logits from the model's, once loaded back."""
+    """A model written to `path`; `difference`: the largest between its logits, loaded back, and the model's."""
 
     path: Path
     step: int
@@ -171,10 +170,10 @@ class Export:
 
 
 def export(target: Path | str, to: Format, output: Path | str | None = None, weights: Weights = "raw") -> Export:
-    """Write the model of a checkpoint, or of a run's last one, with clean weights, or averaged, and norm statistics.
+    """Write the model of a checkpoint, or of a run's last one, with clean or averaged weights and norm statistics.
 
-    safetensors: the tensors by name, to be loaded into the same network. torch-export and onnx: the network too, for
-    any number of images. What is written is loaded back, and compared on a few random images, [4, C, H, W].
+    safetensors: the tensors by name. torch-export and onnx: also the network, for any number of images. The file is
+    loaded back and compared with the model on four random images.
 
     Examples:
         >>> written = dist_train.export("runs/demo", "safetensors", "demo.safetensors")
@@ -210,7 +209,7 @@ def export(target: Path | str, to: Format, output: Path | str | None = None, wei
 
 @contextmanager
 def _replacing(output: Path) -> Iterator[Path]:
-    """Give a path to write, in a new folder, since libraries report a bad path each in its own way; then move it."""
+    """Yield a path in a new folder to write to, then move the file to `output`. Raises UsageError."""
     with writing(output, "choose another file with -o FILE"):
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
@@ -224,7 +223,7 @@ _Loaded = Callable[[Tensor], Tensor]
 def _safetensors(model: nn.Module, images: Tensor, output: Path) -> _Loaded:
     from safetensors.torch import load_file, save_file
 
-    # copies, since tied parameters, which share memory, are refused
+    # copies: safetensors refuses tied parameters, which share memory
     copies = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in model.state_dict().items()}
     save_file(copies, output)
     model.load_state_dict(load_file(output))
@@ -241,7 +240,7 @@ def _onnx(model: nn.Module, images: Tensor, output: Path) -> _Loaded:
     import onnxruntime
 
     sizes = ({0: torch.export.Dim("images", min=1)},)
-    # one file: none of our networks comes near the 2 GB that need a second one
+    # in one file: only networks of more than 2 GB need a second one
     options: dict[str, Any] = {"dynamo": True, "external_data": False, "verbose": False}
     torch.onnx.export(model, (images,), output, dynamic_shapes=sizes, input_names=["images"], **options)
     session = onnxruntime.InferenceSession(output)
@@ -256,13 +255,13 @@ _FORMATS: Mapping[Format, tuple[str, Callable[[nn.Module, Tensor, Path], _Loaded
 
 
 def learning_rate_range(config: Config, low: float, high: float, updates: int, run_directory: Path | str) -> RangeTest:
-    """Train as `config` says with a rate that rises from `low` to `high` over `updates` updates, each times a factor.
+    """Train as `config` says with a rate that rises exponentially from `low` to `high` over `updates` updates.
 
-    Every rank of a launch calls it. It ends before where the loss is not finite any more. What was found is also
-    written into `run_directory`, as lr_range.csv, .json and .png.
+    Every rank of a launch calls it. The result ends before the first loss that is not finite; it is also written into
+    `run_directory`, as lr_range.csv, .json and .png.
 
     Raises:
-        UsageError: the rates do not rise, or what `train` refuses.
+        UsageError: the rates do not rise, or `train` refuses the settings.
     """
     if not 0 < low < high or updates < 2:
         raise UsageError(
@@ -291,7 +290,7 @@ def learning_rate_range(config: Config, low: float, high: float, updates: int, r
     tested = parse_config(with_overrides(yaml.safe_load(dump_config(config)), overrides), source="the range test")
     directory = RunDirectory(Path(run_directory))
     try:
-        with suppress(DivergedError):  # what was measured before it is the result
+        with suppress(DivergedError):  # the result is what was measured before
             train(tested, directory.root)
     except UsageError as error:
         if error.code != "settings-changed":
@@ -312,9 +311,9 @@ _COMPARED = ("loss", "accuracy", "learning_rate", "noise_amplitude", "gradient_n
 
 @dataclass(frozen=True)
 class Replay:
-    """An update made again: what the run recorded of it, and what came out now, by name.
+    """A replayed update: the values that the run recorded of it, and those of the replay, by name.
 
-    `weights_agree` is whether the weights after it are those of the run's checkpoint; None where it has none there.
+    `weights_agree`: whether the weights after it equal those of the run's checkpoint; None if there is no such one.
     """
 
     step: int
@@ -330,10 +329,10 @@ class Replay:
 
 
 def replay(path: Path | str, step: int) -> Replay:
-    """Make update `step` of a run again, from the checkpoint before it, or from its beginning.
+    """Repeat update `step` of a run, from the checkpoint before it or from the beginning; the run is only read.
 
-    Every rank of a launch calls it, on any number of ranks; the run itself is only read. Rank 0 alone compares: on the
-    others nothing is `recorded` or `replayed`.
+    Every rank of a launch calls it, on any number of ranks. Only rank 0 compares: on the others `recorded` and
+    `replayed` are empty.
 
     Examples:
         >>> again = dist_train.replay("runs/demo", 20)
@@ -341,7 +340,7 @@ def replay(path: Path | str, step: int) -> Replay:
         (0, True)
 
     Raises:
-        UsageError: the run did not record that update.
+        UsageError: the run has not recorded that update.
     """
     run = load_run(path)
     recorded = _update(run, step)
@@ -352,7 +351,7 @@ def replay(path: Path | str, step: int) -> Replay:
     settings = read_checkpoint(start).config if start else yaml.safe_load(dump_config(run.config))
     config = parse_config(with_overrides(settings, _replayed(step, start)), source="the run")
     launch = current_launch()
-    # The same on all ranks; a process that is the only rank has a place of its own.
+    # The same folder on all ranks; a single process has its own.
     own = f"-{os.getpid()}" if launch.size == 1 else ""
     place = Path(tempfile.gettempdir()) / f"dist_train-replay-{run.directory.run_id()}-{step}{own}"
     is_ours = launch.rank == 0
@@ -360,7 +359,7 @@ def replay(path: Path | str, step: int) -> Replay:
         try:
             train(config, place)
         except DivergedError as error:
-            # Otherwise the update is recorded, and only the evaluation that ends a run has found something not finite.
+            # Otherwise the update is recorded: only the evaluation at the end is not finite.
             if error.code == "step-not-finite":
                 raise
         if not is_ours:  # rank 0 may have removed the folder already, or another node has it
@@ -371,7 +370,7 @@ def replay(path: Path | str, step: int) -> Replay:
         if step in run.steps and step in again.steps:
             weights_agree = _same_weights(run.checkpoint(step), again.checkpoint(step))
     except UsageError as error:
-        is_ours = is_ours and error.code != "run-in-use"  # by another launch that replays the same update
+        is_ours = is_ours and error.code != "run-in-use"  # another launch replays the same update
         raise
     finally:
         if is_ours:

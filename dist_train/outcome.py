@@ -1,4 +1,4 @@
-"""How a command can end: exit codes, the errors that lead to them, and texts that are safe to print."""
+"""How a command can end: exit codes and errors; and how to make texts safe to print."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ class ExitCode(IntEnum):
 
 
 class CodedError(Exception):
-    """An error whose text a person reads, and whose `code` (kebab-case, listed in docs/errors.md) a program does."""
+    """An error with a text for people and a `code` for programs (kebab-case, listed in docs/errors.md)."""
 
     code = "error"
     exit_code = ExitCode.FAULT
 
     def __init__(self, text: str, *, code: str | None = None) -> None:
-        """Say `text`; without a `code`, the error has its class's."""
+        """Without a `code`, the error has that of its class."""
         super().__init__(text)
         if code is not None:
             self.code = code
 
 
 class UsageError(CodedError, ValueError):
-    """Something that the user can mend; its text says how. Exit code 2."""
+    """Something that the user can fix; the text says how. Exit code 2."""
 
     code = "usage"
     exit_code = ExitCode.USAGE
 
 
 class FaultError(CodedError, RuntimeError):
-    """Something broke that is neither the user's doing nor a bug; its text says what. Exit code 1."""
+    """A failure that is neither the user's mistake nor a bug, such as a full disk. Exit code 1."""
 
     code = "fault"
 
@@ -58,14 +58,14 @@ class DivergedError(CodedError, RuntimeError):
 
 
 class DisagreementError(CodedError, RuntimeError):
-    """Ranks hold different weights or noise; its text names them. Exit code 4."""
+    """Ranks hold different weights or noise; the text names them. Exit code 4."""
 
     code = "disagreement"
     exit_code = ExitCode.DISAGREEMENT
 
 
 class StoppedError(CodedError):
-    """The run saved and stopped because it was asked to. Exit code 75."""
+    """The run has saved and stopped on request. Exit code 75."""
 
     code = "stopped"
     exit_code = ExitCode.STOPPED
@@ -87,7 +87,7 @@ class PeerFailedError(UsageError):
 
 @contextmanager
 def writing(place: Path, fix: str) -> Iterator[None]:
-    """Turn an OSError in the block into a UsageError: `place` cannot be written, and how to fix it."""
+    """Turn an OSError in the block into a UsageError that says that `place` cannot be written, and the `fix`."""
     try:
         yield
     except OSError as error:
@@ -98,7 +98,7 @@ def writing(place: Path, fix: str) -> Iterator[None]:
 
 @contextmanager
 def reading(place: Path, fix: str = "", code: str = "data-unreadable") -> Iterator[None]:
-    """Turn an OSError in the block into a UsageError: `place` cannot be read, and how to fix it."""
+    """Turn an OSError in the block into a UsageError that says that `place` cannot be read, and the `fix`."""
     try:
         yield
     except OSError as error:
@@ -116,7 +116,7 @@ _GENERAL = frozenset(kind.code for kind in (UsageError, FaultError, DivergedErro
 
 
 def text_with_code(error: CodedError) -> str:
-    """Return the text of `error`, and behind it its [code] where that says more than the exit code does."""
+    """Return the text of `error`, followed by its [code] unless that is the general one of its class."""
     return str(error) if error.code in _GENERAL else f"{error} [{error.code}]"
 
 
@@ -126,7 +126,7 @@ def exit_code_of(error: BaseException) -> ExitCode:
 
 
 def escaped(text: str) -> str:
-    r"""Return `text`, of a file or a name, as one line that does nothing to a terminal: ESC becomes \x1b, NUL \x00."""
+    r"""Return `text` as one line without control characters: ESC becomes \x1b, NUL \x00."""
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 

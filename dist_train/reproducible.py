@@ -1,12 +1,11 @@
-"""Numbers that depend on nothing but what they stand for: random draws, and sums whose value no order changes.
+"""Reproducible random numbers and sums, on which neither the number of ranks nor any order has an influence.
 
-Randomness is a pure function of (seed, purpose, indices): nothing to save, nothing to replay. Every random choice of a
-run takes its own generator from here, so that any step can be reproduced alone, on any rank. Layers such as dropout
-know only torch's global generators: `LayerRng` seeds these for each micro-batch, and leaves them as it found them.
+Randomness is a pure function of (seed, purpose, indices): every random choice of a run has its own generator, so any
+step can be reproduced alone, on any rank, and a checkpoint needs no random state. Layers such as dropout draw from
+torch's global generators: `LayerRng` seeds these for each micro-batch and restores them afterwards.
 
-Sums are of floats as 64-bit integers at a power-of-two scale. Floating-point addition is not associative, so a float
-sum depends on how its terms are dealt out to ranks. Integer addition is associative. A power of two scales a float32
-exactly, so one rounding, that of the value itself to a multiple of 2^-bits, is all that is lost.
+Floats are summed as 64-bit integers at a power-of-two scale, since integer addition is associative. Scaling a float32
+by a power of two is exact; the only loss is the rounding of each value to a multiple of 2^-bits.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ _HASH_GOLDEN = 0x9E3779B9
 _HASH_MIX_1 = 0x7FEB352D
 _HASH_MIX_2 = 0x846CA68B
 
-_CACHED = 1 << 16  # hashes of 32 bits that, with what is made of them, a core's own cache holds
+_CACHED = 1 << 16  # hashes made at once on a CPU: they stay in a core's cache
 
 
 def key(seed: int, purpose: str, *indices: int | str) -> int:
@@ -44,15 +43,15 @@ def key(seed: int, purpose: str, *indices: int | str) -> int:
 
 
 def generator(seed: int, purpose: str, *indices: int | str) -> torch.Generator:
-    """Return a generator on the CPU whose stream depends on (seed, purpose, indices) alone."""
+    """Return a generator on the CPU whose stream depends only on (seed, purpose, indices)."""
     return torch.Generator().manual_seed(key(seed, purpose, *indices))
 
 
 class LayerRng:
-    """torch's global generators, from which dropout and other layers draw, seeded for each micro-batch.
+    """Seeds torch's global generators, from which dropout and other layers draw, for each micro-batch.
 
-    What they draw does not depend on how micro-batches are dealt to ranks, and all passes over a micro-batch in an
-    update, also a repeated one, have the same masks.
+    So draws do not depend on which rank computes a micro-batch, and all passes over it in an update, also in a repeated
+    one, have the same masks.
     """
 
     def __init__(self, seed: int, device: torch.device) -> None:
@@ -64,7 +63,7 @@ class LayerRng:
 
     @contextmanager
     def preserved(self) -> Iterator[None]:
-        """Return a context which restores the global generators at its end: they are the caller's."""
+        """Restore the global generators after the block."""
         states = [each.get_state() for each in self._generators]
         try:
             yield
@@ -80,12 +79,11 @@ class LayerRng:
 
 
 def bits(stream: int, count: int, device: torch.device) -> Iterator[torch.Tensor]:
-    """Yield `count` int16 of random bits, `count` even, on `device`: the same ones on every kind of device.
+    """Yield `count` int16 of random bits, `count` even, on `device`; they are the same on every kind of device.
 
-    Two of each 32-bit integer hash of (the key `stream`, position): lowbias32 (github.com/skeeto/hash-prospector) of a
-    Weyl sequence, half of the key added before the first multiplication and the other half after it. Integer operations
-    wrap alike everywhere. On a CPU by NumPy, in parts that stay in the cache and that the next one overwrites; on a GPU
-    at once.
+    Each 32-bit hash of (the key `stream`, position) gives two: lowbias32 (github.com/skeeto/hash-prospector) of a Weyl
+    sequence, with half of the key added before the first multiplication and the other half after it. On a CPU, NumPy
+    computes parts that stay in the cache, each overwritten by the next; a GPU computes all at once.
     """
     assert count % 2 == 0, "two of each hash"
     if device.type == "cpu":
@@ -131,8 +129,7 @@ def hash_by_torch(numbers: torch.Tensor, stream: int) -> torch.Tensor:
 def uniform(stream: int, counters: torch.Tensor) -> torch.Tensor:
     """Return one float32 in [0, 1) for each int64 counter: SplitMix64 of (stream, counter).
 
-    The value of a counter does not depend on which others are asked for, hence not on how samples are
-    grouped into micro-batches.
+    A counter's value does not depend on the other counters, and so not on how samples are grouped into micro-batches.
     """
     state = (counters + 1) * _signed(_GOLDEN, 64) + _signed(stream, 64)
     state = (state ^ _shift_right(state, 30)) * _signed(_MIX_1, 64)
@@ -151,17 +148,17 @@ def _shift_right(value: torch.Tensor, bits: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class FixedPoint:
-    """A representation with `bits` binary places: |value| < 2^(62 - bits) fits, with room for a sign."""
+    """Numbers as 64-bit integers with `bits` binary places; |value| < 2^(62 - bits)."""
 
     bits: int
 
     @property
     def limit(self) -> float:
-        """Absolute values from here on are out of range, also as a sum."""
+        """Absolute values, and sums of them, must be below it."""
         return 2.0 ** (62 - self.bits)
 
     def encode(self, values: torch.Tensor) -> torch.Tensor:
-        """Return float `values` as int64, rounded towards zero; they must be within the limit."""
+        """Return float `values`, within the limit, as int64, rounded towards zero."""
         return values.mul(2.0**self.bits).to(torch.int64)
 
     def decode(self, integers: torch.Tensor) -> torch.Tensor:

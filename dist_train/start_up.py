@@ -1,4 +1,4 @@
-"""How the process of a rank starts: without garbage collection, with a heap in large pages and without large holes."""
+"""Settings of a rank's process: no garbage collection while it starts, and a heap that suits large arrays."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from functools import cache
 
 @contextmanager
 def without_collection() -> Iterator[None]:
-    """Let nobody look for garbage in the block, nor later among what it leaves behind.
+    """Switch garbage collection off in the block, and exempt what it leaves behind from later collections.
 
-    Loading torch and all that is ours makes objects by the hundred thousand; looking through them again and again takes
-    a fifth of the time.
+    Imports create hundreds of thousands of objects; traversing them again and again takes a fifth of the time.
     """
     was_enabled = gc.isenabled()
     gc.disable()
@@ -27,8 +26,7 @@ def without_collection() -> Iterator[None]:
             gc.enable()
 
 
-# mallopt(3): the largest piece that is cut from the heap, and the free heap that is not given back to the system, which
-# holds the reserved part too.
+# mallopt(3): up to which size the heap serves allocations, and how much free heap is kept; the reserved part is in it.
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
 _LARGEST_PIECE, _KEPT_BYTES = 1 << 30, (1 << 31) - 1
 _RESERVED_BYTES = _LARGEST_PIECE - (1 << 20)
@@ -36,13 +34,12 @@ _MADV_HUGEPAGE = 14
 
 
 def keep_freed_memory() -> bool:
-    """Let this process reuse the memory that it frees, up to 2 GiB, instead of giving it back to the system.
+    """Let this process keep up to 2 GiB of freed memory for reuse; return whether that was set.
 
-    A step allocates and frees the same activations again and again. glibc returns pieces over 32 MiB, and a free top of
-    the heap, to the system at once, which fills every page with zeros when it is touched the next time: a tenth of the
-    time of a step on a CPU (`python -m benchmarks --only allocator`).
+    It is not with another C library than glibc, or if the user has set glibc's variables.
 
-    Returns whether it was done: not with another C library, and not where the user has set glibc's own variables.
+    Every step allocates the same activations. By default glibc returns large ones to the system, which zeroes their
+    pages at the next use: a tenth of a step's time on a CPU (`python -m benchmarks --only allocator`).
     """
     asked = os.environ.keys() & {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"}
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -53,20 +50,17 @@ def keep_freed_memory() -> bool:
 
 
 def use_large_pages() -> bool:
-    """Have the next GiB of the heap in pages of 2 MiB; to be called after `keep_freed_memory`, which must have done so.
+    """Request pages of 2 MiB for the next GiB of the heap, after `keep_freed_memory`; return whether Linux accepted.
 
-    Arrays and objects then take fewer entries of the processor's table of pages: 3 % of a step at width 1
-    (`python -m benchmarks --only allocator`). Address space is reserved, no memory. torch itself asks for large pages
-    with THP_MEM_ALLOC_ENABLE=1, but aligns each large array to 2 MiB: the heap gets holes, a quarter more memory at
-    width 1. Where the user has set that variable, torch does as it says.
-
-    Returns whether it was asked for; Linux may be set to give none, or to give them to all.
+    Fewer pages save 3 % of a step at width 1 (`python -m benchmarks --only allocator`). Only address space is reserved.
+    torch's own THP_MEM_ALLOC_ENABLE=1 aligns each large array to 2 MiB, which leaves holes: a quarter more memory at
+    width 1. If the user has set that variable, nothing is requested here.
     """
     if "THP_MEM_ALLOC_ENABLE" in os.environ:
         return False
     libc = _libc()
     libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    # What is free on top of the heap once this is freed; not touched, it has no pages yet.
+    # Freed again below, it is the free top of the heap; untouched, it has no pages yet.
     place = libc.malloc(_RESERVED_BYTES)
     if place is None:  # beyond a limit of the address space
         return False
@@ -77,25 +71,24 @@ def use_large_pages() -> bool:
     return refused == 0
 
 
-# An update of VGG9 takes fewer than 1,000 pieces. A piece of 48 bytes holds 40; the rest is glibc's own.
+# An update of VGG9 needs fewer than 1,000 pieces. Of the 48 bytes of a piece, 8 are glibc's own.
 _SMALL_PIECES, _HELD_BYTES = 10_000, 40
 
 
 @cache
 def keep_small_objects_together() -> None:
-    """Leave small pieces of the heap free for small objects, which otherwise end up between large arrays.
+    """Make free places for small objects, which otherwise end up between large arrays; once per process is enough.
 
-    torch aligns arrays to 64 bytes, for which glibc leaves a piece of 48 bytes free before each array. A small object
-    there, such as a node of autograd's graph, keeps arrays that are freed on both sides from becoming one free piece.
-    Not even an array of the same size then fits in the place of one of them, since glibc looks for 96 bytes more than
-    an aligned array takes. The heap of VGG9 at width 1 grew to 480 to 550 MB, of which 410 were in use at most.
+    torch aligns arrays to 64 bytes, so glibc leaves 48 bytes free before each. A small object there, such as a node of
+    autograd's graph, keeps freed arrays on both sides from merging, and an array of the same size does not fit in one
+    of them, since glibc looks for 96 bytes more than it needs. The heap of VGG9 at width 1 grew to 480 to 550 MB, with
+    at most 410 in use.
 
-    Of pieces that fit exactly, glibc takes the one that has been free for longest: these come first. Once in a process
-    is enough.
+    Of exactly fitting pieces glibc takes the one that has been free longest: one of these.
     """
     libc = _libc()
     pieces = [libc.malloc(_HELD_BYTES) for _ in range(2 * _SMALL_PIECES)]
-    # Every other one stays: free pieces side by side would become one.
+    # Every other one stays allocated: adjacent free pieces would merge.
     for piece in pieces[::2]:
         libc.free(piece)
 
