@@ -26,9 +26,7 @@ from dist_train.analysis.landscape_files import LandscapeSettings, Measured, Poi
 from dist_train.checkpoint.files import Stored
 from dist_train.cluster.devices import choose_device
 from dist_train.config import Config
-from dist_train.data.images import BatchRequest
 from dist_train.data.loader import SampleSource, open_splits
-from dist_train.data.plan import BatchPlan
 from dist_train.models.norms import BatchStatistics, collect_statistics, norm_modules
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import UsageError
@@ -274,7 +272,7 @@ def open_subject(stored: Stored, overrides: Sequence[str], settings: LandscapeSe
     model = stored_model(stored.contents, config)
     with closing(open_splits(config.data, config.run.seed, compute.device, channels_last)) as splits:
         train, test = (
-            _batches(samples, _subset(samples, wanted, settings.subset_seed), batch_size)
+            list(samples.read_all(_subset(samples, wanted, settings.subset_seed).split(batch_size)))
             for samples, wanted in ((splits.train, settings.samples), (splits.test, settings.test_samples))
         )
         statistics: list[Batch] = []
@@ -282,7 +280,7 @@ def open_subject(stored: Stored, overrides: Sequence[str], settings: LandscapeSe
             wanted, micro_size = settings.statistics_samples or config.model.norm_samples, config.batch.micro_size
             assert micro_size != "auto", "a run resolves it before it saves"
             chosen = statistics_samples(len(splits.train), wanted, micro_size, config.run.seed)
-            statistics = _batches(splits.train, chosen, micro_size)
+            statistics = list(splits.train.read_all(chosen.split(micro_size)))
     return Subject(config, model, place_of(model), compute, channels_last, batch_size, train, test, statistics)
 
 
@@ -324,13 +322,6 @@ def _subset(samples: SampleSource, wanted: int | None, seed: int) -> torch.Tenso
         return torch.arange(len(samples))
     order = torch.randperm(len(samples), generator=generator(seed, "landscape samples"))
     return order[:wanted].sort().values
-
-
-def _batches(samples: SampleSource, indices: torch.Tensor, batch_size: int) -> list[Batch]:
-    plan = BatchPlan(len(indices), batch_size)
-    requests = [BatchRequest(indices[batch.start : batch.stop]) for batch in plan.micro_batches]
-    samples.prefetch(requests)
-    return [samples.read(request) for request in requests]
 
 
 def digest(batches: Iterable[Batch], hashed: hashlib._Hash | hashlib.blake2b) -> str:

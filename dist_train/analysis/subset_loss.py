@@ -18,7 +18,6 @@ from dist_train.checkpoint.files import Stored
 from dist_train.cluster.communicator import Alone
 from dist_train.cluster.devices import choose_device
 from dist_train.config import Config
-from dist_train.data.images import BatchRequest
 from dist_train.data.loader import SampleSource, open_splits, training_labels
 from dist_train.data.plan import balanced_choice
 from dist_train.models.norms import collect_statistics, norm_modules
@@ -194,9 +193,7 @@ def open_stored_subset(
     with closing(open_splits(config.data, config.run.seed, compute.device, precision.channels_last)) as splits:
         if settings.statistics == "recomputed":
             _recompute(model, splits.train, config, compute)
-        requests = [BatchRequest(part) for part in cut(chosen, settings.batch_size)]
-        splits.train.prefetch(requests)
-        batches = tuple(map(splits.train.read, requests))
+        batches = tuple(splits.train.read_all(cut(chosen, settings.batch_size)))
     model.eval()
     if settings.statistics == "batch":
         collect_statistics(model)

@@ -62,6 +62,12 @@ class SampleSource(ABC):
             images = self._augment(images, move(batch.indices, self._device), self._seed, batch.epoch)
         return self._pixels.convert(images), labels
 
+    def read_all(self, parts: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield inputs and labels of the samples `parts`, int64 each, in order and unaugmented; prefetches them."""
+        requests = [BatchRequest(part) for part in parts]
+        self.prefetch(requests)
+        yield from map(self.read, requests)
+
     def prefetch(self, batches: Iterable[BatchRequest]) -> None:  # noqa: B027, nothing to prepare if all is in memory
         """Begin to prepare the batches that will be read next, in this order, instead of those of earlier calls."""
 

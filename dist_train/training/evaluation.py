@@ -22,7 +22,7 @@ from dist_train.cluster.joining import join_ranks
 from dist_train.config import Config, differences, dump_config, parse_config
 from dist_train.config.loading import with_overrides
 from dist_train.config.resuming import with_setting
-from dist_train.data.images import BatchRequest, Split
+from dist_train.data.images import Split
 from dist_train.data.loader import SampleSource, open_splits
 from dist_train.data.plan import BatchPlan
 from dist_train.models import build_model
@@ -81,13 +81,11 @@ def evaluate(
     was_training = model.training
     model.eval()
     share = plan.share(comm.rank, comm.size)
-    requests = [BatchRequest(torch.arange(batch.start, batch.stop)) for batch in share]
-    samples.prefetch(requests)
 
     def add_up() -> None:
+        batches = samples.read_all(torch.arange(batch.start, batch.stop) for batch in share)
         with torch.inference_mode(), compute.autocast():
-            for batch, request in zip(share, requests, strict=True):
-                inputs, labels = samples.read(request)
+            for batch, (inputs, labels) in zip(share, batches, strict=True):
                 logits = model(inputs).double()
                 losses = functional.cross_entropy(logits, labels, reduction="none")
                 sums[0, batch.index] = losses.sum()
@@ -139,13 +137,11 @@ def recompute_statistics(
     was_training = model.training
     collect_statistics(model)
     share = BatchPlan(len(indices), micro_size).share(comm.rank, comm.size)
-    requests = [BatchRequest(indices[batch.start : batch.stop]) for batch in share]
-    samples.prefetch(requests)
 
     def collect() -> None:
         with torch.no_grad(), compute.autocast():
-            for request in requests:
-                model(samples.read(request)[0])
+            for inputs, _ in samples.read_all(indices[batch.start : batch.stop] for batch in share):
+                model(inputs)
                 statistics.collect()
 
     fits = fits_memory(collect)

@@ -109,7 +109,7 @@ def test_the_loss_of_a_confident_network_is_that_of_an_evaluation() -> None:
     labels = torch.zeros_like(labels)
     with closing(PointEvaluator(model, [[(inputs, labels)]], [], COMPUTE)) as evaluator:
         [measured] = evaluator.evaluate(place_of(model))
-    samples = Mock(read=lambda request: (inputs, labels))
+    samples = Mock(read_all=lambda parts: [(inputs, labels)])
     evaluation = evaluate(model, samples, 16, batch_size=16, compute=COMPUTE, comm=Alone())
     assert 0 < measured.loss < 1e-9
     assert measured.loss == pytest.approx(evaluation.loss, rel=1e-12, abs=0)
