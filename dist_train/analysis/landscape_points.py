@@ -304,8 +304,7 @@ def _check_data(other: Stored, ours: Config, theirs: Config) -> None:
     if ours.data.name == "synthetic":
         names += ["run.seed", "data.synthetic_shape", "data.synthetic_classes", "data.synthetic_samples"]
     for name in names:
-        section, key = name.split(".")
-        first, second = getattr(getattr(ours, section), key), getattr(getattr(theirs, section), key)
+        first, second = ours.value(name), theirs.value(name)
         if first != second:
             raise UsageError(f"{other.path} has other data: its {name} is {second}, not {first}", code="other-data")
     seeds = (ours.run.seed, theirs.run.seed)

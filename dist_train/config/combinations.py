@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import chain
-from typing import Any
 
 from dist_train.config.parts import ENCODED, Section
 from dist_train.config.plugins import is_plugin
@@ -26,7 +25,7 @@ def conflicts(config: Config) -> Iterator[Problem]:
         _evaluation(config),
         _data(config),
     ):
-        value = _value(config, problem.path)
+        value = config.value(problem.path)
         if isinstance(value, tuple):
             value = [each.model_dump() if isinstance(each, Section) else each for each in value]
         yield replace(problem, value=value)
@@ -246,18 +245,13 @@ def unused_settings(config: Config) -> list[str]:
     if all(settings.model_fields_set == settings.__class__.model_fields.keys() for settings in sections.values()):
         return []
     # a plug-in that is given its section may use all of it
-    passed = {each.partition(".")[0] for each in _GIVEN_SECTIONS if is_plugin(_value(config, each))}
+    passed = {each.partition(".")[0] for each in _GIVEN_SECTIONS if is_plugin(config.value(each))}
     given = {f"{each}.{name}" for each in sections.keys() - passed for name in sections[each].model_fields_set}
     return [f"{path} has no effect: {why}" for path, is_unused, why in _UNUSED if path in given and is_unused(config)]
 
 
 _GIVEN_SECTIONS = ("data.name", "noise.method", "optimizer.name")
 """Settings whose plug-ins are called with the settings of their section."""
-
-
-def _value(config: Config, setting: str) -> Any:
-    section, name = setting.split(".")
-    return getattr(getattr(config, section), name)
 
 
 def _is_sam(config: Config) -> bool:
@@ -270,7 +264,7 @@ def _perturbs(config: Config) -> bool:
 
 
 def _is_built_in(setting: str) -> Callable[[Config], bool]:
-    return lambda config: not is_plugin(_value(config, setting))
+    return lambda config: not is_plugin(config.value(setting))
 
 
 def _not_encoded(config: Config) -> bool:
@@ -291,7 +285,7 @@ def _has_no_warmup(config: Config) -> bool:
 
 
 def _differs(setting: str, value: str) -> Callable[[Config], bool]:
-    return lambda config: _value(config, setting) != value
+    return lambda config: config.value(setting) != value
 
 
 _ONLY_WITH = {

@@ -69,9 +69,8 @@ def may_change(path: str) -> bool:
 def with_decisions(config: Config, decided: Config) -> Config:
     """Return `config` with the values of `decided` for settings that are `auto`."""
     for path in _DECIDED_ONCE:
-        section, name = path.split(".")
-        if getattr(getattr(config, section), name) == "auto":
-            config = with_setting(config, path, getattr(getattr(decided, section), name))
+        if config.value(path) == "auto":
+            config = with_setting(config, path, decided.value(path))
     return config
 
 

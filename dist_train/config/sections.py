@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -352,6 +352,11 @@ class Config(Section):
     def run_directory(self) -> Path:
         """The run's directory, unless the command line names another."""
         return self.run.directory / self.run.name
+
+    def value(self, path: str) -> Any:
+        """Return the setting at the dotted `path`, section.key."""
+        section, name = path.split(".")
+        return getattr(getattr(self, section), name)
 
     @property
     def stopping_metric(self) -> str:
