@@ -115,3 +115,11 @@ def threads_as_before() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def one_thread(threads_as_before: None) -> None:
+    """Compute with one thread during the test: small tensors are not worth waiting for others."""
+    import torch
+
+    torch.set_num_threads(1)

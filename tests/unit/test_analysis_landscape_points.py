@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from contextlib import closing
 from unittest.mock import Mock
 
@@ -31,15 +30,9 @@ from dist_train.training.compute import Compute
 from dist_train.training.evaluation import evaluate, recompute_statistics
 from tests.unit.small_trainers import small_config
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 COMPUTE = Compute(torch.device("cpu"), torch.float32)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def images(samples: int) -> ImageSet:

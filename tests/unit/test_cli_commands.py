@@ -9,12 +9,10 @@ import pickle
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
 from dist_train import __version__
@@ -25,14 +23,9 @@ from dist_train.outcome import ExitCode
 from dist_train.rundir.status import StatusFile, read_status
 from tests.unit.small_trainers import SETTINGS
 
+pytestmark = pytest.mark.usefixtures("threads_as_before")
+
 SMOKE = "dist_train:configs/smoke.yaml"
-
-
-@pytest.fixture(autouse=True)
-def _threads_as_before() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def write_config(folder: Path, **sections: Any) -> str:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 
 from dist_train.cli.main import main
 from dist_train.outcome import ExitCode
@@ -23,15 +22,10 @@ from dist_train.rundir.status import StatusFile
 from tests.unit.test_cli_commands import write_config
 from tests.waiting import PATIENCE
 
+pytestmark = pytest.mark.usefixtures("threads_as_before")
+
 STYLES = re.compile(r"\x1b\[[0-9;]*m")
 SCREEN, BACK, CURSOR = "\x1b[?1049h", "\x1b[?1049l", "\x1b[?25h"
-
-
-@pytest.fixture(autouse=True)
-def _threads_as_before() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @dataclass

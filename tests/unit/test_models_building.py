@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, get_args
 
 import pytest
@@ -23,6 +23,8 @@ from dist_train.outcome import UsageError
 from dist_train.training.evaluation import stored_model
 from tests.raising import raises, raises_problems
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 HERE = __name__
 MODELS = tuple(_MODELS)
 NORMS: tuple[str, ...] = get_args(ModelSettings.model_fields["norm"].annotation)
@@ -30,15 +32,6 @@ NORMS: tuple[str, ...] = get_args(ModelSettings.model_fields["norm"].annotation)
 
 def config(data: str, **model: Any) -> Config:
     return parse_config({"data": {"name": data}, "model": {"width": 0.0625, "ghost_size": 2, **model}}, source="test")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Let small tensors not wait for threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("data", ["cifar10", "fashion-mnist"])

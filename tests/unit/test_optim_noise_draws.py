@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from typing import Any, Literal
 
@@ -18,6 +18,8 @@ from dist_train.optim.flat_weights import FlatWeights
 from dist_train.optim.noise import build_noise
 from dist_train.optim.noise_draws import NoiseDraws
 from tests.unit.weights_in_force import in_force, perturbed
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 COUNT = 10**6
 FILTERS = 1000
@@ -60,14 +62,6 @@ class _Network(nn.Module):
 
 
 EXCLUDE = ("norm", "first")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @cache

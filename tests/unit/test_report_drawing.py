@@ -7,11 +7,9 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from matplotlib.figure import Figure
 
 from dist_train.cli.main import main
@@ -23,13 +21,7 @@ from tests.launching import write_config
 from tests.unit.report_study import make_study
 from tests.unit.small_trainers import SETTINGS
 
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    """A run in this process sets its threads."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("threads_as_before")
 
 
 RATES = [1e-4 * 10 ** (at / 20) for at in range(100)]

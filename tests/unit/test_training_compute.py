@@ -16,14 +16,9 @@ from dist_train.outcome import UsageError
 from dist_train.training.compute import is_out_of_memory, set_up_compute, share_of_threads
 from tests.raising import raises
 
+pytestmark = pytest.mark.usefixtures("threads_as_before")
+
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _threads_as_before() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize(

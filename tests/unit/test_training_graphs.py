@@ -24,16 +24,13 @@ from tests.unit.operator_recorder import OperatorRecorder, address_of
 from tests.unit.simulated_ranks import results
 from tests.unit.small_trainers import build_trainer, small_config, state_bits
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 UPDATES = 4
 PASSES = 4
 """In an update of `small_config`, but for the last one, which is never a graph."""
 
 Sections = Mapping[str, Mapping[str, Any]]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def trainer_of(folder: Path, sections: Sections, recorder: OperatorRecorder | None, comm: Communicator) -> Trainer:

@@ -23,18 +23,12 @@ from tests.unit.simulated_ranks import SimulatedRanks, results
 from tests.unit.small_trainers import build_trainer, small_config
 from tests.unit.test_training_step import take
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Tensors = list[Tensor]
 RATES = (0.05, 0.02, 0.04)
 TOTAL = 6
 """Updates of a run of `small_config`: two epochs of three."""
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Plain:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,19 +27,14 @@ from tests.unit.checkpoint_files import write
 from tests.unit.simulated_ranks import results
 from tests.unit.small_trainers import build_trainer, small_config
 
+pytestmark = pytest.mark.usefixtures("threads_as_before")
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     build_trainer(small_config(data={"normalize": True}), folder, Alone()).run()
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _threads_as_before() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 class TestFinding:
