@@ -18,7 +18,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from dist_train.checkpoint.files import find_checkpoint, list_checkpoints, read_checkpoint
+from dist_train.checkpoint.files import find_checkpoint, list_checkpoints, read_checkpoint, read_stored
 from dist_train.checkpoint.state import Weights
 from dist_train.cluster.launch import current_launch
 from dist_train.config import Config, ScheduleSettings, dump_config, load_config, parse_config
@@ -101,7 +101,9 @@ class Run:
             return find_checkpoint(self.directory.root)
         if step not in self.steps:
             known = ", ".join(map(str, self.steps)) or "none"
-            raise UsageError(f"{self.directory.root} has no checkpoint of step {step}: {known}", code="no-checkpoint")
+            raise UsageError(
+                f"{self.directory.root} has no checkpoint of step {step}; it has {known}", code="no-checkpoint"
+            )
         return self.directory.checkpoint(step)
 
     def evaluate(
@@ -185,7 +187,7 @@ def export(target: Path | str, to: Format, output: Path | str | None = None, wei
             model, or `output` cannot be written.
     """
     check_choice("to", to, Format)
-    contents = read_checkpoint(find_checkpoint(Path(target)))
+    contents = read_stored(Path(target)).contents
     config = stored_config(contents, ())
     model = stored_model(contents, config, weights).eval()
     suffix, write = _FORMATS[to]
@@ -398,7 +400,10 @@ def _update(run: Run, step: int) -> dict[str, float]:
         for record in run.records:
             if isinstance(record, TrainRecord) and record.step == step:
                 return {name: float(getattr(record, name)) for name in _COMPARED}
-    raise UsageError(f"{run.directory.root} has no record of update {step}", code="step-not-recorded")
+    raise UsageError(
+        f"{run.directory.root} has no record of update {step}: choose one of its metrics.jsonl",
+        code="step-not-recorded",
+    )
 
 
 def _same_weights(one: Path, other: Path) -> bool:

@@ -53,7 +53,7 @@ def random_direction(
 def check_exclusions(weights: FlatWeights, exclude: Sequence[str]) -> None:
     """Raise UsageError if every weight is excluded, or a pattern matches none."""
     if len(weights.excluded(exclude)) == len(weights.segments):
-        raise UsageError("--exclude leaves no weight to move", code="nothing-to-move")
+        raise UsageError("--exclude leaves no weight to move: exclude fewer", code="nothing-to-move")
 
 
 def _by_filter(drawn: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -139,7 +139,9 @@ def principal_plane(displacements: torch.Tensor, steps: tuple[int, ...]) -> Traj
     values, vectors = torch.linalg.eigh(products)
     values, vectors = values.flip(0), vectors.flip(1)
     if not values[1] > 1e-12 * values[0]:
-        raise UsageError("the checkpoints lie on a line or coincide: they span no plane", code="no-plane")
+        raise UsageError(
+            "the checkpoints lie on a line or coincide, so they span no plane: choose another run", code="no-plane"
+        )
     directions = []
     for index in range(2):
         vector = vectors[:, index]

@@ -229,10 +229,13 @@ def read_landscape(folder: Path) -> Landscape:
         return Landscape(fields["kind"], fields["checkpoints"], fields["settings"], rows)
     except OSError as error:
         raise UsageError(
-            f"{folder} holds no finished landscape: {error.strerror or error}", code="landscape-unfinished"
+            f"{folder} holds no finished landscape ({error.strerror or error}): run dist-train landscape to its end",
+            code="landscape-unfinished",
         ) from error
     except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{folder} holds a damaged landscape: {error}", code="landscape-damaged") from error
+        raise UsageError(
+            f"{folder} holds a damaged landscape: remove it and compute it again ({error})", code="landscape-damaged"
+        ) from error
 
 
 _ROWS = TypeAdapter(list[PointRow])

@@ -96,7 +96,8 @@ def _new_record(
         )
     if settings.keskar_dimensions > loss.count:
         raise UsageError(
-            f"--keskar-dimensions {settings.keskar_dimensions}: there are {loss.count} weights", code="option-range"
+            f"--keskar-dimensions is {settings.keskar_dimensions}: there are {loss.count} weights, choose at most that",
+            code="option-range",
         )
     return SharpnessRecord(
         checkpoint=checkpoint,
@@ -238,7 +239,9 @@ def noise_scale(gradients: Sequence[Vector], sizes: Sequence[int]) -> NoiseScale
     Raises UsageError if there is only one batch.
     """
     if len(sizes) < 2:
-        raise UsageError("--batch-size: the noise scale needs two passes or more", code="option-range")
+        raise UsageError(
+            "--batch-size: the noise scale needs two passes or more, choose less than --samples", code="option-range"
+        )
     counts = np.array(sizes, dtype=np.float64)
     whole = np.average(gradients, axis=0, weights=counts)
     squares = np.array([gradient @ gradient for gradient in gradients])

@@ -213,7 +213,10 @@ def open_stored_subset(
 def choose_samples(labels: Tensor, classes: int, settings: SharpnessSettings) -> Tensor:
     """Return the indices of a seeded, shuffled choice balanced by class, int64. Raises UsageError for too few."""
     if settings.samples > len(labels):
-        raise UsageError(f"--samples {settings.samples}: there are {len(labels)} training images", code="option-range")
+        raise UsageError(
+            f"--samples is {settings.samples}: choose at most {len(labels)}, the number of training images",
+            code="option-range",
+        )
     chosen = balanced_choice(labels, settings.samples, classes, settings.seed)
     return chosen[torch.randperm(len(chosen), generator=generator(settings.seed, "sharpness batches"))]
 

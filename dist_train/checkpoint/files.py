@@ -158,7 +158,10 @@ def find_checkpoint(target: Path) -> Path:
         raise UsageError(f"{target}: there is no such run or checkpoint", code="target-missing")
     files = list_checkpoints(target / "checkpoints")
     if not files:
-        raise UsageError(f"{target} holds no checkpoint", code="no-checkpoint")
+        raise UsageError(
+            f"{target} holds no checkpoint: wait for its first, or train with checkpoint.every_epochs above 0",
+            code="no-checkpoint",
+        )
     return files[-1].path
 
 
@@ -185,7 +188,8 @@ def read_checkpoint(path: Path) -> Contents:
         # Of nearly any type, with advice that users should not follow. The bytes are those that were written: what is
         # missing is memory, or a torch that knows what they hold.
         raise UsageError(
-            f"{path} is not damaged, but torch cannot load it here ({type(error).__name__})",
+            f"{path} is not damaged, but torch cannot load it here ({type(error).__name__}): use the torch version "
+            f"that saved it, or more memory",
             code="checkpoint-unreadable",
         ) from error
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:

@@ -163,7 +163,8 @@ def stored_state(contents: Contents, weights: Weights) -> Mapping[str, Tensor]:
         return contents.model
     if not contents.average:
         raise UsageError(
-            "the checkpoint holds no averaged weights: its run had averaging.kind=none", code="no-averaged-weights"
+            "the checkpoint holds no averaged weights, since its run had averaging.kind=none: choose --weights raw",
+            code="no-averaged-weights",
         )
     return averaged_state(contents.average, contents.model)
 
@@ -178,7 +179,8 @@ def load_into(contents: Contents, model: nn.Module, optimizer: Optimizer, averag
         optimizer.load_state_dict({**contents.optimizer})
     except (RuntimeError, ValueError) as error:
         raise UsageError(
-            f"the checkpoint is of another optimizer: {error}", code="checkpoint-of-another-model"
+            f"the checkpoint is of another optimizer: restore the settings it was saved with ({error})",
+            code="checkpoint-of-another-model",
         ) from error
 
 
@@ -371,5 +373,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         content = inner
     tensors = {_WRAPPER_PREFIX.sub("", str(name)): value for name, value in dict(content).items()} if content else {}
     if not tensors or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise UsageError(f"{path} does not hold tensors by name only", code="weights-unreadable")
+        raise UsageError(
+            f"{path} does not hold tensors by name only: save the model's state_dict()", code="weights-unreadable"
+        )
     return tensors
