@@ -115,13 +115,11 @@ class PointEvaluator:
         compute: Compute,
         *,
         threads: int = 1,
-        loss_sum: LossSum = cross_entropy_sum,
     ) -> None:
         """Evaluate copies of `model` on `splits`; statistics are recomputed from `statistics_batches`, if any."""
         self._splits = [list(split) for split in splits]
         self._statistics_batches = list(statistics_batches)
         self._compute = compute
-        self._loss_sum = loss_sum
         batches = max(sum(map(len, self._splits)), len(self._statistics_batches))
         lanes = 1 if compute.device.type == "cuda" else max(1, min(threads, batches))
         self._lanes = [_Lane(model, compute.device) for _ in range(lanes)]
@@ -167,11 +165,12 @@ class PointEvaluator:
             lane.model.eval()
         return not any(bool(lane.statistics.out_of_range) for lane in self._lanes)
 
-    def _measure(self, lane: _Lane, batch: Batch) -> torch.Tensor:
+    @staticmethod
+    def _measure(lane: _Lane, batch: Batch) -> torch.Tensor:
         inputs, labels = batch
         outputs = lane.model(inputs)
         correct = (outputs.argmax(dim=1) == labels).sum()
-        return torch.stack([self._loss_sum(outputs, labels).double(), correct.double()])
+        return torch.stack([cross_entropy_sum(outputs, labels), correct.double()])
 
     def _map_batches(self, batches: Sequence[Batch], work: Callable[[_Lane, Batch], Result]) -> list[Result]:
         """Return the result of `work` for each batch, in order; each lane takes the next untaken batch."""

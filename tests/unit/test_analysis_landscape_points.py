@@ -8,7 +8,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 
 from dist_train.analysis.landscape_files import Point
@@ -57,27 +57,20 @@ def network() -> nn.Module:
     return model
 
 
-def squared_error_sum(outputs: Tensor, labels: Tensor) -> Tensor:
-    return 0.5 * (outputs - functional.one_hot(labels, outputs.shape[1])).square().sum()
-
-
-def test_on_a_quadratic_loss_interpolation_is_the_closed_form() -> None:
+def test_a_linear_network_is_interpolated_as_its_outputs_are() -> None:
     data = batches(70, 16)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10, bias=False))
     stream = torch.Generator().manual_seed(1)
     first, second = (Place(0.1 * torch.randn(640, generator=stream), torch.zeros(0)) for _ in range(2))
     inputs = torch.cat([batch[0] for batch in data]).flatten(1).double()
-    targets = functional.one_hot(torch.cat([batch[1] for batch in data]), 10).double()
+    labels = torch.cat([batch[1] for batch in data])
     start, end = (inputs @ place.weights.view(10, 64).double().T for place in (first, second))
-    constant = float((start - targets).square().sum()) / 140
-    slope = float(((start - targets) * (end - start)).sum()) / 70
-    curvature = float((end - start).square().sum()) / 140
     walk = interpolation(first, second, variances_of(model))
-    with closing(PointEvaluator(model, [data], [], COMPUTE, loss_sum=squared_error_sum)) as evaluator:
+    with closing(PointEvaluator(model, [data], [], COMPUTE)) as evaluator:
         for alpha in axis(-0.5, 1.5, 41):
             [measured] = evaluator.evaluate(walk(Point(0, alpha)))
-            expected = constant + slope * alpha + curvature * alpha**2
-            assert measured.loss == pytest.approx(expected, rel=1e-6)
+            expected = functional.cross_entropy(start + alpha * (end - start), labels)
+            assert measured.loss == pytest.approx(float(expected), rel=1e-6)
 
 
 def test_it_is_the_mean_over_all_samples_of_each_split() -> None:
