@@ -312,7 +312,7 @@ def add_requeue(subparsers: Subparsers) -> None:
 
 def _requeue(arguments: argparse.Namespace) -> int:
     from dist_train.cluster.launch import comment_on_job
-    from dist_train.sweep.standing import EndedLaunch, decide
+    from dist_train.sweep.requeues import EndedLaunch, decide
 
     launch = EndedLaunch(arguments.launch, arguments.code, tuple(filter(None, arguments.words.splitlines())))
     decision = decide(arguments.run_directory, arguments.limit, launch, arguments.restarts)

@@ -62,6 +62,15 @@ class Status:
     environment: Mapping[str, str] = field(default_factory=dict)  # versions, and device, of the last launch
     metrics: str = ""  # the URL at which rank 0 serves the run's metrics; empty while it does not
 
+    def ended(self, state: State, code: ExitCode, reason: str) -> Status:
+        """Return this status after its launch, whose processes have all ended, has ended in `state`."""
+        now = _now()
+        return replace(self, state=state, exit_code=int(code), reason=reason, finished=now, updated=now, metrics="")
+
+    def to_json(self) -> str:
+        """Return the text of the file."""
+        return json_text(asdict(self), indent=2) + "\n"
+
 
 _STATUS = TypeAdapter(Status)
 
@@ -125,7 +134,7 @@ class StatusFile:
     def _write(self) -> None:
         self._written = time.monotonic()
         self.note(updated=_now(), metrics="" if self.current.finished else self._metrics())
-        text = json_text(asdict(self.current), indent=2) + "\n"
+        text = self.current.to_json()
         self._file.write(text)
         if self._file.is_refused and self.current.finished is not None:
             with suppress(OSError):
@@ -162,10 +171,8 @@ def record_lost(path: Path, launch: str, reason: str) -> None:
     status = read_status(path)
     if status is None or status.launch != launch or status.exit_code is not None:
         return
-    now, code = _now(), int(ExitCode.FAULT)
-    ended = replace(status, state="failed", exit_code=code, reason=reason, finished=now, updated=now, metrics="")
     with suppress(OSError):  # the old status stays
-        atomic.swap_text(path, json_text(asdict(ended), indent=2) + "\n")
+        atomic.swap_text(path, status.ended("failed", ExitCode.FAULT, reason).to_json())
 
 
 def another_failed(path: Path) -> bool:

@@ -13,7 +13,7 @@ import pytest
 from dist_train.outcome import ExitCode
 from dist_train.rundir.paths import LockRequest, RunDirectory
 from dist_train.rundir.status import StatusFile, read_status
-from dist_train.sweep.standing import EndedLaunch, decide, read_requeues
+from dist_train.sweep.requeues import EndedLaunch, decide, read_requeues
 
 _NOISE = "srun: error: node2: tasks 2-3: Killed"
 
@@ -71,7 +71,7 @@ def test_progress_begins_the_count_anew(run: Path) -> None:
         end(run, ExitCode.STOPPED)
         checkpoint(run, step)
         assert decide(run, limit=1).action == "requeue"
-    assert read_requeues(run).without_progress == 1
+    assert read_requeues(RunDirectory(run)).without_progress == 1
 
 
 def test_a_run_that_was_given_up_has_all_its_tries_when_it_is_submitted_again(run: Path) -> None:
@@ -181,7 +181,7 @@ class TestFullDisk:
     def test_the_status_and_the_count_are_written(self, full: Path) -> None:
         fill(full / "ballast")
         assert decide(full, limit=3).action == "requeue"
-        assert read_requeues(full).without_progress == 1
+        assert read_requeues(RunDirectory(full)).without_progress == 1
         status = read_status(full / "status.json")
         assert status is not None
         assert status.state == "stopped"

@@ -1,0 +1,183 @@
+"""What a batch job does after a launch of its run has ended: requeue, restart the run within the job, or end."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shutil
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from dist_train.cluster.launch import current_job
+from dist_train.outcome import ExitCode
+from dist_train.rundir import atomic
+from dist_train.rundir.paths import DISK_FULL, RunDirectory, read_holder
+from dist_train.rundir.status import State, Status, StatusFile, read_status
+
+_UNRECOVERABLE = frozenset({ExitCode.USAGE, ExitCode.DIVERGED, ExitCode.DISAGREEMENT})
+
+_REFUSAL = re.compile(
+    r"Unable to create step .*: (More processors|Requested (node config|partition|time)|Memory required|Job .*violates)"
+    r"|Invalid (generic resource|MPI type|--|node name|numeric|account|partition|distribution)|\bunrecogni[sz]ed option"
+    r"|cannot find mpi plugin|not enough slots|more processes than|Please correct your command line"
+)
+"""Messages of srun and mpirun about a launch that they would refuse again."""
+_KILLED = re.compile(r"was killed by signal|^srun: error: .*: tasks? .*: Killed$")
+_NO_CAUSE = re.compile(r"-*$|dist-train: warning|srun: (job|Job|Step|jobid)\b|srun: error: .*: Exited with exit code")
+_MOST_LINES = 3
+_LARGEST_PROBE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Requeues:
+    """Requeues in a row without a new checkpoint, the last one's step, and the restarts in the job since."""
+
+    without_progress: int = 0
+    step: int = 0
+    restarts: int = 0
+
+
+@dataclass(frozen=True)
+class EndedLaunch:
+    """What a batch script knows of the ended launch: its id, exit code, and the last lines of launcher and ranks."""
+
+    id: str | None = None
+    code: int | None = None
+    words: Sequence[str] = ()
+
+    @property
+    def was_refused(self) -> bool:
+        """Whether the same launch would be refused again, by the ranks or by the launcher."""
+        return self.code == ExitCode.USAGE or any(map(_REFUSAL.search, self.words))
+
+    @property
+    def cause(self) -> str:
+        """The most informative lines: about a killed rank, from dist-train, or else from the launcher."""
+        lines = [line for line in self.words if not _NO_CAUSE.match(line)]
+        killed = [line for line in lines if _KILLED.search(line)]
+        # The parent process of the rank that died first is more exact than srun, which reports all tasks of a node.
+        exact = [line for line in killed if not line.startswith("srun")]
+        ours = [line.removeprefix("dist-train: ") for line in lines if line.startswith("dist-train: ")]
+        return "; ".join((exact[:1] or killed or ours[:1] or list(dict.fromkeys(lines)))[:_MOST_LINES])
+
+
+Action = Literal["requeue", "restart", "end"]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the batch script does next: requeue its job, restart the run within the job, or end with `code`; and why."""
+
+    action: Action
+    why: str
+    code: ExitCode = ExitCode.FINISHED
+
+
+def decide(run: Path, limit: int, launch: EndedLaunch = EndedLaunch(), restarts: int = 0) -> Decision:
+    """Decide what follows the ended launch of `run`, and update the counts.
+
+    The run is restarted within its job up to `restarts` times, then requeued up to `limit` times in a row without a new
+    checkpoint, then given up. The decision is written to the run's status, unless another job is running it.
+    """
+    files = RunDirectory(run)
+    status = read_status(files.status)
+    is_silent = status is None or (launch.id is not None and status.launch != launch.id)
+    if is_silent and launch.was_refused:
+        return _give_up(files, status, launch.cause or "the ranks refused to start", ExitCode.USAGE)
+    if status is not None and is_silent:
+        status = replace(status, state="stopped", exit_code=None, reason="")
+    if status is not None and status.exit_code == ExitCode.FINISHED:
+        return Decision("end", "the run has finished", ExitCode.FAULT)
+    if status is not None and status.exit_code in _UNRECOVERABLE:
+        return Decision("end", f"the run would end the same way again: {status.reason}", ExitCode.FAULT)
+    reason = _end_of(status, launch.cause, is_silent)
+    if not _has_room(files):
+        why = f"{reason}; not started again, since the disk of {run} is full: free space, and submit it again"
+        return _give_up(files, status, why, ExitCode.FAULT)
+    step = max(files.checkpoint_steps(), default=0)
+    before = read_requeues(files)
+    if step > before.step:
+        before = Requeues(step=step)
+    count = before.without_progress
+    place = f"from step {step}" if step else "from the beginning"
+    try:
+        if before.restarts < restarts:
+            _write_requeues(files, replace(before, restarts=before.restarts + 1))
+            return Decision("restart", f"continues {place}, restart {before.restarts + 1} of at most {restarts}")
+        if count >= limit:
+            _write_requeues(files, Requeues(0, step))
+            if limit > 0:
+                reason = (
+                    f"given up after {count} requeue{'s' if count != 1 else ''} in a row without a checkpoint after "
+                    f"step {step}; the last time: {reason}"
+                )
+            return _give_up(files, status, reason, ExitCode.FAULT)
+        _write_requeues(files, Requeues(count + 1, step))
+    except OSError as error:
+        why = f"{reason}; not started again, since {files.requeues} cannot be written: {error.strerror}"
+        return _give_up(files, status, why, ExitCode.FAULT)
+    _write_end(files, status, "stopped", f"{reason}; to be started again", ExitCode.STOPPED)
+    return Decision(
+        "requeue", f"continues {place}, requeue {count + 1} of at most {limit} without a new checkpoint; {reason}"
+    )
+
+
+def read_requeues(files: RunDirectory) -> Requeues:
+    """Return the stored counts; zeros if there are none or they cannot be read."""
+    try:
+        return Requeues(**json.loads(atomic.read_regular(files.requeues)))
+    except (OSError, ValueError, TypeError):
+        return Requeues()
+
+
+def _write_requeues(files: RunDirectory, requeues: Requeues) -> None:
+    """Store the counts, on a full disk in the reserved space. Raises OSError."""
+    files.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    files.spend_reserve(lambda: atomic.write_text(files.requeues, json.dumps(asdict(requeues)) + "\n"))
+
+
+def _has_room(files: RunDirectory) -> bool:
+    """Whether another checkpoint seems to fit; writes a probe, because a quota shows only on writing."""
+    try:
+        size = max((path.stat().st_size for path in files.checkpoints.glob("step-*.pt")), default=0)
+        if size == 0:
+            return True
+        with tempfile.TemporaryFile(dir=files.checkpoints) as probe:
+            probe.write(secrets.token_bytes(min(size, _LARGEST_PROBE)))
+            probe.flush()
+            os.fsync(probe.fileno())
+            return shutil.disk_usage(files.checkpoints).free + probe.tell() >= size
+    except OSError as error:
+        return error.errno not in DISK_FULL
+
+
+def _end_of(status: Status | None, cause: str, is_silent: bool) -> str:
+    cause = f": {cause}" if cause else ""
+    if status is None or is_silent:
+        return f"the last launch ended before it wrote a status{cause}"
+    if status.exit_code is None and status.state not in ("failed", "stopped"):
+        return f"it died in state {status.state} at step {status.step}{cause}"
+    return status.reason or f"it ended in state {status.state} at step {status.step}"
+
+
+def _give_up(files: RunDirectory, status: Status | None, reason: str, code: ExitCode) -> Decision:
+    _write_end(files, status, "failed", reason, code)
+    return Decision("end", reason, code)
+
+
+def _write_end(files: RunDirectory, status: Status | None, state: State, reason: str, code: ExitCode) -> None:
+    """Write the run's status, unless another job is running it; on a disk error the old status stays."""
+    job = current_job()
+    holder = read_holder(files.lock)
+    if holder is not None and holder.slurm_job != (job.id if job else ""):
+        return
+    ended = (status or StatusFile(files.status, world_size=0).current).ended(state, code, reason)
+    with suppress(OSError):
+        files.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        files.spend_reserve(lambda: atomic.write_text(files.status, ended.to_json()))
