@@ -109,12 +109,12 @@ def _check_analyses(plan: Plan) -> None:
 
 def _sweep(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ...]) -> int:
     from dist_train.sweep.standing import publish, with_trials
-    from dist_train.sweep.sweep import Launcher, share_of_threads, summary, sweep
+    from dist_train.sweep.sweep import Launcher, summary, sweep, threads_per_rank
 
     is_single = arguments.only is not None
     planned = len(runs) if is_single else plan.total
     jobs = min(arguments.jobs, planned)
-    launcher = Launcher(arguments.ranks, share_of_threads(jobs, arguments.ranks), to_terminal=is_single)
+    launcher = Launcher(arguments.ranks, threads_per_rank(jobs, arguments.ranks), to_terminal=is_single)
     launcher.program()
     publish(plan)
     print(f"study {plan.study.name}: {planned} of {plan.total} runs, {jobs} at a time, in {plan.directory}")

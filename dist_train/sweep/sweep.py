@@ -49,7 +49,7 @@ class Launcher:
         return {**defaults, **os.environ}
 
 
-def share_of_threads(jobs: int, ranks: int) -> int:
+def threads_per_rank(jobs: int, ranks: int) -> int:
     """Return the threads per rank if `jobs` concurrent runs of `ranks` ranks share this machine's cores."""
     return max(1, len(os.sched_getaffinity(0)) // (jobs * ranks))
 
@@ -138,7 +138,7 @@ _INSIST_SECONDS = 2.0  # a second signal within this time counts as the same req
 Say = Callable[[str], None]
 
 
-class StopRequest:
+class StopSignals:
     """Within the block, SIGINT, SIGTERM and the signals of batch systems ask the sweep to stop.
 
     Signals that are ignored stay ignored: SIGHUP under nohup, SIGINT in background processes of a script.
@@ -153,7 +153,7 @@ class StopRequest:
         self._first = 0.0
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> StopRequest:
+    def __enter__(self) -> StopSignals:
         handled = [number for number in self._SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
         self._before = {number: signal.signal(number, self._handle) for number in handled}
         return self
@@ -205,36 +205,32 @@ def sweep(
     tally = Tally()
     waiting = list(runs)
     active: list[RunProcess] = []
-    with StopRequest() as request:
+
+    def wait_a_moment() -> None:
+        active[:] = [process for process in active if not _has_ended(process, plan, tally, say)]
+        if active:
+            time.sleep(_PACE_SECONDS)
+
+    with StopSignals() as signals:
         try:
-            was_stopped = was_killed = is_all_known = False
-            while waiting or active or not is_all_known:
-                while len(active) < jobs and not request.is_asked:
-                    waiting = waiting or list(more())
-                    is_all_known = not waiting
-                    if not waiting:
-                        break
-                    run = waiting.pop(0)
-                    try:
-                        if (started := _start_if_needed(plan, run, launcher, tally, say)) is not None:
-                            active.append(started)
-                    except OSError as error:
-                        tally.failed.append((run, f"cannot be started: {error}"))
-                        say(f"{_label(plan, run)}: cannot be started: {error}")
-                if request.is_asked and not was_stopped:
-                    was_stopped = is_all_known = True
-                    tally.left, waiting = waiting, []
-                    say(f"asked to stop: waiting for {wording.plural(len(active), 'run')} to save and end")
-                    for process in active:
-                        process.stop()
-                if request.is_insistent and not was_killed:
-                    was_killed = True
-                    say("asked again: ending the runs without waiting")
-                    for process in active:
-                        process.end()
-                active = [process for process in active if not _has_ended(process, plan, tally, say)]
-                if active:
-                    time.sleep(_PACE_SECONDS)
+            while not signals.is_asked:
+                while len(active) < jobs and not signals.is_asked and (waiting := waiting or list(more())):
+                    active += _start_if_needed(plan, waiting.pop(0), launcher, tally, say)
+                if not active and not waiting:
+                    return tally
+                wait_a_moment()
+            tally.left = waiting
+            say(f"asked to stop: waiting for {wording.plural(len(active), 'run')} to save and end")
+            for process in active:
+                process.stop()
+            while active and not signals.is_insistent:
+                wait_a_moment()
+            if active:
+                say("asked again: ending the runs without waiting")
+                for process in active:
+                    process.end()
+            while active:
+                wait_a_moment()
         finally:
             for process in active:
                 process.stop()
@@ -255,28 +251,33 @@ def summary(tally: Tally) -> list[str]:
     return lines
 
 
-def _start_if_needed(plan: Plan, run: PlannedRun, launcher: Launcher, tally: Tally, say: Say) -> RunProcess | None:
-    """Start `run` unless there is nothing to do. Raises OSError if it cannot be started."""
-    lock = take(run)
-    standing = standing_of(run)
-    if lock is None:
-        standing = Standing(run, standing.state, "another sweep is running it", "busy")
+def _start_if_needed(plan: Plan, run: PlannedRun, launcher: Launcher, tally: Tally, say: Say) -> list[RunProcess]:
+    """Start `run`, unless there is nothing to do or it cannot be started; return its process, if there is one."""
     label = _label(plan, run)
-    match standing.then:
-        case "skip":
-            tally.finished.append(run)
-            say(f"{label}: finished before{_accuracy(standing)}")
-        case "busy" | "unrecoverable":
-            (tally.busy if standing.then == "busy" else tally.failed).append((run, standing.note))
-            say(f"{label}: {standing.state}, {standing.note}")
-        case "start":
-            assert lock is not None
-            place = f", {standing.done:.0%} done" if standing.done else ""
-            say(f"{label}: {'starts' if standing.state == 'waiting' else f'continues ({standing.state}{place})'}")
-            return RunProcess(plan, run, launcher, lock)
-    if lock is not None:
-        os.close(lock)
-    return None
+    try:
+        lock = take(run)
+        standing = standing_of(run)
+        if lock is None:
+            standing = Standing(run, standing.state, "another sweep is running it", "busy")
+        match standing.then:
+            case "skip":
+                tally.finished.append(run)
+                say(f"{label}: finished before{_accuracy(standing)}")
+            case "busy" | "unrecoverable":
+                (tally.busy if standing.then == "busy" else tally.failed).append((run, standing.note))
+                say(f"{label}: {standing.state}, {standing.note}")
+            case "start":
+                assert lock is not None
+                place = f", {standing.done:.0%} done" if standing.done else ""
+                say(f"{label}: {'starts' if standing.state == 'waiting' else f'continues ({standing.state}{place})'}")
+                return [RunProcess(plan, run, launcher, lock)]
+        if lock is not None:
+            os.close(lock)
+    except OSError as error:
+        reason = f"cannot be started: {error}"
+        tally.failed.append((run, reason))
+        say(f"{label}: {reason}")
+    return []
 
 
 def _has_ended(process: RunProcess, plan: Plan, tally: Tally, say: Say) -> bool:

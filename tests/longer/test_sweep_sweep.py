@@ -19,7 +19,7 @@ from dist_train.outcome import ExitCode
 from dist_train.rundir.status import StatusFile
 from dist_train.sweep.planned_runs import Plan, PlannedRun
 from dist_train.sweep.standing import as_ranges, standing_of
-from dist_train.sweep.sweep import Launcher, Tally, share_of_threads, summary, sweep, take
+from dist_train.sweep.sweep import Launcher, Tally, summary, sweep, take, threads_per_rank
 from tests.unit.studies import small_plan, write_study
 from tests.waiting import PATIENCE
 
@@ -74,7 +74,7 @@ class TestOrder:
 
     def test_cores_are_divided_among_runs(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(12)))
-        assert [share_of_threads(*shares) for shares in ((1, 1), (2, 3), (5, 5))] == [12, 2, 1]
+        assert [threads_per_rank(*shares) for shares in ((1, 1), (2, 3), (5, 5))] == [12, 2, 1]
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
         assert Launcher(threads=5).environment()["OMP_NUM_THREADS"] == "5"
         monkeypatch.setenv("OMP_NUM_THREADS", "3")
