@@ -18,7 +18,8 @@ from dist_train.report.stored_run import read_subject
 from dist_train.report.variants import panels_of
 from dist_train.rundir.records import EvaluationRecord, Record
 from tests.longer.report_page import cells, evaluations, rendered
-from tests.unit.report_study import make_run, make_study, treatments, write_records, write_status
+from tests.unit.records import write_records
+from tests.unit.report_study import make_run, make_study, treatments, write_status
 
 ACCURACY = "Accuracy and loss"
 SHARPNESS = "Basin width and sharpness"

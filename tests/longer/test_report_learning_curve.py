@@ -12,20 +12,21 @@ from dist_train.outcome import UsageError
 from dist_train.report.drawing import draw_learning_curve
 from dist_train.rundir.records import EvaluationRecord, EventRecord, Record, TrainRecord, to_json
 from tests.raising import raises
+from tests.unit import records as plausible
 
 
-def train(step: int, noise: float = 0.01, loss: float = 1.0) -> TrainRecord:
-    return TrainRecord(step, step / 7, loss / step, 0.5, 0.1 * min(1, step / 14), noise, 1.0, 0.5, 100.0, 0.0)
+def train(step: int, noise: float = 0.01, loss: float = 1.0, **numbers: float) -> TrainRecord:
+    rate = 0.1 * min(1, step / 14)
+    return plausible.train(step, loss=loss / step, learning_rate=rate, noise_amplitude=noise, **numbers)
 
 
 def evaluation(step: int, split: str = "test") -> EvaluationRecord:
-    return EvaluationRecord(step, step / 7, split, 1 / step, 0.6 + step / 1000, 100, 0.0)
+    return plausible.evaluation(step, split, loss=1 / step, accuracy=0.6 + step / 1000)
 
 
 def make_run(directory: Path, records: Sequence[Record], torn: str = "") -> Path:
     directory.mkdir(parents=True)
-    content = "".join(to_json(record) + "\n" for record in records) + torn
-    (directory / "metrics.jsonl").write_text(content)
+    plausible.write_records(directory, records, torn)
     return directory
 
 
@@ -99,7 +100,7 @@ def test_several_runs_are_labelled_by_name(tmp_path: Path) -> None:
         [train(1)],
         [train(1), train(2), train(3)],
         [evaluation(7)],
-        [EvaluationRecord(0, 0.0, "test", 2.3, 0.1, 100, 0.0)],
+        [plausible.evaluation(0)],
         [train(1, noise=0.0), EventRecord(1, "resumed", 0.0, {})],
         [train(step, loss=float("nan") if step > 2 else 1.0) for step in range(1, 6)],
         [train(step, loss=10.0**-step) for step in range(1, 9)],
@@ -131,8 +132,7 @@ def test_epochs_are_exact_where_records_have_whole_epochs(tmp_path: Path) -> Non
     draw_learning_curve([long_run(tmp_path / "a" / "lb")], exact)
     records: list[Record] = []
     for step in range(1, 71):
-        fields = train(step)
-        records.append(TrainRecord(**{**vars(fields), "epoch": step // 7}))
+        records.append(train(step, epoch=step // 7))
         if step % 7 == 0:
             records += [evaluation(step), evaluation(step, "train")]
     draw_learning_curve([make_run(tmp_path / "b" / "lb", records)], whole)

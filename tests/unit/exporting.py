@@ -22,6 +22,7 @@ from dist_train.rundir.records import (
     StepParts,
     TrainRecord,
 )
+from tests.unit import records
 from tests.waiting import PATIENCE
 
 FACTS = RunFacts(
@@ -57,7 +58,17 @@ STOPPED = replace(OUTCOME, state="stopped", exit_code=75)
 
 
 def train(step: int, seconds: float = 0.3) -> TrainRecord:
-    return TrainRecord(step, step / 7, 0.4321, 0.85, 0.4, 0.0123, 1.5, seconds, 16_384.0, 1_700_000_000.0 + step)
+    return records.train(
+        step,
+        loss=0.4321,
+        accuracy=0.85,
+        learning_rate=0.4,
+        noise_amplitude=0.0123,
+        gradient_norm=1.5,
+        step_seconds=seconds,
+        samples_per_second=16_384.0,
+        time=1_700_000_000.0 + step,
+    )
 
 
 def measurement(step: int, seconds: float = 0.3, ranks: int = 2) -> Measurement:

@@ -12,8 +12,9 @@ from pathlib import Path
 from types import MappingProxyType
 
 from dist_train.config import Config, dump_config, parse_config
-from dist_train.rundir.records import EvaluationRecord, EventRecord, Record, TrainRecord, to_json
+from dist_train.rundir.records import EvaluationRecord, EventRecord, Record, TrainRecord
 from dist_train.rundir.status import Status
+from tests.unit.records import write_records
 
 BEGAN = 1_795_000_000.0
 
@@ -114,11 +115,6 @@ def config_of(settings: Mapping[str, object]) -> Config:
     return parse_config(nested, source="made up")
 
 
-def write_records(directory: Path, records: list[Record]) -> None:
-    """Write `metrics.jsonl`."""
-    (directory / "metrics.jsonl").write_text("".join(to_json(record) + "\n" for record in records))
-
-
 def write_status(
     directory: Path,
     state: str,
@@ -162,16 +158,16 @@ def _records(treatment: Treatment, draw: random.Random) -> list[Record]:
         seconds = batch / draw.gauss(1_900, 25)
         records.append(
             TrainRecord(
-                step,
-                epoch,
-                2.3 * (1 - train) + 0.004 + abs(draw.gauss(0, 0.02)),
-                train - abs(draw.gauss(0, 0.01)),
-                0.4 * (1 + math.cos(math.pi * step / last)) / 2,
-                amplitude,
-                0.3 + abs(draw.gauss(0, 0.05)),
-                seconds,
-                batch / seconds,
-                BEGAN + step * seconds,
+                step=step,
+                epoch=epoch,
+                loss=2.3 * (1 - train) + 0.004 + abs(draw.gauss(0, 0.02)),
+                accuracy=train - abs(draw.gauss(0, 0.01)),
+                learning_rate=0.4 * (1 + math.cos(math.pi * step / last)) / 2,
+                noise_amplitude=amplitude,
+                gradient_norm=0.3 + abs(draw.gauss(0, 0.05)),
+                step_seconds=seconds,
+                samples_per_second=batch / seconds,
+                time=BEGAN + step * seconds,
             )
         )
         if step % treatment.steps_per_epoch == 0:

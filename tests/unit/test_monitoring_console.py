@@ -21,7 +21,8 @@ import pytest
 from dist_train.monitoring import wording
 from dist_train.monitoring.console import PlainLines, TerminalBar, launcher_terminal, open_console
 from dist_train.monitoring.wording import Pace
-from dist_train.rundir.records import EvaluationRecord, EventRecord, Outcome, RunFacts, TrainRecord
+from dist_train.rundir.records import EventRecord, Outcome, RunFacts
+from tests.unit.records import evaluation, train
 from tests.waiting import wait_for
 
 FACTS = RunFacts(
@@ -55,14 +56,6 @@ OUTCOME = Outcome(
     12_345.0,
     Path("runs/lb_8192/checkpoints/step-00000210.pt"),
 )
-
-
-def train(step: int) -> TrainRecord:
-    return TrainRecord(step, step / 7, 0.4321, 0.8512, 0.4, 0.0123, 1.0, 0.5, 16_384.0, 0.0)
-
-
-def evaluation(step: int, accuracy: float) -> EvaluationRecord:
-    return EvaluationRecord(step, step / 7, "test", 0.5, accuracy, 10_000, 0.0)
 
 
 class Terminal:
@@ -109,7 +102,7 @@ def drawn(bar: TerminalBar, step: int, terminal: Terminal) -> str:
     """Return what the bar shows of `step`: it redraws when enough time has passed."""
 
     def shown() -> str:
-        bar.record(train(step))
+        bar.record(train(step, loss=0.4321, accuracy=0.8512, samples_per_second=16_384.0))
         return words(terminal.read())
 
     return wait_for(shown)
@@ -118,7 +111,7 @@ def drawn(bar: TerminalBar, step: int, terminal: Terminal) -> str:
 def test_the_bar_shows_progress_and_leaves_the_summary(terminal: Terminal) -> None:
     bar = TerminalBar(terminal.screen)
     bar.begin(FACTS)
-    bar.record(evaluation(14, 0.8))
+    bar.record(evaluation(14, accuracy=0.8))
     bar.record(EventRecord(15, "checkpoint", 0.0, {"file": "x"}))
     shown = words(terminal.read()) + drawn(bar, 21, terminal)
     assert "lb_[8192]: fashion-mnist; vgg9, 176,106 parameters; noise smoothout 0.01" in shown
@@ -198,7 +191,7 @@ def test_a_terminal_that_goes_away_is_an_error_of_the_bar_alone(terminal: Termin
     bar.begin(FACTS)
     terminal.hang_up()
     with pytest.raises(OSError, match="Input/output"):
-        bar.record(evaluation(14, 0.8))
+        bar.record(evaluation(14, accuracy=0.8))
     assert (sys.stdout, sys.stderr) == streams
 
 
@@ -215,9 +208,9 @@ def test_plain_lines_come_at_a_steady_pace_with_every_evaluation_and_event() -> 
     lines.begin(FACTS)
     for step in range(15, 57):
         now[0] += 1.0
-        lines.record(train(step))
+        lines.record(train(step, loss=0.4321, accuracy=0.8512, samples_per_second=16_384.0))
         lines.progress(step)
-    lines.record(evaluation(56, 0.8741))
+    lines.record(evaluation(56, accuracy=0.8741))
     lines.record(EventRecord(56, "corrupt_checkpoint", 0.0, {"file": "a.pt", "size": 3}))
     shown = page.getvalue().splitlines()
     assert shown[2:4] == ["on one card", "resuming from step 14"]
@@ -239,7 +232,7 @@ def test_a_run_goes_on_and_ends_well_when_the_reader_of_its_lines_goes_away(tmp_
         "from tests.unit.test_monitoring_console import FACTS, OUTCOME, evaluation\n"
         "observers = Observers([open_console()])\n"
         "observers.begin(FACTS)\n"
-        "for step in range(20_000): observers.record(evaluation(step, 0.5))\n"
+        "for step in range(20_000): observers.record(evaluation(step))\n"
         "observers.end(OUTCOME)\n"
         "print('still here')\n"
         "raise SystemExit(7)\n"

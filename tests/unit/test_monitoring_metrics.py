@@ -20,7 +20,6 @@ from dist_train.rundir.records import (
     EventRecord,
     RankMeasurement,
     RunFacts,
-    TrainRecord,
 )
 from tests.raising import raises
 from tests.unit.exporting import FACTS, ON_A_DEVICE, OUTCOME, measurement, read, train
@@ -278,7 +277,7 @@ def test_time_left_is_the_pace_times_the_steps_left(monkeypatch: pytest.MonkeyPa
 
 def test_a_loss_that_is_not_finite_is_served_as_such() -> None:
     board = Board(FACTS)
-    board.record(TrainRecord(1, 0.1, math.nan, 0.5, 0.1, 0.0, math.inf, 0.1, -math.inf, 0.0))
+    board.record(replace(train(1), loss=math.nan, gradient_norm=math.inf, samples_per_second=-math.inf))
     values = values_of(board)
     assert math.isnan(values["dist_train_loss", ("batch",)])
     assert values["dist_train_gradient_norm", ()] == math.inf

@@ -22,6 +22,7 @@ from dist_train.rundir.records import (
     TrainRecord,
 )
 from tests.raising import raises
+from tests.unit import records
 
 pytest.importorskip("tensorboard")
 FACTS = RunFacts("small", Path("run"), "m", "d", 9, 26, 6, 5, 1, 8, 3, 2.0, "none", 0, "none")
@@ -30,7 +31,16 @@ RANK = RankMeasurement(0.4, 0.1, 2e9, math.nan, math.nan, math.nan)
 
 
 def train(step: int, loss: float) -> TrainRecord:
-    return TrainRecord(step, step / 3, loss, 0.5, 0.25, 0.125, 2.0, 0.5, 52.0, 1000.0 + step)
+    return records.train(
+        step,
+        epoch=step / 3,
+        loss=loss,
+        learning_rate=0.25,
+        noise_amplitude=0.125,
+        gradient_norm=2.0,
+        samples_per_second=52.0,
+        time=1000.0 + step,
+    )
 
 
 def write(directory: Path, steps: range, loss: float) -> TensorBoard:

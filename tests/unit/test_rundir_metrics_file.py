@@ -29,17 +29,10 @@ from dist_train.rundir.records import (
     rewind,
     to_json,
 )
+from tests.unit.records import evaluation, train
 from tests.waiting import wait_for
 
 OUTCOME = Outcome("finished", "", 0, 1, 1.0, 1.0, None, None, None, None, None)
-
-
-def train(step: int, loss: float = 0.5) -> TrainRecord:
-    return TrainRecord(step, step / 7, loss, 0.5, 0.1, 0.0, 1.0, 0.1, 100.0, 5.0)
-
-
-def evaluation(step: int, split: str = "test") -> EvaluationRecord:
-    return EvaluationRecord(step, step / 7, split, 0.5, 0.5, 100, 5.0)
 
 
 def event(step: int, name: str) -> EventRecord:
@@ -48,7 +41,7 @@ def event(step: int, name: str) -> EventRecord:
 
 small_steps = st.integers(0, 6)
 any_record: st.SearchStrategy[Record] = st.one_of(
-    st.builds(train, small_steps, st.sampled_from([0.5, 1.0])),
+    st.builds(train, small_steps, loss=st.sampled_from([0.5, 1.0])),
     st.builds(evaluation, small_steps, st.sampled_from(["train", "test"])),
     st.builds(event, small_steps, st.sampled_from(["resumed", "checkpoint", "signal"])),
 )
@@ -97,7 +90,7 @@ def test_a_record_is_in_the_file_as_soon_as_it_is_recorded(tmp_path: Path) -> No
 
 def test_a_record_that_is_there_is_not_written_again(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    write(path, train(1), evaluation(1), event(1, "checkpoint"), train(1, 9.0))
+    write(path, train(1), evaluation(1), event(1, "checkpoint"), train(1, loss=9.0))
     write(path, evaluation(1), evaluation(1, "train"), event(1, "checkpoint"), event(1, "signal"), train(2))
     assert [identity(record) for record in read_records(path)] == [
         ("train", 1, ""),

@@ -7,7 +7,7 @@ import pytest
 from dist_train.checkpoint.state import Progress
 from dist_train.cluster.communicator import Generation, GroupBrokenError, MeetingRequestedError
 from dist_train.outcome import FaultError, UsageError
-from dist_train.rundir.records import EventRecord, TrainRecord
+from dist_train.rundir.records import EventRecord
 from dist_train.training.recovery import (
     Interruption,
     LastUpdate,
@@ -20,6 +20,7 @@ from dist_train.training.recovery import (
     plan_recovery,
 )
 from tests.raising import raises
+from tests.unit.records import train
 from tests.unit.simulated_ranks import SimulatedRanks, results
 
 
@@ -64,10 +65,6 @@ def test_progress_and_the_last_update_travel_whole() -> None:
     held = Progress()
     assign_progress(held, progress)
     assert held == progress
-
-
-def train(step: int) -> TrainRecord:
-    return TrainRecord(step, 0.0, 1.0, 0.5, 0.1, 0.0, 1.0, 0.1, 10.0, 0.0)
 
 
 def test_a_record_counts_once_and_is_kept_until_the_next_checkpoint_but_one() -> None:

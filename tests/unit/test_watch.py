@@ -9,7 +9,6 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -18,13 +17,11 @@ from rich.console import Console
 
 from dist_train.outcome import ExitCode, UsageError
 from dist_train.rundir.records import (
-    EvaluationRecord,
     EventRecord,
     Measurement,
     RankMeasurement,
     Record,
     StepParts,
-    TrainRecord,
     to_json,
 )
 from dist_train.rundir.status import RanksFile, StatusFile
@@ -32,6 +29,7 @@ from dist_train.watch.run import History, MeanRecord, Snapshot, ThinnedCurve, Wa
 from dist_train.watch.run_table import seconds_left
 from dist_train.watch.view import frame, plan, summary
 from tests.raising import raises
+from tests.unit.records import evaluation, train, write_records
 
 NOW = datetime(2024, 5, 6, 12, 0, tzinfo=UTC).timestamp()
 CONFIG = "data: {name: fashion-mnist}\nmodel: {name: vgg9}\nbatch: {global_size: 8192}\n"
@@ -44,16 +42,25 @@ def records(steps: int = STEPS, seconds: float = 2.0, last: float = NOW) -> list
     made: list[Record] = []
     for step in range(1, steps + 1):
         when, epoch = last - (steps - step) * seconds, step / PER_EPOCH
-        made.append(TrainRecord(step, epoch, 4.0 / step, 0.7, 0.125, 0.01, 1.5, 0.25, 32_768.0, when))
+        made.append(
+            train(
+                step,
+                epoch=epoch,
+                loss=4.0 / step,
+                accuracy=0.7,
+                learning_rate=0.125,
+                noise_amplitude=0.01,
+                gradient_norm=1.5,
+                step_seconds=0.25,
+                samples_per_second=32_768.0,
+                time=when,
+            )
+        )
         if step % PER_EPOCH == 0:
-            made.append(EvaluationRecord(step, epoch, "train", 3.0 / step, 0.8, 100, when))
-            made.append(EvaluationRecord(step, epoch, "test", 3.5 / step, 0.6 + step / 1000, 100, when))
+            made.append(evaluation(step, "train", epoch=epoch, loss=3.0 / step, accuracy=0.8, time=when))
+            made.append(evaluation(step, epoch=epoch, loss=3.5 / step, accuracy=0.6 + step / 1000, time=when))
             made.append(EventRecord(step, "checkpoint", when, {"bytes": 10}))
     return made
-
-
-def write_records(directory: Path, made: Iterable[Record]) -> None:
-    (directory / "metrics.jsonl").write_text("".join(to_json(record) + "\n" for record in made))
 
 
 def write_status(directory: Path, **changes: object) -> None:
@@ -143,7 +150,7 @@ class TestFacts:
             assert fact in shown, fact
 
     def test_images_per_second_are_those_of_the_time_that_the_updates_took(self, directory: Path) -> None:
-        made = [TrainRecord(step, step / 10, 1.0, 0.5, 0.1, 0.0, 1.0, step, 120 / step, NOW) for step in (1, 3)]
+        made = [train(step, step_seconds=step, samples_per_second=120 / step, time=NOW) for step in (1, 3)]
         write_records(directory, made)
         assert "images/s 60 " in words(drawn(look(directory)))
 
@@ -174,7 +181,7 @@ class TestFacts:
 
     def test_numbers_that_are_not_finite_are_said_so_and_drawn_as_gaps(self, directory: Path) -> None:
         nan = math.nan
-        made = [*records(), TrainRecord(41, 4.1, nan, 0.1, 0.1, 0.01, nan, 0.3, 9.0, NOW)]
+        made = [*records(), train(41, epoch=4.1, loss=nan, gradient_norm=nan, time=NOW)]
         write_records(directory, made)
         shown = words(drawn(look(directory)))
         assert "loss batch not finite" in shown
@@ -238,7 +245,7 @@ class TestSilence:
     def test_time_between_two_launches_is_nobody_s_pace(self, directory: Path) -> None:
         resumed = EventRecord(STEPS, "resumed", NOW + 100_000.0, {})
         later = [
-            TrainRecord(step, step / PER_EPOCH, 0.1, 0.7, 0.1, 0.0, 1.0, 2.0, 9.0, NOW + 100_000.0 + 2 * (step - STEPS))
+            train(step, epoch=step / PER_EPOCH, time=NOW + 100_000.0 + 2 * (step - STEPS))
             for step in range(STEPS + 1, STEPS + 6)
         ]
         write_records(directory, [*records(), resumed, *later])
@@ -250,7 +257,7 @@ class TestSilence:
         watched, an_hour_on = WatchedRun(directory), NOW + 3600.0
         assert watched.look(an_hour_on).silent
         with (directory / "metrics.jsonl").open("a") as file:
-            file.write(to_json(TrainRecord(41, 4.1, 0.1, 0.7, 0.1, 0.0, 1.0, 2.0, 9.0, NOW)) + "\n")
+            file.write(to_json(train(41, epoch=4.1, time=NOW)) + "\n")
         run = watched.look(an_hour_on + 1.0)
         assert not run.silent
         assert run.silence is not None
@@ -319,7 +326,7 @@ class TestFollowing:
                 f'"samples_per_second": 81920.0, "time": {NOW - (steps - step) / 10}}}\n'
             )
             if step % per_epoch == 0:
-                lines.append(to_json(EvaluationRecord(step, step / per_epoch, "test", 0.5, 0.8, 100, NOW)) + "\n")
+                lines.append(to_json(evaluation(step, epoch=step / per_epoch, accuracy=0.8, time=NOW)) + "\n")
         (directory / "metrics.jsonl").write_text("".join(lines))
         seconds = []  # the least of three: other programs share the caches
         for _ in range(3):

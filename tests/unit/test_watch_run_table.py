@@ -25,10 +25,11 @@ from rich.table import Table
 from dist_train.cli.main import main, parse
 from dist_train.outcome import UsageError
 from dist_train.rundir.paths import BrokenFileError
-from dist_train.rundir.records import EvaluationRecord, EventRecord, Record, TrainRecord, from_json, to_json
+from dist_train.rundir.records import EventRecord, Record, from_json
 from dist_train.rundir.status import Status, load_status
 from dist_train.watch.run_table import RunSummary, as_json, beside_slurm, read_runs, render
 from tests.raising import raises
+from tests.unit.records import evaluation, train, write_records
 from tests.unit.test_config_loading import LAUGHS
 from tests.waiting import PATIENCE
 
@@ -43,10 +44,6 @@ batch: {global_size: 8192}
 noise: {method: smoothout, amplitude: 0.01}
 a_section_of_a_later_version: {key: 1}
 """
-
-
-def train(step: int, when: float) -> TrainRecord:
-    return TrainRecord(step, step / 7, 0.5, 0.5, 0.1, 0.0, 1.0, 0.5, 16_384.0, when)
 
 
 def make_run(directory: Path, records: Sequence[Record] = (), config: str | None = CONFIG, **changes: object) -> Path:
@@ -72,7 +69,7 @@ def make_run(directory: Path, records: Sequence[Record] = (), config: str | None
     if config is not None:
         (directory / "config.yaml").write_text(config)
     if records:
-        (directory / "metrics.jsonl").write_text("".join(to_json(record) + "\n" for record in records))
+        write_records(directory, records)
     return directory
 
 
@@ -82,9 +79,9 @@ def only_run(directory: Path, now: datetime = NOW) -> RunSummary:
 
 
 def test_a_running_run_shows_progress_best_accuracy_throughput_and_time_left(tmp_path: Path) -> None:
-    records: list[Record] = [train(step, 1000.0 + step * 2.0) for step in range(1, 101)]
-    records += [EvaluationRecord(step, 1.0, "test", 0.5, 0.8 - step / 1000, 10, 0.0) for step in (7, 14)]
-    records.append(EvaluationRecord(14, 2.0, "train", 0.5, 0.99, 10, 0.0))
+    records: list[Record] = [train(step, time=1000.0 + step * 2.0) for step in range(1, 101)]
+    records += [evaluation(step, accuracy=0.8 - step / 1000) for step in (7, 14)]
+    records.append(evaluation(14, "train", accuracy=0.99))
     make_run(tmp_path / "lb", records)
     assert only_run(tmp_path) == RunSummary(
         directory=tmp_path / "lb",
@@ -96,7 +93,7 @@ def test_a_running_run_shows_progress_best_accuracy_throughput_and_time_left(tmp
         epoch=11,
         world_size=2,
         best_accuracy=0.793,
-        samples_per_second=16_384.0,
+        samples_per_second=100.0,
         seconds_left=220.0,
         model="vgg9",
         data="fashion-mnist",
@@ -106,20 +103,20 @@ def test_a_running_run_shows_progress_best_accuracy_throughput_and_time_left(tmp
 
 
 def test_time_left_does_not_count_the_pause_before_a_resume(tmp_path: Path) -> None:
-    before = [train(step, step * 2.0) for step in range(1, 41)]
-    after = [train(step, 90_000.0 + step * 2.0) for step in range(41, 46)]
+    before = [train(step, time=step * 2.0) for step in range(1, 41)]
+    after = [train(step, time=90_000.0 + step * 2.0) for step in range(41, 46)]
     make_run(tmp_path / "lb", [*before, EventRecord(40, "resumed", 90_080.0, {}), *after], step=45, total_steps=100)
     assert only_run(tmp_path).seconds_left == pytest.approx(2.0 * 55)
 
 
 def test_what_status_json_knows_better_is_taken_from_it(tmp_path: Path) -> None:
-    make_run(tmp_path / "lb", [train(1, 0.0)], best_accuracy=0.9, samples_per_second=5.0)
+    make_run(tmp_path / "lb", [train(1)], best_accuracy=0.9, samples_per_second=5.0)
     run = only_run(tmp_path)
     assert (run.best_accuracy, run.samples_per_second) == (0.9, 5.0)
 
 
 def test_only_the_end_of_the_records_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = make_run(tmp_path / "lb", [train(step, step * 2.0) for step in range(1, 2001)], total_steps=2100)
+    path = make_run(tmp_path / "lb", [train(step, time=step * 2.0) for step in range(1, 2001)], total_steps=2100)
     parsed: list[str | bytes] = []
 
     def parse_line(line: str | bytes) -> Record | None:
@@ -128,7 +125,7 @@ def test_only_the_end_of_the_records_is_read(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr("dist_train.rundir.records.from_json", parse_line)
     run = only_run(path)
-    assert (run.samples_per_second, run.seconds_left) == (16_384.0, 200.0)
+    assert (run.samples_per_second, run.seconds_left) == (100.0, 200.0)
     assert len(parsed) < 1000
 
 
@@ -188,7 +185,7 @@ def test_a_run_that_failed_before_its_settings_were_saved_says_why_it_failed(tmp
 def test_a_run_that_has_ended_keeps_its_state_however_old_and_has_no_time_left(state: str, tmp_path: Path) -> None:
     make_run(
         tmp_path / "lb",
-        [train(1, 0.0), train(2, 1.0)],
+        [train(1), train(2, time=1.0)],
         state=state,
         pid=2**22 + 1,
         reason="a reason",
@@ -221,7 +218,7 @@ def test_another_process_that_has_got_the_number_is_not_taken_for_the_run(tmp_pa
 
 
 def test_a_run_on_another_host_is_lost_when_it_has_been_silent_for_long(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "lb", [train(1, 0.0)], host="node7", pid=1)
+    run = make_run(tmp_path / "lb", [train(1)], host="node7", pid=1)
     os.utime(run / "metrics.jsonl", (0, 0))
     assert only_run(tmp_path, NOW + timedelta(minutes=9)).state == "running"
     late = only_run(tmp_path, NOW + timedelta(minutes=11))
@@ -248,7 +245,7 @@ def test_a_run_and_its_job_never_contradict_each_other(state: str, job: str, sho
 
 
 def test_a_metrics_file_that_grows_is_a_sign_of_life(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "lb", [train(1, 0.0)], host="node7", updated="2020-01-01T00:00:00Z")
+    run = make_run(tmp_path / "lb", [train(1)], host="node7", updated="2020-01-01T00:00:00Z")
     os.utime(run / "metrics.jsonl", (NOW.timestamp(), NOW.timestamp()))
     assert only_run(tmp_path).state == "running"
 
@@ -269,7 +266,7 @@ def test_a_broken_directory_is_shown_with_why_beside_the_whole_ones(
     name: str, content: str | None, why: str, tmp_path: Path
 ) -> None:
     make_run(tmp_path / "whole")
-    broken = make_run(tmp_path / "broken", [train(1, 0.0)])
+    broken = make_run(tmp_path / "broken", [train(1)])
     if content is None:
         (broken / name).unlink()
     else:
@@ -397,7 +394,7 @@ def test_a_value_that_means_nothing_takes_no_table_down(name: str, content: Cont
 
 def beside_a_good_one(name: str, content: Content, folder: Path) -> tuple[RunSummary, ...]:
     """Return the rows of a good run, and of one whose file `name` has other content, or one other value."""
-    records = [train(step, NOW.timestamp() + step) for step in range(1, 4)]
+    records = [train(step, time=NOW.timestamp() + step) for step in range(1, 4)]
     make_run(folder / "good", records)
     path = make_run(folder / "odd", records, best_accuracy=0.5, samples_per_second=1.5) / name
     if isinstance(content, tuple):
@@ -444,8 +441,8 @@ def thirty_runs(folder: Path) -> Path:
             changes = {"pid": 2**22 + 1, "updated": "2026-01-01T00:00:00Z"}
         elif index > 26:
             changes = {"step": 31 + index, "epoch": 8, "best_accuracy": 0.79}
-        begun = [train(step, 1000.0 + step * 2.0) for step in range(1, 60)] if index > 26 else []
-        run = make_run(folder / f"{variant}-seed-{index // 5}", begun, samples_per_second=16_384.0, **changes)  # type: ignore[arg-type]  # CONFIG stays
+        begun = [train(step, time=1000.0 + step * 2.0) for step in range(1, 60)] if index > 26 else []
+        run = make_run(folder / f"{variant}-seed-{index // 5}", begun, samples_per_second=100.0, **changes)  # type: ignore[arg-type]  # CONFIG stays
         if index == 18:
             (run / "status.json").write_text('{"state": "runn')
     return folder
@@ -506,7 +503,7 @@ def test_the_picture_in_the_docs_is_of_today_s_table(tmp_path: Path) -> None:
 def test_json_is_one_document_with_the_whole_reason_and_only_numbers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    make_run(tmp_path / "a", [train(1, 0.0)], state="failed", reason=REASON, samples_per_second=7.0)
+    make_run(tmp_path / "a", [train(1)], state="failed", reason=REASON, samples_per_second=7.0)
     assert main(["runs", str(tmp_path), "--json"]) == 0
 
     def refuse(word: str) -> None:
