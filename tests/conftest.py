@@ -95,6 +95,12 @@ def _test_folder(_session_folder: Path) -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def cache(_test_folder: None) -> Path:
+    """The folder in which the package caches data during the test."""
+    return Path(os.environ["XDG_CACHE_HOME"]) / "dist_train"
+
+
 @pytest.fixture(scope="module")
 def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a tiny finished run, shared by the tests of a module."""

@@ -24,12 +24,6 @@ from tests.archives import (
 from tests.raising import raises
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("DIST_TRAIN_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
 def test_every_data_set_that_can_be_configured_has_a_reader() -> None:
     assert set(READERS) == {*DATA_SETS, "numpy"}
 

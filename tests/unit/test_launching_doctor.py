@@ -30,12 +30,6 @@ def run_doctor(*arguments: str) -> int:
     return int(parsed.run(parsed))
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("DIST_TRAIN_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
 def test_a_machine_that_is_set_up_can_train(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_doctor() == ExitCode.FINISHED
     printed = capsys.readouterr().out
