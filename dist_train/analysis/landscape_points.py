@@ -31,7 +31,7 @@ from dist_train.models.norms import BatchStatistics, collect_statistics, norm_mo
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import UsageError
 from dist_train.reproducible import generator
-from dist_train.training.compute import Compute, set_up_compute
+from dist_train.training.compute import Compute, fitting_memory, set_up_compute
 from dist_train.training.evaluation import statistics_samples, stored_config, stored_model
 
 
@@ -182,11 +182,12 @@ class PointEvaluator:
                 while (index := next(turn)) < len(batches):
                     results[index] = work(lane, batches[index])
 
-        if self._pool is None:
-            run(self._lanes[0])
-        else:
-            for done in [self._pool.submit(run, lane) for lane in self._lanes]:
-                done.result()
+        with fitting_memory("a batch", "set a smaller --batch-size"):
+            if self._pool is None:
+                run(self._lanes[0])
+            else:
+                for done in [self._pool.submit(run, lane) for lane in self._lanes]:
+                    done.result()
         return [results[index] for index in range(len(batches))]
 
 

@@ -26,7 +26,7 @@ from dist_train.outcome import DivergedError, UsageError
 from dist_train.reproducible import generator
 from dist_train.training.compute import (
     Compute,
-    is_out_of_memory,
+    fitting_memory,
     refuse_nondeterministic,
     set_up_compute,
     share_of_threads,
@@ -132,19 +132,16 @@ class SubsetLoss:
 
     def _map_batches(self, work: Callable[[Batch], Result]) -> list[Result]:
         """Return the result of `work` for each batch, in order. Raises UsageError if this device cannot do it."""
-        try:
-            if self._threads == 1:
-                return [work(batch) for batch in self._batches]
-            with ThreadPoolExecutor(self._threads) as pool:
-                return list(pool.map(work, self._batches))
-        except (RuntimeError, MemoryError) as error:
-            # Training needs no second derivatives.
-            refuse_nondeterministic(error, "on another device it may have: set run.device=cpu")
-            if is_out_of_memory(error):
-                raise UsageError(
-                    "a batch does not fit the memory: set a smaller --batch-size", code="out-of-memory"
-                ) from error
-            raise
+        with fitting_memory("a batch", "set a smaller --batch-size"):
+            try:
+                if self._threads == 1:
+                    return [work(batch) for batch in self._batches]
+                with ThreadPoolExecutor(self._threads) as pool:
+                    return list(pool.map(work, self._batches))
+            except RuntimeError as error:
+                # Training needs no second derivatives.
+                refuse_nondeterministic(error, "on another device it may have: set run.device=cpu")
+                raise
 
     @contextmanager
     def _at(self, values: Tensor) -> Iterator[None]:

@@ -41,7 +41,7 @@ from dist_train.outcome import UsageError
 from dist_train.reproducible import LayerRng
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import Epochs
-from dist_train.training.compute import Compute, LossScale, fitting_model, set_up_compute
+from dist_train.training.compute import Compute, LossScale, fitting_memory, set_up_compute
 from dist_train.training.consistency import check_same_data
 from dist_train.training.graphs import CudaGraphRecorder, GraphRecorder
 from dist_train.training.measuring import (
@@ -232,7 +232,7 @@ def _plan_epochs(config: Config, samples: int) -> tuple[Epochs, Epochs]:
 
 def _build_network(config: Config, device: torch.device) -> tuple[nn.Module, FlatWeights]:
     """Return the network of `config` on `device`, and its weights. Raises UsageError if they do not fit the memory."""
-    with fitting_model("set a smaller model.width"):
+    with fitting_memory("the model", "set a smaller model.width"):
         network = build_model(config).to(device)
         join_relus(network)
         return network, FlatWeights(network)

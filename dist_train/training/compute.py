@@ -121,14 +121,14 @@ def fits_memory(work: Callable[[], object]) -> bool:
 
 
 @contextmanager
-def fitting_model(fix: str) -> Iterator[None]:
-    """Turn a lack of memory in the block, which builds a model, into a UsageError with its `fix`."""
+def fitting_memory(what: str, fix: str) -> Iterator[None]:
+    """Turn a lack of memory in the block into a UsageError: `what` does not fit, and how to `fix` it."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise UsageError(f"the model does not fit the memory of host or device: {fix}", code="out-of-memory") from error
+        raise UsageError(f"{what} does not fit the memory of host or device: {fix}", code="out-of-memory") from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

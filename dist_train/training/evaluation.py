@@ -34,7 +34,7 @@ from dist_train.training.compute import (
     Compute,
     OutOfMemoryError,
     fits_memory,
-    fitting_model,
+    fitting_memory,
     set_up_compute,
     share_of_threads,
 )
@@ -181,7 +181,7 @@ def evaluate_stored(
         stack.callback(splits.close)
 
         def build() -> nn.Module:
-            with fitting_model("free some, or set run.device=cpu"):
+            with fitting_memory("the model", "free some, or set run.device=cpu"):
                 return stored_model(contents, config, weights).to(compute.device)
 
         model = run_on_all_ranks(comm, build, "build the model")

@@ -26,8 +26,10 @@ from dist_train.data.images import BatchRequest, ImageSet
 from dist_train.data.loader import Samples
 from dist_train.models import build_model
 from dist_train.models.norms import norm_modules
+from dist_train.outcome import UsageError
 from dist_train.training.compute import Compute
 from dist_train.training.evaluation import evaluate, recompute_statistics
+from tests.raising import raises
 from tests.unit.small_trainers import small_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -149,6 +151,23 @@ def test_the_network_itself_stays_as_it_was() -> None:
         evaluator.evaluate(place)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
+
+
+class TooLarge(nn.Linear):
+    """A layer that no memory holds."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_lack_of_memory_is_refused_with_its_code(threads: int) -> None:
+    model, data = TooLarge(3, 2), [(torch.ones(4, 3), torch.zeros(4, dtype=torch.int64))] * 2
+    with (
+        closing(PointEvaluator(model, [data], [], COMPUTE, threads=threads)) as evaluator,
+        raises(UsageError, "out-of-memory"),
+    ):
+        evaluator.evaluate(place_of(model))
 
 
 def test_variances_are_told_from_means() -> None:
