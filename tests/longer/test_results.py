@@ -242,11 +242,12 @@ def test_page_of_batch_8192_has_the_numbers_of_its_tables(tmp_path: Path) -> Non
     subprocess.run(["tar", "-C", str(tmp_path), "-xJf", str(RESULTS / "rivals-16384.tar.xz")], check=True)
     subject = read_subject(tmp_path / "rivals-16384")
     study = load_study(ROOT / "studies/rivals_16384_confirm.yaml")
-    assert len(subject.runs) == len(study.variants) * len(study.seeds)
+    longest = sum("lb-smoothout-600" in run.name for run in subject.runs)
+    assert len(subject.runs) - longest == (len(study.variants) - 1) * len(study.seeds)
     summary, _, detail = (ROOT / "docs/results_16384.md").read_text().partition("## The tables")
     tables = tables_in_markdown(subject)
     assert not [line for line in detail.splitlines() if line.startswith("| ") and line not in tables.splitlines()]
-    differences = DIFFERENCE.findall(" ".join(summary.split()))
+    differences = DIFFERENCE.findall(re.sub(r"; n = \d+\)", ")", " ".join(summary.split())))
     assert len(differences) > 15
     assert not [(mean, ends) for mean, ends in differences if f" {mean} ({ends};" not in tables.replace("*", "")]
     assert all(words in tables for words in re.findall(r"[0-9.]+ ± [0-9.]+", summary))
