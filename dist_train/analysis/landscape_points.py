@@ -96,7 +96,6 @@ def along(origin: Place, directions: Callable[[int], Sequence[torch.Tensor]]) ->
 
 Result = TypeVar("Result")
 Batch = tuple[torch.Tensor, torch.Tensor]  # inputs [n, ...] and labels [n] on the device
-LossSum = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (outputs, labels) -> the sum of the samples' losses
 
 
 def cross_entropy_sum(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dist_train.analysis.landscape_points import Batch, LossSum, Result, cross_entropy_sum, digest
+from dist_train.analysis.landscape_points import Batch, Result, cross_entropy_sum, digest
 from dist_train.analysis.sharpness_record import MeasuredCheckpoint, MeasuredData, SharpnessSettings
 from dist_train.checkpoint.files import Stored
 from dist_train.cluster.communicator import Alone
@@ -51,7 +51,7 @@ class SubsetLoss:
         self,
         model: nn.Module,
         batches: Sequence[Batch],
-        summed_loss: LossSum = cross_entropy_sum,
+        summed_loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy_sum,
         threads: int = 1,
     ) -> None:
         """Move the weights of `model`, float32, into one flat buffer; `summed_loss` returns a batch's summed loss."""

@@ -30,7 +30,7 @@ from dist_train.data.augmentation import build_mix
 from dist_train.data.loader import SampleSource, open_splits
 from dist_train.data.plan import BatchPlan, MicroBatch
 from dist_train.launching.session import Session
-from dist_train.models import build_model
+from dist_train.models import build_model, warn_of_changing_buffers
 from dist_train.models.norms import BatchStatistics, join_relus, norm_modules
 from dist_train.optim.averaging import Averaging, build_averaging
 from dist_train.optim.flat_weights import FlatWeights
@@ -233,7 +233,9 @@ def _plan_epochs(config: Config, samples: int) -> tuple[Epochs, Epochs]:
 def _build_network(config: Config, device: torch.device) -> tuple[nn.Module, FlatWeights]:
     """Return the network of `config` on `device`, and its weights. Raises UsageError if they do not fit the memory."""
     with fitting_memory("the model", "set a smaller model.width"):
-        network = build_model(config).to(device)
+        network = build_model(config)
+        warn_of_changing_buffers(network, config)
+        network = network.to(device)
         join_relus(network)
         return network, FlatWeights(network)
 
@@ -290,7 +292,7 @@ def build_writer(config: Config, directory: RunDirectory, session: Session) -> C
 
 def own_norms(config: Config, weights: FlatWeights) -> WeightNorms:
     """Return the norms of `weights`, and of their distance from the initial weights, which are built again."""
-    initial = FlatWeights(build_model(config, is_trained=False).to(weights.values.device))
+    initial = FlatWeights(build_model(config).to(weights.values.device))
     return WeightNorms(weights.values, initial.values)
 
 

@@ -149,43 +149,26 @@ _MODELS: Mapping[str, Callable[[ImageFormat, float, NormFactory], nn.Module]] = 
 }
 
 
-def build_model(config: Config, *, is_trained: bool = True) -> nn.Module:
-    """Return the network [n, C, H, W] -> logits [n, classes], on the CPU, with initial weights from `run.seed`.
-
-    Warns of what makes training depend on the number of ranks, if the network `is_trained`.
-    """
+def build_model(config: Config) -> nn.Module:
+    """Return the network [n, C, H, W] -> logits [n, classes], on the CPU, with initial weights from `run.seed`."""
     # torch's layers draw initial values, which are overwritten, and a plug-in's buffers may be random, too: leave the
     # global generator as it was.
     with torch.random.fork_rng(devices=()):
         torch.default_generator.manual_seed(key(config.run.seed, "model"))
-        model = _network(config.model, config.data.image_format, config.precision.channels_last, is_trained)
+        model = _network(config.model, config.data.image_format, config.precision.channels_last)
     initialize(model, config.run.seed)
     return model
 
 
-def _network(settings: ModelSettings, images: ImageFormat, channels_last: bool, is_trained: bool) -> nn.Module:
+def _network(settings: ModelSettings, images: ImageFormat, channels_last: bool) -> nn.Module:
     norm = norm_factory(settings)
     if settings.name in _MODELS:
         return _MODELS[settings.name](images, settings.width, norm)
     model: nn.Module = call_plugin(settings.name, settings.options, nn.Module, images, settings.width, norm)
-    # in the layout of training, where for example Tensor.view may fail
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    blank = torch.zeros(2, *images.shape).to(memory_format=layout)
+    blank = _blank(images, channels_last)
     with failing_clearly(settings.name), torch.no_grad():
         outputs = {"": model.eval()(blank)}
-        buffers = [(name, buffer, buffer.clone()) for name, buffer in model.named_buffers()]
-        with torch.enable_grad():
-            outputs[" in training"] = model.train()(blank)
-        changed = [name for name, buffer, value in buffers if not torch.equal(buffer, value)]
-        if changed and is_trained:
-            _logger.warning(
-                "%s changes buffers in training (%s), on each rank by its own samples: results depend on the number of "
-                "ranks; build norms by norm(channels)",
-                settings.name,
-                ", ".join(changed[:_MAX_NAMES]),
-            )
-        for _, buffer, value in buffers:
-            buffer.copy_(value)
+        outputs[" in training"], _ = _trial_in_training(model, blank)
     for mode, logits in outputs.items():
         if not isinstance(logits, Tensor) or tuple(logits.shape) != (2, images.classes):
             form = f"logits of {list(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
@@ -197,6 +180,41 @@ def _network(settings: ModelSettings, images: ImageFormat, channels_last: bool, 
     if not outputs[" in training"].requires_grad:
         raise UsageError(f"the logits of {settings.name} depend on no parameter that is trained", code="plugin-result")
     return model
+
+
+def _blank(images: ImageFormat, channels_last: bool) -> Tensor:
+    """Return two blank images in the layout of training, in which for example Tensor.view may fail."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.zeros(2, *images.shape).to(memory_format=layout)
+
+
+def _trial_in_training(model: nn.Module, images: Tensor) -> tuple[Any, list[str]]:
+    """Return what `model` gives for `images` in training, and the names of the buffers changed, which are restored."""
+    buffers = [(name, buffer, buffer.clone()) for name, buffer in model.named_buffers()]
+    with torch.enable_grad():
+        result = model.train()(images)
+    changed = [name for name, buffer, value in buffers if not torch.equal(buffer, value)]
+    with torch.no_grad():
+        for _, buffer, value in buffers:
+            buffer.copy_(value)
+    return result, changed
+
+
+def warn_of_changing_buffers(model: nn.Module, config: Config) -> None:
+    """Warn if training changes buffers of a plug-in's `model`, as torch's own batch norm does, differently by rank."""
+    if config.model.name in _MODELS:
+        return
+    with torch.random.fork_rng(devices=()):
+        _, changed = _trial_in_training(model, _blank(config.data.image_format, config.precision.channels_last))
+    for norm in norm_modules(model):
+        norm.seen.clear()
+    if changed:
+        _logger.warning(
+            "%s changes buffers in training (%s), on each rank by its own samples: results depend on the number of "
+            "ranks; build norms by norm(channels)",
+            config.model.name,
+            ", ".join(changed[:_MAX_NAMES]),
+        )
 
 
 def _check_trainable(model: nn.Module, name: str) -> None:

@@ -7,7 +7,6 @@ import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import repeat
 from types import FunctionType
 from typing import Any, cast
 
@@ -20,7 +19,6 @@ from dist_train.config.plugins import call_plugin, is_plugin
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import UsageError
 
-_RATIOS = "dist_train_rate_ratios"
 _DYNAMO_DISABLE = "__dynamo_disable"
 
 
@@ -45,10 +43,8 @@ def build_optimizer(settings: OptimizerSettings, weights: FlatWeights) -> Optimi
     if is_plugin(settings.name):
         optimizer = cast(Optimizer, call_plugin(settings.name, settings.options, Optimizer, settings, groups))
         _check_usable(optimizer, settings.name)
-        rates = [float(group.get("lr", 0.0)) for group in optimizer.param_groups]
-        if len(set(rates)) > 1 and rates[0] > 0:
-            # Not in the groups, which checkpoints hold: those of earlier versions are without it.
-            setattr(optimizer, _RATIOS, [rate / rates[0] for rate in rates])
+        for group in optimizer.param_groups:
+            group["initial_lr"] = float(group.get("lr", 0.0))  # as torch's own schedules name it
         return optimizer
     return _OPTIMIZERS[settings.name](settings, groups)
 
@@ -75,8 +71,9 @@ def _check_usable(optimizer: Optimizer, name: str) -> None:
 
 def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
     """Set the learning rate of the next update; parameter groups of a plug-in keep the ratios they were built with."""
-    for group, ratio in zip(optimizer.param_groups, getattr(optimizer, _RATIOS, repeat(1.0)), strict=False):
-        group["lr"] = rate * ratio
+    base = optimizer.param_groups[0].get("initial_lr", 0.0)
+    for group in optimizer.param_groups:
+        group["lr"] = rate * (group["initial_lr"] / base) if base else rate
 
 
 def optimizer_step(optimizer: Optimizer) -> None:

@@ -203,7 +203,7 @@ def evaluate_stored(
 
 def stored_model(contents: Contents, config: Config, weights: Weights = "raw") -> nn.Module:
     """Return the network of `config` with a checkpoint's raw or averaged `weights`, on the CPU."""
-    model = build_model(config, is_trained=False)
+    model = build_model(config)
     state = stored_state(contents, weights)
     load_model(state, model, "the checkpoint")
     with torch.no_grad():

@@ -71,7 +71,7 @@ def test_it_is_loss_and_accuracy_over_the_whole_split(run: Path, split: str, sam
 
 
 def test_a_model_that_does_not_fit_the_memory_is_told(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def build(config: Config, *, is_trained: bool) -> nn.Module:
+    def build(config: Config) -> nn.Module:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(evaluation, "build_model", build)
