@@ -11,7 +11,7 @@ import os
 import socket
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 from ipaddress import ip_address
 from typing import Any
@@ -85,7 +85,8 @@ class TorchCommunicator(TorchOperations):
     def close(self, error: BaseException | None = None) -> None:
         """Leave the group."""
         if self._device is not None:
-            with suppress(RuntimeError):  # it was broken already, for which there is another error
+            # After `error` the group may be broken already, which would hide it.
+            with suppress(RuntimeError) if error is not None else nullcontext():
                 abort_nccl(self._device)
             self._device = None
 
