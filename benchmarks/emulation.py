@@ -338,11 +338,10 @@ def _our_step(config: Config, network: nn.Module, ranks: int, recorder: GraphRec
     )
     assert config.batch.micro_size != "auto", "to be named"
     plan = BatchPlan(config.batch.global_size, config.batch.micro_size)
-    mine = build_dealing(config, plan, 0, ranks).share(0)
+    mine = build_dealing(config, plan, comm).share(0)
     partners = int(config.regularization.mixes)
-    batch = GlobalBatch(
-        0, 0, torch.arange(config.batch.global_size), mine, partners, pace=int(config.batch.dealing == "measured")
-    )
+    pace = int(config.batch.dealing == "measured")
+    batch = GlobalBatch(0, 0, torch.arange(config.batch.global_size), mine, partners=partners, pace=pace)
     return lambda: step(batch, 0.1, lambda: False)
 
 

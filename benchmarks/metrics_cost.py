@@ -89,11 +89,10 @@ def page_rows() -> Iterator[Ratio]:
         noise="none",
         start_step=0,
         controller="mpi",
-        micro_batches_of=(1,) * _RANKS,
     )
     board = Board(facts)
     page = MetricsPage(board)
-    one = RankMeasurement(0.123456789, 0.0123456789, 1.6e10, 7.1e10, 7.2e10, 0.987654321)
+    one = RankMeasurement(0.123456789, 0.0123456789, 1.6e10, 7.1e10, 7.2e10, 0.987654321, 1)
     parts = StepParts(0.001, 0.1, 0.01, 0.02, 0.005, 0.0)
     measurement = Measurement(1, 1.7e9, 0.2, parts, 100.0, 1.0, (one,) * _RANKS)
 

@@ -7,7 +7,7 @@ the second row compares with the slower program of each pair, and the third has 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -24,12 +24,15 @@ _WARM_UP = 1
 _NANO = 1e9
 
 
-@dataclass(frozen=True)
-class Pair:
-    """Seconds of one update on each rank: of both together, its wait for the allreduce, and of the rank's program."""
+_DEALINGS = ("even", "dynamic")
 
-    together: list[float]
-    waits: list[float]
+
+@dataclass(frozen=True)
+class Round:
+    """Seconds on each rank of one update of each side: of both together by dealing, its wait, and of the programs."""
+
+    together: dict[str, list[float]]
+    waits: dict[str, list[float]]
     apart: list[float]
 
 
@@ -43,32 +46,47 @@ def rows_on(comm: Communicator, width: float, global_size: int, pairs: int) -> I
     """Measure on this rank with all others, and yield the rows."""
     share = global_size // comm.size
     with shared_folder(comm) as folder:
-        together = open_trainer(settings(width, global_size, **QUIET), comm, folder / "together")
+        together = {
+            dealing: open_trainer(
+                settings(width, global_size, **{**QUIET, "batch": {"dealing": dealing}}), comm, folder / dealing
+            )
+            for dealing in _DEALINGS
+        }
         apart = open_trainer(settings(width, share, **QUIET), Alone(), folder / f"apart-{comm.rank}")
-        measured = [_pair(comm, together, apart, turn) for turn in range(_WARM_UP + pairs)][_WARM_UP:]
-        together.close()
-        apart.close()
+        measured = [_round(comm, together, apart, turn) for turn in range(_WARM_UP + pairs)][_WARM_UP:]
+        even, dynamic = (trainer.take_step.weights.values for trainer in together.values())
+        assert even.equal(dynamic), "results must not depend on the shares"
+        for trainer in (*together.values(), apart):
+            trainer.close()
     title = f"width {width:g}, batch {global_size}"
-    ranks, programs = f"{comm.size} ranks", f"{comm.size} programs side by side, batch {share} each"
-    mean = [(fmean(pair.together), fmean(pair.apart)) for pair in measured]
-    slower = [(fmean(pair.together), max(pair.apart)) for pair in measured]
-    waits = [(fmean(pair.waits), fmean(pair.together)) for pair in measured]
-    yield ratio_of(f"working together, {title}", ranks, programs, mean, _BAR, images=global_size)
-    yield ratio_of(f"working together, {title}", ranks, f"the slower of {programs}", slower, _BAR, images=global_size)
-    yield ratio_of(f"allreduce wait, {title}", f"mean of {ranks}", "their whole step", waits, None)
+    programs = f"{comm.size} programs side by side, batch {share} each"
+    for dealing in _DEALINGS:
+        ranks = f"{comm.size} ranks, {dealing} shares"
+        mean = [(fmean(each.together[dealing]), fmean(each.apart)) for each in measured]
+        slower = [(fmean(each.together[dealing]), max(each.apart)) for each in measured]
+        waits = [(fmean(each.waits[dealing]), fmean(each.together[dealing])) for each in measured]
+        yield ratio_of(f"working together, {title}", ranks, programs, mean, _BAR, images=global_size)
+        yield ratio_of(
+            f"working together, {title}", ranks, f"the slower of {programs}", slower, _BAR, images=global_size
+        )
+        yield ratio_of(f"allreduce wait, {title}", f"mean of {ranks}", "their whole step", waits, None)
 
 
-def _pair(comm: Communicator, together: Trainer, apart: Trainer, turn: int) -> Pair:
-    """Time an update of each side, started by all ranks at once; the side that runs first alternates."""
-    seconds = []
-    for trainer in (together, apart) if turn % 2 == 0 else (apart, together):
+def _round(comm: Communicator, together: Mapping[str, Trainer], apart: Trainer, turn: int) -> Round:
+    """Time an update of each side, started by all ranks at once; each turn another side is the first."""
+    trainers = [*together.values(), apart]
+    seconds = [0.0] * len(trainers)
+    for place in range(len(trainers)):
+        side = (place + turn) % len(trainers)
         comm.barrier()
-        seconds.append(timed(trainer.advance))
-    if turn % 2:
-        seconds.reverse()
-    wait = together.take_step.clock.times().seconds_of("allreduce_wait")
-    mine = [round(value * _NANO) for value in (seconds[0], wait, seconds[1])]
-    return Pair(*([value / _NANO for value in each] for each in zip(*gather(comm, mine, "seconds"), strict=True)))
+        seconds[side] = timed(trainers[side].advance)
+    waits = [trainer.take_step.clock.times().seconds_of("allreduce_wait") for trainer in together.values()]
+    mine = [round(value * _NANO) for value in (*seconds, *waits)]
+    rows = [[value / _NANO for value in each] for each in zip(*gather(comm, mine, "seconds"), strict=True)]
+    count = len(together)
+    return Round(
+        dict(zip(together, rows[:count], strict=True)), dict(zip(together, rows[count + 1 :], strict=True)), rows[count]
+    )
 
 
 if __name__ == "__main__":

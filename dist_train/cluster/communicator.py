@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -75,6 +76,23 @@ class Operation(Pending):
             self.finish()
 
 
+class Counters:
+    """Counters by name, each from 0, which all ranks of a group share; this base class is that of a single rank."""
+
+    def __init__(self) -> None:
+        self._values: defaultdict[str, int] = defaultdict(int)
+
+    def fetch_and_add(self, name: str) -> int:
+        """Return the value of the counter `name`, and add 1 to it. Raises RankLostError."""
+        value = self._values[name]
+        self._values[name] += 1
+        return value
+
+    def delete(self, name: str) -> None:
+        """Delete the counter `name`, which no rank uses any more."""
+        self._values.pop(name, None)
+
+
 class Communicator:
     """The ranks of a run, seen from one of them, which all call the same operations. By default: a single rank."""
 
@@ -103,6 +121,11 @@ class Communicator:
 
     def broadcast(self, tensor: torch.Tensor, name: str, root: int = 0) -> None:
         """Overwrite `tensor` with that of rank `root`."""
+
+    def open_counters(self) -> Counters:
+        """Return counters that all ranks share; all ranks call this. Raises UsageError if the engine has none."""
+        assert self.size == 1, "an engine has counters of its own"
+        return Counters()
 
     def barrier(self) -> None:
         """Wait for all ranks."""

@@ -26,11 +26,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dist_train.cluster.communicator import Generation, GroupBrokenError, Pending, Result
+from dist_train.cluster.communicator import Counters, Generation, GroupBrokenError, Pending, Result
 from dist_train.cluster.devices import check_own_gpu
 from dist_train.cluster.joining import end_process
 from dist_train.cluster.member import Member
-from dist_train.cluster.torch_engine import TorchOperations, abort_nccl, gloo_options, nccl_options, sum_options
+from dist_train.cluster.torch_engine import (
+    StoreCounters,
+    TorchOperations,
+    abort_nccl,
+    gloo_options,
+    nccl_options,
+    sum_options,
+)
 
 _POLL_INTERVAL = timedelta(milliseconds=100)  # between checks of a waiting operation, of ms each
 _DEVICE_POLL_SECONDS = 5e-5  # between checks of an operation on a GPU: the longest delay that this adds to it
@@ -100,7 +107,7 @@ class ElasticCommunicator(TorchOperations):
         self.local_rank = new.nodes[: new.rank].count(new.nodes[new.rank])
         self.local_size = new.nodes.count(new.nodes[new.rank])
         if new.size > 1:
-            self._group, self._group_store = self._in_thread(lambda: self._make_gloo(new), "meeting")
+            self._group, self._group_store = self.run_while_whole(lambda: self._make_gloo(new), "meeting")
         if self._device is not None:
             self._connect(self._device)
         return new
@@ -111,6 +118,10 @@ class ElasticCommunicator(TorchOperations):
             self._device = device
             if not self.is_joining:
                 self._connect(device)
+
+    def open_counters(self) -> Counters:
+        """Return counters that all ranks of the current generation share."""
+        return Counters() if self._group_store is None else _GenerationCounters(self, self._group_store)
 
     def close(self, error: BaseException | None = None) -> None:
         """Leave; the others continue without this rank if the `error` is its own."""
@@ -155,9 +166,9 @@ class ElasticCommunicator(TorchOperations):
         store, rank, size = dist.PrefixStore("device", self._group_store), self.rank, self.size
         group = DeviceGroup(lambda: abortable_nccl(store, rank, size, self._operation_timeout))
         self._device_group = group
-        self._in_thread(lambda: group.connect(device), "connecting GPUs")
+        self.run_while_whole(lambda: group.connect(device), "connecting GPUs")
 
-    def _in_thread(self, function: Callable[[], Result], name: str) -> Result:
+    def run_while_whole(self, function: Callable[[], Result], name: str) -> Result:
         """Return `function()`, called in a thread that is abandoned if a rank is lost meanwhile."""
         future: Future[Result] = Future()
 
@@ -194,6 +205,17 @@ class ElasticCommunicator(TorchOperations):
         print(f"dist-train: {why}; this rank ends [rank-lost]", file=sys.stderr, flush=True)
         self._member.leave(f"failed: {why}")
         end_process()
+
+
+class _GenerationCounters(StoreCounters):
+    """Counters in the store of a generation, whose server may be the rank that is lost."""
+
+    def __init__(self, comm: ElasticCommunicator, store: dist.Store) -> None:
+        super().__init__(store)
+        self._comm = comm
+
+    def _call(self, function: Callable[[], Result], name: str) -> Result:
+        return self._comm.run_while_whole(function, name)
 
 
 @dataclass

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from dist_train.cluster.communicator import Communicator, Operation, Pending, naming_lost_ranks
+from dist_train.cluster.communicator import Communicator, Counters, Operation, Pending, naming_lost_ranks
 from dist_train.cluster.launch import Launch
 from dist_train.outcome import UsageError
 
@@ -32,6 +32,7 @@ class HorovodCommunicator(Communicator):
             ) from error
         self._hvd = hvd
         self._rank_lost = HorovodInternalError
+        self._counters: Counters | None = None
         hvd.init()
         if hvd.size() != launch.size:
             seen = hvd.size()
@@ -61,6 +62,14 @@ class HorovodCommunicator(Communicator):
     def broadcast(self, tensor: torch.Tensor, name: str, root: int = 0) -> None:
         """Overwrite `tensor` with that of rank `root`."""
         self._start(lambda: self._hvd.broadcast_async_(tensor, root_rank=root, name=name)).wait()
+
+    def open_counters(self) -> Counters:
+        """Return counters that all ranks share, over connections beside Horovod's. Raises UsageError."""
+        from dist_train.cluster.torch_engine import open_counters_at_rank_0
+
+        if self._counters is None:
+            self._counters = open_counters_at_rank_0(self)
+        return self._counters
 
     def start_timeline(self, path: Path) -> None:
         """Start to write Horovod's timeline to `path`, on rank 0, unless the user has configured another one."""

@@ -7,10 +7,11 @@ thread. The training step does so by design (`GradientReduction` sends its bucke
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from datetime import timedelta
 from ipaddress import ip_address
@@ -19,12 +20,71 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dist_train.cluster.communicator import Communicator, Operation, Pending, gather, naming_lost_ranks, signed_digest
+from dist_train.cluster.communicator import (
+    Communicator,
+    Counters,
+    Operation,
+    Pending,
+    Result,
+    broadcast_str,
+    gather,
+    naming_lost_ranks,
+    run_on_all_ranks,
+    signed_digest,
+)
+from dist_train.cluster.heartbeats import own_addresses
 from dist_train.cluster.launch import Launch, StoreAddress
 from dist_train.outcome import UsageError
 
 _INTERFACE = "GLOO_SOCKET_IFNAME"
+_ANSWER_SECONDS = 5.0  # for an address of rank 0 to answer
 _STORE_TIMEOUT = timedelta(minutes=30)  # ranks that cannot meet give up much earlier (`meeting_within`)
+
+
+class StoreCounters(Counters):
+    """Counters in a store that one of the ranks serves, whatever that rank computes meanwhile."""
+
+    def __init__(self, store: dist.Store) -> None:
+        self._store = dist.PrefixStore("counters", store)
+
+    def fetch_and_add(self, name: str) -> int:
+        """Return the value of the counter `name`, and add 1 to it. Raises RankLostError."""
+        return self._call(lambda: self._store.add(name, 1), name) - 1
+
+    def delete(self, name: str) -> None:
+        """Delete the counter `name`."""
+        self._call(lambda: self._store.delete_key(name), name)
+
+    def _call(self, function: Callable[[], Result], name: str) -> Result:
+        """Return `function()`, which uses the store."""
+        with naming_lost_ranks(RuntimeError, f"{name}: "):
+            return function()
+
+
+def open_counters_at_rank_0(comm: Communicator) -> Counters:
+    """Return counters that rank 0 serves at a free port, for an engine without a store. All ranks call this.
+
+    Raises UsageError if a rank cannot connect to rank 0.
+    """
+    served = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if comm.rank == 0 else None
+    place = json.dumps([served.port, own_addresses()]) if served is not None else ""
+    port, addresses = json.loads(broadcast_str(comm, place, "counters.place"))
+    store = run_on_all_ranks(comm, lambda: served or _connect_to_any(addresses, port), "connect to rank 0")
+    return StoreCounters(store)
+
+
+def _connect_to_any(addresses: Sequence[str], port: int) -> dist.Store:
+    """Return the store at `port` of the first of `addresses` that answers. Raises UsageError."""
+    for address in addresses:
+        with suppress(OSError, RuntimeError):
+            # torch's own attempt to connect takes no shorter time than its timeout
+            socket.create_connection((address, port), _ANSWER_SECONDS).close()
+            return dist.TCPStore(address, port, is_master=False, wait_for_workers=False)
+    raise UsageError(
+        f"port {port} of rank 0's node does not answer at {', '.join(addresses)}: allow connections between the nodes, "
+        f"or set batch.dealing=even",
+        code="ranks-cannot-meet",
+    )
 
 
 class TorchOperations(Communicator, ABC):
@@ -63,7 +123,7 @@ class TorchCommunicator(TorchOperations):
             )
         self.rank = launch.rank
         self.size = launch.size
-        store = _open_store(launch, launch.store)
+        store = self._store = _open_store(launch, launch.store)
         # The watchdog, which knows which rank is lost, must time out first.
         operation_timeout = timedelta(seconds=max(60.0, 3 * timeout))
         self._device: dist.ProcessGroupNCCL | None = None
@@ -81,6 +141,10 @@ class TorchCommunicator(TorchOperations):
         nodes = [node for (node,) in gather(self, [signed_digest(socket.gethostname().encode())], "nodes")]
         self.local_rank = nodes[: self.rank].count(nodes[self.rank])
         self.local_size = nodes.count(nodes[self.rank])
+
+    def open_counters(self) -> Counters:
+        """Return counters that all ranks share."""
+        return StoreCounters(self._store)
 
     def close(self, error: BaseException | None = None) -> None:
         """Leave the group."""

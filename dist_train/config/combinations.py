@@ -131,7 +131,7 @@ def _batch_schedule(config: Config) -> Iterator[Problem]:
 
 
 def _dealing(config: Config) -> Iterator[Problem]:
-    if config.batch.dealing != "measured":
+    if config.batch.dealing == "even":
         return
     if config.model.norm == "sync":
         wrong = (

@@ -104,8 +104,10 @@ class BatchSettings(Section):
     """Samples per update, over all ranks."""
     micro_size: PositiveInt | Literal["auto"] = Field("auto", examples=[256])
     """Samples per forward and backward pass; auto: as many as fit the device."""
-    dealing: Literal["even", "measured"] = "even"
-    """How micro-batches are distributed over ranks. even: equally. measured: by each rank's measured speed."""
+    dealing: Literal["even", "measured", "dynamic"] = "even"
+    """How micro-batches are distributed over ranks. even: equally. measured: by each rank's measured speed. dynamic:
+    each rank takes the next one when it is done with the one before, on CPUs only.
+    """
     schedule: tuple[BatchChange, ...] = Field((), examples=[[{"epoch": 60, "global_size": 2048}]])
     """Changes of the global batch size during the run, as in Smith et al. (arXiv 1711.00489): each {epoch, global_size}
     takes effect after that many passes. schedule.scaling uses the initial `global_size` alone.

@@ -85,6 +85,12 @@ def assemble(
     model or from a run that cannot be lengthened yet.
     """
     device = share_out_devices(comm, config.run.device, config.comm.timeout)
+    if config.batch.dealing == "dynamic" and device.type != "cpu":
+        raise UsageError(
+            "batch.dealing=dynamic works on CPUs: a process queues the work of its GPU long before the GPU is ready for "
+            "it, so it cannot tell when to take the next micro-batch; set batch.dealing to measured",
+            code="dealing-device",
+        )
     config = with_device(config, "cuda" if device.type == "cuda" else "cpu")
     compute = run_on_all_ranks(comm, partial(set_up_compute, config.precision, device), "set up its device")
     open_data = partial(open_splits, config.data, config.run.seed, compute.device, config.precision.channels_last)

@@ -41,7 +41,6 @@ from dist_train.outcome import (
 from dist_train.rundir.paths import RunDirectory, RunLock
 from dist_train.rundir.records import Detail, EventRecord, JsonLines, Observer, Outcome, RunFacts
 from dist_train.rundir.status import EventCounts, RanksFile, State, StatusFile, another_failed, read_status
-from dist_train.training.micro_batches import share_of
 
 if TYPE_CHECKING:
     from dist_train.training.trainer import Trainer
@@ -358,7 +357,6 @@ def run_facts(
         start_step=trainer.progress.step,
         controller=ranks.controller,
         rank=ranks.rank,
-        micro_batches_of=tuple(len(share_of(config.model, plan, rank, ranks.size)) for rank in range(ranks.size)),
         revision=revision,
         slurm_job=os.environ.get("SLURM_JOB_ID", ""),
         node=nodes[ranks.rank],

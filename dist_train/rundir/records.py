@@ -149,6 +149,7 @@ class RankMeasurement(NamedTuple):
     device_bytes: Real  # device memory that the rank has allocated; NaN without a device
     device_peak_bytes: Real  # peak of `device_bytes`; NaN without a device
     device_utilization: Real  # share of the last second in which the device was busy, in [0, 1]; NaN without NVML
+    micro_batches: Real = math.nan  # that the rank computed in the step, or parts of them with sync norm
     device_used_bytes: Real = math.nan  # of all processes. From here on: NaN if NVML does not report it
     device_power_watts: Real = math.nan
     device_core_clock_hertz: Real = math.nan
@@ -194,7 +195,6 @@ class RunFacts:
     start_step: int
     controller: str
     rank: int = 0  # the rank that these facts are for
-    micro_batches_of: tuple[int, ...] = ()  # micro-batches of each rank, by rank
     revision: str = ""  # version of dist_train, with the commit if it runs from a repository
     slurm_job: str = ""
     node: str = ""

@@ -6,10 +6,11 @@ Sums over micro-batches are exact, so the result does not depend on which rank c
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache, partial
 from heapq import heapify, heapreplace
 
+from dist_train.cluster.communicator import Communicator, Counters
 from dist_train.config import Config
 from dist_train.data.images import BatchRequest
 from dist_train.data.plan import BatchPlan, MicroBatch, batch_indices, epoch_order
@@ -95,6 +96,10 @@ class Dealing:
         """Return the micro-batches of this rank in `step`: the next update or the one after it."""
         return self._mine
 
+    def claims(self, step: int) -> Iterable[MicroBatch]:
+        """Return the micro-batches that this rank claims in `step`, the next update, while it computes."""
+        return ()
+
     def note(self, step: int, times: StepTimes, paces: Sequence[int]) -> tuple[int, ...] | None:
         """Note this rank's `times` of `step`, the last update, and the paces that all ranks reported in it.
 
@@ -142,11 +147,52 @@ class MeasuredDealing(Dealing):
         return None if self._counts == before else self._counts
 
 
-def build_dealing(config: Config, plan: BatchPlan, rank: int, size: int) -> Dealing:
-    """Return how the micro-batches of `plan` are dealt to `rank` of `size`, without any measurement so far.
+class DynamicDealing(Dealing):
+    """At first half of an even share, whose samples can be read early; then whoever is ready takes the next one."""
 
-    Raises UsageError if ranks share every micro-batch, and one has fewer samples than there are ranks.
+    def __init__(self, plan: BatchPlan, rank: int, size: int, counters: Counters) -> None:
+        first = size * max(1, len(plan.micro_batches) // (2 * size))
+        super().__init__(plan.micro_batches[:first][rank::size])
+        self._common = plan.micro_batches[first:]
+        self._size = size
+        self._counters = counters
+        self._micro_size = plan.micro_size
+
+    def claims(self, step: int) -> Iterable[MicroBatch]:
+        """Return the micro-batches that this rank claims in `step`, the next update, while it computes."""
+        return _Claims(partial(self._claim, step)) if self._common else ()
+
+    def _claim(self, step: int) -> MicroBatch | None:
+        """Return the next micro-batch that no rank has claimed; None, once for each rank, if there is none."""
+        # An update for which memory ran out is made again, with smaller micro-batches.
+        name = f"micro-batches of {self._micro_size}, step {step}"
+        index = self._counters.fetch_and_add(name)
+        if index == len(self._common) + self._size - 1:
+            self._counters.delete(name)  # all ranks know that none is left
+        return self._common[index] if index < len(self._common) else None
+
+
+class _Claims:
+    """What a rank claims in an update, until `claim` returns None once; the same when iterated again."""
+
+    def __init__(self, claim: Callable[[], MicroBatch | None]) -> None:
+        self._claims = iter(claim, None)
+        self._claimed: list[MicroBatch] = []
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        yield from self._claimed
+        for claimed in self._claims:
+            self._claimed.append(claimed)
+            yield claimed
+
+
+def build_dealing(config: Config, plan: BatchPlan, comm: Communicator) -> Dealing:
+    """Return how the micro-batches of `plan` are dealt to the ranks of `comm`, without any measurement so far.
+
+    Raises UsageError if ranks share every micro-batch, and one has fewer samples than there are ranks; or if ranks
+    that claim micro-batches cannot reach rank 0.
     """
+    rank, size = comm.rank, comm.size
     if config.batch.dealing == "even":
         return Dealing(share_of(config.model, plan, rank, size))
     count = len(plan.micro_batches)
@@ -158,7 +204,9 @@ def build_dealing(config: Config, plan: BatchPlan, rank: int, size: int) -> Deal
             size,
             _FEW * size,
         )
-    return MeasuredDealing(plan, rank, size)
+    if config.batch.dealing == "measured":
+        return MeasuredDealing(plan, rank, size)
+    return DynamicDealing(plan, rank, size, comm.open_counters())
 
 
 class Batches:
@@ -171,15 +219,15 @@ class Batches:
         self._plans: tuple[BatchPlan, ...] = ()
         self._dealings: tuple[Dealing, ...] = ()
 
-    def deal(self, micro_size: int, rank: int, size: int) -> None:
-        """Cut batches into micro-batches of `micro_size` and deal these to `rank` of `size`; all ranks call it at once.
+    def deal(self, micro_size: int, comm: Communicator) -> None:
+        """Cut batches into micro-batches of `micro_size` and deal these to the ranks of `comm`, which all call this.
 
         What was measured of the ranks' speed is dropped.
 
         Raises UsageError if ranks share every micro-batch, and one has fewer samples than there are ranks.
         """
         self._plans = tuple(BatchPlan(stage.global_size, micro_size) for stage in self._epochs.stages)
-        self._dealings = tuple(build_dealing(self._config, plan, rank, size) for plan in self._plans)
+        self._dealings = tuple(build_dealing(self._config, plan, comm) for plan in self._plans)
 
     def plan(self, step: int) -> BatchPlan:
         """Return how the batch of update `step` is cut into micro-batches."""
@@ -200,9 +248,14 @@ class Batches:
         epoch, index = self._epochs.place(step)
         indices = batch_indices(self._order(epoch), index, self.plan(step).global_size)
         partners, dealing = int(self._config.regularization.mixes), self.dealing(step)
-        return GlobalBatch(step, epoch, indices, dealing.share(step), partners, dealing.pace)
+        return GlobalBatch(step, epoch, indices, dealing.share(step), dealing.claims(step), partners, dealing.pace)
 
     def requests(self, step: int, end: int) -> Iterator[BatchRequest]:
-        """Yield the requests of this rank's micro-batches, for the updates from `step` to `end` (exclusive)."""
+        """Yield the requests of this rank's micro-batches, for the updates from `step` to `end` (exclusive).
+
+        Ends before the first that is not known yet.
+        """
         for batch in map(self.batch, range(step, end)):
             yield from map(batch.request, batch.micro_batches)
+            if batch.claims:
+                return

@@ -76,6 +76,10 @@ class StepTimes:
         spans = (self.timer.seconds(begun, ended) for (of, begun), (_, ended) in pairwise(self.marks) if of == part)
         return sum(spans, 0.0)
 
+    def count_of(self, part: Part) -> int:
+        """Return how often `part` began, or continued after a nested one: once a micro-batch for `data_wait`."""
+        return sum(of == part for of, _ in self.marks)
+
     def parts(self, stall_seconds: float = 0.0) -> StepParts:
         """Return the seconds of every part, plus `stall_seconds` of a checkpoint's stall.
 
@@ -295,7 +299,12 @@ class Measuring:
         """Measure `step`, counted from 1, which took `seconds`; does not wait for other ranks."""
         assert self._finish is None, "call result() first"
         waited = times.seconds_of("allreduce_wait")
-        mine = RankMeasurement(busy_seconds=max(0.0, seconds - waited), wait_seconds=waited, **self._usage.read())
+        mine = RankMeasurement(
+            busy_seconds=max(0.0, seconds - waited),
+            wait_seconds=waited,
+            micro_batches=times.count_of("data_wait"),
+            **self._usage.read(),
+        )
         # One row for each rank; the sum gathers them.
         rows = numpy.zeros((self._comm.size, len(mine)))
         rows[self._comm.rank] = mine

@@ -6,7 +6,8 @@ Perturb the weights, compute the gradient, restore the weights, sum over the ran
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -71,10 +72,23 @@ class GlobalBatch:
     epoch: int
     indices: Tensor
     micro_batches: tuple[MicroBatch, ...]
+    claims: Iterable[MicroBatch] = ()
+    """Further micro-batches, each of which this rank claims when it is asked for; the same ones if iterated again."""
     partners: int = 0
     """Extra samples read after each micro-batch, to be mixed with its own by mixup or CutMix."""
     pace: int = 0
     """Microseconds per micro-batch, which this rank reports to the others; 0 if it does not."""
+
+    def in_turn(self, prefetch: Callable[[Iterable[BatchRequest]], None]) -> Iterator[tuple[MicroBatch, bool]]:
+        """Yield this rank's micro-batches, and whether each is the last: the next one is claimed, and read, before."""
+        ahead = deque(self.micro_batches)
+        claims = iter(self.claims)
+        while ahead:
+            if len(ahead) == 1 and (claimed := next(claims, None)) is not None:
+                ahead.append(claimed)
+                prefetch(map(self.request, ahead))
+            yield ahead[0], len(ahead) == 1
+            ahead.popleft()
 
     def request(self, micro_batch: MicroBatch) -> BatchRequest:
         """Return the samples to read for `micro_batch`; after the global batch's last sample its first ones follow."""
@@ -193,8 +207,8 @@ class TrainingStep:
     def _add_gradients(self, batch: GlobalBatch) -> bool:
         """Add up the gradients of this rank's micro-batches; return False if they do not fit its device."""
         try:
-            for micro_batch in batch.micro_batches:
-                self._add_gradient(batch, micro_batch)
+            for micro_batch, is_last in batch.in_turn(self.samples.prefetch):
+                self._add_gradient(batch, micro_batch, is_last)
         except (RuntimeError, MemoryError) as error:
             refuse_nondeterministic(error)
             # With sync norm the others already wait for this rank in a collective of the forward or backward pass.
@@ -203,8 +217,8 @@ class TrainingStep:
             return False
         return True
 
-    def _add_gradient(self, batch: GlobalBatch, micro_batch: MicroBatch) -> None:
-        """Add the gradient of `micro_batch` at each point that the noise names."""
+    def _add_gradient(self, batch: GlobalBatch, micro_batch: MicroBatch, is_last: bool) -> None:
+        """Add the gradient of `micro_batch` at each point that the noise names; `is_last`: of this rank's."""
         with self.clock.part("data_wait"):
             request = batch.request(micro_batch)
             inputs, target = self.mix(*self.samples.read(request), request)
@@ -219,7 +233,7 @@ class TrainingStep:
             if self.noise.settings.target_rise is not None and micro_batch.index == 0 and point is points[0]:
                 self._measure_rise(inputs, target, seed_layers)
             seed_layers()
-            if micro_batch is batch.micro_batches[-1] and point is points[-1]:
+            if is_last and point is points[-1]:
                 # Never a graph: it sends buckets while its backward pass is under way.
                 self._differentiate(inputs, target, divisor, self.reduction.last_micro_batch)
             elif self._graphs is None:

@@ -99,7 +99,7 @@ class Trainer:
     def __post_init__(self) -> None:
         assert self.config.batch.micro_size != "auto", "decided when the run starts"
         self._batches = Batches(self.config, self.epochs, len(self.splits.train))
-        self._batches.deal(self.config.batch.micro_size, self.comm.rank, self.comm.size)
+        self._batches.deal(self.config.batch.micro_size, self.comm)
         self._statistics_step: int | None = None
         self._averaged = AveragedModel(self.network, self.take_step.averaging, self._recompute_statistics)
         early = self.config.early_stopping
@@ -246,7 +246,7 @@ class Trainer:
     def _set_micro_size(self, size: int) -> None:
         self.config = with_setting(self.config, "batch.micro_size", size)
         self._settings = self.config.model_dump(mode="json")
-        self._batches.deal(size, self.comm.rank, self.comm.size)
+        self._batches.deal(size, self.comm)
 
     def _complete_step(self, update: LastUpdate) -> None:
         """Do the work due after the last update. Called again if a rank was lost meanwhile."""
@@ -494,5 +494,5 @@ class Trainer:
         self._averaged.forget()
         if shared.micro_size != self.plan.micro_size:
             self._set_micro_size(shared.micro_size)
-        self._batches.deal(self.plan.micro_size, self.comm.rank, self.comm.size)
+        self._batches.deal(self.plan.micro_size, self.comm)
         self.regroup(self, generation)

@@ -17,10 +17,10 @@ if __name__ == "__main__":
     step = int(sys.argv[1])
     add_gradient = TrainingStep._add_gradient
 
-    def dying(self: TrainingStep, batch: Any, micro_batch: Any) -> None:
+    def dying(self: TrainingStep, batch: Any, micro_batch: Any, is_last: bool) -> None:
         if batch.step + 1 == step:
             os.kill(os.getpid(), signal.SIGKILL)
-        add_gradient(self, batch, micro_batch)
+        add_gradient(self, batch, micro_batch, is_last)
 
     TrainingStep._add_gradient = dying  # type: ignore[method-assign]  # the fault under test
     raise SystemExit(main(sys.argv[2:]))

@@ -17,10 +17,10 @@ if __name__ == "__main__":
     attempts = int(sys.argv[1])
     add_gradient = TrainingStep._add_gradient
 
-    def slow(self: TrainingStep, batch: Any, micro_batch: Any) -> None:
+    def slow(self: TrainingStep, batch: Any, micro_batch: Any, is_last: bool) -> None:
         if int(os.environ.get("SLURM_RESTART_COUNT", "0")) < attempts:
             time.sleep(0.3)
-        add_gradient(self, batch, micro_batch)
+        add_gradient(self, batch, micro_batch, is_last)
 
     TrainingStep._add_gradient = slow  # type: ignore[method-assign]  # the delay that the test needs
     raise SystemExit(main(sys.argv[2:]))

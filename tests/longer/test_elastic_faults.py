@@ -95,12 +95,19 @@ def run_with_faults(folder: Path, ranks: int, seed: int, count: int, sections: S
         assert_equal(one[part], other[part])
 
 
-def test_random_faults_change_nothing(tmp_path: Path) -> None:
-    run_with_faults(tmp_path, 3, seed=2, count=6, sections=STATEFUL)
+@pytest.mark.parametrize(
+    ("sections", "count"), [(STATEFUL, 6), ({"batch": {"dealing": "dynamic"}}, 3)], ids=["stateful", "dynamic"]
+)
+def test_random_faults_change_nothing(tmp_path: Path, sections: Sections, count: int) -> None:
+    run_with_faults(tmp_path, 3, seed=2, count=count, sections=sections)
 
 
 @pytest.mark.lengthy
-@pytest.mark.parametrize(("ranks", "sections"), [(2, {}), (3, STATEFUL), (4, {})], ids=["2", "3", "4"])
+@pytest.mark.parametrize(
+    ("ranks", "sections"),
+    [(2, {}), (3, STATEFUL), (4, {"batch": {"dealing": "dynamic"}})],
+    ids=["2", "3", "4"],
+)
 def test_hundred_faults_change_nothing(tmp_path: Path, ranks: int, sections: Sections) -> None:
     run_with_faults(tmp_path, ranks, seed=ranks, count=100, sections=sections)
 

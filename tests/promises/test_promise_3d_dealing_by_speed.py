@@ -1,4 +1,4 @@
-"""Promise 3 where micro-batches are dealt by the speed of the ranks, of which one is slow."""
+"""Promise 3 where ranks have different speeds: shares follow them, or each rank takes what it is ready for."""
 
 from __future__ import annotations
 
@@ -26,9 +26,11 @@ def shares(run: Path) -> list[tuple[int, list[int]]]:
     return [(each["step"], [int(count) for count in each["shares"].split()]) for each in found]
 
 
-def train_with_slow_rank(run: Path, config: str, controller: str, ranks: int, slow: int, until: int) -> None:
+def train_with_slow_rank(
+    run: Path, config: str, controller: str, ranks: int, slow: int, until: int, dealing: str = "measured"
+) -> None:
     program = ("-m", "tests.ranks.slow_rank", str(slow), str(MILLISECONDS))
-    arguments = ("train", config, "batch.dealing=measured", f"run.max_steps={until}", "--run-dir", str(run))
+    arguments = ("train", config, f"batch.dealing={dealing}", f"run.max_steps={until}", "--run-dir", str(run))
     ended = launch(ranks, controller, *arguments, program=program)
     assert ended.code == 0, ended.output
 
@@ -69,3 +71,22 @@ def test_resume_with_another_slow_rank_is_bit_identical(alone: tuple[str, Path],
     # Shares begin with 5, 4 and 4.
     assert any(counts[0] < min(counts[1:]) for step, counts in changes if step <= half)
     assert any(counts[2] < min(counts[:2]) for step, counts in changes if step > half)
+
+
+@pytest.mark.parametrize(("controller", "ranks"), [("torchrun", 3), ("mpi", 2)])
+def test_ranks_that_take_micro_batches_are_bit_identical_to_one(
+    alone: tuple[str, Path], tmp_path: Path, controller: str, ranks: int
+) -> None:
+    config, whole = alone
+    train_with_slow_rank(tmp_path / "run", config, controller, ranks, slow=0, until=STEPS, dealing="dynamic")
+    assert_same_run(tmp_path / "run", whole)
+
+
+@pytest.mark.lengthy
+def test_a_resume_on_other_ranks_that_take_micro_batches_is_bit_identical(
+    alone: tuple[str, Path], tmp_path: Path
+) -> None:
+    config, whole = alone
+    train_with_slow_rank(tmp_path / "run", config, "gloo", 2, slow=1, until=STEPS // 2, dealing="dynamic")
+    train_with_slow_rank(tmp_path / "run", config, "srun", 3, slow=2, until=STEPS, dealing="dynamic")
+    assert_same_run(tmp_path / "run", whole, ["train"])

@@ -17,8 +17,8 @@ if __name__ == "__main__":
     rank, milliseconds = int(sys.argv[1]), int(sys.argv[2])
     add_gradient = TrainingStep._add_gradient
 
-    def slow(self: TrainingStep, batch: Any, micro_batch: Any) -> None:
-        add_gradient(self, batch, micro_batch)
+    def slow(self: TrainingStep, batch: Any, micro_batch: Any, is_last: bool) -> None:
+        add_gradient(self, batch, micro_batch, is_last)
         if current_launch().rank == rank:
             time.sleep(milliseconds / 1000)
 

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch
 
-from dist_train.cluster.communicator import Communicator, Pending, RankLostError
+from dist_train.cluster.communicator import Communicator, Counters, Pending, RankLostError
 from tests.waiting import PATIENCE
 
 Result = TypeVar("Result")
@@ -23,6 +23,19 @@ class _Operation:
     tensors: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
+class _LockedCounters(Counters):
+    """Counters for several threads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+
+    def fetch_and_add(self, name: str) -> int:
+        """Return the value of the counter `name`, and add 1 to it."""
+        with self.lock:
+            return super().fetch_and_add(name)
+
+
 class _Group:
     """What the ranks share."""
 
@@ -31,6 +44,7 @@ class _Group:
         self.controller = controller
         self.changed = threading.Condition()
         self.operations: defaultdict[tuple[str, int], _Operation] = defaultdict(_Operation)
+        self.counters = _LockedCounters()
         self.lost = False
 
 
@@ -80,6 +94,10 @@ class SimulatedRanks(Communicator):
             return (1 - dot / (2 * a.dot(a)).clamp_min(1e-30)) * a + (1 - dot / (2 * b.dot(b)).clamp_min(1e-30)) * b
 
         return self._start(tensor, name, combine)
+
+    def open_counters(self) -> Counters:
+        """Return counters that all ranks share."""
+        return self._group.counters
 
     def broadcast(self, tensor: torch.Tensor, name: str, root: int = 0) -> None:
         """Replace `tensor` by that of rank `root`."""

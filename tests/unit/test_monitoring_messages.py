@@ -36,7 +36,7 @@ from tests.unit.exporting import FACTS, ON_A_DEVICE, OUTCOME, measurement, train
 PLAN = ServingPlan(host="::", port=9400, token_file=Path("/etc/token"), last_scrape_seconds=2.5)
 MESSAGES: tuple[Message, ...] = (
     Begin(PLAN, FACTS, {"resumed": 2, "checkpoint": 10**12}),
-    Begin(ServingPlan("", 0), replace(FACTS, micro_batches_of=()), {}),
+    Begin(ServingPlan("", 0), replace(FACTS, nodes=()), {}),
     Progress(7),
     train(3),
     EvaluationRecord(7, 1.0, "test", 0.5, 0.9, 10_000, 1_700_000_000.25),

@@ -19,7 +19,6 @@ from dist_train.rundir.records import (
     EvaluationRecord,
     EventRecord,
     RankMeasurement,
-    RunFacts,
 )
 from tests.raising import raises
 from tests.unit.exporting import FACTS, ON_A_DEVICE, OUTCOME, measurement, read, train
@@ -195,9 +194,12 @@ def test_a_rank_is_compared_with_the_median_of_the_others(
     busy: tuple[float, ...], micro_batches: tuple[int, ...], ratios: dict[str, float]
 ) -> None:
     nodes = tuple(f"n{rank}" for rank in range(len(busy)))
-    board = Board(replace(FACTS, world_size=len(busy), micro_batches_of=micro_batches, nodes=nodes))
+    board = Board(replace(FACTS, world_size=len(busy), nodes=nodes))
     nan = math.nan
-    ranks = tuple(RankMeasurement(seconds, 0.0, 1e9, nan, nan, nan) for seconds in busy)
+    ranks = tuple(
+        RankMeasurement(seconds, 0.0, 1e9, nan, nan, nan, count)
+        for seconds, count in zip(busy, micro_batches, strict=True)
+    )
     board.measurement(replace(measurement(1), ranks=ranks))
     shown = {labels[1]: value for (name, labels), value in values_of(board).items() if name.endswith("busy_ratio")}
     assert shown == pytest.approx(ratios)
@@ -293,29 +295,12 @@ def test_the_state_follows_the_run() -> None:
     assert (values["dist_train_state", ("stopping",)], values["dist_train_state", ("failed",)]) == (0, 1)
 
 
-@pytest.mark.parametrize(
-    ("facts", "now"),
-    [
-        (replace(FACTS, micro_batches=32, micro_batches_of=(11, 11, 10)), (22, 21, 21)),
-        (replace(FACTS, micro_batches=32, micro_batches_of=(32, 32)), (64, 64)),
-    ],
-)
-def test_smaller_micro_batches_are_counted_anew(facts: RunFacts, now: tuple[int, ...]) -> None:
-    board = Board(facts)
+def test_smaller_micro_batches_are_counted_anew() -> None:
+    board = Board(replace(FACTS, micro_batches=32))
     board.record(EventRecord(20, "micro_size", 1.0, {"before": 256, "now": 128}))
     values = values_of(board)
     assert values["dist_train_micro_batch_size", ()] == 128
     assert values["dist_train_micro_batches", ()] == 64
-    counts = [value for (name, _), value in values.items() if name == "dist_train_rank_micro_batches"]
-    assert tuple(counts) == now
-
-
-def test_shares_that_follow_the_ranks_speed_are_those_of_the_last_change() -> None:
-    board = Board(replace(FACTS, micro_batches=32, micro_batches_of=(16, 16)))
-    board.record(EventRecord(20, "dealing", 1.0, {"shares": "24 8"}))
-    values = values_of(board)
-    counts = [value for (name, _), value in values.items() if name == "dist_train_rank_micro_batches"]
-    assert counts == [24, 8]
 
 
 def test_a_kind_of_event_that_nobody_foresaw_is_counted() -> None:
@@ -326,7 +311,7 @@ def test_a_kind_of_event_that_nobody_foresaw_is_counted() -> None:
 
 def test_a_page_of_1024_ranks_is_small_and_quick() -> None:
     nodes = tuple(f"gpu-node-{rank // 8:04}" for rank in range(1024))
-    board = Board(replace(FACTS, world_size=1024, micro_batches_of=(1,) * 1024, nodes=nodes))
+    board = Board(replace(FACTS, world_size=1024, nodes=nodes))
     one = ON_A_DEVICE._replace(busy_seconds=0.123456789012345, wait_seconds=0.123456789012345)
     board.measurement(replace(measurement(1), ranks=(one,) * 1024))
     page = MetricsPage(board)

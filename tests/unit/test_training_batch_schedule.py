@@ -186,9 +186,9 @@ def test_metrics_count_the_samples_and_epochs_and_the_batch_in_force(tmp_path: P
     assert [facts.passes.done(step) for step in (4, 8, 16)] == [0.5, 1.0, 4.0]
     trainer.close()
     assert FACTS.passes.samples(10) == 10 * FACTS.global_size
-    board = Board(replace(FACTS, global_size=12, micro_size=6, micro_batches=2, micro_batches_of=(1, 1)))
+    board = Board(replace(FACTS, global_size=12, micro_size=6, micro_batches=2))
     board.record(EventRecord(9, "batch_size", 0.0, {"before": 12, "now": 30}))
-    assert (board.snapshot().facts.global_size, board.snapshot().facts.micro_batches_of) == (30, (3, 2))
+    assert (board.snapshot().facts.global_size, board.snapshot().facts.micro_batches) == (30, 5)
 
 
 @pytest.mark.parametrize(

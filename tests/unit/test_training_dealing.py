@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, pairwise
+from pathlib import Path
+from random import Random
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_train.data.plan import BatchPlan
-from dist_train.training.dealing import MeasuredDealing, build_dealing, deal, deal_if_faster, smooth, with_probes
+from dist_train.cluster.communicator import Alone, Communicator, Counters
+from dist_train.data.images import BatchRequest
+from dist_train.data.plan import BatchPlan, MicroBatch
+from dist_train.launching import assembly
+from dist_train.outcome import UsageError
+from dist_train.training.dealing import (
+    DynamicDealing,
+    MeasuredDealing,
+    build_dealing,
+    deal,
+    deal_if_faster,
+    smooth,
+    with_probes,
+)
 from dist_train.training.measuring import HostTimer, StepTimes
-from tests.unit.small_trainers import small_config
+from dist_train.training.step import GlobalBatch
+from tests.raising import raises
+from tests.unit.simulated_ranks import results
+from tests.unit.small_trainers import build_trainer, small_config, state_bits
 
 TIMES = st.lists(st.integers(1, 10**7), min_size=1, max_size=12)
 MAYBE_TIMES = st.lists(st.integers(0, 10**7), min_size=1, max_size=12)
@@ -162,8 +180,119 @@ def test_a_rank_tells_the_time_of_a_whole_micro_batch() -> None:
 
 
 def test_even_shares_never_change() -> None:
-    even = build_dealing(small_config(), BatchPlan(26, 6), 1, 2)
+    even = results(2, lambda comm: build_dealing(small_config(), BatchPlan(26, 6), comm))[1]
     share = even.share(0)
     assert even.note(0, took(1.0), [100, 900]) is None
     assert even.share(1) == share == BatchPlan(26, 6).share(1, 2)
     assert even.pace == 0
+
+
+def global_batch(plan: BatchPlan, dealing: DynamicDealing, step: int = 0) -> GlobalBatch:
+    return GlobalBatch(step, 0, torch.arange(plan.global_size), dealing.share(step), dealing.claims(step))
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    global_size=st.integers(1, 200),
+    micro_size=st.integers(1, 20),
+    size=st.integers(1, 6),
+    steps=st.integers(1, 3),
+    random=st.randoms(use_true_random=False),
+)
+def test_whoever_is_ready_every_micro_batch_is_claimed_once(
+    global_size: int, micro_size: int, size: int, steps: int, random: Random
+) -> None:
+    plan, counters = BatchPlan(global_size, micro_size), Counters()
+    ranks = [DynamicDealing(plan, rank, size, counters) for rank in range(size)]
+    for step in range(steps):
+        batches = [global_batch(plan, each, step) for each in ranks]
+        held: list[list[tuple[MicroBatch, bool]]] = [[] for _ in ranks]
+        at_work = {rank: batch.in_turn(lambda requests: None) for rank, batch in enumerate(batches)}
+        while at_work:
+            rank = random.choice(sorted(at_work))
+            if (following := next(at_work[rank], None)) is None:
+                del at_work[rank]
+            else:
+                held[rank].append(following)
+        assert sorted(each.index for mine in held for each, _ in mine) == list(range(len(plan.micro_batches)))
+        assert all([is_last for _, is_last in mine] == [False] * (len(mine) - 1) + [True] for mine in held if mine)
+        again = [list(batch.in_turn(lambda requests: None)) for batch in batches]
+        assert again == held, "a gradient that is computed again has the same micro-batches"
+
+
+def test_a_rank_that_is_three_times_slower_computes_a_quarter() -> None:
+    plan, counters = BatchPlan(64, 1), Counters()
+    times, ends, counts = (100, 300), [0, 0], [0, 0]
+    ranks = [
+        global_batch(plan, DynamicDealing(plan, rank, 2, counters)).in_turn(lambda requests: None) for rank in (0, 1)
+    ]
+    at_work = {0, 1}
+    while at_work:
+        rank = min(at_work, key=ends.__getitem__)
+        if next(ranks[rank], None) is None:
+            at_work.remove(rank)
+        else:
+            ends[rank] += times[rank]
+            counts[rank] += 1
+    assert counts == [47, 17]
+    assert abs(ends[0] - ends[1]) <= 2 * max(times), "the one that is computed and the one claimed before it"
+
+
+def test_samples_are_read_as_soon_as_they_are_claimed() -> None:
+    plan = BatchPlan(12, 2)
+    batch = global_batch(plan, DynamicDealing(plan, 0, 1, Counters()))
+    told: list[list[list[int]]] = []
+
+    def prefetch(requests: Iterable[BatchRequest]) -> None:
+        told.append([request.indices.tolist() for request in requests])
+
+    turns = batch.in_turn(prefetch)
+    assert [micro_batch.index for micro_batch, _ in (next(turns), next(turns))] == [0, 1]
+    assert told == [], "of the first half, all is known"
+    next(turns)
+    assert told == [[[4, 5], [6, 7]]], "the one that comes now, and the one after it"
+    list(turns)
+    assert told[-1] == [[8, 9], [10, 11]]
+
+
+@pytest.mark.parametrize("reduction", ["exact", "exact32"])
+def test_claimed_micro_batches_change_no_bit(tmp_path: Path, reduction: str) -> None:
+    def train(comm: Communicator, folder: str, dealing: str) -> dict[str, bytes]:
+        config = small_config(batch={"micro_size": 3, "dealing": dealing}, comm={"reduction": reduction})
+        trainer = build_trainer(config, tmp_path / folder, comm)
+        trainer.run()
+        return state_bits(trainer.network)
+
+    alone = train(Alone(), "alone", "even")
+    assert train(Alone(), "one", "dynamic") == alone
+    for size in (2, 3):
+        assert results(size, lambda comm: train(comm, f"{comm.size}", "dynamic")) == [alone] * size
+
+
+def test_the_counters_of_past_updates_are_deleted() -> None:
+    class Noting(Counters):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used: set[str] = set()
+
+        def fetch_and_add(self, name: str) -> int:
+            self.used.add(name)
+            return super().fetch_and_add(name)
+
+        def delete(self, name: str) -> None:
+            self.used.remove(name)
+            super().delete(name)
+
+    counters = Noting()
+    ranks = [DynamicDealing(PLAN, rank, 3, counters) for rank in range(3)]
+    for step in range(3):
+        claims = [rank.claims(step) for rank in ranks]
+        for each in claims * 2:
+            list(each)
+    assert not counters.used
+
+
+def test_a_process_does_not_know_when_its_gpu_is_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assembly, "share_out_devices", lambda *_: torch.device("cuda"))
+    with raises(UsageError, code="dealing-device"):
+        build_trainer(small_config(batch={"dealing": "dynamic"}), tmp_path, Alone())

@@ -214,6 +214,7 @@ class Changed:
 
     def __init__(self, samples: Any, sample: int, change: Callable[[Tensor], Tensor]) -> None:
         self._samples, self._sample, self._change = samples, sample, change
+        self.prefetch = samples.prefetch
 
     def read(self, batch: BatchRequest) -> tuple[Tensor, Tensor]:
         inputs, labels = self._samples.read(batch)
@@ -318,6 +319,7 @@ class Limited(nn.Module):
         ([1], "micro_batch", True, "measured"),
         ([0, 1], "global", False, "measured"),
         ([1], "global", False, "even"),
+        ([1], "global", True, "dynamic"),
     ],
 )
 def test_a_run_that_runs_out_of_memory_goes_on_with_smaller_micro_batches(

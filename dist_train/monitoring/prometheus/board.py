@@ -220,7 +220,7 @@ class Board:
         )
 
     def _apply_event(self, record: EventRecord) -> None:
-        match record.event, record.details.get("now", record.details.get("shares")):
+        match record.event, record.details.get("now"):
             case "checkpoint", _:
                 self._change(checkpoint=record)
             case "signal", _:
@@ -230,13 +230,8 @@ class Board:
             case "batch_size", int(size) if size > 0:
                 facts = replace(self._now.facts, global_size=size)
                 self._change(facts=_with_micro_size(facts, facts.micro_size))
-            case "dealing", str(shares):
-                self._change(facts=replace(self._now.facts, micro_batches_of=tuple(map(int, shares.split()))))
 
 
 def _with_micro_size(facts: RunFacts, size: int) -> RunFacts:
-    """Return `facts` with the batch split into micro-batches of `size` over the same ranks."""
-    count, ranks = -(-facts.global_size // size), len(facts.micro_batches_of)
-    shares_all = sum(facts.micro_batches_of) > facts.micro_batches  # each rank computes a part of every micro-batch
-    counts = tuple(count if shares_all else len(range(rank, count, ranks)) for rank in range(ranks))
-    return replace(facts, micro_size=size, micro_batches=count, micro_batches_of=counts)
+    """Return `facts` with the batch split into micro-batches of `size`."""
+    return replace(facts, micro_size=size, micro_batches=-(-facts.global_size // size))

@@ -207,9 +207,9 @@ def _slowest_ratio(now: Snapshot) -> float | None:
 
 
 def _busy_ratios(now: Snapshot) -> Iterable[Reading]:
-    counts = now.facts.micro_batches_of
+    ranks = now.measured.ranks if now.measured else ()
     # Per micro-batch: ranks may have one micro-batch more or less, or none.
-    each = {rank: busy / count for rank, (busy, count) in enumerate(zip(_busy(now), counts, strict=False)) if count}
+    each = {rank: it.busy_seconds / it.micro_batches for rank, it in enumerate(ranks) if it.micro_batches > 0}
     for rank, ratio in zip(each, _over_median_of_others(list(each.values())), strict=True):
         if not math.isnan(ratio):
             yield Reading(ratio, _rank_labels(now, rank))
@@ -259,13 +259,11 @@ METRICS: tuple[Metric, ...] = (
     ),
     _gauge("micro_batches", "Micro-batches of a step, of all ranks together.", "facts.micro_batches", "micro-batches"),
     _gauge("micro_batch_size", "Samples of a micro-batch.", "facts.micro_size", "samples"),
-    Metric(
+    _of_ranks(
         "rank_micro_batches",
-        "gauge",
-        "Micro-batches of a step that the rank computes.",
-        lambda now: (Reading(count, _rank_labels(now, rank)) for rank, count in enumerate(now.facts.micro_batches_of)),
-        _RANK,
-        unit_in_words="micro-batches",
+        "Micro-batches of the latest measured step that the rank has computed.",
+        "micro_batches",
+        unit="micro-batches",
     ),
     _of_ranks("rank_busy_seconds", "Time of the latest measured step outside of allreduces.", "busy_seconds"),
     _of_ranks(
