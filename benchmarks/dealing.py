@@ -1,4 +1,4 @@
-"""The gain of `batch.dealing: measured` if one of two ranks has a third of its core; rank 0 prints the row as JSON.
+"""The gain of `batch.dealing` if one of two ranks has a third of its core; rank 0 prints the rows as JSON.
 
 `torchrun --standalone --nproc-per-node 2 --no-python python -m benchmarks.dealing PAIRS`
 """
@@ -41,8 +41,8 @@ def pinned_to_core(rank: int, busy_processes: int) -> Iterator[None]:
             process.wait()
 
 
-def dealing_row(comm: Communicator, pairs: int) -> Ratio:
-    """Return the step time with measured over that with even shares, VGG9 width 0.25, with the last rank slowed."""
+def dealing_rows(comm: Communicator, pairs: int) -> Iterator[Ratio]:
+    """Yield the step times with measured and dynamic shares over that with even ones, with the last rank slowed."""
     with shared_folder(comm) as folder, pinned_to_core(comm.rank, _BUSY_PROCESSES if comm.rank == comm.size - 1 else 0):
         sides = {
             dealing: open_trainer(
@@ -50,33 +50,32 @@ def dealing_row(comm: Communicator, pairs: int) -> Ratio:
                 comm,
                 folder / f"{dealing}-shares",
             )
-            for dealing in ("measured", "even")
+            for dealing in ("even", "measured", "dynamic")
         }
-        row = compare(
-            f"dealing, width 0.25, batch {_BATCH}, {comm.size} ranks, one at a third of its core",
-            ("measured", sides["measured"].advance),
-            ("even", sides["even"].advance),
-            pairs=pairs,
-            bar=0.75,
-            warm_up=_SETTLING_UPDATES,
-            images=_BATCH,
-        )
-        measured, even = (side.take_step.weights.values for side in sides.values())
-        assert measured.equal(even), "results must not depend on the shares"
-        return row
+        even = sides.pop("even")
+        for dealing, side in sides.items():
+            yield compare(
+                f"dealing, width 0.25, batch {_BATCH}, {comm.size} ranks, one at a third of its core",
+                (dealing, side.advance),
+                ("even", even.advance),
+                pairs=pairs,
+                bar=0.75,
+                warm_up=_SETTLING_UPDATES,
+                images=_BATCH,
+            )
 
 
-def launch(pairs: int) -> Ratio:
-    """Run this module on two ranks and return its row."""
-    return Ratio(**measure(on_ranks("torch", 2, module("benchmarks.dealing", pairs))))
+def rows(pairs: int) -> Iterator[Ratio]:
+    """Run this module on two ranks and yield its rows."""
+    yield from (Ratio(**row) for row in measure(on_ranks("torch", 2, module("benchmarks.dealing", pairs))))
 
 
 def main() -> None:
     """Measure on every rank, print on the first."""
     comm = join_ranks(timeout=600.0, device_type="cpu")
-    row = dealing_row(comm, int(sys.argv[1]))
+    measured = [asdict(row) for row in dealing_rows(comm, int(sys.argv[1]))]
     if comm.rank == 0:
-        tell(asdict(row))
+        tell(measured)
     comm.close()
 
 

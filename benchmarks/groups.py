@@ -84,7 +84,7 @@ GROUPS: Mapping[str, Group] = MappingProxyType(
             )
         ),
         "wire": Group(lambda pairs: wire.rows()),
-        "dealing": Group(lambda pairs: [dealing.launch(pairs)]),
+        "dealing": Group(dealing.rows),
         "overlap-128": Group(
             lambda pairs: (row for which in ("gloo", "mpi") for row in overlap.rows(which, 1.0, 128, pairs))
         ),

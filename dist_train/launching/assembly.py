@@ -87,8 +87,8 @@ def assemble(
     device = share_out_devices(comm, config.run.device, config.comm.timeout)
     if config.batch.dealing == "dynamic" and device.type != "cpu":
         raise UsageError(
-            "batch.dealing=dynamic works on CPUs: a process queues the work of its GPU long before the GPU is ready for "
-            "it, so it cannot tell when to take the next micro-batch; set batch.dealing to measured",
+            "batch.dealing=dynamic works on CPUs: a process queues its GPU's work long before the GPU is ready for it, "
+            "so it cannot tell when to take the next micro-batch; set batch.dealing to measured",
             code="dealing-device",
         )
     config = with_device(config, "cuda" if device.type == "cuda" else "cpu")
