@@ -210,11 +210,12 @@ def build_dealing(config: Config, plan: BatchPlan, comm: Communicator) -> Dealin
 
 
 class Batches:
-    """The global batches of a run of `epochs` over `samples` samples. Call `deal` before anything else."""
+    """The global batches of a run of `epochs` over `samples` samples, of `steps` updates. Call `deal` at first."""
 
-    def __init__(self, config: Config, epochs: Epochs, samples: int) -> None:
+    def __init__(self, config: Config, epochs: Epochs, samples: int, steps: int) -> None:
         self._config = config
         self._epochs = epochs
+        self._steps = steps
         self._order = lru_cache(2)(partial(epoch_order, samples, config.run.seed))
         self._plans: tuple[BatchPlan, ...] = ()
         self._dealings: tuple[Dealing, ...] = ()
@@ -248,14 +249,17 @@ class Batches:
         epoch, index = self._epochs.place(step)
         indices = batch_indices(self._order(epoch), index, self.plan(step).global_size)
         partners, dealing = int(self._config.regularization.mixes), self.dealing(step)
-        return GlobalBatch(step, epoch, indices, dealing.share(step), dealing.claims(step), partners, dealing.pace)
+        share, claims, following = dealing.share(step), dealing.claims(step), partial(self._known, step + 1)
+        return GlobalBatch(step, epoch, indices, share, claims, following, partners, dealing.pace)
 
-    def requests(self, step: int, end: int) -> Iterator[BatchRequest]:
-        """Yield the requests of this rank's micro-batches, for the updates from `step` to `end` (exclusive).
+    def requests(self, step: int) -> Iterator[BatchRequest]:
+        """Yield what is known of this rank's reading in update `step` and, if that is all of it, in the next one."""
+        yield from self._known(step)
+        if not self.batch(step).claims:
+            yield from self._known(step + 1)
 
-        Ends before the first that is not known yet.
-        """
-        for batch in map(self.batch, range(step, end)):
+    def _known(self, step: int) -> Iterator[BatchRequest]:
+        """Yield the requests of the micro-batches that this rank need not claim in `step`; none after the last one."""
+        if step < self._steps:
+            batch = self.batch(step)
             yield from map(batch.request, batch.micro_batches)
-            if batch.claims:
-                return

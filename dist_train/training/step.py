@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain, islice
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +75,8 @@ class GlobalBatch:
     micro_batches: tuple[MicroBatch, ...]
     claims: Iterable[MicroBatch] = ()
     """Further micro-batches, each of which this rank claims when it is asked for; the same ones if iterated again."""
+    following: Callable[[], Iterable[BatchRequest]] = tuple
+    """Returns what is known of this rank's reading in the next update: read ahead once there is nothing to claim."""
     partners: int = 0
     """Extra samples read after each micro-batch, to be mixed with its own by mixup or CutMix."""
     pace: int = 0
@@ -84,9 +87,9 @@ class GlobalBatch:
         ahead = deque(self.micro_batches)
         claims = iter(self.claims)
         while ahead:
-            if len(ahead) == 1 and (claimed := next(claims, None)) is not None:
-                ahead.append(claimed)
-                prefetch(map(self.request, ahead))
+            if self.claims and len(ahead) == 1:
+                ahead.extend(islice(claims, 1))
+                prefetch(chain(map(self.request, ahead), self.following() if len(ahead) == 1 else ()))
             yield ahead[0], len(ahead) == 1
             ahead.popleft()
 

@@ -98,7 +98,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         assert self.config.batch.micro_size != "auto", "decided when the run starts"
-        self._batches = Batches(self.config, self.epochs, len(self.splits.train))
+        self._batches = Batches(self.config, self.epochs, len(self.splits.train), self.last_step)
         self._batches.deal(self.config.batch.micro_size, self.comm)
         self._statistics_step: int | None = None
         self._averaged = AveragedModel(self.network, self.take_step.averaging, self._recompute_statistics)
@@ -205,7 +205,7 @@ class Trainer:
         """Make one update; return False if the micro-batch size was halved instead."""
         step, before = self.progress.step, replace(self.progress)
         begun = time.perf_counter()
-        self.splits.train.prefetch(self._batches.requests(step, min(step + 2, self.last_step)))
+        self.splits.train.prefetch(self._batches.requests(step))
         try:
             update = self.take_step(self._batches.batch(step), self.learning_rate.at(step), self.stop.requested)
         except OutOfMemoryError:

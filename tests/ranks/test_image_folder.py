@@ -73,8 +73,11 @@ def loaders_of(pid: int) -> list[int]:
 
 def test_promise_3_bits_do_not_depend_on_ranks_and_loaders(root: Path, tmp_path: Path) -> None:
     train_alone(write_config(tmp_path, folder_settings(root, 0)), tmp_path / "alone")
-    train_ranks(2, "mpi", write_config(tmp_path, folder_settings(root, 1)), tmp_path / "two")
+    two = write_config(tmp_path, folder_settings(root, 1))
+    train_ranks(2, "mpi", two, tmp_path / "two")
     assert_same_run(tmp_path / "two", tmp_path / "alone")
+    train_ranks(2, "torch", two, tmp_path / "dynamic", "batch.dealing=dynamic")
+    assert_same_run(tmp_path / "dynamic", tmp_path / "alone")
     assert {record["split"] for record in results(tmp_path / "two", ["eval"])} == {"train", "test"}
 
 

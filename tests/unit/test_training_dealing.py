@@ -121,6 +121,7 @@ def test_a_try_leaves_nobody_idle_where_there_is_enough(counts: list[int]) -> No
 
 
 PLAN = BatchPlan(100, 8)
+NEXT = BatchRequest(torch.tensor([77]))
 
 
 def took(seconds: float) -> StepTimes:
@@ -188,7 +189,8 @@ def test_even_shares_never_change() -> None:
 
 
 def global_batch(plan: BatchPlan, dealing: DynamicDealing, step: int = 0) -> GlobalBatch:
-    return GlobalBatch(step, 0, torch.arange(plan.global_size), dealing.share(step), dealing.claims(step))
+    share, claims = dealing.share(step), dealing.claims(step)
+    return GlobalBatch(step, 0, torch.arange(plan.global_size), share, claims, lambda: [NEXT])
 
 
 @settings(deadline=None, max_examples=100)
@@ -252,7 +254,7 @@ def test_samples_are_read_as_soon_as_they_are_claimed() -> None:
     next(turns)
     assert told == [[[4, 5], [6, 7]]], "the one that comes now, and the one after it"
     list(turns)
-    assert told[-1] == [[8, 9], [10, 11]]
+    assert told[-2:] == [[[8, 9], [10, 11]], [[10, 11], [77]]], "at last what the next update begins with"
 
 
 @pytest.mark.parametrize("reduction", ["exact", "exact32"])
