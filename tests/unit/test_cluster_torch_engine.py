@@ -10,8 +10,11 @@ import pytest
 import torch.distributed as dist
 
 from dist_train.cluster import torch_engine
+from dist_train.cluster.communicator import Communicator
 from dist_train.cluster.launch import StoreAddress
-from dist_train.cluster.torch_engine import TorchCommunicator
+from dist_train.cluster.torch_engine import TorchCommunicator, open_counters_at_rank_0
+from dist_train.outcome import PeerFailedError, UsageError
+from tests.unit.simulated_ranks import on_ranks, results
 
 FIRST, SECOND = ("127.0.1.1", "127.0.1.1"), ("10.0.0.2", "10.0.0.1")  # the route to the store on the first node
 
@@ -62,3 +65,29 @@ def test_abort_that_fails_is_reported_unless_the_run_has_failed_already(monkeypa
         communicator.close()
     communicator.close(RuntimeError("the run's own"))
     assert communicator._device is None
+
+
+def test_ranks_of_an_engine_without_a_store_count_together_at_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The first address of rank 0 leads nowhere from the other ranks.
+    monkeypatch.setattr(torch_engine, "own_addresses", lambda: ["192.0.2.1", "127.0.0.1"])
+    monkeypatch.setattr(torch_engine, "_ANSWER_SECONDS", 0.1)
+
+    def count(comm: Communicator) -> list[int]:
+        counters = open_counters_at_rank_0(comm)
+        values = [counters.fetch_and_add("turns") for _ in range(20)]
+        comm.barrier()
+        if comm.rank == 0:
+            counters.delete("turns")
+        comm.barrier()
+        return [*values, counters.fetch_and_add("turns")]
+
+    counted = results(3, count)
+    assert sorted(value for values in counted for value in values[:-1]) == list(range(60))
+    assert sorted(values[-1] for values in counted) == [0, 1, 2]
+
+
+def test_a_rank_that_cannot_connect_to_rank_0_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_engine, "own_addresses", lambda: [])
+    ended = on_ranks(2, open_counters_at_rank_0)
+    assert [type(each) for each in ended] == [PeerFailedError, UsageError]
+    assert getattr(ended[1], "code", "") == "ranks-cannot-meet"
