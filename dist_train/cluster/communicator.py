@@ -102,6 +102,7 @@ class Communicator:
     local_size: int = 1  # number of ranks on this node
     controller: str = "alone"  # the backend: alone, Horovod's mpi or gloo, torch-gloo or torch-nccl, mpi4py
     has_nccl: bool = True  # whether the group can sum GPU tensors
+    has_counters: bool = False  # whether `open_counters` needs no further connections
     is_elastic: bool = False  # whether ranks may leave and join: after a GroupBrokenError `meet` continues
     is_joining: bool = False  # whether this rank joins a run under way and has not met the others yet
     generation: int = 1  # number of the current process group, from 1
@@ -123,7 +124,7 @@ class Communicator:
         """Overwrite `tensor` with that of rank `root`."""
 
     def open_counters(self) -> Counters:
-        """Return counters that all ranks share; all ranks call this. Raises UsageError if the engine has none."""
+        """Return counters that all ranks share; all ranks call this. Raises UsageError if they cannot connect."""
         assert self.size == 1, "an engine has counters of its own"
         return Counters()
 

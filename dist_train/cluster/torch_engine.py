@@ -90,6 +90,8 @@ def _connect_to_any(addresses: Sequence[str], port: int) -> dist.Store:
 class TorchOperations(Communicator, ABC):
     """The operations of torch.distributed; a subclass starts them in its process groups."""
 
+    has_counters = True
+
     def allreduce_async(self, tensor: torch.Tensor, name: str) -> Pending:
         """Start to sum the contiguous `tensor` over all ranks, in place."""
         return self._start(tensor, lambda group: group.allreduce([tensor], sum_options()), name)

@@ -130,9 +130,17 @@ def _batch_schedule(config: Config) -> Iterator[Problem]:
         yield Problem("averaging.every_steps", wrong, code="batch-schedule-averaging")
 
 
+def may_deal_unevenly(config: Config) -> bool:
+    """Whether the result does not depend on which rank computes which micro-batch."""
+    return config.comm.is_exact and not any(_reasons_for_even_shares(config))
+
+
 def _dealing(config: Config) -> Iterator[Problem]:
-    if config.batch.dealing == "even":
-        return
+    if config.batch.dealing in ("measured", "dynamic"):
+        yield from _reasons_for_even_shares(config)
+
+
+def _reasons_for_even_shares(config: Config) -> Iterator[Problem]:
     if config.model.norm == "sync":
         wrong = (
             "with sync norm every rank computes a part of every micro-batch, so none can compute more of them; "

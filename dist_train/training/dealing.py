@@ -12,6 +12,7 @@ from heapq import heapify, heapreplace
 
 from dist_train.cluster.communicator import Communicator, Counters
 from dist_train.config import Config
+from dist_train.config.combinations import may_deal_unevenly
 from dist_train.data.images import BatchRequest
 from dist_train.data.plan import BatchPlan, MicroBatch, batch_indices, epoch_order
 from dist_train.rundir.records import Epochs
@@ -25,6 +26,8 @@ _PROBE_EVERY = 64
 """Every so many updates, a rank without micro-batches gets one, to be measured again."""
 _FEW = 4
 """With fewer micro-batches per rank, shares can hardly follow the ranks' speed."""
+_MANY = 16
+"""With as many per rank, the wait for the last one to be computed is at most a sixteenth of an update."""
 
 
 def deal(times: Sequence[int], micro_batches: int) -> tuple[int, ...]:
@@ -192,10 +195,13 @@ def build_dealing(config: Config, plan: BatchPlan, comm: Communicator) -> Dealin
     Raises UsageError if ranks share every micro-batch, and one has fewer samples than there are ranks; or if ranks
     that claim micro-batches cannot reach rank 0.
     """
-    rank, size = comm.rank, comm.size
-    if config.batch.dealing == "even":
+    rank, size, count = comm.rank, comm.size, len(plan.micro_batches)
+    dealing = config.batch.dealing
+    if dealing == "auto":
+        may_claim = comm.has_counters and config.run.device == "cpu" and may_deal_unevenly(config)
+        dealing = "dynamic" if may_claim and 1 < size <= count // _MANY else "even"
+    if dealing == "even":
         return Dealing(share_of(config.model, plan, rank, size))
-    count = len(plan.micro_batches)
     if rank == 0 and size > 1 and count < _FEW * size:
         _logger.warning(
             "batch.dealing: %d micro-batches are too few to deal to %d ranks by their speed: set a smaller "
@@ -204,7 +210,7 @@ def build_dealing(config: Config, plan: BatchPlan, comm: Communicator) -> Dealin
             size,
             _FEW * size,
         )
-    if config.batch.dealing == "measured":
+    if dealing == "measured":
         return MeasuredDealing(plan, rank, size)
     return DynamicDealing(plan, rank, size, comm.open_counters())
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain, pairwise
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from dist_train.data.plan import BatchPlan, MicroBatch
 from dist_train.launching import assembly
 from dist_train.outcome import UsageError
 from dist_train.training.dealing import (
+    Dealing,
     DynamicDealing,
     MeasuredDealing,
     build_dealing,
@@ -29,7 +31,7 @@ from dist_train.training.dealing import (
 from dist_train.training.measuring import HostTimer, StepTimes
 from dist_train.training.step import GlobalBatch
 from tests.raising import raises
-from tests.unit.simulated_ranks import results
+from tests.unit.simulated_ranks import SimulatedRanks, results
 from tests.unit.small_trainers import build_trainer, small_config, state_bits
 
 TIMES = st.lists(st.integers(1, 10**7), min_size=1, max_size=12)
@@ -292,6 +294,32 @@ def test_the_counters_of_past_updates_are_deleted() -> None:
         for each in claims * 2:
             list(each)
     assert not counters.used
+
+
+@pytest.mark.parametrize(
+    ("expected", "size", "sections"),
+    [
+        (DynamicDealing, 2, {}),
+        (Dealing, 3, {}),
+        (Dealing, 1, {}),
+        (Dealing, 2, {"run": {"device": "cuda"}}),
+        (Dealing, 2, {"model": {"norm": "sync"}}),
+        (Dealing, 2, {"comm": {"reduction": "float"}}),
+        (Dealing, 2, {"noise": {"method": "smoothout", "sharing": "rank"}}),
+        (Dealing, 2, {"batch": {"dealing": "even"}}),
+    ],
+)
+def test_ranks_claim_where_that_changes_no_bit_and_they_wait_little(
+    expected: type[Dealing], size: int, sections: Mapping[str, Mapping[str, Any]]
+) -> None:
+    config = small_config(**{"run": {"device": "cpu"}, **sections})
+
+    def deal(comm: SimulatedRanks) -> type[Dealing]:
+        comm.has_counters = True
+        return type(build_dealing(config, BatchPlan(160, 5), comm))
+
+    assert results(size, deal) == [expected] * size
+    assert type(results(size, lambda comm: build_dealing(config, BatchPlan(160, 5), comm))[0]) is Dealing
 
 
 def test_a_process_does_not_know_when_its_gpu_is_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
