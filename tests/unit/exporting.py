@@ -50,7 +50,7 @@ FACTS = RunFacts(
 )
 OUTCOME = Outcome("finished", "", 0, 210, 30.0, 1.0, None, None, None, None, None)
 ON_A_DEVICE = RankMeasurement(
-    0.2, 0.1, 1.5e10, 7.123456789e10, 7.23456789e10, 0.987654321, 16, 7.4e10, 687.5, 1.98e9, 2.619e9, 0x44, 3.0, 0.0
+    0.2, 0.1, 1.5e10, 7.123456789e10, 7.23456789e10, 0.987654321, 16.0, 7.4e10, 687.5, 1.98e9, 2.619e9, 0x44, 3.0, 0.0
 )
 """Its power limit and its temperature hold it back; three errors of its memory were corrected."""
 STOPPED = replace(OUTCOME, state="stopped", exit_code=75)
@@ -73,7 +73,8 @@ def train(step: int, seconds: float = 0.3) -> TrainRecord:
 def measurement(step: int, seconds: float = 0.3, ranks: int = 2) -> Measurement:
     parts = StepParts(0.002, 0.2, 0.01, 0.05, 0.03, 0.0)
     each = tuple(
-        RankMeasurement(0.25 + 0.05 * rank, 0.05, 1e9 + rank, math.nan, math.nan, math.nan, 16) for rank in range(ranks)
+        RankMeasurement(0.25 + 0.05 * rank, 0.05, 1e9 + rank, math.nan, math.nan, math.nan, 16.0)
+        for rank in range(ranks)
     )
     return Measurement(step, 1_700_000_000.0 + step, seconds, parts, 12.5, 3.25, each)
 
