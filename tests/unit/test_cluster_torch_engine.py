@@ -70,7 +70,7 @@ def test_abort_that_fails_is_reported_unless_the_run_has_failed_already(monkeypa
 def test_ranks_of_an_engine_without_a_store_count_together_at_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
     # The first address of rank 0 leads nowhere from the other ranks.
     monkeypatch.setattr(torch_engine, "own_addresses", lambda: ["192.0.2.1", "127.0.0.1"])
-    monkeypatch.setattr(torch_engine, "_ANSWER_SECONDS", 0.1)
+    monkeypatch.setattr(torch_engine, "_ANSWER_SECONDS", 2.0)
 
     def count(comm: Communicator) -> list[int]:
         counters = open_counters_at_rank_0(comm)
@@ -79,7 +79,9 @@ def test_ranks_of_an_engine_without_a_store_count_together_at_rank_0(monkeypatch
         if comm.rank == 0:
             counters.delete("turns")
         comm.barrier()
-        return [*values, counters.fetch_and_add("turns")]
+        values.append(counters.fetch_and_add("turns"))
+        comm.barrier()  # until then rank 0 serves the counters
+        return values
 
     counted = results(3, count)
     assert sorted(value for values in counted for value in values[:-1]) == list(range(60))
