@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import errno
 import io
 import re
 import signal
@@ -32,6 +31,7 @@ from dist_train.outcome import (
     printable,
     text_with_code,
 )
+from dist_train.rundir.paths import DISK_FULL
 
 _COMMANDS = (
     add_train,
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 sys.stdout.flush()
     except OSError as error:
         is_closed = isinstance(error, BrokenPipeError)  # the reader of our output has gone
-        if not is_closed and error.errno != errno.ENOSPC:
+        if not is_closed and error.errno not in DISK_FULL:
             raise
         sys.stdout = None  # whose rest the interpreter would try to write once more
         if is_closed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -11,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -72,6 +74,14 @@ class TestProgram:
         assert code == ExitCode.FAULT
         assert told.splitlines() == [told.strip()]
         assert "[output-unwritable]" in told
+
+    def test_an_exceeded_quota_is_reported_as_a_full_disk_is(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        full = Mock(flush=Mock(side_effect=OSError(errno.EDQUOT, "Disk quota exceeded")))
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main(["config", "path", SMOKE]) == ExitCode.FAULT
+        assert "[output-unwritable]" in capsys.readouterr().err
 
     @pytest.mark.parametrize("command", ["train", "sweep", "submit", "lr-range", "evaluate"])
     def test_what_is_missing_is_named_without_the_optional_settings(
