@@ -78,12 +78,15 @@ class PluginSamples:
             return source.images[index].clone(), int(source.labels[index])
         name = f"sample {index} of {self._settings.name} ({split})"
         with _naming(name), failing_clearly(self._settings.name):
-            returned = source[index]
-            if not isinstance(returned, tuple | list) or len(returned) != 2:
-                kind = type(returned).__name__ + (f" of length {len(returned)}" if hasattr(returned, "__len__") else "")
-                raise UsageError(f"the Dataset returned {kind}, not a pair (image, label)", code="plugin-data-form")
-            image, label = returned
-            number = _whole_number(label)
+            match source[index]:
+                case (image, label):
+                    number = _whole_number(label)
+                case other:
+                    length = f" of length {len(other)}" if isinstance(other, tuple | list) else ""
+                    raise UsageError(
+                        f"the Dataset returned {type(other).__name__}{length}, not a pair (image, label)",
+                        code="plugin-data-form",
+                    )
         if number is None:
             raise UsageError(f"{name} has the label {label!r:.60}, not a whole number", code="plugin-data-form")
         if not 0 <= number < self._settings.image_format.classes:

@@ -193,9 +193,9 @@ def test_a_data_set_without_samples_is_refused() -> None:
 @pytest.mark.parametrize(
     ("returned", "told"),
     [
-        ({"image": 0, "label": 1}, "returned dict of length 2,"),
+        ({"image": 0, "label": 1}, "returned dict, not"),
         ((0, 1, "name"), "returned tuple of length 3,"),
-        (torch.zeros(2), "returned Tensor of length 2,"),
+        (torch.tensor(7), "returned Tensor, not"),
         (7, "returned int, not"),
     ],
 )
