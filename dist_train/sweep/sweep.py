@@ -254,6 +254,7 @@ def summary(tally: Tally) -> list[str]:
 def _start_if_needed(plan: Plan, run: PlannedRun, launcher: Launcher, tally: Tally, say: Say) -> list[RunProcess]:
     """Start `run`, unless there is nothing to do or it cannot be started; return its process, if there is one."""
     label = _label(plan, run)
+    lock: int | None = None
     try:
         lock = take(run)
         standing = standing_of(run)
@@ -271,12 +272,12 @@ def _start_if_needed(plan: Plan, run: PlannedRun, launcher: Launcher, tally: Tal
                 place = f", {standing.done:.0%} done" if standing.done else ""
                 say(f"{label}: {'starts' if standing.state == 'waiting' else f'continues ({standing.state}{place})'}")
                 return [RunProcess(plan, run, launcher, lock)]
-        if lock is not None:
-            os.close(lock)
     except OSError as error:
         reason = f"cannot be started: {error}"
         tally.failed.append((run, reason))
         say(f"{label}: {reason}")
+    if lock is not None:
+        os.close(lock)
     return []
 
 

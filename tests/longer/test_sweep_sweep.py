@@ -109,6 +109,16 @@ class TestFailures:
         assert tally.failed[0][1].startswith("cannot be started: ")
         assert len(tally.finished) == 3
 
+    def test_run_that_cannot_be_started_is_unlocked(self, tmp_path: Path) -> None:
+        plan = small_plan(tmp_path)
+        plan.runs[0].directory.mkdir(parents=True)
+        plan.runs[0].files.output_log.parent.touch()
+        tally = run_all(plan, "exit 0")
+        assert tally.failed[0][1].startswith("cannot be started: ")
+        lock = take(plan.runs[0])
+        assert lock is not None
+        os.close(lock)
+
     def test_diverged_run_is_reported_and_not_started_again(self, tmp_path: Path) -> None:
         plan = small_plan(tmp_path)
         write_run(plan.runs[1], "failed", ExitCode.DIVERGED, "the loss is not finite")
