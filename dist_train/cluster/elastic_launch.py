@@ -247,9 +247,10 @@ class _ElasticRanks(Ranks):
             # The authority notices silent joiners; processes that begin the run give up by themselves.
             is_late = view.has_state and started < latest and self._local.slots[index] not in view.joiners
             if self._has_ended or is_late:
-                if not self._has_ended:
+                if self._has_ended:
+                    self._is_terminating = True  # that it is killed is no news
+                else:
                     say(f"{self._name(index)} has not connected within {seconds:g} s: it is killed")
-                self._is_terminating = self._has_ended  # its end is no news then
                 del self._joining[index]
                 self._processes[index].kill()
 
