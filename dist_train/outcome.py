@@ -71,7 +71,13 @@ class StoppedError(CodedError):
     exit_code = ExitCode.STOPPED
 
 
-SHARED_ERRORS = (DivergedError, DisagreementError, StoppedError)
+class OutOfMemoryError(UsageError):
+    """A training step or an evaluation does not fit the device of some rank; raised on all ranks. Exit code 2."""
+
+    code = "out-of-memory"
+
+
+SHARED_ERRORS = (DivergedError, DisagreementError, StoppedError, OutOfMemoryError)
 """Errors that end a run on all ranks alike; any other error is that of one rank."""
 
 

@@ -102,12 +102,6 @@ def share_of_threads(local_size: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // local_size)
 
 
-class OutOfMemoryError(UsageError):
-    """Some rank's device ran out of memory: of a training step or an evaluation, raised on all ranks."""
-
-    code = "out-of-memory"
-
-
 def fits_memory(work: Callable[[], object]) -> bool:
     """Call `work`; return False if memory runs out. Raises UsageError if an operator has no deterministic kernel."""
     try:

@@ -27,17 +27,10 @@ from dist_train.data.loader import SampleSource, open_splits
 from dist_train.data.plan import BatchPlan
 from dist_train.models import build_model
 from dist_train.models.norms import BatchStatistics, collect_statistics, norm_modules
-from dist_train.outcome import DivergedError, UsageError, check_choice
+from dist_train.outcome import DivergedError, OutOfMemoryError, UsageError, check_choice
 from dist_train.reproducible import generator
 from dist_train.rundir.atomic import finite
-from dist_train.training.compute import (
-    Compute,
-    OutOfMemoryError,
-    fits_memory,
-    fitting_memory,
-    set_up_compute,
-    share_of_threads,
-)
+from dist_train.training.compute import Compute, fits_memory, fitting_memory, set_up_compute, share_of_threads
 from dist_train.training.reduction import Tally
 
 _MAY_CHANGE = frozenset(

@@ -28,15 +28,9 @@ from dist_train.optim.averaging import Averaging
 from dist_train.optim.flat_weights import FlatWeights, norm
 from dist_train.optim.noise import Noise
 from dist_train.optim.optimizers import optimizer_step, set_learning_rate
-from dist_train.outcome import DivergedError
+from dist_train.outcome import DivergedError, OutOfMemoryError
 from dist_train.reproducible import LayerRng
-from dist_train.training.compute import (
-    Compute,
-    LossScale,
-    OutOfMemoryError,
-    is_out_of_memory,
-    refuse_nondeterministic,
-)
+from dist_train.training.compute import Compute, LossScale, is_out_of_memory, refuse_nondeterministic
 from dist_train.training.graphs import GraphRecorder, MicroBatchGraphs
 from dist_train.training.measuring import HostTimer, StepClock, StepTimes
 from dist_train.training.reduction import GradientReduction, Tally, TallyResult

@@ -34,10 +34,9 @@ from dist_train.data.plan import BatchPlan
 from dist_train.monitoring.observers import Observers
 from dist_train.optim.averaging import AveragedModel
 from dist_train.optim.schedules import LearningRate
-from dist_train.outcome import DisagreementError, DivergedError, StoppedError
+from dist_train.outcome import DisagreementError, DivergedError, OutOfMemoryError, StoppedError
 from dist_train.rundir.records import Detail, Epochs, EvaluationRecord, EventRecord, Record, TrainRecord
 from dist_train.rundir.status import StatusFile
-from dist_train.training.compute import OutOfMemoryError
 from dist_train.training.consistency import verify_agreement
 from dist_train.training.dealing import Batches
 from dist_train.training.evaluation import Evaluation, evaluate, recompute_statistics, statistics_samples

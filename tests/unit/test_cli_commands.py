@@ -10,6 +10,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -18,10 +19,12 @@ import pytest
 import yaml
 
 from dist_train import __version__
+from dist_train.cli import main as program
 from dist_train.cli.main import main
 from dist_train.cluster.elastic_launch import Elasticity
+from dist_train.cluster.launch import Launch
 from dist_train.config import load_config
-from dist_train.outcome import ExitCode
+from dist_train.outcome import CodedError, DivergedError, ExitCode, OutOfMemoryError, PeerFailedError, UsageError
 from dist_train.rundir.status import StatusFile, read_status
 from tests.unit.small_trainers import SETTINGS
 
@@ -82,6 +85,30 @@ class TestProgram:
         monkeypatch.setattr(sys, "stdout", full)
         assert main(["config", "path", SMOKE]) == ExitCode.FAULT
         assert "[output-unwritable]" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("error", "reporting"),
+        [
+            (DivergedError("not finite"), [0]),
+            (OutOfMemoryError("too large"), [0]),
+            (UsageError("wrong"), [0, 1]),
+            (PeerFailedError("another failed", ExitCode.USAGE), []),
+        ],
+    )
+    def test_an_error_of_all_ranks_is_reported_by_rank_0_and_that_of_a_peer_by_the_peer(
+        self,
+        error: CodedError,
+        reporting: list[int],
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        monkeypatch.setattr(program, "parse", lambda words: Namespace(run=Mock(side_effect=error)))
+        reported = []
+        for rank in (0, 1):
+            monkeypatch.setattr(program, "current_launch", lambda rank=rank: Launch("torchrun", 2, rank))
+            assert main(["train"]) == error.exit_code
+            reported += [rank] * (str(error) in capsys.readouterr().err)
+        assert reported == reporting
 
     @pytest.mark.parametrize("command", ["train", "sweep", "submit", "lr-range", "evaluate"])
     def test_what_is_missing_is_named_without_the_optional_settings(

@@ -17,8 +17,7 @@ from dist_train.cluster.communicator import Alone, Communicator
 from dist_train.data.images import BatchRequest
 from dist_train.data.plan import batch_indices, epoch_order
 from dist_train.models import build_model
-from dist_train.outcome import DivergedError, UsageError
-from dist_train.training.compute import OutOfMemoryError
+from dist_train.outcome import DivergedError, OutOfMemoryError, UsageError
 from dist_train.training.step import GlobalBatch, Update, clip_gradient
 from dist_train.training.trainer import Trainer
 from tests.raising import raises
