@@ -164,7 +164,7 @@ def evaluate(
 
 @dataclass(frozen=True)
 class Export:
-    """A model written to `path`; `difference`: the largest between its logits, loaded back, and the model's."""
+    """A model written to `path`; `difference`: the largest between logits of the loaded file and of the model."""
 
     path: Path
     step: int

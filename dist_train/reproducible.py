@@ -1,4 +1,4 @@
-"""Reproducible random numbers and sums, on which neither the number of ranks nor any order has an influence.
+"""Random numbers and sums that depend neither on the number of ranks nor on any order.
 
 Randomness is a pure function of (seed, purpose, indices): every random choice of a run has its own generator, so any
 step can be reproduced alone, on any rank, and a checkpoint needs no random state. Layers such as dropout draw from

@@ -36,7 +36,7 @@ _MADV_HUGEPAGE = 14
 def keep_freed_memory() -> bool:
     """Let this process keep up to 2 GiB of freed memory for reuse; return whether that was set.
 
-    It is not with another C library than glibc, or if the user has set glibc's variables.
+    It is left alone with a C library other than glibc, and if the user has set glibc's variables.
 
     Every step allocates the same activations. By default glibc returns large ones to the system, which zeroes their
     pages at the next use: a tenth of a step's time on a CPU (`python -m benchmarks --only allocator`).

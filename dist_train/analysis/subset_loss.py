@@ -139,8 +139,8 @@ class SubsetLoss:
                 with ThreadPoolExecutor(self._threads) as pool:
                     return list(pool.map(work, self._batches))
             except RuntimeError as error:
-                # Training needs no second derivatives.
-                refuse_nondeterministic(error, "on another device it may have: set run.device=cpu")
+                # For a second derivative, which training does not need.
+                refuse_nondeterministic(error, "measure on another device, for example with run.device=cpu")
                 raise
 
     @contextmanager

@@ -135,7 +135,7 @@ def check_devices(asked: Device) -> Check:
         names = ", ".join(torch.cuda.get_device_name(index) for index in range(found.count))
         detail = f"{names}: at most {found.count} ranks on this node; {processor}"
         if missing := why_no_triton():
-            fix = "install gcc, libc6-dev and python3-dev, or what your system calls them"
+            fix = "install what is missing (on Debian gcc, libc6-dev, python3-dev), or unset DIST_TRAIN_TRITON"
             return Check("devices", "note", f"{detail}; torch's slower operators replace our kernels: {missing}", fix)
         return Check("devices", "fine", detail)
     if not signs.present and asked != "cuda":

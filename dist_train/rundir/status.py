@@ -63,7 +63,7 @@ class Status:
     metrics: str = ""  # the URL at which rank 0 serves the run's metrics; empty while it does not
 
     def ended(self, state: State, code: ExitCode, reason: str) -> Status:
-        """Return this status after its launch, whose processes have all ended, has ended in `state`."""
+        """Return the final status, in `state`, of a launch whose processes have all ended."""
         now = _now()
         return replace(self, state=state, exit_code=int(code), reason=reason, finished=now, updated=now, metrics="")
 

@@ -116,7 +116,7 @@ def fits_memory(work: Callable[[], object]) -> bool:
 
 @contextmanager
 def fitting_memory(what: str, fix: str) -> Iterator[None]:
-    """Turn a lack of memory in the block into a UsageError: `what` does not fit, and how to `fix` it."""
+    """Turn a lack of memory in the block into a UsageError that says that `what` does not fit, and the `fix`."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -135,12 +135,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 _NOT_DETERMINISTIC = re.compile(r"(\w+) does not have a deterministic implementation")
 
 
-_OTHER_KERNELS = (
+_FIX_FOR_TRAINING = (
     "begin with precision.deterministic=false, which no longer gives the same bits in every run, or with another model"
 )
 
 
-def refuse_nondeterministic(error: BaseException, fix: str = _OTHER_KERNELS) -> None:
+def refuse_nondeterministic(error: BaseException, fix: str = _FIX_FOR_TRAINING) -> None:
     """Raise UsageError if `error` is torch's, that an operator has no deterministic kernel; else do nothing."""
     if found := _NOT_DETERMINISTIC.search(str(error)):
         raise UsageError(
