@@ -15,7 +15,7 @@ from torch._subclasses import FakeTensorMode
 from dist_train.cluster.communicator import GroupBrokenError
 from dist_train.cluster.elastic import DeviceGroup, ElasticCommunicator, _DeviceWork
 from dist_train.cluster.torch_engine import abort_nccl
-from tests.waiting import wait_for
+from tests.waiting import PATIENCE, wait_for
 
 CPU = torch.device("cpu")
 
@@ -90,7 +90,7 @@ def test_it_connects_by_a_first_sum_and_is_aborted_once() -> None:
     assert [work.waited for work in made.works] == [1]
     group.abort()
     group.abort()
-    assert group.await_end(5)
+    assert group.await_end(PATIENCE)
     assert made.aborted == 1
     with pytest.raises(RuntimeError, match="aborted"):
         group.start(lambda made: made.allreduce([], None))
@@ -108,7 +108,7 @@ def test_an_abort_ends_what_connects() -> None:
     thread, errors = in_thread(lambda: group.connect(CPU))
     wait_for(lambda: made.works)
     group.abort()
-    thread.join(5)
+    thread.join(PATIENCE)
     assert "while it connected" in str(errors[0])
     assert made.works[0].waited == 0
 
@@ -117,14 +117,14 @@ def test_what_is_made_after_the_abort_is_aborted_too() -> None:
     made, may_be_made = Group(), threading.Event()
 
     def make() -> Group:
-        may_be_made.wait(5)
+        may_be_made.wait(PATIENCE)
         return made
 
     group = DeviceGroup(make)
     thread, errors = in_thread(lambda: group.connect(CPU))
     group.abort()
     may_be_made.set()
-    thread.join(5)
+    thread.join(PATIENCE)
     assert "while it was made" in str(errors[0])
     assert made.aborted == 1
 
@@ -133,14 +133,14 @@ def test_an_abort_that_hangs_is_not_waited_for() -> None:
     released = threading.Event()
 
     def end(group: Group) -> None:
-        released.wait(30)
+        released.wait(PATIENCE)
 
     group = DeviceGroup(Group, end)
     group.connect(CPU)
     group.abort()
     assert not group.await_end(0.05)
     released.set()
-    assert group.await_end(5)
+    assert group.await_end(PATIENCE)
 
 
 def test_a_wait_asks_whether_a_sum_is_done_before_a_stream_waits_for_it() -> None:
@@ -152,7 +152,7 @@ def test_a_wait_asks_whether_a_sum_is_done_before_a_stream_waits_for_it() -> Non
     time.sleep(0.05)
     assert (work.waited, thread.is_alive()) == (0, True)
     work.completed = True
-    thread.join(5)
+    thread.join(PATIENCE)
     assert (work.waited, errors) == (1, [])
 
 
@@ -163,7 +163,7 @@ def test_a_wait_ends_when_the_generation_does() -> None:
     work.completed = False
     thread, errors = in_thread(pending.wait)
     comm.interruption = "rank 1 died"
-    thread.join(5)
+    thread.join(PATIENCE)
     assert isinstance(errors[0], GroupBrokenError)
     assert work.waited == 0
 
@@ -174,7 +174,7 @@ def test_what_an_abort_has_completed_is_not_used() -> None:
     work, pending = work_in(group, Comm())
     work.completed = False
     group.abort()
-    assert group.await_end(5)
+    assert group.await_end(PATIENCE)
     with pytest.raises(GroupBrokenError, match="aborted"):
         pending.wait()
     assert work.waited == 0
@@ -188,15 +188,15 @@ def test_a_group_that_takes_long_to_disappear_is_aborted_before() -> None:
             return Work(Group(), completed=True)  # no cycle that keeps this group
 
         def __del__(self) -> None:
-            may_disappear.wait(5)
+            may_disappear.wait(2 * PATIENCE)
             disappeared.set()
 
     group = DeviceGroup(Lingering)
     group.connect(CPU)
     group.abort()
-    assert group.await_end(2)
+    assert group.await_end(PATIENCE)
     may_disappear.set()
-    assert disappeared.wait(5)
+    assert disappeared.wait(PATIENCE)
 
 
 def test_errors_and_silence_break_the_group() -> None:
