@@ -308,18 +308,18 @@ class _Dumper(yaml.SafeDumper):
     """Quotes what `_Loader` would read as a number."""
 
 
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    names: set[str] = set()
-    for key, _ in node.value:
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, value in node.value:
         fault = None
         if not isinstance(key, yaml.ScalarNode):
             fault = "a key must be one word"
-        elif key.value in names:
+        elif key.value in values:
             fault = f"the key {key.value} occurs twice"
         if fault:
             raise yaml.constructor.ConstructorError(None, None, fault, key.start_mark)
-        names.add(key.value)
-    return {key.value: loader.construct_object(value, deep=True) for key, value in node.value}
+        values[key.value] = loader.construct_object(value, deep=True)
+    return values
 
 
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
