@@ -12,7 +12,7 @@ import os
 import socket
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from datetime import timedelta
 from ipaddress import ip_address
 from typing import Any
@@ -151,9 +151,7 @@ class TorchCommunicator(TorchOperations):
     def close(self, error: BaseException | None = None) -> None:
         """Leave the group."""
         if self._device is not None:
-            # After `error` the group may be broken already, which would hide it.
-            with suppress(RuntimeError) if error is not None else nullcontext():
-                abort_nccl(self._device)
+            abort_nccl(self._device)
             self._device = None
 
     def _start(self, tensor: torch.Tensor, operation: Callable[[Any], Any], name: str) -> Pending:

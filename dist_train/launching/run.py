@@ -219,7 +219,11 @@ class Regrouping:
 
 def _leave(comm: Communicator, kind: object, error: BaseException | None, traceback: object) -> None:
     """Leave the ranks, as an exit callback: in order, or because of an error of this rank alone."""
-    comm.close(None if isinstance(error, SHARED_ERRORS) else error)
+    try:
+        comm.close(None if isinstance(error, SHARED_ERRORS) else error)
+    except RuntimeError:  # of a group that is broken already; it must not hide `error`
+        if error is None:
+            raise
 
 
 def _join(directory: RunDirectory) -> ResumePoint:

@@ -1,10 +1,9 @@
-"""Where the ranks of torch.distributed listen for each other, on nodes simulated by threads; and how they leave."""
+"""Where the ranks of torch.distributed listen for each other, on nodes simulated by threads."""
 
 from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from unittest.mock import Mock
 
 import pytest
 import torch.distributed as dist
@@ -12,7 +11,7 @@ import torch.distributed as dist
 from dist_train.cluster import torch_engine
 from dist_train.cluster.communicator import Communicator
 from dist_train.cluster.launch import StoreAddress
-from dist_train.cluster.torch_engine import TorchCommunicator, open_counters_at_rank_0
+from dist_train.cluster.torch_engine import open_counters_at_rank_0
 from dist_train.outcome import PeerFailedError, UsageError
 from tests.unit.simulated_ranks import on_ranks, results
 
@@ -55,16 +54,6 @@ def test_a_usable_name_and_a_chosen_interface_are_kept(chosen: dict[str, str], m
 
 def test_the_route_to_this_machine_is_within_it() -> None:
     assert torch_engine._route_to(StoreAddress("127.0.0.1", 9)) == ("127.0.0.1", "127.0.0.1")
-
-
-def test_abort_that_fails_is_reported_unless_the_run_has_failed_already(monkeypatch: pytest.MonkeyPatch) -> None:
-    communicator = TorchCommunicator.__new__(TorchCommunicator)
-    communicator._device = Mock()
-    monkeypatch.setattr(torch_engine, "abort_nccl", Mock(side_effect=RuntimeError("NCCL error")))
-    with pytest.raises(RuntimeError, match="NCCL error"):
-        communicator.close()
-    communicator.close(RuntimeError("the run's own"))
-    assert communicator._device is None
 
 
 def test_ranks_of_an_engine_without_a_store_count_together_at_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:

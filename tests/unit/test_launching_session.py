@@ -11,6 +11,7 @@ import subprocess
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from dist_train.checkpoint.state import ResumePoint
 from dist_train.cli.main import main
 from dist_train.cluster.communicator import Alone, Generation, GroupBrokenError, Pending, RankLostError
 from dist_train.launching.assembly import assemble
-from dist_train.launching.run import Regrouping, train
+from dist_train.launching.run import Regrouping, _leave, train
 from dist_train.launching.session import Session, build_observers, revision
 from dist_train.monitoring.observers import Observers
 from dist_train.outcome import DisagreementError, DivergedError, StoppedError, UsageError
@@ -346,3 +347,11 @@ def test_without_git_the_revision_is_the_version(tmp_path: Path, monkeypatch: py
     (tmp_path / ".git").mkdir()
     monkeypatch.setenv("PATH", str(tmp_path))
     assert revision(tmp_path) == dist_train.__version__
+
+
+@pytest.mark.parametrize("error", [DivergedError("not finite"), ValueError("of this rank alone")])
+def test_group_that_cannot_be_left_does_not_hide_the_error_of_the_run(error: Exception) -> None:
+    comm = Mock(close=Mock(side_effect=RuntimeError("NCCL error")))
+    with pytest.raises(RuntimeError, match="NCCL error"):
+        _leave(comm, None, None, None)
+    _leave(comm, type(error), error, None)
