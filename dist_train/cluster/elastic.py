@@ -170,6 +170,7 @@ class ElasticCommunicator(TorchOperations):
 
     def run_while_whole(self, function: Callable[[], Result], name: str) -> Result:
         """Return `function()`, called in a thread that is abandoned if a rank is lost meanwhile."""
+        self.check()
         future: Future[Result] = Future()
 
         def run() -> None:
