@@ -25,12 +25,19 @@ pytestmark = pytest.mark.ranks
 TIMEOUT = 6.0
 
 
-@pytest.mark.parametrize(("controller", "stopped"), mostly_lengthy([("torch", 1), ("gloo", 1), ("mpi", 0)]))
-def test_stopped_rank_ends_the_run_and_is_named(tmp_path: Path, controller: str, stopped: int) -> None:
-    config = write_config(
-        tmp_path,
-        small_settings(run={"epochs": 5000}, evaluation={"every_epochs": 0}, comm={"timeout": TIMEOUT}),
+@pytest.mark.parametrize(
+    ("controller", "stopped", "dealing"),
+    # With dynamic shares the others may wait for rank 0, which serves the counters, outside of collectives.
+    mostly_lengthy([("torch", 1, "even"), ("gloo", 1, "even"), ("mpi", 0, "even"), ("torch", 0, "dynamic")]),
+)
+def test_stopped_rank_ends_the_run_and_is_named(tmp_path: Path, controller: str, stopped: int, dealing: str) -> None:
+    settings = small_settings(
+        run={"epochs": 5000},
+        batch={"micro_size": 4, "dealing": dealing},
+        evaluation={"every_epochs": 0},
+        comm={"timeout": TIMEOUT},
     )
+    config = write_config(tmp_path, settings)
     run = tmp_path / "run"
     process = start(2, controller, "train", config, "--run-dir", str(run))
     try:
