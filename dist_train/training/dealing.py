@@ -6,7 +6,7 @@ Sums over micro-batches are exact, so the result does not depend on which rank c
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from heapq import heapify, heapreplace
 
@@ -99,9 +99,9 @@ class Dealing:
         """Return the micro-batches of this rank in `step`: the next update or the one after it."""
         return self._mine
 
-    def claims(self, step: int) -> Iterable[MicroBatch]:
-        """Return the micro-batches that this rank claims in `step`, the next update, while it computes."""
-        return ()
+    def claim_in(self, step: int) -> Callable[[], MicroBatch | None] | None:
+        """Return how this rank claims further micro-batches in `step`, the next update: see `GlobalBatch.claim`."""
+        return None
 
     def note(self, step: int, times: StepTimes, paces: Sequence[int]) -> tuple[int, ...] | None:
         """Note this rank's `times` of `step`, the last update, and the paces that all ranks reported in it.
@@ -161,9 +161,9 @@ class DynamicDealing(Dealing):
         self._counters = counters
         self._micro_size = plan.micro_size
 
-    def claims(self, step: int) -> Iterable[MicroBatch]:
-        """Return the micro-batches that this rank claims in `step`, the next update, while it computes."""
-        return _Claims(partial(self._claim, step)) if self._common else ()
+    def claim_in(self, step: int) -> Callable[[], MicroBatch | None] | None:
+        """Return how this rank claims further micro-batches in `step`, the next update; None if it never does."""
+        return partial(self._claim, step) if self._common else None
 
     def _claim(self, step: int) -> MicroBatch | None:
         """Return the next micro-batch that no rank has claimed; None, once for each rank, if there is none."""
@@ -171,22 +171,9 @@ class DynamicDealing(Dealing):
         name = f"micro-batches of {self._micro_size}, step {step}"
         index = self._counters.fetch_and_add(name)
         if index == len(self._common) + self._size - 1:
-            self._counters.delete(name)  # all ranks know that none is left
+            # All ranks know that none is left; if the gradient is computed again, all are claimed anew.
+            self._counters.delete(name)
         return self._common[index] if index < len(self._common) else None
-
-
-class _Claims:
-    """What a rank claims in an update, until `claim` returns None once; the same when iterated again."""
-
-    def __init__(self, claim: Callable[[], MicroBatch | None]) -> None:
-        self._claims = iter(claim, None)
-        self._claimed: list[MicroBatch] = []
-
-    def __iter__(self) -> Iterator[MicroBatch]:
-        yield from self._claimed
-        for claimed in self._claims:
-            self._claimed.append(claimed)
-            yield claimed
 
 
 def build_dealing(config: Config, plan: BatchPlan, comm: Communicator) -> Dealing:
@@ -255,13 +242,13 @@ class Batches:
         epoch, index = self._epochs.place(step)
         indices = batch_indices(self._order(epoch), index, self.plan(step).global_size)
         partners, dealing = int(self._config.regularization.mixes), self.dealing(step)
-        share, claims, following = dealing.share(step), dealing.claims(step), partial(self._known, step + 1)
-        return GlobalBatch(step, epoch, indices, share, claims, following, partners, dealing.pace)
+        share, claim, following = dealing.share(step), dealing.claim_in(step), partial(self._known, step + 1)
+        return GlobalBatch(step, epoch, indices, share, claim, following, partners, dealing.pace)
 
     def requests(self, step: int) -> Iterator[BatchRequest]:
         """Yield what is known of this rank's reading in update `step` and, if that is all of it, in the next one."""
         yield from self._known(step)
-        if not self.batch(step).claims:
+        if self.batch(step).claim is None:
             yield from self._known(step + 1)
 
     def _known(self, step: int) -> Iterator[BatchRequest]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain, islice
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -67,8 +67,8 @@ class GlobalBatch:
     epoch: int
     indices: Tensor
     micro_batches: tuple[MicroBatch, ...]
-    claims: Iterable[MicroBatch] = ()
-    """Further micro-batches, each of which this rank claims when it is asked for; the same ones if iterated again."""
+    claim: Callable[[], MicroBatch | None] | None = None
+    """Claims a further micro-batch for this rank; returns None, once in each pass over the batch, if none is left."""
     following: Callable[[], Iterable[BatchRequest]] = tuple
     """Returns what is known of this rank's reading in the next update: read ahead once there is nothing to claim."""
     partners: int = 0
@@ -79,10 +79,10 @@ class GlobalBatch:
     def in_turn(self, prefetch: Callable[[Iterable[BatchRequest]], None]) -> Iterator[tuple[MicroBatch, bool]]:
         """Yield this rank's micro-batches, and whether each is the last: the next one is claimed, and read, before."""
         ahead = deque(self.micro_batches)
-        claims = iter(self.claims)
         while ahead:
-            if self.claims and len(ahead) == 1:
-                ahead.extend(islice(claims, 1))
+            if self.claim is not None and len(ahead) == 1:
+                if (claimed := self.claim()) is not None:
+                    ahead.append(claimed)
                 prefetch(chain(map(self.request, ahead), self.following() if len(ahead) == 1 else ()))
             yield ahead[0], len(ahead) == 1
             ahead.popleft()
