@@ -73,8 +73,13 @@ def test_repeated_updates_are_bit_identical_on_other_numbers_of_ranks_and_engine
     config = write_jumping_run(tmp_path, 30, reduction)
     train_alone(config, tmp_path / "alone")
     run = tmp_path / "run"
-    for ranks, controller, until in ((5, "mpi", 9), (2, "gloo", 17), (3, "torch", 30)):
-        train_ranks(ranks, controller, config, run, f"run.max_steps={until}")
+    for ranks, controller, dealing, until in (
+        (5, "mpi", "even", 9),
+        (2, "gloo", "dynamic", 17),
+        (3, "torch", "dynamic", 30),
+    ):
+        train_ranks(ranks, controller, config, run, f"batch.dealing={dealing}", f"run.max_steps={until}")
+    assert any(step > 17 for step, _ in repeats(run)), "where micro-batches are claimed"
     assert repeats(run) == repeats(tmp_path / "alone") != []
     assert_same_run(run, tmp_path / "alone", ["train"])
     assert final_checkpoint(run)["grid_exponents"] == final_checkpoint(tmp_path / "alone")["grid_exponents"]
