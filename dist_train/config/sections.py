@@ -106,8 +106,8 @@ class BatchSettings(Section):
     """Samples per forward and backward pass; auto: as many as fit the device."""
     dealing: Literal["auto", "even", "measured", "dynamic"] = "auto"
     """How micro-batches are distributed over ranks. even: equally. measured: by each rank's measured speed. dynamic:
-    each rank takes the next one when it is done with the one before, on CPUs only. auto: dynamic where ranks on CPUs
-    have sixteen micro-batches or more, torch.distributed and exact sums, else even.
+    each rank takes the next one when it is done with the one before, on CPUs only. auto: dynamic where ranks on one
+    node's CPUs have sixteen micro-batches or more, torch.distributed and exact sums, else even.
     """
     schedule: tuple[BatchChange, ...] = Field((), examples=[[{"epoch": 60, "global_size": 2048}]])
     """Changes of the global batch size during the run, as in Smith et al. (arXiv 1711.00489): each {epoch, global_size}

@@ -27,7 +27,7 @@ _PROBE_EVERY = 64
 _FEW = 4
 """With fewer micro-batches per rank, shares can hardly follow the ranks' speed."""
 _MANY = 16
-"""With as many per rank, the wait for the last one to be computed is at most a sixteenth of an update."""
+"""With as many per rank, one or two micro-batches, for which the others may wait, are a small part of an update."""
 
 
 def deal(times: Sequence[int], micro_batches: int) -> tuple[int, ...]:
@@ -185,8 +185,9 @@ def build_dealing(config: Config, plan: BatchPlan, comm: Communicator) -> Dealin
     rank, size, count = comm.rank, comm.size, len(plan.micro_batches)
     dealing = config.batch.dealing
     if dealing == "auto":
-        may_claim = comm.has_counters and config.run.device == "cpu" and may_deal_unevenly(config)
-        dealing = "dynamic" if may_claim and 1 < size <= count // _MANY else "even"
+        # On one node all CPUs are of one kind, and round alike.
+        is_near = comm.has_counters and comm.local_size == size and config.run.device == "cpu"
+        dealing = "dynamic" if is_near and 1 < size <= count // _MANY and may_deal_unevenly(config) else "even"
     if dealing == "even":
         return Dealing(share_of(config.model, plan, rank, size))
     if rank == 0 and size > 1 and count < _FEW * size:

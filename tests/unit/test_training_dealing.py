@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
 from random import Random
@@ -312,12 +313,13 @@ def test_ranks_claim_where_that_changes_no_bit_and_they_wait_little(
 ) -> None:
     config = small_config(**{"run": {"device": "cpu"}, **sections})
 
-    def deal(comm: SimulatedRanks) -> type[Dealing]:
-        comm.has_counters = True
+    def deal(comm: SimulatedRanks, has_counters: bool = True, nodes: int = 1) -> type[Dealing]:
+        comm.has_counters, comm.local_size = has_counters, comm.size // nodes
         return type(build_dealing(config, BatchPlan(160, 5), comm))
 
     assert results(size, deal) == [expected] * size
-    assert type(results(size, lambda comm: build_dealing(config, BatchPlan(160, 5), comm))[0]) is Dealing
+    assert results(size, partial(deal, has_counters=False)) == [Dealing] * size
+    assert results(2, partial(deal, nodes=2)) == [Dealing] * 2
 
 
 def test_a_process_does_not_know_when_its_gpu_is_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
