@@ -238,19 +238,39 @@ def test_documented_sharpness_along_training_is_that_of_the_runs(tmp_path: Path)
         assert quoted.format(*at(variant, step)) in text
 
 
+def assert_page_has_numbers_of(subject: Subject, page: str) -> None:
+    summary, _, detail = (ROOT / "docs" / page).read_text().partition("## The tables")
+    tables = tables_in_markdown(subject)
+    assert not [line for line in detail.splitlines() if line.startswith("| ") and line not in tables.splitlines()]
+    differences = DIFFERENCE.findall(re.sub(r"; n = \d+\)", ")", " ".join(summary.split())))
+    assert len(differences) > 10
+    assert not [(mean, ends) for mean, ends in differences if f" {mean} ({ends};" not in tables.replace("*", "")]
+    assert all(words in tables for words in re.findall(r"[0-9.]+ ± [0-9.]+", summary))
+
+
 def test_page_of_batch_8192_has_the_numbers_of_its_tables(tmp_path: Path) -> None:
     subprocess.run(["tar", "-C", str(tmp_path), "-xJf", str(RESULTS / "rivals-16384.tar.xz")], check=True)
     subject = read_subject(tmp_path / "rivals-16384")
     study = load_study(ROOT / "studies/rivals_16384_confirm.yaml")
     longest = sum("lb-smoothout-600" in run.name for run in subject.runs)
     assert len(subject.runs) - longest == (len(study.variants) - 1) * len(study.seeds)
-    summary, _, detail = (ROOT / "docs/results_16384.md").read_text().partition("## The tables")
-    tables = tables_in_markdown(subject)
-    assert not [line for line in detail.splitlines() if line.startswith("| ") and line not in tables.splitlines()]
-    differences = DIFFERENCE.findall(re.sub(r"; n = \d+\)", ")", " ".join(summary.split())))
-    assert len(differences) > 15
-    assert not [(mean, ends) for mean, ends in differences if f" {mean} ({ends};" not in tables.replace("*", "")]
-    assert all(words in tables for words in re.findall(r"[0-9.]+ ± [0-9.]+", summary))
+    assert_page_has_numbers_of(subject, "results_16384.md")
+
+
+def test_page_of_updates_enough_has_the_numbers_of_its_runs(tmp_path: Path) -> None:
+    subprocess.run(["tar", "-C", str(tmp_path), "-xJf", str(RESULTS / "rivals-updates.tar.xz")], check=True)
+    subject = read_subject(tmp_path / "rivals-updates")
+    study = load_study(ROOT / "studies/rivals_updates.yaml")
+    for run in subject.runs:
+        chosen = dict(flat_settings(study.settings_of(run.name.partition("-seed-")[0])))
+        assert {path: run.settings[path] for path in chosen} == chosen
+    assert_page_has_numbers_of(subject, "results_updates.md")
+    trials = read_subject(tmp_path / "rivals-updates-tune").runs
+    found = {run.name.removesuffix("-seed-0"): run.split("validation")[-1].accuracy for run in trials}
+    plan = " ".join((ROOT / "docs/study_plan.md").read_text().split())
+    by_strength = [f"{100 * found[f'so-0{strength}-600']:.2f}" for strength in range(3, 8)]
+    assert f"strength 0.3, 0.4, 0.5, 0.6 and 0.7 ({', '.join(by_strength)} %)" in plan
+    assert max(found[name] for name in found if not name.startswith("sb")) == found["so-05-600"]
 
 
 def test_best_rates_and_strengths_near_the_ends_of_their_ranges_are_reported() -> None:
