@@ -88,5 +88,5 @@ def test_a_resume_on_other_ranks_that_take_micro_batches_is_bit_identical(
 ) -> None:
     config, whole = alone
     train_with_slow_rank(tmp_path / "run", config, "gloo", 2, slow=1, until=STEPS // 2, dealing="dynamic")
-    train_with_slow_rank(tmp_path / "run", config, "srun", 3, slow=2, until=STEPS, dealing="dynamic")
+    train_with_slow_rank(tmp_path / "run", config, "torchrun", 3, slow=2, until=STEPS, dealing="dynamic")
     assert_same_run(tmp_path / "run", whole, ["train"])
