@@ -44,16 +44,15 @@ def pinned_to_core(rank: int, busy_processes: int) -> Iterator[None]:
 def dealing_rows(comm: Communicator, pairs: int) -> Iterator[Ratio]:
     """Yield the step times with measured and dynamic shares over that with even ones, with the last rank slowed."""
     with shared_folder(comm) as folder, pinned_to_core(comm.rank, _BUSY_PROCESSES if comm.rank == comm.size - 1 else 0):
-        sides = {
-            dealing: open_trainer(
-                settings(0.25, _BATCH, **{**QUIET, "batch": {"dealing": dealing, "micro_size": 64}}),
-                comm,
-                folder / f"{dealing}-shares",
+        for dealing in ("measured", "dynamic"):
+            side, even = (
+                open_trainer(
+                    settings(0.25, _BATCH, **{**QUIET, "batch": {"dealing": shares, "micro_size": 64}}),
+                    comm,
+                    folder / f"{shares}-beside-{dealing}",
+                )
+                for shares in (dealing, "even")
             )
-            for dealing in ("even", "measured", "dynamic")
-        }
-        even = sides.pop("even")
-        for dealing, side in sides.items():
             yield compare(
                 f"dealing, width 0.25, batch {_BATCH}, {comm.size} ranks, one at a third of its core",
                 (dealing, side.advance),
@@ -63,6 +62,7 @@ def dealing_rows(comm: Communicator, pairs: int) -> Iterator[Ratio]:
                 warm_up=_SETTLING_UPDATES,
                 images=_BATCH,
             )
+            assert side.take_step.weights.values.equal(even.take_step.weights.values), "bits depend on the shares"
 
 
 def rows(pairs: int) -> Iterator[Ratio]:
