@@ -47,7 +47,7 @@ from dist_train.outcome import UsageError
 from dist_train.training.compute import Compute
 from dist_train.training.dealing import build_dealing
 from dist_train.training.graphs import GraphRecorder
-from dist_train.training.measuring import HostTimer, StepClock
+from dist_train.training.measuring import StepClock
 from dist_train.training.step import GlobalBatch
 
 KNOWN_WAITS = frozenset({"training/reduction.py:result"})
@@ -333,7 +333,7 @@ def _our_step(config: Config, network: nn.Module, ranks: int, recorder: GraphRec
         build_noise(config.noise, weights, seed=config.run.seed, total_steps=100, rank=0),
         # exact32's grids; without them this would be the first update, which sums in 64 bits.
         Progress(grid_exponents=[30] * len(weights.segments)),
-        clock=StepClock(HostTimer()),
+        clock=StepClock(Alone()),
         graph_recorder=recorder if config.precision.cuda_graphs else None,
     )
     assert config.batch.micro_size != "auto", "to be named"

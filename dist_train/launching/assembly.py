@@ -44,16 +44,7 @@ from dist_train.rundir.records import Epochs
 from dist_train.training.compute import Compute, LossScale, fitting_memory, set_up_compute
 from dist_train.training.consistency import check_same_data
 from dist_train.training.graphs import CudaGraphRecorder, GraphRecorder
-from dist_train.training.measuring import (
-    HostTimer,
-    Measuring,
-    Profiler,
-    StepClock,
-    WeightNorms,
-    build_step_clock,
-    note_progress,
-    read_usage_of,
-)
+from dist_train.training.measuring import Measuring, Profiler, StepClock, WeightNorms, read_usage_of
 from dist_train.training.micro_batches import (
     find_micro_size,
     forward_and_backward,
@@ -127,7 +118,7 @@ def assemble(
         directory.save_config(config)
         writer = build_writer(config, directory, session)
     # With torch.compile any pass may compile again for minutes: no progress is reported then.
-    on_part_change = partial(note_progress, Alone() if config.precision.compile else comm)
+    clock = StepClock(Alone() if config.precision.compile else comm, on_gpu=has_clock and device.type == "cuda")
     step = build_step(
         config,
         model,
@@ -139,7 +130,7 @@ def assemble(
         averaging,
         noise,
         progress,
-        clock=build_step_clock(compute.device, on_part_change) if has_clock else StepClock(HostTimer(), on_part_change),
+        clock=clock,
         wait_for_checkpoint_copy=writer.wait_until_copied if writer else lambda: None,
         graph_recorder=CudaGraphRecorder() if config.precision.cuda_graphs else None,
     )

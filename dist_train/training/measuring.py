@@ -11,12 +11,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, profile
 
 from dist_train.cluster.communicator import Communicator
 from dist_train.optim.flat_weights import norm
@@ -25,55 +25,27 @@ from dist_train.rundir.records import Measurement, RankMeasurement, StepParts
 Part = Literal["data_wait", "forward_backward", "perturb_restore", "allreduce_wait", "optimizer", "checkpoint_stall"]
 """A field of `StepParts`."""
 
-Phase = Literal["perturb", "forward-backward", "restore", "allreduce", "update"]
-"""The name of a part of the training step in the profiler's trace."""
-
-_PART_OF: Mapping[Phase, Part] = {
-    "perturb": "perturb_restore",
-    "forward-backward": "forward_backward",
-    "restore": "perturb_restore",
-    "allreduce": "allreduce_wait",
-    "update": "optimizer",
-}
+Stamp: TypeAlias = float | torch.cuda.Event
+"""A moment: of this process's clock, or of a GPU's current stream, which runs behind the process."""
 
 
-class HostTimer:
-    """Takes time stamps of this process, without waiting for anything; accurate if the CPU does the computation."""
-
-    def now(self) -> Any:
-        """Return a time stamp."""
-        return time.perf_counter()
-
-    def seconds(self, begun: Any, ended: Any) -> float:
-        """Return the seconds between two time stamps."""
+def _seconds(begun: Any, ended: Any) -> float:
+    """Return the seconds between two stamps of one kind; waits until a GPU's stream has recorded the later one."""
+    if isinstance(begun, float):
         return float(ended - begun)
-
-
-class DeviceTimer(HostTimer):
-    """Takes time stamps in a GPU's current stream, which runs behind the process that fills it."""
-
-    def now(self) -> torch.cuda.Event:
-        """Return an event that the stream records after all the work submitted so far."""
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def seconds(self, begun: torch.cuda.Event, ended: torch.cuda.Event) -> float:
-        """Return the seconds between two events; waits until the stream has recorded the later one."""
-        ended.synchronize()
-        return float(begun.elapsed_time(ended)) / 1000
+    ended.synchronize()
+    return float(begun.elapsed_time(ended)) / 1000
 
 
 @dataclass(frozen=True)
 class StepTimes:
     """The time stamps of one step, each with the part that begins there; None: outside of all parts."""
 
-    timer: HostTimer
-    marks: Sequence[tuple[Part | None, Any]]
+    marks: Sequence[tuple[Part | None, Stamp]]
 
     def seconds_of(self, part: Part) -> float:
         """Return the seconds spent in `part`; on a GPU, waits until the part has ended."""
-        spans = (self.timer.seconds(begun, ended) for (of, begun), (_, ended) in pairwise(self.marks) if of == part)
+        spans = (_seconds(begun, ended) for (of, begun), (_, ended) in pairwise(self.marks) if of == part)
         return sum(spans, 0.0)
 
     def count_of(self, part: Part) -> int:
@@ -88,7 +60,7 @@ class StepTimes:
         seconds: dict[Part, float] = dict.fromkeys(get_args(Part), 0.0)
         for (part, begun), (_, ended) in pairwise(self.marks):
             if part is not None:
-                seconds[part] += self.timer.seconds(begun, ended)
+                seconds[part] += _seconds(begun, ended)
         seconds["checkpoint_stall"] += stall_seconds
         return StepParts(**seconds)
 
@@ -96,12 +68,12 @@ class StepTimes:
 class StepClock:
     """Notes when parts of a step begin and end. The time of a nested part does not count for the outer one."""
 
-    def __init__(self, timer: HostTimer, on_change: Callable[[Part | None], None] = lambda part: None) -> None:
-        """`on_change` is called with each part that begins, and with None outside of parts; not in the first step."""
-        self._timer = timer
-        self._on_change = on_change
+    def __init__(self, comm: Communicator, *, on_gpu: bool = False) -> None:
+        """Tell `comm` of progress; `on_gpu`: take the time in the GPU's current stream, without waiting for it."""
+        self._comm = comm
+        self._on_gpu = on_gpu
         self._steps = 0
-        self._marks: list[tuple[Part | None, Any]] = []
+        self._marks: list[tuple[Part | None, Stamp]] = []
         self._current: Part | None = None
 
     def start(self) -> None:
@@ -112,7 +84,7 @@ class StepClock:
 
     def times(self) -> StepTimes:
         """Return the time stamps since the step began."""
-        return StepTimes(self._timer, self._marks)
+        return StepTimes(self._marks)
 
     @contextmanager
     def part(self, part: Part) -> Iterator[None]:
@@ -124,30 +96,22 @@ class StepClock:
         finally:
             self._change_to(outer)
 
-    @contextmanager
-    def phase(self, phase: Phase) -> Iterator[None]:
-        """Count the block to the part that belongs to `phase`, and name it in the profiler's trace."""
-        with record_function(phase), self.part(_PART_OF[phase]):
-            yield
-
     def _change_to(self, part: Part | None) -> None:
-        self._marks.append((part, self._timer.now()))
+        self._marks.append((part, self._now()))
         self._current = part
-        if self._steps > 1:  # the first one also allocates, tunes and compiles
-            self._on_change(part)
+        if self._steps <= 1:
+            return  # the first step also allocates, tunes and compiles
+        if part in (None, "data_wait", "checkpoint_stall"):
+            self._comm.note_rest()  # what a slow file system may delay is no hang
+        else:
+            self._comm.note_work()
 
-
-def build_step_clock(device: torch.device, on_change: Callable[[Part | None], None] = lambda part: None) -> StepClock:
-    """Return a clock for steps on `device`."""
-    return StepClock(DeviceTimer() if device.type == "cuda" else HostTimer(), on_change)
-
-
-def note_progress(comm: Communicator, part: Part | None) -> None:
-    """Tell `comm` that this rank begins `part` of a step. Parts that a slow file system may delay are no hang."""
-    if part in (None, "data_wait", "checkpoint_stall"):
-        comm.note_rest()
-    else:
-        comm.note_work()
+    def _now(self) -> Stamp:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
 
 _STATM = Path("/proc/self/statm")

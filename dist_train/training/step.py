@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Optimizer
+from torch.profiler import record_function
 
+from dist_train.cluster.communicator import Alone
 from dist_train.data.augmentation import Mix, Target, unmixed
 from dist_train.data.images import BatchRequest
 from dist_train.data.loader import SampleSource
@@ -32,7 +34,7 @@ from dist_train.outcome import DivergedError, OutOfMemoryError
 from dist_train.reproducible import LayerRng
 from dist_train.training.compute import Compute, LossScale, is_out_of_memory, refuse_nondeterministic
 from dist_train.training.graphs import GraphRecorder, MicroBatchGraphs
-from dist_train.training.measuring import HostTimer, StepClock, StepTimes
+from dist_train.training.measuring import StepClock, StepTimes
 from dist_train.training.reduction import GradientReduction, Tally, TallyResult
 
 _STATISTICS_MOMENTUM = 0.1
@@ -119,7 +121,7 @@ class TrainingStep:
     loss_scale: LossScale = field(default_factory=LossScale)
     sum_over_ranks: SumOverRanks | None = None
     """Set for sync norm, where all ranks share every micro-batch: sums the norms' statistics over the ranks."""
-    clock: StepClock = field(default_factory=lambda: StepClock(HostTimer()))
+    clock: StepClock = field(default_factory=lambda: StepClock(Alone()))
     wait_for_checkpoint_copy: Callable[[], None] = lambda: None
     """Returns once the checkpoint writer has copied the weights and the optimizer's state, so that they may change."""
     graph_recorder: GraphRecorder | None = None
@@ -144,7 +146,7 @@ class TrainingStep:
         while self._must_repeat(total := self._compute_gradient(batch, stop_requested)):
             repeats += 1
         _check(total, batch, len(self.noise.points(0)))
-        with self.clock.phase("update"):
+        with record_function("update"), self.clock.part("optimizer"):
             clip_gradient(self.weights.gradients, total.gradient_norm, self.clip_norm)
             with self.clock.part("checkpoint_stall"):
                 self.wait_for_checkpoint_copy()
@@ -178,16 +180,17 @@ class TrainingStep:
         self.tally.clear()
         self.reduction.start(self.loss_scale.value, at_zero=self._graphs is not None)
         try:
-            with self.clock.phase("perturb"):
+            with record_function("perturb"), self.clock.part("perturb_restore"):
                 self.noise.perturb(batch.step)
             with (
-                self.clock.phase("forward-backward"),
+                record_function("forward-backward"),
+                self.clock.part("forward_backward"),
                 sync_batch_norm(self.norms, self.sum_over_ranks),
                 self.layer_rng.preserved(),
             ):
                 fits = self._add_gradients(batch)
         finally:
-            with self.clock.phase("restore"):
+            with record_function("restore"), self.clock.part("perturb_restore"):
                 self.noise.restore()
         self.reduction.send()
         self.tally.send(
@@ -197,7 +200,7 @@ class TrainingStep:
             largest=self.reduction.accumulator.largest,
             pace=batch.pace,
         )
-        with self.clock.phase("allreduce"):
+        with record_function("allreduce"), self.clock.part("allreduce_wait"):
             self.reduction.finish()
             return self.tally.result(norm(self.weights.gradients))
 

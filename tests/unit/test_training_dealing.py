@@ -29,7 +29,7 @@ from dist_train.training.dealing import (
     smooth,
     with_probes,
 )
-from dist_train.training.measuring import HostTimer, StepTimes
+from dist_train.training.measuring import StepTimes
 from dist_train.training.step import GlobalBatch
 from tests.raising import raises
 from tests.unit.simulated_ranks import SimulatedRanks, results
@@ -128,7 +128,7 @@ NEXT = BatchRequest(torch.tensor([77]))
 
 
 def took(seconds: float) -> StepTimes:
-    return StepTimes(HostTimer(), [("forward_backward", 0.0), (None, seconds)])
+    return StepTimes([("forward_backward", 0.0), (None, seconds)])
 
 
 def play(steps: int, milliseconds: Callable[[int], Sequence[int]]) -> tuple[list[list[int]], list[int]]:

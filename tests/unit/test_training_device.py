@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dist_train.cluster.communicator import Alone
-from dist_train.training.measuring import HostTimer, Part, StepClock
+from dist_train.training.measuring import Part, StepClock
 from dist_train.training.trainer import Trainer
 from tests.unit.small_trainers import build_trainer, small_config
 
@@ -36,7 +36,7 @@ class StrictClock(StepClock):
     """Forbids the host to wait for the device, but where the step reads its result: from the sum to the update."""
 
     def __init__(self, set_mode: SetMode) -> None:
-        super().__init__(HostTimer())
+        super().__init__(Alone())
         self._set_mode = set_mode
 
     def start(self) -> None:

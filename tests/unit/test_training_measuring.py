@@ -17,7 +17,7 @@ from dist_train.models import build_model
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import DivergedError, StoppedError
 from dist_train.rundir.records import Measurement, Observer, Outcome, Record, RunFacts
-from dist_train.training.measuring import HostTimer, Measuring, StepTimes, UsageReader, WeightNorms
+from dist_train.training.measuring import Measuring, StepTimes, UsageReader, WeightNorms
 from dist_train.training.trainer import Trainer
 from tests.unit.simulated_ranks import SimulatedRanks, on_ranks, results
 from tests.unit.small_trainers import build_trainer, small_config, state_bits
@@ -216,7 +216,7 @@ def test_a_gpu_s_usage_is_what_torch_holds_of_it_and_a_share_read_every_other_se
 def test_what_nvml_knows_of_it_is_part_of_what_the_rank_measures() -> None:
     usage = UsageReader(torch.device("cuda", 1), lambda: {"device_power_watts": 700.0})
     measuring = Measuring(Alone(), usage, None)
-    measuring.start(1, 0.5, StepTimes(HostTimer(), []))
+    measuring.start(1, 0.5, StepTimes([]))
     measured = measuring.result()
     assert measured is not None
     assert measured.ranks[0].device_power_watts == 700.0

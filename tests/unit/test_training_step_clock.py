@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import time
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 
 from dist_train.cluster.communicator import Alone, Communicator
 from dist_train.rundir.records import StepParts
-from dist_train.training.measuring import DeviceTimer, HostTimer, StepClock, build_step_clock, note_progress
+from dist_train.training.measuring import StepClock
 from dist_train.training.step import GlobalBatch
 from tests.unit.simulated_ranks import SimulatedRanks, results
 from tests.unit.small_trainers import build_trainer, small_config
@@ -22,38 +21,32 @@ from tests.unit.test_training_step import SAM, take
 from tests.waiting import wait_for
 
 
-class Counted(HostTimer):
-    """A timer that reads the time from a test, and counts how often it was asked how far apart moments are."""
+class SetClock(StepClock):
+    """A clock whose time a test sets."""
 
     def __init__(self) -> None:
+        super().__init__(Alone())
         self.time = 0.0
-        self.asked = 0
 
-    def now(self) -> tuple[float]:
-        return (self.time,)
-
-    def seconds(self, begun: tuple[float], ended: tuple[float]) -> float:
-        self.asked += 1
-        return ended[0] - begun[0]
+    def _now(self) -> float:
+        return float(self.time)
 
 
 def test_a_part_within_another_is_taken_out_of_that_one_s_time() -> None:
-    timer = Counted()
-    clock = StepClock(timer)
+    clock = SetClock()
     clock.start()
-    timer.time = 1
-    with clock.phase("forward-backward"):
-        timer.time = 3
+    clock.time = 1
+    with clock.part("forward_backward"):
+        clock.time = 3
         with clock.part("perturb_restore"):
-            timer.time = 7
+            clock.time = 7
             with clock.part("forward_backward"):
-                timer.time = 15
-            timer.time = 31
-        timer.time = 63
-    timer.time = 127
+                clock.time = 15
+            clock.time = 31
+        clock.time = 63
+    clock.time = 127
     with clock.part("allreduce_wait"):
-        timer.time = 255
-    assert timer.asked == 0, "nothing is read while the step continues"
+        clock.time = 255
     times = clock.times()
     assert times.parts() == StepParts(
         data_wait=0, forward_backward=2 + 8 + 32, perturb_restore=4 + 16, allreduce_wait=128, optimizer=0,
@@ -63,12 +56,11 @@ def test_a_part_within_another_is_taken_out_of_that_one_s_time() -> None:
 
 
 def test_a_step_that_broke_off_leaves_nothing_for_the_next() -> None:
-    timer = Counted()
-    clock = StepClock(timer)
+    clock = SetClock()
 
     def broken_off() -> None:
-        with clock.phase("update"):
-            timer.time += 5
+        with clock.part("optimizer"):
+            clock.time += 5
             raise RuntimeError
 
     clock.start()
@@ -156,13 +148,6 @@ def test_with_sync_norm_the_wait_within_passes_is_a_wait_for_the_others(tmp_path
     assert quick.allreduce_wait >= 4 * 0.05
 
 
-def test_a_gpu_is_timed_on_its_own_stream() -> None:
-    assert isinstance(build_step_clock(torch.device("cuda"))._timer, DeviceTimer)
-    assert isinstance(build_step_clock(torch.device("cpu"))._timer, HostTimer)
-    timer = HostTimer()
-    assert timer.seconds(timer.now(), timer.now()) >= 0
-
-
 def test_moments_of_a_stream_are_read_as_seconds_after_the_later_one_has_come(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -183,11 +168,11 @@ def test_moments_of_a_stream_are_read_as_seconds_after_the_later_one_has_come(
             return 1500.0
 
     monkeypatch.setattr("torch.cuda.Event", Event)
-    clock = StepClock(DeviceTimer())
+    clock = StepClock(Alone(), on_gpu=True)
     clock.start()
     with clock.part("optimizer"):
         pass
-    assert calls == ["record", "record"]
+    assert calls == ["record", "record"], "nothing is read while the step continues"
     assert clock.times().parts().optimizer == 1.5
     assert calls[2:] == ["synchronize", "elapsed"]
 
@@ -204,10 +189,10 @@ def test_parts_that_hang_are_told_from_those_that_may_take_long_once_a_step_was_
             self.told.append("rest")
 
     comm = Told()
-    clock = build_step_clock(torch.device("cpu"), partial(note_progress, comm))
+    clock = StepClock(comm)
     for _ in range(2):
         assert comm.told == []
         clock.start()
-        with clock.phase("forward-backward"), clock.part("data_wait"):
+        with clock.part("forward_backward"), clock.part("data_wait"):
             pass
     assert comm.told == ["work", "rest", "work", "rest"]
