@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import cast
 
@@ -28,7 +27,7 @@ from dist_train.config import Config
 from dist_train.config.resuming import with_device, with_setting
 from dist_train.data.augmentation import build_mix
 from dist_train.data.loader import SampleSource, open_splits
-from dist_train.data.plan import BatchPlan, MicroBatch
+from dist_train.data.plan import BatchPlan
 from dist_train.launching.session import Session
 from dist_train.models import build_model, warn_of_changing_buffers
 from dist_train.models.norms import BatchStatistics, join_relus, norm_modules
@@ -45,14 +44,8 @@ from dist_train.training.compute import Compute, LossScale, fitting_memory, set_
 from dist_train.training.consistency import check_same_data
 from dist_train.training.graphs import CudaGraphRecorder, GraphRecorder
 from dist_train.training.measuring import Measuring, Profiler, StepClock, WeightNorms, read_usage_of
-from dist_train.training.micro_batches import (
-    find_micro_size,
-    forward_and_backward,
-    share_of,
-    shares_micro_batches,
-    sum_over,
-)
-from dist_train.training.reduction import GradientReduction, Tally, build_reduction
+from dist_train.training.micro_batches import find_micro_size, forward_and_backward, shares_micro_batches, sum_over
+from dist_train.training.reduction import Tally, set_up_reduction
 from dist_train.training.step import TrainingStep
 from dist_train.training.stopping import StopRequests, TimeLimit, job_time_limit
 from dist_train.training.trainer import Trainer
@@ -138,13 +131,6 @@ def assemble(
     if comm.rank == 0:
         _warn_of_lost_noise(step.noise, compute.precision, progress.step)
 
-    def shrink(step: TrainingStep, smaller: int) -> TrainingStep:
-        shrunk = with_setting(config, "batch.micro_size", smaller)
-        if comm.rank == 0:
-            directory.save_config(shrunk)
-        step.reduction.close()
-        return replace(step, reduction=set_up_reduction(shrunk, weights, noise, comm, progress))
-
     profile_steps = config.run.profile_steps
     return Trainer(
         config=config,
@@ -152,7 +138,7 @@ def assemble(
         splits=splits,
         network=network,
         take_step=step,
-        shrink=shrink,
+        directory=directory,
         learning_rate=LearningRate(
             config.schedule,
             config.optimizer.learning_rate,
@@ -291,34 +277,6 @@ def own_norms(config: Config, weights: FlatWeights) -> WeightNorms:
     """Return the norms of `weights`, and of their distance from the initial weights, which are built again."""
     initial = FlatWeights(build_model(config).to(weights.values.device))
     return WeightNorms(weights.values, initial.values)
-
-
-def set_up_reduction(
-    config: Config, weights: FlatWeights, noise: Noise, comm: Communicator, progress: Progress
-) -> GradientReduction:
-    """Return the reduction over the ranks of `comm` for the largest global batch of the run. All ranks call it."""
-    assert config.batch.micro_size != "auto", "decided before"
-    plans = [BatchPlan(size, config.batch.micro_size) for _, size in config.batch.sizes]
-    plan = max(plans, key=lambda each: len(each.micro_batches))
-
-    def own_share() -> tuple[MicroBatch, ...]:
-        # Of every plan, since each may have micro-batches with fewer samples than there are ranks.
-        shares = [share_of(config.model, each, comm.rank, comm.size) for each in plans]
-        return shares[plans.index(plan)]
-
-    share = run_on_all_ranks(comm, own_share, "share out the micro-batches")
-    build = partial(
-        build_reduction,
-        config.comm,
-        weights,
-        comm,
-        gradients=len(plan.micro_batches)
-        * len(noise.points(0))
-        * (comm.size if shares_micro_batches(config.model) else 1),
-        share=sum(micro_batch.size for micro_batch in share) / plan.global_size,
-        progress=progress,
-    )
-    return run_on_all_ranks(comm, build, "set up the reduction")
 
 
 def _with_micro_size(

@@ -31,7 +31,7 @@ from dist_train.config import Config, dump_config, parse_config
 from dist_train.config.resuming import with_setting
 from dist_train.data.catalog import find_data
 from dist_train.data.plan import BatchPlan, check_validation_size
-from dist_train.launching.assembly import assemble, build_writer, own_norms, set_up_reduction
+from dist_train.launching.assembly import assemble, build_writer, own_norms
 from dist_train.launching.session import Session, build_observers
 from dist_train.monitoring.console import open_logs
 from dist_train.monitoring.observers import check_installed
@@ -48,7 +48,6 @@ from dist_train.rundir.records import Observer, Outcome, rewind
 from dist_train.start_up import without_collection
 from dist_train.training.compute import share_of_threads
 from dist_train.training.consistency import check_consistent_across_ranks, identity_of
-from dist_train.training.micro_batches import sum_over
 from dist_train.training.stopping import StopRequests, job_time_limit
 from dist_train.training.trainer import Trainer
 
@@ -175,17 +174,9 @@ class Regrouping:
             self._logging_as = rank
 
     def __call__(self, trainer: Trainer, generation: Generation) -> None:
-        """Redistribute the micro-batches; a rank that has become rank 0 takes over writing the run directory."""
-        comm, step = trainer.comm, trainer.take_step
+        """Let a rank that has become rank 0 take over writing the run directory."""
+        comm = trainer.comm
         self.open_logs(comm.rank)
-        step.reduction.close()
-        step.noise.rank = comm.rank
-        # A broken group may still write to its buffers: sums get new ones.
-        trainer.take_step = replace(
-            step,
-            reduction=set_up_reduction(trainer.config, step.weights, step.noise, comm, trainer.progress),
-            sum_over_ranks=sum_over(trainer.config.model, comm, step.clock),
-        )
         # The lost rank's node may be cut off without having noticed, or the file server may still hold its lock.
         request = LockRequest(self.directory.root, self.directory.lock, patience=LEASE_SECONDS)
 

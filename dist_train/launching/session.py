@@ -23,7 +23,7 @@ from dist_train.cluster.devices import find_gpus, why_no_gpu
 from dist_train.cluster.inspection import installed_version, loaded_mpi_version
 from dist_train.cluster.launch import command_output, current_job
 from dist_train.config import Config
-from dist_train.config.plugins import call_plugin, plugin_files
+from dist_train.config.plugins import call_plugin
 from dist_train.config.sections import MetricsSettings
 from dist_train.kernels.operators import why_no_triton
 from dist_train.monitoring.console import open_console
@@ -111,16 +111,15 @@ class Session:
         job = current_job()
         if job is not None and job.restarts:
             self._record_event("requeued", restart=job.restarts)
-        plugins = plugin_files(trainer.config.model_dump(mode="json"))
         if resume_point.contents is not None:
             self._record_event("resumed", ranks=self.comm.size)
-            self._note_changed_plugins(resume_point.contents.plugins, plugins)
+            self._note_changed_plugins(resume_point.contents.plugins, trainer.plugins)
         if resume_point.epochs_before is not None:
             self._record_lengthening(trainer, resume_point.epochs_before)
         if (initial := resume_point.initial) is not None:
             self._note_initial_weights(trainer, initial)
         environment = launch_environment(code, self.comm.controller, trainer.take_step.compute.device)
-        environment |= {f"plug-in {name}": digest for name, digest in plugins.items()}
+        environment |= {f"plug-in {name}": digest for name, digest in trainer.plugins.items()}
         self.status.change("running", **_progress_of(trainer), environment=environment)
 
     def _note_initial_weights(self, trainer: Trainer, initial: InitialWeights) -> None:

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import takewhile
 
+from pydantic import TypeAdapter
+
 from dist_train.checkpoint.state import Progress
 from dist_train.cluster.communicator import (
     Communicator,
@@ -23,7 +25,7 @@ from dist_train.cluster.communicator import (
     gather,
 )
 from dist_train.outcome import FaultError, UsageError
-from dist_train.rundir.records import Detail, EventRecord, Record, identity_of
+from dist_train.rundir.records import Detail, EventRecord, Record, TrainRecord, identity_of
 
 _IDENTITY = ("code", "settings", "data")
 
@@ -80,33 +82,23 @@ def agree_on_recovery(comm: Communicator, mine: RankState) -> Recovery:
     rows = gather(comm, mine.row(), "standings")
     states = [RankState(bool(row[0]), row[1], bool(row[2]), bool(row[3]), tuple(row[4:])) for row in rows]
     recovery = plan_recovery(states)
-    if not mine.has_state:
-        check_identity(mine, states[recovery.source])
-    return recovery
-
-
-def check_identity(mine: RankState, theirs: RankState) -> None:
-    """Raise UsageError if this rank's code, settings or data differ from those of the ranks that it joins."""
-    pairs = zip(_IDENTITY, mine.identity, theirs.identity, strict=True)
-    differing = [name for name, here, there in pairs if here != there]
-    if differing:
+    pairs = zip(_IDENTITY, mine.identity, states[recovery.source].identity, strict=True)
+    if not mine.has_state and (differing := [name for name, here, there in pairs if here != there]):
         raise UsageError(
             f"this rank cannot join the others: its {' and '.join(differing)} differ from theirs. "
             f"Install the same code, and use the same settings and files on all nodes",
             code=f"ranks-differ-in-{differing[0]}",
         )
+    return recovery
 
 
 @dataclass(frozen=True)
 class LastUpdate:
-    """The result of the last update; `progress` is a copy made right after it, before any evaluation."""
+    """The last update and its record; `progress` is a copy made right after it, before any evaluation."""
 
-    loss: float
-    accuracy: float
-    gradient_norm: float
+    record: TrainRecord
     stop_requested: bool
     repeats: int
-    seconds: float
     progress: Progress
 
 
@@ -119,13 +111,12 @@ class SharedState:
     last_update: LastUpdate | None
 
 
+_SHARED_STATE = TypeAdapter(SharedState)
+
+
 def broadcast_shared_state(comm: Communicator, mine: SharedState, root: int) -> SharedState:
     """Return the state of rank `root`. All ranks call it."""
-    content = json.loads(broadcast_str(comm, json.dumps(asdict(mine)), "shared state", root))
-    last = content["last_update"]
-    if last is not None:
-        last = LastUpdate(**{**last, "progress": Progress(**last["progress"])})
-    return SharedState(Progress(**content["progress"]), content["micro_size"], last)
+    return _SHARED_STATE.validate_json(broadcast_str(comm, json.dumps(asdict(mine)), "shared state", root))
 
 
 class Interruption:

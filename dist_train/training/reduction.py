@@ -17,10 +17,12 @@ import torch
 from torch import nn
 
 from dist_train.checkpoint.state import Progress
-from dist_train.cluster.communicator import Communicator, Pending
-from dist_train.config import CommSettings
+from dist_train.cluster.communicator import Communicator, Pending, run_on_all_ranks
+from dist_train.config import CommSettings, Config
+from dist_train.data.plan import BatchPlan
 from dist_train.models.norms import BatchStatistics
 from dist_train.optim.flat_weights import FlatWeights
+from dist_train.optim.noise import Noise
 from dist_train.outcome import UsageError
 from dist_train.reproducible import LOSSES
 from dist_train.training.accumulators import (
@@ -31,6 +33,7 @@ from dist_train.training.accumulators import (
     GradientAccumulator,
     GridAccumulator,
 )
+from dist_train.training.micro_batches import share_of, shares_micro_batches
 
 _BUCKET = 1 << 20
 """Gradients in a bucket, at the least: the last bucket's allreduce is what no backward pass hides."""
@@ -125,6 +128,30 @@ class GradientReduction:
         if self._loss_scale != 1.0:
             self._weights.gradients[bucket.part].mul_(1.0 / self._loss_scale)
         self.accumulator.add(bucket)
+
+
+def set_up_reduction(
+    config: Config, weights: FlatWeights, noise: Noise, comm: Communicator, progress: Progress
+) -> GradientReduction:
+    """Return the reduction over the ranks of `comm` for the largest global batch of the run. All ranks call it."""
+    assert config.batch.micro_size != "auto", "decided before"
+    plans = [BatchPlan(size, config.batch.micro_size) for _, size in config.batch.sizes]
+    plan = max(plans, key=lambda each: len(each.micro_batches))
+    passes = len(noise.points(0)) * (comm.size if shares_micro_batches(config.model) else 1)
+
+    def build() -> GradientReduction:
+        # Of every plan, since each may have micro-batches with fewer samples than there are ranks.
+        shares = [share_of(config.model, each, comm.rank, comm.size) for each in plans]
+        return build_reduction(
+            config.comm,
+            weights,
+            comm,
+            gradients=len(plan.micro_batches) * passes,
+            share=sum(micro_batch.size for micro_batch in shares[plans.index(plan)]) / plan.global_size,
+            progress=progress,
+        )
+
+    return run_on_all_ranks(comm, build, "set up the reduction")
 
 
 def build_reduction(

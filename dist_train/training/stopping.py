@@ -12,6 +12,7 @@ from typing import Any
 
 from dist_train.checkpoint.state import Progress
 from dist_train.cluster.launch import current_job, job_end
+from dist_train.config.parts import EarlyStoppingSettings
 from dist_train.outcome import UsageError
 
 _ALWAYS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
@@ -103,22 +104,21 @@ class TimeLimit:
 class EarlyStopping:
     """Ends a run whose evaluations no longer improve; it sees only values that all ranks share, so that they agree."""
 
-    def __init__(self, patience: int | None, min_delta: float, metric: str) -> None:
+    def __init__(self, settings: EarlyStoppingSettings, metric: str) -> None:
         """Watch `metric` (SPLIT.accuracy or SPLIT.loss); without `patience`, never end the run."""
-        self.metric = metric
-        self._patience = patience
-        self._min_delta = min_delta
+        self._metric = metric
+        self._settings = settings
 
     def note(self, progress: Progress, values: Mapping[str, float]) -> None:
         """Update `progress`, which checkpoints hold, by an evaluation: its `values` by metric.
 
         A value that is not finite is no improvement.
         """
-        if self._patience is None:
+        if self._settings.patience is None:
             return
-        value, best = values.get(self.metric, math.nan), progress.stopping_best
-        sign = -1.0 if self.metric.endswith(".loss") else 1.0
-        if math.isfinite(value) and (best is None or sign * (value - best) > self._min_delta):
+        value, best = values.get(self._metric, math.nan), progress.stopping_best
+        sign = -1.0 if self._metric.endswith(".loss") else 1.0
+        if math.isfinite(value) and (best is None or sign * (value - best) > self._settings.min_delta):
             progress.stopping_best, progress.stopping_waited = value, 0
         else:
             progress.stopping_waited = (progress.stopping_waited or 0) + 1
@@ -126,11 +126,11 @@ class EarlyStopping:
     def reason(self, progress: Progress) -> str:
         """Return why the run ends at `progress`, before its last step; empty if it continues."""
         waited = progress.stopping_waited or 0
-        if self._patience is None or waited < self._patience:
+        if self._settings.patience is None or waited < self._settings.patience:
             return ""
         best = "never finite" if progress.stopping_best is None else f"best {progress.stopping_best:.6g}"
         return (
-            f"stopped early after step {progress.step}: {self.metric} has not improved in {waited} evaluations "
+            f"stopped early after step {progress.step}: {self._metric} has not improved in {waited} evaluations "
             f"({best}); raise early_stopping.patience to continue"
         )
 

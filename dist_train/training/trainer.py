@@ -35,13 +35,14 @@ from dist_train.monitoring.observers import Observers
 from dist_train.optim.averaging import AveragedModel
 from dist_train.optim.schedules import LearningRate
 from dist_train.outcome import DisagreementError, DivergedError, OutOfMemoryError, StoppedError
+from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import Detail, Epochs, EvaluationRecord, EventRecord, Record, TrainRecord
 from dist_train.rundir.status import StatusFile
 from dist_train.training.consistency import verify_agreement
 from dist_train.training.dealing import Batches
 from dist_train.training.evaluation import Evaluation, evaluate, recompute_statistics, statistics_samples
 from dist_train.training.measuring import Measuring, Profiler
-from dist_train.training.micro_batches import halve
+from dist_train.training.micro_batches import halve, sum_over
 from dist_train.training.recovery import (
     MAX_RECORDS,
     Interruption,
@@ -53,6 +54,7 @@ from dist_train.training.recovery import (
     assign_progress,
     broadcast_shared_state,
 )
+from dist_train.training.reduction import set_up_reduction
 from dist_train.training.step import TrainingStep
 from dist_train.training.stopping import EarlyStopping, StopRequests, TimeLimit
 
@@ -69,8 +71,7 @@ class Trainer:
     network: nn.Module
     """The uncompiled model; `take_step` may use a compiled one with the same weights."""
     take_step: TrainingStep
-    shrink: Callable[[TrainingStep, int], TrainingStep]
-    """Returns the given step with a smaller micro-batch size, and saves that size in the run's configuration."""
+    directory: RunDirectory
     learning_rate: LearningRate
     epochs: Epochs
     """The passes over the data, and the size of the global batch in each."""
@@ -91,7 +92,7 @@ class Trainer:
     may_shrink: bool = False
     """Whether the micro-batch size may be halved when memory runs out."""
     regroup: Callable[[Trainer, Generation], None] = lambda trainer, generation: None
-    """Adapts the trainer of an elastic launch to a new group of ranks: see `launching/run.py`."""
+    """Hands the role of rank 0 to another rank of an elastic launch, if it was lost: see `launching/run.py`."""
     identity: tuple[int, ...] = ()
     """Digests of code, settings and data; a rank that joins must have the same."""
 
@@ -101,10 +102,8 @@ class Trainer:
         self._batches.deal(self.config.batch.micro_size, self.comm)
         self._statistics_step: int | None = None
         self._averaged = AveragedModel(self.network, self.take_step.averaging, self._recompute_statistics)
-        early = self.config.early_stopping
-        self._early_stopping = EarlyStopping(early.patience, early.min_delta, self.config.stopping_metric)
-        self._settings = self.config.model_dump(mode="json")
-        self._plugins = plugin_files(self._settings)
+        self._early_stopping = EarlyStopping(self.config.early_stopping, self.config.stopping_metric)
+        self.plugins = plugin_files(self.config.model_dump(mode="json"))
         self._not_written: NotWritten | None = None
         self._saved_step: int | None = None
         self._submitted_step: int | None = None
@@ -225,8 +224,19 @@ class Trainer:
         self.progress.step += 1
         self._is_step_complete, self._has_last_noise = False, True
         self._meeting_requested = update.meeting_requested
-        kept = update.loss, update.accuracy, update.gradient_norm, update.stop_requested, update.repeats
-        self._last_update = LastUpdate(*kept, seconds, replace(self.progress))
+        record = TrainRecord(
+            step=step + 1,
+            epoch=self.epoch,
+            loss=update.loss,
+            accuracy=update.accuracy,
+            learning_rate=self.learning_rate.at(step),
+            noise_amplitude=self.take_step.noise.amplitude(step),
+            gradient_norm=update.gradient_norm,
+            step_seconds=seconds,
+            samples_per_second=size / seconds,
+            time=time.time(),
+        )
+        self._last_update = LastUpdate(record, update.stop_requested, update.repeats, replace(self.progress))
         if self.profiler:
             self.profiler.after_update(self.progress.step)
         self._busy_seconds += seconds
@@ -239,13 +249,22 @@ class Trainer:
         smaller = halve(self.plan.micro_size, self.plan.global_size)
         self._event("micro_size", before=self.plan.micro_size, now=smaller, reason="out of memory")
         torch.cuda.empty_cache()
-        self._set_micro_size(smaller)
-        self.take_step = self.shrink(self.take_step, smaller)
+        self._divide_work(smaller)
+        if self.comm.rank == 0:
+            self.directory.save_config(self.config)
 
-    def _set_micro_size(self, size: int) -> None:
-        self.config = with_setting(self.config, "batch.micro_size", size)
-        self._settings = self.config.model_dump(mode="json")
-        self._batches.deal(size, self.comm)
+    def _divide_work(self, micro_size: int) -> None:
+        """Divide batches into micro-batches of `micro_size`, over the ranks that there are now."""
+        self.config = with_setting(self.config, "batch.micro_size", micro_size)
+        self._batches.deal(micro_size, self.comm)
+        step = self.take_step
+        step.reduction.close()
+        # A broken group may still write to its buffers: sums get new ones.
+        self.take_step = replace(
+            step,
+            reduction=set_up_reduction(self.config, step.weights, step.noise, self.comm, self.progress),
+            sum_over_ranks=sum_over(self.config.model, self.comm, step.clock),
+        )
 
     def _complete_step(self, update: LastUpdate) -> None:
         """Do the work due after the last update. Called again if a rank was lost meanwhile."""
@@ -254,9 +273,9 @@ class Trainer:
         if update.repeats:
             self._event("gradient_repeated", times=update.repeats)
         if step % self.config.metrics.every_steps == 0 or step == self.last_step:
-            self._record_update(update)
+            self._record(update.record)
             if self.measuring:
-                self.measuring.start(step, update.seconds, self.take_step.clock.times())
+                self.measuring.start(step, update.record.step_seconds, self.take_step.clock.times())
         every = self.config.comm.verify_every
         if every and (step % every == 0 or step == self.last_step):
             noise = self.take_step.noise if self._has_last_noise else None
@@ -294,23 +313,6 @@ class Trainer:
         """Whether a multiple of `number` epochs has just ended; never for 0."""
         epoch, index = self.epochs.place(self.progress.step)
         return number > 0 and index == 0 and epoch % number == 0
-
-    def _record_update(self, update: LastUpdate) -> None:
-        index = self.progress.step - 1
-        self._record(
-            TrainRecord(
-                step=self.progress.step,
-                epoch=self.epoch,
-                loss=update.loss,
-                accuracy=update.accuracy,
-                learning_rate=self.learning_rate.at(index),
-                noise_amplitude=self.take_step.noise.amplitude(index),
-                gradient_norm=update.gradient_norm,
-                step_seconds=update.seconds,
-                samples_per_second=self._batches.plan(index).global_size / update.seconds,
-                time=time.time(),
-            )
-        )
 
     def _evaluate(self) -> None:
         self._update_clean_statistics()
@@ -400,9 +402,9 @@ class Trainer:
             epoch=self.epoch,
             model=self.network.state_dict(),
             optimizer=self.take_step.optimizer.state_dict(),
-            config=self._settings,
+            config=self.config.model_dump(mode="json"),
             metrics=self.progress.metrics(),
-            plugins=self._plugins,
+            plugins=self.plugins,
             noise=self.take_step.noise.state(),
             grid_exponents=self.progress.grid_exponents,
         )
@@ -415,8 +417,7 @@ class Trainer:
                 _logger.error("the checkpoint of step %d could not be written: %s", result.step, result.why)
                 self._event("checkpoint_failed", result.step, error=result.why)
             else:
-                if self._not_written is not None and self._not_written.step == result.file.step:
-                    self._not_written = None
+                self._not_written = None
                 self.time_limit.note_saved(result.seconds)
                 self._event("checkpoint", result.file.step, **result.details)
 
@@ -476,8 +477,8 @@ class Trainer:
         is_writer = self.writer is not None
         mine = RankState(self._has_state, self.progress.step, self._is_step_complete, is_writer, self.identity)
         recovery = agree_on_recovery(self.comm, mine)
-        shared = SharedState(self.progress, self.plan.micro_size, self._last_update)
-        shared = broadcast_shared_state(self.comm, shared, recovery.source)
+        own = SharedState(self.progress, self.plan.micro_size, self._last_update)
+        shared = broadcast_shared_state(self.comm, own, recovery.source)
         if recovery.receivers:
             step = self.take_step
             more = step.averaging.kept, *step.noise.kept.values()
@@ -491,7 +492,6 @@ class Trainer:
         self._has_last_noise = self._meeting_requested = False
         self._statistics_step = self._saved_step = None
         self._averaged.forget()
-        if shared.micro_size != self.plan.micro_size:
-            self._set_micro_size(shared.micro_size)
-        self._batches.deal(self.plan.micro_size, self.comm)
+        self.take_step.noise.rank = self.comm.rank
+        self._divide_work(shared.micro_size)
         self.regroup(self, generation)

@@ -7,12 +7,17 @@ import math
 import pytest
 
 from dist_train.checkpoint.state import Progress
+from dist_train.config.parts import EarlyStoppingSettings
 from dist_train.training.stopping import EarlyStopping
+
+
+def stopping(patience: int | None, min_delta: float = 0.0, metric: str = "test.accuracy") -> EarlyStopping:
+    return EarlyStopping(EarlyStoppingSettings(patience=patience, min_delta=min_delta), metric)
 
 
 def stopped_at(values: list[float], patience: int | None, min_delta: float = 0.0, metric: str = "test.accuracy") -> int:
     """Return the evaluation, from 1, at which a run with these `values` stops; 0 where it does not."""
-    early, progress = EarlyStopping(patience, min_delta, metric), Progress()
+    early, progress = stopping(patience, min_delta, metric), Progress()
     for number, value in enumerate(values, start=1):
         progress.step = number
         early.note(progress, {metric: value, "train.loss": 0.0})
@@ -45,5 +50,5 @@ def test_a_loss_improves_by_falling_and_only_by_more_than_min_delta() -> None:
 
 def test_what_it_has_seen_is_in_the_progress_and_more_patience_continues() -> None:
     progress = Progress(step=3, stopping_best=0.5, stopping_waited=2)
-    assert "test.accuracy" in EarlyStopping(2, 0.0, "test.accuracy").reason(progress)
-    assert not EarlyStopping(3, 0.0, "test.accuracy").reason(progress)
+    assert "test.accuracy" in stopping(2).reason(progress)
+    assert not stopping(3).reason(progress)

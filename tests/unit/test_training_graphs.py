@@ -49,7 +49,8 @@ def train(trainer: Trainer, state: list[Tensor] | None = None) -> list[tuple[flo
             state += state_of(trainer)  # after its first update, exact32 sums in another tensor
         update = trainer._last_update
         assert update is not None
-        told.append((update.loss, update.accuracy, update.gradient_norm))
+        record = update.record
+        told.append((record.loss, record.accuracy, record.gradient_norm))
     return told
 
 

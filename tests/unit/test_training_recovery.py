@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from dist_train.checkpoint.state import Progress
@@ -13,10 +15,11 @@ from dist_train.training.recovery import (
     LastUpdate,
     RankState,
     RecentRecords,
+    Recovery,
     SharedState,
+    agree_on_recovery,
     assign_progress,
     broadcast_shared_state,
-    check_identity,
     plan_recovery,
 )
 from tests.raising import raises
@@ -49,13 +52,18 @@ def test_without_a_state_there_is_nothing_to_continue() -> None:
 
 
 def test_who_differs_cannot_join() -> None:
+    def job(comm: SimulatedRanks) -> Recovery:
+        return agree_on_recovery(comm, RankState(comm.rank == 0, 0, True, comm.rank == 0, (1, 9 - comm.rank, 3)))
+
     with raises(UsageError, "ranks-differ-in-settings"):
-        check_identity(RankState(False, 0, True, False, (1, 2, 3)), RankState(True, 0, True, False, (1, 9, 3)))
+        results(2, job)
 
 
 def test_progress_and_the_last_update_travel_whole() -> None:
     progress = Progress(step=7, best_accuracy=0.1 + 0.2, loss_scale=2.0**16, grid_exponents=[20, 21])
-    whole = SharedState(progress, 16, LastUpdate(0.1 + 0.2, 0.5, 1e-300, False, 1, 0.25, Progress(step=7)))
+    whole = SharedState(
+        progress, 16, LastUpdate(replace(train(7), loss=0.1 + 0.2, gradient_norm=1e-300), False, 1, Progress(step=7))
+    )
     none = SharedState(Progress(), 8, None)
 
     def job(comm: SimulatedRanks) -> SharedState:
