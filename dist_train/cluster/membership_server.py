@@ -356,7 +356,7 @@ class MembershipServer:
         if self._stop_requested or self.state.is_over or self.state.has_ended:
             return
         has_begun = self.state.generation > 0 and self.state.has_state
-        for connection in list(self._nodes.ready_to_start(self._here, has_begun)):
+        for connection in self._nodes.ready_to_start(self._here, has_begun):
             slots = self._nodes.allot(connection, (peer.slot for peer in self.state.peers))
             node = self._nodes.by_connection[connection]
             self.say(f"{node.name} starts {node.wanted} rank{'s' if node.wanted > 1 else ''}")

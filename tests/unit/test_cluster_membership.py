@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from dist_train.cluster.communicator import Generation, RankLostError
 from dist_train.cluster.joined_launch import Entry, RemoteAuthority, entry_of
 from dist_train.cluster.member import Member, Pulse
 from dist_train.cluster.membership import Came, Event, Gone, MayGrow, Membership, Message, Peer, Ready, Trains, decide
-from dist_train.cluster.membership_server import SLOT_VARIABLE, TOKEN_VARIABLE, MembershipServer
+from dist_train.cluster.membership_server import SLOT_VARIABLE, TOKEN_VARIABLE, MembershipServer, answer_to
 from dist_train.outcome import UsageError
 from tests.waiting import wait_for
 
@@ -304,6 +305,24 @@ def test_a_node_that_is_not_needed_to_begin_waits_until_ranks_train() -> None:
         alone.trains()
         assert slots_of(node) == [1]
         alone.leave("")
+
+
+def test_of_nodes_that_come_at_once_only_those_start_with_which_the_run_begins() -> None:
+    server = MembershipServer(4, 1, 6, 5.0, here=2)
+    launchers = [socket.create_connection(server.address) for _ in range(2)]
+    while len(server._connections) < 2:
+        server.poll(1.0)
+    for number, launcher in enumerate(launchers, start=1):
+        proof = answer_to(server.token, json.loads(launcher.recv(1000))["text"])
+        hello = {"kind": "hello", "proof": proof, "challenge": "", "node": f"node{number}", "process": 1, "ranks": 2}
+        launcher.sendall(json.dumps(hello).encode() + b"\n")
+    server.poll(1.0)
+    server.poll(0.0)
+    assert len(server._nodes.names) == 2
+    assert server.expected == 4
+    server.close()
+    for launcher in launchers:
+        launcher.close()
 
 
 def test_a_node_whose_launcher_is_gone_has_no_ranks_left() -> None:
