@@ -14,7 +14,7 @@ import secrets
 import selectors
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import count, islice
@@ -85,56 +85,6 @@ class JoinedNode:
 
 
 @dataclass
-class JoinedNodes:
-    """The launchers of other nodes, by connection, and the slots allotted to the processes of each.
-
-    The run begins with `size` ranks and has `most` at most.
-    """
-
-    size: int
-    most: int
-    own_slots: range
-    by_connection: dict[int, JoinedNode] = field(default_factory=dict)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The nodes whose launchers are connected."""
-        return tuple(sorted(node.node for node in self.by_connection.values()))
-
-    @property
-    def processes(self) -> int:
-        """How many processes of other nodes are ranks or may become ranks."""
-        return sum(node.processes for node in self.by_connection.values())
-
-    def refusal(self, wanted: int, here: int) -> str:
-        """Return why `wanted` more ranks are too many, beside `here` of this node; empty if they are not."""
-        running_or_waiting = (node for node in self.by_connection.values() if node.processes or not node.slots)
-        free = self.most - here - sum(node.processes or node.wanted for node in running_or_waiting)
-        if wanted <= free:
-            return ""
-        more = f"{free} more rank{'' if free == 1 else 's'}" if free > 0 else "no more ranks"
-        return f"the run takes {more}, not {wanted}: it has at most {self.most} (--max-ranks)"
-
-    def ready_to_start(self, here: int, has_begun: bool) -> Iterator[int]:
-        """Yield the connections that may start their ranks: before the run `has_begun`, those that it begins with."""
-        for connection, node in self.by_connection.items():
-            if not node.slots and (has_begun or here + self.processes + node.wanted <= self.size):
-                yield connection
-
-    def allot(self, connection: int, taken: Iterable[int]) -> tuple[int, ...]:
-        """Allot slots to `connection` and return them: the first that are not `taken`, this launcher's or another's."""
-        used = {*self.own_slots, *taken, *(slot for node in self.by_connection.values() for slot in node.slots)}
-        node = self.by_connection[connection]
-        node.slots = tuple(islice((slot for slot in count() if slot not in used), node.wanted))
-        node.processes = node.wanted
-        return node.slots
-
-    def owner(self, slot: int) -> int | None:
-        """Return the connection to which `slot` is allotted; None for a slot of this launcher."""
-        return next((connection for connection, node in self.by_connection.items() if slot in node.slots), None)
-
-
-@dataclass
 class _Connection:
     """A connection; nothing is known about its process until `is_known`."""
 
@@ -166,7 +116,8 @@ class MembershipServer:
     def __post_init__(self) -> None:
         self.state = Membership(self.size, self.fewest, self.most)
         self._here = self.size if self.here is None else self.here
-        self._nodes = JoinedNodes(self.size, self.most, range(self._here))
+        self._own_slots = range(self._here)
+        self._nodes: dict[int, JoinedNode] = {}  # the launchers of other nodes, by connection
         self._codes: list[int] = []
         self._stop_requested = False
         self._alone_since = time.monotonic()
@@ -222,12 +173,16 @@ class MembershipServer:
     @property
     def expected(self) -> int:
         """How many processes are ranks or may become ranks, on all nodes."""
-        return self._here + self._nodes.processes
+        return self._here + self._processes_of_others
+
+    @property
+    def _processes_of_others(self) -> int:
+        return sum(node.processes for node in self._nodes.values())
 
     @property
     def awaits_others(self) -> bool:
         """Whether other nodes have ranks, or those that the run begins with may still come."""
-        if self._nodes.processes:
+        if self._processes_of_others:
             return True
         is_late = time.monotonic() - self._alone_since > START_TIMEOUTS * self.timeout
         may_begin = self.state.generation == 0 and not self.state.has_ended and self.view.code is None
@@ -256,7 +211,7 @@ class MembershipServer:
 
     def abandon(self) -> None:
         """Disconnect the launchers of other nodes, which then end their ranks."""
-        for connection in list(self._nodes.by_connection):
+        for connection in list(self._nodes):
             self._lose(connection, "")
 
     def close(self) -> None:
@@ -309,7 +264,7 @@ class MembershipServer:
             connection.is_known = True
             self._admit(peer_id, fields)
             return
-        node = self._nodes.by_connection.get(peer_id)
+        node = self._nodes.get(peer_id)
         match kind:
             case "processes" if node is not None:
                 node.processes = int(fields["count"])
@@ -332,7 +287,7 @@ class MembershipServer:
             self._admit_node(peer_id, JoinedNode(node, process, int(fields["ranks"])), str(fields["challenge"]))
             return
         slot = int(fields["slot"])
-        if slot not in self._nodes.own_slots and self._nodes.owner(slot) is None:
+        if slot not in self._own_slots and self._owner(slot) is None:
             self._drop(peer_id)  # its launcher is gone
             return
         joins = self.state.generation > 0
@@ -343,32 +298,52 @@ class MembershipServer:
         proof = answer_of_authority(self.token, challenge)
         self._send(peer_id, {"kind": "known", "proof": proof, "timeout": self.timeout})
         why = "the run has ended" if self.state.is_over or self.state.has_ended else ""
-        if why := why or self._nodes.refusal(node.wanted, self._here):
+        if why := why or self._refusal(node.wanted):
             self.say(f"{node.name} may not join: {why}")
             self._send(peer_id, {"kind": "refused", "why": why})
             self._drop(peer_id)
             return
-        self._nodes.by_connection[peer_id] = node
-        self.nodes_changed(self._nodes.names)
+        self._nodes[peer_id] = node
+        self._note_nodes()
+
+    def _refusal(self, wanted: int) -> str:
+        """Return why `wanted` more ranks are too many; empty if they are not."""
+        running_or_waiting = (node for node in self._nodes.values() if node.processes or not node.slots)
+        free = self.most - self._here - sum(node.processes or node.wanted for node in running_or_waiting)
+        if wanted <= free:
+            return ""
+        more = f"{free} more rank{'' if free == 1 else 's'}" if free > 0 else "no more ranks"
+        return f"the run takes {more}, not {wanted}: it has at most {self.most} (--max-ranks)"
+
+    def _note_nodes(self) -> None:
+        self.nodes_changed(sorted(node.node for node in self._nodes.values()))
+
+    def _owner(self, slot: int) -> int | None:
+        """Return the connection to whose ranks `slot` belongs; None for a slot of this launcher."""
+        return next((connection for connection, node in self._nodes.items() if slot in node.slots), None)
 
     def _start_nodes(self) -> None:
         """Let the waiting launchers of other nodes start their ranks, if they may."""
         if self._stop_requested or self.state.is_over or self.state.has_ended:
             return
         has_begun = self.state.generation > 0 and self.state.has_state
-        for connection in self._nodes.ready_to_start(self._here, has_begun):
-            slots = self._nodes.allot(connection, (peer.slot for peer in self.state.peers))
-            node = self._nodes.by_connection[connection]
+        for connection, node in self._nodes.items():
+            if node.slots or not (has_begun or self.expected + node.wanted <= self.size):
+                continue
+            others = (slot for other in self._nodes.values() for slot in other.slots)
+            taken = {*self._own_slots, *(peer.slot for peer in self.state.peers), *others}
+            node.slots = tuple(islice((slot for slot in count() if slot not in taken), node.wanted))
+            node.processes = node.wanted
             self.say(f"{node.name} starts {node.wanted} rank{'s' if node.wanted > 1 else ''}")
-            self._send(connection, {"kind": "welcome", "slots": slots, "size": self.size, **self.order})
+            self._send(connection, {"kind": "welcome", "slots": node.slots, "size": self.size, **self.order})
 
     def _send_views(self, now: float) -> None:
         """Send the launchers of other nodes the view of the run when it changes, and regularly as a heartbeat."""
-        if not self._nodes.by_connection:
+        if not self._nodes:
             return
         view = self.view
         fields = {**asdict(view), "members": sorted(view.members), "joiners": sorted(view.joiners)}
-        for connection, node in self._nodes.by_connection.items():
+        for connection, node in self._nodes.items():
             if node.sent_view != view or now - node.sent_at >= self.timeout / BEATS_IN_TIMEOUT:
                 node.sent_view, node.sent_at = view, now
                 self._send(connection, {"kind": "view", **fields})
@@ -416,7 +391,7 @@ class MembershipServer:
         peer = self.state.find(peer_id)
         if peer is not None:
             self.say(f"{peer.name} {why}: it is expelled")
-            owner = self._nodes.owner(peer.slot)
+            owner = self._owner(peer.slot)
             if owner is None:
                 self.expelled.append(Expelled(peer.slot, peer.process))
             else:
@@ -425,14 +400,14 @@ class MembershipServer:
 
     def _lose(self, peer_id: int, why: str) -> None:
         self._drop(peer_id)
-        node = self._nodes.by_connection.pop(peer_id, None)
+        node = self._nodes.pop(peer_id, None)
         if node is None:
             self._apply(Gone(peer_id, why))
             return
         if why:
             self.say(f"{node.name} {why}")
         self._alone_since = time.monotonic()
-        self.nodes_changed(self._nodes.names)
+        self._note_nodes()
         for peer in self.state.peers:
             if peer.slot in node.slots:
                 self._lose(peer.id, "has lost its launcher")

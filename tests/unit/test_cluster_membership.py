@@ -318,7 +318,7 @@ def test_of_nodes_that_come_at_once_only_those_start_with_which_the_run_begins()
         launcher.sendall(json.dumps(hello).encode() + b"\n")
     server.poll(1.0)
     server.poll(0.0)
-    assert len(server._nodes.names) == 2
+    assert len(server._nodes) == 2
     assert server.expected == 4
     server.close()
     for launcher in launchers:
