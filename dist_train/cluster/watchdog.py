@@ -19,9 +19,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 
 from dist_train.cluster.communicator import Communicator, RankLostError, broadcast_str, gather
 from dist_train.cluster.heartbeats import (
@@ -50,21 +49,6 @@ _SEARCH_AGAIN = 2.5  # after this many beats without an answer, all addresses of
 _RECEIVE_PAUSE_SECONDS = 0.1  # between receptions, so that many ranks do not wake rank 0 for each beat
 _FAREWELLS = 3
 _FAREWELL_SECONDS = 0.2
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """One of the `size` ranks of a launch; `paths`: rank 0's addresses in the form that this rank can use."""
-
-    token: bytes
-    rank: int
-    size: int
-    paths: tuple[Address | None, ...] = ()
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this is rank 0, to which all others send heartbeats."""
-        return self.rank == 0
 
 
 SHORTEST_TIMEOUT = 3.0  # seconds; with less, a healthy process that a busy machine delays could count as lost
@@ -96,16 +80,28 @@ class Watchdog:
 
 
 class Watch(Watchdog):
-    """Sends heartbeats; when a rank is lost, calls `lost(message, is_found)` (false: found by rank 0), and ends."""
+    """Sends heartbeats; when a rank is lost, reports it, calls `on_loss(message)` and ends the process by `end`."""
 
     def __init__(
-        self, endpoint: Endpoint, datagrams: socket.socket, timeout: float, lost: Callable[[str, bool], None]
+        self,
+        comm: Communicator,
+        token: bytes,
+        paths: Sequence[Address | None],
+        datagrams: socket.socket,
+        timeout: float,
+        on_loss: Callable[[str], None],
+        end: Callable[[], None],
     ) -> None:
-        self._endpoint = endpoint
+        """`paths`: rank 0's addresses in the form that the socket `datagrams` takes."""
+        self._rank, self._size = comm.rank, comm.size
+        self._is_first = comm.rank == 0  # all others send it heartbeats
+        self._token = token
+        self._paths = paths
         self._datagrams = datagrams
         self._timeout = timeout
         self._beat = min(_LONGEST_BEAT, timeout / _BEATS_IN_TIMEOUT)
-        self._lost = lost
+        self._on_loss = on_loss
+        self._end = end
         self._attendance = Attendance(timeout=timeout, beat=self._beat, now=time.monotonic())
         self._peers: dict[int, str] = {}
         self._addresses: dict[int, Address] = {}
@@ -123,7 +119,7 @@ class Watch(Watchdog):
 
     def await_answer(self, seconds: float) -> bool:
         """Return whether rank 0 and this rank have found each other."""
-        if self._endpoint.is_first:
+        if self._is_first:
             return True
         with self._changed:
             return self._changed.wait_for(lambda: self._path is not None, seconds)
@@ -152,12 +148,6 @@ class Watch(Watchdog):
         self._datagrams.close()
         os.close(self._wake)
 
-    def end_others(self, message: str) -> None:
-        """Make all others end with `message`, if this is rank 0, which alone can reach them. To be called by `lost`."""
-        if self._endpoint.is_first:
-            for rank in self._attendance.present:
-                self._send(Datagram(Kind.LOST, 0, text=message), self._addresses[rank])
-
     def _run(self) -> None:
         with selectors.DefaultSelector() as selector:
             selector.register(self._datagrams, selectors.EVENT_READ)
@@ -183,17 +173,34 @@ class Watch(Watchdog):
                 due = now + self._send_beat(now)
                 message, is_found = self._loss(now), True
             if message is not None and self._parting is None:
-                self._lost(message, is_found)
+                self._end_run(message, is_found)
                 return
+
+    def _end_run(self, message: str, is_found: bool) -> None:
+        """Report the loss, which this rank has found itself or rank 0 has reported, and end this process."""
+        reporting = threading.Thread(target=self._report, args=(message, is_found), daemon=True)
+        reporting.start()
+        reporting.join(_REPORT_SECONDS)
+        if self._is_first:  # which alone can reach the others
+            for rank in self._attendance.present:
+                self._send(Datagram(Kind.LOST, 0, text=message), self._addresses[rank])
+        self._end()
+
+    def _report(self, message: str, is_found: bool) -> None:
+        if is_found:
+            print(f"dist-train: {escaped(message)} [{RankLostError.code}]", file=sys.stderr)
+        self._on_loss(message)
+        sys.stdout.flush()
+        sys.stderr.flush()
 
     def _receive_pause(self) -> float:
         """Return the seconds to wait before receiving again: none until the ranks have found each other."""
-        have_met = len(self._peers) == self._endpoint.size - 1 if self._endpoint.is_first else self._path is not None
+        have_met = len(self._peers) == self._size - 1 if self._is_first else self._path is not None
         return _RECEIVE_PAUSE_SECONDS if have_met else 0.0
 
     def _send_beat(self, now: float) -> float:
         """Send a beat to rank 0, and return the seconds until the next one."""
-        if self._endpoint.is_first:
+        if self._is_first:
             return self._beat
         self._send_to_rank_0(Kind.BEAT, now)
         return _SEARCH_SECONDS if self._path is None else self._beat
@@ -211,15 +218,15 @@ class Watch(Watchdog):
     def _send_to_rank_0(self, kind: Kind, now: float) -> None:
         """Send to the address where rank 0 has answered, or else to all its addresses."""
         searching = self._is_searching(now)
-        for number, path in enumerate(self._endpoint.paths):
+        for number, path in enumerate(self._paths):
             if path is not None and (searching or number == self._path):
-                self._send(Datagram(kind, self._endpoint.rank, number, self._node_and_process), path)
+                self._send(Datagram(kind, self._rank, number, self._node_and_process), path)
 
     def _probe_peers(self) -> None:
         if not self._is_probing:
             return
         self._is_probing = False
-        if not self._endpoint.is_first:
+        if not self._is_first:
             self._send_to_rank_0(Kind.BEAT, time.monotonic())
             return
         for rank in self._attendance.present:
@@ -232,14 +239,14 @@ class Watch(Watchdog):
                     data, source = self._datagrams.recvfrom(LARGEST)
                 except BlockingIOError:
                     break
-                datagram = decode(self._endpoint.token, data)
-                if datagram is not None and datagram.rank < self._endpoint.size:
+                datagram = decode(self._token, data)
+                if datagram is not None and datagram.rank < self._size:
                     self._handle(datagram, source[:2])
             self._changed.notify_all()
 
     def _handle(self, datagram: Datagram, source: Address) -> None:
         now, rank, kind = time.monotonic(), datagram.rank, datagram.kind
-        if self._endpoint.is_first == (rank == 0):
+        if self._is_first == (rank == 0):
             return  # rank 0 hears the others, the others hear rank 0
         match kind:
             case Kind.BEAT:
@@ -247,7 +254,7 @@ class Watch(Watchdog):
                 self._addresses[rank] = source
                 self._send(Datagram(Kind.ANSWER, 0, datagram.path, self._node_and_process), source)
             case Kind.ANSWER:
-                if self._is_searching(now) and datagram.path < len(self._endpoint.paths):
+                if self._is_searching(now) and datagram.path < len(self._paths):
                     self._path = datagram.path
                 self._answered_at = now
                 self._hear(datagram, now)
@@ -258,7 +265,7 @@ class Watch(Watchdog):
                 if kind is Kind.FAIL and rank in self._peers:
                     self._attendance.fail(rank, now)
                 self._attendance.leave(rank)
-                self._send(Datagram(Kind.FAREWELL, self._endpoint.rank), source)
+                self._send(Datagram(Kind.FAREWELL, self._rank), source)
             case Kind.FAREWELL:
                 self._attendance.leave(rank)
             case Kind.LOST:
@@ -276,9 +283,9 @@ class Watch(Watchdog):
         """Announce that this rank leaves, until all others have acknowledged it or cannot be reached."""
         selector.unregister(self._wake)
         for _ in range(_FAREWELLS):
-            if not self._endpoint.is_first:
+            if not self._is_first:
                 self._send_to_rank_0(parting, time.monotonic())
-            for rank in self._attendance.present if self._endpoint.is_first else ():
+            for rank in self._attendance.present if self._is_first else ():
                 self._send(Datagram(parting, 0), self._addresses[rank])
             if not self._attendance.present:
                 return
@@ -289,7 +296,7 @@ class Watch(Watchdog):
 
     def _send(self, datagram: Datagram, address: Address) -> None:
         with suppress(OSError):  # the same as a datagram lost on the way: the next beat or the timeout decides
-            self._datagrams.sendto(encode(self._endpoint.token, datagram), address)
+            self._datagrams.sendto(encode(self._token, datagram), address)
 
 
 def start_watchdog(
@@ -310,16 +317,11 @@ def start_watchdog(
             code="timeout-too-short",
         )
     datagrams = open_datagrams()
-    endpoint = _endpoint(comm, datagrams)
-
-    def lost(message: str, is_found: bool) -> None:
-        reporting = threading.Thread(target=_report, args=(message, is_found, on_loss), daemon=True)
-        reporting.start()
-        reporting.join(_REPORT_SECONDS)
-        watch.end_others(message)
-        end()
-
-    watch = Watch(endpoint, datagrams, timeout, lost)
+    own_place = json.dumps([secrets.token_hex(TOKEN_BYTES), datagrams.getsockname()[1], own_addresses()])
+    token, port, addresses = json.loads(broadcast_str(comm, own_place, "watchdog.address"))
+    reachable = (reachable_from(datagrams, address) for address in addresses)
+    paths = [None if address is None else (address, port) for address in reachable]
+    watch = Watch(comm, bytes.fromhex(token), paths, datagrams, timeout, on_loss, end)
     met = watch.await_answer(min(_MEETING_SECONDS, timeout / 2))
     unmet = [rank for rank, (missed,) in enumerate(gather(comm, [not met], "watchdog.met")) if missed]
     if unmet and comm.rank == 0:
@@ -328,21 +330,3 @@ def start_watchdog(
             ", ".join(map(str, unmet)),
         )
     return watch
-
-
-def _endpoint(comm: Communicator, datagrams: socket.socket) -> Endpoint:
-    """Return this rank's endpoint, with the token and the addresses of rank 0."""
-    port = datagrams.getsockname()[1]
-    text = json.dumps([secrets.token_hex(TOKEN_BYTES), port, own_addresses()])
-    token, port, addresses = json.loads(broadcast_str(comm, text, "watchdog.address"))
-    reachable = (reachable_from(datagrams, address) for address in addresses)
-    paths = tuple(None if address is None else (address, port) for address in reachable)
-    return Endpoint(bytes.fromhex(token), comm.rank, comm.size, paths)
-
-
-def _report(message: str, is_found: bool, on_loss: Callable[[str], None]) -> None:
-    if is_found:  # else rank 0 has reported it for all
-        print(f"dist-train: {escaped(message)} [{RankLostError.code}]", file=sys.stderr)
-    on_loss(message)
-    sys.stdout.flush()
-    sys.stderr.flush()

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_train.cluster import watchdog
-from dist_train.cluster.communicator import Alone
+from dist_train.cluster.communicator import Alone, Communicator
 from dist_train.cluster.heartbeats import (
     TOKEN_BYTES,
     Datagram,
@@ -27,13 +27,20 @@ from dist_train.cluster.heartbeats import (
     own_addresses,
     reachable_from,
 )
-from dist_train.cluster.watchdog import Endpoint, Watch, Watchdog, start_watchdog
+from dist_train.cluster.watchdog import Watch, Watchdog, start_watchdog
 from dist_train.outcome import StoppedError, UsageError
 from tests.unit.simulated_ranks import SimulatedRanks, on_ranks, results
 from tests.waiting import PATIENCE, wait_for
 
 TIMEOUT = watchdog.SHORTEST_TIMEOUT
 TOKEN = b"t" * TOKEN_BYTES
+
+
+class _Rank(Communicator):
+    """One of two ranks, without any operation."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank, self.size = rank, 2
 
 
 @dataclass
@@ -155,7 +162,8 @@ def test_probe_names_a_rank_that_does_not_answer_at_once(prober: int) -> None:
 
 def test_foreign_datagrams_are_ignored() -> None:
     with closing(open_datagrams()) as stranger:
-        first = Watch(Endpoint(TOKEN, 0, 2), datagrams := open_datagrams(), TIMEOUT, lambda *_: pytest.fail("lost"))
+        datagrams = open_datagrams()
+        first = Watch(_Rank(0), TOKEN, (), datagrams, TIMEOUT, lambda _: pytest.fail("lost"), print)
         target = (reachable_from(stranger, "127.0.0.1"), datagrams.getsockname()[1])
         for data in (b"", b"x" * 1500, encode(b"o" * TOKEN_BYTES, Datagram(Kind.BEAT, 1)), TOKEN + b"\xff" * 7):
             stranger.sendto(data, target)
@@ -234,8 +242,8 @@ def test_addresses_are_tried_until_one_answers() -> None:
     paths = ((reachable_from(second, "192.0.2.77") or "", port), None, (local or "", port))
     lost: list[str] = []
     watches = [
-        Watch(Endpoint(TOKEN, 0, 2), first, TIMEOUT, lambda message, _: lost.append(message)),
-        Watch(Endpoint(TOKEN, 1, 2, paths), second, TIMEOUT, lambda message, _: lost.append(message)),
+        Watch(_Rank(0), TOKEN, (), first, TIMEOUT, lost.append, print),
+        Watch(_Rank(1), TOKEN, paths, second, TIMEOUT, lost.append, print),
     ]
     assert watches[1].await_answer(PATIENCE)
     assert watches[1]._path == 2
