@@ -159,13 +159,9 @@ def _launch(arguments: argparse.Namespace) -> int:
     run = command.run_dir or config.run_directory
     if elasticity is None:
         return launch_ranks([sys.executable, "-m", "dist_train", *words], arguments.np, run)
-    from dist_train.cluster.elastic_launch import Entrance, launch_elastic
+    from dist_train.cluster.elastic_launch import launch_elastic
 
-    entrance = None
-    if arguments.listen is not None:
-        host, port = arguments.listen
-        entrance = Entrance(host, port, run)
-    return launch_elastic(words, arguments.np, elasticity, run, entrance)
+    return launch_elastic(words, arguments.np, elasticity, run, arguments.listen)
 
 
 def _elasticity(arguments: argparse.Namespace, config: Config) -> Elasticity | None:

@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import Popen
@@ -45,35 +45,35 @@ class Elasticity:
     timeout: float  # seconds of silence after which a rank is lost
 
 
-@dataclass(frozen=True)
-class Entrance:
-    """Where other launchers can join: at `host` and `port` (0: a free one), which a file in `folder` tells them."""
-
-    host: str
-    port: int
-    folder: Path
-
-
 Authority: TypeAlias = MembershipServer | RemoteAuthority  # its own server, or that of another node
 
 
 def launch_elastic(
-    words: Sequence[str], count: int, elasticity: Elasticity, run: Path, entrance: Entrance | None = None
+    words: Sequence[str], count: int, elasticity: Elasticity, run: Path, listen: tuple[str, int] | None = None
 ) -> int:
     """Run `dist-train WORDS` as `count` ranks on this machine until they end, and return the run's exit code.
 
     Like `launch_ranks`, for the run in the directory `run`, except that the others continue without a lost rank, which
-    is restarted. Call it from a process without threads. With an `entrance`, ranks of other nodes may join, or be the
-    only ranks.
+    is restarted. Call it from a process without threads. With an address to `listen` at (port 0: a free one), ranks of
+    other nodes may join, or be the only ranks; a file in `run` tells them the address.
 
     Returns the code with which the ranks ended the run; if none did, as `launch_ranks`. Raises UsageError if it cannot
-    listen at `entrance`, or write the file for other launchers.
+    listen there, or write that file.
     """
     launch = os.environ.get(LAUNCH_VARIABLE, "") or secrets.token_hex(8)
     order = {"words": list(words), "folder": os.getcwd(), "launch": launch, "restarts": elasticity.restarts}
-    server = _serve(count, elasticity, entrance, order)
+    limits = elasticity.first, elasticity.fewest, elasticity.most, elasticity.timeout
+    host, port = listen or ("127.0.0.1", 0)
     try:
-        with _admitting_others(server, entrance, launch):
+        server = MembershipServer(*limits, host, port, say, here=count, order=order)
+    except (OSError, OverflowError) as error:
+        raise UsageError(
+            f"--listen {host}:{port}: this machine cannot listen there ({error}): name one of its addresses that the "
+            f"other nodes can reach, and a free port or none",
+            code="listen-address",
+        ) from error
+    try:
+        with _admitting_others(server, run, launch) if listen else nullcontext():
             variables = {**server.variables, "WORLD_SIZE": str(elasticity.first)}
             local = LocalProcesses(words, range(count), launch, variables)
             code = _run_ranks(local, server, elasticity.restarts, run)
@@ -84,30 +84,11 @@ def launch_elastic(
         server.close()
 
 
-def _serve(
-    count: int, elasticity: Elasticity, entrance: Entrance | None, order: Mapping[str, object]
-) -> MembershipServer:
-    limits = elasticity.first, elasticity.fewest, elasticity.most, elasticity.timeout
-    if entrance is None:
-        return MembershipServer(*limits, say=say)
-    try:
-        return MembershipServer(*limits, entrance.host, entrance.port, say, here=count, order=order)
-    except (OSError, OverflowError) as error:
-        raise UsageError(
-            f"--listen {entrance.host}:{entrance.port}: this machine cannot listen there ({error}): name one of its "
-            f"addresses that the other nodes can reach, and a free port or none",
-            code="listen-address",
-        ) from error
-
-
 @contextmanager
-def _admitting_others(server: MembershipServer, entrance: Entrance | None, launch: str) -> Iterator[None]:
+def _admitting_others(server: MembershipServer, run: Path, launch: str) -> Iterator[None]:
     """Keep a file, readable by this user alone, by which launchers of other nodes can join during the block."""
-    if entrance is None:
-        yield
-        return
     host, port = server.address
-    path = entrance.folder / f"join-{launch}.json"
+    path = run / f"join-{launch}.json"
 
     def write(nodes: Sequence[str]) -> None:
         content = {"address": f"{host}:{port}", "token": server.token, "nodes": list(nodes)}
@@ -118,7 +99,7 @@ def _admitting_others(server: MembershipServer, entrance: Entrance | None, launc
             write(nodes)
 
     try:
-        entrance.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        run.mkdir(mode=0o700, parents=True, exist_ok=True)
         write(())
     except OSError as error:
         raise UsageError(
