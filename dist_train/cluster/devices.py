@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 
 from dist_train.cluster.communicator import Communicator, gather, run_on_all_ranks, signed_digest
-from dist_train.cluster.joining import connecting_within, end_process
+from dist_train.cluster.joining import end_process, ending_after
 from dist_train.config.sections import Device
 from dist_train.outcome import UsageError
 
@@ -226,7 +226,12 @@ def share_out_devices(comm: Communicator, asked: Device, timeout: float) -> torc
 
 def connect(comm: Communicator, device: torch.device, seconds: float, end: Callable[[], None] = end_process) -> None:
     """Connect the ranks' devices by a first sum, in which NCCL may hang; call `end` if it takes longer."""
-    with connecting_within(seconds, end):
+    message = (
+        f"the GPUs of the {comm.size} ranks have not connected within {seconds:g} s: NCCL hangs. Start again with "
+        f"NCCL_DEBUG=INFO, which says where; NCCL_P2P_DISABLE=1, NCCL_NVLS_ENABLE=0 and NCCL_SOCKET_IFNAME avoid the "
+        f"usual reasons. Or raise comm.timeout if connecting takes that long [ranks-cannot-meet]"
+    )
+    with ending_after(seconds, message, end):
         first = torch.zeros(1, dtype=torch.int64, device=device)
         comm.allreduce_async(first, "connecting").wait()
         first.item()  # waits for the device

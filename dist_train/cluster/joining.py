@@ -30,7 +30,7 @@ _HEAD_START_SECONDS = 2.0  # rank 0 reports for all; the others later, in case i
 
 def meeting_within(seconds: float, end: Callable[[], None] = end_process) -> AbstractContextManager[None]:
     """End this process with a message if the ranks have not all met in the block after `seconds`."""
-    return _ending_after(
+    return ending_after(
         seconds,
         f"the {current_launch().size} ranks have not all met within {seconds:g} s: one has not started, hangs, or "
         f"cannot be reached; start again, or raise comm.timeout if starting takes that long [ranks-cannot-meet]",
@@ -38,19 +38,9 @@ def meeting_within(seconds: float, end: Callable[[], None] = end_process) -> Abs
     )
 
 
-def connecting_within(seconds: float, end: Callable[[], None] = end_process) -> AbstractContextManager[None]:
-    """End this process with a message if the ranks' GPUs have not connected in the block after `seconds`."""
-    return _ending_after(
-        seconds,
-        f"the GPUs of the {current_launch().size} ranks have not connected within {seconds:g} s: NCCL hangs. Start "
-        f"again with NCCL_DEBUG=INFO, which says where; NCCL_P2P_DISABLE=1, NCCL_NVLS_ENABLE=0 and NCCL_SOCKET_IFNAME "
-        f"avoid the usual reasons. Or raise comm.timeout if connecting takes that long [ranks-cannot-meet]",
-        end,
-    )
-
-
 @contextmanager
-def _ending_after(seconds: float, message: str, end: Callable[[], None]) -> Iterator[None]:
+def ending_after(seconds: float, message: str, end: Callable[[], None] = end_process) -> Iterator[None]:
+    """End this process with `message` if the block takes longer than `seconds`, on a launch of several ranks."""
     launch = current_launch()
 
     def give_up() -> None:

@@ -206,6 +206,8 @@ def test_a_process_whose_gpu_does_not_connect_ends(
     ended = threading.Event()
 
     class Hanging(Communicator):
+        size = 8
+
         def allreduce_async(self, tensor: torch.Tensor, name: str) -> Pending:
             assert ended.wait(30)
             return Pending()
