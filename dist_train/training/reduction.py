@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import takewhile
 
@@ -232,7 +232,10 @@ _TERM_LIMIT = LOSSES.limit / 4096
 
 @dataclass(frozen=True)
 class TallyResult:
-    """The sum over all ranks: mean loss and accuracy of `samples` samples, and how many ranks say what."""
+    """The sum over all ranks: mean loss and accuracy of `samples` samples, and how many ranks say what.
+
+    The means are also over the points where gradients were taken.
+    """
 
     loss: float
     accuracy: float
@@ -242,16 +245,16 @@ class TallyResult:
     out_of_range: int
     out_of_memory: int
     stop: int
-    largest: list[int]
+    largest: list[int] = field(compare=False)
     """The sums that `GradientAccumulator.fits` takes."""
-    paces: tuple[int, ...]
-    """What each rank told of its own, by rank."""
+    paces: tuple[int, ...] = field(compare=False, repr=False)
+    """The `GlobalBatch.pace` of every rank."""
     meet: int
     """How many know of ranks that wait to be let in."""
-    statistics: torch.Tensor
+    statistics: torch.Tensor = field(compare=False, repr=False)
     """The sums of `BatchStatistics`."""
     gradient_norm: float
-    """That which `Tally.result` was given; 0 if none was."""
+    """Of the global gradient, before clipping, as `Tally.result` was given it; 0 if none was."""
 
 
 class Tally:

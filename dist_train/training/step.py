@@ -44,21 +44,11 @@ _STATISTICS_MOMENTUM = 0.1
 class Update:
     """The result of an update, the same on all ranks except for `times`."""
 
-    loss: float
-    """Mean over the samples, and over the points where gradients were taken; so is `accuracy`."""
-    accuracy: float
-    gradient_norm: float
-    """Of the global gradient, before clipping."""
-    stop_requested: bool
-    """Whether some rank was asked to stop."""
+    total: TallyResult
     repeats: int
     """How often the gradient was computed again because numbers left their range."""
     times: StepTimes = field(compare=False, repr=False)
     """This rank's."""
-    paces: tuple[int, ...] = field(default=(), compare=False, repr=False)
-    """The `GlobalBatch.pace` of every rank."""
-    meeting_requested: bool = False
-    """Whether ranks are waiting to join."""
 
 
 @dataclass(frozen=True)
@@ -158,16 +148,7 @@ class TrainingStep:
             self.averaging.after_update(batch.step)
             self.statistics.absorb(total.statistics, total.samples, _STATISTICS_MOMENTUM)
             self.loss_scale.note_update()
-        return Update(
-            loss=total.loss,
-            accuracy=total.accuracy,
-            gradient_norm=total.gradient_norm,
-            stop_requested=total.stop > 0,
-            repeats=repeats,
-            times=self.clock.times(),
-            paces=total.paces,
-            meeting_requested=total.meet > 0,
-        )
+        return Update(total, repeats, self.clock.times())
 
     def _must_repeat(self, total: TallyResult) -> bool:
         """Whether the gradient must be computed again, with a smaller loss scale or on coarser grids."""

@@ -215,28 +215,28 @@ class Trainer:
             # The interrupted update may have changed the loss scale or the grids of its sums.
             assign_progress(self.progress, before)
             raise
-        seconds = time.perf_counter() - begun
+        seconds, total = time.perf_counter() - begun, update.total
         size = self._batches.plan(step).global_size
-        if shares := self._batches.dealing(step).note(step, update.times, update.paces):
+        if shares := self._batches.dealing(step).note(step, update.times, total.paces):
             self._event("dealing", step + 1, shares=" ".join(map(str, shares)))
         if (size_before := self._batches.changed(step)) is not None:
             self._event("batch_size", step + 1, before=size_before, now=size)
         self.progress.step += 1
         self._is_step_complete, self._has_last_noise = False, True
-        self._meeting_requested = update.meeting_requested
+        self._meeting_requested = total.meet > 0
         record = TrainRecord(
             step=step + 1,
             epoch=self.epoch,
-            loss=update.loss,
-            accuracy=update.accuracy,
+            loss=total.loss,
+            accuracy=total.accuracy,
             learning_rate=self.learning_rate.at(step),
             noise_amplitude=self.take_step.noise.amplitude(step),
-            gradient_norm=update.gradient_norm,
+            gradient_norm=total.gradient_norm,
             step_seconds=seconds,
             samples_per_second=size / seconds,
             time=time.time(),
         )
-        self._last_update = LastUpdate(record, update.stop_requested, update.repeats, replace(self.progress))
+        self._last_update = LastUpdate(record, total.stop > 0, update.repeats, replace(self.progress))
         if self.profiler:
             self.profiler.after_update(self.progress.step)
         self._busy_seconds += seconds

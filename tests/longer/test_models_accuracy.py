@@ -186,7 +186,7 @@ def test_gradient_of_a_step_is_accurate_to_a_ten_thousandth(
         batch = GlobalBatch(0, 0, indices, share(comm.rank, comm.size))
         update = trainer.take_step(batch, 0.0, lambda: False)
         gradients = [p.grad.double().flatten() for p in trainer.network.parameters() if p.grad is not None]
-        return update.loss, torch.cat(gradients), trainer
+        return update.total.loss, torch.cat(gradients), trainer
 
     ended = results(ranks, step)
     *_, trainer = ended[0]

@@ -75,9 +75,9 @@ def test_its_gradient_is_that_of_plain_pytorch_at_the_perturbed_weights(
         return gradients_of(trainer), update
 
     for gradients, update in results(ranks, step):
-        assert update.loss == pytest.approx(loss, rel=1e-6)
+        assert update.total.loss == pytest.approx(loss, rel=1e-6)
         norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in expected.values()))
-        assert update.gradient_norm == pytest.approx(norm, rel=1e-3)  # a ReLU at its edge may take its other side
+        assert update.total.gradient_norm == pytest.approx(norm, rel=1e-3)  # a ReLU at its edge may take its other side
         assert_equal_gradients(gradients, expected)
 
 
@@ -178,8 +178,8 @@ def test_loss_and_accuracy_are_means_over_the_global_batch(tmp_path: Path) -> No
     with torch.no_grad():
         logits = trainer.network(inputs)
     update = take(trainer)
-    assert update.loss == pytest.approx(functional.cross_entropy(logits, labels).item(), rel=1e-6)
-    assert update.accuracy == pytest.approx((logits.argmax(1) == labels).float().mean().item())
+    assert update.total.loss == pytest.approx(functional.cross_entropy(logits, labels).item(), rel=1e-6)
+    assert update.total.accuracy == pytest.approx((logits.argmax(1) == labels).float().mean().item())
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -194,9 +194,9 @@ def test_the_global_gradient_is_clipped_not_each_rank_s(tmp_path: Path, ranks: i
         return moved(comm, None), moved(comm, 0.25)
 
     for (free, update), (clipped, clipped_update) in results(ranks, both):
-        assert update.gradient_norm > 0.5
-        assert clipped_update.gradient_norm == update.gradient_norm
-        torch.testing.assert_close(clipped, free * (0.25 / update.gradient_norm), rtol=1e-4, atol=1e-6)
+        assert update.total.gradient_norm > 0.5
+        assert clipped_update.total.gradient_norm == update.total.gradient_norm
+        torch.testing.assert_close(clipped, free * (0.25 / update.total.gradient_norm), rtol=1e-4, atol=1e-6)
 
 
 def test_a_gradient_within_the_limit_is_not_touched() -> None:
@@ -254,7 +254,7 @@ def test_a_gradient_out_of_the_integers_range_is_a_divergence_said_so(tmp_path: 
         trainer.take_step = replace(trainer.take_step, samples=large)
         return take(trainer)
 
-    assert step(Alone(), "float").gradient_norm > 16384
+    assert step(Alone(), "float").total.gradient_norm > 16384
     for error in on_ranks(2, lambda comm: step(comm, "exact")):
         assert isinstance(error, DivergedError)
         assert error.code == "step-not-finite"
@@ -263,7 +263,7 @@ def test_a_gradient_out_of_the_integers_range_is_a_divergence_said_so(tmp_path: 
 def test_promise_7_one_rank_s_request_to_stop_reaches_all(tmp_path: Path) -> None:
     def step(comm: SimulatedRanks, asked: int | None) -> bool:
         trainer = build_trainer(small_config(), tmp_path, comm)
-        return take(trainer, stop=lambda: comm.rank == asked).stop_requested
+        return take(trainer, stop=lambda: comm.rank == asked).total.stop > 0
 
     assert results(3, lambda comm: step(comm, 2)) == [True] * 3
     assert results(3, lambda comm: step(comm, None)) == [False] * 3
