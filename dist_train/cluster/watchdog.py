@@ -60,27 +60,10 @@ _logger = logging.getLogger("dist_train.cluster")
 
 
 class Watchdog:
-    """Watches the other ranks until `close`; a context manager. This base class, for a single rank, does nothing."""
+    """Watches the other ranks until `close`; a context manager.
 
-    def absent(self, seconds: float = 1.0) -> str:
-        """Return the ranks that do not answer within `seconds`, as "rank 3 (node2, process 4242)"; empty if all do.
-
-        For use after a collective has failed: its error does not say which rank is gone.
-        """
-        return ""
-
-    def close(self, error: BaseException | None = None) -> None:
-        """Leave without being reported as lost; after an `error`, the others must end in time, too."""
-
-    def __enter__(self) -> Watchdog:
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        self.close(error)
-
-
-class Watch(Watchdog):
-    """Sends heartbeats; when a rank is lost, reports it, calls `on_loss(message)` and ends the process by `end`."""
+    Sends heartbeats; when a rank is lost, reports it, calls `on_loss(message)` and ends the process by `end`.
+    """
 
     def __init__(
         self,
@@ -125,7 +108,11 @@ class Watch(Watchdog):
             return self._changed.wait_for(lambda: self._path is not None, seconds)
 
     def absent(self, seconds: float = 1.0) -> str:
-        """Probe all peers, and return those that do not answer; rank 0 probes all, the others probe rank 0."""
+        """Return the ranks that do not answer within `seconds`, as "rank 3 (node2, process 4242)"; empty if all do.
+
+        For use after a collective has failed: its error does not say which rank is gone. Rank 0 probes all others,
+        which probe rank 0.
+        """
         if self._parting is not None:
             return ""
         moment = time.monotonic()
@@ -147,6 +134,12 @@ class Watch(Watchdog):
         self._thread.join()
         self._datagrams.close()
         os.close(self._wake)
+
+    def __enter__(self) -> Watchdog:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        self.close(error)
 
     def _run(self) -> None:
         with selectors.DefaultSelector() as selector:
@@ -301,15 +294,15 @@ class Watch(Watchdog):
 
 def start_watchdog(
     comm: Communicator, *, timeout: float, on_loss: Callable[[str], None], end: Callable[[], None] = end_process
-) -> Watchdog:
-    """Make all ranks watch each other; every rank must call it.
+) -> Watchdog | None:
+    """Make all ranks watch each other; every rank must call it. None for a single rank, and in an elastic launch.
 
     When a rank is silent for `timeout` seconds, the others report it, then call `on_loss(message)` and `end()`, in a
     thread. Ranks that datagrams do not reach are not watched; a warning names them. Raises UsageError if `timeout` is
     too short to distinguish a slow rank from a lost one; on all ranks.
     """
     if comm.size == 1 or comm.is_elastic:  # the authority of an elastic launch watches its ranks itself
-        return Watchdog()
+        return None
     if timeout < SHORTEST_TIMEOUT:
         raise UsageError(
             f"comm.timeout={timeout:g} is too short to tell a slow rank from a lost one: "
@@ -321,12 +314,12 @@ def start_watchdog(
     token, port, addresses = json.loads(broadcast_str(comm, own_place, "watchdog.address"))
     reachable = (reachable_from(datagrams, address) for address in addresses)
     paths = [None if address is None else (address, port) for address in reachable]
-    watch = Watch(comm, bytes.fromhex(token), paths, datagrams, timeout, on_loss, end)
-    met = watch.await_answer(min(_MEETING_SECONDS, timeout / 2))
+    watchdog = Watchdog(comm, bytes.fromhex(token), paths, datagrams, timeout, on_loss, end)
+    met = watchdog.await_answer(min(_MEETING_SECONDS, timeout / 2))
     unmet = [rank for rank, (missed,) in enumerate(gather(comm, [not met], "watchdog.met")) if missed]
     if unmet and comm.rank == 0:
         _logger.warning(
             "no datagrams (UDP) get through between rank 0 and rank %s: nobody will notice when these hang",
             ", ".join(map(str, unmet)),
         )
-    return watch
+    return watchdog

@@ -104,9 +104,9 @@ def train(config: Config, run_directory: Path | str | None = None, observers: Se
             stack.push(partial(_leave, comm))
             if not comm.is_joining:
                 check_consistent_across_ranks(comm, config)
-            watchdog = stack.enter_context(
-                start_watchdog(comm, timeout=config.comm.timeout * _SILENCE_SHARE, on_loss=lose)
-            )
+            watchdog = start_watchdog(comm, timeout=config.comm.timeout * _SILENCE_SHARE, on_loss=lose)
+            if watchdog is not None:
+                stack.enter_context(watchdog)
         lock = None
         if comm.is_joining:
             resume_point = _join(directory)
@@ -140,7 +140,7 @@ def train(config: Config, run_directory: Path | str | None = None, observers: Se
             stack.callback(trainer.close)
             trainer.run()
         except Exception as error:
-            if isinstance(error, RankLostError) and (missing := watchdog.absent()):
+            if isinstance(error, RankLostError) and watchdog is not None and (missing := watchdog.absent()):
                 error.args = (f"{missing} does not answer; {error}",)
             session.fail(error)
             raise

@@ -27,7 +27,7 @@ from dist_train.cluster.heartbeats import (
     own_addresses,
     reachable_from,
 )
-from dist_train.cluster.watchdog import Watch, Watchdog, start_watchdog
+from dist_train.cluster.watchdog import Watchdog, start_watchdog
 from dist_train.outcome import StoppedError, UsageError
 from tests.unit.simulated_ranks import SimulatedRanks, on_ranks, results
 from tests.waiting import PATIENCE, wait_for
@@ -54,7 +54,6 @@ class Member:
 
     def fall_silent(self) -> None:
         """Send and receive nothing any more, like a stopped process."""
-        assert isinstance(self.watchdog, Watch)
         self.watchdog._send = lambda *_: None  # type: ignore[method-assign]  # the fault under test
         self.watchdog._receive = lambda: time.sleep(0.05)  # type: ignore[method-assign]
 
@@ -62,12 +61,9 @@ class Member:
 def start_member(comm: SimulatedRanks) -> Member:
     messages: list[str] = []
     ended = threading.Event()
-    return Member(
-        comm.rank,
-        start_watchdog(comm, timeout=TIMEOUT, on_loss=messages.append, end=ended.set),
-        messages,
-        ended,
-    )
+    watchdog = start_watchdog(comm, timeout=TIMEOUT, on_loss=messages.append, end=ended.set)
+    assert watchdog is not None
+    return Member(comm.rank, watchdog, messages, ended)
 
 
 def run_members(act: Callable[[list[Member]], None], size: int = 3) -> list[Member]:
@@ -138,7 +134,9 @@ def test_hanging_report_of_a_loss_does_not_keep_the_process(monkeypatch: pytest.
         hung.wait(PATIENCE)
 
     def start_hanging(comm: SimulatedRanks) -> Watchdog:
-        return start_watchdog(comm, timeout=TIMEOUT, on_loss=hang, end=ended.set)
+        dog = start_watchdog(comm, timeout=TIMEOUT, on_loss=hang, end=ended.set)
+        assert dog is not None
+        return dog
 
     dogs = results(2, start_hanging)
     Member(1, dogs[1]).fall_silent()
@@ -163,7 +161,7 @@ def test_probe_names_a_rank_that_does_not_answer_at_once(prober: int) -> None:
 def test_foreign_datagrams_are_ignored() -> None:
     with closing(open_datagrams()) as stranger:
         datagrams = open_datagrams()
-        first = Watch(_Rank(0), TOKEN, (), datagrams, TIMEOUT, lambda _: pytest.fail("lost"), print)
+        first = Watchdog(_Rank(0), TOKEN, (), datagrams, TIMEOUT, lambda _: pytest.fail("lost"), print)
         target = (reachable_from(stranger, "127.0.0.1"), datagrams.getsockname()[1])
         for data in (b"", b"x" * 1500, encode(b"o" * TOKEN_BYTES, Datagram(Kind.BEAT, 1)), TOKEN + b"\xff" * 7):
             stranger.sendto(data, target)
@@ -188,8 +186,7 @@ def test_unreachable_ranks_are_named_and_not_monitored(
 def test_too_short_timeout_is_refused_on_all_ranks_but_not_on_one() -> None:
     refused = on_ranks(2, lambda comm: start_watchdog(comm, timeout=TIMEOUT - 0.1, on_loss=print))
     assert [type(error) for error in refused] == [UsageError, UsageError]
-    with start_watchdog(Alone(), timeout=0.1, on_loss=print) as alone:
-        assert alone.absent() == ""
+    assert start_watchdog(Alone(), timeout=0.1, on_loss=print) is None
 
 
 def test_idle_watchdog_uses_little_processor_time() -> None:
@@ -242,8 +239,8 @@ def test_addresses_are_tried_until_one_answers() -> None:
     paths = ((reachable_from(second, "192.0.2.77") or "", port), None, (local or "", port))
     lost: list[str] = []
     watches = [
-        Watch(_Rank(0), TOKEN, (), first, TIMEOUT, lost.append, print),
-        Watch(_Rank(1), TOKEN, paths, second, TIMEOUT, lost.append, print),
+        Watchdog(_Rank(0), TOKEN, (), first, TIMEOUT, lost.append, print),
+        Watchdog(_Rank(1), TOKEN, paths, second, TIMEOUT, lost.append, print),
     ]
     assert watches[1].await_answer(PATIENCE)
     assert watches[1]._path == 2
