@@ -96,12 +96,6 @@ class TorchOperations(Communicator, ABC):
         """Start to sum the contiguous `tensor` over all ranks, in place."""
         return self._start(tensor, lambda group: group.allreduce([tensor], sum_options()), name)
 
-    def adasum_async(self, tensor: torch.Tensor, name: str) -> Pending:
-        """Raise UsageError: torch.distributed has no Adasum."""
-        raise UsageError(
-            "torch.distributed has no Adasum: set comm.engine=horovod, or comm.op=average", code="adasum-engine"
-        )
-
     def broadcast(self, tensor: torch.Tensor, name: str, root: int = 0) -> None:
         """Overwrite `tensor` with that of rank `root`."""
         options = dist.BroadcastOptions()
