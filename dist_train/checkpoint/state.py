@@ -54,7 +54,7 @@ def find_resume_point(config: Config, directory: RunDirectory) -> ResumePoint:
                 f"{directory.root} already holds a run: choose another run.name, or resume it with run.resume=auto",
                 code="run-exists",
             )
-        return ResumePoint(config)
+        return ResumePoint(config, initial=_initial_weights(config))
     if config.checkpoint.fallback_directory is not None:
         adopt(directory.fallback(config.checkpoint.fallback_directory), checkpoints)
     named = None if config.run.resume == "auto" else Path(config.run.resume)
@@ -70,12 +70,14 @@ def find_resume_point(config: Config, directory: RunDirectory) -> ResumePoint:
         # The run starts from another run's checkpoint; once it has its own, it resumes from that, as when requeued.
         contents = read_stored(named).contents
     if contents is None:
-        source = config.run.init_from
-        initial = None if source is None else read_initial(source, config.model.name)
-        return ResumePoint(config, None, damage, initial=initial)
+        return ResumePoint(config, None, damage, initial=_initial_weights(config))
     saved = saved_config(contents, config)
     epochs_before = saved.run.epochs if config.run.epochs > saved.run.epochs else None
     return ResumePoint(with_decisions(config, saved), contents, damage, epochs_before)
+
+
+def _initial_weights(config: Config) -> InitialWeights | None:
+    return None if config.run.init_from is None else read_initial(config.run.init_from, config.model.name)
 
 
 def saved_config(contents: Contents, config: Config) -> Config:

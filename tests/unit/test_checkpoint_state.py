@@ -183,9 +183,10 @@ def test_a_run_stands_for_its_last_checkpoint(tmp_path: Path) -> None:
     assert resumed.step == 4
 
 
-def test_a_run_that_has_not_begun_takes_the_weights_it_is_to_begin_with(tmp_path: Path) -> None:
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_a_run_that_has_not_begun_takes_the_weights_it_is_to_begin_with(tmp_path: Path, resume: str) -> None:
     source = run_with(tmp_path / "source", 4)
-    config = parse(run={"init_from": str(source.root)})
+    config = parse(run={"init_from": str(source.root), "resume": resume})
     found = find_resume_point(config, run_with(tmp_path / "new"))
     assert found.contents is None
     assert found.initial is not None
@@ -194,7 +195,8 @@ def test_a_run_that_has_not_begun_takes_the_weights_it_is_to_begin_with(tmp_path
     own = write_checkpoint(
         run_with(tmp_path / "begun").checkpoints, contents(2, config=config.model_dump(mode="json")), lambda: None
     )
-    assert find_resume_point(config, RunDirectory.of_checkpoint(own.path)).initial is None
+    begun = config.model_copy(update={"run": config.run.model_copy(update={"resume": "auto"})})
+    assert find_resume_point(begun, RunDirectory.of_checkpoint(own.path)).initial is None
 
 
 def test_a_damaged_checkpoint_is_told(tmp_path: Path) -> None:
