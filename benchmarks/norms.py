@@ -19,7 +19,7 @@ def rows(pairs: int) -> Iterator[Ratio]:
     for precision, bar in ((torch.float32, 1.0), (torch.bfloat16, None)):
         channels = SHAPE[1]
         ours = GroupedBatchNorm(channels)
-        ours.activation = "relu"
+        ours.has_relu = True
         theirs = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
         source = torch.Generator().manual_seed(0)
         inputs, upstream = (

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import sysconfig
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,22 +16,6 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-
-_LIBRARY = torch.library.Library("dist_train", "DEF")
-_LIBRARY.define(
-    "ghost_norm(Tensor inputs, Tensor weight, Tensor bias, float epsilon, int size, int groups, str activation) "
-    "-> (Tensor outputs, Tensor moments)"
-)
-_LIBRARY.define(
-    "ghost_norm_backward(Tensor upstream, Tensor inputs, Tensor weight, Tensor bias, Tensor moments, int size, "
-    "str activation) -> (Tensor of_inputs, Tensor of_groups)"
-)
-_LIBRARY.define("random_bits_(Tensor(a!) out, int low, int high) -> ()")
-_LIBRARY.define("accumulate_(Tensor gradients, Tensor(a!) total, float scale, bool begun) -> Tensor largest")
-_LIBRARY.define(
-    "accumulate_on_grids_(Tensor gradients, Tensor(a!) total, Tensor(b!) largest, Tensor places, Tensor scales, "
-    "int offset, bool begun) -> Tensor sizes"
-)
 
 
 @cache
@@ -93,68 +78,54 @@ def norm_kernels(inputs: Tensor) -> ModuleType:
     return cpu
 
 
-def _ghost_norm(
-    inputs: Tensor, weight: Tensor, bias: Tensor, epsilon: float, size: int, groups: int, activation: str
-) -> tuple[Tensor, Tensor]:
-    found: tuple[Tensor, Tensor] = norm_kernels(inputs).normalize(
-        inputs, weight, bias, epsilon, size, groups, activation == "relu"
-    )
-    return found
+def _of_flat(name: str) -> Callable[..., object]:
+    def call(*arguments: object) -> object:
+        from dist_train.kernels import flat
+
+        return getattr(flat, name)(*arguments)
+
+    return call
 
 
-def _ghost_norm_backward(
-    upstream: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor, moments: Tensor, size: int, activation: str
-) -> tuple[Tensor, Tensor]:
-    found: tuple[Tensor, Tensor] = norm_kernels(inputs).gradients(
-        upstream, inputs, weight, bias, moments, size, activation == "relu"
-    )
-    return found
-
-
-def _shapes(
-    inputs: Tensor, weight: Tensor, bias: Tensor, epsilon: float, size: int, groups: int, activation: str
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(inputs), weight.new_empty(3, groups, len(weight))
-
-
-def _backward_shapes(
-    upstream: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor, moments: Tensor, size: int, activation: str
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(inputs), torch.empty_like(moments[:2])
-
-
-def _random_bits(out: Tensor, low: int, high: int) -> None:
-    from dist_train.kernels import flat
-
-    flat.random_bits(out, low, high)
-
-
-def _accumulate(gradients: Tensor, total: Tensor, scale: float, begun: bool) -> Tensor:
-    from dist_train.kernels import flat
-
-    return flat.accumulate(gradients, total, scale, begun)
-
-
-def _accumulate_on_grids(
-    gradients: Tensor, total: Tensor, largest: Tensor, places: Tensor, scales: Tensor, offset: int, begun: bool
-) -> Tensor:
-    from dist_train.kernels import flat
-
-    return flat.accumulate_on_grids(gradients, total, largest, places, scales, offset, begun)
-
-
-def _sizes(
-    gradients: Tensor, total: Tensor, largest: Tensor, places: Tensor, scales: Tensor, offset: int, begun: bool
-) -> Tensor:
-    return gradients.new_empty(len(places))
-
-
-for _name, _computed, _described in (
-    ("ghost_norm", _ghost_norm, _shapes),
-    ("ghost_norm_backward", _ghost_norm_backward, _backward_shapes),
-    ("random_bits_", _random_bits, lambda out, low, high: None),
-    ("accumulate_", _accumulate, lambda gradients, total, scale, begun: gradients.new_empty(1)),
-    ("accumulate_on_grids_", _accumulate_on_grids, _sizes),
-):
+# schema, computation, and what FakeTensor and torch.compile see of it: the shapes
+_OPERATORS: tuple[tuple[str, Callable[..., object], Callable[..., object]], ...] = (
+    (
+        "ghost_norm(Tensor inputs, Tensor weight, Tensor bias, float epsilon, int size, int groups, bool relu) "
+        "-> (Tensor outputs, Tensor moments)",
+        lambda inputs, *others: norm_kernels(inputs).normalize(inputs, *others),
+        lambda inputs, weight, bias, epsilon, size, groups, relu: (
+            torch.empty_like(inputs),
+            weight.new_empty(3, groups, len(weight)),
+        ),
+    ),
+    (
+        "ghost_norm_backward(Tensor upstream, Tensor inputs, Tensor weight, Tensor bias, Tensor moments, int size, "
+        "bool relu) -> (Tensor of_inputs, Tensor of_groups)",
+        lambda upstream, *others: norm_kernels(upstream).gradients(upstream, *others),
+        lambda upstream, inputs, weight, bias, moments, size, relu: (
+            torch.empty_like(inputs),
+            torch.empty_like(moments[:2]),
+        ),
+    ),
+    (
+        "random_bits_(Tensor(a!) out, int low, int high) -> ()",
+        _of_flat("random_bits"),
+        lambda out, low, high: None,
+    ),
+    (
+        "accumulate_(Tensor gradients, Tensor(a!) total, float scale, bool begun) -> Tensor largest",
+        _of_flat("accumulate"),
+        lambda gradients, total, scale, begun: gradients.new_empty(1),
+    ),
+    (
+        "accumulate_on_grids_(Tensor gradients, Tensor(a!) total, Tensor(b!) largest, Tensor places, Tensor scales, "
+        "int offset, bool begun) -> Tensor sizes",
+        _of_flat("accumulate_on_grids"),
+        lambda gradients, total, largest, places, scales, offset, begun: gradients.new_empty(len(places)),
+    ),
+)
+_LIBRARY = torch.library.Library("dist_train", "DEF")
+for _schema, _computed, _described in _OPERATORS:
+    _name = _LIBRARY.define(_schema)
     _LIBRARY.impl(_name, _computed, "CompositeExplicitAutograd")
     _LIBRARY.impl(_name, _described, "Meta")

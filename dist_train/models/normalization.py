@@ -10,15 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from dist_train.kernels import operators
-
-Activation = Literal["none", "relu"]  # the activation applied after a norm
 
 _Operation = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
@@ -40,9 +38,9 @@ def normalize(
     epsilon: float,
     group_sizes: Sequence[int],
     across: AcrossRanks | None = None,
-    activation: Activation = "none",
+    relu: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalize `inputs` [n, C] or [n, C, H, W] group by group and apply `activation`.
+    """Normalize `inputs` [n, C] or [n, C, H, W] group by group and apply a ReLU, if `relu`.
 
     Return the outputs and the groups' means and unbiased variances [g, C], float32, without gradients; the variance of
     a single value is 0. Groups are consecutive samples, as many in each as `group_sizes` says. With `across`, the
@@ -51,7 +49,7 @@ def normalize(
     if torch.compiler.is_compiling() and across is None:
         # The compiler fuses plain operations, but does not handle kernels that write to parts of a tensor.
         groups = inputs.split(list(group_sizes))
-        outputs = _activated(_plain_groups(inputs, weight, bias, epsilon, group_sizes), activation)
+        outputs = _rectified(_plain_groups(inputs, weight, bias, epsilon, group_sizes), relu)
         moments = [torch.var_mean(group.detach().float(), [0, *range(2, group.dim())]) for group in groups]
         variances, means = (torch.stack(kind) for kind in zip(*moments, strict=True))
         return outputs, means, variances
@@ -59,17 +57,17 @@ def normalize(
         # A compiled graph cannot wait for other ranks: break the graph here.
         sync: _Operation = torch.compiler.disable(_NormalizeAcrossRanks.apply)
         outputs, means, variances = sync(inputs, weight, bias, epsilon, across)
-        return _activated(outputs, activation), means, variances
+        return _rectified(outputs, relu), means, variances
     if _kernels_support(inputs, weight, group_sizes):
         kernels: _Operation = _NormalizeByKernels.apply
-        return kernels(inputs, weight, bias, epsilon, tuple(group_sizes), activation)
+        return kernels(inputs, weight, bias, epsilon, tuple(group_sizes), relu)
     plain: _Operation = _NormalizeByTorch.apply
     outputs, means, variances = plain(inputs, weight, bias, epsilon, tuple(group_sizes))
-    return _activated(outputs, activation), means, variances
+    return _rectified(outputs, relu), means, variances
 
 
-def _activated(outputs: Tensor, activation: Activation) -> Tensor:
-    return outputs.relu_() if activation == "relu" else outputs
+def _rectified(outputs: Tensor, relu: bool) -> Tensor:
+    return outputs.relu_() if relu else outputs
 
 
 def _kernels_support(inputs: Tensor, weight: Tensor, group_sizes: Sequence[int]) -> bool:
@@ -88,14 +86,14 @@ class _NormalizeByKernels(torch.autograd.Function):
         bias: Tensor,
         epsilon: float,
         group_sizes: tuple[int, ...],
-        activation: Activation,
+        relu: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         inputs = _channels_last(inputs)
         outputs, moments = torch.ops.dist_train.ghost_norm(
-            inputs, weight, bias, epsilon, group_sizes[0], len(group_sizes), activation
+            inputs, weight, bias, epsilon, group_sizes[0], len(group_sizes), relu
         )
         ctx.save_for_backward(inputs, weight, bias, moments)
-        ctx.epsilon, ctx.group_sizes, ctx.activation = epsilon, group_sizes, activation
+        ctx.epsilon, ctx.group_sizes, ctx.relu = epsilon, group_sizes, relu
         means, variances, _ = moments.unbind()
         ctx.mark_non_differentiable(means, variances)
         ctx.set_materialize_grads(False)
@@ -105,9 +103,9 @@ class _NormalizeByKernels(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         inputs, weight, bias, moments = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return *_plain_gradients(ctx, upstream, ctx.activation), None, None, None
+            return *_plain_gradients(ctx, upstream, ctx.relu), None, None, None
         of_inputs, of_groups = torch.ops.dist_train.ghost_norm_backward(
-            _channels_last(upstream), inputs, weight, bias, moments, ctx.group_sizes[0], ctx.activation
+            _channels_last(upstream), inputs, weight, bias, moments, ctx.group_sizes[0], ctx.relu
         )
         of_weight, of_bias = (of_groups.sum(1) if len(ctx.group_sizes) > 1 else of_groups[:, 0]).unbind()
         return of_inputs, of_weight, of_bias, None, None, None
@@ -145,7 +143,7 @@ class _NormalizeByTorch(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         inputs, weight, _, means, scales = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return *_plain_gradients(ctx, upstream, "none"), None, None
+            return *_plain_gradients(ctx, upstream, relu=False), None, None
         sizes = ctx.group_sizes
         of_groups = []
         for group, gradient, mean, scale in zip(
@@ -196,10 +194,10 @@ class _NormalizeAcrossRanks(torch.autograd.Function):
         return of_inputs.to(inputs.dtype), of_weight, of_bias, None, None
 
 
-def _plain_gradients(ctx: Any, upstream: Tensor, activation: Activation) -> tuple[Tensor, ...]:
+def _plain_gradients(ctx: Any, upstream: Tensor, relu: bool) -> tuple[Tensor, ...]:
     """Return the gradients by operations that can be differentiated once more, as for Hessians."""
     inputs, weight, bias = ctx.saved_tensors[:3]
-    outputs = _activated(_plain_groups(inputs, weight, bias, ctx.epsilon, ctx.group_sizes), activation)
+    outputs = _rectified(_plain_groups(inputs, weight, bias, ctx.epsilon, ctx.group_sizes), relu)
     gradients: tuple[Tensor, ...] = torch.autograd.grad(outputs, (inputs, weight, bias), upstream, create_graph=True)
     return gradients
 

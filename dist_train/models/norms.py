@@ -20,7 +20,7 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _NormBase
 
 from dist_train.config import ModelSettings
-from dist_train.models.normalization import AcrossRanks, Activation, SumOverRanks, normalize
+from dist_train.models.normalization import AcrossRanks, SumOverRanks, normalize
 from dist_train.reproducible import STATISTICS
 
 VECTOR_GROUP = 8  # fewest channels per group norm's group of single values: of two, only the order would be left
@@ -51,7 +51,7 @@ class GroupedBatchNorm(nn.Module):
         self.group_size = group_size
         self.epsilon = 1e-5
         self.across_ranks: AcrossRanks | None = None
-        self.activation: Activation = "none"  # applied to the normalized values: see `join_relus`
+        self.has_relu = False  # that follows: see `join_relus`
         self.seen: list[SeenGroups] = []  # in training mode; `BatchStatistics` clears them
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
@@ -64,10 +64,10 @@ class GroupedBatchNorm(nn.Module):
             normalized = functional.batch_norm(
                 inputs, self.running_mean, self.running_var, self.weight, self.bias, eps=self.epsilon
             )
-            return normalized.relu_() if self.activation == "relu" else normalized
+            return normalized.relu_() if self.has_relu else normalized
         sizes = self._group_sizes(inputs.shape[0])
         normalized, means, variances = normalize(
-            inputs, self.weight, self.bias, self.epsilon, sizes, self.across_ranks, self.activation
+            inputs, self.weight, self.bias, self.epsilon, sizes, self.across_ranks, self.has_relu
         )
         self.seen.append(SeenGroups(means, variances, sizes))
         return normalized
@@ -101,7 +101,7 @@ def join_relus(model: nn.Module) -> None:
         if isinstance(parent, nn.Sequential) and type(parent).forward is nn.Sequential.forward:
             for (_, norm), (name, after) in pairwise(list(parent.named_children())):
                 if isinstance(norm, GroupedBatchNorm) and type(after) is nn.ReLU and not list(norm.children()):
-                    norm.activation = "relu"
+                    norm.has_relu = True
                     setattr(parent, name, nn.Identity())
 
 

@@ -39,9 +39,9 @@ class TestNorms(NormKernels):
 def test_bits_do_not_depend_on_the_number_of_threads(kind: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs, upstream, weight, bias = tensors(*CASE)
     given = inputs.to(kind), upstream.to(kind), weight, bias
-    expected = norm_by(cpu, *given, sizes_of(40, 17), "relu")
+    expected = norm_by(cpu, *given, sizes_of(40, 17), relu=True)
     monkeypatch.setattr(cpu, "_threads", lambda _: 3)
-    for found, alone in zip(norm_by(cpu, *given, sizes_of(40, 17), "relu"), expected, strict=True):
+    for found, alone in zip(norm_by(cpu, *given, sizes_of(40, 17), relu=True), expected, strict=True):
         assert torch.equal(found, alone)
 
 
@@ -58,18 +58,18 @@ def test_bits_do_not_depend_on_the_width_of_vectors(tmp_path: Path, monkeypatch:
     for kind in (torch.float32, torch.bfloat16):
         inputs, upstream, weight, bias = tensors(*CASE)
         given = inputs.to(kind), upstream.to(kind), weight, bias
-        expected = norm_by(cpu, *given, [40], "relu")
+        expected = norm_by(cpu, *given, [40], relu=True)
         with monkeypatch.context() as patch:
             patch.setattr(cpu, "_cpu", scalar)
-            for found, vectorized in zip(norm_by(cpu, *given, [40], "relu"), expected, strict=True):
+            for found, vectorized in zip(norm_by(cpu, *given, [40], relu=True), expected, strict=True):
                 assert torch.equal(found, vectorized)
 
 
 def test_many_equal_values_do_not_lose_digits() -> None:
     inputs, upstream, weight, bias = tensors(120, 4, (28, 28))
     inputs[:, :, :, 14:] = 0.3  # the black background of Fashion-MNIST: torch's error is 1e-4 and more
-    found = norm_by(cpu, inputs, upstream, weight, bias, [120], "none")
-    expected = norm_in_float64(inputs, upstream, weight, bias, [120], "none")
+    found = norm_by(cpu, inputs, upstream, weight, bias, [120], relu=False)
+    expected = norm_in_float64(inputs, upstream, weight, bias, [120], relu=False)
     outputs, moments, of_inputs, of_groups = found
     for result, true in zip((outputs, moments[:2], of_inputs, *of_groups[:, 0]), expected, strict=True):
         assert float((result.double() - true).abs().max() / true.abs().max()) < 5e-7
@@ -81,10 +81,10 @@ def test_without_kernels_torch_computes_the_same_up_to_rounding(
 ) -> None:
     inputs, upstream, weight, bias = tensors(205, 6, sides)
     sizes = sizes_of(205, 100)
-    expected = norm_in_float64(inputs, upstream, weight, bias, sizes, "relu")
+    expected = norm_in_float64(inputs, upstream, weight, bias, sizes, relu=True)
     monkeypatch.setattr(operators, "has_cpu_kernels", lambda: False)
     norm = GroupedBatchNorm(6, 100)
-    norm.epsilon, norm.activation = EPSILON, "relu"
+    norm.epsilon, norm.has_relu = EPSILON, True
     with torch.no_grad():
         norm.weight.copy_(weight)
         norm.bias.copy_(bias)
