@@ -40,35 +40,16 @@ _POOL = None
 _VGG9 = (64, 64, _POOL, 128, 128, _POOL, 256, 256, 256, _POOL)
 _VGG16 = (64, 64, _POOL, 128, 128, _POOL, *(256,) * 3, _POOL, *(512,) * 3, _POOL, *(512,) * 3, _POOL)
 _VGG19 = (64, 64, _POOL, 128, 128, _POOL, *(256,) * 4, _POOL, *(512,) * 4, _POOL, *(512,) * 4, _POOL)
-_HIDDEN = 256
 
 _STAGES = (64, 128, 256, 512)
 _SMALL = 64  # images with at most this many pixels per side keep their size through the stem, as is usual for CIFAR
 _MIN_STRIDED_CHANNELS = 8  # with fewer, the backward pass of a strided 1x1 convolution corrupts the heap (torch 2.13)
 
 
-def _vgg9(images: ImageFormat, width: float, norm: NormFactory) -> nn.Module:
-    """Return VGG9 with its channels scaled by `width`: 2,789,706 parameters at 3x32x32."""
-    layers, features = _convolutions(_VGG9, images, width, norm)
-    hidden = max(1, round(_HIDDEN * width))
-    layers["hidden"] = nn.Linear(features, hidden)
-    layers["hidden_norm"] = norm(hidden, least=VECTOR_GROUP)
-    layers["hidden_relu"] = nn.ReLU(inplace=True)
-    layers["classifier"] = nn.Linear(hidden, images.classes)
-    return nn.Sequential(layers)
-
-
-def _vgg(plan: Sequence[int | None], images: ImageFormat, width: float, norm: NormFactory) -> nn.Module:
-    """Return VGG with one linear layer instead of the published three with dropout."""
-    layers, features = _convolutions(plan, images, width, norm)
-    layers["classifier"] = nn.Linear(features, images.classes)
-    return nn.Sequential(layers)
-
-
-def _convolutions(
-    plan: Sequence[int | None], images: ImageFormat, width: float, norm: NormFactory
-) -> tuple[OrderedDict[str, nn.Module], int]:
-    """Return the layers of `plan`, ending in a flatten, and the number of features."""
+def _vgg(
+    plan: Sequence[int | None], images: ImageFormat, width: float, norm: NormFactory, hidden: int | None = None
+) -> nn.Module:
+    """Return VGG, with one linear layer after the `hidden` one, if any, instead of three with dropout as published."""
     channels, height, breadth = images.shape
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     block, place = 1, 1
@@ -85,7 +66,15 @@ def _convolutions(
         layers[f"relu{block}_{place}"] = nn.ReLU(inplace=True)
         place += 1
     layers["flatten"] = nn.Flatten()
-    return layers, channels * height * breadth
+    features = channels * height * breadth
+    if hidden is not None:
+        scaled = max(1, round(hidden * width))
+        layers["hidden"] = nn.Linear(features, scaled)
+        layers["hidden_norm"] = norm(scaled, least=VECTOR_GROUP)
+        layers["hidden_relu"] = nn.ReLU(inplace=True)
+        features = scaled
+    layers["classifier"] = nn.Linear(features, images.classes)
+    return nn.Sequential(layers)
 
 
 class _StridedPointwise(nn.Conv2d):
@@ -139,10 +128,11 @@ def _stem(images: ImageFormat, outputs: int, norm: NormFactory) -> OrderedDict[s
 
 
 _MODELS: Mapping[str, Callable[[ImageFormat, float, NormFactory], nn.Module]] = {
-    "vgg9": _vgg9,
+    # 2,789,706 parameters at 3x32x32
+    "vgg9": partial(_vgg, _VGG9, hidden=256),
     "vgg16": partial(_vgg, _VGG16),
     "vgg19": partial(_vgg, _VGG19),
-    # 11,173,962 parameters at 3x32x32
+    # 11,173,962
     "resnet18": partial(_resnet, "BasicBlock", (2, 2, 2, 2)),
     # 23,520,842
     "resnet50": partial(_resnet, "Bottleneck", (3, 4, 6, 3)),

@@ -8,7 +8,7 @@ of the statistics.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby, pairwise
@@ -154,20 +154,21 @@ class NormFactory(Protocol):
         """Return the norm; group norm has at least `least` channels per group."""
 
 
-_NORMS: Mapping[str, Callable[[int, int, ModelSettings], nn.Module]] = {
-    "batch": lambda channels, least, settings: GroupedBatchNorm(channels),
-    "ghost": lambda channels, least, settings: GroupedBatchNorm(channels, settings.ghost_size),
-    "sync": lambda channels, least, settings: GroupedBatchNorm(channels),
-    "group": lambda channels, least, settings: nn.GroupNorm(
-        channel_groups(channels, settings.channel_groups, least), channels
-    ),
-    "none": lambda channels, least, settings: nn.Identity(),
-}
-
-
 def norm_factory(settings: ModelSettings) -> NormFactory:
     """Return the factory of the norm that `model.norm` selects."""
-    return lambda channels, *, least=2: _NORMS[settings.norm](channels, least, settings)
+
+    def build(channels: int, *, least: int = 2) -> nn.Module:
+        match settings.norm:
+            case "batch" | "sync":
+                return GroupedBatchNorm(channels)
+            case "ghost":
+                return GroupedBatchNorm(channels, settings.ghost_size)
+            case "group":
+                return nn.GroupNorm(channel_groups(channels, settings.channel_groups, least), channels)
+            case "none":
+                return nn.Identity()
+
+    return build
 
 
 _LIMIT = STATISTICS.limit / 4096  # no sum of a global batch, of at most 4096 groups, leaves the range
