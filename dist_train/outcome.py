@@ -92,24 +92,24 @@ class PeerFailedError(UsageError):
 
 
 @contextmanager
-def writing(place: Path, fix: str) -> Iterator[None]:
+def writing(place: Path, fix: str, code: str = "output-unwritable") -> Iterator[None]:
     """Turn an OSError in the block into a UsageError that says that `place` cannot be written, and the `fix`."""
     try:
         yield
     except OSError as error:
-        raise UsageError(
-            f"cannot write {place} ({error.strerror or error}): {fix}", code="output-unwritable"
-        ) from error
+        raise UsageError(f"cannot write {place} ({error.strerror or error}): {fix}", code=code) from error
 
 
 @contextmanager
 def reading(place: Path, fix: str = "", code: str = "data-unreadable") -> Iterator[None]:
-    """Turn an OSError in the block into a UsageError that says that `place` cannot be read, and the `fix`."""
+    """Turn an OSError in the block into a UsageError that says which file or folder cannot be read, and the `fix`."""
     try:
         yield
     except OSError as error:
         ending = f". {fix}" if fix else ""
-        raise UsageError(f"cannot read {place}: {error.strerror or error}{ending}", code=code) from error
+        raise UsageError(
+            f"cannot read {error.filename or place}: {error.strerror or error}{ending}", code=code
+        ) from error
 
 
 def check_choice(name: str, value: object, choices: object) -> None:

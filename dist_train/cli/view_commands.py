@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
+import shutil
 import sys
 from pathlib import Path
 
 from dist_train.cli.common import Subparsers, print_table, terminal_width
-from dist_train.outcome import ExitCode, UsageError, escaped
+from dist_train.outcome import ExitCode, UsageError, escaped, writing
 
-_COLUMNS, _ROWS = 100, 36  # size of a view that is not printed on a terminal
+_VIEW = (100, 36)  # columns and rows of a view that is not printed on a terminal
 
 
 def add_runs(subparsers: Subparsers) -> None:
@@ -62,15 +62,11 @@ def _clean(arguments: argparse.Namespace) -> int:
     if not folders:
         print(escaped(f"no run in {arguments.directory} has metrics.targets_directory set: nothing to clean"))
     for folder in folders:
-        try:
-            cleaning = remove_stale(folder, SEEN_SECONDS)
-        except FileNotFoundError:
-            cleaning = Cleaning((), {})
-        except OSError as error:
-            raise UsageError(
-                f"{folder} cannot be cleaned ({error.strerror or error}); use an account that can write there",
-                code="folder-unwritable",
-            ) from error
+        with writing(folder, "use an account that can write there", code="folder-unwritable"):
+            try:
+                cleaning = remove_stale(folder, SEEN_SECONDS)
+            except FileNotFoundError:
+                cleaning = Cleaning((), {})
         if cleaning.warning:
             print(escaped(f"dist-train: warning: {folder}: {cleaning.warning}"), file=sys.stderr)
         for path in cleaning.removed:
@@ -105,17 +101,13 @@ def _watch(arguments: argparse.Namespace) -> int:
     watched = WatchedRun(find_run(arguments.directory))
     console = Console(highlight=False)
     if not console.is_terminal:
-        console = Console(highlight=False, width=_size("COLUMNS", _COLUMNS), height=_size("LINES", _ROWS))
+        width, height = shutil.get_terminal_size(_VIEW)  # of COLUMNS and LINES, if they are set
+        console = Console(highlight=False, width=width, height=height)
     if arguments.once or not console.is_terminal or console.is_dumb_terminal:
         show_once(watched, console)
     else:
         watch(watched, console, arguments.interval)
     return ExitCode.FINISHED
-
-
-def _size(variable: str, default: int) -> int:
-    text = os.environ.get(variable, "")
-    return int(text) if text.isdecimal() and int(text) else default
 
 
 def _seconds(text: str) -> float:

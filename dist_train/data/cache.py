@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from dist_train.data.images import ImageSet, Split
-from dist_train.outcome import UsageError, reading
+from dist_train.outcome import UsageError, reading, writing
 from dist_train.rundir.atomic import exclusive, replacing, write_text
 from dist_train.rundir.paths import refuse_foreign
 
@@ -204,7 +204,8 @@ def fetch(url: str, path: Path, sha256: str) -> None:
     Raises UsageError if there is no network, the bytes do not have the digest `sha256`, or the folder cannot be
     written; `path` is then unchanged.
     """
-    try:
+    fix = "set data.root to a writable folder with space for the archive"
+    with writing(path, fix, code="download-unwritable"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with exclusive(path.parent / f".{path.name}.lock"):
             if path.exists():
@@ -222,12 +223,6 @@ def fetch(url: str, path: Path, sha256: str) -> None:
                         f"{path.parent}.",
                         code="download-digest",
                     )
-    except OSError as error:
-        raise UsageError(
-            f"cannot write {path}: {error.strerror or error}. Set data.root to a writable folder with space for the "
-            "archive.",
-            code="download-unwritable",
-        ) from error
 
 
 def _chunks(url: str, path: Path) -> Iterator[bytes]:

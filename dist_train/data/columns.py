@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dist_train.config import DataSettings
+from dist_train.data.cache import cache_folder
 from dist_train.data.images import ImageSet, Split, digest_of
 from dist_train.data.packed import NAMES, Index, PackedFile, PackedListing, cached_index, packed_listing, split_files
-from dist_train.outcome import UsageError
+from dist_train.outcome import UsageError, writing
 from dist_train.rundir.atomic import replacing
 
 _ROWS = 256
@@ -33,14 +34,9 @@ def list_parquet(settings: DataSettings, split: Split, seed: int) -> PackedListi
     image, label = _columns(settings)
     files = []
     for path in find_parquet(settings, split):
-        try:
+        fix = f"the images of {path} need as much space again: set DIST_TRAIN_CACHE to a folder with enough"
+        with writing(cache_folder(), fix, code="cache-unwritable"):
             content, index = cached_index("parquet", path, f"{image} {label}", partial(_unpack, path, image, label))
-        except OSError as error:
-            raise UsageError(
-                f"cannot unpack {path} into the cache: {error.strerror or error}. Its images need as much space again: "
-                f"set DIST_TRAIN_CACHE to a folder with enough space",
-                code="cache-unwritable",
-            ) from error
         files.append(PackedFile(content, path, index))
     return packed_listing(files, settings.image_format.classes, split, seed)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dist_train.data.images import Split, digest_of
-from dist_train.outcome import UsageError
+from dist_train.outcome import UsageError, reading
 from dist_train.reproducible import generator
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -77,14 +77,10 @@ def _folder(root: Path, split: Split) -> Path:
 
 
 def _scan(folder: Path, classes: int) -> Listing:
-    try:
+    with reading(folder, code="image-folder-unreadable"):
         with os.scandir(folder) as entries:
             class_names = sorted(entry.name for entry in entries if _is_visible(entry) and entry.is_dir())
         files = [_images_in(folder / name) for name in class_names]
-    except OSError as error:
-        raise UsageError(
-            f"cannot list {error.filename or folder}: {error.strerror or error}", code="image-folder-unreadable"
-        ) from error
     if len(class_names) != classes:
         fix = f"set data.classes to {len(class_names)}" if len(class_names) > 1 else _LAYOUT
         raise UsageError(

@@ -106,7 +106,7 @@ def packed_listing(files: Sequence[PackedFile], classes: int, split: Split, seed
 
 def split_files(root: Path, split: Split, suffixes: tuple[str, ...]) -> list[Path]:
     """Return a split's files, sorted: those in a folder of its name, else with it in their names. Raises UsageError."""
-    try:
+    with reading(root, code="image-folder-unreadable"):
         for name in NAMES[split]:
             if (root / name).is_dir():
                 paths = [path for path in (root / name).iterdir() if path.name.endswith(suffixes)]
@@ -115,10 +115,6 @@ def split_files(root: Path, split: Split, suffixes: tuple[str, ...]) -> list[Pat
                 paths = [path for path in root.iterdir() if path.name.endswith(suffixes) and part.search(path.name)]
             if visible := [path for path in paths if not path.name.startswith(".")]:
                 return sorted(visible)
-    except OSError as error:
-        raise UsageError(
-            f"cannot list {error.filename or root}: {error.strerror or error}", code="image-folder-unreadable"
-        ) from error
     name = NAMES[split][0]
     raise UsageError(
         f"{root} holds no {split} data: {name}/*{suffixes[0]} or {name}-*{suffixes[0]} "

@@ -27,7 +27,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from dist_train.config import Config, dump_config
-from dist_train.outcome import FaultError, UsageError
+from dist_train.outcome import FaultError, UsageError, writing
 from dist_train.rundir import atomic
 
 _RUN_ID = re.compile(r"[0-9a-f]{16}")
@@ -94,19 +94,14 @@ class RunDirectory:
 
     def create(self) -> None:
         """Make the folders; new ones are accessible to the user alone. Raises UsageError."""
-        try:
+        otherwise = "choose another by run.directory or --run-dir"
+        with writing(self.root, otherwise, code="run-directory-unwritable"):
             for folder in (self.root, self.checkpoints, self.logs):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-                refuse_foreign(folder, "choose another by run.directory or --run-dir")
+                refuse_foreign(folder, otherwise)
                 probe = folder / f".probe-{os.getpid()}"
                 probe.touch()
                 probe.unlink()
-        except OSError as error:
-            raise UsageError(
-                f"the run directory {self.root} cannot be written: {error.strerror or error}; "
-                f"choose another by run.directory or --run-dir",
-                code="run-directory-unwritable",
-            ) from error
 
     def run_id(self) -> str:
         """Return the run's id, 16 hexadecimal digits; if it has none yet, make one and save it. Raises OSError."""
