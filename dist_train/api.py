@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from dist_train.checkpoint.files import find_checkpoint, list_checkpoints, read_checkpoint, read_stored
 from dist_train.checkpoint.state import Weights
 from dist_train.cluster.launch import current_launch
-from dist_train.config import Config, ScheduleSettings, dump_config, load_config, parse_config
+from dist_train.config import Config, ScheduleSettings, load_config, parse_config
 from dist_train.config.loading import with_overrides, write_override
 from dist_train.config.plugins import is_plugin
 from dist_train.data.augmentation import ChannelStatistics
@@ -289,7 +288,7 @@ def learning_rate_range(config: Config, low: float, high: float, updates: int, r
         "evaluation={every_epochs: 0, train_samples: 0}",
         "metrics={enabled: false}",
     ]
-    tested = parse_config(with_overrides(yaml.safe_load(dump_config(config)), overrides), source="the range test")
+    tested = parse_config(with_overrides(config.model_dump(mode="json"), overrides), source="the range test")
     directory = RunDirectory(Path(run_directory))
     try:
         with suppress(DivergedError):  # the result is what was measured before
@@ -350,7 +349,7 @@ def replay(path: Path | str, step: int) -> Replay:
     before = [each for each in run.steps if each <= step - every]
     begun_at = before[-1] if before else 0
     start = run.directory.checkpoint(begun_at) if before else None
-    settings = read_checkpoint(start).config if start else yaml.safe_load(dump_config(run.config))
+    settings = read_checkpoint(start).config if start else run.config.model_dump(mode="json")
     config = parse_config(with_overrides(settings, _replayed(step, start)), source="the run")
     launch = current_launch()
     # The same folder on all ranks; a single process has its own.

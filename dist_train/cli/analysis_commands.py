@@ -11,11 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dist_train.cli.common import Subparsers, add_weights
+from dist_train.cli.common import Subparsers, add_overrides, add_weights
 from dist_train.outcome import ExitCode, UsageError
 
 if TYPE_CHECKING:
-    from dist_train.analysis.landscape import Request
     from dist_train.analysis.landscape_files import LandscapeSettings
     from dist_train.analysis.sharpness_record import Measure, SharpnessRecord, SharpnessSettings
 
@@ -59,12 +58,15 @@ def add_landscape(subparsers: Subparsers) -> None:
 
 def _landscape(arguments: argparse.Namespace) -> int:
     from dist_train.analysis.directions import describe
-    from dist_train.analysis.landscape import make_landscape
+    from dist_train.analysis.landscape import Request, make_landscape
     from dist_train.cluster.communicator import run_on_all_ranks
     from dist_train.cluster.joining import join_points
 
     comm = join_points()
-    request = run_on_all_ranks(comm, lambda: _request(arguments), "read the options")
+    settings = run_on_all_ranks(comm, lambda: _landscape_settings(arguments), "read the options")
+    request = Request(
+        arguments.targets, settings, arguments.overrides, arguments.output, arguments.threads, arguments.scale
+    )
     report = _Progress(comm.size).report if comm.rank == 0 else lambda done, total: None
     finished = make_landscape(request, comm, report)
     if finished is not None:
@@ -108,9 +110,7 @@ def _add_directions(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_measure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="section.key=value", help="data.root=DIR, for instance"
-    )
+    add_overrides(parser)
     parser.add_argument(
         "--samples",
         type=_number_or_all,
@@ -152,15 +152,6 @@ def _number_or_all(text: str) -> int | None:
     return None if text == "all" else int(text)
 
 
-def _request(arguments: argparse.Namespace) -> Request:
-    from dist_train.analysis.landscape import Request
-
-    settings = _landscape_settings(arguments)
-    return Request(
-        arguments.targets, settings, arguments.overrides, arguments.output, arguments.threads, arguments.scale
-    )
-
-
 def _landscape_settings(arguments: argparse.Namespace) -> LandscapeSettings:
     from dist_train.analysis.landscape_files import LandscapeSettings
 
@@ -199,9 +190,7 @@ def add_sharpness(subparsers: Subparsers) -> None:
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("target", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run directory or a checkpoint")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="section.key=value", help="data.root=DIR, for instance"
-    )
+    add_overrides(parser)
     parser.add_argument(
         "--only",
         default="keskar,rise,hessian",

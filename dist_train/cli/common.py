@@ -18,11 +18,16 @@ Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 def add_config(parser: argparse.ArgumentParser) -> None:
     """Add CONFIG, its overrides, and --run-dir."""
     parser.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="settings to override")
+    add_overrides(parser, "settings to override")
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="the run's own directory")
     parser.add_argument(
         "--plugin", action="append", default=[], metavar="FILE.py", help="a file that registers names; may be repeated"
     )
+
+
+def add_overrides(parser: argparse.ArgumentParser, text: str = "data.root=DIR, for instance") -> None:
+    """Add section.key=value, any number of them."""
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help=text)
 
 
 def named_config(arguments: argparse.Namespace) -> Config:

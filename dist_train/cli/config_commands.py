@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from dist_train.cli.common import Subparsers, add_config, named_config, warn_of_unused
+from dist_train.cli.common import Subparsers, add_config, add_overrides, named_config, warn_of_unused
 from dist_train.outcome import ExitCode, UsageError, printable
 
 
@@ -103,7 +103,7 @@ def add_doctor(subparsers: Subparsers) -> None:
     parser.add_argument(
         "config", nargs="?", type=Path, metavar="CONFIG", help="also check what this configuration needs"
     )
-    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="settings to override")
+    add_overrides(parser, "settings to override")
     parser.add_argument("--json", action="store_true", help="one JSON document instead of the table")
     parser.add_argument(
         "--cluster",

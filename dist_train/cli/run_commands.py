@@ -10,7 +10,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dist_train.cli.common import Subparsers, add_config, add_weights, count, named_config, warn_of_unused
+from dist_train.cli.common import (
+    Subparsers,
+    add_config,
+    add_overrides,
+    add_weights,
+    count,
+    named_config,
+    warn_of_unused,
+)
 from dist_train.cluster.launch import current_launch
 from dist_train.outcome import ExitCode, UsageError, escaped
 from dist_train.start_up import without_collection
@@ -227,9 +235,7 @@ def add_evaluate(subparsers: Subparsers) -> None:
         description="Print loss and accuracy of a checkpoint, or of a run's last checkpoint, as one line of JSON.",
     )
     parser.add_argument("target", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run directory or a checkpoint")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="section.key=value", help="data.root=DIR, for instance"
-    )
+    add_overrides(parser)
     parser.add_argument(
         "--split", choices=("train", "validation", "test"), default="test", help="what to evaluate (default: test)"
     )

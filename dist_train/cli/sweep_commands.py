@@ -13,7 +13,15 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dist_train.cli.common import Subparsers, add_config, count, named_config, print_table, warn_of_unused
+from dist_train.cli.common import (
+    Subparsers,
+    add_config,
+    add_overrides,
+    count,
+    named_config,
+    print_table,
+    warn_of_unused,
+)
 from dist_train.outcome import ExitCode, UsageError, escaped
 
 if TYPE_CHECKING:
@@ -31,9 +39,7 @@ def add_sweep(subparsers: Subparsers) -> None:
         "named), 2 the study is wrong, 75 stopped after saving, or other processes still train some runs.",
     )
     parser.add_argument("study", type=Path, metavar="STUDY", help="a YAML file, see docs/studies.md")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="section.key=value", help="settings to override in every run"
-    )
+    add_overrides(parser, "settings to override in every run")
     parser.add_argument("--only", type=count, metavar="N", help="only the run with this number; shows its output")
     parser.add_argument("--jobs", type=count, default=1, metavar="K", help="runs at a time (default: 1)")
     parser.add_argument("--ranks", type=count, default=1, metavar="W", help="ranks per run (default: 1)")

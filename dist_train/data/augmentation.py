@@ -78,11 +78,6 @@ _MARGIN = 4
 _DRAWS = 3  # uniform random numbers per sample, both for crops and for boxes
 
 
-def unchanged(images: Tensor, samples: Tensor, seed: int, epoch: int) -> Tensor:
-    """Return the images unchanged."""
-    return images
-
-
 def crop_flip(images: Tensor, samples: Tensor, seed: int, epoch: int) -> Tensor:
     """Pad by 4 zero pixels, crop to the former size at random, and mirror left to right with probability 1/2."""
     count, channels, height, width = images.shape
@@ -101,7 +96,7 @@ def crop_flip(images: Tensor, samples: Tensor, seed: int, epoch: int) -> Tensor:
     return cropped.view(count, channels, height, width)
 
 
-AUGMENTATIONS: Mapping[str, Augmentation] = {"none": unchanged, "crop-flip": crop_flip}
+AUGMENTATIONS: Mapping[str, Augmentation | None] = {"none": None, "crop-flip": crop_flip}
 
 
 def move(tensor: Tensor, device: torch.device) -> Tensor:

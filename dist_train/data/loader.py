@@ -24,7 +24,6 @@ from dist_train.data.augmentation import (
     move,
     staging_buffer,
     statistics_of_parts,
-    unchanged,
 )
 from dist_train.data.catalog import load_data
 from dist_train.data.columns import list_parquet, list_saved
@@ -58,7 +57,7 @@ class SampleSource(ABC):
     def read(self, batch: BatchRequest) -> tuple[Tensor, Tensor]:
         """Return inputs [n, C, H, W] and labels int64 [n] of `batch`."""
         images, labels = self._on_device(batch)
-        if batch.epoch is not None and self._augment is not unchanged:
+        if batch.epoch is not None and self._augment is not None:
             images = self._augment(images, move(batch.indices, self._device), self._seed, batch.epoch)
         return self._pixels.convert(images), labels
 

@@ -13,7 +13,6 @@ from torch.nn import functional
 
 from dist_train.config import RegularizationSettings
 from dist_train.data.augmentation import (
-    AUGMENTATIONS,
     ChannelStatistics,
     PixelFormat,
     Target,
@@ -74,11 +73,6 @@ def test_another_epoch_or_seed_changes_otherwise() -> None:
     first = crop_flip(images, samples, seed=0, epoch=0)
     assert not torch.equal(crop_flip(images, samples, seed=0, epoch=1), first)
     assert not torch.equal(crop_flip(images, samples, seed=1, epoch=0), first)
-
-
-def test_none_is_the_identity() -> None:
-    images = pictures(3)
-    assert AUGMENTATIONS["none"](images, torch.arange(3), 0, 0) is images
 
 
 EVERY_BYTE = torch.arange(256, dtype=torch.uint8).view(4, 1, 8, 8)
