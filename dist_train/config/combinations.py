@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain
 
 from dist_train.config.parts import ENCODED, Section
-from dist_train.config.plugins import is_plugin
+from dist_train.config.plugins import OPTION_KEYS, is_plugin
 from dist_train.config.problems import Problem
-from dist_train.config.sections import Config, MetricsSettings
+from dist_train.config.sections import Config
 
 
 def conflicts(config: Config) -> Iterator[Problem]:
@@ -254,12 +254,79 @@ def unused_settings(config: Config) -> list[str]:
         return []
     # a plug-in that is given its section may use all of it
     passed = {each.partition(".")[0] for each in _GIVEN_SECTIONS if is_plugin(config.value(each))}
-    given = {f"{each}.{name}" for each in sections.keys() - passed for name in sections[each].model_fields_set}
-    return [f"{path} has no effect: {why}" for path, is_unused, why in _UNUSED if path in given and is_unused(config)]
+    return [
+        f"{section}.{name} has no effect: {why}"
+        for section, names, is_unused, why in _unused(config)
+        if is_unused and section not in passed
+        for name in names.split()
+        if name in sections[section].model_fields_set
+    ]
 
 
 _GIVEN_SECTIONS = ("data.name", "noise.method", "optimizer.name")
 """Settings whose plug-ins are called with the settings of their section."""
+
+_ONLY_WITH = (
+    ("noise.method", "asam", "offset"),
+    ("noise.method", "arwp", "adaptation memory"),
+    ("noise.method", "fsgld", "temperature"),
+    ("noise.method", "ivon", "sample_size curvature damping betas"),
+    ("model.norm", "ghost", "ghost_size"),
+    ("model.norm", "group", "channel_groups"),
+    ("optimizer.name", "sgd", "nesterov"),
+    ("optimizer.name", "lars", "trust"),
+    ("schedule.decay", "step", "milestones factor"),
+    ("schedule.decay", "exponential", "final_fraction"),
+    ("schedule.decay", "poly", "power"),
+    ("averaging.kind", "ema", "decay"),
+    ("averaging.kind", "lawa", "last"),
+    ("data.name", "synthetic", "synthetic_samples synthetic_shape synthetic_classes"),
+)
+"""A setting, its value that the others of its section need, and these."""
+
+
+def _unused(config: Config) -> Iterator[tuple[str, str, bool, str]]:
+    """Yield a section, names of its settings, whether they have no effect, and why."""
+    for setting, value, names in _ONLY_WITH:
+        yield setting.partition(".")[0], names, config.value(setting) != value, f"{setting} is not {value}"
+    data, model, metrics = config.data, config.model, config.metrics
+    noise, optimizer, schedule = config.noise, config.optimizer, config.schedule
+    is_encoded, has_betas = data.name in ENCODED, optimizer.name not in ("sgd", "lars")
+    is_clean, is_ivon, perturbs = noise.method == "none", noise.method == "ivon", _perturbs(config)
+    has_no_base = schedule.scaling == "none" and not schedule.keep_updates
+    # cosine and poly decay from the end of the warm-up
+    has_no_warmup = schedule.scaling == "none" and schedule.decay in ("constant", "step")
+    never_stops, is_listed = config.early_stopping.patience is None, metrics.targets_directory is not None
+    always = ("enabled", "every_steps", "tensorboard", "loggers")
+    of_exporter = " ".join(name for name in type(metrics).model_fields if name not in always)
+    yield from (
+        ("noise", "amplitude sharing schedule exclude distribution scale", is_clean, "noise.method is none"),
+        ("noise", "distribution", _is_sam(config), "this method draws nothing"),
+        ("noise", "draws antithetic mix passes", not perturbs, "this noise.method does not average over draws"),
+        ("noise", "target_rise", not perturbs, "this noise.method does not average over draws"),
+        ("noise", "amplitude distribution scale schedule exclude", is_ivon, "ivon has its own way of drawing"),
+        ("model", "norm_statistics", model.norm in ("group", "none"), "this norm has no running statistics"),
+        ("model", "norm_samples", not config.recomputes_statistics, "the norm statistics are not recomputed"),
+        ("optimizer", "momentum", has_betas, "this optimizer has betas instead"),
+        ("optimizer", "betas", not has_betas, "this optimizer has momentum instead"),
+        ("optimizer", "epsilon", not has_betas, "this optimizer does not use it"),
+        ("schedule", "base_batch", has_no_base, "schedule.scaling is none"),
+        ("schedule", "warmup_epochs", has_no_warmup, "schedule.scaling is none, so there is no higher rate to rise to"),
+        ("averaging", "every_steps", config.averaging.kind == "none", "averaging.kind is none"),
+        ("early_stopping", "min_delta metric", never_stops, "early_stopping.patience is not set"),
+        ("precision", "tf32", config.run.device == "cpu", "run.device is cpu"),
+        ("data", "download", not data.name.startswith("cifar"), "only CIFAR can be downloaded"),
+        ("data", "loader_workers", not is_encoded and not is_plugin(data.augment), "this data set is held in memory"),
+        ("data", "image_size", not is_encoded, "the images of this data set have a fixed size"),
+        ("data", "classes", not is_encoded and not _has_own_shape(config), "this data set has fixed classes"),
+        ("data", "shape", not _has_own_shape(config), "data.name is neither numpy nor a plug-in"),
+        ("data", "image_column label_column", data.name not in (*ENCODED[1:], "numpy"), "this data set has no columns"),
+        ("metrics", of_exporter, not metrics.enabled, "metrics.enabled is false"),
+        ("metrics", "advertised_host", metrics.enabled and not is_listed, "metrics.targets_directory is not set"),
+    )
+    for setting in (*_GIVEN_SECTIONS, "model.name", "data.augment", "noise.scale", "schedule.decay"):
+        options = OPTION_KEYS.get(setting, "options")
+        yield setting.partition(".")[0], options, not is_plugin(config.value(setting)), f"{setting} is not a plug-in"
 
 
 def _is_sam(config: Config) -> bool:
@@ -271,117 +338,5 @@ def _perturbs(config: Config) -> bool:
     return config.noise.method in ("smoothout", "arwp", "fsgld")
 
 
-def _is_built_in(setting: str) -> Callable[[Config], bool]:
-    return lambda config: not is_plugin(config.value(setting))
-
-
-def _not_encoded(config: Config) -> bool:
-    return config.data.name not in ENCODED
-
-
 def _has_own_shape(config: Config) -> bool:
     return config.data.name == "numpy" or is_plugin(config.data.name)
-
-
-def _has_no_betas(config: Config) -> bool:
-    return config.optimizer.name in ("sgd", "lars")
-
-
-def _has_no_warmup(config: Config) -> bool:
-    # cosine and poly decay from the end of the warm-up
-    return config.schedule.scaling == "none" and config.schedule.decay in ("constant", "step")
-
-
-def _differs(setting: str, value: str) -> Callable[[Config], bool]:
-    return lambda config: config.value(setting) != value
-
-
-_ONLY_WITH = {
-    ("noise.method", "asam"): ("noise.offset",),
-    ("noise.method", "arwp"): ("noise.adaptation", "noise.memory"),
-    ("noise.method", "fsgld"): ("noise.temperature",),
-    ("noise.method", "ivon"): ("noise.sample_size", "noise.curvature", "noise.damping", "noise.betas"),
-    ("model.norm", "ghost"): ("model.ghost_size",),
-    ("model.norm", "group"): ("model.channel_groups",),
-    ("optimizer.name", "sgd"): ("optimizer.nesterov",),
-    ("optimizer.name", "lars"): ("optimizer.trust",),
-    ("schedule.decay", "step"): ("schedule.milestones", "schedule.factor"),
-    ("schedule.decay", "exponential"): ("schedule.final_fraction",),
-    ("schedule.decay", "poly"): ("schedule.power",),
-    ("averaging.kind", "ema"): ("averaging.decay",),
-    ("averaging.kind", "lawa"): ("averaging.last",),
-    ("data.name", "synthetic"): ("data.synthetic_samples", "data.synthetic_shape", "data.synthetic_classes"),
-}
-"""Settings that one value of another setting needs."""
-
-
-_UNUSED: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
-    *(
-        (path, _differs(setting, value), f"{setting} is not {value}")
-        for (setting, value), paths in _ONLY_WITH.items()
-        for path in paths
-    ),
-    *(
-        (f"noise.{name}", lambda c: c.noise.method == "none", "noise.method is none")
-        for name in ("amplitude", "sharing", "schedule", "exclude", "distribution", "scale")
-    ),
-    ("noise.distribution", _is_sam, "this method draws nothing"),
-    *(
-        (f"noise.{name}", lambda c: not _perturbs(c), "this noise.method does not average over draws")
-        for name in ("draws", "antithetic", "mix", "passes", "target_rise")
-    ),
-    *(
-        (f"noise.{name}", lambda c: c.noise.method == "ivon", "ivon has its own way of drawing")
-        for name in ("amplitude", "distribution", "scale", "schedule", "exclude")
-    ),
-    ("model.norm_statistics", lambda c: c.model.norm in ("group", "none"), "this norm has no running statistics"),
-    ("model.norm_samples", lambda c: not c.recomputes_statistics, "the norm statistics are not recomputed"),
-    ("optimizer.momentum", lambda c: not _has_no_betas(c), "this optimizer has betas instead"),
-    ("optimizer.betas", _has_no_betas, "this optimizer has momentum instead"),
-    ("optimizer.epsilon", _has_no_betas, "this optimizer does not use it"),
-    (
-        "schedule.base_batch",
-        lambda c: c.schedule.scaling == "none" and not c.schedule.keep_updates,
-        "schedule.scaling is none",
-    ),
-    ("schedule.warmup_epochs", _has_no_warmup, "schedule.scaling is none, so there is no higher rate to rise to"),
-    ("averaging.every_steps", lambda c: c.averaging.kind == "none", "averaging.kind is none"),
-    ("early_stopping.min_delta", lambda c: c.early_stopping.patience is None, "early_stopping.patience is not set"),
-    ("early_stopping.metric", lambda c: c.early_stopping.patience is None, "early_stopping.patience is not set"),
-    ("precision.tf32", lambda c: c.run.device == "cpu", "run.device is cpu"),
-    ("data.download", lambda c: not c.data.name.startswith("cifar"), "only CIFAR can be downloaded"),
-    (
-        "data.loader_workers",
-        lambda c: _not_encoded(c) and not is_plugin(c.data.augment),
-        "this data set is held in memory",
-    ),
-    ("data.image_size", _not_encoded, "the images of this data set have a fixed size"),
-    ("data.classes", lambda c: _not_encoded(c) and not _has_own_shape(c), "this data set has fixed classes"),
-    ("data.shape", lambda c: not _has_own_shape(c), "data.name is neither numpy nor a plug-in"),
-    *(
-        (f"data.{column}", lambda c: c.data.name not in (*ENCODED[1:], "numpy"), "this data set has no columns")
-        for column in ("image_column", "label_column")
-    ),
-    *(
-        (options, _is_built_in(setting), f"{setting} is not a plug-in")
-        for options, setting in (
-            ("model.options", "model.name"),
-            ("data.options", "data.name"),
-            ("data.augment_options", "data.augment"),
-            ("noise.options", "noise.method"),
-            ("noise.scale_options", "noise.scale"),
-            ("optimizer.options", "optimizer.name"),
-            ("schedule.options", "schedule.decay"),
-        )
-    ),
-    *(
-        (f"metrics.{name}", lambda c: not c.metrics.enabled, "metrics.enabled is false")
-        for name in MetricsSettings.model_fields
-        if name not in ("enabled", "every_steps", "tensorboard", "loggers")
-    ),
-    (
-        "metrics.advertised_host",
-        lambda c: c.metrics.enabled and c.metrics.targets_directory is None,
-        "metrics.targets_directory is not set",
-    ),
-)

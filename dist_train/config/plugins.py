@@ -62,7 +62,7 @@ _PLACES: Mapping[str, Kind] = {
 }
 """The settings that may name a plug-in, and its kind."""
 
-_OPTIONS: Mapping[str, str] = {"noise.scale": "scale_options", "data.augment": "augment_options"}
+OPTION_KEYS: Mapping[str, str] = {"noise.scale": "scale_options", "data.augment": "augment_options"}
 """The key of a plug-in's options, if it is not `options`: sections with more than one plug-in."""
 
 _MARK = "_dist_train_plugin"
@@ -159,7 +159,7 @@ def named_plugins(settings: Mapping[str, Any]) -> Iterator[tuple[str, str, str, 
         for place, section, key in _sections(settings, path.split(".")):
             name = section.get(key)
             if isinstance(name, str) and (is_plugin(name) or _PLACES[path] == "loggers"):
-                options = _OPTIONS.get(path, "options")
+                options = OPTION_KEYS.get(path, "options")
                 yield f"{place}{key}", name, f"{place}{options}", section.get(options, {})
 
 
