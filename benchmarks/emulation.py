@@ -39,7 +39,7 @@ from dist_train.kernels import operators
 from dist_train.launching.assembly import build_step
 from dist_train.models import build_model
 from dist_train.models.norms import join_relus
-from dist_train.optim.averaging import build_averaging
+from dist_train.optim.averaging import Averaging
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.optim.noise import build_noise
 from dist_train.optim.optimizers import build_optimizer, optimizer_step
@@ -329,7 +329,7 @@ def _our_step(config: Config, network: nn.Module, ranks: int, recorder: GraphRec
         build_optimizer(config.optimizer, weights),
         comm,
         compute,
-        build_averaging(config.averaging, weights, 1),
+        Averaging(config.averaging, weights, 1),
         build_noise(config.noise, weights, seed=config.run.seed, total_steps=100, rank=0),
         # exact32's grids; without them this would be the first update, which sums in 64 bits.
         Progress(grid_exponents=[30] * len(weights.segments)),

@@ -31,7 +31,7 @@ from dist_train.data.plan import BatchPlan
 from dist_train.launching.session import Session
 from dist_train.models import build_model, warn_of_changing_buffers
 from dist_train.models.norms import BatchStatistics, join_relus, norm_modules
-from dist_train.optim.averaging import Averaging, build_averaging
+from dist_train.optim.averaging import Averaging
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.optim.noise import Noise, SmoothOut, build_noise
 from dist_train.optim.optimizers import build_optimizer
@@ -94,7 +94,7 @@ def assemble(
         norms = WeightNorms(weights.values, weights.values.clone()) if comm.rank == 0 else None
         measuring = Measuring(comm, read_usage_of(compute.device), norms)
     optimizer = build_optimizer(config.optimizer, weights)
-    averaging = build_averaging(config.averaging, weights, epochs.stages[0].steps_per_epoch)
+    averaging = Averaging(config.averaging, weights, epochs.stages[0].steps_per_epoch)
     noise = build_noise(config.noise, weights, seed=config.run.seed, total_steps=total_steps, rank=comm.rank)
     restore = partial(_restore, resume_point, scheduled, network, optimizer, averaging, noise)
     progress = run_on_all_ranks(comm, restore, "restore the checkpoint")

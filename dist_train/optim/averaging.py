@@ -20,9 +20,11 @@ from dist_train.optim.flat_weights import FlatWeights, digest
 
 
 class Averaging:
-    """An average of `weights`, updated after each step. This base class does nothing: `averaging.kind: none`.
+    """The average of `weights` that `settings` select, updated after each step; an epoch is a pass over the data.
 
-    `kept` [k, n] holds the weights that make the average. Rows are filled in order; the step determines how many are.
+    ema: v <- decay v + (1 - decay) w, initialized with the first weights included, as in torch's AveragedModel. lawa:
+    the mean of the latest weights, taken at regular intervals (Kaddour 2022, arXiv 2209.14981). `kept` [k, n] holds the
+    weights that make the average. Rows are filled in order; the step determines how many are.
     """
 
     def __init__(self, settings: AveragingSettings, weights: FlatWeights, steps_per_epoch: int) -> None:
@@ -37,6 +39,13 @@ class Averaging:
 
     def after_update(self, step: int) -> None:
         """Include the weights after update `step`, counted from 0, if they are due."""
+        number, rest = divmod(step + 1, self._every)
+        if rest or not self:
+            return
+        if self.settings.kind == "ema":
+            self.kept[0].lerp_(self._weights.values, 1.0 if number == 1 else 1.0 - self.settings.decay)
+        else:
+            self.kept[(number - 1) % len(self.kept)].copy_(self._weights.values)
 
     def value(self, steps: int) -> Tensor:
         """Return the average after `steps` updates [n]; the weights themselves if it includes none yet."""
@@ -68,31 +77,6 @@ class Averaging:
 
     def _filled(self, steps: int) -> int:
         return min(len(self.kept), steps // self._every)
-
-
-class _Ema(Averaging):
-    """v <- decay v + (1 - decay) w, initialized with the first weights included, as in torch's AveragedModel."""
-
-    def after_update(self, step: int) -> None:
-        if (step + 1) % self._every == 0:
-            is_first = step + 1 == self._every
-            self.kept[0].lerp_(self._weights.values, 1.0 if is_first else 1.0 - self.settings.decay)
-
-
-class _Lawa(Averaging):
-    """The mean of the latest weights, taken at regular intervals (Kaddour 2022, arXiv 2209.14981)."""
-
-    def after_update(self, step: int) -> None:
-        if (step + 1) % self._every == 0:
-            self.kept[((step + 1) // self._every - 1) % len(self.kept)].copy_(self._weights.values)
-
-
-_KINDS: Mapping[str, type[Averaging]] = {"none": Averaging, "ema": _Ema, "lawa": _Lawa}
-
-
-def build_averaging(settings: AveragingSettings, weights: FlatWeights, steps_per_epoch: int) -> Averaging:
-    """Return the average of `weights` that `settings` select; an epoch is a pass over the data."""
-    return _KINDS[settings.kind](settings, weights, steps_per_epoch)
 
 
 @dataclass(eq=False)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dist_train.config import AveragingSettings
-from dist_train.optim.averaging import Averaging, averaged_state, build_averaging
+from dist_train.optim.averaging import Averaging, averaged_state
 from dist_train.optim.flat_weights import FlatWeights
 
 
@@ -36,7 +36,7 @@ def averages_of(averaging: Averaging, weights: FlatWeights, steps: int) -> dict[
 def test_the_moving_average_is_that_of_torch(decay: float) -> None:
     model = a_model()
     weights = FlatWeights(model)
-    averaging = build_averaging(AveragingSettings(kind="ema", decay=decay), weights, 4)
+    averaging = Averaging(AveragingSettings(kind="ema", decay=decay), weights, 4)
     expected = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
     for step in range(30):
         move(weights, step)
@@ -50,7 +50,7 @@ def test_the_moving_average_is_that_of_torch(decay: float) -> None:
 @given(st.integers(2, 5), st.integers(1, 3), st.integers(0, 20))
 def test_the_latest_weights_are_averaged_however_many_there_are(last: int, every: int, steps: int) -> None:
     weights = FlatWeights(a_model())
-    averaging = build_averaging(AveragingSettings(kind="lawa", last=last, every_steps=every), weights, 4)
+    averaging = Averaging(AveragingSettings(kind="lawa", last=last, every_steps=every), weights, 4)
     taken = []
     for step in range(steps):
         move(weights, step)
@@ -65,11 +65,11 @@ def test_the_latest_weights_are_averaged_however_many_there_are(last: int, every
 def test_it_resumes_from_its_state_bit_identically(kind: str) -> None:
     settings = AveragingSettings(kind=kind, decay=0.9, last=3, every_steps=2)  # type: ignore[arg-type]
     weights = FlatWeights(a_model())
-    averaging = build_averaging(settings, weights, 4)
+    averaging = Averaging(settings, weights, 4)
     twin = averaging
     for step in range(17):
         if step == 7:
-            twin = build_averaging(settings, weights, 4)
+            twin = Averaging(settings, weights, 4)
             twin.load(averaging.state(7))
         move(weights, step)
         averaging.after_update(step)
@@ -84,7 +84,7 @@ def test_it_resumes_from_its_state_bit_identically(kind: str) -> None:
 def test_the_model_computes_with_the_average_within_the_block_alone() -> None:
     model = a_model()
     weights = FlatWeights(model)
-    averaging = build_averaging(AveragingSettings(kind="lawa", every_steps=1, last=2), weights, 4)
+    averaging = Averaging(AveragingSettings(kind="lawa", every_steps=1, last=2), weights, 4)
     images = torch.ones(1, 7)
     before = model(images)
     averaging.after_update(0)
@@ -96,7 +96,7 @@ def test_the_model_computes_with_the_average_within_the_block_alone() -> None:
 
 
 def test_without_an_average_nothing_is_kept() -> None:
-    averaging = build_averaging(AveragingSettings(), FlatWeights(a_model()), 4)
+    averaging = Averaging(AveragingSettings(), FlatWeights(a_model()), 4)
     averaging.after_update(0)
     assert not averaging
     assert averaging.kept.numel() == 0

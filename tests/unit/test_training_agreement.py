@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dist_train.config import AveragingSettings, NoiseSettings
-from dist_train.optim.averaging import build_averaging
+from dist_train.optim.averaging import Averaging
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.optim.noise import Noise, SmoothOut
 from dist_train.outcome import DisagreementError
@@ -55,7 +55,7 @@ def test_promise_4_other_noise_names_its_rank_on_all_ranks() -> None:
 def test_another_average_names_its_rank_on_all_ranks() -> None:
     def check(comm: SimulatedRanks) -> None:
         weights = weights_of()
-        averaging = build_averaging(AveragingSettings(kind="lawa", every_steps=1, last=2), weights, 1)
+        averaging = Averaging(AveragingSettings(kind="lawa", every_steps=1, last=2), weights, 1)
         averaging.after_update(0)
         if comm.rank == 1:
             averaging.kept.view(torch.int32)[0, 3] ^= 1
