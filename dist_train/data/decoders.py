@@ -213,7 +213,7 @@ class LoaderProcesses(Decoder):
             if not self._free:
                 return
             slot = self._free.pop()
-            self._slots.write_message(slot, order.work(part.start, part.stop).encode())
+            self._slots.write_message(slot, json.dumps(order.work(part.start, part.stop)).encode())
             try:
                 os.write(self._requests, slot.to_bytes(RECORD, "little", signed=True))
             except BlockingIOError:
@@ -324,7 +324,7 @@ def serve(requests: int, replies: int, slots: Slots, recipe: str) -> None:
         slot = int.from_bytes(record, "little", signed=True)
         try:
             reader = reader or _reader(recipe)
-            work = Work.decoded(slots.message(slot))
+            work = Work(*json.loads(slots.message(slot)))
             images = len(work.references)
             reader.read(work, slots.pixels[slot, :images], slots.labels[slot, :images])
         except CodedError as error:

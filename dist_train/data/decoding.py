@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -103,24 +101,14 @@ def in_words(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-@dataclass(frozen=True)
-class Work:
-    """Samples to make."""
+class Work(NamedTuple):
+    """Samples to make; as JSON, a message to a loader process, which keeps every number and path exactly."""
 
     references: Sequence[Any]  # indices of samples of a data set in Python; otherwise paths or `Part`s
     draws: Sequence[Sequence[float]] | None = None  # of each sample; None: no augmentation
     split: str = ""  # this and all below are for plug-ins
     numbers: Sequence[int] = ()  # of the samples in the split
     epoch: int | None = None  # None: no augmentation
-
-    def encode(self) -> bytes:
-        """Return it as a message, from which `decoded` restores every number and path exactly."""
-        return json.dumps([self.references, self.draws, self.split, self.numbers, self.epoch]).encode()
-
-    @classmethod
-    def decoded(cls, message: bytes) -> Work:
-        """Return the work that `encode` has encoded."""
-        return cls(*json.loads(message))
 
 
 class EncodedImages:
