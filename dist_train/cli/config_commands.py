@@ -86,9 +86,9 @@ def _path(arguments: argparse.Namespace) -> int:
 
 
 def _schema(arguments: argparse.Namespace) -> int:
-    from dist_train.config.reference import json_schema
+    from dist_train.config import Config
 
-    print(json.dumps(json_schema(), indent=2))
+    print(json.dumps(Config.model_json_schema(), indent=2))
     return ExitCode.FINISHED
 
 

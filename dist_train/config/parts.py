@@ -47,9 +47,9 @@ UserPath = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(p
 
 
 class Section(BaseModel):
-    """A section of the configuration: frozen, and without unknown keys."""
+    """A section of the configuration: frozen, and without unknown keys; the text below a setting describes it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 def options_of(setting: str) -> Any:

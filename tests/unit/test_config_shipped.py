@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from dist_train.config import load_config
+from dist_train.config import Config, load_config
 from dist_train.config.combinations import unused_settings
-from dist_train.config.reference import json_schema
 from dist_train.data.plan import BatchPlan
 from dist_train.models import build_model
 
@@ -77,7 +76,7 @@ def leaves(path: Path) -> dict[str, Any]:
 
 
 def test_every_setting_has_a_default_and_every_class_of_the_schema_forbids_other_keys() -> None:
-    schema = json_schema()
+    schema = Config.model_json_schema()
     assert "required" not in schema
     assert all(part["additionalProperties"] is False for part in schema["$defs"].values())
     assert schema["$defs"]["RunSettings"]["properties"]["seed"]["description"] == "Seed of all randomness."
