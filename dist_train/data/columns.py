@@ -22,38 +22,27 @@ from torch import Tensor
 from dist_train.config import DataSettings
 from dist_train.data.cache import cache_folder
 from dist_train.data.images import ImageSet, Split, digest_of
-from dist_train.data.packed import NAMES, Index, PackedFile, PackedListing, cached_index, packed_listing, split_files
+from dist_train.data.packed import NAMES, Index, cached_index, split_files
 from dist_train.outcome import UsageError, writing
 from dist_train.rundir.atomic import replacing
 
 _ROWS = 256
 
 
-def list_parquet(settings: DataSettings, split: Split, seed: int) -> PackedListing:
-    """Return the images of a split in Parquet files in `data.root`. Raises UsageError."""
+def parquet_index(path: Path, settings: DataSettings) -> tuple[Path, Index]:
+    """Return the copy of a Parquet file's images in the cache, and its index. Raises UsageError."""
     image, label = _columns(settings)
-    files = []
-    for path in find_parquet(settings, split):
-        fix = f"the images of {path} need as much space again: set DIST_TRAIN_CACHE to a folder with enough"
-        with writing(cache_folder(), fix, code="cache-unwritable"):
-            content, index = cached_index("parquet", path, f"{image} {label}", partial(_unpack, path, image, label))
-        files.append(PackedFile(content, path, index))
-    return packed_listing(files, settings.image_format.classes, split, seed)
+    fix = f"the images of {path} need as much space again: set DIST_TRAIN_CACHE to a folder with enough"
+    with writing(cache_folder(), fix, code="cache-unwritable"):
+        return cached_index("parquet", path, f"{image} {label}", partial(_unpack, path, image, label))
 
 
 def find_parquet(settings: DataSettings, split: Split) -> list[Path]:
-    """Return the Parquet files of a split after checking their columns. Raises UsageError as `list_parquet` does."""
+    """Return the Parquet files of a split after checking their columns. Raises UsageError."""
     paths = split_files(settings.folder, split, (".parquet",))
     for path in paths:
         _check_columns(path, _parquet_file(path).schema_arrow, *_columns(settings))
     return paths
-
-
-def list_saved(settings: DataSettings, split: Split, seed: int) -> PackedListing:
-    """Return the images of a split that Hugging Face's `save_to_disk` wrote to `data.root`. Raises UsageError."""
-    image, label = _columns(settings)
-    files = [PackedFile(path, path, _saved_index(path, image, label)) for path in find_saved(settings, split)]
-    return packed_listing(files, settings.image_format.classes, split, seed)
 
 
 def find_saved(settings: DataSettings, split: Split) -> list[Path]:
@@ -142,9 +131,9 @@ def _unpack(path: Path, image: str, label: str, content: Path) -> Index:
     return np.stack([ends - lengths, np.array(lengths, np.int64), np.array(labels, np.int64)], axis=1)
 
 
-def _saved_index(path: Path, image: str, label: str) -> Index:
-    """Return the index of an Arrow file: its images lie in the buffers of its columns, which are mapped, not copied."""
-    arrow = _pyarrow()
+def saved_index(path: Path, settings: DataSettings) -> tuple[Path, Index]:
+    """Return an Arrow file and its index: images lie in the buffers of columns, which are mapped, not copied."""
+    arrow, (image, label) = _pyarrow(), _columns(settings)
     try:
         with arrow.memory_map(str(path)) as mapped:
             size, start = mapped.size(), mapped.read_buffer(1).address
@@ -160,7 +149,7 @@ def _saved_index(path: Path, image: str, label: str) -> Index:
     index = np.concatenate(parts) if parts else np.empty((0, 3), np.int64)
     if len(index) and not 0 <= np.min(index[:, 0]) <= np.max(index[:, 0] + index[:, 1]) <= size:
         raise UsageError(f"{path} is compressed: save the data set without compression", code="data-format")
-    return index
+    return path, index
 
 
 def _index_of(images: Any, start: int, labels: NDArray[Any]) -> Index:

@@ -26,13 +26,13 @@ from dist_train.data.augmentation import (
     statistics_of_parts,
 )
 from dist_train.data.catalog import load_data
-from dist_train.data.columns import list_parquet, list_saved
+from dist_train.data.columns import find_parquet, find_saved, parquet_index, saved_index
 from dist_train.data.decoders import Decoder, LoaderProcesses, Order
 from dist_train.data.decoding import DRAWS, EncodedImages, Work
 from dist_train.data.image_folder import Listing as FolderListing
 from dist_train.data.image_folder import check_same_classes, list_split
 from dist_train.data.images import BatchRequest, ImageSet, MapDataset, Split
-from dist_train.data.packed import PackedListing, list_shards
+from dist_train.data.packed import PackedListing, find_shards, packed_listing, shard_index
 from dist_train.data.plan import divided
 from dist_train.data.plugin_samples import PluginSamples, Recipe, labels_of
 from dist_train.outcome import CodedError, UsageError
@@ -292,10 +292,14 @@ def list_encoded(settings: DataSettings, split: Split, seed: int) -> Listing:
     """Return all images of a split of a data set in `config.ENCODED`. Raises UsageError."""
     if settings.name == "imagefolder":
         return list_split(settings.folder, split, settings.image_format.classes, seed)
-    return _PACKED[settings.name](settings, split, seed)
+    return packed_listing(settings, split, seed, *_PACKED[settings.name])
 
 
-_PACKED = {"parquet": list_parquet, "webdataset": list_shards, "huggingface": list_saved}
+_PACKED = {
+    "parquet": (find_parquet, parquet_index),
+    "webdataset": (find_shards, shard_index),
+    "huggingface": (find_saved, saved_index),
+}
 
 
 def _list_encoded_splits(settings: DataSettings, seed: int) -> dict[Split, Listing]:

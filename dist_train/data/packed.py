@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -45,15 +45,6 @@ Index = NDArray[np.int64]  # offset, length and label of each sample in a file, 
 
 
 @dataclass(frozen=True)
-class PackedFile:
-    """Encoded images in the file `path`, with their `index`; messages name `origin`, the file of the data set."""
-
-    path: Path
-    origin: Path
-    index: Index
-
-
-@dataclass(frozen=True)
 class PackedListing:
     """The images of a split, in sample order."""
 
@@ -79,28 +70,40 @@ class PackedListing:
         return PackedListing(self.files, self.origins, self.parts[samples], self.labels[samples])
 
 
-def packed_listing(files: Sequence[PackedFile], classes: int, split: Split, seed: int) -> PackedListing:
-    """Return the images of `files`, shuffled by the seed as those of an image folder are. Raises UsageError."""
-    parts, labels = [], []
-    for number, file in enumerate(files):
-        rows = np.arange(len(file.index))
-        parts.append(np.stack([np.full_like(rows, number), *file.index.T[:2], rows], axis=1))
-        file_labels = file.index[:, 2]
+def packed_listing(
+    settings: DataSettings,
+    split: Split,
+    seed: int,
+    find: Callable[[DataSettings, Split], list[Path]],
+    index_of: Callable[[Path, DataSettings], tuple[Path, Index]],
+) -> PackedListing:
+    """Return the images of a split, shuffled by the seed as those of an image folder are. Raises UsageError.
+
+    `find` returns the split's files; `index_of` one of these, or a copy of its images in the cache, and the index.
+    """
+    classes, origins, files, parts, labels = settings.image_format.classes, find(settings, split), [], [], []
+    for number, origin in enumerate(origins):
+        with reading(origin):
+            file, index = index_of(origin, settings)
+        files.append(str(file))
+        rows = np.arange(len(index))
+        parts.append(np.stack([np.full_like(rows, number), *index.T[:2], rows], axis=1))
+        file_labels = index[:, 2]
         if len(wrong := np.flatnonzero((file_labels < 0) | (file_labels >= classes))):
             raise UsageError(
-                f"sample {wrong[0]} of {file.origin} has the label {file_labels[wrong[0]]}, but data.classes is "
+                f"sample {wrong[0]} of {origin} has the label {file_labels[wrong[0]]}, but data.classes is "
                 f"{classes}: labels count from 0",
                 code="data-labels",
             )
         labels.append(file_labels)
     whole = PackedListing(
-        tuple(str(file.path) for file in files),
-        tuple(str(file.origin) for file in files),
+        tuple(files),
+        tuple(map(str, origins)),
         torch.from_numpy(np.concatenate(parts)),
         torch.from_numpy(np.concatenate(labels)),
     )
     if not len(whole):
-        raise UsageError(f"{files[0].origin} holds no image", code="data-counts")
+        raise UsageError(f"{origins[0]} holds no image", code="data-counts")
     return whole.select(torch.randperm(len(whole), generator=generator(seed, "image folder", split)))
 
 
@@ -178,26 +181,16 @@ class _Member:
     length: int
 
 
-def list_shards(settings: DataSettings, split: Split, seed: int) -> PackedListing:
-    """Return the images of a split in WebDataset shards in `data.root`.
-
-    Raises UsageError if shards are missing or damaged, an index does not match its shard, or a sample has no image or
-    label.
-    """
-    files = []
-    for shard in find_shards(settings, split):
-        with reading(shard):
-            files.append(PackedFile(shard, shard, _shard_index(shard, settings)))
-    return packed_listing(files, settings.image_format.classes, split, seed)
-
-
 def find_shards(settings: DataSettings, split: Split) -> list[Path]:
     """Return the shards of a split. Raises UsageError if there are none."""
     return split_files(settings.folder, split, (".tar",))
 
 
-def _shard_index(shard: Path, settings: DataSettings) -> Index:
-    """Return the index of `shard`, from the cache if possible; it is made from SHARD.idx if that exists."""
+def shard_index(shard: Path, settings: DataSettings) -> tuple[Path, Index]:
+    """Return `shard` and its index, from the cache if possible; it is made from SHARD.idx if that exists.
+
+    Raises UsageError if the shard is damaged, SHARD.idx does not match it, or a sample has no image or label.
+    """
     path = shard.with_suffix(".idx")
     index_file = path if path.exists() else None
     stamp = f"{index_file.stat().st_size} {index_file.stat().st_mtime_ns}" if index_file else ""
@@ -208,12 +201,12 @@ def _shard_index(shard: Path, settings: DataSettings) -> Index:
 
     columns = f"{settings.image_column} {settings.label_column} {stamp}"
     try:
-        return cached_index("webdataset", shard, columns, lambda content: make(), content=shard)[1]
+        return cached_index("webdataset", shard, columns, lambda content: make(), content=shard)
     except OSError as error:
         _LOGGER.warning(
             "the index of %s cannot be cached (%s): set DIST_TRAIN_CACHE to a folder of your own", shard, error
         )
-        return make()
+        return shard, make()
 
 
 def _rows(shard: Path, members: Iterable[_Member], settings: DataSettings) -> Index:

@@ -180,14 +180,14 @@ CIFAR100 = Archive(
 
 def download_archive(archive: Archive, root: Path) -> None:
     """Download the archive into `root` unless it or all unpacked batches are there. Raises UsageError."""
-    if any(_missing(archive, root, split) for split in archive.batches):
+    if not all(path.is_file() for split in archive.batches for path in _unpacked(archive, root, split)):
         fetch(archive.url, root / archive.file, archive.sha256)
 
 
 def find_archive(archive: Archive, root: Path, split: Split) -> tuple[Path, ...]:
     """Return the unpacked batches of `split` in `root`, or else the packed archive. Raises UsageError."""
     unpacked = _unpacked(archive, root, split)
-    missing = _missing(archive, root, split)
+    missing = [path for path in unpacked if not path.is_file()]
     if not missing:
         return unpacked
     packed = root / archive.file
@@ -222,10 +222,6 @@ def decode_archive(archive: Archive, root: Path, files: Sequence[Path], split: S
 
 def _unpacked(archive: Archive, root: Path, split: Split) -> tuple[Path, ...]:
     return tuple(root / archive.folder / name for name in archive.batches[split])
-
-
-def _missing(archive: Archive, root: Path, split: Split) -> list[Path]:
-    return [path for path in _unpacked(archive, root, split) if not path.is_file()]
 
 
 def _unpack(path: Path, archive: Archive, names: tuple[str, ...], fix: str) -> dict[str, bytes]:
