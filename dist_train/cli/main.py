@@ -108,7 +108,12 @@ def _report(error: CodedError) -> int:
 def parse(words: list[str]) -> argparse.Namespace:
     """Return the arguments of the command line `words`; `run` is the command's function. Exits if they are wrong."""
     parser = build_parser()
-    parsed, rest = _parse(parser, words)
+    end = words.index("--") if "--" in words else len(words)
+    parsed, rest = parser.parse_known_args(words[:end])
+    if hasattr(parsed, "sbatch_options"):
+        parsed.sbatch_options = words[end + 1 :]
+    elif end < len(words):  # not of sbatch
+        parsed, rest = parser.parse_known_args(words)
     if rest and not hasattr(parsed, "overrides"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:  # overrides after an option: argparse recognizes only those before it
@@ -158,14 +163,3 @@ class _Parser(argparse.ArgumentParser):
 def _suggestion(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {close[0]}?" if close else ""
-
-
-def _parse(parser: argparse.ArgumentParser, words: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Return the arguments and the unrecognized words; words after `--` go to sbatch if the command takes them."""
-    if "--" in words:
-        end = words.index("--")
-        parsed, rest = parser.parse_known_args(words[:end])
-        if hasattr(parsed, "sbatch_options"):
-            parsed.sbatch_options = words[end + 1 :]
-            return parsed, rest
-    return parser.parse_known_args(words)
