@@ -9,7 +9,6 @@ digits (docs/norms.md). It is accurate if the values of a channel are contiguous
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,21 +22,13 @@ _Operation = Callable[..., tuple[Tensor, Tensor, Tensor]]
 SumOverRanks = Callable[[Tensor, str], None]  # sums a contiguous tensor over all ranks in place, under a name
 
 
-@dataclass(frozen=True)
-class AcrossRanks:
-    """For groups whose samples lie on several ranks: how to sum over the ranks, and a prefix for operation names."""
-
-    sum: SumOverRanks
-    name: str
-
-
 def normalize(
     inputs: Tensor,
     weight: Tensor,
     bias: Tensor,
     epsilon: float,
     group_sizes: Sequence[int],
-    across: AcrossRanks | None = None,
+    across: SumOverRanks | None = None,
     relu: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normalize `inputs` [n, C] or [n, C, H, W] group by group and apply a ReLU, if `relu`.
@@ -118,7 +109,7 @@ class _NormalizeByTorch(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         outputs = torch.empty_like(inputs)
         moments = weight.new_zeros(4, len(group_sizes), len(weight))
-        groups = zip(_split(inputs, group_sizes), _split(outputs, group_sizes), moments.unbind(1), strict=True)
+        groups = zip(inputs.split(group_sizes), outputs.split(group_sizes), moments.unbind(1), strict=True)
         copies = not _torch_is_accurate(inputs)
         for group, output, of_group in groups:
             mean, variance, scale, saved_mean = of_group.unbind()
@@ -147,7 +138,7 @@ class _NormalizeByTorch(torch.autograd.Function):
         sizes = ctx.group_sizes
         of_groups = []
         for group, gradient, mean, scale in zip(
-            _split(inputs, sizes), _split(upstream, sizes), means.unbind(), scales.unbind(), strict=True
+            inputs.split(sizes), upstream.split(sizes), means.unbind(), scales.unbind(), strict=True
         ):
             values, slopes = (_by_channel(group), _by_channel(gradient)) if ctx.copies else (group, gradient)
             of_values, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
@@ -166,7 +157,7 @@ class _NormalizeByTorch(torch.autograd.Function):
 class _NormalizeAcrossRanks(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor, epsilon: float, across: AcrossRanks
+        ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor, epsilon: float, across: SumOverRanks
     ) -> tuple[Tensor, Tensor, Tensor]:
         mean, variance, unbiased = _moments_across_ranks(inputs, across)
         # Evaluation normalizes by given moments.
@@ -188,7 +179,7 @@ class _NormalizeAcrossRanks(torch.autograd.Function):
         of_weight, of_bias = (gradient * standard).sum(dimensions), gradient.sum(dimensions)
         values = of_bias.new_full((1,), inputs.numel() // len(mean))
         sums = torch.cat([of_weight, of_bias, values]).double()
-        ctx.across.sum(sums, f"{ctx.across.name}.backward")
+        ctx.across(sums, "backward")
         mean_product, mean_gradient = (share.view(shape) for share in (sums[:-1] / sums[-1]).float().chunk(2))
         of_inputs = (gradient - mean_gradient - standard * mean_product) * (weight * scale).view(shape)
         return of_inputs.to(inputs.dtype), of_weight, of_bias, None, None
@@ -232,21 +223,17 @@ def _by_sample(values: Tensor, group: Tensor) -> Tensor:
     return values.view(group.shape[1], len(group), *group.shape[2:]).transpose(0, 1)
 
 
-def _split(samples: Tensor, group_sizes: Sequence[int]) -> Sequence[Tensor]:
-    return (samples,) if len(group_sizes) == 1 else samples.split(group_sizes)
-
-
 def _channels_last(images: Tensor) -> Tensor:
     return images.contiguous(memory_format=torch.channels_last if images.dim() == 4 else torch.contiguous_format)
 
 
-def _moments_across_ranks(inputs: Tensor, across: AcrossRanks) -> tuple[Tensor, Tensor, Tensor]:
+def _moments_across_ranks(inputs: Tensor, across: SumOverRanks) -> tuple[Tensor, Tensor, Tensor]:
     """Return mean, biased and unbiased variance [C] of the `inputs` of all ranks."""
     variance, mean = torch.var_mean(inputs.float(), [0, *range(2, inputs.dim())], correction=0)
     mean, variance, values = mean.double(), variance.double(), inputs.numel() // len(mean)
     # In float64, subtracting the squared mean from the mean of squares is accurate enough.
     sums = torch.cat([mean * values, (variance + mean.square()) * values, mean.new_full((1,), values)])
-    across.sum(sums, f"{across.name}.forward")
+    across(sums, "forward")
     mean, square = (sums[:-1] / sums[-1]).chunk(2)
     variance = (square - mean.square()).clamp_(min=0.0)
     unbiased = variance * (sums[-1] / (sums[-1] - 1).clamp_(min=1.0))

@@ -20,7 +20,7 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _NormBase
 
 from dist_train.config import ModelSettings
-from dist_train.models.normalization import AcrossRanks, SumOverRanks, normalize
+from dist_train.models.normalization import SumOverRanks, normalize
 from dist_train.reproducible import STATISTICS
 
 VECTOR_GROUP = 8  # fewest channels per group norm's group of single values: of two, only the order would be left
@@ -50,7 +50,7 @@ class GroupedBatchNorm(nn.Module):
         super().__init__()
         self.group_size = group_size
         self.epsilon = 1e-5
-        self.across_ranks: AcrossRanks | None = None
+        self.across_ranks: SumOverRanks | None = None
         self.has_relu = False  # that follows: see `join_relus`
         self.seen: list[SeenGroups] = []  # in training mode; `BatchStatistics` clears them
         self.weight = nn.Parameter(torch.ones(channels))
@@ -122,7 +122,7 @@ def sync_batch_norm(norms: Sequence[GroupedBatchNorm], sum_over_ranks: SumOverRa
         yield
         return
     for index, norm in enumerate(norms):
-        norm.across_ranks = AcrossRanks(sum_over_ranks, f"norm.{index}")
+        norm.across_ranks = lambda sums, name, index=index: sum_over_ranks(sums, f"norm.{index}.{name}")
     try:
         yield
     finally:
