@@ -8,13 +8,12 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from dist_train.analysis.directions import (
     FACTORS,
-    Trajectory,
     Width,
     basin_width,
     check_exclusions,
@@ -55,19 +54,6 @@ Report = Callable[[int, int], None]  # called with (finished, total) points of t
 
 
 @dataclass(frozen=True)
-class Request:
-    """What a user asks for. `targets` are checkpoints or run directories: two to interpolate between, otherwise one."""
-
-    targets: Sequence[Path]
-    settings: LandscapeSettings
-    overrides: Sequence[str] = ()
-    output: Path | None = None  # parent of the result's folder; None: `analysis` in the first target's run directory
-    threads: int | None = None
-    """CPU threads per rank; None: an equal share of the node's cores. The result does not depend on it."""
-    scale: Literal["linear", "log"] = "linear"
-
-
-@dataclass(frozen=True)
 class Finished:
     """A finished result, its basin widths, and whether it existed before."""
 
@@ -85,36 +71,42 @@ class _Plan:
     walk: Walk
     checkpoints: Sequence[Stored]
     found: dict[str, Any] = field(default_factory=dict)
-    trajectory: Trajectory | None = None
 
 
-def make_landscape(request: Request, comm: Communicator, report: Report) -> Finished | None:
-    """Evaluate the missing points, and draw the figures; None on all ranks but rank 0. Raises UsageError."""
-    settings = request.settings
-    stored = run_on_all_ranks(comm, lambda: [read_stored(target) for target in request.targets], "read the checkpoints")
+def make_landscape(
+    targets: Sequence[Path],
+    settings: LandscapeSettings,
+    comm: Communicator,
+    report: Report,
+    overrides: Sequence[str] = (),
+    output: Path | None = None,
+    threads: int | None = None,
+) -> Finished | None:
+    """Evaluate the missing points; None on all ranks but rank 0. Raises UsageError.
+
+    `targets` are checkpoints or run directories: two to interpolate between, otherwise one. The result's folder is made
+    in `output`, by default `analysis` in the first target's run directory. `threads` are CPU threads per rank, by
+    default an equal share of the node's cores; the result does not depend on them.
+    """
+    stored = run_on_all_ranks(comm, lambda: [read_stored(target) for target in targets], "read the checkpoints")
 
     def open_all() -> tuple[Subject, _Plan]:
-        subject = open_subject(stored[0], request.overrides, settings, local_rank=comm.local_rank)
+        subject = open_subject(stored[0], overrides, settings, local_rank=comm.local_rank)
         return subject, _plan_points(settings, stored, subject)
 
     subject, plan = run_on_all_ranks(comm, open_all, "open the checkpoints and their data")
     checkpoints = [checkpoint.record() for checkpoint in plan.checkpoints]
     identity = Identity(settings.kind, checkpoints, {**settings.record(), **subject.record()})
-    folder = LandscapeFolder(request.output or RunDirectory.of_checkpoint(stored[0].path.resolve()).analysis, identity)
+    folder = LandscapeFolder(output or RunDirectory.of_checkpoint(stored[0].path.resolve()).analysis, identity)
     was_there = run_on_all_ranks(comm, lambda: comm.rank == 0 and folder.begin(), "begin the result")
     if not json.loads(broadcast_str(comm, json.dumps(was_there), "result")):
-        _measure_all(folder, subject, plan, comm, request.threads, report)
+        _measure_all(folder, subject, plan, comm, threads, report)
     if comm.rank != 0:
         return None
     rows = read_landscape(folder.path).rows
     widths = _widths(settings, plan.points, rows)
     not_finite = sum(not math.isfinite(row.loss) for row in rows)
     folder.save_settings({"widths": summarize(widths), "not_finite": not_finite, **plan.found})
-    # Importing matplotlib takes most of a second, and only rank 0 draws.
-    from dist_train.analysis.landscape_figures import draw_landscape
-
-    outputs = [folder.path / f"figure.{form}" for form in ("svg", "pdf", "png")]
-    draw_landscape(read_landscape(folder.path), outputs, request.scale, plan.trajectory)
     return Finished(folder.path, widths, was_there, not_finite)
 
 
@@ -138,7 +130,7 @@ def _plan_points(settings: LandscapeSettings, stored: Sequence[Stored], subject:
         trajectory = trace(checkpoints, subject, weights.mask(settings.exclude))
         alphas, betas = (axis(*reach, settings.points) for reach in trajectory.reaches)
         walk = along(subject.place, lambda _: trajectory.directions)
-        return _Plan(plane_points(alphas, betas), walk, checkpoints, trajectory.record(), trajectory)
+        return _Plan(plane_points(alphas, betas), walk, checkpoints, trajectory.record())
     alphas = axis(settings.start, settings.stop, settings.points)
 
     def drawn(index: int) -> torch.Tensor:

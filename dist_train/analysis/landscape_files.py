@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -141,9 +141,11 @@ class PointRow:
 
 @dataclass(frozen=True)
 class Landscape(Identity):
-    """A finished result."""
+    """A finished result; `widths`, by basin and factor, and a plane's `trajectory` as settings.json records them."""
 
     rows: Sequence[PointRow]
+    widths: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    trajectory: Mapping[str, Any] | None = None
 
 
 class LandscapeFolder:
@@ -226,7 +228,8 @@ def read_landscape(folder: Path) -> Landscape:
         fields = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
         with (folder / "points.csv").open(encoding="utf-8", newline="") as file:
             rows = _ROWS.validate_python(list(csv.DictReader(file)))
-        return Landscape(fields["kind"], fields["checkpoints"], fields["settings"], rows)
+        identity = fields["kind"], fields["checkpoints"], fields["settings"]
+        return Landscape(*identity, rows, fields["widths"], fields.get("trajectory"))
     except OSError as error:
         raise UsageError(
             f"{folder} holds no finished landscape ({error.strerror or error}): run dist-train landscape to its end",

@@ -58,18 +58,23 @@ def add_landscape(subparsers: Subparsers) -> None:
 
 def _landscape(arguments: argparse.Namespace) -> int:
     from dist_train.analysis.directions import describe
-    from dist_train.analysis.landscape import Request, make_landscape
+    from dist_train.analysis.landscape import make_landscape
+    from dist_train.analysis.landscape_files import read_landscape
     from dist_train.cluster.communicator import run_on_all_ranks
     from dist_train.cluster.joining import join_points
 
     comm = join_points()
     settings = run_on_all_ranks(comm, lambda: _landscape_settings(arguments), "read the options")
-    request = Request(
-        arguments.targets, settings, arguments.overrides, arguments.output, arguments.threads, arguments.scale
-    )
     report = _Progress(comm.size).report if comm.rank == 0 else lambda done, total: None
-    finished = make_landscape(request, comm, report)
+    finished = make_landscape(
+        arguments.targets, settings, comm, report, arguments.overrides, arguments.output, arguments.threads
+    )
     if finished is not None:
+        # Importing matplotlib takes most of a second, and only rank 0 draws.
+        from dist_train.report.landscape_figures import draw_landscape
+
+        outputs = [finished.folder / f"figure.{form}" for form in ("svg", "pdf", "png")]
+        draw_landscape(read_landscape(finished.folder), outputs, arguments.scale)
         if finished.was_there:
             print("nothing to evaluate: this result existed already", file=sys.stderr)
         if finished.not_finite:

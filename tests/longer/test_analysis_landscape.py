@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from dist_train.analysis import landscape_figures
-from dist_train.analysis.landscape import Finished, Report, Request, make_landscape
+from dist_train.analysis.landscape import Finished, Report, make_landscape
 from dist_train.analysis.landscape_files import LandscapeSettings, PointRow, Statistics, read_landscape
 from dist_train.analysis.landscape_points import PointEvaluator
 from dist_train.cluster.communicator import Alone
@@ -60,12 +59,6 @@ def evaluations(monkeypatch: pytest.MonkeyPatch) -> list[None]:
     return counted
 
 
-@pytest.fixture
-def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Skip drawing figures, which takes longer than everything else here."""
-    monkeypatch.setattr(landscape_figures, "draw_landscape", lambda *_: None)
-
-
 def checkpoint(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:08d}.pt"
 
@@ -74,8 +67,10 @@ def ignore_progress(done: int, total: int) -> None:
     pass
 
 
-def compute(request: Request, report: Report = ignore_progress) -> Finished:
-    finished = make_landscape(replace(request, threads=1), Alone(), report)
+def compute(
+    targets: Sequence[Path], settings: LandscapeSettings, report: Report = ignore_progress, output: Path | None = None
+) -> Finished:
+    finished = make_landscape(targets, settings, Alone(), report, output=output, threads=1)
     assert finished is not None
     return finished
 
@@ -84,20 +79,14 @@ def rows(finished: Finished) -> list[PointRow]:
     return list(read_landscape(finished.folder).rows)
 
 
-def requests(run: Path) -> list[Request]:
+def requests(run: Path) -> list[tuple[list[Path], LandscapeSettings]]:
     ends = [checkpoint(run, 3), checkpoint(run, 12)]
-    return [
-        Request(ends, LINE),
-        Request([run], DIRECTION),
-        Request([run], PLANE),
-        Request([run], replace(PLANE, trajectory=True)),
-    ]
+    return [(ends, LINE), ([run], DIRECTION), ([run], PLANE), ([run], replace(PLANE, trajectory=True))]
 
 
 @pytest.mark.parametrize("statistics", ["interpolated", "recomputed"])
-@pytest.mark.usefixtures("without_figures")
 def test_ends_of_a_line_agree_with_evaluate(run: Path, statistics: Statistics) -> None:
-    finished = compute(Request([checkpoint(run, 3), run], replace(LINE, statistics=statistics)))
+    finished = compute([checkpoint(run, 3), run], replace(LINE, statistics=statistics))
     splits: tuple[Split, ...] = ("train", "test")
     for alpha, step in ((0.0, 3), (1.0, 12)):
         for split in splits:
@@ -107,19 +96,17 @@ def test_ends_of_a_line_agree_with_evaluate(run: Path, statistics: Statistics) -
             assert row.accuracy == expected["accuracy"]
 
 
-@pytest.mark.usefixtures("without_figures")
 def test_center_of_directions_and_planes_agrees_with_evaluate(run: Path) -> None:
     expected = evaluate_stored(run, "train", [])
-    for request in requests(run)[1:3]:
-        found = [row for row in rows(compute(request)) if (row.alpha, row.beta, row.split) == (0.0, 0.0, "train")]
-        assert len(found) == (2 if request.settings.kind == "direction" else 1)
+    for targets, settings in requests(run)[1:3]:
+        measured = rows(compute(targets, settings))
+        found = [row for row in measured if (row.alpha, row.beta, row.split) == (0.0, 0.0, "train")]
+        assert len(found) == (2 if settings.kind == "direction" else 1)
         assert [row.loss for row in found] == [pytest.approx(expected["loss"], rel=1e-6)] * len(found)
 
 
-@pytest.mark.usefixtures("without_figures")
 def test_directions_and_statistics_change_the_losses(run: Path) -> None:
-    request = requests(run)[1]
-    found = [rows(compute(request))]
+    found = [rows(compute([run], DIRECTION))]
     changes: tuple[dict[str, Any], ...] = (
         {"statistics": "interpolated"},
         {"seed": 1},
@@ -127,25 +114,23 @@ def test_directions_and_statistics_change_the_losses(run: Path) -> None:
         {"exclude": ()},
     )
     for change in changes:
-        found.append(rows(compute(replace(request, settings=replace(DIRECTION, **change)))))
+        found.append(rows(compute([run], replace(DIRECTION, **change))))
     losses = [[row.loss for row in result if row.direction == line] for result in found for line in range(2)]
     assert len({tuple(line) for line in losses}) == len(losses)
 
 
-@pytest.mark.usefixtures("without_figures")
 def test_plane_contains_its_first_direction(run: Path) -> None:
-    line = [row for row in rows(compute(requests(run)[1])) if row.direction == 0]
-    across = [row for row in rows(compute(requests(run)[2])) if row.beta == 0.0]
+    line = [row for row in rows(compute([run], DIRECTION)) if row.direction == 0]
+    across = [row for row in rows(compute([run], PLANE)) if row.beta == 0.0]
     assert line == across
 
 
-@pytest.mark.usefixtures("without_figures")
 @pytest.mark.parametrize("which", range(4))
 def test_killed_landscape_resumes_bit_identically(
     run: Path, tmp_path: Path, which: int, evaluations: list[None]
 ) -> None:
     request = requests(run)[which]
-    undisturbed = compute(replace(request, output=tmp_path / "undisturbed"))
+    undisturbed = compute(*request, output=tmp_path / "undisturbed")
     total = len(evaluations)
 
     def kill_at(point: int) -> Callable[[int, int], None]:
@@ -157,12 +142,12 @@ def test_killed_landscape_resumes_bit_identically(
 
     for point in (2, 1):
         with pytest.raises(KilledError):
-            compute(request, kill_at(point))
+            compute(*request, kill_at(point))
     [folder] = (run / "analysis").iterdir()
     with (folder / "partial" / "rank-0.jsonl").open("a") as partial:
         partial.write('{"point": 4, "measured": [[0.')
     evaluations.clear()
-    resumed = compute(request)
+    resumed = compute(*request)
     assert len(evaluations) == total - 3
     assert sorted(path.name for path in folder.iterdir()) == ["points.csv", "settings.json"]
     for path in folder.iterdir():
@@ -170,24 +155,19 @@ def test_killed_landscape_resumes_bit_identically(
     assert resumed.folder == folder
 
 
-def test_finished_result_is_drawn_again_without_evaluations(run: Path, evaluations: list[None]) -> None:
-    request = requests(run)[1]
-    first = compute(request)
+def test_finished_result_is_not_evaluated_again(run: Path, evaluations: list[None]) -> None:
+    first = compute([run], DIRECTION)
     points = (first.folder / "points.csv").read_bytes()
-    picture = (first.folder / "figure.svg").read_bytes()
     evaluations.clear()
-    again = compute(replace(request, scale="log"))
+    again = compute([run], DIRECTION)
     assert not evaluations
     assert again.was_there
     assert again.folder == first.folder
     assert (first.folder / "points.csv").read_bytes() == points
-    assert (first.folder / "figure.svg").read_bytes() != picture
     assert again.widths == first.widths
 
 
-@pytest.mark.usefixtures("without_figures")
 def test_results_are_not_reused_for_other_checkpoints_or_settings(run: Path, evaluations: list[None]) -> None:
-    request = Request([run], DIRECTION)
     changes: tuple[dict[str, Any], ...] = (
         {"samples": 40},
         {"samples": 40, "subset_seed": 1},
@@ -203,21 +183,20 @@ def test_results_are_not_reused_for_other_checkpoints_or_settings(run: Path, eva
         {"lines": 1},
     )
     others = [
-        Request([checkpoint(run, 9)], DIRECTION),
-        Request([run], PLANE),
-        *(Request([run], replace(DIRECTION, **change)) for change in changes),
+        ([checkpoint(run, 9)], DIRECTION),
+        ([run], PLANE),
+        *(([run], replace(DIRECTION, **change)) for change in changes),
     ]
-    folders = [compute(request).folder]
+    folders = [compute([run], DIRECTION).folder]
     for other in others:
         evaluations.clear()
-        folders.append(compute(other).folder)
+        folders.append(compute(*other).folder)
         assert evaluations, other
     assert len(set(folders)) == len(folders)
 
 
-@pytest.mark.usefixtures("without_figures")
 def test_settings_file_has_checkpoints_settings_and_results(run: Path) -> None:
-    finished = compute(requests(run)[0])
+    finished = compute(*requests(run)[0])
     fields = json.loads((finished.folder / "settings.json").read_text())
     assert fields["kind"] == "interpolate"
     assert [item["step"] for item in fields["checkpoints"]] == [3, 12]
@@ -236,38 +215,37 @@ def test_settings_file_has_checkpoints_settings_and_results(run: Path) -> None:
     assert fields["distances"] == [pytest.approx(squares**0.5, rel=1e-6)]
 
 
-@pytest.mark.usefixtures("without_figures")
 def test_network_without_running_statistics_has_a_landscape(tmp_path: Path) -> None:
     build_trainer(small_config(run={"epochs": 1}, model={"norm": "group"}), tmp_path / "run", Alone()).run()
-    finished = compute(Request([tmp_path / "run"], DIRECTION))
+    finished = compute([tmp_path / "run"], DIRECTION)
     assert read_landscape(finished.folder).settings["statistics"] == "none"
 
 
 class TestRefusals:
     def test_line_from_a_checkpoint_to_itself_is_refused(self, run: Path) -> None:
         with raises(UsageError, "same-checkpoint"):
-            compute(Request([run, checkpoint(run, 12)], LINE))
+            compute([run, checkpoint(run, 12)], LINE)
 
     def test_line_between_networks_of_different_shapes_is_refused(self, run: Path, tmp_path: Path) -> None:
         build_trainer(small_config(run={"epochs": 1}, model={"width": 0.0625}), tmp_path / "wide", Alone()).run()
         with raises(UsageError, "another-network"):
-            compute(Request([run, tmp_path / "wide"], LINE))
+            compute([run, tmp_path / "wide"], LINE)
 
     def test_line_between_networks_of_different_data_is_refused(self, run: Path, tmp_path: Path) -> None:
         build_trainer(small_config(run={"epochs": 1, "seed": 1}), tmp_path / "other", Alone()).run()
         with raises(UsageError, "other-data"):
-            compute(Request([run, tmp_path / "other"], LINE))
+            compute([run, tmp_path / "other"], LINE)
 
     def test_trajectory_needs_three_checkpoints(self, run: Path) -> None:
         with raises(UsageError, "too-few-checkpoints"):
-            compute(Request([checkpoint(run, 6)], replace(PLANE, trajectory=True)))
+            compute([checkpoint(run, 6)], replace(PLANE, trajectory=True))
 
     def test_damaged_checkpoint_is_refused(self, run: Path) -> None:
         content = bytearray(checkpoint(run, 12).read_bytes())
         content[1000] ^= 1
         checkpoint(run, 12).write_bytes(content)
         with raises(UsageError, "checkpoint-digest"):
-            compute(Request([run], DIRECTION))
+            compute([run], DIRECTION)
 
     def test_settings_out_of_range_are_refused(self) -> None:
         with raises(UsageError, "option-range"):

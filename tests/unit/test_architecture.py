@@ -30,8 +30,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("optim", "data", "monitoring"),
     ("checkpoint", "watch"),
     ("training", "sweep"),
-    ("launching", "report"),
     ("analysis",),
+    ("launching", "report"),
     ("api",),
     ("cli",),
 )
@@ -45,7 +45,7 @@ OWNERS = {
     "mpi4py": {"cluster"},
     "msgspec": {"monitoring"},
     "prometheus_client": {"monitoring"},
-    "matplotlib": {"analysis", "report"},
+    "matplotlib": {"report"},
     "jinja2": {"report"},
     "optuna": {"sweep"},
     "scipy": {"analysis", "report"},

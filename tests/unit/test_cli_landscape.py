@@ -19,8 +19,9 @@ def test_it_prints_widths_and_the_folder(trained_run: Path, capsys: pytest.Captu
     assert len(widths) == 2
     assert all(line.startswith("direction 0, basin of A: loss under ") for line in widths)
     assert Path(folder).parent == trained_run / "analysis"
-    assert (Path(folder) / "figure.svg").is_file()
-    assert main(words) == 0
+    picture = (Path(folder) / "figure.svg").read_bytes()
+    assert main([*words, "--scale", "log"]) == 0
+    assert (Path(folder) / "figure.svg").read_bytes() != picture, "the result is drawn again"
     told = capsys.readouterr()
     assert told.out.splitlines() == [*widths, folder]
     assert "this result existed already" in told.err

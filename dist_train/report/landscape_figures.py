@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 
-from dist_train.analysis.directions import Trajectory
 from dist_train.analysis.landscape_files import SPLITS, Landscape
 from dist_train.report.drawing import STYLE, save, stacked
 from dist_train.rundir.paths import RunDirectory
@@ -37,13 +36,11 @@ _LEVELS = 12
 Values = NDArray[numpy.float64]
 
 
-def draw_landscape(
-    landscape: Landscape, outputs: Sequence[Path], scale: str = "linear", trajectory: Trajectory | None = None
-) -> None:
+def draw_landscape(landscape: Landscape, outputs: Sequence[Path], scale: str = "linear") -> None:
     """Draw `landscape` into `outputs`, SVG, PDF or PNG by suffix; `scale` of the loss axis is linear or log."""
     if landscape.kind == "plane":
         with rc_context({**STYLE, "axes.grid": False}):
-            figure = _draw_plane(landscape, scale, trajectory)
+            figure = _draw_plane(landscape, scale)
     else:
         figure = stacked([line_chart(landscape, scale)], (4.2,), _title(landscape))
     for output in outputs:
@@ -80,18 +77,24 @@ def _points(landscape: Landscape, split: str, quantity: Quantity) -> tuple[Point
     return tuple(Point(alpha, fmean(found), "", min(found), max(found)) for alpha, found in values.items())
 
 
-def _draw_plane(landscape: Landscape, scale: str, trajectory: Trajectory | None) -> Figure:
+def _draw_plane(landscape: Landscape, scale: str) -> Figure:
     figure = Figure(figsize=(10.4, 4.8), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
     _contours(figure, loss, landscape, "loss", "Blues", _LOSS_COLOUR, scale)
     _contours(figure, accuracy, landscape, "accuracy", "Reds", _ACCURACY_COLOUR, "linear")
+    labels = ["alpha", "beta"]
+    path = []
+    if landscape.trajectory is not None:
+        shares, path = landscape.trajectory["explained"], landscape.trajectory["path"]
+        labels = [
+            f"{each} ({share * 100:.1f} % of the squared distances)" for each, share in zip(labels, shares, strict=True)
+        ]
     for axes in (loss, accuracy):
-        axes.set_xlabel("alpha" + _explained(trajectory, 0))
-        axes.set_ylabel("beta" + _explained(trajectory, 1))
-        if trajectory is not None:
-            alphas, betas = zip(*trajectory.coordinates, strict=True)
+        axes.set(xlabel=labels[0], ylabel=labels[1])
+        if path:
+            alphas, betas = ([place[name] for place in path] for name in ("alpha", "beta"))
             axes.plot(alphas, betas, color="#202020", lw=1.2, marker="o", markersize=3)
-            axes.annotate(f"step {trajectory.steps[0]}", trajectory.coordinates[0], (4, 4), textcoords="offset points")
+            axes.annotate(f"step {path[0]['step']}", (alphas[0], betas[0]), (4, 4), textcoords="offset points")
         axes.plot([0], [0], color="#202020", marker="*", markersize=9)
     figure.suptitle(_title(landscape), x=0.01, ha="left", fontsize=9)
     return figure
@@ -133,10 +136,6 @@ def _grid(landscape: Landscape, split: str, quantity: str) -> tuple[Values, Valu
     betas = numpy.array(sorted({row.beta for row in rows}))
     values = numpy.array([getattr(row, quantity) for row in rows]).reshape(len(betas), len(alphas))
     return alphas, betas, values
-
-
-def _explained(trajectory: Trajectory | None, index: int) -> str:
-    return "" if trajectory is None else f" ({trajectory.explained[index] * 100:.1f} % of the squared distances)"
 
 
 def _title(landscape: Landscape) -> str:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from dist_train.analysis.directions import Trajectory
-from dist_train.analysis.landscape_figures import draw_landscape, line_chart
 from dist_train.analysis.landscape_files import SPLITS, Landscape, Point, PointRow
 from dist_train.analysis.landscape_points import axis, line_points, plane_points
+from dist_train.report.landscape_figures import draw_landscape, line_chart
 
 ALPHAS = axis(-1.0, 1.0, 5)
 
@@ -103,10 +102,10 @@ def test_a_plane_is_drawn_as_contours(tmp_path: Path, scale: str) -> None:
 
 
 def test_the_way_of_a_run_is_drawn_over_the_plane(tmp_path: Path) -> None:
-    unit = torch.ones(1).double()
-    way = Trajectory((unit, unit), (3, 6, 9), ((0.9, 0.1), (0.5, -0.5), (0.0, 0.0)), (0.9, 0.07))
+    path = [{"step": 3, "alpha": 0.9, "beta": 0.1}, {"step": 6, "alpha": 0.5, "beta": -0.5}]
+    trajectory = {"explained": [0.9, 0.07], "path": [*path, {"step": 9, "alpha": 0.0, "beta": 0.0}]}
     shown = landscape("plane", plane_points(ALPHAS, ALPHAS), trajectory=True)
-    draw_landscape(shown, [tmp_path / "figure.svg"], "log", way)
+    draw_landscape(replace(shown, trajectory=trajectory), [tmp_path / "figure.svg"], "log")
     assert words(tmp_path / "figure.svg") >= {
         "step 3",
         "alpha (90.0 % of the squared distances)",
