@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 
 from dist_train.outcome import UsageError, writing
 from dist_train.rundir import atomic
-from dist_train.rundir.atomic import json_text
+from dist_train.rundir.atomic import json_text, read_regular
 
 Kind = Literal["interpolate", "direction", "plane"]
 Statistics = Literal["recomputed", "interpolated"]
@@ -140,11 +140,29 @@ class PointRow:
 
 
 @dataclass(frozen=True)
+class LineWidth:
+    """Where the basin along a direction begins and ends."""
+
+    direction: int
+    left: float
+    right: float
+
+
+@dataclass(frozen=True)
+class MeanWidth:
+    """The mean width of a basin over `directions`; in `open` of them it extends beyond the line."""
+
+    mean: float
+    open: int
+    directions: Sequence[LineWidth]
+
+
+@dataclass(frozen=True)
 class Landscape(Identity):
     """A finished result; `widths`, by basin and factor, and a plane's `trajectory` as settings.json records them."""
 
     rows: Sequence[PointRow]
-    widths: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    widths: Mapping[str, Mapping[str, MeanWidth]] = field(default_factory=dict)
     trajectory: Mapping[str, Any] | None = None
 
 
@@ -225,23 +243,21 @@ class LandscapeFolder:
 def read_landscape(folder: Path) -> Landscape:
     """Return the finished result in `folder`. Raises UsageError if it is missing, unfinished or damaged."""
     try:
-        fields = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+        fields = json.loads(read_regular(folder / "settings.json"))
         with (folder / "points.csv").open(encoding="utf-8", newline="") as file:
-            rows = _ROWS.validate_python(list(csv.DictReader(file)))
-        identity = fields["kind"], fields["checkpoints"], fields["settings"]
-        return Landscape(*identity, rows, fields["widths"], fields.get("trajectory"))
+            return _LANDSCAPE.validate_python({**fields, "rows": list(csv.DictReader(file))})
     except OSError as error:
         raise UsageError(
             f"{folder} holds no finished landscape ({error.strerror or error}): run dist-train landscape to its end",
             code="landscape-unfinished",
         ) from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise UsageError(
             f"{folder} holds a damaged landscape: remove it and compute it again ({error})", code="landscape-damaged"
         ) from error
 
 
-_ROWS = TypeAdapter(list[PointRow])
+_LANDSCAPE = TypeAdapter(Landscape)
 
 
 def _number(value: float | None) -> float:

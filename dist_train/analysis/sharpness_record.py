@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, Posi
 from dist_train.config.parts import AtLeastTwo, Section
 from dist_train.outcome import UsageError, writing
 from dist_train.rundir import atomic
-from dist_train.rundir.atomic import finite
+from dist_train.rundir.atomic import finite, read_regular
 
 FORMAT = 1
 Measure = Literal["keskar", "rise", "hessian", "width", "noise-scale"]
@@ -161,7 +161,7 @@ def record_path(folder: Path, checkpoint: MeasuredCheckpoint, data: MeasuredData
 def read_record(path: Path) -> SharpnessRecord:
     """Return the record at `path`. Raises UsageError if it cannot be read, or is not a record."""
     try:
-        return SharpnessRecord.model_validate_json(path.read_bytes())
+        return SharpnessRecord.model_validate_json(read_regular(path))
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror or error}", code="record-unreadable") from error
     except ValidationError as error:

@@ -1,10 +1,8 @@
-"""The landscapes and sharpness of a run, read from the files that `dist-train landscape` and `sharpness` wrote."""
+"""The landscapes and sharpness of a run, as `dist-train landscape` and `sharpness` wrote them, to be compared."""
 
 from __future__ import annotations
 
-import csv
 import json
-import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,21 +10,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dist_train.analysis.landscape_files import LineWidth, PointRow, read_landscape
+from dist_train.analysis.sharpness_record import SharpnessRecord, WidthResult, read_record
+from dist_train.outcome import UsageError
 from dist_train.rundir.atomic import read_regular
 from dist_train.rundir.paths import BrokenFileError, RunDirectory
 
 _INCIDENTAL = frozenset({"data_digest", "device", "batch_size", "statistics_batch", "threads"})
-
-
-@dataclass(frozen=True)
-class LandscapePoint:
-    """Loss and accuracy (in [0, 1]) of a split at `alpha` along a direction."""
-
-    direction: int
-    alpha: float
-    split: str
-    loss: float
-    accuracy: float
 
 
 @dataclass(frozen=True)
@@ -59,12 +49,12 @@ class Landscape:
     folder: Path
     kind: str
     runs: tuple[str, ...]
-    step: int | None
+    step: int
     settings: str
     widths: tuple[BasinWidth, ...]
-    points: tuple[LandscapePoint, ...]
+    points: Sequence[PointRow]
 
-    def lines(self, split: str) -> tuple[tuple[LandscapePoint, ...], ...]:
+    def lines(self, split: str) -> tuple[tuple[PointRow, ...], ...]:
         """Return the points of `split` by direction, each ordered by alpha."""
         points = [point for point in self.points if point.split == split]
         points.sort(key=lambda point: (point.direction, point.alpha))
@@ -73,9 +63,9 @@ class Landscape:
 
 @dataclass(frozen=True)
 class Sharpness:
-    """The measures of one checkpoint by name, in the order of the file; `bounds` names those that are lower bounds."""
+    """The measures of one checkpoint by the names that the report shows; `bounds` names those that are lower bounds."""
 
-    step: int | None
+    step: int
     settings: str
     measures: Mapping[str, float]
     bounds: frozenset[str] = frozenset()
@@ -99,148 +89,85 @@ class Analyses:
 
     def at_the_end(self, results: Sequence[_Result]) -> tuple[_Result, ...]:
         """Return those of `results` that belong to the last checkpoint, as far as is known."""
-        return tuple(item for item in results if None in (item.step, self.last_step) or item.step == self.last_step)
+        return tuple(item for item in results if self.last_step in (None, item.step))
 
 
 def read_analyses(directory: RunDirectory) -> Analyses:
     """Return the results of a run; results of checkpoints that it does not have are problems."""
     digests: set[str] = set()
     for path in directory.checkpoint_records():
-        with suppress(BrokenFileError):  # the checkpoint's own reader reports it
-            digests.add(_Source.of(_json(path)).digest)
+        with suppress(OSError, ValueError, KeyError, TypeError):  # the checkpoint's own reader reports it
+            digests.add(json.loads(read_regular(path))["sha256"])
     landscapes, sharpness, problems = [], [], []
     for path in sorted(directory.analysis.iterdir()) if directory.analysis.is_dir() else ():
         try:
             if (path / "settings.json").is_file():
-                landscapes.append(_landscape(path, digests - {""}))
+                landscapes.append(_landscape(path, digests))
             elif path.match("sharpness-*.json"):
-                sharpness.append(_sharpness(path, digests - {""}))
+                sharpness.append(_sharpness(path, digests))
         except BrokenFileError as error:
             problems.append(f"{path.name}: {error}")
+        except UsageError as error:
+            problems.append(str(error))
     last_step = max(directory.checkpoint_steps(), default=None)
     return Analyses(tuple(landscapes), tuple(sharpness), tuple(problems), last_step)
 
 
-@dataclass(frozen=True)
-class _Source:
-    """The checkpoint that a result was computed from."""
-
-    run: str
-    step: int | None
-    digest: str
-
-    @classmethod
-    def of(cls, fields: object) -> _Source:
-        known = fields if isinstance(fields, Mapping) else {}
-        folder, step = Path(str(known.get("path") or "")).parent, known.get("step")
-        run = folder.parent.name if folder.name == RunDirectory(Path()).checkpoints.name else folder.name
-        return cls(run, step if isinstance(step, int) else None, str(known.get("sha256") or ""))
-
-
 def _landscape(folder: Path, digests: Collection[str]) -> Landscape:
-    fields = _json(folder / "settings.json")
-    kind, checkpoints = fields.get("kind"), fields.get("checkpoints")
-    if not isinstance(checkpoints, list) or not checkpoints or not isinstance(kind, str):
-        raise BrokenFileError("settings.json names no kind or no checkpoint")
-    sources = [_Source.of(checkpoint) for checkpoint in checkpoints]
+    found = read_landscape(folder)
     # The other checkpoint of an interpolation may belong to another run.
-    if digests and not any(source.digest in digests for source in sources):
+    if digests and not any(checkpoint["sha256"] in digests for checkpoint in found.checkpoints):
         raise BrokenFileError("it was computed from checkpoints that this run does not have")
-    try:
-        with (folder / "points.csv").open(newline="", encoding="utf-8") as file:
-            points = tuple(_point(row) for row in csv.DictReader(file))
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise BrokenFileError(f"points.csv is damaged: {error!r}") from error
-    if not points:
-        raise BrokenFileError("points.csv holds no point")
-    widths = tuple(_widths(fields.get("widths"), points))
-    runs = tuple(source.run for source in sources)
-    return Landscape(folder, kind, runs, sources[0].step, _comparable(fields.get("settings")), widths, points)
+    runs = tuple(RunDirectory.of_checkpoint(Path(checkpoint["path"])).root.name for checkpoint in found.checkpoints)
+    widths = tuple(
+        BasinWidth(
+            basin, factor, width.mean, width.open, sum(_is_unresolved(line, found.rows) for line in width.directions)
+        )
+        for basin, by_factor in found.widths.items()
+        for factor, width in by_factor.items()
+    )
+    step = found.checkpoints[0]["step"]
+    return Landscape(folder, found.kind, runs, step, _comparable(found.settings), widths, found.rows)
 
 
-def _comparable(settings: object) -> str:
-    """Return the settings that comparable results share: not how they were computed or which images a seed chose."""
-    if isinstance(settings, Mapping):
-        # Norms that use each pass's own statistics give another loss with passes of another size.
-        left_out = _INCIDENTAL - {"batch_size"} if settings.get("statistics") == "batch" else _INCIDENTAL
-        settings = {name: value for name, value in settings.items() if name not in left_out}
-    return json.dumps(settings, sort_keys=True)
-
-
-def _widths(fields: object, points: Sequence[LandscapePoint]) -> Iterator[BasinWidth]:
-    for basin, by_factor in _items(fields):
-        for factor, width in _items(by_factor):
-            match width:
-                case {"mean": int() | float() as mean}:
-                    unresolved = sum(_is_unresolved(line, points) for line in width.get("directions") or ())
-                    yield BasinWidth(basin, factor, float(mean), int(width.get("open") or 0), unresolved)
-
-
-def _is_unresolved(line: object, points: Sequence[LandscapePoint]) -> bool:
+def _is_unresolved(line: LineWidth, rows: Sequence[PointRow]) -> bool:
     """Whether the basin contains at most one point of the line, the minimum."""
-    match line:
-        case {"direction": number, "left": int() | float() as left, "right": int() | float() as right}:
-            mine = (point.alpha for point in points if point.split == "train" and point.direction == number)
-            return sum(left <= alpha <= right for alpha in mine) < 2
-    return False
+    alphas = (row.alpha for row in rows if row.split == "train" and row.direction == line.direction)
+    return sum(line.left <= alpha <= line.right for alpha in alphas) < 2
 
 
-def _point(row: Mapping[str, str]) -> LandscapePoint:
-    loss, accuracy = float(row["loss"] or "nan"), float(row["accuracy"] or "nan")
-    return LandscapePoint(int(row["direction"] or 0), float(row["alpha"]), row["split"], loss, accuracy)
+def _comparable(settings: Mapping[str, Any]) -> str:
+    """Return the settings that comparable results share: not how they were computed or which images a seed chose."""
+    # Norms that use each pass's own statistics give another loss with passes of another size.
+    left_out = _INCIDENTAL - {"batch_size"} if settings.get("statistics") == "batch" else _INCIDENTAL
+    return json.dumps({name: value for name, value in settings.items() if name not in left_out}, sort_keys=True)
 
 
 def _sharpness(path: Path, digests: Collection[str]) -> Sharpness:
-    fields = _json(path)
-    source = _Source.of(fields.get("checkpoint"))
-    if digests and source.digest not in digests:
+    record = read_record(path)
+    if digests and record.checkpoint.sha256 not in digests:
         raise BrokenFileError("it was computed from a checkpoint that this run does not have")
-    censored = {_width_title(width) for width in fields.get("widths") or () if dict(_items(width)).get("censored")}
-    return Sharpness(source.step, _comparable(fields.get("settings")), dict(_measures(fields)), frozenset(censored))
+    measures = {name: value for name, value in _measures(record) if value is not None}
+    censored = frozenset(_width_title(width) for width in record.widths or () if width.censored)
+    return Sharpness(record.checkpoint.step, _comparable(record.settings.model_dump(mode="json")), measures, censored)
 
 
-def _width_title(width: Mapping[str, Any]) -> str:
-    return f"basin width at a rise of {width.get('rise')}"
+def _measures(record: SharpnessRecord) -> Iterator[tuple[str, float | None]]:
+    """Yield the measures by name; None if one is not finite."""
+    if record.hessian is not None:
+        known = [each for each in record.hessian.eigenvalues if each is not None]
+        yield "largest Hessian eigenvalue", max(known, default=None)
+        yield "Hessian trace", record.hessian.trace
+    if record.keskar is not None:
+        yield "Keskar, full space", record.keskar.full
+        yield "Keskar, subspace", record.keskar.subspace
+    for rise in record.expected_rise or ():
+        yield f"expected rise at {rise.amplitude:g}", rise.mean
+    for width in record.widths or ():
+        yield _width_title(width), width.mean
+    if record.noise_scale is not None:
+        yield "gradient noise scale", record.noise_scale.value
 
 
-def _measures(fields: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Yield the measures under the names that the report shows."""
-    hessian = dict(_items(fields.get("hessian")))
-    known = [float(value) for value in hessian.get("eigenvalues") or () if value is not None]
-    if known:
-        yield "largest Hessian eigenvalue", max(known)
-    yield from _flat_numbers(hessian.get("trace"), "Hessian trace")
-    for name, value in _flat_numbers(fields.get("keskar"), ""):
-        yield f"Keskar, {name.replace('full', 'full space')}", value
-    for rise in fields.get("expected_rise") or ():
-        match rise:
-            case {"amplitude": int() | float() as amplitude, "mean": int() | float() as mean}:
-                yield f"expected rise at {amplitude:g}", float(mean)
-    for width in fields.get("widths") or ():
-        match width:
-            case {"mean": int() | float() as mean}:
-                yield _width_title(width), float(mean)
-    yield from _flat_numbers(dict(_items(fields.get("noise_scale"))).get("value"), "gradient noise scale")
-
-
-def _flat_numbers(fields: object, name: str) -> Iterator[tuple[str, float]]:
-    """Yield the finite numbers in nested JSON objects under dotted names."""
-    for inner, value in _items(fields):
-        yield from _flat_numbers(value, f"{name}.{inner}" if name else inner)
-    if isinstance(fields, int | float) and not isinstance(fields, bool) and math.isfinite(fields):
-        yield name, float(fields)
-
-
-def _items(fields: object) -> Iterator[tuple[str, Any]]:
-    """Yield the fields of a JSON object; nothing for any other value."""
-    yield from fields.items() if isinstance(fields, dict) else ()
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(read_regular(path))
-    except (OSError, ValueError) as error:
-        raise BrokenFileError(f"{path.name} cannot be read or is not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise BrokenFileError(f"{path.name} holds no result")
-    return fields
+def _width_title(width: WidthResult) -> str:
+    return f"basin width at a rise of {width.rise}"

@@ -126,7 +126,7 @@ def planes_of(runs: Sequence[StoredRun]) -> tuple[Plane, ...]:
 
 
 def _step(landscape: Landscape) -> str:
-    return f", step {landscape.step:,}" if landscape.step is not None else ""
+    return f", step {landscape.step:,}"
 
 
 def _paper_variants(drawn: Sequence[_Drawn]) -> list[_Drawn]:

@@ -164,7 +164,7 @@ def sharpness_of(runs: Sequence[StoredRun]) -> dict[str, Sharpness]:
 def _comparable(results: Mapping[str, Sequence[_Result]]) -> dict[str, _Result]:
     settings = commonest_settings([item for found in results.values() for item in found])
     comparable = {name: [item for item in found if item.settings == settings] for name, found in results.items()}
-    return {name: max(found, key=lambda item: item.step or 0) for name, found in comparable.items() if found}
+    return {name: max(found, key=lambda item: item.step) for name, found in comparable.items() if found}
 
 
 def _last(name: str, split: str) -> Callable[[StoredRun], float | None]:

@@ -228,8 +228,8 @@ def test_damaged_analysis_is_named(tmp_path: Path) -> None:
     [sharpness] = run.glob("analysis/sharpness-*.json")
     sharpness.write_text("{torn")
     text = rendered(run).text
-    assert "points.csv is damaged" in text
-    assert "is not JSON" in text
+    assert f"{points.parent} holds a damaged landscape" in text
+    assert f"{sharpness} is damaged" in text
 
 
 def test_landscapes_with_other_settings_are_not_mixed(tmp_path: Path) -> None:

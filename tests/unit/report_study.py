@@ -203,7 +203,7 @@ def _write_landscape(
     (folder / "points.csv").write_text("\n".join(lines) + "\n")
     widths = {
         "A": {
-            factor: {"mean": treatment.width * share + draw.gauss(0, 0.01), "standard_deviation": 0.01, "open": 0}
+            factor: {"mean": treatment.width * share + draw.gauss(0, 0.01), "open": 0, "directions": []}
             for factor, share in (("2", 0.6), ("10", 1.0))
         }
     }
@@ -250,7 +250,11 @@ def _write_sharpness(
     sharp = 1 / treatment.width**2
     fields = {
         "checkpoint": checkpoint,
+        "data": {"samples": 2_000, "sha256": "0" * 64},
         "settings": {"samples": 2_000, "seed": 0},
+        "weights": 44_386,
+        "loss": 0.01,
+        "accuracy": treatment.train_accuracy,
         "keskar": {"full": 9 * sharp * draw.gauss(1, 0.1), "subspace": 0.7 * sharp * draw.gauss(1, 0.1)},
         "expected_rise": [
             {"amplitude": size, "mean": 2 * size * sharp * draw.gauss(1, 0.05), "standard_error": 0.002, "draws": 8}
