@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from pydantic import TypeAdapter
 
 from dist_train.config import DATA_SETS
 from dist_train.config.loading import flat_settings, parse_yaml
@@ -23,6 +23,7 @@ from dist_train.rundir.atomic import read_regular
 from dist_train.rundir.paths import BrokenFileError, RunDirectory, StudyDirectory
 from dist_train.rundir.records import EvaluationRecord, EventRecord, Record, TrainRecord
 from dist_train.rundir.status import Status, read_status
+from dist_train.sweep.study_file import Contrast
 from dist_train.watch.run_table import read_measurements, read_settings, read_state
 
 _BATCH = "batch.global_size"
@@ -33,10 +34,10 @@ class Planned:
     """A study's plan for a run; `title` is the variant's, `batch` None if neither run nor base sets it."""
 
     name: str
-    variant: str
-    title: str
-    seed: int | None
-    overrides: tuple[str, ...]
+    variant: str = ""
+    title: str = ""
+    seed: int | None = None
+    overrides: tuple[str, ...] = ()
     batch: int | None = None
 
     @property
@@ -135,12 +136,16 @@ def read_run(root: Path, name: str, planned: Planned | None = None) -> StoredRun
 
 
 @dataclass(frozen=True)
-class NamedContrast:
-    """Names of the `variants` that a study compares with `against`; a grid is resolved to its variants."""
+class _Study:
+    """What the report shows of study.yaml."""
 
-    title: str
-    variants: tuple[str, ...]
-    against: str
+    name: str = ""
+    title: str = ""
+    variants: Mapping[str, Any] = field(default_factory=dict)
+    contrasts: tuple[Contrast, ...] = ()
+
+
+_STUDY, _PLAN = TypeAdapter(_Study), TypeAdapter(tuple[Planned, ...])
 
 
 @dataclass(frozen=True)
@@ -154,35 +159,34 @@ class Subject:
     @property
     def title(self) -> str:
         """Return the study's title or name, or else the folder's name."""
-        fields = self._study()
-        return str(fields.get("title") or fields.get("name") or self.directory.resolve().name)
+        study = self._study()
+        return study.title or study.name or self.directory.resolve().name
 
     @property
-    def contrasts(self) -> tuple[NamedContrast, ...]:
-        """Return the study's named contrasts, as far as their variants exist."""
-        fields = self._study()
+    def contrasts(self) -> tuple[Contrast, ...]:
+        """Return the study's named contrasts, as far as their variants exist; a grid is resolved to its variants."""
+        study = self._study()
         names = dict.fromkeys(run.planned.variant for run in self.runs if run.planned)
-        listed = fields.get("variants")
-        families = sorted(listed, key=len, reverse=True) if isinstance(listed, Mapping) else []
+        families = sorted(study.variants, key=len, reverse=True)
         members: dict[str, list[str]] = {}
         for name in names:
             family = next((each for each in families if name == each or name.startswith(f"{each}-")), name)
             members.setdefault(family, []).append(name)
         found = []
-        for entry in fields.get("contrasts") or ():
-            match entry:
-                case {"variants": [*variants], "against": str() as against} if len(members.get(against, ())) == 1:
-                    once = dict.fromkeys(map(str, variants))
-                    chosen = tuple(name for variant in once for name in members.get(variant, ()))
-                    found.append(NamedContrast(str(entry.get("title") or ""), chosen, members[against][0]))
+        for contrast in study.contrasts:
+            if len(members.get(contrast.against, ())) == 1:
+                once = dict.fromkeys(contrast.variants)
+                chosen = tuple(name for variant in once for name in members.get(variant, ()))
+                resolved = {"variants": chosen, "against": members[contrast.against][0]}
+                found.append(contrast.model_copy(update=resolved))
         return tuple(found)
 
-    def _study(self) -> Mapping[str, Any]:
+    def _study(self) -> _Study:
         """Return the content of study.yaml; empty if there is none."""
-        fields = None
-        with suppress(OSError, yaml.YAMLError):
-            fields = parse_yaml(read_regular(StudyDirectory(self.directory).study)) if self.kind == "study" else None
-        return fields if isinstance(fields, Mapping) else {}
+        with suppress(OSError, ValueError, yaml.YAMLError):
+            if self.kind == "study":
+                return _STUDY.validate_python(parse_yaml(read_regular(StudyDirectory(self.directory).study)))
+        return _Study()
 
 
 def read_subject(directory: Path) -> Subject:
@@ -219,8 +223,8 @@ def _study_runs(directory: Path, prefix: str) -> Iterator[StoredRun]:
     with suppress(BrokenFileError):
         base = read_settings(StudyDirectory(directory).base)
     try:
-        plan = [_planned(entry, base.get(_BATCH)) for entry in json.loads(read_regular(path))]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        plan = [_completed(planned, base.get(_BATCH)) for planned in _PLAN.validate_json(read_regular(path))]
+    except (OSError, ValueError) as error:
         raise UsageError(
             f"{path} is not a list of runs ({error!r}): start the study's sweep again", code="plan-damaged"
         ) from error
@@ -248,15 +252,7 @@ def _changes(settings: Mapping[str, object], base: Mapping[str, object], overrid
             yield f"{path}: {had}, not {has}"
 
 
-def _planned(entry: Mapping[str, Any], base_batch: object) -> Planned:
-    overrides = tuple(map(str, entry.get("overrides") or ()))
-    batch = str(dict(override.split("=", 1) for override in overrides).get(_BATCH, base_batch))
-    variant, seed = str(entry.get("variant") or ""), entry.get("seed")
-    return Planned(
-        name=str(entry["name"]),
-        variant=variant,
-        title=str(entry.get("title") or variant),
-        seed=seed if isinstance(seed, int) else None,
-        overrides=overrides,
-        batch=int(batch) if batch.isdecimal() else None,
-    )
+def _completed(planned: Planned, base_batch: object) -> Planned:
+    """Return `planned` with a title and, if it or the base sets one, a batch."""
+    batch = str(dict(override.split("=", 1) for override in planned.overrides).get(_BATCH, base_batch))
+    return replace(planned, title=planned.title or planned.variant, batch=int(batch) if batch.isdecimal() else None)

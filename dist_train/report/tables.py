@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from dist_train.report.measures import JUDGED_ACCURACY, JUDGED_LOSS, Interval, Measure, measures_of, sharpness_measures
-from dist_train.report.stored_run import NamedContrast, StoredRun
+from dist_train.report.stored_run import StoredRun
 from dist_train.report.variants import Panel, Variant, counted_runs
+from dist_train.sweep.study_file import Contrast
 from dist_train.watch.figure import three_digits
 
 _EFFECTS = ("final_test", "final_train", "gap", "test_loss", "train_loss")
@@ -210,7 +211,7 @@ _EQUAL_LOSS = replace(
 )
 
 
-def contrast_tables(panels: Sequence[Panel], named: Sequence[NamedContrast]) -> tuple[Table[Effect | None], ...]:
+def contrast_tables(panels: Sequence[Panel], named: Sequence[Contrast]) -> tuple[Table[Effect | None], ...]:
     """Return the study's named contrasts, then all variants against the baselines of the smallest and largest batch.
 
     Variants without two seeds in common with the reference, and measures that no two seeds have, are left out.
