@@ -39,12 +39,11 @@ from dist_train.watch.figure import (
 
 @dataclass(frozen=True)
 class RankCorrelation:
-    """Spearman's rho of `count` pairs, with Fisher's 95 % interval; the ends are NaN if it has none."""
+    """Spearman's rho with Fisher's 95 % interval; the ends are NaN if it has none."""
 
     rho: float
     low: float
     high: float
-    count: int
 
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
@@ -78,9 +77,9 @@ def rank_correlation(
         return None
     freedom = len(first) - 3 - (given is not None)
     if freedom < 1 or abs(rho) >= 1 - 1e-12:
-        return RankCorrelation(rho, math.nan, math.nan, len(first))
+        return RankCorrelation(rho, math.nan, math.nan)
     half = float(stats.norm.ppf(0.975)) * math.sqrt((1 + rho**2 / 2) / freedom)
-    return RankCorrelation(rho, math.tanh(math.atanh(rho) - half), math.tanh(math.atanh(rho) + half), len(first))
+    return RankCorrelation(rho, math.tanh(math.atanh(rho) - half), math.tanh(math.atanh(rho) + half))
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ class Correlation:
         """Return the correlation with its interval and note in brackets; a dash if there is none."""
         if self.found is None:
             return "\u2013"
-        numbers = [f"{each:.2f}".replace("-", "\u2212") for each in (self.found.low, self.found.high)]
+        numbers = [f"{each:.2f}" for each in (self.found.low, self.found.high)]
         ends = "" if math.isnan(self.found.low) else f"{' to '.join(numbers)}; "
         return f"{self.found.rho:.2f} ({ends}{self.note})".replace("-", "\u2212")
 
