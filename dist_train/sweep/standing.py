@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 from typing import Literal
 
@@ -19,7 +18,7 @@ from dist_train.cluster.launch import JOB_IS_ALIVE, current_job, job_states
 from dist_train.config import ConfigError, differences, load_config
 from dist_train.monitoring import wording
 from dist_train.outcome import ExitCode, escaped, writing
-from dist_train.rundir.records import EvaluationRecord, read_last_records, read_records
+from dist_train.rundir.records import EvaluationRecord, read_last_records
 from dist_train.rundir.status import read_status
 from dist_train.sweep.planned_runs import Plan, PlannedRun, optuna_trials, plan_study, write_plan
 from dist_train.sweep.study_file import OptunaTrials
@@ -52,7 +51,8 @@ def standing_of(run: PlannedRun) -> Standing:
         state, note = "lost", gone
     then, why = _next(run, state, note)
     done = summary.step / summary.total_steps if summary.step is not None and summary.total_steps else None
-    return Standing(run, state, why, then, done, _last_accuracy(run.files.metrics))
+    tested = _last_evaluation(run, "test")
+    return Standing(run, state, why, then, done, tested.accuracy if tested else None)
 
 
 def render(standings: Sequence[Standing]) -> Table:
@@ -126,13 +126,13 @@ def _job_is_gone(summary: RunSummary) -> str:
     return f"its job {summary.slurm_job} is {state}" if word and word[0] and word[0] not in JOB_IS_ALIVE else ""
 
 
-def _last_accuracy(metrics: Path) -> float | None:
+def _last_evaluation(run: PlannedRun, split: str) -> EvaluationRecord | None:
     try:
-        records = read_last_records(metrics, _ENOUGH)
+        records = read_last_records(run.files.metrics, _ENOUGH)
     except OSError:
         return None
-    tested = [record for record in records if isinstance(record, EvaluationRecord) and record.split == "test"]
-    return tested[-1].accuracy if tested else None
+    found = (record for record in reversed(records) if isinstance(record, EvaluationRecord) and record.split == split)
+    return next(found, None)
 
 
 def renewed(plan: Plan) -> Plan:
@@ -194,14 +194,7 @@ def objective_of(plan: Plan, runs: Sequence[PlannedRun]) -> float | None:
     """Return the mean over `runs` of the objective at their last evaluation; None if one has no finite value."""
     assert plan.study.search is not None
     split, _, name = plan.study.search.objective.partition(".")
-    values = []
-    for run in runs:
-        last = math.nan
-        with suppress(OSError):
-            for record in read_records(run.files.metrics):
-                if isinstance(record, EvaluationRecord) and record.split == split:
-                    last = getattr(record, name)
-        values.append(last)
+    values = [getattr(_last_evaluation(run, split), name, math.nan) for run in runs]
     return fmean(values) if values and all(map(math.isfinite, values)) else None
 
 
