@@ -45,11 +45,9 @@ _Axes = tuple[Axis, Axis, Axis]  # along the line; of the loss; of the accuracy
 
 @dataclass(frozen=True)
 class LandscapeFigure:
-    """Landscapes around solutions: panels as in the paper, the other variants', lines between solutions, settings."""
+    """Landscapes around solutions: a row as in the paper, a row of the other variants', and their settings."""
 
-    panels: tuple[Chart, ...] = ()
-    others: tuple[Chart, ...] = ()
-    between: tuple[Chart, ...] = ()
+    rows: tuple[tuple[Chart, ...], ...] = ()
     settings: tuple[tuple[str, str], ...] = ()
     left_out: int = 0  # number of `direction` landscapes not drawn, because of other settings or an earlier step
 
@@ -78,19 +76,16 @@ def landscape_figure(panels: Sequence[Panel]) -> LandscapeFigure:
     rest = [item for item in drawn if item not in first]
     # The same axes for all, so that widths can be compared.
     axes = _axes([item for group in drawn for item in group.landscapes])
-    settings = json.loads(next(iter(chosen.values())).settings) if chosen else None
+    settings = json.loads(next(iter(chosen.values())).settings) if chosen else {}
+    as_in_the_paper = tuple(
+        # Letters as in the paper: a and b for SB without and with noise, c and d for LB.
+        _around(f"landscape-{at}", item, _LETTERS[2 * panels.index(item.panel) + (not item.variant.is_base)], axes)
+        for at, item in enumerate(first)
+    )
+    others = tuple(_around(f"landscape-other-{index}", item, "", axes) for index, item in enumerate(rest))
     return LandscapeFigure(
-        panels=tuple(
-            # Letters as in the paper: a and b for SB without and with noise, c and d for LB.
-            _around(f"landscape-{at}", item, _LETTERS[2 * panels.index(item.panel) + (not item.variant.is_base)], axes)
-            for at, item in enumerate(first)
-        ),
-        others=tuple(_around(f"landscape-other-{index}", item, "", axes) for index, item in enumerate(rest)),
-        between=_between(panels),
-        settings=tuple(
-            (name.replace("_", " "), json.dumps(value).strip('"'))
-            for name, value in (settings.items() if isinstance(settings, dict) else ())
-        ),
+        rows=tuple(filter(None, (as_in_the_paper, others))),
+        settings=tuple((name.replace("_", " "), json.dumps(value).strip('"')) for name, value in settings.items()),
         left_out=sum(len(run.analyses.of_kind("direction")) for run in runs) - len(chosen),
     )
 
@@ -186,7 +181,7 @@ def _chart(
     return Chart(key, title, description, x, left, series, right, note=note, upright=0.0)
 
 
-def _between(panels: Sequence[Panel]) -> tuple[Chart, ...]:
+def lines_between(panels: Sequence[Panel]) -> tuple[Chart, ...]:
     """Return a chart for every pair of variants with lines between their runs: the mean over these lines."""
     variants = [(f"{panel.short}, {variant.label}", variant) for panel in panels for variant in panel.variants]
     names = {run.directory: title for title, variant in variants for run in variant.runs}
@@ -372,13 +367,12 @@ def figures_of_study(
     for variant in (variant for panel in panels for variant in panel.variants if variant.counted):
         labels.setdefault(f"s{variant.colour}", {})[variant.label] = None
     legend = {style: " / ".join(words) for style, words in labels.items()}
-    around = tuple(row for row in (landscape.panels, landscape.others) if row)
     against = tuple(scatter.chart for scatter in scatters)
     return _numbered(
         NumberedFigure("glance", "At a glance", (strips(panels, measure),) if measure else ()),
         NumberedFigure("curves", "Learning curves", study_curves(panels), legend=legend),
-        NumberedFigure("landscapes", "The loss around the solutions", around, legend=_LINES),
-        NumberedFigure("between", "Between two solutions", (landscape.between,), legend=_LINES),
+        NumberedFigure("landscapes", "The loss around the solutions", landscape.rows, legend=_LINES),
+        NumberedFigure("between", "Between two solutions", (lines_between(panels),), legend=_LINES),
         NumberedFigure("planes", "Planes through the solutions", planes=planes_of(runs)),
         NumberedFigure("sharpness", "Sharpness against generalization", (against,), legend=legend),
         NumberedFigure("course", "Sharpness along training", (sharpness_courses(panels),), legend=legend),

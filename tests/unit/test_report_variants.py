@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dist_train.report.figures import landscape_figure
+from dist_train.report.figures import lines_between
 from dist_train.report.measures import Measure, measures_of
 from dist_train.report.stored_run import Subject, read_subject
 from dist_train.report.tables import contrast_tables, effect_tables, variant_cell
@@ -107,7 +107,7 @@ def test_line_ends_at_the_run_of_its_own_study(tmp_path: Path) -> None:
     for name in ("first", "second"):
         plan = make_study(tmp_path / name, seeds=(0,)) / "runs.json"
         plan.write_text(plan.read_text().replace("LB, baseline", f"LB, {name}"))
-    lines = landscape_figure(panels_of(read_subject(tmp_path).runs)).between
+    lines = lines_between(panels_of(read_subject(tmp_path).runs))
     assert [line.title.rpartition(" to ")[2] for line in lines] == ["LB, first (1)", "LB, second (1)"]
 
 
