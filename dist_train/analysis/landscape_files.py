@@ -245,7 +245,10 @@ def read_landscape(folder: Path) -> Landscape:
     try:
         fields = json.loads(read_regular(folder / "settings.json"))
         with (folder / "points.csv").open(encoding="utf-8", newline="") as file:
-            return _LANDSCAPE.validate_python({**fields, "rows": list(csv.DictReader(file))})
+            landscape = _LANDSCAPE.validate_python({**fields, "rows": list(csv.DictReader(file))})
+        if not landscape.checkpoints or any({"path", "sha256", "step"} - each.keys() for each in landscape.checkpoints):
+            raise ValueError("settings.json does not say of which checkpoints it is")
+        return landscape
     except OSError as error:
         raise UsageError(
             f"{folder} holds no finished landscape ({error.strerror or error}): run dist-train landscape to its end",

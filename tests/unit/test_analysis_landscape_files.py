@@ -7,6 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from dist_train.analysis.landscape_files import Identity, LandscapeFolder, Measured, Point, read_landscape
 from dist_train.outcome import UsageError
 from tests.raising import raises
@@ -95,5 +97,15 @@ def test_what_is_not_finished_or_damaged_is_told(tmp_path: Path) -> None:
     with raises(UsageError, "landscape-unfinished"):
         read_landscape(folder.path)
     folder.points.write_text("direction,alpha\n0,x\n")
+    with raises(UsageError, "landscape-damaged"):
+        read_landscape(folder.path)
+
+
+@pytest.mark.parametrize("checkpoints", [[], [{"path": "a.pt", "sha256": "ab"}]])
+def test_a_landscape_of_unnamed_checkpoints_is_damaged(tmp_path: Path, checkpoints: list[dict[str, str]]) -> None:
+    folder = LandscapeFolder(tmp_path, identity())
+    folder.begin()
+    folder.write_points([Point(0, -0.1)], {0: measured(1.0)})
+    folder.settings.write_text(json.dumps({**json.loads(folder.settings.read_text()), "checkpoints": checkpoints}))
     with raises(UsageError, "landscape-damaged"):
         read_landscape(folder.path)
