@@ -279,6 +279,8 @@ def _import(place: str) -> ModuleType:
     path = os.path.abspath(place)
     name = f"{Path(path).stem}_{hashlib.sha256(path.encode()).hexdigest()[:8]}"
     if name in sys.modules:
+        if not hasattr(sys.modules[name], _DIGEST):
+            raise ImportError('it names itself while it is imported: train below `if __name__ == "__main__":`')
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:

@@ -168,6 +168,21 @@ def test_a_plugin_that_cannot_be_imported_has_its_own_code(tmp_path: Path) -> No
         load_config(tmp_path / "config.yaml")
 
 
+@pytest.mark.parametrize("call", ["['model.name=script.py:net']", "['model.name=net'], ['script.py']"])
+def test_a_script_that_names_itself_must_not_train_while_it_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = "import dist_train\n@dist_train.register('models', 'net')\ndef net(images, width, norm): ...\n%s"
+    write(tmp_path, "", "base.yaml")
+    write(tmp_path, source % f"dist_train.load_config('base.yaml', {call})\n", "script.py")
+    with raises_problems(("model.name", "plugin-import")):
+        load_config("base.yaml", ["model.name=script.py:net"])
+    guarded = f"if __name__ == '__main__':\n    dist_train.load_config('base.yaml', {call})\n"
+    write(tmp_path, source % guarded, "script.py")
+    load_config("base.yaml", ["model.name=script.py:net"])
+
+
 def test_an_edited_plugin_is_imported_again(tmp_path: Path) -> None:
     text = "model: {name: mine.py:model}"
     source = "from torch import nn\n\n\ndef model(images, width, norm):\n    return nn.Linear(1, %d)\n"
