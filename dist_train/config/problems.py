@@ -107,8 +107,7 @@ _FAULTS: Mapping[str, tuple[str, str]] = {
     "int_type": ("wrong-type", "not a whole number"),
     "float_type": ("wrong-type", "not a number"),
     "bool_type": ("wrong-type", "not true or false"),
-    "string_type": ("wrong-type", "not text"),
-    "path_type": ("wrong-type", "not text"),
+    **dict.fromkeys(("string_type", "path_type"), ("wrong-type", 'not text, unless quoted: "7", in a shell \'"7"\'')),
     **dict.fromkeys(("greater_than", "greater_than_equal", "less_than", "less_than_equal"), ("out-of-range", "")),
     **dict.fromkeys(("finite_number", "too_short", "too_long"), ("out-of-range", "")),
 }

@@ -85,6 +85,11 @@ def test_a_date_is_read_as_text(tmp_path: Path) -> None:
     assert load(tmp_path, "run: {name: 2026-01-31}").run.name == "2026-01-31"
 
 
+def test_a_number_as_text_needs_quotes(tmp_path: Path) -> None:
+    assert refusal(tmp_path, "run: {name: 7}") == refusal(tmp_path, "", "run.name=7") == [("run.name", "wrong-type")]
+    assert load(tmp_path, 'run: {name: "7"}') == load(tmp_path, "", 'run.name="7"')
+
+
 @pytest.mark.parametrize("text", ["010", "-010", "1:30", "1:30.5", "0_7"])
 def test_what_yaml_1_1_takes_for_octal_or_sexagesimal_is_text(tmp_path: Path, text: str) -> None:
     config = load(tmp_path, f"run: {{directory: {text}}}")
