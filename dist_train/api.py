@@ -186,11 +186,14 @@ def export(target: Path | str, to: Format, output: Path | str | None = None, wei
             model, or `output` cannot be written.
     """
     check_choice("to", to, Format)
-    contents = read_stored(Path(target)).contents
+    stored = read_stored(Path(target))
+    contents = stored.contents
     config = stored_config(contents, ())
     model = stored_model(contents, config, weights).eval()
     suffix, write = _FORMATS[to]
-    output = Path(output or f"{config.run.name}-{contents.step:08d}{suffix}")
+    # not run.name, which all runs with --run-dir may share
+    name = RunDirectory.of_checkpoint(stored.path.resolve()).root.name
+    output = Path(output or f"{name}-{contents.step:08d}{suffix}")
     images = torch.rand(4, *config.data.image_format.shape, generator=torch.Generator().manual_seed(0))
     try:
         with torch.no_grad(), _replacing(output) as part:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dist_train.cli.common import Subparsers, add_overrides, add_weights
-from dist_train.outcome import ExitCode, UsageError
+from dist_train.outcome import ExitCode, UsageError, escaped
 
 if TYPE_CHECKING:
     from dist_train.analysis.landscape_files import LandscapeSettings
@@ -346,7 +346,7 @@ def add_export(subparsers: Subparsers) -> None:
     )
     parser.add_argument("target", type=Path, metavar="RUN_OR_CHECKPOINT", help=_TARGET)
     parser.add_argument("--to", choices=("safetensors", "torch-export", "onnx"), required=True, help="the format")
-    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="the file (default: NAME-STEP.SUFFIX)")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="the file (default: RUN-STEP.SUFFIX)")
     add_weights(parser)
     parser.set_defaults(run=_export)
 
@@ -355,7 +355,8 @@ def _export(arguments: argparse.Namespace) -> int:
     from dist_train.api import export
 
     written = export(arguments.target, arguments.to, arguments.output, arguments.weights)
-    print(f"{written.path}: step {written.step}; loaded back, its logits differ by at most {written.difference:g}")
+    path = escaped(str(written.path))
+    print(f"{path}: step {written.step}; loaded back, its logits differ by at most {written.difference:g}")
     return ExitCode.FINISHED
 
 

@@ -104,6 +104,14 @@ def test_tied_parameters_are_averaged_and_exported_under_both_names(tmp_path: Pa
     assert torch.equal(written["4.weight"], expected)
 
 
+def test_an_export_is_named_after_the_folder_of_its_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run)
+    for target in (Path("."), find_checkpoint(Path("."))):
+        written = export(target, "safetensors")
+        assert written.path == Path(f"{run.name}-{written.step:08d}.safetensors")
+        written.path.unlink()
+
+
 def test_promise_3_it_has_the_same_bits_on_any_number_of_ranks(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def evaluated(comm: Communicator) -> dict[str, object]:
         group[comm.rank] = comm
