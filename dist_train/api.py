@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -267,7 +269,7 @@ def learning_rate_range(config: Config, low: float, high: float, updates: int, r
     Raises:
         UsageError: the rates do not rise, or `train` refuses the settings.
     """
-    if not 0 < low < high or updates < 2:
+    if not (0 < low < high and high / low < math.inf) or updates < 2:
         raise UsageError(
             f"the rate must rise, from above 0, in 2 updates or more: not from {low:g} to {high:g} in {updates}",
             code="option-range",
@@ -277,6 +279,13 @@ def learning_rate_range(config: Config, low: float, high: float, updates: int, r
     steps_per_epoch = BatchPlan(config.batch.global_size, 1).steps_per_epoch(len(splits.train))
     splits.close()
     epochs = -(-updates // steps_per_epoch)
+    # The schedule rises on to the end of the last epoch, where the rate must still be a number.
+    least = 2 + math.floor(math.log(high / low, sys.float_info.max) * epochs * steps_per_epoch)
+    if updates < least:
+        raise UsageError(
+            f"{updates} updates are too few where an epoch has {steps_per_epoch}: set --updates to {least} or more",
+            code="option-range",
+        )
     ratio = (high / low) ** (epochs * steps_per_epoch / (updates - 1))
     schedule = {"decay": "exponential", "final_fraction": ratio}
     overrides = [

@@ -75,8 +75,19 @@ def test_it_ends_before_where_the_loss_is_not_finite(tmp_path: Path, capsys: pyt
     assert all(map(math.isfinite, losses))
 
 
-@pytest.mark.parametrize("words", [["--from", "1", "--to", "0.1"], ["--from", "0"], ["--updates", "1"]])
-def test_rates_that_do_not_rise_are_refused(
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--from", "1", "--to", "0.1"],
+        ["--from", "0"],
+        ["--to", "inf"],
+        ["--from", "1e-300", "--to", "1e300"],
+        ["--updates", "1"],
+        ["--from", "1e-150", "--to", "1e150", "--updates", "8"],
+        ["--updates", "50", "batch.global_size=2", "batch.micro_size=2", "data.synthetic_samples=8000"],
+    ],
+)
+def test_rates_that_do_not_rise_or_that_rise_too_fast_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str]
 ) -> None:
     assert main(["lr-range", write_config(tmp_path, SETTINGS), "--run-dir", str(tmp_path / "range"), *words]) == 2
