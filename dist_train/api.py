@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import math
 import os
@@ -227,18 +228,20 @@ _Loaded = Callable[[Tensor], Tensor]
 
 
 def _safetensors(model: nn.Module, images: Tensor, output: Path) -> _Loaded:
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file, save
 
     # copies: safetensors refuses tied parameters, which share memory
     copies = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in model.state_dict().items()}
-    save_file(copies, output)
+    output.write_bytes(save(copies))  # its `save_file` raises no OSError if the disk is full
     model.load_state_dict(load_file(output))
     return model
 
 
 def _torch_export(model: nn.Module, images: Tensor, output: Path) -> _Loaded:
     program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("images", min=1)},))
-    torch.export.save(program, output)
+    content = io.BytesIO()  # given a path, torch raises no OSError if the disk is full
+    torch.export.save(program, content)
+    output.write_bytes(content.getvalue())
     return torch.export.load(output).module()
 
 

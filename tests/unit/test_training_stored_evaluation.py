@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
 
-from dist_train.api import export
+from dist_train.api import Format, export
 from dist_train.checkpoint.files import find_checkpoint, list_checkpoints, read_checkpoint
 from dist_train.cluster.communicator import Alone, Communicator
 from dist_train.config import Config, ImageFormat
@@ -26,6 +26,7 @@ from tests.raising import raises
 from tests.unit.checkpoint_files import write
 from tests.unit.simulated_ranks import results
 from tests.unit.small_trainers import build_trainer, small_config
+from tests.unit.test_rundir_metrics_file import files_limited_to
 
 pytestmark = pytest.mark.usefixtures("threads_as_before")
 
@@ -110,6 +111,13 @@ def test_an_export_is_named_after_the_folder_of_its_run(run: Path, monkeypatch: 
         written = export(target, "safetensors")
         assert written.path == Path(f"{run.name}-{written.step:08d}.safetensors")
         written.path.unlink()
+
+
+@pytest.mark.parametrize("to", ["safetensors", "torch-export"])
+def test_an_export_to_a_full_disk_is_refused(run: Path, tmp_path: Path, to: Format) -> None:
+    with files_limited_to(1000), raises(UsageError, code="output-unwritable"):
+        export(run, to, tmp_path / "model")
+    assert not any(tmp_path.iterdir())
 
 
 def test_promise_3_it_has_the_same_bits_on_any_number_of_ranks(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
