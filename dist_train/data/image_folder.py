@@ -90,7 +90,7 @@ def _scan(folder: Path, classes: int) -> Listing:
         if not images:
             raise UsageError(
                 f"the class folder {folder / name} holds no image ({', '.join(SUFFIXES)}): "
-                f"fill it, or remove it and set data.classes to {classes - 1}",
+                "fill it, or remove it and lower data.classes",
                 code="class-empty",
             )
     counts = torch.tensor([len(images) for images in files])
