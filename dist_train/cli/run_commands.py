@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from dist_train.cluster.elastic_launch import Elasticity
     from dist_train.config import Config
 
+_TRAINING = ("train", "lr-range", "replay")  # on request these save and stop
 _limit = partial(count, least=0)
 _STANDARD_ERROR = 2  # the descriptor itself: `sys.stderr` may be replaced by an object that has none
 
@@ -96,7 +97,8 @@ def add_launch(subparsers: Subparsers) -> None:
         "launch",
         help="a command on several ranks of this machine, without MPI or Horovod",
         description="Run `dist-train COMMAND ...` as N ranks on this machine, over torch.distributed. "
-        "SIGTERM, SIGINT, SIGHUP and SIGUSR2 ask the ranks to save and stop. The exit code is the command's own.",
+        "SIGTERM, SIGINT, SIGHUP and SIGUSR2 ask ranks that train to save and stop, and end others. The exit code is "
+        "the command's own.",
     )
     parser.add_argument("-np", type=int, default=2, metavar="N", help="number of ranks on this machine (default: 2)")
     parser.add_argument(
@@ -159,7 +161,8 @@ def _launch(arguments: argparse.Namespace) -> int:
                 "--min-ranks, --max-ranks, --start-with, --restarts and --listen are for the command train",
                 code="elastic-command",
             )
-        return launch_ranks([sys.executable, "-m", "dist_train", *words], arguments.np)
+        saves = words[0] in _TRAINING
+        return launch_ranks([sys.executable, "-m", "dist_train", *words], arguments.np, saves=saves)
     # Checked here, so that errors are reported once and not by each rank; a plug-in may load torch.
     with blocked_signals():
         config = named_config(command)

@@ -31,12 +31,13 @@ _PR_SET_PDEATHSIG = 1
 _OTHER_LAUNCHERS = ("OMPI_", "PMIX_", "HOROVOD_RANK", "HOROVOD_SIZE", "TORCHELASTIC_")
 
 
-def launch_ranks(command: Sequence[str], size: int, run: Path | None = None) -> int:
+def launch_ranks(command: Sequence[str], size: int, run: Path | None = None, *, saves: bool = True) -> int:
     """Run `command` as `size` ranks on this machine until they end, and return the exit code of the launch.
 
-    SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 ask the ranks to save and stop; a second SIGTERM or SIGINT ends them.
-    When one rank fails, the others end by themselves, or are terminated. If none of them could record in the status of
-    the directory `run` how the launch ended, this does. Call it from a process without threads.
+    SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 ask the ranks to save and stop; a second SIGTERM or SIGINT ends them,
+    and so does the first signal if `command` does not save on request. When one rank fails, the others end by
+    themselves, or are terminated. If none of them could record in the status of the directory `run` how the launch
+    ended, this does. Call it from a process without threads.
     Returns the exit code of the first rank that failed, 1 if a signal killed it; 0 if none failed.
     """
     environment = {LAUNCH_VARIABLE: secrets.token_hex(8), **os.environ}
@@ -47,14 +48,15 @@ def launch_ranks(command: Sequence[str], size: int, run: Path | None = None) -> 
                 start_rank(command, rank_environment(environment, rank, size, port), mask, listener.fileno())
                 for rank in range(size)
             ]
-        return Ranks(ranks).wait_and_record(run, environment[LAUNCH_VARIABLE])
+        return Ranks(ranks, saves).wait_and_record(run, environment[LAUNCH_VARIABLE])
 
 
 class Ranks:
     """The processes of a launch, by rank: waits until they end, and forwards requests to stop."""
 
-    def __init__(self, processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    def __init__(self, processes: Sequence[subprocess.Popen[bytes]], saves: bool = True) -> None:
         self._processes = list(processes)
+        self._saves = saves
         self._first_failure: int | None = None
         self._deadline: float | None = None
         self._stop_requested_at: float | None = None
@@ -105,7 +107,10 @@ class Ranks:
 
     def _note_stop_request(self, name: signal.Signals) -> None:
         now = time.monotonic()
-        if self._stop_requested_at is None:
+        if not self._saves:
+            say("asked to stop: ending the ranks")
+            self._deadline = now
+        elif self._stop_requested_at is None:
             self._stop_requested_at = now
             say("asked to stop: the ranks save and end")
         elif name in _INSISTING and now - self._stop_requested_at >= _INSIST_SECONDS:

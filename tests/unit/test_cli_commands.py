@@ -166,6 +166,23 @@ class TestProgram:
         assert main(["launch", "-np", "2", *options, "train", SMOKE, *settings]) == 0
         assert launched == [expected]
 
+    @pytest.mark.parametrize(
+        ("words", "saves"),
+        [(["replay", "x@1"], True), (["lr-range", SMOKE], True), (["evaluate", "x"], False)],
+    )
+    def test_a_launch_knows_which_commands_save_on_request(
+        self, words: list[str], saves: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        launched: list[bool] = []
+
+        def launch(command: list[str], count: int, *, saves: bool) -> int:
+            launched.append(saves)
+            return 0
+
+        monkeypatch.setattr("dist_train.cluster.local_launch.launch_ranks", launch)
+        assert main(["launch", *words]) == 0
+        assert launched == [saves]
+
     @pytest.mark.parametrize("arguments", [[], ["trian"], ["train"], ["evaluate", "x", "--split", "half"]])
     def test_bad_usage_ends_with_2(self, arguments: list[str]) -> None:
         with pytest.raises(SystemExit) as ended:

@@ -116,6 +116,24 @@ def test_launcher_records_that_all_ranks_are_lost(tmp_path: Path) -> None:
     assert "was killed by SIGKILL" in status.reason
 
 
+_UNSTOPPABLE = """
+import os, signal, sys, time
+from dist_train.cluster import local_launch
+
+if len(sys.argv) > 1:  # a rank, without a handler, as of `landscape`
+    os.kill(os.getppid(), signal.SIGINT)
+    time.sleep(1000)
+sys.exit(local_launch.launch_ranks([sys.executable, __file__, "rank"], 2, saves=False))
+"""
+
+
+def test_ranks_that_do_not_save_end_at_the_first_request(tmp_path: Path) -> None:
+    script = tmp_path / "launcher.py"
+    script.write_text(_UNSTOPPABLE)
+    ended = subprocess.run([sys.executable, script], timeout=PATIENCE, cwd=ROOT, check=False)
+    assert ended.returncode == 1
+
+
 @pytest.mark.parametrize("name", ["HOROVOD_CONTROLLER", "HOROVOD_CPU_OPERATIONS"])
 @pytest.mark.parametrize("value", ["gloo", "GLOO"])
 def test_gloo_under_mpirun_is_refused_with_the_fix(name: str, value: str) -> None:
