@@ -96,6 +96,7 @@ def _problem(fault: ErrorDetails, location: _Location, model: type[BaseModel]) -
             return Problem(path, wrong, code=code, value=fault["input"], allowed=_allowed(location))
 
 
+_NOT_TEXT = 'not text, unless quoted: "7", in a shell \'"7"\''
 _FAULTS: Mapping[str, tuple[str, str]] = {
     "missing": ("missing", "missing"),
     "union_tag_not_found": ("missing", "a kind is missing"),
@@ -107,7 +108,8 @@ _FAULTS: Mapping[str, tuple[str, str]] = {
     "int_type": ("wrong-type", "not a whole number"),
     "float_type": ("wrong-type", "not a number"),
     "bool_type": ("wrong-type", "not true or false"),
-    **dict.fromkeys(("string_type", "path_type"), ("wrong-type", 'not text, unless quoted: "7", in a shell \'"7"\'')),
+    "string_type": ("wrong-type", _NOT_TEXT),
+    "path_type": ("wrong-type", _NOT_TEXT),
     **dict.fromkeys(("greater_than", "greater_than_equal", "less_than", "less_than_equal"), ("out-of-range", "")),
     **dict.fromkeys(("finite_number", "too_short", "too_long"), ("out-of-range", "")),
 }

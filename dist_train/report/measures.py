@@ -87,7 +87,7 @@ def paired_difference(
     return Interval(mean, mean - half, mean + half, count)
 
 
-_SHARPNESS = "Basin width and sharpness"
+SHARPNESS = "Basin width and sharpness"
 _RISE = "Expected rise of the loss under noise"
 _COST = "Time and speed"
 _LINE_DISTANCES = (0.1, 0.5)
@@ -224,7 +224,7 @@ def _line_measures(runs: Sequence[StoredRun]) -> Iterator[Measure]:
             "its minimum, so it is relative to the loss that the run reached. \u2265: it ends beyond the line "
             "(censored). Unresolved: in some direction it contains no point of the line but the minimum.",
             _value_by_name({name: width.mean for name, width in widths.items()}),
-            group=_SHARPNESS,
+            group=SHARPNESS,
             is_bound=_is_named({name for name, width in widths.items() if width.open_ends}),
             is_unresolved=_is_named({name for name, width in widths.items() if width.unresolved}),
         )
@@ -236,7 +236,7 @@ def _line_measures(runs: Sequence[StoredRun]) -> Iterator[Measure]:
             "Absolute rise of the training loss at this distance along the same directions; mean over both sides and "
             "the directions.",
             _value_by_name(rises),
-            group=_SHARPNESS,
+            group=SHARPNESS,
         )
 
 
@@ -269,7 +269,7 @@ def _sharpness_measures(runs: Sequence[StoredRun]) -> Iterator[Measure]:
         explained = (text for start, text in _EXPLANATIONS.items() if title.startswith(start))
         explanation = next(explained, "Of the training loss, at the last checkpoint.")
         values = {name: measures[title] for name, measures in chosen.items() if title in measures}
-        group = _RISE if title.startswith("expected rise") else _SHARPNESS
+        group = _RISE if title.startswith("expected rise") else SHARPNESS
         bounds = _is_named({name for name, item in records.items() if title in item.bounds})
         yield Measure(f"sharpness-{title}", title, explanation, _value_by_name(values), group=group, is_bound=bounds)
 

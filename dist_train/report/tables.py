@@ -7,7 +7,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
-from dist_train.report.measures import JUDGED_ACCURACY, JUDGED_LOSS, Interval, Measure, measures_of, sharpness_measures
+from dist_train.report.measures import (
+    JUDGED_ACCURACY,
+    JUDGED_LOSS,
+    SHARPNESS,
+    Interval,
+    Measure,
+    measures_of,
+    sharpness_measures,
+)
 from dist_train.report.stored_run import StoredRun
 from dist_train.report.variants import Panel, Variant, counted_runs
 from dist_train.sweep.study_file import Contrast
@@ -209,23 +217,27 @@ _EQUAL_LOSS = replace(
     "first evaluation is below the level has none.",
     is_guess=lambda run: False,
 )
+_JUDGED = (JUDGED_ACCURACY, JUDGED_LOSS, _EQUAL_LOSS)
 
 
 def contrast_tables(panels: Sequence[Panel], named: Sequence[Contrast]) -> tuple[Table[Effect | None], ...]:
     """Return the study's named contrasts, then all variants against the baselines of the smallest and largest batch.
 
-    Variants without two seeds in common with the reference, and measures that no two seeds have, are left out.
+    The named ones have a second table, of sharpness. Variants without two seeds in common with the reference, and
+    measures that no two seeds have, are left out.
     """
     placed = {variant.name: (panel, variant) for panel in panels for variant in panel.variants}
+    sharpness = [measure for measure in sharpness_measures(counted_runs(panels)) if measure.group == SHARPNESS]
     tables = []
     for contrast in named:
         if (reference := placed.get(contrast.against)) is not None:
             chosen = [placed[name] for name in contrast.variants if name in placed]
             title = contrast.title or f"{', '.join(contrast.variants)} against {contrast.against}"
-            tables.append(_contrast_table(title, *reference, chosen))
+            tables.append(_contrast_table(title, *reference, chosen, _JUDGED))
+            tables.append(_contrast_table(f"{title}, sharpness", *reference, chosen, sharpness))
     for panel in {panel.title: panel for panel in (*panels[:1], *panels[-1:])}.values():
         if panel.base is not None:
-            tables.append(_contrast_table("All variants", panel, panel.base, list(placed.values())))
+            tables.append(_contrast_table("All variants", panel, panel.base, list(placed.values()), _JUDGED))
     return tuple(table for table in tables if table.measures)
 
 
@@ -260,18 +272,23 @@ def _seeds(variant: Variant) -> set[int]:
 
 
 def _contrast_table(
-    title: str, panel: Panel, reference: Variant, chosen: Sequence[tuple[Panel, Variant]]
+    title: str,
+    panel: Panel,
+    reference: Variant,
+    chosen: Sequence[tuple[Panel, Variant]],
+    measures: Sequence[Measure],
 ) -> Table[Effect | None]:
     """Return the contrasts of `chosen` with `reference`, of `panel`; intervals are corrected for their number."""
-    measures = (JUDGED_ACCURACY, JUDGED_LOSS, _EQUAL_LOSS)
     # Chosen by the planned seeds, so that the correction does not grow as runs finish.
     others = (each for each in chosen if each[1] is not reference)
     chosen = [(place, variant) for place, variant in others if len(_seeds(variant) & _seeds(reference)) > 1]
     rows: list[Row[Effect | None]] = []
     for place, variant in chosen:
-        cells = (
-            *(_effect(variant, reference, measure, len(chosen)) for measure in measures[:-1]),
-            _at_equal_loss(variant, reference, len(chosen)),
+        cells = tuple(
+            _at_equal_loss(variant, reference, len(chosen))
+            if measure is _EQUAL_LOSS
+            else _effect(variant, reference, measure, len(chosen))
+            for measure in measures
         )
         is_provisional = variant.is_provisional or reference.is_provisional
         rows.append(Row(variant, f"{place.short}, {variant.label}", is_provisional, cells))
