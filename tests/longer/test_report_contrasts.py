@@ -80,8 +80,8 @@ def test_named_contrasts_are_corrected_for_their_number(tmp_path: Path) -> None:
     cell = table["H4: difference from SB, baseline", ROW, ACCURACY]
     assert numbers(cell)[3:] == pytest.approx([value * 100 for value in corrected], abs=0.005)
     assert not [title for title, *_ in table if title.startswith("unknown")]
-    traces = [[trace(study / f"{variant}-seed-{seed}") for seed in SEEDS] for variant in ("sb", "lb")]
-    expected = [np.subtract(*traces).mean(), *stats.ttest_rel(*traces).confidence_interval(0.95)]
+    of_sb, of_lb = (np.array([trace(study / f"{variant}-seed-{seed}") for seed in SEEDS]) for variant in ("sb", "lb"))
+    expected = [np.mean(of_sb - of_lb), *stats.ttest_rel(of_sb, of_lb).confidence_interval(0.95)]
     cell = table["H1, sharpness: difference from LB, baseline", "SB, baseline", TRACE]
     found = re.findall(r"[+-][\d.]+", cell.replace("\u2212", "-").replace(",", ""))
     assert [float(number) for number in found] == pytest.approx(expected, rel=5e-3)
