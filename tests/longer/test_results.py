@@ -245,7 +245,8 @@ def assert_page_has_numbers_of(subject: Subject, page: str, *, at_least: int) ->
     differences = DIFFERENCE.findall(re.sub(r"; n = \d+\)", ")", " ".join(summary.split())))
     assert len(differences) >= at_least
     assert not [(mean, ends) for mean, ends in differences if f" {mean} ({ends};" not in tables.replace("*", "")]
-    assert all(words in tables for words in re.findall(r"[0-9.]+ ± [0-9.]+", summary))
+    correlations = re.findall(r"[0-9.]+ \([0-9.]+ to [0-9.]+; n = [0-9]+", " ".join(summary.split()))
+    assert all(words in tables for words in (*re.findall(r"[0-9.]+ ± [0-9.]+", summary), *correlations))
 
 
 def test_page_of_batch_8192_has_the_numbers_of_its_tables(tmp_path: Path) -> None:
@@ -254,7 +255,7 @@ def test_page_of_batch_8192_has_the_numbers_of_its_tables(tmp_path: Path) -> Non
     study = load_study(ROOT / "studies/rivals_16384_confirm.yaml")
     longest = sum("lb-smoothout-600" in run.name for run in subject.runs)
     assert len(subject.runs) - longest == (len(study.variants) - 1) * len(study.seeds)
-    assert_page_has_numbers_of(subject, "results_16384.md", at_least=16)
+    assert_page_has_numbers_of(subject, "results_16384.md", at_least=24)
 
 
 def test_page_of_updates_enough_has_the_numbers_of_its_runs(tmp_path: Path) -> None:
@@ -266,13 +267,22 @@ def test_page_of_updates_enough_has_the_numbers_of_its_runs(tmp_path: Path) -> N
     for run in done:
         chosen = dict(flat_settings(study.settings_of(run.name.partition("-seed-")[0])))
         assert {path: run.settings[path] for path in chosen} == chosen
-    assert_page_has_numbers_of(subject, "results_updates.md", at_least=11)
+    assert_page_has_numbers_of(subject, "results_updates.md", at_least=16)
     trials = read_subject(tmp_path / "rivals-updates-tune").runs
     found = {run.name.removesuffix("-seed-0"): run.split("validation")[-1].accuracy for run in trials}
     plan = " ".join((ROOT / "docs/study_plan.md").read_text().split())
     by_strength = [f"{100 * found[f'so-0{strength}-600']:.2f}" for strength in range(3, 8)]
     assert f"strength 0.3, 0.4, 0.5, 0.6 and 0.7 ({', '.join(by_strength)} %)" in plan
     assert max(found[name] for name in found if not name.startswith("sb")) == found["so-05-600"]
+
+
+def test_readme_has_the_numbers_of_the_pages() -> None:
+    pages = ("results.md", "results_updates.md", "results_16384.md")
+    detail = "".join((ROOT / "docs" / page).read_text().partition("## The tables")[2] for page in pages)
+    found = re.findall(r"([+\u2212][\d.]+)\*{0,2} \((\S+ to \S+), n = (\d+)\)", (ROOT / "README.md").read_text())
+    assert len(found) == 10
+    for mean, ends, count in found:
+        assert re.search(rf"{re.escape(f'{mean} ({ends};')}[^|]*n = {count}\b", detail.replace("*", "")), mean
 
 
 def test_best_rates_and_strengths_near_the_ends_of_their_ranges_are_reported() -> None:
