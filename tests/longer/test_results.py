@@ -12,9 +12,9 @@ from statistics import fmean
 import pytest
 
 from dist_train.config.loading import flat_settings
-from dist_train.report.measures import TRAIN_LOSS, commonest_settings, measures_of
+from dist_train.report.measures import GAP, TRAIN_LOSS, commonest_settings, measures_of, sharpness_measures
 from dist_train.report.page import render, tables_in_markdown
-from dist_train.report.sharpness_charts import eigenvalues_of
+from dist_train.report.sharpness_charts import eigenvalues_of, rank_correlation
 from dist_train.report.stored_run import StoredRun, Subject, read_subject
 from dist_train.report.tables import effect_tables, run_cells
 from dist_train.report.variants import panels_of
@@ -256,6 +256,20 @@ def test_page_of_batch_8192_has_the_numbers_of_its_tables(tmp_path: Path) -> Non
     longest = sum("lb-smoothout-600" in run.name for run in subject.runs)
     assert len(subject.runs) - longest == (len(study.variants) - 1) * len(study.seeds)
     assert_page_has_numbers_of(subject, "results_16384.md", at_least=24)
+
+
+def test_documented_correlation_without_the_runs_of_150_updates(tmp_path: Path) -> None:
+    subprocess.run(["tar", "-C", str(tmp_path), "-xJf", str(RESULTS / "rivals-16384.tar.xz")], check=True)
+    runs = read_subject(tmp_path / "rivals-16384").runs
+    fitted = [run for run in runs if re.match(r"sb-|lb-.*00-seed", run.name)]
+    [width] = [each for each in sharpness_measures(runs) if each.title == "basin width at a rise of 0.5"]
+    rows = [[measure.take(run) for measure in (width, GAP, TRAIN_LOSS)] for run in fitted]
+    values = [[value for value in row if value is not None] for row in rows]
+    widths, gaps, losses = zip(*(row for row in values if len(row) == 3), strict=True)
+    found = rank_correlation(widths, gaps, losses)
+    assert found is not None
+    words = f"{found.rho:.2f} ({found.low:.2f} to {found.high:.2f}; n = {len(widths)})".replace("-", "\u2212")
+    assert words in " ".join((ROOT / "docs/results_16384.md").read_text().split())
 
 
 def test_page_of_updates_enough_has_the_numbers_of_its_runs(tmp_path: Path) -> None:
