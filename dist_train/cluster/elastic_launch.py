@@ -67,6 +67,8 @@ def launch_elastic(
     try:
         server = MembershipServer(*limits, host, port, say, here=count, order=order)
     except (OSError, OverflowError) as error:
+        if listen is None:  # a loopback address that cannot be used is no mistake of the user
+            raise
         raise UsageError(
             f"--listen {host}:{port}: this machine cannot listen there ({error}): name one of its addresses that the "
             f"other nodes can reach, and a free port or none",
