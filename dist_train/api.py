@@ -196,7 +196,8 @@ def export(target: Path | str, to: Format, output: Path | str | None = None, wei
     suffix, write = _FORMATS[to]
     # not run.name, which all runs with --run-dir may share
     name = RunDirectory.of_checkpoint(stored.path.resolve()).root.name
-    output = Path(output or f"{name}-{contents.step:08d}{suffix}")
+    which = "-averaged" if weights == "averaged" else ""
+    output = Path(output or f"{name}-{contents.step:08d}{which}{suffix}")
     images = torch.rand(4, *config.data.image_format.shape, generator=torch.Generator().manual_seed(0))
     try:
         with torch.no_grad(), _replacing(output) as part:

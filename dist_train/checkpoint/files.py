@@ -19,6 +19,7 @@ import torch
 from dist_train.outcome import UsageError
 from dist_train.rundir import atomic
 from dist_train.rundir.atomic import json_text
+from dist_train.rundir.paths import RunDirectory
 
 FORMAT = 1
 _DAMAGED = ".damaged"
@@ -156,7 +157,10 @@ def find_checkpoint(target: Path) -> Path:
         return target
     if not target.is_dir():
         raise UsageError(f"{target}: there is no such run or checkpoint", code="target-missing")
-    files = list_checkpoints(target / "checkpoints")
+    run = RunDirectory(target)
+    if not run.has_begun:
+        raise UsageError(f"{target} is not a run directory: nothing has been trained there", code="target-missing")
+    files = list_checkpoints(run.checkpoints)
     if not files:
         raise UsageError(
             f"{target} holds no checkpoint: wait for its first, or train with checkpoint.every_epochs above 0",

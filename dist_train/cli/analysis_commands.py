@@ -346,7 +346,8 @@ def add_export(subparsers: Subparsers) -> None:
     )
     parser.add_argument("target", type=Path, metavar="RUN_OR_CHECKPOINT", help=_TARGET)
     parser.add_argument("--to", choices=("safetensors", "torch-export", "onnx"), required=True, help="the format")
-    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="the file (default: RUN-STEP.SUFFIX)")
+    default = "RUN-STEP.SUFFIX, or RUN-STEP-averaged.SUFFIX"
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help=f"the file (default: {default})")
     add_weights(parser)
     parser.set_defaults(run=_export)
 

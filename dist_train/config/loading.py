@@ -167,7 +167,7 @@ def with_overrides(settings: Mapping[str, Any], overrides: Sequence[str]) -> dic
 def write_override(path: str, value: object) -> str:
     """Return the one-line override that sets the setting at `path` to `value`."""
     text = json.dumps(value)
-    if isinstance(value, str) and re.fullmatch(r"[\w./-]+", value) and parse_yaml(value) == value:
+    if isinstance(value, str) and re.fullmatch(r"[\w./-]*\w[\w./-]*", value) and parse_yaml(value) == value:
         text = value
     return f"{path}={text}"
 

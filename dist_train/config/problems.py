@@ -212,7 +212,7 @@ def _in_words(schema: Mapping[str, Any]) -> str:
         return str(schema["const"])
     kind = str(schema.get("format") or schema.get("type", ""))
     if kind == "plugin":
-        return "a plug-in (module:name, FILE.py:name)"
+        return "a plug-in (module:name, FILE.py:name, a name from `plugins`)"
     if kind == "array":
         if "prefixItems" in schema:
             fixed = schema["prefixItems"]

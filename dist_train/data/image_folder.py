@@ -99,8 +99,13 @@ def _scan(folder: Path, classes: int) -> Listing:
 
 
 def _images_in(folder: Path) -> list[str]:
+    """Return the images in `folder` and the folders below it, as sorted paths relative to it."""
     with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if _is_visible(entry) and entry.name.lower().endswith(SUFFIXES))
+        visible = [entry for entry in entries if _is_visible(entry)]
+    images = [entry.name for entry in visible if entry.name.lower().endswith(SUFFIXES)]
+    below = [entry.name for entry in visible if not entry.name.lower().endswith(SUFFIXES) and entry.is_dir()]
+    images.extend(os.path.join(name, image) for name in below for image in _images_in(folder / name))
+    return sorted(images)
 
 
 def _is_visible(entry: os.DirEntry[str]) -> bool:

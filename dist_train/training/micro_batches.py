@@ -12,7 +12,7 @@ from dist_train.cluster.communicator import Communicator, gather, run_on_all_ran
 from dist_train.config import ModelSettings
 from dist_train.data.plan import BatchPlan, MicroBatch
 from dist_train.models.normalization import SumOverRanks
-from dist_train.outcome import UsageError
+from dist_train.outcome import OutOfMemoryError, UsageError
 from dist_train.training.compute import Compute, fits_memory
 from dist_train.training.measuring import StepClock
 
@@ -95,9 +95,9 @@ def avoid_short_last_micro_batch(micro_size: int, global_size: int, fewest: int 
 
 
 def halve(micro_size: int, global_size: int) -> int:
-    """Return about half of `micro_size`, which has run out of memory; raise UsageError if it is 1."""
+    """Return about half of `micro_size`, which has run out of memory; raise OutOfMemoryError if it is 1."""
     if micro_size == 1:
-        raise UsageError("one sample does not fit the device's memory: set a smaller model.width", code="out-of-memory")
+        raise OutOfMemoryError("one sample does not fit the device's memory: set a smaller model.width")
     return avoid_short_last_micro_batch(-(-micro_size // 2), global_size)
 
 

@@ -10,7 +10,7 @@ from dist_train.config import Config, ConfigError, parse_config
 from dist_train.config.problems import Problem
 
 SCHEDULE_KEYS = "a mapping with the keys kind, final_fraction, gamma, steepness, start, rise, function, options"
-PLUGIN = "a plug-in (module:name, FILE.py:name)"
+PLUGIN = "a plug-in (module:name, FILE.py:name, a name from `plugins`)"
 
 
 def refusal(settings: dict[str, Any]) -> ConfigError:

@@ -64,6 +64,15 @@ def test_hidden_files_and_files_of_other_kinds_are_left_out(root: Path) -> None:
     assert "UPPER.PNG" in listing.names
 
 
+def test_images_in_folders_below_that_of_their_class_are_listed(root: Path) -> None:
+    flat = list_split(root, "train", 3, seed=0)
+    write_image(root / "train" / "ant" / "spring" / "late" / "0.png", 9, 9, seed=0)
+    (root / "train" / "ant" / "autumn").mkdir()
+    nested = list_split(root, "train", 3, seed=0)
+    assert set(nested.names) - set(flat.names) == {"spring/late/0.png"}
+    assert Path(nested.reference(nested.names.index("spring/late/0.png"))).is_file()
+
+
 def test_test_images_lie_in_val_or_in_test(tmp_path: Path) -> None:
     write_folder(tmp_path, test_name="test")
     assert list_split(tmp_path, "test", 3, 0).folder == tmp_path / "test"

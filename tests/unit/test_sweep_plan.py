@@ -173,7 +173,7 @@ class TestFaults:
 
 
 @pytest.mark.parametrize(
-    "value", [1e-05, 0.1, 3, True, None, "cosine", "true", "1e-4", "2020-01-01", [1, "a, b"], {"a": "#"}]
+    "value", [1e-05, 0.1, 3, True, None, "cosine", "true", "1e-4", "2020-01-01", "...", [1, "a, b"], {"a": "#"}]
 )
 def test_an_override_is_read_back_as_it_was(value: object) -> None:
     word = write_override("section.key", value)

@@ -49,6 +49,9 @@ class TestFinding:
     def test_what_is_not_there_is_told(self, tmp_path: Path) -> None:
         with raises(UsageError, "target-missing"):
             find_checkpoint(tmp_path / "nowhere")
+        with raises(UsageError, "target-missing"):  # a folder, but not of a run
+            find_checkpoint(tmp_path)
+        (tmp_path / "status.json").touch()
         with raises(UsageError, "no-checkpoint"):
             find_checkpoint(tmp_path)
 
@@ -92,7 +95,9 @@ def tied(images: ImageFormat, width: float, norm: object) -> nn.Module:
     return nn.Sequential(nn.Flatten(), inputs, first, nn.ReLU(), second, nn.ReLU(), nn.Linear(8, images.classes))
 
 
-def test_tied_parameters_are_averaged_and_exported_under_both_names(tmp_path: Path) -> None:
+def test_tied_parameters_are_averaged_and_exported_under_both_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     averaging = {"kind": "lawa", "every_steps": 2}
     build_trainer(small_config(model={"name": f"{__name__}:tied"}, averaging=averaging), tmp_path, Alone()).run()
     contents = read_checkpoint(find_checkpoint(tmp_path))
@@ -100,7 +105,10 @@ def test_tied_parameters_are_averaged_and_exported_under_both_names(tmp_path: Pa
     expected = mean_of([row["2.weight"] for row in contents.average["kept"]])
     assert torch.equal(model.get_parameter("2.weight"), expected)
     assert not torch.equal(model.get_parameter("2.weight"), contents.model["2.weight"])
-    written = load_file(export(tmp_path, "safetensors", tmp_path / "model.safetensors", "averaged").path)
+    monkeypatch.chdir(tmp_path)
+    raw, averaged = (export(tmp_path, "safetensors", weights=weights).path for weights in ("raw", "averaged"))
+    assert raw != averaged
+    written = load_file(averaged)
     assert torch.equal(written["2.weight"], expected)
     assert torch.equal(written["4.weight"], expected)
 
