@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import subprocess
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
@@ -12,7 +13,15 @@ from statistics import fmean
 import pytest
 
 from dist_train.config.loading import flat_settings
-from dist_train.report.measures import GAP, TRAIN_LOSS, commonest_settings, measures_of, sharpness_measures
+from dist_train.report.measures import (
+    FINAL_ACCURACY,
+    GAP,
+    TRAIN_LOSS,
+    commonest_settings,
+    measures_of,
+    paired_difference,
+    sharpness_measures,
+)
 from dist_train.report.page import render, tables_in_markdown
 from dist_train.report.sharpness_charts import eigenvalues_of, rank_correlation
 from dist_train.report.stored_run import StoredRun, Subject, read_subject
@@ -238,29 +247,78 @@ def test_documented_sharpness_along_training_is_that_of_the_runs(tmp_path: Path)
         assert quoted.format(*at(variant, step)) in text
 
 
-def assert_page_has_numbers_of(subject: Subject, page: str, *, at_least: int) -> None:
+def assert_page_has_numbers_of(page: str, *subjects: Subject, at_least: int, elsewhere: Sequence[str] = ()) -> None:
+    """Check the page against its tables, but for the differences whose ends are tested `elsewhere`."""
     summary, _, detail = (ROOT / "docs" / page).read_text().partition("## The tables")
-    tables = tables_in_markdown(subject)
+    tables = "\n".join(map(tables_in_markdown, subjects))
     assert not [line for line in detail.splitlines() if line.startswith("| ") and line not in tables.splitlines()]
     differences = DIFFERENCE.findall(re.sub(r"; n = \d+\)", ")", " ".join(summary.split())))
     assert len(differences) >= at_least
-    assert not [(mean, ends) for mean, ends in differences if f" {mean} ({ends};" not in tables.replace("*", "")]
+    in_tables = [each for each in differences if each[1] not in elsewhere]
+    assert not [(mean, ends) for mean, ends in in_tables if f" {mean} ({ends};" not in tables.replace("*", "")]
     correlations = re.findall(r"[0-9.]+ \([0-9.]+ to [0-9.]+; n = [0-9]+", " ".join(summary.split()))
     assert all(words in tables for words in (*re.findall(r"[0-9.]+ ± [0-9.]+", summary), *correlations))
 
 
-def test_page_of_batch_8192_has_the_numbers_of_its_tables(tmp_path: Path) -> None:
-    subprocess.run(["tar", "-C", str(tmp_path), "-xJf", str(RESULTS / "rivals-16384.tar.xz")], check=True)
-    subject = read_subject(tmp_path / "rivals-16384")
-    study = load_study(ROOT / "studies/rivals_16384_confirm.yaml")
-    longest = sum("lb-smoothout-600" in run.name for run in subject.runs)
-    assert len(subject.runs) - longest == (len(study.variants) - 1) * len(study.seeds)
-    assert_page_has_numbers_of(subject, "results_16384.md", at_least=24)
+@pytest.fixture(scope="module")
+def batch_8192(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Subject]:
+    """Unpack the studies of batch 8192 like docs/results_16384.md, and read them by their folders' names."""
+    folder = tmp_path_factory.mktemp("batch_8192")
+    subprocess.run(["tar", "-C", str(folder), "-xJf", str(RESULTS / "rivals-16384.tar.xz")], check=True)
+    return {each.name: read_subject(each) for each in folder.iterdir()}
 
 
-def test_documented_correlation_without_the_runs_of_150_updates(tmp_path: Path) -> None:
-    subprocess.run(["tar", "-C", str(tmp_path), "-xJf", str(RESULTS / "rivals-16384.tar.xz")], check=True)
-    runs = read_subject(tmp_path / "rivals-16384").runs
+def test_page_of_batch_8192_has_the_numbers_of_its_tables(batch_8192: dict[str, Subject]) -> None:
+    studies = {
+        "rivals-16384": "rivals_16384_confirm",
+        "rivals-16384-strong": "rivals_16384_strong",
+        "rivals-50000": "rivals_50000",
+    }
+    for folder, name in studies.items():
+        study = load_study(ROOT / f"studies/{name}.yaml")
+        assert len(batch_8192[folder].runs) == len(study.variants) * len(study.seeds)
+    subjects = [batch_8192[folder] for folder in studies]
+    elsewhere = [ends for _, ends in differences_on_one_processor(batch_8192)]
+    assert_page_has_numbers_of("results_16384.md", *subjects, at_least=34, elsewhere=elsewhere)
+
+
+def differences_on_one_processor(batch_8192: dict[str, Subject]) -> list[tuple[str, str]]:
+    """Return what the processor changes of SB, and SmoothOut's difference from SB beside it; means and ends."""
+    before, now = (
+        {run.name: 100 * (FINAL_ACCURACY.take(run) or math.nan) for run in batch_8192[folder].runs}
+        for folder in ("rivals-16384", "rivals-16384-strong")
+    )
+    seeds = range(100, 106)
+    beside = {seed: before if seed < 104 else now for seed in seeds}
+    found = []
+    for pairs in (
+        [(before[f"sb-seed-{seed}"], now[f"sb-seed-{seed}"]) for seed in seeds],
+        [(beside[seed][f"sb-seed-{seed}"], before[f"lb-smoothout-600-seed-{seed}"]) for seed in seeds],
+    ):
+        interval = paired_difference(pairs)
+        assert interval is not None
+        words = (f"{each:+.2f}".replace("-", "\u2212") for each in (interval.difference, interval.low, interval.high))
+        mean, low, high = words
+        found.append((mean, f"{low} to {high}"))
+    return found
+
+
+def test_documented_differences_on_one_processor(batch_8192: dict[str, Subject]) -> None:
+    text = " ".join((ROOT / "docs/results_16384.md").read_text().split())
+    assert all(f"{mean} points ({ends})" in text for mean, ends in differences_on_one_processor(batch_8192))
+
+
+def test_the_strength_confirmed_at_batch_8192_is_the_best_of_its_search(batch_8192: dict[str, Subject]) -> None:
+    trials = [run for run in batch_8192["rivals-16384-updates-tune"].runs if run.settings]
+    found = {run.settings["noise.amplitude"]: 100 * run.split("validation")[-1].accuracy for run in trials}
+    assert max(found, key=lambda strength: found[strength]) == 0.3
+    plan = " ".join((ROOT / "docs/study_plan.md").read_text().split())
+    assert f"0.2 and 0.5 are done, {found[0.2]:.2f} and {found[0.5]:.2f} %" in plan
+    assert f"with strength 0.3 the trial there has {found[0.3]:.2f} %" in plan
+
+
+def test_documented_correlation_without_the_runs_of_150_updates(batch_8192: dict[str, Subject]) -> None:
+    runs = batch_8192["rivals-16384"].runs
     fitted = [run for run in runs if re.match(r"sb-|lb-.*00-seed", run.name)]
     [width] = [each for each in sharpness_measures(runs) if each.title == "basin width at a rise of 0.5"]
     rows = [[measure.take(run) for measure in (width, GAP, TRAIN_LOSS)] for run in fitted]
@@ -281,7 +339,7 @@ def test_page_of_updates_enough_has_the_numbers_of_its_runs(tmp_path: Path) -> N
     for run in done:
         chosen = dict(flat_settings(study.settings_of(run.name.partition("-seed-")[0])))
         assert {path: run.settings[path] for path in chosen} == chosen
-    assert_page_has_numbers_of(subject, "results_updates.md", at_least=16)
+    assert_page_has_numbers_of("results_updates.md", subject, at_least=16)
     trials = read_subject(tmp_path / "rivals-updates-tune").runs
     found = {run.name.removesuffix("-seed-0"): run.split("validation")[-1].accuracy for run in trials}
     plan = " ".join((ROOT / "docs/study_plan.md").read_text().split())
@@ -294,7 +352,7 @@ def test_readme_has_the_numbers_of_the_pages() -> None:
     pages = ("results.md", "results_updates.md", "results_16384.md")
     detail = "".join((ROOT / "docs" / page).read_text().partition("## The tables")[2] for page in pages)
     found = re.findall(r"([+\u2212][\d.]+)\*{0,2} \((\S+ to \S+), n = (\d+)\)", (ROOT / "README.md").read_text())
-    assert len(found) == 10
+    assert len(found) == 14
     for mean, ends, count in found:
         assert re.search(rf"{re.escape(f'{mean} ({ends};')}[^|]*n = {count}\b", detail.replace("*", "")), mean
 
