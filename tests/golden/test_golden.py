@@ -18,6 +18,6 @@ def test_an_update_is_the_one_recorded() -> None:
     recorded, now = json.loads(RECORDS.read_text()), golden_records()
     losses, recorded_losses = now.pop("loss"), recorded.pop("loss")
     assert losses[:_BEFORE_A_SWITCH] == pytest.approx(recorded_losses[:_BEFORE_A_SWITCH], rel=1e-6)
-    # From there the differences grow: on processors of AMD they reach 0.8 %.
+    # From there the differences grow: on an AMD EPYC they reach 0.8 %.
     assert losses == pytest.approx(recorded_losses, rel=0.02)
     assert now == {name: pytest.approx(values, rel=1e-12) for name, values in recorded.items()}

@@ -315,6 +315,9 @@ def test_the_strength_confirmed_at_batch_8192_is_the_best_of_its_search(batch_81
     plan = " ".join((ROOT / "docs/study_plan.md").read_text().split())
     assert f"0.2 and 0.5 are done, {found[0.2]:.2f} and {found[0.5]:.2f} %" in plan
     assert f"with strength 0.3 the trial there has {found[0.3]:.2f} %" in plan
+    page = " ".join((ROOT / "docs/results_16384.md").read_text().split())
+    words = f"{found[0.2]:.2f} % with strength 0.2, {found[0.3]:.2f} % with 0.3 and {found[0.5]:.2f} % with 0.5"
+    assert words in page
 
 
 def test_documented_correlation_without_the_runs_of_150_updates(batch_8192: dict[str, Subject]) -> None:
