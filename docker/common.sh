@@ -105,6 +105,14 @@ chosen_device() {
     esac
 }
 
+# chosen_nvcc: system or wheel where DIST_TRAIN_NVCC says so; nothing takes system where one builds for torch's CUDA.
+chosen_nvcc() {
+    case ${DIST_TRAIN_NVCC:-} in
+        "" | system | wheel) printf '%s\n' "${DIST_TRAIN_NVCC:-}" ;;
+        *) fail "DIST_TRAIN_NVCC is '$DIST_TRAIN_NVCC'; it must be system or wheel" ;;
+    esac
+}
+
 need_compiler() {
     have g++ || fail "g++ is missing, Horovod cannot be built; install it: apt-get install g++ (or load your cluster's gcc module)"
     have make || fail "make is missing, Horovod cannot be built; install it: apt-get install make"

@@ -8,10 +8,11 @@
 #   DEVICE=cpu docker/environment.sh                 cpu: Horovod without NCCL, also beside a torch with CUDA;
 #                                                    cuda: with NCCL, or refused;
 #                                                    default: with NCCL where torch has CUDA
+#   DIST_TRAIN_NVCC=wheel docker/environment.sh      what builds Horovod's GPU code, see docker/horovod_wheel.sh
 #
 # The choice of MPI is made once, when .venv is made, and stays, whatever is installed on the machine
-# later: Horovod, mpi4py and mpirun must be of one MPI. DEVICE stays until another is named. .venv/setup.env
-# records both.
+# later: Horovod, mpi4py and mpirun must be of one MPI. DEVICE and DIST_TRAIN_NVCC stay until another is named.
+# .venv/setup.env records all three.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 . "$(dirname "${BASH_SOURCE[0]}")/cuda.sh"
@@ -21,6 +22,9 @@ venv=$root/.venv
 record=$venv/setup.env
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 unset PYTHONPATH PYTHONHOME VIRTUAL_ENV
+PATH=:$PATH:
+PATH=${PATH//:"$venv/bin":/:} # an activated .venv must not choose the Python and the MPI of its successor
+PATH=${PATH#:} PATH=${PATH%:}
 
 new_enough() {
     "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
@@ -62,7 +66,7 @@ digest() {
         cat "$packages/torch/version.py" 2>/dev/null || true
         find "$packages" -maxdepth 1 -name 'nvidia_nccl*.dist-info' -printf '%f\n' 2>/dev/null || true
         builder
-        printf '%s %s %s' "$root" "$1" "$device"
+        printf '%s %s %s %s' "$root" "$1" "$device" "$nvcc_choice"
     } | sha256sum | cut -d' ' -f1
 }
 
@@ -83,14 +87,19 @@ choose_mpi() {
 
 device=$(chosen_device)
 device=${device:-$(recorded device || true)}
-export DEVICE=$device
+nvcc_choice=$(chosen_nvcc)
+nvcc_choice=${nvcc_choice:-$(recorded nvcc_choice || true)}
+export DEVICE=$device DIST_TRAIN_NVCC=$nvcc_choice
 
 # What stands: keep it unless it is broken, or another Python or MPI is asked for by name.
+standing=none
 if [[ -e $venv ]]; then
+    standing=kept
     python_version=$(version_of "$venv/bin/python") || python_version=broken
     wanted=$python_version
     if [[ -n ${PYTHON:-} ]]; then
-        wanted=$(version_of "$(find_python)")
+        base=$(find_python)
+        wanted=$(version_of "$base")
     fi
     mpi=$(recorded mpi || true)
     if [[ $python_version == "$wanted" && $python_version != broken && -n $mpi && ${DIST_TRAIN_MPI:-$mpi} == "$mpi" ]]; then
@@ -99,8 +108,7 @@ if [[ -e $venv ]]; then
             exit 0
         fi
     else
-        say "set-up: .venv is unfinished, or for another Python or MPI; making it anew"
-        rm -rf "$venv"
+        standing=unsuitable
     fi
 fi
 
@@ -114,11 +122,15 @@ make_venv() {
 log=$(new_log setup)
 trap '(($?)) || remove_log' EXIT
 
-if [[ ! -e $venv ]]; then
+if [[ $standing != kept ]]; then
     base=$(find_python)
     mpi=$(choose_mpi)
-    say "set-up: making .venv with Python $(version_of "$base") and $mpi MPI"
     need_headers "$base"
+    if [[ $standing == unsuitable ]]; then
+        say "set-up: .venv is unfinished, or for another Python or MPI; making it anew"
+        rm -rf "$venv"
+    fi
+    say "set-up: making .venv with Python $(version_of "$base") and $mpi MPI"
     logged make_venv || {
         rm -rf "$venv"
         give_up "'$base -m venv' failed" "On Debian it needs a package: apt-get install python3-venv."
@@ -180,7 +192,7 @@ logged check || give_up "Horovod was built, but does not load" \
 nvcc=$(cat "$(dirname "$wheel")/nvcc" 2>/dev/null || true)
 write_record() {
     printf '%s\n' "mpi=$mpi" "mpirun=$mpirun" "device=$device" "wheel=$wheel" "nvcc=$nvcc" \
-        "nvcc_release=$(nvcc_release "$nvcc" || true)" "$@" >"$record.new" || fail "cannot write to $venv"
+        "nvcc_choice=$nvcc_choice" "nvcc_release=$(nvcc_release "$nvcc" || true)" "$@" >"$record.new" || fail "cannot write to $venv"
     mv "$record.new" "$record"
 }
 write_record

@@ -24,6 +24,8 @@ for folder in "$installed" "$kept"; do
 done
 
 fix="put its four files (train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, t10k-images-idx3-ubyte.gz, t10k-labels-idx1-ubyte.gz) into $kept, or, with root: apt-get install $package"
+[[ ! -d $kept ]] || rmdir "$kept" 2>/dev/null || complete "$kept" ||
+    fail "$kept holds only a part of Fashion-MNIST; remove it and run this again, or $fix"
 { have apt-get && have dpkg; } || fail "Fashion-MNIST is not on this machine, and there is no apt to fetch it with; $fix"
 
 say "fetching Fashion-MNIST (Debian's package $package, 29 MB)"

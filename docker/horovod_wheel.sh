@@ -17,11 +17,7 @@ set -euo pipefail
 version=0.28.1
 recipe=3 # raise it when the way of building changes: wheels of another recipe are not taken from the cache
 device=$(chosen_device)
-
-case ${DIST_TRAIN_NVCC:-} in
-    "" | system | wheel) ;;
-    *) fail "DIST_TRAIN_NVCC is '$DIST_TRAIN_NVCC'; it must be system or wheel" ;;
-esac
+nvcc_choice=$(chosen_nvcc)
 
 python=${1:-$root/.venv/bin/python}
 have "$python" || fail "$python is no Python; run 'make setup', or name one: docker/horovod_wheel.sh PYTHON"
@@ -108,7 +104,7 @@ elif [[ $device != cpu && $cuda != none ]]; then
     [[ $cuda_headers == none ]] || export CPLUS_INCLUDE_PATH="$cuda_headers${CPLUS_INCLUDE_PATH:+:$CPLUS_INCLUDE_PATH}"
     if nvcc=$(system_nvcc "$cuda" "$standard"); then
         nvcc_used=$(nvcc_release "$nvcc")
-    elif ((${cuda%%.*} >= 13)) && [[ ${DIST_TRAIN_NVCC:-wheel} == wheel ]]; then
+    elif ((${cuda%%.*} >= 13)) && [[ ${nvcc_choice:-wheel} == wheel ]]; then
         nvcc=PyPI
         nvcc_used=$cuda
     else

@@ -169,6 +169,15 @@ def test_unknown_choice_of_mpi_is_refused(clone: Path) -> None:
     assert not (clone / ".venv").exists()
 
 
+@pytest.mark.parametrize("choice", [{"DIST_TRAIN_MPI": "mpich"}, {"DIST_TRAIN_NVCC": "nvc"}, {"PYTHON": "/no/python3"}])
+def test_mistaken_choice_leaves_what_stands(clone: Path, choice: Mapping[str, str]) -> None:
+    standing = clone / ".venv" / "lib"
+    standing.mkdir(parents=True)
+    result = run(clone / "docker/environment.sh", environment=environment(**choice))
+    assert result.returncode == 1
+    assert standing.is_dir()
+
+
 def test_requested_mpi_without_headers_is_refused(clone: Path, tmp_path: Path) -> None:
     # Debian's openmpi-bin has the compiler's wrapper, and libopenmpi-dev the header.
     write_scripts(tmp_path / "bin", mpicxx=WITHOUT_HEADERS, mpirun="")
@@ -337,6 +346,18 @@ def test_unavailable_fashion_mnist_is_one_message_with_the_fix(clone: Path, tmp_
     assert len(result.stderr.splitlines()) == 1
     assert result.stderr.startswith("error: Fashion-MNIST is not on this machine")
     assert "apt-get install dataset-fashion-mnist" in result.stderr
+
+
+def test_incomplete_fashion_mnist_is_not_downloaded_over(clone: Path, tmp_path: Path) -> None:
+    script = clone / "docker/fashion_mnist.sh"
+    script.write_text(script.read_text().replace("=/usr/share/datasets", "=/nowhere"))
+    kept = tmp_path / "datasets" / "fashion-mnist" / f"{FILES[0]}.gz"
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(b"x")
+    result = run(script, environment=environment(DIST_TRAIN_CACHE=str(tmp_path)))
+    assert result.returncode == 1
+    assert f"{kept.parent} holds only a part of Fashion-MNIST" in result.stderr
+    assert kept.is_file()
 
 
 def test_missing_debian_packages_are_named_with_the_tests_that_need_them(tmp_path: Path) -> None:
