@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
+from functools import cache
 from ipaddress import ip_address
 from typing import Any
 
@@ -119,12 +120,15 @@ class TorchCommunicator(TorchOperations):
             )
         self.rank = launch.rank
         self.size = launch.size
-        store = self._store = _open_store(launch, launch.store)
+        store = _open_store(launch, launch.store)
         # The watchdog, which knows which rank is lost, must time out first.
         operation_timeout = timedelta(seconds=max(60.0, 3 * timeout))
         self._device: dist.ProcessGroupNCCL | None = None
         # A rank may be lost while the others meet, and with rank 0 the store.
         with naming_lost_ranks(RuntimeError, "meeting: "):
+            # All ranks may join several times: the keys of an earlier group must not be taken for those of this one.
+            group = store.add(f"groups of rank {self.rank}", 1)
+            store = self._store = dist.PrefixStore(f"group {group}", store)
             address = _address_for_others(store, launch.store, self.size)
             options = gloo_options(operation_timeout, address) if address else operation_timeout
             self._host = dist.ProcessGroupGloo(dist.PrefixStore("host", store), self.rank, self.size, options)
@@ -161,7 +165,9 @@ def sum_options() -> Any:
     return options
 
 
+@cache
 def _open_store(launch: Launch, address: StoreAddress) -> dist.Store:
+    """Return the launch's store; it stays open until the process ends, since others may still need what it serves."""
     serves = launch.rank == 0 and not address.is_served
     try:
         store = dist.TCPStore(

@@ -174,6 +174,29 @@ def test_its_variables_suffice_to_start_ranks(tmp_path: Path, launcher: str) -> 
     assert weights_digest(tmp_path / "run") == weights_digest(tmp_path / "alone")
 
 
+@pytest.mark.parametrize("launcher", ["torchrun", "env://"])
+def test_script_trains_and_evaluates_repeatedly(tmp_path: Path, launcher: str) -> None:
+    config = write_config(tmp_path, small_settings(run={"max_steps": 2}, evaluation={"every_epochs": 0}))
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import dist_train
+if __name__ == "__main__":
+    for number in range(3):
+        dist_train.train(dist_train.load_config({str(config)!r}, ["comm.engine=torch"]), f"{tmp_path}/run{{number}}")
+        print("loss", dist_train.load_run(f"{tmp_path}/run{{number}}").evaluate()["loss"])
+""")
+    if launcher == "torchrun":
+        tasks = [start(2, "torchrun", program=[str(script)])]
+    else:
+        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+        tasks = [start(1, "alone", extra={**shared, "RANK": str(rank)}, program=[str(script)]) for rank in range(2)]
+    outputs = [task.communicate(timeout=PATIENCE)[0] for task in tasks]
+    assert [task.returncode for task in tasks] == [0] * len(tasks), outputs
+    losses = [line for line in "".join(outputs).splitlines() if line.startswith("loss ")]
+    assert len(losses) == 6
+    assert len(set(losses)) == 1
+
+
 def test_local_script_uses_torch_gloo_by_default(tmp_path: Path) -> None:
     script = Path(__file__).parents[2] / "launch/local.sh"
     config = write_config(tmp_path, small_settings(run={"max_steps": 2}))
