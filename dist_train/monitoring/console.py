@@ -122,6 +122,7 @@ class TerminalBar(Observer):
         """Print the introduction and draw the bar."""
         self._facts = facts
         self._step = facts.start_step
+        self._best = facts.best_accuracy or 0.0
         self._task = self._bar.add_task("", total=facts.total_steps, epoch="", left="")
         self._fit()
         for place, line in enumerate(wording.introduction(facts)):

@@ -205,6 +205,7 @@ class RunFacts:
     device_memory: int = 0  # bytes of memory of this rank's device; 0 without a device
     time_limit: float = 0.0  # when the batch system ends the job, seconds since 1970; 0 if unknown
     generation: int = 1  # how often the ranks of this launch have met: more than once if some were lost or joined
+    best_accuracy: float | None = None  # of the test split, before the first step of this launch
     stages: tuple[Stage, ...] = ()  # of a batch schedule; without one, the fields above hold throughout
 
     @property

@@ -4,6 +4,7 @@ import http.client
 import json
 import logging
 import os
+import resource
 import select
 import signal
 import socket
@@ -12,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -149,10 +150,16 @@ def test_killed_process_is_reported_once_and_keeps_its_target_file(
 def test_killed_process_is_restarted_with_earlier_values(tmp_path: Path) -> None:
     counts = tmp_path / "counts.json"
     facts = replace(FACTS, name="demo", run_directory=tmp_path)
+    records = (
+        EventRecord(3, "signal", facts.launched - 1, {"name": "SIGTERM"}),  # of an earlier launch
+        EventRecord(20, "micro_size", facts.launched + 1, {"before": 256, "now": 128}),
+        EventRecord(21, "batch_size", facts.launched + 2, {"before": 8192, "now": 4096}),
+    )
     with serving(facts, targets_directory=tmp_path / "targets") as exporter:
         first = process_of(exporter)
         assert Path(f"/proc/{first}/comm").read_text() == "metrics demo\n"
         counts.write_text('{"checkpoint": 3}')
+        (tmp_path / "metrics.jsonl").write_text("".join(f"{to_json(record)}\n" for record in records))
         os.kill(first, signal.SIGKILL)
 
         def served_again() -> bool:
@@ -160,11 +167,26 @@ def test_killed_process_is_restarted_with_earlier_values(tmp_path: Path) -> None
             return exporter.address is not None and exporter.process_id not in (None, first)
 
         wait_for(served_again)
+        wait_for(lambda: scrape(exporter)["dist_train_micro_batch_size", ()] == 128)
         values = scrape(exporter)
         assert outcomes(tmp_path / "targets") == [None]
     assert values["dist_train_exporter_restarts_total", ()] == 1
     assert values["dist_train_checkpoints_total", ()] == 3
     assert values["dist_train_step", ()] == 40
+    assert values["dist_train_micro_batches", ()] == 32
+    assert values["dist_train_state", ("running",)] == 1
+
+
+def test_exporter_of_a_program_with_many_open_files() -> None:
+    lowest, highest = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(lowest, 2048), highest))
+    with ExitStack() as stack:
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (lowest, highest))
+        for _ in range(1100):
+            stack.enter_context(open(os.devnull))
+        with serving() as exporter:
+            exporter.record(train(21))
+            assert scrape(exporter)["dist_train_step", ()] == 21
 
 
 def test_hanging_process_does_not_block_the_trainer(caplog: pytest.LogCaptureFixture) -> None:

@@ -13,6 +13,7 @@ import termios
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
@@ -110,17 +111,20 @@ def drawn(bar: TerminalBar, step: int, terminal: Terminal) -> str:
 
 def test_the_bar_shows_progress_and_leaves_the_summary(terminal: Terminal) -> None:
     bar = TerminalBar(terminal.screen)
-    bar.begin(FACTS)
-    bar.record(evaluation(14, accuracy=0.8))
+    bar.begin(replace(FACTS, best_accuracy=0.8))
+    bar.record(evaluation(14, accuracy=0.79))
+    begun = words(terminal.read())
+    assert "best so far" not in begun
+    bar.record(evaluation(14, accuracy=0.81))
     bar.record(EventRecord(15, "checkpoint", 0.0, {"file": "x"}))
-    shown = words(terminal.read()) + drawn(bar, 21, terminal)
+    shown = begun + words(terminal.read()) + drawn(bar, 21, terminal)
     assert "lb_[8192]: fashion-mnist; vgg9, 176,106 parameters; noise smoothout 0.01" in shown
     assert "batch 8,192 as 32 micro-batches of 256 on 2 ranks (gloo)" in shown
     assert "resuming from step 14" in shown
-    assert "epoch    2  step     14  test   loss 0.5000  accuracy 80.00 %  best so far" in shown
+    assert "epoch    2  step     14  test   loss 0.5000  accuracy 81.00 %  best so far" in shown
     assert "epoch 3/30" in shown
     assert "step 21/210" in shown
-    assert "loss 0.4321  accuracy 85.12 %  16,384 images/s  test 80.00 %" in shown
+    assert "loss 0.4321  accuracy 85.12 %  16,384 images/s  test 81.00 %" in shown
     assert "saved at 15" in shown
     bar.end(OUTCOME)
     summary = words(terminal.read())

@@ -78,7 +78,6 @@ def test_a_page_reads_back_what_was_recorded() -> None:
     }
     states = {key[1][0]: value for key, value in values.items() if key[0] == "dist_train_state"}
     assert states == {
-        "starting": 0,
         "running": 1,
         "stopping": 0,
         "stopped": 0,
@@ -345,7 +344,7 @@ def test_metric_names_follow_the_conventions() -> None:
 
 
 def test_only_the_run_itself_is_on_every_page() -> None:
-    assert [metric.name for metric in METRICS if metric.scope is Scope.BOTH] == ["dist_train_run_info"]
+    assert [metric.name for metric in METRICS if metric.scope is Scope.RUN_EVERYWHERE] == ["dist_train_run_info"]
 
 
 def test_the_documentation_has_the_table_as_it_is() -> None:

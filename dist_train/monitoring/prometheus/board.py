@@ -25,7 +25,7 @@ from dist_train.rundir.records import (
     TrainRecord,
 )
 
-STATES = ("starting", "running", "stopping", "stopped", "finished", "failed")
+STATES = ("running", "stopping", "stopped", "finished", "failed")
 KILLED = "killed"  # outcome of a run that ended without reporting one
 OUTCOMES = ("finished", "stopped", "failed", "diverged", KILLED)
 EVENTS = (
@@ -135,8 +135,9 @@ class Board:
         return self._now
 
     def recall(self, history: Iterable[Record]) -> None:
-        """Add evaluations and the latest checkpoint of earlier launches; this launch's records take precedence."""
-        earlier = Board(self._now.facts)
+        """Add evaluations and events from before this process; what has been recorded since takes precedence."""
+        begun = self._now.facts
+        earlier = Board(begun)
         for record in history:
             earlier.record(record)
         before = earlier.snapshot()
@@ -147,6 +148,8 @@ class Board:
                 evaluations={**before.evaluations, **now.evaluations},
                 best_accuracy=max(accuracies, default=None),
                 checkpoint=now.checkpoint or before.checkpoint,
+                facts=before.facts if now.facts == begun else now.facts,
+                state=before.state if now.state == "running" else now.state,
             )
 
     def regroup(self, facts: RunFacts) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import select
 import subprocess
 import sys
 import time
@@ -190,7 +189,7 @@ class Exporter(Observer):
         if self._link is None:
             return
         if seconds > 0:
-            select.select([self._link.channel], [], [], seconds)
+            messages.await_input(seconds, self._link.channel)
         try:
             for answer in self._link.channel.receive():
                 match answer:

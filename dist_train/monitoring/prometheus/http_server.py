@@ -165,13 +165,15 @@ class Site:
 
 def bind(host: str, port: int, site: Site) -> Server:
     """Return a server at `port` of `host`, or at the next free port above. Raises OSError if there is none."""
-    for candidate in range(port, min(port + _PORTS, 65_536)):
+    ports = range(port, min(port + _PORTS, 65_536))
+    for candidate in ports:
         try:
             return Server(host, candidate, site)
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 raise
-    raise OSError(errno.EADDRINUSE, f"metrics ports {port} to {port + _PORTS - 1} are all in use")
+    why = f"metrics ports {port} to {ports[-1]} are all in use" if ports else "there is no metrics port above 65535"
+    raise OSError(errno.EADDRINUSE, why)
 
 
 class Server(ThreadingHTTPServer):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import select
 import socket
 import zlib
 from collections import deque
@@ -185,7 +186,7 @@ class Channel:
         self._waiting: deque[Message] = deque(maxlen=_KEPT)
 
     def fileno(self) -> int:
-        """Return the descriptor, for select."""
+        """Return the descriptor, to wait for messages."""
         return self._socket.fileno()
 
     def send(self, message: Message) -> bool:
@@ -229,6 +230,14 @@ class Channel:
     def close(self) -> None:
         """Close the socket."""
         self._socket.close()
+
+
+def await_input(seconds: float, *files: Channel | int) -> None:
+    """Wait until one of `files` can be read, up to `seconds`. Unlike select, poll takes descriptors beyond 1,023."""
+    poll = select.poll()
+    for file in files:
+        poll.register(file, select.POLLIN)
+    poll.poll(seconds * 1000)
 
 
 def socket_pair() -> tuple[socket.socket, socket.socket]:

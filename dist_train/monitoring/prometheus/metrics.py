@@ -21,7 +21,7 @@ class Scope(StrEnum):
 
     RUN = "rank 0"  # describes the run; only on rank 0's page
     RANK = "every rank, its own"  # describes the rank that serves it; on every page
-    BOTH = "every rank"  # describes the run; on every page
+    RUN_EVERYWHERE = "every rank"  # describes the run; on every page
 
 
 class Reading(NamedTuple):
@@ -96,7 +96,7 @@ _RANK = ("rank", "node")
 
 
 def _rank_labels(now: Snapshot, rank: int) -> tuple[str, str]:
-    """Return the values of the labels `_RANK`: the rank and its node (not rank 0's, which serves all)."""
+    """Return the values of the labels `_RANK`: the rank and its own node. (A target's label `node` is the server's.)"""
     return str(rank), now.facts.nodes[rank] if rank < len(now.facts.nodes) else ""
 
 
@@ -216,7 +216,7 @@ def _busy_ratios(now: Snapshot) -> Iterable[Reading]:
 
 
 METRICS: tuple[Metric, ...] = (
-    Metric("run_info", "info", "What runs; always 1.", _run_info, tuple(_INFO), Scope.BOTH),
+    Metric("run_info", "info", "What runs; always 1.", _run_info, tuple(_INFO), Scope.RUN_EVERYWHERE),
     Metric("state", "gauge", "1 for the state that the run is in, 0 for the others.", _states, ("state",)),
     Metric("outcome", "gauge", "1 for how the run has ended, 0 for the other ways.", _outcomes, ("outcome",)),
     _gauge("step", "Optimizer updates done.", "step", "updates"),
@@ -362,7 +362,7 @@ METRICS: tuple[Metric, ...] = (
     _of_this_rank("device_memory_bytes", "Memory of its device that this rank holds.", "device_bytes"),
     _of_this_rank("device_utilization_ratio", "Share of time that its device was busy.", "device_utilization"),
 )
-"""Event counters include all launches of the run."""
+"""Counters of events include all launches of the run, except that of the exporter's restarts."""
 
 
 def metrics_of(rank: int) -> tuple[Metric, ...]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import select
 import shutil
 import signal
 import socket
@@ -20,15 +19,16 @@ from prometheus_client import push_to_gateway
 from dist_train.monitoring.prometheus import targets
 from dist_train.monitoring.prometheus.board import KILLED, Board, Snapshot, outcome_label, stands_still
 from dist_train.monitoring.prometheus.http_server import Site, bind, read_credentials, tls_context
-from dist_train.monitoring.prometheus.messages import Begin, Channel, Ending, Progress, Serving, Warned
+from dist_train.monitoring.prometheus.messages import Begin, Channel, Ending, Progress, Serving, Warned, await_input
 from dist_train.monitoring.prometheus.page import Families, MetricsPage
-from dist_train.rundir.records import Measurement, Outcome, Record, TrainRecord, from_json
+from dist_train.rundir.records import EvaluationRecord, EventRecord, Measurement, Outcome, Record, RunFacts, from_json
 
 PUSH_SECONDS = 5.0
 RECENT_SECONDS = 60.0  # who scraped so shortly before the end is waited for, to get the last values
 
 _LOOK_SECONDS = 1.0
 _DISK_SECONDS = 30.0
+_RECHECK_SECONDS = 2.0
 _PAUSE_SECONDS = 0.02  # pause between reads of the socket, so that fast steps do not wake this process every time
 _NICENESS = 10
 _DYING_SECONDS = 60.0  # how long a killed trainer may exist after its socket has closed, while its memory is freed
@@ -57,7 +57,7 @@ def main(descriptor: int, trainer: int) -> None:
 
 def _await_begin(channel: Channel, trainer: int) -> Begin | None:
     while os.getppid() == trainer:
-        select.select([channel], [], [], _LOOK_SECONDS)
+        await_input(_LOOK_SECONDS, channel)
         try:
             for message in channel.receive():
                 assert isinstance(message, Begin)
@@ -115,9 +115,9 @@ class _Service:
         Thread(target=self._server.serve_forever, args=(_LOOK_SECONDS,), name="http", daemon=True).start()
         try:
             self._announce()
-            self._board.recall(_history(self._facts.run_directory / "metrics.jsonl"))
+            self._board.recall(_history(self._facts))
             while self._outcome is None and not self._is_over and os.getppid() == self._trainer:
-                select.select([self._channel.fileno(), self._wake], [], [], _LOOK_SECONDS)
+                await_input(_LOOK_SECONDS, self._channel, self._wake)
                 self._receive()
                 self._follow_rank()
                 self._heartbeat()
@@ -172,6 +172,8 @@ class _Service:
             self._target = target
             if warning := targets.remove_stale(directory, resumed=self._facts.run_id).warning:
                 self._warn(f"{directory}: {warning}")
+            # Another rank that starts now may have taken the file for one of an earlier launch, and removed it.
+            self._touched = time.monotonic() - targets.HEARTBEAT_SECONDS + _RECHECK_SECONDS
 
     def _announce(self) -> None:
         """Say where the metrics are, to Prometheus and to the trainer."""
@@ -252,12 +254,19 @@ class _Service:
             self._channel.send(Warned(text))
 
 
-def _history(path: Path) -> Iterator[Record]:
-    """Yield the evaluations and checkpoints of earlier launches."""
+_RECALLED = re.compile(rb'"(eval|checkpoint|micro_size|batch_size|signal)"')
+
+
+def _history(facts: RunFacts) -> Iterator[Record]:
+    """Yield the evaluations and checkpoints so far, and what changed the batch or the state since the launch began.
+
+    The latter is there if an earlier process of this launch has died.
+    """
     with suppress(OSError):
-        for line in path.read_bytes().split(b"\n"):
+        for line in (facts.run_directory / "metrics.jsonl").read_bytes().split(b"\n"):
             # Most lines are training steps, of which there can be millions: do not parse them.
-            if b'"eval"' in line or b'"checkpoint"' in line:
-                record = from_json(line)
-                if record is not None and not isinstance(record, TrainRecord):
+            match from_json(line) if _RECALLED.search(line) else None:
+                case EvaluationRecord() | EventRecord(event="checkpoint") as record:
+                    yield record
+                case EventRecord() as record if record.time >= facts.launched:
                     yield record

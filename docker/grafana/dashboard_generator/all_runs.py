@@ -5,7 +5,7 @@ from __future__ import annotations
 from grafana_foundation_sdk.builders import dashboard
 from grafana_foundation_sdk.models import dashboard as model
 
-from dashboard_generator.frame import choice, event, frame, one_of, row, source_choice
+from dashboard_generator.frame import choice, event, frame, one_of, source_choice
 from dashboard_generator.links import ALL_RUNS
 from dashboard_generator.one_run import RUN_IDS, STATES, state_number
 from dashboard_generator.panels import (
@@ -83,7 +83,7 @@ def build() -> model.Dashboard:
 
 
 def _overview(built: dashboard.Dashboard) -> None:
-    built.with_row(row("All runs"))
+    built.with_row(dashboard.Row("All runs"))
     built.with_panel(
         states(
             PanelSpec("State", "The state of each run over time; gaps are times without an exporter.", "none", 16, 9),
@@ -93,7 +93,7 @@ def _overview(built: dashboard.Dashboard) -> None:
     )
     built.with_panel(
         number(
-            PanelSpec("At work", "Runs that are starting, running or stopping.", "none", 4, 9),
+            PanelSpec("At work", "Runs that are running or stopping.", "none", 4, 9),
             Query(f"sum(run:dist_train_active:max{{{OF_RUN}}})", "runs"),
         )
     )
@@ -108,7 +108,7 @@ def _overview(built: dashboard.Dashboard) -> None:
 
 
 def _learning(built: dashboard.Dashboard) -> None:
-    built.with_row(row("Small batch, large batch, noise"))
+    built.with_row(dashboard.Row("Small batch, large batch, noise"))
     built.with_panel(
         curves(
             PanelSpec(
@@ -165,7 +165,7 @@ def _learning(built: dashboard.Dashboard) -> None:
 
 
 def _by_step(built: dashboard.Dashboard) -> None:
-    built.with_row(row("At equal ${x:text}, whenever the runs were"))
+    built.with_row(dashboard.Row("At equal ${x:text}, whenever the runs were"))
     for title, description, unit, expression in (
         ("Accuracy", "Share of correctly classified samples", "percentunit", _by_split("dist_train_accuracy_ratio")),
         ("Loss", "Mean loss", "none", _by_split("dist_train_loss")),
@@ -179,7 +179,7 @@ def _by_step(built: dashboard.Dashboard) -> None:
 
 
 def _cost(built: dashboard.Dashboard) -> None:
-    built.with_row(row("What it costs"))
+    built.with_row(dashboard.Row("What it costs"))
     built.with_panel(
         curves(
             PanelSpec("Samples per second", "All ranks of a run together.", "ops", 8, 9, "DistTrainThroughputDown"),

@@ -105,11 +105,6 @@ def event(name: str, colour: str, expression: str, legend: str) -> dashboard.Ann
     )
 
 
-def row(title: str) -> dashboard.Row:
-    """Return a row heading for the panels that follow."""
-    return dashboard.Row(title)
-
-
 def to_json(built: model.Dashboard) -> str:
     """Return a dashboard as JSON, its panels numbered from 1 in order."""
     for variable in (built.templating.list_val if built.templating else None) or []:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from grafana_foundation_sdk.builders import dashboard
 from grafana_foundation_sdk.models import dashboard as model
 
-from dashboard_generator.frame import choice, event, frame, one_choice, row, source_choice
+from dashboard_generator.frame import choice, event, frame, one_choice, source_choice
 from dashboard_generator.links import ONE_RUN
 from dashboard_generator.panels import (
     BLUE,
     GREEN,
-    GREY,
     OF_RUN,
     RED,
     YELLOW,
@@ -25,12 +24,11 @@ from dashboard_generator.panels import (
 )
 
 STATES = (
-    (0, "starting", GREY),
-    (1, "running", GREEN),
-    (2, "stopping", YELLOW),
-    (3, "stopped", YELLOW),
-    (4, "finished", BLUE),
-    (5, "failed", RED),
+    (0, "running", GREEN),
+    (1, "stopping", YELLOW),
+    (2, "stopped", YELLOW),
+    (3, "finished", BLUE),
+    (4, "failed", RED),
 )
 
 
@@ -58,7 +56,8 @@ def _over_ranks(metric: str, words: str = "", matchers: str = "") -> tuple[Query
 def _ranks_with_most(metric: str, legend: str = RANK) -> Query:
     """Return the lines of the few ranks with the largest values at the end of the time range."""
     selector = f"{metric}{{{OF_RUN}}}"
-    return Query(f"{selector} and on (run, run_id, rank) topk by (run, run_id) ({_FEW}, {selector} @ end())", legend)
+    by_rank = f"sum by (run, run_id, rank) ({selector} @ end())"  # a rank can have several lines
+    return Query(f"{selector} and on (run, run_id, rank) topk by (run, run_id) ({_FEW}, {by_rank})", legend)
 
 
 def _by_split(metric: str) -> str:
@@ -117,7 +116,7 @@ def _of_changes(metric: str) -> str:
 
 
 def _status(built: dashboard.Dashboard) -> None:
-    built.with_row(row("Now"))
+    built.with_row(dashboard.Row("Now"))
     built.with_panel(
         states(
             PanelSpec("State", "The state of the run over time; gaps are times without an exporter.", "none", 12, 4),
@@ -177,7 +176,7 @@ def _status(built: dashboard.Dashboard) -> None:
 
 
 def _learning(built: dashboard.Dashboard) -> None:
-    built.with_row(row("Learning"))
+    built.with_row(dashboard.Row("Learning"))
     loss = PanelSpec(
         "Loss", "Mean loss by split; `batch` is measured at the perturbed weights.", "none", 12, 9, "DistTrainNotFinite"
     )
@@ -222,7 +221,7 @@ def _learning(built: dashboard.Dashboard) -> None:
 
 
 def _speed(built: dashboard.Dashboard) -> None:
-    built.with_row(row("Speed"))
+    built.with_row(dashboard.Row("Speed"))
     built.with_panel(
         curves(
             PanelSpec(
@@ -338,7 +337,7 @@ def _speed(built: dashboard.Dashboard) -> None:
 
 
 def _checkpoints(built: dashboard.Dashboard) -> None:
-    built.with_row(row("Checkpoints"))
+    built.with_row(dashboard.Row("Checkpoints"))
     built.with_panel(
         limited(
             curves(
@@ -393,7 +392,7 @@ def _checkpoints(built: dashboard.Dashboard) -> None:
 
 
 def _incidents(built: dashboard.Dashboard) -> None:
-    built.with_row(row("Events, over all launches"))
+    built.with_row(dashboard.Row("Events"))
     for title, description, metric, alert, limit, colour in (
         ("Resumes", "Launches that resumed from a checkpoint.", "resumes", None, 1, BLUE),
         ("Requeues", "How often Slurm requeued the run.", "requeues", "DistTrainRequeued", 4, YELLOW),
@@ -447,7 +446,7 @@ def _incidents(built: dashboard.Dashboard) -> None:
 
 
 def _memory(built: dashboard.Dashboard) -> None:
-    built.with_row(row("Memory, devices and limits"))
+    built.with_row(dashboard.Row("Memory, devices and limits"))
     built.with_panel(
         curves(
             PanelSpec("Resident memory, over the ranks", "Of each rank's process.", "bytes"),
