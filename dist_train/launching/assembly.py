@@ -44,7 +44,7 @@ from dist_train.training.compute import Compute, LossScale, fitting_memory, set_
 from dist_train.training.consistency import check_same_data
 from dist_train.training.graphs import CudaGraphRecorder, GraphRecorder
 from dist_train.training.measuring import Measuring, Profiler, StepClock, WeightNorms, read_usage_of
-from dist_train.training.micro_batches import find_micro_size, forward_and_backward, shares_micro_batches, sum_over
+from dist_train.training.micro_batches import fewest_samples, find_micro_size, forward_and_backward, sum_over
 from dist_train.training.reduction import Tally, set_up_reduction
 from dist_train.training.step import TrainingStep
 from dist_train.training.stopping import StopRequests, TimeLimit, job_time_limit
@@ -292,10 +292,10 @@ def _with_micro_size(
     with LayerRng(config.run.seed, compute.device).preserved():
         size = find_micro_size(
             try_size,
-            global_size=config.batch.global_size,
+            global_sizes=[size for _, size in config.batch.sizes],
             device=compute.device,
             comm=comm,
-            fewest=max(2, comm.size) if shares_micro_batches(config.model) else 2,
+            fewest=fewest_samples(config.model, comm.size),
         )
     weights.gradients.zero_()
     return with_setting(config, "batch.micro_size", size)

@@ -160,7 +160,7 @@ def _network(settings: ModelSettings, images: ImageFormat, channels_last: bool) 
         outputs = {"": model.eval()(blank)}
         outputs[" in training"], _ = _trial_in_training(model, blank)
     for mode, logits in outputs.items():
-        if not isinstance(logits, Tensor) or tuple(logits.shape) != (2, images.classes):
+        if not isinstance(logits, Tensor) or tuple(logits.shape) != (_TRIAL_SAMPLES, images.classes):
             form = f"logits of {list(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
             raise UsageError(
                 f"{settings.name} gives {form}, not logits of [2, {images.classes}], for 2 images{mode}",
@@ -172,10 +172,13 @@ def _network(settings: ModelSettings, images: ImageFormat, channels_last: bool) 
     return model
 
 
+_TRIAL_SAMPLES = 2
+
+
 def _blank(images: ImageFormat, channels_last: bool) -> Tensor:
     """Return two blank images in the layout of training, in which for example Tensor.view may fail."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.zeros(2, *images.shape).to(memory_format=layout)
+    return torch.zeros(_TRIAL_SAMPLES, *images.shape).to(memory_format=layout)
 
 
 def _trial_in_training(model: nn.Module, images: Tensor) -> tuple[Any, list[str]]:
@@ -223,6 +226,12 @@ def _check_trainable(model: nn.Module, name: str) -> None:
             raise UsageError(
                 f"{name} uses a norm {len(norm.seen)} times in a forward pass: build one for each use, or set "
                 f"model.norm=group",
+                code="plugin-result",
+            )
+        if norm.group_size is not None and sum(norm.seen[0].sizes) != _TRIAL_SAMPLES:
+            raise UsageError(
+                f"{name} has a norm over more than the samples, of which ghost norm cannot make groups: set "
+                f"model.norm=batch or group",
                 code="plugin-result",
             )
         norm.seen.clear()

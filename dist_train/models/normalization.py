@@ -79,9 +79,8 @@ class _NormalizeByKernels(torch.autograd.Function):
         group_sizes: tuple[int, ...],
         relu: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        inputs = _channels_last(inputs)
         outputs, moments = torch.ops.dist_train.ghost_norm(
-            inputs, weight, bias, epsilon, group_sizes[0], len(group_sizes), relu
+            _channels_last(inputs), weight, bias, epsilon, group_sizes[0], len(group_sizes), relu
         )
         ctx.save_for_backward(inputs, weight, bias, moments)
         ctx.epsilon, ctx.group_sizes, ctx.relu = epsilon, group_sizes, relu
@@ -96,7 +95,7 @@ class _NormalizeByKernels(torch.autograd.Function):
         if torch.is_grad_enabled():
             return *_plain_gradients(ctx, upstream, ctx.relu), None, None, None
         of_inputs, of_groups = torch.ops.dist_train.ghost_norm_backward(
-            _channels_last(upstream), inputs, weight, bias, moments, ctx.group_sizes[0], ctx.relu
+            _channels_last(upstream), _channels_last(inputs), weight, bias, moments, ctx.group_sizes[0], ctx.relu
         )
         of_weight, of_bias = (of_groups.sum(1) if len(ctx.group_sizes) > 1 else of_groups[:, 0]).unbind()
         return of_inputs, of_weight, of_bias, None, None, None
@@ -185,12 +184,13 @@ class _NormalizeAcrossRanks(torch.autograd.Function):
         return of_inputs.to(inputs.dtype), of_weight, of_bias, None, None
 
 
-def _plain_gradients(ctx: Any, upstream: Tensor, relu: bool) -> tuple[Tensor, ...]:
-    """Return the gradients by operations that can be differentiated once more, as for Hessians."""
-    inputs, weight, bias = ctx.saved_tensors[:3]
-    outputs = _rectified(_plain_groups(inputs, weight, bias, ctx.epsilon, ctx.group_sizes), relu)
-    gradients: tuple[Tensor, ...] = torch.autograd.grad(outputs, (inputs, weight, bias), upstream, create_graph=True)
-    return gradients
+def _plain_gradients(ctx: Any, upstream: Tensor, relu: bool) -> tuple[Tensor | None, ...]:
+    """Return the gradients that are needed, by operations that can be differentiated once more, as for Hessians."""
+    leaves, needed = ctx.saved_tensors[:3], ctx.needs_input_grad[:3]
+    outputs = _rectified(_plain_groups(*leaves, ctx.epsilon, ctx.group_sizes), relu)
+    wanted = [leaf for leaf, is_needed in zip(leaves, needed, strict=True) if is_needed]
+    found = iter(torch.autograd.grad(outputs, wanted, upstream, create_graph=True))
+    return tuple(next(found) if is_needed else None for is_needed in needed)
 
 
 def _plain_groups(inputs: Tensor, weight: Tensor, bias: Tensor, epsilon: float, group_sizes: Sequence[int]) -> Tensor:

@@ -101,15 +101,15 @@ class FlatWeights:
     def mask(self, exclude: Sequence[str]) -> torch.Tensor:
         """Return 1.0 for each weight that `exclude` does not match, 0.0 for the others and for padding; [n]."""
         mask = torch.ones_like(self.values)
-        mask[self.masked_indices(exclude)] = 0.0
+        mask[self.masked_indices(exclude).to(mask.device)] = 0.0
         return mask
 
-    def masked_indices(self, exclude: Sequence[str]) -> list[int]:
-        """Return the indices at which `mask` is 0.0, in order, without reading from the device."""
+    def masked_indices(self, exclude: Sequence[str]) -> torch.Tensor:
+        """Return the indices at which `mask` is 0.0, in order, int64 on the CPU, without reading from the device."""
         left_out = set(self.excluded(exclude))
         kept = [segment for segment in self.segments if segment not in left_out]
         edges = [(0, 0), *((segment.start, segment.stop) for segment in kept), (len(self.values), 0)]
-        return [index for (_, stop), (start, _) in pairwise(edges) for index in range(stop, start)]
+        return torch.cat([torch.arange(stop, start) for (_, stop), (start, _) in pairwise(edges)])
 
     @property
     def filter_lengths(self) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -37,8 +36,9 @@ class NoiseDraws:
             call_plugin, settings.scale, settings.scale_options, Iterator
         )
         self._seed = seed
-        self._excluded = weights.masked_indices(settings.exclude)
-        self._excluded_on_device = torch.tensor(self._excluded, dtype=torch.int64, device=weights.values.device)
+        excluded = weights.masked_indices(settings.exclude)
+        self._excluded = excluded.numpy()
+        self._excluded_on_device = excluded.to(weights.values.device)
         self._filters = Filters(weights.filter_lengths, len(weights.values))
         self.values = torch.zeros_like(weights.values) if values is None else values
 
@@ -51,7 +51,7 @@ class NoiseDraws:
         """Make the same draw; yield each part's slice of `values` as soon as it is filled."""
         drawn = self._integers(key(self._seed, "noise", step, *indices))
         for part in self._scale(self.values, weights, self._filters, drawn, amplitude, self._distribution.unit):
-            first, last = bisect_left(self._excluded, part.start), bisect_left(self._excluded, part.stop)
+            first, last = self._excluded.searchsorted((part.start, part.stop))
             self.values.index_fill_(0, self._excluded_on_device[first:last], 0.0)
             yield part
 

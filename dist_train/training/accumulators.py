@@ -47,32 +47,32 @@ class GradientAccumulator(ABC):
         self._total = torch.zeros(0, dtype=torch.int32, device=self._gradients.device)
         self._begun: set[int] = set()
         """The buckets of which `_total` holds a sum."""
-        self._met: list[torch.Tensor] = []
+        self._range_checks: list[torch.Tensor] = []
         """Scalars whose absolute values are within `limit` if all gradients so far are."""
         self.largest = torch.zeros(0, dtype=torch.int64, device=self._gradients.device)
         """What this rank adds to the sums that `fits` takes, int64 on the device; here none are needed."""
 
     def clear(self) -> None:
         """Begin a step."""
-        self._met.clear()
+        self._range_checks.clear()
         self._begun.clear()
 
     @property
     def out_of_range(self) -> torch.Tensor:
         """Whether this rank met a gradient that is not finite or too large; a bool on the device."""
-        if not self._met:
+        if not self._range_checks:
             return torch.zeros((), dtype=torch.bool, device=self._gradients.device)
         # Written so that a NaN, for which no comparison holds, is out of range.
-        return ~(torch.stack(self._met).abs_().amax() < self._limit)
+        return ~(torch.stack(self._range_checks).abs_().amax() < self._limit)
 
     def take_out_of_range(self) -> torch.Tensor:
         """Return `out_of_range`, which from now on is about later gradients only."""
         out_of_range = self.out_of_range
-        self._met.clear()
+        self._range_checks.clear()
         return out_of_range
 
     def begin(self, bucket: Bucket) -> None:
-        """Begin the bucket's sum at zero, so that the first `add` does as all others do."""
+        """Begin the bucket's sum at zero: the first `add` then launches the kernels of later ones, as graphs need."""
         self._total[bucket.part].zero_()
         self._begun.add(bucket.index)
 
@@ -123,9 +123,9 @@ class ExactAccumulator(GradientAccumulator):
         self._begun.add(bucket.index)
         if gradients.is_cuda and operators.has_triton():
             largest = torch.ops.dist_train.accumulate_(gradients, total, 2.0**GRADIENTS.bits, begun)
-            self._met.append(largest.amax())
+            self._range_checks.append(largest.amax())
             return
-        self._met += gradients.aminmax()
+        self._range_checks += gradients.aminmax()
         gradients.mul_(2.0**GRADIENTS.bits)
         if begun:
             _add_as_integers(gradients, total)
@@ -230,7 +230,7 @@ class GridAccumulator(GradientAccumulator):
             device=self._gradients.device,
         )
         """Of each filter where it begins, its length, and which parameter's it is."""
-        self._padding = torch.tensor(weights.masked_indices(()), dtype=torch.int64, device=self._gradients.device)
+        self._padding = weights.masked_indices(()).to(self._gradients.device)
         self._grids = Grids(progress, len(self._tensors), terms, bits)
         self.largest = torch.zeros(self._filters[-1], dtype=torch.int64, device=self._gradients.device)
         self._exponents: Sequence[int] = ()
@@ -264,13 +264,13 @@ class GridAccumulator(GradientAccumulator):
             sizes = torch.ops.dist_train.accumulate_on_grids_(
                 gradients, total, self.largest[filters], self._places[filters], self._scales, bucket.start, begun
             )
-            self._met.append(sizes.amax())
+            self._range_checks.append(sizes.amax())
             return
         tensors = self._tensors[bucket.first : bucket.last]
         torch._foreach_mul_(tensors, self._scales[bucket.first : bucket.last].unbind())
         gradients.round_()
         largest = _largest(tensors)
-        self._met.append(largest.amax())
+        self._range_checks.append(largest.amax())
         self.largest[filters].add_(largest.to(torch.int64))
         if begun:
             _add_as_integers(gradients, total)
@@ -346,7 +346,7 @@ class FloatAccumulator(GradientAccumulator):
     def add(self, bucket: Bucket) -> None:
         """Add the gradients of one micro-batch."""
         gradients = self._gradients[bucket.part]
-        self._met.append(gradients.sum())
+        self._range_checks.append(gradients.sum())
         self._total[bucket.part] += gradients
 
     def _packed(self, bucket: Bucket) -> torch.Tensor:

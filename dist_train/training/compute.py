@@ -177,7 +177,7 @@ class LossScale:
         """Halve the factor after an overflow; return False if it is the lowest: then the run has diverged."""
         if self._progress is None or self.value <= LOWEST:
             return False
-        self._set(self._progress, self.value / 2)
+        self._set(self._progress, self.value / 2, self._progress.step + 1)
         return True
 
     def note_update(self) -> None:
@@ -186,8 +186,10 @@ class LossScale:
             return
         self._progress.updates_since_overflow = (self._progress.updates_since_overflow or 0) + 1
         if self._progress.updates_since_overflow >= UPDATES_UNTIL_RAISED:
-            self._set(self._progress, min(HIGHEST, self.value * 2))
+            # This update is not yet counted in `step`.
+            self._set(self._progress, min(HIGHEST, self.value * 2), self._progress.step + 2)
 
-    def _set(self, progress: Progress, value: float) -> None:
+    def _set(self, progress: Progress, value: float, first_step: int) -> None:
+        if value != progress.loss_scale:
+            _logger.info("the loss scale is %g from step %d on", value, first_step)
         progress.loss_scale, progress.updates_since_overflow = value, 0
-        _logger.info("the loss scale is %g from step %d on", value, progress.step + 1)

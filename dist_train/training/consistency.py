@@ -8,6 +8,8 @@ import platform
 import socket
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -88,12 +90,16 @@ def code_of(config: Config) -> Mapping[str, str]:
 
 
 def code_listing(folder: Path = Path(dist_train.__file__).parent) -> dict[str, str]:
-    """Return the digest of every source file in `folder`, and the versions of torch, NumPy and Python."""
+    """Return the digest of every source file in `folder`, and the versions of Python and of what computes."""
     files = {
         str(path.relative_to(folder.parent)): hashlib.sha256(path.read_bytes()).hexdigest()[:16]
         for path in sorted(folder.rglob("*.py"))
     }
-    return {**files, "torch": torch.__version__, "numpy": np.__version__, "Python": platform.python_version()}
+    libraries = {"torch": torch.__version__, "numpy": np.__version__, "Python": platform.python_version()}
+    for name in ("torchvision", "timm"):  # networks and optimizers
+        with suppress(PackageNotFoundError):  # a vendor's build may have no metadata
+            libraries[name] = version(name)
+    return files | libraries
 
 
 def settings_listing(config: Config) -> dict[str, str]:

@@ -36,7 +36,7 @@ from dist_train.training.reduction import Tally
 _MAY_CHANGE = frozenset(
     {
         "run.device",
-        *(f"precision.{name}" for name in ("compute", "channels_last", "compile", "cuda_graphs", "threads", "tf32")),
+        *(f"precision.{name}" for name in ("compute", "channels_last", "compile", "threads", "tf32")),
     }
 )
 
@@ -207,13 +207,14 @@ def stored_model(contents: Contents, config: Config, weights: Weights = "raw") -
 
 
 def stored_config(contents: Contents, overrides: Sequence[str]) -> Config:
-    """Return a checkpoint's configuration with `section.key=value` overrides, and the device set to `auto`.
+    """Return a checkpoint's configuration with overrides, the device set to `auto`, and no CUDA graphs.
 
     Raises UsageError if an override would change the model or its data.
     """
     stored = parse_config(dict(contents.config), source="the checkpoint")
     settings = yaml.safe_load(dump_config(stored))
     settings["run"]["device"] = "auto"
+    settings["precision"]["cuda_graphs"] = False  # they are for training, and refused on a CPU
     config = parse_config(with_overrides(settings, overrides), source="the checkpoint")
     changed = [difference for difference in differences(stored, config) if difference.path not in _MAY_CHANGE]
     if changed:

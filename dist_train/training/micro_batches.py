@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -20,6 +20,13 @@ from dist_train.training.measuring import StepClock
 def shares_micro_batches(settings: ModelSettings) -> bool:
     """Whether each rank computes a part of every micro-batch, because sync norm normalizes its samples together."""
     return settings.norm == "sync"
+
+
+def fewest_samples(settings: ModelSettings, ranks: int) -> int:
+    """Return how many samples a micro-batch needs: two for statistics, and with sync norm one on each of the ranks."""
+    if settings.norm in ("group", "none"):
+        return 1
+    return max(2, ranks) if shares_micro_batches(settings) else 2
 
 
 def share_of(settings: ModelSettings, plan: BatchPlan, rank: int, size: int) -> tuple[MicroBatch, ...]:
@@ -50,19 +57,35 @@ _LARGEST = {"cpu": 128, "cuda": 2048}
 
 
 def find_micro_size(
-    try_size: Callable[[int], None], *, global_size: int, device: torch.device, comm: Communicator, fewest: int = 2
+    try_size: Callable[[int], None],
+    *,
+    global_sizes: Sequence[int],
+    device: torch.device,
+    comm: Communicator,
+    fewest: int = 2,
 ) -> int:
     """Return the largest size that fits on every rank; `try_size` runs a forward and backward pass of a given size.
 
-    Sizes are powers of two up to a rank's even share of the global batch. The result may be a little smaller, so that
-    no micro-batch has fewer than `fewest` samples.
+    Sizes are powers of two up to a rank's even share of the first of `global_sizes`, those of the batch schedule. The
+    result may be a little smaller, so that no micro-batch has fewer than `fewest` samples.
 
-    Raises UsageError if not even the smallest size fits.
+    Raises UsageError if not even the smallest size fits, or none leaves every micro-batch enough samples.
     """
-    largest = min(_LARGEST[device.type], max(1, global_size // comm.size))
+    largest = min(_LARGEST[device.type], global_sizes[0], max(fewest, global_sizes[0] // comm.size))
     fits = run_on_all_ranks(comm, lambda: _largest_that_fits(try_size, largest), "fit a micro-batch")
     smallest = min(size for (size,) in gather(comm, [fits], "micro_size"))
-    return avoid_short_last_micro_batch(smallest, global_size, fewest)
+
+    def without_short_ones() -> int:
+        size = avoid_short_last_micro_batch(smallest, global_sizes, fewest)
+        if size is None:
+            raise UsageError(
+                f"micro-batches of at most {smallest} samples leave one of fewer than {fewest}, which the norm cannot "
+                f"normalize: set batch.micro_size, or another batch.global_size",
+                code="one-sample-left",
+            )
+        return size
+
+    return run_on_all_ranks(comm, without_short_ones, "divide the batch")
 
 
 def _largest_that_fits(try_size: Callable[[int], None], largest: int) -> int:
@@ -86,19 +109,27 @@ def _fits(try_size: Callable[[int], None], size: int) -> bool:
         torch.cuda.empty_cache()
 
 
-def avoid_short_last_micro_batch(micro_size: int, global_size: int, fewest: int = 2) -> int:
-    """Return `micro_size`, or less if the last micro-batch would have fewer than `fewest` samples: norms need two."""
-    for size in range(micro_size, fewest - 1, -1):
-        if not 0 < global_size % size < fewest:
-            return size
-    return micro_size
+def avoid_short_last_micro_batch(micro_size: int, global_sizes: Sequence[int], fewest: int) -> int | None:
+    """Return `micro_size`, or less if a global batch's last micro-batch would have fewer than `fewest` samples.
+
+    None if no size leaves every micro-batch so many.
+    """
+    sizes = range(micro_size, fewest - 1, -1)
+    return next((size for size in sizes if not any(0 < each % size < fewest for each in global_sizes)), None)
 
 
-def halve(micro_size: int, global_size: int) -> int:
-    """Return about half of `micro_size`, which has run out of memory; raise OutOfMemoryError if it is 1."""
-    if micro_size == 1:
-        raise OutOfMemoryError("one sample does not fit the device's memory: set a smaller model.width")
-    return avoid_short_last_micro_batch(-(-micro_size // 2), global_size)
+def halve(micro_size: int, global_sizes: Sequence[int], fewest: int) -> int:
+    """Return about half of `micro_size`, which has run out of memory.
+
+    Raises OutOfMemoryError if that is none, or leaves a micro-batch of fewer than `fewest` samples.
+    """
+    smaller = avoid_short_last_micro_batch(-(-micro_size // 2), global_sizes, fewest)
+    if smaller is None or smaller == micro_size:
+        raise OutOfMemoryError(
+            f"a micro-batch of {micro_size} does not fit the device's memory, and no smaller one is possible: set a "
+            f"smaller model.width"
+        )
+    return smaller
 
 
 def forward_and_backward(

@@ -69,8 +69,9 @@ def plan_recovery(states: Sequence[RankState]) -> Recovery:
         raise FaultError("no rank is left that holds the state of the run", code="rank-lost")
     newest = [rank for rank, state in enumerate(states) if state.has_state and state.step == max(steps)]
     receivers = tuple(rank for rank in range(len(states)) if rank not in newest)
-    # A new rank 0 writes what the lost one may not have written.
-    is_step_complete = states[0].is_writer and all(states[rank].is_step_complete for rank in newest)
+    # A rank 0 that is new, or that has not made the last update itself, has not written what is due after it.
+    has_written = newest[0] == 0 and states[0].is_writer
+    is_step_complete = has_written and all(states[rank].is_step_complete for rank in newest)
     return Recovery(newest[0], receivers, is_step_complete)
 
 
@@ -190,7 +191,9 @@ class RecentRecords:
 
     def add(self, record: Record) -> bool:
         """Keep `record`; return whether it is new."""
-        latest = takewhile(lambda other: other.step >= record.step, reversed(self._kept))
+        # Events are not in the order of their steps: a checkpoint may be reported late.
+        others = (each for each in reversed(self._kept) if not isinstance(each, EventRecord))
+        latest = takewhile(lambda other: other.step >= record.step, others)
         is_new = isinstance(record, EventRecord) or identity_of(record) not in map(identity_of, latest)
         if is_new:
             self._kept.append(record)

@@ -47,7 +47,7 @@ class GradientReduction:
     def __init__(self, weights: FlatWeights, accumulator: GradientAccumulator, buckets: Sequence[Bucket]) -> None:
         self._weights = weights
         self.accumulator = accumulator
-        """What it says of range and fit holds from `send`, and from `finish`, on."""
+        """Its `out_of_range` is valid after `send`, what it `fits` after `finish`."""
         self._buckets = tuple(buckets)
         self._loss_scale = 1.0
         self._missing: dict[int, int] = {}

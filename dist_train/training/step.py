@@ -30,7 +30,7 @@ from dist_train.optim.averaging import Averaging
 from dist_train.optim.flat_weights import FlatWeights, norm
 from dist_train.optim.noise import Noise
 from dist_train.optim.optimizers import optimizer_step, set_learning_rate
-from dist_train.outcome import DivergedError, OutOfMemoryError
+from dist_train.outcome import DivergedError, OutOfMemoryError, UsageError
 from dist_train.reproducible import LayerRng
 from dist_train.training.compute import Compute, LossScale, is_out_of_memory, refuse_nondeterministic
 from dist_train.training.graphs import GraphRecorder, MicroBatchGraphs
@@ -192,9 +192,14 @@ class TrainingStep:
                 self._add_gradient(batch, micro_batch, is_last)
         except (RuntimeError, MemoryError) as error:
             refuse_nondeterministic(error)
-            # With sync norm the others already wait for this rank in a collective of the forward or backward pass.
-            if not is_out_of_memory(error) or self.sum_over_ranks is not None:
+            if not is_out_of_memory(error):
                 raise
+            if self.sum_over_ranks is not None:
+                # The others already wait for this rank in a collective of the forward or backward pass.
+                raise UsageError(
+                    f"update {batch.step + 1} does not fit this rank's memory: begin with a smaller batch.micro_size",
+                    code="out-of-memory",
+                ) from error
             return False
         return True
 

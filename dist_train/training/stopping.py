@@ -21,8 +21,8 @@ _ALWAYS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 class StopRequests:
     """Within the block, SIGTERM, SIGINT, SIGHUP and SIGUSR2 request a stop instead of ending the process.
 
-    A second SIGINT ends the process as usual. Ignored signals stay ignored: SIGINT in background jobs of a shell
-    script, SIGHUP under nohup.
+    A second SIGINT ends the process as usual. SIGINT and SIGHUP stay ignored if they were: SIGINT in background jobs of
+    a shell script, SIGHUP under nohup.
     """
 
     def __init__(self, stop_signal: str = "SIGUSR2") -> None:
@@ -36,7 +36,7 @@ class StopRequests:
         if threading.current_thread() is not threading.main_thread():
             raise UsageError("train() handles signals: call it in the main thread", code="not-the-main-thread")
         for number in self._signals:
-            if number in (signal.SIGTERM, signal.SIGUSR2) or signal.getsignal(number) != signal.SIG_IGN:
+            if number not in (signal.SIGINT, signal.SIGHUP) or signal.getsignal(number) != signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._note)
         return self
 

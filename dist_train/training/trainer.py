@@ -42,7 +42,7 @@ from dist_train.training.consistency import verify_agreement
 from dist_train.training.dealing import Batches
 from dist_train.training.evaluation import Evaluation, evaluate, recompute_statistics, statistics_samples
 from dist_train.training.measuring import Measuring, Profiler
-from dist_train.training.micro_batches import halve, sum_over
+from dist_train.training.micro_batches import fewest_samples, halve, sum_over
 from dist_train.training.recovery import (
     MAX_RECORDS,
     Interruption,
@@ -246,7 +246,8 @@ class Trainer:
         return True
 
     def _shrink(self) -> None:
-        smaller = halve(self.plan.micro_size, self.plan.global_size)
+        sizes = [size for _, size in self.config.batch.sizes]
+        smaller = halve(self.plan.micro_size, sizes, fewest_samples(self.config.model, self.comm.size))
         self._event("micro_size", before=self.plan.micro_size, now=smaller, reason="out of memory")
         torch.cuda.empty_cache()
         self._divide_work(smaller)

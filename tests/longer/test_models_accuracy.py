@@ -278,6 +278,24 @@ def test_second_derivatives_of_a_norm_are_accurate(shape: tuple[int, ...], layou
         assert distance(found, expected) < 1e-5
 
 
+@pytest.mark.parametrize("frozen", [0, 1, 2])
+def test_second_derivatives_of_a_norm_with_frozen_inputs_or_parameters(frozen: int) -> None:
+    source = torch.Generator().manual_seed(0)
+    # A transposed matrix, of which the kernels take a copy.
+    leaves = [torch.randn(size, generator=source) for size in ((3, 6), (3,), (3,))]
+    trained = [leaf.requires_grad_() for index, leaf in enumerate(leaves) if index != frozen]
+
+    def second(outputs: Tensor) -> tuple[Tensor, ...]:
+        gradients = torch.autograd.grad(outputs.pow(3).sum(), trained, create_graph=True)
+        return torch.autograd.grad(sum(gradient.pow(2).sum() for gradient in gradients), trained)
+
+    images, weight, bias = leaves
+    ours = second(normalize(images.T, weight, bias, 1e-5, (3, 3))[0])
+    parts = [functional.batch_norm(part, None, None, weight, bias, True) for part in images.T.split(3)]
+    for found, expected in zip(ours, second(torch.cat(parts)), strict=True):
+        assert distance(found, expected) < 1e-4
+
+
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("samples", [2, 120, 300])
 def test_moments_of_half_precision_images_have_float32_accuracy(samples: int, precision: torch.dtype) -> None:

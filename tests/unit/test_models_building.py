@@ -166,7 +166,11 @@ class Network(nn.Module):
             self.passes += 1
         if self.kind == "view":
             images = self.extra(images).view(len(images), 3 * 32 * 32)
-        features = self.norm(self.stem(images.flatten(1)) * self.random)
+        features = self.stem(images.flatten(1)) * self.random
+        if self.kind == "norm-of-tokens":
+            features = self.norm(torch.cat([features, features]))[: len(images)]
+        else:
+            features = self.norm(features)
         if self.kind == "norm-twice":
             features = self.norm(features)
         if self.kind == "layer-norm":
@@ -188,6 +192,12 @@ def network(images: ImageFormat, width: float, norm: NormFactory, options: dict[
 def test_what_cannot_be_trained_is_refused_before_the_run(kind: str) -> None:
     with raises(UsageError, code="plugin-result"):
         built(f"{HERE}:network", options={"kind": kind})
+
+
+def test_ghost_norm_over_more_than_the_samples_is_refused() -> None:
+    built(f"{HERE}:network", options={"kind": "norm-of-tokens"}, norm="batch")
+    with raises(UsageError, code="plugin-result"):
+        built(f"{HERE}:network", options={"kind": "norm-of-tokens"}, norm="ghost")
 
 
 def test_a_network_is_tried_in_the_layout_of_training() -> None:

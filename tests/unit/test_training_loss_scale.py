@@ -5,6 +5,7 @@ Float16 on a CPU is only for these tests: the set-up refuses it.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,6 +43,18 @@ def test_an_overflow_halves_it_down_to_a_floor() -> None:
         values.append(scale.value)
     assert values == [FIRST / 2**index for index in range(len(values))]
     assert values[-1] == LOWEST
+
+
+def test_only_changes_are_logged_with_the_first_update_that_has_them(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    progress = Progress()
+    progress.step, scale = UPDATES_UNTIL_RAISED - 1, LossScale(progress)
+    progress.updates_since_overflow = UPDATES_UNTIL_RAISED - 1
+    scale.note_update()
+    assert caplog.messages == [f"the loss scale is {2 * FIRST:g} from step {UPDATES_UNTIL_RAISED + 1} on"]
+    progress.loss_scale, progress.updates_since_overflow = HIGHEST, UPDATES_UNTIL_RAISED - 1
+    scale.note_update()
+    assert len(caplog.messages) == 1
 
 
 def test_it_doubles_after_many_updates_without_an_overflow_up_to_a_ceiling() -> None:

@@ -31,7 +31,7 @@ def room_for(largest: int, tried: list[int] | None = None) -> Callable[[int], No
 
 
 def found(largest: int, global_size: int, comm: Communicator, device: str = "cpu") -> int:
-    return find_micro_size(room_for(largest), global_size=global_size, device=torch.device(device), comm=comm)
+    return find_micro_size(room_for(largest), global_sizes=[global_size], device=torch.device(device), comm=comm)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_it_is_what_fits_every_rank_and_no_more_than_an_even_share() -> None:
 @pytest.mark.parametrize(("global_size", "fewest", "size"), [(98, 2, 32), (98, 3, 31), (8192, 5, 128), (129, 2, 127)])
 def test_no_micro_batch_has_fewer_samples_than_must_share_it(global_size: int, fewest: int, size: int) -> None:
     found = find_micro_size(
-        room_for(32 if global_size == 98 else 1000), global_size=global_size, device=CPU, comm=Alone(), fewest=fewest
+        room_for(32 if global_size == 98 else 1000), global_sizes=[global_size], device=CPU, comm=Alone(), fewest=fewest
     )
     assert found == size
     assert global_size % found == 0 or global_size % found >= fewest
@@ -68,13 +68,13 @@ def test_what_a_trial_leaves_in_the_allocator_is_given_back_before_the_next(monk
     tried: list[int] = []
     emptied: list[list[int]] = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append([*tried]))
-    find_micro_size(room_for(5, tried), global_size=1024, device=torch.device("cuda"), comm=Alone())
+    find_micro_size(room_for(5, tried), global_sizes=[1024], device=torch.device("cuda"), comm=Alone())
     assert emptied == [[2], [2, 4], [2, 4, 8]]
 
 
 def test_nothing_larger_is_tried_once_one_does_not_fit() -> None:
     tried: list[int] = []
-    find_micro_size(room_for(5, tried), global_size=1024, device=torch.device("cuda"), comm=Alone())
+    find_micro_size(room_for(5, tried), global_sizes=[1024], device=torch.device("cuda"), comm=Alone())
     assert tried == [2, 4, 8]
 
 
@@ -91,7 +91,7 @@ def test_a_cpu_s_lack_of_memory_counts_too(error: Exception) -> None:
         if size > 8:
             raise error
 
-    assert find_micro_size(try_size, global_size=1024, device=CPU, comm=Alone()) == 8
+    assert find_micro_size(try_size, global_sizes=[1024], device=CPU, comm=Alone()) == 8
 
 
 def test_other_errors_are_not_swallowed() -> None:
@@ -99,17 +99,27 @@ def test_other_errors_are_not_swallowed() -> None:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     with pytest.raises(RuntimeError, match="shapes"):
-        find_micro_size(try_size, global_size=1024, device=CPU, comm=Alone())
+        find_micro_size(try_size, global_sizes=[1024], device=CPU, comm=Alone())
 
 
-@pytest.mark.parametrize(("before", "after"), [(128, 64), (7, 4), (3, 2), (2, 1)])
-def test_halving_rounds_up(before: int, after: int) -> None:
-    assert halve(before, 8192) == after
+def test_each_batch_of_a_schedule_leaves_enough_samples() -> None:
+    assert find_micro_size(room_for(32), global_sizes=[96, 129], device=CPU, comm=Alone()) == 31
 
 
-def test_a_single_sample_cannot_be_halved() -> None:
+def test_batch_that_no_size_divides_is_refused() -> None:
+    with raises(UsageError, "one-sample-left"):
+        find_micro_size(room_for(2), global_sizes=[3], device=CPU, comm=Alone())
+
+
+@pytest.mark.parametrize(("before", "fewest", "after"), [(128, 2, 64), (7, 2, 4), (3, 2, 2), (2, 1, 1)])
+def test_halving_rounds_up(before: int, fewest: int, after: int) -> None:
+    assert halve(before, [8192], fewest) == after
+
+
+@pytest.mark.parametrize(("before", "size", "fewest"), [(1, 8192, 1), (2, 8192, 2), (4, 65, 2)])
+def test_fewer_samples_than_a_norm_needs_are_refused(before: int, size: int, fewest: int) -> None:
     with raises(OutOfMemoryError, "out-of-memory"):  # as all ranks do, so that one reports it
-        halve(1, 8192)
+        halve(before, [size], fewest)
 
 
 def test_a_trial_runs_the_model_both_ways_in_the_layout_of_training() -> None:

@@ -46,6 +46,10 @@ def test_what_a_lost_rank_0_was_to_write_the_next_one_writes() -> None:
     assert not plan_recovery([rank(5), rank(5)]).is_step_complete
 
 
+def test_what_rank_0_has_not_made_itself_it_has_not_written() -> None:
+    assert not plan_recovery([rank(4, is_writer=True), rank(5)]).is_step_complete
+
+
 def test_without_a_state_there_is_nothing_to_continue() -> None:
     with raises(FaultError, "rank-lost"):
         plan_recovery([rank(0, has_state=False)])
@@ -85,6 +89,15 @@ def test_a_record_counts_once_and_is_kept_until_the_next_checkpoint_but_one() ->
     recent.saved(3)
     assert [record.step for record in recent.all()] == [3, 3]
     assert RecentRecords(0).add(train(1))
+
+
+def test_late_event_does_not_hide_a_repeated_record() -> None:
+    recent = RecentRecords(100)
+    assert [recent.add(record) for record in (train(10), EventRecord(8, "checkpoint", 0.0, {}), train(10))] == [
+        True,
+        True,
+        False,
+    ]
 
 
 def generation(*lost: str, joined: tuple[str, ...] = (), report: str = "") -> Generation:

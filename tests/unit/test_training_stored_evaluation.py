@@ -21,6 +21,7 @@ from dist_train.models import build_model
 from dist_train.optim.averaging import mean_of
 from dist_train.outcome import UsageError
 from dist_train.training import evaluation
+from dist_train.training.compute import set_up_compute
 from dist_train.training.evaluation import evaluate_stored, stored_config, stored_model
 from tests.raising import raises
 from tests.unit.checkpoint_files import write
@@ -161,6 +162,13 @@ def test_settings_may_be_overridden_for_this_machine(run: Path) -> None:
     many = evaluate_stored(run, "test", [])
     assert few["accuracy"] == many["accuracy"]
     assert math.isclose(float(str(few["loss"])), float(str(many["loss"])), rel_tol=1e-6)
+
+
+def test_run_with_cuda_graphs_can_be_evaluated_on_a_cpu(run: Path) -> None:
+    contents = read_checkpoint(find_checkpoint(run))
+    contents.config["run"]["device"], contents.config["precision"]["cuda_graphs"] = "cuda", True
+    config = stored_config(contents, ["run.device=cpu"])
+    set_up_compute(config.precision, torch.device("cpu"))
 
 
 def test_promise_6_a_damaged_checkpoint_is_told(tmp_path: Path) -> None:
