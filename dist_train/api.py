@@ -34,7 +34,7 @@ from dist_train.launching import train
 from dist_train.outcome import CodedError, DivergedError, UsageError, check_choice, writing
 from dist_train.report.drawing import RangeTest, draw_learning_curve, read_range_test, write_range_test
 from dist_train.rundir.paths import RunDirectory
-from dist_train.rundir.records import EvaluationRecord, Record, TrainRecord, read_records
+from dist_train.rundir.records import EvaluationRecord, EventRecord, Record, TrainRecord, read_records
 from dist_train.rundir.status import Status, load_status
 from dist_train.training.evaluation import evaluate_stored, stored_config, stored_model
 
@@ -366,7 +366,8 @@ def replay(path: Path | str, step: int) -> Replay:
     begun_at = before[-1] if before else 0
     start = run.directory.checkpoint(begun_at) if before else None
     settings = read_checkpoint(start).config if start else run.config.model_dump(mode="json")
-    config = parse_config(with_overrides(settings, _replayed(step, start)), source="the run")
+    overrides = [*_replayed(step, start), f"run.epochs={_epochs_at(run, step)}"]
+    config = parse_config(with_overrides(settings, overrides), source="the run")
     launch = current_launch()
     # The same folder on all ranks; a single process has its own.
     own = f"-{os.getpid()}" if launch.size == 1 else ""
@@ -408,6 +409,12 @@ def _replayed(step: int, checkpoint: Path | None) -> list[str]:
         "metrics.tensorboard=false",
         "metrics.loggers=[]",
     ]
+
+
+def _epochs_at(run: Run, step: int) -> Any:
+    """Return the epochs that the schedules spanned at update `step`: the run may have been lengthened since."""
+    later = (each for each in run.records if isinstance(each, EventRecord) and each.event == "lengthened")
+    return next((each.details["before"] for each in later if each.step >= step), run.config.run.epochs)
 
 
 def _update(run: Run, step: int) -> dict[str, float]:

@@ -169,6 +169,15 @@ def test_replayed_update_is_bit_identical(run: Path, ranks: int, step: int) -> N
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
+def test_updates_of_a_lengthened_run_are_replayed_with_the_schedules_of_their_time(tmp_path: Path) -> None:
+    config = write_config(tmp_path, small_settings(schedule={"decay": "cosine"}, checkpoint={"keep": 100}))
+    run = tmp_path / "run"
+    for epochs in (2, 4):
+        train_alone(config, run, f"run.epochs={epochs}")
+    for step in (3, 16, 18):
+        assert dist_train.replay(run, step).agrees
+
+
 def test_last_update_before_a_divergence_is_replayed(tmp_path: Path) -> None:
     config = load_config(write_config(tmp_path, small_settings(optimizer={"learning_rate": 1e6})))
     with pytest.raises(DivergedError):
