@@ -26,8 +26,9 @@ def without_collection() -> Iterator[None]:
             gc.enable()
 
 
-# mallopt(3): up to which size the heap serves allocations, and how much free heap is kept; the reserved part is in it.
-_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
+# mallopt(3): up to which size the heap serves allocations, how many are mapped instead, and how much free heap is kept;
+# the reserved part is in it.
+_MMAP_THRESHOLD, _MMAP_MAX, _TRIM_THRESHOLD = -3, -4, -1
 _LARGEST_PIECE, _KEPT_BYTES = 1 << 30, (1 << 31) - 1
 _RESERVED_BYTES = _LARGEST_PIECE - (1 << 20)
 _MADV_HUGEPAGE = 14
@@ -45,8 +46,9 @@ def keep_freed_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None or asked or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return False
-    options = ((_MMAP_THRESHOLD, _LARGEST_PIECE), (_TRIM_THRESHOLD, _KEPT_BYTES))
-    return all(mallopt(option, value) == 1 for option, value in options)
+    # Before version 2.35 glibc refuses thresholds above 32 MiB: then the heap serves allocations of any size.
+    from_heap = mallopt(_MMAP_THRESHOLD, _LARGEST_PIECE) == 1 or mallopt(_MMAP_MAX, 0) == 1
+    return bool(from_heap and mallopt(_TRIM_THRESHOLD, _KEPT_BYTES) == 1)
 
 
 def use_large_pages() -> bool:
