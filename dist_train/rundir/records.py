@@ -359,11 +359,12 @@ class JsonLines(Observer):
             self._write_backlog()
 
     def flush(self) -> None:
-        """Flush what was recorded to disk, from any thread. Raises OSError."""
+        """Flush what was recorded to disk, from any thread. Raises OSError if records still wait in memory, too."""
         with self._lock:
             if self._file is None:
                 return
-            self._write_backlog()
+            if (refused := self._write_backlog()) is not None:
+                raise refused
             os.fsync(self._file)
             if not self._directory_flushed:
                 atomic.flush_directory(self._path.parent)
@@ -371,15 +372,17 @@ class JsonLines(Observer):
 
     def end(self, outcome: Outcome) -> None:
         """Flush to disk and close."""
-        self.flush()
+        try:
+            self.flush()
+        except OSError as error:
+            _logger.warning("%s: the last %d records or more are lost: %s", self._path, len(self._backlog), error)
         with self._lock:
             if self._file is not None:
                 os.close(self._file)
                 self._file = None
-            if self._backlog:
-                _logger.warning("%s: the last %d records are lost", self._path, len(self._backlog))
 
-    def _write_backlog(self) -> None:
+    def _write_backlog(self) -> OSError | None:
+        """Write the records that wait; return the error if the file takes no more."""
         while self._backlog and self._file is not None:
             size = os.fstat(self._file).st_size
             try:
@@ -392,9 +395,10 @@ class JsonLines(Observer):
                 if not self._is_refused:
                     self._is_refused = True
                     _logger.warning("%s cannot be written, records wait in memory: %s", self._path, error)
-                return
+                return OSError(error.errno, error.strerror or str(error), str(self._path))
             del self._backlog[0]
         self._is_refused = False
+        return None
 
 
 _LAUNCH_EVENTS = frozenset({"resumed", "lengthened", "initialized", "plugins_changed"})
@@ -442,7 +446,7 @@ def identity_of(record: Record) -> Identity:
 
 
 def _identity(line: bytes) -> Identity | None:
-    with suppress(ValueError, KeyError, TypeError, AttributeError):
+    with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return _identity_of(json.loads(line))
     return None
 
