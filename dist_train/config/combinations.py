@@ -99,7 +99,8 @@ def _batch(config: Config) -> Iterator[Problem]:
         return
     if 1 in sizes:
         wrong, allowed = f"one sample is too few for {norm} norm", "at least 2, or model.norm none"
-        yield Problem("batch.global_size", wrong, code="one-sample-batch", allowed=allowed)
+        path = "batch.global_size" if first == 1 else "batch.schedule"
+        yield Problem(path, wrong, code="one-sample-batch", allowed=allowed)
     if micro != "auto" and any((size % micro or micro) == 1 for size in sizes if micro <= size and size > 1):
         wrong = f"the last micro-batch would hold one sample, which {norm} norm cannot normalize"
         allowed = "auto, or a size that does not leave one sample"

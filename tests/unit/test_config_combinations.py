@@ -214,6 +214,12 @@ def test_what_does_not_go_together_is_refused_with_a_fix(
     parse(fix)
 
 
+def test_a_later_batch_of_one_sample_is_a_problem_of_the_schedule() -> None:
+    batch = {"micro_size": 1, "schedule": [{"epoch": 1, "global_size": 1}]}
+    with raises_problems(("batch.schedule", "one-sample-batch"), ("batch.micro_size", "one-sample-left")):
+        parse({"batch": batch, "model": {"norm": "batch"}})
+
+
 @pytest.mark.parametrize(
     ("kind", "parameter", "owner"),
     [
