@@ -22,7 +22,7 @@ from dataclasses import replace
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 from pydantic import BaseModel, Field, ValidationError
@@ -120,7 +120,7 @@ def call_plugin(name: str, options: Options, returns: type[Any], *arguments: Any
     Raises UsageError if there is no such plug-in, it rejects the options, raises, or returns another type.
     """
     target = load_plugin(name)
-    if (kind := _options_type(target)) is not None:
+    if (kind := _options_type(name, target)) is not None:
         keywords["options"] = _checked(kind, options)
     with failing_clearly(name):
         result = target(*arguments, **keywords)
@@ -167,11 +167,11 @@ def plugin_problems(settings: Mapping[str, Any]) -> Iterator[Problem]:
     """Load the plug-ins in complete `settings`, and yield what is wrong with them and their options."""
     for path, name, options_path, options in named_plugins(settings):
         try:
-            target = load_plugin(name)
+            kind = _options_type(name, load_plugin(name))
         except UsageError as error:
             yield Problem(path, str(error), code=error.code, value=name)
             continue
-        if (kind := _options_type(target)) is None:
+        if kind is None:
             if options:
                 yield Problem(options_path, f"{name} takes no options", code="plugin-options", value=options)
             continue
@@ -354,12 +354,25 @@ def _unknown_options(kind: type[Any], path: str, options: Options) -> Iterator[P
         yield Problem(f"{path}.{name}", "unknown key", code="unknown-key", value=options[name], allowed=known)
 
 
-def _options_type(target: Any) -> type[Any] | None:
-    """Return the pydantic model, or else dict, of a plug-in's parameter `options`; None if it has no such parameter."""
-    if "options" not in inspect.signature(target).parameters:
-        return None
-    function = target.__init__ if inspect.isclass(target) else target
-    hint = {**get_type_hints(function), **(get_type_hints(target) if inspect.isclass(target) else {})}.get("options")
+def _options_type(name: str, target: Any) -> type[Any] | None:
+    """Return the pydantic model, or else dict, of a plug-in's parameter `options`; None if it has no such parameter.
+
+    Raises UsageError if the parameters, or the type of `options`, cannot be found.
+    """
+    try:
+        parameter = inspect.signature(target).parameters.get("options")
+        if parameter is None:
+            return None
+        # The other types may be imported only for type checkers.
+        only = SimpleNamespace(__annotations__={"options": parameter.annotation})
+        function = inspect.unwrap(target.__init__ if inspect.isclass(target) else target)
+        hint = get_type_hints(only, getattr(function, "__globals__", {})).get("options")
+    except (NameError, TypeError, ValueError, AttributeError) as error:
+        raise UsageError(
+            f"the parameters of the plug-in {name} cannot be found ({error}): write it as a function or class, and "
+            f"import the type of its options outside of TYPE_CHECKING",
+            code="plugin-import",
+        ) from error
     return hint if inspect.isclass(hint) and issubclass(hint, BaseModel) else dict
 
 

@@ -173,6 +173,21 @@ def test_a_plugin_that_cannot_be_imported_has_its_own_code(tmp_path: Path) -> No
         load_config(tmp_path / "config.yaml")
 
 
+def test_types_that_only_type_checkers_import_do_not_matter_but_that_of_options_does(tmp_path: Path) -> None:
+    source = (
+        "from __future__ import annotations\nfrom typing import TYPE_CHECKING\n"
+        "if TYPE_CHECKING:\n    from torch import Tensor\n    from pydantic import BaseModel\n"
+        "def net(images: Tensor, width: float, norm: str, options: %s): ...\n"
+    )
+    write(tmp_path, source % "dict[str, int]", "mine.py")
+    write(tmp_path, source % "BaseModel", "typed.py")
+    write(tmp_path, "")
+    load_config(tmp_path / "config.yaml", [f"model.name={tmp_path}/mine.py:net", "model.options={depth: 3}"])
+    for name in (f"{tmp_path}/typed.py:net", "builtins:dict"):
+        with raises_problems(("model.name", "plugin-import")):
+            load_config(tmp_path / "config.yaml", [f"model.name={name}"])
+
+
 @pytest.mark.parametrize("call", ["['model.name=script.py:net']", "['model.name=net'], ['script.py']"])
 def test_a_script_that_names_itself_must_not_train_while_it_is_imported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
