@@ -99,7 +99,14 @@ class PluginSamples:
 
     def _checked_pixels(self, image: Any, name: str) -> NDArray[np.uint8]:
         """Return the pixels [C, H, W] of an image that a plug-in returned; raise UsageError if their form is wrong."""
-        pixels = returned = image.numpy(force=True) if isinstance(image, Tensor) else np.asarray(image)
+        try:
+            pixels = returned = image.numpy(force=True) if isinstance(image, Tensor) else np.asarray(image)
+        except Exception as error:  # of a type that NumPy lacks, of a ragged list, or of the image's own code
+            raise UsageError(
+                f"{name} is {type(image).__name__}, which cannot be converted to an array ({error}): return a PIL "
+                f"image, or uint8 of {list(self._shape)}",
+                code="plugin-data-form",
+            ) from error
         if returned.shape != self._shape and not isinstance(image, Tensor):
             pixels = _channels_first(returned)
         if pixels.shape != self._shape or pixels.dtype != np.uint8:

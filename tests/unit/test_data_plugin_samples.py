@@ -219,6 +219,14 @@ def test_a_mistake_in_a_later_sample_names_it(how: str, code: str) -> None:
     assert f"sample 13 of {name} (train)" in str(error.value)
 
 
+@pytest.mark.parametrize("image", [torch.zeros(3, SIZE, SIZE, dtype=torch.bfloat16), [[0], [0, 1]]])
+def test_an_image_that_is_no_array_is_refused(image: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Drawing, "__getitem__", lambda self, index: (image, 0))
+    with raises(UsageError, "plugin-data-form") as refused:
+        opened(**OWN)
+    assert f"sample 0 of {HERE}:drawing (train)" in str(refused.value)
+
+
 def test_arrays_may_have_their_channels_first_or_last() -> None:
     shape = (3, SIZE, SIZE + 1)
     values: dict[str, Any] = {"name": "synthetic", "synthetic_shape": shape, "synthetic_samples": 8}
