@@ -371,9 +371,10 @@ def _tensors(path: Path) -> dict[str, Tensor]:
             f"state_dict(), as .safetensors or by torch.save",
             code="weights-unreadable",
         ) from error
-    while isinstance(content, Mapping) and (inner := next((content[key] for key in _WRAPPERS if key in content), None)):
-        content = inner
-    tensors = {_WRAPPER_PREFIX.sub("", str(name)): value for name, value in dict(content).items()} if content else {}
+    named: Mapping[Any, Any] = content if isinstance(content, Mapping) else {}
+    while inner := next((named[key] for key in _WRAPPERS if isinstance(named.get(key), Mapping)), None):
+        named = inner
+    tensors = {_WRAPPER_PREFIX.sub("", str(name)): value for name, value in named.items()}
     if not tensors or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise UsageError(
             f"{path} does not hold tensors by name only: save the model's state_dict()", code="weights-unreadable"

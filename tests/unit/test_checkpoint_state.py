@@ -304,6 +304,7 @@ def test_averages_are_left_out_where_the_norm_keeps_none(published: dict[str, to
         ({"conv1.0.weight": torch.zeros(24, 3, 1, 1)}, "checkpoint-of-another-model"),
         ({"layer9.weight": torch.zeros(3)}, "checkpoint-of-another-model"),
         ({"fc.weight": torch.zeros(10, 256)}, "checkpoint-of-another-model"),
+        ({"model": torch.zeros(3)}, "checkpoint-of-another-model"),
         ({"conv1.1.weight": None}, "weights-unreadable"),
     ],
 )
@@ -322,6 +323,13 @@ def test_nothing_in_a_file_is_run(tmp_path: Path) -> None:
     for name in ("code.pth", "module.pth", "text.safetensors"):
         with raises(UsageError, "weights-unreadable"):
             read_initial(tmp_path / name, NAME)
+
+
+@pytest.mark.parametrize("content", [torch.ones(3), torch.tensor(1), [torch.ones(2)], "w"])
+def test_a_file_without_tensors_by_name_is_refused(content: Any, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "weights.pth")
+    with raises(UsageError, "weights-unreadable"):
+        read_initial(tmp_path / "weights.pth", NAME)
 
 
 def test_torchvisions_weights_are_found_in_the_cache_of_torch_hub(
