@@ -19,7 +19,7 @@ import torch
 from dist_train.outcome import UsageError
 from dist_train.rundir import atomic
 from dist_train.rundir.atomic import json_text
-from dist_train.rundir.paths import RunDirectory
+from dist_train.rundir.paths import RunDirectory, checkpoint_name
 
 FORMAT = 1
 _DAMAGED = ".damaged"
@@ -84,7 +84,7 @@ def write_checkpoint(directory: Path, contents: Contents, before_publishing: Cal
     The record with the digest is written last: a checkpoint without a record is not whole, and is never read. Raises
     OSError if the disk is full, or the folder cannot be written; existing checkpoints are untouched.
     """
-    path = directory / f"step-{contents.step:08d}.pt"
+    path = directory / checkpoint_name(contents.step)
     record = path.with_suffix(".json")
     buffer = io.BytesIO()
     torch.save(contents.to_dict(), buffer)
@@ -143,7 +143,7 @@ def read_record(path: Path) -> CheckpointFile:
             f"both files",
             code="checkpoint-record",
         ) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
         raise DamagedCheckpointError(

@@ -40,6 +40,11 @@ class BrokenFileError(Exception):
     """A file of a run cannot be read; the message says why."""
 
 
+def checkpoint_name(step: int) -> str:
+    """Return the name of the file of the checkpoint at `step`."""
+    return f"step-{step:08d}.pt"
+
+
 class RunDirectory:
     """The files of a run below `root`."""
 
@@ -75,7 +80,7 @@ class RunDirectory:
 
     def checkpoint(self, step: int) -> Path:
         """Return the file of the checkpoint at `step`."""
-        return self.checkpoints / f"step-{step:08d}.pt"
+        return self.checkpoints / checkpoint_name(step)
 
     @classmethod
     def of_checkpoint(cls, checkpoint: Path) -> RunDirectory:

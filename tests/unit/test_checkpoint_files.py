@@ -107,7 +107,10 @@ def test_promise_6_a_truncated_one_is_found(pristine: tuple[Path, bytes], part: 
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("record", [None, "", "{", "[]", "{}", '{"sha256": "x", "bytes": "many"}', "\0"])
+@pytest.mark.parametrize(
+    "record",
+    [None, "", "{", "[]", "{}", '{"sha256": "x", "bytes": "many"}', "\0", '{"step": 1e999}', "[" * 100_000],
+)
 def test_promise_6_a_record_that_cannot_be_read_is_damage(tmp_path: Path, record: str | None) -> None:
     file = write(tmp_path, 1)
     path = file.path.with_suffix(".json")
