@@ -13,7 +13,8 @@ import torch
 from benchmarks.bare_loop import bare_loop
 from benchmarks.subject import settings
 from benchmarks.timing import Ratio, ratio_of, timed
-from dist_train.data.catalog import load_images
+from dist_train.data.catalog import load_data
+from dist_train.data.images import ImageSet
 from dist_train.start_up import keep_freed_memory, use_large_pages
 
 _UPDATES = {0.25: 40, 1.0: 6}
@@ -49,7 +50,8 @@ def main() -> None:
         assert keep_freed_memory()
     if side == "large":
         use_large_pages()
-    data = load_images(settings(width, 128).data, "train", 0)
+    data = load_data(settings(width, 128).data, "train", 0)
+    assert isinstance(data, ImageSet)
     update = bare_loop(data.images, data.labels, width=width, batch=128, channels_last=False, precision=torch.float32)
     update()
     updates = _UPDATES[width]

@@ -15,7 +15,8 @@ from benchmarks.timing import Ratio, compare, ratio_of, timed
 from dist_train.checkpoint.writer import CheckpointWriter, Written
 from dist_train.cluster.communicator import Alone
 from dist_train.cluster.devices import device_type
-from dist_train.data.catalog import load_images
+from dist_train.data.catalog import load_data
+from dist_train.data.images import ImageSet
 
 MONITORED: Mapping[str, Mapping[str, Any]] = {
     "metrics": {"enabled": True, "port": 0},
@@ -31,7 +32,8 @@ def throughput_rows(width: float, pairs: int) -> Iterator[Ratio]:
     for compute, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         for name, extra, bar in (("quiet", QUIET, 1 / 0.97), ("watched", MONITORED, 1 / 0.95)):
             config = settings(width, 128, precision={"threads": 1, "compute": compute}, **extra)
-            data = load_images(config.data, "train", 0)
+            data = load_data(config.data, "train", 0)
+            assert isinstance(data, ImageSet)
             theirs = bare_loop(
                 data.images.to(device),
                 data.labels.to(device),

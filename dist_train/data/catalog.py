@@ -37,13 +37,6 @@ _ARCHIVES: Mapping[str, Archive] = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 Reader = Callable[[DataSettings, Split, int], ImageSet | MapDataset]  # of settings, split, seed
 
 
-def load_images(settings: DataSettings, split: Split, seed: int) -> ImageSet:
-    """Return the images of `split` of a built-in data set that fits in memory; see `load_data`."""
-    images = load_data(settings, split, seed)
-    assert isinstance(images, ImageSet)
-    return images
-
-
 def load_data(settings: DataSettings, split: Split, seed: int) -> ImageSet | MapDataset:
     """Return the images of `split`; for training, the subset of `train_size` that the seed chooses.
 

@@ -21,7 +21,7 @@ _LAYOUT = "an image folder holds train/CLASS/*.jpg and val/CLASS/*.jpg (or test/
 
 
 @dataclass(frozen=True)
-class Listing:
+class FolderListing:
     """The files of a split in sample order: class names, and the name and class of each file."""
 
     folder: Path
@@ -40,13 +40,13 @@ class Listing:
         """Return a digest of the classes and file names in order, not of the files' contents."""
         return digest_of("\0".join((*self.classes, *self.names)), self.labels)
 
-    def select(self, samples: Tensor) -> Listing:
+    def select(self, samples: Tensor) -> FolderListing:
         """Return a listing of `samples`, int64, in their order."""
         names = [self.names[sample] for sample in samples.tolist()]
-        return Listing(self.folder, self.classes, names, self.labels[samples])
+        return FolderListing(self.folder, self.classes, names, self.labels[samples])
 
 
-def list_split(root: Path, split: Split, classes: int, seed: int) -> Listing:
+def list_split(root: Path, split: Split, classes: int, seed: int) -> FolderListing:
     """Return the files of `split` below `root`, shuffled by the seed, so that any prefix has images of all classes.
 
     Classes are numbered by their sorted names. Nothing depends on the order in which the file system lists files.
@@ -56,7 +56,7 @@ def list_split(root: Path, split: Split, classes: int, seed: int) -> Listing:
     return listing.select(torch.randperm(len(listing), generator=generator(seed, "image folder", split)))
 
 
-def check_same_classes(train: Listing, test: Listing) -> None:
+def check_same_classes(train: FolderListing, test: FolderListing) -> None:
     """Raise UsageError if the two splits have different class names."""
     if differing := sorted(set(train.classes) ^ set(test.classes)):
         raise UsageError(
@@ -76,7 +76,7 @@ def _folder(root: Path, split: Split) -> Path:
     return folder
 
 
-def _scan(folder: Path, classes: int) -> Listing:
+def _scan(folder: Path, classes: int) -> FolderListing:
     with reading(folder, code="image-folder-unreadable"):
         with os.scandir(folder) as entries:
             class_names = sorted(entry.name for entry in entries if _is_visible(entry) and entry.is_dir())
@@ -95,7 +95,7 @@ def _scan(folder: Path, classes: int) -> Listing:
             )
     counts = torch.tensor([len(images) for images in files])
     names = [name for images in files for name in images]
-    return Listing(folder, tuple(class_names), names, torch.arange(classes).repeat_interleave(counts))
+    return FolderListing(folder, tuple(class_names), names, torch.arange(classes).repeat_interleave(counts))
 
 
 def _images_in(folder: Path) -> list[str]:

@@ -29,8 +29,7 @@ from dist_train.data.catalog import load_data
 from dist_train.data.columns import find_parquet, find_saved, parquet_index, saved_index
 from dist_train.data.decoders import Decoder, LoaderProcesses, Order
 from dist_train.data.decoding import DRAWS, EncodedImages, Work
-from dist_train.data.image_folder import Listing as FolderListing
-from dist_train.data.image_folder import check_same_classes, list_split
+from dist_train.data.image_folder import FolderListing, check_same_classes, list_split
 from dist_train.data.images import BatchRequest, ImageSet, MapDataset, Split
 from dist_train.data.packed import PackedListing, find_shards, packed_listing, shard_index
 from dist_train.data.plan import divided

@@ -12,9 +12,11 @@ import pyarrow
 from numpy.typing import NDArray
 from pyarrow import parquet
 
+from dist_train.config import DataSettings
+from dist_train.data.catalog import load_data
 from dist_train.data.decoding import EncodedImages, Part, fitted
-from dist_train.data.image_folder import Listing, list_split
-from dist_train.data.images import Split
+from dist_train.data.image_folder import FolderListing, list_split
+from dist_train.data.images import ImageSet, Split
 
 SPLITS: dict[Split, str] = {"train": "train", "test": "validation"}
 
@@ -22,6 +24,13 @@ SPLITS: dict[Split, str] = {"train": "train", "test": "validation"}
 def decode(path: str | Part, size: int, draws: Sequence[float] | None) -> NDArray[np.uint8]:
     """Return the image in a file, or in a part of one, as uint8 [3, size, size]."""
     return fitted(EncodedImages().image(path), size, draws)
+
+
+def load_images(settings: DataSettings, split: Split, seed: int) -> ImageSet:
+    """Return the images of a data set that is held in memory."""
+    images = load_data(settings, split, seed)
+    assert isinstance(images, ImageSet)
+    return images
 
 
 def in_class_order(root: Path, split: Split, classes: int) -> list[tuple[bytes, int]]:
@@ -43,7 +52,7 @@ def write_parquet(folder: Path, root: Path, classes: int, files: int = 2) -> Pat
     return folder
 
 
-def write_shards(folder: Path, root: Path, classes: int, files: int = 2) -> Path:
+def write_shards(folder: Path, root: Path, classes: int, files: int = 2, suffix: str = "png") -> Path:
     """Write the images of the image folder `root` as WebDataset's shards."""
     for split, name in SPLITS.items():
         (folder / name).mkdir(parents=True)
@@ -51,8 +60,8 @@ def write_shards(folder: Path, root: Path, classes: int, files: int = 2) -> Path
         for number, part in enumerate(parts(samples, files)):
             with tarfile.open(folder / name / f"shard-{number:04}.tar", "w") as archive:
                 for place, (content, label) in enumerate(part):
-                    for suffix, data in (("png", content), ("cls", str(label).encode())):
-                        member = tarfile.TarInfo(f"some.folder/{number:02}{place:04}.{suffix}")
+                    for kind, data in ((suffix, content), ("cls", str(label).encode())):
+                        member = tarfile.TarInfo(f"some.folder/{number:02}{place:04}.{kind}")
                         member.size = len(data)
                         archive.addfile(member, io.BytesIO(data))
     return folder
@@ -62,7 +71,7 @@ def write_arrays(folder: Path, root: Path, classes: int, size: int, seed: int) -
     """Write the pixels of the image folder `root`, resized as without augmentation, in the order of the seed."""
     folder.mkdir()
     for split, name in SPLITS.items():
-        listing: Listing = list_split(root, split, classes, seed)
+        listing: FolderListing = list_split(root, split, classes, seed)
         pixels = [decode(listing.reference(sample), size, None) for sample in range(len(listing))]
         np.save(folder / f"{name}_images.npy", np.stack(pixels).transpose(0, 2, 3, 1))
         np.save(folder / f"{name}_labels.npy", listing.labels.numpy())

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dist_train.config import DATA_SETS, DataSettings
-from dist_train.data.catalog import READERS, load_images, make_synthetic
+from dist_train.data.catalog import READERS, make_synthetic
 from dist_train.data.images import ImageSet, Split
 from dist_train.data.published import CIFAR10, CIFAR100
 from dist_train.outcome import UsageError
@@ -22,6 +22,7 @@ from tests.archives import (
     write_members,
 )
 from tests.raising import raises
+from tests.unit.image_sets import load_images
 
 
 def test_every_data_set_that_can_be_configured_has_a_reader() -> None:

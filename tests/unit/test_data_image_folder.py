@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dist_train.config import DataSettings
-from dist_train.data.image_folder import Listing, check_same_classes, list_split
+from dist_train.data.image_folder import FolderListing, check_same_classes, list_split
 from dist_train.data.plan import divided
 from dist_train.outcome import UsageError
 from tests.raising import raises
@@ -109,7 +109,7 @@ def test_splits_that_name_their_classes_differently_are_refused(root: Path) -> N
         check_same_classes(list_split(root, "train", 3, 0), list_split(root, "test", 3, 0))
 
 
-def subset(listing: Listing, size: int | None, seed: int) -> Listing:
+def subset(listing: FolderListing, size: int | None, seed: int) -> FolderListing:
     settings = DataSettings(name="imagefolder", classes=3, train_size=size)
     return listing.select(divided(listing.labels, settings, seed)[0])
 

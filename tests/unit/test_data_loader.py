@@ -8,9 +8,10 @@ import torch
 from dist_train.config import DataSettings
 from dist_train.data import loader
 from dist_train.data.augmentation import PixelFormat, channel_statistics, crop_flip
-from dist_train.data.catalog import load_images, make_synthetic
+from dist_train.data.catalog import make_synthetic
 from dist_train.data.images import BatchRequest, ImageSet
 from dist_train.data.loader import Samples, open_splits
+from tests.unit.image_sets import load_images
 
 CPU = torch.device("cpu")
 INDICES = torch.tensor([31, 4, 4, 90, 0])
