@@ -68,8 +68,8 @@ def refuse_foreign_cache(folder: Path) -> None:
         refuse_foreign(each, "set DIST_TRAIN_CACHE to a folder of your own")
 
 
-class _DamagedError(Exception):
-    """A cache entry is not what was written."""
+class DamagedError(Exception):
+    """A file of the cache is not what was written."""
 
 
 def decoded_once(folder: Path, source: Source, decode: Callable[[], ImageSet]) -> ImageSet:
@@ -89,12 +89,12 @@ def decoded_once(folder: Path, source: Source, decode: Callable[[], ImageSet]) -
             if _files(folder, key)[0].exists():
                 try:
                     return _open(folder, key)
-                except _DamagedError as error:
+                except DamagedError as error:
                     _LOGGER.warning("the cached data set %s is damaged (%s): decoding it again", folder / key, error)
             decoded = decode()
             _write(folder, key, decoded)
             return _open(folder, key)
-    except (OSError, _DamagedError) as error:
+    except (OSError, DamagedError) as error:
         _LOGGER.warning(
             "the cache folder %s cannot be used (%s): decoding %s into this process's own memory. "
             "Free space there, or set DIST_TRAIN_CACHE to a folder that can be written.",
@@ -110,30 +110,33 @@ def _open(folder: Path, key: str) -> ImageSet:
     try:
         record = _Record(**json.loads(record_file.read_bytes()))
     except (ValueError, TypeError, RecursionError) as error:
-        raise _DamagedError(f"{record_file.name} is not the record that was written: {error}") from error
+        raise DamagedError(f"{record_file.name} is not the record that was written: {error}") from error
     if record != record.with_check():
-        raise _DamagedError(f"{record_file.name} is not the record that was written")
-    images = _map(images_file, record.images_sha256)
-    labels = _map(labels_file, record.labels_sha256)
+        raise DamagedError(f"{record_file.name} is not the record that was written")
+    images = map_array(images_file, record.images_sha256)
+    labels = map_array(labels_file, record.labels_sha256)
     has_form = images.dtype == np.uint8 and images.ndim == 4 and labels.dtype == np.int64
     if not has_form or labels.shape != images.shape[:1] or not np.all((labels >= 0) & (labels < record.classes)):
-        raise _DamagedError("its files do not hold images and their labels")
+        raise DamagedError("its files do not hold images and their labels")
     return ImageSet(torch.from_numpy(images), torch.from_numpy(labels), record.classes, key)
 
 
-def _map(path: Path, sha256: str) -> NDArray[Any]:
-    """Map `path` copy-on-write: pages are shared with other ranks, and torch accepts the array as writable."""
+def map_array(path: Path, sha256: str) -> NDArray[Any]:
+    """Map the array in `path`, which must have this digest. Raises DamagedError, or OSError if it cannot be read.
+
+    It is mapped copy-on-write: pages are shared with other ranks, and torch accepts the array as writable.
+    """
     try:
         digest = _file_digest(path)
     except FileNotFoundError as error:
-        raise _DamagedError(f"{path.name} is missing") from error
+        raise DamagedError(f"{path.name} is missing") from error
     if digest != sha256:
-        raise _DamagedError(f"the SHA-256 of {path.name} is {digest[:12]}..., not {sha256[:12]}...")
+        raise DamagedError(f"the SHA-256 of {path.name} is {digest[:12]}..., not {sha256[:12]}...")
     try:
         return np.load(path, mmap_mode="c", allow_pickle=False)  # type: ignore[no-any-return]
     except Exception as error:
         # Bytes that NumPy did not write raise errors of nearly any type.
-        raise _DamagedError(f"{path.name} is not an array: {error}") from error
+        raise DamagedError(f"{path.name} is not an array: {error}") from error
 
 
 def _write(folder: Path, key: str, decoded: ImageSet) -> None:
@@ -141,13 +144,14 @@ def _write(folder: Path, key: str, decoded: ImageSet) -> None:
         # Only the holder of the lock writes here: a process that was killed has left these.
         abandoned.unlink(missing_ok=True)
     record_file, images_file, labels_file = _files(folder, key)
-    labels_sha256 = _write_array(labels_file, decoded.labels.numpy())
-    images_sha256 = _write_array(images_file, decoded.images.numpy())
+    labels_sha256 = write_array(labels_file, decoded.labels.numpy())
+    images_sha256 = write_array(images_file, decoded.images.numpy())
     record = _Record(decoded.classes, images_sha256, labels_sha256).with_check()
     write_text(record_file, json.dumps(asdict(record)))
 
 
-def _write_array(path: Path, array: NDArray[Any]) -> str:
+def write_array(path: Path, array: NDArray[Any]) -> str:
+    """Write `array` to `path`, whole or not at all, and return the SHA-256 of the file. Raises OSError."""
     with replacing(path) as file:
         hashing = _HashingFile(file)
         np.lib.format.write_array(hashing, array, allow_pickle=False)

@@ -8,7 +8,6 @@ cache. Arrays in .npy files are mapped: all ranks of a node share the pages.
 from __future__ import annotations
 
 import json
-import zipfile
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,7 @@ from torch import Tensor
 from dist_train.config import DataSettings
 from dist_train.data.cache import cache_folder
 from dist_train.data.images import ImageSet, Split, digest_of
-from dist_train.data.packed import NAMES, Index, cached_index, split_files
+from dist_train.data.packed import SPLIT_NAMES, Index, cached_index, split_files
 from dist_train.outcome import UsageError, writing
 from dist_train.rundir.atomic import replacing
 
@@ -48,7 +47,7 @@ def find_parquet(settings: DataSettings, split: Split) -> list[Path]:
 def find_saved(settings: DataSettings, split: Split) -> list[Path]:
     """Return the Arrow files of a split. Raises UsageError if there are none."""
     _pyarrow()
-    folders = [settings.folder / name for name in NAMES[split]]
+    folders = [settings.folder / name for name in SPLIT_NAMES[split]]
     folder = next((each for each in folders if (each / "state.json").is_file()), None)
     if folder is None:
         raise UsageError(
@@ -114,21 +113,24 @@ def _check_columns(path: Path, schema: Any, image: str, label: str) -> None:
 
 def _unpack(path: Path, image: str, label: str, content: Path) -> Index:
     """Write the encoded images of a Parquet file to `content`; return their index."""
-    arrow = _pyarrow()
     lengths, labels = [], []
-    try:
-        with replacing(content) as file:
-            batches = _parquet_file(path).iter_batches(_ROWS, columns=[image, label])
-            for images, batch_labels in _columns_of(path, batches, image, label):
-                for each in images:
-                    encoded = each.as_buffer()
-                    file.write(encoded)
-                    lengths.append(encoded.size)
-                labels += batch_labels.to_pylist()
-    except arrow.ArrowException as error:
-        raise UsageError(f"{path} cannot be read as Parquet: {error}", code="data-format") from error
+    with replacing(content) as file:
+        for images, batch_labels in _columns_of(path, _batches(path, [image, label]), image, label):
+            for each in images:
+                encoded = each.as_buffer()
+                file.write(encoded)
+                lengths.append(encoded.size)
+            labels += batch_labels.to_pylist()
     ends = np.cumsum(np.array(lengths, np.int64))
     return np.stack([ends - lengths, np.array(lengths, np.int64), np.array(labels, np.int64)], axis=1)
+
+
+def _batches(path: Path, columns: list[str]) -> Iterator[Any]:
+    """Yield the rows of a Parquet file. Raises UsageError if it is damaged; pyarrow raises OSError, too."""
+    try:
+        yield from _parquet_file(path).iter_batches(_ROWS, columns=columns)
+    except (OSError, _pyarrow().ArrowException) as error:
+        raise UsageError(f"{path} cannot be read as Parquet: {error}", code="data-format") from error
 
 
 def saved_index(path: Path, settings: DataSettings) -> tuple[Path, Index]:
@@ -220,17 +222,17 @@ def find_arrays(settings: DataSettings, split: Split) -> tuple[tuple[Path, str],
     NAME_labels.npy. Raises UsageError if there are no such files.
     """
     image, label = settings.image_column or "images", settings.label_column or "labels"
-    for name in NAMES[split]:
+    for name in SPLIT_NAMES[split]:
         if (both := settings.folder / f"{name}.npz").is_file():
             return (both, image), (both, label)
         for prefix in (f"{name}/", f"{name}_"):
             images, labels = (settings.folder / f"{prefix}{each}.npy" for each in (image, label))
             if images.is_file() and labels.is_file():
                 return (images, image), (labels, label)
-    name = NAMES[split][0]
+    name = SPLIT_NAMES[split][0]
     raise UsageError(
         f"{settings.folder} holds no {split} arrays: {name}.npz, or {name}_{image}.npy and {name}_{label}.npy "
-        f"(for test: {', '.join(NAMES['test'])}); set data.root",
+        f"(for test: {', '.join(SPLIT_NAMES['test'])}); set data.root",
         code="data-missing",
     )
 
@@ -249,7 +251,8 @@ def _array(path: Path, name: str) -> NDArray[Any]:
             return archive[name]  # type: ignore[no-any-return]
     except UsageError:
         raise
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:
+        # Damaged files raise errors of nearly any type.
         raise UsageError(f"{path} is damaged or not a NumPy file: {error}", code="data-format") from error
 
 

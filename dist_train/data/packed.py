@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,17 +23,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dist_train.config import DataSettings
-from dist_train.data.cache import cache_folder, refuse_foreign_cache
+from dist_train.data.cache import DamagedError, cache_folder, map_array, refuse_foreign_cache, write_array
 from dist_train.data.image_folder import SUFFIXES
 from dist_train.data.images import Split, digest_of
 from dist_train.outcome import UsageError, reading
 from dist_train.reproducible import generator
-from dist_train.rundir.atomic import exclusive, replacing
+from dist_train.rundir.atomic import exclusive, write_text
 
 _LOGGER = logging.getLogger("dist_train.data")
-_VERSION = 1
+_VERSION = 2
+_CHUNK = 1 << 20
 
-NAMES: dict[Split, tuple[str, ...]] = {
+SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
     "train": ("train",),
     "validation": ("train",),
     "test": ("val", "validation", "test"),
@@ -110,7 +110,7 @@ def packed_listing(
 def split_files(root: Path, split: Split, suffixes: tuple[str, ...]) -> list[Path]:
     """Return a split's files, sorted: those in a folder of its name, else with it in their names. Raises UsageError."""
     with reading(root, code="image-folder-unreadable"):
-        for name in NAMES[split]:
+        for name in SPLIT_NAMES[split]:
             if (root / name).is_dir():
                 paths = [path for path in (root / name).iterdir() if path.name.endswith(suffixes)]
             else:
@@ -118,10 +118,10 @@ def split_files(root: Path, split: Split, suffixes: tuple[str, ...]) -> list[Pat
                 paths = [path for path in root.iterdir() if path.name.endswith(suffixes) and part.search(path.name)]
             if visible := [path for path in paths if not path.name.startswith(".")]:
                 return sorted(visible)
-    name = NAMES[split][0]
+    name = SPLIT_NAMES[split][0]
     raise UsageError(
         f"{root} holds no {split} data: {name}/*{suffixes[0]} or {name}-*{suffixes[0]} "
-        f"(for test: {', '.join(NAMES['test'])}); set data.root",
+        f"(for test: {', '.join(SPLIT_NAMES['test'])}); set data.root",
         code="data-missing",
     )
 
@@ -146,25 +146,24 @@ def cached_index(
         if (index := _read_index(file, content)) is None:
             _LOGGER.info("reading %s once to index its images", source)
             index = make(content)
-            with replacing(file) as written:
-                np.lib.format.write_array(written, index, allow_pickle=False)
+            write_text(file.with_suffix(".sha256"), write_array(file, index))
     return content, index
 
 
 def _read_index(file: Path, content: Path) -> Index | None:
     """Return the index in `file`; None if it is missing, damaged, or does not match `content`."""
     try:
-        index: Any = np.load(file, allow_pickle=False)
+        index: Index = map_array(file, file.with_suffix(".sha256").read_text(encoding="ascii"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, EOFError) as error:
+    except (DamagedError, UnicodeDecodeError) as error:
         _LOGGER.warning("the cached index %s is damaged (%s): creating it again", file, error)
         return None
     if index.dtype != np.int64 or index.ndim != 2 or index.shape[1] != 3:
         return None
     if len(index) and not (content.exists() and content.stat().st_size >= (index[:, 0] + index[:, 1]).max()):
         return None
-    return index  # type: ignore[no-any-return]  # checked above
+    return index
 
 
 _HEADER = 512
@@ -227,8 +226,8 @@ def _rows(shard: Path, members: Iterable[_Member], settings: DataSettings) -> In
             place = by_suffix[label]
             text = os.pread(file.fileno(), min(place.length, _LONGEST_LABEL), place.offset)
             try:
-                rows.append((image.offset, image.length, int(text)))
-            except ValueError:
+                rows.append((image.offset, image.length, np.int64(int(text))))
+            except (ValueError, OverflowError):
                 raise UsageError(
                     f"the label of sample {sample} of {shard} is {text.decode(errors='replace')!r}, not an integer",
                     code="data-labels",
@@ -242,10 +241,23 @@ def _members_of_shard(shard: Path) -> Iterator[_Member]:
             for each in archive:
                 if each.isfile():
                     yield _Member(*_sample_and_suffix(each.name), each.offset_data, each.size)
+            _check_end(archive)
     except tarfile.TarError as error:
         raise UsageError(
             f"{shard} is damaged or compressed: shards must be uncompressed tar files ({error})", code="data-format"
         ) from error
+
+
+def _check_end(archive: tarfile.TarFile) -> None:
+    """Raise ReadError unless NULs alone follow the members read: tarfile stops silently at a header that is damaged."""
+    assert archive.fileobj is not None
+    archive.fileobj.seek(archive.offset)
+    if not (block := archive.fileobj.read(_CHUNK)):
+        raise tarfile.ReadError("it ends too early")
+    while block:
+        if block.strip(b"\0"):
+            raise tarfile.ReadError("a header is damaged, or another archive follows")
+        block = archive.fileobj.read(_CHUNK)
 
 
 def _members_of_index(index: Path, shard: Path) -> Iterator[_Member]:
@@ -256,12 +268,13 @@ def _members_of_index(index: Path, shard: Path) -> Iterator[_Member]:
     try:
         head, *lines = index.read_text(encoding="utf-8").splitlines()
         version, samples = head.split()
+        count, size = int(samples), shard.stat().st_size
         rows = [line.split() for line in lines if line.strip()]
         width = {"v1.1": 3, "v1.2": 4}[version]
         members = [
             _Member(
                 _sample_and_suffix(row[first + 3])[0] if width == 4 else str(number),
-                row[first],
+                row[first].lower(),
                 int(row[first + 1]),
                 int(row[first + 2]),
             )
@@ -270,7 +283,9 @@ def _members_of_index(index: Path, shard: Path) -> Iterator[_Member]:
         ]
     except (ValueError, KeyError, IndexError) as error:
         raise not_an_index from error
-    if len(rows) != int(samples) or not members:
+    if len(rows) != count or not members:
+        raise not_an_index
+    if any(each.offset < _HEADER or not 0 <= each.length <= size - each.offset for each in members):
         raise not_an_index
     with shard.open("rb") as file:
         for member in (members[0], members[len(members) // 2], members[-1]):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import shutil
 import sys
+import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -110,8 +113,9 @@ def test_shards_that_webdataset_writes_are_read(tmp_path: Path) -> None:
     assert sorted(splits.train.read(BatchRequest(torch.arange(6)))[1].tolist()) == [0, 0, 1, 1, 2, 2]
 
 
-def test_an_index_beside_a_shard_is_used(root: Path, folders: dict[str, Path], tmp_path: Path) -> None:
-    folder = write_shards(tmp_path / "shards", root, 3)
+@pytest.mark.parametrize("suffix", ["png", "PNG"])
+def test_an_index_beside_a_shard_is_used(suffix: str, root: Path, tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "shards", root, 3, suffix=suffix)
     expected = open_splits(data("webdataset", folder), SEED, CPU)
     indexes = [write_index(shard) for shard in folder.rglob("*.tar")]
     with_index = open_splits(data("webdataset", folder), SEED, CPU)
@@ -130,9 +134,42 @@ def test_an_index_of_another_shard_is_refused(root: Path, tmp_path: Path) -> Non
     index = write_index(first)
     text = index.read_text()
     index.replace(second.with_suffix(".idx"))
-    for wrong in (text, text.replace("v1.2", "v9"), text.replace("v1.2 12", "v1.2 11"), "", "v1.2 0\n", text[:300]):
+    heads = (text.replace("v1.2 12", head) for head in ("v9 12", "v1.2 11", "v1.2 many"))
+    places = (text.replace("png 512 ", f"png {offset} ") for offset in (0, -(10**22), 10**22))
+    for wrong in (text, *heads, *places, "", "v1.2 0\n", text[:300]):
         second.with_suffix(".idx").write_text(wrong)
         with raises(UsageError, "data-index"):
+            open_splits(data("webdataset", folder), SEED, CPU)
+
+
+@pytest.mark.parametrize("damage", ["a bit of a header", "cut between members", "cut in a header", "two in one file"])
+def test_a_damaged_shard_is_not_taken_for_a_shorter_one(damage: str, root: Path, tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "shards", root, 3)
+    shard = min(folder.glob("train/*.tar"))
+    with tarfile.open(shard) as archive:
+        place = archive.getmembers()[4].offset
+    content = bytearray(shard.read_bytes())
+    if damage == "a bit of a header":
+        content[place + 150] ^= 1
+    cuts = {"cut between members": content[:place], "cut in a header": content[: place + 300]}
+    shard.write_bytes({**cuts, "two in one file": content + content}.get(damage, content))
+    with raises(UsageError, "data-format"):
+        open_splits(data("webdataset", folder), SEED, CPU)
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("label", ["99999999999999999999", "one", "1"])
+def test_a_label_is_a_whole_number(label: str, form: int, root: Path, tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "shards", root, 3)
+    with tarfile.open(min(folder.glob("train/*.tar")), "a", format=form) as archive:
+        for suffix, content in (("png", b"image"), ("cls", label.encode())):
+            member = tarfile.TarInfo(f"{'long/' * 30}added.{suffix}")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    if label == "1":
+        assert len(training_labels(data("webdataset", folder), SEED)) == 25
+    else:
+        with raises(UsageError, "data-labels"):
             open_splits(data("webdataset", folder), SEED, CPU)
 
 
@@ -216,13 +253,34 @@ def test_columns_of_other_types_and_empty_fields_are_refused(change: dict[str, A
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_files_of_another_format_are_refused(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
-    import shutil
-
     folder = shutil.copytree(folders[name], tmp_path / "copy")
     suffix = {"parquet": "parquet", "webdataset": "tar", "huggingface": "arrow"}[name]
     max(folder.rglob(f"*train*/*.{suffix}" if name != "parquet" else "train*.parquet")).write_bytes(b"something" * 300)
     with raises(UsageError, "data-format"):
         open_splits(data(name, folder), SEED, CPU)
+
+
+def test_a_damaged_page_of_parquet_is_no_fault_of_the_cache(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(folders["parquet"], tmp_path / "copy")
+    path = min(folder.glob("train*.parquet"))
+    content = path.read_bytes()
+    path.write_bytes(content[:4] + bytes(255 - each for each in content[4:44]) + content[44:])
+    with raises(UsageError, "data-format"):
+        open_splits(data("parquet", folder), SEED, CPU)
+
+
+@pytest.mark.parametrize("suffix", ["npy", "npz"])
+def test_damaged_arrays_are_refused(suffix: str, root: Path, tmp_path: Path) -> None:
+    folder = write_arrays(tmp_path / "arrays", root, 3, SIZE, SEED)
+    images = path = folder / "train_images.npy"
+    if suffix == "npz":
+        path = folder / "train.npz"
+        np.savez_compressed(path, images=np.load(images), labels=np.load(folder / "train_labels.npy"))
+    content = path.read_bytes()
+    damage = content.replace(b"}", b"(") if suffix == "npy" else content[:300] + b"\xff" * 100 + content[400:]
+    path.write_bytes(damage)
+    with raises(UsageError, "data-format"):
+        open_splits(data("numpy", folder, shape=(3, SIZE, SIZE)), SEED, CPU)
 
 
 @pytest.mark.parametrize(
@@ -261,7 +319,14 @@ def test_a_damaged_entry_of_the_cache_is_made_again(root: Path, folders: dict[st
     settings = data("parquet", folders["parquet"])
     expected = list(read(open_splits(settings, SEED, CPU), None))
     for path in cache.rglob("*.npy"):
+        content = bytearray(path.read_bytes())
+        content[-8] ^= 1  # of the last label
+        path.write_bytes(content)
+    assert all(map(torch.equal, read(open_splits(settings, SEED, CPU), None), expected))
+    for path in cache.rglob("*.npy"):
         path.write_bytes(b"damaged")
+    for path in cache.rglob("*.sha256"):
+        path.write_bytes(b"\xff")
     for path in cache.rglob("*.bin"):
         path.write_bytes(path.read_bytes()[:100])
     assert all(map(torch.equal, read(open_splits(settings, SEED, CPU), None), expected))
