@@ -316,7 +316,9 @@ def _subjects(study: Study, analysis: Analysis, runs: Sequence[PlannedRun]) -> I
     chosen = [run for run in runs if not analysis.seeds or run.seed in analysis.seeds]
     if isinstance(analysis, Interpolation):
         first, second = ([run for run in chosen if run.family == variant] for variant in analysis.between)
-        yield from ((one, other) for one in first for other in second if one.seed == other.seed)
+        # of one variant, the members of its grid or its trials, each pair once
+        pairs = itertools.combinations(first, 2) if first == second else itertools.product(first, second)
+        yield from ((one, other) for one, other in pairs if one.seed == other.seed)
     else:
         yield from ((run,) for run in chosen if run.family in (analysis.variants or study.variants))
 

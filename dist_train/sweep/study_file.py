@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-_SETTING = re.compile(r"[a-z_]+(\.[a-z_]+)+")
+_SETTING = re.compile(r"[A-Za-z_]\w*(\.\w+)+")
 _SET_BY_STUDY = ("run", "run.name", "run.directory", "run.seed", "run.resume")
 
 Settings = dict[str, Any]  # values by dotted path: `noise.amplitude: 0.01`
@@ -224,15 +224,22 @@ def _problems_of_variants(study: Study) -> Iterator[Problem]:
         for variant_name in variants:
             if variant_name not in study.variants:
                 yield _unknown_variant(study, f"analyse.{number}.{place}", variant_name)
+        is_itself = isinstance(analysis, Interpolation) and len(set(variants)) == 1
+        if is_itself and not study.search and not _has_grid(study, variants[0]):
+            wrong = "there is no line from a run to itself: name two variants"
+            yield Problem(f"analyse.{number}.between", wrong, code="same-checkpoint", value=list(variants))
         yield from _problems_of_seeds(study, f"analyse.{number}.seeds", analysis.seeds)
     for number, contrast in enumerate(study.contrasts):
         for place, names in (("variants", contrast.variants), ("against", (contrast.against,))):
             unknown = (name for name in names if name not in study.variants)
             yield from (_unknown_variant(study, f"contrasts.{number}.{place}", name) for name in unknown)
-        reference = study.variants.get(contrast.against)
-        if study.grid or (reference is not None and reference.grid):
+        if _has_grid(study, contrast.against):
             wrong, place = "a variant with a grid is several variants", f"contrasts.{number}.against"
             yield Problem(place, wrong, code="several-variants", value=contrast.against)
+
+
+def _has_grid(study: Study, variant: str) -> bool:
+    return bool(study.grid or (variant in study.variants and study.variants[variant].grid))
 
 
 def _problems_of_seeds(study: Study, path: str, seeds: tuple[int, ...]) -> Iterator[Problem]:

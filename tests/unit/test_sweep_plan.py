@@ -76,6 +76,10 @@ class TestRuns:
         assert plan.runs[3].config.noise.schedule.model_dump() == {"kind": "exponential", "final_fraction": 0.5}
         assert plan.runs[3].config.noise.amplitude == 0.1
 
+    def test_a_setting_s_name_may_have_digits(self, tmp_path: Path) -> None:
+        [run] = small_plan(tmp_path, variants={"a": {"grid": {"precision.tf32": [True]}}}, seeds=[0]).runs
+        assert run.config.precision.tf32
+
     def test_what_train_is_told_gives_the_planned_configuration(self, tmp_path: Path) -> None:
         variants = {"one": {"settings": {"noise.exclude": ["bias", "a b*"], "noise.schedule": {"kind": "linear"}}}}
         plan = plan_study(write_study(tmp_path, variants=variants), tmp_path / "a 'b'", ["data.synthetic_classes=4"])
@@ -134,6 +138,10 @@ class TestFaults:
             ({"analyse": [{"kind": "directon"}]}, ("analyse.0.kind", "unknown-kind")),
             ({"analyse": [{"kind": "direction", "variants": ["plian"]}]}, ("analyse.0.variants", "unknown-variant")),
             ({"analyse": [{"kind": "interpolate", "between": ["plain"]}]}, ("analyse.0.between.1", "missing")),
+            (
+                {"analyse": [{"kind": "interpolate", "between": ["plain", "plain"]}]},
+                ("analyse.0.between", "same-checkpoint"),
+            ),
             ({"analyse": [{"kind": "sharpness", "seeds": [7]}]}, ("analyse.0.seeds", "unknown-seed")),
             (
                 {"contrasts": [{"variants": ["plian"], "against": "plain"}]},
@@ -214,6 +222,7 @@ class TestAnalyses:
     def test_each_finished_run_has_its_commands(self, tmp_path: Path) -> None:
         analyse = [
             {"kind": "interpolate", "between": ["plain", "noisy"]},
+            {"kind": "interpolate", "between": ["noisy", "noisy"], "seeds": [1]},
             {"kind": "direction", "variants": ["noisy"], "seeds": [1], "options": {"range": [-2, 2.5], "points": 5}},
             {"kind": "plane", "variants": ["plain"], "options": {"trajectory": True}},
         ]
@@ -225,6 +234,7 @@ class TestAnalyses:
         assert commands == [
             "landscape interpolate plain-seed-1 noisy-amplitude-1-seed-1",
             "landscape interpolate plain-seed-1 noisy-amplitude-2-seed-1",
+            "landscape interpolate noisy-amplitude-1-seed-1 noisy-amplitude-2-seed-1",
             "landscape direction noisy-amplitude-1-seed-1 --range -2 2.5 --points 5",
             "landscape direction noisy-amplitude-2-seed-1 --range -2 2.5 --points 5",
             "landscape plane plain-seed-1 --trajectory",
