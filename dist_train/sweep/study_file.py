@@ -297,7 +297,10 @@ class OptunaTrials:
     """
 
     def __init__(self, search: Search, journal: Path) -> None:
-        """Use the file `journal`, which the first trial creates. Raises UsageError if Optuna is not installed."""
+        """Use the file `journal`, which the first trial creates. Raises UsageError if Optuna is not installed.
+
+        So do the methods, except `locked`, if the journal holds trials of another objective or space.
+        """
         try:
             import optuna
         except ImportError as error:
@@ -329,7 +332,16 @@ class OptunaTrials:
             # Optuna 4 warns about `constant_liar`, which concurrent jobs need.
             warnings.simplefilter("ignore", self._optuna.exceptions.ExperimentalWarning)
             sampler = self._optuna.samplers.TPESampler(seed=int.from_bytes(digest[:4], "little"), constant_liar=True)
-        self._study(variant, sampler).ask(dict(self._distributions))
+        study = self._optuna.create_study(
+            storage=self._storage,
+            study_name=variant,
+            direction="minimize" if self._search.objective.endswith(".loss") else "maximize",
+            sampler=sampler,
+            load_if_exists=True,
+        )
+        if number == 0:
+            study.set_user_attr("search", self._described)
+        study.ask(dict(self._distributions))
 
     def untold(self, variant: str) -> Sequence[int]:
         """Return the trials without a result."""
@@ -344,16 +356,26 @@ class OptunaTrials:
             study.tell(trial, value)
 
     def _trials(self, variant: str) -> Sequence[optuna.trial.FrozenTrial]:
-        return self._study(variant).get_trials(deepcopy=False) if self._journal.exists() else []
+        try:
+            return self._study(variant).get_trials(deepcopy=False) if self._journal.exists() else []
+        except KeyError:  # no trial of this variant
+            return []
 
-    def _study(self, variant: str, sampler: optuna.samplers.BaseSampler | None = None) -> optuna.Study:
-        return self._optuna.create_study(
-            storage=self._storage,
-            study_name=variant,
-            direction="minimize" if self._search.objective.endswith(".loss") else "maximize",
-            sampler=sampler,
-            load_if_exists=True,
-        )
+    def _study(self, variant: str) -> optuna.Study:
+        """Return the Optuna study of `variant`, without writing to the journal. Raises KeyError if there is none."""
+        study = self._optuna.load_study(study_name=variant, storage=self._storage)
+        if study.user_attrs.get("search", self._described) != self._described:
+            raise UsageError(
+                f"{self._journal} holds trials of another search (its objective or space has changed): move "
+                f"{self._journal.parent} away, or give the study another name",
+                code="search-changed",
+            )
+        return study
+
+    @cached_property
+    def _described(self) -> dict[str, Any]:
+        """What the trials in a journal must share."""
+        return self._search.model_dump(mode="json", include={"objective", "space"})
 
     @cached_property
     def _storage(self) -> optuna.storages.BaseStorage:

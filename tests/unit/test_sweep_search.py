@@ -95,6 +95,23 @@ def test_what_optuna_suggests_is_a_function_of_the_results(tmp_path: Path) -> No
     assert len(set(momenta)) == 4
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"objective": "test.loss"},
+        {"space": {**SPACE, "noise.amplitude": {"kind": "uniform", "low": 0.0, "high": 0.1}}},
+        {"space": {**SPACE, "noise.schedule": {"kind": "choice", "values": [{"kind": "cosine"}]}}},
+    ],
+)
+def test_trials_of_another_search_are_refused_and_left_as_they_are(tmp_path: Path, changes: dict[str, Any]) -> None:
+    journal = with_trials(searched(tmp_path, "optuna")).directory / "trials.log"
+    before = journal.read_bytes()
+    assert len(searched(tmp_path, "optuna", trials=5).runs) == 2
+    with raises(UsageError, "search-changed"):
+        searched(tmp_path, "optuna", **changes)
+    assert journal.read_bytes() == before
+
+
 def test_a_task_of_an_array_asks_for_the_trials_up_to_its_own(tmp_path: Path) -> None:
     plan = searched(tmp_path, "optuna")
     with_task = with_trials(plan, 10)
