@@ -233,7 +233,8 @@ def add_submit(subparsers: Subparsers) -> None:
         dest="run",
         action="store_const",
         const=_submit_study,
-        help="CONFIG is a study: submit its runs as an array, followed by its analyses and its report",
+        help="CONFIG is a study: submit its runs as an array, followed by its analyses and its report; --run-dir is "
+        "then the folder of studies, as sweep's --directory",
     )
     parser.set_defaults(run=_submit, sbatch_options=[])
 
@@ -241,6 +242,7 @@ def add_submit(subparsers: Subparsers) -> None:
 def _submission(arguments: argparse.Namespace, file: Path, directory: Path, name: str) -> Submission:
     """Return the submission for the run, or the study, of `file` in `directory`."""
     from dist_train.config.loading import project_root
+    from dist_train.config.plugins import from_folder
     from dist_train.sweep.submission import Submission
 
     return Submission(
@@ -254,6 +256,7 @@ def _submission(arguments: argparse.Namespace, file: Path, directory: Path, name
         time=arguments.time,
         partition=arguments.partition,
         options=tuple(arguments.sbatch_options),
+        plugins=tuple(from_folder({"plugins": arguments.plugin}, Path())["plugins"]),
     )
 
 
@@ -287,6 +290,8 @@ def _submit_study(arguments: argparse.Namespace) -> int:
     from dist_train.sweep.standing import numbers_left, publish
     from dist_train.sweep.submission import study_jobs, submit_study
 
+    if arguments.plugin:
+        raise UsageError("--plugin: list the file under `plugins` in the study's base instead", code="option-alone")
     parent = arguments.run_dir.absolute() if arguments.run_dir else None
     plan = plan_study(located(arguments.config), parent, arguments.overrides)
     _check_analyses(plan)
@@ -305,7 +310,9 @@ def _submit_study(arguments: argparse.Namespace) -> int:
     for name, number in submit_study(jobs, submission.run_directory).items():
         print(f"{name:<14} {number}")
     print(f"study          {submission.run_directory}")
-    print(f"watch it       {shlex.join(['dist-train', 'sweep', str(arguments.config), '--list'])}")
+    directory = ["--directory", str(parent)] if parent else []
+    watch = ["dist-train", "sweep", str(arguments.config), *arguments.overrides, *directory, "--list"]
+    print(f"watch it       {shlex.join(watch)}")
     return ExitCode.FINISHED
 
 

@@ -44,6 +44,7 @@ class Submission:
     time: str | None = None
     partition: str | None = None
     options: tuple[str, ...] = ()
+    plugins: tuple[str, ...] = ()
 
     def log_of(self, job: str) -> Path:
         """Return the output file of the job with this id."""
@@ -97,7 +98,9 @@ def jobs_of(files: RunDirectory) -> dict[str, str]:
 
 def write_script(submission: Submission) -> str:
     """Return the text of the batch script."""
-    run = ["train", str(submission.config_file), *submission.overrides, "--run-dir", str(submission.run_directory)]
+    plugins = [word for plugin in submission.plugins for word in ("--plugin", plugin)]
+    directory = ["--run-dir", str(submission.run_directory)]
+    run = ["train", str(submission.config_file), *submission.overrides, *plugins, *directory]
     requests = (*_requests(submission), *_OF_RUNS, _log_option(submission.run_directory, "%j"))
     return _script(submission, (*requests, *submission.options), f"run_in_job {shlex.join(run)}")
 
@@ -134,12 +137,24 @@ def study_jobs(plan: Plan, numbers: str, submission: Submission) -> tuple[Job, .
 
 
 def submit_study(jobs: Sequence[Job], folder: Path) -> dict[str, str]:
-    """Submit a study's jobs, each dependent on the previous one; return their ids by name. Raises UsageError."""
+    """Submit a study's jobs, each dependent on the previous one; return their ids by name.
+
+    Raises UsageError, which names the jobs that are in the queue already.
+    """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     ids: dict[str, str] = {}
     for job in jobs:
         before = list(ids.values())[-1:]
-        ids[job.name] = submit(job.script, [f"--dependency={job.after}:{each}" for each in before])
+        try:
+            ids[job.name] = submit(job.script, [f"--dependency={job.after}:{each}" for each in before])
+        except UsageError as error:
+            if not ids:
+                raise
+            queued = " ".join(ids.values())
+            raise UsageError(
+                f"{error}; in the queue already: {queued} (to start over, first scancel {queued})",
+                code=error.code,
+            ) from None
     return ids
 
 

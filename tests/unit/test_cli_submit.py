@@ -111,6 +111,18 @@ def test_what_sbatch_refuses_leaves_no_folder(
     assert not (tmp_path / "some").exists()
 
 
+def test_a_plugin_goes_into_the_job_but_not_into_a_study_s(
+    config: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").touch()
+    assert main(["submit", str(config), "--plugin", "mine.py", "--dry-run"]) == ExitCode.FINISHED
+    [run] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("run_in_job")]
+    assert f" --plugin {tmp_path}/mine.py " in run
+    command = ["submit", "--study", str(write_study(tmp_path)), "--plugin", "mine.py", "--dry-run"]
+    assert main(command) == ExitCode.USAGE
+    assert "[option-alone]" in capsys.readouterr().err
+
+
 def test_a_second_job_for_one_run_is_refused_and_the_first_is_named(
     config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -148,6 +160,26 @@ def test_a_study_is_submitted_as_runs_analyses_and_report(
     assert f"report_in_job {tmp_path}/runs/small\n" in report
     assert all(f"export DIST_TRAIN_SETUP='{setup}'\n" in script for script in (runs, analyses, report))
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_study_s_jobs_in_the_queue_are_named_and_the_command_that_watches_them(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text("#!/bin/sh\necho 17\n")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", str(sbatch.parent))
+    study, folder = str(write_study(tmp_path)), str(tmp_path / "else where")
+    command = ["submit", "--study", study, "run.epochs=1", "--run-dir", folder]
+    assert main(command) == ExitCode.FINISHED
+    watch = f"dist-train sweep {study} run.epochs=1 --directory '{folder}' --list\n"
+    assert watch in capsys.readouterr().out
+    sbatch.write_text("#!/bin/sh\n[ $# = 1 ] && echo 18\n")  # refuses jobs with a dependency
+    assert main(command) == ExitCode.USAGE
+    told = capsys.readouterr().err
+    assert "[sbatch-refused]" in told
+    assert "scancel 18" in told
 
 
 @pytest.mark.parametrize("command", [["sweep", "--list"], ["submit", "--study", "--dry-run"]])
