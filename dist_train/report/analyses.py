@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
@@ -98,19 +98,19 @@ def read_analyses(directory: RunDirectory) -> Analyses:
     for path in directory.checkpoint_records():
         with suppress(OSError, ValueError, KeyError, TypeError):  # the checkpoint's own reader reports it
             digests.add(json.loads(read_regular(path))["sha256"])
-    landscapes, sharpness, problems = [], [], []
+    landscapes, records, problems = [], [], []
     for path in sorted(directory.analysis.iterdir()) if directory.analysis.is_dir() else ():
         try:
             if (path / "settings.json").is_file():
                 landscapes.append(_landscape(path, digests))
             elif path.match("sharpness-*.json"):
-                sharpness.append(_sharpness(path, digests))
+                records.append(_record(path, digests))
         except BrokenFileError as error:
             problems.append(f"{path.name}: {error}")
         except UsageError as error:
             problems.append(str(error))
     last_step = max(directory.checkpoint_steps(), default=None)
-    return Analyses(tuple(landscapes), tuple(sharpness), tuple(problems), last_step)
+    return Analyses(tuple(landscapes), _sharpness(records), tuple(problems), last_step)
 
 
 def _landscape(folder: Path, digests: Collection[str]) -> Landscape:
@@ -143,13 +143,24 @@ def _comparable(settings: Mapping[str, Any]) -> str:
     return json.dumps({name: value for name, value in settings.items() if name not in left_out}, sort_keys=True)
 
 
-def _sharpness(path: Path, digests: Collection[str]) -> Sharpness:
+def _record(path: Path, digests: Collection[str]) -> SharpnessRecord:
     record = read_record(path)
     if digests and record.checkpoint.sha256 not in digests:
         raise BrokenFileError("it was computed from a checkpoint that this run does not have")
-    measures = {name: value for name, value in _measures(record) if value is not None}
-    censored = frozenset(_width_title(width) for width in record.widths or () if width.censored)
-    return Sharpness(record.checkpoint.step, _comparable(record.settings.model_dump(mode="json")), measures, censored)
+    return record
+
+
+def _sharpness(records: Iterable[SharpnessRecord]) -> tuple[Sharpness, ...]:
+    """Return the measures of each step with comparable settings; the record of the smallest passes has precedence."""
+    found: dict[tuple[int, str], Sharpness] = {}
+    for record in sorted(records, key=lambda record: -record.settings.batch_size):
+        key = (record.checkpoint.step, _comparable(record.settings.model_dump(mode="json")))
+        measures = {name: value for name, value in _measures(record) if value is not None}
+        censored = {_width_title(width) for width in record.widths or () if width.censored}
+        before = found.get(key, Sharpness(*key, {}))
+        bounds = (before.bounds - measures.keys()) | censored
+        found[key] = replace(before, measures={**before.measures, **measures}, bounds=bounds)
+    return tuple(found.values())
 
 
 def _measures(record: SharpnessRecord) -> Iterator[tuple[str, float | None]]:

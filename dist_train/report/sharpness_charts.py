@@ -253,9 +253,9 @@ def _series(panel: Panel, settings: str | None) -> tuple[Series, ...]:
     series: list[Series] = []
     for variant in panel.variants:
         runs = [run for run in variant.counted if len(eigenvalues_of(run, settings)) > 1]
-        if runs:
+        if points := _eigenvalues(runs, settings):
             style = f"s{variant.colour}"
-            series.append(Series(variant.label, style, _eigenvalues(runs, settings)))
+            series.append(Series(variant.label, style, points))
             factor = stability_factor(runs[0].settings)
             if factor is not None:
                 limit = _stability_limit(runs[0], factor)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
-from dist_train.report.sharpness_charts import stability_factor
+from dist_train.report.sharpness_charts import sharpness_courses, stability_factor
+from dist_train.report.stored_run import read_subject
+from dist_train.report.variants import panels_of
+from tests.unit.report_study import make_run, treatments
 
 
 def largest_on_a_parabola(eigenvalue: float, momentum: float, *, nesterov: bool) -> float:
@@ -34,3 +40,19 @@ def test_sgd_is_stable_up_to_the_limit(momentum: float, nesterov: bool, factor: 
 def test_other_optimizers_have_no_such_limit() -> None:
     assert stability_factor({"optimizer.name": "adamw", "optimizer.momentum": 0.9}) is None
     assert stability_factor({}) is None
+
+
+@pytest.mark.parametrize(("steps", "count"), [((100, 200), [2]), ((200, 201), [1]), ((201, 202), [])])
+def test_checkpoints_after_the_last_record_are_not_drawn(
+    tmp_path: Path, steps: tuple[int, int], count: list[int]
+) -> None:
+    treatment = treatments()[0]  # of 200 steps
+    run = make_run(tmp_path / "run", treatment, 0, treatment.settings)
+    [path] = run.glob("analysis/sharpness-*.json")
+    fields = json.loads(path.read_text())
+    path.unlink()
+    for step in steps:
+        fields["checkpoint"] |= {"step": step}
+        path.with_name(f"sharpness-{step}.json").write_text(json.dumps(fields))
+    drawn = sharpness_courses(panels_of(read_subject(tmp_path).runs))
+    assert [len(each.points) for chart in drawn for each in chart.series if each.form != "dashed"] == count

@@ -84,6 +84,24 @@ def test_sharpness_with_each_pass_s_statistics_is_compared_at_one_size_of_passes
     assert variant_cell(base, measures(subject)["sharpness-Hessian trace"]).note == f"n = {count}"
 
 
+def test_records_by_passes_of_another_size_are_of_one_measurement(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "study", seeds=(0, 1))
+    scale = {"value": 5.0, "standard_error": 1.0, "variance": 5.0, "squared_gradient": 1.0, "batches": 9}
+    for path in study.glob("*/analysis/sharpness-*.json"):
+        fields = json.loads(path.read_text())
+        fields["settings"] |= {"batch_size": 32}
+        more = {**fields, "hessian": None, "noise_scale": scale}
+        # the names are digests, so either record may come first
+        path.with_name(f"sharpness-{'0' if 'seed-0' in str(path) else 'z'}.json").write_text(json.dumps(more))
+        fields["settings"] |= {"batch_size": 256}
+        path.write_text(json.dumps(fields))
+    subject = read_subject(study)
+    found = measures(subject)
+    for title in ("Hessian trace", "gradient noise scale"):
+        assert all(found[f"sharpness-{title}"].take(run) is not None for run in subject.runs)
+    assert all(len(run.analyses.sharpness) == 1 for run in subject.runs)
+
+
 def test_differences_of_percentages_are_in_points(tmp_path: Path) -> None:
     tables = effect_tables(panels_of(read_subject(make_study(tmp_path / "study")).runs))
     headings = [measure.heading for measure in tables[0].measures]
