@@ -8,31 +8,13 @@ from dataclasses import dataclass, field
 
 from dist_train.config import Config
 from dist_train.config.loading import flat_settings
+from dist_train.config.resuming import may_change
 from dist_train.report.measures import Interval, Measure, Summary, paired_difference, summary
 from dist_train.report.stored_run import StoredRun
 from dist_train.rundir.records import EvaluationRecord, TrainRecord
 
-_NO_EFFECT = (
-    "run.name",
-    "run.directory",
-    "run.seed",
-    "run.resume",
-    "run.profile_steps",
-    "run.stop_signal",
-    "batch.dealing",
-    "data.root",
-    "data.download",
-    "data.loader_workers",
-    "precision.threads",
-    "precision.cuda_graphs",
-    "comm.engine",
-    "comm.verify_every",
-    "comm.timeout",
-    "launch.",
-    "checkpoint.",
-    "metrics.",
-)
-"""Settings that do not distinguish variants, because they do not change a run's results."""
+_MATTERS = ("evaluation", "early_stopping", "run.max_steps")
+"""Settings that a resume may change although they change a run's results."""
 
 _USUAL_NOISE: Mapping[str, object] = dict(flat_settings({"noise": Config().noise.model_dump(mode="json")}))
 """The noise's default settings. Settings that only another kind of schedule has are not among them."""
@@ -198,7 +180,12 @@ def _preference(run: StoredRun) -> tuple[bool, int, int, str]:
 
 def _effective_settings(run: StoredRun) -> tuple[tuple[str, str], ...]:
     """Return the settings that can change the results of `run`, without the seed; floats with all their digits."""
-    return tuple((path, repr(value)) for path, value in run.settings.items() if not path.startswith(_NO_EFFECT))
+    return tuple((path, repr(value)) for path, value in run.settings.items() if not _has_no_effect(path))
+
+
+def _has_no_effect(path: str) -> bool:
+    """Whether the setting does not distinguish variants: it does not change a run's results, or it is the seed."""
+    return path in ("run.seed", "precision.threads") or (may_change(path) and not path.startswith(_MATTERS))
 
 
 def changes_between(base: Mapping[str, object], settings: Mapping[str, object]) -> tuple[Change, ...]:
@@ -209,7 +196,7 @@ def changes_between(base: Mapping[str, object], settings: Mapping[str, object]) 
         old, new = before.get(path), after.get(path)
         # If noise is added, mention only its amplitude and what is not the default.
         is_usual = path.startswith("noise.") and path not in before and new == _USUAL_NOISE.get(path)
-        if old != new and not path.startswith(_NO_EFFECT) and (not is_usual or path == "noise.amplitude"):
+        if old != new and not _has_no_effect(path) and (not is_usual or path == "noise.amplitude"):
             changes.append(Change(path, old, new))
     return tuple(changes)
 
