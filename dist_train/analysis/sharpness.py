@@ -161,7 +161,8 @@ def largest_eigenvalues(loss: SubsetLoss, settings: SharpnessSettings) -> tuple[
     """Return the Hessian's largest eigenvalues, descending, and their vectors as columns [weights, eigenvalues].
 
     Computed by SciPy's implicitly restarted Lanczos method (ARPACK). Largest algebraically, not by magnitude: only
-    positive curvature counts as sharp. Eigenvalues that do not converge are left out, with a warning.
+    positive curvature counts as sharp. Eigenvalues that do not converge are left out, with a warning. All are 0 with
+    vectors of zeros if the Hessian is zero, and NaN if its products are not finite.
     """
     size = loss.count
     operator = LinearOperator(
@@ -169,6 +170,9 @@ def largest_eigenvalues(loss: SubsetLoss, settings: SharpnessSettings) -> tuple[
     )
     start = torch.randn(size, dtype=torch.float64, generator=generator(settings.seed, "lanczos")).numpy()
     wanted, tolerance = min(settings.hessian_eigenvalues, size - 1), settings.hessian_tolerance
+    product = loss.hessian_product(start)
+    if not product.any() or not np.isfinite(product).all():  # ARPACK fails on these
+        return np.full(wanted, 0.0 if not product.any() else math.nan), np.zeros((size, wanted))
     try:
         values, vectors = eigsh(operator, k=wanted, which="LA", v0=start, tol=tolerance, maxiter=_RESTARTS)
     except ArpackNoConvergence as error:

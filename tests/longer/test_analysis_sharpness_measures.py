@@ -248,6 +248,16 @@ class TestHessian:
         assert values.shape == (27,)
         np.testing.assert_allclose(vectors.T @ vectors, np.eye(27), atol=1e-8)
 
+    @pytest.mark.parametrize(("bias", "value"), [(1000.0, 0.0), (math.nan, math.nan)])
+    def test_hessian_that_is_zero_or_not_finite_has_such_eigenvalues_and_trace(self, bias: float, value: float) -> None:
+        model = linear_model()
+        with torch.no_grad():
+            model.bias[0] += bias
+        settings = SharpnessSettings(hessian_eigenvalues=2)
+        found = largest_eigenvalues(subset_loss(model), settings)
+        np.testing.assert_array_equal(found[0], [value] * 2)
+        np.testing.assert_array_equal(trace_with_error(subset_loss(model), *found, settings), [value] * 2)
+
     def test_deflation_reduces_the_error_of_the_trace(self) -> None:
         loss = subset_loss(linear_model(), quadratic=True)
         errors = []
