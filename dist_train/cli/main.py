@@ -108,12 +108,10 @@ def _report(error: CodedError) -> int:
 def parse(words: list[str]) -> argparse.Namespace:
     """Return the arguments of the command line `words`; `run` is the command's function. Exits if they are wrong."""
     parser = build_parser()
-    end = words.index("--") if "--" in words else len(words)
+    end = words.index("--") if words[:1] == ["submit"] and "--" in words else len(words)
     parsed, rest = parser.parse_known_args(words[:end])
     if hasattr(parsed, "sbatch_options"):
         parsed.sbatch_options = words[end + 1 :]
-    elif end < len(words):  # not of sbatch
-        parsed, rest = parser.parse_known_args(words)
     if rest and not hasattr(parsed, "overrides"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:  # overrides after an option: argparse recognizes only those before it

@@ -146,6 +146,8 @@ def _launch(arguments: argparse.Namespace) -> int:
     from dist_train.cluster.local_launch import blocked_signals, launch_ranks
 
     words = list(arguments.command)
+    if words[:1] == ["--"]:
+        del words[0]
     if arguments.join is not None:
         return _join(arguments)
     if not words:

@@ -168,7 +168,12 @@ class TestProgram:
 
     @pytest.mark.parametrize(
         ("words", "saves"),
-        [(["replay", "x@1"], True), (["lr-range", SMOKE], True), (["evaluate", "x"], False)],
+        [
+            (["replay", "x@1"], True),
+            (["lr-range", SMOKE], True),
+            (["evaluate", "x"], False),
+            (["--", "evaluate", "x"], False),
+        ],
     )
     def test_a_launch_knows_which_commands_save_on_request(
         self, words: list[str], saves: bool, monkeypatch: pytest.MonkeyPatch
@@ -182,6 +187,11 @@ class TestProgram:
         monkeypatch.setattr("dist_train.cluster.local_launch.launch_ranks", launch)
         assert main(["launch", *words]) == 0
         assert launched == [saves]
+
+    def test_what_follows_two_dashes_is_no_option(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        Path(write_config(tmp_path)).rename("-config.yaml")
+        assert main(["config", "check", "--run-dir", "x", "--", "-config.yaml", "run.epochs=1"]) == ExitCode.FINISHED
 
     @pytest.mark.parametrize("arguments", [[], ["trian"], ["train"], ["evaluate", "x", "--split", "half"]])
     def test_bad_usage_ends_with_2(self, arguments: list[str]) -> None:
