@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dist_train.cli.common import Subparsers, add_overrides, add_weights
+from dist_train.cli.common import Subparsers, add_overrides, add_weights, count
 from dist_train.outcome import ExitCode, UsageError, escaped
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _TARGET = "a checkpoint, or a run directory: its last one"
 _REPORT_SECONDS = 10.0
+_PLANE = (-1.0, 1.0)  # the default range of a plane
 
 
 def add_landscape(subparsers: Subparsers) -> None:
@@ -49,7 +50,7 @@ def add_landscape(subparsers: Subparsers) -> None:
         action="store_true",
         help="the two principal directions of the run's checkpoints, which are drawn over the plane",
     )
-    _add_axis(plane, (-1.0, 1.0), 21)
+    _add_axis(plane, _PLANE, 21)
     _add_directions(plane)
     for kind in (line, direction, plane):
         _add_measure(kind)
@@ -146,7 +147,7 @@ def _add_measure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision", choices=("float32", "run"), default="float32", help="run: the run's precision.compute"
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads per rank (default: its share)")
+    parser.add_argument("--threads", type=count, metavar="N", help="CPU threads per rank (default: its share)")
     parser.add_argument("--scale", choices=("linear", "log"), default="linear", help="scale of the loss in the figures")
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="parent of the result's folder (default: RUN/analysis)"
@@ -154,13 +155,24 @@ def _add_measure(parser: argparse.ArgumentParser) -> None:
 
 
 def _number_or_all(text: str) -> int | None:
-    return None if text == "all" else int(text)
+    try:
+        return None if text == "all" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"takes a number or all, not {text!r}") from None
 
 
 def _landscape_settings(arguments: argparse.Namespace) -> LandscapeSettings:
     from dist_train.analysis.landscape_files import LandscapeSettings
 
     given, (start, stop) = vars(arguments), arguments.range
+    if given.get("trajectory"):
+        usual = {"range": _PLANE, "seed": 0, "normalization": "filter"}
+        ignored = [f"--{name}" for name, value in usual.items() if given[name] != value]
+        if ignored:
+            raise UsageError(
+                f"--trajectory sets the directions and the range itself: leave out {', '.join(ignored)}",
+                code="option-alone",
+            )
     chosen = {field.name: given[field.name] for field in fields(LandscapeSettings) if field.name in given}
     return LandscapeSettings(start=start, stop=stop, **chosen)
 

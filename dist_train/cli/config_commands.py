@@ -137,7 +137,9 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
         print(as_line(report_node(arguments.node, notice_survey_end())))
         return ExitCode.FINISHED
-    if arguments.cluster is not None and arguments.brief:
+    if arguments.brief and arguments.cluster is None:
+        raise UsageError("--brief shortens the report of --cluster: add that", code="option-alone")
+    if arguments.brief:
         return _survey_for_scripts(arguments.cluster)
 
     from rich.console import Console

@@ -6,6 +6,7 @@ import argparse
 import math
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from dist_train.cli.common import Subparsers, print_table, terminal_width
@@ -111,10 +112,10 @@ def _watch(arguments: argparse.Namespace) -> int:
 
 
 def _seconds(text: str) -> float:
-    seconds = float(text)
-    if not (math.isfinite(seconds) and seconds > 0):
-        raise argparse.ArgumentTypeError("must be a number of seconds above 0")
-    return seconds
+    with suppress(ValueError):
+        if 0 < (seconds := float(text)) < math.inf:
+            return seconds
+    raise argparse.ArgumentTypeError(f"takes a number of seconds above 0, not {text!r}")
 
 
 def add_curve(subparsers: Subparsers) -> None:
@@ -156,17 +157,16 @@ def add_report(subparsers: Subparsers) -> None:
         "Or each of its figures as a file, for a paper.",
     )
     parser.add_argument("directory", type=Path, metavar="DIR", help="a run, a study, or a folder of runs")
-    parser.add_argument(
+    outputs = parser.add_mutually_exclusive_group()
+    outputs.add_argument(
         "-o",
         "--output",
         type=Path,
         metavar="FILE",
         help="file of the page (default: DIR/report.html); if it ends in .md, the tables alone",
     )
-    parser.add_argument("--figures", type=Path, metavar="FOLDER", help="write the figures there instead of a page")
-    parser.add_argument(
-        "--format", choices=("svg", "pdf", "png"), default="svg", help="format of --figures (default: svg)"
-    )
+    outputs.add_argument("--figures", type=Path, metavar="FOLDER", help="write the figures there instead of a page")
+    parser.add_argument("--format", choices=("svg", "pdf", "png"), help="format of --figures (default: svg)")
     parser.set_defaults(run=_report)
 
 
@@ -178,9 +178,11 @@ def _report(arguments: argparse.Namespace) -> int:
         from dist_train.report.stored_run import read_subject
 
         figures = figures_of(read_subject(arguments.directory))
-        for path in save_figures(figures, arguments.figures, arguments.format):
+        for path in save_figures(figures, arguments.figures, arguments.format or "svg"):
             print(path)
         return ExitCode.FINISHED
+    if arguments.format is not None:
+        raise UsageError("--format is that of the figures: add --figures FOLDER", code="option-alone")
     output = arguments.output or arguments.directory / "report.html"
     write_report(arguments.directory, output)
     print(output)

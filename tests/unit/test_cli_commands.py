@@ -193,11 +193,32 @@ class TestProgram:
         Path(write_config(tmp_path)).rename("-config.yaml")
         assert main(["config", "check", "--run-dir", "x", "--", "-config.yaml", "run.epochs=1"]) == ExitCode.FINISHED
 
-    @pytest.mark.parametrize("arguments", [[], ["trian"], ["train"], ["evaluate", "x", "--split", "half"]])
-    def test_bad_usage_ends_with_2(self, arguments: list[str]) -> None:
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            [],
+            ["trian"],
+            ["train"],
+            ["evaluate", "x", "--split", "half"],
+            ["report", "x", "-o", "y.html", "--figures", "z"],
+            ["watch", "x", "--interval", "abc"],
+            ["landscape", "direction", "x", "--samples", "abc"],
+        ],
+    )
+    def test_bad_usage_ends_with_2_and_names_no_function(
+        self, arguments: list[str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
         with pytest.raises(SystemExit) as ended:
             main(arguments)
         assert ended.value.code == 2
+        assert "invalid _" not in capsys.readouterr().err
+
+    @pytest.mark.parametrize("arguments", [["report", "x", "--format", "pdf"], ["doctor", "--brief"]])
+    def test_an_option_that_would_be_ignored_is_refused(
+        self, arguments: list[str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(arguments) == ExitCode.USAGE
+        assert "[option-alone]" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
         ("arguments", "meant"),

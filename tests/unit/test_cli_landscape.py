@@ -68,6 +68,8 @@ def test_range_may_begin_with_any_negative_number(start: str) -> None:
         (["direction", "RUN", "--exclude", "nothing"], "no-such-weight"),
         (["direction", "RUN", "model.width=2"], "settings-changed"),
         (["plane", "RUN", "--trajectory"], "too-few-checkpoints"),
+        (["plane", "RUN", "--trajectory", "--range", "-1", "2"], "option-alone"),
+        (["plane", "RUN", "--trajectory", "--seed", "1"], "option-alone"),
     ],
 )
 def test_bad_input_ends_with_2_and_the_fix(
@@ -80,7 +82,15 @@ def test_bad_input_ends_with_2_and_the_fix(
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["sideways"], ["interpolate", "RUN"], ["direction", "RUN", "--samples", "some"], ["plane", "R", "-x"]]
+    "words",
+    [
+        [],
+        ["sideways"],
+        ["interpolate", "RUN"],
+        ["direction", "RUN", "--samples", "some"],
+        ["direction", "RUN", "--threads", "0"],
+        ["plane", "R", "-x"],
+    ],
 )
 def test_bad_usage_ends_with_2(words: list[str]) -> None:
     with pytest.raises(SystemExit) as ended:
