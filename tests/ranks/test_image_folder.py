@@ -26,7 +26,7 @@ from tests.launching import (
     write_config,
 )
 from tests.unit.image_folders import damage, write_folder
-from tests.waiting import PATIENCE, wait_for_lines, wait_until_gone
+from tests.waiting import PATIENCE, wait_for, wait_for_lines, wait_until_gone
 
 pytestmark = pytest.mark.ranks
 
@@ -88,7 +88,7 @@ def test_promise_5_killed_run_leaves_no_loader_and_resumes_bit_identically(root:
 
     run = tmp_path / "run"
     process = start(2, "mpi", "train", config, "--run-dir", str(run))
-    wait_for_lines(run / "metrics.jsonl", 6)
+    wait_for(lambda: list((run / "checkpoints").glob("*.json")), "a checkpoint")
     loaders = loaders_of(process.pid)
     assert len(loaders) == 2
     kill_all_but(process.pid, loaders)
