@@ -46,6 +46,7 @@ class GpuSigns:
     denied: tuple[str, ...] = ()  # those that this process may not open
     driver: str = ""  # version of the loaded driver, empty if none is
     withheld: bool = False  # the scheduler has given this job none of the node's GPUs
+    hidden: bool = False  # the user has hidden all of them
 
     @property
     def present(self) -> bool:
@@ -93,7 +94,7 @@ def find_gpus(
     """Return what `environment` (CUDA_VISIBLE_DEVICES empty or -1: none) and the driver below `root` say about GPUs."""
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and visible.strip() in _NONE_VISIBLE:
-        return GpuSigns()
+        return GpuSigns(hidden=True)
     counted = [name for name in _GPU_COUNTS if re.search(r"[1-9]\d*$", environment.get(name, "").partition("(")[0])]
     listed = [name for name in _GPU_LISTS if environment.get(name, "").strip() not in ("", _NO_GPUS_IN_SLURM)]
     named = tuple(f"{name}={environment[name]}" for name in (*counted, *listed))
@@ -137,6 +138,8 @@ def obstacle(signs: GpuSigns, found: TorchGpus) -> Obstacle:
     """Return the likeliest reason why torch can use no GPU here."""
     if not found.built_for:
         return Obstacle(f"this torch ({found.version}) is built for CPUs alone", _USE_CUDA_TORCH, code="torch-for-cpus")
+    if signs.hidden:
+        return Obstacle("CUDA_VISIBLE_DEVICES hides all GPUs", "unset it, or name GPUs in it", code="gpu-hidden")
     if too_old := re.search(r"found version (\d+)", found.error):
         major, minor = divmod(int(too_old[1]) // 10, 100)
         driver = f"NVIDIA driver {signs.driver}".strip()

@@ -45,6 +45,7 @@ TOO_OLD = TorchGpus(
 )
 TWO_GPUS = TorchGpus("2.15.0+cu132", "CUDA 13.2", 2)
 NOTHING = GpuSigns()
+HIDDEN = GpuSigns(hidden=True)
 
 
 @pytest.fixture
@@ -90,7 +91,7 @@ def test_the_driver_s_files_speak_for_gpus_unless_the_user_wants_none(machine: P
     signs = find_gpus({}, machine)
     assert signs == GpuSigns((), ("/dev/nvidia0", "/dev/nvidia1"), (), "470.57.02")
     assert signs.present
-    assert find_gpus({"CUDA_VISIBLE_DEVICES": ""}, machine) == NOTHING
+    assert find_gpus({"CUDA_VISIBLE_DEVICES": ""}, machine) == HIDDEN
 
 
 def test_a_job_without_gpus_on_a_node_that_has_some_computes_on_the_cpu(machine: Path) -> None:
@@ -114,6 +115,7 @@ def _answer(answer: bool, path: Path) -> bool:
     [
         ("auto", NOTHING, CPU_BUILD, "cpu"),
         ("auto", NOTHING, NO_DRIVER, "cpu"),
+        ("auto", HIDDEN, NO_DRIVER, "cpu"),
         ("auto", NOTHING, TWO_GPUS, "cuda"),
         ("cuda", NOTHING, TWO_GPUS, "cuda"),
         ("cpu", NOTHING, TWO_GPUS, "cpu"),
@@ -142,9 +144,10 @@ def test_gpus_that_torch_cannot_use_are_refused_with_the_reason(signs: GpuSigns,
     assert obstacle(signs, found).fix
 
 
-def test_a_gpu_that_is_asked_for_must_be_there() -> None:
-    with raises(UsageError, "gpu-without-driver"):
-        kind_of_device("cuda", NOTHING, NO_DRIVER)
+@pytest.mark.parametrize(("signs", "code"), [(NOTHING, "gpu-without-driver"), (HIDDEN, "gpu-hidden")])
+def test_a_gpu_that_is_asked_for_must_be_there(signs: GpuSigns, code: str) -> None:
+    with raises(UsageError, code):
+        kind_of_device("cuda", signs, NO_DRIVER)
 
 
 def test_the_cpu_is_taken_where_it_is_asked_for() -> None:
