@@ -16,6 +16,12 @@ from typing import Literal
 from dist_train.config.sections import Engine
 from dist_train.outcome import UsageError
 
+MEMBERSHIP_VARIABLE = "DIST_TRAIN_MEMBERSHIP"  # where the ranks of an elastic launch find its authority: HOST:PORT
+LISTEN_FD = "DIST_TRAIN_LISTEN_FD"  # rank 0's listening socket for the store; -1 for the other ranks
+
+_SLURM_PORTS = range(15000, 30000)  # below Linux's ephemeral ports
+_LONGEST_COMMENT = 1000
+
 
 @dataclass(frozen=True)
 class StoreAddress:
@@ -62,16 +68,16 @@ def current_launch(environment: Mapping[str, str] = os.environ) -> Launch:
     if "HOROVOD_SIZE" in environment:
         return Launch("horovodrun", int(environment["HOROVOD_SIZE"]), int(environment["HOROVOD_RANK"]))
     if "RANK" in environment and environment.get("WORLD_SIZE", "1") != "1":
-        ranks, rank, port = (environment.get(name, "") for name in ("WORLD_SIZE", "RANK", "MASTER_PORT"))
+        ranks, rank = environment["WORLD_SIZE"], environment["RANK"]
         if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]:
             raise UsageError(
                 f"RANK and WORLD_SIZE={ranks} are set, but not {missing[0]}, where the ranks meet: "
                 f"set it too, or unset RANK to train with one rank",
                 code="launch-variables",
             )
-        if not (ranks.isdecimal() and rank.isdecimal() and port.isdecimal() and int(rank) < int(ranks)):
+        if not (ranks.isdecimal() and rank.isdecimal() and int(rank) < int(ranks)):
             raise UsageError(
-                f"RANK={rank}, WORLD_SIZE={ranks} and MASTER_PORT={port} must be numbers, the first below the second: "
+                f"RANK={rank} and WORLD_SIZE={ranks} must be numbers, the first below the second: "
                 f"correct them, or unset RANK to train with one rank",
                 code="launch-variables",
             )
@@ -79,17 +85,9 @@ def current_launch(environment: Mapping[str, str] = os.environ) -> Launch:
     return Launch("alone", 1, 0)
 
 
-MEMBERSHIP_VARIABLE = "DIST_TRAIN_MEMBERSHIP"  # where the ranks of an elastic launch find its authority: HOST:PORT
-
-
 def is_elastic() -> bool:
     """Whether ranks of this launch may leave and join."""
     return MEMBERSHIP_VARIABLE in os.environ
-
-
-LISTEN_FD = "DIST_TRAIN_LISTEN_FD"  # rank 0's listening socket for the store; -1 for the other ranks
-
-_SLURM_PORTS = range(15000, 30000)  # below Linux's ephemeral ports
 
 
 def engine_of(launcher: str, asked: Engine, has_horovod: bool) -> Literal["horovod", "torch"]:
@@ -111,7 +109,7 @@ def _store_of_torch(environment: Mapping[str, str]) -> StoreAddress:
     run = f"{environment.get('TORCHELASTIC_RUN_ID', '')}.{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     return StoreAddress(
         environment["MASTER_ADDR"],
-        int(environment["MASTER_PORT"]),
+        _port(environment["MASTER_PORT"]),
         prefix=f"dist_train.{run}",
         is_served=environment.get("TORCHELASTIC_USE_AGENT_STORE", "") == "True",
         listen_fd=listen_fd if listen_fd >= 0 else None,
@@ -127,12 +125,14 @@ def _store_of_slurm(environment: Mapping[str, str]) -> StoreAddress | None:
     host = "".join(part or "" for part in first.groups()) if first else ""
     step = f"{environment.get('SLURM_JOB_ID', '')}.{environment['SLURM_STEP_ID']}"
     port = _SLURM_PORTS[zlib.crc32(step.encode()) % len(_SLURM_PORTS)]
-    return StoreAddress(
-        environment.get("MASTER_ADDR", host), int(environment.get("MASTER_PORT", port)), prefix=f"dist_train.{step}"
-    )
+    address, port = environment.get("MASTER_ADDR", host), _port(environment.get("MASTER_PORT", str(port)))
+    return StoreAddress(address, port, prefix=f"dist_train.{step}")
 
 
-_LONGEST_COMMENT = 1000
+def _port(text: str) -> int:
+    if not (text.isdecimal() and int(text) < 2**16):  # 0 for ranks of an elastic launch, which meet elsewhere
+        raise UsageError(f"MASTER_PORT={text} is no port: set a number below 65536", code="launch-variables")
+    return int(text)
 
 
 @dataclass(frozen=True)

@@ -83,12 +83,21 @@ def test_ranks_that_cannot_meet_do_not_train_alone(missing: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "changed",
-    [{"RANK": "$(INDEX)"}, {"WORLD_SIZE": "two"}, {"MASTER_PORT": "tcp://10.0.0.1:80"}, {"RANK": "8"}, {"RANK": "-1"}],
+    "environment",
+    [
+        {**ENV, "RANK": "$(INDEX)"},
+        {**ENV, "RANK": "8"},
+        {**ENV, "RANK": "-1"},
+        {**ENV, "WORLD_SIZE": "two"},
+        {**ENV, "MASTER_PORT": "tcp://10.0.0.1:80"},
+        {**ENV, "MASTER_PORT": "65536"},
+        {**TORCHRUN, "MASTER_PORT": "70000"},
+        {**SRUN, **STEP, "MASTER_PORT": "auto"},
+    ],
 )
-def test_variables_that_are_no_ranks_are_refused(changed: dict[str, str]) -> None:
+def test_variables_that_are_no_ranks_and_no_port_are_refused(environment: dict[str, str]) -> None:
     with raises(UsageError, "launch-variables"):
-        current_launch({**ENV, **changed})
+        current_launch(environment)
 
 
 _LAUNCHER = """
