@@ -263,6 +263,10 @@ class _ElasticRanks(Ranks):
             self._futile_restarts[rank] += 1
             self._restart_due[rank] = time.monotonic() + pause
 
+    def _why_none_is_left(self) -> str:
+        lost = self._authority.state.lost if isinstance(self._authority, MembershipServer) else ()
+        return "; ".join(lost) or super()._why_none_is_left()
+
     def _code(self) -> int:
         code = self._authority.view.code
         if code is not None:

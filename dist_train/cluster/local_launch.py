@@ -69,8 +69,11 @@ class Ranks:
         """Wait; if no rank of `launch` has recorded an end in the status of `run`, record that all are lost."""
         code = self.wait()
         if run is not None:
-            record_lost(RunDirectory(run).status, launch, f"no rank is left: {self._first_end}")
+            record_lost(RunDirectory(run).status, launch, f"no rank is left: {self._why_none_is_left()}")
         return code
+
+    def _why_none_is_left(self) -> str:
+        return self._first_end
 
     def wait(self) -> int:
         """Return the exit code of the launch once all have ended; if that fails, kill what still runs."""

@@ -6,7 +6,8 @@ import json
 import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,14 @@ from typing import Any
 import pytest
 
 from dist_train.cluster.communicator import Generation, RankLostError
+from dist_train.cluster.elastic_launch import LocalProcesses, _ElasticRanks
 from dist_train.cluster.joined_launch import Entry, RemoteAuthority, entry_of
 from dist_train.cluster.member import Member, Pulse
 from dist_train.cluster.membership import Came, Event, Gone, MayGrow, Membership, Message, Peer, Ready, Trains, decide
 from dist_train.cluster.membership_server import SLOT_VARIABLE, TOKEN_VARIABLE, MembershipServer, answer_to
 from dist_train.outcome import UsageError
+from dist_train.rundir.paths import RunDirectory
+from dist_train.rundir.status import LAUNCH_VARIABLE, StatusFile, read_status
 from tests.waiting import wait_for
 
 
@@ -332,6 +336,20 @@ def test_a_node_whose_launcher_is_gone_has_no_ranks_left() -> None:
             joined = member(server, slots_of(node)[0], ended)
         wait_for(lambda: ended == [1])
         joined.leave("")
+
+
+def test_launcher_without_ranks_records_why_those_of_other_nodes_are_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(LAUNCH_VARIABLE, "abc")
+    file = RunDirectory(tmp_path).status
+    StatusFile(file, 1).change("running")
+    with closing(MembershipServer(1, 1, 1, 5.0, here=0)) as server:
+        server.state = replace(server.state, has_ended=True, lost=("rank 0 (node1, process 7) died",))
+        _ElasticRanks(LocalProcesses((), (), "abc", {}), set(), server, 0).wait_and_record(tmp_path, "abc")
+    status = read_status(file)
+    assert status is not None
+    assert "rank 0 (node1, process 7) died" in status.reason
 
 
 def test_a_launcher_runs_nothing_for_an_authority_that_does_not_know_the_token() -> None:
