@@ -40,6 +40,7 @@ _CONNECT_SECONDS = 3.0
 _LINGER_SECONDS = 1.0  # how long nodes differ in when they learn that the survey is over
 _REPORT_SECONDS = 10.0  # to report then: a node may just have begun to connect to others
 _COMPARED = ("torch", "dist_train", "horovod")
+_NO_GPU = ("", "-1", "NoDevFiles")  # values of CUDA_VISIBLE_DEVICES; the last one is Slurm's
 _MOST_PEERS = 16
 _CLOCK_SECONDS = 2.0
 _POLL_SECONDS = 0.2
@@ -102,7 +103,7 @@ def survey_nodes(directory: Path, environment: Mapping[str, str] = os.environ) -
         folder = Path(name)
         swap_text(folder / "nodes", "\n".join(nodes))
         with (folder / "lock").open("w") as lock:
-            with suppress(OSError):  # a file system without locks: the nodes report it
+            with suppress(OSError):  # a file system without locks is reported when the run begins
                 fcntl.flock(lock, fcntl.LOCK_EX)
             begun = time.time()
             limit = _ANSWER_SECONDS + len(nodes)
@@ -143,7 +144,7 @@ def report_node(folder: Path, is_over: Callable[[], bool], environment: Mapping[
         {name: address for name, address in addresses.items() if not address.startswith("127.")},
         own,
         {"Python": platform.python_version(), **{name: installed_version(name) for name in _COMPARED}},
-        len(list(filter(None, visible.split(",")))),
+        len([gpu for gpu in visible.split(",") if gpu not in _NO_GPU]),
     )
     try:
         nodes = (folder / "nodes").read_text().split()
@@ -230,7 +231,7 @@ def _differences(reports: Sequence[NodeReport], begun: float, ended: float, requ
     for name in reports[0].versions if reports else ():
         compared[name] = {report.node: report.versions[name] for report in reports}
     for what, values in compared.items():
-        usual = max(set(values.values()), key=list(values.values()).count, default="")
+        usual = max(values.values(), key=list(values.values()).count, default="")
         for node, value in values.items():
             if value != usual:
                 text = f"{what}: {value or 'none'}, where the others have {usual or 'none'}"

@@ -65,3 +65,17 @@ def test_node_whose_own_name_is_loopback_is_named(tmp_path: Path, monkeypatch: p
     node = NodeReport("node1", time.time(), {"eth0": "10.0.0.1"}, "10.0.0.1", {}, 0, reached=1)
     other = NodeReport("node2", time.time(), {"eth0": "10.0.0.2"}, "127.0.1.1", {}, 0, reached=1)
     assert list(survey(tmp_path, [node, other], monkeypatch)) == ["node2"]
+
+
+@pytest.mark.parametrize(("visible", "gpus"), [("", 0), ("-1", 0), ("NoDevFiles", 0), ("0,3", 2)])
+def test_gpus_of_a_node_are_counted(visible: str, gpus: int, tmp_path: Path) -> None:
+    report = report_node(tmp_path, lambda: True, {"NETWORK_INTERFACE": "lo", "CUDA_VISIBLE_DEVICES": visible})
+    assert report.gpus == gpus
+
+
+def test_of_two_different_nodes_the_second_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Several differences, as the result must not depend on the order of a set.
+    packages = [f"package{number}" for number in range(8)]
+    first = NodeReport("node1", time.time(), {}, "10.0.0.1", dict.fromkeys(packages, "1.0"), 0, reached=1)
+    second = replace(first, node="node2", versions=dict.fromkeys(packages, "2.0"))
+    assert list(survey(tmp_path, [first, second], monkeypatch)) == ["node2"]
