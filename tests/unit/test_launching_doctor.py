@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import socket
 import sys
 from importlib import metadata
@@ -124,6 +126,24 @@ def test_a_run_directory_below_a_file_fails(tmp_path: Path) -> None:
     check = doctor.check_disk("run directory", tmp_path / "file" / "runs")
     assert check.state == "fails"
     assert "--run-dir" in check.fix
+
+
+def test_a_run_directory_in_a_folder_that_may_not_be_entered_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    private = tmp_path / "private"
+    private.mkdir()
+
+    def stat(path: str | os.PathLike[str], **options: bool) -> os.stat_result:
+        if private in Path(path).parents:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return genuine(path, **options)
+
+    genuine = os.stat
+    monkeypatch.setattr(os, "stat", stat)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != private)
+    check = doctor.check_disk("run directory", private / "runs")
+    assert (check.state, str(private) in check.detail) == ("fails", True)
 
 
 def test_a_disk_without_room_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
