@@ -129,6 +129,7 @@ def train(config: Config, run_directory: Path | str | None = None, observers: Se
         try:
             with without_collection():
                 trainer = assemble(settled, resume_point, directory, comm, session, stop)
+            stack.callback(trainer.close)
             trainer.may_shrink = config.batch.micro_size == "auto"
             if comm.is_elastic:
                 trainer.regroup = regroup
@@ -137,7 +138,6 @@ def train(config: Config, run_directory: Path | str | None = None, observers: Se
                 session.trainer = trainer
             else:
                 session.begin(trainer, resume_point)
-            stack.callback(trainer.close)
             trainer.run()
         except Exception as error:
             if isinstance(error, RankLostError) and watchdog is not None and (missing := watchdog.absent()):

@@ -30,6 +30,7 @@ from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import EventRecord, Measurement, Observer, Outcome, Record, RunFacts, read_records
 from dist_train.rundir.status import read_status
 from dist_train.training.stopping import StopRequests
+from dist_train.training.trainer import Trainer
 from tests.raising import raises
 from tests.unit.simulated_ranks import SimulatedRanks, results
 from tests.unit.small_trainers import small_config
@@ -72,6 +73,15 @@ def begun(folder: Path, comm: SimulatedRanks | Alone, *, going_on: bool = False)
     trainer = assemble(config, resume_point, directory, comm, session, StopRequests())
     session.begin(trainer, resume_point)
     return session, told
+
+
+def test_a_run_that_cannot_begin_closes_its_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    close = Mock()
+    monkeypatch.setattr(Trainer, "close", close)
+    monkeypatch.setattr(Session, "begin", Mock(side_effect=RankLostError("a rank is gone")))
+    with raises(RankLostError, "rank-lost"):
+        train(small_config(), tmp_path / "run")
+    close.assert_called_once()
 
 
 def test_status_has_the_address_of_the_metrics_while_they_are_served(tmp_path: Path) -> None:
