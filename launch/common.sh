@@ -73,6 +73,12 @@ find_programs() {
     [[ -x $mpirun ]] || mpirun=$(command -v mpirun) || mpirun=
 }
 
+# Sets `horovodrun`.
+need_horovodrun() {
+    horovodrun=$(dirname "$python")/horovodrun
+    [[ -x $horovodrun ]] || horovodrun=$(command -v horovodrun) || fail "horovodrun is missing; run 'make setup' in $root"
+}
+
 need_mpirun() {
     [[ -n $mpirun ]] || fail "mpirun is missing; install Open MPI (apt-get install openmpi-bin, or your cluster's module), or run 'make setup' in $root"
 }
@@ -124,10 +130,13 @@ passed_variables() {
     } | grep -v '^OMPI_' | sort -u
 }
 
-# check_run COMMAND [ARGUMENT ...]: for `train` sets `run_directory`, or exits with one message if
-# the run cannot start; for other commands `run_directory` is empty.
+# check_run COMMAND [ARGUMENT ...]: sets `saves`, whether COMMAND saves on request, and for `train`
+# `run_directory`, or exits with one message if the run cannot start; otherwise `run_directory` is empty.
 check_run() {
-    run_directory=
+    run_directory='' saves=0
+    case ${1:-} in
+        train | lr-range | replay) saves=1 ;;
+    esac
     [[ ${1:-} == train ]] || return 0
     shift
     local configuration=() run_directory_option=()
@@ -215,6 +224,11 @@ stop_through_mpirun() {
     kill -USR2 "$launcher"
 }
 
+# For commands that do not save on request.
+stop_at_once() {
+    kill -TERM "$launcher"
+}
+
 error_log= # optional file: messages of dist-train, launch/rank.sh, srun and mpirun about the end of the launch
 tidy_output() {
     trap '' TERM INT USR1 USR2 HUP
@@ -232,10 +246,12 @@ tidy_errors() {
 watch= # optional function to run in the background beside the launcher
 
 # launch STOP COMMAND [ARGUMENT ...]: runs the launcher until it ends, forwards stop requests by the
-# function STOP, and ends all leftover processes of this launch. Sets `launcher_status`.
+# function STOP if the ranks save then, and ends all leftover processes of this launch. Sets
+# `launcher_status`.
 launch() {
-    local stop=$1 announced=0 forwarded=0 ended_now=0 guard=()
+    local stop=$1 request='the ranks save and end' announced=0 forwarded=0 ended_now=0 guard=()
     shift
+    ((saves)) || stop=stop_at_once request='ending the ranks'
     ((!stop_signals)) || stopped_before_launch
     # The launcher dies with this script; a Ctrl-C at the terminal reaches only this script.
     if command -v setpriv >/dev/null; then
@@ -260,7 +276,7 @@ launch() {
         launcher_status=0
         if ((stop_signals && !forwarded)); then
             if ((!announced)); then
-                say "asked to stop: the ranks save and end"
+                say "asked to stop: $request"
                 announced=1
             fi
             if "$stop"; then

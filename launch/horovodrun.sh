@@ -25,8 +25,8 @@ Environment variables (defaults in brackets):
   HOROVOD_GLOO_IFACE    network interface for the ranks (one that all machines have)
   DIST_TRAIN_PYTHON     Python to run, on all machines (the project's .venv/bin/python, else python3)
 
-SIGTERM, SIGINT (Ctrl-C) and SIGUSR2 ask the ranks to save and stop; a second Ctrl-C or SIGTERM,
-two seconds or more after the first, ends them at once.
+SIGTERM, SIGINT (Ctrl-C) and SIGUSR2 ask ranks that train to save and stop, and end others; a second
+Ctrl-C or SIGTERM, two seconds or more after the first, ends them at once.
 
 Exit status of a training run: 0 finished, 2 bad usage or configuration, 3 diverged, 4 ranks
 disagree, 75 stopped on request after saving (start it again to resume), 1 anything else.
@@ -84,8 +84,7 @@ rank_count=${rank_count:-$slots}
 ((rank_count <= slots)) || usage_error "$rank_count ranks are more than the $slots of -H $hosts"
 
 find_programs
-horovodrun=$(dirname "$python")/horovodrun
-[[ -x $horovodrun ]] || horovodrun=$(command -v horovodrun) || fail "horovodrun is missing; run 'make setup' in $root"
+need_horovodrun
 remote_names=()
 for name in "${names[@]}"; do
     is_this_machine "$name" || remote_names+=("$name")

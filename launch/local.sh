@@ -18,8 +18,8 @@ Starts N ranks on this machine, each of them running 'dist-train COMMAND ARGUMEN
   --mpi       communicate with Horovod over MPI; launch/mpirun.sh starts the ranks
   -h, --help  this text
 
-SIGTERM, SIGINT (Ctrl-C) and SIGUSR2 ask the ranks to save and stop; a second Ctrl-C or SIGTERM,
-two seconds or more after the first, ends them at once.
+SIGTERM, SIGINT (Ctrl-C) and SIGUSR2 ask ranks that train to save and stop, and end others; a second
+Ctrl-C or SIGTERM, two seconds or more after the first, ends them at once.
 
 Environment variables (defaults in brackets):
   OMP_NUM_THREADS     threads per rank (the cores divided by N)
@@ -56,8 +56,7 @@ if [[ $transport == mpi ]]; then
 fi
 find_programs
 [[ $transport != torch ]] || exec "$python" -m dist_train launch -np "$rank_count" "$@"
-horovodrun=$(dirname "$python")/horovodrun
-[[ -x $horovodrun ]] || horovodrun=$(command -v horovodrun) || fail "horovodrun is missing; run 'make setup' in $root"
+need_horovodrun
 check_run "$@"
 set_rank_environment "${OMP_NUM_THREADS:-$(threads_each "$rank_count")}"
 launch stop_local_ranks "$horovodrun" --gloo -np "$rank_count" "$python" -m dist_train "$@"

@@ -251,11 +251,6 @@ stop_through_launcher() {
     kill -USR2 "$launcher"
 }
 
-# Analyses keep every finished point, so they may end at once.
-stop_at_once() {
-    kill -TERM "$launcher"
-}
-
 # train_in_job DEFAULT_CONFIGURATION: runs `train`, configured by the variables.
 train_in_job() {
     answer_help 'jobs with ranks' 'training jobs'
@@ -298,7 +293,7 @@ landscape_in_job() {
         [[ -e $target ]] || usage_error "TARGETS: there is no $target in $PWD"
     done
     prepare_ranks
-    launch_or_show stop_at_once landscape "$kind" "${targets[@]}" "${overrides[@]}" "${options[@]}"
+    launch_or_show landscape "$kind" "${targets[@]}" "${overrides[@]}" "${options[@]}"
     # srun and mpirun pass on the exit code of bad options, because all ranks end with it.
     case $launcher_status in
         0 | "$usage_status") exit "$launcher_status" ;;
@@ -318,7 +313,7 @@ analyses_in_job() {
         read_words measurement analyses "$line"
         say "$line"
         if [[ ${measurement[1]} == landscape ]]; then
-            launch_or_show stop_at_once "${measurement[@]:1}"
+            launch_or_show "${measurement[@]:1}"
             ((launcher_status == 0)) || failed=1
         else
             "${dist_train[@]}" "${measurement[@]:1}" || failed=1
@@ -422,19 +417,17 @@ exit_if_dry_run() {
     exit 0
 }
 
-# launch_or_show STOP COMMAND [ARGUMENT ...]: launches our COMMAND on the ranks, or only shows how (DRY_RUN).
+# launch_or_show COMMAND [ARGUMENT ...]: launches our COMMAND on the ranks, or only shows how (DRY_RUN).
 launch_or_show() {
-    local stop=$1
-    shift
     exit_if_dry_run "${command[@]}" "$@"
     check_run "$@"
-    error_log=$(mktemp)
+    [[ -n $error_log ]] || error_log=$(mktemp)
     [[ -z $run_directory ]] || watch=${watch:-end_lingering_ranks}
     trap 'rm -f "$error_log"' EXIT
     say "$nodes nodes (${SLURM_JOB_NODELIST:-$(uname -n)}) x $ranks_here ranks, $gpus GPUs a node, by $by; $1 ${run_directory:-${*:2}}"
     [[ -z ${SLURM_RESTART_COUNT:-} ]] || say "restart $SLURM_RESTART_COUNT"
     ! declare -F before_launch >/dev/null || before_launch
-    launch "$stop" "${command[@]}" "$@"
+    launch stop_through_launcher "${command[@]}" "$@"
 }
 
 # guard_batch_host NODE...: with --no-kill the job survives the loss of its first node, but this script, which runs
@@ -638,7 +631,7 @@ run_in_job() {
     done
     [[ -z ${MIN_RANKS:-} ]] || be_elastic
     prepare_ranks "${@:2}"
-    launch_or_show stop_through_launcher "$@" "${more_overrides[@]}"
+    launch_or_show "$@" "${more_overrides[@]}"
     while true; do
         end_job
         prepare_restart

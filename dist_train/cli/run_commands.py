@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from dist_train.cluster.elastic_launch import Elasticity
     from dist_train.config import Config
 
-_TRAINING = ("train", "lr-range", "replay")  # on request these save and stop
+_TRAINING = ("train", "lr-range", "replay")  # on request these save and stop; as in launch/common.sh
 _limit = partial(count, least=0)
 _STANDARD_ERROR = 2  # the descriptor itself: `sys.stderr` may be replaced by an object that has none
 

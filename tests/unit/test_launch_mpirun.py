@@ -1,8 +1,9 @@
-"""launch/mpirun.sh as far as it goes without MPI: the command that it composes."""
+"""launch/mpirun.sh as far as it goes without MPI: the command that it composes; and what launch scripts share."""
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from itertools import pairwise
@@ -10,17 +11,24 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import PATIENCE, wait_for
+
 ROOT = Path(__file__).parents[2]
+
+
+def with_programs(folder: Path, launcher: str) -> dict[str, str]:
+    """Return an environment whose mpirun and horovodrun execute the line `launcher`."""
+    programs = folder / "programs"
+    programs.mkdir()
+    for name, line in (("python", f'exec "{sys.executable}" "$@"'), ("mpirun", launcher), ("horovodrun", launcher)):
+        (programs / name).write_text(f"#!/bin/sh\n{line}\n")
+        (programs / name).chmod(0o755)
+    return {"PATH": os.environ["PATH"], "DIST_TRAIN_PYTHON": str(programs / "python")}
 
 
 def command_of(folder: Path, *arguments: str, **variables: str) -> list[str]:
     """Return the arguments that mpirun gets."""
-    programs = folder / "programs"
-    programs.mkdir()
-    for name, line in (("python", f'exec "{sys.executable}" "$@"'), ("mpirun", f"printf '%s\\n' \"$@\" >{folder}/out")):
-        (programs / name).write_text(f"#!/bin/sh\n{line}\n")
-        (programs / name).chmod(0o755)
-    environment = {"PATH": os.environ["PATH"], "DIST_TRAIN_PYTHON": str(programs / "python"), **variables}
+    environment = {**with_programs(folder, f"printf '%s\\n' \"$@\" >{folder}/out"), **variables}
     script = str(ROOT / "launch/mpirun.sh")
     ended = subprocess.run([script, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
@@ -45,3 +53,20 @@ def test_ranks_on_other_machines_get_the_variables_of_libraries_and_caches(tmp_p
     passed = {name for option, name in pairwise(command) if option == "-x"}
     assert passed >= {*names, "PATH"}
     assert "EDITOR" not in passed
+
+
+@pytest.mark.parametrize(
+    "script",
+    [("mpirun.sh",), ("local.sh", "--gloo"), ("horovodrun.sh", "-H", "localhost:2")],
+    ids=lambda words: words[0],
+)
+def test_first_request_to_stop_ends_a_command_that_does_not_save(script: tuple[str, ...], tmp_path: Path) -> None:
+    environment = with_programs(tmp_path, f"touch {tmp_path}/started; exec sleep 1000")
+    command = [str(ROOT / "launch" / script[0]), *script[1:], "landscape", "direction", "runs/demo"]
+    with subprocess.Popen(command, env={**os.environ, **environment}) as process:
+        try:
+            wait_for((tmp_path / "started").exists)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(PATIENCE) == 1
+        finally:
+            process.kill()
