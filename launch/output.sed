@@ -3,13 +3,13 @@
 # horovodrun's traceback about a rank with a non-zero exit code: the line before it names the rank.
 /^Traceback \(most recent call last\):$/{
     :traceback
-    /\nExit code: /!{
-        $!{
-            N
-            b traceback
-        }
+    $!N
+    /\n [^\n]*$/{
+        $!b traceback
     }
-    /Horovod detected that one or more processes exited/{
+    /\nRuntimeError: Horovod detected that one or more processes exited[^\n]*$/{
+        $!N
+        $!N
         $!N
         d
     }

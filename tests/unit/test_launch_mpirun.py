@@ -70,3 +70,18 @@ def test_first_request_to_stop_ends_a_command_that_does_not_save(script: tuple[s
             assert process.wait(PATIENCE) == 1
         finally:
             process.kill()
+
+
+def test_output_after_a_traceback_is_shown_at_once_and_that_of_horovodrun_is_left_out(tmp_path: Path) -> None:
+    traceback = 'Traceback (most recent call last):\n  File "program.py", line 1, in <module>\n    work()\n'
+    shown = tmp_path / "shown"
+    command = ["sed", "-u", "-E", "-f", str(ROOT / "launch/output.sed")]
+    with shown.open("w") as output, subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output, text=True) as sed:
+        assert sed.stdin is not None
+        sed.stdin.write(f"{traceback}ValueError: harmless\nstep 1\n")
+        sed.stdin.flush()
+        wait_for(lambda: "step 1" in shown.read_text())
+        end = "RuntimeError: Horovod detected that one or more processes exited with non-zero status"
+        sed.stdin.write(f"{traceback}{end}\nProcess name: 1\nExit code: 3\n\n[0]<stdout>:step 2\n")
+        sed.stdin.close()
+    assert shown.read_text() == f"{traceback}ValueError: harmless\nstep 1\nstep 2\n"
