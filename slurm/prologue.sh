@@ -343,6 +343,7 @@ prepare_ranks() {
         usage_error "SPARE_NODES takes a number below the job's $nodes nodes, not '$spare'"
     fi
     count_ranks
+    asked_ranks=$rank_count
     placed=() fit_nodes=()
     job_nodes=${SLURM_JOB_NODELIST:-}
     wanted_nodes=$((nodes - spare))
@@ -712,7 +713,7 @@ prepare_restart() {
 use_nodes() {
     (($# <= wanted_nodes)) || set -- "${@:1:wanted_nodes}"
     nodes=$#
-    ((rank_count <= nodes * ranks_here)) || rank_count=$((nodes * ranks_here))
+    rank_count=$((asked_ranks < nodes * ranks_here ? asked_ranks : nodes * ranks_here))
     SLURM_JOB_NODELIST=$(IFS=, && echo "$*")
     # mpirun reads the nodes from these variables. SLURM_OVERLAP: the previous step may not have ended for Slurm, which
     # waits for lost nodes.

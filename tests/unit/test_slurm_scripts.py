@@ -286,14 +286,31 @@ class TestSweep:
         assert message in ended.stderr
 
 
-def test_analyses_of_an_unreadable_study_end_with_2(programs: str, tmp_path: Path) -> None:
-    script = tmp_path / "analyses.sh"
-    script.write_text(
-        f'#!/usr/bin/env bash\nset -euo pipefail\nroot={ROOT}\n. "$root/slurm/prologue.sh"\n'
-        f"analyses_in_job {tmp_path}/study.yaml\n"
-    )
+def script_of(folder: Path, lines: str) -> str:
+    """Write a batch script that executes `lines`, and return its path."""
+    script = folder / "job.sh"
+    script.write_text(f'#!/usr/bin/env bash\nset -euo pipefail\nroot={ROOT}\n. "$root/slurm/prologue.sh"\n{lines}\n')
     script.chmod(0o755)
-    ended = start(str(script), PATH=programs, PYTHONPATH=str(ROOT), **TWO_NODES)
+    return str(script)
+
+
+def test_a_node_that_answers_again_gets_its_ranks_back(programs: str, tmp_path: Path) -> None:
+    lines = 'prepare_ranks\nuse_nodes n1\necho "$rank_count"\nuse_nodes n1 n2\necho "$rank_count"'
+    ended = start(script_of(tmp_path, lines), PATH=programs, RANKS_PER_NODE="4", **TWO_NODES)
+    assert ended.stdout.split() == ["4", "8"], ended.stderr
+
+
+def test_analyses_leave_no_temporary_file(programs: str, tmp_path: Path) -> None:
+    lines = "prepare_ranks\nfor name in one two; do launch_or_show landscape direction $name; done"
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    ended = start(script_of(tmp_path, lines), PATH=programs, TMPDIR=str(folder), **TWO_NODES)
+    assert (ended.stderr.count("; landscape direction "), list(folder.iterdir())) == (2, [])
+
+
+def test_analyses_of_an_unreadable_study_end_with_2(programs: str, tmp_path: Path) -> None:
+    script = script_of(tmp_path, f"analyses_in_job {tmp_path}/study.yaml")
+    ended = start(script, PATH=programs, PYTHONPATH=str(ROOT), **TWO_NODES)
     assert ended.returncode == 2
     assert "study.yaml" in ended.stderr
 
