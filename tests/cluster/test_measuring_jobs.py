@@ -95,4 +95,4 @@ def test_landscape_error_is_reported_once_and_exits_with_2(cluster: Cluster, tmp
     job = cluster.sbatch(tmp_path, "landscape.sh", TARGETS="run", OPTIONS="--points 3", RANKS_PER_NODE="1")
     ended = cluster.wait(job)
     assert (ended.state, ended.code) == ("FAILED", ExitCode.USAGE), ended.output
-    assert ended.output.count("holds no checkpoint") == 1, ended.output
+    assert ended.output.count("[target-missing]") == 1, ended.output
