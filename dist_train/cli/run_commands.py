@@ -270,23 +270,28 @@ def add_outcome(subparsers: Subparsers) -> None:
         "outcome",
         help="the exit code of a run's last launch, from its status.json",
         description="Exit with the code that the run's last launch wrote into status.json; with 1 if it wrote none, or "
-        "if that was not the launch --launch.",
+        "if that was not the launch --launch. A launch that has ended without a word is recorded there as failed.",
     )
     parser.add_argument("run_directory", type=Path, metavar="RUN", help="a run directory")
-    parser.add_argument("--launch", metavar="ID", help="the launch's DIST_TRAIN_LAUNCH")
+    parser.add_argument("--launch", metavar="ID", help="the DIST_TRAIN_LAUNCH of a launch that has ended")
     parser.set_defaults(run=_outcome)
 
 
 def _outcome(arguments: argparse.Namespace) -> int:
     from dist_train.rundir.paths import RunDirectory
-    from dist_train.rundir.status import read_status
+    from dist_train.rundir.status import read_status, record_lost
 
-    status = read_status(RunDirectory(arguments.run_directory).status)
+    path = RunDirectory(arguments.run_directory).status
+    status = read_status(path)
     if status is None or (arguments.launch is not None and status.launch != arguments.launch):
         print(f"dist-train: the launch left no status in {escaped(str(arguments.run_directory))}", file=sys.stderr)
         return ExitCode.FAULT
     if status.exit_code is None:
-        print(f"dist-train: the launch died in state {escaped(status.state)} at step {status.step}", file=sys.stderr)
+        # An mpirun may kill the other ranks before rank 0 can report the loss of one.
+        reason = f"the launch died in state {status.state} at step {status.step}"
+        print(f"dist-train: {escaped(reason)} [rank-lost]", file=sys.stderr)
+        if arguments.launch is not None:
+            record_lost(path, arguments.launch, reason)
         return ExitCode.FAULT
     return status.exit_code
 

@@ -25,7 +25,7 @@ from dist_train.cluster.elastic_launch import Elasticity
 from dist_train.cluster.launch import Launch
 from dist_train.config import load_config
 from dist_train.outcome import CodedError, DivergedError, ExitCode, OutOfMemoryError, PeerFailedError, UsageError
-from dist_train.rundir.status import StatusFile, read_status
+from dist_train.rundir.status import StatusFile, load_status, read_status
 from tests.unit.small_trainers import SETTINGS
 
 pytestmark = pytest.mark.usefixtures("threads_as_before")
@@ -495,6 +495,14 @@ class TestOutcome:
     def test_a_launch_that_died_ends_with_1(self, tmp_path: Path) -> None:
         StatusFile(tmp_path / "status.json", 2).change("running", step=7)
         assert main(["outcome", str(tmp_path)]) == 1
+        assert load_status(tmp_path / "status.json").state == "running", "it may be another launch's, which still runs"
+
+    def test_a_launch_that_died_is_recorded_as_failed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("DIST_TRAIN_LAUNCH", "first")
+        StatusFile(tmp_path / "status.json", 2).change("running", step=7)
+        assert main(["outcome", str(tmp_path), "--launch", "first"]) == 1
+        status = load_status(tmp_path / "status.json")
+        assert (status.state, status.exit_code) == ("failed", 1)
 
     def test_no_status_and_another_launch_s_status_end_with_1(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
