@@ -44,6 +44,10 @@ def test_the_example_of_the_page_works(tmp_path: Path, monkeypatch: pytest.Monke
     assert names["model"](torch.rand(3, *names["config"].data.image_format.shape)).shape == (3, 10)
 
 
+def test_public_names_are_listed_for_completion() -> None:
+    assert {*dist_train.__all__, "api", "__version__"} == {*dir(dist_train)}
+
+
 def test_load_run_gives_status_configuration_and_metrics(run: Path) -> None:
     loaded = dist_train.load_run(run)
     assert loaded.status.state == "finished"
