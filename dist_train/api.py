@@ -111,7 +111,10 @@ class Run:
     def evaluate(
         self, split: Split = "test", overrides: Sequence[str] = (), weights: Weights = "raw"
     ) -> dict[str, object]:
-        """Return step, loss and accuracy of the last checkpoint on the whole of `split`. Raises UsageError."""
+        """Return step, loss and accuracy of the last checkpoint on the whole of `split`. Raises UsageError.
+
+        Every rank of a launch calls it, and gets the same result.
+        """
         return evaluate_stored(self.directory.root, split, overrides, weights)
 
     def normalization(self) -> ChannelStatistics | None:
@@ -152,6 +155,8 @@ def evaluate(
     target: Path | str, split: Split = "test", overrides: Sequence[str] = (), weights: Weights = "raw"
 ) -> dict[str, object]:
     """Return step, loss and accuracy of a checkpoint, or of a run's last one, on the whole of `split`.
+
+    Every rank of a launch calls it, and gets the same result: called on rank 0 alone, it would wait for the others.
 
     Examples:
         >>> found = dist_train.evaluate("runs/demo", "test")
