@@ -17,7 +17,7 @@ import yaml
 from pydantic import ValidationError
 
 from dist_train.config.combinations import conflicts
-from dist_train.config.plugins import forget_edited, from_folder, plugin_problems, with_long_names
+from dist_train.config.plugins import forget_edited, from_folder, plugin_problems, short_names, with_long_names
 from dist_train.config.problems import ConfigError, Problem, problems_of
 from dist_train.config.resuming import with_present_names
 from dist_train.config.sections import Config
@@ -180,11 +180,10 @@ def parse_config(settings: Mapping[str, Any], *, source: str, plugins: Sequence[
     Raises ConfigError if something in it is wrong; every problem is listed.
     """
     try:
-        settings = with_long_names(with_present_names(settings, source), plugins, Config)
-        text = json.dumps(settings, default=_refuse)
+        text = json.dumps(with_long_names(with_present_names(settings, source), plugins, Config), default=_refuse)
         config = Config.model_validate_json(text, strict=True)
     except ValidationError as error:
-        raise ConfigError(source, problems_of(error, Config)) from None
+        raise ConfigError(source, problems_of(error, Config, short_names(settings, plugins))) from None
     except UsageError:  # a ValueError, too, with a code of its own
         raise
     except (TypeError, ValueError, RecursionError) as error:

@@ -28,7 +28,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 from pydantic import BaseModel, Field, ValidationError
 
 from dist_train.config.problems import ConfigError, Problem, models_of, problems_of
-from dist_train.outcome import CodedError, UsageError
+from dist_train.outcome import CodedError, UsageError, check_choice
 
 Kind = Literal[
     "models",
@@ -86,7 +86,11 @@ def register(kind: Kind, name: str) -> Callable[[_Target], _Target]:
         ... def perceptron(images, width, norm):  # images [n, C, H, W] to logits [n, classes]
         ...     channels, height, breadth = images.shape
         ...     return nn.Sequential(nn.Flatten(), nn.Linear(channels * height * breadth, images.classes))
+
+    Raises:
+        UsageError: there is no such `kind`.
     """
+    check_choice("the kind of a plug-in", kind, Kind)
 
     def mark(target: _Target) -> _Target:
         setattr(target, _MARK, (kind, name))
@@ -203,6 +207,16 @@ def with_long_names(settings: Mapping[str, Any], more: Sequence[str], model: typ
     return changed
 
 
+def short_names(settings: Mapping[str, Any], more: Sequence[str]) -> dict[str, list[str]]:
+    """Return the names that each setting of a plug-in accepts besides its built-in choices, for messages."""
+    marks = [mark for file in (*settings.get("plugins", ()), *more) for mark, _ in _registered(file)]
+    names = {path: [name for each, name in marks if each == kind] for path, kind in _PLACES.items()}
+    for path, kind in _PLACES.items():
+        names[path].extend(sorted(metadata.entry_points(group=f"dist_train.{kind}").names))
+    names["model.name"].extend(f"{library}:NAME" for library in _shipped("model_libraries"))
+    return names
+
+
 def from_folder(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Return `settings` with absolute paths of plug-in files, which are relative to `folder`."""
     changed: dict[str, Any] = copy.deepcopy(dict(settings))
@@ -282,6 +296,8 @@ def _import(place: str) -> ModuleType:
         if not hasattr(sys.modules[name], _DIGEST):
             raise ImportError('it names itself while it is imported: train below `if __name__ == "__main__":`')
         return sys.modules[name]
+    if not os.path.isfile(path):
+        raise ImportError("there is no such file")
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} is no Python file")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
+from types import MappingProxyType
 from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -67,26 +69,40 @@ class _Location:
         return ".".join(map(str, self.names)) or "(file)"
 
 
-def problems_of(error: ValidationError, model: type[BaseModel]) -> list[Problem]:
-    """Return one problem for each fault that pydantic found in the input of `model`."""
+def problems_of(
+    error: ValidationError, model: type[BaseModel], names: Mapping[str, Sequence[str]] = MappingProxyType({})
+) -> list[Problem]:
+    """Return one problem for each fault that pydantic found in the input of `model`.
+
+    `names`: what a setting accepts besides its choices; `*` stands for an index in its path.
+    """
     problems: dict[str, Problem] = {}
     for fault in error.errors(include_url=False):
         location = _locate(fault["loc"], model)
         # pydantic does not count items with faults of their own: the list may be long enough.
         is_long_enough = fault["type"] == "too_short" and fault["ctx"]["actual_length"] < len(fault["input"])
         if location.path not in problems and not is_long_enough:
-            problems[location.path] = _problem(fault, location, model)
+            problems[location.path] = _problem(fault, location, model, names)
     return list(problems.values())
 
 
-def _problem(fault: ErrorDetails, location: _Location, model: type[BaseModel]) -> Problem:
+def _problem(
+    fault: ErrorDetails, location: _Location, model: type[BaseModel], names: Mapping[str, Sequence[str]]
+) -> Problem:
     path = location.path
     match fault["type"]:
         case "extra_forbidden":
             return _unknown_key(location, model, fault["input"])
         case "union_tag_invalid":
             choices, tag = str(fault["ctx"]["expected_tags"]).replace("'", ""), fault["ctx"]["tag"]
-            return Problem(f"{path}.kind", "not a kind", code="unknown-kind", value=tag, allowed=choices)
+            wrong = f"not a kind{_nearest(tag, choices.split(', '))}"
+            return Problem(f"{path}.kind", wrong, code="unknown-kind", value=tag, allowed=choices)
+        case "literal_error":
+            more = names.get(".".join("*" if isinstance(name, int) else name for name in location.names), ())
+            built_in = re.findall("'([^']*)'", fault["ctx"]["expected"])
+            wrong = f"not one of the choices{_nearest(fault['input'], [*built_in, *more])}"
+            allowed = "; also ".join(filter(None, (_allowed(location), ", ".join(more))))
+            return Problem(path, wrong, code="no-such-choice", value=fault["input"], allowed=allowed)
         case "json_invalid":
             return Problem(path, f"cannot be read: {fault['ctx']['error']}", code="unreadable")
         case kind:
@@ -96,11 +112,15 @@ def _problem(fault: ErrorDetails, location: _Location, model: type[BaseModel]) -
             return Problem(path, wrong, code=code, value=fault["input"], allowed=_allowed(location))
 
 
+def _nearest(value: object, choices: Sequence[str]) -> str:
+    close = difflib.get_close_matches(str(value).lower(), choices, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
 _NOT_TEXT = 'not text, unless quoted: "7", in a shell \'"7"\''
 _FAULTS: Mapping[str, tuple[str, str]] = {
     "missing": ("missing", "missing"),
     "union_tag_not_found": ("missing", "a kind is missing"),
-    "literal_error": ("no-such-choice", "not one of the choices"),
     "string_pattern_mismatch": ("wrong-form", "not of this form"),
     "model_type": ("wrong-type", "not a mapping"),
     "dict_type": ("wrong-type", "not a mapping"),
@@ -114,6 +134,18 @@ _FAULTS: Mapping[str, tuple[str, str]] = {
     **dict.fromkeys(("finite_number", "too_short", "too_long"), ("out-of-range", "")),
 }
 """Code and message for pydantic's types of errors; all others are wrong types, with pydantic's message."""
+
+
+_USUAL_NAMES: Mapping[str, str] = {
+    "bs": "batch.global_size",
+    "batch_size": "batch.global_size",
+    "lr": "optimizer.learning_rate",
+    "max_epochs": "run.epochs",
+    "num_workers": "data.loader_workers",
+    "warmup": "schedule.warmup_epochs",
+    "wd": "optimizer.weight_decay",
+}
+"""What other programs call a setting."""
 
 
 def _locate(parts: tuple[int | str, ...], model: type[BaseModel]) -> _Location:
@@ -138,12 +170,13 @@ def _unknown_key(location: _Location, model: type[BaseModel], value: object) -> 
     assert location.section is not None
     key, known = str(location.names[-1]), list(location.section.model_fields)
     prefix = "".join(f"{name}." for name in location.names[:-1])
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    if close:
-        return Problem(location.path, f"unknown key; did you mean {prefix}{close[0]}?", code="unknown-key", value=value)
     paths = _all_paths(model)
+    namesakes = [path for path in paths if path == _USUAL_NAMES.get(key)]
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    if close and not namesakes:
+        return Problem(location.path, f"unknown key; did you mean {prefix}{close[0]}?", code="unknown-key", value=value)
     elsewhere = difflib.get_close_matches(key, [path.rpartition(".")[2] for path in paths], n=1, cutoff=0.8)
-    namesakes = [path for path in paths if elsewhere and path.rpartition(".")[2] == elsewhere[0]]
+    namesakes = namesakes or [path for path in paths if elsewhere and path.rpartition(".")[2] == elsewhere[0]]
     hint = f"; did you mean {' or '.join(namesakes)}?" if namesakes else ""
     return Problem(location.path, f"unknown key{hint}", code="unknown-key", value=value, allowed=", ".join(known))
 

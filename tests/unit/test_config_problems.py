@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dist_train.config import Config, ConfigError, parse_config
+from dist_train.config.plugins import register
 from dist_train.config.problems import Problem
+from dist_train.outcome import UsageError
+from tests.raising import raises
 
 SCHEDULE_KEYS = "a mapping with the keys kind, final_fraction, gamma, steepness, start, rise, function, options"
 PLUGIN = "a plug-in (module:name, FILE.py:name, a name from `plugins`)"
@@ -134,12 +138,46 @@ def test_a_value_of_another_type_is_not_bent_into_shape(path: str, value: object
         ({"optimizer": {"amplitude": 1}}, "noise.amplitude"),
         ({"noise": {"every_epochs": 1}}, "evaluation.every_epochs or checkpoint.every_epochs"),
         ({"run": {"evaluation": {}}}, "evaluation"),
+        ({"lr": 1}, "optimizer.learning_rate"),
+        ({"optimizer": {"lr": 1}}, "optimizer.learning_rate"),
+        ({"batch_size": 1}, "batch.global_size"),
+        ({"batch": {"batch_size": 1}}, "batch.global_size"),
     ],
 )
 def test_an_unknown_key_suggests_the_nearest_here_else_elsewhere(settings: dict[str, Any], suggestion: str) -> None:
     problem = only_problem(settings)
     assert problem.code == "unknown-key"
     assert f"did you mean {suggestion}?" in problem.wrong
+
+
+@pytest.mark.parametrize(
+    ("settings", "suggestion"),
+    [
+        ({"optimizer": {"name": "sdg"}}, "sgd"),
+        ({"optimizer": {"name": "SGD"}}, "sgd"),
+        ({"metrics": {"loggers": [{"name": "tensorbord"}]}}, "tensorboard"),
+        ({"model": {"norm": "bach"}}, "batch"),
+        ({"noise": {"schedule": {"kind": "cosin"}}}, "cosine"),
+        ({"model": {"name": "torchvision"}}, "torchvision:NAME"),
+    ],
+)
+def test_a_choice_that_does_not_exist_suggests_the_nearest(settings: dict[str, Any], suggestion: str) -> None:
+    assert f"did you mean {suggestion}?" in only_problem(settings).wrong
+
+
+def test_names_that_plugins_register_are_among_the_choices(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("import dist_train\n@dist_train.register('optimizers', 'mine')\ndef mine(settings, groups): ...\n")
+    problem = only_problem({"plugins": [str(file)], "optimizer": {"name": "mein"}})
+    assert problem.code == "no-such-choice"
+    assert "did you mean mine?" in problem.wrong
+    assert problem.allowed.endswith("; also mine")
+
+
+def test_a_kind_of_plugin_that_does_not_exist_is_refused() -> None:
+    kind: Any = "model"
+    with raises(UsageError, "no-such-choice"):
+        register(kind, "mine")
 
 
 def test_a_key_like_no_other_is_told_with_those_of_its_section() -> None:
