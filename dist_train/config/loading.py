@@ -83,7 +83,7 @@ def read_settings(path: Path, seen: tuple[str, ...] = ()) -> dict[str, Any]:
 
     `seen`: the files of which it is a base.
     """
-    settings = from_folder(read_mapping(path), located(path).parent)
+    settings = from_folder(read_mapping(path, *seen[-1:]), located(path).parent)
     if _BASE not in settings:
         return settings
     name = settings.pop(_BASE)
@@ -95,12 +95,16 @@ def read_settings(path: Path, seen: tuple[str, ...] = ()) -> dict[str, Any]:
     return _merge(read_settings(base, seen), settings)
 
 
-def read_mapping(path: Path) -> dict[str, Any]:
-    """Return the content of the YAML file at `path`. Raises ConfigError if it cannot be read, or is no mapping."""
+def read_mapping(path: Path, based: str = "") -> dict[str, Any]:
+    """Return the content of the YAML file at `path`, the base of the file `based`, if given.
+
+    Raises ConfigError if it cannot be read, or is no mapping.
+    """
     try:
         text = located(path).read_text(encoding="utf-8")
     except FileNotFoundError:
-        fault = f"there is no such file{_nearest_file(path)}"
+        place = f" at {os.path.abspath(located(path))}, which is the base of {based}" if based else ""
+        fault = f"there is no such file{place}{_nearest_file(path)}"
         raise ConfigError.of(str(path), _FILE, fault, code="file-missing") from None
     except (OSError, ValueError) as error:
         raise ConfigError.of(str(path), _FILE, f"cannot be read: {error}", code="unreadable") from None
@@ -253,6 +257,10 @@ def _nul_characters(value: object, path: str) -> Iterator[Problem]:
 
 
 def _nearest_file(path: Path) -> str:
+    name = located(path).name
+    for folder in ("configs", "studies"):
+        if (shipped_folder() / folder / name).is_file():
+            return f"; the package has {SHIPPED}{folder}/{name}"
     try:
         names = [entry.name for entry in located(path).parent.glob("*.y*ml")]
     except OSError:

@@ -125,7 +125,7 @@ def plan_study(
     """
     study = load_study(path)
     base_file = Path(os.path.normpath(based_on(path, study.base)))
-    base_settings = read_settings(base_file)
+    base_settings = read_settings(base_file, (os.path.realpath(path),))
     base = parse_config(base_settings, source=str(base_file))
     with_overrides(base_settings, overrides)  # raises if an override is invalid
     if refused := list(problems_of_overrides(overrides)):

@@ -129,6 +129,16 @@ def test_a_missing_file_is_named_with_the_nearest_one(tmp_path: Path) -> None:
     assert "lb_8192.yaml" in str(refused.value)
 
 
+@pytest.mark.parametrize("name", ["configs/demo.yaml", "demo.yaml", "dist_train:demo.yaml"])
+def test_a_missing_file_of_the_package_is_named_as_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with raises_problems(("(file)", "file-missing")) as refused:
+        load_config(name)
+    assert "dist_train:configs/demo.yaml" in str(refused.value)
+
+
 @pytest.mark.parametrize("name", ["folder.yaml", "a\0b", "x" * 5000])
 def test_a_path_that_cannot_be_read_is_a_config_error(tmp_path: Path, name: str) -> None:
     (tmp_path / "folder.yaml").mkdir()
@@ -253,8 +263,12 @@ class TestBase:
     def test_a_base_that_names_no_file_is_refused(self, tmp_path: Path, base: str) -> None:
         assert refusal(tmp_path, f"base: {base}") == [("base", "wrong-form")]
 
-    def test_a_base_that_is_missing_is_named(self, tmp_path: Path) -> None:
-        assert refusal(tmp_path, "base: nowhere.yaml") == [("(file)", "file-missing")]
+    def test_a_base_that_is_missing_is_named_with_its_place_and_the_file_that_names_it(self, tmp_path: Path) -> None:
+        write(tmp_path, "base: ../nowhere.yaml")
+        with raises_problems(("(file)", "file-missing")) as refused:
+            load_config(tmp_path / "config.yaml")
+        assert f" at {tmp_path.parent / 'nowhere.yaml'}," in str(refused.value)
+        assert str(tmp_path / "config.yaml") in str(refused.value)
 
     def test_a_fault_in_a_base_is_found(self, tmp_path: Path) -> None:
         write(tmp_path, "run: {sed: 1}", "base.yaml")

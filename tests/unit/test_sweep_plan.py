@@ -14,6 +14,7 @@ from dist_train.cli.main import parse
 from dist_train.config import ConfigError, load_config
 from dist_train.config.loading import with_overrides, write_override
 from dist_train.sweep.planned_runs import analysis_commands, plan_study, write_plan
+from tests.raising import raises_problems
 from tests.unit.studies import small_plan, write_study
 
 SHIPPED = sorted((Path(__file__).parents[2] / "studies").glob("*.yaml"))
@@ -172,8 +173,11 @@ class TestFaults:
         found = faults(tmp_path, variants={"a": {"grid": {"noise.exclude": [["x y"], ["x  y"]]}}})
         assert ("variants", "name-twice") in found
 
-    def test_a_base_that_is_not_there_is_named(self, tmp_path: Path) -> None:
-        assert faults(tmp_path, base="bas.yaml") == [("(file)", "file-missing")]
+    def test_a_base_that_is_not_there_is_named_with_the_study(self, tmp_path: Path) -> None:
+        study = write_study(tmp_path, base="bas.yaml")
+        with raises_problems(("(file)", "file-missing")) as refused:
+            plan_study(study)
+        assert str(study) in str(refused.value)
 
     def test_settings_that_do_not_go_together_are_found_before_anything_starts(self, tmp_path: Path) -> None:
         found = faults(tmp_path, variants={"a": {"settings": {"noise.method": "sam"}}})
