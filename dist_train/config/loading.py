@@ -57,9 +57,14 @@ def based_on(path: Path, name: str) -> Path:
     return Path(name) if name.startswith(SHIPPED) else located(path).parent / name
 
 
-def load_config(path: Path | str, overrides: Sequence[str] = (), plugins: Sequence[str] = ()) -> Config:
+def load_config(
+    path: Path | str | Mapping[str, Any],
+    overrides: Sequence[str] | Mapping[str, object] = (),
+    plugins: Sequence[str] = (),
+) -> Config:
     """Return the checked configuration of the YAML file at `path`, with `section.key=value` overrides.
 
+    In place of a file, a mapping of sections may be given, and for the overrides a mapping `{"section.key": value}`.
     `plugins`: files or modules whose registered names the configuration may use, besides those that it lists.
 
     A `path` such as `dist_train:configs/demo.yaml` means a file that comes with the program. The key `base` names
@@ -69,13 +74,18 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), plugins: Sequen
         >>> config = dist_train.load_config("dist_train:configs/demo.yaml", ["run.seed=1", "noise.method=none"])
         >>> config.run.seed, config.batch.global_size
         (1, 8192)
+        >>> dist_train.load_config({"run": {"seed": 1}}, {"noise.method": "none"}).run.seed
+        1
 
     Raises:
         ConfigError: the file cannot be read, or something in it or in the overrides is wrong.
     """
-    path = Path(path)
     forget_edited()
-    return parse_config(with_overrides(read_settings(path), overrides), source=str(path), plugins=plugins)
+    if isinstance(path, Mapping):
+        source, settings = "settings", _with_base(from_folder(path, Path()), Path("settings"))
+    else:
+        source, settings = str(path), read_settings(Path(path))
+    return parse_config(with_overrides(settings, overrides), source=source, plugins=plugins)
 
 
 def read_settings(path: Path, seen: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -83,7 +93,11 @@ def read_settings(path: Path, seen: tuple[str, ...] = ()) -> dict[str, Any]:
 
     `seen`: the files of which it is a base.
     """
-    settings = from_folder(read_mapping(path, *seen[-1:]), located(path).parent)
+    return _with_base(from_folder(read_mapping(path, *seen[-1:]), located(path).parent), path, seen)
+
+
+def _with_base(settings: dict[str, Any], path: Path, seen: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return the `settings` of `path`, merged over those of the base that they name."""
     if _BASE not in settings:
         return settings
     name = settings.pop(_BASE)
@@ -154,13 +168,17 @@ def yaml_fault(error: yaml.YAMLError) -> str:
     return " ".join(str(error).split())
 
 
-def with_overrides(settings: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Return `settings` with `section.key=value` overrides; later ones take precedence. Raises ConfigError."""
+def with_overrides(settings: Mapping[str, Any], overrides: Sequence[str] | Mapping[str, object]) -> dict[str, Any]:
+    """Return `settings` with overrides: `section.key=value`, of which later ones take precedence, or values by path.
+
+    Raises ConfigError.
+    """
     changed = dict(settings)
     problems: list[Problem] = []
     for override in [overrides] if isinstance(overrides, str) else overrides:
         try:
-            _apply(changed, override)
+            path, value = (override, overrides[override]) if isinstance(overrides, Mapping) else _parsed(override)
+            _set(changed, path, value)
         except ConfigError as error:
             problems.extend(error.problems)
     if problems:
@@ -224,17 +242,19 @@ def _merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _apply(settings: dict[str, Any], override: str) -> None:
+def _parsed(override: str) -> tuple[str, object]:
     path, separator, text = override.partition("=")
-    names = path.split(".")
-    if not separator or not all(names):
+    if not separator or not all(path.split(".")):
         fault = "not an override; it has the form section.key=value, as in run.seed=1"
         raise ConfigError.of(_COMMAND_LINE, override or "''", fault, code="override-form")
     try:
-        value = parse_yaml(text)
+        return path, parse_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError.of(_COMMAND_LINE, path, f"not YAML: {yaml_fault(error)}", code="not-yaml") from None
-    section = settings
+
+
+def _set(settings: dict[str, Any], path: str, value: object) -> None:
+    section, names = settings, path.split(".")
     for name in names[:-1]:
         inner = section.get(name)
         if inner is not None and not isinstance(inner, dict):

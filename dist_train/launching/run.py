@@ -83,6 +83,8 @@ def train(config: Config, run_directory: Path | str | None = None, observers: Se
     """
     if not isinstance(config, Config):
         raise UsageError(f"not a Config but {config!r}: train(load_config(PATH, overrides))", code="wrong-type")
+    if not (isinstance(observers, Sequence) and all(isinstance(each, Observer) for each in observers)):
+        raise UsageError(f"observers: not a list of Observer objects but {observers!r}", code="wrong-type")
     directory = RunDirectory(config.run_directory if run_directory is None else Path(run_directory))
     micro_size = config.batch.micro_size
     with oserror_to_fault(directory), ExitStack() as stack:

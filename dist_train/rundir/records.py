@@ -216,7 +216,10 @@ class RunFacts:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended. `seconds` is the time of this launch; accuracies are in [0, 1]."""
+    """How a run ended. `seconds` is the time of this launch; accuracies are in [0, 1].
+
+    `last_checkpoint` is known on rank 0, and None on the others.
+    """
 
     state: str
     reason: str

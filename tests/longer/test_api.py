@@ -160,6 +160,9 @@ def test_arguments_of_another_kind_are_refused_or_converted(run: Path, tmp_path:
         arguments.export(run, "foo")
     with raises(UsageError, code="wrong-type"):
         arguments.train("config.yaml", tmp_path / "run")
+    for observers in (dist_train.Observer(), [dist_train.Observer]):
+        with raises(UsageError, code="wrong-type"):
+            arguments.train(dist_train.load_config("dist_train:configs/smoke.yaml"), tmp_path / "run", observers)
     written = dist_train.export(run, "safetensors", str(tmp_path / "model.safetensors"))
     assert written.path == tmp_path / "model.safetensors"
     assert dist_train.load_run(run).learning_curve(str(tmp_path / "curve.png")) == tmp_path / "curve.png"

@@ -313,6 +313,16 @@ class TestOverrides:
     def test_one_override_needs_no_list(self) -> None:
         assert with_overrides({}, "run.seed=2") == {"run": {"seed": 2}}
 
+    def test_mappings_stand_for_a_file_and_for_overrides(self) -> None:
+        settings = {"base": "dist_train:configs/smoke.yaml", "run": {"name": "mine"}}
+        config = load_config(settings, {"run.epochs": 7, "noise.exclude": ("bias",), "run.max_steps": None})
+        assert (config.data.name, config.run.name, config.run.epochs) == ("synthetic", "mine", 7)
+        assert (config.noise.exclude, config.run.max_steps) == (("bias",), None)
+        with raises_problems(("run.seed.deep", "wrong-type")):
+            load_config({"run": {"seed": 1}}, {"run.seed.deep": 3})
+        with raises_problems(("run.", "unknown-key")):
+            load_config({}, {"run.": 3})
+
     def test_the_mapping_that_is_overridden_stays_as_it_was(self) -> None:
         settings: dict[str, dict[str, int]] = {"run": {"seed": 1}}
         assert with_overrides(settings, ["run.seed=2"]) == {"run": {"seed": 2}}
