@@ -252,7 +252,7 @@ def _check_same_layout(comm: Communicator, layout: Sequence[object], root: int) 
     run_on_all_ranks(comm, check, "take over the run's state")
 
 
-_FILES = (".safetensors", ".pth", ".pt", ".bin")
+_FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 _TORCHVISION = "torchvision:"
 _WRAPPER_PREFIX = re.compile(r"^((module|_orig_mod)\.)+")
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
@@ -279,7 +279,7 @@ class InitialWeights:
         heads = set(self.other_heads(state, classes))
         return {
             name: state[name] if name in heads else tensor
-            for name, tensor in self.tensors.items()
+            for name, tensor in self._named_as(state).items()
             if name in state or not name.endswith(_NORM_BUFFERS)
         }
 
@@ -287,10 +287,21 @@ class InitialWeights:
         """Yield the names of tensors with `classes` rows in `state` and another number of rows, but else equal shapes,
         in the file.
         """
+        tensors = self._named_as(state)
         for name, tensor in state.items():
-            here, there = tensor.shape, self.tensors[name].shape if name in self.tensors else ()
+            here, there = tensor.shape, tensors[name].shape if name in tensors else ()
             if self.step is None and here and there and here[0] == classes != there[0] and here[1:] == there[1:]:
                 yield name
+
+    def _named_as(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return the tensors, without the first part that all names share if only the rest are names of `state`.
+
+        It is the attribute that holds the network, as in a LightningModule.
+        """
+        below = {name.partition(".")[2]: tensor for name, tensor in self.tensors.items()}
+        is_shared = len({name.partition(".")[0] for name in self.tensors}) == 1
+        is_other = self.step is None and is_shared and not state.keys() & self.tensors.keys()
+        return below if is_other and state.keys() & below.keys() else self.tensors
 
 
 def find_initial(source: Path, model: str) -> Path:
@@ -307,8 +318,8 @@ def read_initial(source: Path, model: str) -> InitialWeights:
     """Return the weights of `source`: a run, a checkpoint, a file of weights, or `torchvision:NAME`.
 
     A file of weights is a `.safetensors` file, or a state dict saved by `torch.save`, from which no code is run. The
-    state dict may be nested under `state_dict` or `model`, and names may begin with `module.` or `_orig_mod.`, as
-    DistributedDataParallel and torch.compile leave them.
+    state dict may be nested under `state_dict`, `model_state_dict` or `model`, and names may begin with `module.` or
+    `_orig_mod.`, as DistributedDataParallel and torch.compile leave them, or with one other attribute's name.
     Raises UsageError if there is no such file, or it does not hold weights.
     """
     path = find_initial(source, model)
@@ -377,6 +388,8 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     tensors = {_WRAPPER_PREFIX.sub("", str(name)): value for name, value in named.items()}
     if not tensors or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise UsageError(
-            f"{path} does not hold tensors by name only: save the model's state_dict()", code="weights-unreadable"
+            f"{path} does not hold tensors by name only, but {', '.join(list(tensors)[:8]) or 'nothing'}: save the "
+            f"model's state_dict(), alone or under the key {' or '.join(_WRAPPERS)}",
+            code="weights-unreadable",
         )
     return tensors

@@ -268,7 +268,9 @@ def loaded(path: Path, network: torch.nn.Module, classes: int) -> list[str]:
     return heads
 
 
-@pytest.mark.parametrize("form", ["plain.pth", "wrapped.pth", "parallel.bin", "plain.pt", "plain.safetensors"])
+@pytest.mark.parametrize(
+    "form", ["plain.pth", "wrapped.pth", "parallel.bin", "plain.pt", "lightning.ckpt", "plain.safetensors"]
+)
 def test_weights_are_taken_and_a_head_of_other_classes_is_the_seeds(
     form: str, published: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
@@ -281,6 +283,7 @@ def test_weights_are_taken_and_a_head_of_other_classes_is_the_seeds(
             "plain": published,
             "wrapped": {"epoch": 3, "state_dict": published},
             "parallel": {"model": parallel},
+            "lightning": {"state_dict": {f"net.{name}": tensor for name, tensor in published.items()}},
         }
         torch.save(contents[path.stem], path)
     assert read_initial(path, NAME).sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
@@ -316,11 +319,12 @@ def test_what_does_not_fit_is_one_message(
         loaded(tmp_path / "weights.pth", model(5), 5)
 
 
-def test_nothing_in_a_file_is_run(tmp_path: Path) -> None:
+def test_what_holds_no_weights_by_name_is_refused_and_nothing_in_a_file_is_run(tmp_path: Path) -> None:
+    torch.save({"net": {"weight": torch.zeros(2)}}, tmp_path / "nested.pth")
     (tmp_path / "code.pth").write_bytes(pickle.dumps({"weight": print}))
     torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pth")
     (tmp_path / "text.safetensors").write_text("no tensors")
-    for name in ("code.pth", "module.pth", "text.safetensors"):
+    for name in ("code.pth", "module.pth", "nested.pth", "text.safetensors"):
         with raises(UsageError, "weights-unreadable"):
             read_initial(tmp_path / name, NAME)
 
