@@ -105,6 +105,15 @@ class Session:
         code = self._show_facts(trainer, nodes)
         if self.status is None:
             return
+        parts = len(trainer.plan.micro_batches)
+        if self.comm.size > parts and trainer.config.model.norm != "sync":  # of which every rank computes a part
+            _logger.warning(
+                "a batch of %d micro-batches leaves %d of the %d ranks without work: set a smaller batch.micro_size, "
+                "or use fewer ranks",
+                parts,
+                self.comm.size - parts,
+                self.comm.size,
+            )
         for name, text in resume_point.damage.items():
             _logger.warning("%s; the checkpoint before it is used", text)
             self._record_event("corrupt_checkpoint", path=name)

@@ -11,6 +11,7 @@ import subprocess
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -63,8 +64,10 @@ class Told(Observer):
         self.ends.append(outcome)
 
 
-def begun(folder: Path, comm: SimulatedRanks | Alone, *, going_on: bool = False) -> tuple[Session, Told]:
-    told, config, directory = Told(), small_config(), RunDirectory(folder)
+def begun(
+    folder: Path, comm: SimulatedRanks | Alone, *, going_on: bool = False, **settings: Any
+) -> tuple[Session, Told]:
+    told, config, directory = Told(), small_config(**settings), RunDirectory(folder)
     if comm.rank == 0:
         directory.create()
     contents = newest_whole(directory.checkpoints, lambda path, text: None) if going_on else None
@@ -117,6 +120,15 @@ def test_every_rank_s_observers_are_told_the_facts_and_the_end(tmp_path: Path, m
         assert before <= facts.launched <= time.time()
         assert facts.revision.startswith(dist_train.__version__) == (rank == 0)
         assert [end.state for end in told.ends] == ["finished"]
+
+
+@pytest.mark.parametrize(("norm", "warnings"), [("ghost", 1), ("sync", 0)])
+def test_ranks_without_a_micro_batch_are_warned_of_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, norm: str, warnings: int
+) -> None:
+    batch = {"global_size": 32, "micro_size": 16}
+    results(3, lambda comm: begun(tmp_path / "run", comm, model={"norm": norm}, batch=batch))
+    assert caplog.text.count("leaves 1 of the 3 ranks without work") == warnings
 
 
 def test_outside_of_slurm_there_is_no_job_and_nothing_was_requeued(
