@@ -13,13 +13,14 @@ import importlib
 import importlib.util
 import inspect
 import os
+import re
 import sys
 import tomllib
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -61,6 +62,19 @@ _PLACES: Mapping[str, Kind] = {
     "metrics.loggers.*.name": "loggers",
 }
 """The settings that may name a plug-in, and its kind."""
+
+_CALLS: Mapping[Kind, tuple[str, str]] = {
+    "models": ("images, width, norm", "an nn.Module"),
+    "data_sets": ("settings, split, seed", "a map-style Dataset or an ImageSet"),
+    "augmentations": ("images", "a transform of an image"),
+    "noise_methods": ("settings, weights, seed=, total_steps=, rank=", "a Noise"),
+    "noise_scales": ("noise, weights, filters, drawn, amplitude, unit", "an iterator of the parts scaled"),
+    "noise_schedules": ("step, total_steps", "the factor on the amplitude"),
+    "optimizers": ("settings, groups", "a torch.optim.Optimizer"),
+    "schedules": ("over", "the factor on the rate"),
+    "loggers": ("directory", "an Observer"),
+}
+"""The arguments of each kind, of which those with `=` are passed by name, and what it returns."""
 
 OPTION_KEYS: Mapping[str, str] = {"noise.scale": "scale_options", "data.augment": "augment_options"}
 """The key of a plug-in's options, if it is not `options`: sections with more than one plug-in."""
@@ -153,7 +167,8 @@ def failing_clearly(name: str) -> Iterator[None]:
         frames = traceback.extract_tb(error.__traceback__)
         own = [frame for frame in frames if frame.filename == getattr(module, "__file__", None)]
         place = "".join(f" at {Path(frame.filename).name}:{frame.lineno}" for frame in own[-1:])
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        words = " ".join([str(error), *getattr(error, "__notes__", ())]).split()
+        reason = f"{type(error).__name__}: {' '.join(words)}"
         raise UsageError(f"the plug-in {name} failed{place}: {reason}", code="plugin-failed") from error
 
 
@@ -186,6 +201,34 @@ def plugin_problems(settings: Mapping[str, Any]) -> Iterator[Problem]:
             for found in problems_of(error, kind):
                 inner = "" if found.path == "(file)" else f".{found.path}"
                 yield replace(found, path=f"{options_path}{inner}")
+    yield from _problems_of_calls(settings)
+
+
+def _problems_of_calls(settings: Mapping[str, Any]) -> Iterator[Problem]:
+    """Yield a problem for each plug-in that does not take the arguments of its kind."""
+    for path, name, _, _ in named_plugins(settings):
+        try:
+            target = load_plugin(name)
+            signature = inspect.signature(target)
+        except (UsageError, TypeError, ValueError):
+            continue
+        kind = _PLACES[re.sub(r"\.\d+\.", ".*.", path)]
+        arguments, result = _CALLS[kind]
+        if "options" in signature.parameters:
+            arguments = f"{arguments}, options="
+        by_place = [each for each in arguments.split(", ") if not each.endswith("=")]
+        by_name = [each[:-1] for each in arguments.split(", ") if each.endswith("=")]
+        wrong = ""
+        try:
+            signature.bind(*by_place, **dict.fromkeys(by_name))
+        except TypeError:
+            wrong = f"takes {signature}"
+        is_function = inspect.isroutine(target) or inspect.isclass(target) or isinstance(target, partial)
+        if kind == "augmentations" and not is_function:  # a transform itself would take any arguments
+            wrong = f"is a {type(target).__name__}"
+        if wrong:
+            fix = f"name a function that is called as {name.rpartition(':')[2]}({arguments}) and returns {result}"
+            yield Problem(path, f"{wrong}: {fix}", code="plugin-arguments", value=name)
 
 
 def with_long_names(settings: Mapping[str, Any], more: Sequence[str], model: type[BaseModel]) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import difflib
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 from typing import Any, Literal
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from dist_train.config import Config, ImageFormat, ModelSettings
 from dist_train.config.plugins import call_plugin, failing_clearly
@@ -156,7 +158,7 @@ def _network(settings: ModelSettings, images: ImageFormat, channels_last: bool) 
         return _MODELS[settings.name](images, settings.width, norm)
     model: nn.Module = call_plugin(settings.name, settings.options, nn.Module, images, settings.width, norm)
     blank = _blank(images, channels_last)
-    with failing_clearly(settings.name), torch.no_grad():
+    with failing_clearly(settings.name), _noting_layer(model), torch.no_grad():
         outputs = {"": model.eval()(blank)}
         outputs[" in training"], _ = _trial_in_training(model, blank)
     for mode, logits in outputs.items():
@@ -170,6 +172,30 @@ def _network(settings: ModelSettings, images: ImageFormat, channels_last: bool) 
     if not outputs[" in training"].requires_grad:
         raise UsageError(f"the logits of {settings.name} depend on no parameter that is trained", code="plugin-result")
     return model
+
+
+@contextmanager
+def _noting_layer(model: nn.Module) -> Iterator[None]:
+    """Note in an error the layer of `model` that raised it: one of torch's has no line in the plug-in's file."""
+    names = {layer: name for name, layer in model.named_modules()}
+    entered: list[nn.Module] = []
+
+    def leave(layer: nn.Module, inputs: object, output: object) -> None:
+        entered.pop()
+
+    hooks = [
+        register_module_forward_pre_hook(lambda layer, inputs: entered.append(layer)),
+        register_module_forward_hook(leave),
+    ]
+    try:
+        yield
+    except Exception as error:
+        if entered and (name := names.get(entered[-1])):
+            error.add_note(f"(in its layer {name}, {type(entered[-1]).__name__})")
+        raise
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 _TRIAL_SAMPLES = 2

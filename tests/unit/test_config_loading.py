@@ -213,6 +213,34 @@ def test_a_script_that_names_itself_must_not_train_while_it_is_imported(
     load_config("base.yaml", ["model.name=script.py:net"])
 
 
+CALLED = """
+import dist_train
+class Data:
+    def __init__(self, root, train=True): ...
+class Net:
+    def __init__(self, classes=10): ...
+class Transform:
+    def __call__(self, *images): ...
+transform = Transform()
+class Mine(dist_train.Observer): ...
+def takes_anything(*_, **__): ...
+"""
+
+
+@pytest.mark.parametrize(
+    ("section", "path"),
+    [
+        ("data: {name: mine.py:Data, shape: [1, 8, 8], classes: 2}", "data.name"),
+        ("model: {name: mine.py:Net}", "model.name"),
+        ("data: {augment: mine.py:transform}", "data.augment"),
+        ("metrics: {loggers: [{name: mine.py:takes_anything}, {name: mine.py:Mine}]}", "metrics.loggers.1.name"),
+    ],
+)
+def test_a_plugin_that_takes_other_arguments_is_a_problem(tmp_path: Path, section: str, path: str) -> None:
+    write(tmp_path, CALLED, "mine.py")
+    assert refusal(tmp_path, section) == [(path, "plugin-arguments")]
+
+
 def test_an_edited_plugin_is_imported_again(tmp_path: Path) -> None:
     text = "model: {name: mine.py:model}"
     source = "from torch import nn\n\n\ndef model(images, width, norm):\n    return nn.Linear(1, %d)\n"

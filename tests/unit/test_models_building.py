@@ -157,6 +157,7 @@ class Network(nn.Module):
             "norm-unused": lambda: norm(8),
             "layer-norm": lambda: nn.Sequential(nn.LayerNorm(8), nn.RMSNorm(8), nn.BatchNorm1d(8)),
             "view": lambda: nn.Conv2d(3, 3, 1),
+            "narrow": lambda: nn.Sequential(nn.ReLU(), nn.Linear(5, 8)),
         }
         self.extra = extra.get(kind, nn.Identity)()
         self.requires_grad_(kind != "frozen")
@@ -173,7 +174,7 @@ class Network(nn.Module):
             features = self.norm(features)
         if self.kind == "norm-twice":
             features = self.norm(features)
-        if self.kind == "layer-norm":
+        if self.kind in ("layer-norm", "narrow"):
             features = self.extra(features)
         logits = self.head(features)
         of_training = (logits, features) if self.training else logits
@@ -198,6 +199,12 @@ def test_ghost_norm_over_more_than_the_samples_is_refused() -> None:
     built(f"{HERE}:network", options={"kind": "norm-of-tokens"}, norm="batch")
     with raises(UsageError, code="plugin-result"):
         built(f"{HERE}:network", options={"kind": "norm-of-tokens"}, norm="ghost")
+
+
+def test_a_layer_of_torch_that_fails_is_named() -> None:
+    with raises(UsageError, code="plugin-failed") as refused:
+        built(f"{HERE}:network", options={"kind": "narrow"})
+    assert "extra.1, Linear" in str(refused.value)
 
 
 def test_a_network_is_tried_in_the_layout_of_training() -> None:
