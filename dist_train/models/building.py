@@ -230,7 +230,7 @@ def warn_of_changing_buffers(model: nn.Module, config: Config) -> None:
     if changed:
         _logger.warning(
             "%s changes buffers in training (%s), on each rank by its own samples: results depend on the number of "
-            "ranks; build norms by norm(channels)",
+            "ranks, and model.norm_statistics does not apply to them; build norms by norm(channels)",
             config.model.name,
             ", ".join(changed[:_MAX_NAMES]),
         )
