@@ -33,7 +33,7 @@ from dist_train.data.plan import BatchPlan
 from dist_train.launching import train
 from dist_train.outcome import CodedError, DivergedError, UsageError, check_choice, writing
 from dist_train.report.drawing import RangeTest, draw_learning_curve, read_range_test, write_range_test
-from dist_train.rundir.paths import RunDirectory
+from dist_train.rundir.paths import RunDirectory, run_folder
 from dist_train.rundir.records import EvaluationRecord, EventRecord, Record, TrainRecord, read_records
 from dist_train.rundir.status import Status, load_status
 from dist_train.training.evaluation import evaluate_stored, stored_config, stored_model
@@ -85,8 +85,10 @@ class Run:
 
         return pandas.DataFrame(rows)
 
-    def model(self, step: int | None = None, weights: Weights = "raw") -> nn.Module:
+    def model(self, step: int | Literal["best"] | None = None, weights: Weights = "raw") -> nn.Module:
         """Return the network of the checkpoint at `step` (default: the last one), in evaluation mode on the CPU.
+
+        "best" is the checkpoint that `checkpoint.keep_best` keeps.
 
         It has the clean weights or, with `weights="averaged"`, the run's average of them. It takes images [n, C, H, W]
         as the run's data set gives them, and returns logits [n, classes].
@@ -97,16 +99,10 @@ class Run:
         contents = read_checkpoint(self.checkpoint(step))
         return stored_model(contents, stored_config(contents, ()), weights).eval()
 
-    def checkpoint(self, step: int | None = None) -> Path:
-        """Return the checkpoint at `step` (default: the last one). Raises UsageError if there is none."""
-        if step is None:
-            return find_checkpoint(self.directory.root)
-        if step not in self.steps:
-            known = ", ".join(map(str, self.steps)) or "none"
-            raise UsageError(
-                f"{self.directory.root} has no checkpoint of step {step}; it has {known}", code="no-checkpoint"
-            )
-        return self.directory.checkpoint(step)
+    def checkpoint(self, step: int | Literal["best"] | None = None) -> Path:
+        """Return the checkpoint at `step` (default: the last one), or the "best". Raises UsageError without one."""
+        root = self.directory.root
+        return find_checkpoint(root if step is None else Path(f"{root}@{step}"))
 
     def evaluate(
         self, split: Split = "test", overrides: Sequence[str] = (), weights: Weights = "raw"
@@ -135,7 +131,7 @@ class Run:
 
 
 def load_run(path: Path | str) -> Run:
-    """Return the run in the directory `path`.
+    """Return the run in the directory `path`, or in runs/`path`.
 
     Examples:
         >>> run = dist_train.load_run("runs/demo")
@@ -145,7 +141,7 @@ def load_run(path: Path | str) -> Run:
     Raises:
         UsageError: there is none.
     """
-    directory = RunDirectory(Path(path))
+    directory = RunDirectory(run_folder(Path(path), code="target-missing"))
     if not directory.config.is_file():
         raise UsageError(f"{path}: there is no such run", code="target-missing")
     return Run(directory)
@@ -154,7 +150,9 @@ def load_run(path: Path | str) -> Run:
 def evaluate(
     target: Path | str, split: Split = "test", overrides: Sequence[str] = (), weights: Weights = "raw"
 ) -> dict[str, object]:
-    """Return step, loss and accuracy of a checkpoint, or of a run's last one, on the whole of `split`.
+    """Return step, loss and accuracy of a checkpoint on the whole of `split`.
+
+    `target` is a checkpoint's file, or a run: its last checkpoint, or with RUN@STEP or RUN@best another one.
 
     Every rank of a launch calls it, and gets the same result: called on rank 0 alone, it would wait for the others.
 
@@ -179,7 +177,7 @@ class Export:
 
 
 def export(target: Path | str, to: Format, output: Path | str | None = None, weights: Weights = "raw") -> Export:
-    """Write the model of a checkpoint, or of a run's last one, with clean or averaged weights and norm statistics.
+    """Write the model of a checkpoint with clean or averaged weights and norm statistics; `target` as in `evaluate`.
 
     safetensors: the tensors by name. torch-export and onnx: also the network, for any number of images. The file is
     loaded back and compared with the model on four random images.

@@ -19,7 +19,7 @@ import torch
 from dist_train.outcome import UsageError
 from dist_train.rundir import atomic
 from dist_train.rundir.atomic import json_text
-from dist_train.rundir.paths import RunDirectory, checkpoint_name
+from dist_train.rundir.paths import RunDirectory, checkpoint_name, run_folder
 
 FORMAT = 1
 _DAMAGED = ".damaged"
@@ -152,21 +152,33 @@ def read_record(path: Path) -> CheckpointFile:
 
 
 def find_checkpoint(target: Path) -> Path:
-    """Return `target` if it is a file, else the last checkpoint of the run `target`. Raises UsageError."""
+    """Return `target` if it is a file, else a checkpoint of a run: the last one of RUN, or RUN@STEP, or RUN@best.
+
+    RUN is a directory, or the name of a run below runs/. Raises UsageError.
+    """
     if target.is_file():
         return target
-    if not target.is_dir():
-        raise UsageError(f"{target}: there is no such run or checkpoint", code="target-missing")
-    run = RunDirectory(target)
+    name, _, which = str(target).rpartition("@")
+    if target.is_dir() or not (which.isdecimal() or which == "best"):
+        name, which = str(target), ""
+    run = RunDirectory(run_folder(Path(name), code="target-missing"))
     if not run.has_begun:
-        raise UsageError(f"{target} is not a run directory: nothing has been trained there", code="target-missing")
+        raise UsageError(f"{run.root} is not a run directory: nothing has been trained there", code="target-missing")
     files = list_checkpoints(run.checkpoints)
     if not files:
         raise UsageError(
-            f"{target} holds no checkpoint: wait for its first, or train with checkpoint.every_epochs above 0",
+            f"{run.root} holds no checkpoint: wait for its first, or train with checkpoint.every_epochs above 0",
             code="no-checkpoint",
         )
-    return files[-1].path
+    if not which:
+        return files[-1].path
+    step = files[-1].metrics.get("best_saved_step") if which == "best" else int(which)
+    found = next((file.path for file in files if file.step == step), None)
+    if found is None:
+        wanted = "best checkpoint" if which == "best" else f"checkpoint of step {which}"
+        steps = ", ".join(str(file.step) for file in files)
+        raise UsageError(f"{run.root} has no {wanted}; it has those of steps {steps}", code="no-checkpoint")
+    return found
 
 
 def read_checkpoint(path: Path) -> Contents:
@@ -215,7 +227,7 @@ class Stored:
 
 
 def read_stored(target: Path) -> Stored:
-    """Read the checkpoint `target`, or the last one of the run `target`; raises UsageError."""
+    """Read the checkpoint that `find_checkpoint` finds for `target`. Raises UsageError."""
     path = find_checkpoint(target)
     return Stored(path, contents=read_checkpoint(path), sha256=read_record(path).sha256)
 

@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -58,6 +59,9 @@ def find_resume_point(config: Config, directory: RunDirectory) -> ResumePoint:
     if config.checkpoint.fallback_directory is not None:
         adopt(directory.fallback(config.checkpoint.fallback_directory), checkpoints)
     named = None if config.run.resume == "auto" else Path(config.run.resume)
+    if named is not None and not named.exists():
+        with suppress(UsageError):  # it is needed only if the run has no checkpoint of its own
+            named = find_checkpoint(named)
     damage: dict[str, str] = {}
     contents = None
     if named is None or named.resolve().parent != checkpoints.resolve():

@@ -11,14 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dist_train.cli.common import Subparsers, add_overrides, add_weights, count
+from dist_train.cli.common import TARGET, Subparsers, add_overrides, add_weights, count
 from dist_train.outcome import ExitCode, UsageError, escaped
 
 if TYPE_CHECKING:
     from dist_train.analysis.landscape_files import LandscapeSettings
     from dist_train.analysis.sharpness_record import Measure, SharpnessRecord, SharpnessSettings
 
-_TARGET = "a checkpoint, or a run directory: its last one"
 _REPORT_SECONDS = 10.0
 _PLANE = (-1.0, 1.0)  # the default range of a plane
 
@@ -34,17 +33,17 @@ def add_landscape(subparsers: Subparsers) -> None:
     )
     kinds = parser.add_subparsers(title="kinds", metavar="KIND", dest="kind", required=True)
     line = kinds.add_parser("interpolate", help="the line through two checkpoints")
-    line.add_argument("targets", nargs=2, type=Path, metavar="CHECKPOINT", help=f"A (0) and B (1): {_TARGET}")
+    line.add_argument("targets", nargs=2, type=Path, metavar="CHECKPOINT", help=f"A (0) and B (1): {TARGET}")
     _add_axis(line, (-0.5, 1.5), 41)
     direction = kinds.add_parser("direction", help="random directions from one checkpoint")
-    direction.add_argument("targets", nargs=1, type=Path, metavar="CHECKPOINT", help=_TARGET)
+    direction.add_argument("targets", nargs=1, type=Path, metavar="CHECKPOINT", help=TARGET)
     direction.add_argument(
         "--directions", dest="lines", type=int, default=1, metavar="N", help="how many directions (default: 1)"
     )
     _add_axis(direction, (-1.0, 1.0), 51)
     _add_directions(direction)
     plane = kinds.add_parser("plane", help="the plane of two directions from one checkpoint")
-    plane.add_argument("targets", nargs=1, type=Path, metavar="CHECKPOINT", help=_TARGET)
+    plane.add_argument("targets", nargs=1, type=Path, metavar="CHECKPOINT", help=TARGET)
     plane.add_argument(
         "--trajectory",
         action="store_true",
@@ -206,7 +205,7 @@ def add_sharpness(subparsers: Subparsers) -> None:
         "into the run's folder `analysis`.",
         argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("target", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run directory or a checkpoint")
+    parser.add_argument("target", type=Path, metavar="RUN_OR_CHECKPOINT", help=TARGET)
     add_overrides(parser)
     parser.add_argument(
         "--only",
@@ -356,7 +355,7 @@ def add_export(subparsers: Subparsers) -> None:
         description="Write the model of a checkpoint, with clean weights and norm statistics; then load it back and "
         "compare its logits.",
     )
-    parser.add_argument("target", type=Path, metavar="RUN_OR_CHECKPOINT", help=_TARGET)
+    parser.add_argument("target", type=Path, metavar="RUN_OR_CHECKPOINT", help=TARGET)
     parser.add_argument("--to", choices=("safetensors", "torch-export", "onnx"), required=True, help="the format")
     default = "RUN-STEP.SUFFIX, or RUN-STEP-averaged.SUFFIX"
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help=f"the file (default: {default})")
@@ -382,7 +381,9 @@ def add_replay(subparsers: Subparsers) -> None:
         "Compare loss, accuracy and gradient norm with the run's record, and the weights with its checkpoint, if it "
         "has one. Exit code: 0 if everything is bit-identical, else 4.",
     )
-    parser.add_argument("update", metavar="RUN@STEP", help="a run directory and the number of an update")
+    parser.add_argument(
+        "update", metavar="RUN@STEP", help="a run directory, or its name below runs/, and the number of an update"
+    )
     parser.set_defaults(run=_replay)
 
 

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
     from dist_train.config import Config
 
+TARGET = "a run directory, or its name below runs/: its last checkpoint; RUN@STEP, RUN@best; or a checkpoint's file"
+
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dist_train.cli.common import (
+    TARGET,
     Subparsers,
     add_config,
     add_overrides,
@@ -239,7 +240,7 @@ def add_evaluate(subparsers: Subparsers) -> None:
         help="loss and accuracy of a checkpoint",
         description="Print loss and accuracy of a checkpoint, or of a run's last checkpoint, as one line of JSON.",
     )
-    parser.add_argument("target", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run directory or a checkpoint")
+    parser.add_argument("target", type=Path, metavar="RUN_OR_CHECKPOINT", help=TARGET)
     add_overrides(parser)
     parser.add_argument(
         "--split", choices=("train", "validation", "test"), default="test", help="what to evaluate (default: test)"

@@ -125,7 +125,7 @@ def add_curve(subparsers: Subparsers) -> None:
         help="the learning curve of a run as a picture",
         description="Draw loss and accuracy against epoch, for one run, or for several to compare.",
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="directory of a run")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory, or its name below runs/")
     parser.add_argument(
         "-o",
         "--output",
@@ -138,12 +138,13 @@ def add_curve(subparsers: Subparsers) -> None:
 
 def _curve(arguments: argparse.Namespace) -> int:
     from dist_train.report.drawing import draw_learning_curve
-    from dist_train.rundir.paths import RunDirectory
+    from dist_train.rundir.paths import RunDirectory, run_folder
 
     if arguments.output is None and len(arguments.runs) > 1:
         raise UsageError("several runs are drawn into one picture: name its file by -o FILE", code="output-unset")
-    output = arguments.output or RunDirectory(arguments.runs[0]).learning_curve
-    draw_learning_curve(arguments.runs, output)
+    runs = [run_folder(each) for each in arguments.runs]
+    output = arguments.output or RunDirectory(runs[0]).learning_curve
+    draw_learning_curve(runs, output)
     print(output)
     return ExitCode.FINISHED
 
@@ -156,7 +157,9 @@ def add_report(subparsers: Subparsers) -> None:
         description="Write a single self-contained HTML page: curves, tables, landscapes, sharpness, settings. "
         "Or each of its figures as a file, for a paper.",
     )
-    parser.add_argument("directory", type=Path, metavar="DIR", help="a run, a study, or a folder of runs")
+    parser.add_argument(
+        "directory", type=Path, metavar="DIR", help="a run, a study, or a folder of runs; or below runs/"
+    )
     outputs = parser.add_mutually_exclusive_group()
     outputs.add_argument(
         "-o",
@@ -172,18 +175,19 @@ def add_report(subparsers: Subparsers) -> None:
 
 def _report(arguments: argparse.Namespace) -> int:
     from dist_train.report.page import figures_of, write_report
+    from dist_train.rundir.paths import run_folder
 
+    if arguments.figures is None and arguments.format is not None:
+        raise UsageError("--format is that of the figures: add --figures FOLDER", code="option-alone")
+    directory = run_folder(arguments.directory, code="folder-missing")
     if arguments.figures is not None:
         from dist_train.report.drawing import save_figures
         from dist_train.report.stored_run import read_subject
 
-        figures = figures_of(read_subject(arguments.directory))
-        for path in save_figures(figures, arguments.figures, arguments.format or "svg"):
+        for path in save_figures(figures_of(read_subject(directory)), arguments.figures, arguments.format or "svg"):
             print(path)
         return ExitCode.FINISHED
-    if arguments.format is not None:
-        raise UsageError("--format is that of the figures: add --figures FOLDER", code="option-alone")
-    output = arguments.output or arguments.directory / "report.html"
-    write_report(arguments.directory, output)
+    output = arguments.output or directory / "report.html"
+    write_report(directory, output)
     print(output)
     return ExitCode.FINISHED

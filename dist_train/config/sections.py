@@ -53,11 +53,12 @@ class RunSettings(Section):
         "auto", examples=["runs/other/checkpoints/step-00000040.pt"]
     )
     """auto: resume from the last checkpoint, if any. never: start from the beginning. Or the path of a checkpoint, or
-    of a run, whose last checkpoint is used.
+    of a run, whose last checkpoint is used, or RUN@STEP or RUN@best.
     """
     init_from: UserPath | None = Field(None, examples=["runs/other"])
-    """Source of a new run's weights and norm statistics: a run (its last checkpoint), a checkpoint, a .safetensors or
-    .pth file, or torchvision:NAME for torchvision's weights in torch.hub's cache; null: random weights from the seed.
+    """Source of a new run's weights and norm statistics: a run (its last checkpoint), RUN@STEP, RUN@best, a checkpoint,
+    a .safetensors, .pth or .ckpt file, or torchvision:NAME for torchvision's weights in torch.hub's cache; null: random
+    weights from the seed.
     """
 
 

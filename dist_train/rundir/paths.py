@@ -6,6 +6,7 @@ server holds it, and releases a dead node's locks when its lease expires.
 
 from __future__ import annotations
 
+import difflib
 import errno
 import fcntl
 import json
@@ -152,6 +153,21 @@ class RunDirectory:
     def save_config(self, config: Config) -> None:
         """Save every setting."""
         atomic.write_text(self.config, dump_config(config))
+
+
+def run_folder(name: Path, code: str = "run-missing") -> Path:
+    """Return the folder `name`, or else runs/`name`. Raises UsageError with `code`, and the nearest run, if any."""
+    below = Path("runs") / name
+    for folder in (name, below):
+        if folder.is_dir():
+            return folder
+    runs: dict[str, Path] = {}
+    for parent in (below.parent, name.parent):
+        with suppress(OSError, ValueError):
+            runs |= {folder.name: folder for folder in parent.iterdir() if RunDirectory(folder).has_begun}
+    close = difflib.get_close_matches(name.name, runs, n=1)
+    hint = f"; did you mean {runs[close[0]]}?" if close else ""
+    raise UsageError(f"there is no run {name}: neither {name} nor {below} is there{hint}", code=code)
 
 
 def refuse_foreign(folder: Path, otherwise: str) -> None:

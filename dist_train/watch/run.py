@@ -16,7 +16,7 @@ from pathlib import Path
 from dist_train.monitoring import wording
 from dist_train.outcome import UsageError
 from dist_train.rundir.atomic import open_regular
-from dist_train.rundir.paths import BrokenFileError, RunDirectory
+from dist_train.rundir.paths import BrokenFileError, RunDirectory, run_folder
 from dist_train.rundir.records import EvaluationRecord, EventRecord, Record, TrainRecord, from_json
 from dist_train.rundir.status import RanksReading, Status, read_ranks, read_status
 from dist_train.watch.run_table import (
@@ -233,10 +233,7 @@ class Snapshot:
 
 def find_run(name: Path) -> Path:
     """Return the directory of the run `name`: that directory, or runs/`name`. Raises UsageError if there is none."""
-    below = Path("runs") / name
-    root = next((folder for folder in (name, below) if folder.is_dir()), None)
-    if root is None:
-        raise UsageError(f"there is no run {name}: neither {name} nor {below} is a folder", code="run-missing")
+    root = run_folder(name)
     run = RunDirectory(root)
     if not run.status.exists() and not run.metrics.exists():
         raise UsageError(

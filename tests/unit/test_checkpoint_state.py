@@ -159,9 +159,10 @@ def test_another_run_s_checkpoint_is_only_a_beginning(tmp_path: Path) -> None:
     assert (first.step, again.step) == (2, 7)
 
 
-def test_a_checkpoint_of_the_run_itself_takes_it_back(tmp_path: Path) -> None:
-    directory = run_with(tmp_path, 2, 4)
-    config = parse(run={"resume": str(directory.checkpoints / "step-00000002.pt")})
+@pytest.mark.parametrize("name", ["run/checkpoints/step-00000002.pt", "run@2"])
+def test_a_checkpoint_of_the_run_itself_takes_it_back(tmp_path: Path, name: str) -> None:
+    directory = run_with(tmp_path / "run", 2, 4)
+    config = parse(run={"resume": str(tmp_path / name)})
     found = find_resume_point(config, directory).contents
     assert found is not None
     assert found.step == 2

@@ -245,6 +245,26 @@ class TestProgram:
         assert ended.value.code == 2
         assert "did you mean" not in capsys.readouterr().err
 
+    @pytest.mark.parametrize(
+        "words",
+        [
+            "watch dmo",
+            "curve dmo",
+            "report runs/dmo",
+            "evaluate dmo",
+            "evaluate dmo@best",
+            "export dmo --to onnx",
+            "replay dmo@3",
+        ],
+    )
+    def test_a_mistyped_run_is_told_with_the_nearest(
+        self, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "runs" / "demo" / "checkpoints").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path)
+        assert main(words.split()) == 2
+        assert "; did you mean runs/demo?" in capsys.readouterr().err
+
     def test_python_m_is_the_same_program(self) -> None:
         ended = subprocess.run(
             [sys.executable, "-m", "dist_train", "config", "check", "nowhere.yaml"],

@@ -47,6 +47,23 @@ class TestFinding:
         path = run / "checkpoints" / "step-00000003.pt"
         assert find_checkpoint(path) == path
 
+    def test_a_run_is_named_below_runs_and_its_checkpoints_by_step_or_as_the_best(
+        self, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "runs").mkdir()
+        (tmp_path / "runs" / "demo").symlink_to(run)
+        monkeypatch.chdir(tmp_path)
+        checkpoints = Path("runs/demo/checkpoints")
+        last = list_checkpoints(checkpoints)[-1]
+        assert find_checkpoint(Path("demo")) == last.path
+        assert find_checkpoint(Path("demo@3")) == checkpoints / "step-00000003.pt"
+        assert find_checkpoint(Path("demo@best")) == checkpoints / f"step-{last.metrics['best_saved_step']:08d}.pt"
+        with raises(UsageError, "no-checkpoint"):
+            find_checkpoint(Path("demo@4"))
+        with raises(UsageError, "target-missing") as refused:
+            find_checkpoint(Path("dmo"))
+        assert "did you mean runs/demo?" in str(refused.value)
+
     def test_what_is_not_there_is_told(self, tmp_path: Path) -> None:
         with raises(UsageError, "target-missing"):
             find_checkpoint(tmp_path / "nowhere")
