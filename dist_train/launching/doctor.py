@@ -230,9 +230,12 @@ def check_host_name() -> Check:
 
 def check_slurm() -> Check:
     """Report Slurm's version, and whether it can start MPI programs."""
+    if shutil.which("srun") is None:
+        return Check("Slurm", "note", "not on this machine; only slurm/ needs it")
     version = command_output("srun", "--version", stderr=subprocess.STDOUT)
     if not version:
-        return Check("Slurm", "note", "not on this machine; only slurm/ needs it")
+        reason = command_output("sh", "-c", "srun --version 2>&1; true").rpartition("\n")[2]
+        return Check("Slurm", "note", f"srun fails: {reason or 'no answer'}", "use a node of the cluster for slurm/")
     if "pmix" not in command_output("srun", "--mpi=list", stderr=subprocess.STDOUT):
         return Check("Slurm", "note", f"{version}, without PMIx", "use mpirun or horovodrun inside the job, not srun")
     return Check("Slurm", "fine", f"{version}, with PMIx")

@@ -40,6 +40,16 @@ def test_a_machine_that_is_set_up_can_train(capsys: pytest.CaptureFixture[str]) 
         assert name in printed
 
 
+def test_slurm_that_does_not_work_is_told_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "srun").write_text(
+        "#!/bin/sh\necho 'srun: error: first' >&2\necho 'srun: fatal: no source' >&2\nexit 1\n"
+    )
+    (tmp_path / "srun").chmod(0o700)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    check = doctor.check_slurm()
+    assert (check.state, check.detail) == ("note", "srun fails: srun: fatal: no source")
+
+
 def test_data_that_the_configuration_names_must_be_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(f"data: {{name: cifar10, root: {tmp_path}}}\n")
