@@ -129,6 +129,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+_OF_LAUNCH = ("-np", "--min-ranks", "--max-ranks", "--restarts", "--start-with", "--listen", "--join")
+
+
 class _Parser(argparse.ArgumentParser):
     """Suggests the nearest command, choice or option for a mistyped one; the commands' parsers do the same."""
 
@@ -142,7 +145,10 @@ class _Parser(argparse.ArgumentParser):
         parsed, rest = super().parse_known_args(args, namespace)
         unknown = [word for word in rest if word.startswith("-")]
         if unknown:
-            hint = _suggestion(unknown[0].partition("=")[0], self._option_string_actions)
+            option = unknown[0].partition("=")[0]
+            hint = _suggestion(option, self._option_string_actions)
+            if option in _OF_LAUNCH:
+                hint = f"; {option} is an option of launch, before its command: dist-train launch -np 2 train CONFIG"
             self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         return parsed, rest
 

@@ -317,7 +317,8 @@ class AveragingSettings(Section):
     """An average of the weights over training, evaluated and saved beside the weights."""
 
     kind: Literal["none", "ema", "lawa"] = "none"
-    """ema: exponential moving average (Polyak). lawa: mean of the `last` snapshots of the weights (arXiv 2209.14981).
+    """ema: exponential moving average (Polyak). lawa, latest weight averaging: mean of the `last` snapshots of the
+    weights (arXiv 2209.14981).
     """
     decay: Annotated[float, Field(gt=0, lt=1)] = Field(0.999, examples=[0.99])
     """Decay of the ema: weight of the old average in each new one."""

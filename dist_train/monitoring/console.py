@@ -237,9 +237,12 @@ def summary_table(
     table.add_row("state", Text.assemble((outcome.state, f"bold {colour}"), reason, code))
     speed = outcome.samples_per_second
     accuracies = {"train": outcome.train_accuracy, "test": outcome.test_accuracy, "best": outcome.best_accuracy}
+    steps = f"{outcome.step:,} of {total_steps:,}"
+    if outcome.step > total_steps:  # of a resume
+        steps = f"{outcome.step:,}, so run.max_steps={total_steps:,} left none to do"
     rows = {
-        "steps": f"{outcome.step:,} of {total_steps:,}",
-        "epochs": f"{outcome.epoch:.4g} of {epochs:.4g}",
+        "steps": steps,
+        "epochs": f"{outcome.epoch:.4g} of {max(epochs, outcome.epoch):.4g}",
         **{f"{name} accuracy": wording.percent(share) for name, share in accuracies.items() if share is not None},
         "images/s": None if speed is None else wording.rate(speed),
         "time": wording.duration(outcome.seconds),

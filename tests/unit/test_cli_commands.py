@@ -239,6 +239,15 @@ class TestProgram:
         assert ended.value.code == 2
         assert capsys.readouterr().err.rstrip().endswith(f"; did you mean {meant}?")
 
+    @pytest.mark.parametrize("words", ["launch train x.yaml -np 2", "train x.yaml --min-ranks=2"])
+    def test_an_option_of_launch_at_another_command_is_told_so(
+        self, words: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with pytest.raises(SystemExit) as ended:
+            main(words.split())
+        assert ended.value.code == 2
+        assert "dist-train launch -np 2 train" in capsys.readouterr().err
+
     def test_a_word_like_no_other_ends_with_2_and_names_none(self, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as ended:
             main(["runs", "--zzz"])

@@ -206,6 +206,15 @@ def test_a_run_that_fails_before_its_first_step_shows_no_summary(terminal_kind: 
     assert terminal.read() == ""
 
 
+def test_a_resume_with_no_step_left_to_do_says_why() -> None:
+    page = io.StringIO()
+    lines = PlainLines(page)
+    lines.begin(FACTS)
+    lines.end(replace(OUTCOME, step=250, epoch=35.7))
+    assert "250, so run.max_steps=210 left none to do" in page.getvalue()
+    assert "35.7 of 35.7" in page.getvalue()
+
+
 def test_plain_lines_come_at_a_steady_pace_with_every_evaluation_and_event() -> None:
     page, now = io.StringIO(), [0.0]
     lines = PlainLines(page, seconds=10, clock=lambda: now[0])
