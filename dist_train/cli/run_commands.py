@@ -271,7 +271,7 @@ def add_outcome(subparsers: Subparsers) -> None:
         "outcome",
         help="the exit code of a run's last launch, from its status.json",
         description="Exit with the code that the run's last launch wrote into status.json; with 1 if it wrote none, or "
-        "if that was not the launch --launch. A launch that has ended without a word is recorded there as failed.",
+        "if that was not the launch --launch. A launch that recorded no end is recorded there as failed.",
     )
     parser.add_argument("run_directory", type=Path, metavar="RUN", help="a run directory")
     parser.add_argument("--launch", metavar="ID", help="the DIST_TRAIN_LAUNCH of a launch that has ended")

@@ -186,9 +186,10 @@ class _NormalizeAcrossRanks(torch.autograd.Function):
 
 def _plain_gradients(ctx: Any, upstream: Tensor, relu: bool) -> tuple[Tensor | None, ...]:
     """Return the gradients that are needed, by operations that can be differentiated once more, as for Hessians."""
-    leaves, needed = ctx.saved_tensors[:3], ctx.needs_input_grad[:3]
-    outputs = _rectified(_plain_groups(*leaves, ctx.epsilon, ctx.group_sizes), relu)
-    wanted = [leaf for leaf, is_needed in zip(leaves, needed, strict=True) if is_needed]
+    inputs, weight, bias = ctx.saved_tensors[:3]
+    needed = ctx.needs_input_grad[:3]
+    outputs = _rectified(_plain_groups(inputs, weight, bias, ctx.epsilon, ctx.group_sizes), relu)
+    wanted = [leaf for leaf, is_needed in zip((inputs, weight, bias), needed, strict=True) if is_needed]
     found = iter(torch.autograd.grad(outputs, wanted, upstream, create_graph=True))
     return tuple(next(found) if is_needed else None for is_needed in needed)
 

@@ -287,7 +287,7 @@ def test_second_derivatives_of_a_norm_with_frozen_inputs_or_parameters(frozen: i
 
     def second(outputs: Tensor) -> tuple[Tensor, ...]:
         gradients = torch.autograd.grad(outputs.pow(3).sum(), trained, create_graph=True)
-        return torch.autograd.grad(sum(gradient.pow(2).sum() for gradient in gradients), trained)
+        return torch.autograd.grad(torch.stack([gradient.pow(2).sum() for gradient in gradients]).sum(), trained)
 
     images, weight, bias = leaves
     ours = second(normalize(images.T, weight, bias, 1e-5, (3, 3))[0])
