@@ -23,7 +23,7 @@ Ctrl-C or SIGTERM, two seconds or more after the first, ends them at once.
 
 Environment variables (defaults in brackets):
   OMP_NUM_THREADS     threads per rank (the cores divided by N)
-  HOROVOD_CYCLE_TIME  milliseconds between Horovod's cycles (5; on GPUs 1)
+  HOROVOD_CYCLE_TIME  milliseconds between Horovod's cycles (by engine and device; docs/scaling.md)
   DIST_TRAIN_PYTHON   Python to run (the project's .venv/bin/python, else python3)
 
 Exit status of a training run: 0 finished, 2 bad usage or configuration, 3 diverged, 4 ranks

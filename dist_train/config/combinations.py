@@ -121,8 +121,8 @@ def _batch_schedule(config: Config) -> Iterator[Problem]:
         wrong = "auto chooses a size for one global batch only; with batch.schedule set a number"
         yield Problem("batch.micro_size", wrong, code="batch-schedule-micro", allowed="a number")
     if config.batch.dealing == "measured":
-        wrong = "speeds are measured for one global batch; set batch.dealing to even, or leave batch.schedule out"
-        yield Problem("batch.dealing", wrong, code="batch-schedule-dealing", allowed="even")
+        wrong = "speeds are measured for one global batch; set another batch.dealing, or leave batch.schedule out"
+        yield Problem("batch.dealing", wrong, code="batch-schedule-dealing", allowed="auto, even or dynamic")
     if config.schedule.keep_updates:
         wrong = "epochs are counted by base_batch or by batch.schedule, not by both"
         yield Problem("schedule.keep_updates", wrong, code="batch-schedule-updates", allowed="false")

@@ -44,16 +44,18 @@ class RunSettings(Section):
     schedules then span the new total.
     """
     max_steps: PositiveInt | None = Field(None, examples=[100])
-    """Stop after this many updates."""
+    """End the run after this many updates in all, as finished, with an evaluation and a checkpoint; schedules still
+    span `epochs`. A larger number continues it; null: all epochs.
+    """
     profile_steps: NonNegativeInt = Field(0, examples=[5])
     """Number of updates to trace with the profiler."""
     stop_signal: Literal["SIGUSR1", "SIGUSR2", "SIGHUP"] = "SIGUSR2"
-    """A further signal that asks the run to save and stop, as SIGTERM, SIGINT, SIGHUP and SIGUSR2 do."""
+    """SIGUSR1: it, too, makes the run save and stop. SIGTERM, SIGINT, SIGHUP and SIGUSR2 always do."""
     resume: Annotated[str, AfterValidator(os.path.expanduser)] = Field(
         "auto", examples=["runs/other/checkpoints/step-00000040.pt"]
     )
-    """auto: resume from the last checkpoint, if any. never: start from the beginning. Or the path of a checkpoint, or
-    of a run, whose last checkpoint is used, or RUN@STEP or RUN@best.
+    """auto: resume from the last checkpoint, if any. never: start from the beginning, and refuse a folder that holds
+    checkpoints. Or the path of a checkpoint, or of a run, whose last checkpoint is used, or RUN@STEP or RUN@best.
     """
     init_from: UserPath | None = Field(None, examples=["runs/other"])
     """Source of a new run's weights and norm statistics: a run (its last checkpoint), RUN@STEP, RUN@best, a checkpoint,
@@ -104,11 +106,14 @@ class BatchSettings(Section):
     global_size: PositiveInt = Field(8192, examples=[1024])
     """Samples per update, over all ranks."""
     micro_size: PositiveInt | Literal["auto"] = Field("auto", examples=[256])
-    """Samples per forward and backward pass; auto: as many as fit the device."""
+    """Samples per forward and backward pass. auto: the largest power of two that fits the memory of every rank, at most
+    128 on CPUs, 2048 on GPUs, and a rank's even share of the batch; a little less if a norm could not normalize the
+    last micro-batch.
+    """
     dealing: Literal["auto", "even", "measured", "dynamic"] = "auto"
     """How micro-batches are distributed over ranks. even: equally. measured: by each rank's measured speed. dynamic:
-    each rank takes the next one when it is done with the one before, on CPUs only. auto: dynamic where ranks on one
-    node's CPUs have sixteen micro-batches or more, torch.distributed and exact sums, else even.
+    each rank takes the next one when it is done with the one before, on CPUs only. auto: dynamic if all ranks are on
+    the CPUs of one node, have sixteen micro-batches or more each, and use torch.distributed and exact sums; else even.
     """
     schedule: tuple[BatchChange, ...] = Field((), examples=[[{"epoch": 60, "global_size": 2048}]])
     """Changes of the global batch size during the run, as in Smith et al. (arXiv 1711.00489): each {epoch, global_size}
@@ -159,7 +164,9 @@ class ScheduleSettings(Section):
     base_batch: PositiveInt = Field(128, examples=[256])
     """Global batch size for which `optimizer.learning_rate` is meant."""
     warmup_epochs: NonNegativeFloat = Field(0.0, examples=[5.0])
-    """Epochs in which the learning rate rises from the unscaled to the scaled one."""
+    """Epochs in which the learning rate rises linearly from `optimizer.learning_rate`, not from 0, to the scaled rate.
+    With scaling none it stays constant meanwhile; decay begins afterwards.
+    """
     keep_updates: bool = False
     """Make as many updates as with a global batch of `base_batch`: an epoch, also in warm-up and milestones, has the
     number of updates that it would have with it (Hoffer et al., arXiv 1705.08741).
@@ -222,7 +229,9 @@ class CommSettings(Section):
     verify_every: NonNegativeInt = Field(100, examples=[10])
     """Steps between checks that all ranks hold the same weights and noise; 0: none."""
     timeout: Annotated[float, Field(ge=5)] = Field(60.0, examples=[300.0])
-    """Seconds within which the run ends if a rank does not answer."""
+    """Seconds of silence after which a rank counts as lost: the run then ends or, with launch.min_ranks, continues
+    without it.
+    """
 
     @property
     def is_exact(self) -> bool:
@@ -238,7 +247,7 @@ class LaunchSettings(Section):
     max_ranks: PositiveInt | None = Field(None, examples=[8])
     """Maximum number of ranks; null: as many as the run begins with."""
     restarts: NonNegativeInt = Field(0, examples=[3])
-    """Restart a lost rank's process up to this many times each."""
+    """How often the process of each lost rank is started again."""
 
 
 class EvaluationSettings(Section):
@@ -249,7 +258,7 @@ class EvaluationSettings(Section):
     batch_size: PositiveInt = Field(500, examples=[1000])
     """Samples per forward pass."""
     train_samples: NonNegativeInt = Field(10000, examples=[0])
-    """Number of training samples to evaluate besides the test set."""
+    """Number of training samples to evaluate besides the test set; 0: none."""
 
 
 class CheckpointSettings(Section):

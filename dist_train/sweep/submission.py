@@ -190,8 +190,8 @@ def describe_batch(config: Config, ranks: int | None) -> tuple[str, ...]:
         who = "ranks" if ranks is None else f"{ranks:,} ranks"
         return (
             f"global batch {config.batch.global_size:,} = {who} x micro-batches of a rank x samples of a micro-batch",
-            "micro-batch    decided on the node when the run begins, then kept: the largest that fits its memory, at "
-            "most a rank's even share",
+            "micro-batch    decided on the node when the run begins, then kept: the largest power of two that fits "
+            "its memory, at most a rank's even share",
             *((_dealt(0, None),) if ranks is None else ()),
         )
     return tuple(

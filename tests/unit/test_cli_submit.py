@@ -249,8 +249,8 @@ def test_bad_options_are_refused(config: Path, option: list[str]) -> None:
             4,
             (
                 "global batch 8,192 = 4 ranks x micro-batches of a rank x samples of a micro-batch",
-                "micro-batch    decided on the node when the run begins, then kept: the largest that fits its memory, "
-                "at most a rank's even share",
+                "micro-batch    decided on the node when the run begins, then kept: the largest power of two that fits "
+                "its memory, at most a rank's even share",
             ),
         ),
         (
@@ -258,8 +258,8 @@ def test_bad_options_are_refused(config: Path, option: list[str]) -> None:
             None,
             (
                 "global batch 8,192 = ranks x micro-batches of a rank x samples of a micro-batch",
-                "micro-batch    decided on the node when the run begins, then kept: the largest that fits its memory, "
-                "at most a rank's even share",
+                "micro-batch    decided on the node when the run begins, then kept: the largest power of two that fits "
+                "its memory, at most a rank's even share",
                 "dealt out to one rank for each GPU of the nodes (without GPUs: one a node)",
             ),
         ),

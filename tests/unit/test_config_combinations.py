@@ -351,11 +351,15 @@ def test_settings_with_effect_and_settings_not_given_are_not_told() -> None:
     assert unused_settings(parse({"data": {"name": "cifar100", "download": True}})) == []
 
 
+def any_plugin(*arguments: object, **keywords: object) -> None: ...
+
+
 def test_a_plug_in_may_use_all_of_the_section_that_it_is_given() -> None:
+    name = f"{__name__}:any_plugin"
     used = {
-        "optimizer": {"name": f"{__name__}:parse", "momentum": 0.8, "nesterov": False, "epsilon": 1e-7},
-        "noise": {"method": f"{__name__}:parse", "draws": 2, "antithetic": True, "offset": 0.1},
-        "data": {"name": f"{__name__}:parse", "shape": [1, 8, 8], "classes": 2, "download": True, "loader_workers": 1},
+        "optimizer": {"name": name, "momentum": 0.8, "nesterov": False, "epsilon": 1e-7},
+        "noise": {"method": name, "draws": 2, "antithetic": True, "offset": 0.1},
+        "data": {"name": name, "shape": [1, 8, 8], "classes": 2, "download": True, "loader_workers": 1},
     }
     assert unused_settings(parse(used)) == []
 
