@@ -149,8 +149,8 @@ def same_bits(device: Device, folder: Path) -> Finding:
 
 
 def _write_config(device: Device, folder: Path, updates: int) -> Path:
-    """Write the configuration of a short run with checkpoints, on a CPU of 8 updates, and return its path."""
-    updates, every = (updates, 50) if device == "cuda" else (8, 1)
+    """Write the configuration of a short run with checkpoints, on a CPU of 32 updates, and return its path."""
+    updates, every = (updates, 50) if device == "cuda" else (32, 1)
     sections = {**QUIET, "checkpoint": {"every_epochs": 0, "every_steps": every}, "batch": {"micro_size": 64}}
     sections["run"] = {"device": device, "max_steps": updates}
     config = folder / "config.yaml"

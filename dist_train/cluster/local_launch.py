@@ -168,8 +168,12 @@ class Ranks:
 
 @contextmanager
 def blocked_signals() -> Iterator[set[int | signal.Signals]]:
-    """Block the launcher's signals, also in threads that start in the block; yield the mask before it."""
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    """Block the launcher's signals, also in threads that start in the block; yield the mask before it.
+
+    SIGINT and SIGHUP that are ignored, as under nohup, stay so: blocked, they would arrive.
+    """
+    ignored = {each for each in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(each) == signal.SIG_IGN}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS - ignored)
     try:
         yield mask
     finally:

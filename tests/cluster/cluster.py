@@ -51,25 +51,31 @@ def booted_cluster(folder: Path, nodes: int = 2) -> Iterator[Cluster]:
     if missing := missing_requirement():
         pytest.skip(missing)
     cluster = Cluster(folder, nodes)
-    yield cluster
-    cluster.down()
+    try:
+        cluster.up()
+        yield cluster
+    finally:
+        cluster.down()
 
 
 class Cluster:
     """The nodes node1, node2, ..., and their Slurm; `disk` is a small file system that they share."""
 
     def __init__(self, folder: Path, nodes: int = 2) -> None:
-        """Boot the nodes; their files are in `folder`."""
+        """Choose names and addresses; the nodes' files are in `folder`."""
         self.nodes = tuple(f"node{number}" for number in range(1, nodes + 1))
         self.disk = folder.with_name(f"{folder.name}-disk")
-        self.disk.mkdir()
-        # before the nodes boot, which see earlier mounts only
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(self.disk)], check=True)
         self._settings = {
             "SLURM_RIG_DIR": str(folder),
             "SLURM_RIG_NETWORK": f"10.{60 + os.getpid() % 150}.{time.time_ns() // 1000 % 250}",
         }
-        self._rig("up", str(nodes))
+
+    def up(self) -> None:
+        """Boot the nodes."""
+        self.disk.mkdir()
+        # before the nodes boot, which see earlier mounts only
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(self.disk)], check=True)
+        self._rig("up", str(len(self.nodes)))
 
     def down(self) -> None:
         """Stop all nodes."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import signal
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ from dist_train.cluster.launch import Launch
 from dist_train.config import Config, load_config
 from dist_train.data.images import BatchRequest
 from dist_train.data.loader import open_splits
-from dist_train.outcome import DivergedError, ExitCode, UsageError
-from dist_train.rundir.records import EvaluationRecord
+from dist_train.outcome import DivergedError, ExitCode, StoppedError, UsageError
+from dist_train.rundir.records import EvaluationRecord, Record
 from tests.launching import launch, small_settings, start, train_alone, write_config
 from tests.raising import raises
 from tests.waiting import PATIENCE
@@ -214,6 +215,20 @@ def test_refused_replay_leaves_the_other_launch_s_files(
     with raises(UsageError, code="run-in-use"):
         api.replay(run, 2)
     assert len(list(tmp_path.iterdir())) == 1
+
+
+class _Interrupting(dist_train.Observer):
+    def record(self, record: Record) -> None:
+        if record.step == 3:
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_interrupted_call_saves_and_the_same_call_resumes(tmp_path: Path) -> None:
+    config = load_config(write_config(tmp_path, small_settings(run={"epochs": 1})))
+    with pytest.raises(StoppedError):
+        dist_train.train(config, tmp_path / "run", [_Interrupting()])
+    assert dist_train.load_run(tmp_path / "run").status.state == "stopped"
+    assert dist_train.train(config, tmp_path / "run").state == "finished"
 
 
 def test_replay_on_another_rank_does_not_read_what_rank_0_removes(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

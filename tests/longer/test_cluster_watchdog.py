@@ -149,7 +149,7 @@ def test_hanging_report_of_a_loss_does_not_keep_the_process(monkeypatch: pytest.
 @pytest.mark.parametrize("prober", [0, 1])
 def test_probe_names_a_rank_that_does_not_answer_at_once(prober: int) -> None:
     def act(members: list[Member]) -> None:
-        assert members[prober].watchdog.absent() == ""
+        assert members[prober].watchdog.absent(PATIENCE) == ""
         missing = 2 if prober == 0 else 0
         members[missing].fall_silent()
         time.sleep(0.6)

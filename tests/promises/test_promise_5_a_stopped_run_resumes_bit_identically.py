@@ -23,6 +23,7 @@ from tests.launching import (
     weights_digest,
     write_config,
 )
+from tests.waiting import wait_for
 
 KILLS = 3
 
@@ -32,7 +33,7 @@ def test_run_killed_at_random_moments_resumes_bit_identically(tmp_path: Path) ->
     config = write_config(
         tmp_path,
         small_settings(
-            run={"epochs": 14},
+            run={"epochs": 28},
             noise={"sharing": "micro_batch", "schedule": {"kind": "cosine"}},
             schedule={"warmup_epochs": 3, "decay": "cosine"},
             evaluation={"every_epochs": 5},
@@ -45,10 +46,12 @@ def test_run_killed_at_random_moments_resumes_bit_identically(tmp_path: Path) ->
     run = tmp_path / "run"
     for number in range(KILLS):
         process = start(2, ("torch", "mpi")[number % 2], "train", config, "--run-dir", str(run))
+        wait_for(lambda: list((run / "checkpoints").glob("*.json")), "a checkpoint")
         kill_while_training(process, run, moments)
     train_ranks(2, "torch", config, run)
 
     assert status(run)["state"] == "finished"
+    assert events(run, "resumed")
     assert_same_run(run, tmp_path / "whole")
 
 

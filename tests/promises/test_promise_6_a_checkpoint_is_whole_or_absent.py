@@ -23,6 +23,7 @@ from tests.launching import (
     train_alone,
     write_config,
 )
+from tests.torture.disk import can_mount
 
 
 @pytest.fixture
@@ -77,7 +78,7 @@ def test_damaged_checkpoint_is_reported_and_the_previous_one_used(undamaged: Pat
     assert_same_run(run, whole, ["train"])
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
+@pytest.mark.skipif(not can_mount(), reason="this machine does not let us mount a small disk")
 def test_full_disk_is_reported_and_the_last_good_checkpoint_stays(tmp_path: Path, small_disk: Path) -> None:
     config = write_config(tmp_path, small_settings(run={"max_steps": 3}, checkpoint={"keep": 1}))
     run = small_disk / "run"

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ from tests.launching import (
     write_config,
 )
 from tests.services.servers import free_port
-from tests.waiting import PATIENCE, wait_for_lines, wait_until_gone
+from tests.waiting import PATIENCE, wait_for, wait_for_lines, wait_until_gone
 
 pytestmark = pytest.mark.ranks
 
@@ -39,10 +40,13 @@ ENDLESS = small_settings(run={"epochs": 5000}, evaluation={"every_epochs": 0}, c
 
 
 @pytest.fixture
-def running(tmp_path: Path) -> subprocess.Popen[str]:
+def running(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     process = start(2, "torch", "train", write_config(tmp_path, ENDLESS), "--run-dir", str(tmp_path / "run"))
-    wait_for_lines(tmp_path / "run/metrics.jsonl", 4)
-    return process
+    try:
+        wait_for_lines(tmp_path / "run/metrics.jsonl", 4)
+        yield process
+    finally:
+        kill(process)
 
 
 def wait_for_end(process: subprocess.Popen[str]) -> tuple[int, str]:
@@ -56,7 +60,7 @@ def wait_for_end(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, output
 
 
-@pytest.mark.parametrize("number", mostly_lengthy([signal.SIGINT, signal.SIGUSR2]))
+@pytest.mark.parametrize("number", mostly_lengthy([signal.SIGINT, signal.SIGHUP, signal.SIGUSR2], keep=2))
 def test_signal_to_the_launcher_saves_and_stops_ranks_of_one_launch_id(
     running: subprocess.Popen[str], tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -73,11 +77,26 @@ def test_signal_to_the_launcher_saves_and_stops_ranks_of_one_launch_id(
 
 def test_signal_during_start_up_stops_the_ranks(tmp_path: Path) -> None:
     process = start(2, "torch", "train", write_config(tmp_path, ENDLESS), "--run-dir", str(tmp_path / "run"))
-    while len(descendants(process.pid)) < 2:
-        time.sleep(0.01)
+    wait_for(lambda: process.poll() is not None or len(descendants(process.pid)) >= 2)
     process.send_signal(signal.SIGTERM)
     code, output = wait_for_end(process)
     assert code == ExitCode.STOPPED, output
+
+
+def test_closed_terminal_does_not_stop_a_launch_under_nohup(tmp_path: Path) -> None:
+    words = ("launch", "-np", "1", "train", write_config(tmp_path, ENDLESS), "--run-dir", str(tmp_path / "run"))
+    program = ("-c", "import os, sys; os.execvp('nohup', ['nohup', sys.executable, '-m', 'dist_train', *sys.argv[1:]])")
+    process = start(1, "alone", *words, program=program)
+    try:
+        wait_for_lines(tmp_path / "run/metrics.jsonl", 4)
+        process.send_signal(signal.SIGHUP)
+        wait_for_lines(tmp_path / "run/metrics.jsonl", 40)
+        process.send_signal(signal.SIGTERM)
+        code, output = wait_for_end(process)
+        assert code == ExitCode.STOPPED, output
+        assert "SIGHUP" not in status(tmp_path / "run")["reason"]
+    finally:
+        kill(process)
 
 
 def test_plugin_threads_do_not_receive_the_launcher_signals(tmp_path: Path) -> None:
@@ -99,9 +118,9 @@ def test_plugin_threads_do_not_receive_the_launcher_signals(tmp_path: Path) -> N
 def test_second_signal_ends_hanging_ranks(running: subprocess.Popen[str]) -> None:
     for pid in descendants(running.pid):
         os.kill(pid, signal.SIGSTOP)
-    running.send_signal(signal.SIGTERM)
-    time.sleep(2.5)  # a second signal within 2 s counts as the same request
-    running.send_signal(signal.SIGTERM)
+    while running.poll() is None:
+        running.send_signal(signal.SIGTERM)
+        time.sleep(2.5)  # a second signal within 2 s counts as the same request
     code, output = wait_for_end(running)
     assert code == ExitCode.FAULT, output
 

@@ -26,7 +26,6 @@ def start(script: str, *arguments: str, **variables: str) -> subprocess.Complete
     return subprocess.run(
         [str(ROOT / "slurm" / script), *arguments],
         env={**kept, "DIST_TRAIN_PYTHON": sys.executable, **variables},
-        cwd="/tmp",
         capture_output=True,
         text=True,
     )
@@ -172,15 +171,16 @@ def test_an_image_file_is_run_by_apptainer(programs: str, tmp_path: Path) -> Non
     image = tmp_path / "image.sif"
     image.touch()
     command = command_of(PATH=programs, CONTAINER=str(image), SLURM_GPUS_ON_NODE="4", CONTAINER_OPTIONS="--cleanenv")
-    program = f"apptainer exec --nv --bind /tmp --bind {ROOT} --cleanenv {image} python3 -m dist_train"
+    program = f"apptainer exec --nv --bind {Path.cwd()} --bind {ROOT} --cleanenv {image} python3 -m dist_train"
     assert f" {ROOT}/launch/rank.sh {program} train " in command
 
 
 def test_any_other_image_is_run_by_pyxis(programs: str) -> None:
     command = command_of(PATH=programs, CONTAINER="registry.example.org#dist_train:1")
+    here = Path.cwd()
     assert (
-        f" --container-image=registry.example.org#dist_train:1 --container-mounts=/tmp:/tmp\\,{ROOT}:{ROOT} "
-        f"--container-workdir=/tmp {ROOT}/launch/rank.sh python3 -m dist_train train "
+        f" --container-image=registry.example.org#dist_train:1 --container-mounts={here}:{here}\\,{ROOT}:{ROOT} "
+        f"--container-workdir={here} {ROOT}/launch/rank.sh python3 -m dist_train train "
     ) in command
 
 
@@ -355,7 +355,7 @@ class TestLandscape:
             ({"KIND": "sphere"}, "KIND is interpolate, direction or plane, not 'sphere'"),
             ({"KIND": "interpolate", "TARGETS": "here"}, "TARGETS takes 2 run directories or checkpoints"),
             ({"TARGETS": "one two"}, "TARGETS takes 1 run directory or checkpoint"),
-            ({}, "TARGETS: there is no runs/lb_8192 in /tmp"),
+            ({}, "TARGETS: there is no runs/lb_8192 in "),
         ],
     )
     def test_a_bad_variable_is_one_line_and_ends_with_2(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
@@ -14,6 +13,7 @@ from dist_train.outcome import ExitCode
 from dist_train.rundir.paths import LockRequest, RunDirectory
 from dist_train.rundir.status import StatusFile, read_status
 from dist_train.sweep.requeues import EndedLaunch, decide, read_requeues
+from tests.torture.disk import can_mount
 
 _NOISE = "srun: error: node2: tasks 2-3: Killed"
 
@@ -165,7 +165,7 @@ def test_the_status_of_another_job_at_work_stays(run: Path) -> None:
     lock.release()
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
+@pytest.mark.skipif(not can_mount(), reason="this machine does not let us mount a small disk")
 class TestFullDisk:
     """What is decided is written into the space that was set aside."""
 

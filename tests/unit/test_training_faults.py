@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from dist_train.checkpoint import writer
 from dist_train.checkpoint.files import list_checkpoints, read_checkpoint, write_checkpoint
@@ -45,6 +46,18 @@ def test_a_sum_of_losses_out_of_range_is_told() -> None:
     assert total.out_of_range or total.loss > 0
 
 
+def sizes_in_training(network: nn.Module) -> list[int]:
+    """Return a list to which each forward pass in training adds the number of its samples."""
+    sizes: list[int] = []
+
+    def note(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if module.training:
+            sizes.append(len(inputs[0]))
+
+    network.register_forward_pre_hook(note)
+    return sizes
+
+
 @pytest.mark.parametrize(
     "sections",
     [
@@ -54,7 +67,10 @@ def test_a_sum_of_losses_out_of_range_is_told() -> None:
     ],
 )
 def test_no_micro_batch_of_one_sample_reaches_a_norm(tmp_path: Path, sections: dict[str, Any]) -> None:
-    build_trainer(small_config(run={"max_steps": 2}, **sections), tmp_path, Alone()).run()
+    trainer = build_trainer(small_config(run={"max_steps": 2}, **sections), tmp_path, Alone())
+    sizes = sizes_in_training(trainer.network)
+    trainer.run()
+    assert min(sizes) >= 2
 
 
 def test_shrinking_leaves_no_single_sample(tmp_path: Path) -> None:
@@ -65,7 +81,9 @@ def test_shrinking_leaves_no_single_sample(tmp_path: Path) -> None:
     )
     trainer.take_step = replace(trainer.take_step, model=Limited(trainer.network, 12))
     trainer.may_shrink = True
+    sizes = sizes_in_training(trainer.network)
     trainer.run()
+    assert min(sizes) >= 2
 
 
 def test_status_that_cannot_be_written_does_not_stop(tmp_path: Path) -> None:
