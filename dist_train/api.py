@@ -31,11 +31,11 @@ from dist_train.data.images import Split
 from dist_train.data.loader import open_splits
 from dist_train.data.plan import BatchPlan
 from dist_train.launching import train
-from dist_train.outcome import CodedError, DivergedError, UsageError, check_choice, writing
+from dist_train.outcome import CodedError, DivergedError, ExitCode, UsageError, check_choice, writing
 from dist_train.report.drawing import RangeTest, draw_learning_curve, read_range_test, write_range_test
 from dist_train.rundir.paths import RunDirectory, run_folder
 from dist_train.rundir.records import EvaluationRecord, EventRecord, Record, TrainRecord, read_records
-from dist_train.rundir.status import Status, load_status
+from dist_train.rundir.status import Status, load_status, record_end
 from dist_train.training.evaluation import evaluate_stored, stored_config, stored_model
 
 Format = Literal["safetensors", "torch-export", "onnx"]
@@ -310,8 +310,10 @@ def learning_rate_range(config: Config, low: float, high: float, updates: int, r
     tested = parse_config(with_overrides(config.model_dump(mode="json"), overrides), source="the range test")
     directory = RunDirectory(Path(run_directory))
     try:
-        with suppress(DivergedError):  # the result is what was measured before
-            train(tested, directory.root)
+        train(tested, directory.root)
+    except DivergedError:  # the result is what was measured before
+        if current_launch().rank == 0:
+            record_end(directory.status, "finished", ExitCode.FINISHED, "the loss was no longer finite")
     except UsageError as error:
         if error.code != "settings-changed":
             raise

@@ -125,12 +125,10 @@ trap '(($?)) || remove_log' EXIT
 if [[ $standing != kept ]]; then
     base=$(find_python)
     mpi=$(choose_mpi)
-    need_headers "$base"
-    if [[ $standing == unsuitable ]]; then
-        say "set-up: .venv is unfinished, or for another Python or MPI; making it anew"
-        rm -rf "$venv"
-    fi
+    [[ $standing == none ]] || say "set-up: .venv is unfinished, or for another Python or MPI; making it anew"
     say "set-up: making .venv with Python $(version_of "$base") and $mpi MPI"
+    need_headers "$base"
+    rm -rf "$venv"
     logged make_venv || {
         rm -rf "$venv"
         give_up "'$base -m venv' failed" "On Debian it needs a package: apt-get install python3-venv."

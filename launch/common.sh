@@ -318,7 +318,7 @@ end_leftovers() {
 # The end of a launch script: exits with the status that the run's status.json gives.
 finish() {
     if [[ -n $run_directory ]]; then
-        exec "${dist_train[@]}" outcome "$run_directory" --launch "$launch_id"
+        exec "${dist_train[@]}" outcome "$run_directory" --launch "$launch_id" --record-lost
     fi
     ((launcher_status == 0)) || launcher_status=1
     exit "$launcher_status"

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from dist_train.outcome import UsageError
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -37,6 +39,29 @@ def named_config(arguments: argparse.Namespace) -> Config:
     from dist_train.config import load_config
 
     return load_config(arguments.config, arguments.overrides, arguments.plugin)
+
+
+def config_to_train(arguments: argparse.Namespace) -> Config:
+    """Return `named_config`. Raises UsageError if CONFIG is that of a run which was moved, or began with --run-dir.
+
+    Without --run-dir, that configuration would train in the folder that it names.
+    """
+    from dist_train.config.loading import located
+    from dist_train.rundir.paths import RunDirectory
+
+    config = named_config(arguments)
+    file = located(Path(arguments.config))
+    is_named = any(each.startswith(("run.name=", "run.directory=")) for each in arguments.overrides)
+    folder = RunDirectory(file.parent)
+    is_of_run = file.name == folder.config.name and folder.has_begun
+    is_elsewhere = folder.root.resolve() != config.run_directory.resolve()
+    if arguments.run_dir is None and is_of_run and is_elsewhere and not is_named:
+        raise UsageError(
+            f"{file} is the configuration of the run in {folder.root}, but names {config.run_directory}: to continue "
+            f"the run add --run-dir {folder.root}; for a new one set run.name",
+            code="run-moved",
+        )
+    return config
 
 
 def add_weights(parser: argparse.ArgumentParser) -> None:

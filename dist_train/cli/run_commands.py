@@ -16,6 +16,7 @@ from dist_train.cli.common import (
     add_config,
     add_overrides,
     add_weights,
+    config_to_train,
     count,
     named_config,
     warn_of_unused,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from dist_train.config import Config
 
 _TRAINING = ("train", "lr-range", "replay")  # on request these save and stop; as in launch/common.sh
+_ON_RANKS = (*_TRAINING, "evaluate", "landscape")
 _limit = partial(count, least=0)
 _STANDARD_ERROR = 2  # the descriptor itself: `sys.stderr` may be replaced by an object that has none
 
@@ -49,7 +51,7 @@ def _train(arguments: argparse.Namespace) -> int:
     # prints a traceback if a library crashes the process
     faulthandler.enable(file=_STANDARD_ERROR)
     with without_collection():
-        config = named_config(arguments)
+        config = config_to_train(arguments)
 
         from dist_train.launching import train
 
@@ -157,6 +159,12 @@ def _launch(arguments: argparse.Namespace) -> int:
         )
     _check_range("-np", arguments.np, 0 if arguments.listen else 1, None)
     command = parse(words)
+    if words[0] not in _ON_RANKS:
+        hint = "; its option --ranks gives each run several ranks" if words[0] == "sweep" else ""
+        raise UsageError(
+            f"{words[0]} runs in one process: call it without launch{hint}. On ranks run: {', '.join(_ON_RANKS)}",
+            code="not-on-ranks",
+        )
     options = (arguments.min_ranks, arguments.max_ranks, arguments.restarts, arguments.start_with, arguments.listen)
     if words[0] != "train":
         if any(option is not None for option in options):
@@ -168,7 +176,13 @@ def _launch(arguments: argparse.Namespace) -> int:
         return launch_ranks([sys.executable, "-m", "dist_train", *words], arguments.np, saves=saves)
     # Checked here, so that errors are reported once and not by each rank; a plug-in may load torch.
     with blocked_signals():
-        config = named_config(command)
+        config = config_to_train(command)
+    if config.comm.engine == "horovod":
+        raise UsageError(
+            "dist-train launch connects its ranks by torch.distributed: leave comm.engine=horovod out, or start with "
+            "horovodrun or mpirun",
+            code="launcher-unsupported",
+        )
     elasticity = _elasticity(arguments, config)
     run = command.run_dir or config.run_directory
     if elasticity is None:
@@ -271,10 +285,13 @@ def add_outcome(subparsers: Subparsers) -> None:
         "outcome",
         help="the exit code of a run's last launch, from its status.json",
         description="Exit with the code that the run's last launch wrote into status.json; with 1 if it wrote none, or "
-        "if that was not the launch --launch. A launch that recorded no end is recorded there as failed.",
+        "if that was not the launch --launch.",
     )
     parser.add_argument("run_directory", type=Path, metavar="RUN", help="a run directory")
-    parser.add_argument("--launch", metavar="ID", help="the DIST_TRAIN_LAUNCH of a launch that has ended")
+    parser.add_argument("--launch", metavar="ID", help="the launch's DIST_TRAIN_LAUNCH")
+    parser.add_argument(
+        "--record-lost", action="store_true", help="the launch has ended: if it recorded no end, record that it failed"
+    )
     parser.set_defaults(run=_outcome)
 
 
@@ -291,8 +308,8 @@ def _outcome(arguments: argparse.Namespace) -> int:
         # An mpirun may kill the other ranks before rank 0 can report the loss of one.
         reason = f"the launch died in state {status.state} at step {status.step}"
         print(f"dist-train: {escaped(reason)} [rank-lost]", file=sys.stderr)
-        if arguments.launch is not None:
-            record_lost(path, arguments.launch, reason)
+        if arguments.record_lost:
+            record_lost(path, status.launch, reason)
         return ExitCode.FAULT
     return status.exit_code
 

@@ -44,7 +44,8 @@ from dist_train.rundir.paths import (
     RunLock,
     oserror_to_fault,
 )
-from dist_train.rundir.records import Observer, Outcome, rewind
+from dist_train.rundir.records import Observer, Outcome, read_last_records, rewind
+from dist_train.rundir.records import identity_of as identity_of_record
 from dist_train.start_up import without_collection
 from dist_train.training.compute import share_of_threads
 from dist_train.training.consistency import check_consistent_across_ranks, identity_of
@@ -150,6 +151,7 @@ def train(config: Config, run_directory: Path | str | None = None, observers: Se
 
 
 _KEEP_ALL_STEPS = 2**62
+_RECENT_BYTES = 1 << 23  # of metrics.jsonl: more than the records that a rank keeps for a takeover
 
 
 @dataclass
@@ -193,8 +195,12 @@ class Regrouping:
         nodes = gather_str(comm, socket.gethostname(), "nodes")
         self.session.note_generation(trainer, nodes)
         if self._owes_records:
+            written = {
+                identity_of_record(record) for record in read_last_records(self.directory.metrics, _RECENT_BYTES)
+            }
             for record in trainer.recent.all():
-                trainer.observers.record(record)
+                if identity_of_record(record) not in written:
+                    trainer.observers.record(record)
             self._owes_records = False
 
     def _take_over(self, trainer: Trainer, lock: RunLock) -> None:

@@ -175,6 +175,11 @@ def record_lost(path: Path, launch: str, reason: str) -> None:
         atomic.swap_text(path, status.ended("failed", ExitCode.FAULT, reason).to_json())
 
 
+def record_end(path: Path, state: State, exit_code: ExitCode, reason: str) -> None:
+    """Replace the end in the status at `path`, of a launch that has ended. Raises BrokenFileError or OSError."""
+    atomic.swap_text(path, load_status(path).ended(state, exit_code, reason).to_json())
+
+
 def another_failed(path: Path) -> bool:
     """Whether another process of this launch has recorded in the status at `path` that it failed."""
     status = read_status(path)

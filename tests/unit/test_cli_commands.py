@@ -524,12 +524,12 @@ class TestOutcome:
     def test_a_launch_that_died_ends_with_1(self, tmp_path: Path) -> None:
         StatusFile(tmp_path / "status.json", 2).change("running", step=7)
         assert main(["outcome", str(tmp_path)]) == 1
-        assert load_status(tmp_path / "status.json").state == "running", "it may be another launch's, which still runs"
+        assert load_status(tmp_path / "status.json").state == "running", "the launch may still be at work"
 
     def test_a_launch_that_died_is_recorded_as_failed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("DIST_TRAIN_LAUNCH", "first")
         StatusFile(tmp_path / "status.json", 2).change("running", step=7)
-        assert main(["outcome", str(tmp_path), "--launch", "first"]) == 1
+        assert main(["outcome", str(tmp_path), "--launch", "first", "--record-lost"]) == 1
         status = load_status(tmp_path / "status.json")
         assert (status.state, status.exit_code) == ("failed", 1)
 
