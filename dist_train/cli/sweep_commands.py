@@ -122,7 +122,7 @@ def _sweep(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ..
     jobs = min(arguments.jobs, planned)
     launcher = Launcher(arguments.ranks, threads_per_rank(jobs, arguments.ranks), to_terminal=is_single)
     launcher.program()
-    publish(plan)
+    publish(plan, arguments.only)
     print(f"study {plan.study.name}: {planned} of {plan.total} runs, {jobs} at a time, in {plan.directory}")
     current = plan
 
@@ -136,7 +136,7 @@ def _sweep(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ..
 
     tally = sweep(plan, runs, jobs, launcher, _say, new_trials)
     tally.unasked = 0 if is_single else len(current.unasked)
-    publish(current)
+    publish(current, arguments.only)
     for line in summary(tally):
         print(escaped(line))
     return tally.exit_code

@@ -30,7 +30,10 @@ _ENOUGH = 1 << 20  # bytes at the end of metrics.jsonl, in which the last evalua
 
 @dataclass(frozen=True)
 class Standing:
-    """The state of a run, its last test accuracy, and what a sweep does `then` (skip: it has finished)."""
+    """The state of a run, its last test accuracy, and what a sweep does `then` (skip: it has finished).
+
+    A run that `has_other_settings` than the plan is unrecoverable.
+    """
 
     run: PlannedRun
     state: str
@@ -38,6 +41,7 @@ class Standing:
     then: Next
     done: float | None = None
     accuracy: float | None = None
+    has_other_settings: bool = False
 
 
 def standing_of(run: PlannedRun) -> Standing:
@@ -49,10 +53,10 @@ def standing_of(run: PlannedRun) -> Standing:
     state, note = summary.state, summary.note
     if state in ALIVE and (gone := _job_is_gone(summary)):
         state, note = "lost", gone
-    then, why = _next(run, state, note)
+    then, why, has_other_settings = _next(run, state, note)
     done = summary.step / summary.total_steps if summary.step is not None and summary.total_steps else None
     tested = _last_evaluation(run, "test")
-    return Standing(run, state, why, then, done, tested.accuracy if tested else None)
+    return Standing(run, state, why, then, done, tested.accuracy if tested else None, has_other_settings)
 
 
 def render(standings: Sequence[Standing]) -> Table:
@@ -93,10 +97,10 @@ def as_ranges(numbers: Sequence[int]) -> str:
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
 
 
-def _next(run: PlannedRun, state: str, note: str) -> tuple[Next, str]:
-    """Return what a sweep does with a run in `state`, and the note about it."""
+def _next(run: PlannedRun, state: str, note: str) -> tuple[Next, str, bool]:
+    """Return what a sweep does with a run in `state`, the note about it, and whether it has other settings."""
     if state in ALIVE:
-        return "busy", note or "another process is running it"
+        return "busy", note or "another process is running it", False
     began = None
     with suppress(ConfigError):
         began = load_config(run.files.config)
@@ -104,14 +108,14 @@ def _next(run: PlannedRun, state: str, note: str) -> tuple[Next, str]:
     fix = f"move {run.directory} away to run it from the start"
     # Without a checkpoint there is nothing that the settings must match.
     if changed and (state == "finished" or any(run.files.checkpoint_steps())):
-        return "unrecoverable", f"it was started with other settings ({'; '.join(map(str, changed))}); {fix}"
+        return "unrecoverable", f"it was started with other settings ({'; '.join(map(str, changed))}); {fix}", True
     if state == "finished":
         same_end = began is None or began.run.max_steps == run.config.run.max_steps
-        return ("skip", note) if same_end else ("start", "run.max_steps has changed")
+        return ("skip", note, False) if same_end else ("start", "run.max_steps has changed", False)
     status = read_status(run.files.status)
     if status is not None and status.exit_code == ExitCode.DIVERGED and not changed:
-        return "unrecoverable", f"{note}; {fix}"
-    return "start", note
+        return "unrecoverable", f"{note}; {fix}", False
+    return "start", note, False
 
 
 def _job_is_gone(summary: RunSummary) -> str:
@@ -140,8 +144,11 @@ def renewed(plan: Plan) -> Plan:
     return plan_study(plan.file, plan.directory.parent, plan.overrides, plan)
 
 
-def publish(plan: Plan) -> None:
+def publish(plan: Plan, only: int | None = None) -> None:
     """Write the plan into the study's folder; in an Optuna search, first report results and renew the plan.
+
+    The folder's files stay if all runs, or the one with the number `only`, were started with other settings: the
+    report needs the plan that they belong to.
 
     Raises UsageError if the folder cannot be written.
     """
@@ -151,7 +158,9 @@ def publish(plan: Plan) -> None:
         if trials:
             plan = renewed(plan)
             _report_results(plan, trials)
-        write_plan(plan)
+        chosen = [run for run in plan.runs if only in (None, run.number)]
+        if plan.unasked or not all(standing_of(run).has_other_settings for run in chosen):
+            write_plan(plan)
 
 
 def with_trials(plan: Plan, number: int | None = None) -> Plan:

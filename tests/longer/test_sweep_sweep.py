@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -17,8 +18,8 @@ from dist_train.cli.main import main
 from dist_train.config import dump_config
 from dist_train.outcome import ExitCode
 from dist_train.rundir.status import StatusFile
-from dist_train.sweep.planned_runs import Plan, PlannedRun
-from dist_train.sweep.standing import as_ranges, standing_of
+from dist_train.sweep.planned_runs import Plan, PlannedRun, plan_study
+from dist_train.sweep.standing import as_ranges, publish, standing_of
 from dist_train.sweep.sweep import Launcher, Tally, summary, sweep, take, threads_per_rank
 from tests.unit.studies import small_plan, write_study
 from tests.waiting import PATIENCE
@@ -51,6 +52,10 @@ def write_run(run: PlannedRun, state: str, code: ExitCode | None = None, reason:
     (run.directory / "config.yaml").write_text(dump_config(run.config))
     status = StatusFile(run.directory / "status.json", 1)
     status.change(state, exit_code=code, reason=reason, **fields)  # type: ignore[arg-type]
+
+
+def folder_files(plan: Plan) -> list[str]:
+    return [(plan.directory / name).read_text() for name in ("study.yaml", "runs.json")]
 
 
 def names(runs: Sequence[PlannedRun]) -> list[str]:
@@ -155,6 +160,23 @@ class TestContinuing:
         assert standing.then == "unrecoverable"
         assert "optimizer.momentum: 0.9 when the run began, 0.5 now" in standing.note
         assert run_all(after, "exit 0").exit_code == ExitCode.FAULT
+
+    def test_plan_that_fits_no_run_does_not_replace_the_study_s_files(self, tmp_path: Path) -> None:
+        plan = small_plan(tmp_path)
+        publish(plan)
+        for run in plan.runs:
+            write_run(run, "finished", ExitCode.FINISHED)
+        before = folder_files(plan)
+        mistaken = plan_study(plan.file, overrides=["run.epochs=7"])
+        publish(mistaken)
+        assert folder_files(plan) == before
+        shutil.rmtree(plan.runs[0].directory)
+        publish(mistaken, only=2)
+        assert folder_files(plan) == before
+        publish(mistaken)
+        assert "run.epochs=7" in folder_files(plan)[1]
+        publish(small_plan(tmp_path, title="New"))
+        assert "title: New" in folder_files(plan)[0]
 
     def test_finished_run_with_more_steps_continues(self, tmp_path: Path) -> None:
         write_run(small_plan(tmp_path, settings={"run.max_steps": 2}).runs[0], "finished", ExitCode.FINISHED)
