@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from dist_train.sweep.study_file import OptunaTrials
 from dist_train.watch.run_table import ALIVE, COLOURS, RunSummary, read_runs
 
 Next = Literal["start", "skip", "busy", "unrecoverable"]
+_LENGTH = ["run.epochs"]
 _ENOUGH = 1 << 20  # bytes at the end of metrics.jsonl, in which the last evaluation is found
 
 
@@ -108,6 +110,10 @@ def _next(run: PlannedRun, state: str, note: str) -> tuple[Next, str, bool]:
     fix = f"move {run.directory} away to run it from the start"
     # Without a checkpoint there is nothing that the settings must match.
     if changed and (state == "finished" or any(run.files.checkpoint_steps())):
+        longer = run.config.run.epochs
+        if began and state == "finished" and longer > began.run.epochs and [each.path for each in changed] == _LENGTH:
+            words = ["dist-train", "train", run.files.config, f"run.epochs={longer}", "--run-dir", run.directory]
+            fix += f"; or lengthen it: {shlex.join(map(str, words))}"
         return "unrecoverable", f"it was started with other settings ({'; '.join(map(str, changed))}); {fix}", True
     if state == "finished":
         same_end = began is None or began.run.max_steps == run.config.run.max_steps

@@ -161,6 +161,21 @@ class TestContinuing:
         assert "optimizer.momentum: 0.9 when the run began, 0.5 now" in standing.note
         assert run_all(after, "exit 0").exit_code == ExitCode.FAULT
 
+    def test_advice_is_to_lengthen_a_finished_run_of_fewer_epochs(self, tmp_path: Path) -> None:
+        plan = small_plan(tmp_path)
+        run, unfinished, *_ = plan.runs
+        write_run(run, "finished", ExitCode.FINISHED)
+        write_run(unfinished, "stopped", ExitCode.STOPPED)
+        unfinished.files.checkpoints.mkdir()
+        (unfinished.files.checkpoints / "step-00000001.json").touch()
+        command = f"dist-train train {run.directory}/config.yaml run.epochs=7 --run-dir {run.directory}"
+        longer = plan_study(plan.file, overrides=["run.epochs=7"])
+        assert standing_of(longer.runs[0]).note.endswith(command)
+        others = plan_study(plan.file, overrides=["run.epochs=7", "optimizer.momentum=0.5"])
+        for standing in (standing_of(longer.runs[1]), standing_of(others.runs[0])):
+            assert standing.has_other_settings
+            assert "lengthen it" not in standing.note
+
     def test_plan_that_fits_no_run_does_not_replace_the_study_s_files(self, tmp_path: Path) -> None:
         plan = small_plan(tmp_path)
         publish(plan)
