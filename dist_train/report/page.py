@@ -47,6 +47,7 @@ def tables_in_markdown(subject: Subject) -> str:
         groups.setdefault(found.other, {})[found.among] = None
     template = _templates().get_template("tables.md.jinja")
     text = template.render(
+        unfinished=_unfinished(subject),
         repeated=_repeated(panels),
         tables=variant_tables(panels),
         effects=effect_tables(panels),
@@ -130,6 +131,10 @@ def _content(subject: Subject) -> dict[str, Any]:
     return _run_content(subject.runs[0]) if subject.kind == "run" else _study_content(subject)
 
 
+def _unfinished(subject: Subject) -> list[StoredRun]:
+    return [run for run in subject.runs if not run.is_finished]
+
+
 def _repeated(panels: Sequence[Panel]) -> list[tuple[str, str]]:
     return [pair for panel in panels for variant in panel.variants for pair in variant.repeated.items()]
 
@@ -156,7 +161,7 @@ def _study_content(subject: Subject) -> dict[str, Any]:
         "measures": measures,
         "runs": [(run, variant, run_cells(run, measures)) for variant in variants for run in variant.runs],
         "repeated": _repeated(panels),
-        "unfinished": [run for run in subject.runs if not run.is_finished],
+        "unfinished": _unfinished(subject),
         "problems": [(run, problem) for run in subject.runs for problem in run.analyses.problems],
         "shared": _shared_settings(subject.runs),
         "run_commands": [(run, command) for run in subject.runs if (command := _command_of(run))],

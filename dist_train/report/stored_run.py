@@ -50,6 +50,7 @@ class Planned:
 class StoredRun:
     """A run. `state` is status.json's, or `lost`, `broken` or `missing`; `note` gives the reason.
 
+    `has_other_settings` than its study has now: it is `broken`, whatever its status.
     `settings` maps dotted paths to values; it is empty if config.yaml is missing or broken.
     """
 
@@ -64,6 +65,7 @@ class StoredRun:
     evaluations: tuple[EvaluationRecord, ...] = ()
     events: tuple[EventRecord, ...] = ()
     analyses: Analyses = field(default_factory=Analyses)
+    has_other_settings: bool = False
 
     @property
     def is_finished(self) -> bool:
@@ -233,7 +235,8 @@ def _study_runs(directory: Path, prefix: str) -> Iterator[StoredRun]:
         # Its numbers would stand under the title of settings that it did not have.
         changed = "; ".join(_changes(run.settings, base, planned.overrides))
         note = f"it was started with other settings than the study has now ({changed})"
-        yield StoredRun(run.directory, run.name, "broken", note, planned) if changed else run
+        other = StoredRun(run.directory, run.name, "broken", note, planned, has_other_settings=True)
+        yield other if changed else run
 
 
 def _changes(settings: Mapping[str, object], base: Mapping[str, object], overrides: Sequence[str]) -> Iterator[str]:

@@ -121,10 +121,12 @@ def measured_note(count: int, censored: int, measure: Measure, values: Sequence[
 
 
 def lost_note(lacking: Sequence[Sequence[StoredRun]]) -> str:
-    """Return how many values are missing because runs behind them, each in `lacking`, diverged or have not finished."""
+    """Return how many values are missing, and why: runs behind them, each in `lacking`, diverged, for instance."""
     diverged = sum(any(run.is_diverged for run in runs) for runs in lacking)
-    unfinished = sum(any(not run.is_finished for run in runs) for runs in lacking) - diverged
-    words = ((diverged, "diverged"), (unfinished, "unfinished"))
+    others = [runs for runs in lacking if not any(run.is_diverged for run in runs)]
+    changed = sum(any(run.has_other_settings for run in runs) for runs in others)
+    unfinished = sum(any(not run.is_finished for run in runs) for runs in others) - changed
+    words = ((diverged, "diverged"), (unfinished, "unfinished"), (changed, "with other settings"))
     return "".join(f", {number} {word}" for number, word in words if number)
 
 

@@ -10,6 +10,7 @@ import yaml
 
 from dist_train.report.figures import lines_between
 from dist_train.report.measures import Measure, measures_of
+from dist_train.report.page import tables_in_markdown
 from dist_train.report.stored_run import Subject, read_subject
 from dist_train.report.tables import contrast_tables, effect_tables, variant_cell
 from dist_train.report.variants import panels_of
@@ -67,7 +68,9 @@ def test_run_that_began_with_other_settings_than_its_study_has_now_does_not_coun
     (study / "base.yaml").unlink()
     subject = read_subject(study)
     [changed] = [each for each in panels_of(subject.runs)[1].variants if each.name == "lb-noise-amplitude-0.01"]
-    assert variant_cell(changed, measures(subject)["final_test"]).note == "n = 1, 2 unfinished"
+    assert variant_cell(changed, measures(subject)["final_test"]).note == "n = 1, 2 with other settings"
+    listed = tables_in_markdown(subject).partition("## Missing from the numbers\n\n")[2].partition("\n\n")[0]
+    assert [line.rpartition(" ")[2] for line in listed.splitlines()] == ["0.02)"] * 2
 
 
 @pytest.mark.parametrize(("statistics", "count"), [("checkpoint", 3), ("batch", 2)])
