@@ -196,7 +196,11 @@ def _best(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ...
     search = plan.study.search
     if search is None:
         raise UsageError(f"the study {plan.study.name} has no search: see its report", code="option-alone")
-    for variant, value, best in best_trials(plan):
+    found = list(best_trials(plan))
+    if not found:
+        print(f"dist-train: no trial of {plan.study.name} has finished; see --list", file=sys.stderr)
+        return ExitCode.FAULT
+    for variant, value, best in found:
         settings = {path: best[0].settings[path] for path in search.space}
         names = [run.name for run in best]
         print(json.dumps({"variant": variant, search.objective: value, "settings": settings, "runs": names}))

@@ -142,6 +142,16 @@ def test_a_batch_script_gets_the_numbers_and_the_arguments_of_runs_that_are_stil
     assert "[no-such-run-number]" in capsys.readouterr().err
 
 
+def test_without_a_finished_trial_there_is_no_best(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = small_plan(tmp_path, search={"method": "random", "trials": 2, "space": SPACE}, variants={"a": {}}, seeds=[0])
+    assert main(["sweep", str(plan.file), "--best"]) == ExitCode.FAULT
+    printed = capsys.readouterr()
+    assert (printed.out, "see --list" in printed.err) == ("", True)
+    finish(plan.runs[1], 0.5)
+    assert main(["sweep", str(plan.file), "--best"]) == ExitCode.FINISHED
+    assert json.loads(capsys.readouterr().out)["runs"] == [plan.runs[1].name]
+
+
 @pytest.mark.parametrize("method", ["random", "optuna"])
 @pytest.mark.parametrize(
     ("changes", "code"),
