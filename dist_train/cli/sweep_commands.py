@@ -238,7 +238,15 @@ def add_submit(subparsers: Subparsers) -> None:
         action="store_const",
         const=_submit_study,
         help="CONFIG is a study: submit its runs as an array, followed by its analyses and its report; --run-dir is "
-        "then the folder of studies, as sweep's --directory",
+        "then the folder of studies",
+    )
+    parser.add_argument(
+        "--directory",
+        dest="run_dir",
+        type=Path,
+        default=argparse.SUPPRESS,
+        metavar="DIR",
+        help="the same as --run-dir; sweep's name for the folder of studies",
     )
     parser.set_defaults(run=_submit, sbatch_options=[])
 

@@ -159,7 +159,7 @@ def publish(plan: Plan, only: int | None = None) -> None:
     Raises UsageError if the folder cannot be written.
     """
     trials = optuna_trials(plan.study, plan.directory)
-    fix = "choose another folder with --directory (submit: --run-dir)"
+    fix = "choose another folder with --directory"
     with writing(plan.directory, fix), trials.locked() if trials else nullcontext():
         if trials:
             plan = renewed(plan)

@@ -182,6 +182,15 @@ def test_a_study_s_jobs_in_the_queue_are_named_and_the_command_that_watches_them
     assert "scancel 18" in told
 
 
+@pytest.mark.parametrize("option", ["--run-dir", "--directory"])
+def test_the_folder_of_studies_has_the_name_that_sweep_gives_it(
+    option: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    command = ["submit", "--study", str(write_study(tmp_path)), "--dry-run", option, str(tmp_path / "there")]
+    assert main(command) == ExitCode.FINISHED
+    assert f"report_in_job {tmp_path}/there/small\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("command", [["sweep", "--list"], ["submit", "--study", "--dry-run"]])
 def test_options_that_an_analysis_refuses_are_refused_before_the_runs(
     command: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
