@@ -229,7 +229,9 @@ def add_submit(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--ranks-per-node", type=count, metavar="K", help="ranks per node (default: one for each GPU; without GPUs one)"
     )
-    parser.add_argument("--time", metavar="T", help="time limit in sbatch's format: 4:00:00 (default: the partition's)")
+    parser.add_argument(
+        "--time", type=_time, metavar="T", help="time limit in sbatch's format: 4:00:00 (default: the partition's)"
+    )
     parser.add_argument("--partition", metavar="P", help="partition (default: the cluster's)")
     parser.add_argument("--dry-run", action="store_true", help="print the batch script without submitting it")
     parser.add_argument(
@@ -326,6 +328,13 @@ def _submit_study(arguments: argparse.Namespace) -> int:
     watch = ["dist-train", "sweep", str(arguments.config), *arguments.overrides, *directory, "--list"]
     print(f"watch it       {shlex.join(watch)}")
     return ExitCode.FINISHED
+
+
+def _time(text: str) -> str:
+    if re.fullmatch(r"[0-9]+(:[0-9]+){0,2}|[0-9]+-[0-9]+(:[0-9]+){0,2}|(?i:unlimited|infinite)", text) is None:
+        forms = "MINUTES, M:S, H:M:S, D-H, D-H:M, D-H:M:S or UNLIMITED"
+        raise argparse.ArgumentTypeError(f"takes {forms}, not {text!r}")
+    return text
 
 
 def _nodes(text: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dist_train.cli.main import main
+from dist_train.cli.main import main, parse
 from dist_train.config import load_config
 from dist_train.config.loading import project_root
 from dist_train.outcome import ExitCode, UsageError
@@ -222,11 +222,24 @@ def test_a_bad_configuration_is_refused(config: Path, capsys: pytest.CaptureFixt
     assert "[unknown-key]" in printed.err
 
 
-@pytest.mark.parametrize("option", [["--nodes", "0"], ["--nodes", "4-2"], ["--ranks-per-node", "none"]])
+@pytest.mark.parametrize(
+    "option",
+    [
+        ["--nodes", "0"],
+        ["--nodes", "4-2"],
+        ["--ranks-per-node", "none"],
+        *(["--time", time] for time in ("foo", "4h", "1:2:3:4", "1-", "1-2:3:4:5", "")),
+    ],
+)
 def test_bad_options_are_refused(config: Path, option: list[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["submit", str(config), *option])
     assert ended.value.code == ExitCode.USAGE
+
+
+@pytest.mark.parametrize("time", ["90", "90:00", "4:00:00", "1-12", "1-12:30", "1-12:30:00", "UNLIMITED"])
+def test_time_has_any_of_slurm_s_forms(time: str) -> None:
+    assert parse(["submit", "config.yaml", "--time", time]).time == time
 
 
 @pytest.mark.parametrize(
