@@ -21,6 +21,7 @@ from scipy.optimize import brentq
 
 from dist_train.analysis.landscape_points import Subject, place_in
 from dist_train.checkpoint.files import Stored, list_checkpoints, read_stored
+from dist_train.monitoring.wording import plural
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import UsageError
 from dist_train.reproducible import generator
@@ -115,8 +116,8 @@ def run_checkpoints(last: Path) -> list[Stored]:
     paths = [file.path for file in files if ends and file.step <= ends[0]]
     if len(paths) < 3:
         raise UsageError(
-            f"{last.parent} holds {len(paths)} checkpoints up to {last.name}: a trajectory needs three or more; "
-            f"train with a larger checkpoint.keep",
+            f"{last.parent} holds {plural(len(paths), 'checkpoint')} up to {last.name}: a trajectory needs three "
+            f"or more; train with a larger checkpoint.keep",
             code="too-few-checkpoints",
         )
     return [read_stored(path) for path in paths]
@@ -269,15 +270,16 @@ def summarize(widths: Sequence[Width]) -> dict[str, Any]:
     return summary
 
 
-def describe(width: Width) -> str:
-    """Return one line for the user."""
+def describe(width: Width, has_directions: bool = True) -> str:
+    """Return one line for the user; a line between two checkpoints has no directions."""
     ends = {(True, True): "both ends open", (True, False): "left end open", (False, True): "right end open"}
     note = ends.get((width.is_open_left, width.is_open_right))
     least = "at least " if note else ""
     if not note and width.points < 2:
         note = "unresolved: it contains no other point of the line"
+    start = f"direction {width.direction}, " if has_directions else ""
     return (
-        f"direction {width.direction}, basin of {width.basin}: loss under {width.factor:g} x {width.minimum_loss:.4g} "
+        f"{start}basin of {width.basin}: loss under {width.factor:g} x {width.minimum_loss:.4g} "
         f"(at alpha {width.minimum_alpha:g}) from {width.left:.4g} to {width.right:.4g}: "
         f"width {least}{width.width:.4g}{f' ({note})' if note else ''}"
     )

@@ -80,7 +80,7 @@ def _landscape(arguments: argparse.Namespace) -> int:
         if finished.not_finite:
             print(f"the loss is not finite in {finished.not_finite} rows of points.csv", file=sys.stderr)
         for width in finished.widths:
-            print(describe(width))
+            print(describe(width, has_directions=settings.kind != "interpolate"))
         print(finished.folder)
     return ExitCode.FINISHED
 

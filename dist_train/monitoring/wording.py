@@ -45,10 +45,11 @@ def current_epoch(facts: RunFacts, step: int) -> str:
 def introduction(facts: RunFacts) -> tuple[str, ...]:
     """Return the lines that introduce a run: model, data, batch and schedule."""
     sizes = ", ".join(f"{stage.global_size:,} from epoch {stage.epoch + 1}" for stage in facts.stages[1:])
+    epochs = f"{facts.epochs:.4g} epoch{'' if facts.epochs == 1 else 's'}"
     lines = [
         f"{facts.name}: {facts.data}; {facts.model}, {plural(facts.parameters, 'parameter')}; noise {facts.noise}",
         f"batch {facts.global_size:,} as {plural(facts.micro_batches, 'micro-batch')} of {facts.micro_size:,} on "
-        f"{plural(facts.world_size, 'rank')} ({facts.controller}), {facts.epochs:.4g} epochs of "
+        f"{plural(facts.world_size, 'rank')} ({facts.controller}), {epochs} of "
         f"{plural(facts.steps_per_epoch, 'step')}, {plural(facts.total_steps, 'step')} in all",
     ]
     if sizes:
@@ -71,7 +72,9 @@ def evaluation(facts: RunFacts, record: EvaluationRecord) -> str:
 
 def event(record: EventRecord) -> str:
     """Return an event as one line."""
-    details = escaped(", ".join(f"{name} {value}" for name, value in record.details.items()))
+    details = escaped(
+        ", ".join(f"{value}" if name == "reason" else f"{name} {value}" for name, value in record.details.items())
+    )
     name = escaped(record.event.replace("_", " "))
     return f"step {record.step:,}: {name} ({details})" if details else f"step {record.step:,}: {name}"
 

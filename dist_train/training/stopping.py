@@ -13,6 +13,7 @@ from typing import Any
 from dist_train.checkpoint.state import Progress
 from dist_train.cluster.launch import current_job, job_end
 from dist_train.config.parts import EarlyStoppingSettings
+from dist_train.monitoring.wording import percent
 from dist_train.outcome import UsageError
 
 _ALWAYS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
@@ -128,7 +129,9 @@ class EarlyStopping:
         waited = progress.stopping_waited or 0
         if self._settings.patience is None or waited < self._settings.patience:
             return ""
-        best = "never finite" if progress.stopping_best is None else f"best {progress.stopping_best:.6g}"
+        best = "never finite"
+        if (value := progress.stopping_best) is not None:
+            best = f"best {percent(value) if self._metric.endswith('.accuracy') else f'{value:.6g}'}"
         return (
             f"stopped early after step {progress.step}: {self._metric} has not improved in {waited} evaluations "
             f"({best}); raise early_stopping.patience to continue"

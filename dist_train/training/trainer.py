@@ -336,7 +336,8 @@ class Trainer:
             values |= {f"{split}.loss": result.loss for split, result in results.items()}
             self._early_stopping.note(self.progress, values)
         if self.stopped_early:
-            self._event("stopped_early", reason=self.stopped_early)
+            # the event's name and step say the rest
+            self._event("stopped_early", reason=self.stopped_early.partition(": ")[2])
 
     def _evaluate_splits(self, suffix: str) -> dict[str, Evaluation]:
         """Evaluate the network on every split; record and return the results by the split's name plus `suffix`."""

@@ -322,6 +322,11 @@ def test_the_pace_is_that_of_the_last_minute() -> None:
     assert pace.seconds_left(10) == 0
 
 
+def test_the_reason_of_an_event_is_not_called_so() -> None:
+    record = EventRecord(42, "stopped_early", 0.0, {"reason": "test.loss has not improved"})
+    assert wording.event(record) == "step 42: stopped early (test.loss has not improved)"
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(0, "0:00"), (59.6, "1:00"), (151, "2:31"), (3_751, "1:02:31"), (273_906, "3d 04:05:06"), (-1, "0:00")],

@@ -52,3 +52,8 @@ def test_what_it_has_seen_is_in_the_progress_and_more_patience_continues() -> No
     progress = Progress(step=3, stopping_best=0.5, stopping_waited=2)
     assert "test.accuracy" in stopping(2).reason(progress)
     assert not stopping(3).reason(progress)
+
+
+@pytest.mark.parametrize(("metric", "best"), [("test.accuracy", "(best 100.00 %)"), ("test.loss", "(best 1)")])
+def test_its_reason_has_the_best_value_in_the_metric_s_unit(metric: str, best: str) -> None:
+    assert best in stopping(1, metric=metric).reason(Progress(stopping_best=1.0, stopping_waited=1))
