@@ -47,7 +47,7 @@ from dist_train.training.measuring import Measuring, Profiler, StepClock, Weight
 from dist_train.training.micro_batches import fewest_samples, find_micro_size, forward_and_backward, sum_over
 from dist_train.training.reduction import Tally, set_up_reduction
 from dist_train.training.step import TrainingStep
-from dist_train.training.stopping import StopRequests, TimeLimit, job_time_limit
+from dist_train.training.stopping import EarlyStopping, StopRequests, TimeLimit, job_time_limit
 from dist_train.training.trainer import Trainer
 
 _logger = logging.getLogger("dist_train.training")
@@ -238,16 +238,20 @@ def _restore(
             state = initial.fitted(network.state_dict(), resume_point.config.data.image_format.classes)
             load_model(state, network, str(initial.path))
         return Progress()
+    config, progress = resume_point.config, restored_progress(contents)
     epochs_before = resume_point.epochs_before or 0
     if contents.step < (planned := scheduled.steps(epochs_before)):
+        ends_early = EarlyStopping(config.early_stopping, config.stopping_metric).reason(progress)
+        others = "" if config.run.resume == "auto" else "; to start a new run from these weights: run.init_from"
         raise UsageError(
             f"the run has done {contents.step} of the {planned} updates of its {epochs_before} epochs: "
-            f"finish it with run.epochs={epochs_before}, then lengthen it",
+            f"finish it with run.epochs={epochs_before}{' early_stopping.patience=null' if ends_early else ''}, "
+            f"then lengthen it{others}",
             code="run-unfinished",
         )
     load_into(contents, network, optimizer, averaging)
     noise.load(contents.noise)
-    return restored_progress(contents)
+    return progress
 
 
 def _warn_of_lost_noise(noise: Noise, precision: torch.dtype, step: int) -> None:

@@ -414,6 +414,26 @@ class TestTrain:
         assert status is not None
         assert (status.step, status.total_steps, status.epoch) == (9, 9, 3.0)
 
+    def test_advice_on_an_unfinished_run_finishes_it_although_it_stopped_early(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        stops = {"patience": 1, "min_delta": 1.0, "metric": "test.accuracy"}
+        config, run = write_config(tmp_path, run={"epochs": 3}, early_stopping=stops), tmp_path / "run"
+
+        def ended(*words: str) -> tuple[int, str]:
+            return main(["train", config, *words]), capsys.readouterr().err
+
+        there = ("--run-dir", str(run))
+        assert ended(*there)[0] == ExitCode.FINISHED
+        code, told = ended("run.epochs=4", *there)
+        assert (code, "[run-unfinished]" in told, "run.init_from" in told) == (ExitCode.USAGE, True, False)
+        advice = told.partition("finish it with ")[2].partition(", then")[0].split()
+        assert advice == ["run.epochs=3", "early_stopping.patience=null"]
+        code, told = ended("run.epochs=4", f"run.resume={run}@6", "--run-dir", str(tmp_path / "other"))
+        assert (code, "run.init_from" in told) == (ExitCode.USAGE, True)
+        assert ended(*advice, *there)[0] == ExitCode.FINISHED
+        assert ended("run.epochs=4", *there)[0] == ExitCode.FINISHED
+
     @pytest.mark.parametrize(
         ("override", "code"),
         [
