@@ -125,6 +125,8 @@ class TestProgram:
             (["--min-ranks", "3", "train", SMOKE], "option-range"),
             (["--min-ranks", "0", "train", SMOKE], "option-range"),
             (["--restarts", "1", "evaluate", "x"], "elastic-command"),
+            (["sweep", "x"], "not-on-ranks"),
+            (["--min-ranks", "1", "train", SMOKE, "comm.engine=horovod"], "launcher-unsupported"),
             (["--max-ranks", "1", "--listen", "127.0.0.1", "train", SMOKE], "option-range"),
             (["--start-with", "1", "train", SMOKE], "option-range"),
             (["--max-ranks", "3", "train", SMOKE], "elastic-without-listen"),
@@ -533,6 +535,17 @@ def test_a_replay_of_a_run_without_records_names_the_update(
     (run / "metrics.jsonl").unlink()
     assert main(["replay", f"{run}@1"]) == ExitCode.USAGE
     assert "step-not-recorded" in capsys.readouterr().err
+
+
+def test_configuration_of_a_copied_run_does_not_train_elsewhere(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(trained, tmp_path / "copy")
+    assert main(["train", str(run / "config.yaml")]) == ExitCode.USAGE
+    assert "[run-moved]" in capsys.readouterr().err
+    assert main(["train", str(run / "config.yaml"), "--run-dir", str(run)]) == ExitCode.FINISHED
+    assert main(["train", str(run / "config.yaml"), "run.name=new", f"run.directory={tmp_path}"]) == ExitCode.FINISHED
+    assert (tmp_path / "new" / "status.json").is_file()
 
 
 class TestOutcome:

@@ -28,7 +28,16 @@ from dist_train.launching.session import Session, build_observers, revision
 from dist_train.monitoring.observers import Observers
 from dist_train.outcome import DisagreementError, DivergedError, StoppedError, UsageError
 from dist_train.rundir.paths import RunDirectory
-from dist_train.rundir.records import EventRecord, Measurement, Observer, Outcome, Record, RunFacts, read_records
+from dist_train.rundir.records import (
+    EventRecord,
+    Measurement,
+    Observer,
+    Outcome,
+    Record,
+    RunFacts,
+    read_records,
+    to_json,
+)
 from dist_train.rundir.status import read_status
 from dist_train.training.stopping import StopRequests
 from dist_train.training.trainer import Trainer
@@ -252,10 +261,22 @@ class LosesOneWhileItMeets(Alone):
         return Pending()
 
 
+class Collecting(Observer):
+    """Keeps the records that it gets."""
+
+    def __init__(self) -> None:
+        self.records: list[Record] = []
+
+    def record(self, record: Record) -> None:
+        self.records.append(record)
+
+
 def test_a_loss_right_after_a_takeover_loses_no_record_of_the_former_rank_0(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path)
     directory.create()
-    former = EventRecord(1, "dealing", 5.0, {})
+    written, former = EventRecord(1, "signal", 4.0, {}), EventRecord(1, "dealing", 5.0, {})
+    directory.metrics.write_text(f"{to_json(written)}\n")
+    own = Collecting()
     generation = Generation(2, 0, 1, ("", 0), ("here",), ("rank 0 died",), "", ())
 
     def launch(comm: SimulatedRanks) -> None:
@@ -265,17 +286,20 @@ def test_a_loss_right_after_a_takeover_loses_no_record_of_the_former_rank_0(tmp_
         if comm.rank == 0:
             session.finish()
             return
+        trainer.recent.add(written)
         trainer.recent.add(former)
         session.comm = trainer.comm = LosesOneWhileItMeets()
         with ExitStack() as stack:
-            regroup = Regrouping(small_config(), directory, session, stack)
+            regroup = Regrouping(small_config(), directory, session, stack, [own])
             with pytest.raises(GroupBrokenError):
                 regroup(trainer, generation)
             regroup(trainer, generation)
             session.finish()
 
     results(2, launch)
-    assert former in read_records(directory.metrics)
+    assert all(record in read_records(directory.metrics) for record in (written, former))
+    assert former in own.records
+    assert written not in own.records
 
 
 def test_a_launch_that_begins_again_keeps_in_the_status_how_far_the_run_was(tmp_path: Path) -> None:

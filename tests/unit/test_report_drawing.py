@@ -73,6 +73,7 @@ def test_it_ends_before_where_the_loss_is_not_finite(tmp_path: Path, capsys: pyt
     losses = json.loads((tmp_path / "range" / "lr_range.json").read_text())["losses"]
     assert 2 <= len(losses) < 6
     assert all(map(math.isfinite, losses))
+    assert json.loads((tmp_path / "range" / "status.json").read_text())["state"] == "finished"
 
 
 @pytest.mark.parametrize(
