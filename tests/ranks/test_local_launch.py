@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -202,7 +203,8 @@ import dist_train
 if __name__ == "__main__":
     for number in range(3):
         dist_train.train(dist_train.load_config({str(config)!r}, ["comm.engine=torch"]), f"{tmp_path}/run{{number}}")
-        print("loss", dist_train.load_run(f"{tmp_path}/run{{number}}").evaluate()["loss"])
+        loss = dist_train.load_run(f"{tmp_path}/run{{number}}").evaluate()["loss"]
+        print(f"final loss {{loss}};")
 """)
     if launcher == "torchrun":
         tasks = [start(2, "torchrun", program=[str(script)])]
@@ -211,7 +213,7 @@ if __name__ == "__main__":
         tasks = [start(1, "alone", extra={**shared, "RANK": str(rank)}, program=[str(script)]) for rank in range(2)]
     outputs = [task.communicate(timeout=PATIENCE)[0] for task in tasks]
     assert [task.returncode for task in tasks] == [0] * len(tasks), outputs
-    losses = [line for line in "".join(outputs).splitlines() if line.startswith("loss ")]
+    losses = re.findall(r"final loss [0-9.]+;", "".join(outputs))  # lines of two ranks may be interleaved
     assert len(losses) == 6
     assert len(set(losses)) == 1
 
