@@ -7,6 +7,7 @@ thread. The training step does so by design (`GradientReduction` sends its bucke
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import socket
@@ -165,19 +166,10 @@ def sum_options() -> Any:
     return options
 
 
-@cache
 def _open_store(launch: Launch, address: StoreAddress) -> dist.Store:
-    """Return the launch's store; it stays open until the process ends, since others may still need what it serves."""
     serves = launch.rank == 0 and not address.is_served
     try:
-        store = dist.TCPStore(
-            address.host,
-            address.port,
-            is_master=serves,
-            timeout=_STORE_TIMEOUT,
-            wait_for_workers=False,
-            master_listen_fd=address.listen_fd if serves else None,
-        )
+        store = _serve_store(address) if serves else _connect_to(address)
     except RuntimeError as error:
         raise UsageError(
             f"the ranks cannot meet at {address.host}:{address.port}: {' '.join(str(error).split())}. "
@@ -185,6 +177,24 @@ def _open_store(launch: Launch, address: StoreAddress) -> dist.Store:
             code="ranks-cannot-meet",
         ) from error
     return dist.PrefixStore(address.prefix, store)
+
+
+def _connect_to(address: StoreAddress) -> dist.TCPStore:
+    return dist.TCPStore(address.host, address.port, is_master=False, timeout=_STORE_TIMEOUT, wait_for_workers=False)
+
+
+@cache
+def _serve_store(address: StoreAddress) -> dist.TCPStore:
+    """Serve the launch's store until the process ends, since ranks that join again must find what they left there."""
+    atexit.register(_serve_store.cache_clear)  # not while the interpreter is taken down
+    return dist.TCPStore(
+        address.host,
+        address.port,
+        is_master=True,
+        timeout=_STORE_TIMEOUT,
+        wait_for_workers=False,
+        master_listen_fd=address.listen_fd,
+    )
 
 
 def gloo_options(timeout: timedelta, address: str) -> Any:
