@@ -270,16 +270,15 @@ def summarize(widths: Sequence[Width]) -> dict[str, Any]:
     return summary
 
 
-def describe(width: Width, has_directions: bool = True) -> str:
-    """Return one line for the user; a line between two checkpoints has no directions."""
+def describe(width: Width) -> str:
+    """Return one line for the user, without the direction's number."""
     ends = {(True, True): "both ends open", (True, False): "left end open", (False, True): "right end open"}
     note = ends.get((width.is_open_left, width.is_open_right))
     least = "at least " if note else ""
     if not note and width.points < 2:
         note = "unresolved: it contains no other point of the line"
-    start = f"direction {width.direction}, " if has_directions else ""
     return (
-        f"{start}basin of {width.basin}: loss under {width.factor:g} x {width.minimum_loss:.4g} "
+        f"basin of {width.basin}: loss under {width.factor:g} x {width.minimum_loss:.4g} "
         f"(at alpha {width.minimum_alpha:g}) from {width.left:.4g} to {width.right:.4g}: "
         f"width {least}{width.width:.4g}{f' ({note})' if note else ''}"
     )

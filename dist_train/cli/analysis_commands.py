@@ -80,7 +80,9 @@ def _landscape(arguments: argparse.Namespace) -> int:
         if finished.not_finite:
             print(f"the loss is not finite in {finished.not_finite} rows of points.csv", file=sys.stderr)
         for width in finished.widths:
-            print(describe(width, has_directions=settings.kind != "interpolate"))
+            # A line between two checkpoints is the only one.
+            direction = "" if settings.kind == "interpolate" else f"direction {width.direction}, "
+            print(f"{direction}{describe(width)}")
         print(finished.folder)
     return ExitCode.FINISHED
 
