@@ -1,7 +1,7 @@
 """Data-parallel training at very large batch sizes, smoothed by synchronized weight noise.
 
-For notebooks and scripts: `load_config` and `train`; `load_run` for what a run left; `evaluate`, `export`, `replay`;
-`register` for plug-ins, `Observer` for one's own records. Nothing is imported before it is asked for.
+For notebooks and scripts: `load_config` and `train`; `load_run` to read a run's results; `evaluate`, `export`,
+`replay`; `register` for plug-ins, `Observer` for your own callbacks. Everything is imported lazily, at its first use.
 """
 
 from importlib import import_module

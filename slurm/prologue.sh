@@ -665,7 +665,7 @@ end_job() {
 decide_what_follows() {
     # The exit status is not 75 then, by which a site may requeue.
     verdict=$("${dist_train[@]}" requeue "$run_directory" --launch "$launch_id" --code "${launcher_status:-0}" \
-        --limit "${MAX_REQUEUES:-3}" --restarts "$1" --words "$(tail -n 100 "$error_log" 2>/dev/null)") || exit
+        --limit "${MAX_REQUEUES:-3}" --restarts "$1" --messages "$(tail -n 100 "$error_log" 2>/dev/null)") || exit
 }
 
 # Waits up to ten minutes while Slurm's controller does not answer.

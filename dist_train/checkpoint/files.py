@@ -41,7 +41,7 @@ class DamagedCheckpointError(UsageError):
     """A checkpoint's bytes are not the ones that were written."""
 
 
-class NoWholeCheckpointError(UsageError):
+class NoCompleteCheckpointError(UsageError):
     """Every checkpoint of a run is damaged."""
 
 
@@ -250,7 +250,7 @@ def newest_whole(directory: Path, report_damage: Callable[[Path, str], None]) ->
     """Return the latest whole checkpoint, if any, and rename damaged ones with their records.
 
     Raises:
-        NoWholeCheckpointError: all are damaged or without a record, now or when the run was started before.
+        NoCompleteCheckpointError: all are damaged or without a record, now or when the run was started before.
         OSError: a file cannot be read at the moment; nothing is renamed for it.
     """
     if not directory.is_dir():
@@ -269,13 +269,13 @@ def newest_whole(directory: Path, report_damage: Callable[[Path, str], None]) ->
                 file.rename(f"{file}{_DAMAGED}")
     # A writer that is killed between its two renames leaves one checkpoint that was never published.
     if without_record > 1:
-        raise NoWholeCheckpointError(
+        raise NoCompleteCheckpointError(
             f"{directory} holds checkpoints, but not their records: copy step-*.json, too, start a new run in another "
             f"directory (run.name), or delete them to begin again",
             code="no-whole-checkpoint",
         )
     if any(directory.glob(f"step-*.pt{_DAMAGED}")):
-        raise NoWholeCheckpointError(
+        raise NoCompleteCheckpointError(
             f"every checkpoint in {directory} is damaged (renamed to *{_DAMAGED}): start a new run in another "
             f"directory (run.name), set run.resume to an intact checkpoint, or delete them to begin again",
             code="no-whole-checkpoint",

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from dist_train.checkpoint.files import (
     Contents,
-    NoWholeCheckpointError,
+    NoCompleteCheckpointError,
     adopt,
     find_checkpoint,
     newest_whole,
@@ -67,7 +67,7 @@ def find_resume_point(config: Config, directory: RunDirectory) -> ResumePoint:
     if named is None or named.resolve().parent != checkpoints.resolve():
         try:
             contents = newest_whole(checkpoints, lambda path, text: damage.update({path.name: text}))
-        except NoWholeCheckpointError:
+        except NoCompleteCheckpointError:
             if named is None:
                 raise
     if contents is None and named is not None:

@@ -148,7 +148,7 @@ def _add_measure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision", choices=("float32", "run"), default="float32", help="run: the run's precision.compute"
     )
-    parser.add_argument("--threads", type=count, metavar="N", help="CPU threads per rank (default: its share)")
+    parser.add_argument("--threads", type=count, metavar="N", help="CPU threads per rank (default: an equal share)")
     parser.add_argument("--scale", choices=("linear", "log"), default="linear", help="scale of the loss in the figures")
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="parent of the result's folder (default: RUN/analysis)"
@@ -201,7 +201,7 @@ def add_sharpness(subparsers: Subparsers) -> None:
     """Add `sharpness RUN_OR_CHECKPOINT`. Omitted options are not set, so that the settings' defaults apply."""
     parser = subparsers.add_parser(
         "sharpness",
-        help="how sharp a minimum a checkpoint lies in",
+        help="the sharpness of the minimum at a checkpoint",
         description="Measure Keskar's sharpness, the expected rise of the loss under uniform noise, and the Hessian's "
         "largest eigenvalues and trace, on a part of the training images. Prints a table and writes a JSON record "
         "into the run's folder `analysis`.",
@@ -213,7 +213,7 @@ def add_sharpness(subparsers: Subparsers) -> None:
         "--only",
         default="keskar,rise,hessian",
         metavar="LIST",
-        help="which measures; width and noise-scale too (default: keskar,rise,hessian)",
+        help="measures to take; also available: width, noise-scale (default: keskar,rise,hessian)",
     )
     parser.add_argument(
         "--statistics",

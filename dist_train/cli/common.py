@@ -23,7 +23,7 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     """Add CONFIG, its overrides, and --run-dir."""
     parser.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file")
     add_overrides(parser, "settings to override")
-    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="the run's own directory")
+    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="the run directory")
     parser.add_argument(
         "--plugin", action="append", default=[], metavar="FILE.py", help="a file that registers names; may be repeated"
     )
@@ -87,7 +87,7 @@ def warn_of_unused(config: Config) -> None:
 
 
 def terminal_width() -> int | None:
-    """Return the terminal's width in characters; None if the output is no terminal."""
+    """Return the terminal's width in characters; None if the output is not a terminal."""
     from rich.console import Console
 
     console = Console()
@@ -95,7 +95,7 @@ def terminal_width() -> int | None:
 
 
 def print_table(table: Table) -> None:
-    """Print `table`; if the output is no terminal, without cutting its lines to a width."""
+    """Print `table`; if the output is not a terminal, without cutting its lines to a width."""
     from rich.console import Console
 
     console = Console(highlight=False)

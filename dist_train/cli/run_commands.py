@@ -137,8 +137,8 @@ def add_launch(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--join",
         metavar="FILE|HOST:PORT",
-        help="instead of a COMMAND: start ranks of a run that another launcher has begun, given by the file that it "
-        "prints, or its address, with the token in DIST_TRAIN_MEMBERSHIP_TOKEN",
+        help="instead of a COMMAND: start ranks that join the run of another launcher, given the file that it prints, "
+        "or its address and the token in DIST_TRAIN_MEMBERSHIP_TOKEN",
     )
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND ...", help="such as train CONFIG")
     parser.set_defaults(run=_launch)
@@ -285,12 +285,12 @@ def add_outcome(subparsers: Subparsers) -> None:
         "outcome",
         help="the exit code of a run's last launch, from its status.json",
         description="Exit with the code that the run's last launch wrote into status.json; with 1 if it wrote none, or "
-        "if that was not the launch --launch.",
+        "if its id is not that of --launch.",
     )
     parser.add_argument("run_directory", type=Path, metavar="RUN", help="a run directory")
     parser.add_argument("--launch", metavar="ID", help="the launch's DIST_TRAIN_LAUNCH")
     parser.add_argument(
-        "--record-lost", action="store_true", help="the launch has ended: if it recorded no end, record that it failed"
+        "--record-lost", action="store_true", help="once the launch has ended: if it recorded no end, record a failure"
     )
     parser.set_defaults(run=_outcome)
 
@@ -323,7 +323,7 @@ def add_requeue(subparsers: Subparsers) -> None:
         "Prints restart (within the job) or requeue, with exit code 0. Otherwise it prints nothing: the run has "
         "finished, would fail again (bad configuration, refused by the launcher, diverged, ranks disagree), or has "
         "used up its requeues without progress: then its status.json says failed, and the reason. The exit code is "
-        "then that of the job: 1, or 2 if what was asked for is impossible.",
+        "then that of the job: 1, or 2 if the request can never succeed.",
     )
     parser.add_argument("run_directory", type=Path, metavar="RUN", help="a run directory")
     parser.add_argument(
@@ -335,7 +335,7 @@ def add_requeue(subparsers: Subparsers) -> None:
     parser.add_argument("--launch", metavar="ID", help="the last launch's DIST_TRAIN_LAUNCH")
     parser.add_argument("--code", type=int, metavar="N", help="the launcher's exit status")
     parser.add_argument(
-        "--words", default="", metavar="TEXT", help="the last messages of launcher and ranks, one a line"
+        "--messages", default="", metavar="TEXT", help="the last messages of launcher and ranks, one a line"
     )
     parser.set_defaults(run=_requeue)
 
@@ -344,7 +344,7 @@ def _requeue(arguments: argparse.Namespace) -> int:
     from dist_train.cluster.launch import comment_on_job
     from dist_train.sweep.requeues import EndedLaunch, decide
 
-    launch = EndedLaunch(arguments.launch, arguments.code, tuple(filter(None, arguments.words.splitlines())))
+    launch = EndedLaunch(arguments.launch, arguments.code, tuple(filter(None, arguments.messages.splitlines())))
     decision = decide(arguments.run_directory, arguments.limit, launch, arguments.restarts)
     if decision.action == "end":
         print(f"dist-train: not started again: {escaped(decision.why)}", file=sys.stderr)

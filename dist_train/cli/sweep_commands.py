@@ -36,7 +36,7 @@ def add_sweep(subparsers: Subparsers) -> None:
         help="train every run of a study: skip finished runs, resume unfinished ones",
         description="Train every unfinished run of STUDY (variants x grid x seeds), each in its own process. "
         "The same command resumes a stopped sweep. Exit code: 0 all runs have finished, 1 some failed (they are "
-        "named), 2 the study is wrong, 75 stopped after saving, or other processes still train some runs.",
+        "named), 2 the study is invalid, 75 stopped after saving, or other processes still train some runs.",
     )
     parser.add_argument("study", type=Path, metavar="STUDY", help="a YAML file, see docs/studies.md")
     add_overrides(parser, "settings to override in every run")
@@ -220,7 +220,7 @@ def add_submit(subparsers: Subparsers) -> None:
         help="check a run and submit it to Slurm",
         description="Check CONFIG, show how the batch is distributed over ranks, and submit the run by sbatch. The job "
         "is requeued when it is preempted, reaches its time limit, or loses a node, and resumes bit-identically. "
-        "Options of sbatch follow --, each in one word: -- --account=me --gpus-per-node=4.",
+        "Options for sbatch follow --, each as one word: -- --account=me --gpus-per-node=4.",
     )
     add_config(parser)
     parser.add_argument(

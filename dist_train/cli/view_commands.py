@@ -83,13 +83,13 @@ def add_watch(subparsers: Subparsers) -> None:
         "watch",
         help="a live view of a run, from any machine that sees its directory",
         description="Show the progress of a run, read from its directory alone, until it ends. Ctrl-C ends the view, "
-        "not the run. If the output is no terminal, the run is shown once.",
+        "not the run. If the output is not a terminal, the run is shown once.",
     )
     parser.add_argument("directory", type=Path, metavar="RUN", help="a run directory, or a folder's name below runs/")
     parser.add_argument(
         "--interval", type=_seconds, default=1.0, metavar="SECONDS", help="time between two updates (default: 1)"
     )
-    parser.add_argument("--once", action="store_true", help="show the current state of the run, and end")
+    parser.add_argument("--once", action="store_true", help="show the current state of the run, and exit")
     parser.set_defaults(run=_watch)
 
 
@@ -131,7 +131,7 @@ def add_curve(subparsers: Subparsers) -> None:
         "--output",
         type=Path,
         metavar="FILE",
-        help="a .png, .svg or .pdf file (default: RUN/learning_curve.png; needed for several runs)",
+        help="a .png, .svg or .pdf file (default: RUN/learning_curve.png; required for several runs)",
     )
     parser.set_defaults(run=_curve)
 

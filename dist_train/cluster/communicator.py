@@ -43,7 +43,7 @@ def naming_lost_ranks(kind: type[Exception], operation: str = "") -> Iterator[No
 
 @dataclass(frozen=True)
 class Generation:
-    """One numbering of the ranks of an elastic launch, as its authority (`membership_server.py`) sends it to them."""
+    """One numbering of the ranks of an elastic launch, as its coordinator (`membership_server.py`) sends it to them."""
 
     generation: int
     rank: int
@@ -94,7 +94,7 @@ class Counters:
 
 
 class Communicator:
-    """The ranks of a run, seen from one of them, which all call the same operations. By default: a single rank."""
+    """The collective operations of a run, which all ranks call alike. This base class is that of a single rank."""
 
     rank: int = 0
     size: int = 1

@@ -52,7 +52,7 @@ class ElasticCommunicator(TorchOperations):
     is_elastic = True
 
     def __init__(self, *, timeout: float, device_type: str) -> None:
-        """Connect to the authority and meet the others; who joins a run meets them later. Raises RankLostError."""
+        """Connect to the coordinator and meet the others; who joins a run meets them later. Raises RankLostError."""
         self.has_nccl = device_type == "cuda"
         self.controller = "torch-nccl" if self.has_nccl else "torch-gloo"
         self._timeout = timeout

@@ -1,8 +1,8 @@
 """Ranks on this machine that may die, hang, be restarted and join: `dist-train launch --min-ranks`.
 
-The launcher that begins the run is the authority (`MembershipServer`): it alone decides which processes are ranks.
-Launchers of other nodes join it (`dist-train launch --join`), over a connection (`RemoteAuthority`). All of them manage
-the processes of their own node by the code here.
+The launcher that begins the run is the coordinator (`MembershipServer`): it alone decides which processes are ranks.
+Launchers of other nodes join it (`dist-train launch --join`) over a connection (`RemoteCoordinator`). Each manages the
+processes of its own node with the code here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from subprocess import Popen
 from typing import TypeAlias
 
-from dist_train.cluster.joined_launch import Entry, RemoteAuthority
+from dist_train.cluster.joined_launch import Entry, RemoteCoordinator
 from dist_train.cluster.launch import MEMBERSHIP_VARIABLE
 from dist_train.cluster.local_launch import SIGNALS, Ranks, blocked_signals, rank_environment, say, start_rank
 from dist_train.cluster.membership_server import SLOT_VARIABLE, START_TIMEOUTS, TOKEN_VARIABLE, MembershipServer
@@ -45,7 +45,7 @@ class Elasticity:
     timeout: float  # seconds of silence after which a rank is lost
 
 
-Authority: TypeAlias = MembershipServer | RemoteAuthority  # its own server, or that of another node
+Coordinator: TypeAlias = MembershipServer | RemoteCoordinator  # its own server, or that of another node
 
 
 def launch_elastic(
@@ -127,8 +127,8 @@ def launch_joining(entry: Entry, count: int) -> int:
     Raises UsageError if nobody answers there, the token is wrong, or the run takes no more ranks; FaultError if the
     connection broke.
     """
-    with RemoteAuthority(entry, count) as authority:
-        order = authority.await_start()
+    with RemoteCoordinator(entry, count) as coordinator:
+        order = coordinator.await_start()
         try:
             os.chdir(order["folder"])
         except OSError as error:
@@ -143,7 +143,7 @@ def launch_joining(entry: Entry, count: int) -> int:
             "WORLD_SIZE": str(order["size"]),
         }
         local = LocalProcesses(order["words"], order["slots"], order["launch"], variables)
-        return _run_ranks(local, authority, order["restarts"])
+        return _run_ranks(local, coordinator, order["restarts"])
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class LocalProcesses:
     words: Sequence[str]
     slots: Sequence[int]
     launch: str
-    variables: Mapping[str, str]  # where the authority is, and how many ranks the run begins with
+    variables: Mapping[str, str]  # where the coordinator is, and how many ranks the run begins with
 
     def start(self, index: int, mask: set[int | signal.Signals]) -> Popen[bytes]:
         """Start the process of `slots[index]`."""
@@ -164,23 +164,23 @@ class LocalProcesses:
         return start_rank(program, rank_environment(environment, index, len(self.slots), variables), mask)
 
 
-def _run_ranks(local: LocalProcesses, authority: Authority, restarts: int, run: Path | None = None) -> int:
+def _run_ranks(local: LocalProcesses, coordinator: Coordinator, restarts: int, run: Path | None = None) -> int:
     """Start the `local` processes, restart each up to `restarts` times, and return the run's exit code when it ends."""
     with blocked_signals() as mask:
-        return _ElasticRanks(local, mask, authority, restarts).wait_and_record(run, local.launch)
+        return _ElasticRanks(local, mask, coordinator, restarts).wait_and_record(run, local.launch)
 
 
 class _ElasticRanks(Ranks):
     """The launcher's processes by index; the process of an index is replaced when it is restarted."""
 
     def __init__(
-        self, local: LocalProcesses, mask: set[int | signal.Signals], authority: Authority, restarts: int
+        self, local: LocalProcesses, mask: set[int | signal.Signals], coordinator: Coordinator, restarts: int
     ) -> None:
         count = len(local.slots)
         super().__init__([local.start(index, mask) for index in range(count)])
         self._local = local
         self._mask = mask
-        self._authority = authority
+        self._coordinator = coordinator
         self._restarts = restarts
         self._restarted = [0] * count
         self._futile_restarts = [0] * count
@@ -189,25 +189,25 @@ class _ElasticRanks(Ranks):
         """Start times of the processes that are not ranks yet."""
 
     def _is_running(self) -> bool:
-        return super()._is_running() or bool(self._restart_due) or self._authority.awaits_others
+        return super()._is_running() or bool(self._restart_due) or self._coordinator.awaits_others
 
     def _await_signal(self) -> signal.struct_siginfo | None:
-        self._authority.poll(_POLL_SECONDS)
-        while self._authority.expelled:
-            expelled = self._authority.expelled.pop()
+        self._coordinator.poll(_POLL_SECONDS)
+        while self._coordinator.expelled:
+            expelled = self._coordinator.expelled.pop()
             process = self._processes[self._local.slots.index(expelled.slot)]
             if process.pid == expelled.process:
                 process.kill()
-        if self._authority.view.stop_requested and self._stop_requested_at is None:
+        if self._coordinator.view.stop_requested and self._stop_requested_at is None:
             self._stop_requested_at = time.monotonic()  # announced by the launcher that received the signal
         self._restart_processes()
         self._kill_late_processes()
-        self._authority.expect(len(self._restart_due) + len(self._processes) - len(self._ended))
+        self._coordinator.expect(len(self._restart_due) + len(self._processes) - len(self._ended))
         return signal.sigtimedwait(SIGNALS, 0)
 
     def _note_stop_request(self, name: signal.Signals) -> None:
         super()._note_stop_request(name)
-        self._authority.ask_to_stop()
+        self._coordinator.ask_to_stop()
 
     def _restart_processes(self) -> None:
         if self._stop_requested_at is not None or self._has_ended:
@@ -219,15 +219,15 @@ class _ElasticRanks(Ranks):
             self._joining[index] = time.monotonic()
 
     def _kill_late_processes(self) -> None:
-        view = self._authority.view
+        view = self._coordinator.view
         for index, slot in enumerate(self._local.slots):
             if slot in view.members:
                 self._joining.pop(index, None)
                 self._futile_restarts[index] = 0
-        seconds = START_TIMEOUTS * self._authority.timeout
+        seconds = START_TIMEOUTS * self._coordinator.timeout
         latest = time.monotonic() - seconds
         for index, started in list(self._joining.items()):
-            # The authority notices silent joiners; processes that begin the run give up by themselves.
+            # The coordinator notices silent joiners; processes that begin the run give up by themselves.
             is_late = view.has_state and started < latest and self._local.slots[index] not in view.joiners
             if self._has_ended or is_late:
                 if self._has_ended:
@@ -239,24 +239,24 @@ class _ElasticRanks(Ranks):
 
     @property
     def _has_ended(self) -> bool:
-        view = self._authority.view
+        view = self._coordinator.view
         return view.has_ended or view.code is not None
 
     def _name(self, rank: int) -> str:
         return f"a rank (process {self._processes[rank].pid})"
 
     def _limit_time_after_failure(self) -> None:
-        """Do nothing: the others continue, and the authority expels ranks that hang."""
+        """Do nothing: the others continue, and the coordinator expels ranks that hang."""
 
     def _terminate_all(self) -> None:
         super()._terminate_all()
-        self._authority.abandon()
+        self._coordinator.abandon()
 
     def _note_end(self, rank: int, code: int) -> None:
         super()._note_end(rank, code)
-        self._authority.note_code(code)
+        self._coordinator.note_code(code)
         self._joining.pop(rank, None)
-        is_worthwhile = code != ExitCode.USAGE and self._authority.view.has_state and not self._has_ended
+        is_worthwhile = code != ExitCode.USAGE and self._coordinator.view.has_state and not self._has_ended
         if is_worthwhile and self._restarted[rank] < self._restarts:
             pause = min(_LONGEST_PAUSE_SECONDS, _FIRST_PAUSE_SECONDS * 2 ** self._futile_restarts[rank])
             self._restarted[rank] += 1
@@ -264,11 +264,11 @@ class _ElasticRanks(Ranks):
             self._restart_due[rank] = time.monotonic() + pause
 
     def _why_none_is_left(self) -> str:
-        lost = self._authority.state.lost if isinstance(self._authority, MembershipServer) else ()
+        lost = self._coordinator.state.lost if isinstance(self._coordinator, MembershipServer) else ()
         return "; ".join(lost) or super()._why_none_is_left()
 
     def _code(self) -> int:
-        code = self._authority.view.code
+        code = self._coordinator.view.code
         if code is not None:
             return code
-        return self._first_failure or self._authority.first_failure() or ExitCode.FAULT
+        return self._first_failure or self._coordinator.first_failure() or ExitCode.FAULT

@@ -132,7 +132,7 @@ _STREAK_BEATS = 2.0  # ranks that are this close to `timeout`, in beats, are rep
 _MOST_NAMES = 8
 
 
-class Attendance:
+class HeartbeatMonitor:
     """The other ranks that one rank watches, each from the first time that it is heard."""
 
     def __init__(self, *, timeout: float, beat: float, now: float) -> None:
@@ -185,7 +185,7 @@ class Attendance:
             return []
         return self.unheard_since(now - self._timeout + _STREAK_BEATS * self._beat)
 
-    def overstayed(self, now: float) -> int | None:
+    def past_deadline(self, now: float) -> int | None:
         """Return the rank whose error should have ended this process by now, if any."""
         if self._failed is None or now - self._failed[1] < self._timeout:
             return None
@@ -206,7 +206,7 @@ def loss_message(ranks: list[int], peers: Mapping[int, str], timeout: float) -> 
     return f"{name_ranks(ranks, peers)} {verb} not answered for {timeout:g} s; {_FIX}"
 
 
-def overstay_message(rank: int, peers: Mapping[int, str], timeout: float) -> str:
+def deadline_message(rank: int, peers: Mapping[int, str], timeout: float) -> str:
     """Return the message of a rank that still runs `timeout` after `rank` has failed."""
     return f"{name_ranks([rank], peers)} has failed, and the others have not ended within {timeout:g} s; {_FIX}"
 

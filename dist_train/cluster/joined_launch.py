@@ -1,7 +1,7 @@
-"""A launcher's connection to the launcher of another node, the authority, whose run it joins.
+"""A launcher's connection to the launcher of another node, the coordinator, whose run it joins.
 
 Both prove that they know the token before this launcher runs the command that it is sent. Its ranks then connect to the
-authority themselves; they end if the authority is gone or silent.
+coordinator themselves; they end if the coordinator is gone or silent.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dist_train.cluster.membership_server import (
     TOKEN_VARIABLE,
     Expelled,
     View,
-    answer_of_authority,
+    answer_of_coordinator,
     answer_to,
 )
 from dist_train.cluster.messages import MessageConnection
@@ -43,7 +43,7 @@ _WAIT_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Entry:
-    """Where the authority listens, and the token that it demands."""
+    """Where the coordinator listens, and the token that it demands."""
 
     host: str
     port: int
@@ -51,7 +51,7 @@ class Entry:
 
 
 def entry_of(place: str, environment: Mapping[str, str] = os.environ) -> Entry:
-    """Return the entry at `place`: HOST:PORT, or the file that the authority wrote. Raises UsageError."""
+    """Return the entry at `place`: HOST:PORT, or the file that the coordinator wrote. Raises UsageError."""
     host, _, port = place.rpartition(":")
     if host and port.isdecimal() and "/" not in host:
         token = environment.get(TOKEN_VARIABLE, "")
@@ -80,8 +80,8 @@ def entry_of(place: str, environment: Mapping[str, str] = os.environ) -> Entry:
     return entry
 
 
-class RemoteAuthority:
-    """A connection to the authority on another node, for a block; it has no thread: call `poll` often."""
+class RemoteCoordinator:
+    """A connection to the coordinator on another node, for a block; it has no thread: call `poll` often."""
 
     def __init__(self, entry: Entry, count: int) -> None:
         """Connect for `count` ranks; both sides prove that they know the token. Raises UsageError."""
@@ -120,7 +120,7 @@ class RemoteAuthority:
         hello = {"kind": "hello", "proof": proof, "challenge": challenge, "node": node}
         self._connection.send({**hello, "process": os.getpid(), "ranks": count})
         fields = self._connection.next_message()
-        if not hmac.compare_digest(str(fields["proof"]), answer_of_authority(token, challenge)):
+        if not hmac.compare_digest(str(fields["proof"]), answer_of_coordinator(token, challenge)):
             raise ValueError("the proof is wrong")
         self.timeout = float(fields["timeout"])
         self._connection.socket.settimeout(self.timeout)
@@ -128,11 +128,11 @@ class RemoteAuthority:
 
     @property
     def view(self) -> View:
-        """What the authority has sent about the run, with the exit code that this node's ranks may know earlier."""
+        """What the coordinator has sent about the run, with the exit code that this node's ranks may know earlier."""
         return self._view if self._view.code is not None else replace(self._view, code=self._code)
 
     def await_start(self) -> Mapping[str, Any]:
-        """Return what the authority orders to start, once it does. Raises UsageError or FaultError."""
+        """Return what the coordinator orders to start, once it does. Raises UsageError or FaultError."""
         announced_at = time.monotonic() + _WAIT_SECONDS
         while self._order is None:
             if self._refusal:
@@ -155,7 +155,7 @@ class RemoteAuthority:
             self._handle_messages()
         now = time.monotonic()
         was_suspended, self._polled = now - self._polled > 2 * beat, now
-        if was_suspended:  # the authority may have sent beats meanwhile
+        if was_suspended:  # the coordinator may have sent beats meanwhile
             self._heard = now
         if now - self._heard >= self.timeout:
             raise _lost(f"has not answered for {self.timeout:g} s")
@@ -170,7 +170,7 @@ class RemoteAuthority:
             self._connection.send({"kind": "processes", "count": processes})
 
     def note_code(self, code: int) -> None:
-        """Report the exit code of a process to the authority."""
+        """Report the exit code of a process to the coordinator."""
         if self._code is None and code in ENDS_OF_A_RUN:
             self._code = code
         self._connection.send({"kind": "ended", "code": code})
@@ -187,7 +187,7 @@ class RemoteAuthority:
     def abandon(self) -> None:
         """Do nothing: this launcher waits for its own ranks only."""
 
-    def __enter__(self) -> RemoteAuthority:
+    def __enter__(self) -> RemoteCoordinator:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -16,7 +16,7 @@ from typing import Literal
 from dist_train.config.sections import Engine
 from dist_train.outcome import UsageError
 
-MEMBERSHIP_VARIABLE = "DIST_TRAIN_MEMBERSHIP"  # where the ranks of an elastic launch find its authority: HOST:PORT
+MEMBERSHIP_VARIABLE = "DIST_TRAIN_MEMBERSHIP"  # where the ranks of an elastic launch find its coordinator: HOST:PORT
 LISTEN_FD = "DIST_TRAIN_LISTEN_FD"  # rank 0's listening socket for the store; -1 for the other ranks
 
 _SLURM_PORTS = range(15000, 30000)  # below Linux's ephemeral ports

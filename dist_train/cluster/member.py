@@ -1,4 +1,4 @@
-"""A rank's connection to the authority of an elastic launch: heartbeats, messages, and the wait for a generation."""
+"""A rank's connection to the coordinator of an elastic launch: heartbeats, messages, and the wait for a generation."""
 
 from __future__ import annotations
 

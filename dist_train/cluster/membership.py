@@ -1,6 +1,6 @@
 """Which processes are the ranks of an elastic launch, generation by generation: the decisions, as pure functions.
 
-The launcher that began the run, its authority, holds one `Membership` and alone decides (docs/recovery.md). A
+The launcher that began the run, its coordinator, holds one `Membership` and alone decides (docs/recovery.md). A
 generation is a numbering of the ranks. It ends when one of them is lost or reports that the group is broken, or when
 all stop between two updates to let others join. The next one begins when every remaining rank has stopped.
 """
@@ -39,7 +39,7 @@ class Peer:
 
 @dataclass(frozen=True)
 class Membership:
-    """The state of the authority. The first generation has `size` ranks, a later one `fewest` to `most`."""
+    """The state of the coordinator. The first generation has `size` ranks, a later one `fewest` to `most`."""
 
     size: int
     fewest: int
@@ -74,14 +74,14 @@ class Membership:
 
 
 @dataclass(frozen=True)
-class Came:
+class PeerConnected:
     """A process has connected and proved that it belongs to this launch."""
 
     peer: Peer
 
 
 @dataclass(frozen=True)
-class Ready:
+class PeerReady:
     """A process has stopped work on `generation` and waits for the next; `why`: what broke, empty if nothing did."""
 
     id: int
@@ -91,14 +91,14 @@ class Ready:
 
 
 @dataclass(frozen=True)
-class Trains:
+class PeerTraining:
     """A process holds the run's state from now on."""
 
     id: int
 
 
 @dataclass(frozen=True)
-class Gone:
+class PeerLost:
     """A process died, hangs or failed (`why`), or left because the run has ended in order (`why` is empty)."""
 
     id: int
@@ -112,7 +112,7 @@ class MayGrow:
     value: bool
 
 
-Event: TypeAlias = Came | Ready | Trains | Gone | MayGrow
+Event: TypeAlias = PeerConnected | PeerReady | PeerTraining | PeerLost | MayGrow
 
 
 @dataclass(frozen=True)
@@ -134,19 +134,19 @@ def decide(state: Membership, event: Event) -> Decision:
     if state.has_ended:
         return state, ()
     match event:
-        case Came(peer):
+        case PeerConnected(peer):
             return replace(state, peers=(*state.peers, peer)), ()
-        case Trains(peer_id):
+        case PeerTraining(peer_id):
             return _with_peer(state, peer_id, has_state=True), ()
         case MayGrow(value):
             return _begin_if_ready(replace(state, may_grow=value))
-        case Gone():
+        case PeerLost():
             return _remove(state, event)
-        case Ready():
+        case PeerReady():
             return _mark_ready(state, event)
 
 
-def _remove(state: Membership, event: Gone) -> Decision:
+def _remove(state: Membership, event: PeerLost) -> Decision:
     gone = state.find(event.id)
     if gone is None:
         return state, ()
@@ -164,7 +164,7 @@ def _remove(state: Membership, event: Gone) -> Decision:
     return _begin_if_ready(state, _break(state, reason))
 
 
-def _mark_ready(state: Membership, event: Ready) -> Decision:
+def _mark_ready(state: Membership, event: PeerReady) -> Decision:
     peer = state.find(event.id)
     if peer is None or (peer.rank is not None and event.generation != state.generation):
         return state, ()

@@ -1,4 +1,4 @@
-"""The authority of an elastic launch: it watches the processes of the launch and decides which of them are ranks.
+"""The coordinator of an elastic launch: it watches the processes of the launch and decides which of them are ranks.
 
 One object in the loop of the launcher that began the run, without a thread. Ranks, and the launchers of other nodes
 (`joined_launch.py`), connect by TCP and send JSON, one object a line; a process that does not know the launch's token
@@ -21,7 +21,17 @@ from itertools import count, islice
 from typing import Any
 
 from dist_train.cluster.launch import MEMBERSHIP_VARIABLE
-from dist_train.cluster.membership import Came, Event, Gone, MayGrow, Membership, Peer, Ready, Trains, decide
+from dist_train.cluster.membership import (
+    Event,
+    MayGrow,
+    Membership,
+    Peer,
+    PeerConnected,
+    PeerLost,
+    PeerReady,
+    PeerTraining,
+    decide,
+)
 from dist_train.outcome import ExitCode
 
 TOKEN_VARIABLE = "DIST_TRAIN_MEMBERSHIP_TOKEN"  # nosec B105  # the name of a variable
@@ -33,7 +43,7 @@ ENDS_OF_A_RUN = (ExitCode.FINISHED, ExitCode.STOPPED, ExitCode.DIVERGED, ExitCod
 BEATS_IN_TIMEOUT = 6
 START_TIMEOUTS = 4  # timeouts that a process has to connect, once it is started or awaited; loading torch takes seconds
 _LONGEST_LINE = 1 << 20
-_SUSPENDED_BEATS = 2.0  # a longer gap between polls: the authority was suspended, and no silence counts
+_SUSPENDED_BEATS = 2.0  # a longer gap between polls: the coordinator was suspended, and no silence counts
 
 
 def answer_to(token: str, challenge: str) -> str:
@@ -41,9 +51,9 @@ def answer_to(token: str, challenge: str) -> str:
     return hmac.new(token.encode(), challenge.encode(), "sha256").hexdigest()
 
 
-def answer_of_authority(token: str, challenge: str) -> str:
-    """Return the authority's own proof, which cannot be obtained by sending a challenge to a rank."""
-    return answer_to(token, f"authority {challenge}")
+def answer_of_coordinator(token: str, challenge: str) -> str:
+    """Return the coordinator's own proof, which cannot be obtained by sending a challenge to a rank."""
+    return answer_to(token, f"coordinator {challenge}")
 
 
 @dataclass(frozen=True)
@@ -138,7 +148,7 @@ class MembershipServer:
 
     @property
     def variables(self) -> Mapping[str, str]:
-        """The environment variables by which processes find the authority."""
+        """The environment variables by which processes find the coordinator."""
         host, port = self.address
         return {MEMBERSHIP_VARIABLE: f"{host}:{port}", TOKEN_VARIABLE: self.token}
 
@@ -275,9 +285,9 @@ class MembershipServer:
             case "ready" if node is None:
                 host, port = fields["store"]
                 store = (str(host), int(port))
-                self._apply(Ready(peer_id, int(fields["generation"]), store, str(fields["why"])))
+                self._apply(PeerReady(peer_id, int(fields["generation"]), store, str(fields["why"])))
             case "trains" if node is None:
-                self._apply(Trains(peer_id))
+                self._apply(PeerTraining(peer_id))
             case "hangs" if node is None:
                 self._expel(peer_id, f"has not moved on for {self.timeout:g} s")
 
@@ -291,11 +301,11 @@ class MembershipServer:
             self._drop(peer_id)  # its launcher is gone
             return
         joins = self.state.generation > 0
-        self._apply(Came(Peer(peer_id, slot, node, process)))
+        self._apply(PeerConnected(Peer(peer_id, slot, node, process)))
         self._send(peer_id, {"kind": "welcome", "joins": joins})
 
     def _admit_node(self, peer_id: int, node: JoinedNode, challenge: str) -> None:
-        proof = answer_of_authority(self.token, challenge)
+        proof = answer_of_coordinator(self.token, challenge)
         self._send(peer_id, {"kind": "known", "proof": proof, "timeout": self.timeout})
         why = "the run has ended" if self.state.is_over or self.state.has_ended else ""
         if why := why or self._refusal(node.wanted):
@@ -402,7 +412,7 @@ class MembershipServer:
         self._drop(peer_id)
         node = self._nodes.pop(peer_id, None)
         if node is None:
-            self._apply(Gone(peer_id, why))
+            self._apply(PeerLost(peer_id, why))
             return
         if why:
             self.say(f"{node.name} {why}")

@@ -1,4 +1,4 @@
-"""Messages between an elastic launch's authority and its ranks and launchers: JSON objects, one a line, over TCP."""
+"""Messages between an elastic launch's coordinator and its ranks and launchers: JSON objects, one a line, over TCP."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 class MessageConnection:
-    """A connection to the authority. Any thread may `send`; one thread at a time may receive."""
+    """A connection to the coordinator. Any thread may `send`; one thread at a time may receive."""
 
     def __init__(self, host: str, port: int, seconds: float) -> None:
         """Connect within `seconds`, which also limit each read. Raises OSError, or OverflowError for the port."""
@@ -39,7 +39,7 @@ class MessageConnection:
             yield json.loads(line)
 
     def next_message(self) -> Mapping[str, Any]:
-        """Wait for a message and return it. Raises OSError as `receive` does, ValueError if it is no message."""
+        """Wait for a message and return it. Raises OSError as `receive` does, ValueError if it is not a message."""
         while b"\n" not in self._received:
             self.receive()
         line, _, self._received = self._received.partition(b"\n")

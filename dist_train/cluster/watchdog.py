@@ -27,15 +27,15 @@ from dist_train.cluster.heartbeats import (
     LARGEST,
     TOKEN_BYTES,
     Address,
-    Attendance,
     Datagram,
+    HeartbeatMonitor,
     Kind,
+    deadline_message,
     decode,
     encode,
     loss_message,
     name_ranks,
     open_datagrams,
-    overstay_message,
     own_addresses,
     reachable_from,
 )
@@ -81,7 +81,7 @@ class Watchdog:
         self._beat = min(_LONGEST_BEAT, timeout / _BEATS_IN_TIMEOUT)
         self._on_loss = on_loss
         self._end = end
-        self._attendance = Attendance(timeout=timeout, beat=self._beat, now=time.monotonic())
+        self._monitor = HeartbeatMonitor(timeout=timeout, beat=self._beat, now=time.monotonic())
         self._peers: dict[int, str] = {}
         self._addresses: dict[int, Address] = {}
         self._path: int | None = None
@@ -115,8 +115,8 @@ class Watchdog:
         with self._changed:
             self._is_probing = True
             os.eventfd_write(self._wake, 1)
-            self._changed.wait_for(lambda: not self._attendance.unheard_since(moment), seconds)
-            missing = self._attendance.unheard_since(moment)
+            self._changed.wait_for(lambda: not self._monitor.unheard_since(moment), seconds)
+            missing = self._monitor.unheard_since(moment)
             return name_ranks(missing, self._peers) if missing else ""
 
     def close(self, error: BaseException | None = None) -> None:
@@ -143,7 +143,7 @@ class Watchdog:
             selector.register(self._wake, selectors.EVENT_READ)
             self._watch(selector)
             if self._parting is not None:
-                self._say_farewell(self._parting, selector)
+                self._announce_leave(self._parting, selector)
 
     def _watch(self, selector: selectors.BaseSelector) -> None:
         due = time.monotonic()
@@ -171,7 +171,7 @@ class Watchdog:
         reporting.start()
         reporting.join(_REPORT_SECONDS)
         if self._is_first:  # which alone can reach the others
-            for rank in self._attendance.present:
+            for rank in self._monitor.present:
                 self._send(Datagram(Kind.LOST, 0, text=message), self._addresses[rank])
         self._end()
 
@@ -196,12 +196,12 @@ class Watchdog:
 
     def _loss(self, now: float) -> str | None:
         with self._changed:
-            silent = self._attendance.silent(now)
-            overstayed = self._attendance.overstayed(now)
+            silent = self._monitor.silent(now)
+            past_deadline = self._monitor.past_deadline(now)
         if silent:
             return loss_message(silent, self._peers, self._timeout)
-        if overstayed is not None:
-            return overstay_message(overstayed, self._peers, self._timeout)
+        if past_deadline is not None:
+            return deadline_message(past_deadline, self._peers, self._timeout)
         return None
 
     def _send_to_rank_0(self, kind: Kind, now: float) -> None:
@@ -218,7 +218,7 @@ class Watchdog:
         if not self._is_first:
             self._send_to_rank_0(Kind.BEAT, time.monotonic())
             return
-        for rank in self._attendance.present:
+        for rank in self._monitor.present:
             self._send(Datagram(Kind.CALL, 0, text=self._node_and_process), self._addresses[rank])
 
     def _receive(self) -> None:
@@ -252,12 +252,12 @@ class Watchdog:
                 self._send_to_rank_0(Kind.BEAT, now)
             case Kind.LEAVE | Kind.FAIL:
                 if kind is Kind.FAIL and rank in self._peers:
-                    self._attendance.fail(rank, now)
+                    self._monitor.fail(rank, now)
                 else:
-                    self._attendance.leave(rank)
+                    self._monitor.leave(rank)
                 self._send(Datagram(Kind.FAREWELL, self._rank), source)
             case Kind.FAREWELL:
-                self._attendance.leave(rank)
+                self._monitor.leave(rank)
             case Kind.LOST:
                 self._loss_from_rank_0 = datagram.text
 
@@ -265,22 +265,22 @@ class Watchdog:
         return self._path is None or now - self._answered_at > _SEARCH_AGAIN * self._beat
 
     def _hear(self, datagram: Datagram, now: float) -> None:
-        self._attendance.hear(datagram.rank, now)
+        self._monitor.hear(datagram.rank, now)
         node, _, process = datagram.text.rpartition(" ")
         self._peers[datagram.rank] = f"{node}, process {process}"
 
-    def _say_farewell(self, parting: Kind, selector: selectors.BaseSelector) -> None:
+    def _announce_leave(self, parting: Kind, selector: selectors.BaseSelector) -> None:
         """Announce that this rank leaves, until all others have acknowledged it or cannot be reached."""
         selector.unregister(self._wake)
         for _ in range(_FAREWELLS):
             if not self._is_first:
                 self._send_to_rank_0(parting, time.monotonic())
-            for rank in self._attendance.present if self._is_first else ():
+            for rank in self._monitor.present if self._is_first else ():
                 self._send(Datagram(parting, 0), self._addresses[rank])
-            if not self._attendance.present:
+            if not self._monitor.present:
                 return
             until = time.monotonic() + _FAREWELL_SECONDS
-            while self._attendance.present and (left := until - time.monotonic()) > 0:
+            while self._monitor.present and (left := until - time.monotonic()) > 0:
                 selector.select(left)
                 self._receive()
 
@@ -297,7 +297,7 @@ def start_watchdog(
     When a rank is silent for `timeout` seconds, the others report it, then call `on_loss(message)` and `end()`, in a
     thread. Ranks that datagrams do not reach are not watched; a warning names them.
     """
-    if comm.size == 1 or comm.is_elastic:  # the authority of an elastic launch watches its ranks itself
+    if comm.size == 1 or comm.is_elastic:  # the coordinator of an elastic launch watches its ranks itself
         return None
     datagrams = open_datagrams()
     own_place = json.dumps([secrets.token_hex(TOKEN_BYTES), datagrams.getsockname()[1], own_addresses()])

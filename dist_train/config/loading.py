@@ -112,7 +112,7 @@ def _with_base(settings: dict[str, Any], path: Path, seen: tuple[str, ...] = ())
 def read_mapping(path: Path, based: str = "") -> dict[str, Any]:
     """Return the content of the YAML file at `path`, the base of the file `based`, if given.
 
-    Raises ConfigError if it cannot be read, or is no mapping.
+    Raises ConfigError if it cannot be read, or is not a mapping.
     """
     try:
         text = located(path).read_text(encoding="utf-8")

@@ -168,8 +168,8 @@ class ScheduleSettings(Section):
     With scaling none it stays constant meanwhile; decay begins afterwards.
     """
     keep_updates: bool = False
-    """Make as many updates as with a global batch of `base_batch`: an epoch, also in warm-up and milestones, has the
-    number of updates that it would have with it (Hoffer et al., arXiv 1705.08741).
+    """Make as many updates as with a global batch of `base_batch` (Hoffer et al., arXiv 1705.08741): an epoch, also
+    in warm-up and milestones, has the number of updates that it would have at that batch size.
     """
     decay: Literal["constant", "step", "cosine", "poly", "exponential"] | PluginName = "constant"
     """How the learning rate decays after warm-up. step: by `factor` at `milestones`. cosine: to 0. poly: as (1 -
@@ -243,7 +243,7 @@ class LaunchSettings(Section):
     """How `dist-train launch` handles lost ranks. Its options take precedence; other launchers ignore this section."""
 
     min_ranks: PositiveInt | None = Field(None, examples=[2])
-    """Continue without lost ranks while at least so many are left; null: all that the run begins with."""
+    """Continue without lost ranks while at least this many are left; null: as many as the run begins with."""
     max_ranks: PositiveInt | None = Field(None, examples=[8])
     """Maximum number of ranks; null: as many as the run begins with."""
     restarts: NonNegativeInt = Field(0, examples=[3])
@@ -267,7 +267,7 @@ class CheckpointSettings(Section):
     every_epochs: NonNegativeInt = Field(1, examples=[10])
     """Epochs between checkpoints; 0: at the end only."""
     every_steps: PositiveInt | None = Field(None, examples=[500])
-    """Also save a checkpoint after every this many updates; null: do not."""
+    """Updates between additional checkpoints; null: none."""
     keep: PositiveInt = Field(3, examples=[1])
     """How many of the latest checkpoints to keep."""
     keep_best: bool = True
@@ -313,8 +313,8 @@ class MetricsSettings(Section):
     key_file: UserPath | None = Field(None, examples=["/home/me/metrics.key"])
     """Private key (PEM) of the TLS certificate."""
     targets_directory: UserPath | None = Field(None, examples=["/shared/targets"])
-    """Folder where Prometheus looks for targets (file_sd): the run is listed there, and for a day after its end how it
-    ended.
+    """Folder where Prometheus looks for targets (file_sd): the run is listed there, with its outcome for a day after
+    its end.
     """
     advertised_host: str | None = Field(None, examples=["node7.example.org"])
     """Host in the target file; null: the node's name, or `host` if that is a single address."""

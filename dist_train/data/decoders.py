@@ -245,7 +245,7 @@ class LoaderProcesses(Decoder):
             wait = False
 
     def _finish(self, record: int) -> None:
-        """Mark the part as done whose slot `record` names; a negative record, the complement, means failure."""
+        """Mark the part in slot `record` as done; a negative record, the complement of the slot, means failure."""
         slot = ~record if record < 0 else record
         part = self._in_flight.pop(slot)
         if part is None:

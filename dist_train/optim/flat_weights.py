@@ -133,7 +133,7 @@ class FlatWeights:
     def excluded(self, patterns: Sequence[str]) -> list[Segment]:
         """Return the segments whose kind or name matches one of `patterns` (names with `*` and `?` as in a shell).
 
-        Raises UsageError if a pattern that is no kind matches none.
+        Raises UsageError if a pattern other than a kind matches none.
         """
         matched: set[Segment] = set()
         for pattern in patterns:

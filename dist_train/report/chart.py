@@ -27,7 +27,7 @@ _FILLS = (1.0, 0.0, 0.4)
 
 
 @dataclass(frozen=True)
-class Look:
+class SeriesStyle:
     """The look of a series. `colour` indexes LIGHT and DARK; `dashes` are stroke and gap lengths, () is solid."""
 
     colour: int
@@ -36,28 +36,28 @@ class Look:
 
 
 _AVERAGED = (7.0, 3.0)
-ROLES: Mapping[str, Look] = {
-    "train": Look(1),
-    "validation": Look(4),
-    "test": Look(2),
-    "train-averaged": Look(1, _AVERAGED),
-    "validation-averaged": Look(4, _AVERAGED),
-    "test-averaged": Look(2, _AVERAGED),
-    "batch": Look(3),
-    "loss": Look(1),
-    "accuracy": Look(2),
+ROLES: Mapping[str, SeriesStyle] = {
+    "train": SeriesStyle(1),
+    "validation": SeriesStyle(4),
+    "test": SeriesStyle(2),
+    "train-averaged": SeriesStyle(1, _AVERAGED),
+    "validation-averaged": SeriesStyle(4, _AVERAGED),
+    "test-averaged": SeriesStyle(2, _AVERAGED),
+    "batch": SeriesStyle(3),
+    "loss": SeriesStyle(1),
+    "accuracy": SeriesStyle(2),
 }
 """Styles of series that are not variants. A landscape's series has two, such as loss and train; CSS uses the last."""
 
 
-def look_of(style: str) -> Look:
+def style_of(style: str) -> SeriesStyle:
     """Return the look of a series style: s0 is the baseline; s6 has the colour of s1, dashed and hollow, and so on."""
     role = style.split()[0]
     if role in ROLES:
         return ROLES[role]
     turn, place = divmod(int(role[1:]) - 1, len(LIGHT) - 1) if role != "s0" else (0, -1)
     dashes = _DASHES[turn % len(_DASHES)]
-    return Look(place + 1, tuple(map(float, dashes.split())), _FILLS[turn % len(_FILLS)])
+    return SeriesStyle(place + 1, tuple(map(float, dashes.split())), _FILLS[turn % len(_FILLS)])
 
 
 def style_rules(styles: Iterable[str]) -> Iterator[str]:
@@ -66,7 +66,7 @@ def style_rules(styles: Iterable[str]) -> Iterator[str]:
     yield f":root{{{light}}}"
     yield f"@media screen and (prefers-color-scheme:dark){{:root{{{dark}}}}}"
     for style in styles:
-        look = look_of(style)
+        look = style_of(style)
         dashes = f";--dash:{' '.join(f'{each:g}' for each in look.dashes)};--stroke:dashed" if look.dashes else ""
         mix = f"color-mix(in srgb,var(--c{look.colour}) {look.fill:.0%},var(--paper))"
         fill = f";--fill:{mix}" if look.fill < 1.0 else ""

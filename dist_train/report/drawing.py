@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
 from dist_train.outcome import UsageError, writing
-from dist_train.report.chart import LIGHT, Look, look_of, ticks
+from dist_train.report.chart import LIGHT, SeriesStyle, style_of, ticks
 from dist_train.rundir import atomic
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import TrainRecord, read_records
@@ -46,7 +46,7 @@ from dist_train.watch.figure import (
 )
 
 if TYPE_CHECKING:
-    from dist_train.report.figures import NumberedFigure, Strip
+    from dist_train.report.figures import NumberedFigure, StripPlot
 
 
 _WIDTH = 7.0  # inches: the text width of a two-column page
@@ -136,13 +136,13 @@ def _draw(numbered: NumberedFigure) -> Figure:
     return figure
 
 
-def _height(panel: Chart | Strip) -> float:
+def _height(panel: Chart | StripPlot) -> float:
     """Return the height of a panel in inches."""
     lines = 0 if isinstance(panel, Chart) else sum(1 + label.count("\n") for label in _labels(panel))
     return max(2.2, 0.7 + 0.14 * lines)
 
 
-def _labels(strip: Strip) -> list[str]:
+def _labels(strip: StripPlot) -> list[str]:
     return [textwrap.fill(variant.label, _LETTERS_OF_LABEL) for variant in strip.variants]
 
 
@@ -194,7 +194,7 @@ def _set_axis(axes: Axes, which: str, axis: Axis) -> None:
 
 
 def _draw_series(axes: Axes, series: Series) -> None:
-    look = look_of(series.style)
+    look = style_of(series.style)
     points = [point for point in series.points if math.isfinite(point.x) and math.isfinite(point.y)]
     x, y, colour = [point.x for point in points], [point.y for point in points], LIGHT[look.colour]
     fill = _fill(look)
@@ -219,19 +219,19 @@ def _draw_series(axes: Axes, series: Series) -> None:
         axes.fill_between(places, low, high, color=colour, alpha=0.13, linewidth=0)
 
 
-def _fill(look: Look) -> tuple[float, float, float]:
+def _fill(look: SeriesStyle) -> tuple[float, float, float]:
     """Return the colour within a mark's outline, on white paper."""
     red, green, blue = (1.0 - look.fill * (1.0 - part) for part in to_rgb(LIGHT[look.colour]))
     return red, green, blue
 
 
-def _draw_strip(axes: Axes, strip: Strip) -> None:
+def _draw_strip(axes: Axes, strip: StripPlot) -> None:
     axes.set_title(strip.panel.title, loc="left")
     _set_axis(axes, "x", strip.axis)
     axes.set_yticks(range(len(strip.variants)), _labels(strip))
     axes.set_ylim(len(strip.variants) - 0.5, -0.5)
     for row, variant in enumerate(strip.variants):
-        look, factor = look_of(f"s{variant.colour}"), strip.measure.factor
+        look, factor = style_of(f"s{variant.colour}"), strip.measure.factor
         colour = LIGHT[look.colour]
         values = [value * factor for _, value in variant.measured(strip.measure)]
         found = variant.summary(strip.measure)

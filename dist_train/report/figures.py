@@ -295,7 +295,7 @@ def _curve_chart(key: str, panel: Panel, axis: Axis, series: tuple[Series, ...])
 
 
 @dataclass(frozen=True)
-class Strip:
+class StripPlot:
     """The variants of a panel that have `measure`, one row each, along one axis in the measure's unit."""
 
     panel: Panel
@@ -316,12 +316,12 @@ class Strip:
         return f"{cell.as_text}, {cell.note}"
 
 
-def strips(panels: Sequence[Panel], measure: Measure) -> tuple[Strip, ...]:
+def strip_plots(panels: Sequence[Panel], measure: Measure) -> tuple[StripPlot, ...]:
     """Return a strip of `measure` for each panel, on a common axis."""
     shown = [(panel, tuple(each for each in panel.variants if each.measured(measure))) for panel in panels]
     values = [value for _, variants in shown for each in variants for _, value in each.measured(measure)]
     axis = linear_axis(measure.heading, [value * measure.factor for value in values], plain)
-    return tuple(Strip(panel, measure, variants, axis) for panel, variants in shown if variants)
+    return tuple(StripPlot(panel, measure, variants, axis) for panel, variants in shown if variants)
 
 
 _SERIES_NAMES = {"batch": "train, each batch", "train": "train split", "test": "test split"} | {
@@ -337,7 +337,7 @@ class NumberedFigure:
 
     key: str
     title: str
-    rows: tuple[tuple[Chart | Strip, ...], ...] = ()
+    rows: tuple[tuple[Chart | StripPlot, ...], ...] = ()
     planes: tuple[Plane, ...] = ()
     legend: Mapping[str, str] = field(default_factory=dict)
     number: int = 0
@@ -369,7 +369,7 @@ def figures_of_study(
     legend = {style: " / ".join(words) for style, words in labels.items()}
     against = tuple(scatter.chart for scatter in scatters)
     return _numbered(
-        NumberedFigure("glance", "At a glance", (strips(panels, measure),) if measure else ()),
+        NumberedFigure("glance", "At a glance", (strip_plots(panels, measure),) if measure else ()),
         NumberedFigure("curves", "Learning curves", study_curves(panels), legend=legend),
         NumberedFigure("landscapes", "The loss around the solutions", landscape.rows, legend=_LINES),
         NumberedFigure("between", "Between two solutions", (lines_between(panels),), legend=_LINES),

@@ -67,7 +67,7 @@ class Variant:
         return tuple(run for run in self.runs if run.name not in self.repeated)
 
     def lacking(self, measure: Measure, base: Variant | None = None) -> list[list[StoredRun]]:
-        """Return the runs that lack `measure`, each alone; with `base`, those of each pair with it."""
+        """Return for each run, or with `base` for each pair of runs with equal seeds, those that lack `measure`."""
         groups = [[run] for run in self.distinct]
         if base is not None:
             groups = [[first, run] for first in base.distinct for run in self.distinct if first.seed == run.seed]

@@ -102,8 +102,8 @@ class GradientAccumulator(ABC):
     def fits(self, largest: Sequence[int]) -> bool:
         """Whether the gradients are those of the global batch, by the sum of `largest` over all ranks.
 
-        Where they are not, the update must be made again; what has changed for that is the same on all ranks. To be
-        asked once after all is received.
+        If they are not, the update must be repeated; what has changed for that is the same on all ranks. Call this
+        once, after everything has been received.
         """
         return True
 

@@ -151,7 +151,7 @@ class MeasuredDealing(Dealing):
 
 
 class DynamicDealing(Dealing):
-    """At first half of an even share, whose samples can be read early; then whoever is ready takes the next one."""
+    """At first half of an even share, whose samples can be read early; then any rank that is ready takes the next."""
 
     def __init__(self, plan: BatchPlan, rank: int, size: int, counters: Counters) -> None:
         first = size * max(1, len(plan.micro_batches) // (2 * size))
@@ -217,7 +217,7 @@ class Batches:
     def deal(self, micro_size: int, comm: Communicator) -> None:
         """Cut batches into micro-batches of `micro_size` and deal these to the ranks of `comm`, which all call this.
 
-        What was measured of the ranks' speed is dropped.
+        Earlier measurements of the ranks' speed are discarded.
 
         Raises UsageError if ranks share every micro-batch, and one has fewer samples than there are ranks.
         """
@@ -247,7 +247,7 @@ class Batches:
         return GlobalBatch(step, epoch, indices, share, claim, following, partners, dealing.pace)
 
     def requests(self, step: int) -> Iterator[BatchRequest]:
-        """Yield what is known of this rank's reading in update `step` and, if that is all of it, in the next one."""
+        """Yield the known requests of this rank in update `step` and, if no more can follow, in the next one."""
         yield from self._known(step)
         if self.batch(step).claim is None:
             yield from self._known(step + 1)

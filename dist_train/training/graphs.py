@@ -1,7 +1,7 @@
 """CUDA graphs of micro-batches: the host launches a whole forward and backward pass by one call.
 
 As in whole-network capture (pytorch.org/docs/stable/notes/cuda.html), the pass reads its samples from buffers that stay
-where they are, and leaves what it computes (gradients, counts, statistics) in tensors that exist before. So graphs can
+where they are, and leaves what it computes (gradients, counts, statistics) in tensors allocated before. So graphs can
 share a pool of memory, and be replayed in any order.
 """
 

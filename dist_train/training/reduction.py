@@ -60,7 +60,7 @@ class GradientReduction:
         ]
 
     def close(self) -> None:
-        """Let go of the parameters."""
+        """Remove the hooks from the parameters."""
         for hook in self._hooks:
             hook.remove()
 
@@ -232,7 +232,7 @@ _TERM_LIMIT = LOSSES.limit / 4096
 
 @dataclass(frozen=True)
 class TallyResult:
-    """The sum over all ranks: mean loss and accuracy of `samples` samples, and how many ranks say what.
+    """The sum over all ranks: mean loss and accuracy of `samples` samples, and how many ranks report what.
 
     The means are also over the points where gradients were taken.
     """
@@ -250,7 +250,7 @@ class TallyResult:
     paces: tuple[int, ...] = field(compare=False, repr=False)
     """The `GlobalBatch.pace` of every rank."""
     meet: int
-    """How many know of ranks that wait to be let in."""
+    """How many ranks know of others that wait to join."""
     statistics: torch.Tensor = field(compare=False, repr=False)
     """The sums of `BatchStatistics`."""
     gradient_norm: float

@@ -80,7 +80,7 @@ class GlobalBatch:
             ahead.popleft()
 
     def request(self, micro_batch: MicroBatch) -> BatchRequest:
-        """Return the samples to read for `micro_batch`; after the global batch's last sample its first ones follow."""
+        """Return the samples to read for `micro_batch`; reading wraps around at the global batch's end."""
         indices = self.indices[micro_batch.start : micro_batch.stop + self.partners]
         if (missing := micro_batch.size + self.partners - len(indices)) > 0:
             indices = torch.cat([indices, self.indices[:missing]])
@@ -240,7 +240,7 @@ class TrainingStep:
             torch.autograd.backward(loss / divisor)
 
     def _differentiate_and_count(self, divisor: float, inputs: Tensor, target: Target) -> None:
-        """Do what a graph records: keep nothing for later but in tensors that exist before."""
+        """Do what a graph records: keep results only in tensors allocated before."""
         self._differentiate(inputs, target, divisor, self.reduction.micro_batch)
         self.tally.count(self.reduction.accumulator.take_out_of_range())
 

@@ -113,7 +113,7 @@ class EarlyStopping:
     def note(self, progress: Progress, values: Mapping[str, float]) -> None:
         """Update `progress`, which checkpoints hold, by an evaluation: its `values` by metric.
 
-        A value that is not finite is no improvement.
+        A non-finite value does not count as an improvement.
         """
         if self._settings.patience is None:
             return

@@ -1,8 +1,8 @@
 """The protocol of recovery as a small world whose every interleaving is visited.
 
-The authority's and the ranks' decisions are the program's own (`membership.decide`, `recovery.agree`). What is modelled
-is what lies between them: processes that die at any moment, lines that travel, sums that complete on one rank and
-fail on another.
+The coordinator's and the ranks' decisions are the program's own (`membership.decide`, `recovery.agree`). Modelled is
+what lies between them: processes that die at any moment, messages in transit, sums that complete on one rank and fail
+on another.
 """
 
 from __future__ import annotations
@@ -11,7 +11,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from dist_train.cluster.membership import Came, Event, Gone, Membership, Message, Peer, Ready, Trains, decide
+from dist_train.cluster.membership import (
+    Event,
+    Membership,
+    Message,
+    Peer,
+    PeerConnected,
+    PeerLost,
+    PeerReady,
+    PeerTraining,
+    decide,
+)
 from dist_train.training.recovery import RankState, plan_recovery
 
 Mode = Literal["works", "waits", "stopped", "done", "ended", "dead"]
@@ -32,7 +42,7 @@ class Rank(NamedTuple):
     is_interrupted: bool = False
     wants_meeting: bool = False
     inbox: tuple[tuple[str, int, int, int], ...] = ()
-    """Lines from the authority: what, generation, rank, size."""
+    """Lines from the coordinator: what, generation, rank, size."""
     outbox: tuple[Event, ...] = ()
 
 
@@ -49,7 +59,7 @@ class World(NamedTuple):
     """Everything. `operations`: what was brought, by generation, place and rank."""
 
     ranks: tuple[Rank, ...]
-    authority: Membership
+    coordinator: Membership
     operations: frozenset[tuple[tuple[int, int, int], Brought]] = frozenset()
     deaths: int = 0
     joins: int = 0
@@ -75,7 +85,7 @@ def steps(world: World, limits: Limits) -> Iterator[World]:
     """Yield what can happen next of itself."""
     for number, rank in enumerate(world.ranks):
         if rank.outbox:
-            yield _deliver_to_authority(world, number)
+            yield _deliver_to_coordinator(world, number)
         if rank.inbox:
             yield _deliver_to_rank(world, number)
         if rank.mode == "works":
@@ -94,11 +104,13 @@ def faults(world: World, limits: Limits) -> Iterator[World]:
             if rank.mode in ("works", "waits", "stopped"):
                 # What it has sent last may arrive or not.
                 for kept in {rank.outbox, ()}:
-                    dead = rank._replace(mode="dead", inbox=(), outbox=(*kept, Gone(number, "died")))
+                    dead = rank._replace(mode="dead", inbox=(), outbox=(*kept, PeerLost(number, "died")))
                     yield _with(world, number, dead)._replace(deaths=world.deaths + 1)
     if world.joins < limits.joins:
         number = len(world.ranks)
-        joiner = Rank("stopped", generation=0, has_state=False, outbox=(Came(Peer(number, number)), Ready(number, 0)))
+        joiner = Rank(
+            "stopped", generation=0, has_state=False, outbox=(PeerConnected(Peer(number, number)), PeerReady(number, 0))
+        )
         yield world._replace(ranks=(*world.ranks, joiner), joins=world.joins + 1)
 
 
@@ -168,7 +180,7 @@ def _complete(world: World, number: int, limits: Limits) -> World:
             newest = max(b.step for b in brought.values() if b.has_state)
             assert newest >= rank.step, f"an update is lost: {world}"
             taken = following._replace(step=newest, has_state=True, kind=_work(newest, limits))
-            return _with(world, number, taken._replace(outbox=(*taken.outbox, Trains(number))))
+            return _with(world, number, taken._replace(outbox=(*taken.outbox, PeerTraining(number))))
         case "sum":
             step = rank.step + 1
             made = following._replace(step=step, kind=_work(step, limits))
@@ -177,7 +189,7 @@ def _complete(world: World, number: int, limits: Limits) -> World:
                 return _stop(world, number, "")
             return world
         case "barrier":
-            return _with(world, number, rank._replace(mode="done", outbox=(*rank.outbox, Gone(number))))
+            return _with(world, number, rank._replace(mode="done", outbox=(*rank.outbox, PeerLost(number))))
 
 
 def _work(step: int, limits: Limits) -> Kind:
@@ -186,15 +198,15 @@ def _work(step: int, limits: Limits) -> Kind:
 
 def _stop(world: World, number: int, why: str) -> World:
     rank = world.ranks[number]
-    ready = Ready(number, rank.generation, why=why)
+    ready = PeerReady(number, rank.generation, why=why)
     return _with(world, number, rank._replace(mode="stopped", outbox=(*rank.outbox, ready)))
 
 
-def _deliver_to_authority(world: World, number: int) -> World:
+def _deliver_to_coordinator(world: World, number: int) -> World:
     rank = world.ranks[number]
     world = _with(world, number, rank._replace(outbox=rank.outbox[1:]))
-    authority, messages = decide(world.authority, rank.outbox[0])
-    world = world._replace(authority=authority)
+    coordinator, messages = decide(world.coordinator, rank.outbox[0])
+    world = world._replace(coordinator=coordinator)
     for message in messages:
         receiver = world.ranks[message.to]
         if receiver.mode not in ("dead", "done"):

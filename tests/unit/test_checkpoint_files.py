@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from dist_train.checkpoint.files import (
     Contents,
     DamagedCheckpointError,
-    NoWholeCheckpointError,
+    NoCompleteCheckpointError,
     list_checkpoints,
     newest_whole,
     prune,
@@ -188,7 +188,7 @@ class TestNewestWhole:
         for step in (1, 2):
             write(tmp_path, step).path.with_suffix(".json").unlink()
         before = names(tmp_path)
-        with raises(NoWholeCheckpointError, "no-whole-checkpoint"):
+        with raises(NoCompleteCheckpointError, "no-whole-checkpoint"):
             newest(tmp_path)
         assert names(tmp_path) == before
         (tmp_path / "step-00000002.pt").unlink()
@@ -234,7 +234,7 @@ class TestNewestWhole:
         for step in (1, 2):
             write(tmp_path, step).path.write_bytes(b"")
         for _ in range(2):  # nor when it is started once more
-            with raises(NoWholeCheckpointError, "no-whole-checkpoint"):
+            with raises(NoCompleteCheckpointError, "no-whole-checkpoint"):
                 newest(tmp_path)
         set_aside = [f"step-0000000{step}.{kind}.damaged" for step in (1, 2) for kind in ("json", "pt")]
         assert names(tmp_path) == set_aside

@@ -1,4 +1,4 @@
-"""Who takes part in an elastic launch: the decisions, and the authority and its ranks over real connections."""
+"""Who takes part in an elastic launch: the decisions, and the coordinator and its ranks over real connections."""
 
 from __future__ import annotations
 
@@ -16,9 +16,20 @@ import pytest
 
 from dist_train.cluster.communicator import Generation, RankLostError
 from dist_train.cluster.elastic_launch import LocalProcesses, _ElasticRanks
-from dist_train.cluster.joined_launch import Entry, RemoteAuthority, entry_of
+from dist_train.cluster.joined_launch import Entry, RemoteCoordinator, entry_of
 from dist_train.cluster.member import Member, Pulse
-from dist_train.cluster.membership import Came, Event, Gone, MayGrow, Membership, Message, Peer, Ready, Trains, decide
+from dist_train.cluster.membership import (
+    Event,
+    MayGrow,
+    Membership,
+    Message,
+    Peer,
+    PeerConnected,
+    PeerLost,
+    PeerReady,
+    PeerTraining,
+    decide,
+)
 from dist_train.cluster.membership_server import SLOT_VARIABLE, TOKEN_VARIABLE, MembershipServer, answer_to
 from dist_train.outcome import UsageError
 from dist_train.rundir.paths import RunDirectory
@@ -38,13 +49,13 @@ def met(size: int, fewest: int = 1) -> Membership:
     """Return ranks 0, 1, ... with the ids 10, 11, ..., which train."""
     arrivals: list[Event] = []
     for slot in range(size):
-        arrivals += [Came(Peer(10 + slot, slot)), Ready(10 + slot, 0, ("host", 1000 + slot))]
-    return after(Membership(size, fewest, size), *arrivals, *(Trains(10 + slot) for slot in range(size)))
+        arrivals += [PeerConnected(Peer(10 + slot, slot)), PeerReady(10 + slot, 0, ("host", 1000 + slot))]
+    return after(Membership(size, fewest, size), *arrivals, *(PeerTraining(10 + slot) for slot in range(size)))
 
 
 def test_the_first_generation_begins_when_all_are_there_in_the_order_of_their_slots() -> None:
-    state = after(Membership(2, 1, 2), Came(Peer(7, 1)), Came(Peer(8, 0)), Ready(7, 0))
-    told = said(state, Ready(8, 0, ("host", 99)))
+    state = after(Membership(2, 1, 2), PeerConnected(Peer(7, 1)), PeerConnected(Peer(8, 0)), PeerReady(7, 0))
+    told = said(state, PeerReady(8, 0, ("host", 99)))
     assert {to: message.fields["rank"] for to, message in told.items()} == {7: 1, 8: 0}
     assert told[7].fields["store"] == ("host", 99)
     assert told[7].fields["joined"] == []
@@ -52,45 +63,45 @@ def test_the_first_generation_begins_when_all_are_there_in_the_order_of_their_sl
 
 def test_a_death_stops_the_others_and_the_next_generation_keeps_their_order() -> None:
     state = met(4)
-    told = said(state, Gone(11, "died"))
+    told = said(state, PeerLost(11, "died"))
     assert {to: message.kind for to, message in told.items()} == {10: "break", 12: "break", 13: "break"}
-    state = after(state, Gone(11, "died"), Ready(13, 1, why="gradient.0"), Ready(12, 1))
-    told = said(state, Ready(10, 1))
+    state = after(state, PeerLost(11, "died"), PeerReady(13, 1, why="gradient.0"), PeerReady(12, 1))
+    told = said(state, PeerReady(10, 1))
     assert {to: message.fields["rank"] for to, message in told.items()} == {10: 0, 12: 1, 13: 2}
     assert told[10].fields["lost"] == ["rank 1 (, process 0) died"]
 
 
 def test_who_joins_is_let_in_after_an_update_behind_the_others() -> None:
-    state = after(met(2), Gone(10, "died"), Ready(11, 1), Came(Peer(20, 0)))
-    told = said(state, Ready(20, 0))
+    state = after(met(2), PeerLost(10, "died"), PeerReady(11, 1), PeerConnected(Peer(20, 0)))
+    told = said(state, PeerReady(20, 0))
     assert {to: message.kind for to, message in told.items()} == {11: "meet"}
-    state = after(state, Ready(20, 0))
-    told = said(state, Ready(11, 2))
+    state = after(state, PeerReady(20, 0))
+    told = said(state, PeerReady(11, 2))
     assert {to: message.fields["rank"] for to, message in told.items()} == {11: 0, 20: 1}
     assert told[11].fields["joined"] == ["rank 1 (, process 0)"]
 
 
 def test_too_few_ranks_wait_for_others_and_end_when_none_can_come() -> None:
-    state = after(met(2, fewest=2), Gone(10, "died"), Ready(11, 1))
+    state = after(met(2, fewest=2), PeerLost(10, "died"), PeerReady(11, 1))
     assert state.is_forming
     assert said(state, MayGrow(False))[11].kind == "end"
-    assert said(after(state, Came(Peer(20, 0))), Ready(20, 0))[11].kind == "members"
+    assert said(after(state, PeerConnected(Peer(20, 0))), PeerReady(20, 0))[11].kind == "members"
 
 
 def test_nobody_is_let_in_once_a_rank_has_finished() -> None:
-    state = after(met(2), Came(Peer(20, 2)), Gone(10))
-    assert said(state, Ready(20, 0))[20].kind == "end"
-    assert not decide(state, Gone(11))[1]
+    state = after(met(2), PeerConnected(Peer(20, 2)), PeerLost(10))
+    assert said(state, PeerReady(20, 0))[20].kind == "end"
+    assert not decide(state, PeerLost(11))[1]
 
 
 def test_a_loss_before_anybody_trains_ends_the_launch() -> None:
-    state = after(Membership(2, 1, 2), Came(Peer(7, 0)), Came(Peer(8, 1)))
-    assert said(state, Gone(7, "died"))[8].kind == "end"
+    state = after(Membership(2, 1, 2), PeerConnected(Peer(7, 0)), PeerConnected(Peer(8, 1)))
+    assert said(state, PeerLost(7, "died"))[8].kind == "end"
 
 
 def test_the_end_of_all_that_held_the_state_ends_those_who_join() -> None:
-    state = after(met(1), Came(Peer(20, 0)), Ready(20, 0))
-    assert said(state, Gone(10, "died"))[20].kind == "end"
+    state = after(met(1), PeerConnected(Peer(20, 0)), PeerReady(20, 0))
+    assert said(state, PeerLost(10, "died"))[20].kind == "end"
 
 
 @contextmanager
@@ -269,12 +280,12 @@ def test_a_stranger_cannot_end_the_launch() -> None:
         own.leave("")
 
 
-def joining(server: MembershipServer, count: int, token: str | None = None) -> RemoteAuthority:
-    return RemoteAuthority(Entry(*server.address, server.token if token is None else token), count)
+def joining(server: MembershipServer, count: int, token: str | None = None) -> RemoteCoordinator:
+    return RemoteCoordinator(Entry(*server.address, server.token if token is None else token), count)
 
 
-def slots_of(authority: RemoteAuthority) -> Sequence[int]:
-    slots: Sequence[int] = authority.await_start()["slots"]
+def slots_of(coordinator: RemoteCoordinator) -> Sequence[int]:
+    slots: Sequence[int] = coordinator.await_start()["slots"]
     return slots
 
 
@@ -352,7 +363,7 @@ def test_launcher_without_ranks_records_why_those_of_other_nodes_are_lost(
     assert "rank 0 (node1, process 7) died" in status.reason
 
 
-def test_a_launcher_runs_nothing_for_an_authority_that_does_not_know_the_token() -> None:
+def test_a_launcher_runs_nothing_for_a_coordinator_that_does_not_know_the_token() -> None:
     class Impostor(MembershipServer):
         def _handle(self, peer_id: int, fields: Mapping[str, Any]) -> None:
             self._connections[peer_id].is_known = True

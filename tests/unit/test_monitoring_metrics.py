@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks.metrics_table import metrics_markdown, with_table
-from dist_train.monitoring.prometheus.board import STEP_SECONDS, Board, bounds_around, stands_still
+from dist_train.monitoring.prometheus.board import STEP_SECONDS, Board, bounds_around, is_stalled
 from dist_train.monitoring.prometheus.metrics import METRICS, Scope
 from dist_train.monitoring.prometheus.page import MetricsPage
 from dist_train.outcome import UsageError
@@ -207,16 +207,16 @@ def test_a_rank_is_compared_with_the_median_of_the_others(
 def test_a_run_stands_still_after_ten_of_its_steps_or_two_minutes() -> None:
     board = Board(FACTS)
     began = board.snapshot().last_progress
-    assert not stands_still(board.snapshot(), began + 599)
-    assert stands_still(board.snapshot(), began + 601), "the first step may compile"
+    assert not is_stalled(board.snapshot(), began + 599)
+    assert is_stalled(board.snapshot(), began + 601), "the first step may compile"
     board.measurement(measurement(15, seconds=1.0))
-    assert not stands_still(board.snapshot(), began + 119)
-    assert stands_still(board.snapshot(), began + 121)
+    assert not is_stalled(board.snapshot(), began + 119)
+    assert is_stalled(board.snapshot(), began + 121)
     board.measurement(measurement(16, seconds=99.0))
-    assert not stands_still(board.snapshot(), began + 499)
-    assert stands_still(board.snapshot(), began + 501)
+    assert not is_stalled(board.snapshot(), began + 499)
+    assert is_stalled(board.snapshot(), began + 501)
     board.end(OUTCOME)
-    assert not stands_still(board.snapshot(), began + 1e6)
+    assert not is_stalled(board.snapshot(), began + 1e6)
 
 
 def test_a_rank_other_than_0_shows_its_own_and_the_run_it_belongs_to() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import dist_train.report
-from dist_train.report.chart import DARK, LIGHT, look_of, style_rules
+from dist_train.report.chart import DARK, LIGHT, style_of, style_rules
 
 Linear = Sequence[float]
 
@@ -66,8 +66,8 @@ def test_lines_stand_out_from_their_ground(colours: Sequence[str], at: int) -> N
 
 
 def test_twenty_variants_beside_the_baseline_have_looks_of_their_own() -> None:
-    assert len({look_of(f"s{number}") for number in range(21)}) == 21
-    assert not any(look_of(f"s{number}").dashes for number in range(len(LIGHT)))
+    assert len({style_of(f"s{number}") for number in range(21)}) == 21
+    assert not any(style_of(f"s{number}").dashes for number in range(len(LIGHT)))
 
 
 def test_every_style_has_one_rule() -> None:

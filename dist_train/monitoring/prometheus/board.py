@@ -110,7 +110,7 @@ _LEAST_SECONDS = 120.0
 _FIRST_STEP_SECONDS = 600.0
 
 
-def stands_still(now: Snapshot, moment: float) -> bool:
+def is_stalled(now: Snapshot, moment: float) -> bool:
     """Return whether a running run has stalled at `moment` (seconds since 1970), as the alert DistTrainStalled does.
 
     It has if there was no progress for two minutes or ten mean steps, whichever is longer; ten minutes before the first

@@ -17,7 +17,7 @@ from threading import Lock, Thread
 from prometheus_client import push_to_gateway
 
 from dist_train.monitoring.prometheus import targets
-from dist_train.monitoring.prometheus.board import KILLED, Board, Snapshot, outcome_label, stands_still
+from dist_train.monitoring.prometheus.board import KILLED, Board, Snapshot, is_stalled, outcome_label
 from dist_train.monitoring.prometheus.http_server import Site, bind, read_credentials, tls_context
 from dist_train.monitoring.prometheus.messages import Begin, Channel, Ending, Progress, Serving, Warned, await_input
 from dist_train.monitoring.prometheus.page import Families, MetricsPage
@@ -103,7 +103,7 @@ class _Service:
 
         def health() -> bool:
             self._receive()
-            return not stands_still(self._board.snapshot(), time.time())
+            return not is_stalled(self._board.snapshot(), time.time())
 
         # The configured port is rank 0's.
         port = plan.port if begin.facts.rank == 0 or plan.port == 0 else plan.port + 1

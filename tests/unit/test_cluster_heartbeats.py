@@ -9,22 +9,22 @@ from hypothesis import strategies as st
 
 from dist_train.cluster.heartbeats import (
     TOKEN_BYTES,
-    Attendance,
     Datagram,
+    HeartbeatMonitor,
     Kind,
+    deadline_message,
     decode,
     encode,
     loss_message,
     name_ranks,
-    overstay_message,
 )
 
 TIMEOUT, BEAT = 60.0, 5.0
 PLACES = {rank: f"node{rank // 2}, process {4240 + rank}" for rank in range(40)}
 
 
-def attendance(*ranks: int) -> Attendance:
-    made = Attendance(timeout=TIMEOUT, beat=BEAT, now=0.0)
+def monitor_of(*ranks: int) -> HeartbeatMonitor:
+    made = HeartbeatMonitor(timeout=TIMEOUT, beat=BEAT, now=0.0)
     for rank in ranks:
         made.hear(rank, 0.0)
     return made
@@ -36,7 +36,7 @@ def attendance(*ranks: int) -> Attendance:
     silences=st.lists(st.floats(0.0, TIMEOUT - 0.01), min_size=60, max_size=60),
 )
 def test_nobody_is_named_who_was_heard_within_the_timeout(looks: list[float], silences: list[float]) -> None:
-    watched = attendance(1)
+    watched = monitor_of(1)
     heard = 0.0
     for now, silence in zip(accumulate(looks), silences, strict=False):
         heard = max(heard, now - silence)
@@ -47,7 +47,7 @@ def test_nobody_is_named_who_was_heard_within_the_timeout(looks: list[float], si
 @settings(deadline=None, max_examples=50)
 @given(last=st.floats(0.0, 100.0), pace=st.floats(0.2, BEAT))
 def test_a_silent_rank_is_named_within_the_timeout_and_a_beat(last: float, pace: float) -> None:
-    watched, now = attendance(1, 2), 0.0
+    watched, now = monitor_of(1, 2), 0.0
     while True:
         now += pace
         watched.hear(2, now)
@@ -63,18 +63,18 @@ def test_a_silent_rank_is_named_within_the_timeout_and_a_beat(last: float, pace:
 @settings(deadline=None, max_examples=50)
 @given(sleep=st.floats(2.1 * BEAT, 1e6))
 def test_a_watcher_that_slept_gives_everybody_the_whole_timeout_anew(sleep: float) -> None:
-    watched = attendance(1)
+    watched = monitor_of(1)
     watched.fail(2, 0.0)
     woken = sleep
     looks = [woken + BEAT * number for number in range(int(TIMEOUT / BEAT))]
     assert [watched.silent(now) for now in looks] == [[]] * len(looks)
-    assert watched.overstayed(looks[-1]) is None
+    assert watched.past_deadline(looks[-1]) is None
     assert watched.silent(woken + TIMEOUT) == [1]
-    assert watched.overstayed(woken + TIMEOUT) == 2
+    assert watched.past_deadline(woken + TIMEOUT) == 2
 
 
 def test_all_ranks_of_a_dead_node_are_named_together() -> None:
-    watched = attendance(1, 2, 3)
+    watched = monitor_of(1, 2, 3)
     for now in range(5, 60, 5):
         watched.hear(3, now)
         if now == 5:
@@ -84,26 +84,26 @@ def test_all_ranks_of_a_dead_node_are_named_together() -> None:
 
 
 def test_who_has_left_is_not_missed_and_late_words_do_not_bring_it_back() -> None:
-    watched = attendance(1, 2)
+    watched = monitor_of(1, 2)
     watched.leave(1)
     watched.hear(1, 1.0)
     assert watched.present == [2]
     watched.leave(2)
     for now in range(0, 200, 5):
         assert watched.silent(now) == []
-        assert watched.overstayed(now) is None
+        assert watched.past_deadline(now) is None
 
 
 def test_after_an_error_of_one_the_others_have_the_timeout_to_end() -> None:
-    watched = attendance(1, 2)
+    watched = monitor_of(1, 2)
     watched.fail(2, 10.0)
     watched.fail(1, 30.0)
-    assert watched.overstayed(69.9) is None
-    assert watched.overstayed(70.0) == 2
+    assert watched.past_deadline(69.9) is None
+    assert watched.past_deadline(70.0) == 2
 
 
 def test_a_roll_call_finds_those_who_have_said_nothing_since() -> None:
-    watched = attendance(1, 2, 3)
+    watched = monitor_of(1, 2, 3)
     watched.hear(2, 5.0)
     watched.leave(3)
     assert watched.unheard_since(4.0) == [1]
@@ -115,7 +115,7 @@ def test_messages_name_ranks_node_and_process_and_the_fix() -> None:
     assert loss_message([2, 3], PLACES, 4.5) == (
         f"ranks 2 (node1, process 4242), 3 (node1, process 4243) have not answered for 4.5 s; {fix}"
     )
-    assert overstay_message(1, PLACES, 60.0) == (
+    assert deadline_message(1, PLACES, 60.0) == (
         f"rank 1 (node0, process 4241) has failed, and the others have not ended within 60 s; {fix}"
     )
     assert name_ranks(list(range(40)), PLACES).endswith("7 (node3, process 4247) and 32 more")
