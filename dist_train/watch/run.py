@@ -197,7 +197,7 @@ _GONE_AFTER = 10.0
 class Snapshot:
     """Everything the view shows of a run. `state` is status.json's, or `lost` or `unknown`; times are in seconds.
 
-    None means not known yet. `silence` is the time since the last sign of life, and `silent` whether that is long for
+    None means not known yet. `silence` is the time since the last activity, and `silent` whether that is long for
     this run. `checkpoints` are the steps of the existing ones. `problem` says what cannot be read now, and why. `now`
     is in seconds since 1970.
     """
@@ -329,7 +329,7 @@ class WatchedRun:
         )
 
     def _silence(self, now: float) -> float | None:
-        """Return the time since the last sign of life; what was seen changing later counts, since clocks may differ."""
+        """Return the time since the last activity; what was seen changing later counts, since clocks may differ."""
         signs = [self._history.moments[-1]] if self._history.moments else []
         if self._status is not None:
             signs.append(seconds_of(self._status.updated))

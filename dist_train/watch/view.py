@@ -183,7 +183,7 @@ _BAD_EVENTS = frozenset(
 
 
 def _header(run: Snapshot, columns: int) -> Group:
-    """Return four lines: name and state, facts, progress bar, last sign of life."""
+    """Return four lines: name and state, facts, progress bar, last activity."""
     state = Text(no_wrap=True, overflow="ellipsis")
     state.append(escaped(run.name), style="bold").append("  ")
     state.append(run.state, style=f"bold {COLOURS.get(run.state, 'yellow')}")
@@ -369,14 +369,14 @@ def _sign_of_life(run: Snapshot) -> Text:
     if run.problem:
         line.append(run.problem, style="bold red").append("  ")
     if run.silence is None:
-        return line.append("no sign of life yet", style="dim")
+        return line.append("no activity yet", style="dim")
     age = silence_in_words(run.silence)
     if run.is_over and run.state != "lost":
         line.append(f"ended {age} ago", style="dim")
     elif run.silent:
-        line.append(f"no sign of life for {age}", style="bold red")
+        line.append(f"no activity for {age}", style="bold red")
     else:
-        line.append(f"last sign of life {age} ago", style="dim")
+        line.append(f"last activity {age} ago", style="dim")
     if run.status is not None and run.status.host:
         line.append(f" on {escaped(run.status.host)}, process {run.status.pid}", style="dim")
     return line

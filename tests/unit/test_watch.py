@@ -136,7 +136,7 @@ class TestFacts:
             "epoch 4 of 10",
             "step 40/100",
             "2:00 left",
-            "last sign of life 3 s ago on another-host, process 7",
+            "last activity 3 s ago on another-host, process 7",
             "loss batch 0.1 train 0.075 test 0.0875",
             "accuracy batch 70.0 % train 80.0 % test 64.0 %",
             "images/s 32,768",
@@ -196,7 +196,7 @@ class TestFacts:
         if ranks:
             write_ranks(directory, ranks)
         shown = words(drawn(look(directory), *size)).replace("\N{NO-BREAK SPACE}", " ")
-        for fact in ("demo running", "step 40/100", "2:00 left", "last sign of life", "test 0.0875", "images/s"):
+        for fact in ("demo running", "step 40/100", "2:00 left", "last activity", "test 0.0875", "images/s"):
             assert fact in shown, fact
         assert re.search(r"accuracy (batch )?70\.0", shown)
         assert re.search("[\u2801-\u28ff]{2}", shown), "no curve"
@@ -237,10 +237,10 @@ class TestSilence:
         write_records(directory, records(seconds=pace))
         run = look(directory, NOW + silence)
         assert run.silent is is_long
-        assert ("no sign of life for" in drawn(run)) is is_long
+        assert ("no activity for" in drawn(run)) is is_long
 
     def test_it_says_for_how_long(self, directory: Path) -> None:
-        assert "no sign of life for 3 min on another-host" in drawn(look(directory, NOW + 180.0))
+        assert "no activity for 3 min on another-host" in drawn(look(directory, NOW + 180.0))
 
     def test_time_between_two_launches_is_nobody_s_pace(self, directory: Path) -> None:
         resumed = EventRecord(STEPS, "resumed", NOW + 100_000.0, {})
