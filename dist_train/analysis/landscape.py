@@ -36,6 +36,7 @@ from dist_train.analysis.landscape_points import (
     Walk,
     along,
     axis,
+    check_fixed,
     interpolation,
     line_points,
     open_subject,
@@ -119,6 +120,7 @@ def _plan_points(settings: LandscapeSettings, stored: Sequence[Stored], subject:
                 code="same-checkpoint",
             )
         there = place_in(second, subject)
+        check_fixed(second, subject.model)
         points = line_points(axis(settings.start, settings.stop, settings.points), 1)
         distance = float((there.weights.double() - subject.place.weights.double()).norm())
         walk = interpolation(subject.place, there, variances_of(subject.model))

@@ -27,7 +27,7 @@ from dist_train.checkpoint.files import Stored
 from dist_train.cluster.devices import choose_device
 from dist_train.config import Config
 from dist_train.data.loader import SampleSource, open_splits
-from dist_train.models.norms import BatchStatistics, collect_statistics, norm_modules
+from dist_train.models.norms import BatchStatistics, GroupedBatchNorm, collect_statistics, norm_modules
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import UsageError
 from dist_train.reproducible import generator
@@ -294,7 +294,33 @@ def place_in(other: Stored, subject: Subject) -> Place:
             code="another-network",
         )
     _check_data(other, subject.config, config)
-    return place_of(stored_model(other.contents, config))
+    # Built as the subject is, so that the same weights are trainable.
+    return place_of(stored_model(other.contents, subject.config))
+
+
+def check_fixed(other: Stored, model: nn.Module) -> None:
+    """Raise UsageError if `other` differs from `model` in what a line between them does not move.
+
+    That is all but trainable weights and the norms' running statistics: frozen weights and other buffers. Counters of
+    batches are ignored, since no evaluation reads them.
+    """
+    moved = {name for name, weights in model.named_parameters(remove_duplicate=False) if weights.requires_grad}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, GroupedBatchNorm):
+            moved |= {f"{prefix}.{name}".lstrip(".") for name in ("running_mean", "running_var")}
+    differing = [
+        name
+        for name, tensor in model.state_dict().items()
+        if name not in moved
+        and not name.endswith("num_batches_tracked")
+        and not torch.equal(tensor.cpu(), other.contents.model[name].cpu())
+    ]
+    if differing:
+        raise UsageError(
+            f"{other.path} differs in weights or buffers that are not trained ({', '.join(differing)}), which a line "
+            f"would keep as in the first checkpoint: choose checkpoints that share them",
+            code="another-network",
+        )
 
 
 def _check_data(other: Stored, ours: Config, theirs: Config) -> None:
@@ -307,8 +333,9 @@ def _check_data(other: Stored, ours: Config, theirs: Config) -> None:
         if first != second:
             raise UsageError(f"{other.path} has other data: its {name} is {second}, not {first}", code="other-data")
     seeds = (ours.run.seed, theirs.run.seed)
-    sizes = (ours.data.train_size, theirs.data.train_size)
-    if sizes[0] != sizes[1] or (sizes[0] is not None and seeds[0] != seeds[1]):
+    sizes = [(data.train_size, data.validation_size) for data in (ours.data, theirs.data)]
+    # The seed chooses the training subset and the images that are held out.
+    if sizes[0] != sizes[1] or (sizes[0] != (None, None) and seeds[0] != seeds[1]):
         _logger.warning(
             "%s was trained on other training images than the first checkpoint, whose images are used", other.path
         )

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Mapping
 from contextlib import closing
+from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
 import torch
+import yaml
 from torch import nn
 from torch.nn import functional
 
@@ -17,15 +22,19 @@ from dist_train.analysis.landscape_points import (
     Place,
     PointEvaluator,
     axis,
+    check_fixed,
     interpolation,
+    place_in,
     place_of,
     variances_of,
 )
+from dist_train.checkpoint.files import Contents, Stored
 from dist_train.cluster.communicator import Alone
+from dist_train.config import Config, dump_config
 from dist_train.data.images import BatchRequest, ImageSet
 from dist_train.data.loader import Samples
 from dist_train.models import build_model
-from dist_train.models.norms import norm_modules
+from dist_train.models.norms import GroupedBatchNorm, norm_modules
 from dist_train.outcome import UsageError
 from dist_train.training.compute import Compute
 from dist_train.training.evaluation import evaluate, recompute_statistics
@@ -176,3 +185,62 @@ def test_variances_are_told_from_means() -> None:
     statistics = place_of(model).statistics
     assert torch.allclose(statistics[flags], torch.tensor(0.7))
     assert torch.allclose(statistics[~flags], torch.tensor(0.1))
+
+
+def stored(model: nn.Module, config: Config | None = None) -> Stored:
+    settings = yaml.safe_load(dump_config(config or small_config()))
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    return Stored(Path("other.pt"), "0" * 64, Contents(1, 1.0, state, {}, settings, {}))
+
+
+def partly_frozen() -> nn.Module:
+    frozen = nn.Linear(4, 4).requires_grad_(requires_grad=False)
+    model = nn.Sequential(frozen, GroupedBatchNorm(4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    model.register_buffer("scale", torch.ones(1))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "is_refused"),
+    [
+        ("0.weight", True),
+        ("scale", True),
+        ("2.running_mean", True),
+        ("2.num_batches_tracked", False),
+        ("1.running_mean", False),
+        ("3.weight", False),
+    ],
+)
+def test_a_line_is_refused_if_the_networks_differ_in_what_it_does_not_move(name: str, is_refused: bool) -> None:
+    model = partly_frozen()
+    other = stored(model)
+    other.contents.model[name].add_(1)
+    if is_refused:
+        with raises(UsageError, "another-network") as caught:
+            check_fixed(other, model)
+        assert f"({name})" in str(caught.value)
+    else:
+        check_fixed(other, model)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "seed", "is_warned"),
+    [
+        ({}, {}, 1, False),
+        ({}, {"validation_size": 10}, 0, True),
+        ({"validation_size": 10}, {"validation_size": 10}, 1, True),
+        ({"validation_size": 10}, {"validation_size": 10}, 0, False),
+        ({"train_size": 50}, {"train_size": 50}, 1, True),
+    ],
+)
+def test_other_training_images_are_warned_of(
+    ours: Mapping[str, Any], theirs: Mapping[str, Any], seed: int, is_warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = (
+        small_config(data={"name": "fashion-mnist", **data}, run={"seed": seed})
+        for data, seed in ((ours, 0), (theirs, seed))
+    )
+    model = build_model(first)
+    with caplog.at_level(logging.WARNING, "dist_train.analysis"):
+        place_in(stored(model, second), Mock(config=first, model=model))
+    assert bool(caplog.records) == is_warned
