@@ -32,6 +32,7 @@ from dist_train.analysis.sharpness_record import (
     SharpnessRecord,
     SharpnessSettings,
     WidthResult,
+    merged,
     read_record,
     record_path,
     write_record,
@@ -82,6 +83,8 @@ def measure_sharpness(
     for measure in MEASURES:
         if measure in measures and not record.has(measure):
             record = _take(measure, loss, record, report)
+            if file.exists():  # another command may have added measures meanwhile
+                record = merged(record, read_record(file))
             write_record(file, record)
     return record, file
 

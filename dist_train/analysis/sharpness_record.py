@@ -139,6 +139,12 @@ class SharpnessRecord(Section):
         return getattr(self, MEASURES[measure]) is not None
 
 
+def merged(record: SharpnessRecord, stored: SharpnessRecord) -> SharpnessRecord:
+    """Return `record` with the measures that only `stored`, of the same checkpoint, data and settings, has."""
+    fields = {MEASURES[measure]: getattr(stored, MEASURES[measure]) for measure in MEASURES if not record.has(measure)}
+    return record.model_copy(update={**fields, "seconds": {**stored.seconds, **record.seconds}})
+
+
 def settings_from(values: dict[str, object]) -> SharpnessSettings:
     """Return settings with `values` and defaults for the rest. Raises UsageError, which lists every problem."""
     try:

@@ -106,6 +106,17 @@ def test_only_missing_measures_are_added_to_a_record(run: Path, capsys: pytest.C
     assert records(run) == [second]
 
 
+def test_measures_of_two_commands_at_once_are_both_kept(run: Path) -> None:
+    def begin_another(progress: str) -> None:
+        measure_sharpness(run, QUICK, ["rise"])
+
+    record, path = measure_sharpness(run, QUICK, ["keskar"], report=begin_another)
+    assert record == read_record(path)
+    assert record.has("keskar")
+    assert record.has("rise")
+    assert set(record.seconds) == {"keskar", "rise"}
+
+
 def test_other_settings_or_checkpoints_have_their_own_record(run: Path, trained: Path) -> None:
     changes: tuple[dict[str, object], ...] = (
         {},
