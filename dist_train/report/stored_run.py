@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -24,7 +23,7 @@ from dist_train.rundir.paths import BrokenFileError, RunDirectory, StudyDirector
 from dist_train.rundir.records import EvaluationRecord, EventRecord, Record, TrainRecord
 from dist_train.rundir.status import Status, read_status
 from dist_train.sweep.study_file import Contrast
-from dist_train.watch.run_table import read_measurements, read_settings, read_state
+from dist_train.watch.run_table import read_measurements, read_settings, read_state, walk_runs
 
 _BATCH = "batch.global_size"
 
@@ -207,8 +206,7 @@ def read_subject(directory: Path) -> Subject:
 
 
 def _runs_below(directory: Path) -> Iterator[StoredRun]:
-    for folder, children, files in os.walk(directory):
-        path = Path(folder)
+    for path, children, files in walk_runs(directory):
         name = str(path.relative_to(directory))
         if StudyDirectory(Path()).runs.name in files:
             children.clear()
@@ -216,7 +214,6 @@ def _runs_below(directory: Path) -> Iterator[StoredRun]:
         elif RunDirectory(path).has_begun:
             children.clear()
             yield read_run(path, name)
-        children.sort()
 
 
 def _study_runs(directory: Path, prefix: str) -> Iterator[StoredRun]:

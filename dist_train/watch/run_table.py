@@ -201,8 +201,8 @@ def _runs_below(directory: Path) -> Iterator[RunDirectory]:
     if not directory.is_dir():
         raise UsageError(f"there is no folder {directory}: name the folder that holds the runs", code="folder-missing")
     unreadable: list[OSError] = []
-    for folder, children, _ in os.walk(directory, onerror=unreadable.append):
-        run = RunDirectory(Path(folder))
+    for folder, children, _ in walk_runs(directory, unreadable.append):
+        run = RunDirectory(folder)
         try:
             is_run = run.has_begun
         except OSError:
@@ -210,8 +210,25 @@ def _runs_below(directory: Path) -> Iterator[RunDirectory]:
         if is_run:
             children.clear()
             yield run
-        children.sort()
     yield from (RunDirectory(Path(error.filename)) for error in unreadable)  # their rows say so
+
+
+def walk_runs(
+    directory: Path, onerror: Callable[[OSError], object] | None = None
+) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """Yield each folder at or below `directory` as os.walk does, sorted, and links to runs that lie elsewhere.
+
+    The caller empties the list of subfolders of a folder that is not to be entered.
+    """
+    for folder, children, files in os.walk(directory, onerror=onerror):
+        children.sort()
+        yield Path(folder), children, files
+        # Other links are not followed: they may lead in circles.
+        for path in (Path(folder, child) for child in children):
+            with suppress(OSError):
+                is_elsewhere = path.is_symlink() and not path.resolve().is_relative_to(directory.resolve())
+                if is_elsewhere and RunDirectory(path).has_begun:
+                    yield path, [], []
 
 
 def _read_run(run: RunDirectory, root: Path, now: float) -> RunSummary:

@@ -286,6 +286,15 @@ def test_runs_are_found_at_any_depth_in_order_and_not_inside_runs(tmp_path: Path
     assert [run.name for run in read_runs(tmp_path / "alone")] == ["alone"]
 
 
+def test_links_to_runs_elsewhere_are_found_and_no_others_followed(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "folder", tmp_path / "elsewhere"
+    make_run(folder / "here")
+    make_run(elsewhere / "run")
+    for name, target in (("link", elsewhere / "run"), ("again", folder / "here"), ("up", tmp_path), ("no", elsewhere)):
+        (folder / name).symlink_to(target)
+    assert [run.name for run in read_runs(folder)] == ["here", "link"]
+
+
 def test_a_folder_that_is_not_there_is_an_error_of_the_user(tmp_path: Path) -> None:
     with raises(UsageError, "folder-missing"):
         read_runs(tmp_path / "nowhere")
