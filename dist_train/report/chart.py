@@ -79,12 +79,17 @@ _MOST_MARKS = 24
 
 def ticks(axis: Axis, most: int = 6) -> tuple[float, ...]:
     """Return at most about `most` round values on `axis`."""
-    if not axis.is_logarithmic:
-        rough = (axis.high - axis.low) / most
-        power = 10.0 ** math.floor(math.log10(rough))
-        step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
-        first, last = math.ceil(axis.low / step - 1e-9), math.floor(axis.high / step + 1e-9)
-        return tuple(round(index * step, 12) for index in range(first, last + 1))
+    if axis.is_logarithmic and len(found := _powers(axis, most)) > 1:
+        return found
+    rough = (axis.high - axis.low) / most
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.98)
+    first, last = math.ceil(axis.low / step - 1e-9), math.floor(axis.high / step + 1e-9)
+    return tuple(round(index * step, 12) for index in range(first, last + 1))
+
+
+def _powers(axis: Axis, most: int) -> tuple[float, ...]:
+    """Return powers of ten on `axis`, with multiples where there is room; a short axis may hold none."""
     powers = range(math.floor(math.log10(axis.low)), math.ceil(math.log10(axis.high)) + 1)
     for factors in ((1, 2, 5), (1, 3), (1,)):
         found = [factor * 10.0**power for power in powers for factor in factors]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any, Literal
 
 from dist_train.rundir.records import EvaluationRecord, EventRecord, Record, TrainRecord
 from dist_train.watch.run import MeanRecord
 
 _LOG_RANGE = 25.0
+_BLOW_UP = 1e3  # loss above which a few values do not extend the axis
 _SETTLED = 0.35  # fraction of a curve, at its start, that may lie outside the frame so that its end is readable
 
 
@@ -87,6 +88,8 @@ def loss_axis(title: str, values: Iterable[float]) -> Axis:
     if not positive:
         return Axis(title, 0.0, 1.0, plain)
     least, most = min(positive), max(positive)
+    if median(positive) < _BLOW_UP:  # a blow-up in a few updates must not hide the curve
+        most = min(most, _BLOW_UP)
     if most / least > _LOG_RANGE:
         # A few values near 0 must not take the whole height.
         return Axis(title, max(least, most / 1e5) / 1.3, most * 1.3, plain, is_logarithmic=True)
@@ -228,8 +231,8 @@ def _chart(quantity: Quantity, measured: Measured, drawn: tuple[Series, ...], co
 
 
 def epochs_axis(drawn: Iterable[Series], title: str = "epoch") -> Axis:
-    """Return an axis from the start of training to the last point of all series."""
-    return Axis(title, 0.0, max(point.x for series in drawn for point in series.points) or 1.0, plain)
+    """Return an axis from the start of training to just beyond the last point of all series, whose mark is whole."""
+    return Axis(title, 0.0, 1.02 * max(point.x for series in drawn for point in series.points) or 1.0, plain)
 
 
 def _thinned(

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 import dist_train.report
-from dist_train.report.chart import DARK, LIGHT, style_of, style_rules
+from dist_train.report.chart import DARK, LIGHT, style_of, style_rules, ticks
+from dist_train.watch.figure import Axis, Point, Series, epochs_axis, loss_axis, plain
 
 Linear = Sequence[float]
 
@@ -77,3 +78,26 @@ def test_every_style_has_one_rule() -> None:
         ".s6{--c:var(--c1);--dash:7 3;--stroke:dashed;--fill:color-mix(in srgb,var(--c1) 0%,var(--paper))}",
         ".loss{--c:var(--c1)}",
     ]
+
+
+@pytest.mark.parametrize(("low", "high"), [(2.1, 4.9), (0.6, 1.9), (1.2e-3, 1.9e-3), (5.5, 9.5)])
+def test_a_short_logarithmic_axis_has_ticks(low: float, high: float) -> None:
+    found = ticks(Axis("x", low, high, plain, is_logarithmic=True))
+    assert 2 <= len(found) <= 7
+    assert all(low <= tick <= high for tick in found)
+
+
+def test_a_blow_up_does_not_hide_the_losses() -> None:
+    axis = loss_axis("loss", [2.3, 1.5, 1e9, 0.5, 0.3, 0.02])
+    assert axis.is_logarithmic
+    assert axis.low < 0.02
+    assert axis.high < 1e4
+    assert loss_axis("loss", [1e9, 1e8, 1e7]).high > 1e9, "losses that are large throughout are shown"
+
+
+@pytest.mark.parametrize(("last", "count"), [(6.0, 7), (10.0, 6), (30.0, 7), (200.0, 5)])
+def test_the_last_point_lies_within_the_axis_and_ticks_are_those_of_its_epochs(last: float, count: int) -> None:
+    axis = epochs_axis([Series("test", "test", (Point(last, 1.0),))])
+    assert axis.share(last) < 0.99
+    assert len(ticks(axis)) == count
+    assert ticks(axis)[-1] == last
