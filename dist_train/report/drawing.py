@@ -70,6 +70,7 @@ STYLE: dict[Any, Any] = {
     "lines.linewidth": 1.2,
     "lines.markersize": 3,
     "legend.frameon": False,
+    "text.parse_math": False,  # a name may hold two dollar signs
     "svg.fonttype": "path",
     "svg.hashsalt": "dist_train",
     "pdf.fonttype": 42,  # fonts that a publisher can embed and edit

@@ -310,6 +310,12 @@ class StripPlot:
         share = self.axis.share(value * self.measure.factor)
         return self.rim + min(1.0, max(0.0, share)) * (self.width - 2 * self.rim)
 
+    def label(self, variant: Variant) -> str:
+        """Return the label of a variant, cut in its middle to what its `words` leave of the line."""
+        label, room = variant.label, max(_LEAST_LABEL, _STRIP_LETTERS - len(self.words(variant)))
+        half = room // 2
+        return label if len(label) <= room else f"{label[:half].rstrip()}…{label[half + 1 - room :].lstrip()}"
+
     def words(self, variant: Variant) -> str:
         """Return the mean of a variant as text."""
         cell = variant_cell(variant, self.measure)
@@ -329,6 +335,10 @@ _SERIES_NAMES = {"batch": "train, each batch", "train": "train split", "test": "
     **{f"{split}-averaged": f"{split} split, averaged weights" for split in ("train", "validation", "test")},
 }
 _LINES = {"loss": "loss, left axis", "accuracy": "accuracy, right axis", "train": "train", "test": "test"}
+
+
+_STRIP_LETTERS = 54  # of label and mean together, in the width of a strip
+_LEAST_LABEL = 8
 
 
 @dataclass(frozen=True)

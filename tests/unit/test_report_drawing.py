@@ -14,11 +14,12 @@ from matplotlib.figure import Figure
 
 from dist_train.cli.main import main
 from dist_train.report import drawing
-from dist_train.report.drawing import range_test
+from dist_train.report.drawing import draw_learning_curve, range_test
+from dist_train.report.figures import StripPlot
 from dist_train.report.page import figures_of
 from dist_train.report.stored_run import read_subject
 from tests.launching import write_config
-from tests.unit.report_study import make_study
+from tests.unit.report_study import make_run, make_study, treatments
 from tests.unit.small_trainers import SETTINGS
 
 pytestmark = pytest.mark.usefixtures("threads_as_before")
@@ -111,3 +112,21 @@ def test_long_names_of_variants_stay_within_the_figure(tmp_path: Path, monkeypat
             assert box.x0 > -1
             assert box.x1 < figure.bbox.x1 + 1
             assert box.y0 > -1
+
+
+def test_dollar_signs_of_a_name_are_drawn_as_they_are(tmp_path: Path) -> None:
+    run = make_run(tmp_path / r"$\wrong$", treatments()[0], 0, treatments()[0].settings)
+    draw_learning_curve([run], tmp_path / "curve.svg")
+    assert r"$\wrong$" in (tmp_path / "curve.svg").read_text()
+
+
+def test_a_long_label_leaves_room_for_the_mean(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "study", seeds=(0, 1))
+    plan = (study / "runs.json").read_text()
+    (study / "runs.json").write_text(plan.replace(", noise,", f", noise {'that is described at length, ' * 4}"))
+    strips = [strip for strip in figures_of(read_subject(study))[0].rows[0] if isinstance(strip, StripPlot)]
+    for strip in strips:
+        labels = [strip.label(variant) for variant in strip.variants]
+        assert labels[0] == "baseline"
+        assert [label.endswith(("0.03", "0.01", "0.001")) and "…" in label for label in labels[1:]] == [True] * 3
+        assert all(len(strip.label(each)) + len(strip.words(each)) <= 54 for each in strip.variants)
