@@ -223,7 +223,7 @@ class Stored:
 
     def record(self) -> dict[str, Any]:
         """Return the fields by which results refer to the checkpoint."""
-        return {"path": str(self.path), "sha256": self.sha256, "step": self.contents.step}
+        return {"path": str(self.path.resolve()), "sha256": self.sha256, "step": self.contents.step}
 
 
 def read_stored(target: Path) -> Stored:

@@ -43,16 +43,22 @@ class BasinWidth:
 class Landscape:
     """One result: `kind` is interpolate, direction or plane. Results with equal `settings`, JSON text, are comparable.
 
-    `runs` names the runs of its checkpoints: two for an interpolation.
+    `roots` are the run directories of its checkpoints as they were then, `steps` the checkpoints' steps: two of each
+    for an interpolation.
     """
 
     folder: Path
     kind: str
-    runs: tuple[str, ...]
-    step: int
+    roots: tuple[Path, ...]
+    steps: tuple[int, ...]
     settings: str
     widths: tuple[BasinWidth, ...]
     points: Sequence[PointRow]
+
+    @property
+    def step(self) -> int:
+        """Return the step of the checkpoint at its origin: an interpolation's first, otherwise the last."""
+        return self.steps[0 if self.kind == "interpolate" else -1]
 
     def lines(self, split: str) -> tuple[tuple[PointRow, ...], ...]:
         """Return the points of `split` by direction, each ordered by alpha."""
@@ -118,7 +124,10 @@ def _landscape(folder: Path, digests: Collection[str]) -> Landscape:
     # The other checkpoint of an interpolation may belong to another run.
     if digests and not any(checkpoint["sha256"] in digests for checkpoint in found.checkpoints):
         raise BrokenFileError("it was computed from checkpoints that this run does not have")
-    runs = tuple(RunDirectory.of_checkpoint(Path(checkpoint["path"])).root.name for checkpoint in found.checkpoints)
+    if found.kind == "interpolate" and len(found.checkpoints) != 2:
+        raise BrokenFileError(f"a line between two checkpoints, but it names {len(found.checkpoints)}")
+    roots = tuple(RunDirectory.of_checkpoint(Path(checkpoint["path"])).root for checkpoint in found.checkpoints)
+    steps = tuple(checkpoint["step"] for checkpoint in found.checkpoints)
     widths = tuple(
         BasinWidth(
             basin, factor, width.mean, width.open, sum(_is_unresolved(line, found.rows) for line in width.directions)
@@ -126,8 +135,7 @@ def _landscape(folder: Path, digests: Collection[str]) -> Landscape:
         for basin, by_factor in found.widths.items()
         for factor, width in by_factor.items()
     )
-    step = found.checkpoints[0]["step"]
-    return Landscape(folder, found.kind, runs, step, _comparable(found.settings), widths, found.rows)
+    return Landscape(folder, found.kind, roots, steps, _comparable(found.settings), widths, found.rows)
 
 
 def _is_unresolved(line: LineWidth, rows: Sequence[PointRow]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,7 @@ from dist_train.report.measures import Measure, Summary, commonest_settings, dir
 from dist_train.report.sharpness_charts import Scatter, sharpness_courses
 from dist_train.report.stored_run import StoredRun
 from dist_train.report.tables import limits, variant_cell
-from dist_train.report.variants import Panel, Variant, counted_runs
+from dist_train.report.variants import Panel, Variant, counted_runs, shown
 from dist_train.rundir.records import EvaluationRecord, TrainRecord
 from dist_train.watch.figure import (
     ACCURACY,
@@ -92,14 +93,31 @@ def landscape_figure(panels: Sequence[Panel]) -> LandscapeFigure:
 
 def run_landscapes(run: StoredRun) -> tuple[Chart, ...]:
     """Return a chart of every landscape along lines from a checkpoint of `run`."""
-    charts: list[Chart] = []
-    for item in run.analyses.landscapes:
-        if item.kind != "plane":
-            title = f"Along random directions{_step(item)}"
-            if item.kind == "interpolate":
-                title = f"From {item.runs[0]} (0) to {item.runs[-1]} (1)"
-            charts.append(_chart(f"run-landscape-{len(charts)}", title, f". {title}", [item]))
-    return tuple(charts)
+    found = [item for item in run.analyses.landscapes if item.kind != "plane"]
+    titles = _told_apart([(_line_title(item), item) for item in found])
+    return tuple(
+        _chart(f"run-landscape-{number}", title, f". {title}", [item])
+        for number, (title, item) in enumerate(zip(titles, found, strict=True))
+    )
+
+
+def _line_title(item: Landscape) -> str:
+    if item.kind != "interpolate":
+        return f"Along random directions{_step(item)}"
+    first, last = (f"{root.name} step {step:,}" for root, step in zip(item.roots, item.steps, strict=True))
+    return f"From {first} (0) to {last} (1)"
+
+
+def _told_apart(titled: Sequence[tuple[str, Landscape]]) -> list[str]:
+    """Return the titles; equal ones with the settings that differ between their landscapes."""
+    settings = [json.loads(item.settings) for _, item in titled]
+    titles = []
+    for (title, _), own in zip(titled, settings, strict=True):
+        alike = [each for (other, _), each in zip(titled, settings, strict=True) if other == title]
+        names = dict.fromkeys(name for each in alike for name in each)
+        differing = [name for name in names if any(each.get(name) != own.get(name) for each in alike)]
+        titles.append(", ".join([title, *(f"{name.replace('_', ' ')} {shown(own.get(name))}" for name in differing)]))
+    return titles
 
 
 @dataclass(frozen=True)
@@ -116,7 +134,8 @@ class Plane:
 
 def planes_of(runs: Sequence[StoredRun]) -> tuple[Plane, ...]:
     """Return the planes of `runs` whose figure exists."""
-    every = (Plane(f"{run.name}{_step(item)}", item.folder) for run in runs for item in run.analyses.of_kind("plane"))
+    found = [(f"{run.name}{_step(item)}", item) for run in runs for item in run.analyses.of_kind("plane")]
+    every = (Plane(title, item.folder) for title, (_, item) in zip(_told_apart(found), found, strict=True))
     return tuple(plane for plane in every if plane.picture("svg").is_file())
 
 
@@ -182,21 +201,34 @@ def _chart(
 
 
 def lines_between(panels: Sequence[Panel]) -> tuple[Chart, ...]:
-    """Return a chart for every pair of variants with lines between their runs: the mean over these lines."""
+    """Return a chart for every pair of variants with lines between their runs: the mean over these lines.
+
+    Only lines between last checkpoints are drawn, and of those between two runs of one variant one direction.
+    """
     variants = [(f"{panel.short}, {variant.label}", variant) for panel in panels for variant in panel.variants]
-    names = {run.directory: title for title, variant in variants for run in variant.runs}
+    known = {os.path.abspath(run.directory): (title, run) for title, variant in variants for run in variant.runs}
     pairs: dict[str, list[Landscape]] = {}
+    drawn: dict[str, dict[tuple[frozenset[str], str], Landscape]] = {}
     for title, variant in variants:
         for run in variant.counted:
             for item in run.analyses.of_kind("interpolate"):
-                other = names.get(run.directory.parent / item.runs[-1], item.runs[-1])
-                pairs.setdefault(f"{title} (0) to {other} (1)", []).append(item)
+                # Both runs may have been moved since, together.
+                there = os.path.abspath(run.directory / os.path.relpath(item.roots[-1], item.roots[0]))
+                other, end = known.get(there, (f"{item.roots[-1].name} step {item.steps[-1]:,}", None))
+                pair = f"{title} (0) to {other} (1)"
+                pairs.setdefault(pair, []).append(item)
+                lasts = run.analyses.last_step, end.analyses.last_step if end else None
+                ends = frozenset((os.path.abspath(run.directory), there))
+                if len(ends) > 1 and all(last in (None, step) for last, step in zip(lasts, item.steps, strict=True)):
+                    drawn.setdefault(pair, {}).setdefault((ends, item.settings), item)
     charts: list[Chart] = []
-    for title, found in pairs.items():
-        settings = commonest_settings(found)
-        comparable = [item for item in found if item.settings == settings]
-        note = f"{len(comparable)} lines" if len(comparable) > 1 else ""
-        charts.append(_chart(f"between-{len(charts)}", title, f". {title}", comparable, note))
+    for title, by_ends in drawn.items():
+        settings = commonest_settings(list(by_ends.values()))
+        comparable = [item for item in by_ends.values() if item.settings == settings]
+        left_out = len(pairs[title]) - len(comparable)
+        words = [f"{len(comparable)} lines"] if len(comparable) > 1 else []
+        words += [f"{left_out} left out (earlier checkpoints, other settings or the way back)"] if left_out else []
+        charts.append(_chart(f"between-{len(charts)}", title, f". {title}", comparable, ", ".join(words)))
     return tuple(charts)
 
 
@@ -294,6 +326,10 @@ def _curve_chart(key: str, panel: Panel, axis: Axis, series: tuple[Series, ...])
     return Chart(key, panel.title, description, epochs_axis(series), axis, series)
 
 
+_STRIP_LETTERS = 54  # of label and mean together, in the width of a strip
+_LEAST_LABEL = 8
+
+
 @dataclass(frozen=True)
 class StripPlot:
     """The variants of a panel that have `measure`, one row each, along one axis in the measure's unit."""
@@ -335,10 +371,6 @@ _SERIES_NAMES = {"batch": "train, each batch", "train": "train split", "test": "
     **{f"{split}-averaged": f"{split} split, averaged weights" for split in ("train", "validation", "test")},
 }
 _LINES = {"loss": "loss, left axis", "accuracy": "accuracy, right axis", "train": "train", "test": "test"}
-
-
-_STRIP_LETTERS = 54  # of label and mean together, in the width of a strip
-_LEAST_LABEL = 8
 
 
 @dataclass(frozen=True)

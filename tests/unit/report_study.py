@@ -227,7 +227,9 @@ def _write_interpolation(first: Path, second: Path) -> None:
     for run in (first, second):
         [sidecar] = (run / "checkpoints").glob("*.json")
         fields = json.loads(sidecar.read_text())
-        checkpoints.append({"path": str(sidecar.with_suffix(".pt")), "sha256": fields["sha256"], "step": 1})
+        checkpoints.append(
+            {"path": str(sidecar.with_suffix(".pt")), "sha256": fields["sha256"], "step": fields["step"]}
+        )
     settings = {"kind": "interpolate", "checkpoints": checkpoints, "settings": {"points": 41}, "widths": {}}
     (folder / "settings.json").write_text(json.dumps(settings))
 
