@@ -156,9 +156,20 @@ def directions_of(runs: Sequence[StoredRun]) -> dict[str, Landscape]:
     return _comparable({run.name: run.analyses.at_the_end(run.analyses.of_kind("direction")) for run in runs})
 
 
-def sharpness_of(runs: Sequence[StoredRun]) -> dict[str, Sharpness]:
-    """Return each run's sharpness at its last checkpoint with the commonest settings, by run name."""
-    return _comparable({run.name: run.analyses.at_the_end(run.analyses.sharpness) for run in runs})
+def sharpness_of(runs: Sequence[StoredRun]) -> dict[str, dict[str, Sharpness]]:
+    """Return by measure and run name the sharpness at the last checkpoint with the measure's commonest settings."""
+    last = {run.name: run.analyses.at_the_end(run.analyses.sharpness) for run in runs}
+    titles = dict.fromkeys(title for found in last.values() for item in found for title in item.measures)
+    return {
+        title: _comparable({name: [item for item in found if title in item.measures] for name, found in last.items()})
+        for title in titles
+    }
+
+
+def sharpness_left_out(runs: Sequence[StoredRun]) -> int:
+    """Return how many sharpness results of `runs` give no measure: of other settings, or an earlier checkpoint."""
+    used = {(name, item.step, item.settings) for by_run in sharpness_of(runs).values() for name, item in by_run.items()}
+    return sum(len(run.analyses.sharpness) for run in runs) - len(used)
 
 
 def _comparable(results: Mapping[str, Sequence[_Result]]) -> dict[str, _Result]:
@@ -263,12 +274,10 @@ _EXPLANATIONS = {
 
 
 def _sharpness_measures(runs: Sequence[StoredRun]) -> Iterator[Measure]:
-    records = sharpness_of(runs)
-    chosen = {name: item.measures for name, item in records.items()}
-    for title in dict.fromkeys(title for measures in chosen.values() for title in measures):
+    for title, records in sharpness_of(runs).items():
         explained = (text for start, text in _EXPLANATIONS.items() if title.startswith(start))
         explanation = next(explained, "Of the training loss, at the last checkpoint.")
-        values = {name: measures[title] for name, measures in chosen.items() if title in measures}
+        values = {name: item.measures[title] for name, item in records.items()}
         group = _RISE if title.startswith("expected rise") else SHARPNESS
         bounds = _is_named({name for name, item in records.items() if title in item.bounds})
         yield Measure(f"sharpness-{title}", title, explanation, _value_by_name(values), group=group, is_bound=bounds)

@@ -27,7 +27,7 @@ from dist_train.report.figures import (
     figures_of_study,
     landscape_figure,
 )
-from dist_train.report.measures import measures_of, sharpness_of
+from dist_train.report.measures import measures_of, sharpness_left_out
 from dist_train.report.sharpness_charts import sharpness_scatters
 from dist_train.report.stored_run import StoredRun, Subject, read_subject
 from dist_train.report.tables import contrast_tables, effect_tables, evaluates_along_training, run_cells, variant_tables
@@ -116,6 +116,7 @@ def _templates() -> Environment:
         "frame": Frame,
         "ticks": ticks,
         "sentence": lambda text: text[:1].upper() + text[1:],
+        "quoted": lambda value: shlex.quote(str(value)),
         "base64": lambda path: base64.b64encode(path.read_bytes()).decode(),
     }
     return environment
@@ -157,7 +158,7 @@ def _study_content(subject: Subject) -> dict[str, Any]:
         "evaluates_along_training": evaluates_along_training(panels),
         "landscape": landscape,
         "scatters": scatters,
-        "sharpness_left_out": sum(len(run.analyses.sharpness) for run in counted) - len(sharpness_of(counted)),
+        "sharpness_left_out": sharpness_left_out(counted),
         "measures": measures,
         "runs": [(run, variant, run_cells(run, measures)) for variant in variants for run in variant.runs],
         "repeated": _repeated(panels),
@@ -173,6 +174,7 @@ def _run_content(run: StoredRun) -> dict[str, Any]:
     return {
         "run": run,
         "numbers": tuple(zip(measures, run_cells(run, measures), strict=True)),
+        "sharpness_left_out": sharpness_left_out([run]),
         "figures": figures_of_run(run),
         "styles": {"s0"},
         "sections": _sections_of(run.settings),

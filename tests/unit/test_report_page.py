@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 from collections.abc import Mapping
@@ -81,3 +82,13 @@ def test_a_run_s_records_are_read_once(tmp_path: Path, monkeypatch: pytest.Monke
     render(subject)
     assert len(subject.runs[0].train) == treatment.epochs * treatment.steps_per_epoch
     assert opened.count("metrics.jsonl") == 1
+
+
+@pytest.mark.parametrize("has_schedule", [False, True])
+def test_the_replay_of_the_update_under_the_pointer_is_shown_if_it_is_known(tmp_path: Path, has_schedule: bool) -> None:
+    treatment = treatments()[0]
+    schedule = {"batch.schedule": [{"epoch": 2, "global_size": 256}], "batch.micro_size": 64} if has_schedule else {}
+    directory = make_run(tmp_path / "my run", treatment, 0, {**treatment.settings, **schedule})
+    page = html.unescape(render(read_subject(directory)))
+    assert (f"data-replay=\"dist-train replay '{directory}'@\"" in page) is not has_schedule
+    assert f"<code>dist-train replay '{directory}'@200</code>" in page
