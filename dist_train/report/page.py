@@ -49,6 +49,7 @@ def tables_in_markdown(subject: Subject) -> str:
     text = template.render(
         unfinished=_unfinished(subject),
         repeated=_repeated(panels),
+        data_sets=_data_sets(subject),
         tables=variant_tables(panels),
         effects=effect_tables(panels),
         contrasts=contrast_tables(panels, subject.contrasts),
@@ -136,6 +137,10 @@ def _unfinished(subject: Subject) -> list[StoredRun]:
     return [run for run in subject.runs if not run.is_finished]
 
 
+def _data_sets(subject: Subject) -> list[str]:
+    return sorted({str(run.settings["data.name"]) for run in subject.runs if "data.name" in run.settings})
+
+
 def _repeated(panels: Sequence[Panel]) -> list[tuple[str, str]]:
     return [pair for panel in panels for variant in panel.variants for pair in variant.repeated.items()]
 
@@ -163,6 +168,7 @@ def _study_content(subject: Subject) -> dict[str, Any]:
         "runs": [(run, variant, run_cells(run, measures)) for variant in variants for run in variant.runs],
         "repeated": _repeated(panels),
         "unfinished": _unfinished(subject),
+        "data_sets": _data_sets(subject),
         "problems": [(run, problem) for run in subject.runs for problem in run.analyses.problems],
         "shared": _shared_settings(subject.runs),
         "run_commands": [(run, command) for run in subject.runs if (command := _command_of(run))],

@@ -283,7 +283,11 @@ def _contrast_table(
     """Return the contrasts of `chosen` with `reference`, of `panel`; intervals are corrected for their number."""
     # Chosen by the planned seeds, so that the correction does not grow as runs finish.
     others = (each for each in chosen if each[1] is not reference)
-    chosen = [(place, variant) for place, variant in others if len(_seeds(variant) & _seeds(reference)) > 1]
+    chosen = [
+        (place, variant)
+        for place, variant in others
+        if variant.has_data_of(reference) and len(_seeds(variant) & _seeds(reference)) > 1
+    ]
     rows: list[Row[Effect | None]] = []
     for place, variant in chosen:
         cells = tuple(

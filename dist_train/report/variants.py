@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -21,6 +22,8 @@ _USUAL_NOISE: Mapping[str, object] = dict(flat_settings({"noise": Config().noise
 
 
 _MOST_WORDS = 8
+_SECTIONS = Counter(path.rpartition(".")[2] for path in dict(flat_settings(Config().model_dump(mode="json"))))
+"""In how many sections each setting's own name occurs."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,11 @@ class Variant:
         """Return the runs, each seed once."""
         return tuple(run for run in self.runs if run.name not in self.repeated)
 
+    def has_data_of(self, other: Variant) -> bool:
+        """Whether both are of one data set, as far as is known."""
+        names = {run.settings["data.name"] for run in (*self.runs, *other.runs) if "data.name" in run.settings}
+        return len(names) < 2
+
     def lacking(self, measure: Measure, base: Variant | None = None) -> list[list[StoredRun]]:
         """Return for each run, or with `base` for each pair of runs with equal seeds, those that lack `measure`."""
         groups = [[run] for run in self.distinct]
@@ -89,7 +97,12 @@ class Variant:
         )
 
     def pairs(self, base: Variant, measure: Measure) -> list[tuple[tuple[StoredRun, float], tuple[StoredRun, float]]]:
-        """Return pairs, of `base` and this variant, of runs with equal seeds and their values, if both have one."""
+        """Return pairs, of `base` and this variant, of runs with equal seeds and their values, if both have one.
+
+        There are none between different data sets.
+        """
+        if not self.has_data_of(base):
+            return []
         before = {run.seed: (run, value) for run, value in base.measured(measure) if run.seed is not None}
         return [(before[run.seed], (run, value)) for run, value in self.measured(measure) if run.seed in before]
 
@@ -280,9 +293,11 @@ def _labels(members: Mapping[str, Sequence[StoredRun]], base: str | None, short:
 def _others_in_words(changes: Sequence[Change]) -> Iterator[str]:
     for change in changes:
         if not change.path.startswith(("noise.", "model.norm_statistics", "batch.micro_size")):
-            name = change.path.rpartition(".")[2].replace("_", " ")
-            name = "batch schedule" if change.path == "batch.schedule" else name
-            yield shown(change.value) if change.path == "optimizer.name" else f"{name} {shown(change.value)}"
+            leaf = change.path.rpartition(".")[2]
+            is_name = leaf in ("name", "kind") and change.value not in (None, "none")
+            name = change.path if _SECTIONS[leaf] > 1 or leaf == "schedule" else leaf
+            words = [] if is_name else [name.replace(".", " ").replace("_", " ")]
+            yield " ".join([*words, shown(change.value)])
 
 
 def _noise_in_words(settings: Mapping[str, object], changes: Sequence[Change]) -> Iterator[str]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from dist_train.report.figures import lines_between
-from dist_train.report.measures import Measure, measures_of
-from dist_train.report.page import tables_in_markdown
+from dist_train.report.figures import lines_between, run_landscapes
+from dist_train.report.measures import Measure, measures_of, sharpness_left_out
+from dist_train.report.page import render, tables_in_markdown
 from dist_train.report.stored_run import Subject, read_subject
 from dist_train.report.tables import contrast_tables, effect_tables, variant_cell
 from dist_train.report.variants import panels_of
@@ -143,3 +146,124 @@ def test_sharpness_of_an_earlier_checkpoint_is_not_that_of_the_run(tmp_path: Pat
     subject = read_subject(study)
     base = panels_of(subject.runs)[0].variants[0]
     assert variant_cell(base, measures(subject)["sharpness-Hessian trace"]).note == "n = 2"
+
+
+def copy_line(run: Path, name: str, steps: tuple[int, int], **settings: Any) -> Path:
+    """Copy the line from `run` with the checkpoints' steps and settings changed."""
+    folder = run / "analysis" / f"interpolate-{name}"
+    shutil.copytree(run / "analysis" / "interpolate-0123456789abcdef", folder)
+    fields = json.loads((folder / "settings.json").read_text())
+    for checkpoint, step in zip(fields["checkpoints"], steps, strict=True):
+        checkpoint["step"] = step
+    fields["settings"] |= settings
+    (folder / "settings.json").write_text(json.dumps(fields))
+    return folder
+
+
+@pytest.mark.parametrize("steps", [(100, 80), (200, 40)])
+def test_lines_between_earlier_checkpoints_are_not_averaged_with_the_others(
+    tmp_path: Path, steps: tuple[int, int]
+) -> None:
+    study = make_study(tmp_path / "study", seeds=(0, 1))
+    copy_line(study / "sb-seed-0", "earlier", steps)
+    [chart] = lines_between(panels_of(read_subject(study).runs))
+    assert chart.note.startswith("2 lines, 1 left out")
+
+
+def test_of_a_line_between_two_runs_of_one_variant_one_direction_counts(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "study", seeds=(0, 1))
+    for seed in (0, 1):
+        folder = study / f"sb-seed-{seed}" / "analysis" / "interpolate-0123456789abcdef"
+        fields = json.loads((folder / "settings.json").read_text())
+        path = fields["checkpoints"][1]["path"].replace(f"lb-seed-{seed}", f"sb-seed-{1 - seed}")
+        fields["checkpoints"][1] |= {"path": path, "step": 200}
+        (folder / "settings.json").write_text(json.dumps(fields))
+    [chart] = lines_between(panels_of(read_subject(study).runs))
+    assert chart.title == "SB, baseline (0) to SB, baseline (1)"
+    assert chart.note.startswith("1 left out")
+
+
+def test_a_namesake_in_another_folder_is_not_the_run_of_the_line(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "study", seeds=(0,))
+    path = study / "sb-seed-0" / "analysis" / "interpolate-0123456789abcdef" / "settings.json"
+    path.write_text(path.read_text().replace(str(study / "lb-seed-0"), str(tmp_path / "elsewhere" / "lb-seed-0")))
+    [chart] = lines_between(panels_of(read_subject(study).runs))
+    assert chart.title == "SB, baseline (0) to lb-seed-0 step 80 (1)"
+
+
+def test_lines_of_a_run_are_told_apart(tmp_path: Path) -> None:
+    run = make_study(tmp_path / "study", seeds=(0,)) / "sb-seed-0"
+    copy_line(run, "fine", (200, 80), points=201)
+    copy_line(run, "earlier", (100, 80))
+    assert sorted(chart.title for chart in run_landscapes(read_subject(run).runs[0])) == [
+        "Along random directions, step 200",
+        "From sb-seed-0 step 100 (0) to lb-seed-0 step 80 (1)",
+        "From sb-seed-0 step 200 (0) to lb-seed-0 step 80 (1), points 201",
+        "From sb-seed-0 step 200 (0) to lb-seed-0 step 80 (1), points 41",
+    ]
+
+
+def test_each_measure_of_sharpness_has_its_own_commonest_settings(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "study", seeds=(0, 1))
+    scale = {"value": 5.0, "standard_error": 1.0, "variance": 5.0, "squared_gradient": 1.0, "batches": 9}
+    for path in study.glob("*/analysis/sharpness-*.json"):
+        fields = json.loads(path.read_text())
+        for name in ("few", "fewer"):
+            fields["settings"]["samples"] = {"few": 100, "fewer": 50}[name]
+            more = {**fields, "hessian": None, "keskar": None, "expected_rise": None, "noise_scale": scale}
+            path.with_name(f"sharpness-{name}.json").write_text(json.dumps(more))
+    subject = read_subject(study)
+    found = measures(subject)
+    for title in ("Hessian trace", "gradient noise scale"):
+        assert all(found[f"sharpness-{title}"].take(run) is not None for run in subject.runs)
+    assert sharpness_left_out(subject.runs) == len(subject.runs)
+    run = study / "sb-seed-0"
+    assert "Sharpness results left out because of other settings or an earlier step: 1." in render(read_subject(run))
+
+
+def variants_of(folder: Path, *changes: Mapping[str, object]) -> list[str]:
+    """Return the labels of variants with these changes, after the baseline's."""
+    treatment = treatments()[0]
+    for number, settings in enumerate(({}, *changes)):
+        for seed in (0, 1):
+            name = f"{number}-{seed}"
+            make_run(folder / name, treatment, seed, {**treatment.settings, **settings, "run.seed": seed})
+    [panel] = panels_of(read_subject(folder).runs)
+    return [variant.label for variant in panel.variants[1:]]
+
+
+def test_settings_of_one_name_in_several_sections_are_told_apart(tmp_path: Path) -> None:
+    cosine = {"schedule.decay": "cosine"}
+    mean = {"averaging.kind": "ema", "averaging.decay": 0.5, "optimizer.learning_rate": 0.3}
+    labels = variants_of(tmp_path, cosine, mean, {"optimizer.name": "adamw"})
+    assert labels == ["schedule decay cosine", "learning rate 0.3, ema, averaging decay 0.5", "adamw"]
+
+
+def test_runs_on_different_data_are_not_paired(tmp_path: Path) -> None:
+    variants_of(tmp_path, {"data.name": "cifar10"}, {"optimizer.learning_rate": 0.3})
+    subject = read_subject(tmp_path)
+    panels = panels_of(subject.runs)
+    for table in (*effect_tables(panels), *contrast_tables(panels, ())):
+        assert {row.variant.name for _, rows in table.groups for row in rows} == {"2-0"}
+    assert "2 data sets (cifar10, fashion-mnist)" in tables_in_markdown(subject)
+    assert "2 data sets (cifar10, fashion-mnist)" in render(subject)
+
+
+def test_a_link_to_a_run_elsewhere_is_a_run_of_the_folder(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", treatments()[0], 0, treatments()[0].settings)
+    folder = tmp_path / "folder"
+    make_run(folder / "here", treatments()[0], 1, treatments()[0].settings)
+    (folder / "link").symlink_to(run)
+    (folder / "again").symlink_to(folder / "here")
+    (folder / "circle").symlink_to(folder)
+    assert sorted(run.name for run in read_subject(folder).runs) == ["here", "link"]
+
+
+def test_a_line_that_names_one_checkpoint_is_unusable(tmp_path: Path) -> None:
+    run = make_study(tmp_path / "study", seeds=(0,)) / "sb-seed-0"
+    path = run / "analysis" / "interpolate-0123456789abcdef" / "settings.json"
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps({**fields, "checkpoints": fields["checkpoints"][:1]}))
+    [found] = read_subject(run).runs
+    assert not found.analyses.of_kind("interpolate")
+    assert len(found.analyses.problems) == 1
