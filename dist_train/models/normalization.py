@@ -62,7 +62,7 @@ def _rectified(outputs: Tensor, relu: bool) -> Tensor:
 
 
 def _kernels_support(inputs: Tensor, weight: Tensor, group_sizes: Sequence[int]) -> bool:
-    """Whether our kernels can normalize `inputs`. In other layouts torch's need no copy."""
+    """Whether our kernels can normalize `inputs`. If they are contiguous (NCHW), torch's need no copy."""
     has_layout = inputs.dim() == 2 or inputs.is_contiguous(memory_format=torch.channels_last)
     has_equal_groups = len({*group_sizes[:-1]}) <= 1
     return has_layout and has_equal_groups and operators.has_norm_kernels(inputs, weight)
@@ -209,8 +209,12 @@ def _plain(group: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tenso
 
 
 def _torch_is_accurate(inputs: Tensor) -> bool:
-    """Whether torch's batch norm keeps float32 precision for `inputs` [n, C] or [n, C, H, W] in their layout."""
-    return inputs.is_cuda or not (inputs.dim() == 2 or inputs.is_contiguous(memory_format=torch.channels_last))
+    """Whether torch's batch norm keeps float32 precision for `inputs` [n, C] or [n, C, ...] in their layout.
+
+    Given `out`, it also takes the mean for 0 (torch 2.13) if they are not contiguous, such as a part of the channels.
+    """
+    is_plain = inputs.is_contiguous() and not inputs.is_contiguous(memory_format=torch.channels_last)
+    return inputs.is_cuda or (inputs.dim() > 2 and is_plain)
 
 
 def _by_channel(group: Tensor) -> Tensor:

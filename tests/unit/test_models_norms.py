@@ -92,6 +92,27 @@ def test_evaluation_uses_the_running_averages_and_gathers_nothing(shape: tuple[i
     norm = a_norm(4)
     norm.running_mean.copy_(torch.tensor([1.0, 0.0, -1.0]))
     norm.running_var.copy_(torch.tensor([4.0, 1.0, 0.5]))
+@pytest.mark.parametrize("group_size", [None, 4])
+@pytest.mark.parametrize("layout", ["samples", "channels", "columns", "transposed"])
+def test_activations_that_are_not_contiguous_are_normalized_as_others(layout: str, group_size: int | None) -> None:
+    wide = torch.randn(22, 2 * CHANNELS, 6, 4, generator=torch.Generator().manual_seed(0)) + 1
+    inputs = {
+        "samples": wide[::2, :CHANNELS].contiguous()[::2],
+        "channels": wide[:, :CHANNELS],
+        "columns": wide[:, :CHANNELS].contiguous()[..., ::2],
+        "transposed": wide[:, :CHANNELS].contiguous().mT,
+    }[layout]
+    assert not inputs.is_contiguous()
+    found = []
+    for each in (inputs, inputs.contiguous()):
+        norm, leaf = a_norm(group_size), each.detach().requires_grad_()
+        outputs = norm(leaf)
+        outputs.square().sum().backward()
+        [seen] = norm.seen
+        found.append([outputs, seen.means, seen.variances, leaf.grad, norm.weight.grad, norm.bias.grad])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
+
+
     reference = torch_norm(norm, shape)
     norm.eval()
     reference.eval()
