@@ -151,7 +151,7 @@ class PointEvaluator:
 
         def collect(lane: _Lane, batch: Batch) -> None:
             lane.model(batch[0])
-            lane.statistics.collect()
+            lane.statistics.collect(len(batch[0]))
 
         for lane in self._lanes:
             collect_statistics(lane.model)

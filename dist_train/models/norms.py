@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from dist_train.config import ModelSettings
 from dist_train.models.normalization import SumOverRanks, normalize
+from dist_train.outcome import UsageError
 from dist_train.reproducible import STATISTICS
 
 VECTOR_GROUP = 8  # fewest channels per group norm's group of single values: of two, only the order would be left
@@ -28,7 +29,10 @@ VECTOR_GROUP = 8  # fewest channels per group norm's group of single values: of 
 
 @dataclass(frozen=True)
 class SeenGroups:
-    """Means and unbiased variances [g, C] of the groups of a forward pass, and the samples of each on this rank."""
+    """Means and unbiased variances [g, C] of the groups of a forward pass, and the rows of each on this rank.
+
+    Rows are samples, or parts of them: `inputs` may have several for each sample, such as its patches or tokens.
+    """
 
     means: torch.Tensor
     variances: torch.Tensor
@@ -193,18 +197,32 @@ class BatchStatistics:
         self.out_of_range.zero_()
 
     def forget(self) -> None:
-        """Drop the groups seen since the last `collect`."""
+        """Drop the groups seen in forward passes that do not count."""
         for norm in self._norms:
             norm.seen.clear()
 
-    def collect(self) -> None:
-        """Add the groups seen since the last `collect`; call it after every forward pass that counts."""
-        for seen in zip(*(norm.seen for norm in self._norms), strict=True):
+    def collect(self, samples: int) -> None:
+        """Add the groups seen in a forward pass of `samples` samples; call it after every one that counts.
+
+        Raises UsageError if the pass did not use each norm once.
+        """
+        for index, norm in enumerate(self._norms, start=1):
+            if len(norm.seen) != 1:
+                raise UsageError(
+                    f"norm {index} of the model's {len(self._norms)} (of {len(norm.weight)} channels) was used "
+                    f"{len(norm.seen)} times in a forward pass: use each norm once in every pass, in training and in "
+                    f"evaluations alike, or set model.norm=group",
+                    code="plugin-result",
+                )
+        if self._norms:
+            seen = [norm.seen[0] for norm in self._norms]
             weighted = torch.cat([average for groups in seen for average in (groups.means, groups.variances)], dim=1)
             start = 0
-            for size, equal in groupby(seen[0].sizes):
+            for size, equal in groupby(sizes):
                 stop = start + len(list(equal))
                 weighted[start:stop].mul_(size)
+            # Of a single group, norms may see different numbers of rows for the same samples.
+            sizes = seen[0].sizes if len(seen[0].sizes) > 1 else (samples,)
                 start = stop
             # Written so that NaN, for which every comparison is false, is out of range.
             self.out_of_range |= ~(weighted.abs().amax() < _LIMIT)

@@ -135,7 +135,7 @@ def recompute_statistics(
         with torch.no_grad(), compute.autocast():
             for inputs, _ in samples.read_all(indices[batch.start : batch.stop] for batch in share):
                 model(inputs)
-                statistics.collect()
+                statistics.collect(len(inputs))
 
     fits = fits_memory(collect)
     model.train(was_training)

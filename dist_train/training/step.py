@@ -234,10 +234,11 @@ class TrainingStep:
     ) -> None:
         """Add the gradient of the sum of the samples' losses over `divisor`."""
         logits, loss = self._forward(inputs, target)
-        self.statistics.collect()
+        self.statistics.collect(len(target.main))
         self.tally.add(loss, logits, target.main)
         with accumulating():
             torch.autograd.backward(loss / divisor)
+        self.statistics.forget()  # what activation checkpointing has computed a second time
 
     def _differentiate_and_count(self, divisor: float, inputs: Tensor, target: Target) -> None:
         """Do what a graph records: keep results only in tensors allocated before."""

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dist_train.models.norms import BatchStatistics, GroupedBatchNorm, collect_statistics, norm_modules
+from dist_train.outcome import UsageError
 from dist_train.reproducible import STATISTICS
+from tests.raising import raises
 
 PROPERTY = settings(deadline=None, max_examples=25)
 CHANNELS = 3
@@ -30,7 +32,7 @@ def see(norm: GroupedBatchNorm, inputs: Sequence[Tensor]) -> BatchStatistics:
     statistics = BatchStatistics([norm], CPU)
     for each in inputs:
         norm(each)
-        statistics.collect()
+        statistics.collect(len(each))
     return statistics
 
 
@@ -96,23 +98,47 @@ def test_norms_of_several_widths_get_their_own_averages() -> None:
     inputs = batch(12, ())
     between = model[1](model[0](inputs))
     model[2](between)
-    statistics.collect()
+    statistics.collect(12)
     statistics.absorb(statistics.sums, 12, momentum=1.0)
     torch.testing.assert_close(model[0].running_mean, inputs.mean(dim=0))
     torch.testing.assert_close(model[2].running_mean, between.mean(dim=0))
     torch.testing.assert_close(model[2].running_var, between.var(dim=0))
 
 
+def test_a_norm_over_several_rows_of_each_sample_has_the_mean_over_them() -> None:
+    norms = [GroupedBatchNorm(CHANNELS) for _ in range(2)]
+    statistics = BatchStatistics(norms, CPU)
+    patches = batch(4 * 5, (3, 3))
+    norms[0](patches)
+    norms[1](patches[::4])
+    statistics.collect(5)
+    statistics.absorb(statistics.sums, 5, momentum=1.0)
+    for norm, seen in zip(norms, (patches, patches[::4]), strict=True):
+        torch.testing.assert_close(norm.running_mean, seen.mean((0, 2, 3)))
+        torch.testing.assert_close(norm.running_var, seen.var((0, 2, 3)))
+
+
+@pytest.mark.parametrize("times", [0, 2])
+def test_a_pass_that_does_not_use_each_norm_once_is_refused(times: int) -> None:
+    norms = [GroupedBatchNorm(CHANNELS) for _ in range(2)]
+    statistics = BatchStatistics(norms, CPU)
+    norms[0](batch(4, ()))
+    for _ in range(times):
+        norms[1](batch(4, ()))
+    with raises(UsageError, code="plugin-result"):
+        statistics.collect(4)
+
+
 def test_what_is_collected_is_counted_once_and_what_is_forgotten_never() -> None:
     norm = GroupedBatchNorm(CHANNELS)
     statistics = see(norm, [batch(4, ())])
     once = statistics.sums.clone()
-    statistics.collect()
     norm(batch(4, (), seed=1))
     statistics.forget()
-    statistics.collect()
+    norm(batch(4, ()))
+    statistics.collect(4)
     assert once.any()
-    assert torch.equal(statistics.sums, once)
+    assert torch.equal(statistics.sums, 2 * once)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 2.0**33])
@@ -124,7 +150,7 @@ def test_statistics_that_are_not_finite_or_too_large_are_noted_until_cleared(bad
     assert not statistics.out_of_range
     assert not statistics.sums.any()
     norm(batch(4, ()))
-    statistics.collect()
+    statistics.collect(4)
     assert not statistics.out_of_range
 
 

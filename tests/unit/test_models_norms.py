@@ -262,8 +262,8 @@ class TestSyncBatchNorm:
             gradients = [gradient for norm in norms if (gradient := norm.get_parameter(name).grad) is not None]
             assert_near(torch.stack(gradients).sum(dim=0), reference.get_parameter(name).grad)
         gathered = [BatchStatistics([norm], torch.device("cpu")) for norm in norms]
-        for statistics in gathered:
-            statistics.collect()
+        for statistics, samples_here in zip(gathered, cuts, strict=True):
+            statistics.collect(samples_here)
         sums = torch.stack([statistics.sums for statistics in gathered]).sum(dim=0)
         gathered[0].absorb(sums, samples, momentum=0.1)
         torch.testing.assert_close(norms[0].running_mean, reference.get_buffer("running_mean").float())

@@ -12,11 +12,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from dist_train.cluster.communicator import Alone, Communicator
+from dist_train.config import ImageFormat
 from dist_train.data.images import BatchRequest
 from dist_train.data.plan import batch_indices, epoch_order
 from dist_train.models import build_model
+from dist_train.models.norms import NormFactory
 from dist_train.outcome import DivergedError, OutOfMemoryError, UsageError
 from dist_train.training.step import GlobalBatch, Update, clip_gradient
 from dist_train.training.trainer import Trainer
@@ -137,6 +140,35 @@ def test_langevin_s_updates_are_equation_1_and_its_momentum_has_no_noise(
             torch.testing.assert_close(parameter.detach(), expected, rtol=1e-5, atol=1e-6)
             buffer = trainer.take_step.optimizer.state[parameter]["momentum_buffer"]
             torch.testing.assert_close(buffer, v, rtol=1e-5, atol=1e-6)
+
+
+class Convolutions(nn.Module):
+    def __init__(self, classes: int, norm: NormFactory, checkpoints: bool) -> None:
+        super().__init__()
+        self.checkpoints = checkpoints
+        self.body = nn.Sequential(nn.Conv2d(1, 4, 3), norm(4), nn.ReLU(), nn.Conv2d(4, 4, 3), norm(4), nn.ReLU())
+        self.head = nn.Linear(4, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = checkpoint(self.body, images, use_reentrant=False) if self.checkpoints else self.body(images)
+        logits: Tensor = self.head(features.mean((2, 3)))
+        return logits
+
+
+def convolutions(images: ImageFormat, width: float, norm: NormFactory, options: dict[str, Any]) -> nn.Module:
+    return Convolutions(images.classes, norm, **options)
+
+
+def test_norms_do_not_count_what_activation_checkpointing_computes_again(tmp_path: Path) -> None:
+    states = []
+    for checkpoints in (False, True):
+        model = {"name": f"{__name__}:convolutions", "options": {"checkpoints": checkpoints}, "width": 1.0}
+        trainer = build_trainer(
+            small_config(model=model, noise={"method": "none"}), tmp_path / str(checkpoints), Alone()
+        )
+        take(trainer)
+        states.append(state_bits(trainer.network))
+    assert states[0] == states[1]
 
 
 def test_langevin_s_gradient_is_taken_at_the_weights_themselves_and_a_rate_of_zero_leaves_a_walk(
@@ -353,7 +385,7 @@ def test_a_size_that_was_asked_for_is_not_changed_and_the_weights_are_as_before(
 
 def test_an_error_of_another_kind_is_not_taken_for_a_lack_of_memory(tmp_path: Path) -> None:
     trainer = build_trainer(small_config(), tmp_path, Alone())
-    trainer.take_step = replace(trainer.take_step, model=nn.Flatten())
+    trainer.take_step = replace(trainer.take_step, model=nn.Unflatten(0, (5,)))
     trainer.may_shrink = True
     before = trainer.take_step.weights.values.clone()
     with pytest.raises((RuntimeError, IndexError)) as caught:

@@ -69,7 +69,7 @@ def test_it_begins_anew_with_the_norms_statistics() -> None:
     statistics = BatchStatistics((norm,), CPU)
     tally = Tally(Alone(), statistics, CPU)
     norm(torch.ones(3, 2))
-    statistics.collect()
+    statistics.collect(3)
     tally.add(torch.tensor(1.0), LOGITS[:2], LABELS[:2])
     tally.send(stop=True)
     tally.clear()
@@ -89,7 +89,7 @@ def test_promise_3_statistics_of_all_norms_are_summed_over_the_ranks_and_absorbe
         for part in torch.split(inputs, 3)[comm.rank :: comm.size]:
             norms[0](part)
             norms[1](part[:, :1] * 5)
-            statistics.collect()
+            statistics.collect(len(part))
         tally.send()
         statistics.absorb(tally.result().statistics, 12, momentum=1.0)
         return [value.clone() for norm in norms for value in (norm.running_mean, norm.running_var)]
