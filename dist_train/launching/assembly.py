@@ -29,7 +29,7 @@ from dist_train.data.augmentation import build_mix
 from dist_train.data.loader import SampleSource, open_splits
 from dist_train.data.plan import BatchPlan
 from dist_train.launching.session import Session
-from dist_train.models import build_model, warn_of_changing_buffers
+from dist_train.models import build_model, check_training
 from dist_train.models.norms import BatchStatistics, join_relus, norm_modules
 from dist_train.optim.averaging import Averaging
 from dist_train.optim.flat_weights import FlatWeights
@@ -217,7 +217,7 @@ def _build_network(config: Config, device: torch.device) -> tuple[nn.Module, Fla
     """Return the network of `config` on `device`, and its weights. Raises UsageError if they do not fit the memory."""
     with fitting_memory("the model", "set a smaller model.width"):
         network = build_model(config)
-        warn_of_changing_buffers(network, config)
+        check_training(network, config)
         network = network.to(device)
         join_relus(network)
         return network, FlatWeights(network)

@@ -28,6 +28,7 @@ from dist_train.models.norms import (
     VECTOR_GROUP,
     GroupedBatchNorm,
     NormFactory,
+    collect_statistics,
     norm_factory,
     norm_modules,
     norm_parameters,
@@ -158,14 +159,17 @@ def _network(settings: ModelSettings, images: ImageFormat, channels_last: bool) 
         return _MODELS[settings.name](images, settings.width, norm)
     model: nn.Module = call_plugin(settings.name, settings.options, nn.Module, images, settings.width, norm)
     blank = _blank(images, channels_last)
-    with failing_clearly(settings.name), _noting_layer(model), torch.no_grad():
-        outputs = {"": model.eval()(blank)}
-        outputs[" in training"], _ = _trial_in_training(model, blank)
+    with failing_clearly(settings.name), _noting_layer(model):
+        with torch.no_grad():
+            outputs = {"": model.eval()(blank)}
+        with torch.enable_grad(), _restoring_buffers(model):
+            outputs[" in training"] = model.train()(blank)
     for mode, logits in outputs.items():
-        if not isinstance(logits, Tensor) or tuple(logits.shape) != (_TRIAL_SAMPLES, images.classes):
-            form = f"logits of {list(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        is_tensor = isinstance(logits, Tensor)
+        if not is_tensor or logits.shape != (_TRIAL_SAMPLES, images.classes) or not logits.is_floating_point():
+            form = f"{logits.dtype} of {list(logits.shape)}" if is_tensor else type(logits).__name__
             raise UsageError(
-                f"{settings.name} gives {form}, not logits of [2, {images.classes}], for 2 images{mode}",
+                f"{settings.name} gives {form}, not real logits of [2, {images.classes}], for 2 images{mode}",
                 code="plugin-result",
             )
     _check_trainable(model, settings.name)
@@ -207,33 +211,74 @@ def _blank(images: ImageFormat, channels_last: bool) -> Tensor:
     return torch.zeros(_TRIAL_SAMPLES, *images.shape).to(memory_format=layout)
 
 
-def _trial_in_training(model: nn.Module, images: Tensor) -> tuple[Any, list[str]]:
-    """Return what `model` gives for `images` in training, and the names of the buffers changed, which are restored."""
-    buffers = [(name, buffer, buffer.clone()) for name, buffer in model.named_buffers()]
-    with torch.enable_grad():
-        result = model.train()(images)
-    changed = [name for name, buffer, value in buffers if not torch.equal(buffer, value)]
+@contextmanager
+def _restoring_buffers(model: nn.Module) -> Iterator[list[str]]:
+    """Restore the buffers of `model` after the block; the list yielded then has the names of those that it changed."""
+    before = {name: (buffer, buffer.clone()) for name, buffer in model.named_buffers(remove_duplicate=False)}
+    changed: list[str] = []
+    yield changed
+    after = dict(model.named_buffers(remove_duplicate=False))  # others, where the model has assigned new tensors
     with torch.no_grad():
-        for _, buffer, value in buffers:
+        for name, (buffer, value) in before.items():
+            if name not in after or not torch.equal(after[name], value):
+                changed.append(name)
+            owner, _, last = name.rpartition(".")
+            setattr(model.get_submodule(owner), last, buffer)
+        for buffer, value in before.values():
             buffer.copy_(value)
-    return result, changed
 
 
-def warn_of_changing_buffers(model: nn.Module, config: Config) -> None:
-    """Warn if training changes buffers of a plug-in's `model`, as torch's own batch norm does, differently by rank."""
-    if config.model.name in _MODELS:
+def check_training(model: nn.Module, config: Config) -> None:
+    """Try a plug-in's `model` in training; warn of buffers that each rank changes by its own samples.
+
+    The model stays as it was. Raises UsageError if a gradient is sparse or arrives in parts, or if norms whose
+    statistics are to be recomputed are not used in evaluations.
+    """
+    name = config.model.name
+    if name in _MODELS:
         return
-    with torch.random.fork_rng(devices=()):
-        _, changed = _trial_in_training(model, _blank(config.data.image_format, config.precision.channels_last))
-    for norm in norm_modules(model):
-        norm.seen.clear()
+    images = _blank(config.data.image_format, config.precision.channels_last)
+    with torch.random.fork_rng(devices=()), failing_clearly(name):
+        with _restoring_buffers(model) as changed:
+            _check_gradients(model, name, model.train()(images))
+        for norm in norm_modules(model):
+            norm.seen.clear()
+        if config.recomputes_statistics:
+            collect_statistics(model)
+            with torch.no_grad():
+                model(images)
+            _check_norms(model, name, " of an evaluation")
+            model.train()
     if changed:
         _logger.warning(
             "%s changes buffers in training (%s), on each rank by its own samples: results depend on the number of "
             "ranks, and model.norm_statistics does not apply to them; build norms by norm(channels)",
-            config.model.name,
+            name,
             ", ".join(changed[:_MAX_NAMES]),
         )
+
+
+def _check_gradients(model: nn.Module, name: str, logits: Tensor) -> None:
+    """Raise UsageError if the backward pass from `logits` completes a gradient more than once, or makes it sparse."""
+    arrived: set[str] = set()
+
+    def note(path: str, parameter: nn.Parameter) -> None:
+        assert parameter.grad is not None
+        problem = "arrives in parts: call checkpoint(..., use_reentrant=False)" if path in arrived else ""
+        if parameter.grad.layout != torch.strided:
+            problem = "is sparse: set sparse=False"
+        if problem:
+            raise UsageError(f"the gradient of {path} of {name} {problem}", code="plugin-result")
+        arrived.add(path)
+        parameter.grad = None
+
+    trained = [(path, parameter) for path, parameter in model.named_parameters() if parameter.requires_grad]
+    hooks = [parameter.register_post_accumulate_grad_hook(partial(note, path)) for path, parameter in trained]
+    try:
+        torch.autograd.backward(logits.sum())
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _check_trainable(model: nn.Module, name: str) -> None:
@@ -247,11 +292,25 @@ def _check_trainable(model: nn.Module, name: str) -> None:
                 f"{list(parameter.shape)}: what is trained is float32, and nothing is empty",
                 code="plugin-result",
             )
-    for norm in norm_modules(model):
+    for path, module in model.named_modules():
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            raise UsageError(
+                f"{name} has a state outside its tensors ({path or 'itself'}, {type(module).__name__}, has "
+                f"get_extra_state): ranks and checkpoints share parameters and buffers; register it as a buffer",
+                code="plugin-result",
+            )
+    _check_norms(model, name, "")
+
+
+def _check_norms(model: nn.Module, name: str, mode: str) -> None:
+    """Raise UsageError if the last forward pass did not use each norm of `model` once; forget what they have seen."""
+    for path, norm in model.named_modules():
+        if not isinstance(norm, GroupedBatchNorm):
+            continue
         if len(norm.seen) != 1:
             raise UsageError(
-                f"{name} uses a norm {len(norm.seen)} times in a forward pass: build one for each use, or set "
-                f"model.norm=group",
+                f"{name} uses its norm {path} {len(norm.seen)} times in a forward pass{mode}: build one for each use, "
+                f"or set model.norm=group",
                 code="plugin-result",
             )
         if norm.group_size is not None and sum(norm.seen[0].sizes) != _TRIAL_SAMPLES:

@@ -12,11 +12,12 @@ import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from torchvision import models
 
 from dist_train.checkpoint.files import Contents
 from dist_train.config import Config, ImageFormat, ModelSettings, parse_config
-from dist_train.models import build_model, warn_of_changing_buffers
+from dist_train.models import build_model, check_training
 from dist_train.models.building import _MODELS, _with_norm, initialize
 from dist_train.models.norms import GroupedBatchNorm, NormFactory, norm_factory, norm_modules, norm_parameters
 from dist_train.outcome import UsageError
@@ -138,6 +139,11 @@ def test_timm_takes_any_number_of_channels() -> None:
         built("torchvision:resnet18", one)
 
 
+class Stateful(nn.Identity):
+    def get_extra_state(self) -> dict[str, int]:
+        return {"passes": 1}
+
+
 class Network(nn.Module):
     """A plug-in's network, with one peculiarity."""
 
@@ -158,6 +164,11 @@ class Network(nn.Module):
             "layer-norm": lambda: nn.Sequential(nn.LayerNorm(8), nn.RMSNorm(8), nn.BatchNorm1d(8)),
             "view": lambda: nn.Conv2d(3, 3, 1),
             "narrow": lambda: nn.Sequential(nn.ReLU(), nn.Linear(5, 8)),
+            "extra-state": Stateful,
+            "reentrant": lambda: nn.Linear(8, 8),
+            "checkpointed": lambda: nn.Linear(8, 8),
+            "sparse": lambda: nn.Embedding(2, 8, sparse=True),
+            "norm-in-training": lambda: norm(8),
         }
         self.extra = extra.get(kind, nn.Identity)()
         self.requires_grad_(kind != "frozen")
@@ -176,7 +187,18 @@ class Network(nn.Module):
             features = self.norm(features)
         if self.kind in ("layer-norm", "narrow"):
             features = self.extra(features)
+        if self.kind == "norm-in-training" and self.training:
+            features = self.extra(features)
+        if self.kind in ("reentrant", "checkpointed") and self.training:
+            for _ in range(2):
+                features = checkpoint(self.extra, features, use_reentrant=self.kind == "reentrant")
+        if self.kind == "sparse":
+            features = features + self.extra(torch.zeros(len(images), dtype=torch.int64))
+        if self.kind == "assigned" and self.training:
+            self.random = 0.9 * self.random
         logits = self.head(features)
+        if self.kind == "complex-logits":
+            logits = torch.complex(logits, logits)
         of_training = (logits, features) if self.training else logits
         others = {"dict": {"logits": logits}, "tuple-in-training": of_training, "detached": logits.detach()}
         return others.get(self.kind, logits)
@@ -188,7 +210,19 @@ def network(images: ImageFormat, width: float, norm: NormFactory, options: dict[
 
 @pytest.mark.parametrize(
     "kind",
-    ["dict", "tuple-in-training", "detached", "double", "complex", "empty", "frozen", "norm-unused", "norm-twice"],
+    [
+        "dict",
+        "tuple-in-training",
+        "detached",
+        "double",
+        "complex",
+        "complex-logits",
+        "empty",
+        "extra-state",
+        "frozen",
+        "norm-unused",
+        "norm-twice",
+    ],
 )
 def test_what_cannot_be_trained_is_refused_before_the_run(kind: str) -> None:
     with raises(UsageError, code="plugin-result"):
@@ -279,6 +313,43 @@ def test_weights_are_named_by_init_from_alone(name: str, options: dict[str, obje
         built(name, options=options)
 
 
+def tried(kind: str, **model: object) -> nn.Module:
+    """Return the network after `check_training`."""
+    settings = {"name": f"{HERE}:network", "options": {"kind": kind}, **model}
+    config = parse_config({"data": IMAGES, "model": settings}, source="test")
+    network = build_model(config)
+    check_training(network, config)
+    return network
+
+
+@pytest.mark.parametrize("kind", ["reentrant", "sparse"])
+def test_gradients_that_arrive_in_parts_or_are_sparse_are_refused(kind: str) -> None:
+    with raises(UsageError, code="plugin-result") as refused:
+        tried(kind)
+    assert "the gradient of extra." in str(refused.value)
+
+
+def test_a_trial_of_the_backward_pass_leaves_no_trace() -> None:
+    model = tried("checkpointed")
+    assert all(parameter.grad is None and not parameter._post_accumulate_grad_hooks for parameter in model.parameters())
+    assert not any(norm.seen for norm in norm_modules(model))
+    assert all(module.training for module in model.modules())
+
+
+def test_a_norm_that_evaluations_do_not_use_is_refused_where_its_statistics_are_recomputed() -> None:
+    assert tried("norm-in-training", norm_statistics="running").training
+    with raises(UsageError, code="plugin-result"):
+        tried("norm-in-training", norm_statistics="recomputed")
+
+
+def test_buffers_to_which_training_assigns_new_tensors_are_found_and_restored(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model, untouched = tried("assigned"), built(f"{HERE}:network", options={"kind": "plain"})
+    assert "(random, passes)" in caplog.text
+    assert torch.equal(model.get_buffer("random"), untouched.get_buffer("random"))
+
+
 def test_training_alone_warns_of_buffers_that_it_changes(caplog: pytest.LogCaptureFixture) -> None:
     settings = {"data": IMAGES, "model": {"name": f"{HERE}:network", "options": {"kind": "plain"}}}
     config = parse_config(settings, source="test")
@@ -287,7 +358,7 @@ def test_training_alone_warns_of_buffers_that_it_changes(caplog: pytest.LogCaptu
     stored_model(contents, config)
     assert not caplog.text
     generator = torch.get_rng_state()
-    warn_of_changing_buffers(model, config)
+    check_training(model, config)
     assert "changes buffers in training (passes)" in caplog.text
     assert model.get_buffer("passes") == 0
     assert not any(norm.seen for norm in norm_modules(model))
