@@ -29,7 +29,7 @@ from dist_train.data.augmentation import build_mix
 from dist_train.data.loader import SampleSource, open_splits
 from dist_train.data.plan import BatchPlan
 from dist_train.launching.session import Session
-from dist_train.models import build_model, check_training
+from dist_train.models import build_model, check_training, runs_sequentials_whole
 from dist_train.models.norms import BatchStatistics, join_relus, norm_modules
 from dist_train.optim.averaging import Averaging
 from dist_train.optim.flat_weights import FlatWeights
@@ -219,7 +219,8 @@ def _build_network(config: Config, device: torch.device) -> tuple[nn.Module, Fla
         network = build_model(config)
         check_training(network, config)
         network = network.to(device)
-        join_relus(network)
+        if runs_sequentials_whole(config.model.name):
+            join_relus(network)
         return network, FlatWeights(network)
 
 

@@ -153,6 +153,14 @@ def build_model(config: Config) -> nn.Module:
     return model
 
 
+def runs_sequentials_whole(name: str) -> bool:
+    """Whether the model `name` runs each `nn.Sequential` as a whole, as `join_relus` requires: ours, and torchvision's.
+
+    The code of a plug-in or another library may as well take layers out of one, slice it or add hooks to its layers.
+    """
+    return name in _MODELS or name.startswith("torchvision:")
+
+
 def _network(settings: ModelSettings, images: ImageFormat, channels_last: bool) -> nn.Module:
     norm = norm_factory(settings)
     if settings.name in _MODELS:

@@ -99,7 +99,11 @@ def collect_statistics(model: nn.Module) -> None:
 
 
 def join_relus(model: nn.Module) -> None:
-    """Fuse each ReLU after a norm in an `nn.Sequential` into the norm: one pass over memory less."""
+    """Fuse each ReLU after a norm in an `nn.Sequential` into the norm: one pass over memory less.
+
+    Only for a model that runs each `nn.Sequential` as a whole, without hooks: after that the norm's own outputs are
+    those of the ReLU, whose place an identity has.
+    """
     for parent in list(model.modules()):
         # A subclass may do something between the two, such as an addition, and a norm of timm calls its children.
         if isinstance(parent, nn.Sequential) and type(parent).forward is nn.Sequential.forward:
@@ -217,12 +221,12 @@ class BatchStatistics:
         if self._norms:
             seen = [norm.seen[0] for norm in self._norms]
             weighted = torch.cat([average for groups in seen for average in (groups.means, groups.variances)], dim=1)
+            # Of a single group, norms may see different numbers of rows for the same samples.
+            sizes = seen[0].sizes if len(seen[0].sizes) > 1 else (samples,)
             start = 0
             for size, equal in groupby(sizes):
                 stop = start + len(list(equal))
                 weighted[start:stop].mul_(size)
-            # Of a single group, norms may see different numbers of rows for the same samples.
-            sizes = seen[0].sizes if len(seen[0].sizes) > 1 else (samples,)
                 start = stop
             # Written so that NaN, for which every comparison is false, is out of range.
             self.out_of_range |= ~(weighted.abs().amax() < _LIMIT)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from dist_train.config import ModelSettings
+from dist_train.cluster.communicator import Alone
+from dist_train.config import ImageFormat, ModelSettings
+from dist_train.models import runs_sequentials_whole
 from dist_train.models.norms import (
     BatchStatistics,
     GroupedBatchNorm,
+    NormFactory,
     channel_groups,
     join_relus,
     norm_factory,
@@ -20,6 +24,7 @@ from dist_train.models.norms import (
     sync_batch_norm,
 )
 from tests.unit.simulated_ranks import SimulatedRanks, results
+from tests.unit.small_trainers import build_trainer, small_config
 
 CHANNELS = 3
 SHAPES = ((), (5, 4))
@@ -87,11 +92,6 @@ def test_each_group_is_normalized_as_torch_does_with_gradients(
     torch.testing.assert_close(norm.bias.grad, reference.bias.grad)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_evaluation_uses_the_running_averages_and_gathers_nothing(shape: tuple[int, ...]) -> None:
-    norm = a_norm(4)
-    norm.running_mean.copy_(torch.tensor([1.0, 0.0, -1.0]))
-    norm.running_var.copy_(torch.tensor([4.0, 1.0, 0.5]))
 @pytest.mark.parametrize("group_size", [None, 4])
 @pytest.mark.parametrize("layout", ["samples", "channels", "columns", "transposed"])
 def test_activations_that_are_not_contiguous_are_normalized_as_others(layout: str, group_size: int | None) -> None:
@@ -113,6 +113,11 @@ def test_activations_that_are_not_contiguous_are_normalized_as_others(layout: st
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_evaluation_uses_the_running_averages_and_gathers_nothing(shape: tuple[int, ...]) -> None:
+    norm = a_norm(4)
+    norm.running_mean.copy_(torch.tensor([1.0, 0.0, -1.0]))
+    norm.running_var.copy_(torch.tensor([4.0, 1.0, 0.5]))
     reference = torch_norm(norm, shape)
     norm.eval()
     reference.eval()
@@ -150,6 +155,21 @@ def test_a_norm_that_a_relu_was_joined_to_has_the_bits_of_both(shape: tuple[int,
     assert joined.state_dict().keys() == apart.state_dict().keys()
     for found, expected in zip(run(joined), run(apart), strict=True):
         assert torch.equal(found, expected)
+
+
+def tapped(images: ImageFormat, width: float, norm: NormFactory) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), norm(8), nn.ReLU(), nn.Linear(8, images.classes))
+
+
+@pytest.mark.parametrize(("name", "joined"), [("vgg9", True), (f"{__name__}:tapped", False)])
+def test_relus_are_joined_in_models_known_to_run_their_sequentials_whole(
+    tmp_path: Path, name: str, joined: bool
+) -> None:
+    network = build_trainer(small_config(model={"name": name, "width": 0.03125}), tmp_path, Alone()).network
+    assert {norm.has_relu for norm in norm_modules(network)} == {joined}
+    assert any(isinstance(module, nn.ReLU) for module in network.modules()) != joined
+    assert runs_sequentials_whole("torchvision:resnet18")
+    assert not runs_sequentials_whole("timm:resnet18")
 
 
 class Residual(nn.Sequential):
