@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import io
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -43,6 +44,7 @@ def build_optimizer(settings: OptimizerSettings, weights: FlatWeights) -> Optimi
     if is_plugin(settings.name):
         optimizer = cast(Optimizer, call_plugin(settings.name, settings.options, Optimizer, settings, groups))
         _check_usable(optimizer, settings.name)
+        _check_parameters(optimizer, settings.name, weights)
         for group in optimizer.param_groups:
             group["initial_lr"] = float(group.get("lr", 0.0))  # as torch's own schedules name it
         return optimizer
@@ -67,6 +69,20 @@ def _check_usable(optimizer: Optimizer, name: str) -> None:
             f"({type(error).__name__})",
             code="plugin-result",
         ) from error
+
+
+def _check_parameters(optimizer: Optimizer, name: str, weights: FlatWeights) -> None:
+    """Raise UsageError if `optimizer` does not hold each parameter of `weights` once, and nothing else."""
+    held = Counter(id(parameter) for group in optimizer.param_groups for parameter in group["params"])
+    for segment, parameter in zip(weights.segments, weights.parameters, strict=True):
+        if (times := held[id(parameter)]) != 1:
+            raise UsageError(
+                f"{name} holds the parameter {segment.name} {times} times: give each parameter of all groups to the "
+                f"optimizer once; what is not to be trained has requires_grad=False in the model",
+                code="plugin-result",
+            )
+    if extra := held.total() - len(weights.parameters):
+        raise UsageError(f"{name} holds {extra} tensors that are no parameters of the model", code="plugin-result")
 
 
 def set_learning_rate(optimizer: Optimizer, rate: float) -> None:

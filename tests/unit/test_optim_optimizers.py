@@ -7,6 +7,7 @@ import io
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy
@@ -239,6 +240,33 @@ def test_a_plugin_whose_settings_checkpoints_could_not_give_back_is_refused_at_o
     settings = OptimizerSettings(name=f"{__name__}:with_numpys_numbers")
     with raises(UsageError, code="plugin-result"):
         build_optimizer(settings, FlatWeights(a_model()))
+
+
+@dataclass(frozen=True)
+class Holding:
+    """Makes optimizers of too few, too many, repeated or other parameters."""
+
+    kind: str
+
+    def __call__(self, settings: OptimizerSettings, groups: Sequence[Group]) -> torch.optim.Optimizer:
+        every = [parameter for group in groups for parameter in group.parameters]
+        other = nn.Parameter(torch.zeros(3))
+        held = {"part": every[:-1], "others": [*every, other], "other": [other]}
+        optimizer = torch.optim.SGD(held.get(self.kind, every))
+        if self.kind == "twice":
+            optimizer.param_groups.append({**optimizer.param_groups[0], "params": every[:1]})
+        return optimizer
+
+
+part, others, other, twice, every = map(Holding, ("part", "others", "other", "twice", "every"))
+
+
+@pytest.mark.parametrize("kind", ["part", "others", "other", "twice"])
+def test_an_optimizer_of_other_parameters_than_the_model_s_is_refused(kind: str) -> None:
+    build_optimizer(OptimizerSettings(name=f"{__name__}:every"), FlatWeights(a_model()))
+    with raises(UsageError, code="plugin-result") as refused:
+        build_optimizer(OptimizerSettings(name=f"{__name__}:{kind}"), FlatWeights(a_model()))
+    assert {"part": "1.bias", "other": "0.weight", "twice": "0.weight"}.get(kind, "1 tensors") in str(refused.value)
 
 
 def with_a_slower_group(settings: OptimizerSettings, groups: Sequence[Group]) -> torch.optim.Optimizer:
