@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any, SupportsFloat
 
 from dist_train.config import NoiseSchedule, ScheduleSettings
-from dist_train.config.plugins import call_plugin, is_plugin
+from dist_train.config.plugins import Options, call_plugin, failing_clearly, is_plugin
+from dist_train.outcome import UsageError
 from dist_train.rundir.records import Epochs
 
 
@@ -28,24 +29,34 @@ class LearningRate:
         return self.base * _SCALINGS[self.settings.scaling](self.global_size / self.settings.base_batch)
 
     def at(self, step: int) -> float:
-        """Return the learning rate of update `step`, counted from 0."""
+        """Return the learning rate of update `step`, counted from 0. Raises UsageError for a plug-in's bad factor."""
         epoch = self.calendar.done(step)
         warmup = self.settings.warmup_epochs
         if epoch < warmup:
             return self.base + (self.peak - self.base) * epoch / warmup
-        return self.peak * self._decay(epoch)
-
-    def _decay(self, epoch: float) -> float:
         name = self.settings.decay
         if is_plugin(name):
-            return float(call_plugin(name, self.settings.options, SupportsFloat, _decay_progress(self, epoch)))
-        return _DECAYS[name](self, epoch)
+            return self.peak * _plugin_factor(name, self.settings.options, step, _decay_progress(self, epoch))
+        return self.peak * _DECAYS[name](self, epoch)
 
 
 def _decay_progress(rate: LearningRate, epoch: float) -> float:
     """Return the fraction of the time after the warm-up that has passed, in [0, 1]."""
     warmup = rate.settings.warmup_epochs
     return min(1.0, (epoch - warmup) / (rate.epochs - warmup)) if rate.epochs > warmup else 0.0
+
+
+def _plugin_factor(name: str, options: Options, step: int, *arguments: float) -> float:
+    """Return what the plug-in `name` gives for update `step`. Raises UsageError unless it is finite and at least 0."""
+    result = call_plugin(name, options, SupportsFloat, *arguments)
+    with failing_clearly(name):
+        factor = float(result)
+    if not 0.0 <= factor < math.inf:
+        raise UsageError(
+            f"{name} returned {factor:g} for update {step + 1}: a factor is a finite number of at least 0",
+            code="plugin-result",
+        )
+    return factor
 
 
 _SCALINGS: Mapping[str, Callable[[float], float]] = {
@@ -63,7 +74,10 @@ _DECAYS: Mapping[str, Callable[[LearningRate, float], float]] = {
 
 
 def noise_factor(schedule: NoiseSchedule, step: int, total_steps: int) -> float:
-    """Return c(t), the factor on the noise amplitude, at update `step` of `total_steps`, counted from 0."""
+    """Return c(t), the factor on the noise amplitude, at update `step` of `total_steps`, counted from 0.
+
+    Raises UsageError if a plug-in's is not a finite number of at least 0.
+    """
     return float(_FACTORS[schedule.kind](schedule, step, total_steps))
 
 
@@ -75,8 +89,6 @@ _FACTORS: Mapping[str, Callable[[Any, int, int], float]] = {
     "inverse_power": lambda schedule, step, total: (1.0 + step) ** (-schedule.gamma / 2.0),
     "late": lambda schedule, step, total: float(step >= schedule.start * total),
     "rise": lambda schedule, step, total: 1.0 + schedule.rise * (1.0 - math.cos(math.pi * step / total)) / 2.0,
-    "plugin": lambda schedule, step, total: call_plugin(
-        schedule.function, schedule.options, SupportsFloat, step, total
-    ),
+    "plugin": lambda schedule, step, total: _plugin_factor(schedule.function, schedule.options, step, step, total),
     "tanh": lambda schedule, step, total: (math.tanh(schedule.steepness * (step / total - 0.5)) + 1.0) / 2.0,
 }

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from dist_train.cluster.communicator import Alone
 from dist_train.config import ScheduleSettings
 from dist_train.optim.schedules import LearningRate
+from dist_train.outcome import UsageError
 from dist_train.rundir.records import Epochs
+from tests.raising import raises
 from tests.unit.small_trainers import build_trainer, small_config
 
 STEPS = 10
@@ -68,6 +70,19 @@ def test_a_cosine_falls_from_the_peak_to_zero_over_what_is_left_of_the_run(warmu
     assert falling.at(warmup * STEPS) == pytest.approx(0.1)
     assert falling.at(20 * STEPS) == pytest.approx(0.0)
     assert falling.at(30 * STEPS) == pytest.approx(0.0)
+
+
+def at_will(over: float, options: dict[str, float]) -> float:
+    return options["value"]
+
+
+@pytest.mark.parametrize("value", [-0.5, math.nan, math.inf])
+def test_a_plugin_s_factor_is_finite_and_not_below_0(value: float) -> None:
+    assert rate(decay=f"{__name__}:at_will", options={"value": 0.5}).at(7) == pytest.approx(0.05)
+    with raises(UsageError, code="plugin-result") as refused:
+        rate(decay=f"{__name__}:at_will", options={"value": value}).at(7)
+    assert "at_will" in str(refused.value)
+    assert "update 8" in str(refused.value)
 
 
 @pytest.mark.parametrize(("power", "warmup"), [(1.0, 0), (2.0, 0), (2.0, 5), (0.5, 2)])

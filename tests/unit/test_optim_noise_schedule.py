@@ -13,6 +13,8 @@ from pydantic import TypeAdapter
 
 from dist_train.config import NoiseSchedule
 from dist_train.optim.schedules import noise_factor
+from dist_train.outcome import UsageError
+from tests.raising import raises
 
 FORMULAS: dict[str, tuple[dict[str, float], Callable[[int, int], float]]] = {
     "constant": ({}, lambda t, total: 1.0),
@@ -45,6 +47,23 @@ def test_it_has_the_value_of_its_formula_between_0_and_1_or_1_and_its_rise(
     value = noise_factor(schedule(kind, **parameters), step, total)
     assert value == pytest.approx(formula(step, total), abs=1e-12)
     assert 0 <= value <= 1 + parameters.get("rise", 0)
+
+
+def at_will(step: int, total_steps: int, options: dict[str, float]) -> float:
+    return options["value"]
+
+
+@pytest.mark.parametrize("value", [-0.5, math.nan, math.inf])
+def test_a_plugin_s_factor_is_finite_and_not_below_0(value: float) -> None:
+    def of(value: float) -> float:
+        parameters: Any = {"function": f"{__name__}:at_will", "options": {"value": value}}
+        return noise_factor(schedule("plugin", **parameters), 3, 50)
+
+    assert of(1.5) == 1.5
+    with raises(UsageError, code="plugin-result") as refused:
+        of(value)
+    assert "at_will" in str(refused.value)
+    assert "update 4" in str(refused.value)
 
 
 @pytest.mark.parametrize("kind", sorted(FORMULAS))
