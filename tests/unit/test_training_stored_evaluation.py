@@ -139,6 +139,22 @@ def test_an_export_is_named_after_the_folder_of_its_run(run: Path, monkeypatch: 
         written.path.unlink()
 
 
+def halved(images: ImageFormat, width: float, norm: object) -> nn.Module:
+    """Return a network that writes half of its weights."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(images.shape), images.classes))
+
+    def halve(module: nn.Module, state: dict[str, torch.Tensor], *_: object) -> None:
+        state.update({name: value / 2 for name, value in state.items()})
+
+    model.register_state_dict_post_hook(halve)
+    return model
+
+
+def test_an_export_compares_the_file_with_the_model_before(tmp_path: Path) -> None:
+    build_trainer(small_config(model={"name": f"{__name__}:halved"}), tmp_path, Alone()).run()
+    assert export(tmp_path, "safetensors", tmp_path / "model").difference > 0
+
+
 @pytest.mark.parametrize("to", ["safetensors", "torch-export"])
 def test_an_export_to_a_full_disk_is_refused(run: Path, tmp_path: Path, to: Format) -> None:
     with files_limited_to(1000), raises(UsageError, code="output-unwritable"):
