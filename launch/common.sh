@@ -138,23 +138,10 @@ check_run() {
         train | lr-range | replay) saves=1 ;;
     esac
     [[ ${1:-} == train ]] || return 0
-    shift
-    local configuration=() run_directory_option=()
-    while (($#)); do
-        case $1 in
-            --run-dir)
-                (($# > 1)) || usage_error "--run-dir takes a folder"
-                run_directory_option=(--run-dir "$2")
-                shift
-                ;;
-            --run-dir=*) run_directory_option=(--run-dir "${1#*=}") ;;
-            -*) ;;
-            *) configuration+=("$1") ;;
-        esac
-        shift
-    done
-    ((${#configuration[@]})) || usage_error "train takes a configuration: $(basename "$0") train configs/demo.yaml"
-    run_directory=$("${dist_train[@]}" config run-directory "${configuration[@]}" "${run_directory_option[@]}") || {
+    (($# > 1)) || usage_error "train takes a configuration: $(basename "$0") train configs/demo.yaml"
+    [[ " $* " != *' -h '* && " $* " != *' --help '* ]] || exec "${dist_train[@]}" "$@"
+    # It takes the same arguments as `train`.
+    run_directory=$("${dist_train[@]}" config run-directory "${@:2}") || {
         local status=$?
         ((!stop_signals)) || stopped_before_launch # the signal may have ended the check
         exit "$status"

@@ -55,6 +55,28 @@ def test_ranks_on_other_machines_get_the_variables_of_libraries_and_caches(tmp_p
     assert "EDITOR" not in passed
 
 
+@pytest.mark.parametrize("option", [("--plugin", "mine.py"), ("--plugin=mine.py",)], ids=len)
+def test_a_run_is_checked_with_its_plugins_before_the_launch(option: tuple[str, ...], tmp_path: Path) -> None:
+    plugin = 'import dist_train\n@dist_train.register("schedules", "half")\ndef half(progress): return 0.5\n'
+    (tmp_path / "mine.py").write_text(plugin)
+    environment = with_programs(tmp_path, f"printf '%s\\n' \"$@\" >{tmp_path}/out") | {"PYTHONPATH": str(ROOT)}
+    run = f"--run-dir={tmp_path}/run"
+    words = ["train", str(ROOT / "configs/smoke.yaml"), *option, "schedule.decay=half", run]
+    ended = subprocess.run(
+        [str(ROOT / "launch/mpirun.sh"), *words], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert (tmp_path / "out").read_text().splitlines()[-len(words) :] == words, ended.stderr
+    assert f"no status in {tmp_path}/run\n" in ended.stderr
+
+
+def test_the_help_of_train_is_printed_once_and_nothing_is_launched(tmp_path: Path) -> None:
+    environment = with_programs(tmp_path, f"touch {tmp_path}/out") | {"PYTHONPATH": str(ROOT)}
+    command = [str(ROOT / "launch/mpirun.sh"), "train", "--help"]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout.count("usage: ")) == (0, 1)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "script",
     [("mpirun.sh",), ("local.sh", "--gloo"), ("horovodrun.sh", "-H", "localhost:2")],
