@@ -90,6 +90,10 @@ export SLURM_EXPORT_ENV=ALL
 job=${SLURM_JOB_ID:-}
 [[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 
+# Variables with the job's own requests, which srun would add to those of a step.
+job_requests=(SLURM_GPUS SLURM_GPUS_PER_TASK SLURM_NTASKS_PER_GPU SLURM_TRES_PER_TASK SLURM_TRES_BIND)
+without_requests=(env "${job_requests[@]/#/--unset=}")
+
 say() {
     printf 'job %s: %s\n' "$job" "$*" >&2
 }
@@ -191,7 +195,10 @@ find_our_program() {
             ;;
         *)
             container_options=("--container-image=$image" "--container-mounts=$PWD:$PWD,$root:$root" "--container-workdir=$PWD" "${words[@]}")
-            dist_train=(srun --nodes=1 --ntasks=1 --overlap --input=none "${container_options[@]}" python3 -m dist_train)
+            local requests=(--nodes=1 --ntasks=1)
+            ((gpus == 0)) || requests+=("--gpus-per-node=$gpus" --gpu-bind=none)
+            dist_train=("${without_requests[@]}" srun --mpi=none --overlap "${requests[@]}" --input=none
+                "${container_options[@]}" python3 -m dist_train)
             ;;
     esac
     mpirun=$(command -v mpirun) || mpirun=
@@ -217,7 +224,7 @@ compose_command() {
                 "--cpus-per-task=$cores_each" --export=ALL --input=none --no-kill --kill-on-bad-exit=0 "--wait=${LOSS_SECONDS:-40}")
             # A step gets the GPUs that it requests. All ranks of a node see all of these, and each uses the one of its
             # local rank: NCCL uses NVLink only between GPUs that a process can see.
-            unset SLURM_GPUS SLURM_GPUS_PER_TASK SLURM_NTASKS_PER_GPU SLURM_TRES_PER_TASK SLURM_TRES_BIND
+            unset "${job_requests[@]}"
             ((gpus == 0)) || command+=("--gpus-per-node=$gpus" --gpu-bind=none)
             ((${SLURM_CPUS_ON_NODE:-1} >= ranks_here * cores_each)) || command+=(--overcommit)
             command+=("${placed[@]}")
@@ -434,16 +441,14 @@ launch_or_show() {
 # guard_batch_host NODE...: with --no-kill the job survives the loss of its first node, but this script, which runs
 # there, does not. A step on another of these nodes then requeues the job, as Slurm does without --no-kill.
 guard_batch_host() {
-    local other host=${SLURMD_NODENAME:-} request requests=()
+    local other host=${SLURMD_NODENAME:-}
     [[ -n $host && " $* " == *" $host "* ]] || return 0
     other=$(printf '%s\n' "$@" | grep -vxm 1 "$host") || return 0
-    for request in GPUS GPUS_PER_NODE GPUS_PER_TASK NTASKS_PER_GPU TRES_PER_TASK TRES_BIND; do
-        requests+=(-u "SLURM_$request")
-    done
     # If this node is lost, srun is lost too, but its step continues.
-    # grep hides srun's messages about the end of the step.
-    env "${requests[@]}" srun --mpi=none --overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 "--nodelist=$other" \
-        --cpus-per-task=1 --gres=none --input=none --output=none --no-kill \
+    # grep hides srun's messages about the end of the step. --mem=0: before Slurm 22.05 the memory of a step is not for
+    # others even with --overlap, except for one that requests 0, which may use the job's.
+    "${without_requests[@]}" -u SLURM_GPUS_PER_NODE srun --mpi=none --overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 "--nodelist=$other" \
+        --cpus-per-task=1 --mem=0 --gres=none --input=none --output=none --no-kill \
         bash -c "$(declare -f requeue_once_lost); requeue_once_lost $(printf '%q ' "$job" "$host" "$(readlink "/proc/$$/fd/2")")" \
         2> >(grep --line-buffered -vE 'Job step aborted|Terminated|Killed|forcing job termination|got SIG' >&2) &
     guard_step=$! guard_node=$other
@@ -554,15 +559,12 @@ supervise_nodes() {
 
 # start_on_node NODE FILE: starts a launcher there in the background, whose ranks join the run of FILE.
 start_on_node() {
-    local cores=$((ranks_here * cores_each)) options=() name unset=()
+    local cores=$((ranks_here * cores_each)) options=()
     # As without MIN_RANKS, all ranks of a node see all of its GPUs.
-    for name in SLURM_GPUS SLURM_GPUS_PER_TASK SLURM_NTASKS_PER_GPU SLURM_TRES_PER_TASK SLURM_TRES_BIND; do
-        unset+=("--unset=$name")
-    done
     ((gpus == 0)) || options+=("--gpus-per-node=$gpus" --gpu-bind=none)
     ((${SLURM_CPUS_ON_NODE:-1} >= cores)) || options+=(--overcommit)
     [[ -z ${CPU_BIND:-} ]] || options+=("--cpu-bind=$CPU_BIND")
-    env "${unset[@]}" "${rank_environment[@]}" srun --mpi=none --overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 "--nodelist=$1" \
+    "${without_requests[@]}" "${rank_environment[@]}" srun --mpi=none --overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 "--nodelist=$1" \
         "--cpus-per-task=$cores" "${options[@]}" --export=ALL --input=none --no-kill --kill-on-bad-exit=0 \
         "${dist_train[@]}" launch --join "$2" -np "$ranks_here" &
 }
