@@ -701,6 +701,9 @@ requeue_job() {
 prepare_restart() {
     local living=()
     mapfile -t living < <(living_nodes)
+    # Not on nodes that the check has refused.
+    ((!${#fit_nodes[@]})) ||
+        mapfile -t living < <(printf '%s\n' "${living[@]}" | grep -xFf <(printf '%s\n' "${fit_nodes[@]}"))
     ((${#living[@]})) || requeue_instead
     [[ -z ${guard_step:-} ]] || kill -0 "$guard_step" 2>/dev/null || guard_batch_host "${living[@]}"
     use_nodes "${living[@]}"

@@ -308,6 +308,31 @@ def test_a_node_that_answers_again_gets_its_ranks_back(programs: str, tmp_path: 
     assert ended.stdout.split() == ["4", "8"], ended.stderr
 
 
+def test_a_restart_leaves_out_nodes_that_the_check_has_refused(programs: str, tmp_path: Path) -> None:
+    lines = """
+        prepare_ranks
+        fit_nodes=(n1 n3) error_log=/dev/null
+        living_nodes() { printf '%s\\n' n1 n2 n3; }
+        prepare_restart
+        echo "$SLURM_JOB_NODELIST"
+        living_nodes() { echo n2; }
+        requeue_instead() { echo requeued && exit; }
+        prepare_restart
+    """
+    ended = start(script_of(tmp_path, lines), PATH=programs, RANKS_PER_NODE="1", **TWO_NODES)
+    assert ended.stdout.split() == ["n1,n3", "requeued"], ended.stderr
+
+
+def test_the_step_that_guards_the_batch_script_s_node_holds_no_memory_nor_gpus(programs: str, tmp_path: Path) -> None:
+    (tmp_path / "srun").write_text(f'#!/bin/sh\necho "$@" >{tmp_path}/words; env >{tmp_path}/variables\n')
+    job = {"SLURMD_NODENAME": "n1", "SLURM_GPUS": "4", "SLURM_GPUS_PER_NODE": "2", **TWO_NODES}
+    ended = start(script_of(tmp_path, "guard_batch_host n1 n2\nwait $guard_step"), PATH=programs, **job)
+    assert ended.returncode == 0, ended.stderr
+    words = (tmp_path / "words").read_text().split()
+    assert {"--nodelist=n2", "--overlap", "--mem=0", "--gres=none"} <= {*words}
+    assert "SLURM_GPUS" not in (tmp_path / "variables").read_text()
+
+
 def test_analyses_leave_no_temporary_file(programs: str, tmp_path: Path) -> None:
     lines = "prepare_ranks\nfor name in one two; do launch_or_show landscape direction $name; done"
     folder = tmp_path / "temporary"
