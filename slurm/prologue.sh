@@ -399,7 +399,8 @@ check_elastic() {
 choose_mpi() {
     local kinds
     kinds=$(srun --mpi=list 2>&1) || kinds=
-    kinds=$(grep -E '^[[:space:]]+|pmix_v' <<<"$kinds" | tr -cs 'a-z0-9_' ' ') || kinds=
+    # A line each; before Slurm 22.05 after "srun: ".
+    kinds=$(sed -nE 's/^(srun: |[[:space:]]*)([a-z0-9_]+)$/\2/p; s/^.*pmix plugin versions available: //p' <<<"$kinds" | tr -cs 'a-z0-9_' ' ')
     mpi=${MPI:-pmix}
     if [[ -z ${MPI:-} ]] && (($#)) && [[ $("${dist_train[@]}" config engine "$@" 2>/dev/null) == torch ]]; then
         mpi=none

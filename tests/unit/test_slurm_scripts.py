@@ -140,6 +140,20 @@ def test_where_srun_has_no_pmix_others_carry_the_ranks(
     assert ("comm.engine=torch" in command) is (engine == "auto")
 
 
+@pytest.mark.parametrize(
+    "listed",
+    [
+        "srun: MPI types are...\nsrun: none\nsrun: pmi2\nsrun: pmix\nsrun: pmix_v3",
+        "MPI plugin types are...\n\tnone\n\tpmi2\n\tpmix\nspecific pmix plugin versions available: pmix_v5",
+    ],
+    ids=["20.11", "22.05"],
+)
+def test_pmix_is_found_in_the_list_of_any_slurm(programs: str, tmp_path: Path, listed: str) -> None:
+    (tmp_path / "srun").write_text(f"#!/bin/sh\ncat >&2 <<'END'\n{listed}\nEND\n")
+    command = command_of(PATH=programs, OVERRIDES="comm.engine=horovod", PYTHONPATH=str(ROOT))
+    assert command.startswith("srun --mpi=pmix ")
+
+
 def test_a_run_that_continues_without_lost_nodes_begins_with_the_ranks_of_all(programs: str) -> None:
     command = command_of(PATH=programs, RANKS_PER_NODE="2", MIN_RANKS="1", RUN_DIR="/scratch/run", MAX_RESTARTS="5")
     limits = "--start-with 4 --min-ranks 1 --max-ranks 4 --restarts 5"
