@@ -105,13 +105,14 @@ read_words() {
     mapfile -t "$1" < <(printf '%s' "$split")
 }
 
-# Sets `nodes`, and `gpus` per node: the requested ones, though a job with whole nodes has all.
+# Sets `nodes`, `gpus` per node: the requested ones, though a job with whole nodes has all; and `gpus_requested` (0 or 1).
 read_allocation() {
     nodes=${SLURM_JOB_NUM_NODES:-1}
-    gpus=${SLURM_GPUS_ON_NODE:-0}
+    gpus=${SLURM_GPUS_ON_NODE:-0} gpus_requested=0
     ((gpus > 0)) || return 0
     local each=${SLURM_GPUS_PER_NODE:-} total=${SLURM_GPUS:-}
-    [[ -n $each ]] || each=$(scontrol show job "$job" 2>/dev/null | sed -nE '0,/TresPerNode=/s/^ *TresPerNode=.*gres\/gpu[^,]*[:=]([0-9]+).*/\1/p') || each=
+    # gres/gpu:2; gpu:2 or gres:gpu:2 from older versions of Slurm.
+    [[ -n $each ]] || each=$(scontrol show job "$job" 2>/dev/null | sed -nE '0,/TresPerNode=/s/^ *TresPerNode=(.*[,:/])?gpu[^,]*[:=]([0-9]+)([, ].*)?$/\2/p') || each=
     if [[ ${SLURM_TRES_PER_TASK:-} == *gpu* || -n ${SLURM_GPUS_PER_TASK:-} ]]; then
         total=${SLURM_NTASKS:-1}
     fi
@@ -121,7 +122,8 @@ read_allocation() {
         ((total % nodes == 0)) || usage_error "$total GPUs cannot be divided equally over $nodes nodes: use --gpus-per-node"
         each=$((total / nodes))
     fi
-    [[ ! $each =~ ^[1-9][0-9]*$ ]] || ((each >= gpus)) || gpus=$each
+    [[ $each =~ ^[1-9][0-9]*$ ]] || return 0
+    gpus_requested=1 gpus=$((each < gpus ? each : gpus))
 }
 
 # Sets `rank_count`, `ranks_here` (the most of any node) and `cores_each`.
@@ -149,10 +151,10 @@ count_ranks() {
     ((cores_each > 0)) || cores_each=1
 }
 
-# check_gpus TASKS: refuses allocations without one rank per GPU and equally many GPUs per node. One task per node is
-# allowed, because the scripts request it by default.
+# check_gpus TASKS: refuses allocations without one rank per GPU, with fewer GPUs on a node than were requested, or, if
+# no number was, with different numbers. One task per node is allowed, because the scripts request it by default.
 check_gpus() {
-    local each counts gpus_per_task=${SLURM_GPUS_PER_TASK:-1}
+    local each counts=() gpus_per_task=${SLURM_GPUS_PER_TASK:-1}
     # With --cpus-per-task only, SLURM_TRES_PER_TASK is cpu=4.
     [[ ! ${SLURM_TRES_PER_TASK:-} =~ gres/gpu[^,]*[:=]([0-9]+)(,|$) ]] || gpus_per_task=${BASH_REMATCH[1]}
     if [[ ${gpus_per_task##*:} != 1 || ${SLURM_NTASKS_PER_GPU:-1} != 1 ]] ||
@@ -161,8 +163,9 @@ check_gpus() {
     fi
     ((nodes > 1)) || return 0
     each=$(scontrol show job --details "$job" 2>/dev/null | sed -nE 's/^ *Nodes=([^ ]+).*GRES=[^ ]*gpu[^ ]*:([0-9]+)\(.*/\1: \2/p') || each=
-    counts=$(awk -F ': ' 'NF { print $2 }' <<<"$each" | sort -u | wc -l)
-    ((counts <= 1)) || usage_error "the nodes have different numbers of GPUs (${each//$'\n'/, }): use --gpus-per-node"
+    mapfile -t counts < <(awk -F ': ' 'NF { print $2 }' <<<"$each" | sort -un)
+    ((${#counts[@]} <= 1 || (gpus_requested && counts[0] >= gpus))) ||
+        usage_error "the nodes have different numbers of GPUs (${each//$'\n'/, }): use --gpus-per-node"
 }
 
 # NCCL, Open MPI and Gloo each choose a network: NCCL an InfiniBand that it finds, Open MPI the choice of UCX if built

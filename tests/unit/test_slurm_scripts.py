@@ -99,6 +99,48 @@ def test_of_a_whole_node_only_the_gpus_that_were_asked_for_are_used(programs: st
     assert " --gpus-per-node=2 " in command
 
 
+def with_scontrol(folder: Path, *lines: str) -> None:
+    """Write a stand-in that prints `lines`, of `scontrol show job`."""
+    text = "".join(f"   {line}\n" for line in lines)
+    (folder / "scontrol").write_text(f"#!/bin/sh\ncat <<'END'\n{text}END\n")
+    (folder / "scontrol").chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("asked", "gpus"),
+    [
+        *(("gpu:2", 2), ("gres:gpu:2", 2), ("gpu:a100:2", 2), ("gres/gpu:2", 2), ("gres/gpu:a100:2", 2)),
+        *(("gres:nvme:1,gpu:2", 2), ("gres/gpu:3g.20gb:2", 2), ("gpu:2,nvme:1", 2), ("gres:nvme:1", 8)),
+    ],
+)
+def test_the_gpus_asked_for_by_gres_are_read_as_any_slurm_spells_them(
+    programs: str, tmp_path: Path, asked: str, gpus: int
+) -> None:
+    with_scontrol(tmp_path, f"TresPerNode={asked}")
+    command = command_of(PATH=programs, SLURM_GPUS_ON_NODE="8")
+    assert f" --gpus-per-node={gpus} " in command
+
+
+@pytest.mark.parametrize(
+    ("asked", "counts", "is_refused"),
+    [
+        ({}, (4, 4), False),
+        ({}, (4, 2), True),
+        ({"SLURM_GPUS_PER_NODE": "2"}, (4, 2), False),
+        ({"SLURM_GPUS_PER_NODE": "4"}, (4, 4), False),
+        ({"SLURM_GPUS": "6"}, (4, 2), True),
+    ],
+)
+def test_nodes_may_have_more_gpus_than_were_asked_for(
+    programs: str, tmp_path: Path, asked: dict[str, str], counts: tuple[int, int], is_refused: bool
+) -> None:
+    nodes = (f"Nodes=n{node} CPU_IDs=0-3 Mem=0 GRES=gpu:{count}(IDX:0-1)" for node, count in enumerate(counts))
+    with_scontrol(tmp_path, *nodes)
+    variables = {"PATH": programs, "DRY_RUN": "1", "SLURM_GPUS_ON_NODE": str(counts[0]), **TWO_NODES, **asked}
+    ended = start("lb_8192.sh", **variables)
+    assert ended.returncode == (2 if is_refused else 0), ended.stderr
+
+
 @pytest.mark.parametrize("asked", ["cpu=4", "cpu=2,gres/gpu:a100=1", "gres/gpu=1"])
 def test_one_gpu_for_each_task_is_allowed_with_any_number_of_cores(programs: str, asked: str) -> None:
     variables = {"SLURM_TRES_PER_TASK": asked, "SLURM_NTASKS": "4", "SLURM_GPUS_ON_NODE": "2"}
