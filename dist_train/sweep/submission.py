@@ -24,9 +24,17 @@ _GPUS = re.compile(
 )
 """Options that request GPUs per node. Types that begin with a digit, such as 1g.10gb, are MIG slices."""
 _PART = re.compile(
-    r"--(?:ntasks|exclusive|gpus|tres|cpus-per|mem|cores-per|threads-per)\b.*|--gres=.*\bgpu\b.*|-[nGc].*"
+    r"--(?:ntasks(?:-per-(?:node|gpu|socket))?|exclusive|(?:gpus|mem)(?:-per-\w+)?|(?:tres|cpus)-per-\w+)(?:=(?!0$).*)?"
+    r"|--gres=.*\bgpu\b.*|-[nGc].*"
 )
-"""Options that request part of a node."""
+"""Options that request part of a node; 0 does not, and neither does binding."""
+_OF_THE_ARRAY = re.compile(r"--(?:array|dependency|output|error)=.*|-[adoe].*")
+"""Options that a study's other jobs do not share."""
+_OF_THE_REPORT = re.compile(
+    r"--(?:account|partition|qos|reservation|clusters?|wckey|mail-\w+|exclude|constraint|export|chdir|comment)=.*"
+    r"|-[ApqMxCD].*"
+)
+"""Options that its report shares: those that request no resources."""
 _MOST_JOBS = 100
 
 

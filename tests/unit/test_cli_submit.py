@@ -77,10 +77,12 @@ def test_without_a_word_on_resources_it_asks_for_whole_nodes(config: Path, capsy
         ("--gpus-per-node=a100:2", 2),
         ("--gpus=4", None),
         ("-G4", None),
+        ("-Ga100:4", None),
         ("--gpus-per-task=1", None),
         ("--cpus-per-task=4", None),
         ("-n4", None),
         ("--mem=8G", None),
+        ("--mem-per-cpu=2G", None),
     ],
 )
 def test_a_part_of_a_node_is_asked_for_however_it_is_spelt(
@@ -92,7 +94,13 @@ def test_a_part_of_a_node_is_asked_for_however_it_is_spelt(
     assert (f"#SBATCH --ntasks-per-node={ranks}\n" in script) is (ranks is not None)
 
 
-@pytest.mark.parametrize("option", ["--gres=nvme:1", "--comment=gpu", "--nodelist=node1"])
+@pytest.mark.parametrize(
+    "option",
+    [
+        *("--gres=nvme:1", "--comment=gpu", "--nodelist=node1", "--mem=0", "--gpus-per-node=0"),
+        *("--threads-per-core=1", "--ntasks-per-core=1", "--mem-bind=local", "--tres-bind=gres/gpu:closest"),
+    ],
+)
 def test_other_options_leave_the_node_whole(config: Path, capsys: pytest.CaptureFixture[str], option: str) -> None:
     assert main(["submit", str(config), "--dry-run", "--", option]) == ExitCode.FINISHED
     assert "#SBATCH --exclusive\n" in capsys.readouterr().out
