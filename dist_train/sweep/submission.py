@@ -136,12 +136,15 @@ def study_jobs(plan: Plan, numbers: str, submission: Submission) -> tuple[Job, .
     dependent = ("--kill-on-invalid-dep=yes", "--open-mode=append", _log_option(folder, "%j"))
     jobs = [Job("runs", _script(submission, runs, *variables, "sweep_in_job"))]
     if plan.study.analyse:
-        analyses = (*_requests(submission), *dependent, *submission.options)
+        shared = (option for option in submission.options if not _OF_THE_ARRAY.fullmatch(option))
+        analyses = (*_requests(submission), *dependent, *shared)
         body = f"analyses_in_job {shlex.join(study)}"
         jobs.append(Job("analyses", _script(submission, analyses, body), "afterany"))
     partition = [f"--partition={submission.partition}"] if submission.partition else []
-    report = _script(submission, ("--nodes=1", *dependent, *partition), f"report_in_job {shlex.quote(str(folder))}")
-    return (*jobs, Job("report", report, "afterany"))
+    site = filter(_OF_THE_REPORT.fullmatch, submission.options)
+    report = ("--nodes=1", *dependent, *partition, *site)
+    jobs.append(Job("report", _script(submission, report, f"report_in_job {shlex.quote(str(folder))}"), "afterany"))
+    return tuple(jobs)
 
 
 def submit_study(jobs: Sequence[Job], folder: Path) -> dict[str, str]:

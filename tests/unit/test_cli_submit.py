@@ -170,6 +170,22 @@ def test_a_study_is_submitted_as_runs_analyses_and_report(
     assert not (tmp_path / "runs").exists()
 
 
+def test_each_of_a_study_s_jobs_has_the_options_that_concern_it(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    of_all = ["--account=a", "-qlong", "--partition=p", "--mail-user=me", "--constraint=x86", "--comment=two words"]
+    of_ranks = ["--gpus-per-node=2", "-c4", "--mem=8G", "--exclusive", "--time=1"]
+    of_runs = ["--array=1-4%2", "-a1-3", "--dependency=singleton", "-d5", "--output=%A_%a", "-o%a", "--error=e", "-ee"]
+    study = write_study(tmp_path, analyse=[{"kind": "direction"}])
+    command = ["submit", "--study", str(study), "--dry-run", "--", *of_all, *of_ranks, *of_runs]
+    assert main(command) == ExitCode.FINISHED
+    scripts = re.split(r"^# (?:analyses|report).*\n", capsys.readouterr().out, flags=re.MULTILINE)
+    given = {*of_all, *of_ranks, *of_runs}
+    for script, expected in zip(scripts, ([*of_all, *of_ranks, *of_runs], [*of_all, *of_ranks], of_all), strict=True):
+        requests = re.findall(r'^#SBATCH "?(.*?)"?$', script, flags=re.MULTILINE)
+        assert given.intersection(requests) == set(expected)
+
+
 def test_a_study_s_jobs_in_the_queue_are_named_and_the_command_that_watches_them(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
