@@ -70,6 +70,7 @@ def test_wheel_contains_only_the_package_and_shipped_files(wheel: Path) -> None:
     } - {"dist_train/share/launch/demo.sh"}
     names = set(ZipFile(wheel).namelist())
     assert "dist_train/kernels/_cpu.abi3.so" in names  # an optional extension that does not compile fails no build
+    assert "dist_train/py.typed" in names  # without it, type checkers of other projects ignore our types
     assert {name for name in names if ".dist-info/" not in name} == package | shipped
 
 
