@@ -372,7 +372,6 @@ def run_facts(
         launched=launched,
         best_accuracy=trainer.progress.best_accuracy,
         run_id=run_id,
-        device_memory=torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0,
         time_limit=trainer.time_limit.end or 0.0,
         generation=ranks.generation,
     )

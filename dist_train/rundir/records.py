@@ -150,6 +150,7 @@ class RankMeasurement(NamedTuple):
     device_peak_bytes: Real  # peak of `device_bytes`; NaN without a device
     device_utilization: Real  # share of the last second in which the device was busy, in [0, 1]; NaN without NVML
     micro_batches: Real = math.nan  # that the rank computed in the step, or parts of them with sync norm
+    device_total_bytes: Real = math.nan  # the device's memory; NaN without a device
     device_used_bytes: Real = math.nan  # of all processes. From here on: NaN if NVML does not report it
     device_power_watts: Real = math.nan
     device_core_clock_hertz: Real = math.nan
@@ -202,7 +203,6 @@ class RunFacts:
     launched: float = 0.0  # when this launch began, in seconds since 1970
     device: str = ""  # what this rank computes on, for display
     run_id: str = ""  # shared by all launches of the run, and by no other run
-    device_memory: int = 0  # bytes of memory of this rank's device; 0 without a device
     time_limit: float = 0.0  # when the batch system ends the job, seconds since 1970; 0 if unknown
     generation: int = 1  # how often the ranks of this launch have met: more than once if some were lost or joined
     best_accuracy: float | None = None  # of the test split, before the first step of this launch

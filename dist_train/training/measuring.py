@@ -181,14 +181,16 @@ class UsageReader:
         """Return values by field of `RankMeasurement`, at most two seconds old; unknown ones are NaN or missing."""
         if time.monotonic() - self._read_at >= _PACE_SECONDS:
             self._read_at = time.monotonic()
-            reserved = peak = math.nan
+            reserved = peak = total = math.nan
             if self._device.type == "cuda":
                 reserved = float(torch.cuda.memory_reserved(self._device))
                 peak = float(torch.cuda.max_memory_reserved(self._device))
+                total = float(torch.cuda.get_device_properties(self._device).total_memory)
             self._usage = {
                 "resident_bytes": _resident_bytes(),
                 "device_bytes": reserved,
                 "device_peak_bytes": peak,
+                "device_total_bytes": total,
                 "device_utilization": math.nan,
                 **self._read_gpu(),
             }

@@ -207,7 +207,7 @@ def test_every_expression_of_dashboards_and_rules_has_data(watched: MonitoredRun
 
 def test_every_expression_about_devices_has_data_for_such_a_rank(watched: MonitoredRun, tmp_path: Path) -> None:
     run = tmp_path / "on_a_device"
-    facts = replace(FACTS, name=run.name, run_directory=run, device_memory=80 << 30, time_limit=2e9)
+    facts = replace(FACTS, name=run.name, run_directory=run, time_limit=2e9)
     with serving(facts, STOPPED, targets_directory=watched.targets) as exporter:
         exporter.measurement(replace(measurement(15), ranks=(ON_A_DEVICE, ON_A_DEVICE)))
         expressions = device_expressions(run.name)

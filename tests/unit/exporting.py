@@ -50,7 +50,8 @@ FACTS = RunFacts(
 )
 OUTCOME = Outcome("finished", "", 0, 210, 30.0, 1.0, None, None, None, None, None)
 ON_A_DEVICE = RankMeasurement(
-    0.2, 0.1, 1.5e10, 7.123456789e10, 7.23456789e10, 0.987654321, 16.0, 7.4e10, 687.5, 1.98e9, 2.619e9, 0x44, 3.0, 0.0
+    *(0.2, 0.1, 1.5e10, 7.123456789e10, 7.23456789e10, 0.987654321, 16.0, 8.5e10),
+    *(7.4e10, 687.5, 1.98e9, 2.619e9, 0x44, 3.0, 0.0),
 )
 """Its power limit and its temperature hold it back; three errors of its memory were corrected."""
 STOPPED = replace(OUTCOME, state="stopped", exit_code=75)

@@ -252,6 +252,7 @@ def test_what_nvml_tells_of_each_rank_s_device_is_shown_with_the_rank_s_own_node
         ("_memory_peak_bytes",): 7.23456789e10,
         ("_utilization_ratio",): 0.987654321,
         ("_memory_used_bytes",): 7.4e10,
+        ("_memory_limit_bytes",): 8.5e10,
         ("_power_watts",): 687.5,
         ("_clock_hertz", "core"): 1.98e9,
         ("_clock_hertz", "memory"): 2.619e9,
@@ -321,7 +322,7 @@ def test_a_page_of_1024_ranks_is_small_and_quick() -> None:
         content = page.render()
         seconds.append(time.thread_time() - began)
     assert len(content) < 3_000_000
-    assert content.count(b'rank="1023"') == 17
+    assert content.count(b'rank="1023"') == 18
     assert min(seconds) < 0.3
 
 

@@ -196,6 +196,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """What torch says of the memory of GPU 1."""
     monkeypatch.setattr("torch.cuda.memory_reserved", lambda device: 1000 + device.index)
     monkeypatch.setattr("torch.cuda.max_memory_reserved", lambda device: 2000 + device.index)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: Mock(total_memory=3000 + device.index))
 
 
 @pytest.mark.usefixtures("gpu")
@@ -205,7 +206,8 @@ def test_a_gpu_s_usage_is_what_torch_holds_of_it_and_a_share_read_every_other_se
     ask = Mock(return_value={"device_utilization": 0.42})
     usage = UsageReader(torch.device("cuda", 1), ask)
     read = [usage.read() for _ in range(5)][-1]
-    assert (read["device_bytes"], read["device_peak_bytes"], read["device_utilization"]) == (1001, 2001, 0.42)
+    assert (read["device_bytes"], read["device_peak_bytes"], read["device_total_bytes"]) == (1001, 2001, 3001)
+    assert read["device_utilization"] == 0.42
     assert ask.call_count == 1
     monkeypatch.setattr("dist_train.training.measuring._PACE_SECONDS", 0.0)
     usage.read()

@@ -287,6 +287,7 @@ METRICS: tuple[Metric, ...] = (
     _of_ranks("rank_device_memory_bytes", "Memory of its device that the rank holds.", "device_bytes"),
     _of_ranks("rank_device_memory_peak_bytes", "Peak of the device memory that the rank held.", "device_peak_bytes"),
     _of_ranks("rank_device_memory_used_bytes", "Memory of the device that all processes hold.", "device_used_bytes"),
+    _of_ranks("rank_device_memory_limit_bytes", "Memory of the rank's device.", "device_total_bytes"),
     _of_ranks("rank_device_utilization_ratio", "Share of time that the device was busy.", "device_utilization"),
     _of_ranks("rank_device_power_watts", "Power that the device draws.", "device_power_watts"),
     _of_ranks(
@@ -312,7 +313,6 @@ METRICS: tuple[Metric, ...] = (
     ),
     _gauge("slowest_rank", "Number of the rank that was busy longest in the latest measured step.", _slowest),
     _gauge("slowest_rank_ratio", "Busy time of the slowest rank over the median of the others.", _slowest_ratio),
-    _gauge("device_memory_limit_bytes", "Memory of rank 0's device.", _nonzero("facts.device_memory")),
     _gauge("disk_free_bytes", "Free space on the disk of the run directory.", "disk_free"),
     _gauge("checkpoint_timestamp_seconds", "When the latest checkpoint was on disk.", "checkpoint.time"),
     _gauge("checkpoint_step", "Step of the latest checkpoint.", "checkpoint.step", "updates"),

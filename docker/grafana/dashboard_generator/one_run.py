@@ -465,7 +465,7 @@ def _memory(built: dashboard.Dashboard) -> None:
             *_over_ranks("dist_train_rank_device_memory_bytes"),
             Query(_of("dist_train_rank_device_memory_peak_bytes"), "peak"),
             Query(_of("dist_train_rank_device_memory_used_bytes"), "max, all processes"),
-            Query(_of("dist_train_device_memory_limit_bytes"), "device memory"),
+            Query(f"min by (run, run_id) (dist_train_rank_device_memory_limit_bytes{{{OF_RUN}}})", "smallest device"),
         ).min(0)
     )
     built.with_panel(
