@@ -340,6 +340,8 @@ def run_facts(
     """Return the facts of the run of `trainer`; `launched`: when this launch began, in seconds since 1970."""
     config, plan, ranks = trainer.config, trainer.plan, trainer.comm
     noise, device = config.noise, trainer.take_step.compute.device
+    steps_per_epoch = max(stage.steps_per_epoch for stage in trainer.epochs.stages)
+    intervals = (config.checkpoint.every_steps or 0, config.checkpoint.every_epochs * steps_per_epoch)
     noise_parts = (
         *(noise.method, f"{noise.distribution} {noise.amplitude:g}", noise.sharing, noise.schedule.kind),
         f"draws {noise.draws}" if noise.draws > 1 else "",
@@ -372,6 +374,7 @@ def run_facts(
         launched=launched,
         best_accuracy=trainer.progress.best_accuracy,
         run_id=run_id,
+        checkpoint_interval=min((each for each in intervals if 0 < each < trainer.last_step), default=0),
         time_limit=trainer.time_limit.end or 0.0,
         generation=ranks.generation,
     )

@@ -40,6 +40,7 @@ FACTS = RunFacts(
     epochs=30,
     noise="smoothout 0.01",
     start_step=14,
+    checkpoint_interval=7,
     controller="gloo",
     revision="0.1.0+abc",
     slurm_job="4711",

@@ -112,6 +112,25 @@ def test_status_has_the_address_of_the_metrics_while_they_are_served(tmp_path: P
     assert status.metrics == ""
 
 
+@pytest.mark.parametrize(
+    ("checkpoint", "interval"),
+    [
+        ({}, 3),
+        ({"every_steps": 2}, 2),
+        ({"every_steps": 5}, 3),
+        ({"every_epochs": 0, "every_steps": 5}, 5),
+        ({"every_epochs": 2}, 0),
+        ({"every_epochs": 0}, 0),
+    ],
+)
+def test_the_interval_of_checkpoints_is_the_shorter_planned_one(
+    tmp_path: Path, checkpoint: dict[str, int], interval: int
+) -> None:
+    session, told = begun(tmp_path / "run", Alone(), checkpoint=checkpoint)
+    session.finish()
+    assert [facts.checkpoint_interval for facts in told.facts] == [interval]
+
+
 def test_every_rank_s_observers_are_told_the_facts_and_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     before = time.time()

@@ -127,6 +127,7 @@ def test_a_page_reads_back_what_was_recorded() -> None:
         ("dist_train_rank_busy_ratio", ("node2", "1")): pytest.approx(0.3 / 0.25),
         ("dist_train_checkpoint_timestamp_seconds", ()): 1_800_000_000,
         ("dist_train_checkpoint_step", ()): 28,
+        ("dist_train_checkpoint_interval_steps", ()): 7,
         ("dist_train_checkpoint_size_bytes", ()): 1234,
         ("dist_train_checkpoint_stall_seconds", ()): 0.125,
         ("dist_train_checkpoints_total", ()): 6,

@@ -316,6 +316,12 @@ METRICS: tuple[Metric, ...] = (
     _gauge("disk_free_bytes", "Free space on the disk of the run directory.", "disk_free"),
     _gauge("checkpoint_timestamp_seconds", "When the latest checkpoint was on disk.", "checkpoint.time"),
     _gauge("checkpoint_step", "Step of the latest checkpoint.", "checkpoint.step", "updates"),
+    _gauge(
+        "checkpoint_interval_steps",
+        "Updates between two checkpoints, as planned; missing if the run writes only its last one.",
+        _nonzero("facts.checkpoint_interval"),
+        "updates",
+    ),
     _gauge("checkpoint_size_bytes", "Size of the latest checkpoint.", "checkpoint.details.bytes"),
     _gauge("checkpoint_duration_seconds", "Time to write the latest checkpoint.", "checkpoint.details.seconds"),
     _gauge("checkpoint_stall_seconds", "Training stall by the latest checkpoint.", "checkpoint.details.stall_seconds"),

@@ -339,21 +339,18 @@ def _speed(built: dashboard.Dashboard) -> None:
 def _checkpoints(built: dashboard.Dashboard) -> None:
     built.with_row(dashboard.Row("Checkpoints"))
     built.with_panel(
-        limited(
-            curves(
-                PanelSpec(
-                    "Age of the last checkpoint",
-                    "The work that is lost if the run fails now.",
-                    "s",
-                    6,
-                    8,
-                    "DistTrainCheckpointOld",
-                ),
-                Query(f"run:dist_train_checkpoint_age_seconds:min{{{OF_RUN}}}", "{{run}}"),
-            ).min(0),
-            GREEN,
-            (7200, RED),
-        )
+        curves(
+            PanelSpec(
+                "Age of the last checkpoint",
+                "The work that is lost if the run fails now, and from when on there is an alert.",
+                "s",
+                6,
+                8,
+                "DistTrainCheckpointOld",
+            ),
+            Query(f"run:dist_train_checkpoint_age_seconds:min{{{OF_RUN}}}", "{{run}}"),
+            Query(f"run:dist_train_checkpoint_age_seconds:limit{{{OF_RUN}}}", "alert"),
+        ).min(0)
     )
     built.with_panel(
         curves(
