@@ -69,6 +69,7 @@ def _landscape(arguments: argparse.Namespace) -> int:
     finished = make_landscape(
         arguments.targets, settings, comm, report, arguments.overrides, arguments.output, arguments.threads
     )
+    comm.close()
     if finished is not None:
         # Importing matplotlib takes most of a second, and only rank 0 draws.
         from dist_train.report.landscape_figures import draw_landscape

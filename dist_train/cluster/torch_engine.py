@@ -132,7 +132,9 @@ class TorchCommunicator(TorchOperations):
             store = self._store = dist.PrefixStore(f"group {group}", store)
             address = _address_for_others(store, launch.store, self.size)
             options = gloo_options(operation_timeout, address) if address else operation_timeout
-            self._host = dist.ProcessGroupGloo(dist.PrefixStore("host", store), self.rank, self.size, options)
+            self._host: dist.ProcessGroupGloo | None = dist.ProcessGroupGloo(
+                dist.PrefixStore("host", store), self.rank, self.size, options
+            )
             if device_type == "cuda":
                 self._device = dist.ProcessGroupNCCL(
                     dist.PrefixStore("device", store), self.rank, self.size, nccl_options(operation_timeout)
@@ -148,10 +150,13 @@ class TorchCommunicator(TorchOperations):
         return StoreCounters(self._store)
 
     def close(self, error: BaseException | None = None) -> None:
-        """Leave the group."""
+        """Leave the group, in order or because of an `error` of this rank."""
         if self._device is not None:
             abort_nccl(self._device)
             self._device = None
+        if error is None:
+            # Joins Gloo's threads. One that releases a tensor while the interpreter is taken down aborts the process.
+            self._host = None
 
     def _start(self, tensor: torch.Tensor, operation: Callable[[Any], Any], name: str) -> Pending:
         with naming_lost_ranks(RuntimeError, f"{name}: "):

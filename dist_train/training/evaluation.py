@@ -162,7 +162,7 @@ def evaluate_stored(
     with ExitStack() as stack:
         timeout = 60.0
         comm = join_ranks(timeout=timeout, device_type=device_type())
-        stack.callback(comm.close)
+        stack.push(lambda kind, error, traceback: comm.close(error))
         stored = run_on_all_ranks(comm, lambda: read_stored(target), "read the checkpoint")
         contents = stored.contents
         config = stored_config(contents, overrides)
