@@ -65,8 +65,9 @@ def find_data(settings: DataSettings) -> None:
     """Check that the files of both splits are there, without reading their images. Raises UsageError."""
     if settings.name == "imagefolder":
         classes = settings.image_format.classes
-        train, test = (list_split(settings.folder, split, classes, seed=0) for split in ("train", "test"))
-        check_same_classes(train, test)
+        train, _ = (list_split(settings.folder, split, classes, seed=0) for split in ("train", "test"))
+        check_same_classes(settings.folder)
+        assert train.labels is not None
         divided(train.labels, settings, seed=0)
     elif find := _FINDERS.get(settings.name):
         find(settings, "train")

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from dist_train.data.images import Split, digest_of
+from dist_train.data.images import Listing, Split, digest_of
 from dist_train.outcome import UsageError, reading
 from dist_train.reproducible import generator
 
@@ -20,33 +17,7 @@ _FOLDERS: dict[Split, tuple[str, ...]] = {"train": ("train",), "validation": ("t
 _LAYOUT = "an image folder holds train/CLASS/*.jpg and val/CLASS/*.jpg (or test/...)"
 
 
-@dataclass(frozen=True)
-class FolderListing:
-    """The files of a split in sample order: class names, and the name and class of each file."""
-
-    folder: Path
-    classes: tuple[str, ...]
-    names: Sequence[str]
-    labels: Tensor  # int64 [files]
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def reference(self, sample: int) -> str:
-        """Return the path of `sample`."""
-        return os.path.join(self.folder, self.classes[int(self.labels[sample])], self.names[sample])
-
-    def digest(self) -> str:
-        """Return a digest of the classes and file names in order, not of the files' contents."""
-        return digest_of("\0".join((*self.classes, *self.names)), self.labels)
-
-    def select(self, samples: Tensor) -> FolderListing:
-        """Return a listing of `samples`, int64, in their order."""
-        names = [self.names[sample] for sample in samples.tolist()]
-        return FolderListing(self.folder, self.classes, names, self.labels[samples])
-
-
-def list_split(root: Path, split: Split, classes: int, seed: int) -> FolderListing:
+def list_split(root: Path, split: Split, classes: int, seed: int) -> Listing:
     """Return the files of `split` below `root`, shuffled by the seed, so that any prefix has images of all classes.
 
     Classes are numbered by their sorted names. Nothing depends on the order in which the file system lists files.
@@ -56,12 +27,12 @@ def list_split(root: Path, split: Split, classes: int, seed: int) -> FolderListi
     return listing.select(torch.randperm(len(listing), generator=generator(seed, "image folder", split)))
 
 
-def check_same_classes(train: FolderListing, test: FolderListing) -> None:
-    """Raise UsageError if the two splits have different class names."""
-    if differing := sorted(set(train.classes) ^ set(test.classes)):
+def check_same_classes(root: Path) -> None:
+    """Raise UsageError if the two splits below `root` have different class names."""
+    train, test = (_folder(root, split) for split in ("train", "test"))
+    if differing := sorted(set(_classes(train)) ^ set(_classes(test))):
         raise UsageError(
-            f"{train.folder} and {test.folder} hold different classes: only one of them has {differing[0]}",
-            code="classes-differ",
+            f"{train} and {test} hold different classes: only one of them has {differing[0]}", code="classes-differ"
         )
 
 
@@ -76,10 +47,14 @@ def _folder(root: Path, split: Split) -> Path:
     return folder
 
 
-def _scan(folder: Path, classes: int) -> FolderListing:
+def _classes(folder: Path) -> list[str]:
+    with reading(folder, code="image-folder-unreadable"), os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if _is_visible(entry) and entry.is_dir())
+
+
+def _scan(folder: Path, classes: int) -> Listing:
+    class_names = _classes(folder)
     with reading(folder, code="image-folder-unreadable"):
-        with os.scandir(folder) as entries:
-            class_names = sorted(entry.name for entry in entries if _is_visible(entry) and entry.is_dir())
         files = [_images_in(folder / name) for name in class_names]
     if len(class_names) != classes:
         fix = f"set data.classes to {len(class_names)}" if len(class_names) > 1 else _LAYOUT
@@ -94,8 +69,9 @@ def _scan(folder: Path, classes: int) -> FolderListing:
                 code="class-empty",
             )
     counts = torch.tensor([len(images) for images in files])
-    names = [name for images in files for name in images]
-    return FolderListing(folder, tuple(class_names), names, torch.arange(classes).repeat_interleave(counts))
+    paths = [os.path.join(name, image) for name, images in zip(class_names, files, strict=True) for image in images]
+    labels, source = torch.arange(classes).repeat_interleave(counts), digest_of("\0".join(paths))
+    return Listing(lambda number: os.path.join(folder, paths[number]), torch.arange(len(paths)), labels, source)
 
 
 def _images_in(folder: Path) -> list[str]:

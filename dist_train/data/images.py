@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -57,6 +58,32 @@ def digest_of(text: str, *tensors: Tensor) -> str:
     for tensor in tensors:
         hashed.update(tensor.numpy().tobytes())
     return hashed.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The samples of a split in order, to be read when needed."""
+
+    refer: Callable[[int], Any]  # maps a sample's number in the source to its index, path or `decoding.Part`
+    numbers: Tensor  # int64 [n]
+    labels: Tensor | None  # int64 [n]; None if a label is known only after its sample has been read
+    source: str  # identifies the source by names, places and labels, not by the contents of samples
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def reference(self, sample: int) -> Any:
+        """Return the index of `sample` in a data set in Python, otherwise its path or `decoding.Part`."""
+        return self.refer(int(self.numbers[sample]))
+
+    def digest(self) -> str:
+        """Return a digest of the source and the order."""
+        return digest_of(self.source, self.numbers)
+
+    def select(self, samples: Tensor) -> Listing:
+        """Return a listing of `samples`, int64, in their order."""
+        labels = None if self.labels is None else self.labels[samples]
+        return replace(self, numbers=self.numbers[samples], labels=labels)
 
 
 class MapDataset(Protocol):

@@ -9,7 +9,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -29,9 +28,9 @@ from dist_train.data.catalog import load_data
 from dist_train.data.columns import find_parquet, find_saved, parquet_index, saved_index
 from dist_train.data.decoders import Decoder, LoaderProcesses, Order
 from dist_train.data.decoding import DRAWS, EncodedImages, Work
-from dist_train.data.image_folder import FolderListing, check_same_classes, list_split
-from dist_train.data.images import BatchRequest, ImageSet, MapDataset, Split
-from dist_train.data.packed import PackedListing, find_shards, packed_listing, shard_index
+from dist_train.data.image_folder import check_same_classes, list_split
+from dist_train.data.images import BatchRequest, ImageSet, Listing, MapDataset, Split
+from dist_train.data.packed import find_shards, packed_listing, shard_index
 from dist_train.data.plan import divided
 from dist_train.data.plugin_samples import PluginSamples, Recipe, labels_of
 from dist_train.outcome import CodedError, UsageError
@@ -190,33 +189,6 @@ _STATISTICS_PART = 100
 _TRIED_SAMPLES = 4
 
 
-@dataclass(frozen=True)
-class IndexListing:
-    """Samples of a data set in Python (a Dataset or an ImageSet), by index."""
-
-    name: str
-    indices: Tensor  # int64 [n]
-    labels: Tensor | None = None  # int64 [n]; None if a label is known only after its sample has been read
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def reference(self, sample: int) -> int:
-        """Return the index of a sample in the data set."""
-        return int(self.indices[sample])
-
-    def select(self, samples: Tensor) -> IndexListing:
-        """Return a listing of `samples`, int64, in their order."""
-        return IndexListing(self.name, self.indices[samples], None if self.labels is None else self.labels[samples])
-
-    def digest(self) -> str:
-        """Return name and length; the samples that a plug-in reads are not examined."""
-        return f"{self.name} {len(self)}"
-
-
-Listing: TypeAlias = FolderListing | PackedListing | IndexListing  # a split in order
-
-
 class LoadedSamples(SampleSource):
     """The samples of a split that are made when needed. Augmentation depends on (seed, epoch, sample)."""
 
@@ -304,8 +276,8 @@ _PACKED = {
 def _list_encoded_splits(settings: DataSettings, seed: int) -> dict[Split, Listing]:
     """Return the splits of encoded images. Raises UsageError as `list_encoded` does."""
     train, test = (list_encoded(settings, split, seed) for split in ("train", "test"))
-    if isinstance(train, FolderListing) and isinstance(test, FolderListing):
-        check_same_classes(train, test)
+    if settings.name == "imagefolder":
+        check_same_classes(settings.folder)
     assert train.labels is not None
     listings: dict[Split, Listing] = {"train": train, "test": test}
     return listings | _divided(train, train.labels, settings, seed)
@@ -319,7 +291,7 @@ def _list_python_splits(
     for split, source in opened.items():
         labels = source.labels if isinstance(source, ImageSet) else None
         name = source.identity if isinstance(source, ImageSet) else f"{settings.name} {split}"
-        listings[split] = IndexListing(name, torch.arange(len(source)), labels)
+        listings[split] = Listing(int, torch.arange(len(source)), labels, name)
     source, is_divided = opened["train"], (settings.train_size, settings.validation_size) != (None, None)
     if is_divided and not isinstance(source, ImageSet):
         listings |= _divided(listings["train"], labels_of(source, settings, "train", seed), settings, seed)

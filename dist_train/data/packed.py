@@ -20,12 +20,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from dist_train.config import DataSettings
 from dist_train.data.cache import DamagedError, cache_folder, map_array, refuse_foreign_cache, write_array
+from dist_train.data.decoding import Part
 from dist_train.data.image_folder import SUFFIXES
-from dist_train.data.images import Split, digest_of
+from dist_train.data.images import Listing, Split, digest_of
 from dist_train.outcome import UsageError, reading
 from dist_train.reproducible import generator
 from dist_train.rundir.atomic import exclusive, write_text
@@ -44,39 +44,13 @@ SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
 Index = NDArray[np.int64]  # offset, length and label of each sample in a file, int64 [samples, 3]
 
 
-@dataclass(frozen=True)
-class PackedListing:
-    """The images of a split, in sample order."""
-
-    files: tuple[str, ...]
-    origins: tuple[str, ...]
-    parts: Tensor  # int64 [n, 4]: file number, offset, length, number of the sample in its file
-    labels: Tensor  # int64 [n]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def reference(self, sample: int) -> tuple[str, int, int, str]:
-        """Return the place of an image, a `decoding.Part`."""
-        file, offset, length, number = self.parts[sample].tolist()
-        return self.files[file], offset, length, f"{self.origins[file]}, sample {number}"
-
-    def digest(self) -> str:
-        """Return a digest of the file names, the places of images and the labels, not of the images."""
-        return digest_of("\0".join(Path(each).name for each in self.origins), self.parts, self.labels)
-
-    def select(self, samples: Tensor) -> PackedListing:
-        """Return the listing of `samples`, int64, in their order."""
-        return PackedListing(self.files, self.origins, self.parts[samples], self.labels[samples])
-
-
 def packed_listing(
     settings: DataSettings,
     split: Split,
     seed: int,
     find: Callable[[DataSettings, Split], list[Path]],
     index_of: Callable[[Path, DataSettings], tuple[Path, Index]],
-) -> PackedListing:
+) -> Listing:
     """Return the images of a split, shuffled by the seed as those of an image folder are. Raises UsageError.
 
     `find` returns the split's files; `index_of` one of these, or a copy of its images in the cache, and the index.
@@ -96,12 +70,14 @@ def packed_listing(
                 code="data-labels",
             )
         labels.append(file_labels)
-    whole = PackedListing(
-        tuple(files),
-        tuple(map(str, origins)),
-        torch.from_numpy(np.concatenate(parts)),
-        torch.from_numpy(np.concatenate(labels)),
-    )
+    places, all_labels = np.concatenate(parts), torch.from_numpy(np.concatenate(labels))
+    source = digest_of("\0".join(each.name for each in origins), torch.from_numpy(places), all_labels)
+
+    def refer(number: int) -> Part:
+        file, offset, length, row = places[number].tolist()
+        return files[file], offset, length, f"{origins[file]}, sample {row}"
+
+    whole = Listing(refer, torch.arange(len(places)), all_labels, source)
     if not len(whole):
         raise UsageError(f"{origins[0]} holds no image", code="data-counts")
     return whole.select(torch.randperm(len(whole), generator=generator(seed, "image folder", split)))

@@ -57,7 +57,9 @@ def test_samples_are_those_of_the_shuffled_listing(opened: dict[int, Splits], ro
     inputs, labels = splits.train.read(BatchRequest(torch.arange(4, 7)))
     expected = torch.stack([bytes_of(root, "train", sample, None) for sample in (4, 5, 6)])
     assert torch.equal(inputs, expected.to(torch.float32) / 255)
-    assert torch.equal(labels, list_split(root, "train", 3, 5).labels[4:7])
+    listed = list_split(root, "train", 3, 5).labels
+    assert listed is not None
+    assert torch.equal(labels, listed[4:7])
     indices = torch.tensor([11, 2])
     assert torch.equal(
         splits.test.read(BatchRequest(indices))[0][1], bytes_of(root, "test", 2, None).to(torch.float32) / 255

@@ -100,7 +100,7 @@ def test_what_is_held_in_memory_and_parts_of_files_are_augmented_alike(root: Pat
 def test_what_is_held_out_of_a_data_set_is_not_trained_on() -> None:
     splits = opened(**OWN, validation_size=6, train_size=12)
     samples = [splits.train, splits.of("validation")]
-    indices = [each._listing.indices.tolist() for each in samples]  # type: ignore[attr-defined]
+    indices = [each._listing.numbers.tolist() for each in samples]  # type: ignore[attr-defined]
     assert [len(each) for each in indices] == [12, 6]
     assert not set(indices[0]) & set(indices[1])
     for each, count in zip(samples, (6, 3), strict=True):
