@@ -18,7 +18,12 @@ from benchmarks.idx_files import write_packed, write_unpacked
 from benchmarks.timing import Ratio, ratio_of, timed
 from dist_train.data.cache import Source, decoded_once
 from dist_train.data.images import ImageSet
-from dist_train.data.published import FASHION_MNIST_VERSION, decode_fashion_mnist, find_fashion_mnist
+from dist_train.data.published import (
+    FASHION_MNIST_CLASSES,
+    FASHION_MNIST_VERSION,
+    decode_fashion_mnist,
+    find_fashion_mnist,
+)
 
 _IMAGES = 60_000
 
@@ -67,7 +72,7 @@ def write_files(folder: Path, count: int) -> Files:
 
 def prepare(files: Files) -> ImageSet:
     """Return the images as a run does: from the cache, which is filled if necessary."""
-    source = Source("fashion-mnist", "train", FASHION_MNIST_VERSION, files.packed)
+    source = Source("fashion-mnist", "train", FASHION_MNIST_VERSION, files.packed, FASHION_MNIST_CLASSES)
     return decoded_once(files.cache, source, lambda: decode_fashion_mnist(files.packed))
 
 

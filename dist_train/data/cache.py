@@ -1,7 +1,7 @@
 """The cache of data sets: downloaded archives, and decoded images, which all local ranks map (one copy in memory).
 
-An entry of decoded images is two NumPy files and a JSON record with their digests. The record is written last; without
-it there is no entry. Every file is written under a temporary name and renamed, by one process at a time.
+An entry is NumPy files and a JSON record with their digests. The record is written last; without it there is no
+entry. Every file is written under a temporary name and renamed, by one process at a time.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import os
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,6 +40,7 @@ class Source:
     split: Split
     reader_version: int
     files: Sequence[Path]
+    classes: int
 
     def key(self) -> str:
         """Return the entry's file stem; reads every source file. Raises UsageError if one cannot be read."""
@@ -50,25 +51,13 @@ class Source:
         return f"{self.name}-{self.split}-v{self.reader_version}-{digest.hexdigest()[:16]}"
 
 
-@dataclass(frozen=True)
-class _Record:
-    classes: int
-    images_sha256: str
-    labels_sha256: str
-    check: str = ""  # digest of the other fields
-
-    def with_check(self) -> _Record:
-        text = f"{self.classes} {self.images_sha256} {self.labels_sha256}"
-        return replace(self, check=hashlib.sha256(text.encode()).hexdigest())
-
-
 def refuse_foreign_cache(folder: Path) -> None:
     """Raise UsageError if others can write to `folder` of the cache or to the cache itself; see `refuse_foreign`."""
     for each in (folder.parent, folder):
         refuse_foreign(each, "set DIST_TRAIN_CACHE to a folder of your own")
 
 
-class DamagedError(Exception):
+class DamagedError(OSError):
     """A file of the cache is not what was written."""
 
 
@@ -80,21 +69,20 @@ def decoded_once(folder: Path, source: Source, decode: Callable[[], ImageSet]) -
 
     Raises UsageError if other users could replace the contents of the folder.
     """
-    key = source.key()
-    decoded = None
+    key, decoded = source.key(), list[ImageSet]()
+
+    def make() -> tuple[NDArray[Any], NDArray[Any]]:
+        decoded.append(decode())
+        return decoded[0].images.numpy(), decoded[0].labels.numpy()
+
+    def is_sound(images: NDArray[Any], labels: NDArray[Any]) -> bool:
+        has_form = images.dtype == np.uint8 and images.ndim == 4 and labels.dtype == np.int64
+        return has_form and labels.shape == images.shape[:1] and bool(np.all((labels >= 0) & (labels < source.classes)))
+
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        refuse_foreign_cache(folder)
-        with exclusive(folder / f"{key}.lock"):
-            if _files(folder, key)[0].exists():
-                try:
-                    return _open(folder, key)
-                except DamagedError as error:
-                    _LOGGER.warning("the cached data set %s is damaged (%s): decoding it again", folder / key, error)
-            decoded = decode()
-            _write(folder, key, decoded)
-            return _open(folder, key)
-    except (OSError, DamagedError) as error:
+        images, labels = map(torch.from_numpy, cached_arrays(folder / key, ("images", "labels"), make, is_sound))
+        return ImageSet(images, labels, source.classes, key)
+    except OSError as error:
         _LOGGER.warning(
             "the cache folder %s cannot be used (%s): decoding %s into this process's own memory. "
             "Free space there, or set DIST_TRAIN_CACHE to a folder that can be written.",
@@ -102,26 +90,49 @@ def decoded_once(folder: Path, source: Source, decode: Callable[[], ImageSet]) -
             error,
             source.name,
         )
-    return replace(decode() if decoded is None else decoded, identity=key)
+    return replace(decoded[0] if decoded else decode(), identity=key)
 
 
-def _open(folder: Path, key: str) -> ImageSet:
-    record_file, images_file, labels_file = _files(folder, key)
-    try:
-        record = _Record(**json.loads(record_file.read_bytes()))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise DamagedError(f"{record_file.name} is not the record that was written: {error}") from error
-    if record != record.with_check():
-        raise DamagedError(f"{record_file.name} is not the record that was written")
-    images = map_array(images_file, record.images_sha256)
-    labels = map_array(labels_file, record.labels_sha256)
-    has_form = images.dtype == np.uint8 and images.ndim == 4 and labels.dtype == np.int64
-    if not has_form or labels.shape != images.shape[:1] or not np.all((labels >= 0) & (labels < record.classes)):
-        raise DamagedError("its files do not hold images and their labels")
-    return ImageSet(torch.from_numpy(images), torch.from_numpy(labels), record.classes, key)
+def cached_arrays(
+    stem: Path,
+    names: Sequence[str],
+    make: Callable[[], Sequence[NDArray[Any]]],
+    is_sound: Callable[..., bool],
+) -> list[NDArray[Any]]:
+    """Return the arrays `names` of the entry `stem`, mapped; `make` makes them if the entry is missing or damaged.
+
+    An entry for whose arrays `is_sound` returns False is damaged, too. Raises OSError if the folder cannot be used;
+    UsageError if other users could replace its contents.
+    """
+    record, *files = (stem.with_name(f"{stem.name}.{end}") for end in ("json", *(f"{name}.npy" for name in names)))
+
+    def mapped() -> list[NDArray[Any]]:
+        try:
+            digests = [str(json.loads(record.read_bytes())[name]) for name in names]
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise DamagedError(f"{record.name} is not the record that was written: {error}") from error
+        arrays = list(map(_map_array, files, digests))
+        if not is_sound(*arrays):
+            raise DamagedError("its arrays are not those that were written")
+        return arrays
+
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    refuse_foreign_cache(stem.parent)
+    with exclusive(stem.with_name(f"{stem.name}.lock")):
+        if record.exists():
+            try:
+                return mapped()
+            except DamagedError as error:
+                _LOGGER.warning("the entry %s of the cache is damaged (%s): making it again", stem, error)
+        for abandoned in stem.parent.glob(f".{stem.name}.*.part"):
+            # Only the holder of the lock writes here: a process that was killed has left these.
+            abandoned.unlink(missing_ok=True)
+        digests = map(_write_array, files, make())
+        write_text(record, json.dumps(dict(zip(names, digests, strict=True))))
+        return mapped()
 
 
-def map_array(path: Path, sha256: str) -> NDArray[Any]:
+def _map_array(path: Path, sha256: str) -> NDArray[Any]:
     """Map the array in `path`, which must have this digest. Raises DamagedError, or OSError if it cannot be read.
 
     It is mapped copy-on-write: pages are shared with other ranks, and torch accepts the array as writable.
@@ -139,45 +150,16 @@ def map_array(path: Path, sha256: str) -> NDArray[Any]:
         raise DamagedError(f"{path.name} is not an array: {error}") from error
 
 
-def _write(folder: Path, key: str, decoded: ImageSet) -> None:
-    for abandoned in folder.glob(f".{key}.*.part"):
-        # Only the holder of the lock writes here: a process that was killed has left these.
-        abandoned.unlink(missing_ok=True)
-    record_file, images_file, labels_file = _files(folder, key)
-    labels_sha256 = write_array(labels_file, decoded.labels.numpy())
-    images_sha256 = write_array(images_file, decoded.images.numpy())
-    record = _Record(decoded.classes, images_sha256, labels_sha256).with_check()
-    write_text(record_file, json.dumps(asdict(record)))
-
-
-def write_array(path: Path, array: NDArray[Any]) -> str:
+def _write_array(path: Path, array: NDArray[Any]) -> str:
     """Write `array` to `path`, whole or not at all, and return the SHA-256 of the file. Raises OSError."""
     with replacing(path) as file:
-        hashing = _HashingFile(file)
-        np.lib.format.write_array(hashing, array, allow_pickle=False)
-    return hashing.digest.hexdigest()
-
-
-class _HashingFile:
-    """Writes to a file, and computes the digest of what it was given to write."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.digest = hashlib.sha256()
-
-    def write(self, content: bytes) -> int:
-        self.digest.update(content)
-        return self._file.write(content)
+        np.lib.format.write_array(file, array, allow_pickle=False)
+    return _file_digest(path)
 
 
 def _file_digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _files(folder: Path, key: str) -> tuple[Path, Path, Path]:
-    """Return an entry's record, images and labels."""
-    return folder / f"{key}.json", folder / f"{key}.images.npy", folder / f"{key}.labels.npy"
 
 
 def cache_folder() -> Path:
@@ -216,11 +198,11 @@ def fetch(url: str, path: Path, sha256: str) -> None:
                 return
             _LOGGER.info("downloading %s to %s", url, path)
             with replacing(path) as file:
-                written = _HashingFile(file)
+                digest = hashlib.sha256()
                 for chunk in _chunks(url, path):
-                    written.write(chunk)
-                found = written.digest.hexdigest()
-                if found != sha256:
+                    digest.update(chunk)
+                    file.write(chunk)
+                if (found := digest.hexdigest()) != sha256:
                     raise UsageError(
                         f"{url} returned {file.tell()} bytes with SHA-256 {found}, but the published one is {sha256}: "
                         f"the download was dropped. Try again, or put {path.name} from a source that you trust into "

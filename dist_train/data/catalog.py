@@ -21,6 +21,7 @@ from dist_train.data.published import (
     CIFAR10,
     CIFAR100,
     CIFAR_VERSION,
+    FASHION_MNIST_CLASSES,
     FASHION_MNIST_VERSION,
     Archive,
     decode_archive,
@@ -76,7 +77,7 @@ def find_data(settings: DataSettings) -> None:
 
 def _fashion_mnist(settings: DataSettings, split: Split, seed: int) -> ImageSet:
     files = find_fashion_mnist(settings.root, split)
-    source = Source("fashion-mnist", split, FASHION_MNIST_VERSION, files)
+    source = Source("fashion-mnist", split, FASHION_MNIST_VERSION, files, FASHION_MNIST_CLASSES)
     return decoded_once(decoded_folder(), source, lambda: decode_fashion_mnist(files))
 
 
@@ -89,7 +90,7 @@ def _cifar(settings: DataSettings, split: Split, seed: int) -> ImageSet:
     if settings.download:
         download_archive(archive, root)
     files = _find_cifar(settings, split)
-    source = Source(settings.name, split, CIFAR_VERSION, files)
+    source = Source(settings.name, split, CIFAR_VERSION, files, archive.classes)
     return decoded_once(decoded_folder(), source, lambda: decode_archive(archive, root, files, split))
 
 

@@ -16,19 +16,19 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from dist_train.config import DataSettings
-from dist_train.data.cache import DamagedError, cache_folder, map_array, refuse_foreign_cache, write_array
+from dist_train.data.cache import cache_folder, cached_arrays
 from dist_train.data.decoding import Part
 from dist_train.data.image_folder import SUFFIXES
 from dist_train.data.images import Listing, Split, digest_of
 from dist_train.outcome import UsageError, reading
 from dist_train.reproducible import generator
-from dist_train.rundir.atomic import exclusive, write_text
 
 _LOGGER = logging.getLogger("dist_train.data")
 _VERSION = 2
@@ -113,33 +113,19 @@ def cached_index(
     """
     status = source.stat()
     text = f"{kind} {_VERSION} {source.resolve()} {status.st_size} {status.st_mtime_ns} {columns}"
-    folder = cache_folder() / "packed"
-    folder.mkdir(parents=True, exist_ok=True)
-    refuse_foreign_cache(folder)
-    stem = folder / hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:32]
-    content, file = content or stem.with_suffix(".bin"), stem.with_suffix(".npy")
-    with exclusive(stem.with_suffix(".lock")):
-        if (index := _read_index(file, content)) is None:
-            _LOGGER.info("reading %s once to index its images", source)
-            index = make(content)
-            write_text(file.with_suffix(".sha256"), write_array(file, index))
-    return content, index
+    stem = cache_folder() / "packed" / hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+    place = content or stem.with_suffix(".bin")
 
+    def make_index() -> tuple[Index]:
+        _LOGGER.info("reading %s once to index its images", source)
+        return (make(place),)
 
-def _read_index(file: Path, content: Path) -> Index | None:
-    """Return the index in `file`; None if it is missing, damaged, or does not match `content`."""
-    try:
-        index: Index = map_array(file, file.with_suffix(".sha256").read_text(encoding="ascii"))
-    except FileNotFoundError:
-        return None
-    except (DamagedError, UnicodeDecodeError) as error:
-        _LOGGER.warning("the cached index %s is damaged (%s): creating it again", file, error)
-        return None
-    if index.dtype != np.int64 or index.ndim != 2 or index.shape[1] != 3:
-        return None
-    if len(index) and not (content.exists() and content.stat().st_size >= (index[:, 0] + index[:, 1]).max()):
-        return None
-    return index
+    def is_sound(index: NDArray[Any]) -> bool:
+        if index.dtype != np.int64 or index.ndim != 2 or index.shape[1] != 3:
+            return False
+        return not len(index) or (place.exists() and place.stat().st_size >= (index[:, 0] + index[:, 1]).max())
+
+    return place, cached_arrays(stem, ("index",), make_index, is_sound)[0]
 
 
 _HEADER = 512

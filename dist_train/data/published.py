@@ -72,7 +72,7 @@ def _damaged(path: Path, reason: str, code: str) -> UsageError:
     return UsageError(f"{path} is damaged: {reason}. {_FASHION_MNIST_FIX}", code=code)
 
 
-FASHION_MNIST_VERSION = 1
+FASHION_MNIST_VERSION = 2
 FASHION_MNIST_CLASSES = 10
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 
@@ -127,7 +127,7 @@ def _existing(folder: Path, stem: str) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
-CIFAR_VERSION = 1
+CIFAR_VERSION = 2
 _SHAPE = (3, 32, 32)
 _PIXELS = 3 * 32 * 32
 _MEMBER_LIMIT = 1 << 30

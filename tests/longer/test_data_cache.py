@@ -41,7 +41,7 @@ class Decoder:
 def source(tmp_path: Path) -> Source:
     path = tmp_path / "source"
     path.write_bytes(b"packed images")
-    return Source("pictures", "train", 1, [path])
+    return Source("pictures", "train", 1, [path], 10)
 
 
 @pytest.fixture
@@ -84,8 +84,8 @@ def test_write_to_mapped_images_does_not_reach_the_cache(folder: Path, source: S
 def test_other_source_bytes_splits_or_readers_have_their_own_entry(folder: Path, source: Source) -> None:
     decode = Decoder()
     decoded_once(folder, source, decode)
-    decoded_once(folder, Source("pictures", "test", 1, source.files), decode)
-    decoded_once(folder, Source("pictures", "train", 2, source.files), decode)
+    decoded_once(folder, Source("pictures", "test", 1, source.files, 10), decode)
+    decoded_once(folder, Source("pictures", "train", 2, source.files, 10), decode)
     source.files[0].write_bytes(b"packed imageS")
     decoded_once(folder, source, decode)
     assert decode.calls == 4
@@ -96,13 +96,13 @@ def test_copy_of_the_source_shares_the_entry(folder: Path, source: Source, tmp_p
     decoded_once(folder, source, decode)
     copy = tmp_path / "copy"
     copy.write_bytes(source.files[0].read_bytes())
-    decoded_once(folder, Source("pictures", "train", 1, [copy]), decode)
+    decoded_once(folder, Source("pictures", "train", 1, [copy], 10), decode)
     assert decode.calls == 1
 
 
 def test_unreadable_source_is_a_usage_error(folder: Path, tmp_path: Path) -> None:
     with raises(UsageError, "data-unreadable"):
-        decoded_once(folder, Source("pictures", "train", 1, [tmp_path]), Decoder())
+        decoded_once(folder, Source("pictures", "train", 1, [tmp_path], 10), Decoder())
 
 
 def flip_bit(path: Path) -> None:
@@ -117,7 +117,7 @@ def cut(path: Path) -> None:
 
 def change_digest(path: Path) -> None:
     record = json.loads(path.read_text())
-    path.write_text(json.dumps({**record, "images_sha256": "0" * 64}))
+    path.write_text(json.dumps({**record, "images": "0" * 64}))
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def decode():
 
 if mode == "full disk":
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
-images = decoded_once(Path(folder), Source("pictures", "train", 1, [Path(source)]), decode)
+images = decoded_once(Path(folder), Source("pictures", "train", 1, [Path(source)], 10), decode)
 print(hashlib.sha256(images.images.numpy().tobytes() + images.labels.numpy().tobytes()).hexdigest())
 """
 

@@ -107,7 +107,7 @@ def cifar_archives(folder: Path) -> Kind:
 def _entry(folder: Path) -> tuple[Source, ImageSet, dict[str, bytes]]:
     source_file = folder / "source"
     source_file.write_bytes(b"source")
-    source = Source("pictures", "train", 1, [source_file])
+    source = Source("pictures", "train", 1, [source_file], 3)
     written = random_set(4, (1, 5, 5), 3)
     images = ImageSet(torch.from_numpy(written.images), torch.from_numpy(written.labels).long(), 3)
     decoded_once(folder / "cache", source, lambda: images)
@@ -159,8 +159,7 @@ def forged_cache(folder: Path) -> Kind:
     def check(pair: object) -> bool:
         assert isinstance(pair, tuple)
         first, second = (hashlib.sha256(content).hexdigest() for content in pair)
-        check = hashlib.sha256(f"3 {first} {second}".encode()).hexdigest()
-        record = {"classes": 3, "images_sha256": first, "labels_sha256": second, "check": check}
+        record = {"images": first, "labels": second}
         forged = {names[".images.npy"]: pair[0], names[".labels.npy"]: pair[1]}
         _replace_files(folder / "cache", {**forged, names[".json"]: json.dumps(record).encode()})
         found = decoded_once(folder / "cache", source, lambda: images)

@@ -34,7 +34,7 @@ def test_fashion_mnist_is_loaded_through_the_cache(tmp_path: Path, cache: Path) 
     settings = DataSettings(name="fashion-mnist", root=tmp_path)
     for _ in range(2):
         assert np.array_equal(load_images(settings, "train", 0).images.numpy(), written.images)
-    assert len(list((cache / "decoded").glob("fashion-mnist-train-v1-*.json"))) == 1
+    assert len(list((cache / "decoded").glob("fashion-mnist-train-v2-*.json"))) == 1
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -48,7 +48,7 @@ def test_cifar_is_loaded_through_the_cache(tmp_path: Path, cache: Path, split: S
     fine = load_images(DataSettings(name="cifar100", root=tmp_path), split, 0)
     assert np.array_equal(coarse.images.numpy(), sets[which].images)
     assert np.array_equal(fine.images.numpy(), finer_sets[which].images)
-    assert len(list((cache / "decoded").glob(f"cifar10*-{split}-v1-*.json"))) == 2
+    assert len(list((cache / "decoded").glob(f"cifar10*-{split}-v2-*.json"))) == 2
 
 
 def test_without_a_root_cifar_is_sought_in_the_cache_folder(cache: Path) -> None:

@@ -325,7 +325,7 @@ def test_a_damaged_entry_of_the_cache_is_made_again(root: Path, folders: dict[st
     assert all(map(torch.equal, read(open_splits(settings, SEED, CPU), None), expected))
     for path in cache.rglob("*.npy"):
         path.write_bytes(b"damaged")
-    for path in cache.rglob("*.sha256"):
+    for path in cache.rglob("*.json"):
         path.write_bytes(b"\xff")
     for path in cache.rglob("*.bin"):
         path.write_bytes(path.read_bytes()[:100])
