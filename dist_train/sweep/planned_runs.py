@@ -30,26 +30,37 @@ from dist_train.sweep.study_file import (
 )
 
 
-@dataclass(frozen=True)
-class PlannedRun:
-    """One run; `number` counts from 1.
+@dataclass(frozen=True, kw_only=True)
+class _Variant:
+    """A variant, or one combination of its grid, or one trial, number `trial`, of the searched variant `searched`.
 
-    Runs that differ only in their seed share a `variant`. The variants of a grid share a `family`; without a grid it is
-    the variant itself. `settings` are the study's, keyed by dotted path; `overrides` are the arguments of `train` after
-    the base configuration.
+    `variant` is its name. The variants of a grid share a `family`; without a grid it is the variant itself. `settings`
+    are the study's, keyed by dotted path; `origins` maps them to their place in the study file. As long as Optuna has
+    not suggested a trial (`is_asked` is False), its settings are random samples, so that they can be validated.
+    """
+
+    variant: str
+    family: str
+    title: str
+    settings: Settings
+    origins: Mapping[str, str]
+    searched: str = ""
+    trial: int | None = None
+    is_asked: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedRun(_Variant):
+    """One run; `number` counts from 1; `overrides` are the arguments of `train` after the base configuration.
+
+    Runs that differ only in their seed share a `variant`.
     """
 
     number: int
     name: str
-    variant: str
-    family: str
-    title: str
     seed: int
-    settings: Settings
     overrides: tuple[str, ...]
     config: Config
-    searched: str = ""  # in a search: the variant of which the run is a trial; `trial` is the trial's number
-    trial: int | None = None
 
     @property
     def directory(self) -> Path:
@@ -95,24 +106,6 @@ class Plan:
         return ("train", str(self.base_file), *run.overrides)
 
 
-@dataclass(frozen=True)
-class _Variant:
-    """A variant, or one combination of its grid, or one `trial` of the searched variant `searched`.
-
-    `origins` maps settings to their place in the study file. As long as Optuna has not suggested a trial
-    (`is_asked` is False), its settings are random samples, so that they can be validated.
-    """
-
-    name: str
-    family: str
-    title: str
-    settings: Settings
-    origins: Mapping[str, str]
-    searched: str = ""
-    trial: int | None = None
-    is_asked: bool = True
-
-
 def plan_study(
     path: Path, directory: Path | None = None, overrides: Sequence[str] = (), before: Plan | None = None
 ) -> Plan:
@@ -136,7 +129,7 @@ def plan_study(
     unasked: dict[int, str] = {}
     checked = {run.overrides: run for run in before.runs} if before else {}
     for number, seed, variant in _points(study, optuna_trials(study, folder)):
-        name = f"{variant.name}-seed-{seed}"
+        name = f"{variant.variant}-seed-{seed}"
         settings = {**variant.settings, "run.name": name, "run.directory": str(folder), "run.seed": seed}
         arguments = (*(write_override(place, value) for place, value in settings.items()), *overrides)
         if not variant.is_asked:
@@ -155,19 +148,7 @@ def plan_study(
             found.append(Problem("search.objective", wrong, code="metric-not-measured", value=study.search.objective))
         if variant.is_asked:
             planned.append(
-                PlannedRun(
-                    number=number,
-                    name=name,
-                    variant=variant.name,
-                    family=variant.family,
-                    title=variant.title,
-                    seed=seed,
-                    settings=variant.settings,
-                    overrides=arguments,
-                    config=config,
-                    searched=variant.searched,
-                    trial=variant.trial,
-                )
+                PlannedRun(**vars(variant), number=number, name=name, seed=seed, overrides=arguments, config=config)
             )
     found += _duplicates(planned)
     if found:
@@ -186,20 +167,20 @@ def _points(study: Study, trials: OptunaTrials | None) -> Iterator[tuple[int, in
         for variant in variants
         if seed in study.seeds_of(variant.family)
     )
-    asked = {variant.name: trials.settings(variant.name) for variant in variants} if trials else {}
+    asked = {variant.variant: trials.settings(variant.variant) for variant in variants} if trials else {}
     for number, (trial, seed, variant) in enumerate(every, start=1):
         if study.search is None:
             yield number, seed, variant
             continue
-        known = asked.get(variant.name, ())
-        chosen = known[trial] if trial < len(known) else drawn_settings(study.search, variant.name, trial)
+        known = asked.get(variant.variant, ())
+        chosen = known[trial] if trial < len(known) else drawn_settings(study.search, variant.variant, trial)
         of_trial = replace(
             variant,
-            name=f"{variant.name}-trial-{trial}",
+            variant=f"{variant.variant}-trial-{trial}",
             title=f"{variant.title}, trial {trial}",
             settings={**variant.settings, **chosen},
             origins={**variant.origins, **dict.fromkeys(chosen, "search.space")},
-            searched=variant.name,
+            searched=variant.variant,
             trial=trial,
             is_asked=trials is None or trial < len(known),
         )
@@ -236,7 +217,7 @@ def _variants(study: Study) -> Iterator[_Variant]:
             chosen = dict(zip(grid, values, strict=True))
             labels = [f"{shorts[path]} {_label(value)}" for path, value in chosen.items()]
             yield _Variant(
-                name="-".join([variant, *(re.sub(r"[^A-Za-z0-9._-]+", "-", label).strip("-") for label in labels)]),
+                variant="-".join([variant, *(re.sub(r"[^A-Za-z0-9._-]+", "-", label).strip("-") for label in labels)]),
                 family=variant,
                 title=", ".join([described.title or variant, *labels]),
                 settings={**settings, **chosen},
@@ -274,7 +255,7 @@ def _located(fault: Problem, variant: _Variant, overrides: Sequence[str]) -> Pro
     if any(is_of(override.partition("=")[0]) for override in overrides):
         return fault
     origins = [f"{origin}.{fault.path}" for setting, origin in variant.origins.items() if is_of(setting)]
-    place = origins[-1] if origins else f"{fault.path} (variant {variant.name})"
+    place = origins[-1] if origins else f"{fault.path} (variant {variant.variant})"
     return replace(fault, path=place)
 
 
