@@ -10,6 +10,7 @@ import io
 import math
 import pickle
 import pickletools
+import struct
 import tarfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -25,8 +26,7 @@ from dist_train.data.cache import data_sets_folder, fetch
 from dist_train.data.images import ImageSet, Split
 from dist_train.outcome import UsageError, reading
 
-_UNSIGNED_BYTE = 0x08
-_IDX_CHUNK = 1 << 22
+_CHUNK = 1 << 20
 
 
 def read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
@@ -35,21 +35,16 @@ def read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
     Raises UsageError if the file cannot be read, is shorter or longer than its header says, or is not an IDX file of
     unsigned bytes with as many dimensions.
     """
-    header_bytes, magic = 4 + 4 * dimensions, (_UNSIGNED_BYTE << 8) | dimensions
-    content = bytearray()
+    start, content = 4 + 4 * dimensions, bytearray()
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            header = file.read(header_bytes)
-            if len(header) < header_bytes:
-                reason = f"it holds {len(header)} bytes, less than an IDX header of {header_bytes}"
-                raise _damaged(path, reason, code="data-length")
-            if (start := int.from_bytes(header[:4], "big")) != magic:
-                reason = f"it begins with {start:08x}, not with the IDX magic number {magic:08x}"
-                raise _damaged(path, reason, code="data-format")
-            shape = tuple(int.from_bytes(header[at : at + 4], "big") for at in range(4, header_bytes, 4))
+            header = file.read(start)
+            magic, *shape = struct.unpack(f">{1 + dimensions}I", header.ljust(start, b"\0"))
+            if len(header) == start and magic != 0x0800 | dimensions:
+                raise _damaged(path, f"it begins with {magic:08x}, not as an IDX file does", code="data-format")
             announced = math.prod(shape)
             # Little more than that, so that no file can fill the memory.
-            while len(content) <= announced and (chunk := file.read(_IDX_CHUNK)):
+            while len(content) <= announced and (chunk := file.read(_CHUNK)):
                 content += chunk
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise _damaged(path, f"gzip cannot unpack it ({error})", code="data-unpackable") from error
@@ -57,15 +52,11 @@ def read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
         raise UsageError(
             f"cannot read {path}: {error.strerror or error}. {_FASHION_MNIST_FIX}", code="data-unreadable"
         ) from error
-    if len(content) != announced:
-        size = f"more than {header_bytes + announced}" if len(content) > announced else header_bytes + len(content)
-        what = " x ".join(map(str, shape))
-        raise _damaged(
-            path,
-            f"its header announces {what} bytes, {header_bytes + announced} in all; it holds {size}",
-            code="data-length",
-        )
-    return np.frombuffer(content, dtype=np.uint8).reshape(shape)
+    if len(header) < start or len(content) != announced:
+        what, length = " x ".join(map(str, shape)), "longer" if len(content) > announced else "shorter"
+        reason = f"its header announces {what} bytes, {start + announced} in all, but it is {length}"
+        raise _damaged(path, reason, code="data-length")
+    return np.frombuffer(content, np.uint8).reshape(shape)
 
 
 def _damaged(path: Path, reason: str, code: str) -> UsageError:
@@ -131,7 +122,6 @@ CIFAR_VERSION = 2
 _SHAPE = (3, 32, 32)
 _PIXELS = 3 * 32 * 32
 _MEMBER_LIMIT = 1 << 30
-_CHUNK = 1 << 20
 _MAX_TUPLES = 64  # a batch has about five tuples; hashing very deeply nested ones overflows the interpreter's stack
 
 
