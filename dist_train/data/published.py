@@ -6,9 +6,7 @@ The files of Fashion-MNIST are those of Debian's package, or lie in a folder of 
 from __future__ import annotations
 
 import gzip
-import io
 import math
-import pickle
 import pickletools
 import struct
 import tarfile
@@ -16,7 +14,6 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import numpy as np
 import torch
@@ -122,7 +119,6 @@ CIFAR_VERSION = 2
 _SHAPE = (3, 32, 32)
 _PIXELS = 3 * 32 * 32
 _MEMBER_LIMIT = 1 << 30
-_MAX_TUPLES = 64  # a batch has about five tuples; hashing very deeply nested ones overflows the interpreter's stack
 
 
 @dataclass(frozen=True)
@@ -246,65 +242,42 @@ def _batch(content: bytes, place: str, archive: Archive, fix: str) -> tuple[NDAr
         return UsageError(f"{place} is damaged: {reason}. {fix}", code=code)
 
     try:
-        record = _unpickle(content)
+        pixels, labels = _contents(content, archive.label_key)
     except Exception as error:
-        # Damaged pickles raise errors of nearly any type, MemoryError included.
-        reason = error if isinstance(error, pickle.UnpicklingError) else f"not a valid pickle ({type(error).__name__})"
-        raise damaged(str(reason), code="data-format") from error
-    pixels, labels = record.get("data"), record.get(archive.label_key)
-    if not isinstance(pixels, np.ndarray) or pixels.ndim != 2 or pixels.shape[1] != _PIXELS:
+        # Damaged pickles raise errors of nearly any type.
+        raise damaged(f"not a valid pickle ({type(error).__name__})", code="data-format") from error
+    if pixels is None:
         raise damaged(f"its data are not rows of {_PIXELS} bytes", code="data-shape")
-    if not isinstance(labels, list) or not all(type(label) is int for label in labels):
-        raise damaged(f"it has no list of numbers named {archive.label_key}", code="data-labels")
     if len(labels) != len(pixels):
-        raise damaged(f"{len(pixels)} images but {len(labels)} labels", code="data-counts")
+        raise damaged(f"{len(pixels)} images but {len(labels)} numbers in {archive.label_key}", code="data-counts")
     outside = next((label for label in labels if not 0 <= label < archive.classes), None)
     if outside is not None:
         raise damaged(f"it holds the label {outside}, not 0 to {archive.classes - 1}", code="data-labels")
     return pixels, np.array(labels, dtype=np.int64)
 
 
-class _StandIn:
-    """Stands in for a NumPy array or dtype in a pickle. NumPy's own classes crash the interpreter on hostile states."""
+def _contents(content: bytes, label_key: str) -> tuple[NDArray[np.uint8] | None, list[int]]:
+    """Return the pixels in a pickled batch, uint8 [rows, 3072], and the labels; no pixels if it holds no such array.
 
-    def __init__(self, *arguments: Any) -> None:
-        self.arguments = arguments
-        self.state: Any = None
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-    def array(self) -> NDArray[np.uint8] | None:
-        """Return the uint8 array that this stands for; None if its elements have another type."""
-        _, shape, element, is_column_first, content = self.state
-        if element.arguments[0] not in (b"u1", "u1"):
-            return None
-        return np.frombuffer(content, np.uint8).reshape(shape, order="F" if is_column_first else "C")
-
-
-class _Unpickler(pickle.Unpickler):
-    """Resolves only the names that a batch needs, as Python's documentation recommends."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        # A new function each time: a pickle can set attributes of the objects that it is given.
-        if module.removeprefix("numpy.") in ("core.multiarray", "_core.multiarray") and name == "_reconstruct":
-            return lambda *arguments: _StandIn(*arguments)
-        if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
-            return lambda *arguments: _StandIn(*arguments)
-        if (module, name) == ("_codecs", "encode"):
-            return lambda text, encoding: str.encode(text, {"latin1": "latin1"}[encoding])
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which a batch does not need")
-
-
-def _unpickle(content: bytes) -> dict[str, object]:
-    """Return the dictionary pickled in `content`, with uint8 arrays as NumPy arrays; runs no code that it names."""
-    tuples = 0
-    for opcode, argument, _ in pickletools.genops(content):  # raises if a length exceeds the content
-        tuples += "TUPLE" in opcode.name
-        if tuples > _MAX_TUPLES or (
-            opcode.name.endswith("PUT") and isinstance(argument, int) and argument > len(content)
-        ):
-            raise pickle.UnpicklingError("it has more tuples, or a higher memo number, than a batch needs")
-    record = _Unpickler(io.BytesIO(content), encoding="bytes").load()
-    named = {key.decode() if isinstance(key, bytes) else key: value for key, value in record.items()}
-    return {name: value.array() if isinstance(value, _StandIn) else value for name, value in named.items()}
+    The pickle's instructions are read, not executed, as a sequence of texts, each with the integers after it and the
+    last boolean before it. Labels follow their key. Pixels are the only long text; before it come (1, rows, columns),
+    the type u1, and whether the array is stored by columns.
+    """
+    texts: list[tuple[str, list[int], bool | None]] = [("", [], None)]
+    latest = None
+    for opcode, argument, _ in pickletools.genops(content):
+        if isinstance(argument, str | bytes):
+            texts.append((argument if isinstance(argument, str) else argument.decode("latin1"), [], latest))
+        elif isinstance(argument, bool) or opcode.name in ("NEWTRUE", "NEWFALSE"):
+            latest = argument is True or opcode.name == "NEWTRUE"
+        elif isinstance(argument, int) and any(pushed.name.startswith("int") for pushed in opcode.stack_after):
+            texts[-1][1].append(argument)
+    integers = {text: after for text, after, _ in texts}
+    labels = integers.get(label_key, [])
+    long = [(text.encode("latin1"), is_by_column) for text, _, is_by_column in texts if len(text) >= _PIXELS]
+    match long:
+        case [(data, bool() as is_by_column)] if "u1" in integers:
+            shape = (len(data) // _PIXELS, _PIXELS)
+            if [1, *shape] in integers.values():
+                return np.frombuffer(data, np.uint8).reshape(shape, order="F" if is_by_column else "C"), labels
+    return None, labels
