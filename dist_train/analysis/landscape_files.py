@@ -180,11 +180,9 @@ class LandscapeFolder:
         """Create folder and settings.json; return whether all points are finished. Raises UsageError."""
         with writing(self.path, "choose a folder with --output"):
             self._finished_points.mkdir(parents=True, exist_ok=True)
-            if self.settings.exists():
-                self._check()
-            else:
+            if not (is_finished := self.points.is_file()):
                 self.save_settings({})
-            return self.points.is_file()
+            return is_finished
 
     def save_settings(self, found: Mapping[str, Any]) -> None:
         """Write settings.json: the identity, and the results `found`."""
@@ -223,21 +221,6 @@ class LandscapeFolder:
                 writer.writerow([point.direction, point.alpha, point.beta, split, loss, accuracy])
         atomic.write_text(self.points, text.getvalue())
         shutil.rmtree(self._finished_points, ignore_errors=True)
-
-    def _check(self) -> None:
-        try:
-            fields = json.loads(self.settings.read_text(encoding="utf-8"))
-            key = Identity(str(fields["kind"]), fields["checkpoints"], fields["settings"]).key
-        except (ValueError, KeyError, TypeError) as error:
-            raise UsageError(
-                f"{self.settings} is damaged: remove the folder {self.path}, or choose --output",
-                code="landscape-damaged",
-            ) from error
-        if key != self.identity.key:
-            raise UsageError(
-                f"{self.path} holds another result: remove it, or choose another folder with --output",
-                code="another-result",
-            )
 
 
 def read_landscape(folder: Path) -> Landscape:

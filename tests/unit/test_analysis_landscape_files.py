@@ -71,20 +71,6 @@ def test_finished_points_are_kept_whatever_a_kill_leaves(tmp_path: Path) -> None
     assert folder.finished() == {}
 
 
-def test_another_result_in_the_folder_is_not_touched(tmp_path: Path) -> None:
-    mine = LandscapeFolder(tmp_path, identity())
-    mine.begin()
-    mine.begin()
-    fields = json.loads(mine.settings.read_text())
-    fields["checkpoints"][0]["sha256"] = "another"
-    mine.settings.write_text(json.dumps(fields))
-    with raises(UsageError, "another-result"):
-        mine.begin()
-    mine.settings.write_text("{")
-    with raises(UsageError, "landscape-damaged"):
-        mine.begin()
-
-
 def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with raises(UsageError, "output-unwritable"):
