@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,6 +20,7 @@ from pydantic import TypeAdapter
 from dist_train.outcome import UsageError, writing
 from dist_train.rundir import atomic
 from dist_train.rundir.atomic import json_text, read_regular
+from dist_train.rundir.paths import RunDirectory
 
 Kind = Literal["interpolate", "direction", "plane"]
 Statistics = Literal["recomputed", "interpolated"]
@@ -159,11 +161,61 @@ class MeanWidth:
 
 @dataclass(frozen=True)
 class Landscape(Identity):
-    """A finished result; `widths`, by basin and factor, and a plane's `trajectory` as settings.json records them."""
+    """A finished result in `folder`; `widths` and a plane's `trajectory` as settings.json records them."""
 
     rows: Sequence[PointRow]
     widths: Mapping[str, Mapping[str, MeanWidth]] = field(default_factory=dict)
     trajectory: Mapping[str, Any] | None = None
+    folder: Path = Path()
+
+    @property
+    def roots(self) -> tuple[Path, ...]:
+        """The run directories of its checkpoints as they were then: two for an interpolation."""
+        return tuple(RunDirectory.of_checkpoint(Path(checkpoint["path"])).root for checkpoint in self.checkpoints)
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The steps of its checkpoints: two for an interpolation."""
+        return tuple(checkpoint["step"] for checkpoint in self.checkpoints)
+
+    @property
+    def step(self) -> int:
+        """The step of the checkpoint at its origin: an interpolation's first, otherwise the last."""
+        return self.steps[0 if self.kind == "interpolate" else -1]
+
+    @property
+    def shared_settings(self) -> str:
+        """The settings that comparable results share, as JSON text."""
+        return shared_settings(self.settings)
+
+    @property
+    def widths_by_key(self) -> dict[tuple[str, str], MeanWidth]:
+        """The mean widths by (basin, factor)."""
+        return {(basin, factor): width for basin, found in self.widths.items() for factor, width in found.items()}
+
+    def lines(self, split: str) -> tuple[tuple[PointRow, ...], ...]:
+        """Return the points of `split` by direction, each ordered by alpha."""
+        rows = sorted((row for row in self.rows if row.split == split), key=lambda row: (row.direction, row.alpha))
+        return tuple(tuple(line) for _, line in groupby(rows, lambda row: row.direction))
+
+    def unresolved(self, width: MeanWidth) -> int:
+        """Return in how many directions the basin contains no point of the line but the minimum."""
+
+        def points(basin: LineWidth) -> int:
+            alphas = (row.alpha for row in self.rows if row.split == "train" and row.direction == basin.direction)
+            return sum(basin.left <= alpha <= basin.right for alpha in alphas)
+
+        return sum(points(basin) < 2 for basin in width.directions)
+
+
+_INCIDENTAL = frozenset({"data_digest", "device", "batch_size", "statistics_batch", "threads"})
+
+
+def shared_settings(settings: Mapping[str, Any]) -> str:
+    """Return the settings that comparable results share: not how they were computed or which images a seed chose."""
+    # Norms that use each pass's own statistics give another loss with passes of another size.
+    left_out = _INCIDENTAL - {"batch_size"} if settings.get("statistics") == "batch" else _INCIDENTAL
+    return json.dumps({name: value for name, value in settings.items() if name not in left_out}, sort_keys=True)
 
 
 class LandscapeFolder:
@@ -228,7 +280,7 @@ def read_landscape(folder: Path) -> Landscape:
     try:
         fields = json.loads(read_regular(folder / "settings.json"))
         with (folder / "points.csv").open(encoding="utf-8", newline="") as file:
-            landscape = _LANDSCAPE.validate_python({**fields, "rows": list(csv.DictReader(file))})
+            landscape = _LANDSCAPE.validate_python({**fields, "rows": list(csv.DictReader(file)), "folder": folder})
         if not landscape.checkpoints or any({"path", "sha256", "step"} - each.keys() for each in landscape.checkpoints):
             raise ValueError("settings.json does not say of which checkpoints it is")
         return landscape

@@ -6,65 +6,14 @@ import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import groupby
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from dist_train.analysis.landscape_files import LineWidth, PointRow, read_landscape
+from dist_train.analysis.landscape_files import Landscape, read_landscape, shared_settings
 from dist_train.analysis.sharpness_record import SharpnessRecord, WidthResult, read_record
 from dist_train.outcome import UsageError
 from dist_train.rundir.atomic import read_regular
 from dist_train.rundir.paths import BrokenFileError, RunDirectory
-
-_INCIDENTAL = frozenset({"data_digest", "device", "batch_size", "statistics_batch", "threads"})
-
-
-@dataclass(frozen=True)
-class BasinWidth:
-    """Mean over directions of the interval where the training loss stays under `factor` times its minimum.
-
-    In `open_ends` directions the basin ends beyond the line, so the width is a lower bound. In `unresolved` directions
-    the basin contains no point of the line but the minimum, so both ends are interpolated from points outside.
-    """
-
-    basin: str
-    factor: str
-    mean: float
-    open_ends: int
-    unresolved: int = 0
-
-    @property
-    def key(self) -> str:
-        """Return what identifies it among the widths of its result."""
-        return f"{self.basin}.{self.factor}"
-
-
-@dataclass(frozen=True)
-class Landscape:
-    """One result: `kind` is interpolate, direction or plane. Results with equal `settings`, JSON text, are comparable.
-
-    `roots` are the run directories of its checkpoints as they were then, `steps` the checkpoints' steps: two of each
-    for an interpolation.
-    """
-
-    folder: Path
-    kind: str
-    roots: tuple[Path, ...]
-    steps: tuple[int, ...]
-    settings: str
-    widths: tuple[BasinWidth, ...]
-    points: Sequence[PointRow]
-
-    @property
-    def step(self) -> int:
-        """Return the step of the checkpoint at its origin: an interpolation's first, otherwise the last."""
-        return self.steps[0 if self.kind == "interpolate" else -1]
-
-    def lines(self, split: str) -> tuple[tuple[PointRow, ...], ...]:
-        """Return the points of `split` by direction, each ordered by alpha."""
-        points = [point for point in self.points if point.split == split]
-        points.sort(key=lambda point: (point.direction, point.alpha))
-        return tuple(tuple(line) for _, line in groupby(points, lambda point: point.direction))
 
 
 @dataclass(frozen=True)
@@ -72,7 +21,7 @@ class Sharpness:
     """The measures of one checkpoint by the names that the report shows; `bounds` names those that are lower bounds."""
 
     step: int
-    settings: str
+    shared_settings: str
     measures: Mapping[str, float]
     bounds: frozenset[str] = frozenset()
 
@@ -126,29 +75,7 @@ def _landscape(folder: Path, digests: Collection[str]) -> Landscape:
         raise BrokenFileError("it was computed from checkpoints that this run does not have")
     if found.kind == "interpolate" and len(found.checkpoints) != 2:
         raise BrokenFileError(f"a line between two checkpoints, but it names {len(found.checkpoints)}")
-    roots = tuple(RunDirectory.of_checkpoint(Path(checkpoint["path"])).root for checkpoint in found.checkpoints)
-    steps = tuple(checkpoint["step"] for checkpoint in found.checkpoints)
-    widths = tuple(
-        BasinWidth(
-            basin, factor, width.mean, width.open, sum(_is_unresolved(line, found.rows) for line in width.directions)
-        )
-        for basin, by_factor in found.widths.items()
-        for factor, width in by_factor.items()
-    )
-    return Landscape(folder, found.kind, roots, steps, _comparable(found.settings), widths, found.rows)
-
-
-def _is_unresolved(line: LineWidth, rows: Sequence[PointRow]) -> bool:
-    """Whether the basin contains at most one point of the line, the minimum."""
-    alphas = (row.alpha for row in rows if row.split == "train" and row.direction == line.direction)
-    return sum(line.left <= alpha <= line.right for alpha in alphas) < 2
-
-
-def _comparable(settings: Mapping[str, Any]) -> str:
-    """Return the settings that comparable results share: not how they were computed or which images a seed chose."""
-    # Norms that use each pass's own statistics give another loss with passes of another size.
-    left_out = _INCIDENTAL - {"batch_size"} if settings.get("statistics") == "batch" else _INCIDENTAL
-    return json.dumps({name: value for name, value in settings.items() if name not in left_out}, sort_keys=True)
+    return found
 
 
 def _record(path: Path, digests: Collection[str]) -> SharpnessRecord:
@@ -162,7 +89,7 @@ def _sharpness(records: Iterable[SharpnessRecord]) -> tuple[Sharpness, ...]:
     """Return the measures of each step with comparable settings; the record of the smallest passes has precedence."""
     found: dict[tuple[int, str], Sharpness] = {}
     for record in sorted(records, key=lambda record: -record.settings.batch_size):
-        key = (record.checkpoint.step, _comparable(record.settings.model_dump(mode="json")))
+        key = (record.checkpoint.step, shared_settings(record.settings.model_dump(mode="json")))
         measures = {name: value for name, value in _measures(record) if value is not None}
         censored = {_width_title(width) for width in record.widths or () if width.censored}
         before = found.get(key, Sharpness(*key, {}))

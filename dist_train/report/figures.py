@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 
+from dist_train.analysis.landscape_files import Landscape
 from dist_train.monitoring import wording
-from dist_train.report.analyses import Landscape
 from dist_train.report.chart import WIDTH
 from dist_train.report.measures import Measure, Summary, commonest_settings, directions_of, mean_points, summary
 from dist_train.report.sharpness_charts import Scatter, sharpness_courses
@@ -77,7 +77,7 @@ def landscape_figure(panels: Sequence[Panel]) -> LandscapeFigure:
     rest = [item for item in drawn if item not in first]
     # The same axes for all, so that widths can be compared.
     axes = _axes([item for group in drawn for item in group.landscapes])
-    settings = json.loads(next(iter(chosen.values())).settings) if chosen else {}
+    settings = json.loads(next(iter(chosen.values())).shared_settings) if chosen else {}
     as_in_the_paper = tuple(
         # Letters as in the paper: a and b for SB without and with noise, c and d for LB.
         _around(f"landscape-{at}", item, _LETTERS[2 * panels.index(item.panel) + (not item.variant.is_base)], axes)
@@ -110,7 +110,7 @@ def _line_title(item: Landscape) -> str:
 
 def _told_apart(titled: Sequence[tuple[str, Landscape]]) -> list[str]:
     """Return the titles; equal ones with the settings that differ between their landscapes."""
-    settings = [json.loads(item.settings) for _, item in titled]
+    settings = [json.loads(item.shared_settings) for _, item in titled]
     titles = []
     for (title, _), own in zip(titled, settings, strict=True):
         alike = [each for (other, _), each in zip(titled, settings, strict=True) if other == title]
@@ -163,7 +163,7 @@ def _test_accuracy(variant: Variant) -> float:
 
 def _axes(landscapes: Sequence[Landscape]) -> _Axes:
     """Return axes for all of `landscapes`; the loss axis starts at 0 as in the paper unless the loss is very large."""
-    points = [point for landscape in landscapes for point in landscape.points]
+    points = [point for landscape in landscapes for point in landscape.rows]
     losses = [point.loss for point in points if math.isfinite(point.loss)]
     most = max(losses, default=0.0)
     height = loss_axis("loss", losses) if most > _MOST_LINEAR else Axis("loss", 0.0, most * 1.03 or 1.0, plain)
@@ -220,11 +220,11 @@ def lines_between(panels: Sequence[Panel]) -> tuple[Chart, ...]:
                 lasts = run.analyses.last_step, end.analyses.last_step if end else None
                 ends = frozenset((os.path.abspath(run.directory), there))
                 if len(ends) > 1 and all(last in (None, step) for last, step in zip(lasts, item.steps, strict=True)):
-                    drawn.setdefault(pair, {}).setdefault((ends, item.settings), item)
+                    drawn.setdefault(pair, {}).setdefault((ends, item.shared_settings), item)
     charts: list[Chart] = []
     for title, by_ends in drawn.items():
         settings = commonest_settings(list(by_ends.values()))
-        comparable = [item for item in by_ends.values() if item.settings == settings]
+        comparable = [item for item in by_ends.values() if item.shared_settings == settings]
         left_out = len(pairs[title]) - len(comparable)
         words = [f"{len(comparable)} lines"] if len(comparable) > 1 else []
         words += [f"{left_out} left out (earlier checkpoints, other settings or the way back)"] if left_out else []
@@ -252,20 +252,19 @@ def _mean_line(landscapes: Sequence[Landscape], split: str, quantity: Quantity) 
 
 
 def _widths(landscapes: Sequence[Landscape]) -> str:
-    widths = [width for item in landscapes for width in item.widths]
-    basins = {width.basin for width in widths}
+    keys = dict.fromkeys(key for item in landscapes for key in item.widths_by_key)
     found = []
-    for key, first in {width.key: width for width in widths}.items():
-        chosen = [width for width in widths if width.key == key]
-        mean = summary([width.mean for width in chosen], sum(width.open_ends > 0 for width in chosen))
+    for basin, factor in keys:
+        chosen = [(item, width) for item in landscapes if (width := item.widths_by_key.get((basin, factor)))]
+        mean = summary([width.mean for _, width in chosen], sum(width.open > 0 for _, width in chosen))
         if mean:
             text = three_digits(mean.mean)
             places = len(text.partition(".")[2])
             spread = f" ± {mean.deviation:.{places}f}" if mean.deviation is not None else ""
             least = "\u2265 " if mean.censored else ""
-            where = f" of {first.basin}" if len(basins) > 1 else ""
-            note = limits(mean.count, mean.censored, sum(width.unresolved > 0 for width in chosen))
-            found.append(f"{least}{text}{spread}{where} (loss under {first.factor} x; {note})")
+            where = f" of {basin}" if len({basin for basin, _ in keys}) > 1 else ""
+            note = limits(mean.count, mean.censored, sum(item.unresolved(width) > 0 for item, width in chosen))
+            found.append(f"{least}{text}{spread}{where} (loss under {factor} x; {note})")
     return "width " + "; ".join(found) if found else ""
 
 

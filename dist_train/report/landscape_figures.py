@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from dist_train.analysis.landscape_files import SPLITS, Landscape
 from dist_train.report.drawing import STYLE, save, stacked
-from dist_train.rundir.paths import RunDirectory
 from dist_train.watch.figure import (
     ACCURACY,
     LOSS,
@@ -140,10 +139,7 @@ def _grid(landscape: Landscape, split: str, quantity: str) -> tuple[Values, Valu
 
 def _title(landscape: Landscape) -> str:
     settings = landscape.settings
-    names = [
-        f"{RunDirectory.of_checkpoint(Path(item['path'])).root.name} step {item['step']}"
-        for item in landscape.checkpoints
-    ]
+    names = [f"{root.name} step {step}" for root, step in zip(landscape.roots, landscape.steps, strict=True)]
     match landscape.kind:
         case "interpolate":
             what = f"from {names[0]} (0) to {names[1]} (1)"

@@ -10,8 +10,9 @@ from typing import Literal, TypeVar
 
 from scipy import stats
 
+from dist_train.analysis.landscape_files import Landscape
 from dist_train.monitoring import wording
-from dist_train.report.analyses import Landscape, Sharpness
+from dist_train.report.analyses import Sharpness
 from dist_train.report.stored_run import StoredRun
 from dist_train.watch.figure import Point, three_digits
 
@@ -147,7 +148,7 @@ def sharpness_measures(runs: Sequence[StoredRun]) -> tuple[Measure, ...]:
 
 def commonest_settings(results: Sequence[Landscape] | Sequence[Sharpness]) -> str | None:
     """Return the most common settings of `results`; only results with these settings are compared."""
-    texts = [result.settings for result in results]
+    texts = [result.shared_settings for result in results]
     return max(texts, key=texts.count) if texts else None
 
 
@@ -168,13 +169,14 @@ def sharpness_of(runs: Sequence[StoredRun]) -> dict[str, dict[str, Sharpness]]:
 
 def sharpness_left_out(runs: Sequence[StoredRun]) -> int:
     """Return how many sharpness results of `runs` give no measure: of other settings, or an earlier checkpoint."""
-    used = {(name, item.step, item.settings) for by_run in sharpness_of(runs).values() for name, item in by_run.items()}
+    chosen = [pair for by_run in sharpness_of(runs).values() for pair in by_run.items()]
+    used = {(name, item.step, item.shared_settings) for name, item in chosen}
     return sum(len(run.analyses.sharpness) for run in runs) - len(used)
 
 
 def _comparable(results: Mapping[str, Sequence[_Result]]) -> dict[str, _Result]:
     settings = commonest_settings([item for found in results.values() for item in found])
-    comparable = {name: [item for item in found if item.settings == settings] for name, found in results.items()}
+    comparable = {name: [item for item in found if item.shared_settings == settings] for name, found in results.items()}
     return {name: max(found, key=lambda item: item.step) for name, found in comparable.items() if found}
 
 
@@ -226,18 +228,18 @@ def _is_named(names: Collection[str]) -> Callable[[StoredRun], bool]:
 def _line_measures(runs: Sequence[StoredRun]) -> Iterator[Measure]:
     """Yield basin widths along directions, and rises of the loss along them."""
     chosen = directions_of(runs)
-    for key, factor in {width.key: width.factor for item in chosen.values() for width in item.widths}.items():
-        widths = {name: width for name, item in chosen.items() for width in item.widths if width.key == key}
+    for key in dict.fromkeys(key for item in chosen.values() for key in item.widths_by_key):
+        widths = {name: width for name, item in chosen.items() if (width := item.widths_by_key.get(key))}
         yield Measure(
-            f"width-{key}",
-            f"basin width, loss under {factor} x",
-            f"Interval of alpha along random directions where the training loss stays under {factor} times "
+            f"width-{'.'.join(key)}",
+            f"basin width, loss under {key[1]} x",
+            f"Interval of alpha along random directions where the training loss stays under {key[1]} times "
             "its minimum, so it is relative to the loss that the run reached. \u2265: it ends beyond the line "
             "(censored). Unresolved: in some direction it contains no point of the line but the minimum.",
             _value_by_name({name: width.mean for name, width in widths.items()}),
             group=SHARPNESS,
-            is_bound=_is_named({name for name, width in widths.items() if width.open_ends}),
-            is_unresolved=_is_named({name for name, width in widths.items() if width.unresolved}),
+            is_bound=_is_named({name for name, width in widths.items() if width.open}),
+            is_unresolved=_is_named({name for name, width in widths.items() if chosen[name].unresolved(width)}),
         )
     for distance in _LINE_DISTANCES:
         rises = {name: rise for name, item in chosen.items() if (rise := _line_rise(item, distance)) is not None}

@@ -235,7 +235,7 @@ def eigenvalues_of(run: StoredRun, settings: str | None) -> tuple[tuple[int, flo
     found = {
         item.step: item.measures[EIGENVALUE]
         for item in run.analyses.sharpness
-        if item.settings == settings and item.measures.get(EIGENVALUE, 0) > 0
+        if item.shared_settings == settings and item.measures.get(EIGENVALUE, 0) > 0
     }
     return tuple(sorted(found.items()))
 
