@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from itertools import chain
+from queue import SimpleQueue
 
 import numpy as np
 import torch
@@ -56,8 +59,11 @@ class SubsetLoss:
     ) -> None:
         """Move the weights of `model`, float32, into one flat buffer; `summed_loss` returns a batch's summed loss."""
         self.weights = FlatWeights(model)
-        self._model = model
-        self._norms = norm_modules(model)
+        # Each thread has modules of its own, since a forward pass may store something in them; all share the tensors.
+        shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+        self._free = SimpleQueue[nn.Module]()
+        for replica in (model, *(copy.deepcopy(model, dict(shared)) for _ in range(threads - 1))):
+            self._free.put(replica)
         self._batches = tuple(batches)
         self._samples = sum(len(labels) for _, labels in self._batches)
         self._summed_loss = summed_loss
@@ -125,7 +131,7 @@ class SubsetLoss:
 
         def work(batch: Batch) -> int:
             with torch.no_grad():
-                return int((self._model(batch[0]).argmax(1) == batch[1]).sum())
+                return int((self._logits(batch[0]).argmax(1) == batch[1]).sum())
 
         with self._at(self.clean):
             return sum(self._map_batches(work)) / self._samples
@@ -151,11 +157,19 @@ class SubsetLoss:
             yield
         finally:
             self.weights.values.copy_(self.clean)
-            for norm in self._norms:
+
+    def _logits(self, inputs: Tensor) -> Tensor:
+        model = self._free.get()
+        try:
+            logits: Tensor = model(inputs)
+            return logits
+        finally:
+            for norm in norm_modules(model):
                 norm.seen.clear()
+            self._free.put(model)
 
     def _loss_of(self, batch: Batch) -> Tensor:
-        return self._summed_loss(self._model(batch[0]), batch[1]) / self._samples
+        return self._summed_loss(self._logits(batch[0]), batch[1]) / self._samples
 
     def _flat(self, vector: Vector) -> Tensor:
         flat = torch.zeros_like(self.clean)

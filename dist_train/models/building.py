@@ -168,10 +168,12 @@ def _network(settings: ModelSettings, images: ImageFormat, channels_last: bool) 
     model: nn.Module = call_plugin(settings.name, settings.options, nn.Module, images, settings.width, norm)
     blank = _blank(images, channels_last)
     with failing_clearly(settings.name), _noting_layer(model):
-        with torch.no_grad():
-            outputs = {"": model.eval()(blank)}
         with torch.enable_grad(), _restoring_buffers(model):
-            outputs[" in training"] = model.train()(blank)
+            outputs = {" in training": model.train()(blank)}
+        # Last: a model that stores activations could not be copied with those of a graph.
+        with torch.no_grad():
+            outputs[""] = model.eval()(blank)
+        model.train()
     for mode, logits in outputs.items():
         is_tensor = isinstance(logits, Tensor)
         if not is_tensor or logits.shape != (_TRIAL_SAMPLES, images.classes) or not logits.is_floating_point():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import time
 from typing import Any
 
 import numpy as np
@@ -404,9 +406,29 @@ class TestLoss:
             torch.set_num_threads(threads)
         assert found == [found[0]] * 4
 
+    def test_threads_do_not_share_what_a_model_stores(self) -> None:
+        model = Storing()
+        batches = [(torch.full((4, 3), float(index)), torch.zeros(4, dtype=torch.int64)) for index in range(16)]
+        one, several = (SubsetLoss(copy.deepcopy(model), batches, threads=number) for number in (1, 4))
+        assert several.value_at_flat(several.clean) == one.value_at_flat(one.clean)
+
     def test_confident_prediction_has_a_positive_loss(self) -> None:
         outputs, labels = torch.tensor([[30.0, 0.0]]), torch.tensor([0])
         assert float(cross_entropy_sum(outputs, labels)) == pytest.approx(np.exp(-30.0), rel=1e-2, abs=0)
+
+
+class Storing(nn.Module):
+    """A network that stores its input, and reads it again later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.stored = inputs
+        time.sleep(0.01)
+        logits: Tensor = self.layer(self.stored)
+        return logits
 
 
 class Refusing(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -363,3 +364,20 @@ def test_training_alone_warns_of_buffers_that_it_changes(caplog: pytest.LogCaptu
     assert model.get_buffer("passes") == 0
     assert not any(norm.seen for norm in norm_modules(model))
     assert torch.equal(torch.get_rng_state(), generator)
+
+
+class Storing(nn.Module):
+    """A plug-in that stores its activations."""
+
+    def __init__(self, images: ImageFormat, width: float, norm: NormFactory) -> None:
+        super().__init__()
+        self.head = nn.Linear(images.shape[0] * images.shape[1] * images.shape[2], images.classes)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        logits: Tensor = self.head(inputs.flatten(1))
+        self.logits = logits
+        return logits
+
+
+def test_a_model_that_stores_activations_can_be_copied() -> None:
+    copy.deepcopy(build_model(config("cifar10", name=f"{HERE}:Storing")))
