@@ -268,6 +268,15 @@ _FORMATS: Mapping[Format, tuple[str, Callable[[nn.Module, Tensor, Path], _Loaded
 }
 
 
+_ONLY_RECORDS = (
+    "early_stopping.patience=null",
+    "checkpoint={every_epochs: 0, every_steps: null, fallback_directory: null}",
+    "evaluation={every_epochs: 0, train_samples: 0}",
+    "metrics={enabled: false, tensorboard: false, loggers: []}",
+)
+"""Overrides of a run of which only the training records are needed."""
+
+
 def learning_rate_range(config: Config, low: float, high: float, updates: int, run_directory: Path | str) -> RangeTest:
     """Train as `config` says with a rate that rises exponentially from `low` to `high` over `updates` updates.
 
@@ -303,10 +312,8 @@ def learning_rate_range(config: Config, low: float, high: float, updates: int, r
         write_override("schedule", {**ScheduleSettings().model_dump(mode="json"), **schedule}),
         "averaging.kind=none",
         "batch.schedule=[]",
-        "early_stopping.patience=null",
-        "checkpoint={every_epochs: 0}",
-        "evaluation={every_epochs: 0, train_samples: 0}",
-        "metrics={enabled: false}",
+        *_ONLY_RECORDS,
+        "metrics.every_steps=1",
     ]
     tested = parse_config(with_overrides(config.model_dump(mode="json"), overrides), source="the range test")
     directory = RunDirectory(Path(run_directory))
@@ -408,12 +415,7 @@ def _replayed(step: int, checkpoint: Path | None) -> list[str]:
         f"run.max_steps={step}",
         f"run.resume={resume}",
         "run.profile_steps=0",
-        "checkpoint={every_epochs: 0}",
-        "early_stopping.patience=null",
-        "evaluation={every_epochs: 0, train_samples: 0}",
-        "metrics.enabled=false",
-        "metrics.tensorboard=false",
-        "metrics.loggers=[]",
+        *_ONLY_RECORDS,
     ]
 
 

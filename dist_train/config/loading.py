@@ -60,11 +60,12 @@ def based_on(path: Path, name: str) -> Path:
 def load_config(
     path: Path | str | Mapping[str, Any],
     overrides: Sequence[str] | Mapping[str, object] = (),
-    plugins: Sequence[str] = (),
+    plugins: Sequence[str | os.PathLike[str]] = (),
 ) -> Config:
     """Return the checked configuration of the YAML file at `path`, with `section.key=value` overrides.
 
     In place of a file, a mapping of sections may be given, and for the overrides a mapping `{"section.key": value}`.
+    Values from Python may be paths and NumPy's scalars. A mapping changes only the settings of its section that it has.
     `plugins`: files or modules whose registered names the configuration may use, besides those that it lists.
 
     A `path` such as `dist_train:configs/demo.yaml` means a file that comes with the program. The key `base` names
@@ -85,7 +86,7 @@ def load_config(
         source, settings = "settings", _with_base(from_folder(path, Path()), Path("settings"))
     else:
         source, settings = str(path), read_settings(Path(path))
-    return parse_config(with_overrides(settings, overrides), source=source, plugins=plugins)
+    return parse_config(with_overrides(settings, overrides), source=source, plugins=[*map(os.fspath, plugins)])
 
 
 def read_settings(path: Path, seen: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -202,7 +203,8 @@ def parse_config(settings: Mapping[str, Any], *, source: str, plugins: Sequence[
     Raises ConfigError if something in it is wrong; every problem is listed.
     """
     try:
-        text = json.dumps(with_long_names(with_present_names(settings, source), plugins, Config), default=_refuse)
+        given = with_long_names(with_present_names(settings, source), plugins, Config)
+        text = json.dumps(given, default=lambda value: _plain(value, given, source))
         config = Config.model_validate_json(text, strict=True)
     except ValidationError as error:
         raise ConfigError(source, problems_of(error, Config, short_names(settings, plugins))) from None
@@ -235,9 +237,10 @@ def _merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for name, value in changes.items():
         before = merged.get(name)
-        # A schedule with a kind replaces the whole schedule of the base, whose parameters may not apply to it.
-        if isinstance(before, dict) and isinstance(value, dict) and "kind" not in value:
-            value = _merge(before, value)
+        if isinstance(before, dict) and isinstance(value, dict):
+            # The parameters of a noise schedule may not apply to another kind, nor a plug-in's options to another one.
+            is_another = name == "schedule" and value.get("kind", before.get("kind")) != before.get("kind")
+            value = value if is_another or name.endswith("options") else _merge(before, value)
         merged[name] = value
     return merged
 
@@ -261,7 +264,7 @@ def _set(settings: dict[str, Any], path: str, value: object) -> None:
             raise ConfigError.of(_COMMAND_LINE, path, f"{name} is not a section", code="wrong-type", value=inner)
         section[name] = dict(inner or {})
         section = section[name]
-    section[names[-1]] = value
+    section.update(_merge(section, {names[-1]: value}))
 
 
 def _nul_characters(value: object, path: str) -> Iterator[Problem]:
@@ -289,8 +292,19 @@ def _nearest_file(path: Path) -> str:
     return f"; did you mean {path.parent / close[0]}?" if close else ""
 
 
-def _refuse(value: object) -> object:
-    raise TypeError(f"{value!r} is not text, a number, true or false, a list or a mapping")
+def _plain(value: Any, settings: Mapping[str, Any], source: str) -> object:
+    """Return a path, or a scalar of NumPy, in `settings` as what YAML would give. Raises ConfigError for others."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if getattr(value, "shape", None) == ():
+        return value.item()
+    found = (path for path, each in flat_settings(settings) if any(part is value for part in (each, *_items(each))))
+    wrong = "not text, a number, true or false, a list or a mapping"
+    raise ConfigError.of(source, next(found, _FILE), wrong, code="wrong-type", value=repr(value))
+
+
+def _items(value: object) -> Sequence[object]:
+    return value if isinstance(value, list | tuple) else ()
 
 
 _LARGEST_EXPANDED = 1 << 20  # limit on the number of characters of all values in a file, with aliases expanded

@@ -163,13 +163,16 @@ def failing_clearly(name: str) -> Iterator[None]:
     except CodedError:
         raise
     except Exception as error:
-        module = inspect.getmodule(load_plugin(name))
-        frames = traceback.extract_tb(error.__traceback__)
-        own = [frame for frame in frames if frame.filename == getattr(module, "__file__", None)]
-        place = "".join(f" at {Path(frame.filename).name}:{frame.lineno}" for frame in own[-1:])
         words = " ".join([str(error), *getattr(error, "__notes__", ())]).split()
-        reason = f"{type(error).__name__}: {' '.join(words)}"
-        raise UsageError(f"the plug-in {name} failed{place}: {reason}", code="plugin-failed") from error
+        reason = f"{place_of(error, load_plugin(name))}: {type(error).__name__}: {' '.join(words)}"
+        raise UsageError(f"the plug-in {name} failed{reason}", code="plugin-failed") from error
+
+
+def place_of(error: Exception, target: Any) -> str:
+    """Return " at FILE:LINE", the last line that raised `error` in the file of a function or class; "" if none did."""
+    file = getattr(inspect.getmodule(target), "__file__", None)
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    return "".join(f" at {Path(frame.filename).name}:{frame.lineno}" for frame in own[-1:])
 
 
 def named_plugins(settings: Mapping[str, Any]) -> Iterator[tuple[str, str, str, Options]]:
@@ -192,7 +195,8 @@ def plugin_problems(settings: Mapping[str, Any]) -> Iterator[Problem]:
             continue
         if kind is None:
             if options:
-                yield Problem(options_path, f"{name} takes no options", code="plugin-options", value=options)
+                wrong = f"{name} takes no options: give it a parameter `options`"
+                yield Problem(options_path, wrong, code="plugin-options", value=options)
             continue
         yield from _unknown_options(kind, options_path, options)
         try:
@@ -240,8 +244,10 @@ def with_long_names(settings: Mapping[str, Any], more: Sequence[str], model: typ
     files = settings.get("plugins", [])
     if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
         raise ConfigError.of("plugins", "plugins", "not a list of files", code="wrong-type", value=files)
-    changed = from_folder({name: value for name, value in settings.items() if name != "plugins"}, Path())
-    registered = {mark: f"{file}:{name}" for file in (*files, *more) for mark, name in _registered(file)}
+    changed = from_folder({**settings, "plugins": [*files, *more]}, Path())
+    registered = {
+        mark: f"{file}:{name}" for file in changed.pop("plugins") for mark, name in _registered(_module(file))
+    }
     for path, kind in _PLACES.items():
         for _, section, key in _sections(changed, path.split(".")):
             name = section.get(key)
@@ -252,7 +258,11 @@ def with_long_names(settings: Mapping[str, Any], more: Sequence[str], model: typ
 
 def short_names(settings: Mapping[str, Any], more: Sequence[str]) -> dict[str, list[str]]:
     """Return the names that each setting of a plug-in accepts besides its built-in choices, for messages."""
-    marks = [mark for file in (*settings.get("plugins", ()), *more) for mark, _ in _registered(file)]
+    marks = [mark for file in (*settings.get("plugins", ()), *more) for mark, _ in _registered(_module(file))]
+    script = sys.modules["__main__"]
+    # what a script registers is found once the settings name its file
+    file = getattr(script, "__file__", "FILE.py")
+    marks += [(kind, f"{file}:{name}") for (kind, _), name in _registered(script)]
     names = {path: [name for each, name in marks if each == kind] for path, kind in _PLACES.items()}
     for path, kind in _PLACES.items():
         names[path].extend(sorted(metadata.entry_points(group=f"dist_train.{kind}").names))
@@ -329,6 +339,8 @@ def _module(place: str) -> ModuleType:
 
 
 def _import(place: str) -> ModuleType:
+    if place == "__main__":  # which another process, and a resume, would not find
+        raise ImportError("put it into a file, and name it FILE.py:NAME")
     if not place.endswith(".py"):
         if os.getcwd() not in sys.path:
             sys.path.append(os.getcwd())
@@ -373,9 +385,9 @@ def _absolute(folder: Path, place: object) -> Any:
     return os.path.abspath(folder / place) if isinstance(place, str) and place.endswith(".py") else place
 
 
-def _registered(file: str) -> Iterator[tuple[tuple[Kind, str], str]]:
-    """Yield the kind and short name of each plug-in that `file`, or a module, registers, and its name there."""
-    for name, value in vars(_module(file)).items():
+def _registered(module: ModuleType) -> Iterator[tuple[tuple[Kind, str], str]]:
+    """Yield the kind and short name of each plug-in that `module` registers, and its name there."""
+    for name, value in vars(module).items():
         if mark := getattr(value, _MARK, None):
             yield mark, name
 

@@ -27,6 +27,7 @@ import yaml
 from pydantic import BaseModel, Field
 
 from dist_train.config.loading import flat_settings
+from dist_train.config.plugins import place_of
 from dist_train.outcome import UsageError
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import (
@@ -104,8 +105,9 @@ class Observers(Observer):
             if self._observers == before:
                 return
         name, reason = type(failed).__name__, f"{type(error).__name__}: {error}"
-        _logger.warning("%s failed and is disabled; training continues: %s", name, reason)
-        _logger.debug("where %s failed", name, exc_info=error)
+        place = place_of(error, type(failed))
+        _logger.warning("%s failed%s and is disabled; training continues: %s", name, place, reason)
+        _logger.info("where %s failed", name, exc_info=error)
 
 
 _MODULES = MappingProxyType(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import example, given, settings
@@ -14,7 +17,7 @@ from pydantic import ValidationError
 
 from dist_train.config import Config, ConfigError, dump_config, load_config, parse_config
 from dist_train.config.loading import parse_yaml, with_overrides
-from dist_train.config.plugins import load_plugin
+from dist_train.config.plugins import load_plugin, register
 from dist_train.outcome import UsageError
 from dist_train.sweep.study_file import load_study
 from tests.raising import raises, raises_problems
@@ -181,6 +184,30 @@ def test_a_plugin_that_cannot_be_imported_has_its_own_code(tmp_path: Path) -> No
     write(tmp_path, "plugins: [missing.py]")
     with raises(UsageError, "plugin-import"):
         load_config(tmp_path / "config.yaml")
+
+
+def test_names_of_a_relative_plugin_file_are_recorded_with_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = "import dist_train\n@dist_train.register('models', 'net')\ndef net(images, width, norm): ...\n"
+    write(tmp_path, source, "mine.py")
+    name = f"{tmp_path}/mine.py:net"
+    assert load_config({}, {"model.name": "net"}, ["mine.py"]).model.name == name
+    assert load_config({}, {"model.name": "net", "plugins": ["mine.py"]}, [Path("mine.py")]).model.name == name
+
+
+def test_code_that_no_other_process_would_find_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def mine(images: object, width: object, norm: object) -> None: ...
+
+    script = ModuleType("__main__")
+    vars(script).update(__file__="/home/me/script.py", mine=register("models", "mine")(mine))
+    monkeypatch.setitem(sys.modules, "__main__", script)
+    with raises_problems(("model.name", "plugin-import")):
+        load_config({}, {"model.name": "__main__:mine"})
+    with raises_problems(("model.name", "no-such-choice")) as refused:
+        load_config({}, {"model.name": "mine"})
+    assert "/home/me/script.py:mine" in refused.value.problems[0].allowed
 
 
 def test_types_that_only_type_checkers_import_do_not_matter_but_that_of_options_does(tmp_path: Path) -> None:
@@ -350,6 +377,44 @@ class TestOverrides:
             load_config({"run": {"seed": 1}}, {"run.seed.deep": 3})
         with raises_problems(("run.", "unknown-key")):
             load_config({}, {"run.": 3})
+
+    def test_a_mapping_changes_only_what_it_has_as_over_a_base(self, tmp_path: Path) -> None:
+        schedule = "{kind: late, start: 0.5}"
+        text = f"optimizer: {{name: adamw}}\nnoise: {{schedule: {schedule}}}\naveraging: {{kind: lawa, every_steps: 7}}"
+        changes = {
+            "optimizer": {"learning_rate": 0.01},
+            "noise": {"amplitude": 0.5, "schedule": {"kind": "late"}},
+            "averaging": {"kind": "ema"},
+        }
+        config = load_config(write(tmp_path, text, "base.yaml"), changes)
+        assert (config.optimizer.name, config.optimizer.learning_rate) == ("adamw", 0.01)
+        assert config.noise.schedule.model_dump() == {"kind": "late", "start": 0.5}
+        assert (config.averaging.kind, config.averaging.every_steps) == ("ema", 7)
+        assert config == load(tmp_path, "base: base.yaml", *(f"{name}={value}" for name, value in changes.items()))
+        assert config == load(tmp_path, yaml.safe_dump({"base": "base.yaml", **changes}))
+        assert (
+            load_config(tmp_path / "base.yaml", {"noise.schedule": {"kind": "cosine"}}).noise.schedule.kind == "cosine"
+        )
+
+    def test_options_of_a_plug_in_are_replaced(self, tmp_path: Path) -> None:
+        write(
+            tmp_path,
+            "def net(images, width, norm, options): ...\ndef other(images, width, norm, options): ...\n",
+            "mine.py",
+        )
+        before = {"model": {"name": f"{tmp_path}/mine.py:net", "options": {"depth": 3}}}
+        changes = {"model": {"name": f"{tmp_path}/mine.py:other", "options": {"wide": True}}}
+        assert load_config(before, changes).model.options == {"wide": True}
+        assert load_config(before, {"model.options": {}}).model.options == {}
+
+    def test_values_of_python_are_converted_or_refused_by_name(self) -> None:
+        config = load_config(
+            {"data": {"root": Path("x")}, "run": {"seed": np.int64(3)}}, {"model.width": np.float32(0.5)}
+        )
+        assert (config.data.root, config.run.seed, config.model.width) == (Path("x"), 3, 0.5)
+        for path, value in (("run.seed", object()), ("data.shape", np.ones(3)), ("noise.exclude", [{"bias"}])):
+            with raises_problems((path, "wrong-type")):
+                load_config({}, {path: value})
 
     def test_the_mapping_that_is_overridden_stays_as_it_was(self) -> None:
         settings: dict[str, dict[str, int]] = {"run": {"seed": 1}}
