@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dist_train.analysis.landscape_points import Batch, Result, cross_entropy_sum, digest
 from dist_train.analysis.sharpness_record import MeasuredCheckpoint, MeasuredData, SharpnessSettings
@@ -123,7 +125,8 @@ class SubsetLoss:
             gradients = torch.autograd.grad(loss, weights, create_graph=True, materialize_grads=True)
             return _concatenated(torch.autograd.grad(gradients, weights, parts, materialize_grads=True))
 
-        with self._at(self.clean):
+        # torch's other kernels of attention have no second derivative
+        with self._at(self.clean), sdpa_kernel(SDPBackend.MATH):
             return self._sum(self._map_batches(work))
 
     def accuracy(self) -> float:
@@ -147,6 +150,12 @@ class SubsetLoss:
             except RuntimeError as error:
                 # For a second derivative, which training does not need.
                 refuse_nondeterministic(error, "measure on another device, for example with run.device=cpu")
+                if missing := re.search(r"derivative for (\S+) is not implemented", str(error)):
+                    raise UsageError(
+                        f"torch has no second derivative of {missing[1]}: measure without the Hessian, for example "
+                        f"with --only keskar,rise",
+                        code="derivative-missing",
+                    ) from error
                 raise
 
     @contextmanager

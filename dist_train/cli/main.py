@@ -149,6 +149,8 @@ class _Parser(argparse.ArgumentParser):
             hint = _suggestion(option, self._option_string_actions)
             if option in _OF_LAUNCH:
                 hint = f"; {option} is an option of launch, before its command: dist-train launch -np 2 train CONFIG"
+            elif "." in option and "=" in unknown[0]:
+                hint = f"; a setting has no dashes: {unknown[0].lstrip('-')}"
             self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         return parsed, rest
 

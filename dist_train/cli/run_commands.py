@@ -158,6 +158,14 @@ def _launch(arguments: argparse.Namespace) -> int:
             "no command given, for example: dist-train launch -np 2 train configs/demo.yaml", code="no-command"
         )
     _check_range("-np", arguments.np, 0 if arguments.listen else 1, None)
+    if words[0].isdecimal():
+        raise UsageError(f"{words[0]} is no command; the number of ranks is -np {words[0]}", code="no-command")
+    if words[0].endswith(".py") or Path(words[0]).name.startswith("python"):
+        script = " ".join(words[words[0].startswith("python") :])
+        raise UsageError(
+            f"launch runs commands of dist-train; a script: torchrun --nproc-per-node {arguments.np} {script}",
+            code="not-on-ranks",
+        )
     command = parse(words)
     if words[0] not in _ON_RANKS:
         hint = "; its option --ranks gives each run several ranks" if words[0] == "sweep" else ""

@@ -123,9 +123,9 @@ class DataSettings(Section):
 
     @property
     def folder(self) -> Path:
-        """`root`, for data sets that need one."""
+        """`root`, for data sets that need one; absolute, as messages are to name it."""
         assert self.root is not None, "checked before"
-        return self.root
+        return self.root.absolute()
 
     @property
     def image_format(self) -> ImageFormat:

@@ -243,6 +243,9 @@ def _lock(config: Config, directory: RunDirectory, comm: Communicator) -> RunLoc
         check_settings(config)
         if not directory.root.exists():  # which a refused start would leave
             check_sources(config, directory)
+            # many images take long to list, which is done when they are read
+            if config.data.name != "imagefolder" or not config.data.folder.is_dir():
+                check_data(config)
         directory.create()
         return LockRequest(directory.root, directory.lock)
 

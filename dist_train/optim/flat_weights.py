@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -14,6 +15,7 @@ from dist_train.models.norms import norm_parameters
 from dist_train.outcome import UsageError
 
 _ALIGNMENT = 16  # floats (64 bytes) at which tensors begin: a cache line, and the widest vector register
+_FEW = 5  # names in a message
 KINDS = frozenset({"weight", "bias", "norm"})
 
 
@@ -130,17 +132,19 @@ class FlatWeights:
                 lengths.append(end - segment.stop)
         return torch.tensor(lengths, dtype=torch.int64, device=self.values.device)
 
-    def excluded(self, patterns: Sequence[str]) -> list[Segment]:
+    def excluded(self, patterns: Sequence[str], setting: str = "exclude") -> list[Segment]:
         """Return the segments whose kind or name matches one of `patterns` (names with `*` and `?` as in a shell).
 
-        Raises UsageError if a pattern other than a kind matches none.
+        Raises UsageError, which names the `setting`, if a pattern other than a kind matches none.
         """
         matched: set[Segment] = set()
         for pattern in patterns:
             found = [each for each in self.segments if each.kind == pattern or fnmatchcase(each.name, pattern)]
             if not found and pattern not in KINDS:
-                names = ", ".join(segment.name for segment in self.segments)
-                raise UsageError(f"exclude: no weight is called {pattern}; names are {names}", code="no-such-weight")
+                names = [segment.name for segment in self.segments]
+                close = difflib.get_close_matches(pattern, names, n=1)
+                hint = f"did you mean {close[0]}?" if close else f"names are such as {', '.join(names[:_FEW])}"
+                raise UsageError(f"{setting}: no weight is called {pattern}; {hint}", code="no-such-weight")
             matched.update(found)
         return [segment for segment in self.segments if segment in matched]
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from dist_train.config import NoiseSettings
 from dist_train.config.plugins import call_plugin
 from dist_train.optim.flat_weights import FlatWeights
+from dist_train.outcome import UsageError
 from dist_train.reproducible import bits, key
 
 _DEVIATION_OF_UNIFORM = 3.0**-0.5
@@ -34,9 +36,7 @@ class NoiseDraws:
 
     def __init__(self, settings: NoiseSettings, weights: FlatWeights, seed: int, values: Tensor | None = None) -> None:
         self._distribution = _DISTRIBUTIONS[settings.distribution](weights.values.device)
-        self._scale = _SCALES.get(settings.scale) or partial(
-            call_plugin, settings.scale, settings.scale_options, Iterator
-        )
+        self._scale = _SCALES.get(settings.scale) or partial(_plugin_parts, settings)
         self._seed = seed
         self._excluded = weights.masked_ranges(settings.exclude)
         self._excluded_before = [0, *accumulate(map(len, self._excluded))]
@@ -148,6 +148,21 @@ def _filter_norm(
     for part in drawn:
         noise[part].mul_(factors[part])
         yield part
+
+
+def _plugin_parts(settings: NoiseSettings, noise: Tensor, *arguments: Any) -> Parts:
+    """Scale as a plug-in does. Raises UsageError unless its parts follow each other, to the end of `noise`."""
+    stop = 0
+    for part in call_plugin(settings.scale, settings.scale_options, Iterator, noise, *arguments):
+        if not isinstance(part, slice) or part.start != stop or not isinstance(part.stop, int):
+            raise UsageError(f"{settings.scale} yields {part} after {stop} weights", code="plugin-result")
+        yield part
+        stop = part.stop
+    if stop != len(noise):
+        raise UsageError(
+            f"{settings.scale} yields parts of {stop} of the {len(noise)} weights: yield each part once it is scaled",
+            code="plugin-result",
+        )
 
 
 _DISTRIBUTIONS: Mapping[str, Callable[[torch.device], _Distribution]] = {"uniform": _uniform, "normal": _normal}

@@ -33,7 +33,7 @@ class Group:
 
 def build_optimizer(settings: OptimizerSettings, weights: FlatWeights) -> Optimizer:
     """Return the optimizer that `settings` select, for `weights`."""
-    left_out = set(weights.excluded(settings.exclude))
+    left_out = set(weights.excluded(settings.exclude, "optimizer.exclude"))
     named = list(zip(weights.segments, weights.parameters, strict=True))
     groups = [
         Group(tuple(parameter for segment, parameter in named if (segment in left_out) == excluded), excluded)

@@ -161,13 +161,16 @@ def run_folder(name: Path, code: str = "run-missing") -> Path:
     for folder in (name, below):
         if folder.is_dir():
             return folder
+    if name.is_file():
+        raise UsageError(f"{name} is a file, not the folder of a run", code=code)
     runs: dict[str, Path] = {}
     for parent in (below.parent, name.parent):
         with suppress(OSError, ValueError):
             runs |= {folder.name: folder for folder in parent.iterdir() if RunDirectory(folder).has_begun}
     close = difflib.get_close_matches(name.name, runs, n=1)
     hint = f"; did you mean {runs[close[0]]}?" if close else ""
-    raise UsageError(f"there is no run {name}: neither {name} nor {below} is there{hint}", code=code)
+    places = "" if below == name else f": neither {name} nor {below} is there"
+    raise UsageError(f"there is no run {name}{places}{hint}", code=code)
 
 
 def refuse_foreign(folder: Path, otherwise: str) -> None:

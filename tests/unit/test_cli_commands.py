@@ -136,9 +136,12 @@ class TestProgram:
             (["--join", "node1:9", "--max-ranks", "3"], "join-options"),
             (["--join", "node1:9"], "join-token"),
             (["--join", "nowhere.json"], "join-place"),
+            (["2", "train", SMOKE], "no-command"),
+            (["script.py"], "not-on-ranks"),
+            (["/usr/bin/python3", "script.py"], "not-on-ranks"),
         ],
     )
-    def test_an_elastic_launch_that_cannot_be_is_refused(
+    def test_a_launch_that_cannot_be_is_refused(
         self, options: list[str], code: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
         assert main(["launch", "-np", "2", *options]) == ExitCode.USAGE
@@ -249,6 +252,17 @@ class TestProgram:
             main(words.split())
         assert ended.value.code == 2
         assert "dist-train launch -np 2 train" in capsys.readouterr().err
+
+    def test_a_setting_with_dashes_is_told_without_them(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit) as ended:
+            main(["train", "x.yaml", "--batch.global_size=3"])
+        assert ended.value.code == 2
+        assert capsys.readouterr().err.rstrip().endswith(": batch.global_size=3")
+
+    def test_a_file_in_place_of_a_run_is_named_once(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        path = write_config(tmp_path)
+        assert main(["report", path]) == main(["report", f"{path}/none"]) == 2
+        assert capsys.readouterr().err.count(path) == 2
 
     def test_a_word_like_no_other_ends_with_2_and_names_none(self, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as ended:

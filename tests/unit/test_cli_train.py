@@ -19,7 +19,9 @@ from tests.waiting import PATIENCE
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("override", ["run.resume=nope", "run.init_from=none.pth"])
+@pytest.mark.parametrize(
+    "override", ["run.resume=nope", "run.init_from=none.pth", "data={name: imagefolder, root: none, classes: 2}"]
+)
 def test_a_start_that_is_refused_leaves_no_run(tmp_path: Path, override: str) -> None:
     assert main(["train", write_config(tmp_path), override, "--run-dir", str(tmp_path / "run")]) == 2
     assert not (tmp_path / "run").exists()

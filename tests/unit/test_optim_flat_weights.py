@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -128,6 +130,13 @@ def test_a_pattern_that_matches_nothing_is_refused() -> None:
         weights.excluded(["bias", "NORM", "clasifier.*"])
     with raises(UsageError, "no-such-weight"):
         build_optimizer(OptimizerSettings(exclude=("1.*",)), weights)
+    many = FlatWeights(nn.Sequential(*(nn.Linear(1, 1) for _ in range(100))))
+    with raises(UsageError, "no-such-weight") as refused:
+        many.excluded(["99.wieght"], "noise.exclude")
+    assert {"noise.exclude", "99.weight"} <= set(re.split("[:? ]", str(refused.value)))
+    with raises(UsageError, "no-such-weight") as refused:
+        many.excluded(["classifier"])
+    assert "99" not in str(refused.value)
 
 
 @PROPERTY

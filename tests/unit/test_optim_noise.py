@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +20,8 @@ from dist_train.models import build_model
 from dist_train.models.norms import GroupedBatchNorm
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.optim.noise import Noise, SmoothOut, build_noise
+from dist_train.outcome import UsageError
+from tests.raising import raises
 from tests.unit.weights_in_force import in_force, perturbed
 
 PROPERTY = settings(deadline=None, max_examples=25)
@@ -195,6 +199,32 @@ def test_excluded_weights_are_not_moved_and_all_others_are(exclude: list[str], k
     moved = [s.name for s in weights.segments if (sample[s.start : s.stop] != 0).float().mean() > 0.9]
     assert still == kept
     assert sorted(still + moved) == sorted(segment.name for segment in weights.segments)
+
+
+def test_an_exclude_that_leaves_nothing_is_refused_where_it_has_an_effect() -> None:
+    for method in ("smoothout", "sam", "langevin"):
+        with raises(UsageError, "nothing-to-move"):
+            a_noise(weights_of(), method=method, exclude=("*",))
+    a_noise(weights_of(), method="none", exclude=("*",))
+
+
+PARTS = {
+    "missing": "    list(drawn)\n    yield slice(0, len(noise) // 2)\n",
+    "gap": "    parts = list(drawn)\n    yield slice(1, len(noise))\n",
+    "nothing": "    yield from [part for part in drawn][:0]\n",
+    "none": "    yield None\n",
+    "whole": "    list(drawn)\n    noise.mul_(unit)\n    yield slice(0, len(noise))\n",
+}
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_a_scale_of_a_plug_in_yields_all_parts_in_order(tmp_path: Path, kind: str) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(f"def scale(noise, weights, filters, drawn, amplitude, unit):\n{PARTS[kind]}")
+    weights = weights_of()
+    noise = a_noise(weights, scale=f"{file}:scale")
+    with nullcontext() if kind == "whole" else raises(UsageError, "plugin-result"):
+        assert drawn(noise, weights, 0).any()
 
 
 def test_the_schedule_scales_the_same_draw() -> None:
