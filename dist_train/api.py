@@ -11,7 +11,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -180,7 +180,7 @@ def export(target: Path | str, to: Format, output: Path | str | None = None, wei
     """Write the model of a checkpoint with clean or averaged weights and norm statistics; `target` as in `evaluate`.
 
     safetensors: the tensors by name. torch-export and onnx: also the network, for any number of images. The file is
-    loaded back and compared with the model on four random images.
+    loaded back and compared with the model on four random images or, if your model takes none such, test images.
 
     Examples:
         >>> written = dist_train.export("runs/demo", "safetensors", "demo.safetensors")
@@ -189,7 +189,7 @@ def export(target: Path | str, to: Format, output: Path | str | None = None, wei
 
     Raises:
         UsageError: there is no such checkpoint, the library that writes `to` is not installed, it cannot represent your
-            model, or `output` cannot be written.
+            model, or `output` cannot be written, or is named as another format.
     """
     check_choice("to", to, Format)
     stored = read_stored(Path(target))
@@ -201,7 +201,10 @@ def export(target: Path | str, to: Format, output: Path | str | None = None, wei
     name = RunDirectory.of_checkpoint(stored.path.resolve()).root.name
     which = "-averaged" if weights == "averaged" else ""
     output = Path(output or f"{name}-{contents.step:08d}{which}{suffix}")
-    images = torch.rand(4, *config.data.image_format.shape, generator=torch.Generator().manual_seed(0))
+    named = next((other for other, (ending, _) in _FORMATS.items() if ending == output.suffix), to)
+    if named != to:
+        raise UsageError(f"{output} is named as {named}: name it *{suffix}, or choose --to {named}", code="output-form")
+    images = _compared_images(model, config)
     try:
         with torch.no_grad(), _replacing(output) as part:
             expected = model(images)  # first, since safetensors loads the file into `model`
@@ -217,6 +220,28 @@ def export(target: Path | str, to: Format, output: Path | str | None = None, wei
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UsageError(f"{to} cannot represent {config.model.name}: {reason}", code="plugin-failed") from error
     return Export(output, contents.step, difference)
+
+
+def _compared_images(model: nn.Module, config: Config) -> Tensor:
+    """Return four random images or, if a plug-in's `model` fails on them, four test images. Raises UsageError."""
+    images = torch.rand(4, *config.data.image_format.shape, generator=torch.Generator().manual_seed(0))
+    if not is_plugin(config.model.name):
+        return images
+    try:
+        with torch.no_grad():
+            model(images)
+    except Exception as failed:  # of any type: it may take the pixels for tokens
+        try:
+            settings = config.data.model_copy(update={"loader_workers": 0})
+            with closing(open_splits(settings, config.run.seed, torch.device("cpu"))) as splits:
+                return next(iter(splits.test.read_all([torch.arange(min(4, len(splits.test)))])))[0]
+        except UsageError as error:
+            reason = f"{type(failed).__name__}: {' '.join(str(failed).split())}"
+            raise UsageError(
+                f"{config.model.name} fails on four random images ({reason}), and test images are missing: {error}",
+                code="plugin-failed",
+            ) from failed
+    return images
 
 
 @contextmanager

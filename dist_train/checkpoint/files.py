@@ -20,6 +20,7 @@ from dist_train.outcome import UsageError
 from dist_train.rundir import atomic
 from dist_train.rundir.atomic import json_text
 from dist_train.rundir.paths import RunDirectory, checkpoint_name, run_folder
+from dist_train.rundir.status import read_status
 
 FORMAT = 1
 _DAMAGED = ".damaged"
@@ -166,8 +167,11 @@ def find_checkpoint(target: Path) -> Path:
         raise UsageError(f"{run.root} is not a run directory: nothing has been trained there", code="target-missing")
     files = list_checkpoints(run.checkpoints)
     if not files:
+        status = read_status(run.status)
+        has_ended = status is not None and status.exit_code is not None
+        fix = "it has ended without one; start it again" if has_ended else "wait for its first"
         raise UsageError(
-            f"{run.root} holds no checkpoint: wait for its first, or train with checkpoint.every_epochs above 0",
+            f"{run.root} holds no checkpoint: {fix}, or train with checkpoint.every_epochs above 0",
             code="no-checkpoint",
         )
     if not which:

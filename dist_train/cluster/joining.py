@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from dist_train.cluster.communicator import Alone, Communicator, Pending
-from dist_train.cluster.launch import current_launch, engine_of, is_elastic, is_installed
+from dist_train.cluster.launch import IN_CALLBACK, current_launch, engine_of, is_elastic, is_installed
 from dist_train.config.sections import Engine
 from dist_train.outcome import ExitCode, UsageError
 
@@ -69,6 +69,11 @@ def join_ranks(
     ranks cannot meet as requested.
     """
     launch = current_launch()
+    if IN_CALLBACK.get() and (is_elastic() or launch.size > 1):
+        raise UsageError(
+            "a callback is called on rank 0 alone: call evaluate, replay and train on every rank, after training",
+            code="in-a-callback",
+        )
     if is_elastic():
         from dist_train.cluster.elastic import ElasticCommunicator
 

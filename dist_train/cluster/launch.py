@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import zlib
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.util import find_spec
@@ -42,6 +43,10 @@ class Launch:
     size: int
     rank: int
     store: StoreAddress | None = None
+
+
+IN_CALLBACK: ContextVar[bool] = ContextVar("in_callback", default=False)
+"""Whether an observer is being called: on rank 0 alone, where meeting the other ranks would never end."""
 
 
 def current_launch(environment: Mapping[str, str] = os.environ) -> Launch:

@@ -86,7 +86,9 @@ def load_config(
         source, settings = "settings", _with_base(from_folder(path, Path()), Path("settings"))
     else:
         source, settings = str(path), read_settings(Path(path))
-    return parse_config(with_overrides(settings, overrides), source=source, plugins=[*map(os.fspath, plugins)])
+    return parse_config(
+        with_overrides(settings, overrides), source=source, plugins=[os.fspath(each) for each in plugins]
+    )
 
 
 def read_settings(path: Path, seen: tuple[str, ...] = ()) -> dict[str, Any]:

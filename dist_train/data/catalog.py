@@ -107,7 +107,7 @@ def _plugin(settings: DataSettings, split: Split, seed: int) -> ImageSet | MapDa
                 len(images)
             return images
         raise UsageError(
-            f"{settings.name} returned {type(images).__name__}, neither an ImageSet nor a map-style Dataset",
+            f"{settings.name} returned {type(images).__name__} for {split}, neither an ImageSet nor a Dataset",
             code="plugin-result",
         )
     if (images.shape, images.classes) != (settings.shape, settings.classes):

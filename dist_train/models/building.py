@@ -38,6 +38,7 @@ from dist_train.reproducible import generator, key
 
 _logger = logging.getLogger("dist_train.models")
 _MAX_NAMES = 3  # of buffers in a message
+_NEAR = 1e-3  # to 1, for a sum of probabilities, also in 16 bits
 
 _POOL = None
 _VGG9 = (64, 64, _POOL, 128, 128, _POOL, 256, 256, 256, _POOL)
@@ -250,7 +251,8 @@ def check_training(model: nn.Module, config: Config) -> None:
     images = _blank(config.data.image_format, config.precision.channels_last)
     with torch.random.fork_rng(devices=()), failing_clearly(name):
         with _restoring_buffers(model) as changed:
-            _check_gradients(model, name, model.train()(images))
+            logits = model.train()(images)
+            _check_gradients(model, name, logits)
         for norm in norm_modules(model):
             norm.seen.clear()
         if config.recomputes_statistics:
@@ -259,6 +261,8 @@ def check_training(model: nn.Module, config: Config) -> None:
                 model(images)
             _check_norms(model, name, " of an evaluation")
             model.train()
+    if (logits >= 0).all() and (logits.float().sum(1) - 1).abs().max() < _NEAR:
+        _logger.warning("%s seems to end in softmax: leave it out, since the loss, cross entropy, contains it", name)
     if changed:
         _logger.warning(
             "%s changes buffers in training (%s), on each rank by its own samples: results depend on the number of "

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 from pydantic import BaseModel, Field
 
+from dist_train.cluster.launch import IN_CALLBACK
 from dist_train.config.loading import flat_settings
 from dist_train.config.plugins import place_of
 from dist_train.outcome import UsageError
@@ -92,11 +93,15 @@ class Observers(Observer):
         self._call_each(lambda observer: observer.end(outcome))
 
     def _call_each(self, call: Callable[[Observer], None]) -> None:
-        for observer in self._observers:
-            try:
-                call(observer)
-            except Exception as error:
-                self._drop(observer, error)
+        token = IN_CALLBACK.set(True)
+        try:
+            for observer in self._observers:
+                try:
+                    call(observer)
+                except Exception as error:
+                    self._drop(observer, error)
+        finally:
+            IN_CALLBACK.reset(token)
 
     def _drop(self, failed: Observer, error: Exception) -> None:
         with self._lock:

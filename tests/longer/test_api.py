@@ -122,6 +122,34 @@ def test_a_model_that_a_format_cannot_represent_is_refused(tmp_path: Path) -> No
     assert dist_train.export(tmp_path / "run", "safetensors", tmp_path / "model.safetensors").difference == 0
 
 
+def test_a_model_that_fails_on_random_images_is_compared_on_the_run_s(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from pathlib import Path\nimport torch\nfrom torch import nn\n\n\n"
+        "class Tokens(nn.Module):\n"
+        "    def __init__(self, classes):\n"
+        "        super().__init__()\n"
+        "        self.table = nn.Embedding(64, classes)\n\n"
+        "    def forward(self, images):\n"
+        "        return self.table((images.flatten(1) * 255).round().long()).mean(1)\n\n\n"
+        "def tokens(images, width, norm):\n"
+        "    return Tokens(images.classes)\n\n\n"
+        "def words(settings, split, seed):\n"
+        "    count = int(Path(__file__).with_name('count').read_text())\n"
+        "    return [(torch.full((1, 1, 4), n % 64, dtype=torch.uint8), n % 10) for n in range(count)]\n"
+    )
+    (tmp_path / "count").write_text("256")
+    data = {"name": "mine.py:words", "shape": [1, 1, 4], "classes": 10}
+    sections = small_settings(model={"name": "mine.py:tokens"}, data=data)
+    train_alone(write_config(tmp_path, sections), tmp_path / "run", "run.max_steps=1")
+    output = tmp_path / "model.safetensors"
+    assert dist_train.export(tmp_path / "run", "safetensors", output).difference == 0
+    (tmp_path / "count").unlink()
+    with raises(UsageError, code="plugin-failed"):
+        dist_train.export(tmp_path / "run", "safetensors", output)
+    with raises(UsageError, code="output-form"):
+        dist_train.export(tmp_path / "run", "onnx", output)
+
+
 def test_averaged_weights_are_evaluated_and_exported(tmp_path: Path) -> None:
     sections = small_settings(
         run={"epochs": 2},

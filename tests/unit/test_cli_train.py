@@ -37,6 +37,14 @@ def test_a_resume_with_other_settings_leaves_no_run(tmp_path: Path, capsys: pyte
     assert not (tmp_path / "run").exists()
 
 
+def test_the_same_command_with_a_relative_plugin_file_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = "import dist_train\n@dist_train.register('schedules', 'half')\ndef half(over): return 1 - over / 2\n"
+    (tmp_path / "mine.py").write_text(source)
+    words = ["train", write_config(tmp_path), "schedule.decay=half", "--plugin", "mine.py", "--run-dir", "run"]
+    assert [main(words), main(words)] == [0, 0]
+
+
 def test_denied_permission_is_told_without_a_traceback(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

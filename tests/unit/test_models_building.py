@@ -198,6 +198,8 @@ class Network(nn.Module):
         if self.kind == "assigned" and self.training:
             self.random = 0.9 * self.random
         logits = self.head(features)
+        if self.kind == "softmax":
+            return logits.softmax(1)
         if self.kind == "complex-logits":
             logits = torch.complex(logits, logits)
         of_training = (logits, features) if self.training else logits
@@ -328,6 +330,13 @@ def test_gradients_that_arrive_in_parts_or_are_sparse_are_refused(kind: str) -> 
     with raises(UsageError, code="plugin-result") as refused:
         tried(kind)
     assert "the gradient of extra." in str(refused.value)
+
+
+def test_training_warns_of_probabilities_in_place_of_logits(caplog: pytest.LogCaptureFixture) -> None:
+    tried("checkpointed")
+    assert "softmax" not in caplog.text
+    tried("softmax")
+    assert "softmax" in caplog.text
 
 
 def test_a_trial_of_the_backward_pass_leaves_no_trace() -> None:

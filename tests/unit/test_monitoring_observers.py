@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from threading import Thread
 
 import pytest
 
+from dist_train.api import evaluate
 from dist_train.monitoring.observers import Observers
 from dist_train.rundir.records import EventRecord, Measurement, Observer, Outcome, Record, RunFacts
 from tests.unit.exporting import FACTS, OUTCOME, measurement
@@ -61,8 +63,21 @@ def test_an_observer_that_raises_is_reported_once_and_dropped_and_the_others_go_
     assert failing.calls == ["progress 0", "record"]
     assert before.calls == after.calls == ["progress 0", "record", "progress 1", "record", "progress 2", "record"]
     (warning,) = caplog.records
-    assert "Failing" in warning.getMessage()
+    assert f"Failing failed at {Path(__file__).name}:" in warning.getMessage()
     assert "OSError: no space left" in warning.getMessage()
+
+
+def test_an_observer_cannot_call_what_every_rank_must(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Evaluating(Observer):
+        def record(self, record: Record) -> None:
+            evaluate("runs/none")
+
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}.items():
+        monkeypatch.setenv(name, value)
+    Observers([Evaluating()]).record(EVENT)
+    assert "on every rank" in caplog.text
 
 
 def test_an_observer_overrides_only_what_it_needs(caplog: pytest.LogCaptureFixture) -> None:

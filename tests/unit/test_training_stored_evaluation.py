@@ -19,7 +19,8 @@ from dist_train.data.images import BatchRequest
 from dist_train.data.loader import open_splits
 from dist_train.models import build_model
 from dist_train.optim.averaging import mean_of
-from dist_train.outcome import UsageError
+from dist_train.outcome import ExitCode, UsageError
+from dist_train.rundir.status import StatusFile
 from dist_train.training import evaluation
 from dist_train.training.compute import set_up_compute
 from dist_train.training.evaluation import evaluate_stored, stored_config, stored_model
@@ -70,8 +71,13 @@ class TestFinding:
         with raises(UsageError, "target-missing"):  # a folder, but not of a run
             find_checkpoint(tmp_path)
         (tmp_path / "status.json").touch()
-        with raises(UsageError, "no-checkpoint"):
+        with raises(UsageError, "no-checkpoint") as refused:
             find_checkpoint(tmp_path)
+        assert "wait for" in str(refused.value)
+        StatusFile(tmp_path / "status.json", 1).end("failed", ExitCode.USAGE, "")
+        with raises(UsageError, "no-checkpoint") as refused:
+            find_checkpoint(tmp_path)
+        assert "has ended" in str(refused.value)
 
 
 @pytest.mark.parametrize(("split", "samples"), [("train", 100), ("test", 25)])
