@@ -109,9 +109,8 @@ class Observers(Observer):
             self._observers = tuple(observer for observer in before if observer is not failed)
             if self._observers == before:
                 return
-        name, reason = type(failed).__name__, f"{type(error).__name__}: {error}"
-        place = place_of(error, type(failed))
-        _logger.warning("%s failed%s and is disabled; training continues: %s", name, place, reason)
+        name, reason = type(failed).__name__, f"{type(error).__name__}: {error}{place_of(error, type(failed))}"
+        _logger.warning("%s failed and is disabled; training continues: %s", name, reason)
         _logger.info("where %s failed", name, exc_info=error)
 
 

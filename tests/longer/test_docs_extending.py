@@ -157,9 +157,9 @@ class Torn(Dataset):
 @pytest.mark.parametrize(
     ("override", "code"),
     [
-        ("model={name: broken.py:raises}", "plugin-failed"),
-        ("model={name: broken.py:nothing}", "plugin-result"),
-        ("model={name: broken.py:too_narrow}", "plugin-result"),
+        ("model={name: broken.py:raises, options: {}}", "plugin-failed"),
+        ("model={name: broken.py:nothing, options: {}}", "plugin-result"),
+        ("model={name: broken.py:too_narrow, options: {}}", "plugin-result"),
         ("data={name: broken.py:raises, shape: [1, 8, 8], classes: 2}", "plugin-failed"),
         ("data={name: broken.py:nothing, shape: [1, 8, 8], classes: 2}", "plugin-result"),
         ("data={name: broken.py:Torn, shape: [1, 8, 8], classes: 2}", "plugin-failed"),

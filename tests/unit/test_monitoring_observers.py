@@ -63,8 +63,8 @@ def test_an_observer_that_raises_is_reported_once_and_dropped_and_the_others_go_
     assert failing.calls == ["progress 0", "record"]
     assert before.calls == after.calls == ["progress 0", "record", "progress 1", "record", "progress 2", "record"]
     (warning,) = caplog.records
-    assert f"Failing failed at {Path(__file__).name}:" in warning.getMessage()
-    assert "OSError: no space left" in warning.getMessage()
+    assert "Failing" in warning.getMessage()
+    assert f"OSError: no space left at {Path(__file__).name}:" in warning.getMessage()
 
 
 def test_an_observer_cannot_call_what_every_rank_must(
