@@ -160,8 +160,9 @@ def _launch(arguments: argparse.Namespace) -> int:
     _check_range("-np", arguments.np, 0 if arguments.listen else 1, None)
     if words[0].isdecimal():
         raise UsageError(f"{words[0]} is no command; the number of ranks is -np {words[0]}", code="no-command")
-    if words[0].endswith(".py") or Path(words[0]).name.startswith("python"):
-        script = " ".join(words[words[0].startswith("python") :])
+    is_python = Path(words[0]).name.startswith("python")
+    if is_python or words[0].endswith(".py"):
+        script = " ".join(words[1:] if is_python else words)
         raise UsageError(
             f"launch runs commands of dist-train; a script: torchrun --nproc-per-node {arguments.np} {script}",
             code="not-on-ranks",

@@ -388,7 +388,7 @@ def _absolute(folder: Path, place: object) -> Any:
 def _registered(module: ModuleType) -> Iterator[tuple[tuple[Kind, str], str]]:
     """Yield the kind and short name of each plug-in that `module` registers, and its name there."""
     for name, value in vars(module).items():
-        if mark := getattr(value, _MARK, None):
+        if isinstance(mark := getattr(value, _MARK, None), tuple):  # a mock has any attribute
             yield mark, name
 
 
