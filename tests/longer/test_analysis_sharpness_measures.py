@@ -431,17 +431,6 @@ class Storing(nn.Module):
         return logits
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_attention_has_second_derivatives(threads: int) -> None:
-    torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(16, 2, 16, 0.0, activation="gelu", batch_first=True)
-    model = nn.Sequential(nn.Flatten(2), layer, nn.Flatten(), nn.Linear(64, 3))
-    loss = SubsetLoss(model, [(torch.randn(5, 4, 4, 4), torch.arange(5) % 3)] * 2, threads=threads)
-    start, step = loss.point(), 1e-3 * np.random.default_rng(0).normal(size=loss.count)
-    change = loss.value_and_gradient(start + step)[1] - loss.value_and_gradient(start - step)[1]
-    np.testing.assert_allclose(loss.hessian_product(2 * step), change, atol=2e-2 * np.abs(change).max())
-
-
 class Refusing(nn.Module):
     """A network whose second derivatives are refused with `error`."""
 
@@ -474,3 +463,14 @@ def test_what_a_device_cannot_do_is_told(error: Exception, code: str, threads: i
     loss.value_and_gradient(loss.point())
     with raises(UsageError, code):
         loss.hessian_product(loss.point())
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_attention_has_second_derivatives(threads: int) -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 16, 0.0, activation="gelu", batch_first=True)
+    model = nn.Sequential(nn.Flatten(2), layer, nn.Flatten(), nn.Linear(64, 3))
+    loss = SubsetLoss(model, [(torch.randn(5, 4, 4, 4), torch.arange(5) % 3)] * 2, threads=threads)
+    start, step = loss.point(), 1e-3 * np.random.default_rng(0).normal(size=loss.count)
+    change = loss.value_and_gradient(start + step)[1] - loss.value_and_gradient(start - step)[1]
+    np.testing.assert_allclose(loss.hessian_product(2 * step), change, atol=2e-2 * np.abs(change).max())
