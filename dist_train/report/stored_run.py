@@ -30,11 +30,16 @@ _BATCH = "batch.global_size"
 
 @dataclass(frozen=True)
 class Planned:
-    """A study's plan for a run; `title` is the variant's, `batch` None if neither run nor base sets it."""
+    """A study's plan for a run; `title` is the variant's, `batch` None if neither run nor base sets it.
+
+    Older folders do not record the `family`, the variant as the study names it, nor whether the variant `has_title`.
+    """
 
     name: str
     variant: str = ""
+    family: str = ""
     title: str = ""
+    has_title: bool | None = None
     seed: int | None = None
     overrides: tuple[str, ...] = ()
     batch: int | None = None
@@ -42,7 +47,8 @@ class Planned:
     @property
     def is_titled(self) -> bool:
         """Whether the study gives the variant its own title, not just its name and the grid's values."""
-        return re.sub(r"[^A-Za-z0-9._-]+", "-", self.title) != self.variant
+        guess = re.sub(r"[^A-Za-z0-9._-]+", "-", self.title) != self.variant
+        return guess if self.has_title is None else self.has_title
 
 
 @dataclass(frozen=True)
@@ -167,12 +173,12 @@ class Subject:
     def contrasts(self) -> tuple[Contrast, ...]:
         """Return the study's named contrasts, as far as their variants exist; a grid is resolved to its variants."""
         study = self._study()
-        names = dict.fromkeys(run.planned.variant for run in self.runs if run.planned)
+        recorded = {run.planned.variant: run.planned.family for run in self.runs if run.planned}
         families = sorted(study.variants, key=len, reverse=True)
         members: dict[str, list[str]] = {}
-        for name in names:
-            family = next((each for each in families if name == each or name.startswith(f"{each}-")), name)
-            members.setdefault(family, []).append(name)
+        for name, family in recorded.items():
+            guess = next((each for each in families if name == each or name.startswith(f"{each}-")), name)
+            members.setdefault(family or guess, []).append(name)
         found = []
         for contrast in study.contrasts:
             if len(members.get(contrast.against, ())) == 1:

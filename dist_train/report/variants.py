@@ -277,14 +277,15 @@ def _labels(members: Mapping[str, Sequence[StoredRun]], base: str | None, short:
         planned = next((run.planned for run in members[name] if run.planned), None)
         settings = _settings(members[name])
         words: list[str] = []
-        if planned is not None and planned.is_titled:
+        # The panel's name stands before each label.
+        if planned is not None and planned.is_titled and planned.title != short:
             words = [planned.title.removeprefix(f"{short}, ")]
         elif name == base and _is_without_noise(settings):
             words = ["baseline"]
         elif name != base and base is not None and settings:
             changes = changes_between(_settings(members[base]), settings)
             words = [*_noise_in_words(settings, changes), *_others_in_words(changes)]
-        fallback = planned.title if planned is not None and planned.title else name
+        fallback = planned.title if planned is not None and planned.title not in ("", short) else name
         labels[name] = ", ".join(words) if 0 < len(words) <= _MOST_WORDS else fallback
     every = list(labels.values())
     return {name: label if every.count(label) == 1 else f"{label} ({name})" for name, label in labels.items()}

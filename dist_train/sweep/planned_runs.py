@@ -34,14 +34,16 @@ from dist_train.sweep.study_file import (
 class _Variant:
     """A variant, or one combination of its grid, or one trial, number `trial`, of the searched variant `searched`.
 
-    `variant` is its name. The variants of a grid share a `family`; without a grid it is the variant itself. `settings`
-    are the study's, keyed by dotted path; `origins` maps them to their place in the study file. As long as Optuna has
-    not suggested a trial (`is_asked` is False), its settings are random samples, so that they can be validated.
+    `variant` is its name. The variants of a grid share a `family`; without a grid it is the variant itself. `has_title`:
+    whether the study gives it a title. `settings` are the study's, keyed by dotted path; `origins` maps them to their
+    place in the study file. As long as Optuna has not suggested a trial (`is_asked` is False), its settings are random
+    samples, so that they can be validated.
     """
 
     variant: str
     family: str
     title: str
+    has_title: bool
     settings: Settings
     origins: Mapping[str, str]
     searched: str = ""
@@ -75,7 +77,7 @@ class PlannedRun(_Variant):
 
 _LONGEST_NAME = 255  # of a file on Linux
 
-_RECORDED = ("number", "name", "variant", "title", "seed", "settings", "overrides")
+_RECORDED = ("number", "name", "variant", "family", "title", "has_title", "seed", "settings", "overrides")
 
 
 @dataclass(frozen=True)
@@ -220,6 +222,7 @@ def _variants(study: Study) -> Iterator[_Variant]:
                 variant="-".join([variant, *(re.sub(r"[^A-Za-z0-9._-]+", "-", label).strip("-") for label in labels)]),
                 family=variant,
                 title=", ".join([described.title or variant, *labels]),
+                has_title=bool(described.title),
                 settings={**settings, **chosen},
                 origins=origins,
             )

@@ -127,6 +127,33 @@ def test_contrast_counts_each_variant_once_and_not_its_reference(tmp_path: Path)
     assert [row.variant.name for row in rows] == names
 
 
+def record(study: Path, **fields: Mapping[str, object]) -> None:
+    """Add to the plan of `study` the fields of each variant, given by the variants' names."""
+    plan = json.loads((study / "runs.json").read_text())
+    recorded = [{**run, **{name: by_variant[run["variant"]] for name, by_variant in fields.items()}} for run in plan]
+    (study / "runs.json").write_text(json.dumps(recorded))
+
+
+def test_members_of_a_grid_belong_to_the_recorded_variant_not_to_one_with_a_longer_name(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "study")
+    noisy = "lb-noise-amplitude-0.01"
+    names = [treatment.name for treatment in treatments()]
+    # A variant is called lb-noise-amplitude; the strength 0.01 is of the grid of lb-noise.
+    record(study, family={name: "lb-noise" if name == noisy else name for name in names})
+    contrasts = [{"variants": [variant], "against": "lb"} for variant in ("lb-noise", "lb-noise-amplitude")]
+    described = {"variants": {name: {} for name in ("lb", "lb-noise", "lb-noise-amplitude")}, "contrasts": contrasts}
+    (study / "study.yaml").write_text(yaml.safe_dump(described))
+    assert [found.variants for found in read_subject(study).contrasts] == [(noisy,), ()]
+
+
+def test_title_that_is_the_variant_s_name_is_a_title_and_that_of_the_panel_is_not_repeated(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "study")
+    titles = {treatment.name: treatment.name.replace("-", " ") for treatment in treatments()} | {"sb": "SB"}
+    record(study, title=titles, has_title=dict.fromkeys(titles, True))
+    labels = {variant.name: variant.label for panel in panels_of(read_subject(study).runs) for variant in panel.variants}
+    assert labels == titles | {"sb": "baseline"}
+
+
 def test_line_ends_at_the_run_of_its_own_study(tmp_path: Path) -> None:
     for name in ("first", "second"):
         plan = make_study(tmp_path / name, seeds=(0,)) / "runs.json"

@@ -77,6 +77,16 @@ class TestRuns:
         assert plan.runs[3].config.noise.schedule.model_dump() == {"kind": "exponential", "final_fraction": 0.5}
         assert plan.runs[3].config.noise.amplitude == 0.1
 
+    def test_what_a_run_records_of_its_variant_is_the_study_s(self, tmp_path: Path) -> None:
+        variants = {"a": {"title": "A", "grid": {"noise.amplitude": [0.1]}}, "a-amplitude": {}}
+        plan = small_plan(tmp_path, variants=variants, seeds=[0])
+        write_plan(plan)
+        stored = json.loads((plan.directory / "runs.json").read_text())
+        assert [(run["variant"], run["family"], run["has_title"]) for run in stored] == [
+            ("a-amplitude-0.1", "a", True),
+            ("a-amplitude", "a-amplitude", False),
+        ]
+
     def test_a_setting_s_name_may_have_digits(self, tmp_path: Path) -> None:
         [run] = small_plan(tmp_path, variants={"a": {"grid": {"precision.tf32": [True]}}}, seeds=[0]).runs
         assert run.config.precision.tf32
