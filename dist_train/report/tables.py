@@ -75,11 +75,12 @@ class Row(Generic[_Content]):
 
 @dataclass(frozen=True)
 class Table(Generic[_Content]):
-    """Variants by panel, or compared with one reference; the columns are `measures`."""
+    """Variants by panel, or compared with one reference; the columns are `measures`. `note`: what it lacks, and why."""
 
     title: str
     measures: tuple[Measure, ...]
     groups: tuple[tuple[Panel, tuple[Row[_Content], ...]], ...]
+    note: str = ""
 
 
 def variant_tables(panels: Sequence[Panel]) -> tuple[Table[Cell], ...]:
@@ -226,7 +227,7 @@ def contrast_tables(panels: Sequence[Panel], named: Sequence[Contrast]) -> tuple
     """Return the study's named contrasts, then all variants against the baselines of the smallest and largest batch.
 
     The named ones have a second table, of sharpness. Variants without two seeds in common with the reference, and
-    measures that no two seeds have, are left out.
+    measures that no two seeds have, are left out; the first table of a named contrast has a note about them.
     """
     placed = {variant.name: (panel, variant) for panel in panels for variant in panel.variants}
     sharpness = [measure for measure in sharpness_measures(counted_runs(panels)) if measure.group == SHARPNESS]
@@ -235,12 +236,25 @@ def contrast_tables(panels: Sequence[Panel], named: Sequence[Contrast]) -> tuple
         if (reference := placed.get(contrast.against)) is not None:
             chosen = [placed[name] for name in contrast.variants if name in placed]
             title = contrast.title or f"{', '.join(contrast.variants)} against {contrast.against}"
-            tables.append(_contrast_table(title, *reference, chosen, _JUDGED))
+            judged = _contrast_table(title, *reference, chosen, _JUDGED)
+            tables.append(replace(judged, note=_left_out(judged, reference[1], chosen)))
             tables.append(_contrast_table(f"{title}, sharpness", *reference, chosen, sharpness))
     for panel in {panel.title: panel for panel in (*panels[:1], *panels[-1:])}.values():
         if panel.base is not None:
             tables.append(_contrast_table("All variants", panel, panel.base, list(placed.values()), _JUDGED))
-    return tuple(table for table in tables if table.measures)
+    return tuple(table for table in tables if table.measures or table.note)
+
+
+def _left_out(table: Table[Effect | None], reference: Variant, chosen: Sequence[tuple[Panel, Variant]]) -> str:
+    """Return what `table` lacks of the contrast of `chosen` with `reference`, and why."""
+    compared = [row.variant for _, rows in table.groups for row in rows]
+    others = [f"{panel.short}, {each.label}" for panel, each in chosen if each not in (reference, *compared)]
+    notes = []
+    if others:
+        notes.append(f"Fewer than two seeds in common, or another data set: {'; '.join(others)}.")
+    if compared and not table.measures:
+        notes.append("No variant has finished with two seeds with which the reference has.")
+    return " ".join(notes)
 
 
 def evaluates_along_training(panels: Sequence[Panel]) -> bool:

@@ -34,10 +34,10 @@ from dist_train.sweep.study_file import (
 class _Variant:
     """A variant, or one combination of its grid, or one trial, number `trial`, of the searched variant `searched`.
 
-    `variant` is its name. The variants of a grid share a `family`; without a grid it is the variant itself. `has_title`:
-    whether the study gives it a title. `settings` are the study's, keyed by dotted path; `origins` maps them to their
-    place in the study file. As long as Optuna has not suggested a trial (`is_asked` is False), its settings are random
-    samples, so that they can be validated.
+    `variant` is its name. The variants of a grid share a `family`; without a grid it is the variant itself. It
+    `has_title` if the study gives it one. `settings` are the study's, keyed by dotted path; `origins` maps them to
+    their place in the study file. As long as Optuna has not suggested a trial (`is_asked` is False), its settings are
+    random samples, so that they can be validated.
     """
 
     variant: str

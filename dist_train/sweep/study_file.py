@@ -155,7 +155,7 @@ def load_study(path: Path) -> Study:
         raise ConfigError(str(path), problems_of(error, Study)) from None
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(str(path), [Problem("(file)", str(error), code="wrong-type")]) from None
-    found = [*_problems_of_settings(study), *_problems_of_variants(study)]
+    found = [*_problems_of_settings(study), *_problems_of_variants(study)] or list(_without_runs(study))
     if found:
         raise ConfigError(str(path), found)
     return study
@@ -236,6 +236,23 @@ def _problems_of_variants(study: Study) -> Iterator[Problem]:
         if _has_grid(study, contrast.against):
             wrong, place = "a variant with a grid is several variants", f"contrasts.{number}.against"
             yield Problem(place, wrong, code="several-variants", value=contrast.against)
+
+
+def _without_runs(study: Study) -> Iterator[Problem]:
+    """Yield a problem for each analysis and contrast without a run, or pair of runs; the study is valid otherwise."""
+    wrong, code = "the study has no run, or no pair of runs with one seed, of these variants and seeds", "no-such-runs"
+    for number, analysis in enumerate(study.analyse):
+        seeds = set(analysis.seeds or study.seeds)
+        if isinstance(analysis, Interpolation):
+            seeds = seeds.intersection(*map(study.seeds_of, analysis.between))
+        else:
+            seeds &= {seed for name in analysis.variants or study.variants for seed in study.seeds_of(name)}
+        if not seeds:
+            yield Problem(f"analyse.{number}", wrong, code=code, value=analysis.model_dump(exclude={"options"}))
+    for number, contrast in enumerate(study.contrasts):
+        for name in contrast.variants:
+            if not set(study.seeds_of(name)) & set(study.seeds_of(contrast.against)):
+                yield Problem(f"contrasts.{number}.variants", wrong, code=code, value=[name, contrast.against])
 
 
 def _has_grid(study: Study, variant: str) -> bool:

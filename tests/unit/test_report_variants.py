@@ -150,8 +150,29 @@ def test_title_that_is_the_variant_s_name_is_a_title_and_that_of_the_panel_is_no
     study = make_study(tmp_path / "study")
     titles = {treatment.name: treatment.name.replace("-", " ") for treatment in treatments()} | {"sb": "SB"}
     record(study, title=titles, has_title=dict.fromkeys(titles, True))
-    labels = {variant.name: variant.label for panel in panels_of(read_subject(study).runs) for variant in panel.variants}
+    labels = {
+        variant.name: variant.label for panel in panels_of(read_subject(study).runs) for variant in panel.variants
+    }
     assert labels == titles | {"sb": "baseline"}
+
+
+def test_contrast_without_two_finished_pairs_keeps_its_heading(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "study", seeds=(0, 1))
+    contrasts = [{"title": "H1", "variants": ["sb", "lb-noise-amplitude-0.01"], "against": "lb"}]
+    described = {"variants": {treatment.name: {} for treatment in treatments()}, "contrasts": contrasts}
+    (study / "study.yaml").write_text(yaml.safe_dump(described))
+    plan = [run for run in json.loads((study / "runs.json").read_text()) if run["name"] != "sb-seed-1"]
+    (study / "runs.json").write_text(json.dumps(plan))
+    [first, *_] = contrast_tables(panels_of(read_subject(study).runs), read_subject(study).contrasts)
+    assert [row.variant.name for _, rows in first.groups for row in rows] == ["lb-noise-amplitude-0.01"]
+    assert "SB, baseline" in first.note
+    write_status(study / "lb-seed-1", "stopped", 40)
+    subject = read_subject(study)
+    [first, *_] = contrast_tables(panels_of(subject.runs), subject.contrasts)
+    assert (first.measures, first.title) == ((), "H1: difference from LB, baseline")
+    for text in (tables_in_markdown(subject), render(subject)):
+        assert first.title in text
+        assert first.note in text
 
 
 def test_line_ends_at_the_run_of_its_own_study(tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ from tests.unit.studies import small_plan, write_study
 
 SHIPPED = sorted((Path(__file__).parents[2] / "studies").glob("*.yaml"))
 
+SEEDS_APART = {"a": {"seeds": [0]}, "b": {"seeds": [1], "settings": {"optimizer.momentum": 0.5}}}
+
 
 def faults(folder: Path, **changes: Any) -> list[tuple[str, str]]:
     """Return the path and the code of each."""
@@ -157,6 +159,18 @@ class TestFaults:
             (
                 {"contrasts": [{"variants": ["plian"], "against": "plain"}]},
                 ("contrasts.0.variants", "unknown-variant"),
+            ),
+            (
+                {"variants": SEEDS_APART, "contrasts": [{"variants": ["a"], "against": "b"}]},
+                ("contrasts.0.variants", "no-such-runs"),
+            ),
+            (
+                {"variants": SEEDS_APART, "analyse": [{"kind": "interpolate", "between": ["a", "b"]}]},
+                ("analyse.0", "no-such-runs"),
+            ),
+            (
+                {"variants": SEEDS_APART, "analyse": [{"kind": "sharpness", "variants": ["a"], "seeds": [1]}]},
+                ("analyse.0", "no-such-runs"),
             ),
             (
                 {"grid": {"noise.amplitude": [0.1]}, "contrasts": [{"variants": ["noise"], "against": "plain"}]},
