@@ -114,6 +114,7 @@ def _check_analyses(plan: Plan) -> None:
 
 
 def _sweep(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ...]) -> int:
+    from dist_train.sweep.planned_runs import is_written
     from dist_train.sweep.standing import publish, with_trials
     from dist_train.sweep.sweep import Launcher, summary, sweep, threads_per_rank
 
@@ -136,7 +137,9 @@ def _sweep(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ..
 
     tally = sweep(plan, runs, jobs, launcher, _say, new_trials)
     tally.unasked = 0 if is_single else len(current.unasked)
-    publish(current, arguments.only)
+    # Of a search by Optuna the last results are left to report, unless a later sweep has changed the study.
+    if plan.study.search is not None and is_written(current):
+        publish(current, arguments.only)
     for line in summary(tally):
         print(escaped(line))
     return tally.exit_code

@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -199,11 +200,23 @@ def optuna_trials(study: Study, folder: Path) -> OptunaTrials | None:
 def write_plan(plan: Plan) -> None:
     """Write the study, its base configuration and its runs into the study's folder."""
     plan.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    study, files = plan.study.model_dump(mode="json"), StudyDirectory(plan.directory)
-    atomic.write_text(files.study, yaml.safe_dump(study, sort_keys=False))
+    files = StudyDirectory(plan.directory)
+    atomic.write_text(files.study, _dumped(plan.study))
     atomic.write_text(files.base, dump_config(plan.base))
     runs = [{name: getattr(run, name) for name in _RECORDED} for run in plan.runs]
     atomic.write_text(files.runs, json.dumps(runs, indent=2) + "\n")
+
+
+def is_written(plan: Plan) -> bool:
+    """Whether the study's folder holds this study, and not another that a later sweep has written."""
+    with suppress(OSError, UnicodeDecodeError):
+        return StudyDirectory(plan.directory).study.read_text(encoding="utf-8") == _dumped(plan.study)
+    return False
+
+
+def _dumped(study: Study) -> str:
+    text: str = yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False)
+    return text
 
 
 def _variants(study: Study) -> Iterator[_Variant]:

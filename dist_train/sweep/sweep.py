@@ -286,15 +286,17 @@ def _has_ended(process: RunProcess, plan: Plan, tally: Tally, say: Say) -> bool:
     if code is None:
         return False
     label, took = _label(plan, run), wording.duration(process.seconds)
-    reason = "" if code == ExitCode.FINISHED else process.reason(code)
-    if code == ExitCode.FINISHED:
+    finished = standing_of(run) if code == ExitCode.FINISHED else None
+    if finished is not None and finished.then != "unrecoverable":
         tally.finished.append(run)
-        say(f"{label}: finished in {took}{_accuracy(standing_of(run))}")
+        say(f"{label}: finished in {took}{_accuracy(finished)}")
     elif code in (ExitCode.STOPPED, -signal.SIGTERM):
         # Before a run installs its signal handlers, SIGTERM kills it; there was nothing to save.
-        tally.stopped.append((run, reason))
+        tally.stopped.append((run, process.reason(code)))
         say(f"{label}: stopped after {took}")
     else:
+        # A run reads the base itself. If that was changed during the sweep, it has finished with other settings.
+        reason = finished.note if finished is not None else process.reason(code)
         tally.failed.append((run, reason))
         say(f"{label}: failed after {took}: {reason}")
     return True

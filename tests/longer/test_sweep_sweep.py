@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,6 +26,12 @@ from tests.unit.studies import small_plan, write_study
 from tests.waiting import PATIENCE
 
 DIVERGES = {"settings": {"model.norm": "none", "model.width": 0.25, "optimizer.learning_rate": 1e30}}
+
+OPTUNA = {
+    "method": "optuna",
+    "trials": 1,
+    "space": {"optimizer.momentum": {"kind": "uniform", "low": 0.5, "high": 0.9}},
+}
 
 
 @dataclass(frozen=True)
@@ -124,6 +131,17 @@ class TestFailures:
         assert lock is not None
         os.close(lock)
 
+    def test_run_that_finishes_with_other_settings_than_planned_is_reported(self, tmp_path: Path) -> None:
+        plan = small_plan(tmp_path)
+        changed = small_plan(tmp_path, settings={"optimizer.momentum": 0.5})
+        for run in changed.runs[:2]:
+            write_run(run, "finished", ExitCode.FINISHED)
+            run.directory.rename(tmp_path / run.name)
+        tally = run_all(plan, f"cp {tmp_path}/$NAME/*.* . || true")
+        assert names([run for run, _ in tally.failed]) == names(plan.runs[:2])
+        assert names(tally.finished) == names(plan.runs[2:])
+        assert tally.exit_code == ExitCode.FAULT
+
     def test_diverged_run_is_reported_and_not_started_again(self, tmp_path: Path) -> None:
         plan = small_plan(tmp_path)
         write_run(plan.runs[1], "failed", ExitCode.DIVERGED, "the loss is not finite")
@@ -192,6 +210,23 @@ class TestContinuing:
         assert "run.epochs=7" in folder_files(plan)[1]
         publish(small_plan(tmp_path, title="New"))
         assert "title: New" in folder_files(plan)[0]
+
+    @pytest.mark.parametrize("changes", [{}, {"search": OPTUNA, "seeds": [0], "variants": {"plain": {}}}])
+    def test_sweep_that_ends_leaves_the_plan_of_a_later_one(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+    ) -> None:
+        study = str(write_study(tmp_path, **changes))
+        later = tmp_path / "later"
+        later.mkdir()
+        plan = plan_study(write_study(later, title="Later", **changes), tmp_path / "runs")
+
+        def sweep_meanwhile(*_: object) -> Tally:
+            publish(plan)
+            return Tally()
+
+        monkeypatch.setattr("dist_train.sweep.sweep.sweep", sweep_meanwhile)
+        main(["sweep", study])
+        assert "title: Later" in folder_files(plan)[0]
 
     def test_finished_run_with_more_steps_continues(self, tmp_path: Path) -> None:
         write_run(small_plan(tmp_path, settings={"run.max_steps": 2}).runs[0], "finished", ExitCode.FINISHED)
