@@ -71,6 +71,8 @@ def _study(arguments: argparse.Namespace) -> int:
 
     plan = plan_study(arguments.study, arguments.directory, arguments.overrides)
     _check_analyses(plan)
+    if arguments.action in (_sweep, _list):
+        _warn_of_unused(plan)
     runs: tuple[PlannedRun, ...] = plan.runs
     if arguments.only is not None:
         if arguments.only in plan.unasked and arguments.action in (_sweep, _arguments):
@@ -87,6 +89,24 @@ def _study(arguments: argparse.Namespace) -> int:
         runs = (only,)
     action: Callable[[argparse.Namespace, Plan, tuple[PlannedRun, ...]], int] = arguments.action
     return action(arguments, plan, runs)
+
+
+def _warn_of_unused(plan: Plan) -> None:
+    """Print a warning for each setting without effect in a variant, unless all share it and it has one in another."""
+    from dist_train.config.combinations import unused_settings
+
+    unused: dict[str, list[tuple[str, str]]] = {}
+    for run in plan.runs:
+        for sentence in unused_settings(run.config):
+            unused.setdefault(sentence.partition(" ")[0], []).append((run.family, sentence))
+    given = {name: {*variant.settings, *variant.grid} for name, variant in plan.study.variants.items()}
+    # Every variant of a study that confirms a search has all that was searched, the baseline the noise's strength, too.
+    shared = set.intersection(*given.values())
+    for path, found in unused.items():
+        for family, sentence in dict.fromkeys(found):
+            is_own = any(f"{each}.".startswith(f"{path}.") for each in given[family] - shared)
+            if is_own or len(found) == len(plan.runs):
+                print(f"dist-train: warning: variant {family}: {sentence}", file=sys.stderr)
 
 
 def _check_analyses(plan: Plan) -> None:
@@ -312,6 +332,7 @@ def _submit_study(arguments: argparse.Namespace) -> int:
     parent = arguments.run_dir.absolute() if arguments.run_dir else None
     plan = plan_study(located(arguments.config), parent, arguments.overrides)
     _check_analyses(plan)
+    _warn_of_unused(plan)
     left = numbers_left(plan, plan.runs)
     if not left:
         print(f"dist-train: no run of {plan.study.name} is left to do", file=sys.stderr)

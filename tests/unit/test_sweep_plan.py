@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dist_train.cli.main import parse
+from dist_train.cli.main import main, parse
 from dist_train.config import ConfigError, load_config
 from dist_train.config.loading import with_overrides, write_override
 from dist_train.sweep.planned_runs import analysis_commands, plan_study, write_plan
@@ -208,6 +208,27 @@ class TestFaults:
         assert ("noise.sharing (variant a)", "sam-sharing") in found
 
 
+def test_settings_without_effect_are_named_with_their_variant(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    variants = {
+        "plain": {"settings": {"noise.method": "none", "optimizer.momentum": 0.5}},
+        "quiet": {"settings": {"noise.method": "none", "noise.amplitude": 0.1}},
+        "noisy": {"settings": {"noise.method": "smoothout"}},
+    }
+    settings = {"noise.sharing": "micro_batch", "averaging.every_steps": 2}
+    study = str(write_study(tmp_path, variants=variants, settings=settings))
+    for command in (["sweep", study, "--list"], ["submit", study, "--study", "--dry-run"]):
+        assert main(command) == 0
+        found = re.findall(r"variant (\w+): (\S+) has no effect", capsys.readouterr().err)
+        # All share noise.sharing, which has an effect in one.
+        assert sorted(found) == [
+            *((name, "averaging.every_steps") for name in ("noisy", "plain")),
+            ("quiet", "averaging.every_steps"),
+            ("quiet", "noise.amplitude"),
+        ]
+
+
 @pytest.mark.parametrize(
     "value", [1e-05, 0.1, 3, True, None, "cosine", "true", "1e-4", "2020-01-01", "...", [1, "a, b"], {"a": "#"}]
 )
@@ -218,6 +239,10 @@ def test_an_override_is_read_back_as_it_was(value: object) -> None:
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 class TestShipped:
+    def test_no_setting_is_without_effect(self, path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["sweep", str(path), "--list"]) == 0
+        assert capsys.readouterr().err == ""
+
     def test_every_run_is_valid_and_the_documented_number_is_that_of_the_runs(self, path: Path) -> None:
         text = (path.parents[1] / "docs/studies.md").read_text()
         [number] = re.findall(rf"^\| `studies/{path.name}` \| .*?\b(\w+) (?:tiny )?runs\b", text, re.MULTILINE)
