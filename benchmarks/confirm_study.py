@@ -1,23 +1,27 @@
 """Writes a study that confirms a search: each variant with its best trial's settings, on fresh seeds.
 
 dist-train sweep STUDY --best | python -m benchmarks.confirm_study STUDY --seeds 100 101 -o CONFIRM.yaml
-`--variants sb lb` selects variants; contrasts and analyses of other variants are left out.
+`--variants sb lb` selects variants; contrasts and analyses of other variants are left out. A combination of a grid
+becomes a variant of its own. An analysis of some of the search's seeds is made of as many of the new ones.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from dist_train.config.loading import SHIPPED
 from dist_train.outcome import UsageError
-from dist_train.sweep.study_file import load_study
+from dist_train.sweep.planned_runs import plan_study, variants_of
+from dist_train.sweep.study_file import Search, load_study
 
 
 def confirming(
@@ -25,47 +29,91 @@ def confirming(
 ) -> dict[str, Any]:
     """Return the content of the study file `output`; `best` are the lines of `dist-train sweep --best`.
 
-    `chosen` are the variants to confirm; empty: all.
+    `chosen` are the variants to confirm; empty: all. Each combination of a grid is a variant of its own.
 
     Raises:
-        UsageError: a seed was used in the search, or a variant is unknown or has no finished trial.
+        UsageError: `study` has no search or is `output`, `best` is not of this search, a seed is given twice or was
+            used in the search, or a variant is unknown or has no finished trial.
     """
     searched, written = load_study(study), yaml.safe_load(study.read_text(encoding="utf-8"))
-    names = tuple(chosen) or tuple(searched.variants)
-    if unknown := [name for name in names if name not in searched.variants]:
-        raise UsageError(f"--variants: {study} has no variant {unknown[0]}", code="option-choice")
-    trials = {fields["variant"]: fields["settings"] for fields in map(json.loads, best)}
+    if searched.search is None:
+        raise _refused(f"{study} has no search to confirm")
+    if output.resolve() == study.resolve():
+        raise _refused(f"-o {output} is the study of the search; choose another file")
     if used := set(seeds) & set(searched.seeds):
-        raise UsageError(f"--seeds: {min(used)} was used in the search; choose fresh seeds", code="option-choice")
-    if missing := [name for name in names if name not in trials]:
-        raise UsageError(f"{missing[0]} has no finished trial: finish the search first", code="option-choice")
-    written.pop("search")
-    variants = {
-        name: {
-            "title": searched.variants[name].title or name,
-            "settings": {**searched.settings_of(name), **trials[name]},
-        }
-        for name in names
-    }
-    base = os.path.relpath((study.parent / searched.base).resolve(), output.parent.resolve())
-    name = f"{searched.name}-confirm"
+        raise _refused(f"--seeds: {min(used)} was used in the search; choose fresh seeds")
+    if len(set(seeds)) < len(seeds):
+        raise _refused("--seeds: a seed is given twice")
+    every = {each.variant: each for each in variants_of(searched)}
+    if unknown := set(chosen) - {*every, *searched.variants}:
+        raise _refused(f"--variants: {study} has no variant {min(unknown)}")
+    kept = {name: each for name, each in every.items() if not chosen or {name, each.family} & set(chosen)}
+    trials = dict(_trials(searched.search, best))
+    if foreign := trials.keys() - every.keys():
+        raise _refused(f"--best is of another study: {study} has no variant {min(foreign)}")
+    if missing := [name for name in kept if name not in trials]:
+        raise _refused(f"{missing[0]} has no finished trial: finish the search first")
+    families: dict[str, list[str]] = {}
+    for name, each in kept.items():
+        families.setdefault(each.family, []).append(name)
+    base = searched.base
+    if not base.startswith(SHIPPED):
+        base = os.path.relpath((study.parent / base).resolve(), output.parent.resolve())
     return {
-        **written,
-        "name": name,
+        **{key: value for key, value in written.items() if key not in ("search", "grid")},
+        "name": f"{searched.name}-confirm",
         "base": base,
         "seeds": list(seeds),
         "settings": {},
-        "variants": variants,
-        "analyse": [part for part in written.get("analyse", []) if set(part.get("between", names)) <= set(names)],
-        "contrasts": list(_contrasts_of(written.get("contrasts", []), names)),
+        "variants": {
+            name: {"title": each.title, "settings": {**each.settings, **trials[name]}} for name, each in kept.items()
+        },
+        "analyse": list(_analyses_of(written.get("analyse", []), families, seeds)),
+        "contrasts": list(_contrasts_of(written.get("contrasts", []), families)),
     }
 
 
-def _contrasts_of(contrasts: Iterable[dict[str, Any]], names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Yield the contrasts with a reference in `names`, restricted to variants in `names`."""
+def _refused(wrong: str) -> UsageError:
+    return UsageError(wrong, code="option-choice")
+
+
+def _trials(search: Search, best: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield variant and settings of the lines of --best. Raises UsageError if they are not, or of another search."""
+    for line in best:
+        try:
+            fields = json.loads(line)
+            variant, settings = fields["variant"], fields["settings"]
+            is_of_search = search.objective in fields and settings.keys() == search.space.keys()
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise _refused(f"the input is not what `dist-train sweep --best` prints: {line.strip()!r}") from error
+        if not is_of_search:
+            raise _refused(f"--best is of a search with another objective or space: {line.strip()}")
+        yield variant, settings
+
+
+def _analyses_of(
+    analyses: Iterable[dict[str, Any]], families: Mapping[str, Sequence[str]], seeds: Sequence[int]
+) -> Iterator[dict[str, Any]]:
+    """Yield the analyses, restricted to variants of `families`, and of fewer seeds for as many of `seeds`."""
+    for part in analyses:
+        fewer = {"seeds": list(seeds[: len(part["seeds"])])} if part.get("seeds") else {}
+        if part["kind"] == "interpolate":
+            first, second = (families.get(name, ()) for name in part["between"])
+            pairs = itertools.combinations(first, 2) if first == second else itertools.product(first, second)
+            yield from ({**part, **fewer, "between": list(pair)} for pair in pairs)
+        elif not part.get("variants"):
+            yield {**part, **fewer}
+        elif names := [name for family in part["variants"] for name in families.get(family, ())]:
+            yield {**part, **fewer, "variants": names}
+
+
+def _contrasts_of(
+    contrasts: Iterable[dict[str, Any]], families: Mapping[str, Sequence[str]]
+) -> Iterator[dict[str, Any]]:
+    """Yield the contrasts with a reference in `families`, restricted to variants in `families`."""
     for contrast in contrasts:
-        variants = [name for name in contrast["variants"] if name in names]
-        if variants and contrast["against"] in names:
+        variants = [name for family in contrast["variants"] for name in families.get(family, ())]
+        if variants and contrast["against"] in families:
             yield {**contrast, "variants": variants}
 
 
@@ -79,11 +127,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         study = confirming(given.study, sys.stdin, given.seeds, given.output, given.variants)
+        given.output.parent.mkdir(parents=True, exist_ok=True)
+        given.output.write_text(yaml.safe_dump(study, sort_keys=False), encoding="utf-8")
+        plan_study(given.output)
     except UsageError as error:
         print(error, file=sys.stderr)
         return 2
-    given.output.parent.mkdir(parents=True, exist_ok=True)
-    given.output.write_text(yaml.safe_dump(study, sort_keys=False), encoding="utf-8")
     return 0
 
 

@@ -162,7 +162,7 @@ def plan_study(
 
 def _points(study: Study, trials: OptunaTrials | None) -> Iterator[tuple[int, int, _Variant]]:
     """Yield number, seed and variant of all runs: trial by trial, and for each trial seed by seed."""
-    variants = list(_variants(study))
+    variants = list(variants_of(study))
     every = (
         (trial, seed, variant)
         for trial in range(study.search.trials if study.search else 1)
@@ -219,7 +219,8 @@ def _dumped(study: Study) -> str:
     return text
 
 
-def _variants(study: Study) -> Iterator[_Variant]:
+def variants_of(study: Study) -> Iterator[_Variant]:
+    """Yield the variants of `study`, of a grid each combination by itself, without the settings of a search."""
     for variant, described in study.variants.items():
         settings = study.settings_of(variant)
         origins = dict.fromkeys(settings, "settings")
