@@ -166,11 +166,15 @@ def _sweep(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ..
 
 
 def _list(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ...]) -> int:
+    from dist_train.rundir.status import finished_runs
     from dist_train.sweep.standing import render, standing_of
 
     print_table(render([standing_of(run) for run in runs]))
     if plan.unasked and arguments.only is None:
         print(f"and {len(plan.unasked)} runs of trials that Optuna has not suggested yet")
+    planned = {run.name for run in plan.runs}
+    if others := [name for name in finished_runs(plan.directory) if name not in planned]:
+        print(f"finished runs in {plan.directory} that the study does not have: {escaped(', '.join(others))}")
     return ExitCode.FINISHED
 
 

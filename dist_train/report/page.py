@@ -47,6 +47,7 @@ def tables_in_markdown(subject: Subject) -> str:
         groups.setdefault(found.other, {})[found.among] = None
     template = _templates().get_template("tables.md.jinja")
     text = template.render(
+        subject=subject,
         unfinished=_unfinished(subject),
         repeated=_repeated(panels),
         data_sets=_data_sets(subject),

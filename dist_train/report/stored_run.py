@@ -21,7 +21,7 @@ from dist_train.report.analyses import Analyses, read_analyses
 from dist_train.rundir.atomic import read_regular
 from dist_train.rundir.paths import BrokenFileError, RunDirectory, StudyDirectory
 from dist_train.rundir.records import EvaluationRecord, EventRecord, Record, TrainRecord
-from dist_train.rundir.status import Status, read_status
+from dist_train.rundir.status import Status, finished_runs, read_status
 from dist_train.sweep.study_file import Contrast
 from dist_train.watch.run_table import read_measurements, read_settings, read_state, walk_runs
 
@@ -168,6 +168,12 @@ class Subject:
         """Return the study's title or name, or else the folder's name."""
         study = self._study()
         return study.title or study.name or self.directory.resolve().name
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """Return the names of the finished runs in a study's folder that the study does not have (any more)."""
+        finished = finished_runs(self.directory) if self.kind == "study" else ()
+        return tuple(name for name in finished if name not in {run.name for run in self.runs})
 
     @property
     def contrasts(self) -> tuple[Contrast, ...]:

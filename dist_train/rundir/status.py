@@ -164,6 +164,12 @@ def read_status(path: Path) -> Status | None:
         return None
 
 
+def finished_runs(folder: Path) -> tuple[str, ...]:
+    """Return the names of the runs in `folder` that have finished, in order."""
+    statuses = ((path.parent.name, read_status(path)) for path in folder.glob(f"*/{RunDirectory(folder).status.name}"))
+    return tuple(sorted(name for name, status in statuses if status is not None and status.state == "finished"))
+
+
 def record_lost(path: Path, launch: str, reason: str) -> None:
     """Record in the status at `path` that `launch`, whose processes have all ended, has failed, if none of them has
     recorded an end.

@@ -201,8 +201,7 @@ def _problems_of_settings(study: Study) -> Iterator[Problem]:
                 yield Problem(f"{place}.{path}", "the search has this setting already", code="grid-twice", value=values)
             if not values:
                 yield Problem(f"{place}.{path}", "an empty list would leave no run", code="empty-grid", value=values)
-    if len(set(study.seeds)) < len(study.seeds):
-        yield Problem("seeds", "a seed is listed twice", code="seed-twice", value=list(study.seeds))
+    yield from _problems_of_seeds(study, "seeds", study.seeds)
 
 
 def _problems_of_variants(study: Study) -> Iterator[Problem]:
@@ -264,6 +263,8 @@ def _problems_of_seeds(study: Study, path: str, seeds: tuple[int, ...]) -> Itera
     if unknown:
         allowed = ", ".join(map(str, study.seeds))
         yield Problem(path, "not a seed of the study", code="unknown-seed", value=unknown[0], allowed=allowed)
+    if len(set(seeds)) < len(seeds):
+        yield Problem(path, "a seed is listed twice", code="seed-twice", value=list(seeds))
 
 
 def _is_like_itself(study: Study, name: str) -> bool:

@@ -141,6 +141,8 @@ class TestFaults:
             ({"variants": 3}, ("variants", "wrong-type")),
             ({"seeds": []}, ("seeds", "out-of-range")),
             ({"seeds": [1, 1]}, ("seeds", "seed-twice")),
+            ({"variants": {"a": {"seeds": [1, 1]}}}, ("variants.a.seeds", "seed-twice")),
+            ({"analyse": [{"kind": "sharpness", "seeds": [1, 1]}]}, ("analyse.0.seeds", "seed-twice")),
             ({"settings": {"run.seed": 3}}, ("settings.run.seed", "set-by-study")),
             ({"settings": {"noise": {"amplitude": 1}}}, ("settings.noise", "wrong-form")),
             ({"grid": {"noise.amplitude": []}}, ("grid.noise.amplitude", "empty-grid")),

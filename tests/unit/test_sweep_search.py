@@ -12,6 +12,8 @@ import pytest
 from dist_train.cli.main import main
 from dist_train.config import ConfigError
 from dist_train.outcome import ExitCode, UsageError
+from dist_train.report.page import render, tables_in_markdown
+from dist_train.report.stored_run import read_subject
 from dist_train.rundir.records import EvaluationRecord, JsonLines
 from dist_train.rundir.status import StatusFile
 from dist_train.sweep.planned_runs import Plan, PlannedRun, optuna_trials
@@ -140,6 +142,21 @@ def test_a_batch_script_gets_the_numbers_and_the_arguments_of_runs_that_are_stil
     assert "1 runs of trials" in capsys.readouterr().out
     assert main(["sweep", study, "--only", "4", "--arguments"]) == 2
     assert "[no-such-run-number]" in capsys.readouterr().err
+
+
+def test_finished_runs_that_the_study_does_not_have_are_listed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = small_plan(tmp_path, seeds=[0, 7])
+    for run in before.runs[:3]:
+        finish(run, 0.5)
+    plan = small_plan(tmp_path, seeds=[0])
+    assert main(["sweep", str(plan.file), "--list"]) == ExitCode.FINISHED
+    assert capsys.readouterr().out.splitlines()[-1].endswith(f": {before.runs[2].name}")
+    publish(plan)
+    subject = read_subject(plan.directory)
+    assert subject.others == (before.runs[2].name,)
+    assert all(before.runs[2].name in text for text in (tables_in_markdown(subject), render(subject)))
 
 
 def test_without_a_finished_trial_there_is_no_best(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
