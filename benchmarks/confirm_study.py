@@ -66,7 +66,11 @@ def confirming(
         "seeds": list(seeds),
         "settings": {},
         "variants": {
-            name: {"title": each.title, "settings": {**each.settings, **trials[name]}} for name, each in kept.items()
+            name: {
+                **({"title": each.title} if each.has_title else {}),
+                "settings": {**each.settings, **trials[name]},
+            }
+            for name, each in kept.items()
         },
         "analyse": list(_analyses_of(written.get("analyse", []), families, seeds)),
         "contrasts": list(_contrasts_of(written.get("contrasts", []), families)),
