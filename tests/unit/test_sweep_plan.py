@@ -241,8 +241,8 @@ def test_an_override_is_read_back_as_it_was(value: object) -> None:
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 class TestShipped:
-    def test_no_setting_is_without_effect(self, path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        assert main(["sweep", str(path), "--list"]) == 0
+    def test_no_setting_is_without_effect(self, path: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+        assert main(["sweep", str(path), "--list", "--directory", str(tmp_path)]) == 0
         assert capsys.readouterr().err == ""
 
     def test_every_run_is_valid_and_the_documented_number_is_that_of_the_runs(self, path: Path) -> None:
