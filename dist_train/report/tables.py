@@ -253,7 +253,7 @@ def _left_out(table: Table[Effect | None], reference: Variant, chosen: Sequence[
     if others:
         notes.append(f"Fewer than two seeds in common, or another data set: {'; '.join(others)}.")
     if compared and not table.measures:
-        notes.append("No variant has finished with two seeds with which the reference has.")
+        notes.append("Fewer than two pairs of runs with the same seed have finished.")
     return " ".join(notes)
 
 
