@@ -239,7 +239,7 @@ def _problems_of_variants(study: Study) -> Iterator[Problem]:
 
 def _without_runs(study: Study) -> Iterator[Problem]:
     """Yield a problem for each analysis and contrast without a run, or pair of runs; the study is valid otherwise."""
-    wrong, code = "the study has no run, or no pair of runs with one seed, of these variants and seeds", "no-such-runs"
+    wrong = "the study has no run, or no pair of runs with one seed, of these variants and seeds"
     for number, analysis in enumerate(study.analyse):
         seeds = set(analysis.seeds or study.seeds)
         if isinstance(analysis, Interpolation):
@@ -247,11 +247,15 @@ def _without_runs(study: Study) -> Iterator[Problem]:
         else:
             seeds &= {seed for name in analysis.variants or study.variants for seed in study.seeds_of(name)}
         if not seeds:
-            yield Problem(f"analyse.{number}", wrong, code=code, value=analysis.model_dump(exclude={"options"}))
+            yield Problem(
+                f"analyse.{number}", wrong, code="no-such-runs", value=analysis.model_dump(exclude={"options"})
+            )
     for number, contrast in enumerate(study.contrasts):
         for name in contrast.variants:
             if not set(study.seeds_of(name)) & set(study.seeds_of(contrast.against)):
-                yield Problem(f"contrasts.{number}.variants", wrong, code=code, value=[name, contrast.against])
+                yield Problem(
+                    f"contrasts.{number}.variants", wrong, code="no-such-runs", value=[name, contrast.against]
+                )
 
 
 def _has_grid(study: Study, variant: str) -> bool:
