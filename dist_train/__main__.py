@@ -1,12 +1,11 @@
 """`python -m dist_train` is `dist-train`."""
 
 import os
-import sys
 import traceback
 
 from dist_train.cli.main import main
 from dist_train.cluster.launch import is_elastic
-from dist_train.outcome import ExitCode
+from dist_train.outcome import ExitCode, say_on_stderr
 
 
 def _main_of_elastic_rank() -> int:
@@ -17,9 +16,8 @@ def _main_of_elastic_rank() -> int:
     try:
         code = main()
     except Exception:
-        traceback.print_exc()
+        say_on_stderr(traceback.format_exc())
         code = ExitCode.FAULT
-    sys.stderr.flush()
     os._exit(code)
 
 

@@ -1,10 +1,11 @@
-"""How a command can end: exit codes and errors; and how to make texts safe to print."""
+"""How a command can end: exit codes and errors; and how to print texts safely."""
 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import IntEnum
 from pathlib import Path
 from typing import get_args
@@ -140,3 +141,11 @@ def printable(message: str) -> str:
     """Return `message` with its lines escaped, and names, passwords and queries in URLs masked."""
     masked = _QUERY.sub(r"\1***", _LOGIN.sub("***", message))
     return "\n".join(map(escaped, masked.split("\n")))
+
+
+def say_on_stderr(text: str) -> None:
+    """Print `text` to standard error, if that can be written."""
+    # Its terminal or reader may be gone, or its disk full. There is no other place for the message, and what the
+    # process does next, such as saving the run, matters more.
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from dist_train.outcome import UsageError
+from dist_train.outcome import UsageError, say_on_stderr
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -83,7 +82,7 @@ def warn_of_unused(config: Config) -> None:
     from dist_train.config.combinations import unused_settings
 
     for sentence in unused_settings(config):
-        print(f"dist-train: warning: {sentence}", file=sys.stderr)
+        say_on_stderr(f"dist-train: warning: {sentence}")
 
 
 def terminal_width() -> int | None:

@@ -29,6 +29,7 @@ from dist_train.outcome import (
     UsageError,
     exit_code_of,
     printable,
+    say_on_stderr,
     text_with_code,
 )
 from dist_train.rundir.paths import DISK_FULL
@@ -76,6 +77,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return ExitCode.FAULT
         what = error.filename or "the output"
         return _report(FaultError(f"{what} cannot be written: {error.strerror}", code="output-unwritable"))
+    finally:
+        try:
+            if sys.stderr is not None:
+                sys.stderr.flush()
+        except OSError:
+            sys.stderr = None  # likewise: the interpreter would then end with code 120
 
 
 def _run(words: list[str]) -> int:
@@ -101,7 +108,7 @@ def _report(error: CodedError) -> int:
     """Print `error`, on rank 0 alone if all ranks have it, and return the exit code. A failed peer reports itself."""
     is_reported_elsewhere = isinstance(error, SHARED_ERRORS) and current_launch().rank != 0
     if not (is_reported_elsewhere or isinstance(error, PeerFailedError)):
-        print(f"dist-train: {printable(text_with_code(error))}", file=sys.stderr)
+        say_on_stderr(f"dist-train: {printable(text_with_code(error))}")
     return exit_code_of(error)
 
 

@@ -22,7 +22,7 @@ from dist_train.cli.common import (
     warn_of_unused,
 )
 from dist_train.cluster.launch import current_launch
-from dist_train.outcome import ExitCode, UsageError, escaped
+from dist_train.outcome import ExitCode, UsageError, escaped, say_on_stderr
 from dist_train.start_up import without_collection
 
 if TYPE_CHECKING:
@@ -311,12 +311,12 @@ def _outcome(arguments: argparse.Namespace) -> int:
     path = RunDirectory(arguments.run_directory).status
     status = read_status(path)
     if status is None or (arguments.launch is not None and status.launch != arguments.launch):
-        print(f"dist-train: the launch left no status in {escaped(str(arguments.run_directory))}", file=sys.stderr)
+        say_on_stderr(f"dist-train: the launch left no status in {escaped(str(arguments.run_directory))}")
         return ExitCode.FAULT
     if status.exit_code is None:
         # An mpirun may kill the other ranks before rank 0 can report the loss of one.
         reason = f"the launch died in state {status.state} at step {status.step}"
-        print(f"dist-train: {escaped(reason)} [rank-lost]", file=sys.stderr)
+        say_on_stderr(f"dist-train: {escaped(reason)} [rank-lost]")
         if arguments.record_lost:
             record_lost(path, status.launch, reason)
         return ExitCode.FAULT
@@ -356,10 +356,10 @@ def _requeue(arguments: argparse.Namespace) -> int:
     launch = EndedLaunch(arguments.launch, arguments.code, tuple(filter(None, arguments.messages.splitlines())))
     decision = decide(arguments.run_directory, arguments.limit, launch, arguments.restarts)
     if decision.action == "end":
-        print(f"dist-train: not started again: {escaped(decision.why)}", file=sys.stderr)
+        say_on_stderr(f"dist-train: not started again: {escaped(decision.why)}")
         # The log may be on the same full disk as the status.
         comment_on_job(decision.why)
         return decision.code
-    print(f"dist-train: {decision.action}: {escaped(decision.why)}", file=sys.stderr)
+    say_on_stderr(f"dist-train: {decision.action}: {escaped(decision.why)}")
     print(decision.action)
     return ExitCode.FINISHED

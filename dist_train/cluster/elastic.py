@@ -13,7 +13,6 @@ continues, and the results are discarded. Memory that it may still write to must
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -38,6 +37,7 @@ from dist_train.cluster.torch_engine import (
     nccl_options,
     sum_options,
 )
+from dist_train.outcome import say_on_stderr
 
 _POLL_INTERVAL = timedelta(milliseconds=100)  # between checks of a waiting operation, of ms each
 _DEVICE_POLL_SECONDS = 5e-5  # between checks of an operation on a GPU: the longest delay that this adds to it
@@ -203,7 +203,7 @@ class ElasticCommunicator(TorchOperations):
 
     def _give_up(self, why: str) -> None:
         """End this process, whose GPU may hang: the others continue without it."""
-        print(f"dist-train: {why}; this rank ends [rank-lost]", file=sys.stderr, flush=True)
+        say_on_stderr(f"dist-train: {why}; this rank ends [rank-lost]")
         self._member.leave(f"failed: {why}")
         end_process()
 

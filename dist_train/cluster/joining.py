@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -14,7 +13,7 @@ import torch
 from dist_train.cluster.communicator import Alone, Communicator, Pending
 from dist_train.cluster.launch import IN_CALLBACK, current_launch, engine_of, is_elastic, is_installed
 from dist_train.config.sections import Engine
-from dist_train.outcome import ExitCode, UsageError
+from dist_train.outcome import ExitCode, UsageError, say_on_stderr
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Comm
@@ -44,7 +43,7 @@ def ending_after(seconds: float, message: str, end: Callable[[], None] = end_pro
     launch = current_launch()
 
     def give_up() -> None:
-        print(f"dist-train: {message}", file=sys.stderr, flush=True)
+        say_on_stderr(f"dist-train: {message}")
         end()
 
     if launch.size == 1:

@@ -8,14 +8,13 @@ import secrets
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from dist_train.cluster.launch import LISTEN_FD
-from dist_train.outcome import ExitCode
+from dist_train.outcome import ExitCode, say_on_stderr
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.status import LAUNCH_VARIABLE, record_lost
 
@@ -231,5 +230,5 @@ def _status_field(process: int, name: str) -> str:
 
 
 def say(text: str) -> None:
-    """Print a message of the launcher to standard error."""
-    print(f"dist-train launch: {text}", file=sys.stderr, flush=True)
+    """Print a message of the launcher to standard error, if that can be written."""
+    say_on_stderr(f"dist-train launch: {text}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import select
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -18,6 +17,7 @@ from dist_train.cluster.joining import end_process
 from dist_train.cluster.launch import MEMBERSHIP_VARIABLE
 from dist_train.cluster.membership_server import BEATS_IN_TIMEOUT, SLOT_VARIABLE, TOKEN_VARIABLE, answer_to
 from dist_train.cluster.messages import MessageConnection
+from dist_train.outcome import say_on_stderr
 
 _GENERATION = TypeAdapter(Generation)
 _CONNECT_SECONDS = 10.0
@@ -149,10 +149,8 @@ class Member:
                 self._handle(message)
         if not self._is_leaving and not self._end_reason:
             # The others continue without this rank: it must not write any more.
-            print(
-                "dist-train: this rank did not answer and was expelled, or its launcher is gone; it ends [rank-lost]",
-                file=sys.stderr,
-                flush=True,
+            say_on_stderr(
+                "dist-train: this rank did not answer and was expelled, or its launcher is gone; it ends [rank-lost]"
             )
             self._end()
 

@@ -40,7 +40,7 @@ from dist_train.cluster.heartbeats import (
     reachable_from,
 )
 from dist_train.cluster.joining import end_process
-from dist_train.outcome import ExitCode, escaped, exit_code_of
+from dist_train.outcome import ExitCode, escaped, exit_code_of, say_on_stderr
 
 _BEATS_IN_TIMEOUT = 6
 _LONGEST_BEAT = 5.0
@@ -177,7 +177,7 @@ class Watchdog:
 
     def _report(self, message: str, is_found: bool) -> None:
         if is_found:
-            print(f"dist-train: {escaped(message)} [{RankLostError.code}]", file=sys.stderr)
+            say_on_stderr(f"dist-train: {escaped(message)} [{RankLostError.code}]")
         self._on_loss(message)
         sys.stdout.flush()
         sys.stderr.flush()

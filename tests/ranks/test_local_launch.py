@@ -19,7 +19,9 @@ from dist_train.cluster.launch import Launch, StoreAddress
 from dist_train.cluster.torch_engine import TorchCommunicator
 from dist_train.outcome import ExitCode
 from tests.launching import (
+    command,
     descendants,
+    environment,
     kill,
     launch,
     mostly_lengthy,
@@ -74,6 +76,19 @@ def test_signal_to_the_launcher_saves_and_stops_ranks_of_one_launch_id(
     after = status(tmp_path / "run")
     assert (after["state"], after["exit_code"]) == ("stopped", ExitCode.STOPPED)
     assert (tmp_path / f"run/checkpoints/step-{after['step']:08d}.pt").exists()
+
+
+def test_launcher_that_cannot_print_saves_and_stops_ranks(tmp_path: Path) -> None:
+    words = "train", write_config(tmp_path, ENDLESS), "--run-dir", str(tmp_path / "run")
+    with Path("/dev/full").open("w") as full:
+        process = subprocess.Popen(command(2, "torch", *words), env=environment(), stdout=full, stderr=full)
+    try:
+        wait_for_lines(tmp_path / "run/metrics.jsonl", 4)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE) == ExitCode.STOPPED
+    finally:
+        kill(process)
+    assert status(tmp_path / "run")["state"] == "stopped"
 
 
 def test_signal_during_start_up_stops_the_ranks(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from dist_train.cli.main import main
+from dist_train.cluster.launch import MEMBERSHIP_VARIABLE
 from dist_train.config import load_config
 from tests.unit.checkpoint_files import write
 from tests.unit.test_cli_commands import write_config
@@ -55,6 +57,14 @@ def test_denied_permission_is_told_without_a_traceback(
     assert main(["watch", str(tmp_path)]) == 2
     told = capsys.readouterr().err
     assert told == f"dist-train: permission denied: {tmp_path}/status.json [permission-denied]\n"
+
+
+@pytest.mark.parametrize("variables", [{}, {MEMBERSHIP_VARIABLE: "127.0.0.1:1"}])
+def test_the_exit_code_is_that_of_the_error_also_where_nothing_can_be_printed(variables: dict[str, str]) -> None:
+    words = [sys.executable, "-m", "dist_train", "train", "nowhere.yaml"]
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run(words, stderr=full, cwd=ROOT, env={**os.environ, **variables}, check=False)
+    assert ended.returncode == 2
 
 
 def test_an_interrupted_command_ends_by_the_signal_without_a_traceback() -> None:

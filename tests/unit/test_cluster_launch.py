@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -175,6 +177,14 @@ def test_ranks_that_do_not_meet_are_not_waited_for(
     with joining.meeting_within(0.05, ended.set):
         assert ended.wait(30)
     assert "[ranks-cannot-meet]" in capsys.readouterr().err
+
+
+def test_ranks_that_do_not_meet_end_without_a_terminal_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joining, "current_launch", lambda: Launch("mpirun", 3, 0))
+    monkeypatch.setattr("sys.stderr", Mock(write=Mock(side_effect=OSError(errno.EIO, "Input/output error"))))
+    ended = threading.Event()
+    with joining.meeting_within(0.05, ended.set):
+        assert ended.wait(30)
 
 
 def test_ranks_that_have_met_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
