@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from subprocess import Popen
+from subprocess import Popen, SubprocessError
 from typing import TypeAlias
 
 from dist_train.cluster.joined_launch import Entry, RemoteCoordinator
@@ -214,7 +214,12 @@ class _ElasticRanks(Ranks):
             self._restart_due.clear()
         for index in [index for index, due in self._restart_due.items() if time.monotonic() >= due]:
             del self._restart_due[index]
-            self._processes[index] = self._local.start(index, self._mask)
+            try:
+                self._processes[index] = self._local.start(index, self._mask)
+            except (OSError, SubprocessError) as error:  # of this node: no memory, or a file system that is away
+                say(f"a lost rank cannot be restarted: {error}")
+                self._plan_restart(index)
+                continue
             self._ended.discard(index)
             self._joining[index] = time.monotonic()
 
@@ -257,7 +262,12 @@ class _ElasticRanks(Ranks):
         self._coordinator.note_code(code)
         self._joining.pop(rank, None)
         is_worthwhile = code != ExitCode.USAGE and self._coordinator.view.has_state and not self._has_ended
-        if is_worthwhile and self._restarted[rank] < self._restarts:
+        if is_worthwhile:
+            self._plan_restart(rank)
+
+    def _plan_restart(self, rank: int) -> None:
+        """Restart the process of `rank` after a pause, unless that has been done or tried as often as allowed."""
+        if self._restarted[rank] < self._restarts:
             pause = min(_LONGEST_PAUSE_SECONDS, _FIRST_PAUSE_SECONDS * 2 ** self._futile_restarts[rank])
             self._restarted[rank] += 1
             self._futile_restarts[rank] += 1

@@ -1,16 +1,23 @@
-"""A rank of an elastic launch that claims micro-batches while another one is lost."""
+"""A rank of an elastic launch that claims micro-batches while another is lost; a launcher that restarts lost ranks."""
 
 from __future__ import annotations
 
+import errno
+import subprocess
+import sys
 import threading
+import time
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch.distributed as dist
 
+from dist_train.cluster import elastic_launch
 from dist_train.cluster.communicator import GroupBrokenError
 from dist_train.cluster.elastic import ElasticCommunicator
+from dist_train.cluster.local_launch import blocked_signals
 from dist_train.cluster.member import Pulse
 from tests.waiting import PATIENCE
 
@@ -43,3 +50,20 @@ def test_a_rank_does_not_wait_for_a_lost_one_that_serves_the_counters(comm: Any)
     with pytest.raises(GroupBrokenError, match="rank 0 was lost"):
         comm.run_while_whole(hang, "claims")
     is_over.set()
+
+
+def test_a_restart_that_fails_is_tried_again_and_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(elastic_launch, "_FIRST_PAUSE_SECONDS", 0.0)
+    no_memory = iter([False, True, False, False])
+
+    def start(index: int, mask: object) -> subprocess.Popen[bytes]:
+        if next(no_memory):
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        return subprocess.Popen([sys.executable, "-c", "raise SystemExit(1)"])
+
+    local: Any = SimpleNamespace(slots=(0,), start=start)
+    view = SimpleNamespace(stop_requested=False, members=(), joiners=(), has_state=True, has_ended=False, code=None)
+    coordinator = Mock(view=view, expelled=[], awaits_others=False, timeout=60.0, poll=time.sleep)
+    with blocked_signals() as mask:
+        assert elastic_launch._ElasticRanks(local, mask, coordinator, restarts=3).wait() == 1
+    assert next(no_memory, None) is None
