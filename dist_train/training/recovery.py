@@ -121,7 +121,7 @@ def broadcast_shared_state(comm: Communicator, mine: SharedState, root: int) -> 
 
 
 class Interruption:
-    """What a rank is recovering from, until the first update after it; it may span several generations."""
+    """What a rank is recovering from, until the next update or the end of the run; it may span several generations."""
 
     def __init__(self) -> None:
         self.why = ""
@@ -149,7 +149,7 @@ class Interruption:
         self._report = self._report or generation.report
 
     def events(self, comm: Communicator) -> Iterator[tuple[str, dict[str, Detail]]]:
-        """End after the first update of `comm`; yield the names and details of the events to record."""
+        """End with an update of `comm`, or with the run; yield the names and details of the events to record."""
         if self._since is None:  # a rank that has just joined
             self._clear()
             return

@@ -436,6 +436,8 @@ class Trainer:
 
     def _finish_saving(self) -> None:
         """Wait for the last checkpoint; raise FaultError if it could not be written, on other ranks PeerFailedError."""
+        for name, details in self._interruption.events(self.comm):  # since the last update
+            self._event(name, **details)
         self._await_saving()
         if not self.comm.is_elastic:
             run_on_all_ranks(self.comm, self._check_saved, "save the last checkpoint")
@@ -445,8 +447,7 @@ class Trainer:
         self.comm.barrier()
 
     def _check_saved(self) -> None:
-        failed = self._not_written
-        if failed is not None and failed.step == self._saved_step:
+        if (failed := self._not_written) and failed.step == self._submitted_step:
             raise failed.fault() from failed.error
 
     def _stop(self) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ from torch import nn
 
 from dist_train.checkpoint import writer
 from dist_train.checkpoint.files import list_checkpoints, newest_whole, read_checkpoint, write_checkpoint
-from dist_train.cluster.communicator import Alone
+from dist_train.cluster import communicator
+from dist_train.cluster.communicator import Alone, Communicator, Generation, GroupBrokenError
 from dist_train.config import Config
 from dist_train.launching import assembly
 from dist_train.models import build_model
-from dist_train.outcome import StoppedError, UsageError
+from dist_train.outcome import FaultError, StoppedError, UsageError
 from dist_train.rundir.records import (
     EvaluationRecord,
     EventRecord,
@@ -27,6 +29,7 @@ from dist_train.rundir.records import (
     RunFacts,
     TrainRecord,
 )
+from dist_train.training import trainer as training_loop
 from dist_train.training.evaluation import recompute_statistics, statistics_samples
 from dist_train.training.stopping import StopRequests
 from dist_train.training.trainer import Trainer
@@ -246,6 +249,54 @@ def test_promise_6_a_checkpoint_that_cannot_be_written_is_told_and_the_run_goes_
     [failed] = [event for event in notebook.events if event.event == "checkpoint_failed"]
     assert (failed.step, failed.details["error"]) == (3, "No space left on device")
     assert [file.step for file in list_checkpoints(tmp_path / "checkpoints")] == [6]
+
+
+class LeftAlone(Alone):
+    """The rank of an elastic launch that is left when another one is lost."""
+
+    is_elastic = True
+
+    def meet(self, why: str) -> Generation:
+        self.generation += 1
+        return Generation(self.generation, 0, 1, ("", 0), ("node",), (why,), why, ())
+
+
+@pytest.fixture
+def lost_while_saving(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank is lost when the others wait for the last checkpoint."""
+    losses, await_on_all = ["rank 1 died"], communicator.await_on_all_ranks
+
+    def lose_one(comm: Communicator, attempt: Callable[[], bool], name: str) -> None:
+        await_on_all(comm, attempt, name)
+        if losses:
+            raise GroupBrokenError(losses.pop())
+
+    monkeypatch.setattr(training_loop, "await_on_all_ranks", lose_one)
+
+
+@pytest.mark.usefixtures("lost_while_saving")
+def test_promise_6_a_rank_lost_meanwhile_does_not_hide_that_the_last_checkpoint_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writer, "write_checkpoint", fail)
+    with raises(FaultError, "checkpoint-not-written"):
+        run(tmp_path, LeftAlone(), run={"max_steps": 1})
+
+
+@pytest.mark.usefixtures("lost_while_saving")
+@pytest.mark.parametrize("reason", ["", "SIGTERM"])
+def test_a_rank_lost_after_the_last_update_is_recorded(tmp_path: Path, reason: str) -> None:
+    notebook = Notebook()
+    subject = build_trainer(small_config(), tmp_path, LeftAlone(), observers=[notebook])
+    if reason:
+        subject.stop.request(reason)
+    with pytest.raises(StoppedError) if reason else nullcontext():
+        subject.run()
+    lost = [event for event in notebook.events if event.event == "rank_lost"]
+    assert [(event.step, event.details["who"]) for event in lost] == [(1 if reason else 6, "rank 1 died")]
 
 
 def test_fewer_samples_than_one_batch_are_refused(tmp_path: Path) -> None:
