@@ -183,16 +183,16 @@ def _launch(arguments: argparse.Namespace) -> int:
             )
         saves = words[0] in _TRAINING
         return launch_ranks([sys.executable, "-m", "dist_train", *words], arguments.np, saves=saves)
-    # Checked here, so that errors are reported once and not by each rank; a plug-in may load torch.
+    # Checked here, so that errors are reported once and not by each rank; a plug-in, or a check, may load torch.
     with blocked_signals():
         config = config_to_train(command)
+        elasticity = _elasticity(arguments, config)
     if config.comm.engine == "horovod":
         raise UsageError(
             "dist-train launch connects its ranks by torch.distributed: leave comm.engine=horovod out, or start with "
             "horovodrun or mpirun",
             code="launcher-unsupported",
         )
-    elasticity = _elasticity(arguments, config)
     run = command.run_dir or config.run_directory
     if elasticity is None:
         return launch_ranks([sys.executable, "-m", "dist_train", *words], arguments.np, run)
@@ -224,7 +224,18 @@ def _elasticity(arguments: argparse.Namespace, config: Config) -> Elasticity | N
             f"the others come from other nodes",
             code="elastic-without-listen",
         )
+    _check_micro_batches(config, most)
     return Elasticity(first, fewest, most, restarts, config.comm.timeout)
+
+
+def _check_micro_batches(config: Config, ranks: int) -> None:
+    """Raise UsageError if all ranks share every micro-batch, and one is too small for so many `ranks`."""
+    # Here, and not when the last of them joins, which would end the run. A size of `auto` is chosen later.
+    if config.model.norm == "sync" and config.batch.micro_size != "auto":
+        from dist_train.data.plan import BatchPlan
+
+        for _, size in config.batch.sizes:
+            BatchPlan(size, config.batch.micro_size).slices(0, ranks)
 
 
 def _join(arguments: argparse.Namespace) -> int:

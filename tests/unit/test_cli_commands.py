@@ -132,6 +132,10 @@ class TestProgram:
             (["--max-ranks", "3", "train", SMOKE], "elastic-without-listen"),
             (["train", SMOKE, "launch.min_ranks=3"], "option-range"),
             (["train", SMOKE, "launch.max_ranks=3"], "elastic-without-listen"),
+            (
+                ["--max-ranks", "40", "--listen", "127.0.0.1", "train", SMOKE, "model.norm=sync"],
+                "micro-batch-too-small",
+            ),
             (["--join", "node1:9", "train", "x.yaml"], "join-options"),
             (["--join", "node1:9", "--max-ranks", "3"], "join-options"),
             (["--join", "node1:9"], "join-token"),
