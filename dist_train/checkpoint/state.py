@@ -32,7 +32,7 @@ from dist_train.optim.averaging import Averaging, averaged_state
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.optim.optimizers import state_tensors
 from dist_train.outcome import UsageError, check_choice, reading
-from dist_train.rundir.paths import RunDirectory
+from dist_train.rundir.paths import RunDirectory, checkpoint_name
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,19 @@ def find_resume_point(config: Config, directory: RunDirectory) -> ResumePoint:
             named = find_checkpoint(named)
     damage: dict[str, str] = {}
     contents = None
-    if named is None or named.resolve().parent != checkpoints.resolve():
-        try:
-            contents = newest_whole(checkpoints, lambda path, text: damage.update({path.name: text}))
-        except NoCompleteCheckpointError:
-            if named is None:
-                raise
+    try:
+        contents = newest_whole(checkpoints, lambda path, text: damage.update({path.name: text}))
+    except NoCompleteCheckpointError:
+        if named is None:
+            raise
+    is_own = named is not None and named.resolve().parent == checkpoints.resolve()
+    if contents is not None and named is not None and is_own and named.name != checkpoint_name(contents.step):
+        # The later ones, and their records, would be lost, or undo this one at the next start.
+        raise UsageError(
+            f"run.resume names {named}, but the run's last checkpoint is that of step {contents.step}: start a new run "
+            f"from it (another run.name), or move the later ones away and leave run.resume out",
+            code="checkpoint-not-last",
+        )
     if contents is None and named is not None:
         # The run starts from another run's checkpoint; once it has its own, it resumes from that, as when requeued.
         contents = read_stored(named).contents
@@ -328,7 +335,7 @@ def read_initial(source: Path, model: str) -> InitialWeights:
     """
     path = find_initial(source, model)
     if not _is_foreign(path):
-        stored = read_stored(path)
+        stored = read_stored(source)
         return InitialWeights(stored.path, stored.sha256, stored.contents.model, stored.contents.step)
     with reading(path, code="weights-unreadable"):
         with path.open("rb") as file:

@@ -55,7 +55,8 @@ class RunSettings(Section):
         "auto", examples=["runs/other/checkpoints/step-00000040.pt"]
     )
     """auto: resume from the last checkpoint, if any. never: start from the beginning, and refuse a folder that holds
-    checkpoints. Or the path of a checkpoint, or of a run, whose last checkpoint is used, or RUN@STEP or RUN@best.
+    checkpoints. Or the path of a checkpoint, or of a run, whose last checkpoint is used, or RUN@STEP or RUN@best: of
+    another run, since a run resumes from its own last checkpoint only.
     """
     init_from: UserPath | None = Field(None, examples=["runs/other"])
     """Source of a new run's weights and norm statistics: a run (its last checkpoint), RUN@STEP, RUN@best, a checkpoint,

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torchvision import models
 
-from dist_train.checkpoint.files import list_checkpoints, write_checkpoint
+from dist_train.checkpoint.files import list_checkpoints, remove_checkpoint, write_checkpoint
 from dist_train.checkpoint.state import (
     Progress,
     broadcast_state,
@@ -160,9 +160,13 @@ def test_another_run_s_checkpoint_is_only_a_beginning(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["run/checkpoints/step-00000002.pt", "run@2"])
-def test_a_checkpoint_of_the_run_itself_takes_it_back(tmp_path: Path, name: str) -> None:
+def test_an_earlier_checkpoint_of_the_run_itself_is_refused(tmp_path: Path, name: str) -> None:
     directory = run_with(tmp_path / "run", 2, 4)
     config = parse(run={"resume": str(tmp_path / name)})
+    with raises(UsageError, "checkpoint-not-last"):
+        find_resume_point(config, directory)
+    assert [file.step for file in list_checkpoints(directory.checkpoints)] == [2, 4]
+    remove_checkpoint(directory.checkpoint(4))
     found = find_resume_point(config, directory).contents
     assert found is not None
     assert found.step == 2
