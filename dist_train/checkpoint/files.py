@@ -176,13 +176,22 @@ def find_checkpoint(target: Path) -> Path:
         )
     if not which:
         return files[-1].path
-    step = files[-1].metrics.get("best_saved_step") if which == "best" else int(which)
-    found = next((file.path for file in files if file.step == step), None)
+    if which == "best":
+        found = _published_best(files, files[-1].metrics.get("best_saved_step"))
+    else:
+        found = next((file for file in files if file.step == int(which)), None)
     if found is None:
         wanted = "best checkpoint" if which == "best" else f"checkpoint of step {which}"
         steps = ", ".join(str(file.step) for file in files)
         raise UsageError(f"{run.root} has no {wanted}; it has those of steps {steps}", code="no-checkpoint")
-    return found
+    return found.path
+
+
+def _published_best(files: Sequence[CheckpointFile], step: float | None) -> CheckpointFile | None:
+    """Return the checkpoint of the best `step` or, if that could not be written, the best one before it, if kept."""
+    if step is None:
+        return None
+    return next((file for file in reversed(files) if file.step in (step, file.metrics.get("best_saved_step"))), None)
 
 
 def read_checkpoint(path: Path) -> Contents:
@@ -288,10 +297,14 @@ def newest_whole(directory: Path, report_damage: Callable[[Path, str], None]) ->
 
 
 def prune(directory: Path, *, keep: int, best_step: int | None) -> None:
-    """Delete all checkpoints but the last `keep` and that of `best_step`, and older ones that were never published."""
+    """Delete all checkpoints but the last `keep` and that of `best_step`, and older ones that were never published.
+
+    If that of `best_step` could not be written, the best one before it is kept.
+    """
     published = list_checkpoints(directory)
+    best = _published_best(published, best_step)
     for file in published[:-keep]:
-        if file.step != best_step:
+        if file != best:
             remove_checkpoint(file.path)
     for path in _step_files(directory):
         if published and _step_of(path) < published[-1].step and not path.with_suffix(".json").exists():

@@ -21,6 +21,7 @@ from dist_train.checkpoint.files import (
     Contents,
     DamagedCheckpointError,
     NoCompleteCheckpointError,
+    find_checkpoint,
     list_checkpoints,
     newest_whole,
     prune,
@@ -29,6 +30,7 @@ from dist_train.checkpoint.files import (
 )
 from dist_train.outcome import UsageError
 from dist_train.rundir import atomic
+from dist_train.rundir.paths import RunDirectory
 from tests.raising import raises
 from tests.unit.checkpoint_files import contents, write
 
@@ -268,6 +270,15 @@ class TestPrune:
         prune(tmp_path, keep=keep, best_step=best)
         assert [file.step for file in list_checkpoints(tmp_path)] == left
         assert len(names(tmp_path)) == 2 * len(left)
+
+    def test_a_best_that_could_not_be_written_leaves_the_best_before_it(self, tmp_path: Path) -> None:
+        directory = RunDirectory(tmp_path)
+        directory.create()
+        for step, best in ((2, 2), (4, 4), (12, 8)):
+            write(directory.checkpoints, step, metrics={"best_saved_step": best})
+        prune(directory.checkpoints, keep=1, best_step=8)
+        assert [file.step for file in list_checkpoints(directory.checkpoints)] == [4, 12]
+        assert find_checkpoint(Path(f"{tmp_path}@best")) == directory.checkpoint(4)
 
     def test_steps_are_counted_as_numbers(self, tmp_path: Path) -> None:
         for step in (99_999_999, 100_000_000):
