@@ -24,6 +24,7 @@ from dist_train.rundir.status import read_status
 
 FORMAT = 1
 _DAMAGED = ".damaged"
+_LOOKS = 5  # for the last checkpoint of a run at work
 _NAME = re.compile(r"step-(\d{8,})\.pt")
 _TYPES: Mapping[str, type | tuple[type, ...]] = {
     "step": int,
@@ -199,6 +200,10 @@ def read_checkpoint(path: Path) -> Contents:
 
     Raises DamagedCheckpointError, UsageError or OSError.
     """
+    return _read_verified(path).contents
+
+
+def _read_verified(path: Path) -> Stored:
     if not path.is_file():
         raise UsageError(f"{path}: there is no such checkpoint", code="checkpoint-missing")
     record = read_record(path)
@@ -223,7 +228,7 @@ def read_checkpoint(path: Path) -> Contents:
         ) from error
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:
         raise UsageError(f"{path} is not a checkpoint of format {FORMAT}", code="checkpoint-format")
-    return _contents(path, fields)
+    return Stored(path, record.sha256, _contents(path, fields))
 
 
 @dataclass(frozen=True)
@@ -240,9 +245,16 @@ class Stored:
 
 
 def read_stored(target: Path) -> Stored:
-    """Read the checkpoint that `find_checkpoint` finds for `target`. Raises UsageError."""
-    path = find_checkpoint(target)
-    return Stored(path, contents=read_checkpoint(path), sha256=read_record(path).sha256)
+    """Read the checkpoint that `find_checkpoint` finds for `target`. Raises UsageError or OSError."""
+    for _ in range(_LOOKS - 1):
+        path = find_checkpoint(target)
+        try:
+            return _read_verified(path)
+        except (UsageError, FileNotFoundError):
+            # The run, which trains meanwhile, may have deleted it for a newer one.
+            if path == target or path.with_suffix(".json").exists():
+                raise
+    return _read_verified(find_checkpoint(target))
 
 
 def _contents(path: Path, fields: Mapping[str, Any]) -> Contents:

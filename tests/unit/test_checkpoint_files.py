@@ -11,12 +11,14 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dist_train.checkpoint import files
 from dist_train.checkpoint.files import (
     Contents,
     DamagedCheckpointError,
@@ -26,6 +28,8 @@ from dist_train.checkpoint.files import (
     newest_whole,
     prune,
     read_checkpoint,
+    read_stored,
+    remove_checkpoint,
     write_checkpoint,
 )
 from dist_train.outcome import UsageError
@@ -285,6 +289,48 @@ class TestPrune:
             write(tmp_path, step)
         prune(tmp_path, keep=1, best_step=None)
         assert [file.step for file in list_checkpoints(tmp_path)] == [100_000_000]
+
+
+class TestReadingWhileTheRunTrains:
+    @pytest.fixture
+    def directory(self, tmp_path: Path) -> RunDirectory:
+        directory = RunDirectory(tmp_path)
+        directory.create()
+        write(directory.checkpoints, 4)
+        return directory
+
+    def test_what_was_read_is_known_although_it_is_gone(
+        self, directory: RunDirectory, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (file,), load = list_checkpoints(directory.checkpoints), torch.load
+
+        def load_and_delete(*values: Any, **options: Any) -> Any:
+            remove_checkpoint(file.path)
+            return load(*values, **options)
+
+        monkeypatch.setattr(torch, "load", load_and_delete)
+        stored = read_stored(directory.root)
+        assert (stored.path, stored.sha256, stored.contents.step) == (file.path, file.sha256, 4)
+
+    @pytest.mark.parametrize("suffixes", [(".json",), (".json", ".pt")])
+    def test_the_newer_one_is_read_where_the_last_was_deleted(
+        self, directory: RunDirectory, monkeypatch: pytest.MonkeyPatch, suffixes: tuple[str, ...]
+    ) -> None:
+        def find(target: Path) -> Path:
+            found = find_checkpoint(target)
+            if found.name == "step-00000004.pt":
+                write(directory.checkpoints, 8)
+                for suffix in suffixes:
+                    found.with_suffix(suffix).unlink()
+            return found
+
+        monkeypatch.setattr(files, "find_checkpoint", find)
+        assert read_stored(directory.root).contents.step == 8
+
+    def test_a_damaged_one_is_refused_at_once(self, directory: RunDirectory) -> None:
+        directory.checkpoint(4).write_bytes(b"?")
+        with raises(DamagedCheckpointError, "checkpoint-size"):
+            read_stored(directory.root)
 
 
 def test_promise_6_a_full_disk_is_an_error_and_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
