@@ -69,6 +69,8 @@ class Ranks:
         code = self.wait()
         if run is not None:
             record_lost(RunDirectory(run).status, launch, f"no rank is left: {self._why_none_is_left()}")
+        while signal.sigtimedwait(_STOP_SIGNALS, 0):  # requests to stop that came too late must not kill this process
+            pass
         return code
 
     def _why_none_is_left(self) -> str:

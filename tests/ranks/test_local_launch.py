@@ -134,7 +134,7 @@ def test_plugin_threads_do_not_receive_the_launcher_signals(tmp_path: Path) -> N
 def test_second_signal_ends_hanging_ranks(running: subprocess.Popen[str]) -> None:
     for pid in descendants(running.pid):
         os.kill(pid, signal.SIGSTOP)
-    while running.poll() is None:
+    while descendants(running.pid):
         running.send_signal(signal.SIGTERM)
         time.sleep(2.5)  # a second signal within 2 s counts as the same request
     code, output = wait_for_end(running)
