@@ -134,7 +134,7 @@ def test_rules_without_run_ids_would_confuse_runs_of_one_name(written: str, repl
 @pytest.mark.parametrize(
     ("written", "replacement", "healthy"),
     [
-        ("3 * run:dist_train_epoch_duration_seconds", "0 * run:dist_train_epoch_duration_seconds", "steps of 60 s"),
+        ("on (run, run_id) run:dist_train_checkpoint_age_seconds:limit", "7200", "steps of 60 s"),
         ("10 * run:dist_train_step_duration_seconds", "0 * run:dist_train_step_duration_seconds", "steps of 60 s"),
         ("+ 600)", "+ 120)", "the first step compiles"),
         ("unless on (run, run_id) dist_train_state", "", "resumed in the next Slurm job"),
