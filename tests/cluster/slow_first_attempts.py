@@ -19,7 +19,7 @@ if __name__ == "__main__":
 
     def slow(self: TrainingStep, batch: Any, micro_batch: Any, is_last: bool) -> None:
         if int(os.environ.get("SLURM_RESTART_COUNT", "0")) < attempts:
-            time.sleep(0.3)
+            time.sleep(0.7)  # fewer than 100 of 300 updates in a minute, Slurm's shortest time limit
         add_gradient(self, batch, micro_batch, is_last)
 
     TrainingStep._add_gradient = slow  # type: ignore[method-assign]  # the delay that the test needs
