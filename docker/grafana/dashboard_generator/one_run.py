@@ -342,7 +342,7 @@ def _checkpoints(built: dashboard.Dashboard) -> None:
         curves(
             PanelSpec(
                 "Age of the last checkpoint",
-                "The work that is lost if the run fails now, and from when on there is an alert.",
+                "The work that is lost if the run fails now. The alert fires above the second line.",
                 "s",
                 6,
                 8,
