@@ -81,7 +81,7 @@ def warn_of_unused(config: Config) -> None:
     """Print a warning for each setting of `config` that has no effect."""
     from dist_train.config.combinations import unused_settings
 
-    for sentence in unused_settings(config):
+    for sentence in unused_settings(config).values():
         say_on_stderr(f"dist-train: warning: {sentence}")
 
 

@@ -97,8 +97,8 @@ def _warn_of_unused(plan: Plan) -> None:
 
     unused: dict[str, list[tuple[str, str]]] = {}
     for run in plan.runs:
-        for sentence in unused_settings(run.config):
-            unused.setdefault(sentence.partition(" ")[0], []).append((run.family, sentence))
+        for path, sentence in unused_settings(run.config).items():
+            unused.setdefault(path, []).append((run.family, sentence))
     given = {name: {*variant.settings, *variant.grid} for name, variant in plan.study.variants.items()}
     # Every variant of a study that confirms a search has all that was searched, the baseline the noise's strength, too.
     shared = set.intersection(*given.values())

@@ -245,23 +245,23 @@ def _data(config: Config) -> Iterator[Problem]:
         yield Problem("data.classes", f"{data.name} needs its number of classes", code="image-folder-unset")
 
 
-def unused_settings(config: Config) -> list[str]:
-    """Return one sentence for each setting that was given but has no effect in combination with the others.
+def unused_settings(config: Config) -> dict[str, str]:
+    """Return a sentence for each setting, by its path, that was given but has no effect in combination with the others.
 
     None if all settings were given, as in a run's `config.yaml`: nobody chose each of them.
     """
     sections = {name: getattr(config, name) for name in type(config).model_fields}
     if all(settings.model_fields_set == settings.__class__.model_fields.keys() for settings in sections.values()):
-        return []
+        return {}
     # a plug-in that is given its section may use all of it
     passed = {each.partition(".")[0] for each in _GIVEN_SECTIONS if is_plugin(config.value(each))}
-    return [
-        f"{section}.{name} has no effect: {why}"
+    return {
+        f"{section}.{name}": f"{section}.{name} has no effect: {why}"
         for section, names, is_unused, why in _unused(config)
         if is_unused and section not in passed
         for name in names.split()
         if name in sections[section].model_fields_set
-    ]
+    }
 
 
 _GIVEN_SECTIONS = ("data.name", "noise.method", "optimizer.name")

@@ -334,12 +334,12 @@ def test_all_conflicts_are_told_at_once() -> None:
     ],
 )
 def test_a_setting_without_effect_is_told(settings: dict[str, Any], idle: str) -> None:
-    assert unused_settings(parse(settings)) == [idle]
+    assert list(unused_settings(parse(settings)).values()) == [idle]
 
 
 def test_settings_with_effect_and_settings_not_given_are_not_told() -> None:
-    assert unused_settings(Config()) == []
-    assert unused_settings(parse(Config().model_dump(mode="json"))) == []
+    assert unused_settings(Config()) == {}
+    assert unused_settings(parse(Config().model_dump(mode="json"))) == {}
     used = {
         "noise": {**NOISE, "amplitude": 0.1, "sharing": "global", "schedule": {"kind": "cosine"}},
         "model": {"norm": "ghost", "ghost_size": 8, "norm_samples": 64, "norm_statistics": "auto"},
@@ -347,8 +347,8 @@ def test_settings_with_effect_and_settings_not_given_are_not_told() -> None:
         "data": {"name": "synthetic", "synthetic_samples": 9, "synthetic_shape": [1, 8, 8]},
         "metrics": {"host": "::", "port": 1},
     }
-    assert unused_settings(parse(used)) == []
-    assert unused_settings(parse({"data": {"name": "cifar100", "download": True}})) == []
+    assert unused_settings(parse(used)) == {}
+    assert unused_settings(parse({"data": {"name": "cifar100", "download": True}})) == {}
 
 
 def any_plugin(*arguments: object, **keywords: object) -> None: ...
@@ -361,7 +361,7 @@ def test_a_plug_in_may_use_all_of_the_section_that_it_is_given() -> None:
         "noise": {"method": name, "draws": 2, "antithetic": True, "offset": 0.1},
         "data": {"name": name, "shape": [1, 8, 8], "classes": 2, "download": True, "loader_workers": 1},
     }
-    assert unused_settings(parse(used)) == []
+    assert unused_settings(parse(used)) == {}
 
 
 def test_every_setting_that_can_be_idle_is_a_setting() -> None:
@@ -387,4 +387,4 @@ def test_statistics_are_recomputed_where_noise_is_on_or_where_it_is_asked_for(
 
 
 def test_a_warm_up_moves_the_beginning_of_a_decay_also_without_scaling() -> None:
-    assert unused_settings(parse({"schedule": {"warmup_epochs": 2, "decay": "cosine"}})) == []
+    assert unused_settings(parse({"schedule": {"warmup_epochs": 2, "decay": "cosine"}})) == {}
