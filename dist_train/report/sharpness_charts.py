@@ -183,7 +183,8 @@ def _correlations(
         first = [fmean(item.value for item in found) for found in means.values()]
         rest = [[fmean(item.others[at] for item in found) for found in means.values()] for at in range(len(others))]
         bounds = sum(any(measure.is_bound(item.run) for item in found) for found in means.values())
-        yield Correlation(other, "variants' means", rank_correlation(first, *rest), limits(len(means), bounds, 0))
+        unresolved = sum(any(measure.is_unresolved(item.run) for item in found) for found in means.values())
+        yield Correlation(other, "variants' means", rank_correlation(first, *rest), limits(len(means), bounds, unresolved))
 
 
 def _scatter(key: str, measure: Measure, related: Sequence[_Related]) -> Chart:

@@ -276,11 +276,15 @@ def accuracy_at(run: StoredRun, level: float) -> float | None:
 
 
 def _losses_and_accuracies(run: StoredRun) -> list[tuple[float, float]]:
-    """Return training loss and test accuracy of each step that evaluated both; empty for a run that diverged."""
-    tests = {record.step: record.accuracy for record in run.split("test")}
+    """Return training loss and test accuracy of each step that evaluated both; empty for a run that diverged.
+
+    Of the averaged weights where the run averages them, as the final accuracy.
+    """
     if run.is_diverged:
         return []
-    return [(it.loss, tests[it.step]) for it in run.split("train") if it.step in tests and it.loss > 0]
+    suffix = "-averaged" if run.split("test-averaged") else ""
+    tests = {record.step: record.accuracy for record in run.split(f"test{suffix}")}
+    return [(it.loss, tests[it.step]) for it in run.split(f"train{suffix}") if it.step in tests and it.loss > 0]
 
 
 def _seeds(variant: Variant) -> set[int]:

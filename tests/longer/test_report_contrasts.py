@@ -235,6 +235,20 @@ def test_missing_evaluations_along_training_are_reported(tmp_path: Path) -> None
     assert "nothing can be compared at equal training loss" in text
 
 
+def test_accuracy_at_a_loss_is_that_of_the_averaged_weights(tmp_path: Path) -> None:
+    directory = make_run(tmp_path / "run", treatments()[0], 0, treatments()[0].settings)
+    records = (directory / "metrics.jsonl").read_text().splitlines()
+    evaluations = [record for record in map(json.loads, records) if record.get("split") in ("train", "test")]
+    averaged = [
+        json.dumps({**record, "split": f"{record['split']}-averaged", "accuracy": record["accuracy"] / 2})
+        for record in evaluations
+    ]
+    (directory / "metrics.jsonl").write_text("\n".join([*records, *averaged]) + "\n")
+    run = read_run(directory, "run")
+    level = run.split("train-averaged")[0].loss
+    assert accuracy_at(run, level) == run.split("test-averaged")[0].accuracy == run.split("test")[0].accuracy / 2
+
+
 def test_accuracy_at_a_loss_outside_the_run_is_none(tmp_path: Path) -> None:
     directory = make_run(tmp_path / "run", treatments()[0], 0, treatments()[0].settings)
     run = read_run(directory, "run")

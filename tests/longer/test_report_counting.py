@@ -234,6 +234,7 @@ def test_width_below_the_spacing_of_the_points_is_unresolved(tmp_path: Path) -> 
     assert table[SHARPNESS, ROW, WIDTH].endswith("(n = 3, 1 unresolved)")
     assert table[SHARPNESS_EFFECTS, ROW, WIDTH].endswith("; n = 3, 1 unresolved)")
     assert table[WITH_LOSS, WIDTH, "all runs"].endswith("n = 24, 1 unresolved)")
+    assert table[WITH_LOSS, WIDTH, "variants' means"].endswith("n = 8, 1 unresolved)")
     assert f"{page.of('width-A.2', run=f'{NOISY}-seed-1')[1]} unresolved" in page.text
     change_width(study / f"{NOISY}-seed-1", directions=["torn", {"direction": 0, "left": None}])
     assert cells(study)[SHARPNESS, ROW, WIDTH].endswith("(n = 2)")
