@@ -184,7 +184,8 @@ def _correlations(
         rest = [[fmean(item.others[at] for item in found) for found in means.values()] for at in range(len(others))]
         bounds = sum(any(measure.is_bound(item.run) for item in found) for found in means.values())
         unresolved = sum(any(measure.is_unresolved(item.run) for item in found) for found in means.values())
-        yield Correlation(other, "variants' means", rank_correlation(first, *rest), limits(len(means), bounds, unresolved))
+        counted = limits(len(means), bounds, unresolved)
+        yield Correlation(other, "variants' means", rank_correlation(first, *rest), counted)
 
 
 def _scatter(key: str, measure: Measure, related: Sequence[_Related]) -> Chart:
