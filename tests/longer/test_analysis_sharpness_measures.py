@@ -29,10 +29,12 @@ from dist_train.analysis.sharpness import (
 )
 from dist_train.analysis.sharpness_record import SharpnessSettings
 from dist_train.analysis.subset_loss import SubsetLoss, Vector
+from dist_train.config import NoiseSettings
 from dist_train.data.catalog import make_synthetic
 from dist_train.data.images import BatchRequest
 from dist_train.data.loader import Samples
 from dist_train.models import build_model
+from dist_train.optim.noise_draws import NoiseDraws
 from dist_train.outcome import UsageError
 from tests.raising import raises
 from tests.unit.small_trainers import small_config, state_bits
@@ -89,8 +91,9 @@ class TestKeskar:
                 return (bad if self.calls > calls else value), gradient
 
         known = random_parabola(5, at_minimum=False)
-        loss = Divergent(known.curvatures, known.minimum, known.point(), known.least)
-        assert full_space(loss, SharpnessSettings()) == np.inf
+        for starts in (1, 2):
+            loss = Divergent(known.curvatures, known.minimum, known.point(), known.least)
+            assert full_space(loss, SharpnessSettings(keskar_starts=starts)) == np.inf
 
     @pytest.mark.parametrize("factor", [1e-9, 1e6])
     def test_scale_of_the_loss_does_not_end_the_ascent(self, factor: float) -> None:
@@ -209,6 +212,19 @@ class TestExpectedRise:
             errors.append(error)
         assert np.std(means) == pytest.approx(np.mean(errors), rel=0.3)
 
+    def test_standard_error_of_two_draws_is_half_their_difference(self) -> None:
+        loss = subset_loss(linear_model(), quadratic=True)
+        settings = SharpnessSettings(amplitudes=(0.1,), draws=2)
+        noise = NoiseDraws(NoiseSettings(exclude=settings.exclude), loss.weights, settings.seed)
+        rises = []
+        for draw in range(2):
+            values = noise.draw(loss.clean, 1.0, draw, "expected rise").double().numpy()
+            direction = values[loss.weights.mask(()).bool().numpy()]
+            rises.append(0.01 * float(direction @ quadratic_hessian() @ direction) / 2)
+        [mean], [error] = expected_rises(loss, settings)
+        assert mean == pytest.approx(np.mean(rises), rel=1e-3)
+        assert error == pytest.approx(abs(rises[0] - rises[1]) / 2, rel=1e-2)
+
     def test_excluded_weights_do_not_count(self) -> None:
         loss = subset_loss(linear_model(), quadratic=True)
         settings = SharpnessSettings(exclude=("bias",), amplitudes=(0.1,), draws=250)
@@ -260,6 +276,12 @@ class TestHessian:
         np.testing.assert_array_equal(found[0], [value] * 2)
         np.testing.assert_array_equal(trace_with_error(subset_loss(model), *found, settings), [value] * 2)
 
+    def test_standard_error_of_the_trace_is_that_of_the_mean_over_probes(self) -> None:
+        loss, vectors = subset_loss(linear_model(), quadratic=True), np.zeros((28, 0))
+        found = [trace_with_error(loss, np.zeros(0), vectors, SharpnessSettings(seed=seed)) for seed in range(40)]
+        traces, errors = zip(*found, strict=True)
+        assert np.std(traces) == pytest.approx(np.mean(errors), rel=0.3)
+
     def test_deflation_reduces_the_error_of_the_trace(self) -> None:
         loss = subset_loss(linear_model(), quadratic=True)
         errors = []
@@ -297,6 +319,20 @@ class TestWidths:
         assert (near.censored, far.censored) == (0, 5)
         assert (far.mean, far.standard_error) == (18.0, 0.0)
 
+    def test_direction_is_censored_if_either_side_is_beyond_the_reach(self) -> None:
+        loss, rise = subset_loss(linear_model(), quadratic=True), 0.5
+        hessian, (_, slope) = quadratic_hessian(), loss.value_and_gradient(loss.point())
+        sides = []
+        for index in range(5):
+            values = random_direction(loss.weights, "filter", ("bias",), 0, index).numpy()
+            d = values[loss.weights.mask(()).bool().numpy()]
+            root = math.sqrt((d @ slope) ** 2 + 2 * (d @ hessian @ d) * rise)
+            sides.append([(root - sign * (d @ slope)) / (d @ hessian @ d) for sign in (1, -1)])
+        for pair in sides:
+            settings = SharpnessSettings(exclude=("bias",), width_rises=(rise,), width_reach=float(np.mean(pair)))
+            [found] = basin_widths(loss, settings)
+            assert found.censored == sum(max(each) > settings.width_reach for each in sides)
+
 
 class TestNoiseScale:
     def test_estimate_for_known_gradients_is_unbiased(self) -> None:
@@ -317,6 +353,14 @@ class TestNoiseScale:
         errors = [each.standard_error for each in found if each.standard_error is not None]
         assert np.mean(scales) == pytest.approx(variance / square, rel=0.1)
         assert np.std(scales) == pytest.approx(np.mean(errors), rel=0.3)
+
+    def test_standard_error_is_the_jackknife_over_batches(self) -> None:
+        random, sizes = np.random.default_rng(0), [8, 8, 20, 5]
+        gradients = [np.ones(50) + random.normal(size=50) / math.sqrt(size) for size in sizes]
+        rest = [[other for other in range(4) if other != each] for each in range(4)]
+        values = [noise_scale([gradients[i] for i in each], [sizes[i] for i in each]).value for each in rest]
+        spread = np.var([value for value in values if value is not None])
+        assert noise_scale(gradients, sizes).standard_error == pytest.approx(math.sqrt(3 * spread))
 
     def test_zero_gradient_has_no_noise_scale(self) -> None:
         gradient = np.array([1.0, 2.0])

@@ -341,6 +341,8 @@ def test_promise_6_a_full_disk_is_an_error_and_costs_nothing(tmp_path: Path, mon
     with pytest.raises(OSError, match="full"):
         write(tmp_path, 1, epoch=99.0)
     monkeypatch.undo()
+    with pytest.raises(OSError, match="records"):
+        write_checkpoint(tmp_path, contents(1), lambda: (_ for _ in ()).throw(OSError(errno.ENOSPC, "no records")))
     found, damage = newest(tmp_path)
     assert found is not None
     assert (found.step, found.epoch, damage) == (1, 0.25, {})
@@ -374,6 +376,20 @@ def test_promise_6_a_writer_that_is_killed_leaves_the_one_before(tmp_path: Path,
         check=False,
     )
     assert ended.returncode == -signal.SIGKILL
+    found, damage = newest(tmp_path)
+    assert found is not None
+    assert (found.step, damage) == (1, {})
+
+
+def test_promise_6_one_that_is_killed_while_it_is_written_again_is_not_taken_for_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, 1)
+    write(tmp_path, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic, "write_text", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            write(tmp_path, 2, epoch=99.0)
     found, damage = newest(tmp_path)
     assert found is not None
     assert (found.step, damage) == (1, {})

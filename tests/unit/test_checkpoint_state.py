@@ -112,6 +112,24 @@ def test_the_best_checkpoint_is_the_best_of_those_saved_at_an_evaluation() -> No
     assert (progress.best_saved_step, progress.best_saved_accuracy) == (3, 0.7)
 
 
+def test_an_accuracy_of_an_earlier_step_does_not_make_a_checkpoint_the_best() -> None:
+    progress = Progress(step=1)
+    progress.note_accuracy("test", 0.9)
+    progress.step = 2
+    progress.note_saved()
+    assert (progress.best_saved_step, progress.best_saved_accuracy) == (None, None)
+
+
+def test_the_best_checkpoint_is_chosen_by_the_validation_split_if_there_is_one() -> None:
+    progress = Progress()
+    for step, validation, test in ((1, 0.6, 0.7), (2, 0.5, 0.9)):
+        progress.step = step
+        progress.note_accuracy("validation", validation)
+        progress.note_accuracy("test", test)
+        progress.note_saved()
+    assert (progress.best_saved_step, progress.best_saved_accuracy, progress.best_accuracy) == (1, 0.6, 0.9)
+
+
 def run_with(root: Path, *steps: int) -> RunDirectory:
     directory = RunDirectory(root)
     directory.create()
@@ -133,6 +151,17 @@ def test_a_run_is_gone_on_with_from_its_last_step_under_what_it_decided(tmp_path
     assert resume_point.contents.step == 4
     assert (resume_point.config.batch.micro_size, resume_point.config.precision.threads) == (64, 2)
     assert (resume_point.config.run.max_steps, resume_point.config.metrics.enabled) == (9, False)
+
+
+def test_a_later_checkpoint_in_the_fallback_directory_is_resumed_from(tmp_path: Path) -> None:
+    directory = run_with(tmp_path / "run", 2)
+    fallback = directory.fallback(tmp_path / "spare")
+    fallback.mkdir(parents=True)
+    write_checkpoint(fallback, contents(4, config=DECIDED.model_dump(mode="json")), lambda: None)
+    found = find_resume_point(parse(checkpoint={"fallback_directory": str(tmp_path / "spare")}), directory).contents
+    assert found is not None
+    assert found.step == 4
+    assert ([file.step for file in list_checkpoints(directory.checkpoints)], list_checkpoints(fallback)) == ([2, 4], [])
 
 
 def test_promise_5_other_settings_are_refused_by_name(tmp_path: Path) -> None:

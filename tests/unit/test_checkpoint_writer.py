@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_train.checkpoint.files import adopt, list_checkpoints, read_checkpoint
+from dist_train.checkpoint.files import (
+    CheckpointFile,
+    Contents,
+    adopt,
+    list_checkpoints,
+    read_checkpoint,
+    write_checkpoint,
+)
 from dist_train.checkpoint.writer import CheckpointWriter, NotWritten, Written
 from dist_train.config.sections import CheckpointSettings
 from tests.unit.checkpoint_files import contents
@@ -26,15 +33,25 @@ def wait_for(event: threading.Event) -> None:
 
 
 @pytest.mark.parametrize("background", [True, False])
-def test_what_is_written_is_the_state_at_the_moment_of_submission(tmp_path: Path, background: bool) -> None:
+def test_what_is_written_is_the_state_at_the_moment_of_submission(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, background: bool
+) -> None:
     go = threading.Event()
     if not background:
         go.set()
-    writer = CheckpointWriter(tmp_path, CheckpointSettings(background=background), lambda: wait_for(go))
-    state = contents(1)
+
+    def write_later(folder: Path, state: Contents, before_publishing: Callable[[], None]) -> CheckpointFile:
+        wait_for(go)
+        return write_checkpoint(folder, state, before_publishing)
+
+    monkeypatch.setattr("dist_train.checkpoint.writer.write_checkpoint", write_later)
+    writer = CheckpointWriter(tmp_path, CheckpointSettings(background=background), nothing)
+    state = contents(1, average={"kept": [{"weight": torch.ones(3)}]}, noise={"strength": torch.ones(3)})
     writer.submit(state, None)
     writer.wait_until_copied()
     state.model["weight"].fill_(99.0)
+    state.average["kept"][0]["weight"].fill_(99.0)
+    state.noise["strength"].fill_(99.0)
     state.optimizer["state"][0]["momentum_buffer"].fill_(99.0)
     state.optimizer["param_groups"][0]["lr"] = 99.0
     go.set()
@@ -44,6 +61,8 @@ def test_what_is_written_is_the_state_at_the_moment_of_submission(tmp_path: Path
     read = read_checkpoint(result.file.path)
     assert torch.equal(read.model["weight"], torch.full((3,), 1.0))
     assert torch.equal(read.optimizer["state"][0]["momentum_buffer"], torch.full((3,), 1.0))
+    assert torch.equal(read.average["kept"][0]["weight"], torch.ones(3))
+    assert torch.equal(read.noise["strength"], torch.ones(3))
     assert read.optimizer["param_groups"] == [{"lr": 0.1, "params": [0]}]
     assert read.config == state.config
 
@@ -171,6 +190,25 @@ def test_what_is_refused_lies_in_the_fallback_until_the_next_one_is_written(tmp_
     adopt(fallback, disk)
     assert ([file.step for file in list_checkpoints(disk)], list_checkpoints(fallback)) == ([1], [])
     assert read_checkpoint(disk / result.fallback.name).step == 1
+
+
+def test_the_fallback_holds_the_last_one_alone_and_none_once_there_is_room(tmp_path: Path) -> None:
+    disk, fallback, full = tmp_path / "disk", tmp_path / "elsewhere", threading.Event()
+    disk.mkdir()
+    full.set()
+
+    def fail() -> None:
+        if full.is_set():
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    writer = CheckpointWriter(disk, CheckpointSettings(), fail, fallback)
+    writer.submit(contents(1), None)
+    writer.submit(contents(2), None)
+    assert [type(result) for result in wait_for_results(writer, 2)] == [NotWritten, NotWritten]
+    assert [file.step for file in list_checkpoints(fallback)] == [2]
+    full.clear()
+    writer.close()
+    assert ([file.step for file in list_checkpoints(disk)], list_checkpoints(fallback)) == ([2], [])
 
 
 def wait_for_results(writer: CheckpointWriter, count: int) -> list[Written | NotWritten]:

@@ -94,6 +94,28 @@ def test_nobody_is_let_in_once_a_rank_has_finished() -> None:
     assert not decide(state, PeerLost(11))[1]
 
 
+def test_no_process_joins_once_a_rank_has_finished_even_after_a_loss() -> None:
+    state = after(met(3), PeerConnected(Peer(20, 3)), PeerReady(20, 0), PeerLost(10), PeerLost(11, "died"))
+    told = said(state, PeerReady(12, 1))
+    assert {to: message.fields["size"] for to, message in told.items()} == {12: 1}
+
+
+def test_no_more_than_max_ranks_join_and_the_others_keep_waiting() -> None:
+    state = after(met(2), PeerLost(10, "died"), PeerReady(11, 1))
+    state = after(
+        state, *(event for each in (20, 21) for event in (PeerConnected(Peer(each, each)), PeerReady(each, 0)))
+    )
+    told = said(state, PeerReady(11, 2))
+    assert {to: message.fields["rank"] for to, message in told.items()} == {11: 0, 20: 1}
+    state = after(state, PeerReady(11, 2))
+    assert {peer.id: (peer.rank, peer.is_ready) for peer in state.joiners} == {21: (None, True)}
+
+
+def test_a_report_about_a_past_generation_stops_nobody() -> None:
+    state = after(met(3), PeerLost(11, "died"), PeerReady(10, 1), PeerReady(12, 1))
+    assert decide(state, PeerReady(12, 1, why="gradient.0")) == (state, ())
+
+
 def test_a_loss_before_anybody_trains_ends_the_launch() -> None:
     state = after(Membership(2, 1, 2), PeerConnected(Peer(7, 0)), PeerConnected(Peer(8, 1)))
     assert said(state, PeerLost(7, "died"))[8].kind == "end"

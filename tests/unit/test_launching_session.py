@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import re
@@ -27,7 +28,7 @@ from dist_train.launching.run import Regrouping, _leave, train
 from dist_train.launching.session import Session, build_observers, revision
 from dist_train.monitoring.observers import Observers
 from dist_train.outcome import DisagreementError, DivergedError, StoppedError, UsageError
-from dist_train.rundir.paths import RunDirectory
+from dist_train.rundir.paths import LockRequest, RunDirectory
 from dist_train.rundir.records import (
     EventRecord,
     Measurement,
@@ -42,6 +43,7 @@ from dist_train.rundir.status import read_status
 from dist_train.training.stopping import StopRequests
 from dist_train.training.trainer import Trainer
 from tests.raising import raises
+from tests.unit.checkpoint_files import write
 from tests.unit.simulated_ranks import SimulatedRanks, results
 from tests.unit.small_trainers import small_config
 from tests.unit.test_cli_commands import write_config
@@ -253,6 +255,44 @@ def test_records_that_cannot_be_flushed_keep_the_checkpoint_back_and_are_recorde
     session.before_publishing()
     assert read_records(directory.metrics) == (first, second)
     session.finish()
+
+
+def test_a_run_directory_that_was_replaced_gets_no_checkpoint(tmp_path: Path) -> None:
+    session, _ = begun(tmp_path / "run", Alone())
+    session.lock = LockRequest(session.directory.root, session.directory.lock).wait(0)
+    session.before_publishing()
+    (tmp_path / "run").rename(tmp_path / "moved")
+    begun(tmp_path / "run", Alone())
+    LockRequest(session.directory.root, session.directory.lock).wait(0)
+    with pytest.raises(OSError, match="replaced"):
+        session.before_publishing()
+
+
+def test_the_last_good_checkpoint_is_not_one_whose_evaluation_was_not_finite(tmp_path: Path) -> None:
+    session, told = begun(tmp_path, Alone())
+    for step, non_finite in ((1, None), (2, 2)):
+        write(session.directory.checkpoints, step, metrics={"non_finite_step": non_finite})
+    session.fail(DivergedError("the loss is not finite"))
+    assert [end.reason for end in told.ends] == [
+        f"the loss is not finite; the last good checkpoint is {session.directory.checkpoint(1)}"
+    ]
+
+
+@pytest.mark.parametrize("by", ["lose", "fail"])
+def test_what_a_failed_rank_has_recorded_of_itself_is_kept(tmp_path: Path, by: str) -> None:
+    session, _ = begun(tmp_path, Alone())
+    path = session.directory.status
+    fields = json.loads(path.read_text())
+    path.write_text(
+        json.dumps({**fields, "pid": os.getpid() + 1, "state": "failed", "reason": "rank 1: no such device"})
+    )
+    if by == "lose":
+        session.lose("rank 1 died")
+    else:
+        session.fail(RankLostError("rank 1 died"))
+    status = read_status(path)
+    assert status is not None
+    assert status.reason == "rank 1: no such device"
 
 
 @pytest.mark.parametrize("error", [RankLostError("the run has ended meanwhile"), OSError("no such device")])

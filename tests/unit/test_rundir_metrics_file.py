@@ -164,7 +164,7 @@ def test_rewind_drops_what_the_checkpoint_has_not_seen(tmp_path: Path) -> None:
         event(1, "resumed"),
     ]
     dropped: list[Record] = [
-        event(2, "resumed"),
+        *(event(2, name) for name in ("resumed", "lengthened", "initialized", "plugins_changed")),
         train(3),
         evaluation(3),
         event(3, "signal"),

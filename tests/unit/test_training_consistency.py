@@ -86,6 +86,12 @@ def test_a_script_beside_a_plug_in_is_no_part_of_it(tmp_path: Path, monkeypatch:
     assert list(files) == [f"{tmp_path.name}/beside_mine.py", f"{tmp_path.name}/mine.py"]
 
 
+def test_the_files_of_plug_ins_are_part_of_the_code(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def model(images, width, norm): ...\n")
+    config = parse_config({"model": {"name": f"{tmp_path}/mine.py:model"}}, source="test")
+    assert f"{tmp_path.name}/mine.py" in consistency.code_of(config)
+
+
 def test_an_environment_beside_a_plug_in_is_no_part_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     installed = tmp_path / ".venv" / "lib" / "python3" / "site-packages"
     installed.mkdir(parents=True)

@@ -306,6 +306,27 @@ def test_16_bits_are_refused_to_more_gradients_than_they_can_sum_accurately() ->
         build(gradients=257)
 
 
+@pytest.mark.parametrize(
+    ("ranks", "batch", "model"),
+    [
+        (1, {"global_size": 26, "micro_size": 1}, {}),
+        (1, {"global_size": 20, "micro_size": 1, "schedule": [{"epoch": 1, "global_size": 30}]}, {}),
+        (2, {"global_size": 26, "micro_size": 2}, {"norm": "sync"}),
+    ],
+    ids=["points", "the largest batch", "ranks that share micro-batches"],
+)
+def test_the_terms_of_a_sum_are_all_gradients_of_the_largest_batch(
+    tmp_path: Path, ranks: int, batch: dict[str, Any], model: dict[str, Any]
+) -> None:
+    def build(comm: Communicator, draws: int) -> None:
+        sections = {"batch": batch, "model": {"norm": "none", **model}, "noise": {"draws": draws}}
+        build_trainer(small_config(comm={"reduction": "exact16"}, **sections), tmp_path, comm)
+
+    results(ranks, lambda comm: build(comm, 8))
+    with raises(UsageError, "exact16-micro-batches"):
+        results(ranks, lambda comm: build(comm, 10))
+
+
 CONFIG: dict[str, Any] = {"comm": {"reduction": "exact32"}, "noise": {"sharing": "micro_batch"}}
 CONFIGS = {"exact32": CONFIG, "exact16": {**CONFIG, "comm": {"reduction": "exact16"}}}
 

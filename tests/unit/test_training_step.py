@@ -19,7 +19,7 @@ from dist_train.config import ImageFormat
 from dist_train.data.images import BatchRequest
 from dist_train.data.plan import batch_indices, epoch_order
 from dist_train.models import build_model
-from dist_train.models.norms import NormFactory
+from dist_train.models.norms import NormFactory, running_statistics
 from dist_train.outcome import DivergedError, OutOfMemoryError, UsageError
 from dist_train.training.step import GlobalBatch, Update, clip_gradient
 from dist_train.training.trainer import Trainer
@@ -115,6 +115,16 @@ def test_sam_s_statistics_count_each_sample_once(tmp_path: Path) -> None:
     take(plain)
     for name, buffer in sam.items():
         torch.testing.assert_close(buffer, plain.network.get_buffer(name), rtol=1e-4, atol=0)
+
+
+def test_statistics_over_several_points_are_means_over_them(tmp_path: Path) -> None:
+    noise = {"amplitude": 1e-6, "draws": 2, "antithetic": True}
+    trainer = build_trainer(small_config(noise=noise), tmp_path, Alone())
+    take(trainer)
+    plain = build_trainer(small_config(noise={"method": "none"}), tmp_path, Alone())
+    take(plain)
+    for name, buffer in running_statistics(trainer.network).items():
+        torch.testing.assert_close(buffer, plain.network.get_buffer(name), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
@@ -290,6 +300,21 @@ def test_a_gradient_out_of_the_integers_range_is_a_divergence_said_so(tmp_path: 
     for error in on_ranks(2, lambda comm: step(comm, "exact")):
         assert isinstance(error, DivergedError)
         assert error.code == "step-not-finite"
+
+
+def test_a_gradient_that_float16_cannot_hold_on_its_way_is_a_divergence_and_leaves_the_weights(tmp_path: Path) -> None:
+    comm = {"reduction": "float", "compression": "fp16"}
+    config = small_config(model={"norm": "none", "width": 0.0625}, comm=comm)
+    trainer = build_trainer(config, tmp_path, Alone())
+
+    def steepen(module: nn.Module, inputs: object, outputs: Tensor) -> None:
+        outputs.register_hook(lambda gradient: gradient * 1e7)
+
+    trainer.take_step.model.register_forward_hook(steepen)
+    before = trainer.take_step.weights.values.clone()
+    with raises(DivergedError, "step-not-finite"):
+        take(trainer)
+    assert torch.equal(trainer.take_step.weights.values, before)
 
 
 def test_promise_7_one_rank_s_request_to_stop_reaches_all(tmp_path: Path) -> None:
