@@ -11,9 +11,9 @@ usage: launch/demo.sh [section.key=value ...]
 
   launch/demo.sh run.epochs=3
 
-Two ranks train on Fashion-MNIST with a global batch of 8192 and noise, as in configs/demo.yaml with the
-given settings changed; then the learning curve is drawn and the report is written. Creates .venv and
-fetches the images if they are missing.
+Two ranks (one on a machine with a single GPU) train on Fashion-MNIST with a global batch of 8192 and
+noise, as in configs/demo.yaml with the given settings changed; then the learning curve is drawn and the
+report is written. Creates .venv and fetches the images if they are missing.
 
 The environment variables of launch/local.sh and docker/environment.sh apply.
 EOF
@@ -26,15 +26,21 @@ python=$root/.venv/bin/python
 docker/environment.sh
 images=$(docker/fashion_mnist.sh)
 settings=(configs/demo.yaml "data.root=$images" "$@")
-"$python" - <<'EOF'
+ranks=$(
+    "$python" - "$@" <<'EOF'
+import sys
+
 import torch
 
+gpus = 0 if "run.device=cpu" in sys.argv else torch.cuda.device_count()
 if torch.version.cuda is None:
-    print(f"demo: torch {torch.__version__} is built for CPUs: training on the CPU")
+    print(f"demo: torch {torch.__version__} is built for CPUs: training on the CPU", file=sys.stderr)
 elif not torch.cuda.is_available():
-    print("demo: no GPU found: training on the CPU")
+    print("demo: no GPU found: training on the CPU", file=sys.stderr)
+print(1 if gpus == 1 else 2)  # two ranks cannot share a GPU
 EOF
-launch/local.sh -np 2 train "${settings[@]}"
+)
+launch/local.sh -np "$ranks" train "${settings[@]}"
 run=$("$python" -m dist_train config run-directory "${settings[@]}")
 picture=$("$python" -m dist_train curve "$run")
 report=$("$python" -m dist_train report "$run")

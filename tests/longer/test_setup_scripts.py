@@ -361,6 +361,26 @@ def test_incomplete_fashion_mnist_is_not_downloaded_over(clone: Path, tmp_path: 
     assert kept.is_file()
 
 
+@pytest.mark.parametrize(("gpus", "settings", "ranks"), [(0, "", 2), (1, "", 1), (1, "run.device=cpu", 2), (8, "", 2)])
+def test_the_demo_starts_no_more_ranks_than_there_are_gpus(
+    tmp_path: Path, gpus: int, settings: str, ranks: int
+) -> None:
+    launch, python = tmp_path / "launch", tmp_path / ".venv" / "bin"
+    write_scripts(launch, **{"local.sh": f'echo "$@" >{tmp_path}/started; exit 9'})
+    shutil.copy(ROOT / "launch/demo.sh", launch)
+    write_scripts(tmp_path / "docker", **{"environment.sh": "", "fashion_mnist.sh": "echo images"})
+    python.mkdir(parents=True)
+    write_scripts(python, python=f'PYTHONPATH={tmp_path} exec {sys.executable} "$@"')
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch/__init__.py").write_text(
+        f"from types import SimpleNamespace as _Of\n__version__ = '2.15.0'\nversion = _Of(cuda='13.2')\n"
+        f"cuda = _Of(device_count=lambda: {gpus}, is_available=lambda: {gpus} > 0)\n"
+    )
+    assert run(launch / "demo.sh", *settings.split(), environment=environment()).returncode == 9
+    words = ["-np", str(ranks), "train", "configs/demo.yaml", "data.root=images", *settings.split()]
+    assert (tmp_path / "started").read_text().split() == words
+
+
 def test_missing_debian_packages_are_named_with_the_tests_that_need_them(tmp_path: Path) -> None:
     path = bare_path(tmp_path / "bin")
     result = run(ROOT / "docker/debian_packages.sh", environment={"PATH": path, "HOME": str(tmp_path)})
