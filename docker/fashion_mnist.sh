@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Prints the folder with the four files of Fashion-MNIST: the one of Debian's package
 # dataset-fashion-mnist where that is installed, else one in the cache
-# ($DIST_TRAIN_CACHE/datasets, default ~/.cache/dist_train/datasets), filled from the package, without root.
+# ($DIST_TRAIN_CACHE/datasets, default ~/.cache/dist_train/datasets), filled from the package on Debian and
+# Ubuntu, without root.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -23,7 +24,7 @@ for folder in "$installed" "$kept"; do
     fi
 done
 
-fix="put its four files (train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, t10k-images-idx3-ubyte.gz, t10k-labels-idx1-ubyte.gz) into $kept, or, with root: apt-get install $package"
+fix="put its four files (train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, t10k-images-idx3-ubyte.gz, t10k-labels-idx1-ubyte.gz, from data/fashion of github.com/zalandoresearch/fashion-mnist) into $kept, or, with root: apt-get install $package"
 [[ ! -d $kept ]] || rmdir "$kept" 2>/dev/null || complete "$kept" ||
     fail "$kept holds only a part of Fashion-MNIST; remove it and run this again, or $fix"
 { have apt-get && have dpkg; } || fail "Fashion-MNIST is not on this machine, and there is no apt to fetch it with; $fix"

@@ -70,8 +70,9 @@ _STEMS = {
 }
 _SIDE = 28
 _FASHION_MNIST_FIX = (
-    "Fetch the files with `apt-get install dataset-fashion-mnist` (without root: `docker/fashion_mnist.sh`), "
-    "or set data.root to a folder that holds the four IDX files (plain or .gz)."
+    "Fetch the files with `apt-get install dataset-fashion-mnist` (without root, on Debian and Ubuntu: "
+    "`docker/fashion_mnist.sh`), or set data.root to a folder that holds the four IDX files (plain or .gz) of "
+    "github.com/zalandoresearch/fashion-mnist."
 )
 
 
