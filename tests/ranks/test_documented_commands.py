@@ -70,7 +70,7 @@ TESTED_HERE = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder like the checkout, with a demo of one second, and the runs and images that the pages name."""
+    """A folder like the checkout, with a demo of one second that has been run, and the runs and images that the pages name."""
     folder = tmp_path_factory.mktemp("checkout")
     for name in ("launch", "slurm", "studies"):
         (folder / name).symlink_to(ROOT / name)
@@ -78,6 +78,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(ROOT / "configs", folder / "configs")
     settings = small_settings(run={"name": "demo", "epochs": 1})
     (folder / "configs" / "demo.yaml").write_text(yaml.safe_dump(settings))
+    train_alone(str(folder / "configs" / "demo.yaml"), folder / "runs" / "demo")
     write_folder(folder / "images", per_class=24)
     for name, rate in (("sb", 0.05), ("lb", 0.02)):
         run = folder / "runs" / name
