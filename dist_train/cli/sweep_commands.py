@@ -22,7 +22,7 @@ from dist_train.cli.common import (
     print_table,
     warn_of_unused,
 )
-from dist_train.outcome import ExitCode, UsageError, escaped
+from dist_train.outcome import ExitCode, UsageError, escaped, printable, say_on_stderr, text_with_code
 
 if TYPE_CHECKING:
     from dist_train.sweep.planned_runs import Plan, PlannedRun
@@ -303,6 +303,7 @@ def _submission(arguments: argparse.Namespace, file: Path, directory: Path, name
 
 def _submit(arguments: argparse.Namespace) -> int:
     from dist_train.config.loading import located
+    from dist_train.launching.run import refusals
     from dist_train.sweep.submission import describe_batch, submit_run, write_script
 
     config = named_config(arguments)
@@ -310,6 +311,9 @@ def _submit(arguments: argparse.Namespace) -> int:
     submission = _submission(arguments, located(arguments.config).absolute(), directory, config.run.name)
     plan = describe_batch(config, submission.ranks)
     warn_of_unused(config)
+    # Only warnings: a login node may lack files that the job's nodes have.
+    for error in refusals(config):
+        say_on_stderr(printable(f"dist-train: warning: on this node: {text_with_code(error)}"))
     # The standard output of a dry run is the script alone, so that it can be piped into a file.
     print("\n".join(plan), file=sys.stderr if arguments.dry_run else sys.stdout)
     if arguments.dry_run:

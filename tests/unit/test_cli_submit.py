@@ -13,6 +13,7 @@ from dist_train.config import load_config
 from dist_train.config.loading import project_root
 from dist_train.outcome import ExitCode, UsageError
 from dist_train.sweep.submission import describe_batch
+from tests.archives import write_fashion_mnist
 from tests.raising import raises
 from tests.unit.studies import write_study
 
@@ -55,6 +56,20 @@ def test_a_dry_run_prints_the_script_and_submits_nothing(
     assert printed.out.replace(str(tmp_path), "FOLDER").replace(str(project_root()), "ROOT") == SCRIPT
     assert "32 ranks x 2 micro-batches a step" in printed.err
     assert sorted(tmp_path.iterdir()) == [config]
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_what_train_would_refuse_on_this_node_is_a_warning(
+    config: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, is_there: bool
+) -> None:
+    if is_there:
+        write_fashion_mnist(tmp_path, "train")
+        write_fashion_mnist(tmp_path, "test")
+    words = ("data.name=fashion-mnist", "data.root=.", "--dry-run")
+    assert main(["submit", str(config), *words]) == ExitCode.FINISHED
+    printed = capsys.readouterr()
+    assert printed.out.startswith("#!/usr/bin/env bash\n")
+    assert ("[data-missing]" in printed.err) is not is_there
 
 
 def test_without_a_word_on_resources_it_asks_for_whole_nodes(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
