@@ -184,7 +184,7 @@ def find_checkpoint(target: Path) -> Path:
     if found is None:
         wanted = "best checkpoint" if which == "best" else f"checkpoint of step {which}"
         steps = ", ".join(str(file.step) for file in files)
-        raise UsageError(f"{run.root} has no {wanted}; it has those of steps {steps}", code="no-checkpoint")
+        raise UsageError(f"{run.root} has no {wanted}; it has those of steps {steps}", code="checkpoint-missing")
     return found.path
 
 

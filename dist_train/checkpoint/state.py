@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +34,8 @@ from dist_train.optim.optimizers import state_tensors
 from dist_train.outcome import UsageError, check_choice, reading
 from dist_train.rundir.paths import RunDirectory, checkpoint_name
 
+_logger = logging.getLogger("dist_train.checkpoints")
+
 
 @dataclass(frozen=True)
 class ResumePoint:
@@ -59,9 +61,12 @@ def find_resume_point(config: Config, directory: RunDirectory) -> ResumePoint:
     if config.checkpoint.fallback_directory is not None:
         adopt(directory.fallback(config.checkpoint.fallback_directory), checkpoints)
     named = None if config.run.resume == "auto" else Path(config.run.resume)
+    is_missing = False
     if named is not None and not named.exists():
-        with suppress(UsageError):  # it is needed only if the run has no checkpoint of its own
+        try:
             named = find_checkpoint(named)
+        except UsageError as error:  # it is needed only if the run has no checkpoint of its own
+            is_missing = error.code == "checkpoint-missing"
     damage: dict[str, str] = {}
     contents = None
     try:
@@ -77,6 +82,8 @@ def find_resume_point(config: Config, directory: RunDirectory) -> ResumePoint:
             f"from it (another run.name), or move the later ones away and leave run.resume out",
             code="checkpoint-not-last",
         )
+    if contents is not None and is_missing:
+        _logger.warning("%s is gone: the run resumes from its own last checkpoint, step %d", named, contents.step)
     if contents is None and named is not None:
         # The run starts from another run's checkpoint; once it has its own, it resumes from that, as when requeued.
         contents = read_stored(named).contents

@@ -296,7 +296,9 @@ class MetricsSettings(Section):
     """
 
     enabled: bool = True
-    """Serve metrics to Prometheus during the run."""
+    """Serve metrics to Prometheus during the run. If false, and the run has no loggers or callbacks, its ranks are not
+    measured: there is no `ranks.json`.
+    """
     host: str = Field("127.0.0.1", examples=["0.0.0.0"])  # nosec B104
     """Address to listen at; 0.0.0.0: every address of the node."""
     port: Annotated[int, Field(ge=0, le=65535)] = Field(9810, examples=[0])

@@ -59,7 +59,7 @@ def test_load_run_gives_status_configuration_and_metrics(run: Path) -> None:
         rows = rows.to_dict("records")
     assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, loaded.status.step + 1))
     assert loaded.checkpoint("best") in map(loaded.checkpoint, loaded.steps)
-    with raises(UsageError, code="no-checkpoint"):
+    with raises(UsageError, code="checkpoint-missing"):
         loaded.model(step=1)
     with raises(UsageError, code="target-missing"):
         dist_train.load_run(run.parent / "nowhere")

@@ -201,6 +201,18 @@ def test_an_earlier_checkpoint_of_the_run_itself_is_refused(tmp_path: Path, name
     assert found.step == 2
 
 
+@pytest.mark.parametrize("step", [2, 7])
+def test_a_checkpoint_to_resume_from_that_is_gone_is_told(
+    tmp_path: Path, step: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = run_with(tmp_path / "run", 4, 7)
+    with caplog.at_level(logging.WARNING):
+        found = find_resume_point(parse(run={"resume": f"{tmp_path / 'run'}@{step}"}), directory).contents
+    assert found is not None
+    assert found.step == 7
+    assert len(caplog.records) == (step == 2)
+
+
 def test_a_longer_run_is_one_that_is_lengthened_and_a_shorter_one_is_refused(tmp_path: Path) -> None:
     directory = run_with(tmp_path, 4)
     resume_point = find_resume_point(parse(run={"epochs": 30}), directory)

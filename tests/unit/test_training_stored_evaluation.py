@@ -59,7 +59,7 @@ class TestFinding:
         assert find_checkpoint(Path("demo")) == last.path
         assert find_checkpoint(Path("demo@3")) == checkpoints / "step-00000003.pt"
         assert find_checkpoint(Path("demo@best")) == checkpoints / f"step-{last.metrics['best_saved_step']:08d}.pt"
-        with raises(UsageError, "no-checkpoint"):
+        with raises(UsageError, "checkpoint-missing"):
             find_checkpoint(Path("demo@4"))
         with raises(UsageError, "target-missing") as refused:
             find_checkpoint(Path("dmo"))
