@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import argparse
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -58,5 +58,15 @@ def main(record: Path, page: Path) -> None:
     page.write_text(text, encoding="utf-8")
 
 
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.document", description="Update the tables of PAGE from the rows in RECORD."
+    )
+    parser.add_argument("record", type=Path, metavar="RECORD", help="such as results/performance-cpu.json")
+    parser.add_argument("page", type=Path, metavar="PAGE", help="such as docs/performance.md")
+    return parser
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    arguments = _parser().parse_args()
+    main(arguments.record, arguments.page)

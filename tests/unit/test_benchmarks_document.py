@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,6 +41,14 @@ def test_each_machine_has_a_table_with_its_groups_in_their_usual_order() -> None
         "| stated | we | they | 1.500 | 1.500-1.500 | 1 | 30,000 MB | stated |",
         "| stated | we | they | 1.500 | 1.500-1.500 | 1 | 30,000 MB | stated |",
     ]
+
+
+def test_the_command_without_files_says_what_it_takes() -> None:
+    words = [sys.executable, "-m", "benchmarks.document"]
+    ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert "RECORD PAGE" in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 def test_renewing_changes_what_is_between_the_markers(tmp_path: Path) -> None:
