@@ -155,7 +155,7 @@ def _measured_conversion() -> float:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__)
-    parser.add_argument("--measure", action="store_true", help="measure this machine (several minutes)")
+    parser.add_argument("--measure", action="store_true", help="measure this machine (a quarter of an hour)")
     parser.add_argument("--record", type=Path, default=RECORD, help="file of the measurements")
     parser.add_argument("--updates", type=int, default=5, help="timed updates per launch")
     parser.add_argument("--launches", type=int, default=2, help="launches of each kind")
