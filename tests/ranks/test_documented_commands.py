@@ -70,7 +70,7 @@ TESTED_HERE = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder like the checkout, with a demo of one second that has been run, and the runs and images that the pages name."""
+    """A folder like the checkout, where a demo of one second has run, with the runs and images that the pages name."""
     folder = tmp_path_factory.mktemp("checkout")
     for name in ("launch", "slurm", "studies"):
         (folder / name).symlink_to(ROOT / name)
