@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import difflib
 import io
+import os
 import re
 import signal
 import sys
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext, redirect_stderr
+from contextlib import nullcontext, redirect_stderr, suppress
 from typing import Any, NoReturn
 
 from dist_train import __version__
@@ -59,6 +60,7 @@ _COMMANDS = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command in `arguments` (default: the command line), and return its exit code."""
+    _open_standard_descriptors()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # some encodings lack characters of curves, tables and reasons
     try:
@@ -83,6 +85,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 sys.stderr.flush()
         except OSError:
             sys.stderr = None  # likewise: the interpreter would then end with code 120
+
+
+def _open_standard_descriptors() -> None:
+    """Open those of the descriptors 0 to 2 that are closed, so that no socket and no file of a run gets their number.
+
+    Else /dev/null replaces the socket in a child process, and warnings of C++ end in the file.
+    """
+    with suppress(OSError):  # a container may have no /dev/null
+        for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+            try:
+                os.fstat(descriptor)
+            except OSError:
+                # the lowest free number; inheritable, for commands that are started without streams of their own
+                os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+                if getattr(sys, name) is None:
+                    setattr(sys, name, os.fdopen(descriptor, "w" if descriptor else "r", closefd=False))
 
 
 def _run(words: list[str]) -> int:

@@ -259,7 +259,9 @@ TERMINAL_VARIABLE = "DIST_TRAIN_TERMINAL"  # `[host:]/dev/pts/N`: launchers put 
 
 
 def open_console(environment: Mapping[str, str] = os.environ) -> Observer:
-    """Return a bar if the output is a terminal, otherwise plain lines."""
+    """Return a bar if the output is a terminal, nothing if there is no output, otherwise plain lines."""
+    if sys.stdout is None or sys.stdout.closed:  # as in a daemon
+        return Observer()
     if environment.get("TERM", "dumb") in ("dumb", "unknown"):
         return PlainLines(sys.stdout)
     if terminal := launcher_terminal(environment.get(TERMINAL_VARIABLE, "")):

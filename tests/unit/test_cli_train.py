@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 from dist_train.cli.main import main
 from dist_train.cluster.launch import MEMBERSHIP_VARIABLE
 from dist_train.config import load_config
+from dist_train.rundir.status import load_status
 from tests.unit.checkpoint_files import write
 from tests.unit.test_cli_commands import write_config
 from tests.waiting import PATIENCE
@@ -74,6 +76,16 @@ def test_an_interrupted_command_ends_by_the_signal_without_a_traceback() -> None
     )
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=PATIENCE, cwd=ROOT)
     assert (ended.returncode, ended.stderr) == (-signal.SIGINT, "")
+
+
+@pytest.mark.parametrize("closed", ["<&-", "<&- >&- 2>&-"])
+def test_a_launch_trains_with_closed_standard_descriptors(closed: str, tmp_path: Path) -> None:
+    words = ["launch", "-np", "2", "train", write_config(tmp_path), "--run-dir", str(tmp_path / "run")]
+    command = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-m", "dist_train", *words]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, cwd=ROOT, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads((tmp_path / "run/run.lock").read_text())["host"]
+    assert load_status(tmp_path / "run/status.json").state == "finished"
 
 
 _SCRIPT = """

@@ -286,6 +286,15 @@ def test_a_pipe_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(open_console({"TERM": "xterm"}), PlainLines)
 
 
+@pytest.mark.parametrize("term", ["xterm", "dumb"])
+@pytest.mark.parametrize("is_closed", [True, False])
+def test_a_daemon_without_an_output_gets_nothing(term: str, is_closed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    stream.close()
+    monkeypatch.setattr(sys, "stdout", stream if is_closed else None)
+    open_console({"TERM": term}).begin(FACTS)
+
+
 @pytest.mark.parametrize("host", [f"{socket.gethostname()}:", ""])
 def test_a_rank_behind_a_launcher_draws_on_the_terminal_that_the_launch_script_names(
     host: str, terminal: Terminal
