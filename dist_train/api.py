@@ -246,12 +246,19 @@ def _compared_images(model: nn.Module, config: Config) -> Tensor:
 
 @contextmanager
 def _replacing(output: Path) -> Iterator[Path]:
-    """Yield a path in a new folder to write to, then move the file to `output`. Raises UsageError."""
-    with writing(output, "choose another file with -o FILE"):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
+    """Yield a path in a new folder to write to, then move the file to `output`, or where that links. Raises UsageError.
+
+    A device or a pipe is refused: the file would replace it.
+    """
+    fix = "choose another file with -o FILE"
+    with writing(output, fix):
+        if output.exists() and not output.is_file() and not output.is_dir():
+            raise UsageError(f"cannot write {output} (it is not a regular file): {fix}", code="output-unwritable")
+        target = Path(os.path.realpath(output))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
             yield Path(folder, output.name)
-            os.replace(Path(folder, output.name), output)
+            os.replace(Path(folder, output.name), target)
 
 
 _Loaded = Callable[[Tensor], Tensor]
