@@ -33,7 +33,7 @@ from dist_train.data.plan import BatchPlan
 from dist_train.launching import train
 from dist_train.outcome import CodedError, DivergedError, ExitCode, UsageError, check_choice, writing
 from dist_train.report.drawing import RangeTest, draw_learning_curve, read_range_test, write_range_test
-from dist_train.rundir.paths import RunDirectory, run_folder
+from dist_train.rundir.paths import RunDirectory, in_utf8, run_folder
 from dist_train.rundir.records import EvaluationRecord, EventRecord, Record, TrainRecord, read_records
 from dist_train.rundir.status import Status, load_status, record_end
 from dist_train.training.evaluation import evaluate_stored, stored_config, stored_model
@@ -139,9 +139,9 @@ def load_run(path: Path | str) -> Run:
         ('finished', (32,))
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is none, or its name is not UTF-8.
     """
-    directory = RunDirectory(run_folder(Path(path), code="target-missing"))
+    directory = RunDirectory(in_utf8(run_folder(Path(path), code="target-missing")))
     if not directory.config.is_file():
         raise UsageError(f"{path}: there is no such run", code="target-missing")
     return Run(directory)
@@ -200,7 +200,7 @@ def export(target: Path | str, to: Format, output: Path | str | None = None, wei
     # not run.name, which all runs with --run-dir may share
     name = RunDirectory.of_checkpoint(stored.path.resolve()).root.name
     which = "-averaged" if weights == "averaged" else ""
-    output = Path(output or f"{name}-{contents.step:08d}{which}{suffix}")
+    output = in_utf8(Path(output or f"{name}-{contents.step:08d}{which}{suffix}"))
     named = next((other for other, (ending, _) in _FORMATS.items() if ending == output.suffix), to)
     if named != to:
         raise UsageError(f"{output} is named as {named}: name it *{suffix}, or choose --to {named}", code="output-form")

@@ -19,7 +19,7 @@ import torch
 from dist_train.outcome import UsageError
 from dist_train.rundir import atomic
 from dist_train.rundir.atomic import json_text
-from dist_train.rundir.paths import RunDirectory, checkpoint_name, run_folder
+from dist_train.rundir.paths import RunDirectory, checkpoint_name, in_utf8, run_folder
 from dist_train.rundir.status import read_status
 
 FORMAT = 1
@@ -159,11 +159,11 @@ def find_checkpoint(target: Path) -> Path:
     RUN is a directory, or the name of a run below runs/. Raises UsageError.
     """
     if target.is_file():
-        return target
+        return in_utf8(target)
     name, _, which = str(target).rpartition("@")
     if target.is_dir() or not (which.isdecimal() or which == "best"):
         name, which = str(target), ""
-    run = RunDirectory(run_folder(Path(name), code="target-missing"))
+    run = RunDirectory(in_utf8(run_folder(Path(name), code="target-missing")))
     if not run.has_begun:
         raise UsageError(f"{run.root} is not a run directory: nothing has been trained there", code="target-missing")
     files = list_checkpoints(run.checkpoints)

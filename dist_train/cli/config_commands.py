@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dist_train.cli.common import Subparsers, add_config, add_overrides, named_config, warn_of_unused
 from dist_train.outcome import ExitCode, UsageError, printable
+from dist_train.rundir.paths import in_utf8
 
 
 def add_config_command(subparsers: Subparsers) -> None:
@@ -64,7 +65,7 @@ def _show(arguments: argparse.Namespace) -> int:
 
 def _run_directory(arguments: argparse.Namespace) -> int:
     config = named_config(arguments)
-    print(config.run_directory if arguments.run_dir is None else arguments.run_dir)
+    print(in_utf8(config.run_directory if arguments.run_dir is None else arguments.run_dir))
     return ExitCode.FINISHED
 
 

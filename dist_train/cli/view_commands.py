@@ -138,11 +138,11 @@ def add_curve(subparsers: Subparsers) -> None:
 
 def _curve(arguments: argparse.Namespace) -> int:
     from dist_train.report.drawing import draw_learning_curve
-    from dist_train.rundir.paths import RunDirectory, run_folder
+    from dist_train.rundir.paths import RunDirectory, in_utf8, run_folder
 
     if arguments.output is None and len(arguments.runs) > 1:
         raise UsageError("several runs are drawn into one picture: name its file by -o FILE", code="output-unset")
-    runs = [run_folder(each) for each in arguments.runs]
+    runs = [in_utf8(run_folder(each)) for each in arguments.runs]
     output = arguments.output or RunDirectory(runs[0]).learning_curve
     draw_learning_curve(runs, output)
     print(output)
@@ -175,11 +175,11 @@ def add_report(subparsers: Subparsers) -> None:
 
 def _report(arguments: argparse.Namespace) -> int:
     from dist_train.report.page import figures_of, write_report
-    from dist_train.rundir.paths import run_folder
+    from dist_train.rundir.paths import in_utf8, run_folder
 
     if arguments.figures is None and arguments.format is not None:
         raise UsageError("--format is that of the figures: add --figures FOLDER", code="option-alone")
-    directory = run_folder(arguments.directory, code="folder-missing")
+    directory = in_utf8(run_folder(arguments.directory, code="folder-missing"))
     if arguments.figures is not None:
         from dist_train.report.drawing import save_figures
         from dist_train.report.stored_run import read_subject

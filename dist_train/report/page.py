@@ -77,7 +77,8 @@ def write_report(directory: Path, output: Path) -> Subject:
     subject = read_subject(directory)
     text = tables_in_markdown(subject) if output.suffix == ".md" else render(subject)
     with writing(output, "choose another file with -o FILE"):
-        atomic.write_text(output, text)
+        # the name of a run in it may not be UTF-8
+        atomic.write_bytes(output, text.encode(errors="backslashreplace"))
     return subject
 
 

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 from dist_train.config import DATA_SETS
 from dist_train.config.loading import flat_settings, parse_yaml
 from dist_train.config.resuming import may_change
-from dist_train.outcome import ExitCode, UsageError
+from dist_train.outcome import ExitCode, UsageError, escaped
 from dist_train.report.analyses import Analyses, read_analyses
 from dist_train.rundir.atomic import read_regular
 from dist_train.rundir.paths import BrokenFileError, RunDirectory, StudyDirectory
@@ -219,7 +219,7 @@ def read_subject(directory: Path) -> Subject:
 
 def _runs_below(directory: Path) -> Iterator[StoredRun]:
     for path, children, files in walk_runs(directory):
-        name = str(path.relative_to(directory))
+        name = escaped(str(path.relative_to(directory)))
         if StudyDirectory(Path()).runs.name in files:
             children.clear()
             yield from _study_runs(path, f"{name}/")

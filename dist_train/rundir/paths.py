@@ -19,6 +19,7 @@ import shlex
 import shutil
 import socket
 import stat
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +29,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from dist_train.config import Config, dump_config
-from dist_train.outcome import FaultError, UsageError, writing
+from dist_train.outcome import FaultError, UsageError, escaped, writing
 from dist_train.rundir import atomic
 
 _RUN_ID = re.compile(r"[0-9a-f]{16}")
@@ -101,6 +102,7 @@ class RunDirectory:
     def create(self) -> None:
         """Make the folders; new ones are accessible to the user alone. Raises UsageError."""
         otherwise = "choose another by run.directory or --run-dir"
+        in_utf8(self.root)
         with writing(self.root, otherwise, code="run-directory-unwritable"):
             for folder in (self.root, self.checkpoints, self.logs):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -171,6 +173,18 @@ def run_folder(name: Path, code: str = "run-missing") -> Path:
     hint = f"; did you mean {runs[close[0]]}?" if close else ""
     places = "" if below == name else f": neither {name} nor {below} is there"
     raise UsageError(f"there is no run {name}{places}{hint}", code=code)
+
+
+def in_utf8(path: Path) -> Path:
+    """Return `path`. Raises UsageError if its absolute name is not UTF-8, which records, pages and pictures are."""
+    name = os.path.realpath(path)
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        encoding = sys.getfilesystemencoding()
+        fix = "rename it" if encoding == "utf-8" else f"Python reads names as {encoding} here: set PYTHONUTF8=1"
+        raise UsageError(f"the name {escaped(name)} is not UTF-8: {fix}", code="name-not-utf8") from None
+    return path
 
 
 def refuse_foreign(folder: Path, otherwise: str) -> None:

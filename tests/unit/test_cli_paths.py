@@ -1,8 +1,11 @@
-"""Paths that commands are given: devices and links."""
+"""Paths that commands are given: names that are not UTF-8, devices and links, names that are too long."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,10 +13,15 @@ import pytest
 import dist_train
 from dist_train.cli.main import main
 from dist_train.outcome import ExitCode, UsageError
+from dist_train.rundir.paths import RunDirectory
 from tests.raising import raises
+from tests.unit.report_study import make_run, treatments
 from tests.unit.test_cli_commands import write_config
+from tests.waiting import PATIENCE
 
 pytestmark = pytest.mark.usefixtures("threads_as_before")
+
+NOT_UTF8 = os.fsdecode(b"r\xffn")
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +31,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = write_config(folder, run={"max_steps": 1})
     assert main(["train", config, "--run-dir", str(folder / "run")]) == ExitCode.FINISHED
     return folder / "run"
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> Path:
+    """A folder with one made-up run, `fine`."""
+    make_run(tmp_path / "runs/fine", treatments()[0], 0, treatments()[0].settings)
+    return tmp_path / "runs"
 
 
 def test_an_export_replaces_no_pipe(trained: Path, tmp_path: Path) -> None:
@@ -37,3 +52,47 @@ def test_an_export_to_a_link_is_written_where_that_leads(trained: Path, tmp_path
     assert dist_train.export(trained, "safetensors", tmp_path / "link").path == tmp_path / "link"
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "there").is_file()
+
+
+@pytest.mark.parametrize("below", ["", "/run"])
+def test_no_run_is_made_under_a_name_that_is_not_utf8(
+    below: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [write_config(tmp_path), "--run-dir", f"{tmp_path}/{NOT_UTF8}{below}"]
+    assert main(["train", *words]) == main(["config", "run-directory", *words]) == ExitCode.USAGE
+    told = capsys.readouterr()
+    assert (told.out, told.err.count("[name-not-utf8]")) == ("", 2)
+    assert not (tmp_path / NOT_UTF8).exists()
+
+
+@pytest.mark.parametrize("words", ["curve {}", "report {}", "evaluate {}", "sharpness {}@1", "export {} --to onnx"])
+def test_a_run_whose_name_is_not_utf8_is_refused_at_once(
+    words: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(trained, tmp_path / NOT_UTF8)
+    assert main(words.format(run).split()) == ExitCode.USAGE
+    assert "[name-not-utf8]" in capsys.readouterr().err
+
+
+def test_a_checkpoint_and_an_output_in_such_a_folder_are_refused(trained: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(trained, tmp_path / NOT_UTF8)
+    for target, output in ((RunDirectory(run).checkpoint(1), "model"), (trained, NOT_UTF8)):
+        with raises(UsageError, code="name-not-utf8"):
+            dist_train.export(target, "safetensors", tmp_path / output)
+
+
+def test_a_report_of_a_folder_has_the_run_whose_name_is_not_utf8(stored: Path) -> None:
+    (stored / "fine").rename(stored / NOT_UTF8)
+    assert main(["report", str(stored)]) == ExitCode.FINISHED
+    assert r"r\udcffn" in (stored / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_name_that_this_locale_cannot_read_is_told_with_the_way_to_read_it(stored: Path) -> None:
+    (stored / "fine").rename(stored / "ünïcode")
+    variables = {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    words = [sys.executable, "-m", "dist_train", "report", os.fsencode(stored / "ünïcode")]
+    here = {**os.environ, **variables}
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE, env=here, check=False)
+    assert ended.returncode == ExitCode.USAGE
+    assert "PYTHONUTF8=1" in ended.stderr
+    assert "[name-not-utf8]" in ended.stderr
