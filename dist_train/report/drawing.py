@@ -105,7 +105,7 @@ def save(figure: Figure, path: Path) -> None:
     """Write `figure` to `path` in the format of its suffix; the same figure gives the same bytes."""
     form = path.suffix[1:].lower()
     undated: dict[str, dict[str, Any]] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
-    with rc_context(STYLE), atomic.replacing(path) as file:
+    with rc_context(STYLE), atomic.replacing(path, is_shared=True) as file:
         figure.savefig(file, format=form, dpi=160, metadata=undated.get(form))
 
 
@@ -376,8 +376,8 @@ def write_range_test(test: RangeTest, directory: RunDirectory) -> tuple[Path, ..
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(("learning_rate", "loss", "smoothed_loss"))
     rows.writerows(zip(test.rates, test.losses, test.smoothed, strict=True))
-    atomic.write_text(table, text.getvalue())
-    atomic.write_text(record, atomic.json_text(asdict(test), indent=2) + "\n")
+    atomic.write_text(table, text.getvalue(), is_shared=True)
+    atomic.write_text(record, atomic.json_text(asdict(test), indent=2) + "\n", is_shared=True)
     save(stacked([_chart(test)], (_INCHES,), directory.root.resolve().name), picture)
     return table, record, picture
 

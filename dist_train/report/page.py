@@ -78,7 +78,7 @@ def write_report(directory: Path, output: Path) -> Subject:
     text = tables_in_markdown(subject) if output.suffix == ".md" else render(subject)
     with writing(output, "choose another file with -o FILE"):
         # the name of a run in it may not be UTF-8
-        atomic.write_bytes(output, text.encode(errors="backslashreplace"))
+        atomic.write_bytes(output, text.encode(errors="backslashreplace"), is_shared=True)
     return subject
 
 

@@ -13,7 +13,6 @@ import math
 import os
 import secrets
 import stat
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,33 +22,42 @@ _logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path, *, is_shared: bool = False) -> Iterator[BinaryIO]:
     """Open a temporary file beside `path`, which durably replaces `path` when the block ends without an error.
 
+    The user alone may read it or, if it `is_shared`, those who may read the present one, by default those of the umask.
     If the block raises, `path` stays as it was and the temporary file is removed.
     """
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    descriptor, temporary = _open_part(path, 0o666 if is_shared else 0o600)
     try:
         with os.fdopen(descriptor, "wb") as file:
+            if is_shared and path.exists():
+                os.fchmod(descriptor, path.stat().st_mode & 0o777)
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     flush_directory(path.parent)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write `content` to `path`, whole or not at all, and flush it to disk."""
-    with replacing(path) as file:
+def _open_part(path: Path, mode: int) -> tuple[int, Path]:
+    """Create a temporary file beside `path`, with `mode` less the umask; return its descriptor and path."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+    return os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode), temporary
+
+
+def write_bytes(path: Path, content: bytes, *, is_shared: bool = False) -> None:
+    """Write `content` to `path`, whole or not at all, and flush it to disk; who may read it: see `replacing`."""
+    with replacing(path, is_shared=is_shared) as file:
         file.write(content)
 
 
-def write_text(path: Path, content: str) -> None:
-    """Write `content` to `path` in UTF-8, whole or not at all, and flush it to disk."""
-    write_bytes(path, content.encode())
+def write_text(path: Path, content: str, *, is_shared: bool = False) -> None:
+    """Write `content` to `path` in UTF-8, as `write_bytes` does."""
+    write_bytes(path, content.encode(), is_shared=is_shared)
 
 
 def flush_directory(directory: Path) -> None:
@@ -63,8 +71,7 @@ def flush_directory(directory: Path) -> None:
 
 def swap_text(path: Path, content: str, mode: int | None = None) -> None:
     """Replace the content of `path`, without waiting for the disk; `mode`: its permissions, by default the umask's."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    descriptor, temporary = _open_part(path, 0o666)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(content)

@@ -96,3 +96,17 @@ def test_a_name_that_this_locale_cannot_read_is_told_with_the_way_to_read_it(sto
     assert ended.returncode == ExitCode.USAGE
     assert "PYTHONUTF8=1" in ended.stderr
     assert "[name-not-utf8]" in ended.stderr
+
+
+@pytest.mark.parametrize(("command", "written"), [("report", "fine/report.html"), ("curve", "fine/learning_curve.png")])
+def test_pages_and_pictures_are_readable_as_the_umask_says_or_as_the_present_file(
+    command: str, written: str, stored: Path
+) -> None:
+    before = os.umask(0o027)
+    try:
+        for mode in (0o640, 0o604):
+            assert main([command, str(stored / "fine")]) == ExitCode.FINISHED
+            assert (stored / written).stat().st_mode & 0o777 == mode
+            (stored / written).chmod(0o604)
+    finally:
+        os.umask(before)
