@@ -39,11 +39,11 @@ class RunSettings(Section):
     """Where the ranks compute. auto: on GPUs if there are any; GPUs that torch cannot use are an error, not a run on
     the CPU. Decided when a run begins, and kept on a resume.
     """
-    epochs: PositiveInt = Field(10, examples=[30])
+    epochs: PositiveInt = Field(10, le=10**9, examples=[30])
     """Passes over the training data; schedules span all of them. A finished run can be resumed with more epochs:
     schedules then span the new total.
     """
-    max_steps: PositiveInt | None = Field(None, examples=[100])
+    max_steps: PositiveInt | None = Field(None, le=10**9, examples=[100])
     """End the run after this many updates in all, as finished, with an evaluation and a checkpoint; schedules still
     span `epochs`. A larger number continues it; null: all epochs.
     """

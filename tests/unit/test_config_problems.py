@@ -57,10 +57,11 @@ def test_a_fault_is_told_with_its_value_and_what_is_allowed() -> None:
 @pytest.mark.parametrize(
     ("section", "key", "value", "code", "allowed"),
     [
-        ("run", "epochs", "ten", "wrong-type", "a whole number above 0"),
+        ("run", "epochs", "ten", "wrong-type", "a whole number above 0 and at most 1e+09"),
+        ("run", "epochs", 10**20, "out-of-range", "a whole number above 0 and at most 1e+09"),
         ("run", "name", "../up", "wrong-form", "text of the form ^[A-Za-z0-9][A-Za-z0-9._-]*$"),
         ("run", "directory", 3, "wrong-type", "a path"),
-        ("run", "max_steps", 0, "out-of-range", "a whole number above 0 or null"),
+        ("run", "max_steps", 0, "out-of-range", "a whole number above 0 and at most 1e+09 or null"),
         (
             "data",
             "name",
