@@ -395,7 +395,7 @@ def _replay(arguments: argparse.Namespace) -> int:
     from dist_train.cluster.launch import current_launch
 
     run, _, step = arguments.update.rpartition("@")
-    if not run or not step.isdecimal():
+    if not run or not step.isdecimal() or len(step) > 18:
         raise UsageError(f"takes RUN@STEP, such as runs/demo@40, not {arguments.update}", code="replay-form")
     result = replay(run, int(step))
     if current_launch().rank == 0:

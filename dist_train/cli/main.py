@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import io
 import os
 import re
@@ -111,10 +112,12 @@ def _run(words: list[str]) -> int:
         return int(parsed.run(parsed))
     except CodedError as error:
         return _report(error)
-    except PermissionError as error:  # a run directory, for example, is its user's alone
-        if error.filename is None:
-            raise
-        return _report(UsageError(f"permission denied: {error.filename}", code="permission-denied"))
+    except OSError as error:
+        if error.filename is not None and isinstance(error, PermissionError):  # a run directory is its user's alone
+            return _report(UsageError(f"permission denied: {error.filename}", code="permission-denied"))
+        if error.errno == errno.ENAMETOOLONG:
+            return _report(UsageError(f"the name is too long: {error.filename}", code="name-too-long"))
+        raise
     except KeyboardInterrupt:
         # As Python ends, but without a traceback; shells must see that the signal ended this process.
         signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -66,6 +66,8 @@ def write_report(directory: Path, output: Path) -> Subject:
 
     Raises UsageError if there is no run, or `output` cannot be written or is neither *.html nor *.md.
     """
+    if not output.name or output.is_dir():
+        raise UsageError(f"{output} is a folder: name a file in it, as with -o report.html", code="report-form")
     if output.suffix not in (".html", ".htm", ".md"):
         page = output.with_suffix(".html")
         raise UsageError(

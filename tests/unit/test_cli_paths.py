@@ -110,3 +110,21 @@ def test_pages_and_pictures_are_readable_as_the_umask_says_or_as_the_present_fil
             (stored / written).chmod(0o604)
     finally:
         os.umask(before)
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["report", "{}", "-o", "{}"], "report-form"),
+        (["report", "{}", "-o", ""], "report-form"),
+        (["report", "{}", "-o", f"{300 * 'a'}.html"], "name-too-long"),
+        (["watch", 300 * "a"], "name-too-long"),
+        (["evaluate", 300 * "a"], "name-too-long"),
+        (["replay", "{}/fine@" + 5_000 * "9"], "replay-form"),
+    ],
+)
+def test_a_name_that_no_file_can_have_is_refused(
+    words: list[str], code: str, stored: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([word.format(stored) for word in words]) == ExitCode.USAGE
+    assert f"[{code}]" in capsys.readouterr().err
