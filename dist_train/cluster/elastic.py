@@ -349,10 +349,6 @@ def abortable_nccl(store: dist.Store, rank: int, size: int, timeout: timedelta) 
     """Return an NCCL group whose calls never block for good: an abort from another thread ends them."""
     # Torch reads it once per process, at the first use.
     os.environ.setdefault("TORCH_NCCL_NONBLOCKING_TIMEOUT", f"{timeout.total_seconds():.0f}")
-    # Torch's monitor would kill a process whose NCCL watchdog stalls, as that of an aborted group may.
-    os.environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
-    # Its signal to dump stays in the store, where ranks that join later would take it for their own.
-    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
     options = nccl_options(timeout)
     # As in torchft: otherwise an abort cannot reach a thread that is inside NCCL while ranks connect.
     options.config.blocking = False

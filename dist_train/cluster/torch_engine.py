@@ -41,6 +41,12 @@ from dist_train.outcome import UsageError
 _INTERFACE = "GLOO_SOCKET_IFNAME"
 _ANSWER_SECONDS = 5.0  # for an address of rank 0 to answer
 _STORE_TIMEOUT = timedelta(minutes=30)  # ranks that cannot meet give up much earlier (`meeting_within`)
+_TORCH_WATCHDOGS = (
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING",  # its watchdog would end the process before ours has written a message
+    "TORCH_NCCL_ENABLE_MONITORING",  # its monitor would, minutes after an operation has timed out, or a watchdog stalls
+    "TORCH_NCCL_DUMP_ON_TIMEOUT",  # ranks that join later would find the signal to dump in the store
+)
+"""Variables that let torch react to a late NCCL operation."""
 
 
 class StoreCounters(Counters):
@@ -254,8 +260,8 @@ def _is_loopback(address: str) -> bool:
 
 def nccl_options(timeout: timedelta) -> Any:
     """Return the options of an NCCL group that leaves the reaction to a lost rank to us."""
-    # Our watchdog ends the process; torch's would tear it down before a message is written.
-    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+    for name in _TORCH_WATCHDOGS:
+        os.environ.setdefault(name, "0")
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timeout
     return options

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from unittest.mock import Mock
 
 import pytest
 import torch.distributed as dist
 
 from dist_train.cluster import torch_engine
 from dist_train.cluster.communicator import Communicator
+from dist_train.cluster.elastic import abortable_nccl
 from dist_train.cluster.launch import StoreAddress
-from dist_train.cluster.torch_engine import open_counters_at_rank_0
+from dist_train.cluster.torch_engine import nccl_options, open_counters_at_rank_0
 from dist_train.outcome import PeerFailedError, UsageError
 from tests.unit.simulated_ranks import on_ranks, results
 
@@ -82,3 +87,16 @@ def test_a_rank_that_cannot_connect_to_rank_0_says_so(monkeypatch: pytest.Monkey
     ended = on_ranks(2, open_counters_at_rank_0)
     assert [type(each) for each in ended] == [PeerFailedError, UsageError]
     assert getattr(ended[1], "code", "") == "ranks-cannot-meet"
+
+
+@pytest.mark.parametrize("make", [nccl_options, lambda timeout: abortable_nccl(dist.HashStore(), 0, 1, timeout)])
+def test_torch_neither_ends_a_rank_whose_nccl_operation_is_late_nor_overrides_the_user(
+    make: Callable[[timedelta], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", Mock(), raising=False)
+    environment = {"TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
+    monkeypatch.setattr(os, "environ", environment)
+    make(timedelta(seconds=60))
+    assert environment["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "0"
+    assert environment["TORCH_NCCL_ENABLE_MONITORING"] == "0"
+    assert environment["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
