@@ -197,8 +197,16 @@ def _launch(arguments: argparse.Namespace) -> int:
     if elasticity is None:
         return launch_ranks([sys.executable, "-m", "dist_train", *words], arguments.np, run)
     from dist_train.cluster.elastic_launch import launch_elastic
+    from dist_train.cluster.inspection import check_recovery
 
+    check_recovery(partial(_device_type, config))
     return launch_elastic(words, arguments.np, elasticity, run, arguments.listen)
+
+
+def _device_type(config: Config) -> str:
+    from dist_train.cluster.devices import device_type
+
+    return device_type(config.run.device)
 
 
 def _elasticity(arguments: argparse.Namespace, config: Config) -> Elasticity | None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import shutil
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
+
+from dist_train.outcome import UsageError
 
 _LONGEST_MPI_VERSION = 8192  # MPI_MAX_LIBRARY_VERSION_STRING of MPICH; that of Open MPI is 256
 
@@ -18,6 +22,30 @@ def installed_version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return ""
+
+
+def recovers_on_gpus(torch_version: str) -> bool:
+    """Whether a run on GPUs can continue without a lost rank with this version of torch.
+
+    That needs non-blocking NCCL groups. Torch cannot connect them before 2.6. Before 2.10, its threads call NCCL for
+    the same group at the same time, which may hang (pytorch#169484).
+    """
+    return tuple(map(int, re.findall(r"\d+", torch_version)[:2])) >= (2, 10)
+
+
+def check_recovery(device_type: Callable[[], str]) -> None:
+    """Raise UsageError if ranks that may be lost compute on GPUs (cuda), and torch is too old to continue without them.
+
+    `device_type` is not called, and torch not loaded, if torch is new enough.
+    """
+    version = installed_version("torch")
+    if not recovers_on_gpus(version) and device_type() == "cuda":
+        raise UsageError(
+            f"continuing without lost ranks (--min-ranks, --restarts, launch.min_ranks) on GPUs needs torch 2.10 or "
+            f"newer, not {version or 'an unknown version'}: update torch, or leave these options out; then a lost "
+            f"rank ends the run, and the same command resumes it",
+            code="torch-too-old",
+        )
 
 
 def horovod_build() -> dict[str, bool]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from dist_train.cluster.communicator import Alone, Communicator, Pending
+from dist_train.cluster.inspection import check_recovery
 from dist_train.cluster.launch import IN_CALLBACK, current_launch, engine_of, is_elastic, is_installed
 from dist_train.config.sections import Engine
 from dist_train.outcome import ExitCode, UsageError, say_on_stderr
@@ -76,6 +77,7 @@ def join_ranks(
     if is_elastic():
         from dist_train.cluster.elastic import ElasticCommunicator
 
+        check_recovery(lambda: device_type)
         return ElasticCommunicator(timeout=timeout, device_type=device_type)
     if launch.size == 1 and launch.launcher not in ("horovodrun", "mpirun"):
         return Alone()

@@ -109,13 +109,19 @@ def as_json(checks: tuple[Check, ...]) -> str:
 
 
 def check_torch() -> Check:
-    """Check that torch loads."""
+    """Check that torch loads, and is new enough for everything."""
+    from dist_train.cluster.inspection import recovers_on_gpus
+
     try:
         import torch
     except (ImportError, OSError) as error:
         return Check("torch", "fails", f"cannot be loaded: {error}", _SET_UP)
     built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
-    return Check("torch", "fine", f"{torch.__version__}, built for {built}")
+    detail = f"{torch.__version__}, built for {built}"
+    if torch.version.cuda and not recovers_on_gpus(torch.__version__):
+        detail = f"{detail}: on GPUs a lost rank ends the run, --min-ranks and --restarts are refused"
+        return Check("torch", "note", detail, "for these options, torch 2.10 or newer")
+    return Check("torch", "fine", detail)
 
 
 def check_devices(asked: Device) -> Check:

@@ -176,6 +176,31 @@ class TestProgram:
         assert launched == [expected]
 
     @pytest.mark.parametrize(
+        ("options", "version", "found", "code"),
+        [
+            (["--restarts", "1"], "2.9.1", "cuda", ExitCode.USAGE),
+            (["--restarts", "1"], "2.10.0", "cuda", ExitCode.FINISHED),
+            (["--restarts", "1"], "2.9.1", "cpu", ExitCode.FINISHED),
+            ([], "2.9.1", "cuda", ExitCode.FINISHED),
+        ],
+    )
+    def test_a_launch_on_gpus_is_not_elastic_with_an_old_torch(
+        self,
+        options: list[str],
+        version: str,
+        found: str,
+        code: ExitCode,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        monkeypatch.setattr("dist_train.cluster.inspection.installed_version", lambda package: version)
+        monkeypatch.setattr("dist_train.cluster.devices.device_type", lambda asked: found)
+        monkeypatch.setattr("dist_train.cluster.elastic_launch.launch_elastic", lambda *_: ExitCode.FINISHED)
+        monkeypatch.setattr("dist_train.cluster.local_launch.launch_ranks", lambda *_: ExitCode.FINISHED)
+        assert main(["launch", "-np", "2", *options, "train", SMOKE]) == code
+        assert ("[torch-too-old]" in capsys.readouterr().err) is (code == ExitCode.USAGE)
+
+    @pytest.mark.parametrize(
         ("words", "saves"),
         [
             (["replay", "x@1"], True),

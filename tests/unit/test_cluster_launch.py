@@ -12,9 +12,9 @@ from unittest.mock import Mock
 
 import pytest
 
-from dist_train.cluster import horovod, joining
+from dist_train.cluster import horovod, inspection, joining
 from dist_train.cluster.communicator import Alone
-from dist_train.cluster.launch import Launch, StoreAddress, current_launch, engine_of
+from dist_train.cluster.launch import MEMBERSHIP_VARIABLE, Launch, StoreAddress, current_launch, engine_of
 from dist_train.cluster.torch_engine import TorchCommunicator
 from dist_train.config.sections import Engine
 from dist_train.outcome import UsageError
@@ -161,6 +161,14 @@ def test_a_single_process_is_alone_without_horovod(
     comm = joining.join_ranks(timeout=1.0, device_type="cpu")
     assert isinstance(comm, Alone)
     assert (comm.rank, comm.size, comm.controller) == (0, 1, "alone")
+
+
+def test_a_rank_on_a_gpu_joins_no_elastic_run_with_an_old_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As under a launcher of another node, which may have found another torch or no GPU.
+    monkeypatch.setenv(MEMBERSHIP_VARIABLE, "127.0.0.1:9")
+    monkeypatch.setattr(inspection, "installed_version", lambda package: "2.9.1")
+    with raises(UsageError, "torch-too-old"):
+        joining.join_ranks(timeout=1.0, device_type="cuda")
 
 
 def test_the_process_s_own_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -198,6 +198,26 @@ def test_a_machine_without_gpus_is_fine_unless_the_run_asks_for_one(monkeypatch:
     assert "run.device=cpu" in check.fix
 
 
+@pytest.mark.parametrize(
+    ("version", "cuda", "state"),
+    [
+        ("2.4.0+cu121", "12.1", "note"),
+        ("2.9.1+cu128", "12.8", "note"),
+        ("2.10.0a0+git1", "13.0", "fine"),
+        ("2.13.0+cu130", "13.0", "fine"),
+        ("3.0.0+cu140", "14.0", "fine"),
+        ("2.9.1+cpu", None, "fine"),
+    ],
+)
+def test_a_torch_with_which_runs_on_gpus_do_not_outlive_a_rank_is_noted(
+    version: str, cuda: str | None, state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "__version__", version)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    check = doctor.check_torch()
+    assert (check.state, bool(check.fix)) == (state, state == "note")
+
+
 @pytest.mark.parametrize(("why", "state"), [("", "fine"), ("no compiler", "note")])
 def test_gpus_without_our_kernels_are_noted(why: str, state: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "torch_gpus", lambda: devices.TorchGpus("2.15.0", "CUDA 13.2", 1))
