@@ -54,7 +54,7 @@ class CudaGraphRecorder:
 
         Raises UsageError if it does something that cannot be recorded, such as a wait for the device.
         """
-        graph = torch.cuda.CUDAGraph()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             # Other threads (checkpoints, NCCL's, the loader's) may call CUDA meanwhile.
             with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
@@ -62,10 +62,14 @@ class CudaGraphRecorder:
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
-            # What cannot be recorded also makes the end of the recording fail, with an error that says less.
+            # What fails may also make the end of the recording fail: with an error that says less, and before torch
+            # has left the stream of the recording.
+            torch.cuda.set_stream(current)
+            first = error.__context__ or error
+            if is_out_of_memory(first):
+                raise first from None
             raise UsageError(
-                f"the model's passes cannot be recorded: {error.__context__ or error}; set precision.cuda_graphs to "
-                f"false",
+                f"the model's passes cannot be recorded: {first}; set precision.cuda_graphs to false",
                 code="cuda-graphs-capture",
             ) from error
         return graph.replay

@@ -169,7 +169,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Mock:
     found = Mock()
     found.graph.return_value = nullcontext()
     found.stream.side_effect = lambda stream: nullcontext()
-    for name in ("CUDAGraph", "Stream", "current_stream", "graph", "graph_pool_handle", "stream"):
+    for name in ("CUDAGraph", "Stream", "current_stream", "graph", "graph_pool_handle", "set_stream", "stream"):
         monkeypatch.setattr(torch.cuda, name, getattr(found, name))
     return found
 
@@ -204,10 +204,14 @@ def test_what_cannot_be_recorded_is_refused_and_named(
     with raises(UsageError, "cuda-graphs-capture") as caught:
         CudaGraphRecorder().record(Mock(side_effect=RuntimeError("not permitted when stream is capturing")))
     assert "not permitted" in str(caught.value)
+    cuda.set_stream.assert_called_once_with(cuda.current_stream.return_value)
 
 
-@pytest.mark.usefixtures("cuda")
-def test_a_lack_of_memory_while_recording_stays_one() -> None:
+@pytest.mark.parametrize("recording", [nullcontext, failing_at_its_end])
+def test_a_lack_of_memory_while_recording_stays_one(
+    cuda: Mock, recording: Callable[[], AbstractContextManager[None]]
+) -> None:
+    cuda.graph.return_value = recording()
     with pytest.raises(torch.OutOfMemoryError):
         CudaGraphRecorder().record(Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
 
