@@ -293,7 +293,13 @@ def _with_micro_size(
     images = config.data.image_format
     # That of training, on which the kernels and their memory depend.
     layout = torch.channels_last if config.precision.channels_last else torch.contiguous_format
-    try_size = partial(forward_and_backward, model, images.shape, images.classes, compute, layout)
+    run_passes = partial(forward_and_backward, model, images.shape, images.classes, compute, layout)
+    # The graphs of a rank's micro-batches keep their memory, beside that of its last one, which is not replayed.
+    kept = 2 if config.precision.cuda_graphs else 1
+
+    def try_size(size: int) -> None:
+        run_passes(kept * size)
+
     with LayerRng(config.run.seed, compute.device).preserved():
         size = find_micro_size(
             try_size,

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from dist_train.cluster.communicator import Alone, Communicator
+from dist_train.launching.assembly import _with_micro_size
 from dist_train.models import build_model
+from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import OutOfMemoryError, UsageError
 from dist_train.training.compute import Compute
 from dist_train.training.micro_batches import find_micro_size, forward_and_backward, halve
@@ -130,3 +132,19 @@ def test_a_trial_runs_the_model_both_ways_in_the_layout_of_training() -> None:
     assert seen[0].is_contiguous(memory_format=torch.channels_last)
     assert not seen[0].any()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(("cuda_graphs", "found"), [(False, 16), (True, 8)])
+def test_micro_batches_leave_room_for_the_graphs_of_the_others(cuda_graphs: bool, found: int) -> None:
+    config = small_config(
+        batch={"global_size": 32, "micro_size": "auto"}, precision={"cuda_graphs": cuda_graphs}, run={"device": "cuda"}
+    )
+    model = build_model(config)
+    weights = FlatWeights(model)
+
+    def take_memory(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if len(inputs[0]) > 16:
+            raise torch.OutOfMemoryError
+
+    model.register_forward_pre_hook(take_memory)
+    assert _with_micro_size(config, Alone(), model, weights, Compute(CPU, torch.float32)).batch.micro_size == found
