@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import torch
 
-from dist_train.outcome import ExitCode, FaultError, PeerFailedError, exit_code_of
+from dist_train.outcome import ExitCode, FaultError, PeerFailedError, UsageError, exit_code_of
 
 Result = TypeVar("Result")
 
@@ -31,12 +31,27 @@ class MeetingRequestedError(GroupBrokenError):
     """All ranks have agreed to form a new generation after this update; nothing is broken."""
 
 
+_FULL_GPU = ("out of memory", "Failed to CUDA")  # "malloc", "calloc", "calloc async"
+
+
+def refuse_full_gpu(error: Exception) -> None:
+    """Raise UsageError if `error` is the engine's, that NCCL's memory does not fit the GPU; else do nothing."""
+    text = " ".join(str(error).split())
+    if any(sign in text for sign in _FULL_GPU):
+        raise UsageError(
+            f"the GPU has no memory left for NCCL: begin with a smaller batch.micro_size, or end what else runs on the "
+            f"GPU ({text})",
+            code="out-of-memory",
+        ) from error
+
+
 @contextmanager
 def naming_lost_ranks(kind: type[Exception], operation: str = "") -> Iterator[None]:
-    """Raise RankLostError in place of the engine's `kind` of error within the block."""
+    """Raise RankLostError, or UsageError if the GPU is full, in place of the engine's `kind` of error in the block."""
     try:
         yield
     except kind as error:
+        refuse_full_gpu(error)
         text = " ".join(str(error).split())
         raise RankLostError(f"a rank was lost, so the others stop: {operation}{text}") from error
 

@@ -33,6 +33,12 @@ _GPU_LISTS = ("SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "CUDA_VISIBLE_DEVICES")
 _NONE_VISIBLE = ("", "-1")
 _NO_GPUS_IN_SLURM = "NoDevFiles"
 _CONNECTING_SHARE = 2.0  # multiple of `comm.timeout` for NCCL to connect the ranks' GPUs
+FIRST_SUMS = (1, 1 << 20)
+"""Elements of the sums by which GPUs connect: one, and as many as a bucket of gradients has.
+
+NCCL sums them by different algorithms, and takes the memory of each at its first use: here, before training has filled
+the GPU.
+"""
 _USE_CPU = "run.device=cpu trains on the CPU"
 _USE_CUDA_TORCH = "install a torch that is built for CUDA (make setup, without DEVICE=cpu)"
 
@@ -228,16 +234,20 @@ def share_out_devices(comm: Communicator, asked: Device, timeout: float) -> torc
 
 
 def connect(comm: Communicator, device: torch.device, seconds: float, end: Callable[[], None] = end_process) -> None:
-    """Connect the ranks' devices by a first sum, in which NCCL may hang; call `end` if it takes longer."""
+    """Connect the ranks' devices by `FIRST_SUMS`, in which NCCL may hang; call `end` if it takes longer.
+
+    Raises UsageError if NCCL's memory does not fit.
+    """
     message = (
         f"the GPUs of the {comm.size} ranks have not connected within {seconds:g} s: NCCL hangs. Start again with "
         f"NCCL_DEBUG=INFO, which says where; NCCL_P2P_DISABLE=1, NCCL_NVLS_ENABLE=0 and NCCL_SOCKET_IFNAME avoid the "
         f"usual reasons. Or raise comm.timeout if connecting takes that long [ranks-cannot-meet]"
     )
     with ending_after(seconds, message, end):
-        first = torch.zeros(1, dtype=torch.int64, device=device)
-        comm.allreduce_async(first, "connecting").wait()
-        first.item()  # waits for the device
+        for count in FIRST_SUMS:
+            first = torch.zeros(count, dtype=torch.int64, device=device)
+            comm.allreduce_async(first, f"connecting.{count}").wait()
+            first[0].item()  # waits for the device
 
 
 def check_own_gpu(comm: Communicator, device: torch.device) -> None:

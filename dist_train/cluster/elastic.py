@@ -25,8 +25,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dist_train.cluster.communicator import Counters, Generation, GroupBrokenError, Pending, Result
-from dist_train.cluster.devices import check_own_gpu
+from dist_train.cluster.communicator import (
+    Counters,
+    Generation,
+    GroupBrokenError,
+    Pending,
+    Result,
+    refuse_full_gpu,
+)
+from dist_train.cluster.devices import FIRST_SUMS, check_own_gpu
 from dist_train.cluster.joining import end_process
 from dist_train.cluster.member import Member
 from dist_train.cluster.torch_engine import (
@@ -273,10 +280,11 @@ class _DeviceWork(_Work):
 
 @contextmanager
 def _naming_breaks(operation: str) -> Iterator[None]:
-    """Raise GroupBrokenError in place of torch's error within the block."""
+    """Raise GroupBrokenError, or UsageError if the GPU is full, in place of torch's error within the block."""
     try:
         yield
     except RuntimeError as error:
+        refuse_full_gpu(error)
         raise GroupBrokenError(f"{operation}: {' '.join(str(error).split())}") from error
 
 
@@ -293,7 +301,7 @@ class DeviceGroup:
         self._is_aborted = threading.Event()
 
     def connect(self, device: torch.device) -> None:
-        """Connect the ranks, each on its own `device`, by a first sum: NCCL connects lazily, and blocks while it does.
+        """Connect the ranks, each on its own `device`, by `FIRST_SUMS`: NCCL connects lazily, and blocks while it does.
 
         Raises RuntimeError, from torch or because the group was aborted.
         """
@@ -305,8 +313,13 @@ class DeviceGroup:
         if is_late:
             self._end(made.pop())
             raise RuntimeError("the group was aborted while it was made")
-        first = torch.zeros(1, device=device)
-        work = self.start(lambda group: group.allreduce([first], sum_options()))
+        # What training in an earlier generation has left in torch's cache, NCCL cannot use.
+        torch.cuda.empty_cache()
+        for count in FIRST_SUMS:
+            self._sum(torch.zeros(count, dtype=torch.int64, device=device))
+
+    def _sum(self, tensor: torch.Tensor) -> None:
+        work = self.start(lambda group: group.allreduce([tensor], sum_options()))
         while not work.is_completed():
             time.sleep(_DEVICE_POLL_SECONDS)
         if self.is_over:

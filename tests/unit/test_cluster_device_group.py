@@ -13,6 +13,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from dist_train.cluster.communicator import GroupBrokenError
+from dist_train.cluster.devices import FIRST_SUMS
 from dist_train.cluster.elastic import DeviceGroup, ElasticCommunicator, _DeviceWork
 from dist_train.cluster.torch_engine import abort_nccl
 from tests.waiting import PATIENCE, wait_for
@@ -26,6 +27,7 @@ class Work:
 
     group: Group
     completed: bool = False
+    size: int = 0
     waited: int = 0
     error: str = ""
 
@@ -47,7 +49,7 @@ class Group:
     works: list[Work] = field(default_factory=list)
 
     def allreduce(self, tensors: list[torch.Tensor], options: Any) -> Work:
-        self.works.append(Work(self, completed=self.peers_come))
+        self.works.append(Work(self, completed=self.peers_come, size=sum(map(torch.numel, tensors))))
         return self.works[-1]
 
     def abort(self) -> None:
@@ -83,11 +85,14 @@ def work_in(group: DeviceGroup, comm: Comm, patience: float = 60.0) -> tuple[Wor
     return work, _DeviceWork(comm, work, "gradient.0", time.monotonic() + patience, group)  # type: ignore[arg-type]
 
 
-def test_it_connects_by_a_first_sum_and_is_aborted_once() -> None:
+def test_it_connects_by_first_sums_and_is_aborted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     made = Group()
+    freed: list[int] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append(len(made.works)))
     group = DeviceGroup(lambda: made)
     group.connect(CPU)
-    assert [work.waited for work in made.works] == [1]
+    assert [(work.size, work.waited) for work in made.works] == [(size, 1) for size in FIRST_SUMS]
+    assert freed == [0]
     group.abort()
     group.abort()
     assert group.await_end(PATIENCE)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dist_train.cluster import joining
-from dist_train.cluster.communicator import Communicator, Pending
+from dist_train.cluster.communicator import Communicator, Pending, RankLostError, naming_lost_ranks
 from dist_train.cluster.devices import (
     GpuSigns,
     Placement,
@@ -28,13 +28,15 @@ from dist_train.cluster.devices import (
     torch_gpus,
     why_no_gpu,
 )
+from dist_train.cluster.elastic import _naming_breaks
 from dist_train.cluster.launch import Launch
 from dist_train.config import Config
 from dist_train.config.resuming import with_device
 from dist_train.config.sections import Device
 from dist_train.launching import session
 from dist_train.launching.session import describe_device
-from dist_train.outcome import PeerFailedError, UsageError
+from dist_train.outcome import CodedError, PeerFailedError, UsageError
+from dist_train.training.reduction import _BUCKET
 from tests.raising import raises
 from tests.unit.simulated_ranks import SimulatedRanks, results
 
@@ -199,8 +201,31 @@ def test_ranks_agree_on_their_devices_and_are_refused_together(monkeypatch: pyte
     assert PeerFailedError in errors
 
 
-def test_devices_connect_by_a_first_sum() -> None:
+def test_devices_connect_by_a_small_sum_and_one_of_a_bucket_of_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    allreduce = SimulatedRanks.allreduce_async
+
+    def note(self: SimulatedRanks, tensor: torch.Tensor, name: str) -> Pending:
+        sizes.extend([tensor.numel()] * (self.rank == 0))
+        return allreduce(self, tensor, name)
+
+    monkeypatch.setattr(SimulatedRanks, "allreduce_async", note)
     results(3, lambda each: connect(each, torch.device("cpu"), 30.0))
+    assert sizes == [1, _BUCKET]
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "code"),
+    [
+        ("NCCL error: unhandled cuda error\nFailed to CUDA calloc async 608 bytes", UsageError, "out-of-memory"),
+        ("NCCL error: unhandled cuda error\nCuda failure 2 'out of memory'", UsageError, "out-of-memory"),
+        ("NCCL error: remote process exited or there was a network error", RankLostError, "rank-lost"),
+    ],
+)
+def test_a_gpu_that_is_too_full_for_nccl_is_no_lost_rank(text: str, kind: type[CodedError], code: str) -> None:
+    for naming in (naming_lost_ranks(RuntimeError), _naming_breaks("gradient.0")):
+        with raises(kind, code), naming:
+            raise RuntimeError(text)
 
 
 def test_a_process_whose_gpu_does_not_connect_ends(
