@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import partial
-from typing import cast
 
 import torch
 from torch import nn
@@ -40,7 +39,7 @@ from dist_train.outcome import UsageError
 from dist_train.reproducible import LayerRng
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import Epochs
-from dist_train.training.compute import Compute, LossScale, fitting_memory, set_up_compute
+from dist_train.training.compute import Compute, LossScale, compiled, fitting_memory, set_up_compute
 from dist_train.training.consistency import check_same_data
 from dist_train.training.graphs import CudaGraphRecorder, GraphRecorder
 from dist_train.training.measuring import Measuring, Profiler, StepClock, WeightNorms, read_usage_of
@@ -104,7 +103,7 @@ def assemble(
 
     model: nn.Module = network
     if config.precision.compile:
-        model = cast(nn.Module, torch.compile(network))
+        model = compiled(network, sizes=2 * len(config.batch.sizes))  # a batch's last micro-batch may be smaller
     config = _with_micro_size(config, comm, model, weights, compute)
     writer = None
     if comm.rank == 0:
@@ -298,7 +297,11 @@ def _with_micro_size(
     kept = 2 if config.precision.cuda_graphs else 1
 
     def try_size(size: int) -> None:
-        run_passes(kept * size)
+        try:
+            run_passes(kept * size)
+        finally:
+            if config.precision.compile:
+                torch.compiler.reset()  # a size that is tried counts towards torch's limits
 
     with LayerRng(config.run.seed, compute.device).preserved():
         size = find_micro_size(

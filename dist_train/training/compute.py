@@ -8,8 +8,11 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import cast
 
 import torch
+from torch import nn
 
 from dist_train.checkpoint.state import Progress
 from dist_train.config import PrecisionSettings
@@ -29,6 +32,7 @@ _OUT_OF_MEMORY = (
     "unable to find an engine to execute",
 )
 
+_GRAPHS_OF_A_SIZE = 8  # at most, of one function: with and without gradients, of modules that share it
 _LONGEST_DETAIL = 300  # characters of an error: a compiler's has its whole command line
 
 
@@ -92,6 +96,24 @@ def _check_triton(device: torch.device) -> None:
             f"ranks, which uses torch's slower operators",
             code="triton-unusable",
         ) from error
+
+
+def compiled(network: nn.Module, sizes: int) -> nn.Module:
+    """Return `network` compiled for batches of `sizes` sizes, each with kernels of its own.
+
+    By default torch compiles the second size that it sees for all others, too: the kernels, and with them the bits,
+    would depend on which sizes a process has seen before.
+    """
+    from torch._dynamo import config
+
+    # Beyond these limits torch compiles no more. Before torch 2.6 they have the second name.
+    for names in (
+        ("recompile_limit", "cache_size_limit"),
+        ("accumulated_recompile_limit", "accumulated_cache_size_limit"),
+    ):
+        name = next(filter(partial(hasattr, config), names))
+        setattr(config, name, max(getattr(config, name), _GRAPHS_OF_A_SIZE * sizes))
+    return cast(nn.Module, torch.compile(network, dynamic=False))
 
 
 def share_of_threads(local_size: int) -> int:

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch._dynamo import config as dynamo_settings
+from torch.fx import GraphModule
 
+from dist_train.cluster.communicator import Alone
 from dist_train.config import PrecisionSettings
 from dist_train.kernels import operators
+from dist_train.launching.assembly import _with_micro_size
+from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import UsageError
-from dist_train.training.compute import is_out_of_memory, set_up_compute, share_of_threads
+from dist_train.training.compute import Compute, compiled, is_out_of_memory, set_up_compute, share_of_threads
 from tests.raising import raises
+from tests.unit.small_trainers import small_config
 
 pytestmark = pytest.mark.usefixtures("threads_as_before")
 
@@ -128,3 +136,52 @@ def test_tf32_is_what_the_settings_say_for_convolutions_and_products(tf32: bool)
 )
 def test_a_lack_of_memory_is_told_from_other_errors(error: Exception, out_of_memory: bool) -> None:
     assert is_out_of_memory(error) is out_of_memory
+
+
+@dataclass
+class Compiler:
+    """A backend of torch.compile that runs what it is given, and notes the sizes of the batches it is given it for."""
+
+    sizes: list[int | str] = field(default_factory=list)
+
+    def __call__(self, graph: GraphModule, inputs: Sequence[Tensor]) -> GraphModule:
+        # Others are parameters, and a size that is to remain open.
+        batches = [each for each in inputs if isinstance(each, Tensor) and not isinstance(each, nn.Parameter)]
+        self.sizes += [size if isinstance(size, int) else "any" for size in (each.shape[0] for each in batches)]
+        return graph
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[Compiler]:
+    """The backend in place of torch's own, which takes long."""
+    compiler, compile_by = Compiler(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda network, **how: compile_by(network, backend=compiler, **how))
+    torch.compiler.reset()
+    # torch.compile's default
+    with dynamo_settings.patch(recompile_limit=8):
+        yield compiler
+
+
+def test_each_size_of_a_batch_has_compiled_kernels_of_its_own(compiler: Compiler) -> None:
+    model = compiled(nn.Conv2d(1, 1, 1), sizes=2)
+    for size in (64, 50, 64, 14):
+        model(torch.zeros(size, 1, 2, 2)).sum().backward()
+    assert compiler.sizes == [64, 50, 14]
+
+
+def test_all_sizes_of_a_long_batch_schedule_are_compiled(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dist_train.training.compute._GRAPHS_OF_A_SIZE", 1)
+    sizes = range(2, 14)
+    model = compiled(nn.Conv2d(1, 1, 1), sizes=len(sizes))
+    for size in sizes:
+        model(torch.zeros(size, 1, 2, 2))
+    assert compiler.sizes == list(sizes)
+
+
+def test_sizes_that_were_tried_leave_no_compiled_kernels(compiler: Compiler) -> None:
+    config = small_config(batch={"global_size": 16, "micro_size": "auto"}, precision={"compile": True})
+    network = nn.Sequential(nn.Conv2d(1, 1, 1), nn.Flatten(), nn.Linear(64, 10))
+    model = compiled(network, sizes=2)
+    found = _with_micro_size(config, Alone(), model, FlatWeights(network), Compute(CPU, torch.float32))
+    model(torch.zeros(found.batch.micro_size, 1, 8, 8))
+    assert compiler.sizes == [2, 4, 8, 16, 16]
