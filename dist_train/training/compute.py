@@ -126,6 +126,7 @@ def share_of_threads(local_size: int) -> int:
 
 def fits_memory(work: Callable[[], object]) -> bool:
     """Call `work`; return False if memory runs out. Raises UsageError if an operator has no deterministic kernel."""
+    failed_before = failed_allocations()
     try:
         work()
     except (RuntimeError, MemoryError) as error:
@@ -133,7 +134,19 @@ def fits_memory(work: Callable[[], object]) -> bool:
         if not is_out_of_memory(error):
             raise
         return False
-    return True
+    return failed_allocations() == failed_before
+
+
+def failed_allocations() -> int:
+    """Return how often the GPU's memory has run out in this process, if kernels must be deterministic; else 0.
+
+    It need not have raised an error. If the workspace of a cuDNN convolution does not fit, torch takes another
+    algorithm, of other bits, from then on. Torch's allocator counts such an attempt, but none that succeeds once the
+    allocator's cache is emptied.
+    """
+    if not torch.are_deterministic_algorithms_enabled():
+        return 0
+    return int(torch.cuda.memory_stats_as_nested_dict().get("num_ooms", 0))
 
 
 @contextmanager

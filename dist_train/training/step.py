@@ -32,7 +32,13 @@ from dist_train.optim.noise import Noise
 from dist_train.optim.optimizers import optimizer_step, set_learning_rate
 from dist_train.outcome import DivergedError, OutOfMemoryError, UsageError
 from dist_train.reproducible import LayerRng
-from dist_train.training.compute import Compute, LossScale, is_out_of_memory, refuse_nondeterministic
+from dist_train.training.compute import (
+    Compute,
+    LossScale,
+    failed_allocations,
+    is_out_of_memory,
+    refuse_nondeterministic,
+)
 from dist_train.training.graphs import GraphRecorder, MicroBatchGraphs
 from dist_train.training.measuring import StepClock, StepTimes
 from dist_train.training.reduction import GradientReduction, Tally, TallyResult
@@ -187,6 +193,7 @@ class TrainingStep:
 
     def _add_gradients(self, batch: GlobalBatch) -> bool:
         """Add up the gradients of this rank's micro-batches; return False if they do not fit its device."""
+        failed_before = failed_allocations()
         try:
             for micro_batch, is_last in batch.in_turn(self.samples.prefetch):
                 self._add_gradient(batch, micro_batch, is_last)
@@ -201,7 +208,7 @@ class TrainingStep:
                     code="out-of-memory",
                 ) from error
             return False
-        return True
+        return failed_allocations() == failed_before
 
     def _add_gradient(self, batch: GlobalBatch, micro_batch: MicroBatch, is_last: bool) -> None:
         """Add the gradient of `micro_batch` at each point that the noise names; `is_last`: of this rank's."""

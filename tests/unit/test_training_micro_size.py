@@ -96,6 +96,17 @@ def test_a_cpu_s_lack_of_memory_counts_too(error: Exception) -> None:
     assert find_micro_size(try_size, global_sizes=[1024], device=CPU, comm=Alone()) == 8
 
 
+def test_a_size_for_which_a_convolution_takes_another_algorithm_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = {"num_ooms": 2}
+    monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", lambda: counted)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+
+    def try_size(size: int) -> None:
+        counted["num_ooms"] += size > 8
+
+    assert find_micro_size(try_size, global_sizes=[1024], device=CPU, comm=Alone()) == 8
+
+
 def test_other_errors_are_not_swallowed() -> None:
     def try_size(size: int) -> None:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")

@@ -399,6 +399,27 @@ def test_a_run_that_runs_out_of_memory_goes_on_with_smaller_micro_batches(
         assert saved == expected[2]
 
 
+@pytest.mark.parametrize(("deterministic", "micro_size"), [(True, 3), (False, 6)])
+def test_an_exact_run_does_not_go_on_with_another_algorithm_of_a_convolution(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deterministic: bool, micro_size: int
+) -> None:
+    """For want of a workspace, torch takes one that needs less, which only the allocator's count tells."""
+    counted = {"num_ooms": 2, "num_alloc_retries": 0}
+    monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", lambda: counted)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
+    trainer = build_trainer(small_config(), tmp_path, Alone())
+    trainer.may_shrink = True
+
+    def run_out(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        counted["num_alloc_retries"] += 1
+        counted["num_ooms"] += len(inputs[0]) > 3
+
+    trainer.network.register_forward_pre_hook(run_out)
+    trainer.advance()
+    assert trainer.plan.micro_size == micro_size
+    assert trainer.progress.step == (not deterministic)
+
+
 def test_a_size_that_was_asked_for_is_not_changed_and_the_weights_are_as_before(tmp_path: Path) -> None:
     trainer = build_trainer(small_config(), tmp_path, Alone())
     trainer.take_step = replace(trainer.take_step, model=Limited(trainer.network, 3))
