@@ -257,6 +257,7 @@ class WatchedRun:
         """Set if the run has a batch schedule, because then epochs cannot be computed from updates."""
         self._ranks: RanksReading | None = None
         self._stamps: dict[Path, tuple[int, int, int] | None] = {}
+        self._first_look = time.monotonic()
         self._changed_at: float | None = None  # when a look other than the first last found something new (monotonic)
 
     def look(self, now: float | None = None) -> Snapshot:
@@ -329,14 +330,13 @@ class WatchedRun:
         )
 
     def _silence(self, now: float) -> float | None:
-        """Return the time since the last activity; what was seen changing later counts, since clocks may differ."""
+        """Return the time since the last activity; a change that was seen counts, since clocks may differ."""
+        if self._changed_at is not None:
+            return time.monotonic() - self._changed_at
         signs = [self._history.moments[-1]] if self._history.moments else []
         if self._status is not None:
             signs.append(seconds_of(self._status.updated))
-        if not signs:
-            return None
-        silence = max(0.0, now - max(signs))
-        return silence if self._changed_at is None else min(silence, time.monotonic() - self._changed_at)
+        return max(now - max(signs), time.monotonic() - self._first_look) if signs else None
 
 
 def _state(run: RunDirectory, status: Status | None, silence: float | None, now: float) -> tuple[str, str]:

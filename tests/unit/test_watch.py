@@ -30,6 +30,7 @@ from dist_train.watch.run_table import seconds_left
 from dist_train.watch.view import frame, plan, summary
 from tests.raising import raises
 from tests.unit.records import evaluation, train, write_records
+from tests.waiting import PATIENCE, wait_for
 
 NOW = datetime(2024, 5, 6, 12, 0, tzinfo=UTC).timestamp()
 CONFIG = "data: {name: fashion-mnist}\nmodel: {name: vgg9}\nbatch: {global_size: 8192}\n"
@@ -262,6 +263,17 @@ class TestSilence:
         assert not run.silent
         assert run.silence is not None
         assert run.silence < 1.0
+
+    @pytest.mark.parametrize("changes", [False, True])
+    def test_silence_of_a_run_whose_clock_is_ahead_is_reported(self, directory: Path, changes: bool) -> None:
+        watched, half_an_hour_ago = WatchedRun(directory), NOW - 1800.0
+        silence = watched.look(half_an_hour_ago).silence
+        assert silence is not None
+        assert silence < PATIENCE
+        if changes:
+            write_records(directory, records(41))
+            watched.look(half_an_hour_ago)
+        wait_for(lambda: (watched.look(half_an_hour_ago).silence or 0.0) > 0.05)
 
     def test_a_process_of_this_host_that_is_gone_is_lost(self, directory: Path) -> None:
         write_status(directory, host=socket.gethostname(), pid=2**22 + 1)
