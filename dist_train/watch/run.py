@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
@@ -34,16 +34,24 @@ _REMEMBERED = 256
 
 @dataclass(frozen=True)
 class News:
-    """Complete lines since the last look, without line ends; if `rewound`, everything read before is void."""
+    """Complete lines since the last look, without line ends; if `rewound`, everything read before is void.
+
+    `share`: how much of the unread bytes the lines are, in (0, 1].
+    """
 
     lines: tuple[bytes, ...] = ()
     rewound: bool = False
+    share: float = field(default=1.0, compare=False)
+
+
+_READ_AT_ONCE = 4 << 20  # bytes
 
 
 class Follower:
     """Reads `path` from where the last look ended; an incomplete last line is left for the next look.
 
-    A file that was replaced, has become shorter, or has other bytes before that position is read from its start.
+    A look at a long file returns a part of its lines, the next looks return the others. A file that was replaced, has
+    become shorter, or has other bytes before that position is read from its start.
     """
 
     def __init__(self, path: Path) -> None:
@@ -68,15 +76,16 @@ class Follower:
                     self._reset()
                 self._file = identity
                 file.seek(self._offset)
-                content = file.read()
+                content = file.read(_READ_AT_ONCE) + file.readline()
         except FileNotFoundError:
             was_read = self._offset > 0
             self._reset()
             return News(rewound=was_read)
         whole = content[: content.rfind(b"\n") + 1]
+        share = len(whole) / max(1, len(whole), state.st_size - self._offset)
         self._offset += len(whole)
         self._before = (self._before + whole[-_REMEMBERED:])[-_REMEMBERED:]
-        return News(tuple(whole.split(b"\n")[:-1]), rewound)
+        return News(tuple(whole.split(b"\n")[:-1]), rewound, share or 1.0)
 
 
 _MOST_POINTS = 2_048
@@ -138,9 +147,11 @@ class History:
         self.moments: deque[float] = deque(maxlen=_LATEST)
         """Times of the latest records of the current launch, in seconds since 1970."""
 
-    def take(self, lines: Sequence[bytes]) -> None:
-        """Add lines of `metrics.jsonl`; incomplete or unknown ones are skipped."""
-        stride = max(1, math.ceil(len(lines) / _PARSED_AT_ONCE))
+    def take(self, lines: Sequence[bytes], stride: int = 1) -> None:
+        """Add lines of `metrics.jsonl`: the latest, each `stride`-th training record, and all others.
+
+        Incomplete or unknown ones are skipped.
+        """
         latest = len(lines) - 2 * _LATEST
         for at, line in enumerate(lines):
             is_kept = at % stride == 0 or at >= latest or not line.startswith(_TRAIN_MARK)
@@ -282,14 +293,17 @@ class WatchedRun:
 
     def _follow(self) -> tuple[str, bool]:
         """Read the new records; return the problem in reading them, and whether there were any."""
+        stride = 0  # the same for all parts of a long file
         try:
-            news = self._follower.look()
+            while (news := self._follower.look()) != News():
+                if news.rewound:
+                    self._history.clear()
+                if news.rewound or not stride:
+                    stride = max(1, math.ceil(len(news.lines) / news.share / _PARSED_AT_ONCE))
+                self._history.take(news.lines, stride)
         except OSError as error:
-            return f"{self._run.metrics.name} cannot be read: {error.strerror}", False
-        if news.rewound:
-            self._history.clear()
-        self._history.take(news.lines)
-        return "", bool(news.lines or news.rewound)
+            return f"{self._run.metrics.name} cannot be read: {error.strerror}", stride > 0
+        return "", stride > 0
 
     def _has_changed(self, path: Path) -> bool:
         stamp = None

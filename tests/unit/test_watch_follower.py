@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,22 @@ def test_a_file_that_vanishes_makes_all_void_once(path: Path) -> None:
     path.unlink()
     assert follower.look() == News(rewound=True)
     assert follower.look() == News()
+
+
+def test_a_long_file_is_read_in_parts_of_whole_lines_that_need_little_memory(path: Path) -> None:
+    lines = [b"%07d %s" % (number, b"." * 991) for number in range(50_000)]
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    follower = Follower(path)
+    tracemalloc.start()
+    try:
+        parts = [len(part.lines) for part in iter(follower.look, News())]
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert sum(parts) == 50_000
+    assert most < 20e6
+    again = Follower(path)
+    assert [line for part in iter(again.look, News()) for line in part.lines] == lines
 
 
 @settings(deadline=None, max_examples=50)
