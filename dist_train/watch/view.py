@@ -305,26 +305,33 @@ def _short_text(quantity: Quantity, value: float) -> str:
 
 
 def _plot(chart: Chart | None, quantity: Quantity, columns: int, rows: int) -> Text:
-    series = [each for each in chart.series if any(math.isfinite(point.y) for point in each.points)] if chart else []
+    least = 0.0 if chart and chart.left.is_logarithmic else -math.inf
+    measured = chart.series if chart else ()
+    series = [each for each in measured if any(least < point.y < math.inf for point in each.points)]
     if chart is None or not series:
         return Text("nothing measured yet", style="dim")
-    least = 0.0 if chart.left.is_logarithmic else -math.inf
-    plot = plot_to_string(
-        [[point.y * quantity.factor if point.y > least else math.nan for point in each.points] for each in series],
-        [[point.x for point in each.points] for each in series],
-        lines=[True] * len(series),
-        color=[_CURVE_COLOURS.get(each.style, "green") for each in series],
-        character_set="braille",
-        rounded_corners=True,
-        width=columns,
-        height=rows,
-        line_length_hard_cap=columns,
-        x_min=0.0,
-        x_gridlines=[],
-        y_gridlines=[],
-        y_unit=quantity.unit,
-        y_as_log=chart.left.is_logarithmic,
-    )
+    try:
+        plot = plot_to_string(
+            [
+                [point.y * quantity.factor if least < point.y < math.inf else math.nan for point in each.points]
+                for each in series
+            ],
+            [[point.x for point in each.points] for each in series],
+            lines=[True] * len(series),
+            color=[_CURVE_COLOURS.get(each.style, "green") for each in series],
+            character_set="braille",
+            rounded_corners=True,
+            width=columns,
+            height=rows,
+            line_length_hard_cap=columns,
+            x_min=0.0,
+            x_gridlines=[],
+            y_gridlines=[],
+            y_unit=quantity.unit,
+            y_as_log=chart.left.is_logarithmic,
+        )
+    except RuntimeError:  # beside uniplot's labels there is no column left
+        return Text("")
     *lines, labels = plot.split("\n")
     # Put the axis title into the widest gap between the labels below.
     gap = max(re.finditer(" +", labels), key=lambda match: len(match[0]), default=None)

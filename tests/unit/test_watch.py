@@ -202,6 +202,17 @@ class TestFacts:
         assert re.search(r"accuracy (batch )?70\.0", shown)
         assert re.search("[\u2801-\u28ff]{2}", shown), "no curve"
 
+    def test_a_curve_of_zeros_beside_a_logarithmic_axis_is_left_out(self, directory: Path) -> None:
+        losses = [train(step, epoch=step / PER_EPOCH, loss=10.0 ** -(step % 4), time=NOW) for step in range(1, 21)]
+        zeros = [evaluation(step, split, loss=0.0, time=NOW) for step in (10, 20) for split in ("train", "test")]
+        write_records(directory, [*losses, *zeros])
+        assert "train 0 test 0" in words(drawn(look(directory)))
+
+    @pytest.mark.parametrize("columns", [1, 3, 4, 6, 7, 12, 20])
+    def test_a_terminal_too_narrow_for_curves_is_no_error(self, directory: Path, columns: int) -> None:
+        for rows in (8, 15, 30, 50):
+            drawn(look(directory), columns, rows)
+
     def test_a_run_that_has_done_nothing_yet_is_shown_too(self, directory: Path) -> None:
         (directory / "metrics.jsonl").unlink()
         (directory / "ranks.json").unlink()
