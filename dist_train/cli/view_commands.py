@@ -63,6 +63,10 @@ def _clean(arguments: argparse.Namespace) -> int:
     if not folders:
         print(escaped(f"no run in {arguments.directory} has metrics.targets_directory set: nothing to clean"))
     for folder in folders:
+        if not folder.is_absolute():
+            text = f"{folder} is not cleaned: it is relative to the folder where its run was started, which is unknown"
+            print(escaped(f"dist-train: warning: {text}"), file=sys.stderr)
+            continue
         with writing(folder, "use an account that can write there", code="folder-unwritable"):
             try:
                 cleaning = remove_stale(folder, SEEN_SECONDS)

@@ -358,13 +358,16 @@ def process_runs(pid: int, seen: float) -> bool:
 
 
 def targets_directories(directory: Path) -> tuple[Path, ...]:
-    """Return the distinct `metrics.targets_directory` of the runs at or below `directory`. Raises UsageError."""
+    """Return the distinct `metrics.targets_directory` of the runs at or below `directory`. Raises UsageError.
+
+    That of a run of an older version may be relative to the folder where the run was started.
+    """
     folders: dict[Path, None] = {}
     for run in _runs_below(directory):
         with suppress(BrokenFileError):  # the table of runs reports it
             folder = read_settings(run.config).get("metrics.targets_directory")
             if isinstance(folder, str):
-                folders[Path(folder).expanduser().absolute()] = None
+                folders[Path(folder)] = None
     return tuple(folders)
 
 

@@ -15,10 +15,12 @@ from pathlib import Path
 import pytest
 
 from dist_train.cli.main import main
+from dist_train.config import load_config
 from dist_train.monitoring.prometheus import targets
 from dist_train.monitoring.prometheus.board import outcome_label
 from dist_train.monitoring.prometheus.messages import ServingPlan
 from dist_train.monitoring.prometheus.targets import TargetFile, identity_of, remove_stale, target_file
+from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import Outcome
 from tests.unit.exporting import FACTS, OUTCOME, STOPPED, serving
 from tests.waiting import wait_for
@@ -267,6 +269,26 @@ def test_the_command_cleans_where_the_runs_are_entered(tmp_path: Path, capsys: p
     assert just_ended.path.exists()
     assert main(["runs", "--clean", str(tmp_path / "runs")]) == 0
     assert capsys.readouterr().out == f"nothing to clean in {folder}\n"
+
+
+def test_a_relative_folder_is_that_of_the_run_and_no_other_is_cleaned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine_now, former, elsewhere = (tmp_path / name for name in ("mine", "former", "elsewhere"))
+    dead = [gone(folder / "targets") for folder in (mine_now, former, elsewhere)]
+    monkeypatch.chdir(mine_now)
+    run = RunDirectory(tmp_path / "runs" / "one")
+    run.root.mkdir(parents=True)
+    run.status.write_text("{}")
+    run.save_config(load_config("dist_train:configs/smoke.yaml", ["metrics.targets_directory=targets"]))
+    before = tmp_path / "runs" / "of_an_older_version"
+    before.mkdir()
+    (before / "status.json").write_text("{}")
+    (before / "config.yaml").write_text("metrics:\n  targets_directory: targets\n")
+    monkeypatch.chdir(elsewhere)
+    assert main(["runs", "--clean", str(tmp_path / "runs")]) == 0
+    assert [target.path.exists() for target in dead] == [False, True, True]
+    assert "targets is not cleaned" in capsys.readouterr().err
 
 
 def test_a_foreign_thing_in_the_folder_is_skipped_with_a_warning_and_hangs_nobody(
