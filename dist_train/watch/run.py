@@ -202,6 +202,7 @@ _SILENT_GAPS = 5.0  # a run is silent after this many times the longest recent g
 _SILENT_UNKNOWN = 180.0  # seconds of silence that are reported for a run whose pace is not known yet
 _GONE_AFTER = 10.0
 """A process unknown to this host may run in a container, so it counts as gone only after this many silent seconds."""
+_LOOKS_WITHOUT = 5  # looks after which a run whose directory is gone is lost; it may be renamed, or come back
 
 
 @dataclass(frozen=True)
@@ -268,11 +269,19 @@ class WatchedRun:
         """Set if the run has a batch schedule, because then epochs cannot be computed from updates."""
         self._ranks: RanksReading | None = None
         self._stamps: dict[Path, tuple[int, int, int] | None] = {}
+        self._looks_without = 0  # successive looks that have not found the directory
         self._first_look = time.monotonic()
         self._changed_at: float | None = None  # when a look other than the first last found something new (monotonic)
 
     def look(self, now: float | None = None) -> Snapshot:
-        """Return a snapshot of the run at `now` (seconds since 1970; default: the current time)."""
+        """Return a snapshot of the run at `now` (seconds since 1970; default: the current time).
+
+        If the directory is gone, everything stays as it was; after a few such looks the run is lost.
+        """
+        now = time.time() if now is None else now
+        self._looks_without = self._looks_without + 1 if _is_gone(self._run.root) else 0
+        if self._looks_without:
+            return self._snapshot("the run's directory is gone", now)
         is_first = not self._stamps
         problem, is_changed = self._follow()
         if self._has_changed(self._run.status):
@@ -289,7 +298,7 @@ class WatchedRun:
                 self._planned_epochs = epochs if isinstance(epochs, int) else None
         if is_changed and not is_first:
             self._changed_at = time.monotonic()
-        return self._snapshot(problem, time.time() if now is None else now)
+        return self._snapshot(problem, now)
 
     def _follow(self) -> tuple[str, bool]:
         """Read the new records; return the problem in reading them, and whether there were any."""
@@ -316,7 +325,8 @@ class WatchedRun:
     def _snapshot(self, problem: str, now: float) -> Snapshot:
         status, history, ranks = self._status, self._history, self._ranks
         silence = self._silence(now)
-        state, reason = _state(self._run, status, silence, now)
+        is_lost = self._looks_without >= _LOOKS_WITHOUT
+        state, reason = ("lost", problem) if is_lost else _state(self._run, status, silence, now)
         total_steps, per_epoch = status.total_steps if status else None, history.steps_per_epoch
         step = max(status.step if status else 0, history.latest[-1].step if history.latest else 0)
         alive = state in ALIVE
@@ -351,6 +361,14 @@ class WatchedRun:
         if self._status is not None:
             signs.append(seconds_of(self._status.updated))
         return max(now - max(signs), time.monotonic() - self._first_look) if signs else None
+
+
+def _is_gone(folder: Path) -> bool:
+    try:
+        folder.stat()
+    except OSError as error:
+        return isinstance(error, FileNotFoundError)  # others, as of a file server, may pass
+    return False
 
 
 def _state(run: RunDirectory, status: Status | None, silence: float | None, now: float) -> tuple[str, str]:

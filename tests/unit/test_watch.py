@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import math
 import os
 import re
+import shutil
 import socket
 import time
 from datetime import UTC, datetime
@@ -332,6 +334,21 @@ class TestFollowing:
         before = watched.look(NOW).status
         (directory / "status.json").write_text("{")
         assert watched.look(NOW).status == before
+
+    def test_a_run_whose_directory_is_gone_stays_as_it_was_and_is_then_over(self, directory: Path) -> None:
+        watched, later = WatchedRun(directory), NOW + PATIENCE
+        watched.look(NOW)
+        directory.rename(directory.with_name("moved"))
+        run = watched.look(later)
+        assert "directory is gone" in drawn(run)
+        assert (run.state, run.step, run.silence) == ("running", STEPS, PATIENCE)
+        directory.with_name("moved").rename(directory)
+        run = watched.look(later)
+        assert (run.problem, run.step, run.silence) == ("", STEPS, PATIENCE)
+        shutil.rmtree(directory)
+        looks = itertools.takewhile(lambda run: not run.is_over, (watched.look(later) for _ in range(100)))
+        assert 2 <= len(list(looks)) <= 10
+        assert watched.look(later).state == "lost"
 
     def test_a_run_without_a_readable_status_is_shown_and_said_so(self, directory: Path) -> None:
         (directory / "status.json").unlink()
