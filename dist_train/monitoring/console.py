@@ -24,7 +24,16 @@ from rich.text import Text
 from dist_train.monitoring import wording
 from dist_train.monitoring.wording import Pace
 from dist_train.outcome import escaped, printable
-from dist_train.rundir.records import EvaluationRecord, EventRecord, Observer, Outcome, Record, RunFacts, TrainRecord
+from dist_train.rundir.records import (
+    EvaluationRecord,
+    EventRecord,
+    Observer,
+    Outcome,
+    Record,
+    RunFacts,
+    TrainRecord,
+    better,
+)
 
 _WIDTH = 120
 
@@ -116,13 +125,13 @@ class TerminalBar(Observer):
         self._step = 0
         self._train: TrainRecord | None = None
         self._tested = self._saved = ""
-        self._best = 0.0
+        self._best: float | None = None
 
     def begin(self, facts: RunFacts) -> None:
         """Print the introduction and draw the bar."""
         self._facts = facts
         self._step = facts.start_step
-        self._best = facts.best_accuracy or 0.0
+        self._best = facts.best_accuracy
         self._task = self._bar.add_task("", total=facts.total_steps, epoch="", left="")
         self._fit()
         for place, line in enumerate(wording.introduction(facts)):
@@ -144,8 +153,8 @@ class TerminalBar(Observer):
                 line = Text(wording.evaluation(self._facts, record))
                 if record.split == "test":
                     self._tested = wording.percent(record.accuracy)
-                    if record.accuracy > self._best:
-                        self._best = record.accuracy
+                    before, self._best = self._best, better(self._best, record)
+                    if self._best != before:
                         line.append("  best so far", style="green")
                 self._print(line)
             case EventRecord(event="checkpoint"):

@@ -118,6 +118,12 @@ class EvaluationRecord:
     time: Real
 
 
+def better(best: float | None, record: EvaluationRecord) -> float | None:
+    """Return the best test accuracy so far: `best`, or that of `record`, which counts if its loss is finite."""
+    is_better = math.isfinite(record.loss) and record.accuracy > (-math.inf if best is None else best)
+    return record.accuracy if record.split == "test" and is_better else best
+
+
 @dataclass(frozen=True)
 class EventRecord:
     """Something that happened to the run: resumed, checkpoint, signal, corrupt_checkpoint, ..."""

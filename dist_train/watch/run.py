@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import astuple, dataclass, field
+from functools import reduce
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from dist_train.monitoring import wording
 from dist_train.outcome import UsageError
 from dist_train.rundir.atomic import open_regular
 from dist_train.rundir.paths import BrokenFileError, RunDirectory, run_folder
-from dist_train.rundir.records import EvaluationRecord, EventRecord, Record, TrainRecord, from_json
+from dist_train.rundir.records import EvaluationRecord, EventRecord, Record, TrainRecord, better, from_json
 from dist_train.rundir.status import RanksReading, Status, read_ranks, read_status
 from dist_train.watch.run_table import (
     ALIVE,
@@ -164,8 +165,7 @@ class History:
 
     def best_accuracy(self) -> float | None:
         """Return the highest accuracy on the test split."""
-        accuracies = [record.accuracy for record in self.evaluations.get("test", ())]
-        return max(filter(math.isfinite, accuracies), default=None)
+        return reduce(better, self.evaluations.get("test", ()), None)
 
     def longest_gap(self) -> float | None:
         """Return the longest time between successive latest records, in seconds; None for fewer than three records."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import reduce
 from pathlib import Path
 from typing import Literal
 
@@ -29,6 +30,7 @@ from dist_train.rundir.records import (
     EventRecord,
     Record,
     TrainRecord,
+    better,
     read_last_records,
     read_records,
 )
@@ -250,7 +252,7 @@ def _summary(run: RunDirectory, name: str, now: float) -> RunSummary:
     # The time between two launches says nothing about the pace of either.
     resumed = [at for at, each in enumerate(records) if isinstance(each, EventRecord) and each.event == "resumed"]
     latest = [record for record in records[max(resumed, default=0) :] if isinstance(record, TrainRecord)][-50:]
-    tested = [record.accuracy for record in records if isinstance(record, EvaluationRecord) and record.split == "test"]
+    evaluations = [record for record in records if isinstance(record, EvaluationRecord)]
     pace = latest[-1].samples_per_second if latest else None
     return RunSummary(
         directory=run.root,
@@ -261,7 +263,7 @@ def _summary(run: RunDirectory, name: str, now: float) -> RunSummary:
         total_steps=status.total_steps,
         epoch=status.epoch,
         world_size=status.world_size,
-        best_accuracy=max(tested, default=None) if status.best_accuracy is None else status.best_accuracy,
+        best_accuracy=reduce(better, evaluations, None) if status.best_accuracy is None else status.best_accuracy,
         samples_per_second=pace if status.samples_per_second is None else status.samples_per_second,
         seconds_left=seconds_left(latest, status.total_steps) if state in ALIVE and status.total_steps else None,
         slurm_job=status.slurm_job,

@@ -12,9 +12,11 @@ from dist_train.rundir.records import (
     EventRecord,
     Record,
     TrainRecord,
+    better,
     from_json,
     to_json,
 )
+from tests.unit.records import evaluation
 
 numbers = st.floats(allow_nan=False, allow_infinity=False)
 steps = st.integers(0, 10**9)
@@ -97,3 +99,20 @@ def test_a_torn_line_is_no_record(record: Record, data: st.DataObject) -> None:
 )
 def test_a_line_of_another_form_is_no_record(line: str) -> None:
     assert from_json(line) is None
+
+
+@pytest.mark.parametrize(
+    ("best", "record", "now"),
+    [
+        (None, evaluation(1, accuracy=0.0), 0.0),
+        (0.5, evaluation(1, accuracy=0.6), 0.6),
+        (0.5, evaluation(1, accuracy=0.4), 0.5),
+        (0.5, evaluation(1, "train", accuracy=0.6), 0.5),
+        (None, evaluation(1, accuracy=0.6, loss=math.nan), None),
+        (0.5, evaluation(1, accuracy=math.nan), 0.5),
+    ],
+)
+def test_the_best_accuracy_is_of_test_evaluations_that_are_finite(
+    best: float | None, record: EvaluationRecord, now: float | None
+) -> None:
+    assert better(best, record) == now

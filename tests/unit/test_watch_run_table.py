@@ -23,12 +23,15 @@ from rich.console import Console
 from rich.table import Table
 
 from dist_train.cli.main import main, parse
+from dist_train.monitoring.prometheus.board import Board
 from dist_train.outcome import UsageError
 from dist_train.rundir.paths import BrokenFileError
 from dist_train.rundir.records import EventRecord, Record, from_json
 from dist_train.rundir.status import Status, load_status
+from dist_train.watch.run import WatchedRun
 from dist_train.watch.run_table import RunSummary, as_json, beside_slurm, read_runs, render
 from tests.raising import raises
+from tests.unit.exporting import FACTS
 from tests.unit.records import evaluation, train, write_records
 from tests.unit.test_config_loading import LAUGHS
 from tests.waiting import PATIENCE
@@ -113,6 +116,16 @@ def test_what_status_json_knows_better_is_taken_from_it(tmp_path: Path) -> None:
     make_run(tmp_path / "lb", [train(1)], best_accuracy=0.9, samples_per_second=5.0)
     run = only_run(tmp_path)
     assert (run.best_accuracy, run.samples_per_second) == (0.9, 5.0)
+
+
+def test_an_evaluation_that_is_not_finite_is_the_best_nowhere(tmp_path: Path) -> None:
+    records = [evaluation(7, accuracy=0.4), evaluation(14, loss=math.nan, accuracy=0.5)]
+    path = make_run(tmp_path / "lb", records)
+    board = Board(FACTS)
+    for record in records:
+        board.record(record)
+    best = WatchedRun(path).look().history.best_accuracy()
+    assert (only_run(path).best_accuracy, best, board.snapshot().best_accuracy) == (0.4, 0.4, 0.4)
 
 
 def test_only_the_end_of_the_records_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from dist_train.rundir.records import (
     RunFacts,
     StepParts,
     TrainRecord,
+    better,
 )
 
 STATES = ("running", "stopping", "stopped", "finished", "failed")
@@ -169,9 +170,8 @@ class Board:
                 case TrainRecord():
                     self._advance(record.step, train=record)
                 case EvaluationRecord():
-                    self._change(evaluations={**self._now.evaluations, record.split: record})
-                    if record.split == "test" and record.accuracy >= (self._now.best_accuracy or 0.0):
-                        self._change(best_accuracy=record.accuracy)
+                    evaluations = {**self._now.evaluations, record.split: record}
+                    self._change(evaluations=evaluations, best_accuracy=better(self._now.best_accuracy, record))
                 case EventRecord():
                     self._change(events={**self._now.events, record.event: self._now.events.get(record.event, 0) + 1})
                     self._apply_event(record)
