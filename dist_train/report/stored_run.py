@@ -23,7 +23,7 @@ from dist_train.rundir.paths import BrokenFileError, RunDirectory, StudyDirector
 from dist_train.rundir.records import EvaluationRecord, EventRecord, Record, TrainRecord
 from dist_train.rundir.status import Status, finished_runs, read_status
 from dist_train.sweep.study_file import Contrast
-from dist_train.watch.run_table import read_measurements, read_settings, read_state, walk_runs
+from dist_train.watch.run_state import read_measurements, read_settings, read_state, walk_runs
 
 _BATCH = "batch.global_size"
 

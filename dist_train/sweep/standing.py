@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, suppress
@@ -15,7 +14,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from dist_train.cluster.launch import JOB_IS_ALIVE, current_job, job_states
+from dist_train.cluster.launch import JOB_WAITS, current_job, job_states
 from dist_train.config import ConfigError, differences, load_config
 from dist_train.monitoring import wording
 from dist_train.outcome import ExitCode, escaped, writing
@@ -23,7 +22,8 @@ from dist_train.rundir.records import EvaluationRecord, read_last_records
 from dist_train.rundir.status import read_status
 from dist_train.sweep.planned_runs import Plan, PlannedRun, optuna_trials, plan_study, write_plan
 from dist_train.sweep.study_file import OptunaTrials
-from dist_train.watch.run_table import ALIVE, COLOURS, RunSummary, read_runs
+from dist_train.watch.run_state import ALIVE, beside_job
+from dist_train.watch.run_table import COLOURS, RunSummary, read_runs
 
 Next = Literal["start", "skip", "busy", "unrecoverable"]
 _LENGTH = ["run.epochs"]
@@ -52,10 +52,8 @@ def standing_of(run: PlannedRun) -> Standing:
     summary = next((summary for summary in summaries if summary.directory == run.directory), None)
     if summary is None:
         return Standing(run, "waiting", "", "start")
-    state, note = summary.state, summary.note
-    if state in ALIVE and (gone := _job_is_gone(summary)):
-        state, note = "lost", gone
-    then, why, has_other_settings = _next(run, state, note)
+    state, note, waits = _beside_job(summary)
+    then, why, has_other_settings = _next(run, state, note, waits)
     done = summary.step / summary.total_steps if summary.step is not None and summary.total_steps else None
     tested = _last_evaluation(run, "test")
     return Standing(run, state, why, then, done, tested.accuracy if tested else None, has_other_settings)
@@ -99,9 +97,12 @@ def as_ranges(numbers: Sequence[int]) -> str:
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
 
 
-def _next(run: PlannedRun, state: str, note: str) -> tuple[Next, str, bool]:
-    """Return what a sweep does with a run in `state`, the note about it, and whether it has other settings."""
-    if state in ALIVE:
+def _next(run: PlannedRun, state: str, note: str, waits: bool) -> tuple[Next, str, bool]:
+    """Return what a sweep does with a run in `state`, the note about it, and whether it has other settings.
+
+    `waits`: Slurm will start it.
+    """
+    if waits or state in ALIVE:
         return "busy", note or "another process is running it", False
     began = None
     with suppress(ConfigError):
@@ -124,16 +125,19 @@ def _next(run: PlannedRun, state: str, note: str) -> tuple[Next, str, bool]:
     return "start", note, False
 
 
-def _job_is_gone(summary: RunSummary) -> str:
-    """Return why a run marked as active is not: its Slurm job has ended, or is this job, requeued. Empty: it is."""
-    if not summary.slurm_job:
-        return ""
+def _beside_job(summary: RunSummary) -> tuple[str, str, bool]:
+    """Return a run's state and note; if it is marked as active, beside its Slurm job, and whether that will start it.
+
+    Such a run of this job is of the time before the job was requeued.
+    """
+    state, note, job = summary.state, summary.note, summary.slurm_job
+    if state not in ALIVE or not job:
+        return state, note, False
     ours = current_job()
-    if ours is not None and ours.id == summary.slurm_job:
-        return "the job was started again"
-    state = job_states([summary.slurm_job]).get(summary.slurm_job, "")
-    word = re.match(r"[A-Z_]*", state)
-    return f"its job {summary.slurm_job} is {state}" if word and word[0] and word[0] not in JOB_IS_ALIVE else ""
+    if ours is not None and ours.id == job:
+        return "lost", "the job was started again", False
+    job_state = job_states([job]).get(job, "")
+    return *beside_job(state, note, job, job_state), job_state in JOB_WAITS
 
 
 def _last_evaluation(run: PlannedRun, split: str) -> EvaluationRecord | None:

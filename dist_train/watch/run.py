@@ -18,17 +18,11 @@ from dist_train.monitoring import wording
 from dist_train.outcome import UsageError
 from dist_train.rundir.atomic import open_regular
 from dist_train.rundir.paths import BrokenFileError, RunDirectory, run_folder
+from dist_train.rundir.processes import process_runs
 from dist_train.rundir.records import EvaluationRecord, EventRecord, Record, TrainRecord, better, from_json
 from dist_train.rundir.status import RanksReading, Status, read_ranks, read_status
-from dist_train.watch.run_table import (
-    ALIVE,
-    Settings,
-    process_is_gone,
-    process_runs,
-    read_settings,
-    seconds_left,
-    seconds_of,
-)
+from dist_train.watch.run_state import ALIVE, process_is_gone, read_settings, seconds_of
+from dist_train.watch.run_table import Settings, seconds_left
 
 _REMEMBERED = 256
 

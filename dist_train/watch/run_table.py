@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -12,33 +10,26 @@ from functools import reduce
 from pathlib import Path
 from typing import Literal
 
-import yaml
 from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
-from dist_train.cluster.launch import JOB_IS_ALIVE, JOB_WAITS
-from dist_train.config.loading import flat_settings, parse_yaml, yaml_fault
 from dist_train.monitoring import wording
 from dist_train.monitoring.wording import Pace
 from dist_train.outcome import UsageError, escaped
-from dist_train.rundir.atomic import json_text, read_regular
+from dist_train.rundir.atomic import json_text
 from dist_train.rundir.paths import BrokenFileError, RunDirectory
 from dist_train.rundir.records import (
     EvaluationRecord,
     EventRecord,
-    Record,
     TrainRecord,
     better,
     read_last_records,
-    read_records,
 )
-from dist_train.rundir.status import Status, load_status
+from dist_train.rundir.status import load_status
+from dist_train.watch.run_state import ALIVE, beside_job, read_measurements, read_settings, state_of, walk_runs
 
-_STALE_AFTER = 600.0  # seconds of silence after which a run on another host counts as lost
-
-ALIVE = frozenset({"starting", "running", "stopping"})
 COLOURS = {
     **dict.fromkeys(ALIVE, "cyan"),
     "stopped": "yellow",
@@ -79,32 +70,13 @@ def read_runs(directory: Path, now: datetime | None = None) -> tuple[RunSummary,
 
 
 def beside_slurm(summaries: Sequence[RunSummary], job_states: Mapping[str, str]) -> tuple[RunSummary, ...]:
-    """Return the runs with states corrected by those of their Slurm jobs.
-
-    A run marked as active whose job is pending or has ended is lost. A failed run whose job is pending is stopped: it
-    will be started again.
-    """
+    """Return the runs with states corrected by those of their Slurm jobs, as by `beside_job`."""
     corrected = []
     for run in summaries:
-        job_state, state = job_states.get(run.slurm_job, ""), run.state
-        waits = job_state in JOB_WAITS
-        if state in ALIVE and job_state and (waits or job_state not in JOB_IS_ALIVE):
-            state = "lost"
-        elif state == "failed" and waits:
-            state = "stopped"
-        if state != run.state:
-            note = "; ".join(filter(None, (run.note, f"its job {run.slurm_job} is {job_state}")))
-            run = replace(run, state=state, note=note, seconds_left=None)
-        corrected.append(run)
+        state, note = beside_job(run.state, run.note, run.slurm_job, job_states.get(run.slurm_job, ""))
+        left = run.seconds_left if state == run.state else None
+        corrected.append(replace(run, state=state, note=note, seconds_left=left))
     return tuple(corrected)
-
-
-def read_state(directory: RunDirectory) -> tuple[str, str]:
-    """Return the state of a run as tables show it, and the reason; of its records only the age is used."""
-    try:
-        return _state(load_status(directory.status), directory, datetime.now(UTC).timestamp())
-    except BrokenFileError as error:
-        return "broken", str(error)
 
 
 @dataclass(frozen=True)
@@ -215,24 +187,6 @@ def _runs_below(directory: Path) -> Iterator[RunDirectory]:
     yield from (RunDirectory(Path(error.filename)) for error in unreadable)  # their rows say so
 
 
-def walk_runs(
-    directory: Path, onerror: Callable[[OSError], object] | None = None
-) -> Iterator[tuple[Path, list[str], list[str]]]:
-    """Yield each folder at or below `directory` as os.walk does, sorted, and links to runs that lie elsewhere.
-
-    The caller empties the list of subfolders of a folder that is not to be entered.
-    """
-    for folder, children, files in os.walk(directory, onerror=onerror):
-        children.sort()
-        yield Path(folder), children, files
-        # Other links are not followed: they may lead in circles.
-        for path in (Path(folder, child) for child in children):
-            with suppress(OSError):
-                is_elsewhere = path.is_symlink() and not path.resolve().is_relative_to(directory.resolve())
-                if is_elsewhere and RunDirectory(path).has_begun:
-                    yield path, [], []
-
-
 def _read_run(run: RunDirectory, root: Path, now: float) -> RunSummary:
     name = run.root.name if run.root == root else str(run.root.relative_to(root))
     try:
@@ -248,7 +202,7 @@ def _summary(run: RunDirectory, name: str, now: float) -> RunSummary:
     status = load_status(run.status)
     settings = Settings.of(read_settings(run.config))
     records = read_measurements(run.metrics, read_last_records)  # of a long run, all would take seconds
-    state, note = _state(status, run, now)
+    state, note = state_of(status, run, now)
     # The time between two launches says nothing about the pace of either.
     resumed = [at for at, each in enumerate(records) if isinstance(each, EventRecord) and each.event == "resumed"]
     latest = [record for record in records[max(resumed, default=0) :] if isinstance(record, TrainRecord)][-50:]
@@ -290,73 +244,6 @@ class Settings:
         size = settings.get("batch.global_size")
         noise = method if method in (None, "none") or amplitude is None else f"{method} {amplitude}"
         return cls(model, data, size if isinstance(size, int) and 0 < size < 2**63 else None, noise)
-
-
-def read_settings(path: Path) -> Mapping[str, object]:
-    """Return a run's settings, of any version, by dotted path; empty without a file. Raises BrokenFileError."""
-    try:
-        sections = parse_yaml(read_regular(path), is_dumped=True)
-    except FileNotFoundError:
-        return {}  # the run has not written it yet
-    except OSError as error:
-        raise BrokenFileError(f"{path.name} cannot be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise BrokenFileError(f"{path.name} is not YAML: {yaml_fault(error)}") from error
-    if not isinstance(sections, dict):
-        raise BrokenFileError(f"{path.name} holds no settings")
-    return dict(flat_settings(sections))
-
-
-def read_measurements(path: Path, read: Callable[[Path], tuple[Record, ...]] = read_records) -> tuple[Record, ...]:
-    """Return the records in `path`; empty if there is no such file. Raises BrokenFileError if it cannot be read."""
-    try:
-        return read(path)
-    except FileNotFoundError:
-        return ()
-    except OSError as error:
-        raise BrokenFileError(f"{path.name} cannot be read: {error.strerror}") from error
-
-
-def _state(status: Status, run: RunDirectory, now: float) -> tuple[str, str]:
-    if status.state not in ALIVE:
-        return status.state, status.reason
-    seen = max(seconds_of(status.updated), seconds_of(status.started))
-    with suppress(OSError):
-        seen = max(seen, run.metrics.stat().st_mtime)
-    if status.host == socket.gethostname():
-        return (status.state, status.reason) if process_runs(status.pid, seen) else process_is_gone(status)
-    if now - seen > _STALE_AFTER:
-        where = f" on {status.host}" if status.host else ""
-        return "lost", f"silent for {wording.duration(now - seen)}{where}; start it again to resume"
-    return status.state, status.reason
-
-
-def process_is_gone(status: Status) -> tuple[str, str]:
-    """Return the state of a run whose process has gone, and the reason."""
-    return "lost", f"its process {status.pid} is gone; start it again to resume"
-
-
-def seconds_of(moment: str) -> float:
-    """Return a time of `status.json` in seconds since 1970; 0 if it cannot be parsed."""
-    try:
-        return datetime.fromisoformat(moment).timestamp()
-    except (ValueError, OverflowError):
-        return 0.0
-
-
-def process_runs(pid: int, seen: float) -> bool:
-    """Whether process `pid` runs and is the one last seen at `seen` (seconds since 1970), not a reused PID."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-        boot = next(line for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime"))
-    except OSError:
-        return False
-    fields = stat.rpartition(")")[2].split()
-    if fields[0] in "ZX":
-        return False
-    started = int(boot.split()[1]) + int(fields[19]) / os.sysconf("SC_CLK_TCK")
-    # The boot time has a resolution of one second.
-    return started <= seen + 2.0
 
 
 def targets_directories(directory: Path) -> tuple[Path, ...]:

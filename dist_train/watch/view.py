@@ -26,7 +26,8 @@ from dist_train.rundir.records import Outcome, RankMeasurement
 from dist_train.rundir.status import RanksReading
 from dist_train.watch.figure import ACCURACY, BATCH, LOSS, Chart, Measured, Quantity, learning_curve
 from dist_train.watch.run import History, Snapshot, WatchedRun, silence_in_words
-from dist_train.watch.run_table import COLOURS, seconds_of
+from dist_train.watch.run_state import seconds_of
+from dist_train.watch.run_table import COLOURS
 
 _HEADER = 5  # four lines and an empty one
 _WIDE = 90  # from this many columns on, panels are placed side by side

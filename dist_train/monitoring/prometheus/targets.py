@@ -22,6 +22,7 @@ from typing import BinaryIO
 from dist_train.monitoring.prometheus.board import KILLED
 from dist_train.monitoring.prometheus.messages import ServingPlan
 from dist_train.rundir import atomic
+from dist_train.rundir.processes import process_start
 from dist_train.rundir.records import RunFacts
 
 HEARTBEAT_SECONDS = 60.0  # interval at which a run touches its file
@@ -43,7 +44,8 @@ _MOST_NAMES = 8
 
 def identity_of(number: int) -> str:
     """Return host, PID namespace, PID and start (clock ticks; empty if it is gone): they identify a process."""
-    return f"{_machine()} {number} {_start_ticks(number)}"
+    start = process_start(number)
+    return f"{_machine()} {number} {'' if start is None else start}"
 
 
 def _is_gone(process: str) -> bool:
@@ -211,13 +213,3 @@ def _machine() -> str:
         return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return f"{socket.gethostname()} unknown"
-
-
-def _start_ticks(number: int) -> str:
-    """Return the start of process `number` in clock ticks since boot; empty if it is gone or a zombie."""
-    try:
-        stat = Path(f"/proc/{number}/stat").read_text()
-    except OSError:
-        return ""
-    fields = stat.rpartition(")")[2].split()
-    return "" if fields[0] in "ZX" else fields[19]

@@ -1,0 +1,119 @@
+"""The state of a run by its files and processes, and by its Slurm job; and the files that tables and reports read."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+
+import yaml
+
+from dist_train.cluster.launch import JOB_IS_ALIVE, JOB_WAITS
+from dist_train.config.loading import flat_settings, parse_yaml, yaml_fault
+from dist_train.monitoring import wording
+from dist_train.rundir.atomic import read_regular
+from dist_train.rundir.paths import BrokenFileError, RunDirectory
+from dist_train.rundir.processes import process_runs
+from dist_train.rundir.records import Record, read_records
+from dist_train.rundir.status import Status, load_status
+
+ALIVE = frozenset({"starting", "running", "stopping"})
+_STALE_AFTER = 600.0  # seconds of silence after which a run on another host counts as lost
+
+
+def read_state(directory: RunDirectory) -> tuple[str, str]:
+    """Return the state of a run as tables show it, and the reason; of its records only the age is used."""
+    try:
+        return state_of(load_status(directory.status), directory, datetime.now(UTC).timestamp())
+    except BrokenFileError as error:
+        return "broken", str(error)
+
+
+def state_of(status: Status, run: RunDirectory, now: float) -> tuple[str, str]:
+    """Return the state of the run at `now`, in seconds since 1970, and the reason, as `read_state` does."""
+    if status.state not in ALIVE:
+        return status.state, status.reason
+    seen = max(seconds_of(status.updated), seconds_of(status.started))
+    with suppress(OSError):
+        seen = max(seen, run.metrics.stat().st_mtime)
+    if status.host == socket.gethostname():
+        return (status.state, status.reason) if process_runs(status.pid, seen) else process_is_gone(status)
+    if now - seen > _STALE_AFTER:
+        where = f" on {status.host}" if status.host else ""
+        return "lost", f"silent for {wording.duration(now - seen)}{where}; start it again to resume"
+    return status.state, status.reason
+
+
+def process_is_gone(status: Status) -> tuple[str, str]:
+    """Return the state of a run whose process has gone, and the reason."""
+    return "lost", f"its process {status.pid} is gone; start it again to resume"
+
+
+def beside_job(state: str, note: str, job: str, job_state: str) -> tuple[str, str]:
+    """Return the state of a run, and the note about it, corrected by Slurm's state of its `job` (empty if unknown).
+
+    A run marked as active whose job is pending or has ended is lost. A failed run whose job is pending is stopped: it
+    will be started again.
+    """
+    waits, corrected = job_state in JOB_WAITS, state
+    if state in ALIVE and job_state and (waits or job_state not in JOB_IS_ALIVE):
+        corrected = "lost"
+    elif state == "failed" and waits:
+        corrected = "stopped"
+    if corrected == state:
+        return state, note
+    return corrected, "; ".join(filter(None, (note, f"its job {job} is {job_state}")))
+
+
+def seconds_of(moment: str) -> float:
+    """Return a time of `status.json` in seconds since 1970; 0 if it cannot be parsed."""
+    try:
+        return datetime.fromisoformat(moment).timestamp()
+    except (ValueError, OverflowError):
+        return 0.0
+
+
+def read_settings(path: Path) -> Mapping[str, object]:
+    """Return a run's settings, of any version, by dotted path; empty without a file. Raises BrokenFileError."""
+    try:
+        sections = parse_yaml(read_regular(path), is_dumped=True)
+    except FileNotFoundError:
+        return {}  # the run has not written it yet
+    except OSError as error:
+        raise BrokenFileError(f"{path.name} cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise BrokenFileError(f"{path.name} is not YAML: {yaml_fault(error)}") from error
+    if not isinstance(sections, dict):
+        raise BrokenFileError(f"{path.name} holds no settings")
+    return dict(flat_settings(sections))
+
+
+def read_measurements(path: Path, read: Callable[[Path], tuple[Record, ...]] = read_records) -> tuple[Record, ...]:
+    """Return the records in `path`; empty if there is no such file. Raises BrokenFileError if it cannot be read."""
+    try:
+        return read(path)
+    except FileNotFoundError:
+        return ()
+    except OSError as error:
+        raise BrokenFileError(f"{path.name} cannot be read: {error.strerror}") from error
+
+
+def walk_runs(
+    directory: Path, onerror: Callable[[OSError], object] | None = None
+) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """Yield each folder at or below `directory` as os.walk does, sorted, and links to runs that lie elsewhere.
+
+    The caller empties the list of subfolders of a folder that is not to be entered.
+    """
+    for folder, children, files in os.walk(directory, onerror=onerror):
+        children.sort()
+        yield Path(folder), children, files
+        # Other links are not followed: they may lead in circles.
+        for path in (Path(folder, child) for child in children):
+            with suppress(OSError):
+                is_elsewhere = path.is_symlink() and not path.resolve().is_relative_to(directory.resolve())
+                if is_elsewhere and RunDirectory(path).has_begun:
+                    yield path, [], []
