@@ -41,7 +41,7 @@ from dist_train.watch.figure import (
 
 _LETTERS = string.ascii_lowercase * 4
 _MOST_LINEAR = 12.0
-_Axes = tuple[Axis, Axis, Axis]  # along the line; of the loss; of the accuracy
+LandscapeAxes = tuple[Axis, Axis, Axis]  # along the line; of the loss; of the accuracy
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def landscape_figure(panels: Sequence[Panel]) -> LandscapeFigure:
     first = _paper_variants(drawn)
     rest = [item for item in drawn if item not in first]
     # The same axes for all, so that widths can be compared.
-    axes = _axes([item for group in drawn for item in group.landscapes])
+    axes = landscape_axes([item for group in drawn for item in group.landscapes])
     settings = json.loads(next(iter(chosen.values())).shared_settings) if chosen else {}
     as_in_the_paper = tuple(
         # Letters as in the paper: a and b for SB without and with noise, c and d for LB.
@@ -96,7 +96,7 @@ def run_landscapes(run: StoredRun) -> tuple[Chart, ...]:
     found = [item for item in run.analyses.landscapes if item.kind != "plane"]
     titles = _told_apart([(_line_title(item), item) for item in found])
     return tuple(
-        _chart(f"run-landscape-{number}", title, f". {title}", [item])
+        landscape_chart(f"run-landscape-{number}", title, f". {title}", [item])
         for number, (title, item) in enumerate(zip(titles, found, strict=True))
     )
 
@@ -161,12 +161,21 @@ def _test_accuracy(variant: Variant) -> float:
     return found.mean if found else 0.0
 
 
-def _axes(landscapes: Sequence[Landscape]) -> _Axes:
-    """Return axes for all of `landscapes`; the loss axis starts at 0 as in the paper unless the loss is very large."""
+def landscape_axes(landscapes: Sequence[Landscape], scale: str = "auto") -> LandscapeAxes:
+    """Return axes for all of `landscapes`; `scale`: that of the loss, linear, log, or auto (linear unless very large).
+
+    A linear axis of the loss starts at 0, as in the paper.
+    """
     points = [point for landscape in landscapes for point in landscape.rows]
     losses = [point.loss for point in points if math.isfinite(point.loss)]
+    positive = [loss for loss in losses if loss > 0]
     most = max(losses, default=0.0)
-    height = loss_axis("loss", losses) if most > _MOST_LINEAR else Axis("loss", 0.0, most * 1.03 or 1.0, plain)
+    if scale == "log" and positive:
+        height = Axis("loss", min(positive) / 1.1, most * 1.1, plain, is_logarithmic=True)
+    elif scale == "auto" and most > _MOST_LINEAR:
+        height = loss_axis("loss", losses)
+    else:
+        height = Axis("loss", 0.0, most * 1.03 or 1.0, plain)
     least = min((point.accuracy for point in points if math.isfinite(point.accuracy)), default=0.0)
     return (
         linear_axis("distance along the direction, \u03b1", [point.alpha for point in points], plain, margin=0.0),
@@ -175,18 +184,23 @@ def _axes(landscapes: Sequence[Landscape]) -> _Axes:
     )
 
 
-def _around(key: str, drawn: _Drawn, letter: str, axes: _Axes) -> Chart:
+def _around(key: str, drawn: _Drawn, letter: str, axes: LandscapeAxes) -> Chart:
     curves = sum(len(item.lines("train")) for item in drawn.landscapes)
     note = f"{wording.plural(curves, 'direction')}, {wording.plural(len(drawn.landscapes), 'run')}"
     described = f", around the solution of {drawn.title}; {note}"
-    return replace(_chart(key, drawn.title, described, drawn.landscapes, note, axes), letter=letter)
+    return replace(landscape_chart(key, drawn.title, described, drawn.landscapes, note, axes), letter=letter)
 
 
-def _chart(
-    key: str, title: str, described: str, landscapes: Sequence[Landscape], note: str = "", axes: _Axes | None = None
+def landscape_chart(
+    key: str,
+    title: str,
+    described: str,
+    landscapes: Sequence[Landscape],
+    note: str = "",
+    axes: LandscapeAxes | None = None,
 ) -> Chart:
     """Return the mean lines of `landscapes`, and their widths after `note`; `axes`: by default their own."""
-    x, left, right = axes or _axes(landscapes)
+    x, left, right = axes or landscape_axes(landscapes)
     if landscapes[0].kind == "interpolate":
         x = replace(x, title="\u03b1")
     series = tuple(
@@ -228,7 +242,7 @@ def lines_between(panels: Sequence[Panel]) -> tuple[Chart, ...]:
         left_out = len(pairs[title]) - len(comparable)
         words = [f"{len(comparable)} lines"] if len(comparable) > 1 else []
         words += [f"{left_out} left out (earlier checkpoints, other settings or the way back)"] if left_out else []
-        charts.append(_chart(f"between-{len(charts)}", title, f". {title}", comparable, ", ".join(words)))
+        charts.append(landscape_chart(f"between-{len(charts)}", title, f". {title}", comparable, ", ".join(words)))
     return tuple(charts)
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
 
 import numpy
 from matplotlib import rc_context
@@ -16,18 +15,7 @@ from numpy.typing import NDArray
 
 from dist_train.analysis.landscape_files import SPLITS, Landscape
 from dist_train.report.drawing import STYLE, save, stacked
-from dist_train.watch.figure import (
-    ACCURACY,
-    LOSS,
-    Axis,
-    Chart,
-    Point,
-    Quantity,
-    Series,
-    linear_axis,
-    percent_tick,
-    plain,
-)
+from dist_train.report.figures import landscape_axes, landscape_chart
 
 _LOSS_COLOUR, _ACCURACY_COLOUR = "#0B4FB3", "#C8201E"
 _LEVELS = 12
@@ -41,39 +29,10 @@ def draw_landscape(landscape: Landscape, outputs: Sequence[Path], scale: str = "
         with rc_context({**STYLE, "axes.grid": False}):
             figure = _draw_plane(landscape, scale)
     else:
-        figure = stacked([line_chart(landscape, scale)], (4.2,), _title(landscape))
+        chart = landscape_chart("line", "", "", [landscape], axes=landscape_axes([landscape], scale))
+        figure = stacked([replace(chart, note="")], (4.2,), _title(landscape))  # a note has no room beside the legend
     for output in outputs:
         save(figure, output)
-
-
-def line_chart(landscape: Landscape, scale: str) -> Chart:
-    """Return loss (left) and accuracy (right) along the lines; of several directions the mean, and the full range."""
-    series = tuple(
-        Series(
-            f"{split} {quantity.name}",
-            quantity.name,
-            _points(landscape, split, quantity),
-            "dashed" if split == "test" else "line",
-            "left" if quantity is LOSS else "right",
-        )
-        for quantity in (LOSS, ACCURACY)
-        for split in SPLITS
-    )
-    losses = [row.loss for row in landscape.rows if math.isfinite(row.loss)]
-    positive = [loss for loss in losses if loss > 0]
-    left = Axis("loss", 0.0, max(losses, default=0.0) * 1.05 or 1.0, plain)
-    if scale == "log" and positive:
-        left = Axis("loss", min(positive) / 1.1, max(positive) * 1.1, plain, is_logarithmic=True)
-    x = linear_axis("alpha", [row.alpha for row in landscape.rows], plain, margin=0.0)
-    return Chart("line", "", "", x, left, series, Axis("accuracy, %", 0.0, 1.02, percent_tick), upright=0.0)
-
-
-def _points(landscape: Landscape, split: str, quantity: Quantity) -> tuple[Point, ...]:
-    values: dict[float, list[float]] = {}
-    for row in landscape.rows:
-        if row.split == split:
-            values.setdefault(row.alpha, []).append(quantity.take(row))
-    return tuple(Point(alpha, fmean(found), "", min(found), max(found)) for alpha, found in values.items())
 
 
 def _draw_plane(landscape: Landscape, scale: str) -> Figure:
@@ -145,7 +104,7 @@ def _title(landscape: Landscape) -> str:
             what = f"from {names[0]} (0) to {names[1]} (1)"
         case "direction":
             many = settings["directions"]
-            lines = "a random direction" if many == 1 else f"{many} random directions, mean and range"
+            lines = "a random direction" if many == 1 else f"{many} random directions, mean and standard deviation"
             what = f"{names[0]}, {lines}, normalized by {settings['normalization']}"
         case _:
             way = "principal directions" if "trajectory" in settings else "two random directions"

@@ -13,7 +13,8 @@ import pytest
 
 from dist_train.analysis.landscape_files import SPLITS, Landscape, Point, PointRow
 from dist_train.analysis.landscape_points import axis, line_points, plane_points
-from dist_train.report.landscape_figures import draw_landscape, line_chart
+from dist_train.report.figures import landscape_axes, landscape_chart
+from dist_train.report.landscape_figures import draw_landscape
 
 ALPHAS = axis(-1.0, 1.0, 5)
 
@@ -46,7 +47,7 @@ def test_a_line_between_two_runs_names_what_it_shows(tmp_path: Path) -> None:
     draw_landscape(landscape("interpolate", line_points(ALPHAS, 1)), outputs)
     assert words(outputs[0]) >= {
         "from sb step 7 (0) to lb step 7 (1); statistics recomputed",
-        "alpha",
+        "\u03b1",
         "loss",
         "accuracy, %",
         "train loss",
@@ -63,27 +64,33 @@ def test_the_same_result_gives_the_same_file(tmp_path: Path) -> None:
         draw_landscape(landscape("direction", line_points(ALPHAS, 3)), [tmp_path / name], "log")
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
     assert words(tmp_path / "a.svg") >= {
-        "sb step 7, 3 random directions, mean and range, normalized by filter;",
-        "statistics recomputed",
+        "sb step 7, 3 random directions, mean and standard deviation, normalized by",
+        "filter; statistics recomputed",
     }
 
 
 @pytest.mark.parametrize("scale", ["linear", "log"])
 def test_loss_is_on_the_left_and_accuracy_on_the_right_train_solid_and_test_dashed(scale: str) -> None:
     shown = landscape("direction", line_points(ALPHAS, 1))
-    chart = line_chart(shown, scale)
+    chart = landscape_chart("line", "", "", [shown], axes=landscape_axes([shown], scale))
     assert chart.left.is_logarithmic == (scale == "log")
     assert [(each.label, each.style, each.axis, each.form) for each in chart.series] == [
-        ("train loss", "loss", "left", "line"),
-        ("test loss", "loss", "left", "dashed"),
-        ("train accuracy", "accuracy", "right", "line"),
-        ("test accuracy", "accuracy", "right", "dashed"),
+        ("train loss", "loss train", "left", "line"),
+        ("train accuracy", "accuracy train", "right", "line"),
+        ("test loss", "loss test", "left", "dashed"),
+        ("test accuracy", "accuracy test", "right", "dashed"),
     ]
-    assert [point.y for point in chart.series[1].points] == [row.loss for row in shown.rows if row.split == "test"]
+    assert [point.y for point in chart.series[2].points] == [row.loss for row in shown.rows if row.split == "test"]
+
+
+@pytest.mark.parametrize(("scale", "is_logarithmic"), [("linear", False), ("log", True), ("auto", True)])
+def test_a_very_large_loss_changes_the_axis_of_the_report_alone(scale: str, is_logarithmic: bool) -> None:
+    steep = landscape("direction", line_points(ALPHAS, 1), lambda point, _: 10 ** (4 * abs(point.alpha)))
+    assert landscape_axes([steep], scale)[1].is_logarithmic == is_logarithmic
 
 
 def test_several_directions_give_mean_and_band() -> None:
-    train = line_chart(landscape("direction", line_points(ALPHAS, 3)), "linear").series[0].points
+    train = landscape_chart("line", "", "", [landscape("direction", line_points(ALPHAS, 3))]).series[0].points
     assert [point.y for point in train] == pytest.approx([0.2 + alpha**2 for alpha in ALPHAS])
     assert [(point.low, point.high) for point in train] == [
         pytest.approx((0.1 + alpha**2, 0.3 + alpha**2)) for alpha in ALPHAS
