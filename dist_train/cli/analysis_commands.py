@@ -23,7 +23,7 @@ _PLANE = (-1.0, 1.0)  # the default range of a plane
 
 
 def add_landscape(subparsers: Subparsers) -> None:
-    """Add `landscape interpolate A B`, `landscape direction A` and `landscape plane A`."""
+    """Add the command `landscape`."""
     parser = subparsers.add_parser(
         "landscape",
         help="loss and accuracy along a line or over a plane in weight space",
@@ -199,7 +199,7 @@ class _Progress:
 
 
 def add_sharpness(subparsers: Subparsers) -> None:
-    """Add `sharpness RUN_OR_CHECKPOINT`. Omitted options are not set, so that the settings' defaults apply."""
+    """Add the command `sharpness`. Omitted options are not set, so that the settings' defaults apply."""
     parser = subparsers.add_parser(
         "sharpness",
         help="the sharpness of the minimum at a checkpoint",
@@ -351,7 +351,7 @@ def _number(value: float | None, error: float | None = None) -> str:
 
 
 def add_export(subparsers: Subparsers) -> None:
-    """Add `export RUN_OR_CHECKPOINT --to FORMAT [-o FILE]`."""
+    """Add the command `export`."""
     parser = subparsers.add_parser(
         "export",
         help="export a model for other programs: safetensors, torch-export or onnx",
@@ -376,7 +376,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def add_replay(subparsers: Subparsers) -> None:
-    """Add `replay RUN@STEP`."""
+    """Add the command `replay`."""
     parser = subparsers.add_parser(
         "replay",
         help="repeat one update of a run, and compare it with the record",

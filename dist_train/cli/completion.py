@@ -50,7 +50,7 @@ _FOR_ZSH = "autoload -U +X compinit && compinit\nautoload -U +X bashcompinit && 
 
 
 def add_completion(subparsers: Subparsers) -> None:
-    """Add `completion bash|zsh`."""
+    """Add the command `completion`."""
     parser = subparsers.add_parser(
         "completion",
         help="a script that completes commands, options and settings in bash or zsh",

@@ -13,7 +13,7 @@ from dist_train.rundir.paths import in_utf8
 
 
 def add_config_command(subparsers: Subparsers) -> None:
-    """Add `config check|show|run-directory|engine|path|schema`."""
+    """Add the command `config`."""
     parser = subparsers.add_parser("config", help="check a configuration, or show it resolved")
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     for name, text, action in (
@@ -94,7 +94,7 @@ def _schema(arguments: argparse.Namespace) -> int:
 
 
 def add_doctor(subparsers: Subparsers) -> None:
-    """Add `doctor [CONFIG [section.key=value ...]] [--json] [--cluster [DIR]]`."""
+    """Add the command `doctor`."""
     parser = subparsers.add_parser(
         "doctor",
         help="what this machine has and lacks for training",

@@ -36,7 +36,7 @@ _STANDARD_ERROR = 2  # the descriptor itself: `sys.stderr` may be replaced by an
 
 
 def add_train(subparsers: Subparsers) -> None:
-    """Add `train CONFIG [section.key=value ...] [--run-dir DIR]`."""
+    """Add the command `train`."""
     parser = subparsers.add_parser(
         "train",
         help="one training run, alone or under torchrun, horovodrun, mpirun, srun",
@@ -62,7 +62,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def add_lr_range(subparsers: Subparsers) -> None:
-    """Add `lr-range CONFIG [section.key=value ...] [--from A] [--to B] [--updates N]`."""
+    """Add the command `lr-range`."""
     parser = subparsers.add_parser(
         "lr-range",
         help="a learning-rate range test: loss against a rising rate",
@@ -95,7 +95,7 @@ def _lr_range(arguments: argparse.Namespace) -> int:
 
 
 def add_launch(subparsers: Subparsers) -> None:
-    """Add `launch [-np N] [--min-ranks N] [--restarts N] [--listen HOST] COMMAND ...`, and `launch --join PLACE`."""
+    """Add the command `launch`."""
     parser = subparsers.add_parser(
         "launch",
         help="a command on several ranks of this machine, without MPI or Horovod",
@@ -276,7 +276,7 @@ def _address(text: str) -> tuple[str, int]:
 
 
 def add_evaluate(subparsers: Subparsers) -> None:
-    """Add `evaluate RUN_OR_CHECKPOINT [--split train|validation|test] [--weights raw|averaged]`."""
+    """Add the command `evaluate`."""
     parser = subparsers.add_parser(
         "evaluate",
         help="loss and accuracy of a checkpoint",
@@ -308,7 +308,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def add_outcome(subparsers: Subparsers) -> None:
-    """Add `outcome RUN`: the exit code of a launch, for scripts whose launcher does not pass it on."""
+    """Add the command `outcome`."""
     parser = subparsers.add_parser(
         "outcome",
         help="the exit code of a run's last launch, from its status.json",
@@ -343,7 +343,7 @@ def _outcome(arguments: argparse.Namespace) -> int:
 
 
 def add_requeue(subparsers: Subparsers) -> None:
-    """Add `requeue RUN --limit N`: whether a batch script should start its run again."""
+    """Add the command `requeue`."""
     parser = subparsers.add_parser(
         "requeue",
         help="for batch scripts: whether to start an unfinished run again",

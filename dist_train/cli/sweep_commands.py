@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def add_sweep(subparsers: Subparsers) -> None:
-    """Add `sweep STUDY [section.key=value ...] [--list] [--only N] [--jobs K] [--ranks W] [--directory DIR]`."""
+    """Add the command `sweep`."""
     parser = subparsers.add_parser(
         "sweep",
         help="train every run of a study: skip finished runs, resume unfinished ones",
@@ -241,7 +241,7 @@ def _say(text: str) -> None:
 
 
 def add_submit(subparsers: Subparsers) -> None:
-    """Add `submit CONFIG [section.key=value ...] [--nodes N ...] [--dry-run] [-- sbatch options]`."""
+    """Add the command `submit`."""
     parser = subparsers.add_parser(
         "submit",
         help="check a run and submit it to Slurm",

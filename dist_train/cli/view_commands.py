@@ -16,7 +16,7 @@ _VIEW = (100, 36)  # columns and rows of a view that is not printed on a termina
 
 
 def add_runs(subparsers: Subparsers) -> None:
-    """Add `runs [DIR] [--json] [--clean]`."""
+    """Add the command `runs`."""
     text = "a table of runs: state, progress, best accuracy, images/s, time left"
     parser = subparsers.add_parser(
         "runs",
@@ -82,7 +82,7 @@ def _clean(arguments: argparse.Namespace) -> int:
 
 
 def add_watch(subparsers: Subparsers) -> None:
-    """Add `watch RUN [--interval SECONDS] [--once]`."""
+    """Add the command `watch`."""
     parser = subparsers.add_parser(
         "watch",
         help="a live view of a run, from any machine that sees its directory",
@@ -123,7 +123,7 @@ def _seconds(text: str) -> float:
 
 
 def add_curve(subparsers: Subparsers) -> None:
-    """Add `curve RUN ... [-o FILE]`."""
+    """Add the command `curve`."""
     parser = subparsers.add_parser(
         "curve",
         help="the learning curve of a run as a picture",
@@ -154,7 +154,7 @@ def _curve(arguments: argparse.Namespace) -> int:
 
 
 def add_report(subparsers: Subparsers) -> None:
-    """Add `report DIR [-o FILE] [--figures FOLDER [--format svg|pdf|png]]`."""
+    """Add the command `report`."""
     parser = subparsers.add_parser(
         "report",
         help="one HTML page of a run, a study, or a folder of runs",

@@ -93,7 +93,7 @@ def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
 
 
 def optimizer_step(optimizer: Optimizer) -> None:
-    """Call `optimizer.step()`, of torch and timm without wrappers that load the compiler: a second on every rank."""
+    """Call `optimizer.step()`, of torch and timm without wrappers that load the compiler: seconds, 70 MiB per rank."""
     is_known = type(optimizer).__module__.startswith(("torch.optim.", "timm.optim."))
     if not is_known or optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
         optimizer.step()

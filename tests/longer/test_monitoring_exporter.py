@@ -38,8 +38,8 @@ def busy_port() -> Iterator[int]:
 
 
 def process_of(exporter: Exporter) -> int:
-    assert exporter.process_id is not None
-    return exporter.process_id
+    assert exporter._link is not None
+    return exporter._link.process.pid
 
 
 def outcomes(folder: Path) -> list[str | None]:
@@ -164,7 +164,7 @@ def test_killed_process_is_restarted_with_earlier_values(tmp_path: Path) -> None
 
         def served_again() -> bool:
             exporter.progress(40)
-            return exporter.address is not None and exporter.process_id not in (None, first)
+            return exporter.address is not None and process_of(exporter) != first
 
         wait_for(served_again)
         wait_for(lambda: scrape(exporter)["dist_train_micro_batch_size", ()] == 128)
@@ -300,7 +300,7 @@ from tests.unit.exporting import FACTS, train
 exporter = Exporter(MetricsSettings(port=0, targets_directory=sys.argv[1]))
 exporter.begin(FACTS)
 exporter.record(train(20))
-print(exporter.process_id, flush=True)
+print(exporter._link.process.pid, flush=True)
 time.sleep(60)
 """
 
@@ -326,7 +326,7 @@ def test_killed_trainer_leaves_no_process_or_pipe_and_is_reported(tmp_path: Path
 
 
 def test_killed_trainer_is_reported_to_all_scraping_servers(tmp_path: Path) -> None:
-    program = TRAINER.replace("exporter.process_id", "exporter.process_id, exporter.address")
+    program = TRAINER.replace("process.pid", "process.pid, exporter.address")
     trainer = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE)
     assert trainer.stdout is not None
     with trainer.stdout as output:

@@ -201,11 +201,11 @@ def test_a_process_that_talks_another_way_is_given_up_with_the_reason(monkeypatc
 
     monkeypatch.setattr(messages, "decode", refuse)
     exporter = Exporter(MetricsSettings(port=0))
-    process = exporter.process_id
-    assert process is not None
+    assert exporter._link is not None
+    process = exporter._link.process.pid
     with pytest.raises(ExporterError):
         exporter.begin(FACTS)
-    assert exporter.process_id is None
+    assert exporter._link is None
     with pytest.raises(ProcessLookupError):
         os.kill(process, 0)
 

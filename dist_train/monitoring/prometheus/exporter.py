@@ -100,11 +100,6 @@ class Exporter(Observer):
         except OSError as error:
             self._reason = f"its process cannot be started: {error}"
 
-    @property
-    def process_id(self) -> int | None:
-        """The PID of the exporter's process; None if there is none."""
-        return None if self._link is None else self._link.process.pid
-
     def begin(self, facts: RunFacts) -> None:
         """Serve the run. Raises ExporterError if that is impossible."""
         self._send_begin(facts)
