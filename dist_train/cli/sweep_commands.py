@@ -142,7 +142,6 @@ def _sweep(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ..
     planned = len(runs) if is_single else plan.total
     jobs = min(arguments.jobs, planned)
     launcher = Launcher(arguments.ranks, threads_per_rank(jobs, arguments.ranks), to_terminal=is_single)
-    launcher.program()
     publish(plan, arguments.only)
     print(f"study {plan.study.name}: {planned} of {plan.total} runs, {jobs} at a time, in {plan.directory}")
     current = plan

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
-from dist_train.config.loading import project_root
 from dist_train.monitoring import wording
 from dist_train.outcome import ExitCode
 from dist_train.rundir.paths import try_to_lock
@@ -32,21 +31,15 @@ class Launcher:
     to_terminal: bool = False  # whether a run's output goes to the terminal instead of its log
 
     def command(self, plan: Plan, run: PlannedRun) -> list[str]:
-        """Return the command line of `run`. Raises UsageError as `program` does."""
+        """Return the command line of `run`."""
         # If the sweep is killed, its runs get SIGTERM: they save and stop.
         guard = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
-        return [*guard, *self.program(), *plan.train_arguments(run)]
-
-    def program(self) -> list[str]:
-        """Return the command that takes the arguments of `dist-train`. Raises UsageError without launch scripts."""
-        if self.ranks == 1:
-            return [sys.executable, "-m", "dist_train"]
-        return [str(project_root() / "launch" / "local.sh"), "-np", str(self.ranks)]
+        launch = ["launch", "-np", str(self.ranks)] if self.ranks > 1 else []
+        return [*guard, sys.executable, "-m", "dist_train", *launch, *plan.train_arguments(run)]
 
     def environment(self) -> Mapping[str, str]:
         """Return the run's environment variables."""
-        defaults = {"OMP_NUM_THREADS": str(self.threads), "DIST_TRAIN_PYTHON": sys.executable}
-        return {**defaults, **os.environ}
+        return {"OMP_NUM_THREADS": str(self.threads), **os.environ}
 
 
 def threads_per_rank(jobs: int, ranks: int) -> int:
@@ -61,7 +54,7 @@ class RunProcess:
         """Start `run`; the file descriptor `lock` stays locked as long as the run or this process lives."""
         self.run = run
         self._lock = lock
-        self._by_script = launcher.ranks > 1
+        self._has_launcher = launcher.ranks > 1
         self._begun = time.monotonic()
         self._before = read_status(run.files.status)
         self._log = None if launcher.to_terminal else run.files.output_log
@@ -97,8 +90,8 @@ class RunProcess:
 
     def end(self) -> None:
         """End the run without waiting for it to save."""
-        # At a second SIGTERM the launch script ends its ranks at once.
-        self._process.send_signal(signal.SIGTERM if self._by_script else signal.SIGKILL)
+        # At a second SIGTERM `dist-train launch` ends its ranks at once.
+        self._process.send_signal(signal.SIGTERM if self._has_launcher else signal.SIGKILL)
 
     def reason(self, code: int) -> str:
         """Return why the run ended with the non-zero `code`."""

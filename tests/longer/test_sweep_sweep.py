@@ -92,12 +92,12 @@ class TestOrder:
         monkeypatch.setenv("OMP_NUM_THREADS", "3")
         assert Launcher(threads=5).environment()["OMP_NUM_THREADS"] == "3"
 
-    def test_several_ranks_are_started_by_the_launch_script(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(("ranks", "launch"), [(1, []), (3, ["launch", "-np", "3"])])
+    def test_several_ranks_are_started_by_launch(self, ranks: int, launch: list[str], tmp_path: Path) -> None:
         plan = small_plan(tmp_path)
-        command = Launcher(ranks=3).command(plan, plan.runs[0])
-        script = next(word for word in command if word.endswith("launch/local.sh"))
-        assert command[command.index(script) + 1 :][:4] == ["-np", "3", "train", str(plan.base_file)]
-        assert Launcher().environment()["DIST_TRAIN_PYTHON"] == sys.executable
+        command = Launcher(ranks).command(plan, plan.runs[0])
+        program = [sys.executable, "-m", "dist_train", *launch, "train", str(plan.base_file)]
+        assert command[command.index(sys.executable) :][: len(program)] == program
 
 
 class TestFailures:
