@@ -3,8 +3,8 @@
 from dist_train.config.loading import dump_config, load_config, parse_config
 from dist_train.config.parts import (
     DATA_SETS,
-    ENCODED,
     AveragingSettings,
+    DataSet,
     DataSettings,
     ImageFormat,
     NoiseSchedule,
@@ -24,11 +24,11 @@ from dist_train.config.sections import (
 
 __all__ = [
     "DATA_SETS",
-    "ENCODED",
     "AveragingSettings",
     "CommSettings",
     "Config",
     "ConfigError",
+    "DataSet",
     "DataSettings",
     "ImageFormat",
     "ModelSettings",

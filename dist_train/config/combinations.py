@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain
 
-from dist_train.config.parts import ENCODED, Section
+from dist_train.config.parts import DataSettings, Section
 from dist_train.config.plugins import OPTION_KEYS, is_plugin
 from dist_train.config.problems import Problem
 from dist_train.config.sections import Config
@@ -235,13 +235,13 @@ def _evaluation(config: Config) -> Iterator[Problem]:
 
 def _data(config: Config) -> Iterator[Problem]:
     data = config.data
-    if _has_own_shape(config) and (data.shape is None or data.classes is None):
+    if _needs_shape(data) and (data.shape is None or data.classes is None):
         wrong = f"models are built before {data.name} is read; set data.shape and data.classes"
         allowed = "data.shape=[channels,height,width] data.classes=number"
         yield Problem("data.shape", wrong, code="plugin-data-form", allowed=allowed)
-    if data.name in (*ENCODED, "numpy") and data.root is None:
+    if data.has_own_format and not is_plugin(data.name) and data.root is None:
         yield Problem("data.root", f"{data.name} needs the folder of its files", code="image-folder-unset")
-    if data.name in ENCODED and data.classes is None:
+    if data.data_set.is_encoded and data.classes is None:
         yield Problem("data.classes", f"{data.name} needs its number of classes", code="image-folder-unset")
 
 
@@ -292,7 +292,7 @@ def _unused(config: Config) -> Iterator[tuple[str, str, bool, str]]:
         yield setting.partition(".")[0], names, config.value(setting) != value, f"{setting} is not {value}"
     data, model, metrics = config.data, config.model, config.metrics
     noise, optimizer, schedule = config.noise, config.optimizer, config.schedule
-    is_encoded, has_betas = data.name in ENCODED, optimizer.name not in ("sgd", "lars")
+    is_encoded, has_betas = data.data_set.is_encoded, optimizer.name not in ("sgd", "lars")
     is_clean, is_ivon, perturbs = noise.method == "none", noise.method == "ivon", _perturbs(config)
     has_no_base = schedule.scaling == "none" and not schedule.keep_updates
     # cosine and poly decay from the end of the warm-up
@@ -316,12 +316,12 @@ def _unused(config: Config) -> Iterator[tuple[str, str, bool, str]]:
         ("averaging", "every_steps", config.averaging.kind == "none", "averaging.kind is none"),
         ("early_stopping", "min_delta metric", never_stops, "early_stopping.patience is not set"),
         ("precision", "tf32", config.run.device == "cpu", "run.device is cpu"),
-        ("data", "download", not data.name.startswith("cifar"), "only CIFAR can be downloaded"),
+        ("data", "download", not data.data_set.can_download, "only CIFAR can be downloaded"),
         ("data", "loader_workers", not is_encoded and not is_plugin(data.augment), "this data set is held in memory"),
         ("data", "image_size", not is_encoded, "the images of this data set have a fixed size"),
-        ("data", "classes", not is_encoded and not _has_own_shape(config), "this data set has fixed classes"),
-        ("data", "shape", not _has_own_shape(config), "data.name is neither numpy nor a plug-in"),
-        ("data", "image_column label_column", data.name not in (*ENCODED[1:], "numpy"), "this data set has no columns"),
+        ("data", "classes", not data.has_own_format, "this data set has fixed classes"),
+        ("data", "shape", not _needs_shape(data), "data.name is neither numpy nor a plug-in"),
+        ("data", "image_column label_column", not data.data_set.has_columns, "this data set has no columns"),
         ("metrics", of_exporter, not metrics.enabled, "metrics.enabled is false"),
         ("metrics", "advertised_host", metrics.enabled and not is_listed, "metrics.targets_directory is not set"),
     )
@@ -339,5 +339,5 @@ def _perturbs(config: Config) -> bool:
     return config.noise.method in ("smoothout", "arwp", "fsgld")
 
 
-def _has_own_shape(config: Config) -> bool:
-    return config.data.name == "numpy" or is_plugin(config.data.name)
+def _needs_shape(data: DataSettings) -> bool:
+    return data.has_own_format and not data.data_set.is_encoded

@@ -19,7 +19,7 @@ from pydantic import (
     PositiveInt,
 )
 
-from dist_train.config.plugins import Options, PluginName, is_plugin
+from dist_train.config.plugins import Options, PluginName
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,28 @@ class ImageFormat:
     classes: int
 
 
-DATA_SETS: Mapping[str, ImageFormat] = {
-    "fashion-mnist": ImageFormat((1, 28, 28), 10),
-    "cifar10": ImageFormat((3, 32, 32), 10),
-    "cifar100": ImageFormat((3, 32, 32), 100),
-    "synthetic": ImageFormat((3, 32, 32), 10),
+@dataclass(frozen=True)
+class DataSet:
+    """What is known about a data set before its files are read."""
+
+    image_format: ImageFormat | None = None  # None: that of the settings
+    is_encoded: bool = False  # files of encoded images of any size, decoded when needed
+    has_columns: bool = False  # images and labels are found by name
+    can_download: bool = False
+
+
+DATA_SETS: Mapping[str, DataSet] = {
+    "fashion-mnist": DataSet(ImageFormat((1, 28, 28), 10)),
+    "cifar10": DataSet(ImageFormat((3, 32, 32), 10), can_download=True),
+    "cifar100": DataSet(ImageFormat((3, 32, 32), 100), can_download=True),
+    "imagefolder": DataSet(is_encoded=True),
+    "parquet": DataSet(is_encoded=True, has_columns=True),
+    "webdataset": DataSet(is_encoded=True, has_columns=True),
+    "huggingface": DataSet(is_encoded=True, has_columns=True),
+    "numpy": DataSet(has_columns=True),
+    "synthetic": DataSet(),
 }
-"""Image format by data set; `data.synthetic_*` override that of the synthetic set."""
+"""By `data.name`; a plug-in is a `DataSet()`."""
 
 
 AtLeastTwo = Annotated[int, Field(ge=2)]
@@ -57,10 +72,6 @@ class Section(BaseModel):
 def options_of(setting: str) -> Any:
     """Return the field for the settings of the plug-in that `setting` names."""
     return Field(default_factory=dict, description=f"Settings of the plug-in in {setting}.", examples=[{"depth": 3}])
-
-
-ENCODED = ("imagefolder", "parquet", "webdataset", "huggingface")
-"""Kinds of a user's own data sets: files of encoded images of any size."""
 
 
 class DataSettings(Section):
@@ -130,18 +141,26 @@ class DataSettings(Section):
         return self.root.absolute()
 
     @property
+    def data_set(self) -> DataSet:
+        """What is known about the data set before its files are read."""
+        return DATA_SETS.get(self.name, DataSet())
+
+    @property
+    def has_own_format(self) -> bool:
+        """Whether it holds a user's own images, whose format the settings give."""
+        return self.data_set.image_format is None and self.name != "synthetic"
+
+    @property
     def image_format(self) -> ImageFormat:
         """Shape of the images and number of classes."""
+        if self.data_set.image_format is not None:
+            return self.data_set.image_format
         if self.name == "synthetic":
             return ImageFormat(self.synthetic_shape, self.synthetic_classes)
-        if self.name in ENCODED:
-            assert self.classes is not None, "checked before"
-            return ImageFormat((3, self.image_size, self.image_size), self.classes)
-        if is_plugin(self.name) or self.name == "numpy":
-            assert self.shape is not None, "checked before"
-            assert self.classes is not None, "checked before"
-            return ImageFormat(self.shape, self.classes)
-        return DATA_SETS[self.name]
+        shape = (3, self.image_size, self.image_size) if self.data_set.is_encoded else self.shape
+        assert shape is not None, "checked before"
+        assert self.classes is not None, "checked before"
+        return ImageFormat(shape, self.classes)
 
 
 class ConstantSchedule(Section):

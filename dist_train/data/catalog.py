@@ -1,9 +1,12 @@
-"""The table of data sets, by name, and the synthetic data set. A new data set is a reader and a row in the table."""
+"""The readers of data sets, by name, and the synthetic data set.
+
+A new data set is a reader and a row here, a row in `config.DATA_SETS`, and its name in `DataSettings`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,10 +15,10 @@ from torch import Tensor
 from dist_train.config import DataSettings
 from dist_train.config.plugins import call_plugin, failing_clearly, is_plugin
 from dist_train.data.cache import Source, data_sets_folder, decoded_folder, decoded_once
-from dist_train.data.columns import find_arrays, find_parquet, find_saved, read_arrays
+from dist_train.data.columns import find_arrays, find_parquet, find_saved, parquet_index, read_arrays, saved_index
 from dist_train.data.image_folder import check_same_classes, list_split
-from dist_train.data.images import ImageSet, MapDataset, Split
-from dist_train.data.packed import find_shards
+from dist_train.data.images import ImageSet, Listing, MapDataset, Split
+from dist_train.data.packed import FileIndexer, find_shards, packed_listing, shard_index
 from dist_train.data.plan import divided
 from dist_train.data.published import (
     CIFAR10,
@@ -35,7 +38,13 @@ from dist_train.reproducible import generator
 
 _ARCHIVES: Mapping[str, Archive] = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 
-Reader = Callable[[DataSettings, Split, int], ImageSet | MapDataset]  # of settings, split, seed
+
+@dataclass(frozen=True)
+class Reader:
+    """How the files of a data set are read; both functions raise UsageError if they are missing or damaged."""
+
+    read: Callable[[DataSettings, Split, int], ImageSet | Listing]  # of settings, split, seed; a listing if encoded
+    find: Callable[[DataSettings, Split], object] | None = None  # reads no image; None without files
 
 
 def load_data(settings: DataSettings, split: Split, seed: int) -> ImageSet | MapDataset:
@@ -48,7 +57,8 @@ def load_data(settings: DataSettings, split: Split, seed: int) -> ImageSet | Map
     `validation_size`.
     """
     read: Split = "test" if split == "test" else "train"
-    images = (_plugin if is_plugin(settings.name) else READERS[settings.name])(settings, read, seed)
+    images = (_plugin if is_plugin(settings.name) else READERS[settings.name].read)(settings, read, seed)
+    assert not isinstance(images, Listing), "encoded images are listed"
     if len(images) == 0:
         place = f" in {settings.root}" if settings.root is not None else ""
         raise UsageError(f"{settings.name} holds no {read} images{place}: both splits need some", code="data-counts")
@@ -62,17 +72,20 @@ def load_data(settings: DataSettings, split: Split, seed: int) -> ImageSet | Map
     return images.select(kept if split == "train" or held_out is None else held_out)
 
 
+def list_encoded(settings: DataSettings, split: Split, seed: int) -> Listing:
+    """Return all images of a split of encoded images, shuffled by the seed. Raises UsageError."""
+    listing = READERS[settings.name].read(settings, split, seed)
+    assert isinstance(listing, Listing)
+    return listing
+
+
 def find_data(settings: DataSettings) -> None:
     """Check that the files of both splits are there, without reading their images. Raises UsageError."""
-    if settings.name == "imagefolder":
-        classes = settings.image_format.classes
-        train, _ = (list_split(settings.folder, split, classes, seed=0) for split in ("train", "test"))
-        check_same_classes(settings.folder)
-        assert train.labels is not None
-        divided(train.labels, settings, seed=0)
-    elif find := _FINDERS.get(settings.name):
-        find(settings, "train")
-        find(settings, "test")
+    reader = READERS.get(settings.name)
+    if reader is not None and reader.find is not None:
+        train, _ = (reader.find(settings, split) for split in ("train", "test"))
+        if isinstance(train, Listing) and train.labels is not None:
+            divided(train.labels, settings, seed=0)
 
 
 def _fashion_mnist(settings: DataSettings, split: Split, seed: int) -> ImageSet:
@@ -92,6 +105,17 @@ def _cifar(settings: DataSettings, split: Split, seed: int) -> ImageSet:
     files = _find_cifar(settings, split)
     source = Source(settings.name, split, CIFAR_VERSION, files, archive.classes)
     return decoded_once(decoded_folder(), source, lambda: decode_archive(archive, root, files, split))
+
+
+def _list_folder(settings: DataSettings, split: Split, seed: int = 0) -> Listing:
+    listing = list_split(settings.folder, split, settings.image_format.classes, seed)
+    if split == "test":
+        check_same_classes(settings.folder)
+    return listing
+
+
+def _packed(find: Callable[[DataSettings, Split], list[Path]], index_of: FileIndexer) -> Reader:
+    return Reader(lambda settings, split, seed: packed_listing(settings, split, seed, find, index_of), find)
 
 
 def _synthetic(settings: DataSettings, split: Split, seed: int) -> ImageSet:
@@ -127,19 +151,14 @@ def _plugin(settings: DataSettings, split: Split, seed: int) -> ImageSet | MapDa
 
 
 READERS: Mapping[str, Reader] = {
-    "fashion-mnist": _fashion_mnist,
-    **dict.fromkeys(_ARCHIVES, _cifar),
-    "numpy": lambda settings, split, seed: read_arrays(settings, split),
-    "synthetic": _synthetic,
-}
-
-_FINDERS: Mapping[str, Callable[[DataSettings, Split], object]] = {
-    "fashion-mnist": lambda settings, split: find_fashion_mnist(settings.root, split),
-    **dict.fromkeys(_ARCHIVES, _find_cifar),
-    "parquet": find_parquet,
-    "webdataset": find_shards,
-    "huggingface": find_saved,
-    "numpy": find_arrays,
+    "fashion-mnist": Reader(_fashion_mnist, lambda settings, split: find_fashion_mnist(settings.root, split)),
+    **dict.fromkeys(_ARCHIVES, Reader(_cifar, _find_cifar)),
+    "imagefolder": Reader(_list_folder, _list_folder),
+    "parquet": _packed(find_parquet, parquet_index),
+    "webdataset": _packed(find_shards, shard_index),
+    "huggingface": _packed(find_saved, saved_index),
+    "numpy": Reader(lambda settings, split, seed: read_arrays(settings, split), find_arrays),
+    "synthetic": Reader(_synthetic),
 }
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dist_train.config import ENCODED, DataSettings
+from dist_train.config import DataSettings
 from dist_train.config.plugins import is_plugin
 from dist_train.data.augmentation import (
     AUGMENTATIONS,
@@ -24,13 +24,10 @@ from dist_train.data.augmentation import (
     staging_buffer,
     statistics_of_parts,
 )
-from dist_train.data.catalog import load_data
-from dist_train.data.columns import find_parquet, find_saved, parquet_index, saved_index
+from dist_train.data.catalog import list_encoded, load_data
 from dist_train.data.decoders import Decoder, LoaderProcesses, Order
 from dist_train.data.decoding import DRAWS, EncodedImages, Work
-from dist_train.data.image_folder import check_same_classes, list_split
 from dist_train.data.images import BatchRequest, ImageSet, Listing, MapDataset, Split
-from dist_train.data.packed import find_shards, packed_listing, shard_index
 from dist_train.data.plan import divided
 from dist_train.data.plugin_samples import PluginSamples, Recipe, labels_of
 from dist_train.outcome import CodedError, UsageError
@@ -146,7 +143,7 @@ def open_splits(
     at the start is damaged.
     """
     pixels = PixelFormat(torch.channels_last if channels_last else torch.contiguous_format)
-    if settings.name in ENCODED:
+    if settings.data_set.is_encoded:
         return _open(settings, _list_encoded_splits(settings, seed), {}, seed, device, pixels)
     names: tuple[Split, ...] = ("train", "test", *(("validation",) if settings.validation_size is not None else ()))
     opened = {split: load_data(settings, split, seed) for split in names}
@@ -165,7 +162,7 @@ def open_splits(
 
 def training_labels(settings: DataSettings, seed: int) -> Tensor:
     """Return the labels of the training samples, int64 [n], in the order of `open_splits`. Raises UsageError."""
-    if settings.name in ENCODED:
+    if settings.data_set.is_encoded:
         labels = list_encoded(settings, "train", seed).labels
         assert labels is not None
     else:
@@ -203,7 +200,7 @@ class LoadedSamples(SampleSource):
         pixels: PixelFormat | None = None,
     ) -> None:
         """Make the samples of `listing` by `decoder`, which other splits may share; only training is augmented."""
-        is_encoded, augment = settings.name in ENCODED, settings.augment if split == "train" else "none"
+        is_encoded, augment = settings.data_set.is_encoded, settings.augment if split == "train" else "none"
         super().__init__(device, seed, "none" if is_encoded or is_plugin(augment) else augment, pixels)
         self._shape = settings.image_format.shape
         self._split = split
@@ -259,25 +256,9 @@ def augmentation_draws(samples: Tensor, seed: int, epoch: int) -> Tensor:
     return uniform(key(seed, "random resized crop", epoch), samples.unsqueeze(1) * DRAWS + torch.arange(DRAWS))
 
 
-def list_encoded(settings: DataSettings, split: Split, seed: int) -> Listing:
-    """Return all images of a split of a data set in `config.ENCODED`. Raises UsageError."""
-    if settings.name == "imagefolder":
-        return list_split(settings.folder, split, settings.image_format.classes, seed)
-    return packed_listing(settings, split, seed, *_PACKED[settings.name])
-
-
-_PACKED = {
-    "parquet": (find_parquet, parquet_index),
-    "webdataset": (find_shards, shard_index),
-    "huggingface": (find_saved, saved_index),
-}
-
-
 def _list_encoded_splits(settings: DataSettings, seed: int) -> dict[Split, Listing]:
     """Return the splits of encoded images. Raises UsageError as `list_encoded` does."""
     train, test = (list_encoded(settings, split, seed) for split in ("train", "test"))
-    if settings.name == "imagefolder":
-        check_same_classes(settings.folder)
     assert train.labels is not None
     listings: dict[Split, Listing] = {"train": train, "test": test}
     return listings | _divided(train, train.labels, settings, seed)

@@ -42,6 +42,7 @@ SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
 """The names that a split's folder or files may have; the first that exists is used."""
 
 Index = NDArray[np.int64]  # offset, length and label of each sample in a file, int64 [samples, 3]
+FileIndexer = Callable[[Path, DataSettings], tuple[Path, Index]]
 
 
 def packed_listing(
@@ -49,7 +50,7 @@ def packed_listing(
     split: Split,
     seed: int,
     find: Callable[[DataSettings, Split], list[Path]],
-    index_of: Callable[[Path, DataSettings], tuple[Path, Index]],
+    index_of: FileIndexer,
 ) -> Listing:
     """Return the images of a split, shuffled by the seed as those of an image folder are. Raises UsageError.
 

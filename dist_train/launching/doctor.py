@@ -266,7 +266,7 @@ def check_data(config: Config) -> Check:
     missing = _missing_data(config.data)
     if missing is None:
         return Check("data", "fine", f"{name} is here")
-    if config.data.download and name.startswith("cifar"):
+    if config.data.download and config.data.data_set.can_download:
         return Check("data", "note", f"{name} is not here; data.download fetches it when the run begins")
     return Check("data", "fails", *missing)
 

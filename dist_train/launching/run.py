@@ -314,7 +314,7 @@ def check_batches(config: Config) -> None:
 
 def check_data(config: Config) -> None:
     """Check that the data set's files exist or will be downloaded. Raises UsageError."""
-    if not (config.data.download and config.data.name.startswith("cifar")):
+    if not (config.data.download and config.data.data_set.can_download):
         find_data(config.data)
 
 

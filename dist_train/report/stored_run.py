@@ -13,7 +13,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import TypeAdapter
 
-from dist_train.config import DATA_SETS
+from dist_train.config import DATA_SETS, DataSet
 from dist_train.config.loading import flat_settings, parse_yaml
 from dist_train.config.resuming import may_change
 from dist_train.outcome import ExitCode, UsageError, escaped
@@ -86,7 +86,7 @@ class StoredRun:
     def guessing(self) -> float | None:
         """Return the accuracy of guessing, 1 / classes; None if the number of classes is unknown."""
         name = self.settings.get("data.name")
-        known = DATA_SETS.get(name) if isinstance(name, str) else None
+        known = DATA_SETS.get(str(name), DataSet()).image_format
         configured = self.settings.get("data.synthetic_classes" if name == "synthetic" else "data.classes")
         classes = known.classes if known else configured
         return 1 / classes if isinstance(classes, int) and classes > 0 else None

@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks.settings_page import settings_markdown
-from dist_train.config import ENCODED
+from dist_train.config import DATA_SETS
 from dist_train.config.loading import with_overrides
 from dist_train.config.reference import Setting, settings_of
 from dist_train.config.resuming import _CHANGEABLE, _DECIDED_ONCE
 from dist_train.config.sections import Config
-from dist_train.data.catalog import READERS
 from dist_train.models.building import _MODELS
 from dist_train.optim.noise import _METHODS
 from dist_train.optim.optimizers import _OPTIMIZERS
@@ -68,7 +67,7 @@ def test_all_models_optimizers_data_sets_schedules_and_noise_methods_are_on_it()
         "optimizer.name": _OPTIMIZERS,
         "noise.method": _METHODS,
         "noise.schedule.kind": _FACTORS,
-        "data.name": {*READERS, *ENCODED},
+        "data.name": DATA_SETS,
     }
     choices = {setting.path: set(setting.choices) for setting in SETTINGS}
     assert {path: choices[path] for path in tables} == {path: set(table) for path, table in tables.items()}

@@ -52,6 +52,23 @@ def test_diverged_run_counts_as_guessing_and_has_no_other_number(tmp_path: Path)
     assert set(notes.values()) == {"n = 2, 1 diverged"}
 
 
+@pytest.mark.parametrize(
+    ("settings", "guessing"),
+    [
+        ({"data.name": "cifar100"}, 0.01),
+        ({"data.name": "synthetic", "data.synthetic_classes": 4}, 0.25),
+        ({"data.name": "imagefolder", "data.classes": 5, "data.root": "/data"}, 0.2),
+    ],
+)
+def test_guessing_depends_on_the_number_of_classes(
+    settings: dict[str, object], guessing: float, tmp_path: Path
+) -> None:
+    treatment = treatments()[0]
+    make_run(tmp_path / "run", treatment, 0, {**treatment.settings, **settings})
+    [run] = read_subject(tmp_path).runs
+    assert run.guessing == guessing
+
+
 def test_run_that_began_with_other_settings_than_its_study_has_now_does_not_count(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study")
     plan = json.loads((study / "runs.json").read_text())
