@@ -127,7 +127,24 @@ def _tag(token: bytes, content: bytes) -> bytes:
     return hmac.digest(token, content, "sha256")[:_TAG_BYTES]
 
 
-_SUSPENDED_BEATS = 2.0  # a longer gap between two checks, in beats, means that the watcher itself was suspended
+BEATS_IN_TIMEOUT = 6
+_SUSPENDED_BEATS = 2.0  # a longer gap between two checks means that the watcher itself was suspended
+
+
+class SuspensionDetector:
+    """Detects that this process was suspended, so that the silence of others does not count."""
+
+    def __init__(self, beat: float, now: float, slack: float = 0.0) -> None:
+        """Begin at `now`; call `was_suspended` at least every `beat` seconds, or `slack` later."""
+        self._longest = _SUSPENDED_BEATS * beat + slack
+        self._checked = now
+
+    def was_suspended(self, now: float) -> bool:
+        """Whether this process was suspended since the last call."""
+        gap, self._checked = now - self._checked, now
+        return gap > self._longest
+
+
 _STREAK_BEATS = 2.0  # ranks that are this close to `timeout`, in beats, are reported along with the first lost one
 _MOST_NAMES = 8
 
@@ -139,7 +156,7 @@ class HeartbeatMonitor:
         """Begin at `now`; a rank silent for `timeout` is lost. Call `silent` at least once per `beat`."""
         self._timeout = timeout
         self._beat = beat
-        self._checked = now
+        self._suspensions = SuspensionDetector(beat, now)
         self._heard: dict[int, float] = {}
         self._left: set[int] = set()
         self._failed: tuple[int, float] | None = None
@@ -174,9 +191,7 @@ class HeartbeatMonitor:
 
         A dying node takes several ranks with it: once one is lost, those silent for nearly as long are reported, too.
         """
-        was_suspended = now - self._checked > _SUSPENDED_BEATS * self._beat
-        self._checked = now
-        if was_suspended:
+        if self._suspensions.was_suspended(now):
             self._heard = dict.fromkeys(self._heard, now)
             if self._failed is not None:
                 self._failed = (self._failed[0], now)

@@ -22,9 +22,9 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from dist_train.cluster.heartbeats import BEATS_IN_TIMEOUT, SuspensionDetector
 from dist_train.cluster.local_launch import say
 from dist_train.cluster.membership_server import (
-    BEATS_IN_TIMEOUT,
     ENDS_OF_A_RUN,
     TOKEN_VARIABLE,
     Expelled,
@@ -110,7 +110,9 @@ class RemoteCoordinator:
                 f"that is running there",
                 code="join-token",
             ) from error
-        self._heard = self._polled = time.monotonic()
+        self._heard = time.monotonic()
+        self._beat = self.timeout / BEATS_IN_TIMEOUT
+        self._suspensions = SuspensionDetector(self._beat, self._heard)
         self._due = 0.0
 
     def _prove(self, token: str, count: int) -> None:
@@ -145,8 +147,7 @@ class RemoteCoordinator:
 
     def poll(self, seconds: float) -> None:
         """Handle the messages that arrive within `seconds`, and send a beat if it is due. Raises FaultError."""
-        beat = self.timeout / BEATS_IN_TIMEOUT
-        if select.select([self._connection.socket], [], [], min(seconds, beat))[0]:
+        if select.select([self._connection.socket], [], [], min(seconds, self._beat))[0]:
             try:
                 self._connection.receive()
             except OSError:
@@ -154,13 +155,12 @@ class RemoteCoordinator:
             self._heard = time.monotonic()
             self._handle_messages()
         now = time.monotonic()
-        was_suspended, self._polled = now - self._polled > 2 * beat, now
-        if was_suspended:  # the coordinator may have sent beats meanwhile
+        if self._suspensions.was_suspended(now):  # the coordinator may have sent beats meanwhile
             self._heard = now
         if now - self._heard >= self.timeout:
             raise _lost(f"has not answered for {self.timeout:g} s")
         if now >= self._due:
-            self._due = now + beat
+            self._due = now + self._beat
             self._connection.send({"kind": "beat"})
 
     def expect(self, processes: int) -> None:

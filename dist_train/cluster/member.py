@@ -13,15 +13,17 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from dist_train.cluster.communicator import Generation, RankLostError
+from dist_train.cluster.heartbeats import BEATS_IN_TIMEOUT, SuspensionDetector
 from dist_train.cluster.joining import end_process
 from dist_train.cluster.launch import MEMBERSHIP_VARIABLE
-from dist_train.cluster.membership_server import BEATS_IN_TIMEOUT, SLOT_VARIABLE, TOKEN_VARIABLE, answer_to
+from dist_train.cluster.membership_server import SLOT_VARIABLE, TOKEN_VARIABLE, answer_to
 from dist_train.cluster.messages import MessageConnection
 from dist_train.outcome import say_on_stderr
 
 _GENERATION = TypeAdapter(Generation)
 _CONNECT_SECONDS = 10.0
 _LONGEST_BEAT_SECONDS = 0.5
+_SLACK_SECONDS = 1.0  # the thread that beats may have to wait for the interpreter
 
 
 class Pulse:
@@ -33,10 +35,10 @@ class Pulse:
 
     def __init__(self, limit: float, period: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._limit = limit
-        self._period = period
         self._clock = clock
         self._since: float | None = None
-        self._awake_since = self._checked = clock()
+        self._awake_since = clock()
+        self._suspensions = SuspensionDetector(period, self._awake_since, _SLACK_SECONDS)
         self._is_slow = False
 
     def move(self) -> None:
@@ -55,9 +57,8 @@ class Pulse:
     def hangs(self) -> bool:
         """Whether the thread hangs; never right after the whole process was suspended."""
         now, since = self._clock(), self._since
-        if now - self._checked > 2 * self._period + 1.0:
+        if self._suspensions.was_suspended(now):
             self._awake_since = now
-        self._checked = now
         return since is not None and not self._is_slow and now - max(since, self._awake_since) >= self._limit
 
     def _note(self, moment: float | None) -> None:

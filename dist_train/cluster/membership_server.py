@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import count, islice
 from typing import Any
 
+from dist_train.cluster.heartbeats import BEATS_IN_TIMEOUT, SuspensionDetector
 from dist_train.cluster.launch import MEMBERSHIP_VARIABLE
 from dist_train.cluster.membership import (
     Event,
@@ -40,10 +41,8 @@ SLOT_VARIABLE = "DIST_TRAIN_SLOT"  # a process's number; restarted, it keeps tha
 ENDS_OF_A_RUN = (ExitCode.FINISHED, ExitCode.STOPPED, ExitCode.DIVERGED, ExitCode.DISAGREEMENT)
 """Exit codes that all ranks agree on: a rank that ends with one is not lost. The first that a rank has is the run's."""
 
-BEATS_IN_TIMEOUT = 6
 START_TIMEOUTS = 4  # timeouts that a process has to connect, once it is started or awaited; loading torch takes seconds
 _LONGEST_LINE = 1 << 20
-_SUSPENDED_BEATS = 2.0  # a longer gap between polls: the coordinator was suspended, and no silence counts
 
 
 def answer_to(token: str, challenge: str) -> str:
@@ -138,7 +137,7 @@ class MembershipServer:
         self._connections: dict[int, _Connection] = {}
         self._next_id = 1
         self.expelled: list[Expelled] = []  # processes of this launcher that are to be killed
-        self._polled = time.monotonic()
+        self._suspensions = SuspensionDetector(self.timeout / BEATS_IN_TIMEOUT, time.monotonic())
 
     @property
     def address(self) -> tuple[str, int]:
@@ -385,8 +384,7 @@ class MembershipServer:
                 connection.stopping_since = time.monotonic()
 
     def _expel_silent(self, now: float) -> None:
-        was_suspended = now - self._polled > _SUSPENDED_BEATS * self.timeout / BEATS_IN_TIMEOUT
-        self._polled = now
+        was_suspended = self._suspensions.was_suspended(now)
         for peer_id, connection in list(self._connections.items()):
             if was_suspended:
                 connection.heard = now

@@ -24,6 +24,7 @@ from contextlib import suppress
 
 from dist_train.cluster.communicator import Communicator, RankLostError, broadcast_str, gather
 from dist_train.cluster.heartbeats import (
+    BEATS_IN_TIMEOUT,
     LARGEST,
     TOKEN_BYTES,
     Address,
@@ -42,7 +43,6 @@ from dist_train.cluster.heartbeats import (
 from dist_train.cluster.joining import end_process
 from dist_train.outcome import ExitCode, escaped, exit_code_of, say_on_stderr
 
-_BEATS_IN_TIMEOUT = 6
 _LONGEST_BEAT = 5.0
 _SEARCH_SECONDS = 0.2  # between beats until rank 0 has answered
 _SEARCH_AGAIN = 2.5  # after this many beats without an answer, all addresses of rank 0 are tried again
@@ -78,7 +78,7 @@ class Watchdog:
         self._paths = paths
         self._datagrams = datagrams
         self._timeout = timeout
-        self._beat = min(_LONGEST_BEAT, timeout / _BEATS_IN_TIMEOUT)
+        self._beat = min(_LONGEST_BEAT, timeout / BEATS_IN_TIMEOUT)
         self._on_loss = on_loss
         self._end = end
         self._monitor = HeartbeatMonitor(timeout=timeout, beat=self._beat, now=time.monotonic())
