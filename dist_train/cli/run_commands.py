@@ -26,7 +26,7 @@ from dist_train.outcome import ExitCode, UsageError, escaped, say_on_stderr
 from dist_train.start_up import without_collection
 
 if TYPE_CHECKING:
-    from dist_train.cluster.elastic_launch import Elasticity
+    from dist_train.cluster.membership import Elasticity
     from dist_train.config import Config
 
 _TRAINING = ("train", "lr-range", "replay")  # on request these save and stop; as in launch/common.sh
@@ -211,7 +211,7 @@ def _device_type(config: Config) -> str:
 
 def _elasticity(arguments: argparse.Namespace, config: Config) -> Elasticity | None:
     """Return the elasticity of the options, by default that of `config`; None if a lost rank ends the launch."""
-    from dist_train.cluster.elastic_launch import Elasticity
+    from dist_train.cluster.membership import Elasticity
 
     settings = config.launch
     min_ranks: int | None = settings.min_ranks if arguments.min_ranks is None else arguments.min_ranks
@@ -220,20 +220,20 @@ def _elasticity(arguments: argparse.Namespace, config: Config) -> Elasticity | N
     options = (min_ranks, max_ranks, arguments.start_with, arguments.listen)
     if not restarts and all(option is None for option in options):
         return None
-    first = arguments.np if arguments.start_with is None else arguments.start_with
-    fewest = first if min_ranks is None else min_ranks
-    most = first if max_ranks is None else max_ranks
-    _check_range("--start-with", first, max(1, arguments.np), None)
-    _check_range("--min-ranks" if arguments.min_ranks is not None else "launch.min_ranks", fewest, 1, first)
-    _check_range("--max-ranks" if arguments.max_ranks is not None else "launch.max_ranks", most, first, None)
-    if arguments.listen is None and most > arguments.np:
+    start_with: int = arguments.np if arguments.start_with is None else arguments.start_with
+    min_ranks = start_with if min_ranks is None else min_ranks
+    max_ranks = start_with if max_ranks is None else max_ranks
+    _check_range("--start-with", start_with, max(1, arguments.np), None)
+    _check_range("--min-ranks" if arguments.min_ranks is not None else "launch.min_ranks", min_ranks, 1, start_with)
+    _check_range("--max-ranks" if arguments.max_ranks is not None else "launch.max_ranks", max_ranks, start_with, None)
+    if arguments.listen is None and max_ranks > arguments.np:
         raise UsageError(
             f"--max-ranks (launch.max_ranks) and --start-with above the {arguments.np} ranks of -np need --listen: "
             f"the others come from other nodes",
             code="elastic-without-listen",
         )
-    _check_micro_batches(config, most)
-    return Elasticity(first, fewest, most, restarts, config.comm.timeout)
+    _check_micro_batches(config, max_ranks)
+    return Elasticity(start_with, min_ranks, max_ranks, restarts, config.comm.timeout)
 
 
 def _check_micro_batches(config: Config, ranks: int) -> None:

@@ -24,6 +24,7 @@ from typing import TypeAlias
 from dist_train.cluster.joined_launch import Entry, RemoteCoordinator
 from dist_train.cluster.launch import MEMBERSHIP_VARIABLE
 from dist_train.cluster.local_launch import SIGNALS, Ranks, blocked_signals, rank_environment, say, start_rank
+from dist_train.cluster.membership import Elasticity
 from dist_train.cluster.membership_server import SLOT_VARIABLE, START_TIMEOUTS, TOKEN_VARIABLE, MembershipServer
 from dist_train.outcome import ExitCode, UsageError
 from dist_train.rundir import atomic
@@ -34,22 +35,11 @@ _FIRST_PAUSE_SECONDS = 0.5
 _LONGEST_PAUSE_SECONDS = 30.0  # before a restart; doubled after each whose process did not become a rank
 
 
-@dataclass(frozen=True)
-class Elasticity:
-    """How many ranks a run begins with, continues with and accepts, and when ranks are lost and restarted."""
-
-    first: int
-    fewest: int
-    most: int
-    restarts: int  # of a lost rank, by each launcher
-    timeout: float  # seconds of silence after which a rank is lost
-
-
 Coordinator: TypeAlias = MembershipServer | RemoteCoordinator  # its own server, or that of another node
 
 
 def launch_elastic(
-    words: Sequence[str], count: int, elasticity: Elasticity, run: Path, listen: tuple[str, int] | None = None
+    words: Sequence[str], count: int, limits: Elasticity, run: Path, listen: tuple[str, int] | None = None
 ) -> int:
     """Run `dist-train WORDS` as `count` ranks on this machine until they end, and return the run's exit code.
 
@@ -61,11 +51,10 @@ def launch_elastic(
     listen there, or write that file.
     """
     launch = os.environ.get(LAUNCH_VARIABLE, "") or secrets.token_hex(8)
-    order = {"words": list(words), "folder": os.getcwd(), "launch": launch, "restarts": elasticity.restarts}
-    limits = elasticity.first, elasticity.fewest, elasticity.most, elasticity.timeout
+    order = {"words": list(words), "folder": os.getcwd(), "launch": launch, "restarts": limits.restarts}
     host, port = listen or ("127.0.0.1", 0)
     try:
-        server = MembershipServer(*limits, host, port, say, here=count, order=order)
+        server = MembershipServer(limits, host, port, say, here=count, order=order)
     except (OSError, OverflowError) as error:
         if listen is None:  # a loopback address that cannot be used is no mistake of the user
             raise
@@ -76,11 +65,11 @@ def launch_elastic(
         ) from error
     try:
         with _admitting_others(server, run, launch) if listen else nullcontext():
-            variables = {**server.variables, "WORLD_SIZE": str(elasticity.first)}
+            variables = {**server.variables, "WORLD_SIZE": str(limits.start_with)}
             local = LocalProcesses(words, range(count), launch, variables)
-            code = _run_ranks(local, server, elasticity.restarts, run)
+            code = _run_ranks(local, server, limits.restarts, run)
             if server.state.generation == 0 and not server.state.has_ended:
-                say(f"the run has not begun: there were fewer than the {elasticity.first} ranks that it begins with")
+                say(f"the run has not begun: there were fewer than the {limits.start_with} ranks that it begins with")
             return code
     finally:
         server.close()
@@ -191,7 +180,7 @@ class _ElasticRanks(Ranks):
     def _is_running(self) -> bool:
         return super()._is_running() or bool(self._restart_due) or self._coordinator.awaits_others
 
-    def _await_signal(self) -> signal.struct_siginfo | None:
+    def _poll(self) -> signal.struct_siginfo | None:
         self._coordinator.poll(_POLL_SECONDS)
         while self._coordinator.expelled:
             expelled = self._coordinator.expelled.pop()

@@ -29,10 +29,8 @@ from dist_train.cluster.membership_server import (
     TOKEN_VARIABLE,
     Expelled,
     View,
-    answer_of_coordinator,
-    answer_to,
 )
-from dist_train.cluster.messages import MessageConnection
+from dist_train.cluster.messages import MessageConnection, answer_of_coordinator, answer_to
 from dist_train.outcome import ExitCode, FaultError, UsageError
 from dist_train.rundir import atomic
 

@@ -80,7 +80,7 @@ class Ranks:
         """Return the exit code of the launch once all have ended; if that fails, kill what still runs."""
         try:
             while self._is_running():
-                received = self._await_signal()
+                received = self._poll()
                 if received is not None and received.si_signo in _STOP_SIGNALS:
                     self._note_stop_request(signal.Signals(received.si_signo))
                 self._collect()
@@ -99,7 +99,7 @@ class Ranks:
     def _is_running(self) -> bool:
         return len(self._ended) < len(self._processes)
 
-    def _await_signal(self) -> signal.struct_siginfo | None:
+    def _poll(self) -> signal.struct_siginfo | None:
         return signal.sigtimedwait(SIGNALS, _POLL_SECONDS)
 
     def _limit_time_after_failure(self) -> None:

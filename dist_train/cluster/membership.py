@@ -38,12 +38,21 @@ class Peer:
 
 
 @dataclass(frozen=True)
-class Membership:
-    """The state of the coordinator. The first generation has `size` ranks, a later one `fewest` to `most`."""
+class Elasticity:
+    """How many ranks a run begins with, continues with and accepts, and when ranks are lost and restarted."""
 
-    size: int
-    fewest: int
-    most: int
+    start_with: int
+    min_ranks: int
+    max_ranks: int
+    restarts: int  # of a lost rank, by each launcher
+    timeout: float  # seconds of silence after which a rank is lost
+
+
+@dataclass(frozen=True)
+class Membership:
+    """The state of the coordinator."""
+
+    limits: Elasticity
     generation: int = 0
     is_forming: bool = True
     peers: tuple[Peer, ...] = ()
@@ -194,16 +203,17 @@ def _begin_if_ready(state: Membership, messages: tuple[Message, ...] = ()) -> De
         return state, messages
     ready = () if state.is_over else tuple(peer for peer in state.joiners if peer.is_ready)
     if state.generation == 0:
-        return _begin(state, ready) if len(ready) == state.size else (state, messages)
+        return _begin(state, ready) if len(ready) == state.limits.start_with else (state, messages)
     if state.peers and not state.has_state:
         return _end(state, "; ".join((*state.lost, "no rank is left that holds the state")))
     if not state.members or not all(member.is_ready for member in state.members):
         return state, messages
-    following = (*state.members, *ready)[: state.most]
-    if len(following) < state.fewest:
+    following = (*state.members, *ready)[: state.limits.max_ranks]
+    least = state.limits.min_ranks
+    if len(following) < least:
         if state.may_grow:
             return state, messages
-        too_few = f"{len(following)} rank{'s are' if len(following) > 1 else ' is'} left of at least {state.fewest}"
+        too_few = f"{len(following)} rank{'s are' if len(following) > 1 else ' is'} left of at least {least}"
         return _end(state, "; ".join((*state.lost, too_few)))
     state, announcements = _begin(state, following)
     return state, (*messages, *announcements)

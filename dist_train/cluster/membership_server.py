@@ -8,14 +8,9 @@ thread does not move on, hangs.
 
 from __future__ import annotations
 
-import hmac
-import json
 import secrets
-import selectors
-import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import count, islice
 from typing import Any
@@ -23,6 +18,7 @@ from typing import Any
 from dist_train.cluster.heartbeats import BEATS_IN_TIMEOUT, SuspensionDetector
 from dist_train.cluster.launch import MEMBERSHIP_VARIABLE
 from dist_train.cluster.membership import (
+    Elasticity,
     Event,
     MayGrow,
     Membership,
@@ -33,6 +29,7 @@ from dist_train.cluster.membership import (
     PeerTraining,
     decide,
 )
+from dist_train.cluster.messages import MessageServer, answer_of_coordinator
 from dist_train.outcome import ExitCode
 
 TOKEN_VARIABLE = "DIST_TRAIN_MEMBERSHIP_TOKEN"  # nosec B105  # the name of a variable
@@ -42,17 +39,6 @@ ENDS_OF_A_RUN = (ExitCode.FINISHED, ExitCode.STOPPED, ExitCode.DIVERGED, ExitCod
 """Exit codes that all ranks agree on: a rank that ends with one is not lost. The first that a rank has is the run's."""
 
 START_TIMEOUTS = 4  # timeouts that a process has to connect, once it is started or awaited; loading torch takes seconds
-_LONGEST_LINE = 1 << 20
-
-
-def answer_to(token: str, challenge: str) -> str:
-    """Return the proof that its sender knows `token`."""
-    return hmac.new(token.encode(), challenge.encode(), "sha256").hexdigest()
-
-
-def answer_of_coordinator(token: str, challenge: str) -> str:
-    """Return the coordinator's own proof, which cannot be obtained by sending a challenge to a rank."""
-    return answer_to(token, f"coordinator {challenge}")
 
 
 @dataclass(frozen=True)
@@ -94,26 +80,10 @@ class JoinedNode:
 
 
 @dataclass
-class _Connection:
-    """A connection; nothing is known about its process until `is_known`."""
-
-    socket: socket.socket
-    challenge: str
-    heard: float
-    received: bytes = b""
-    unsent: bytes = b""
-    is_known: bool = False
-    stopping_since: float | None = None  # when its rank was told to stop work, if it has not done so yet
-
-
-@dataclass
 class MembershipServer:
     """Serves until `close`; `poll` must be called at least every tenth of a second."""
 
-    size: int
-    fewest: int
-    most: int
-    timeout: float
+    limits: Elasticity
     host: str = "127.0.0.1"
     port: int = 0
     say: Callable[[str], None] = lambda text: None
@@ -123,27 +93,23 @@ class MembershipServer:
     nodes_changed: Callable[[Sequence[str]], None] = lambda nodes: None  # called with the nodes that are connected
 
     def __post_init__(self) -> None:
-        self.state = Membership(self.size, self.fewest, self.most)
-        self._here = self.size if self.here is None else self.here
+        self.state = Membership(self.limits)
+        self.timeout = self.limits.timeout
+        self._here = self.limits.start_with if self.here is None else self.here
         self._own_slots = range(self._here)
         self._nodes: dict[int, JoinedNode] = {}  # the launchers of other nodes, by connection
         self._codes: list[int] = []
         self._stop_requested = False
         self._alone_since = time.monotonic()
-        self._listener = socket.create_server((self.host, self.port), backlog=128)
-        self._listener.setblocking(False)
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self._listener, selectors.EVENT_READ)
-        self._connections: dict[int, _Connection] = {}
-        self._next_id = 1
+        self._server = MessageServer((self.host, self.port), self.token, self._handle, self._lose)
+        self._stopping_since: dict[int, float] = {}  # when ranks that still work were told to stop, by connection
         self.expelled: list[Expelled] = []  # processes of this launcher that are to be killed
         self._suspensions = SuspensionDetector(self.timeout / BEATS_IN_TIMEOUT, time.monotonic())
 
     @property
     def address(self) -> tuple[str, int]:
         """Host and port where it listens."""
-        host, port = self._listener.getsockname()[:2]
-        return host, port
+        return self._server.address
 
     @property
     def variables(self) -> Mapping[str, str]:
@@ -153,15 +119,7 @@ class MembershipServer:
 
     def poll(self, seconds: float) -> None:
         """Handle the messages that have arrived, waiting up to `seconds` for one, and expel silent processes."""
-        for key, events in self._selector.select(seconds):
-            if key.data is None:
-                self._accept()
-                continue
-            connection = self._connections.get(key.data)  # None: dropped meanwhile
-            if connection and events & selectors.EVENT_WRITE:
-                self._flush(key.data, connection)
-            if connection and events & selectors.EVENT_READ:
-                self._receive(key.data, connection)
+        self._server.poll(seconds)
         now = time.monotonic()
         self._expel_silent(now)
         self._start_nodes()
@@ -195,7 +153,7 @@ class MembershipServer:
             return True
         is_late = time.monotonic() - self._alone_since > START_TIMEOUTS * self.timeout
         may_begin = self.state.generation == 0 and not self.state.has_ended and self.view.code is None
-        return may_begin and self._here < self.size and not is_late
+        return may_begin and self._here < self.limits.start_with and not is_late
 
     def expect(self, processes: int) -> None:
         """Report how many of this launcher's processes are ranks or may become ranks."""
@@ -225,56 +183,13 @@ class MembershipServer:
 
     def close(self) -> None:
         """Close all connections; remaining ranks then end."""
-        for peer_id in list(self._connections):
-            self._drop(peer_id)
-        self._selector.close()
-        self._listener.close()
-
-    def _accept(self) -> None:
-        with suppress(OSError):
-            accepted, _ = self._listener.accept()
-            accepted.setblocking(False)
-            accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            peer_id, self._next_id = self._next_id, self._next_id + 1
-            connection = _Connection(accepted, secrets.token_hex(16), time.monotonic())
-            self._connections[peer_id] = connection
-            self._selector.register(accepted, selectors.EVENT_READ, peer_id)
-            self._send(peer_id, {"kind": "challenge", "text": connection.challenge})
-
-    def _receive(self, peer_id: int, connection: _Connection) -> None:
-        try:
-            content = connection.socket.recv(1 << 16)
-        except BlockingIOError:
-            return
-        except OSError:
-            content = b""
-        if not content or len(connection.received) > _LONGEST_LINE:
-            self._lose(peer_id, "died")
-            return
-        connection.heard = time.monotonic()
-        *lines, connection.received = (connection.received + content).split(b"\n")
-        for line in lines:
-            try:
-                self._handle(peer_id, json.loads(line))
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                self._lose(peer_id, "sent what is no message")
-                return
+        self._server.close()
 
     def _handle(self, peer_id: int, fields: Mapping[str, Any]) -> None:
-        connection = self._connections.get(peer_id)
-        if connection is None:
-            return
-        kind = fields["kind"]
-        if not connection.is_known:
-            proof = answer_to(self.token, connection.challenge)
-            if kind != "hello" or not hmac.compare_digest(str(fields["proof"]), proof):
-                self._drop(peer_id)
-                return
-            connection.is_known = True
-            self._admit(peer_id, fields)
-            return
         node = self._nodes.get(peer_id)
-        match kind:
+        match fields["kind"]:
+            case "hello" if node is None and self.state.find(peer_id) is None:
+                self._admit(peer_id, fields)
             case "processes" if node is not None:
                 node.processes = int(fields["count"])
             case "ended" if node is not None:
@@ -297,20 +212,20 @@ class MembershipServer:
             return
         slot = int(fields["slot"])
         if slot not in self._own_slots and self._owner(slot) is None:
-            self._drop(peer_id)  # its launcher is gone
+            self._server.drop(peer_id)  # its launcher is gone
             return
         joins = self.state.generation > 0
         self._apply(PeerConnected(Peer(peer_id, slot, node, process)))
-        self._send(peer_id, {"kind": "welcome", "joins": joins})
+        self._server.send(peer_id, {"kind": "welcome", "joins": joins})
 
     def _admit_node(self, peer_id: int, node: JoinedNode, challenge: str) -> None:
         proof = answer_of_coordinator(self.token, challenge)
-        self._send(peer_id, {"kind": "known", "proof": proof, "timeout": self.timeout})
+        self._server.send(peer_id, {"kind": "known", "proof": proof, "timeout": self.timeout})
         why = "the run has ended" if self.state.is_over or self.state.has_ended else ""
         if why := why or self._refusal(node.wanted):
             self.say(f"{node.name} may not join: {why}")
-            self._send(peer_id, {"kind": "refused", "why": why})
-            self._drop(peer_id)
+            self._server.send(peer_id, {"kind": "refused", "why": why})
+            self._server.drop(peer_id)
             return
         self._nodes[peer_id] = node
         self._note_nodes()
@@ -318,11 +233,11 @@ class MembershipServer:
     def _refusal(self, wanted: int) -> str:
         """Return why `wanted` more ranks are too many; empty if they are not."""
         running_or_waiting = (node for node in self._nodes.values() if node.processes or not node.slots)
-        free = self.most - self._here - sum(node.processes or node.wanted for node in running_or_waiting)
+        free = self.limits.max_ranks - self._here - sum(node.processes or node.wanted for node in running_or_waiting)
         if wanted <= free:
             return ""
         more = f"{free} more rank{'' if free == 1 else 's'}" if free > 0 else "no more ranks"
-        return f"the run takes {more}, not {wanted}: it has at most {self.most} (--max-ranks)"
+        return f"the run takes {more}, not {wanted}: it has at most {self.limits.max_ranks} (--max-ranks)"
 
     def _note_nodes(self) -> None:
         self.nodes_changed(sorted(node.node for node in self._nodes.values()))
@@ -337,14 +252,15 @@ class MembershipServer:
             return
         has_begun = self.state.generation > 0 and self.state.has_state
         for connection, node in self._nodes.items():
-            if node.slots or not (has_begun or self.expected + node.wanted <= self.size):
+            if node.slots or not (has_begun or self.expected + node.wanted <= self.limits.start_with):
                 continue
             others = (slot for other in self._nodes.values() for slot in other.slots)
             taken = {*self._own_slots, *(peer.slot for peer in self.state.peers), *others}
             node.slots = tuple(islice((slot for slot in count() if slot not in taken), node.wanted))
             node.processes = node.wanted
             self.say(f"{node.name} starts {node.wanted} rank{'s' if node.wanted > 1 else ''}")
-            self._send(connection, {"kind": "welcome", "slots": node.slots, "size": self.size, **self.order})
+            welcome = {"kind": "welcome", "slots": node.slots, "size": self.limits.start_with}
+            self._server.send(connection, {**welcome, **self.order})
 
     def _send_views(self, now: float) -> None:
         """Send the launchers of other nodes the view of the run when it changes, and regularly as a heartbeat."""
@@ -355,13 +271,13 @@ class MembershipServer:
         for connection, node in self._nodes.items():
             if node.sent_view != view or now - node.sent_at >= self.timeout / BEATS_IN_TIMEOUT:
                 node.sent_view, node.sent_at = view, now
-                self._send(connection, {"kind": "view", **fields})
+                self._server.send(connection, {"kind": "view", **fields})
 
     def _apply(self, event: Event) -> None:
         before = self.state
         self.state, messages = decide(before, event)
         for message in messages:
-            self._send(message.to, {"kind": message.kind, **message.fields})
+            self._server.send(message.to, {"kind": message.kind, **message.fields})
         for message in messages[:1]:
             if message.kind == "end":
                 self.say(message.fields["why"])
@@ -375,24 +291,20 @@ class MembershipServer:
     def _note_stopping(self) -> None:
         """Record since when each rank of a broken generation has been expected to stop."""
         for peer in self.state.peers:
-            connection = self._connections.get(peer.id)
-            if connection is None:
-                continue
             if peer.is_ready or peer.rank is None or not self.state.is_forming:
-                connection.stopping_since = None
-            elif connection.stopping_since is None:
-                connection.stopping_since = time.monotonic()
+                self._stopping_since.pop(peer.id, None)
+            else:
+                self._stopping_since.setdefault(peer.id, time.monotonic())
 
     def _expel_silent(self, now: float) -> None:
-        was_suspended = self._suspensions.was_suspended(now)
-        for peer_id, connection in list(self._connections.items()):
-            if was_suspended:
-                connection.heard = now
-                if connection.stopping_since is not None:
-                    connection.stopping_since = now
-            elif now - connection.heard >= self.timeout:
+        if self._suspensions.was_suspended(now):
+            self._server.hear_all(now)
+            self._stopping_since = dict.fromkeys(self._stopping_since, now)
+            return
+        for peer_id, heard in self._server.heard.items():
+            if now - heard >= self.timeout:
                 self._expel(peer_id, f"has not answered for {self.timeout:g} s")
-            elif connection.stopping_since is not None and now - connection.stopping_since >= self.timeout:
+            elif now - self._stopping_since.get(peer_id, now) >= self.timeout:
                 self._expel(peer_id, f"has not stopped for {self.timeout:g} s when the group was broken")
 
     def _expel(self, peer_id: int, why: str) -> None:
@@ -403,11 +315,12 @@ class MembershipServer:
             if owner is None:
                 self.expelled.append(Expelled(peer.slot, peer.process))
             else:
-                self._send(owner, {"kind": "expelled", "slot": peer.slot, "process": peer.process})
+                self._server.send(owner, {"kind": "expelled", "slot": peer.slot, "process": peer.process})
         self._lose(peer_id, why)
 
     def _lose(self, peer_id: int, why: str) -> None:
-        self._drop(peer_id)
+        self._server.drop(peer_id)
+        self._stopping_since.pop(peer_id, None)
         node = self._nodes.pop(peer_id, None)
         if node is None:
             self._apply(PeerLost(peer_id, why))
@@ -419,22 +332,3 @@ class MembershipServer:
         for peer in self.state.peers:
             if peer.slot in node.slots:
                 self._lose(peer.id, "has lost its launcher")
-
-    def _drop(self, peer_id: int) -> None:
-        connection = self._connections.pop(peer_id, None)
-        if connection is not None:
-            self._selector.unregister(connection.socket)
-            connection.socket.close()
-
-    def _send(self, peer_id: int, fields: Mapping[str, Any]) -> None:
-        connection = self._connections.get(peer_id)
-        if connection is not None:
-            connection.unsent += json.dumps(dict(fields)).encode() + b"\n"
-            self._flush(peer_id, connection)
-
-    def _flush(self, peer_id: int, connection: _Connection) -> None:
-        with suppress(OSError):  # a broken connection is noticed where it is read
-            sent = connection.socket.send(connection.unsent)
-            connection.unsent = connection.unsent[sent:]
-        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if connection.unsent else 0)
-        self._selector.modify(connection.socket, events, peer_id)

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import hmac
 import json
+import secrets
+import selectors
 import socket
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
+
+_LONGEST_LINE = 1 << 20
+
+
+def answer_to(token: str, challenge: str) -> str:
+    """Return the proof that its sender knows `token`."""
+    return hmac.new(token.encode(), challenge.encode(), "sha256").hexdigest()
+
+
+def answer_of_coordinator(token: str, challenge: str) -> str:
+    """Return the coordinator's own proof, which cannot be obtained by sending a challenge to a rank."""
+    return answer_to(token, f"coordinator {challenge}")
 
 
 class MessageConnection:
@@ -23,7 +40,7 @@ class MessageConnection:
     def send(self, fields: Mapping[str, Any]) -> None:
         """Send a message; a broken connection is noticed by the thread that receives."""
         with self._sending, suppress(OSError):
-            self.socket.sendall(json.dumps(dict(fields)).encode() + b"\n")
+            self.socket.sendall(_encode(fields))
 
     def receive(self) -> None:
         """Wait for data; raise OSError if none comes because the connection is closed or silent."""
@@ -45,3 +62,143 @@ class MessageConnection:
         line, _, self._received = self._received.partition(b"\n")
         message: Mapping[str, Any] = json.loads(line)
         return message
+
+
+@dataclass
+class _Peer:
+    """A connection to the coordinator; nothing is known about its process until `is_known`."""
+
+    socket: socket.socket
+    challenge: str
+    heard: float
+    received: bytes = b""
+    unsent: bytes = b""
+    is_known: bool = False
+
+
+class MessageServer:
+    """The coordinator's end of the connections, by number; it has no thread and never blocks: call `poll` often.
+
+    A process that does not prove by its first message, `hello`, that it knows `token` is disconnected.
+    """
+
+    def __init__(
+        self,
+        address: tuple[str, int],
+        token: str,
+        handle: Callable[[int, Mapping[str, Any]], None],
+        lose: Callable[[int, str], None],
+    ) -> None:
+        """Listen at `address` (port 0: a free one). Raises OSError, or OverflowError for the port.
+
+        `handle` is called with each message of a process that knows the token, and may raise what a message of another
+        form makes it raise; `lose` with a connection that broke, or brought no message, and why: it must `drop` it.
+        """
+        self._token = token
+        self._handle = handle
+        self._lose = lose
+        self._listener = socket.create_server(address, backlog=128)
+        self._listener.setblocking(False)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._listener, selectors.EVENT_READ)
+        self._peers: dict[int, _Peer] = {}
+        self._next_id = 1
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port where it listens."""
+        host, port = self._listener.getsockname()[:2]
+        return host, port
+
+    @property
+    def heard(self) -> dict[int, float]:
+        """When each connection last brought something, by the monotonic clock."""
+        return {peer_id: peer.heard for peer_id, peer in self._peers.items()}
+
+    def hear_all(self, now: float) -> None:
+        """Count every connection as heard `now`."""
+        for peer in self._peers.values():
+            peer.heard = now
+
+    def poll(self, seconds: float) -> None:
+        """Handle the messages that have arrived, waiting up to `seconds` for one."""
+        for key, events in self._selector.select(seconds):
+            if key.data is None:
+                self._accept()
+                continue
+            peer = self._peers.get(key.data)  # None: dropped meanwhile
+            if peer and events & selectors.EVENT_WRITE:
+                self._flush(key.data, peer)
+            if peer and events & selectors.EVENT_READ:
+                self._receive(key.data, peer)
+
+    def send(self, peer_id: int, fields: Mapping[str, Any]) -> None:
+        """Send a message, unless the connection is gone."""
+        peer = self._peers.get(peer_id)
+        if peer is not None:
+            peer.unsent += _encode(fields)
+            self._flush(peer_id, peer)
+
+    def drop(self, peer_id: int) -> None:
+        """Close a connection."""
+        peer = self._peers.pop(peer_id, None)
+        if peer is not None:
+            self._selector.unregister(peer.socket)
+            peer.socket.close()
+
+    def close(self) -> None:
+        """Close all connections."""
+        for peer_id in list(self._peers):
+            self.drop(peer_id)
+        self._selector.close()
+        self._listener.close()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            accepted, _ = self._listener.accept()
+            accepted.setblocking(False)
+            accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            peer_id, self._next_id = self._next_id, self._next_id + 1
+            peer = self._peers[peer_id] = _Peer(accepted, secrets.token_hex(16), time.monotonic())
+            self._selector.register(accepted, selectors.EVENT_READ, peer_id)
+            self.send(peer_id, {"kind": "challenge", "text": peer.challenge})
+
+    def _receive(self, peer_id: int, peer: _Peer) -> None:
+        try:
+            content = peer.socket.recv(1 << 16)
+        except BlockingIOError:
+            return
+        except OSError:
+            content = b""
+        if not content or len(peer.received) > _LONGEST_LINE:
+            self._lose(peer_id, "died")
+            return
+        peer.heard = time.monotonic()
+        *lines, peer.received = (peer.received + content).split(b"\n")
+        for line in lines:
+            try:
+                fields = json.loads(line)
+                if not peer.is_known and not self._knows_token(peer, fields):
+                    self.drop(peer_id)
+                if peer_id not in self._peers:
+                    return
+                peer.is_known = True
+                self._handle(peer_id, fields)
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                self._lose(peer_id, "sent what is no message")
+                return
+
+    def _knows_token(self, peer: _Peer, fields: Mapping[str, Any]) -> bool:
+        proof = answer_to(self._token, peer.challenge)
+        return fields["kind"] == "hello" and hmac.compare_digest(str(fields["proof"]), proof)
+
+    def _flush(self, peer_id: int, peer: _Peer) -> None:
+        with suppress(OSError):  # a broken connection is noticed where it is read
+            sent = peer.socket.send(peer.unsent)
+            peer.unsent = peer.unsent[sent:]
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if peer.unsent else 0)
+        self._selector.modify(peer.socket, events, peer_id)
+
+
+def _encode(fields: Mapping[str, Any]) -> bytes:
+    return json.dumps(dict(fields)).encode() + b"\n"

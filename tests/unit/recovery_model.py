@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from dist_train.cluster.membership import (
+    Elasticity,
     Event,
     Membership,
     Message,
@@ -78,7 +79,7 @@ def beginning(size: int) -> World:
     """Return the world in which `size` ranks have met, and hold the same state."""
     peers = tuple(Peer(number, number, rank=number, has_state=True) for number in range(size))
     ranks = tuple(Rank("works", rank=number, size=size) for number in range(size))
-    return World(ranks, Membership(size, 1, size, generation=1, is_forming=False, peers=peers))
+    return World(ranks, Membership(Elasticity(size, 1, size, 0, 5.0), generation=1, is_forming=False, peers=peers))
 
 
 def steps(world: World, limits: Limits) -> Iterator[World]:

@@ -21,8 +21,8 @@ import yaml
 from dist_train import __version__
 from dist_train.cli import main as program
 from dist_train.cli.main import main
-from dist_train.cluster.elastic_launch import Elasticity
 from dist_train.cluster.launch import Launch
+from dist_train.cluster.membership import Elasticity
 from dist_train.config import load_config
 from dist_train.outcome import CodedError, DivergedError, ExitCode, OutOfMemoryError, PeerFailedError, UsageError
 from dist_train.rundir.status import StatusFile, load_status, read_status

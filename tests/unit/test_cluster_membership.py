@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import socket
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,6 +18,7 @@ from dist_train.cluster.elastic_launch import LocalProcesses, _ElasticRanks
 from dist_train.cluster.joined_launch import Entry, RemoteCoordinator, entry_of
 from dist_train.cluster.member import Member, Pulse
 from dist_train.cluster.membership import (
+    Elasticity,
     Event,
     MayGrow,
     Membership,
@@ -30,7 +30,8 @@ from dist_train.cluster.membership import (
     PeerTraining,
     decide,
 )
-from dist_train.cluster.membership_server import SLOT_VARIABLE, TOKEN_VARIABLE, MembershipServer, answer_to
+from dist_train.cluster.membership_server import SLOT_VARIABLE, TOKEN_VARIABLE, MembershipServer
+from dist_train.cluster.messages import MessageServer, answer_to
 from dist_train.outcome import UsageError
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.status import LAUNCH_VARIABLE, StatusFile, read_status
@@ -45,16 +46,20 @@ def said(state: Membership, event: Event) -> dict[int, Message]:
     return {message.to: message for message in decide(state, event)[1]}
 
 
+def limits(size: int, fewest: int = 1, most: int | None = None, timeout: float = 5.0) -> Elasticity:
+    return Elasticity(size, fewest, most or size, 0, timeout)
+
+
 def met(size: int, fewest: int = 1) -> Membership:
     """Return ranks 0, 1, ... with the ids 10, 11, ..., which train."""
     arrivals: list[Event] = []
     for slot in range(size):
         arrivals += [PeerConnected(Peer(10 + slot, slot)), PeerReady(10 + slot, 0, ("host", 1000 + slot))]
-    return after(Membership(size, fewest, size), *arrivals, *(PeerTraining(10 + slot) for slot in range(size)))
+    return after(Membership(limits(size, fewest)), *arrivals, *(PeerTraining(10 + slot) for slot in range(size)))
 
 
 def test_the_first_generation_begins_when_all_are_there_in_the_order_of_their_slots() -> None:
-    state = after(Membership(2, 1, 2), PeerConnected(Peer(7, 1)), PeerConnected(Peer(8, 0)), PeerReady(7, 0))
+    state = after(Membership(limits(2)), PeerConnected(Peer(7, 1)), PeerConnected(Peer(8, 0)), PeerReady(7, 0))
     told = said(state, PeerReady(8, 0, ("host", 99)))
     assert {to: message.fields["rank"] for to, message in told.items()} == {7: 1, 8: 0}
     assert told[7].fields["store"] == ("host", 99)
@@ -117,7 +122,7 @@ def test_a_report_about_a_past_generation_stops_nobody() -> None:
 
 
 def test_a_loss_before_anybody_trains_ends_the_launch() -> None:
-    state = after(Membership(2, 1, 2), PeerConnected(Peer(7, 0)), PeerConnected(Peer(8, 1)))
+    state = after(Membership(limits(2)), PeerConnected(Peer(7, 0)), PeerConnected(Peer(8, 1)))
     assert said(state, PeerLost(7, "died"))[8].kind == "end"
 
 
@@ -127,10 +132,8 @@ def test_the_end_of_all_that_held_the_state_ends_those_who_join() -> None:
 
 
 @contextmanager
-def serving(
-    size: int, timeout: float, most: int | None = None, make: type[MembershipServer] = MembershipServer
-) -> Iterator[MembershipServer]:
-    server = make(size, 1, most or size, timeout)
+def serving(size: int, timeout: float, most: int | None = None) -> Iterator[MembershipServer]:
+    server = MembershipServer(limits(size, most=most, timeout=timeout))
     is_over = threading.Event()
 
     def serve() -> None:
@@ -345,9 +348,9 @@ def test_a_node_that_is_not_needed_to_begin_waits_until_ranks_train() -> None:
 
 
 def test_of_nodes_that_come_at_once_only_those_start_with_which_the_run_begins() -> None:
-    server = MembershipServer(4, 1, 6, 5.0, here=2)
+    server = MembershipServer(limits(4, most=6), here=2)
     launchers = [socket.create_connection(server.address) for _ in range(2)]
-    while len(server._connections) < 2:
+    while len(server._server.heard) < 2:
         server.poll(1.0)
     for number, launcher in enumerate(launchers, start=1):
         proof = answer_to(server.token, json.loads(launcher.recv(1000))["text"])
@@ -377,7 +380,7 @@ def test_launcher_without_ranks_records_why_those_of_other_nodes_are_lost(
     monkeypatch.setenv(LAUNCH_VARIABLE, "abc")
     file = RunDirectory(tmp_path).status
     StatusFile(file, 1).change("running")
-    with closing(MembershipServer(1, 1, 1, 5.0, here=0)) as server:
+    with closing(MembershipServer(limits(1), here=0)) as server:
         server.state = replace(server.state, has_ended=True, lost=("rank 0 (node1, process 7) died",))
         _ElasticRanks(LocalProcesses((), (), "abc", {}), set(), server, 0).wait_and_record(tmp_path, "abc")
     status = read_status(file)
@@ -385,16 +388,15 @@ def test_launcher_without_ranks_records_why_those_of_other_nodes_are_lost(
     assert "rank 0 (node1, process 7) died" in status.reason
 
 
-def test_a_launcher_runs_nothing_for_a_coordinator_that_does_not_know_the_token() -> None:
-    class Impostor(MembershipServer):
-        def _handle(self, peer_id: int, fields: Mapping[str, Any]) -> None:
-            self._connections[peer_id].is_known = True
-            self._admit(peer_id, fields)
-
-    for make in (MembershipServer, Impostor):
-        with serving(1, 5.0, make=make) as server, pytest.raises(UsageError) as refused:
-            joining(server, 1, token="another")
-        assert refused.value.code == "join-token"
+@pytest.mark.parametrize("admits_all", [False, True])
+def test_a_launcher_runs_nothing_for_a_coordinator_that_does_not_know_the_token(
+    admits_all: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if admits_all:
+        monkeypatch.setattr(MessageServer, "_knows_token", lambda *_: True)
+    with serving(1, 5.0) as server, pytest.raises(UsageError) as refused:
+        joining(server, 1, token="another")
+    assert refused.value.code == "join-token"
 
 
 def test_nobody_runs_what_a_readable_file_names(tmp_path: Path) -> None:
