@@ -39,7 +39,7 @@ from dist_train.outcome import (
     exit_code_of,
 )
 from dist_train.rundir.paths import RunDirectory, RunLock
-from dist_train.rundir.records import Detail, EventRecord, JsonLines, Observer, Outcome, RunFacts
+from dist_train.rundir.records import JsonLines, Observer, Outcome, RunFacts
 from dist_train.rundir.status import EventCounts, RanksFile, State, StatusFile, another_failed, read_status
 
 if TYPE_CHECKING:
@@ -116,13 +116,13 @@ class Session:
             )
         for name, text in resume_point.damage.items():
             _logger.warning("%s; the checkpoint before it is used", text)
-            self._record_event("corrupt_checkpoint", path=name)
+            trainer.event("corrupt_checkpoint", path=name)
         job = current_job()
         if job is not None and job.restarts:
-            self._record_event("requeued", restart=job.restarts)
+            trainer.event("requeued", restart=job.restarts)
         if resume_point.contents is not None:
-            self._record_event("resumed", ranks=self.comm.size)
-            self._note_changed_plugins(resume_point.contents.plugins, trainer.plugins)
+            trainer.event("resumed", ranks=self.comm.size)
+            self._note_changed_plugins(trainer, resume_point.contents.plugins)
         if resume_point.epochs_before is not None:
             self._record_lengthening(trainer, resume_point.epochs_before)
         if (initial := resume_point.initial) is not None:
@@ -138,12 +138,13 @@ class Session:
         if heads := ", ".join(initial.other_heads(trainer.network.state_dict(), classes)):
             _logger.warning("the file's head is not for %d classes: %s are initialized from the seed", classes, heads)
             details["from_seed"] = heads
-        self._record_event("initialized", checkpoint=str(initial.path), sha256=initial.sha256, **details)
+        trainer.event("initialized", checkpoint=str(initial.path), sha256=initial.sha256, **details)
 
-    def _note_changed_plugins(self, before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    def _note_changed_plugins(self, trainer: Trainer, before: Mapping[str, str]) -> None:
+        now = trainer.plugins
         if changed := ", ".join(sorted(name for name in {*before, *now} if before.get(name) != now.get(name))):
             _logger.warning("plug-ins have changed since the checkpoint was saved: %s", changed)
-            self._record_event("plugins_changed", files=changed)
+            trainer.event("plugins_changed", files=changed)
 
     def _record_lengthening(self, trainer: Trainer, before: int) -> None:
         now, step = trainer.config.run.epochs, trainer.progress.step
@@ -156,7 +157,7 @@ class Session:
             trainer.learning_rate.at(step),
             trainer.take_step.noise.amplitude(step),
         )
-        self._record_event("lengthened", before=before, now=now)
+        trainer.event("lengthened", before=before, now=now)
 
     def before_publishing(self) -> None:
         """Flush the records before a checkpoint gets its name, from any thread.
@@ -193,9 +194,8 @@ class Session:
         if isinstance(error, DivergedError):
             reason = f"{reason}; {self._last_good()}"
             error.args = (reason,)
-            self._record_event("not_finite", reason=reason)
-        if isinstance(error, DisagreementError):
-            self._record_event("disagreement", reason=reason)
+        if self.trainer is not None and isinstance(error, DivergedError | DisagreementError):
+            self.trainer.event("not_finite" if isinstance(error, DivergedError) else "disagreement", reason=reason)
         is_bug = code == ExitCode.FAULT and not isinstance(error, FaultError)
         if not isinstance(error, StoppedError | PeerFailedError):
             _logger.info("%s", reason, exc_info=error if is_bug else None)
@@ -204,11 +204,6 @@ class Session:
         if code == ExitCode.FAULT and not is_recorded and not isinstance(error, PeerFailedError):
             self._record_fault(reason)
         self._end("stopped" if isinstance(error, StoppedError) else "failed", code, reason, is_recorded=is_recorded)
-
-    def _record_event(self, event: str, **details: Detail) -> None:
-        """Record an event that all ranks know of, on rank 0."""
-        if self.trainer is not None and self.comm.rank == 0:
-            self.observers.record(EventRecord(self.trainer.progress.step, event, time.time(), details))
 
     def lose(self, message: str) -> None:
         """Record that the launch ends because a rank is lost. From any thread; the process ends right after.

@@ -126,12 +126,46 @@ def better(best: float | None, record: EvaluationRecord) -> float | None:
 
 @dataclass(frozen=True)
 class EventRecord:
-    """Something that happened to the run: resumed, checkpoint, signal, corrupt_checkpoint, ..."""
+    """Something that happened to the run; `event` is a key of `EVENTS`, unless another version wrote the record."""
 
     step: Count
     event: Word
     time: Real
     details: Mapping[str, Detail]
+
+
+@dataclass(frozen=True)
+class EventKind:
+    """What is particular to the events of a name."""
+
+    is_bad: bool = False  # shown in red
+    begins_launch: bool = False  # a launch that resumes from the event's step records it anew
+    changes_board: bool = False  # the exporter shows its details, not only how many there were
+
+
+EVENTS: Mapping[str, EventKind] = {
+    "resumed": EventKind(begins_launch=True),
+    "requeued": EventKind(),
+    "lengthened": EventKind(begins_launch=True),
+    "initialized": EventKind(begins_launch=True),
+    "plugins_changed": EventKind(begins_launch=True),
+    "corrupt_checkpoint": EventKind(is_bad=True),
+    "checkpoint": EventKind(changes_board=True),
+    "checkpoint_failed": EventKind(is_bad=True),
+    "signal": EventKind(changes_board=True),
+    "stopped_early": EventKind(),
+    "micro_size": EventKind(changes_board=True),
+    "dealing": EventKind(),
+    "batch_size": EventKind(changes_board=True),
+    "gradient_repeated": EventKind(),
+    "non_finite_evaluation": EventKind(is_bad=True),
+    "not_finite": EventKind(is_bad=True),
+    "disagreement": EventKind(is_bad=True),
+    "rank_lost": EventKind(is_bad=True),
+    "rank_joined": EventKind(),
+    "regrouped": EventKind(),
+}
+"""The events that a run records; docs/watching.md says when."""
 
 
 @dataclass(frozen=True)
@@ -411,7 +445,7 @@ class JsonLines(Observer):
         return None
 
 
-_LAUNCH_EVENTS = frozenset({"resumed", "lengthened", "initialized", "plugins_changed"})
+_LAUNCH_EVENTS = frozenset(name for name, kind in EVENTS.items() if kind.begins_launch)
 
 
 def rewind(path: Path, step: int) -> None:

@@ -218,9 +218,9 @@ class Trainer:
         seconds, total = time.perf_counter() - begun, update.total
         size = self._batches.plan(step).global_size
         if shares := self._batches.dealing(step).note(step, update.times, total.paces):
-            self._event("dealing", step + 1, shares=" ".join(map(str, shares)))
+            self.event("dealing", step + 1, shares=" ".join(map(str, shares)))
         if (size_before := self._batches.changed(step)) is not None:
-            self._event("batch_size", step + 1, before=size_before, now=size)
+            self.event("batch_size", step + 1, before=size_before, now=size)
         self.progress.step += 1
         self._is_step_complete, self._has_last_noise = False, True
         self._meeting_requested = total.meet > 0
@@ -242,13 +242,13 @@ class Trainer:
         self._busy_seconds += seconds
         self._samples_done += size
         for name, details in self._interruption.events(self.comm):
-            self._event(name, **details)
+            self.event(name, **details)
         return True
 
     def _shrink(self) -> None:
         sizes = [size for _, size in self.config.batch.sizes]
         smaller = halve(self.plan.micro_size, sizes, fewest_samples(self.config.model, self.comm.size))
-        self._event("micro_size", before=self.plan.micro_size, now=smaller, reason="out of memory")
+        self.event("micro_size", before=self.plan.micro_size, now=smaller, reason="out of memory")
         torch.cuda.empty_cache()
         self._divide_work(smaller)
         if self.comm.rank == 0:
@@ -272,7 +272,7 @@ class Trainer:
         step = self.progress.step
         self._publish_measurement()
         if update.repeats:
-            self._event("gradient_repeated", times=update.repeats)
+            self.event("gradient_repeated", times=update.repeats)
         if step % self.config.metrics.every_steps == 0 or step == self.last_step:
             self._record(update.record)
             if self.measuring:
@@ -329,7 +329,7 @@ class Trainer:
                 self.progress.note_accuracy(split, result.accuracy)
         if not_finite:
             self.progress.note_non_finite()
-            self._event("non_finite_evaluation", what=", ".join(not_finite))
+            self.event("non_finite_evaluation", what=", ".join(not_finite))
         # Early stopping ignores an extra evaluation at `run.max_steps`: a longer run would not have it.
         if self._ends_epochs(self.config.evaluation.every_epochs):
             values = {f"{split}.accuracy": result.accuracy for split, result in results.items()}
@@ -337,7 +337,7 @@ class Trainer:
             self._early_stopping.note(self.progress, values)
         if self.stopped_early:
             # the event's name and step say the rest
-            self._event("stopped_early", reason=self.stopped_early.partition(": ")[2])
+            self.event("stopped_early", reason=self.stopped_early.partition(": ")[2])
 
     def _evaluate_splits(self, suffix: str) -> dict[str, Evaluation]:
         """Evaluate the network on every split; record and return the results by the split's name plus `suffix`."""
@@ -417,11 +417,11 @@ class Trainer:
             if isinstance(result, NotWritten):
                 self._not_written = result
                 _logger.error("the checkpoint of step %d could not be written: %s", result.step, result.why)
-                self._event("checkpoint_failed", result.step, error=result.why)
+                self.event("checkpoint_failed", result.step, error=result.why)
             else:
                 self._not_written = None
                 self.time_limit.note_saved(result.seconds)
-                self._event("checkpoint", result.file.step, **result.details)
+                self.event("checkpoint", result.file.step, **result.details)
 
     def settle_saving(self) -> None:
         """Wait for the checkpoint being written, if any, and record whether it was."""
@@ -437,7 +437,7 @@ class Trainer:
     def _finish_saving(self) -> None:
         """Wait for the last checkpoint; raise FaultError if it could not be written, on other ranks PeerFailedError."""
         for name, details in self._interruption.events(self.comm):  # since the last update
-            self._event(name, **details)
+            self.event(name, **details)
         self._await_saving()
         if not self.comm.is_elastic:
             run_on_all_ranks(self.comm, self._check_saved, "save the last checkpoint")
@@ -454,7 +454,7 @@ class Trainer:
         if self.status:
             self.status.change("stopping")
         self._publish_measurement()
-        self._event("signal", signal=self.stop.reason or "on another rank")
+        self.event("signal", signal=self.stop.reason or "on another rank")
         if self._saved_step != self.progress.step:
             self._save()
         self._finish_saving()
@@ -462,7 +462,7 @@ class Trainer:
             f"stopped on request after step {self.progress.step}, checkpoint saved: the same command resumes the run"
         )
 
-    def _event(self, name: str, step: int | None = None, /, **details: Detail) -> None:
+    def event(self, name: str, step: int | None = None, /, **details: Detail) -> None:
         """Record an event of `step`, by default the last update."""
         self._record(EventRecord(self.progress.step if step is None else step, name, time.time(), details))
 

@@ -22,7 +22,7 @@ from uniplot import plot_to_string
 from dist_train.monitoring import wording
 from dist_train.monitoring.console import summary_table
 from dist_train.outcome import escaped
-from dist_train.rundir.records import Outcome, RankMeasurement
+from dist_train.rundir.records import EVENTS, Outcome, RankMeasurement
 from dist_train.rundir.status import RanksReading
 from dist_train.watch.figure import ACCURACY, BATCH, LOSS, Chart, Measured, Quantity, learning_curve
 from dist_train.watch.run import History, Snapshot, WatchedRun, silence_in_words
@@ -34,6 +34,7 @@ _WIDE = 90  # from this many columns on, panels are placed side by side
 _RATES = 9
 _RATES_COLUMNS = 52
 _EVENTS = 5
+_BAD_EVENTS = frozenset(name for name, kind in EVENTS.items() if kind.is_bad)
 _GOOD_CURVES = 11
 _SLOWEST = 10
 _BORDER = 2
@@ -176,11 +177,6 @@ def watch(run: WatchedRun, console: Console, interval: float) -> None:
     except KeyboardInterrupt:
         return
     console.print(summary(seen, box=ROUNDED))
-
-
-_BAD_EVENTS = frozenset(
-    {"checkpoint_failed", "corrupt_checkpoint", "not_finite", "non_finite_evaluation", "disagreement"}
-)
 
 
 def _header(run: Snapshot, columns: int) -> Group:

@@ -15,6 +15,7 @@ from typing import Any
 from dist_train.monitoring.wording import Pace
 from dist_train.outcome import ExitCode
 from dist_train.rundir.records import (
+    EVENTS,
     EvaluationRecord,
     EventRecord,
     Measurement,
@@ -29,12 +30,8 @@ from dist_train.rundir.records import (
 STATES = ("running", "stopping", "stopped", "finished", "failed")
 KILLED = "killed"  # outcome of a run that ended without reporting one
 OUTCOMES = ("finished", "stopped", "failed", "diverged", KILLED)
-EVENTS = (
-    *("resumed", "requeued", "signal", "checkpoint", "checkpoint_failed", "corrupt_checkpoint", "not_finite"),
-    *("non_finite_evaluation", "disagreement", "micro_size", "dealing", "batch_size", "exporter_restarted"),
-    *("rank_lost", "rank_joined"),
-)
-"""Kinds of event whose counters exist from the start, at 0; other kinds are added when they occur."""
+COUNTED = (*EVENTS, "exporter_restarted")
+"""Events whose counters exist from the start, at 0, so that an increase to 1 is seen; the exporter counts the last."""
 
 STEP_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0)
 """Upper bounds of the step duration's buckets until the run's step time is known; the last bucket is unbounded."""
@@ -126,7 +123,7 @@ class Board:
     """Collects records, in microseconds each, and returns the latest snapshot. Thread-safe."""
 
     def __init__(self, facts: RunFacts, counts: Mapping[str, int] | None = None) -> None:
-        self._now = Snapshot(facts, facts.start_step, time.time(), {**dict.fromkeys(EVENTS, 0), **(counts or {})})
+        self._now = Snapshot(facts, facts.start_step, time.time(), {**dict.fromkeys(COUNTED, 0), **(counts or {})})
         self._lock = Lock()
         self._pace = Pace()
         self._first_steps: list[float] = []

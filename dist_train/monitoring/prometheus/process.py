@@ -21,7 +21,16 @@ from dist_train.monitoring.prometheus.board import KILLED, Board, Snapshot, is_s
 from dist_train.monitoring.prometheus.http_server import Site, bind, read_credentials, tls_context
 from dist_train.monitoring.prometheus.messages import Begin, Channel, Ending, Progress, Serving, Warned, await_input
 from dist_train.monitoring.prometheus.page import Families, MetricsPage
-from dist_train.rundir.records import EvaluationRecord, EventRecord, Measurement, Outcome, Record, RunFacts, from_json
+from dist_train.rundir.records import (
+    EVENTS,
+    EvaluationRecord,
+    EventRecord,
+    Measurement,
+    Outcome,
+    Record,
+    RunFacts,
+    from_json,
+)
 
 PUSH_SECONDS = 5.0
 RECENT_SECONDS = 60.0  # who scraped so shortly before the end is waited for, to get the last values
@@ -254,7 +263,8 @@ class _Service:
             self._channel.send(Warned(text))
 
 
-_RECALLED = re.compile(rb'"(eval|checkpoint|micro_size|batch_size|signal)"')
+_ON_BOARD = (name for name, kind in EVENTS.items() if kind.changes_board)
+_RECALLED = re.compile("|".join(f'"{kind}"' for kind in ("eval", *_ON_BOARD)).encode())
 
 
 def _history(facts: RunFacts) -> Iterator[Record]:
