@@ -74,7 +74,7 @@ def rows_on(comm: Communicator, width: float, global_size: int, pairs: int) -> I
         measured = [_pair(comm, ours, theirs, turn) for turn in range(pairs + 1)][1:]
         ours.close()
         theirs.close()
-    title = f"width {width:g}, batch {global_size}, {comm.size} ranks over {comm.controller}"
+    title = f"width {width:g}, batch {global_size}, {comm.size} ranks over {comm.backend}"
     waits = [(mine.wait, other.wait) for mine, other in measured]
     steps = [(mine.step, other.step) for mine, other in measured]
     share, without = ([(times.wait, times.step) for times in side] for side in zip(*measured, strict=True))

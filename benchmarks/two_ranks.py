@@ -31,7 +31,7 @@ def reduction_row(comm: Communicator, which: str, global_size: int, pairs: int) 
             for reduction in (which, "float")
         }
         return compare(
-            f"{name}, width 1, batch {global_size}, {comm.size} ranks over {comm.controller}",
+            f"{name}, width 1, batch {global_size}, {comm.size} ranks over {comm.backend}",
             (which, sides[which].advance),
             ("float", sides["float"].advance),
             pairs=pairs,

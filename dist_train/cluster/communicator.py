@@ -115,7 +115,7 @@ class Communicator:
     size: int = 1
     local_rank: int = 0  # this rank's number on its node
     local_size: int = 1  # number of ranks on this node
-    controller: str = "alone"  # the backend: alone, Horovod's mpi or gloo, torch-gloo or torch-nccl, mpi4py
+    backend: str = "alone"  # or Horovod's mpi or gloo, torch-gloo or torch-nccl, mpi4py
     has_nccl: bool = True  # whether the group can sum GPU tensors
     has_counters: bool = False  # whether `open_counters` needs no further connections
     is_elastic: bool = False  # whether ranks may leave and join: after a GroupBrokenError `meet` continues

@@ -61,7 +61,7 @@ class ElasticCommunicator(TorchOperations):
     def __init__(self, *, timeout: float, device_type: str) -> None:
         """Connect to the coordinator and meet the others; who joins a run meets them later. Raises RankLostError."""
         self.has_nccl = device_type == "cuda"
-        self.controller = "torch-nccl" if self.has_nccl else "torch-gloo"
+        self.backend = "torch-nccl" if self.has_nccl else "torch-gloo"
         self._timeout = timeout
         # As without elasticity: longer than anything that is merely slow.
         self._operation_timeout = timedelta(seconds=max(60.0, 3 * timeout))

@@ -51,10 +51,10 @@ def launch_elastic(
     listen there, or write that file.
     """
     launch = os.environ.get(LAUNCH_VARIABLE, "") or secrets.token_hex(8)
-    order = {"words": list(words), "folder": os.getcwd(), "launch": launch, "restarts": limits.restarts}
+    spec = {"words": list(words), "folder": os.getcwd(), "launch": launch, "restarts": limits.restarts}
     host, port = listen or ("127.0.0.1", 0)
     try:
-        server = MembershipServer(limits, host, port, say, here=count, order=order)
+        server = MembershipServer(limits, host, port, say, here=count, launch_spec=spec)
     except (OSError, OverflowError) as error:
         if listen is None:  # a loopback address that cannot be used is no mistake of the user
             raise
@@ -117,22 +117,22 @@ def launch_joining(entry: Entry, count: int) -> int:
     connection broke.
     """
     with RemoteCoordinator(entry, count) as coordinator:
-        order = coordinator.await_start()
+        spec = coordinator.await_start()
         try:
-            os.chdir(order["folder"])
+            os.chdir(spec["folder"])
         except OSError as error:
             raise UsageError(
-                f"the run was started in {order['folder']}, which this node does not have ({error.strerror}): all "
+                f"the run was started in {spec['folder']}, which this node does not have ({error.strerror}): all "
                 f"nodes need the same folders",
                 code="join-folder",
             ) from error
         variables = {
             TOKEN_VARIABLE: entry.token,
             MEMBERSHIP_VARIABLE: f"{entry.host}:{entry.port}",
-            "WORLD_SIZE": str(order["size"]),
+            "WORLD_SIZE": str(spec["size"]),
         }
-        local = LocalProcesses(order["words"], order["slots"], order["launch"], variables)
-        return _run_ranks(local, coordinator, order["restarts"])
+        local = LocalProcesses(spec["words"], spec["slots"], spec["launch"], variables)
+        return _run_ranks(local, coordinator, spec["restarts"])
 
 
 @dataclass(frozen=True)

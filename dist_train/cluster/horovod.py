@@ -48,7 +48,7 @@ class HorovodCommunicator(Communicator):
         self.size = hvd.size()
         self.local_rank = hvd.local_rank()
         self.local_size = hvd.local_size()
-        self.controller = "mpi" if hvd.mpi_enabled() else "gloo"
+        self.backend = "mpi" if hvd.mpi_enabled() else "gloo"
         self.has_nccl = bool(hvd.nccl_built())
 
     def allreduce_async(self, tensor: torch.Tensor, name: str) -> Pending:

@@ -89,7 +89,7 @@ class RemoteCoordinator:
         self.timeout = _CONNECT_SECONDS
         self.expelled: list[Expelled] = []  # processes of this node that are to be killed
         self._processes = count
-        self._order: Mapping[str, Any] | None = None
+        self._launch_spec: Mapping[str, Any] | None = None
         self._refusal = ""
         place = f"{entry.host}:{entry.port}"
         try:
@@ -132,16 +132,16 @@ class RemoteCoordinator:
         return self._view if self._view.code is not None else replace(self._view, code=self._code)
 
     def await_start(self) -> Mapping[str, Any]:
-        """Return what the coordinator orders to start, once it does. Raises UsageError or FaultError."""
+        """Return what to launch, once the coordinator sends it. Raises UsageError or FaultError."""
         announced_at = time.monotonic() + _WAIT_SECONDS
-        while self._order is None:
+        while self._launch_spec is None:
             if self._refusal:
                 raise UsageError(self._refusal, code="join-refused")
             self.poll(_WAIT_SECONDS)
             if time.monotonic() > announced_at:
                 announced_at = math.inf
                 say("waiting until the run has begun")
-        return self._order
+        return self._launch_spec
 
     def poll(self, seconds: float) -> None:
         """Handle the messages that arrive within `seconds`, and send a beat if it is due. Raises FaultError."""
@@ -196,7 +196,7 @@ class RemoteCoordinator:
         for fields in self._connection.messages():
             match fields["kind"]:
                 case "welcome":
-                    self._order = fields
+                    self._launch_spec = fields
                 case "refused":
                     self._refusal = fields["why"]
                 case "expelled":

@@ -132,7 +132,7 @@ class MpiCommunicator(Communicator):
     """The ranks of an MPI communicator, for CPU tensors."""
 
     def __init__(self, communicator: Comm, local: Comm) -> None:
-        self.controller = "mpi4py"
+        self.backend = "mpi4py"
         self.has_nccl = False
         self._communicator = communicator
         self.rank = communicator.Get_rank()

@@ -89,7 +89,7 @@ class MembershipServer:
     say: Callable[[str], None] = lambda text: None
     token: str = field(default_factory=lambda: secrets.token_hex(32))
     here: int | None = None  # processes of this launcher, in slots 0, 1, ..., with which the run begins (None: all)
-    order: Mapping[str, Any] = field(default_factory=dict)  # what a launcher of another node needs to start ranks
+    launch_spec: Mapping[str, Any] = field(default_factory=dict)  # what a launcher of another node needs to start ranks
     nodes_changed: Callable[[Sequence[str]], None] = lambda nodes: None  # called with the nodes that are connected
 
     def __post_init__(self) -> None:
@@ -260,7 +260,7 @@ class MembershipServer:
             node.processes = node.wanted
             self.say(f"{node.name} starts {node.wanted} rank{'s' if node.wanted > 1 else ''}")
             welcome = {"kind": "welcome", "slots": node.slots, "size": self.limits.start_with}
-            self._server.send(connection, {**welcome, **self.order})
+            self._server.send(connection, {**welcome, **self.launch_spec})
 
     def _send_views(self, now: float) -> None:
         """Send the launchers of other nodes the view of the run when it changes, and regularly as a heartbeat."""

@@ -146,7 +146,7 @@ class TorchCommunicator(TorchOperations):
                     dist.PrefixStore("device", store), self.rank, self.size, nccl_options(operation_timeout)
                 )
         self.has_nccl = self._device is not None
-        self.controller = "torch-nccl" if self.has_nccl else "torch-gloo"
+        self.backend = "torch-nccl" if self.has_nccl else "torch-gloo"
         nodes = [node for (node,) in gather(self, [signed_digest(socket.gethostname().encode())], "nodes")]
         self.local_rank = nodes[: self.rank].count(nodes[self.rank])
         self.local_size = nodes.count(nodes[self.rank])

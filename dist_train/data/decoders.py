@@ -43,7 +43,7 @@ _BLOCKED_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
 
 
 @dataclass(frozen=True)
-class Order:
+class BatchJob:
     """A batch of samples to make, identified by `key`; `work(start, stop)` is a part of it."""
 
     key: Hashable
@@ -57,16 +57,16 @@ class Decoder:
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
 
-    def prefetch(self, orders: Iterable[Order]) -> None:
-        """Announce which orders will be fetched next, in this sequence; replaces earlier announcements."""
+    def prefetch(self, jobs: Iterable[BatchJob]) -> None:
+        """Announce which batches will be fetched next, in this sequence; replaces earlier announcements."""
 
-    def fetch(self, order: Order, images: Tensor, labels: Tensor) -> None:
+    def fetch(self, job: BatchJob, images: Tensor, labels: Tensor) -> None:
         """Write a batch to `images`, uint8 [n, C, H, W], and its labels to `labels`, int64 [n], if the reader has them.
 
         Raises FaultError if a sample cannot be read or a loader process has ended; UsageError if a sample does not have
         the form that the settings require.
         """
-        self._reader.read(order.work(0, order.images), images.numpy(), labels.numpy())
+        self._reader.read(job.work(0, job.images), images.numpy(), labels.numpy())
 
     def close(self) -> None:
         """End the loader processes, if there are any; may be called again."""
@@ -85,7 +85,7 @@ class _Part:
 
 @dataclass(eq=False)
 class _Batch:
-    order: Order
+    job: BatchJob
     parts: list[_Part]
 
 
@@ -111,26 +111,26 @@ class LoaderProcesses(Decoder):
         self._batches: deque[_Batch] = deque()
         self._in_flight: dict[int, _Part | None] = {}  # by slot; None: no longer needed
 
-    def prefetch(self, orders: Iterable[Order]) -> None:
-        """Begin to make the orders that will be fetched next; raises FaultError if a loader process has ended."""
+    def prefetch(self, jobs: Iterable[BatchJob]) -> None:
+        """Begin to make the batches that will be fetched next; raises FaultError if a loader process has ended."""
         self._start()
         earlier, self._batches = self._batches, deque()
-        for order in orders:
+        for job in jobs:
             # Keep batches only while their sequence stays the same: parts in flight must not follow parts that are not.
-            while earlier and earlier[0].order.key != order.key:
+            while earlier and earlier[0].job.key != job.key:
                 self._release(earlier.popleft())
-            self._batches.append(earlier.popleft() if earlier else self._cut(order))
+            self._batches.append(earlier.popleft() if earlier else self._cut(job))
         for batch in earlier:
             self._release(batch)
         self._receive(wait=False)
         self._check_alive()
         self._dispatch()
 
-    def fetch(self, order: Order, images: Tensor, labels: Tensor) -> None:
+    def fetch(self, job: BatchJob, images: Tensor, labels: Tensor) -> None:
         """Wait for a batch and copy it to `images` and `labels`."""
-        if not any(batch.order.key == order.key for batch in self._batches):
-            self.prefetch([order])
-        while self._batches[0].order.key != order.key:
+        if not any(batch.job.key == job.key for batch in self._batches):
+            self.prefetch([job])
+        while self._batches[0].job.key != job.key:
             self._release(self._batches.popleft())
         pixels, numbers = images.numpy(), labels.numpy()
         for part in self._batches[0].parts:
@@ -200,20 +200,20 @@ class LoaderProcesses(Decoder):
             for descriptor in theirs:
                 os.close(descriptor)
 
-    def _cut(self, order: Order) -> _Batch:
-        starts = range(0, order.images, self._images)
-        return _Batch(order, [_Part(start, min(start + self._images, order.images)) for start in starts])
+    def _cut(self, job: BatchJob) -> _Batch:
+        starts = range(0, job.images, self._images)
+        return _Batch(job, [_Part(start, min(start + self._images, job.images)) for start in starts])
 
     def _dispatch(self) -> None:
         """Send parts to the loaders, in order, while there are free slots."""
-        parts = [(batch.order, part) for batch in self._batches for part in batch.parts]
-        for order, part in parts:
+        parts = [(batch.job, part) for batch in self._batches for part in batch.parts]
+        for job, part in parts:
             if part.slot is not None or part.is_done:
                 continue
             if not self._free:
                 return
             slot = self._free.pop()
-            self._slots.write_message(slot, json.dumps(order.work(part.start, part.stop)).encode())
+            self._slots.write_message(slot, json.dumps(job.work(part.start, part.stop)).encode())
             try:
                 os.write(self._requests, slot.to_bytes(RECORD, "little", signed=True))
             except BlockingIOError:

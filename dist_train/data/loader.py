@@ -25,7 +25,7 @@ from dist_train.data.augmentation import (
     statistics_of_parts,
 )
 from dist_train.data.catalog import list_encoded, load_data
-from dist_train.data.decoders import Decoder, LoaderProcesses, Order
+from dist_train.data.decoders import BatchJob, Decoder, LoaderProcesses
 from dist_train.data.decoding import DRAWS, EncodedImages, Work
 from dist_train.data.images import BatchRequest, ImageSet, Listing, MapDataset, Split
 from dist_train.data.plan import divided
@@ -222,7 +222,7 @@ class LoadedSamples(SampleSource):
 
     def prefetch(self, batches: Iterable[BatchRequest]) -> None:
         """Let the loader processes begin to make the batches that will be read next."""
-        self._decoder.prefetch(map(self._order, batches))
+        self._decoder.prefetch(map(self._job, batches))
 
     def close(self) -> None:
         """End the loader processes, which other splits may share."""
@@ -233,10 +233,10 @@ class LoadedSamples(SampleSource):
         count = batch.indices.numel()
         images = staging_buffer((count, *self._shape), torch.uint8, self._device)
         labels = torch.zeros(count, dtype=torch.int64)
-        self._decoder.fetch(self._order(batch), images, labels)
+        self._decoder.fetch(self._job(batch), images, labels)
         return images, labels if self._listing.labels is None else self._listing.labels[batch.indices]
 
-    def _order(self, batch: BatchRequest) -> Order:
+    def _job(self, batch: BatchRequest) -> BatchJob:
         indices = batch.indices
         epoch = batch.epoch if self._has_epochs else None
 
@@ -248,7 +248,7 @@ class LoadedSamples(SampleSource):
             draws = augmentation_draws(part, self._seed, epoch or 0).tolist() if is_cropped else None
             return Work(references, draws, self._source, numbers, epoch)
 
-        return Order((self._split, epoch, indices.numpy().tobytes()), indices.numel(), work)
+        return BatchJob((self._split, epoch, indices.numpy().tobytes()), indices.numel(), work)
 
 
 def augmentation_draws(samples: Tensor, seed: int, epoch: int) -> Tensor:

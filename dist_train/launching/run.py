@@ -44,11 +44,10 @@ from dist_train.rundir.paths import (
     RunLock,
     oserror_to_fault,
 )
-from dist_train.rundir.records import Observer, Outcome, read_last_records, rewind
-from dist_train.rundir.records import identity_of as identity_of_record
+from dist_train.rundir.records import Observer, Outcome, read_last_records, record_key, rewind
 from dist_train.start_up import without_collection
 from dist_train.training.compute import share_of_threads
-from dist_train.training.consistency import check_consistent_across_ranks, identity_of
+from dist_train.training.consistency import check_consistent_across_ranks, setup_digests
 from dist_train.training.stopping import StopRequests, job_time_limit
 from dist_train.training.trainer import Trainer
 
@@ -136,7 +135,7 @@ def train(config: Config, run_directory: Path | str | None = None, observers: Se
             trainer.may_shrink = config.batch.micro_size == "auto"
             if comm.is_elastic:
                 trainer.regroup = regroup
-                trainer.identity = identity_of(config, trainer.splits.identity)
+                trainer.identity = setup_digests(config, trainer.splits.identity)
             if comm.is_joining:
                 session.trainer = trainer
             else:
@@ -195,11 +194,9 @@ class Regrouping:
         nodes = gather_str(comm, socket.gethostname(), "nodes")
         self.session.note_generation(trainer, nodes)
         if self._owes_records:
-            written = {
-                identity_of_record(record) for record in read_last_records(self.directory.metrics, _RECENT_BYTES)
-            }
+            written = {record_key(record) for record in read_last_records(self.directory.metrics, _RECENT_BYTES)}
             for record in trainer.recent.all():
-                if identity_of_record(record) not in written:
+                if record_key(record) not in written:
                     trainer.observers.record(record)
             self._owes_records = False
 

@@ -127,7 +127,7 @@ class Session:
             self._record_lengthening(trainer, resume_point.epochs_before)
         if (initial := resume_point.initial) is not None:
             self._note_initial_weights(trainer, initial)
-        environment = launch_environment(code, self.comm.controller, trainer.take_step.compute.device)
+        environment = launch_environment(code, self.comm.backend, trainer.take_step.compute.device)
         environment |= {f"plug-in {name}": digest for name, digest in trainer.plugins.items()}
         self.status.change("running", **_progress_of(trainer), environment=environment)
 
@@ -302,15 +302,15 @@ def revision(root: Path = Path(dist_train.__file__).parents[1]) -> str:
     return f"{dist_train.__version__} ({commit})" if commit else dist_train.__version__
 
 
-def launch_environment(revision: str, controller: str, device: torch.device) -> dict[str, str]:
-    """Return names and versions for `status.json`; `controller`: the backend of the ranks, which decides about MPI."""
+def launch_environment(revision: str, backend: str, device: torch.device) -> dict[str, str]:
+    """Return names and versions for `status.json`; `backend`: that of the ranks."""
     return {
         "dist_train": revision,
         "Python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": installed_version("torchvision") or "not installed",
         "Horovod": installed_version("horovod") or "not installed",
-        "MPI": (loaded_mpi_version() or "unknown") if controller == "mpi" else f"not used ({controller})",
+        "MPI": (loaded_mpi_version() or "unknown") if backend == "mpi" else f"not used ({backend})",
         "NumPy": np.__version__,
         "device": device_name(device),
     }
@@ -360,7 +360,7 @@ def run_facts(
         noise="none" if noise.method == "none" else ", ".join(filter(None, noise_parts)),
         device=describe_device(config, device),
         start_step=trainer.progress.step,
-        controller=ranks.controller,
+        controller=ranks.backend,
         rank=ranks.rank,
         revision=revision,
         slurm_job=os.environ.get("SLURM_JOB_ID", ""),

@@ -33,15 +33,15 @@ from dist_train.outcome import UsageError
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import (
     EvaluationRecord,
-    Identity,
     Measurement,
     Observer,
     Outcome,
     Record,
+    RecordKey,
     RunFacts,
     TrainRecord,
-    identity_of,
     read_records,
+    record_key,
 )
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ class Tracker(Observer, ABC):
     """Logs each launch as a tracker's run, beginning with earlier launches' records from `metrics.jsonl`."""
 
     def __init__(self) -> None:
-        self._logged: set[Identity] = set()
+        self._logged: set[RecordKey] = set()
 
     def begin(self, facts: RunFacts) -> None:
         """Open the tracker's run and log the records of earlier launches."""
@@ -208,9 +208,9 @@ class Tracker(Observer, ABC):
 
     def record(self, record: Record) -> None:
         """Log the numbers of `record`, once: a resumed run may repeat an evaluation."""
-        identity = identity_of(record)
-        if (numbers := numbers_of(record)) and identity not in self._logged:
-            self._logged.add(identity)
+        key = record_key(record)
+        if (numbers := numbers_of(record)) and key not in self._logged:
+            self._logged.add(key)
             self.log(numbers, record.step, record.time)
 
     @abstractmethod

@@ -383,7 +383,7 @@ class JsonLines(Observer):
     def __init__(self, path: Path) -> None:
         """Open or create `path`. For a resume call `rewind` first."""
         content = path.read_bytes() if path.exists() else b""
-        self._written = {identity for line in content.split(b"\n") if (identity := _identity(line))}
+        self._written = {key for line in content.split(b"\n") if (key := _key_of_line(line))}
         self._path = path
         self._lock = Lock()
         self._backlog: list[bytes] = [] if content.endswith(b"\n") or not content else [b"\n"]
@@ -393,11 +393,11 @@ class JsonLines(Observer):
 
     def record(self, record: Record) -> None:
         """Append `record`, unless the file has it."""
-        identity = identity_of(record)
+        key = record_key(record)
         with self._lock:
-            if identity in self._written:
+            if key in self._written:
                 return
-            self._written.add(identity)
+            self._written.add(key)
             if len(self._backlog) < _BACKLOG_LIMIT:
                 self._backlog.append(f"{to_json(record)}\n".encode())
             self._write_backlog()
@@ -457,22 +457,22 @@ def rewind(path: Path, step: int) -> None:
     if not path.exists():
         return
     before = path.read_bytes()
-    seen: set[Identity] = set()
+    seen: set[RecordKey] = set()
     kept: list[bytes] = []
     for line in before.split(b"\n"):
-        identity = _identity(line)
-        if identity is None or identity in seen or identity.step > step:
+        key = _key_of_line(line)
+        if key is None or key in seen or key.step > step:
             continue
-        if identity.step == step and identity.kind == "event" and identity.part in _LAUNCH_EVENTS:
+        if key.step == step and key.kind == "event" and key.part in _LAUNCH_EVENTS:
             continue
-        seen.add(identity)
+        seen.add(key)
         kept.append(line + b"\n")
     after = b"".join(kept)
     if after != before:
         atomic.write_bytes(path, after)
 
 
-class Identity(NamedTuple):
+class RecordKey(NamedTuple):
     """Identifies a record within its run; `part`: an evaluation's split, or an event's name, with the generation of
     ranks if the event has one.
     """
@@ -482,24 +482,24 @@ class Identity(NamedTuple):
     part: str
 
 
-def identity_of(record: Record) -> Identity:
+def record_key(record: Record) -> RecordKey:
     """Return what identifies `record` within its run."""
-    identity = _identity_of(_fields(record))
-    assert identity is not None
-    return identity
+    key = _key_of_fields(_fields(record))
+    assert key is not None
+    return key
 
 
-def _identity(line: bytes) -> Identity | None:
+def _key_of_line(line: bytes) -> RecordKey | None:
     with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return _identity_of(json.loads(line))
+        return _key_of_fields(json.loads(line))
     return None
 
 
-def _identity_of(fields: Mapping[str, object]) -> Identity | None:
+def _key_of_fields(fields: Mapping[str, object]) -> RecordKey | None:
     kind, step = fields["kind"], fields["step"]
     part = fields.get({"eval": "split", "event": "event"}.get(str(kind), ""), "")
     if kind == "event" and "generation" in fields:
         part = f"{part} {fields['generation']}"
     if isinstance(kind, str) and isinstance(step, int) and isinstance(part, str):
-        return Identity(kind, step, part)
+        return RecordKey(kind, step, part)
     return None

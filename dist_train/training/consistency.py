@@ -73,7 +73,7 @@ def check_same_data(comm: Communicator, identity: str, place: str) -> None:
         _compare(comm, "data", {place: identity}, "Put the same files on all nodes")
 
 
-def identity_of(config: Config, data: str) -> tuple[int, ...]:
+def setup_digests(config: Config, data: str) -> tuple[int, ...]:
     """Return digests of this process's code, of the settings, and of `data`, which identifies the data set."""
     listings = (code_of(config), settings_listing(config), {config.data.name: data})
     return tuple(signed_digest(json.dumps(listing, sort_keys=True).encode()) for listing in listings)

@@ -25,7 +25,7 @@ from dist_train.cluster.communicator import (
     gather,
 )
 from dist_train.outcome import FaultError, UsageError
-from dist_train.rundir.records import Detail, EventRecord, Record, TrainRecord, identity_of
+from dist_train.rundir.records import Detail, EventRecord, Record, TrainRecord, record_key
 
 _IDENTITY = ("code", "settings", "data")
 
@@ -194,7 +194,7 @@ class RecentRecords:
         # Events are not in the order of their steps: a checkpoint may be reported late.
         others = (each for each in reversed(self._kept) if not isinstance(each, EventRecord))
         latest = takewhile(lambda other: other.step >= record.step, others)
-        is_new = isinstance(record, EventRecord) or identity_of(record) not in map(identity_of, latest)
+        is_new = isinstance(record, EventRecord) or record_key(record) not in map(record_key, latest)
         if is_new:
             self._kept.append(record)
         return is_new

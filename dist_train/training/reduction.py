@@ -206,7 +206,7 @@ def buckets_of(weights: FlatWeights, size: int) -> list[Bucket]:
 
 
 def _check_adasum(comm: Communicator, share: float, device: torch.device) -> None:
-    if comm.controller.startswith("torch"):
+    if comm.backend.startswith("torch"):
         raise UsageError(
             "torch.distributed has no Adasum: set comm.engine=horovod, or comm.op=average", code="adasum-engine"
         )
@@ -214,7 +214,7 @@ def _check_adasum(comm: Communicator, share: float, device: torch.device) -> Non
         raise UsageError(
             f"adasum needs a power of two of ranks, not {comm.size}: set comm.op to average", code="adasum-rank-count"
         )
-    if comm.controller == "gloo" and device.type == "cpu":
+    if comm.backend == "gloo" and device.type == "cpu":
         raise UsageError(
             "adasum needs MPI on a CPU: start with mpirun, or set comm.op to average", code="adasum-without-mpi"
         )

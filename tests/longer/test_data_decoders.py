@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dist_train.data import decoders
-from dist_train.data.decoders import LoaderProcesses, Order
+from dist_train.data.decoders import BatchJob, LoaderProcesses
 from dist_train.data.decoding import Work
 from dist_train.outcome import FaultError
 from tests.raising import raises
@@ -41,22 +41,22 @@ def loaders() -> Iterator[LoaderProcesses]:
     loaders.close()
 
 
-def order(folder: Path, *numbers: int) -> Order:
+def job(folder: Path, *numbers: int) -> BatchJob:
     paths = [str(folder / f"{number}.png") for number in numbers]
-    return Order(numbers, len(numbers), lambda start, stop: Work(paths[start:stop], None))
+    return BatchJob(numbers, len(numbers), lambda start, stop: Work(paths[start:stop], None))
 
 
 def expected(folder: Path, *numbers: int) -> Tensor:
     return torch.from_numpy(np.stack([decode(str(folder / f"{number}.png"), SIZE, None) for number in numbers]))
 
 
-def fetch(loaders: LoaderProcesses, request: Order) -> Tensor:
+def fetch(loaders: LoaderProcesses, request: BatchJob) -> Tensor:
     out = torch.empty(request.images, 3, SIZE, SIZE, dtype=torch.uint8)
     loaders.fetch(request, out, torch.zeros(request.images, dtype=torch.int64))
     return out
 
 
-def fetch_for_ever(loaders: LoaderProcesses, request: Order) -> None:
+def fetch_for_ever(loaders: LoaderProcesses, request: BatchJob) -> None:
     while True:
         loaders.prefetch([request])
         fetch(loaders, request)
@@ -68,9 +68,9 @@ def pids_of(loaders: LoaderProcesses) -> list[int]:
 
 def test_prefetched_batches_are_correct(folder: Path, loaders: LoaderProcesses) -> None:
     batches = [tuple(range(start, start + 40)) for start in range(0, FILES, 40)]
-    loaders.prefetch(order(folder, *batch) for batch in batches)
+    loaders.prefetch(job(folder, *batch) for batch in batches)
     for batch in batches:
-        assert torch.equal(fetch(loaders, order(folder, *batch)), expected(folder, *batch))
+        assert torch.equal(fetch(loaders, job(folder, *batch)), expected(folder, *batch))
 
 
 def test_unfetched_prefetches_lose_no_slot(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,14 +81,14 @@ def test_unfetched_prefetches_lose_no_slot(folder: Path, monkeypatch: pytest.Mon
     try:
         for _ in range(60):
             batches = [tuple(map(int, random.integers(0, FILES, random.integers(1, 12)))) for _ in range(5)]
-            loaders.prefetch(order(folder, *batch) for batch in batches)
+            loaders.prefetch(job(folder, *batch) for batch in batches)
             time.sleep(random.choice([0, 0.002, 0.01]))
             for index in sorted(random.choice(5, random.integers(0, 4))):
                 batch = batches[index]
-                assert torch.equal(fetch(loaders, order(folder, *batch)), expected(folder, *batch))
+                assert torch.equal(fetch(loaders, job(folder, *batch)), expected(folder, *batch))
             if random.random() < 0.5:
-                loaders.prefetch(order(folder, *batch) for batch in [(1, 2), *batches[2:]])
-        assert torch.equal(fetch(loaders, order(folder, 5)), expected(folder, 5))
+                loaders.prefetch(job(folder, *batch) for batch in [(1, 2), *batches[2:]])
+        assert torch.equal(fetch(loaders, job(folder, 5)), expected(folder, 5))
         assert len(loaders._free) + len(loaders._in_flight) == 4, "no slot is lost"
     finally:
         loaders.close()
@@ -96,8 +96,8 @@ def test_unfetched_prefetches_lose_no_slot(folder: Path, monkeypatch: pytest.Mon
 
 def test_decoding_continues_in_the_background(folder: Path, loaders: LoaderProcesses) -> None:
     batches = [tuple(range(start, start + 60)) for start in (0, 60)]
-    loaders.prefetch(order(folder, *batch) for batch in batches)
-    fetch(loaders, order(folder, *batches[0]))
+    loaders.prefetch(job(folder, *batch) for batch in batches)
+    fetch(loaders, job(folder, *batches[0]))
 
     def is_decoded() -> bool:
         loaders._receive(wait=False)
@@ -108,61 +108,61 @@ def test_decoding_continues_in_the_background(folder: Path, loaders: LoaderProce
 
 def test_processes_start_lazily_and_stay(folder: Path, loaders: LoaderProcesses) -> None:
     assert pids_of(loaders) == []
-    fetch(loaders, order(folder, 1))
+    fetch(loaders, job(folder, 1))
     before = pids_of(loaders)
-    fetch(loaders, order(folder, 2))
+    fetch(loaders, job(folder, 2))
     assert len(before) == 2
     assert pids_of(loaders) == before
 
 
 def test_close_ends_the_processes_and_can_be_repeated(folder: Path, loaders: LoaderProcesses) -> None:
-    loaders.prefetch([order(folder, *range(FILES))])
+    loaders.prefetch([job(folder, *range(FILES))])
     pids = pids_of(loaders)
     loaders.close()
     loaders.close()
     assert not any(map(is_alive, pids))
-    assert torch.equal(fetch(loaders, order(folder, 3)), expected(folder, 3)), "they start again when needed"
+    assert torch.equal(fetch(loaders, job(folder, 3)), expected(folder, 3)), "they start again when needed"
 
 
 def test_damaged_image_is_reported_when_it_is_fetched(folder: Path, tmp_path: Path, loaders: LoaderProcesses) -> None:
     write_image(tmp_path / "0.png", 20, 20, seed=0)
     damage(tmp_path / "0.png")
-    loaders.prefetch([order(folder, 1), order(tmp_path, 0)])
-    fetch(loaders, order(folder, 1))
+    loaders.prefetch([job(folder, 1), job(tmp_path, 0)])
+    fetch(loaders, job(folder, 1))
     with raises(FaultError, "image-unreadable"):
-        fetch(loaders, order(tmp_path, 0))
+        fetch(loaders, job(tmp_path, 0))
 
 
 @pytest.mark.parametrize("killed", [1, 2], ids=["one", "all"])
 def test_killed_loader_raises_a_fault(folder: Path, loaders: LoaderProcesses, killed: int) -> None:
-    fetch(loaders, order(folder, 1))
+    fetch(loaders, job(folder, 1))
     for pid in pids_of(loaders)[:killed]:
         os.kill(pid, signal.SIGKILL)
     with raises(FaultError, "loader-ended"):
-        fetch_for_ever(loaders, order(folder, *range(60)))
+        fetch_for_ever(loaders, job(folder, *range(60)))
 
 
 def test_loader_killed_while_decoding_raises_a_fault(folder: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "0.png")
     loaders = LoaderProcesses(1, (3, SIZE, SIZE))
     try:
-        loaders.prefetch([order(tmp_path, 0)])
+        loaders.prefetch([job(tmp_path, 0)])
         with (tmp_path / "0.png").open("wb"):  # blocks until the loader opens it
             os.kill(pids_of(loaders)[0], signal.SIGKILL)
         with raises(FaultError, "loader-ended"):
-            fetch(loaders, order(tmp_path, 0))
+            fetch(loaders, job(tmp_path, 0))
     finally:
         loaders.close()
 
 
 def test_loaders_ignore_signals_to_the_whole_job(folder: Path, loaders: LoaderProcesses) -> None:
-    loaders.prefetch([order(folder, 1)])
+    loaders.prefetch([job(folder, 1)])
     for pid in pids_of(loaders):
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
             os.kill(pid, number)
     # The second batch is decoded after the signals.
     for batch in ((1,), tuple(range(60))):
-        assert torch.equal(fetch(loaders, order(folder, *batch)), expected(folder, *batch))
+        assert torch.equal(fetch(loaders, job(folder, *batch)), expected(folder, *batch))
     assert all(map(is_alive, pids_of(loaders)))
     assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
@@ -172,11 +172,11 @@ def test_no_loader_outlives_a_killed_training_process(folder: Path, busy: bool) 
     script = f"""
 import sys, time
 from pathlib import Path
-from tests.longer.test_data_decoders import LoaderProcesses, fetch, order, pids_of
+from tests.longer.test_data_decoders import LoaderProcesses, fetch, job, pids_of
 loaders, folder = LoaderProcesses(2, (3, {SIZE}, {SIZE})), Path({str(folder)!r})
-fetch(loaders, order(folder, 1))
+fetch(loaders, job(folder, 1))
 if {busy}:
-    loaders.prefetch(order(folder, *(list(range({FILES})) * 20)) for _ in range(1))
+    loaders.prefetch(job(folder, *(list(range({FILES})) * 20)) for _ in range(1))
 print(*pids_of(loaders), flush=True)
 time.sleep(60)
 """

@@ -39,9 +39,9 @@ class _LockedCounters(Counters):
 class _Group:
     """What the ranks share."""
 
-    def __init__(self, size: int, controller: str) -> None:
+    def __init__(self, size: int, backend: str) -> None:
         self.size = size
-        self.controller = controller
+        self.backend = backend
         self.changed = threading.Condition()
         self.operations: defaultdict[tuple[str, int], _Operation] = defaultdict(_Operation)
         self.counters = _LockedCounters()
@@ -66,7 +66,7 @@ class SimulatedRanks(Communicator):
         self.size = group.size
         self.local_rank = rank
         self.local_size = group.size
-        self.controller = group.controller
+        self.backend = group.backend
         self.has_nccl = False
         self.names: list[str] = []
         """The operations that this rank has started, in order."""
@@ -126,11 +126,9 @@ class SimulatedRanks(Communicator):
         return _Waiting(finish)
 
 
-def on_ranks(
-    size: int, job: Callable[[SimulatedRanks], Result], *, controller: str = "mpi"
-) -> list[Result | Exception]:
+def on_ranks(size: int, job: Callable[[SimulatedRanks], Result], *, backend: str = "mpi") -> list[Result | Exception]:
     """Return what `job` returned or raised on each of `size` ranks, each with one thread to compute with."""
-    group = _Group(size, controller)
+    group = _Group(size, backend)
     ended: dict[int, Result | Exception] = {}
 
     def work(rank: int) -> None:
@@ -151,9 +149,9 @@ def on_ranks(
     return [ended[rank] for rank in range(size)]
 
 
-def results(size: int, job: Callable[[SimulatedRanks], Result], *, controller: str = "mpi") -> list[Result]:
+def results(size: int, job: Callable[[SimulatedRanks], Result], *, backend: str = "mpi") -> list[Result]:
     """Return what `job` returned on each of `size` ranks; raise what the first that failed on its own raised."""
-    ended = on_ranks(size, job, controller=controller)
+    ended = on_ranks(size, job, backend=backend)
     failed = [value for value in ended if isinstance(value, Exception)]
     for error in sorted(failed, key=lambda error: isinstance(error, RankLostError)):
         raise error

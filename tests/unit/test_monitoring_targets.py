@@ -19,7 +19,7 @@ from dist_train.config import load_config
 from dist_train.monitoring.prometheus import targets
 from dist_train.monitoring.prometheus.board import outcome_label
 from dist_train.monitoring.prometheus.messages import ServingPlan
-from dist_train.monitoring.prometheus.targets import TargetFile, identity_of, remove_stale, target_file
+from dist_train.monitoring.prometheus.targets import TargetFile, process_identity, remove_stale, target_file
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import Outcome
 from tests.unit.exporting import FACTS, OUTCOME, STOPPED, serving
@@ -37,7 +37,7 @@ def mine(
     directory: Path, name: str = "demo", rank: int = 0, process: str | None = None, exporter: str | None = None
 ) -> TargetFile:
     facts = replace(FACTS, name=name, rank=rank, run_directory=directory / "runs" / name)
-    process = process or identity_of(os.getpid())
+    process = process or process_identity(os.getpid())
     target = target_file(plan(directory), facts, 9811, process, exporter or process)
     target.write()
     return target
@@ -45,7 +45,7 @@ def mine(
 
 def gone(directory: Path, name: str = "gone", exporter: str | None = None) -> TargetFile:
     with subprocess.Popen(["sleep", "60"]) as child:
-        process = identity_of(child.pid)
+        process = process_identity(child.pid)
         child.kill()
     return mine(directory, name, process=process, exporter=exporter)
 
@@ -86,7 +86,7 @@ def test_the_file_says_where_and_what(tmp_path: Path) -> None:
     ],
 )
 def test_the_address_is_one_that_others_reach(host: str, advertised: str | None, address: str, tmp_path: Path) -> None:
-    target = target_file(plan(tmp_path, host, advertised), FACTS, 9811, identity_of(1), identity_of(1))
+    target = target_file(plan(tmp_path, host, advertised), FACTS, 9811, process_identity(1), process_identity(1))
     assert json.loads(target.content)[0]["targets"] == [address]
 
 
@@ -103,7 +103,7 @@ def test_runs_and_ranks_have_files_of_their_own(tmp_path: Path) -> None:
         mine(tmp_path).path,
         mine(tmp_path, rank=1).path,
         mine(tmp_path, "other").path,
-        target_file(plan(tmp_path), replace(FACTS, name="demo"), 9811, identity_of(1), identity_of(1)).path,
+        target_file(plan(tmp_path), replace(FACTS, name="demo"), 9811, process_identity(1), process_identity(1)).path,
     }
     assert len(paths) == 4
 
@@ -147,7 +147,7 @@ def test_only_what_is_ours_and_gone_is_removed(tmp_path: Path) -> None:
 
 
 def test_a_run_that_begins_says_that_one_that_has_just_died_was_killed(tmp_path: Path) -> None:
-    dead, before = gone(tmp_path), mine(tmp_path, "before", process=identity_of(os.getpid())[:-1])
+    dead, before = gone(tmp_path), mine(tmp_path, "before", process=process_identity(os.getpid())[:-1])
     age(before.path, 301)
     assert remove_stale(tmp_path, resumed="another").removed == (before.path,)
     assert labels_of(dead.path)["outcome"] == "killed"
@@ -157,13 +157,13 @@ def test_a_run_that_begins_says_that_one_that_has_just_died_was_killed(tmp_path:
 
 
 def test_a_run_that_begins_leaves_it_to_a_living_exporter_to_say_how_its_run_ended(tmp_path: Path) -> None:
-    dead = gone(tmp_path, exporter=identity_of(os.getpid()))
+    dead = gone(tmp_path, exporter=process_identity(os.getpid()))
     assert remove_stale(tmp_path, resumed="another").removed == ()
     assert dead.path.read_text() == dead.content
 
 
 def test_a_process_of_the_same_number_is_another_one(tmp_path: Path) -> None:
-    process = identity_of(os.getpid())
+    process = process_identity(os.getpid())
     target = mine(tmp_path, process=f"{process.rpartition(' ')[0]} 1")
     assert remove_stale(tmp_path).removed == (target.path,)
 
@@ -211,7 +211,7 @@ def test_the_label_says_how_the_run_ended(outcome: Outcome, label: str) -> None:
 
 
 def test_what_says_how_a_run_ended_stays_for_a_while_or_until_the_run_is_back(tmp_path: Path) -> None:
-    process = identity_of(os.getpid()).rpartition(" ")[0] + " 1"
+    process = process_identity(os.getpid()).rpartition(" ")[0] + " 1"
     recent, old = mine(tmp_path, "recent", process=process), mine(tmp_path, "old", process=process)
     for target in (recent, old):
         target.end("failed")
@@ -230,7 +230,7 @@ def test_rank_with_another_number_moves_its_file_but_not_that_of_its_successor(t
         exporter.regroup(replace(FACTS, rank=1))
         wait_for(lambda: ranks() == ["1"])
         (path,) = tmp_path.glob("*.json")
-        theirs = path.read_text().replace(identity_of(os.getpid()), "another pid:[1] 2 3")
+        theirs = path.read_text().replace(process_identity(os.getpid()), "another pid:[1] 2 3")
         path.write_text(theirs)
         exporter.regroup(replace(FACTS, rank=3))
         wait_for(lambda: ranks() == ["1", "3"])

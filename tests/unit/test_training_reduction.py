@@ -243,7 +243,7 @@ class TestAdasum:
 
     def test_it_needs_mpi_on_a_cpu(self) -> None:
         with raises(UsageError, "adasum-without-mpi"):
-            results(2, self.build, controller="gloo")
+            results(2, self.build, backend="gloo")
 
     def test_it_needs_a_micro_batch_on_every_rank(self) -> None:
         with raises(UsageError, "adasum-idle-rank"):

@@ -173,8 +173,8 @@ class _Service:
         directory = self._plan.targets_directory
         if directory is None:
             return
-        process = targets.identity_of(self._trainer)
-        exporter = targets.identity_of(os.getpid())
+        process = targets.process_identity(self._trainer)
+        exporter = targets.process_identity(os.getpid())
         target = targets.target_file(self._plan, self._facts, self._server.server_port, process, exporter)
         with self._warning(f"Prometheus will not find this run: no target file in {directory}"):
             target.write()

@@ -42,7 +42,7 @@ _LARGEST = 64 << 10  # bytes; our files have a few hundred
 _MOST_NAMES = 8
 
 
-def identity_of(number: int) -> str:
+def process_identity(number: int) -> str:
     """Return host, PID namespace, PID and start (clock ticks; empty if it is gone): they identify a process."""
     start = process_start(number)
     return f"{_machine()} {number} {'' if start is None else start}"
@@ -51,7 +51,7 @@ def identity_of(number: int) -> str:
 def _is_gone(process: str) -> bool:
     """Return whether the process is known to have ended; False on another machine."""
     machine, number, _ = process.rsplit(" ", 2)
-    return machine == _machine() and identity_of(int(number)) != process
+    return machine == _machine() and process_identity(int(number)) != process
 
 
 @dataclass(frozen=True)
