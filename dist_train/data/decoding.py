@@ -1,4 +1,4 @@
-"""Decodes images, from files or parts of files, to arrays of one size. Does not import torch: see `decoders.py`."""
+"""Decodes images, from files or parts of them, to arrays of one size, without torch: see `loader_workers.py`."""
 
 from __future__ import annotations
 

@@ -25,9 +25,9 @@ from dist_train.data.augmentation import (
     statistics_of_parts,
 )
 from dist_train.data.catalog import list_encoded, load_data
-from dist_train.data.decoders import BatchJob, Decoder, LoaderProcesses
 from dist_train.data.decoding import DRAWS, EncodedImages, Work
 from dist_train.data.images import BatchRequest, ImageSet, Listing, MapDataset, Split
+from dist_train.data.loader_workers import BatchJob, Decoder, LoaderProcesses
 from dist_train.data.plan import divided
 from dist_train.data.plugin_samples import PluginSamples, Recipe, labels_of
 from dist_train.outcome import CodedError, UsageError

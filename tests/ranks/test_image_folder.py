@@ -66,7 +66,7 @@ def loaders_of(pid: int) -> list[int]:
             words = Path(f"/proc/{child}/cmdline").read_text().split("\0")
         except (FileNotFoundError, ProcessLookupError):
             continue
-        if "dist_train.data.decoders" in words:
+        if "dist_train.data.loader_workers" in words:
             found.append(child)
     return found
 

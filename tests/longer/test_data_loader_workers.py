@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_train.data import decoders
-from dist_train.data.decoders import BatchJob, LoaderProcesses
+from dist_train.data import loader_workers
 from dist_train.data.decoding import Work
+from dist_train.data.loader_workers import BatchJob, LoaderProcesses
 from dist_train.outcome import FaultError
 from tests.raising import raises
 from tests.unit.image_folders import damage, write_image
@@ -74,8 +74,8 @@ def test_prefetched_batches_are_correct(folder: Path, loaders: LoaderProcesses) 
 
 
 def test_unfetched_prefetches_lose_no_slot(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoders, "_MAX_IMAGES", 3)
-    monkeypatch.setattr(decoders, "_MAX_SLOTS", 4)
+    monkeypatch.setattr(loader_workers, "_MAX_IMAGES", 3)
+    monkeypatch.setattr(loader_workers, "_MAX_SLOTS", 4)
     loaders = LoaderProcesses(2, (3, SIZE, SIZE))
     random = np.random.default_rng(0)
     try:
@@ -172,7 +172,7 @@ def test_no_loader_outlives_a_killed_training_process(folder: Path, busy: bool) 
     script = f"""
 import sys, time
 from pathlib import Path
-from tests.longer.test_data_decoders import LoaderProcesses, fetch, job, pids_of
+from tests.longer.test_data_loader_workers import LoaderProcesses, fetch, job, pids_of
 loaders, folder = LoaderProcesses(2, (3, {SIZE}, {SIZE})), Path({str(folder)!r})
 fetch(loaders, job(folder, 1))
 if {busy}:

@@ -188,7 +188,7 @@ class LoaderProcesses(Decoder):
             for _ in range(self._count):
                 self._processes.append(
                     subprocess.Popen(
-                        [sys.executable, "-P", "-m", "dist_train.data.decoders", *arguments],
+                        [sys.executable, "-P", "-m", "dist_train.data.loader_workers", *arguments],
                         pass_fds=theirs,
                         stdin=subprocess.DEVNULL,
                         stdout=subprocess.DEVNULL,
