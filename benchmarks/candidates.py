@@ -21,7 +21,7 @@ from benchmarks.subject import QUIET, open_trainer, settings
 from benchmarks.timing import Ratio, compare, ratio_of, timed
 from dist_train.cluster.communicator import Alone
 from dist_train.cluster.devices import device_type
-from dist_train.cluster.joining import join_ranks
+from dist_train.cluster.rendezvous import join_ranks
 from dist_train.training.compute import share_of_threads
 
 _WIDTH, _GLOBAL_SIZE, _UPDATES = 0.25, 128, 10

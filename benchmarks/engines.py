@@ -21,7 +21,7 @@ from benchmarks.shared_folder import shared_folder
 from benchmarks.subject import QUIET, open_trainer, settings
 from benchmarks.timing import Ratio, ratio_of, timed
 from dist_train.cluster.communicator import Communicator
-from dist_train.cluster.joining import join_ranks
+from dist_train.cluster.rendezvous import join_ranks
 
 _SUMS = 1000
 _STEPS = {128: 40, 8192: 2}

@@ -22,7 +22,7 @@ from dist_train.analysis.directions import random_direction
 from dist_train.analysis.landscape_files import Point
 from dist_train.analysis.landscape_points import Batch, PointEvaluator, Walk, along, axis, place_of
 from dist_train.cluster.communicator import run_on_all_ranks
-from dist_train.cluster.joining import join_points
+from dist_train.cluster.rendezvous import join_points
 from dist_train.models import build_model
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.training.compute import Compute

@@ -20,7 +20,7 @@ from benchmarks.process_memory import MICRO_SIZE, Memory, own_memory
 from benchmarks.subject import QUIET, open_trainer, settings
 from benchmarks.timing import Ratio, ratio_of
 from dist_train.cluster.communicator import gather
-from dist_train.cluster.joining import join_ranks
+from dist_train.cluster.rendezvous import join_ranks
 from dist_train.config import Config
 
 _IMAGES, _FEW_IMAGES = 200_000, 1_000

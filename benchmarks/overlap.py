@@ -15,7 +15,7 @@ from benchmarks.shared_folder import shared_folder
 from benchmarks.subject import QUIET, open_trainer, settings
 from benchmarks.timing import Ratio, ratio_of, timed
 from dist_train.cluster.communicator import Communicator
-from dist_train.cluster.joining import join_ranks
+from dist_train.cluster.rendezvous import join_ranks
 from dist_train.training.accumulators import ExactAccumulator
 from dist_train.training.reduction import GradientReduction, buckets_of
 from dist_train.training.trainer import Trainer

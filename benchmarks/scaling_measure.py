@@ -27,7 +27,7 @@ from benchmarks.shared_folder import shared_folder
 from benchmarks.subject import QUIET, open_trainer, settings
 from benchmarks.timing import timed
 from dist_train.cluster.communicator import Communicator
-from dist_train.cluster.joining import join_ranks
+from dist_train.cluster.rendezvous import join_ranks
 
 CONTROLLERS = ("mpi", "gloo", "torch")
 """Horovod over MPI, Horovod over Gloo, and torch.distributed over Gloo, started by torchrun."""

@@ -13,7 +13,7 @@ from benchmarks.shared_folder import shared_folder
 from benchmarks.subject import QUIET, open_trainer, settings
 from benchmarks.timing import Ratio, compare
 from dist_train.cluster.communicator import Communicator
-from dist_train.cluster.joining import join_ranks
+from dist_train.cluster.rendezvous import join_ranks
 
 _BARS = {("exact", 8192): 1.03, ("exact32", 128): 1.02}
 

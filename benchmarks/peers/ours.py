@@ -6,7 +6,7 @@ from benchmarks.peers.work import Clock, Work, work_from_arguments
 from benchmarks.shared_folder import shared_folder
 from benchmarks.subject import QUIET, open_trainer, settings
 from dist_train.cluster.communicator import Communicator
-from dist_train.cluster.joining import join_ranks
+from dist_train.cluster.rendezvous import join_ranks
 
 
 def train(work: Work, comm: Communicator) -> None:

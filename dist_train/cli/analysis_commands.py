@@ -61,7 +61,7 @@ def _landscape(arguments: argparse.Namespace) -> int:
     from dist_train.analysis.landscape import make_landscape
     from dist_train.analysis.landscape_files import read_landscape
     from dist_train.cluster.communicator import run_on_all_ranks
-    from dist_train.cluster.joining import join_points
+    from dist_train.cluster.rendezvous import join_points
 
     comm = join_points()
     settings = run_on_all_ranks(comm, lambda: _landscape_settings(arguments), "read the options")

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 
 from dist_train.cluster.communicator import Communicator, gather, run_on_all_ranks, signed_digest
-from dist_train.cluster.joining import end_process, ending_after
+from dist_train.cluster.rendezvous import end_process, ending_after
 from dist_train.config.sections import Device
 from dist_train.outcome import UsageError
 

@@ -34,8 +34,8 @@ from dist_train.cluster.communicator import (
     refuse_full_gpu,
 )
 from dist_train.cluster.devices import FIRST_SUMS, check_own_gpu
-from dist_train.cluster.joining import end_process
 from dist_train.cluster.member import Member
+from dist_train.cluster.rendezvous import end_process
 from dist_train.cluster.torch_engine import (
     StoreCounters,
     TorchOperations,

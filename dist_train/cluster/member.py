@@ -14,10 +14,10 @@ from pydantic import TypeAdapter
 
 from dist_train.cluster.communicator import Generation, RankLostError
 from dist_train.cluster.heartbeats import BEATS_IN_TIMEOUT, SuspensionDetector
-from dist_train.cluster.joining import end_process
 from dist_train.cluster.launch import MEMBERSHIP_VARIABLE
 from dist_train.cluster.membership_server import SLOT_VARIABLE, TOKEN_VARIABLE
 from dist_train.cluster.messages import MessageConnection, answer_to
+from dist_train.cluster.rendezvous import end_process
 from dist_train.outcome import say_on_stderr
 
 _GENERATION = TypeAdapter(Generation)

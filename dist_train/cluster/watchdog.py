@@ -40,7 +40,7 @@ from dist_train.cluster.heartbeats import (
     own_addresses,
     reachable_from,
 )
-from dist_train.cluster.joining import end_process
+from dist_train.cluster.rendezvous import end_process
 from dist_train.outcome import ExitCode, escaped, exit_code_of, say_on_stderr
 
 _LONGEST_BEAT = 5.0

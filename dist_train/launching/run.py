@@ -25,7 +25,7 @@ from dist_train.cluster.communicator import (
     run_on_all_ranks,
 )
 from dist_train.cluster.devices import device_type
-from dist_train.cluster.joining import join_ranks, meeting_within
+from dist_train.cluster.rendezvous import join_ranks, meeting_within
 from dist_train.cluster.watchdog import start_watchdog
 from dist_train.config import Config, dump_config, parse_config
 from dist_train.config.resuming import with_setting

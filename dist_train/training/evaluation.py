@@ -18,7 +18,7 @@ from dist_train.checkpoint.files import Contents, read_stored
 from dist_train.checkpoint.state import Weights, load_model, stored_state
 from dist_train.cluster.communicator import Communicator, run_on_all_ranks
 from dist_train.cluster.devices import device_type, share_out_devices
-from dist_train.cluster.joining import join_ranks
+from dist_train.cluster.rendezvous import join_ranks
 from dist_train.config import Config, differences, dump_config, parse_config
 from dist_train.config.loading import with_overrides
 from dist_train.config.resuming import with_setting

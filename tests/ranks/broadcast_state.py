@@ -6,7 +6,7 @@ import torch
 
 from dist_train.checkpoint.state import broadcast_state
 from dist_train.cluster.communicator import gather
-from dist_train.cluster.joining import join_ranks
+from dist_train.cluster.rendezvous import join_ranks
 from dist_train.config import parse_config
 from dist_train.models import build_model
 from dist_train.optim.flat_weights import FlatWeights, digest

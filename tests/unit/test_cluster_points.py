@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from dist_train.cluster.communicator import Alone
-from dist_train.cluster.joining import join_points
+from dist_train.cluster.rendezvous import join_points
 from dist_train.outcome import UsageError
 from tests.raising import raises
 

@@ -6,18 +6,12 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING
 
-import torch
-
-from dist_train.cluster.communicator import Alone, Communicator, Pending
+from dist_train.cluster.communicator import Alone, Communicator
 from dist_train.cluster.inspection import check_recovery
 from dist_train.cluster.launch import IN_CALLBACK, current_launch, engine_of, is_elastic, is_installed
 from dist_train.config.sections import Engine
 from dist_train.outcome import ExitCode, UsageError, say_on_stderr
-
-if TYPE_CHECKING:
-    from mpi4py.MPI import Comm
 
 
 def end_process() -> None:
@@ -118,6 +112,8 @@ def join_points() -> Communicator:
         raise UsageError(
             f"mpi4py cannot be used ({error}): run make setup, or start with dist-train launch", code="mpi4py-missing"
         ) from error
+    from dist_train.cluster.mpi import MpiCommunicator
+
     communicator = MPI.COMM_WORLD
     if communicator.Get_size() != launch.size:
         raise UsageError(
@@ -126,27 +122,3 @@ def join_points() -> Communicator:
             code="rank-count",
         )
     return MpiCommunicator(communicator, communicator.Split_type(MPI.COMM_TYPE_SHARED))
-
-
-class MpiCommunicator(Communicator):
-    """The ranks of an MPI communicator, for CPU tensors."""
-
-    def __init__(self, communicator: Comm, local: Comm) -> None:
-        self.backend = "mpi4py"
-        self.has_nccl = False
-        self._communicator = communicator
-        self.rank = communicator.Get_rank()
-        self.size = communicator.Get_size()
-        self.local_rank = local.Get_rank()
-        self.local_size = local.Get_size()
-
-    def allreduce_async(self, tensor: torch.Tensor, name: str) -> Pending:
-        """Sum the contiguous `tensor` over all ranks, in place."""
-        from mpi4py import MPI
-
-        self._communicator.Allreduce(MPI.IN_PLACE, tensor.numpy())
-        return Pending()
-
-    def broadcast(self, tensor: torch.Tensor, name: str, root: int = 0) -> None:
-        """Overwrite `tensor` with that of rank `root`."""
-        self._communicator.Bcast(tensor.numpy(), root=root)
