@@ -37,8 +37,8 @@ from dist_train.optim.optimizers import build_optimizer
 from dist_train.optim.schedules import LearningRate
 from dist_train.outcome import UsageError
 from dist_train.reproducible import LayerRng
+from dist_train.rundir.epochs import Epochs
 from dist_train.rundir.paths import RunDirectory
-from dist_train.rundir.records import Epochs
 from dist_train.training.compute import Compute, LossScale, compiled, fitting_memory, set_up_compute
 from dist_train.training.consistency import check_same_data
 from dist_train.training.graphs import CudaGraphRecorder, GraphRecorder

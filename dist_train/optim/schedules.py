@@ -10,7 +10,7 @@ from typing import Any, SupportsFloat
 from dist_train.config import NoiseSchedule, ScheduleSettings
 from dist_train.config.plugins import Options, call_plugin, failing_clearly, is_plugin
 from dist_train.outcome import UsageError
-from dist_train.rundir.records import Epochs
+from dist_train.rundir.epochs import Epochs
 
 
 @dataclass(frozen=True)

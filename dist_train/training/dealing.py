@@ -15,7 +15,7 @@ from dist_train.config import Config
 from dist_train.config.combinations import may_deal_unevenly
 from dist_train.data.images import BatchRequest
 from dist_train.data.plan import BatchPlan, MicroBatch, batch_indices, epoch_order
-from dist_train.rundir.records import Epochs
+from dist_train.rundir.epochs import Epochs
 from dist_train.training.measuring import StepTimes
 from dist_train.training.micro_batches import share_of
 from dist_train.training.step import GlobalBatch

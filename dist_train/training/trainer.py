@@ -35,8 +35,9 @@ from dist_train.monitoring.observers import Observers
 from dist_train.optim.averaging import AveragedModel
 from dist_train.optim.schedules import LearningRate
 from dist_train.outcome import DisagreementError, DivergedError, OutOfMemoryError, StoppedError
+from dist_train.rundir.epochs import Epochs
 from dist_train.rundir.paths import RunDirectory
-from dist_train.rundir.records import Detail, Epochs, EvaluationRecord, EventRecord, Record, TrainRecord
+from dist_train.rundir.records import Detail, EvaluationRecord, EventRecord, Record, TrainRecord
 from dist_train.rundir.status import StatusFile
 from dist_train.training.consistency import verify_agreement
 from dist_train.training.dealing import Batches
@@ -75,8 +76,7 @@ class Trainer:
     learning_rate: LearningRate
     epochs: Epochs
     """The passes over the data, and the size of the global batch in each."""
-    total_steps: int
-    """Number of updates that the schedules span."""
+    total_steps: int  # number of updates that the schedules span
     last_step: int
     """Number of updates after which the run ends."""
     observers: Observers

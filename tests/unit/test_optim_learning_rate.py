@@ -14,7 +14,7 @@ from dist_train.cluster.communicator import Alone
 from dist_train.config import ScheduleSettings
 from dist_train.optim.schedules import LearningRate
 from dist_train.outcome import UsageError
-from dist_train.rundir.records import Epochs
+from dist_train.rundir.epochs import Epochs
 from tests.raising import raises
 from tests.unit.small_trainers import build_trainer, small_config
 

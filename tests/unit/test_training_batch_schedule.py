@@ -24,8 +24,9 @@ from dist_train.launching.session import run_facts
 from dist_train.models import build_model
 from dist_train.monitoring.prometheus.board import Board
 from dist_train.outcome import UsageError
+from dist_train.rundir.epochs import Epochs
 from dist_train.rundir.paths import RunDirectory
-from dist_train.rundir.records import Epochs, EvaluationRecord, EventRecord
+from dist_train.rundir.records import EvaluationRecord, EventRecord
 from dist_train.training.step import GlobalBatch, TrainingStep
 from tests.raising import raises, raises_problems
 from tests.unit.exporting import FACTS
