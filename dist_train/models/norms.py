@@ -20,7 +20,7 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _NormBase
 
 from dist_train.config import ModelSettings
-from dist_train.models.normalization import SumOverRanks, normalize
+from dist_train.models.norm_arithmetic import SumOverRanks, normalize
 from dist_train.outcome import UsageError
 from dist_train.reproducible import STATISTICS
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 from dist_train.cluster.communicator import Communicator, gather, run_on_all_ranks
 from dist_train.config import ModelSettings
 from dist_train.data.plan import BatchPlan, MicroBatch
-from dist_train.models.normalization import SumOverRanks
+from dist_train.models.norm_arithmetic import SumOverRanks
 from dist_train.outcome import OutOfMemoryError, UsageError
 from dist_train.training.compute import Compute, fits_memory
 from dist_train.training.measuring import StepClock

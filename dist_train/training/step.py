@@ -24,7 +24,7 @@ from dist_train.data.augmentation import Mix, Target, unmixed
 from dist_train.data.images import BatchRequest
 from dist_train.data.loader import SampleSource
 from dist_train.data.plan import MicroBatch
-from dist_train.models.normalization import SumOverRanks
+from dist_train.models.norm_arithmetic import SumOverRanks
 from dist_train.models.norms import BatchStatistics, GroupedBatchNorm, sync_batch_norm
 from dist_train.optim.averaging import Averaging
 from dist_train.optim.flat_weights import FlatWeights, norm

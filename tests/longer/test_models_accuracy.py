@@ -20,7 +20,7 @@ from dist_train.config import Config
 from dist_train.data.images import BatchRequest
 from dist_train.data.plan import BatchPlan, batch_indices, epoch_order
 from dist_train.models import build_model
-from dist_train.models.normalization import normalize
+from dist_train.models.norm_arithmetic import normalize
 from dist_train.models.norms import GroupedBatchNorm
 from dist_train.training.step import GlobalBatch
 from dist_train.training.trainer import Trainer

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dist_train.kernels import operators
-from dist_train.models.normalization import normalize
+from dist_train.models.norm_arithmetic import normalize
 from dist_train.models.norms import GroupedBatchNorm
 from tests.unit.norm_kernels import EPSILON, NormKernels, norm_by, norm_in_float64, sizes_of, tensors
 
