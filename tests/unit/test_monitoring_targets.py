@@ -108,6 +108,14 @@ def test_runs_and_ranks_have_files_of_their_own(tmp_path: Path) -> None:
     assert len(paths) == 4
 
 
+def test_runs_of_the_same_path_on_different_file_systems_have_files_of_their_own(tmp_path: Path) -> None:
+    with (
+        serving(targets_directory=tmp_path),
+        serving(replace(FACTS, run_id="fedcba9876543210"), targets_directory=tmp_path),
+    ):
+        assert len(list(tmp_path.glob("*.json"))) == 2
+
+
 def test_no_half_written_file_has_a_name_that_prometheus_looks_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

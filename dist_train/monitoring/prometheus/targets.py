@@ -117,9 +117,10 @@ def target_file(plan: ServingPlan, facts: RunFacts, port: int, process: str, exp
     }
     if plan.scheme == "https":
         labels["__scheme__"] = plan.scheme
-    directory = os.fsencode(facts.run_directory.absolute())
     name = re.sub(r"[^A-Za-z0-9._-]", "_", facts.name)[:100]
-    mark = hashlib.blake2b(directory, digest_size=4).hexdigest()
+    # Runs in containers, or on the disks of different nodes, may have the same path; a copied run has the same id.
+    run = os.fsencode(facts.run_directory.absolute()) + b"\0" + facts.run_id.encode()
+    mark = hashlib.blake2b(run, digest_size=4).hexdigest()
     path = plan.targets_directory / f"{name}-{mark}-{facts.rank}.json"
     return TargetFile(path, _content(f"{plan.host_for_others(node)}:{port}", labels), process)
 
