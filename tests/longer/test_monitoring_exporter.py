@@ -23,6 +23,7 @@ import pytest
 
 from dist_train.config.sections import MetricsSettings
 from dist_train.monitoring.observers import Observers
+from dist_train.monitoring.prometheus import exporter as exporter_module
 from dist_train.monitoring.prometheus.exporter import Exporter
 from dist_train.rundir.records import EvaluationRecord, EventRecord, Outcome, Record, to_json
 from tests.unit.exporting import FACTS, OUTCOME, STOPPED, get, measurement, port_of, read, scrape, serving, train
@@ -222,6 +223,54 @@ def test_unwritable_targets_directory_is_reported_once(tmp_path: Path, caplog: p
         assert scrape(exporter)["dist_train_step", ()] == 20
     (warning,) = warnings_of(caplog)
     assert warning.startswith("Prometheus will not find this run: no target file in")
+
+
+@pytest.fixture
+def fast_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let exporters' processes touch their target files all the time instead of each minute."""
+    program = "from dist_train.monitoring.prometheus import targets; targets.HEARTBEAT_SECONDS = 0.0; main("
+    monkeypatch.setattr(exporter_module, "_CHILD", exporter_module._CHILD.replace("main(", program))
+
+
+def await_warnings(exporter: Exporter, count: int, caplog: pytest.LogCaptureFixture) -> None:
+    def are_there() -> bool:
+        exporter.record(train(20))
+        return len(warnings_of(caplog)) >= count
+
+    wait_for(are_there, f"{count} warnings")
+
+
+@pytest.mark.usefixtures("fast_heartbeat")
+def test_heartbeat_goes_on_after_errors_with_one_warning_each_time(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, away = tmp_path / "targets", tmp_path / "away"
+    with serving(targets_directory=folder) as exporter:
+        (path,) = folder.glob("*.json")
+        for spell in (1, 2):
+            folder.rename(away)
+            folder.touch()
+            await_warnings(exporter, spell, caplog)
+            folder.unlink()
+            away.rename(folder)
+            os.utime(path, (0, 0))
+            wait_for(lambda: path.stat().st_mtime > 0, "the file is touched again")
+    assert all(warning.startswith("Prometheus may lose sight of this run") for warning in warnings_of(caplog))
+    assert len(warnings_of(caplog)) == 2
+
+
+@pytest.mark.usefixtures("fast_heartbeat")
+def test_target_file_that_could_not_be_written_is_written_later(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "targets"
+    folder.touch()
+    with serving(targets_directory=folder) as exporter:
+        await_warnings(exporter, 1, caplog)
+        folder.unlink()
+        wait_for(lambda: outcomes(folder) == [None], "the file is written")
+    assert outcomes(folder) == ["finished"]
+    assert len(warnings_of(caplog)) == 1
 
 
 def test_unreachable_pushgateway_is_reported_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -189,8 +189,9 @@ class Exporter(Observer):
             for answer in self._link.channel.receive():
                 match answer:
                     case Serving():
+                        if answer.address != self.address:  # the same again: only the target file is another
+                            _logger.info("metrics at %s", answer.address)
                         self.address, self._target = answer.address, answer.target
-                        _logger.info("metrics at %s", self.address)
                     case Warned():
                         _logger.warning("%s", answer.text)
                     case Ending():

@@ -82,7 +82,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Serving:
-    """From the exporter: it serves at `address` and has written the target file `target`."""
+    """From the exporter: it serves at `address` and has written the target file `target`; None if it could not."""
 
     address: str
     target: Path | None

@@ -102,7 +102,9 @@ class _Service:
         self._facts = begin.facts
         self._board = Board(begin.facts, begin.counts)
         self._target: targets.TargetFile | None = None
-        self._touched = time.monotonic()
+        self._is_entered = False  # whether the target file has been written
+        self._is_failing = False  # whether the last access to it failed
+        self._heartbeat_due = math.inf
         self._disk_due = -math.inf
         rendered = MetricsPage(self._board)
 
@@ -135,14 +137,13 @@ class _Service:
             if self._outcome is not None:
                 self._end(self._outcome)
         finally:
-            target, self._target = self._target, None
-            if target is not None and (outcome := self._final_outcome()):
+            if self._target is not None and (outcome := self._final_outcome()):
                 # Wait for the scrape first: Prometheus drops a target as soon as its file changes.
                 if outcome == KILLED:
                     self._board.killed()
                     self._await_scrape()
-                with self._warning(f"the outcome cannot be written to the target file {target.path}"):
-                    target.end(outcome)
+                with self._warning(f"the outcome cannot be written to the target file {self._target.path}"):
+                    self._target.end(outcome)
 
     def _receive(self) -> None:
         """Apply received messages to the board. A scrape calls this too, so it sees everything sent before it."""
@@ -169,46 +170,47 @@ class _Service:
                 self._is_over = True
                 os.eventfd_write(self._wake, 1)
 
-    def _write_target(self) -> None:
-        directory = self._plan.targets_directory
-        if directory is None:
-            return
-        process = targets.process_identity(self._trainer)
-        exporter = targets.process_identity(os.getpid())
-        target = targets.target_file(self._plan, self._facts, self._server.server_port, process, exporter)
-        with self._warning(f"Prometheus will not find this run: no target file in {directory}"):
-            target.write()
-            self._target = target
-            if warning := targets.remove_stale(directory, resumed=self._facts.run_id).warning:
-                self._warn(f"{directory}: {warning}")
-            # Another rank that starts now may have taken the file for one of an earlier launch, and removed it.
-            self._touched = time.monotonic() - targets.HEARTBEAT_SECONDS + _RECHECK_SECONDS
-
     def _announce(self) -> None:
         """Say where the metrics are, to Prometheus and to the trainer."""
-        self._write_target()
+        self._is_entered = False
+        if (directory := self._plan.targets_directory) is not None:
+            process = targets.process_identity(self._trainer)
+            exporter = targets.process_identity(os.getpid())
+            port = self._server.server_port
+            self._target = targets.target_file(self._plan, self._facts, port, process, exporter)
+            self._heartbeat_due = time.monotonic() + targets.HEARTBEAT_SECONDS
+            with self._warning(f"Prometheus will not find this run: no target file in {directory}"):
+                self._target.write()
+                self._is_entered = True
+                # Another rank that starts now may have taken the file for one of an earlier launch, and removed it.
+                self._heartbeat_due = time.monotonic() + _RECHECK_SECONDS
+                if warning := targets.remove_stale(directory, resumed=self._facts.run_id).warning:
+                    self._warn(f"{directory}: {warning}")
         host = self._plan.host_for_others(self._facts.node)
         address = f"{self._plan.scheme}://{host}:{self._server.server_port}/metrics"
-        self._channel.send(Serving(address, None if self._target is None else self._target.path))
+        written = self._target.path if self._target is not None and self._is_entered else None
+        self._channel.send(Serving(address, written))
 
     def _follow_rank(self) -> None:
         """Move the target file if the rank has another number since ranks were lost."""
         facts = self._board.snapshot().facts
         if facts.rank != self._facts.rank:
-            self._facts, before, self._target = facts, self._target, None
+            self._facts, before = facts, self._target
             with suppress(OSError):  # the trainer, or the file, may be gone
                 self._announce()
                 if before is not None:
                     before.remove()
 
     def _heartbeat(self) -> None:
-        if self._target is None or time.monotonic() - self._touched < targets.HEARTBEAT_SECONDS:
+        if self._target is None or time.monotonic() < self._heartbeat_due:
             return
-        self._touched = time.monotonic()
-        target, self._target = self._target, None
-        with self._warning(f"Prometheus may lose sight of this run: {target.path} cannot be touched"):
-            target.touch()
-            self._target = target
+        if not self._is_entered:
+            with suppress(OSError):  # the trainer may be gone
+                self._announce()
+            return
+        self._heartbeat_due = time.monotonic() + targets.HEARTBEAT_SECONDS
+        with self._warning(f"Prometheus may lose sight of this run: {self._target.path} cannot be touched"):
+            self._target.touch()
 
     def _measure_disk(self) -> None:
         if self._facts.rank == 0 and time.monotonic() >= self._disk_due:
@@ -253,10 +255,15 @@ class _Service:
 
     @contextmanager
     def _warning(self, text: str) -> Iterator[None]:
+        """Warn of an error of the target file, once until an access to it succeeds."""
         try:
             yield
         except OSError as error:
-            self._warn(f"{text}: {error.strerror or error}")
+            if not self._is_failing:
+                self._warn(f"{text}: {error.strerror or error}")
+            self._is_failing = True
+        else:
+            self._is_failing = False
 
     def _warn(self, text: str) -> None:
         with suppress(OSError):  # the trainer may be gone
