@@ -399,6 +399,21 @@ def test_killed_trainer_is_reported_to_all_scraping_servers(tmp_path: Path) -> N
     assert outcomes(tmp_path) == ["killed"]
 
 
+def memory_of(exporter: Exporter, kind: str) -> int:
+    """Return the memory of the exporter's process in bytes: now (VmRSS), or at its peak (VmHWM)."""
+    status = Path(f"/proc/{process_of(exporter)}/status").read_text()
+    return next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith(kind))
+
+
+def test_process_of_a_long_run_uses_little_memory(tmp_path: Path) -> None:
+    evaluation = EvaluationRecord(200_000, 1.0, "test", 0.5, 0.91, 10_000, 1.0)
+    torn = to_json(replace(evaluation, accuracy=0.99))[:-9]
+    (tmp_path / "metrics.jsonl").write_text(f"{to_json(train(7))}\n" * 200_000 + f"{to_json(evaluation)}\n{torn}")
+    with serving(replace(FACTS, run_directory=tmp_path)) as exporter:
+        wait_for(lambda: scrape(exporter).get(("dist_train_best_accuracy_ratio", ())) == 0.91, "the records are read")
+        assert memory_of(exporter, "VmHWM") < 60e6
+
+
 def test_process_loads_few_modules_and_uses_little_memory() -> None:
     script = (
         "import sys, dist_train.monitoring.prometheus.process; print(*{name.split('.')[0] for name in sys.modules})"
@@ -406,10 +421,9 @@ def test_process_loads_few_modules_and_uses_little_memory() -> None:
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
     assert not {"torch", "numpy", "yaml", "rich", "horovod", "mpi4py"} & set(loaded.stdout.split())
     with serving() as exporter:
-        status = Path(f"/proc/{process_of(exporter)}/status").read_text()
-        resident = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS"))
+        resident = memory_of(exporter, "VmRSS")
         descriptors = sorted(os.readlink(entry) for entry in Path(f"/proc/{process_of(exporter)}/fd").iterdir())
-    assert resident < 60_000
+    assert resident < 60e6
     kinds = [name.partition(":")[0] for name in descriptors]
     assert kinds == ["/dev/null", "/dev/null", "anon_inode", "pipe", "socket", "socket"]
 

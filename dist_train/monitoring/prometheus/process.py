@@ -279,8 +279,8 @@ def _history(facts: RunFacts) -> Iterator[Record]:
 
     The latter is there if an earlier process of this launch has died.
     """
-    with suppress(OSError):
-        for line in (facts.run_directory / "metrics.jsonl").read_bytes().split(b"\n"):
+    with suppress(OSError), (facts.run_directory / "metrics.jsonl").open("rb") as lines:
+        for line in lines:
             # Most lines are training steps, of which there can be millions: do not parse them.
             match from_json(line) if _RECALLED.search(line) else None:
                 case EvaluationRecord() | EventRecord(event="checkpoint") as record:
