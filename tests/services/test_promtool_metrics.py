@@ -16,7 +16,7 @@ import pytest
 
 from dist_train.rundir.records import EvaluationRecord, EventRecord
 from tests.services.servers import fetch, prometheus, pushgateway
-from tests.unit.exporting import FACTS, OUTCOME, get, measurement, serving, train
+from tests.unit.exporting import FACTS, OUTCOME, STOPPED, get, measurement, serving, train
 from tests.waiting import PATIENCE, wait_for
 
 pytestmark = [
@@ -116,3 +116,19 @@ def test_pushgateway_has_the_last_values_of_a_short_run(tmp_path: Path) -> None:
     failed = [line for line in lines if line.startswith("push_failure_time_seconds{")]
     assert len(failed) == 2
     assert all(line.endswith(" 0") for line in failed)
+
+
+@pytest.mark.skipif(shutil.which("prometheus-pushgateway") is None, reason="prometheus-pushgateway is not installed")
+def test_pushgateway_has_no_values_of_a_run_at_work(tmp_path: Path) -> None:
+    def state(url: str) -> list[str]:
+        lines = [line for line in fetch(f"{url}/metrics").splitlines() if line.startswith("dist_train_state{")]
+        return [line.partition('state="')[2].partition('"')[0] for line in lines if line.endswith(" 1")]
+
+    facts = replace(FACTS, name="short/run", rank=0)
+    with pushgateway(tmp_path) as url:
+        with serving(facts, STOPPED, pushgateway=url):
+            pass
+        assert state(url) == ["stopped"]
+        with serving(facts, OUTCOME, pushgateway=url):
+            wait_for(lambda: not state(url), "the values of the earlier launch are deleted")
+        assert state(url) == ["finished"]

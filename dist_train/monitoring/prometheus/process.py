@@ -9,17 +9,26 @@ import shutil
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Lock, Thread
 
-from prometheus_client import push_to_gateway
+from prometheus_client import delete_from_gateway, push_to_gateway
 
 from dist_train.monitoring.prometheus import targets
-from dist_train.monitoring.prometheus.board import KILLED, Board, Snapshot, is_stalled, outcome_label
+from dist_train.monitoring.prometheus.board import KILLED, Board, is_stalled, outcome_label
 from dist_train.monitoring.prometheus.http_server import Site, bind, read_credentials, tls_context
-from dist_train.monitoring.prometheus.messages import Begin, Channel, Ending, Progress, Serving, Warned, await_input
+from dist_train.monitoring.prometheus.messages import (
+    Begin,
+    Channel,
+    Ending,
+    FromExporter,
+    Progress,
+    Serving,
+    Warned,
+    await_input,
+)
 from dist_train.monitoring.prometheus.page import Families, MetricsPage
 from dist_train.rundir.records import (
     EVENTS,
@@ -76,15 +85,15 @@ def _await_begin(channel: Channel, trainer: int) -> Begin | None:
     return None
 
 
-def _push(gateway: str, now: Snapshot) -> str:
-    """Push the values of `now` to the Pushgateway at the URL `gateway`; return the error, or an empty string.
+def _group(facts: RunFacts) -> dict[str, str]:
+    """Return the key of the run's group on a Pushgateway, besides the job: run, run id, and the rank if it is not 0."""
+    return {"run": facts.name, "run_id": facts.run_id} | ({"rank": str(facts.rank)} if facts.rank else {})
 
-    They replace the run's group, whose key is job, run and run id, and the rank if it is not 0.
-    """
-    facts = now.facts
-    group = {"run": facts.name, "run_id": facts.run_id} | ({"rank": str(facts.rank)} if facts.rank else {})
+
+def _failure(request: Callable[..., None], *arguments: object) -> str:
+    """Send a request to a Pushgateway; return the error, or an empty string."""
     try:
-        push_to_gateway(gateway, targets.JOB, Families(now), group, PUSH_SECONDS)
+        request(*arguments, timeout=PUSH_SECONDS)
     except Exception as error:  # a broken server can raise almost anything in urllib
         return str(getattr(error, "reason", None) or error) or type(error).__name__
     return ""
@@ -94,6 +103,7 @@ class _Service:
     def __init__(self, channel: Channel, trainer: int, begin: Begin) -> None:
         self._channel = channel
         self._lock = Lock()
+        self._sending = Lock()
         self._outcome: Outcome | None = None
         self._is_over = False
         self._wake = os.eventfd(0)
@@ -106,6 +116,8 @@ class _Service:
         self._is_failing = False  # whether the last access to it failed
         self._heartbeat_due = math.inf
         self._disk_due = -math.inf
+        self._forgetting = Thread(target=self._forget_earlier_values, name="pushgateway", daemon=True)
+        self._gateway_failure = ""
         rendered = MetricsPage(self._board)
 
         def page() -> bytes:
@@ -124,6 +136,8 @@ class _Service:
 
     def run(self) -> None:
         Thread(target=self._server.serve_forever, args=(_LOOK_SECONDS,), name="http", daemon=True).start()
+        if self._plan.pushgateway:
+            self._forgetting.start()
         try:
             self._announce()
             self._board.recall(_history(self._facts))
@@ -189,7 +203,7 @@ class _Service:
         host = self._plan.host_for_others(self._facts.node)
         address = f"{self._plan.scheme}://{host}:{self._server.server_port}/metrics"
         written = self._target.path if self._target is not None and self._is_entered else None
-        self._channel.send(Serving(address, written))
+        self._send(Serving(address, written))
 
     def _follow_rank(self) -> None:
         """Move the target file if the rank has another number since ranks were lost."""
@@ -233,14 +247,28 @@ class _Service:
         patience = self._patience() if outcome.state in ("finished", "failed") else 0.0
         ended = time.monotonic()
         gateway = self._plan.pushgateway
-        self._channel.send(Ending(max(patience, PUSH_SECONDS) if gateway else patience, patience))
-        if gateway and (reason := _push(gateway, self._board.snapshot())):
-            self._warn(f"the Pushgateway at {gateway} did not take the last values: {reason}")
+        self._send(Ending(max(patience, 2 * PUSH_SECONDS) if gateway else patience, patience))
+        if gateway:
+            self._forgetting.join(PUSH_SECONDS)
+            now = self._board.snapshot()
+            failure = _failure(push_to_gateway, gateway, targets.JOB, Families(now), _group(now.facts))
+            if failure not in ("", self._gateway_failure):
+                self._warn(f"the Pushgateway at {gateway} did not take the last values: {failure}")
         while time.monotonic() < ended + patience and os.getppid() == self._trainer:
             self._receive()  # notices the end of the trainer
             if self._is_over or self._server.all_have_scraped(ended, RECENT_SECONDS):
                 return
             time.sleep(_PAUSE_SECONDS)
+
+    def _forget_earlier_values(self) -> None:
+        """Delete what an earlier launch has pushed: rules would take it for this launch's values."""
+        gateway = self._plan.pushgateway
+        self._gateway_failure = _failure(delete_from_gateway, gateway, targets.JOB, _group(self._facts))
+        if self._gateway_failure:
+            self._warn(
+                f"the Pushgateway at {gateway} may keep values of an earlier launch, and not take the last ones: "
+                f"{self._gateway_failure}"
+            )
 
     def _patience(self) -> float:
         last = self._server.last_scrape
@@ -267,7 +295,12 @@ class _Service:
 
     def _warn(self, text: str) -> None:
         with suppress(OSError):  # the trainer may be gone
-            self._channel.send(Warned(text))
+            self._send(Warned(text))
+
+    def _send(self, message: FromExporter) -> None:
+        """Send `message` to the trainer. Raises OSError if it is gone."""
+        with self._sending:
+            self._channel.send(message)
 
 
 _ON_BOARD = (name for name, kind in EVENTS.items() if kind.changes_board)
