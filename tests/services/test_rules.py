@@ -16,6 +16,7 @@ import yaml
 from dashboard_generator.links import ALERTS, runbook_path
 from dashboard_generator.runbook import sections
 
+from dist_train.monitoring.prometheus.board import EVENTS
 from dist_train.monitoring.prometheus.metrics import METRICS
 from tests.services.expressions import (
     DASHBOARDS,
@@ -81,6 +82,7 @@ def healthy_twin(run: str, interval: int, length: int = 2000) -> list[dict[str, 
         **{f"dist_train_{event}_total{{run}}": 0 for event in ("not_finite", "disagreements", "requeues")},
         "dist_train_checkpoint_failures_total{run}": 0,
         'dist_train_events_total{run, event="corrupt_checkpoint"}': 0,
+        **{f'dist_train_events_before_launch{{run, event="{event}"}}': 0 for event in EVENTS},
     }
     clocks = ("last_progress_timestamp_seconds", "checkpoint_timestamp_seconds", "step_duration_seconds_sum")
     moving = [f"dist_train_{name}{{run}}" for name in (*clocks, "step_duration_seconds_count")]
@@ -142,6 +144,7 @@ def test_rules_without_run_ids_would_confuse_runs_of_one_name(written: str, repl
         ("last_over_time(dist_train_state[1d])", "dist_train_state", "target file could not be taken away"),
         ('{state="running"}) == 1', '{state="running"}) >= 0', "it is stopping"),
         ("[1d:1m] offset 15m", "[1m:1m] offset 15m", "events of an earlier launch"),
+        ("dist_train_events_before_launch{", "missing{", "more than a day after events"),
         (
             "max by (run, run_id) (max_over_time(dist_train_world_size[1h]))",
             "dist_train_world_size",
@@ -156,8 +159,8 @@ def test_coarser_rule_would_give_a_false_alarm(written: str, replacement: str, h
     text = path.read_text(encoding="utf-8")
     assert written in text
     path.write_text(text.replace(written, replacement), encoding="utf-8")
-    tests = tmp_path / "prometheus" / "tests" / "healthy.yml"
-    command = ["promtool", "test", "rules", f"--run={healthy}", str(tests)]
+    tests = [str(tmp_path / "prometheus" / "tests" / name) for name in ("healthy.yml", "days.yml")]
+    command = ["promtool", "test", "rules", f"--run={healthy}", *tests]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "alertname: DistTrain" in done.stdout + done.stderr

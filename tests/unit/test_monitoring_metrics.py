@@ -72,7 +72,10 @@ def test_a_page_reads_back_what_was_recorded() -> None:
     }
     outcomes = {key[1][0]: value for key, value in values.items() if key[0] == "dist_train_outcome"}
     assert outcomes == {"finished": 0, "stopped": 0, "failed": 0, "diverged": 0, "killed": 0}
-    left_out = {"dist_train_run_info", "dist_train_events_total", "dist_train_state", "dist_train_outcome"}
+    before = {key[1][0]: value for key, value in values.items() if key[0] == "dist_train_events_before_launch"}
+    assert before == {**dict.fromkeys(events, 0), "requeued": 1, "checkpoint": 5}
+    left_out = {"dist_train_run_info", "dist_train_state", "dist_train_outcome"}
+    left_out |= {"dist_train_events_total", "dist_train_events_before_launch"}
     rest = {key: value for key, value in values.items() if key[0] not in left_out and "_duration_" not in key[0]}
     assert rest == {
         ("dist_train_step", ()): 29,

@@ -84,6 +84,7 @@ class Snapshot:
     step: int
     last_progress: float
     events: Mapping[str, int]
+    events_before: Mapping[str, int]  # those before this process
     state: str = "running"
     outcome: str = ""  # how the run ended, one of `OUTCOMES`; empty before
     seconds_left: float | None = None
@@ -123,7 +124,8 @@ class Board:
     """Collects records, in microseconds each, and returns the latest snapshot. Thread-safe."""
 
     def __init__(self, facts: RunFacts, counts: Mapping[str, int] | None = None) -> None:
-        self._now = Snapshot(facts, facts.start_step, time.time(), {**dict.fromkeys(COUNTED, 0), **(counts or {})})
+        events = {**dict.fromkeys(COUNTED, 0), **(counts or {})}
+        self._now = Snapshot(facts, facts.start_step, time.time(), events, events)
         self._lock = Lock()
         self._pace = Pace()
         self._first_steps: list[float] = []

@@ -349,6 +349,14 @@ METRICS: tuple[Metric, ...] = (
         unit_in_words="events",
     ),
     Metric(
+        "events_before_launch",
+        "gauge",
+        "Events of the run before this launch, or before its exporter was restarted, by kind.",
+        lambda now: (Reading(count, (event,)) for event, count in now.events_before.items()),
+        ("event",),
+        unit_in_words="events",
+    ),
+    Metric(
         "step_duration_seconds",
         "histogram",
         "Time of each measured step (metrics.every_steps).",
