@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from tests.services.expressions import (
     rules,
     variables,
 )
+from tests.services.servers import alertmanager, fetch, webhook
+from tests.waiting import PATIENCE, wait_for
 
 ROOT = Path(__file__).parents[2]
 TESTS = sorted((DOCKER / "prometheus" / "tests").glob("*.yml"))
@@ -217,6 +220,31 @@ def test_every_event_is_marked_whenever_it_was_scraped(tmp_path: Path) -> None:
 @pytest.mark.skipif(not shutil.which("amtool"), reason="needs the Debian package prometheus-alertmanager")
 def test_amtool_accepts_the_settings_of_alertmanager() -> None:
     assert "SUCCESS" in run("amtool", "check-config", DOCKER / "alertmanager" / "alertmanager.yml")
+
+
+@pytest.mark.skipif(not shutil.which("amtool"), reason="needs the Debian package prometheus-alertmanager")
+@pytest.mark.parametrize("reason", ["DistTrainNotFinite", "DistTrainDisagreement"])
+def test_failure_is_told_beside_its_reason(reason: str, tmp_path: Path) -> None:
+    settings = (DOCKER / "alertmanager" / "alertmanager.yml").read_text(encoding="utf-8")
+    config, address = tmp_path / "alertmanager.yml", tmp_path / "webhook_url"
+    config.write_text(settings.replace("/etc/alertmanager/webhook_url", str(address)), encoding="utf-8")
+    names = (reason, "DistTrainFailed", "DistTrainAccuracyFalling")
+    severities = {name: ALERT_RULES[name]["labels"] for name in names}
+    firing = [{"labels": {"alertname": name, "run": "a", "run_id": "1f", **severities[name]}} for name in names]
+    with webhook() as hook:
+        address.write_text(hook.url, encoding="utf-8")
+        with alertmanager(tmp_path, config) as server:
+            headers = {"Content-Type": "application/json"}
+            request = urllib.request.Request(f"http://{server}/api/v2/alerts", json.dumps(firing).encode(), headers)
+            urllib.request.urlopen(request, timeout=PATIENCE).close()
+            inhibited = {
+                alert["labels"]["alertname"]
+                for alert in json.loads(fetch(f"http://{server}/api/v2/alerts"))
+                if alert["status"]["inhibitedBy"]
+            }
+            assert inhibited == {"DistTrainAccuracyFalling"}
+            for name in (reason, "DistTrainFailed"):
+                wait_for(lambda name=name: hook.received(name, "a", "firing"), f"{name} is told")
 
 
 def expectations() -> list[dict[str, Any]]:
