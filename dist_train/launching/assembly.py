@@ -11,11 +11,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dist_train.checkpoint.state import (
+    InitialWeights,
     Progress,
     ResumePoint,
     broadcast_state,
     load_into,
     load_model,
+    read_initial,
     restored_progress,
     shared_progress,
 )
@@ -86,17 +88,17 @@ def assemble(
 
     network, weights = run_on_all_ranks(comm, partial(_build_network, config, compute.device), "build the model")
     is_measured = config.metrics.enabled or config.metrics.writes_tensorboard
-    measuring = None
     has_clock = is_measured or config.batch.dealing == "measured"
-    if is_measured:
-        # The norms need the initial weights, which `weights` still are.
-        norms = WeightNorms(weights.values, weights.values.clone()) if comm.rank == 0 else None
-        measuring = Measuring(comm, read_usage_of(compute.device), norms)
     optimizer = build_optimizer(config.optimizer, weights)
     averaging = Averaging(config.averaging, weights, epochs.stages[0].steps_per_epoch)
     noise = build_noise(config.noise, weights, seed=config.run.seed, total_steps=total_steps, rank=comm.rank)
     restore = partial(_restore, resume_point, scheduled, network, optimizer, averaging, noise)
     progress = run_on_all_ranks(comm, restore, "restore the checkpoint")
+    measuring = None
+    if is_measured:
+        is_new = resume_point.contents is None
+        norms = weight_norms(config, weights, is_new=is_new) if comm.rank == 0 else None
+        measuring = Measuring(comm, read_usage_of(compute.device), norms)
     if not comm.is_joining:
         progress = shared_progress(comm, progress)
         broadcast_state(comm, network, weights, optimizer, averaging.kept, *noise.kept.values())
@@ -235,8 +237,7 @@ def _restore(
     contents, initial = resume_point.contents, resume_point.initial
     if contents is None:
         if initial is not None:
-            state = initial.fitted(network.state_dict(), resume_point.config.data.image_format.classes)
-            load_model(state, network, str(initial.path))
+            _load_initial(initial, network, resume_point.config)
         return Progress()
     config, progress = resume_point.config, restored_progress(contents)
     epochs_before = resume_point.epochs_before or 0
@@ -252,6 +253,10 @@ def _restore(
     load_into(contents, network, optimizer, averaging)
     noise.load(contents.noise)
     return progress
+
+
+def _load_initial(initial: InitialWeights, network: nn.Module, config: Config) -> None:
+    load_model(initial.fitted(network.state_dict(), config.data.image_format.classes), network, str(initial.path))
 
 
 def _warn_of_lost_noise(noise: Noise, precision: torch.dtype, step: int) -> None:
@@ -277,10 +282,25 @@ def build_writer(config: Config, directory: RunDirectory, session: Session) -> C
     return CheckpointWriter(directory.checkpoints, config.checkpoint, session.before_publishing, fallback)
 
 
-def own_norms(config: Config, weights: FlatWeights) -> WeightNorms:
-    """Return the norms of `weights`, and of their distance from the initial weights, which are built again."""
-    initial = FlatWeights(build_model(config).to(weights.values.device))
-    return WeightNorms(weights.values, initial.values)
+def weight_norms(config: Config, weights: FlatWeights, *, is_new: bool = False) -> WeightNorms:
+    """Return the norms of `weights`, and of their distance from those that the run of `config` began with.
+
+    Unless the run `is_new`, these are built again; without the file that they came from the distance is NaN.
+    """
+    initial = weights.values.clone() if is_new else _initial_values(config).to(weights.values.device)
+    return WeightNorms(weights.values, initial)
+
+
+def _initial_values(config: Config) -> torch.Tensor:
+    network = build_model(config)
+    values = FlatWeights(network).values
+    if config.run.init_from is not None:
+        try:
+            _load_initial(read_initial(config.run.init_from, config.model.name), network, config)
+        except (OSError, UsageError) as error:
+            _logger.warning("the distance from the initial weights is not measured: %s", error)
+            return torch.full_like(values, torch.nan)
+    return values
 
 
 def _with_micro_size(

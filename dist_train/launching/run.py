@@ -31,7 +31,7 @@ from dist_train.config import Config, dump_config, parse_config
 from dist_train.config.resuming import with_setting
 from dist_train.data.catalog import find_data
 from dist_train.data.plan import BatchPlan, check_validation_size
-from dist_train.launching.assembly import assemble, build_writer, own_norms
+from dist_train.launching.assembly import assemble, build_writer, weight_norms
 from dist_train.launching.session import Session, build_observers
 from dist_train.monitoring.console import open_logs
 from dist_train.monitoring.observers import check_installed
@@ -210,7 +210,7 @@ class Regrouping:
         trainer.take_step = replace(trainer.take_step, wait_for_checkpoint_copy=trainer.writer.wait_until_copied)
         trainer.time_limit = job_time_limit()
         if trainer.measuring:
-            trainer.measuring.norms = own_norms(self.config, trainer.take_step.weights)
+            trainer.measuring.norms = weight_norms(self.config, trainer.take_step.weights)
 
 
 def _leave(comm: Communicator, kind: object, error: BaseException | None, traceback: object) -> None:

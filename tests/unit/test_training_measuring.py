@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 
 from dist_train.checkpoint.files import newest_whole
 from dist_train.cluster.communicator import Alone, Communicator
+from dist_train.launching import train
 from dist_train.models import build_model
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import DivergedError, StoppedError
@@ -129,6 +131,33 @@ def test_norm_and_distance_are_of_the_clean_weights_after_the_step_and_from_the_
     initial = FlatWeights(build_model(trainer.config)).values
     assert_norms(first, initial)
     assert_norms(second, initial)
+
+
+class Distances(Observer):
+    """The distances from the initial weights that a launch measured."""
+
+    def __init__(self) -> None:
+        self.measured: list[float] = []
+
+    def measurement(self, measurement: Measurement) -> None:
+        self.measured.append(measurement.distance)
+
+
+def test_a_run_that_begins_with_another_s_weights_measures_the_distance_from_these_while_their_file_is_there(
+    tmp_path: Path,
+) -> None:
+    train(small_config(run={"epochs": 1}), tmp_path / "other")
+
+    def distances(max_steps: int) -> list[float]:
+        unmoved = {"optimizer": {"learning_rate": 0.0}, "metrics": {"enabled": True, "port": 0}}
+        run = {"init_from": str(tmp_path / "other"), "max_steps": max_steps}
+        train(small_config(run=run, **unmoved), tmp_path / "run", [seen := Distances()])
+        return seen.measured
+
+    assert distances(2) == [0.0, 0.0]
+    assert distances(4) == [0.0, 0.0]
+    shutil.rmtree(tmp_path / "other")
+    assert all(math.isnan(distance) for distance in distances(6))
 
 
 def test_norms_are_taken_when_they_are_asked_for_over_any_number_of_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
