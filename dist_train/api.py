@@ -304,7 +304,7 @@ _ONLY_RECORDS = (
     "early_stopping.patience=null",
     "checkpoint={every_epochs: 0, every_steps: null, fallback_directory: null}",
     "evaluation={every_epochs: 0, train_samples: 0}",
-    "metrics={enabled: false, tensorboard: false, loggers: []}",
+    "metrics={enabled: false, loggers: []}",
 )
 """Overrides of a run of which only the training records are needed."""
 

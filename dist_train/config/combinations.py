@@ -298,7 +298,7 @@ def _unused(config: Config) -> Iterator[tuple[str, str, bool, str]]:
     # cosine and poly decay from the end of the warm-up
     has_no_warmup = schedule.scaling == "none" and schedule.decay in ("constant", "step")
     never_stops, is_listed = config.early_stopping.patience is None, metrics.targets_directory is not None
-    always = ("enabled", "every_steps", "tensorboard", "loggers")
+    always = ("enabled", "every_steps", "loggers")
     of_exporter = " ".join(name for name in type(metrics).model_fields if name not in always)
     yield from (
         ("noise", "amplitude sharing schedule exclude distribution scale", is_clean, "noise.method is none"),

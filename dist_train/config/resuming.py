@@ -126,4 +126,20 @@ def with_present_names(settings: Mapping[str, Any], source: str) -> Mapping[str,
         if isinstance(inner, Mapping) and isinstance(before, str) and before in values:
             changed[section] = {**inner, name: values[before]}
             _logger.warning("%s: %s.%s=%s is called %s now", source, section, name, before, values[before])
+    if isinstance(metrics := changed.get("metrics"), Mapping):
+        changed["metrics"] = _with_tensorboard_as_logger(metrics, source)
     return changed
+
+
+def _with_tensorboard_as_logger(metrics: Mapping[str, Any], source: str) -> Mapping[str, Any]:
+    """Return `metrics` with the former setting `tensorboard: true` as a logger."""
+    others = {name: value for name, value in metrics.items() if name != "tensorboard"}
+    loggers = metrics.get("loggers", [])
+    if metrics.get("tensorboard") is False:
+        return others
+    if metrics.get("tensorboard") is not True or not isinstance(loggers, list | tuple):
+        return metrics
+    _logger.warning("%s: metrics.tensorboard is metrics.loggers=[{name: tensorboard}] now", source)
+    logger = {"name": "tensorboard"}
+    is_named = any(isinstance(each, Mapping) and each.get("name") == "tensorboard" for each in loggers)
+    return {**others, "loggers": [*loggers] if is_named else [logger, *loggers]}

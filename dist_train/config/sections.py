@@ -326,15 +326,8 @@ class MetricsSettings(Section):
     """URL of a Pushgateway to which the last values are pushed, for short runs."""
     last_scrape_seconds: NonNegativeFloat = Field(20.0, examples=[60.0])
     """At the end of a run that is being scraped: longest wait for a scrape of the last values."""
-    tensorboard: bool = False
-    """Also write TensorBoard's event files into the run directory."""
     loggers: tuple[LoggerSettings, ...] = Field((), examples=[[{"name": "trackio"}]])
     """Further loggers of the run's records, on rank 0."""
-
-    @property
-    def writes_tensorboard(self) -> bool:
-        """Whether TensorBoard's event files are written."""
-        return self.tensorboard or any(logger.name == "tensorboard" for logger in self.loggers)
 
 
 class Config(Section):

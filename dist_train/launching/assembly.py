@@ -87,7 +87,7 @@ def assemble(
     total_steps = scheduled.steps(config.run.epochs)
 
     network, weights = run_on_all_ranks(comm, partial(_build_network, config, compute.device), "build the model")
-    is_measured = config.metrics.enabled or config.metrics.writes_tensorboard
+    is_measured = config.metrics.enabled or bool(config.metrics.loggers)
     has_clock = is_measured or config.batch.dealing == "measured"
     optimizer = build_optimizer(config.optimizer, weights)
     averaging = Averaging(config.averaging, weights, epochs.stages[0].steps_per_epoch)

@@ -288,8 +288,6 @@ def check_metrics(config: Config) -> None:
     """Check the files of secrets for metrics, and that the loggers are installed. Raises UsageError."""
     if config.metrics.enabled:
         check_access(config.metrics)
-    if config.metrics.tensorboard:
-        check_installed("tensorboard")
     for logger in config.metrics.loggers:
         check_installed(logger.name)
 

@@ -27,7 +27,7 @@ from dist_train.config.plugins import call_plugin
 from dist_train.config.sections import MetricsSettings
 from dist_train.kernels.operators import why_no_triton
 from dist_train.monitoring.console import open_console
-from dist_train.monitoring.observers import Observers, TensorBoard
+from dist_train.monitoring.observers import Observers
 from dist_train.monitoring.prometheus.exporter import Exporter
 from dist_train.outcome import (
     DisagreementError,
@@ -287,8 +287,6 @@ def build_observers(
     observers += [open_console(), RanksFile(directory.ranks)]
     if settings.enabled:
         observers.append(Exporter(settings))
-    if settings.tensorboard:
-        observers.append(TensorBoard(directory.root))
     return Observers([*observers, *loggers, *more])
 
 

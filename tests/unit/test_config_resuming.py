@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Literal
 
 import pytest
 
-from dist_train.config import Config, differences, parse_config
+from dist_train.config import Config, ConfigError, differences, parse_config
 from dist_train.config.resuming import with_decisions, with_device
 
 
@@ -62,6 +63,33 @@ def test_what_cannot_change_the_result_may_differ(settings: dict[str, Any]) -> N
 )
 def test_what_can_change_the_result_is_told(settings: dict[str, Any], path: str) -> None:
     assert [difference.path for difference in differences(Config(), parse(settings))] == [path]
+
+
+TENSORBOARD = {"name": "tensorboard"}
+
+
+@pytest.mark.parametrize(
+    ("metrics", "loggers", "warnings"),
+    [
+        ({"tensorboard": False}, [], 0),
+        ({"tensorboard": True}, ["tensorboard"], 1),
+        ({"tensorboard": True, "loggers": [{"name": "trackio"}]}, ["tensorboard", "trackio"], 1),
+        ({"tensorboard": True, "loggers": [{"name": "trackio"}, TENSORBOARD]}, ["trackio", "tensorboard"], 1),
+    ],
+)
+def test_the_former_setting_of_tensorboard_is_a_logger_and_logs_once(
+    metrics: dict[str, Any], loggers: list[str], warnings: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        config = parse({"metrics": metrics})
+    assert [logger.name for logger in config.metrics.loggers] == loggers
+    assert len(caplog.records) == warnings
+
+
+@pytest.mark.parametrize("metrics", [{"tensorboard": 1}, {"tensorboard": True, "loggers": "trackio"}])
+def test_the_former_setting_of_tensorboard_has_no_other_form(metrics: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        parse({"metrics": metrics})
 
 
 def test_another_kind_of_schedule_is_a_difference() -> None:

@@ -392,7 +392,7 @@ def test_a_run_that_diverged_goes_on_from_its_checkpoint_and_its_record_of_it_is
         ({"enabled": False}, [], []),
         ({"enabled": True}, ["Exporter"], []),
         ({"enabled": True, "ranks": "all"}, ["Exporter"], ["Exporter"]),
-        ({"enabled": False, "ranks": "all", "tensorboard": True}, ["TensorBoard"], []),
+        ({"enabled": False, "ranks": "all", "loggers": [{"name": "tensorboard"}]}, ["TensorBoard"], []),
     ],
 )
 def test_who_watches_follows_the_settings(

@@ -94,10 +94,11 @@ def test_rank_0_has_every_rank_s_row_and_each_other_its_own(tmp_path: Path, size
 def test_one_sum_a_measured_step_carries_all_of_it_and_none_where_metrics_are_off(tmp_path: Path) -> None:
     def names(comm: SimulatedRanks, **metrics: Any) -> list[str]:
         trainer = run(tmp_path / str(metrics), comm, metrics=metrics)[1]
-        assert (trainer.measuring is not None) is any(metrics.get(k) for k in ("enabled", "tensorboard"))
+        assert (trainer.measuring is not None) is any(metrics.get(k) for k in ("enabled", "loggers"))
         return comm.names
 
-    for count, metrics in ((0, {"enabled": False}), (6, ON), (6, {"enabled": False, "tensorboard": True})):
+    logged = {"enabled": False, "loggers": [{"name": "tensorboard"}]}
+    for count, metrics in ((0, {"enabled": False}), (6, ON), (6, logged)):
         for each in results(2, lambda comm, metrics=metrics: names(comm, **metrics)):  # type: ignore[misc]
             assert each.count("measurements") == count
 
