@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -22,7 +22,7 @@ from dist_train.checkpoint.state import (
     shared_progress,
 )
 from dist_train.checkpoint.writer import CheckpointWriter
-from dist_train.cluster.communicator import Alone, Communicator, run_on_all_ranks
+from dist_train.cluster.communicator import Alone, Communicator, gather, run_on_all_ranks
 from dist_train.cluster.devices import share_out_devices
 from dist_train.config import Config
 from dist_train.config.resuming import with_device, with_setting
@@ -41,6 +41,7 @@ from dist_train.outcome import UsageError
 from dist_train.reproducible import LayerRng
 from dist_train.rundir.epochs import Epochs
 from dist_train.rundir.paths import RunDirectory
+from dist_train.rundir.records import Observer
 from dist_train.training.compute import Compute, LossScale, compiled, fitting_memory, set_up_compute
 from dist_train.training.consistency import check_same_data
 from dist_train.training.graphs import CudaGraphRecorder, GraphRecorder
@@ -63,8 +64,12 @@ def assemble(
     comm: Communicator,
     session: Session,
     stop: StopRequests,
+    *,
+    observers: Sequence[Observer] = (),
 ) -> Trainer:
     """Build the trainer of `config`, at the beginning or where the checkpoint of rank 0's `resume_point` left off.
+
+    `observers`: those of `session` that are not from the settings; without them, settings decide what is measured.
 
     Raises UsageError if the device, the data, the model or the batch do not fit, or the checkpoint is from another
     model or from a run that cannot be lengthened yet.
@@ -88,6 +93,7 @@ def assemble(
 
     network, weights = run_on_all_ranks(comm, partial(_build_network, config, compute.device), "build the model")
     is_measured = config.metrics.enabled or bool(config.metrics.loggers)
+    is_measured = is_measured or any(count for (count,) in gather(comm, [len(observers)], "observers"))
     has_clock = is_measured or config.batch.dealing == "measured"
     optimizer = build_optimizer(config.optimizer, weights)
     averaging = Averaging(config.averaging, weights, epochs.stages[0].steps_per_epoch)

@@ -130,7 +130,7 @@ def train(config: Config, run_directory: Path | str | None = None, observers: Se
                 _logger.warning("%s", warning)
         try:
             with without_collection():
-                trainer = assemble(settled, resume_point, directory, comm, session, stop)
+                trainer = assemble(settled, resume_point, directory, comm, session, stop, observers=observers)
             stack.callback(trainer.close)
             trainer.may_shrink = config.batch.micro_size == "auto"
             if comm.is_elastic:

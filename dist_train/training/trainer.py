@@ -87,7 +87,7 @@ class Trainer:
     progress: Progress
     profiler: Profiler | None = None
     measuring: Measuring | None = None
-    """Set or not by the configuration alone, so that all ranks agree."""
+    """On all ranks or on none."""
     time_limit: TimeLimit = field(default_factory=lambda: TimeLimit(None))
     may_shrink: bool = False
     """Whether the micro-batch size may be halved when memory runs out."""

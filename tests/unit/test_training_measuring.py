@@ -13,13 +13,19 @@ import pytest
 import torch
 
 from dist_train.checkpoint.files import newest_whole
+from dist_train.checkpoint.state import ResumePoint
 from dist_train.cluster.communicator import Alone, Communicator
 from dist_train.launching import train
+from dist_train.launching.assembly import assemble
+from dist_train.launching.session import Session
 from dist_train.models import build_model
+from dist_train.monitoring.observers import Observers
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import DivergedError, StoppedError
+from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import Measurement, Observer, Outcome, Record, RunFacts
 from dist_train.training.measuring import Measuring, StepTimes, UsageReader, WeightNorms
+from dist_train.training.stopping import StopRequests
 from dist_train.training.trainer import Trainer
 from tests.unit.simulated_ranks import SimulatedRanks, on_ranks, results
 from tests.unit.small_trainers import build_trainer, small_config, state_bits
@@ -142,6 +148,26 @@ class Distances(Observer):
 
     def measurement(self, measurement: Measurement) -> None:
         self.measured.append(measurement.distance)
+
+
+def test_observers_of_one_s_own_are_given_measurements_also_without_the_exporter(tmp_path: Path) -> None:
+    train(small_config(metrics={"every_steps": 2}), tmp_path / "alone", [seen := Distances()])
+    assert len(seen.measured) == 3
+
+
+def test_all_ranks_measure_if_rank_0_alone_has_observers_of_its_own(tmp_path: Path) -> None:
+    config, directory = small_config(), RunDirectory(tmp_path)
+    directory.create()
+
+    def measured(comm: SimulatedRanks) -> int:
+        observers = [Distances()] if comm.rank == 0 else []
+        session = Session(directory, comm, Observers(observers))
+        start = directory, comm, session, StopRequests()
+        trainer = assemble(config, ResumePoint(config), *start, observers=observers)
+        trainer.run()
+        return comm.names.count("measurements")
+
+    assert results(2, measured) == [6, 6]
 
 
 def test_a_run_that_begins_with_another_s_weights_measures_the_distance_from_these_while_their_file_is_there(
