@@ -39,14 +39,15 @@ from dist_train.checkpoint.state import Progress
 from dist_train.cluster.communicator import Alone
 from dist_train.cluster.devices import find_gpus
 from dist_train.cluster.elastic import DeviceGroup, abortable_nccl
-from dist_train.config import CommSettings, NoiseSettings, dump_config
+from dist_train.config import NoiseSettings, dump_config
 from dist_train.kernels import operators
 from dist_train.models import build_model
 from dist_train.models.norms import GroupedBatchNorm, join_relus
 from dist_train.optim.flat_weights import FlatWeights
+from dist_train.optim.noise import build_noise
 from dist_train.optim.noise_draws import NoiseDraws
 from dist_train.outcome import ExitCode
-from dist_train.training.reduction import build_reduction
+from dist_train.training.reduction import set_up_reduction
 
 _NOISE = {"method": "smoothout", "amplitude": 1e-3}
 _PAIRS = 5
@@ -250,8 +251,9 @@ def same_sums(device: Device, folder: Path) -> Finding:
         for place in (torch.device(device), torch.device("cpu")):
             weights = FlatWeights(build_model(settings(1.0, 128)).to(place))
             progress = Progress(grid_exponents=[exponent] * len(weights.segments))
-            comm = CommSettings.model_validate({"reduction": name})
-            reduction = build_reduction(comm, weights, Alone(), gradients=2, share=1.0, progress=progress)
+            config = settings(1.0, 256, comm={"reduction": name})
+            noise = build_noise(config.noise, weights, seed=0, total_steps=1, rank=0)
+            reduction = set_up_reduction(config, weights, noise, Alone(), progress)
             reduction.start()
             for seed in range(2):
                 drawn = torch.randn(len(weights.values), generator=torch.Generator().manual_seed(seed)).to(place)

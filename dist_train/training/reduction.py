@@ -18,7 +18,7 @@ from torch import nn
 
 from dist_train.checkpoint.state import Progress
 from dist_train.cluster.communicator import Communicator, Pending, run_on_all_ranks
-from dist_train.config import CommSettings, Config
+from dist_train.config import Config
 from dist_train.data.plan import BatchPlan
 from dist_train.models.norms import BatchStatistics
 from dist_train.optim.flat_weights import FlatWeights
@@ -133,63 +133,45 @@ class GradientReduction:
 def set_up_reduction(
     config: Config, weights: FlatWeights, noise: Noise, comm: Communicator, progress: Progress
 ) -> GradientReduction:
-    """Return the reduction over the ranks of `comm` for the largest global batch of the run. All ranks call it."""
-    assert config.batch.micro_size != "auto", "decided before"
-    plans = [BatchPlan(size, config.batch.micro_size) for _, size in config.batch.sizes]
+    """Return the reduction over the ranks of `comm` for the largest global batch of the run. All ranks call it.
+
+    `progress` keeps what a reduction carries from one update to the next.
+
+    Raises UsageError if Adasum cannot work with this group, or 16 bits not with so many micro-batches.
+    """
+    settings, micro_size = config.comm, config.batch.micro_size
+    assert micro_size != "auto", "decided before"
+    plans = [BatchPlan(size, micro_size) for _, size in config.batch.sizes]
     plan = max(plans, key=lambda each: len(each.micro_batches))
     passes = len(noise.points(0)) * (comm.size if shares_micro_batches(config.model) else 1)
+    gradients = len(plan.micro_batches) * passes
 
     def build() -> GradientReduction:
         # Of every plan, since each may have micro-batches with fewer samples than there are ranks.
         shares = [share_of(config.model, each, comm.rank, comm.size) for each in plans]
-        return build_reduction(
-            config.comm,
-            weights,
-            comm,
-            gradients=len(plan.micro_batches) * passes,
-            share=sum(micro_batch.size for micro_batch in shares[plans.index(plan)]) / plan.global_size,
-            progress=progress,
-        )
+        if settings.op == "adasum":
+            share = sum(micro_batch.size for micro_batch in shares[plans.index(plan)]) / plan.global_size
+            _check_adasum(comm, share, weights.values.device)
+            return GradientReduction(weights, AdasumAccumulator(weights, comm, share), buckets_of(weights, 1))
+        accumulator: GradientAccumulator
+        if settings.reduction == "exact":
+            accumulator = ExactAccumulator(weights, comm, gradients)
+        elif settings.reduction == "exact32":
+            accumulator = GridAccumulator(weights, comm, gradients, progress)
+        elif settings.reduction == "exact16":
+            if gradients > _MOST_IN_16_BITS:
+                raise UsageError(
+                    f"exact16 is too inaccurate for {gradients} gradients of micro-batches, more than "
+                    f"{_MOST_IN_16_BITS}: set a larger batch.micro_size, or comm.reduction=exact32",
+                    code="exact16-micro-batches",
+                )
+            accumulator = GridAccumulator(weights, comm, gradients, progress, bits=16)
+        else:
+            sent_as = torch.float16 if settings.compression == "fp16" else torch.float32
+            accumulator = FloatAccumulator(weights, comm, sent_as)
+        return GradientReduction(weights, accumulator, buckets_of(weights, _BUCKET))
 
     return run_on_all_ranks(comm, build, "set up the reduction")
-
-
-def build_reduction(
-    settings: CommSettings,
-    weights: FlatWeights,
-    comm: Communicator,
-    *,
-    gradients: int,
-    share: float,
-    progress: Progress,
-) -> GradientReduction:
-    """Return the reduction that `settings` name, for a global batch of so many `gradients` of micro-batches.
-
-    `share` is the part of its samples that this rank computes; `progress` keeps what a reduction carries from one
-    update to the next.
-
-    Raises UsageError if Adasum cannot work with this group, or 16 bits not with so many gradients.
-    """
-    if settings.op == "adasum":
-        _check_adasum(comm, share, weights.values.device)
-        return GradientReduction(weights, AdasumAccumulator(weights, comm, share), buckets_of(weights, 1))
-    accumulator: GradientAccumulator
-    if settings.reduction == "exact":
-        accumulator = ExactAccumulator(weights, comm, gradients)
-    elif settings.reduction == "exact32":
-        accumulator = GridAccumulator(weights, comm, gradients, progress)
-    elif settings.reduction == "exact16":
-        if gradients > _MOST_IN_16_BITS:
-            raise UsageError(
-                f"exact16 is too inaccurate for {gradients} gradients of micro-batches, more than {_MOST_IN_16_BITS}: "
-                "set a larger batch.micro_size, or comm.reduction=exact32",
-                code="exact16-micro-batches",
-            )
-        accumulator = GridAccumulator(weights, comm, gradients, progress, bits=16)
-    else:
-        sent_as = torch.float16 if settings.compression == "fp16" else torch.float32
-        accumulator = FloatAccumulator(weights, comm, sent_as)
-    return GradientReduction(weights, accumulator, buckets_of(weights, _BUCKET))
 
 
 def buckets_of(weights: FlatWeights, size: int) -> list[Bucket]:

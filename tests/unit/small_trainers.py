@@ -10,14 +10,17 @@ import torch
 from torch import nn
 
 from dist_train.checkpoint.files import Contents
-from dist_train.checkpoint.state import ResumePoint
+from dist_train.checkpoint.state import Progress, ResumePoint
 from dist_train.cluster.communicator import Communicator
 from dist_train.config import Config, parse_config
 from dist_train.launching.assembly import assemble
 from dist_train.launching.session import Session
 from dist_train.monitoring.observers import Observers
+from dist_train.optim.flat_weights import FlatWeights
+from dist_train.optim.noise import build_noise
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import Observer
+from dist_train.training.reduction import GradientReduction, set_up_reduction
 from dist_train.training.stopping import StopRequests
 from dist_train.training.trainer import Trainer
 
@@ -56,6 +59,14 @@ def build_trainer(
         directory.create()
     session = Session(directory, comm, Observers(observers))
     return assemble(config, ResumePoint(config, contents), directory, comm, session, StopRequests())
+
+
+def build_reduction(weights: FlatWeights, comm: Communicator, micro_batches: int, **settings: Any) -> GradientReduction:
+    """Return the reduction over `comm` that the `comm` section `settings` names, for batches of single samples."""
+    batch = {"global_size": micro_batches, "micro_size": 1}
+    config = parse_config({"model": {"norm": "none"}, "batch": batch, "comm": settings}, source="test")
+    noise = build_noise(config.noise, weights, seed=0, total_steps=1, rank=comm.rank)
+    return set_up_reduction(config, weights, noise, comm, Progress())
 
 
 def state_bits(model: nn.Module) -> dict[str, bytes]:

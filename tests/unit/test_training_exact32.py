@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -20,16 +19,15 @@ from torch import Tensor, nn
 from dist_train.checkpoint.files import Contents
 from dist_train.checkpoint.state import Progress, restored_progress, shared_progress
 from dist_train.cluster.communicator import Alone, Communicator, Pending
-from dist_train.config import CommSettings
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import DivergedError, UsageError
 from dist_train.training.accumulators import GridAccumulator, Grids, pack_halves, unpack_halves
-from dist_train.training.reduction import GradientReduction, buckets_of, build_reduction
+from dist_train.training.reduction import GradientReduction, buckets_of
 from dist_train.training.trainer import Trainer
 from tests.raising import raises
 from tests.unit.checkpoint_files import contents
 from tests.unit.simulated_ranks import results
-from tests.unit.small_trainers import build_trainer, gradient_bits, small_config, state_bits
+from tests.unit.small_trainers import build_reduction, build_trainer, gradient_bits, small_config, state_bits
 
 SHAPES = [(5,), (8, 5), (1,), (17, 1)]
 SIZES = [5, 40, 1, 17]
@@ -299,11 +297,10 @@ def test_sums_of_packed_integers_come_apart_wherever_they_fit_16_bits(pairs: lis
 
 
 def test_16_bits_are_refused_to_more_gradients_than_they_can_sum_accurately() -> None:
-    settings = CommSettings(reduction="exact16")
-    build = partial(build_reduction, settings, Updates(Alone(), 2).weights, Alone(), share=1.0, progress=Progress())
-    build(gradients=256)
+    weights = Updates(Alone(), 2).weights
+    build_reduction(weights, Alone(), 256, reduction="exact16")
     with raises(UsageError, "exact16-micro-batches"):
-        build(gradients=257)
+        build_reduction(weights, Alone(), 257, reduction="exact16")
 
 
 @pytest.mark.parametrize(

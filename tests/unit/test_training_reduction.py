@@ -13,9 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dist_train.checkpoint.state import Progress
 from dist_train.cluster.communicator import Alone, Communicator
-from dist_train.config import CommSettings
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import UsageError
 from dist_train.training.accumulators import (
@@ -23,14 +21,14 @@ from dist_train.training.accumulators import (
     FloatAccumulator,
     GradientAccumulator,
 )
-from dist_train.training.reduction import GradientReduction, buckets_of, build_reduction
+from dist_train.training.reduction import GradientReduction, buckets_of
 from tests.raising import raises
-from tests.unit.simulated_ranks import SimulatedRanks, results
+from tests.unit.simulated_ranks import SimulatedRanks, on_ranks, results
+from tests.unit.small_trainers import build_reduction
 
 PROPERTY = settings(deadline=None, max_examples=40)
 SIZES = [5, 40, 1, 17]
 COUNT = sum(SIZES)
-FLOAT = CommSettings(reduction="float")
 
 Build = Callable[[FlatWeights, Communicator], GradientAccumulator]
 
@@ -232,10 +230,12 @@ def test_buckets_hold_every_parameter_once_from_the_last_to_the_first(sizes: lis
 
 
 class TestAdasum:
-    SETTINGS = CommSettings(reduction="float", op="adasum")
-
-    def build(self, comm: Communicator, share: float = 0.5) -> GradientReduction:
-        return build_reduction(self.SETTINGS, FlatWeights(Given()), comm, gradients=4, share=share, progress=Progress())
+    def build(
+        self, comm: Communicator, micro_batches: int = 4, weights: FlatWeights | None = None
+    ) -> GradientReduction:
+        return build_reduction(
+            weights or FlatWeights(Given()), comm, micro_batches, reduction="float", op="adasum", engine="horovod"
+        )
 
     def test_it_needs_a_power_of_two_of_ranks(self) -> None:
         with raises(UsageError, "adasum-rank-count"):
@@ -246,14 +246,14 @@ class TestAdasum:
             results(2, self.build, backend="gloo")
 
     def test_it_needs_a_micro_batch_on_every_rank(self) -> None:
-        with raises(UsageError, "adasum-idle-rank"):
-            results(2, lambda comm: self.build(comm, float(comm.rank)))
+        _, idle = on_ranks(2, lambda comm: self.build(comm, 1))
+        assert isinstance(idle, UsageError)
+        assert idle.code == "adasum-idle-rank"
 
     def reduce(self, comm: Communicator, gradients: list[Tensor]) -> list[Tensor]:
         model = Given()
         weights = FlatWeights(model)
-        share = len(gradients[comm.rank :: comm.size]) / len(gradients)
-        reduction = build_reduction(self.SETTINGS, weights, comm, gradients=4, share=share, progress=Progress())
+        reduction = self.build(comm, len(gradients), weights)
         reduction.start()
         *first, last = gradients[comm.rank :: comm.size]
         for gradient in first:
@@ -284,12 +284,12 @@ class TestAdasum:
 @pytest.mark.parametrize(
     ("settings", "sent"),
     [
-        (CommSettings(), torch.int64),
-        (FLOAT, torch.float32),
-        (CommSettings(reduction="float", compression="fp16"), torch.float16),
+        ({}, torch.int64),
+        ({"reduction": "float"}, torch.float32),
+        ({"reduction": "float", "compression": "fp16"}, torch.float16),
     ],
 )
-def test_the_settings_choose_what_is_sent(settings: CommSettings, sent: torch.dtype) -> None:
+def test_the_settings_choose_what_is_sent(settings: dict[str, str], sent: torch.dtype) -> None:
     class Noting(Alone):
         def __init__(self) -> None:
             self.sent: list[torch.dtype] = []
@@ -299,7 +299,8 @@ def test_the_settings_choose_what_is_sent(settings: CommSettings, sent: torch.dt
             return super().allreduce_async(tensor, name)
 
     comm = Noting()
-    reduction = build_reduction(settings, FlatWeights(Given()), comm, gradients=1, share=1.0, progress=Progress())
+    reduction = build_reduction(FlatWeights(Given()), comm, 1, **settings)
+    comm.sent.clear()
     reduction.start()
     reduction.send()
     assert comm.sent == [sent]
