@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import dist_train
 from benchmarks.bare_loop import bare_vgg9
-from dist_train.checkpoint.state import Progress
+from dist_train.checkpoint.state import Progress, TrainState
 from dist_train.cluster.communicator import Alone
 from dist_train.config import Config, parse_config
 from dist_train.data.images import BatchRequest
@@ -321,16 +321,20 @@ def _our_step(config: Config, network: nn.Module, ranks: int, recorder: GraphRec
     splits = open_splits(config.data, config.run.seed, _DEVICE, config.precision.channels_last)
     join_relus(network)
     weights = FlatWeights(network)
+    state = TrainState(
+        network,
+        weights,
+        build_optimizer(config.optimizer, weights),
+        Averaging(config.averaging, weights, 1),
+        build_noise(config.noise, weights, seed=config.run.seed, total_steps=100, rank=0),
+    )
     step = build_step(
         config,
         network,
-        weights,
+        state,
         splits.train,
-        build_optimizer(config.optimizer, weights),
         comm,
         compute,
-        Averaging(config.averaging, weights, 1),
-        build_noise(config.noise, weights, seed=config.run.seed, total_steps=100, rank=0),
         # exact32's grids; without them this would be the first update, which sums in 64 bits.
         Progress(grid_exponents=[30] * len(weights.segments)),
         clock=StepClock(Alone()),

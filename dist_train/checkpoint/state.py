@@ -1,4 +1,4 @@
-"""A run's progress, the checkpoint or weights from which a launch starts, and the broadcast of its state."""
+"""A run's state and progress, and the checkpoint or weights from which a launch starts."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from dist_train.config import Config, differences, parse_config
 from dist_train.config.resuming import with_decisions
 from dist_train.optim.averaging import Averaging, averaged_state
 from dist_train.optim.flat_weights import FlatWeights
+from dist_train.optim.noise import Noise
 from dist_train.optim.optimizers import state_tensors
 from dist_train.outcome import UsageError, check_choice, reading
 from dist_train.rundir.paths import RunDirectory, checkpoint_name
@@ -189,21 +190,6 @@ def stored_state(contents: Contents, weights: Weights) -> Mapping[str, Tensor]:
     return averaged_state(contents.average, contents.model)
 
 
-def load_into(contents: Contents, model: nn.Module, optimizer: Optimizer, averaging: Averaging | None = None) -> None:
-    """Load a checkpoint into `model`, `optimizer` and `averaging`; raise UsageError if it does not fit them."""
-    load_model(contents.model, model, "the checkpoint")
-    if averaging:
-        averaging.load(contents.average["kept"])
-    try:
-        # The optimizer must not be wrapped yet: a wrapper would drop the loaded state.
-        optimizer.load_state_dict({**contents.optimizer})
-    except (RuntimeError, ValueError) as error:
-        raise UsageError(
-            f"the checkpoint is of another optimizer: restore the settings it was saved with ({error})",
-            code="checkpoint-of-another-model",
-        ) from error
-
-
 def load_model(state: Mapping[str, Tensor], model: nn.Module, source: str) -> None:
     """Load `state`, read from `source`, into `model`; raise UsageError, with the difference, if it does not fit."""
     model_state = model.state_dict()
@@ -230,30 +216,74 @@ _SENT = (torch.float32, torch.float64, torch.float16, torch.int32, torch.int64)
 """Types that every engine sends; others travel as bytes."""
 
 
-def broadcast_state(
-    comm: Communicator, model: nn.Module, weights: FlatWeights, optimizer: Optimizer, *more: Tensor, root: int = 0
-) -> None:
-    """Give every rank the state of rank `root`: optimizer, buffers and frozen parameters of the model, weights, `more`.
+@dataclass(frozen=True)
+class TrainState:
+    """What training changes besides `Progress`: the same on all ranks."""
 
-    Not Horovod's broadcast of the optimizer: on ranks without optimizer state it makes a step, which changes the
-    weights. Our optimizers have their whole state from the beginning. Tensors of one type and device are sent as one,
-    since each broadcast costs a round of all ranks. If a rank is lost meanwhile, no tensor is changed.
+    network: nn.Module  # not compiled
+    weights: FlatWeights  # of `network`
+    optimizer: Optimizer
+    averaging: Averaging
+    noise: Noise
 
-    Raises UsageError if the state does not fit that of another rank: of a plug-in's optimizer.
-    """
-    trained = {segment.name for segment in weights.segments}
-    others = [value for name, value in model.state_dict().items() if name not in trained]
-    groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    for tensor in (*(tensor for _, tensor in state_tensors(optimizer)), *others, weights.values, *more):
-        groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
-    with torch.no_grad():
-        received = [torch.cat([tensor.reshape(-1) for tensor in tensors]) for tensors in groups.values()]
-        _check_same_layout(comm, [(str(flat.dtype), flat.device.type, len(flat)) for flat in received], root)
-        for index, flat in enumerate(received):
-            comm.broadcast(flat if flat.dtype in _SENT else flat.view(torch.uint8), f"state.{index}", root)
-        for flat, tensors in zip(received, groups.values(), strict=True):
-            for tensor, values in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
-                tensor.copy_(values.view_as(tensor))
+    def contents(self, progress: Progress, epoch: float, config: Config, plugins: Mapping[str, str]) -> Contents:
+        """Return the contents of a checkpoint, with views of the tensors, and without averaged weights."""
+        return Contents(
+            step=progress.step,
+            epoch=epoch,
+            model=self.network.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            config=config.model_dump(mode="json"),
+            metrics=progress.metrics(),
+            plugins=plugins,
+            noise=self.noise.state(),
+            grid_exponents=progress.grid_exponents,
+        )
+
+    def load(self, contents: Contents) -> None:
+        """Load a checkpoint; raise UsageError if it does not fit."""
+        load_model(contents.model, self.network, "the checkpoint")
+        if self.averaging:
+            self.averaging.load(contents.average["kept"])
+        try:
+            # The optimizer must not be wrapped yet: a wrapper would drop the loaded state.
+            self.optimizer.load_state_dict({**contents.optimizer})
+        except (RuntimeError, ValueError) as error:
+            raise UsageError(
+                f"the checkpoint is of another optimizer: restore the settings it was saved with ({error})",
+                code="checkpoint-of-another-model",
+            ) from error
+        self.noise.load(contents.noise)
+
+    def broadcast(self, comm: Communicator, root: int = 0) -> None:
+        """Give every rank the state of rank `root`, with the buffers and frozen parameters of the network.
+
+        Not Horovod's broadcast of the optimizer: on ranks without optimizer state it makes a step, which changes the
+        weights. Our optimizers have their whole state from the beginning. Tensors of one type and device are sent as
+        one, since each broadcast costs a round of all ranks. If a rank is lost meanwhile, no tensor is changed.
+
+        Raises UsageError if the state does not fit that of another rank: of a plug-in's optimizer.
+        """
+        groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        for tensor in self._tensors():
+            groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+        with torch.no_grad():
+            received = [torch.cat([tensor.reshape(-1) for tensor in tensors]) for tensors in groups.values()]
+            _check_same_layout(comm, [(str(flat.dtype), flat.device.type, len(flat)) for flat in received], root)
+            for index, flat in enumerate(received):
+                comm.broadcast(flat if flat.dtype in _SENT else flat.view(torch.uint8), f"state.{index}", root)
+            for flat, tensors in zip(received, groups.values(), strict=True):
+                for tensor, values in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+                    tensor.copy_(values.view_as(tensor))
+
+    def _tensors(self) -> Iterator[Tensor]:
+        for _, tensor in state_tensors(self.optimizer):
+            yield tensor
+        trained = {segment.name for segment in self.weights.segments}
+        yield from (value for name, value in self.network.state_dict().items() if name not in trained)
+        yield self.weights.values
+        yield self.averaging.kept
+        yield from self.noise.kept.values()
 
 
 def _check_same_layout(comm: Communicator, layout: Sequence[object], root: int) -> None:

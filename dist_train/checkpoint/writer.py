@@ -149,8 +149,8 @@ class CheckpointWriter:
         time.sleep(_YIELD_SECONDS)
         try:
             try:
-                names = ("model", "optimizer", "average", "noise")
-                contents = replace(contents, **{name: self._copy(name, getattr(contents, name)) for name in names})
+                copies = {name: self._copy(name, value) for name, value in vars(contents).items()}
+                contents = replace(contents, **copies)
             finally:
                 self._copied.set()
             if self._device is not None:

@@ -8,14 +8,12 @@ from functools import partial
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
 from dist_train.checkpoint.state import (
     InitialWeights,
     Progress,
     ResumePoint,
-    broadcast_state,
-    load_into,
+    TrainState,
     load_model,
     read_initial,
     restored_progress,
@@ -98,7 +96,8 @@ def assemble(
     optimizer = build_optimizer(config.optimizer, weights)
     averaging = Averaging(config.averaging, weights, epochs.stages[0].steps_per_epoch)
     noise = build_noise(config.noise, weights, seed=config.run.seed, total_steps=total_steps, rank=comm.rank)
-    restore = partial(_restore, resume_point, scheduled, network, optimizer, averaging, noise)
+    state = TrainState(network, weights, optimizer, averaging, noise)
+    restore = partial(_restore, resume_point, scheduled, state)
     progress = run_on_all_ranks(comm, restore, "restore the checkpoint")
     measuring = None
     if is_measured:
@@ -107,7 +106,7 @@ def assemble(
         measuring = Measuring(comm, read_usage_of(compute.device), norms)
     if not comm.is_joining:
         progress = shared_progress(comm, progress)
-        broadcast_state(comm, network, weights, optimizer, averaging.kept, *noise.kept.values())
+        state.broadcast(comm)
 
     model: nn.Module = network
     if config.precision.compile:
@@ -122,13 +121,10 @@ def assemble(
     step = build_step(
         config,
         model,
-        weights,
+        state,
         splits.train,
-        optimizer,
         comm,
         compute,
-        averaging,
-        noise,
         progress,
         clock=clock,
         wait_for_checkpoint_copy=writer.wait_until_copied if writer else lambda: None,
@@ -143,7 +139,7 @@ def assemble(
         config=config,
         comm=comm,
         splits=splits,
-        network=network,
+        state=state,
         take_step=step,
         directory=directory,
         learning_rate=LearningRate(
@@ -170,36 +166,36 @@ def assemble(
 def build_step(
     config: Config,
     model: nn.Module,
-    weights: FlatWeights,
+    state: TrainState,
     samples: SampleSource,
-    optimizer: Optimizer,
     comm: Communicator,
     compute: Compute,
-    averaging: Averaging,
-    noise: Noise,
     progress: Progress,
     *,
     clock: StepClock,
     wait_for_checkpoint_copy: Callable[[], None] = lambda: None,
     graph_recorder: GraphRecorder | None = None,
 ) -> TrainingStep:
-    """Return the training step of `config` on the `weights` of `model`. Raises UsageError."""
+    """Return the training step of `config` that changes `state` by its network, or `model`, that compiled.
+
+    Raises UsageError.
+    """
     norms = tuple(norm_modules(model))
     statistics = BatchStatistics(norms, compute.device)
     return TrainingStep(
         model=model,
-        weights=weights,
+        weights=state.weights,
         norms=norms,
         statistics=statistics,
         samples=samples,
-        noise=noise,
-        reduction=set_up_reduction(config, weights, noise, comm, progress),
-        optimizer=optimizer,
+        noise=state.noise,
+        reduction=set_up_reduction(config, state.weights, state.noise, comm, progress),
+        optimizer=state.optimizer,
         tally=Tally(comm, statistics, compute.device),
         compute=compute,
         layer_rng=LayerRng(config.run.seed, compute.device),
         clip_norm=config.optimizer.clip_norm,
-        averaging=averaging,
+        averaging=state.averaging,
         label_smoothing=config.regularization.label_smoothing,
         mix=build_mix(config.regularization, config.run.seed, len(samples)),
         loss_scale=LossScale(progress if compute.precision == torch.float16 else None),
@@ -231,19 +227,12 @@ def _build_network(config: Config, device: torch.device) -> tuple[nn.Module, Fla
         return network, FlatWeights(network)
 
 
-def _restore(
-    resume_point: ResumePoint,
-    scheduled: Epochs,
-    network: nn.Module,
-    optimizer: Optimizer,
-    averaging: Averaging,
-    noise: Noise,
-) -> Progress:
+def _restore(resume_point: ResumePoint, scheduled: Epochs, state: TrainState) -> Progress:
     """Load the checkpoint or the initial weights of `resume_point`, if any, and return the progress."""
     contents, initial = resume_point.contents, resume_point.initial
     if contents is None:
         if initial is not None:
-            _load_initial(initial, network, resume_point.config)
+            _load_initial(initial, state.network, resume_point.config)
         return Progress()
     config, progress = resume_point.config, restored_progress(contents)
     epochs_before = resume_point.epochs_before or 0
@@ -256,8 +245,7 @@ def _restore(
             f"then lengthen it{others}",
             code="run-unfinished",
         )
-    load_into(contents, network, optimizer, averaging)
-    noise.load(contents.noise)
+    state.load(contents)
     return progress
 
 

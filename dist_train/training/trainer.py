@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from dist_train.checkpoint.files import Contents
-from dist_train.checkpoint.state import Progress, broadcast_state
+from dist_train.checkpoint.state import Progress, TrainState
 from dist_train.checkpoint.writer import CheckpointWriter, NotWritten
 from dist_train.cluster.communicator import (
     Communicator,
@@ -69,9 +69,9 @@ class Trainer:
     config: Config
     comm: Communicator
     splits: Splits
-    network: nn.Module
-    """The uncompiled model; `take_step` may use a compiled one with the same weights."""
+    state: TrainState
     take_step: TrainingStep
+    """Changes `state`; it may use a compiled network with the same weights."""
     directory: RunDirectory
     learning_rate: LearningRate
     epochs: Epochs
@@ -119,6 +119,11 @@ class Trainer:
         """Whether this rank still holds the noise of the last update."""
         self._interruption = Interruption()
         self.recent = RecentRecords(MAX_RECORDS if self.comm.is_elastic else 0)
+
+    @property
+    def network(self) -> nn.Module:
+        """The model, not compiled."""
+        return self.state.network
 
     @property
     def epoch(self) -> float:
@@ -399,17 +404,7 @@ class Trainer:
 
     def contents(self) -> Contents:
         """Return the contents of a checkpoint of the current state, without averaged weights."""
-        return Contents(
-            step=self.progress.step,
-            epoch=self.epoch,
-            model=self.network.state_dict(),
-            optimizer=self.take_step.optimizer.state_dict(),
-            config=self.config.model_dump(mode="json"),
-            metrics=self.progress.metrics(),
-            plugins=self.plugins,
-            noise=self.take_step.noise.state(),
-            grid_exponents=self.progress.grid_exponents,
-        )
+        return self.state.contents(self.progress, self.epoch, self.config, self.plugins)
 
     def _report_saved(self) -> None:
         """Record which checkpoints were written and which failed; a failed one does not end the run."""
@@ -483,9 +478,7 @@ class Trainer:
         own = SharedState(self.progress, self.plan.micro_size, self._last_update)
         shared = broadcast_shared_state(self.comm, own, recovery.source)
         if recovery.receivers:
-            step = self.take_step
-            more = step.averaging.kept, *step.noise.kept.values()
-            broadcast_state(self.comm, self.network, step.weights, step.optimizer, *more, root=recovery.source)
+            self.state.broadcast(self.comm, recovery.source)
             self._has_state = True
             self.comm.begin_training()
         last = self._last_update = shared.last_update

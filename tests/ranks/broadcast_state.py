@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from dist_train.checkpoint.state import broadcast_state
 from dist_train.cluster.communicator import gather
 from dist_train.cluster.rendezvous import join_ranks
 from dist_train.config import parse_config
@@ -12,6 +11,7 @@ from dist_train.models import build_model
 from dist_train.optim.flat_weights import FlatWeights, digest
 from dist_train.optim.optimizers import build_optimizer, state_tensors
 from tests.launching import small_settings
+from tests.unit.small_trainers import state_of
 from tests.waiting import PATIENCE
 
 if __name__ == "__main__":
@@ -25,7 +25,7 @@ if __name__ == "__main__":
         tensor.fill_(comm.rank + 1.0)
     before = gather(comm, [digest(weights.values)], "before")
     assert before[0] != before[1]
-    broadcast_state(comm, model, weights, optimizer)
+    state_of(model, weights, optimizer).broadcast(comm)
     assert digest(weights.values) == before[0][0]
     assert all(bool((tensor == 1.0).all()) for _, tensor in state_tensors(optimizer))
     assert torch.equal(next(model.parameters()).flatten(), weights.values[: next(model.parameters()).numel()])

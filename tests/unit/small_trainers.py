@@ -8,14 +8,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from dist_train.checkpoint.files import Contents
-from dist_train.checkpoint.state import Progress, ResumePoint
+from dist_train.checkpoint.state import Progress, ResumePoint, TrainState
 from dist_train.cluster.communicator import Communicator
-from dist_train.config import Config, parse_config
+from dist_train.config import AveragingSettings, Config, NoiseSettings, parse_config
 from dist_train.launching.assembly import assemble
 from dist_train.launching.session import Session
 from dist_train.monitoring.observers import Observers
+from dist_train.optim.averaging import Averaging
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.optim.noise import build_noise
 from dist_train.rundir.paths import RunDirectory
@@ -59,6 +61,12 @@ def build_trainer(
         directory.create()
     session = Session(directory, comm, Observers(observers))
     return assemble(config, ResumePoint(config, contents), directory, comm, session, StopRequests())
+
+
+def state_of(network: nn.Module, weights: FlatWeights, optimizer: Optimizer) -> TrainState:
+    """Return the state of a run without noise and averages."""
+    noise = build_noise(NoiseSettings(), weights, seed=0, total_steps=1, rank=0)
+    return TrainState(network, weights, optimizer, Averaging(AveragingSettings(), weights, 1), noise)
 
 
 def build_reduction(weights: FlatWeights, comm: Communicator, micro_batches: int, **settings: Any) -> GradientReduction:

@@ -17,7 +17,6 @@ from torchvision import models
 from dist_train.checkpoint.files import list_checkpoints, remove_checkpoint, write_checkpoint
 from dist_train.checkpoint.state import (
     Progress,
-    broadcast_state,
     find_initial,
     find_resume_point,
     load_model,
@@ -34,7 +33,7 @@ from dist_train.rundir.paths import RunDirectory
 from tests.raising import raises
 from tests.unit.checkpoint_files import contents
 from tests.unit.simulated_ranks import on_ranks, results
-from tests.unit.small_trainers import build_trainer
+from tests.unit.small_trainers import build_trainer, state_of
 from tests.unit.test_rundir_paths import DECIDED, parse
 
 
@@ -76,7 +75,7 @@ def state_on(comm: Communicator) -> dict[str, torch.Tensor]:
         for value in network.state_dict().values():
             value.fill_(1 + comm.rank)
     weights = FlatWeights(network)
-    broadcast_state(comm, network, weights, torch.optim.SGD(weights.parameters))
+    state_of(network, weights, torch.optim.SGD(weights.parameters)).broadcast(comm)
     return network.state_dict()
 
 
@@ -93,7 +92,7 @@ def test_a_state_that_only_one_rank_has_is_refused_on_all() -> None:
         optimizer = torch.optim.RMSprop(weights.parameters)
         if comm.rank == 0:
             optimizer.state[network.weight]["square_avg"] = torch.ones(3, 2)
-        broadcast_state(comm, network, weights, optimizer)
+        state_of(network, weights, optimizer).broadcast(comm)
 
     first, second = on_ranks(2, job)
     assert isinstance(first, PeerFailedError)

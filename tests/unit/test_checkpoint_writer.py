@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,33 @@ def test_what_is_written_is_the_state_at_the_moment_of_submission(
     assert torch.equal(read.noise["strength"], torch.ones(3))
     assert read.optimizer["param_groups"] == [{"lr": 0.1, "params": [0]}]
     assert read.config == state.config
+
+
+@dataclass(frozen=True)
+class MoreContents(Contents):
+    """The contents of a version that saves one more tensor."""
+
+    more: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+def test_every_field_is_copied_before_training_may_change_it(tmp_path: Path) -> None:
+    changed = threading.Event()
+
+    def refuse_until_changed() -> None:
+        if not changed.is_set():
+            wait_for(changed)
+            raise OSError(errno.ENOSPC, "full")
+
+    writer = CheckpointWriter(tmp_path, CheckpointSettings(), refuse_until_changed)
+    tensor = torch.ones(3)
+    writer.submit(MoreContents(**vars(contents(1)), more={"tensor": tensor}), None)
+    writer.wait_until_copied()
+    tensor.zero_()
+    changed.set()
+    writer.wait()
+    *_, result = writer.results()  # written again, from the start, after a refusal
+    assert isinstance(result, Written)
+    assert torch.load(result.file.path)["more"]["tensor"].tolist() == [1.0, 1.0, 1.0]
 
 
 def test_the_optimizer_may_move_on_also_after_a_fault_in_copying(tmp_path: Path) -> None:

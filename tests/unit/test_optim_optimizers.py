@@ -16,12 +16,12 @@ import torch
 from torch import nn
 
 from dist_train.checkpoint.files import Contents
-from dist_train.checkpoint.state import load_into
 from dist_train.config import OptimizerSettings
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.optim.optimizers import Group, build_optimizer, optimizer_step, set_learning_rate, state_tensors
 from dist_train.outcome import UsageError
 from tests.raising import raises
+from tests.unit.small_trainers import state_of
 
 RATES = (0.1, 0.4, 0.05, 0.0)
 Name = Literal["sgd", "adam", "adamw", "lars", "lamb"]
@@ -190,7 +190,7 @@ def test_promise_5_a_restored_optimizer_resumes_bit_identically(name: Name, stop
     file.seek(0)
     stored = torch.load(file, weights_only=True)
     restored = build_optimizer(settings, twins)
-    load_into(Contents(stop, 0.0, stored["model"], stored["optimizer"], {}, {}), twin, restored)
+    state_of(twin, twins, restored).load(Contents(stop, 0.0, stored["model"], stored["optimizer"], {}, {}))
     for step in range(stop, 5):
         for one, its in ((model, optimizer), (twin, restored)):
             set_gradients(one, step)
