@@ -45,7 +45,7 @@ def _check(arguments: argparse.Namespace) -> int:
     config = named_config(arguments)
     warn_of_unused(config)
 
-    from dist_train.launching.run import refusals
+    from dist_train.launching.preflight import refusals
 
     refused = list(refusals(config))
     for error in refused:

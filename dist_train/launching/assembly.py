@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -47,7 +47,7 @@ from dist_train.training.measuring import Measuring, Profiler, StepClock, Weight
 from dist_train.training.micro_batches import fewest_samples, find_micro_size, forward_and_backward, sum_over
 from dist_train.training.reduction import Tally, set_up_reduction
 from dist_train.training.step import TrainingStep
-from dist_train.training.stopping import EarlyStopping, StopRequests, TimeLimit, job_time_limit
+from dist_train.training.stopping import EarlyStopping, StopRequests, job_time_limit
 from dist_train.training.trainer import Trainer
 
 _logger = logging.getLogger("dist_train.training")
@@ -99,11 +99,6 @@ def assemble(
     state = TrainState(network, weights, optimizer, averaging, noise)
     restore = partial(_restore, resume_point, scheduled, state)
     progress = run_on_all_ranks(comm, restore, "restore the checkpoint")
-    measuring = None
-    if is_measured:
-        is_new = resume_point.contents is None
-        norms = weight_norms(config, weights, is_new=is_new) if comm.rank == 0 else None
-        measuring = Measuring(comm, read_usage_of(compute.device), norms)
     if not comm.is_joining:
         progress = shared_progress(comm, progress)
         state.broadcast(comm)
@@ -112,10 +107,6 @@ def assemble(
     if config.precision.compile:
         model = compiled(network, sizes=2 * len(config.batch.sizes))  # a batch's last micro-batch may be smaller
     config = _with_micro_size(config, comm, model, weights, compute)
-    writer = None
-    if comm.rank == 0:
-        directory.save_config(config)
-        writer = build_writer(config, directory, session)
     # With torch.compile any pass may compile again for minutes: no progress is reported then.
     clock = StepClock(Alone() if config.precision.compile else comm, on_gpu=has_clock and device.type == "cuda")
     step = build_step(
@@ -127,15 +118,10 @@ def assemble(
         compute,
         progress,
         clock=clock,
-        wait_for_checkpoint_copy=writer.wait_until_copied if writer else lambda: None,
         graph_recorder=CudaGraphRecorder() if config.precision.cuda_graphs else None,
     )
-
-    if comm.rank == 0:
-        _warn_of_lost_noise(step.noise, compute.precision, progress.step)
-
     profile_steps = config.run.profile_steps
-    return Trainer(
+    trainer = Trainer(
         config=config,
         comm=comm,
         splits=splits,
@@ -153,14 +139,29 @@ def assemble(
         total_steps=total_steps,
         last_step=min(total_steps, config.run.max_steps or total_steps),
         observers=session.observers,
-        writer=writer,
-        status=session.status,
         stop=stop,
-        time_limit=job_time_limit() if comm.rank == 0 else TimeLimit(None),
         progress=progress,
         profiler=Profiler(profile_steps, directory.profile, comm) if profile_steps else None,
-        measuring=measuring,
+        measuring=Measuring(comm, read_usage_of(compute.device)) if is_measured else None,
     )
+    if comm.rank == 0:
+        directory.save_config(config)
+        let_write(trainer, directory, session, is_new=resume_point.contents is None)
+        _warn_of_lost_noise(noise, compute.precision, progress.step)
+    return trainer
+
+
+def let_write(trainer: Trainer, directory: RunDirectory, session: Session, *, is_new: bool = False) -> None:
+    """Let `trainer`, of rank 0, write what `session` reports, and checkpoints into `directory`.
+
+    `is_new`: the trainer still has the weights that its run begins with.
+    """
+    config = trainer.config
+    other_disk = config.checkpoint.fallback_directory
+    fallback = directory.fallback(other_disk) if other_disk else None
+    writer = CheckpointWriter(directory.checkpoints, config.checkpoint, session.before_publishing, fallback)
+    norms = _weight_norms(config, trainer.state.weights, is_new=is_new) if trainer.measuring else None
+    trainer.become_writer(session.observers, session.status, writer, job_time_limit(), norms)
 
 
 def build_step(
@@ -173,7 +174,6 @@ def build_step(
     progress: Progress,
     *,
     clock: StepClock,
-    wait_for_checkpoint_copy: Callable[[], None] = lambda: None,
     graph_recorder: GraphRecorder | None = None,
 ) -> TrainingStep:
     """Return the training step of `config` that changes `state` by its network, or `model`, that compiled.
@@ -201,7 +201,6 @@ def build_step(
         loss_scale=LossScale(progress if compute.precision == torch.float16 else None),
         sum_over_ranks=sum_over(config.model, comm, clock),
         clock=clock,
-        wait_for_checkpoint_copy=wait_for_checkpoint_copy,
         graph_recorder=graph_recorder,
     )
 
@@ -269,14 +268,7 @@ def _warn_of_lost_noise(noise: Noise, precision: torch.dtype, step: int) -> None
         )
 
 
-def build_writer(config: Config, directory: RunDirectory, session: Session) -> CheckpointWriter:
-    """Return the writer of the run's checkpoints, for rank 0."""
-    other_disk = config.checkpoint.fallback_directory
-    fallback = directory.fallback(other_disk) if other_disk else None
-    return CheckpointWriter(directory.checkpoints, config.checkpoint, session.before_publishing, fallback)
-
-
-def weight_norms(config: Config, weights: FlatWeights, *, is_new: bool = False) -> WeightNorms:
+def _weight_norms(config: Config, weights: FlatWeights, *, is_new: bool) -> WeightNorms:
     """Return the norms of `weights`, and of their distance from those that the run of `config` began with.
 
     Unless the run `is_new`, these are built again; without the file that they came from the distance is NaN.

@@ -283,11 +283,12 @@ def check_known_data() -> tuple[Check, ...]:
 def check_configuration(config: Config) -> tuple[Check, ...]:
     """Check everything else that `train` refuses before its first step."""
     try:
-        from dist_train.launching.run import check_settings
+        from dist_train.launching.preflight import check_batches, check_metrics
     except (ImportError, OSError):
         return ()  # without torch, which another check reports
     try:
-        check_settings(config)
+        check_metrics(config)
+        check_batches(config)
     except UsageError as error:
         return (Check("configuration", "fails", str(error), "dist-train config check lists all problems"),)
     return (Check("configuration", "fine", "nothing in it is refused"),)

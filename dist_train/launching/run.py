@@ -1,19 +1,18 @@
-"""A run from start to end: `train(config, run_directory)`, and what it refuses before its first step."""
+"""A run from start to end: `train(config, run_directory)`."""
 
 from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import yaml
 
-from dist_train.checkpoint.files import read_stored
-from dist_train.checkpoint.state import ResumePoint, find_initial, find_resume_point, saved_config
+from dist_train.checkpoint.state import ResumePoint, find_resume_point
 from dist_train.cluster.communicator import (
     Communicator,
     Generation,
@@ -26,16 +25,14 @@ from dist_train.cluster.communicator import (
 )
 from dist_train.cluster.devices import device_type
 from dist_train.cluster.rendezvous import join_ranks, meeting_within
-from dist_train.cluster.watchdog import start_watchdog
+from dist_train.cluster.watchdog import Watchdog, start_watchdog
 from dist_train.config import Config, dump_config, parse_config
 from dist_train.config.resuming import with_setting
-from dist_train.data.catalog import find_data
-from dist_train.data.plan import BatchPlan, check_validation_size
-from dist_train.launching.assembly import assemble, build_writer, weight_norms
+from dist_train.launching.assembly import assemble, let_write
+from dist_train.launching.preflight import check_launch
 from dist_train.launching.session import Session, build_observers
 from dist_train.monitoring.console import open_logs
-from dist_train.monitoring.observers import check_installed
-from dist_train.monitoring.prometheus.http_server import access_warnings, check_access
+from dist_train.monitoring.prometheus.http_server import access_warnings
 from dist_train.outcome import SHARED_ERRORS, UsageError
 from dist_train.rundir.paths import (
     LEASE_SECONDS,
@@ -48,7 +45,7 @@ from dist_train.rundir.records import Observer, Outcome, read_last_records, reco
 from dist_train.start_up import without_collection
 from dist_train.training.compute import share_of_threads
 from dist_train.training.consistency import check_consistent_across_ranks, setup_digests
-from dist_train.training.stopping import StopRequests, job_time_limit
+from dist_train.training.stopping import StopRequests
 from dist_train.training.trainer import Trainer
 
 _logger = logging.getLogger("dist_train.launching")
@@ -86,7 +83,6 @@ def train(config: Config, run_directory: Path | str | None = None, observers: Se
     if not (isinstance(observers, Sequence) and all(isinstance(each, Observer) for each in observers)):
         raise UsageError(f"observers: not a list of Observer objects but {observers!r}", code="wrong-type")
     directory = RunDirectory(config.run_directory if run_directory is None else Path(run_directory))
-    micro_size = config.batch.micro_size
     with oserror_to_fault(directory), ExitStack() as stack:
         stop = stack.enter_context(StopRequests(config.run.stop_signal))
         session: Session | None = None
@@ -95,20 +91,7 @@ def train(config: Config, run_directory: Path | str | None = None, observers: Se
             if session is not None:
                 session.lose(message)
 
-        with without_collection(), meeting_within(config.comm.timeout * _MEETING_SHARE):
-            comm = join_ranks(
-                timeout=config.comm.timeout,
-                device_type=device_type(config.run.device),
-                engine=config.comm.engine,
-                timeline=config.run.profile_steps > 0,
-                micro_batches=1 if micro_size == "auto" else config.batch.global_size // micro_size,
-            )
-            stack.push(partial(_leave, comm))
-            if not comm.is_joining:
-                check_consistent_across_ranks(comm, config)
-            watchdog = start_watchdog(comm, timeout=config.comm.timeout * _SILENCE_SHARE, on_loss=lose)
-            if watchdog is not None:
-                stack.enter_context(watchdog)
+        comm, watchdog = _meet(config, stack, lose)
         lock = None
         if comm.is_joining:
             resume_point = _join(directory)
@@ -184,7 +167,7 @@ class Regrouping:
         request = LockRequest(self.directory.root, self.directory.lock, patience=LEASE_SECONDS)
 
         def take_over() -> bool:
-            if comm.rank == 0 and trainer.writer is None:
+            if comm.rank == 0 and trainer.saving.writer is None:
                 if (lock := request.wait(self.config.comm.timeout / _POLLS_IN_TIMEOUT)) is None:
                     return False
                 self._take_over(trainer, lock)
@@ -205,12 +188,30 @@ class Regrouping:
         self._owes_records = True
         rewind(self.directory.metrics, _KEEP_ALL_STEPS)
         self.session.take_over(self.config, lock, self.observers)
-        trainer.observers, trainer.status = self.session.observers, self.session.status
-        trainer.writer = build_writer(self.config, self.directory, self.session)
-        trainer.take_step = replace(trainer.take_step, wait_for_checkpoint_copy=trainer.writer.wait_until_copied)
-        trainer.time_limit = job_time_limit()
-        if trainer.measuring:
-            trainer.measuring.norms = weight_norms(self.config, trainer.take_step.weights)
+        let_write(trainer, self.directory, self.session)
+
+
+def _meet(config: Config, stack: ExitStack, on_loss: Callable[[str], None]) -> tuple[Communicator, Watchdog | None]:
+    """Return the ranks of this launch, which `stack` leaves, and what watches them; it calls `on_loss`.
+
+    Raises UsageError on all ranks if their code or settings differ.
+    """
+    timeout, micro_size = config.comm.timeout, config.batch.micro_size
+    with without_collection(), meeting_within(timeout * _MEETING_SHARE):
+        comm = join_ranks(
+            timeout=timeout,
+            device_type=device_type(config.run.device),
+            engine=config.comm.engine,
+            timeline=config.run.profile_steps > 0,
+            micro_batches=1 if micro_size == "auto" else config.batch.global_size // micro_size,
+        )
+        stack.push(partial(_leave, comm))
+        if not comm.is_joining:
+            check_consistent_across_ranks(comm, config)
+        watchdog = start_watchdog(comm, timeout=timeout * _SILENCE_SHARE, on_loss=on_loss)
+        if watchdog is not None:
+            stack.enter_context(watchdog)
+    return comm, watchdog
 
 
 def _leave(comm: Communicator, kind: object, error: BaseException | None, traceback: object) -> None:
@@ -237,12 +238,7 @@ def _lock(config: Config, directory: RunDirectory, comm: Communicator) -> RunLoc
     def request() -> LockRequest | None:
         if comm.rank != 0:
             return None
-        check_settings(config)
-        if not directory.root.exists():  # which a refused start would leave
-            check_sources(config, directory)
-            # many images take long to list, which is done when they are read
-            if config.data.name != "imagefolder" or not config.data.folder.is_dir():
-                check_data(config)
+        check_launch(config, directory)
         directory.create()
         return LockRequest(directory.root, directory.lock)
 
@@ -276,58 +272,3 @@ def _shared_config(comm: Communicator, config: Config) -> Config:
     config = parse_config(yaml.safe_load(text), source="rank 0")
     threads = min(threads for (threads,) in gather(comm, [share_of_threads(comm.local_size)], "threads"))
     return with_setting(config, "precision.threads", threads) if config.precision.threads == "auto" else config
-
-
-def check_settings(config: Config) -> None:
-    """Raise UsageError if a file of secrets is unusable, a logger is missing, or there are too few samples."""
-    check_metrics(config)
-    check_batches(config)
-
-
-def check_metrics(config: Config) -> None:
-    """Check the files of secrets for metrics, and that the loggers are installed. Raises UsageError."""
-    if config.metrics.enabled:
-        check_access(config.metrics)
-    for logger in config.metrics.loggers:
-        check_installed(logger.name)
-
-
-def check_batches(config: Config) -> None:
-    """Check that there are samples for every batch, if the settings say how many there are. Raises UsageError."""
-    samples = [] if config.data.train_size is None else [config.data.train_size]
-    if config.data.name == "synthetic":
-        held_out = config.data.validation_size or 0
-        check_validation_size(held_out, config.data.synthetic_samples)
-        samples.append(config.data.synthetic_samples - held_out)
-    batches = [size for _, size in config.batch.sizes]
-    if config.schedule.keep_updates:
-        batches.append(config.schedule.base_batch)
-    if samples:
-        for batch in batches:
-            BatchPlan(batch, 1).steps_per_epoch(min(samples))
-
-
-def check_data(config: Config) -> None:
-    """Check that the data set's files exist or will be downloaded. Raises UsageError."""
-    if not (config.data.download and config.data.data_set.can_download):
-        find_data(config.data)
-
-
-def check_sources(config: Config, directory: RunDirectory) -> None:
-    """Check that what a run without checkpoints would begin with exists and fits. Raises UsageError."""
-    if directory.checkpoint_steps():
-        return
-    if config.run.resume not in ("auto", "never"):
-        saved_config(read_stored(Path(config.run.resume)).contents, config)
-    elif config.run.init_from is not None:
-        find_initial(config.run.init_from, config.model.name)
-
-
-def refusals(config: Config) -> Iterator[UsageError]:
-    """Yield every reason why `train` would refuse `config` here."""
-    check_start = partial(check_sources, directory=RunDirectory(config.run_directory))
-    for check in (check_metrics, check_batches, check_data, check_start):
-        try:
-            check(config)
-        except UsageError as error:
-            yield error

@@ -182,7 +182,7 @@ class Session:
     def fail(self, error: Exception) -> None:
         """Report that the launch ends with `error`, after the checkpoint being written is on disk."""
         if self.trainer is not None:
-            self.trainer.settle_saving()
+            self.trainer.saving.settle()
         code = exit_code_of(error)
         is_own_error = not isinstance(error, RankLostError)
         has_begun = self.comm.is_elastic and self.trainer is not None

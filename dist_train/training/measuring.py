@@ -245,15 +245,15 @@ class WeightNorms:
 
 
 class Measuring:
-    """Measures the steps of this rank and, if it has `norms`, the weights.
+    """Measures the steps of this rank and, where `norms` is set, the weights.
 
     All ranks must call `start` after the same steps, and `result` before the next `start`.
     """
 
-    def __init__(self, comm: Communicator, usage: UsageReader, norms: WeightNorms | None) -> None:
+    def __init__(self, comm: Communicator, usage: UsageReader) -> None:
         self._comm = comm
         self._usage = usage
-        self.norms = norms
+        self.norms: WeightNorms | None = None
         self._stall_seconds = 0.0
         self._finish: Callable[[], Measurement] | None = None
 

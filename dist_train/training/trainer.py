@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -15,15 +15,13 @@ from torch import nn
 
 from dist_train.checkpoint.files import Contents
 from dist_train.checkpoint.state import Progress, TrainState
-from dist_train.checkpoint.writer import CheckpointWriter, NotWritten
+from dist_train.checkpoint.writer import CheckpointWriter
 from dist_train.cluster.communicator import (
     Communicator,
     Generation,
     GroupBrokenError,
     MeetingRequestedError,
     RankLostError,
-    await_on_all_ranks,
-    run_on_all_ranks,
 )
 from dist_train.config import Config
 from dist_train.config.plugins import plugin_files
@@ -42,7 +40,7 @@ from dist_train.rundir.status import StatusFile
 from dist_train.training.consistency import verify_agreement
 from dist_train.training.dealing import Batches
 from dist_train.training.evaluation import Evaluation, evaluate, recompute_statistics, statistics_samples
-from dist_train.training.measuring import Measuring, Profiler
+from dist_train.training.measuring import Measuring, Profiler, WeightNorms
 from dist_train.training.micro_batches import fewest_samples, halve, sum_over
 from dist_train.training.recovery import (
     MAX_RECORDS,
@@ -56,6 +54,7 @@ from dist_train.training.recovery import (
     broadcast_shared_state,
 )
 from dist_train.training.reduction import set_up_reduction
+from dist_train.training.saving import Saving
 from dist_train.training.step import TrainingStep
 from dist_train.training.stopping import EarlyStopping, StopRequests, TimeLimit
 
@@ -80,15 +79,11 @@ class Trainer:
     last_step: int
     """Number of updates after which the run ends."""
     observers: Observers
-    writer: CheckpointWriter | None
-    """On rank 0 only, like `status`."""
-    status: StatusFile | None
     stop: StopRequests
     progress: Progress
     profiler: Profiler | None = None
     measuring: Measuring | None = None
     """On all ranks or on none."""
-    time_limit: TimeLimit = field(default_factory=lambda: TimeLimit(None))
     may_shrink: bool = False
     """Whether the micro-batch size may be halved when memory runs out."""
     regroup: Callable[[Trainer, Generation], None] = lambda trainer, generation: None
@@ -104,10 +99,9 @@ class Trainer:
         self._averaged = AveragedModel(self.network, self.take_step.averaging, self._recompute_statistics)
         self._early_stopping = EarlyStopping(self.config.early_stopping, self.config.stopping_metric)
         self.plugins = plugin_files(self.config.model_dump(mode="json"))
-        self._not_written: NotWritten | None = None
-        self._saved_step: int | None = None
-        self._submitted_step: int | None = None
-        """The step of the last checkpoint that this rank's writer was given; kept when `_saved_step` is reset."""
+        self.status: StatusFile | None = None
+        self.time_limit = TimeLimit(None)
+        self.saving = Saving(self.comm, self.event)
         self._busy_seconds = 0.0
         self._samples_done = 0
         self._has_state = not self.comm.is_joining
@@ -119,6 +113,21 @@ class Trainer:
         """Whether this rank still holds the noise of the last update."""
         self._interruption = Interruption()
         self.recent = RecentRecords(MAX_RECORDS if self.comm.is_elastic else 0)
+
+    def become_writer(
+        self,
+        observers: Observers,
+        status: StatusFile | None,
+        writer: CheckpointWriter,
+        time_limit: TimeLimit,
+        norms: WeightNorms | None,
+    ) -> None:
+        """Write records, status and checkpoints from now on, and watch the time limit, as rank 0 does."""
+        self.observers, self.status, self.time_limit = observers, status, time_limit
+        self.saving = Saving(self.comm, self.event, writer, time_limit)
+        self.take_step = replace(self.take_step, wait_for_checkpoint_copy=writer.wait_until_copied)
+        if self.measuring:
+            self.measuring.norms = norms
 
     @property
     def network(self) -> nn.Module:
@@ -164,7 +173,7 @@ class Trainer:
                 self._interruption.note(error, update_is_redone=self._is_step_complete)
             except (DivergedError, DisagreementError, OutOfMemoryError):  # on all ranks
                 with suppress(RankLostError):
-                    self._await_saving()
+                    self.saving.wait()
                 raise
 
     def _train(self) -> None:
@@ -187,8 +196,7 @@ class Trainer:
         if self.profiler:
             self.profiler.close()
         self.splits.close()
-        if self.writer is not None:
-            self.writer.close()
+        self.saving.close()
 
     def advance(self) -> None:
         """Make one update, then the records, evaluation and checkpoint due after it; raises what `run` raises.
@@ -292,7 +300,7 @@ class Trainer:
         is_due = self._is_due(self.config.checkpoint.every_epochs) or (every_steps and step % every_steps == 0)
         if is_due or self.stopped_early:
             self._save()
-        self._report_saved()
+        self.saving.report()
         self.observers.progress(step)
         if self.status:
             self.status.progress(
@@ -389,68 +397,30 @@ class Trainer:
 
     def _save(self) -> None:
         self._update_clean_statistics()
-        self._saved_step = self.progress.step
         self.progress.note_saved()
         average = self._averaged.contents(self.progress.step)
         self.recent.saved(self.progress.step)
-        if self.writer is None or self._submitted_step == self.progress.step:
-            return
-        self._submitted_step = self.progress.step
         best = self.progress.best_saved_step if self.config.checkpoint.keep_best else None
-        begun = time.perf_counter()
-        self.writer.submit(replace(self.contents(), average=average), best)
+        stall = self.saving.save(self.progress.step, lambda: replace(self.contents(), average=average), best)
         if self.measuring:
-            self.measuring.note_stall(time.perf_counter() - begun)
+            self.measuring.note_stall(stall)
 
     def contents(self) -> Contents:
         """Return the contents of a checkpoint of the current state, without averaged weights."""
         return self.state.contents(self.progress, self.epoch, self.config, self.plugins)
 
-    def _report_saved(self) -> None:
-        """Record which checkpoints were written and which failed; a failed one does not end the run."""
-        for result in self.writer.results() if self.writer else ():
-            if isinstance(result, NotWritten):
-                self._not_written = result
-                _logger.error("the checkpoint of step %d could not be written: %s", result.step, result.why)
-                self.event("checkpoint_failed", result.step, error=result.why)
-            else:
-                self._not_written = None
-                self.time_limit.note_saved(result.seconds)
-                self.event("checkpoint", result.file.step, **result.details)
-
-    def settle_saving(self) -> None:
-        """Wait for the checkpoint being written, if any, and record whether it was."""
-        if self.writer is not None:
-            self.writer.wait()
-            self._report_saved()
-
-    def _await_saving(self) -> None:
-        """Wait on all ranks for the checkpoint being written, since launchers end a rank that the others have left."""
-        await_on_all_ranks(self.comm, lambda: self.writer is None or self.writer.wait(1.0), "save")
-        self._report_saved()
-
     def _finish_saving(self) -> None:
-        """Wait for the last checkpoint; raise FaultError if it could not be written, on other ranks PeerFailedError."""
-        for name, details in self._interruption.events(self.comm):  # since the last update
+        """Record what happened since the last update, and wait for the last checkpoint; raises what that raises."""
+        for name, details in self._interruption.events(self.comm):
             self.event(name, **details)
-        self._await_saving()
-        if not self.comm.is_elastic:
-            run_on_all_ranks(self.comm, self._check_saved, "save the last checkpoint")
-            return
-        # On another node, the rank that takes over may be able to.
-        self._check_saved()
-        self.comm.barrier()
-
-    def _check_saved(self) -> None:
-        if (failed := self._not_written) and failed.step == self._submitted_step:
-            raise failed.fault() from failed.error
+        self.saving.finish()
 
     def _stop(self) -> None:
         if self.status:
             self.status.change("stopping")
         self._publish_measurement()
         self.event("signal", signal=self.stop.reason or "on another rank")
-        if self._saved_step != self.progress.step:
+        if self.saving.saved_step != self.progress.step:
             self._save()
         self._finish_saving()
         raise StoppedError(
@@ -472,7 +442,7 @@ class Trainer:
         self._interruption.add(generation)
         if self.measuring:
             self.measuring.drop()
-        is_writer = self.writer is not None
+        is_writer = self.saving.writer is not None
         mine = RankState(self._has_state, self.progress.step, self._is_step_complete, is_writer, self.identity)
         recovery = agree_on_recovery(self.comm, mine)
         own = SharedState(self.progress, self.plan.micro_size, self._last_update)
@@ -486,7 +456,7 @@ class Trainer:
         assign_progress(self.progress, shared.progress if last is None or self._is_step_complete else last.progress)
         # Ranks that received the state, or had begun the next update, do not have the noise of the last one.
         self._has_last_noise = self._meeting_requested = False
-        self._statistics_step = self._saved_step = None
+        self._statistics_step = self.saving.saved_step = None
         self._averaged.forget()
         self.take_step.noise.rank = self.comm.rank
         self._divide_work(shared.micro_size)

@@ -18,7 +18,7 @@ from dist_train.data.plan import (
     others,
     stratified_choice,
 )
-from dist_train.launching.run import check_batches
+from dist_train.launching.preflight import check_batches
 from dist_train.outcome import UsageError
 from tests.raising import raises
 

@@ -201,14 +201,14 @@ def test_a_checkpoint_s_stall_counts_to_the_next_measured_step_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sheet, trainer = prepare(tmp_path, Alone(), metrics={**ON, "every_steps": 2}, checkpoint={"every_epochs": 1})
-    assert trainer.writer is not None
-    submit = trainer.writer.submit
+    assert trainer.saving.writer is not None
+    submit = trainer.saving.writer.submit
 
     def slowly(*arguments: Any) -> None:
         time.sleep(0.5)
         submit(*arguments)
 
-    monkeypatch.setattr(trainer.writer, "submit", slowly)
+    monkeypatch.setattr(trainer.saving.writer, "submit", slowly)
     trainer.run()
     stalls = {measurement.step: measurement.parts.checkpoint_stall for measurement in sheet.measurements}
     assert stalls[4] >= 0.5, "saved after step 3"
@@ -273,7 +273,7 @@ def test_a_gpu_s_usage_is_what_torch_holds_of_it_and_a_share_read_every_other_se
 @pytest.mark.usefixtures("gpu")
 def test_what_nvml_knows_of_it_is_part_of_what_the_rank_measures() -> None:
     usage = UsageReader(torch.device("cuda", 1), lambda: {"device_power_watts": 700.0})
-    measuring = Measuring(Alone(), usage, None)
+    measuring = Measuring(Alone(), usage)
     measuring.start(1, 0.5, StepTimes([]))
     measured = measuring.result()
     assert measured is not None

@@ -29,7 +29,7 @@ from dist_train.rundir.records import (
     RunFacts,
     TrainRecord,
 )
-from dist_train.training import trainer as training_loop
+from dist_train.training import saving
 from dist_train.training.evaluation import recompute_statistics, statistics_samples
 from dist_train.training.stopping import StopRequests
 from dist_train.training.trainer import Trainer
@@ -271,7 +271,7 @@ def lost_while_saving(monkeypatch: pytest.MonkeyPatch) -> None:
         if losses:
             raise GroupBrokenError(losses.pop())
 
-    monkeypatch.setattr(training_loop, "await_on_all_ranks", lose_one)
+    monkeypatch.setattr(saving, "await_on_all_ranks", lose_one)
 
 
 @pytest.mark.usefixtures("lost_while_saving")
