@@ -45,5 +45,6 @@ def open_trainer(config: Config, comm: Communicator, directory: Path) -> Trainer
     run.create()
     session = Session(run, comm, build_observers(config.metrics, run, comm.rank))
     trainer = assemble(config, ResumePoint(config), run, comm, session, StopRequests())
-    session.begin(trainer, ResumePoint(config))
+    session.trainer = trainer
+    session.begin(ResumePoint(config))
     return trainer

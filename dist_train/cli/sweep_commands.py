@@ -302,7 +302,7 @@ def _submission(arguments: argparse.Namespace, file: Path, directory: Path, name
 
 def _submit(arguments: argparse.Namespace) -> int:
     from dist_train.config.loading import located
-    from dist_train.launching.run import refusals
+    from dist_train.launching.preflight import refusals
     from dist_train.sweep.submission import describe_batch, submit_run, write_script
 
     config = named_config(arguments)

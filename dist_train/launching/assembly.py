@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -20,7 +20,7 @@ from dist_train.checkpoint.state import (
     shared_progress,
 )
 from dist_train.checkpoint.writer import CheckpointWriter
-from dist_train.cluster.communicator import Alone, Communicator, gather, run_on_all_ranks
+from dist_train.cluster.communicator import Alone, Communicator, Generation, gather, run_on_all_ranks
 from dist_train.cluster.devices import share_out_devices
 from dist_train.config import Config
 from dist_train.config.resuming import with_device, with_setting
@@ -41,7 +41,7 @@ from dist_train.rundir.epochs import Epochs
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import Observer
 from dist_train.training.compute import Compute, LossScale, compiled, fitting_memory, set_up_compute
-from dist_train.training.consistency import check_same_data
+from dist_train.training.consistency import check_same_data, setup_digests
 from dist_train.training.graphs import CudaGraphRecorder, GraphRecorder
 from dist_train.training.measuring import Measuring, Profiler, StepClock, WeightNorms, read_usage_of
 from dist_train.training.micro_batches import fewest_samples, find_micro_size, forward_and_backward, sum_over
@@ -63,24 +63,19 @@ def assemble(
     session: Session,
     stop: StopRequests,
     *,
+    given: Config | None = None,
     observers: Sequence[Observer] = (),
+    regroup: Callable[[Trainer, Generation], None] = lambda trainer, generation: None,
 ) -> Trainer:
     """Build the trainer of `config`, at the beginning or where the checkpoint of rank 0's `resume_point` left off.
 
+    `given`: the settings before any was decided, by which ranks that join are compared, and `auto` may shrink.
     `observers`: those of `session` that are not from the settings; without them, settings decide what is measured.
 
     Raises UsageError if the device, the data, the model or the batch do not fit, or the checkpoint is from another
     model or from a run that cannot be lengthened yet.
     """
-    device = share_out_devices(comm, config.run.device, config.comm.timeout)
-    if config.batch.dealing == "dynamic" and device.type != "cpu":
-        raise UsageError(
-            "batch.dealing=dynamic works on CPUs: a process queues its GPU's work long before the GPU is ready for it, "
-            "so it cannot tell when to take the next micro-batch; set batch.dealing to measured",
-            code="dealing-device",
-        )
-    config = with_device(config, "cuda" if device.type == "cuda" else "cpu")
-    compute = run_on_all_ranks(comm, partial(set_up_compute, config.precision, device), "set up its device")
+    config, compute = _set_up_device(config, comm)
     open_data = partial(open_splits, config.data, config.run.seed, compute.device, config.precision.channels_last)
     splits = run_on_all_ranks(comm, open_data, "load the data")
     check_same_data(comm, splits.identity, config.data.name)
@@ -89,26 +84,17 @@ def assemble(
     epochs, scheduled = run_on_all_ranks(comm, plan_epochs, "plan the batches")
     total_steps = scheduled.steps(config.run.epochs)
 
-    network, weights = run_on_all_ranks(comm, partial(_build_network, config, compute.device), "build the model")
+    state, progress = _build_state(config, resume_point, comm, compute.device, epochs, scheduled)
     is_measured = config.metrics.enabled or bool(config.metrics.loggers)
     is_measured = is_measured or any(count for (count,) in gather(comm, [len(observers)], "observers"))
     has_clock = is_measured or config.batch.dealing == "measured"
-    optimizer = build_optimizer(config.optimizer, weights)
-    averaging = Averaging(config.averaging, weights, epochs.stages[0].steps_per_epoch)
-    noise = build_noise(config.noise, weights, seed=config.run.seed, total_steps=total_steps, rank=comm.rank)
-    state = TrainState(network, weights, optimizer, averaging, noise)
-    restore = partial(_restore, resume_point, scheduled, state)
-    progress = run_on_all_ranks(comm, restore, "restore the checkpoint")
-    if not comm.is_joining:
-        progress = shared_progress(comm, progress)
-        state.broadcast(comm)
 
-    model: nn.Module = network
+    model: nn.Module = state.network
     if config.precision.compile:
-        model = compiled(network, sizes=2 * len(config.batch.sizes))  # a batch's last micro-batch may be smaller
-    config = _with_micro_size(config, comm, model, weights, compute)
+        model = compiled(state.network, sizes=2 * len(config.batch.sizes))  # a batch's last micro-batch may be smaller
+    config = _with_micro_size(config, comm, model, state.weights, compute)
     # With torch.compile any pass may compile again for minutes: no progress is reported then.
-    clock = StepClock(Alone() if config.precision.compile else comm, on_gpu=has_clock and device.type == "cuda")
+    clock = StepClock(Alone() if config.precision.compile else comm, on_gpu=has_clock and compute.device.type == "cuda")
     step = build_step(
         config,
         model,
@@ -143,12 +129,29 @@ def assemble(
         progress=progress,
         profiler=Profiler(profile_steps, directory.profile, comm) if profile_steps else None,
         measuring=Measuring(comm, read_usage_of(compute.device)) if is_measured else None,
+        may_shrink=given is not None and given.batch.micro_size == "auto",
+        regroup=regroup,
+        identity=setup_digests(given, splits.identity) if given and comm.is_elastic else (),
     )
     if comm.rank == 0:
         directory.save_config(config)
         let_write(trainer, directory, session, is_new=resume_point.contents is None)
-        _warn_of_lost_noise(noise, compute.precision, progress.step)
+        _warn_of_lost_noise(state.noise, compute.precision, progress.step)
     return trainer
+
+
+def _set_up_device(config: Config, comm: Communicator) -> tuple[Config, Compute]:
+    """Return `config` with the device that it leaves to `auto`, and what this rank computes with. Raises UsageError."""
+    device = share_out_devices(comm, config.run.device, config.comm.timeout)
+    if config.batch.dealing == "dynamic" and device.type != "cpu":
+        raise UsageError(
+            "batch.dealing=dynamic works on CPUs: a process queues its GPU's work long before the GPU is ready for it, "
+            "so it cannot tell when to take the next micro-batch; set batch.dealing to measured",
+            code="dealing-device",
+        )
+    config = with_device(config, "cuda" if device.type == "cuda" else "cpu")
+    compute = run_on_all_ranks(comm, partial(set_up_compute, config.precision, device), "set up its device")
+    return config, compute
 
 
 def let_write(trainer: Trainer, directory: RunDirectory, session: Session, *, is_new: bool = False) -> None:
@@ -224,6 +227,31 @@ def _build_network(config: Config, device: torch.device) -> tuple[nn.Module, Fla
         if runs_sequentials_whole(config.model.name):
             join_relus(network)
         return network, FlatWeights(network)
+
+
+def _build_state(
+    config: Config,
+    resume_point: ResumePoint,
+    comm: Communicator,
+    device: torch.device,
+    epochs: Epochs,
+    scheduled: Epochs,
+) -> tuple[TrainState, Progress]:
+    """Return the state and the progress with which training begins; those of rank 0, unless this rank is joining."""
+    network, weights = run_on_all_ranks(comm, partial(_build_network, config, device), "build the model")
+    steps = scheduled.steps(config.run.epochs)
+    state = TrainState(
+        network,
+        weights,
+        build_optimizer(config.optimizer, weights),
+        Averaging(config.averaging, weights, epochs.stages[0].steps_per_epoch),
+        build_noise(config.noise, weights, seed=config.run.seed, total_steps=steps, rank=comm.rank),
+    )
+    progress = run_on_all_ranks(comm, partial(_restore, resume_point, scheduled, state), "restore the checkpoint")
+    if not comm.is_joining:
+        progress = shared_progress(comm, progress)
+        state.broadcast(comm)
+    return state, progress
 
 
 def _restore(resume_point: ResumePoint, scheduled: Epochs, state: TrainState) -> Progress:

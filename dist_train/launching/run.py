@@ -44,7 +44,7 @@ from dist_train.rundir.paths import (
 from dist_train.rundir.records import Observer, Outcome, read_last_records, record_key, rewind
 from dist_train.start_up import without_collection
 from dist_train.training.compute import share_of_threads
-from dist_train.training.consistency import check_consistent_across_ranks, setup_digests
+from dist_train.training.consistency import check_consistent_across_ranks
 from dist_train.training.stopping import StopRequests
 from dist_train.training.trainer import Trainer
 
@@ -113,16 +113,16 @@ def train(config: Config, run_directory: Path | str | None = None, observers: Se
                 _logger.warning("%s", warning)
         try:
             with without_collection():
-                trainer = assemble(settled, resume_point, directory, comm, session, stop, observers=observers)
+                trainer = assemble(
+                    *(settled, resume_point, directory, comm, session, stop),
+                    given=config,
+                    observers=observers,
+                    regroup=regroup,
+                )
             stack.callback(trainer.close)
-            trainer.may_shrink = config.batch.micro_size == "auto"
-            if comm.is_elastic:
-                trainer.regroup = regroup
-                trainer.identity = setup_digests(config, trainer.splits.identity)
-            if comm.is_joining:
-                session.trainer = trainer
-            else:
-                session.begin(trainer, resume_point)
+            session.trainer = trainer
+            if not comm.is_joining:
+                session.begin(resume_point)
             trainer.run()
         except Exception as error:
             if isinstance(error, RankLostError) and watchdog is not None and (missing := watchdog.absent()):
@@ -175,7 +175,7 @@ class Regrouping:
 
         await_on_all_ranks(comm, take_over, "take over the run directory")
         nodes = gather_str(comm, socket.gethostname(), "nodes")
-        self.session.note_generation(trainer, nodes)
+        self.session.note_generation(nodes)
         if self._owes_records:
             written = {record_key(record) for record in read_last_records(self.directory.metrics, _RECENT_BYTES)}
             for record in trainer.recent.all():

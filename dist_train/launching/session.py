@@ -80,29 +80,33 @@ class Session:
         self.lock = lock
         self.status = self._status_file()
 
-    def note_generation(self, trainer: Trainer, nodes: tuple[str, ...]) -> None:
+    @property
+    def _running(self) -> Trainer:
+        assert self.trainer is not None, "set before anything is reported of it"
+        return self.trainer
+
+    def note_generation(self, nodes: tuple[str, ...]) -> None:
         """Report that the ranks, on `nodes`, have met again. All ranks call it."""
-        self._show_facts(trainer, nodes)
+        self._show_facts(nodes)
         if self.status:
             self.status.change(
-                "running", **_progress_of(trainer), world_size=self.comm.size, generation=self.comm.generation
+                "running", **_progress_of(self._running), world_size=self.comm.size, generation=self.comm.generation
             )
 
-    def _show_facts(self, trainer: Trainer, nodes: tuple[str, ...]) -> str:
+    def _show_facts(self, nodes: tuple[str, ...]) -> str:
         """Tell the observers the facts of this generation of ranks, and return the revision of the code, on rank 0."""
         # Rank 0 alone: in a large launch every rank would start git on the same file system.
         code = revision() if self.status else ""
         if self.observers:
-            facts = run_facts(trainer, self.directory, self._launched, code, self.run_id, nodes)
+            facts = run_facts(self._running, self.directory, self._launched, code, self.run_id, nodes)
             (self.observers.regroup if self._observers_have_begun else self.observers.begin)(facts)
         self._observers_have_begun = True
         return code
 
-    def begin(self, trainer: Trainer, resume_point: ResumePoint) -> None:
+    def begin(self, resume_point: ResumePoint) -> None:
         """Report that training begins, and from what. All ranks call it."""
-        self.trainer = trainer
-        nodes = gather_str(self.comm, socket.gethostname(), "nodes")
-        code = self._show_facts(trainer, nodes)
+        trainer = self._running
+        code = self._show_facts(gather_str(self.comm, socket.gethostname(), "nodes"))
         if self.status is None:
             return
         parts = len(trainer.plan.micro_batches)
@@ -122,16 +126,17 @@ class Session:
             trainer.event("requeued", restart=job.restarts)
         if resume_point.contents is not None:
             trainer.event("resumed", ranks=self.comm.size)
-            self._note_changed_plugins(trainer, resume_point.contents.plugins)
+            self._note_changed_plugins(resume_point.contents.plugins)
         if resume_point.epochs_before is not None:
-            self._record_lengthening(trainer, resume_point.epochs_before)
+            self._record_lengthening(resume_point.epochs_before)
         if (initial := resume_point.initial) is not None:
-            self._note_initial_weights(trainer, initial)
+            self._note_initial_weights(initial)
         environment = launch_environment(code, self.comm.backend, trainer.take_step.compute.device)
         environment |= {f"plug-in {name}": digest for name, digest in trainer.plugins.items()}
         self.status.change("running", **_progress_of(trainer), environment=environment)
 
-    def _note_initial_weights(self, trainer: Trainer, initial: InitialWeights) -> None:
+    def _note_initial_weights(self, initial: InitialWeights) -> None:
+        trainer = self._running
         details: dict[str, int | str] = {} if initial.step is None else {"checkpoint_step": initial.step}
         _logger.info("the weights are those of %s%s", initial.path, f", step {initial.step}" if details else "")
         classes = trainer.config.data.image_format.classes
@@ -140,13 +145,15 @@ class Session:
             details["from_seed"] = heads
         trainer.event("initialized", checkpoint=str(initial.path), sha256=initial.sha256, **details)
 
-    def _note_changed_plugins(self, trainer: Trainer, before: Mapping[str, str]) -> None:
+    def _note_changed_plugins(self, before: Mapping[str, str]) -> None:
+        trainer = self._running
         now = trainer.plugins
         if changed := ", ".join(sorted(name for name in {*before, *now} if before.get(name) != now.get(name))):
             _logger.warning("plug-ins have changed since the checkpoint was saved: %s", changed)
             trainer.event("plugins_changed", files=changed)
 
-    def _record_lengthening(self, trainer: Trainer, before: int) -> None:
+    def _record_lengthening(self, before: int) -> None:
+        trainer = self._running
         now, step = trainer.config.run.epochs, trainer.progress.step
         _logger.info(
             "lengthened from %d to %d epochs: schedules are laid out anew over %d updates; the next one has learning "

@@ -85,7 +85,8 @@ def begun(
     session = Session(directory, comm, Observers([told]))
     resume_point = ResumePoint(config, contents)
     trainer = assemble(config, resume_point, directory, comm, session, StopRequests())
-    session.begin(trainer, resume_point)
+    session.trainer = trainer
+    session.begin(resume_point)
     return session, told
 
 
@@ -347,6 +348,7 @@ def test_a_loss_right_after_a_takeover_loses_no_record_of_the_former_rank_0(tmp_
             return
         trainer.recent.add(written)
         trainer.recent.add(former)
+        session.trainer = trainer
         session.comm = trainer.comm = LosesOneWhileItMeets()
         with ExitStack() as stack:
             regroup = Regrouping(small_config(), directory, session, stack, [own])
