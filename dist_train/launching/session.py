@@ -89,9 +89,8 @@ class Session:
         """Report that the ranks, on `nodes`, have met again. All ranks call it."""
         self._show_facts(nodes)
         if self.status:
-            self.status.change(
-                "running", **_progress_of(self._running), world_size=self.comm.size, generation=self.comm.generation
-            )
+            fields = self._running.status_fields()
+            self.status.change("running", **fields, world_size=self.comm.size, generation=self.comm.generation)
 
     def _show_facts(self, nodes: tuple[str, ...]) -> str:
         """Tell the observers the facts of this generation of ranks, and return the revision of the code, on rank 0."""
@@ -133,7 +132,7 @@ class Session:
             self._note_initial_weights(initial)
         environment = launch_environment(code, self.comm.backend, trainer.take_step.compute.device)
         environment |= {f"plug-in {name}": digest for name, digest in trainer.plugins.items()}
-        self.status.change("running", **_progress_of(trainer), environment=environment)
+        self.status.change("running", **trainer.status_fields(), environment=environment)
 
     def _note_initial_weights(self, initial: InitialWeights) -> None:
         trainer = self._running
@@ -230,8 +229,7 @@ class Session:
         if self.status is None and not self._others_continue:
             status = self._status_file()
             if self.trainer is not None:
-                status.note(**_progress_of(self.trainer), best_accuracy=self.trainer.progress.best_accuracy)
-                status.note(samples_per_second=self.trainer.samples_per_second)
+                status.note(**self.trainer.status_fields())
             status.end("failed", ExitCode.FAULT, f"rank {self.comm.rank}: {reason}")
 
     def _status_file(self) -> StatusFile:
@@ -265,8 +263,7 @@ class Session:
         # Before the observers end, which may wait for a last scrape: a launcher may not wait that long.
         if self.status and not is_recorded:
             if self.trainer:
-                best = self.trainer.progress.best_accuracy
-                self.status.progress(**_progress_of(self.trainer), best_accuracy=best)
+                self.status.progress(**self.trainer.status_fields())
             self.status.end(state, code, reason)
         self.observers.end(outcome)
         return outcome
@@ -275,11 +272,6 @@ class Session:
         checkpoints = list_checkpoints(self.directory.checkpoints)
         good = [file for file in checkpoints if file.metrics.get("non_finite_step") != file.step]
         return f"the last good checkpoint is {good[-1].path}" if good else "there is no good checkpoint"
-
-
-def _progress_of(trainer: Trainer) -> dict[str, float]:
-    """Return the fields of the status that say how far the run is."""
-    return {"step": trainer.progress.step, "epoch": trainer.epoch, "total_steps": trainer.last_step}
 
 
 def build_observers(

@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal, TypedDict, Unpack
 
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -63,13 +63,32 @@ class Status:
     metrics: str = ""  # the URL at which rank 0 serves the run's metrics; empty while it does not
 
     def ended(self, state: State, code: ExitCode, reason: str) -> Status:
-        """Return the final status, in `state`, of a launch whose processes have all ended."""
+        """Return the final status, in `state`, of a launch."""
         now = _now()
         return replace(self, state=state, exit_code=int(code), reason=reason, finished=now, updated=now, metrics="")
 
     def to_json(self) -> str:
         """Return the text of the file."""
         return json_text(asdict(self), indent=2) + "\n"
+
+
+class ProgressFields(TypedDict, total=False):
+    """The fields of `Status` that say how far a run is."""
+
+    step: int
+    epoch: float
+    total_steps: int | None
+    best_accuracy: float | None
+    samples_per_second: float | None
+
+
+class StatusFields(ProgressFields, total=False):
+    """The fields of `Status` that a launch sets while it runs."""
+
+    world_size: int
+    reason: str
+    generation: int
+    environment: Mapping[str, str]
 
 
 _STATUS = TypeAdapter(Status)
@@ -109,16 +128,16 @@ class StatusFile:
         )
         self._written = 0.0
 
-    def note(self, **fields: Any) -> None:
+    def note(self, **fields: Unpack[ProgressFields]) -> None:
         """Set `fields`, to be written with the next write."""
         self.current = replace(self.current, **fields)
 
-    def change(self, state: State, **fields: Any) -> None:
+    def change(self, state: State, **fields: Unpack[StatusFields]) -> None:
         """Enter `state` and write at once."""
-        self.note(state=state, **fields)
+        self.current = replace(self.current, state=state, **fields)
         self._write()
 
-    def progress(self, **fields: Any) -> None:
+    def progress(self, **fields: Unpack[ProgressFields]) -> None:
         """Set `fields`, and write them if the last write is at least a second ago.
 
         Does not overwrite a failure that another rank of this launch has recorded: this rank may be a step behind it.
@@ -129,11 +148,12 @@ class StatusFile:
 
     def end(self, state: State, exit_code: ExitCode, reason: str) -> None:
         """Enter the final state of this launch."""
-        self.change(state, exit_code=int(exit_code), reason=reason, finished=_now())
+        self.current = self.current.ended(state, exit_code, reason)
+        self._write()
 
     def _write(self) -> None:
         self._written = time.monotonic()
-        self.note(updated=_now(), metrics="" if self.current.finished else self._metrics())
+        self.current = replace(self.current, updated=_now(), metrics="" if self.current.finished else self._metrics())
         text = self.current.to_json()
         self._file.write(text)
         if self._file.is_refused and self.current.finished is not None:

@@ -36,7 +36,7 @@ from dist_train.outcome import DisagreementError, DivergedError, OutOfMemoryErro
 from dist_train.rundir.epochs import Epochs
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import Detail, EvaluationRecord, EventRecord, Record, TrainRecord
-from dist_train.rundir.status import StatusFile
+from dist_train.rundir.status import ProgressFields, StatusFile
 from dist_train.training.consistency import verify_agreement
 from dist_train.training.dealing import Batches
 from dist_train.training.evaluation import Evaluation, evaluate, recompute_statistics, statistics_samples
@@ -148,6 +148,16 @@ class Trainer:
     def samples_per_second(self) -> float | None:
         """Training samples per second, over the updates of this launch."""
         return self._samples_done / self._busy_seconds if self._busy_seconds else None
+
+    def status_fields(self) -> ProgressFields:
+        """Return how far the run is, for its status."""
+        return {
+            "step": self.progress.step,
+            "epoch": self.epoch,
+            "total_steps": self.last_step,
+            "best_accuracy": self.progress.best_accuracy,
+            "samples_per_second": self.samples_per_second,
+        }
 
     def run(self) -> None:
         """Train to the end, with the evaluations and checkpoints that are due.
@@ -303,12 +313,7 @@ class Trainer:
         self.saving.report()
         self.observers.progress(step)
         if self.status:
-            self.status.progress(
-                step=step,
-                epoch=self.epoch,
-                best_accuracy=self.progress.best_accuracy,
-                samples_per_second=self.samples_per_second,
-            )
+            self.status.progress(**self.status_fields())
         if self.time_limit.is_near(time.time()):
             self.stop.request("time limit")
         if update.stop_requested and step < self.last_step and not self.stopped_early:

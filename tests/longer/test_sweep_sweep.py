@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +57,9 @@ def write_run(run: PlannedRun, state: str, code: ExitCode | None = None, reason:
     """Write the files of a run in `state`."""
     run.directory.mkdir(parents=True)
     (run.directory / "config.yaml").write_text(dump_config(run.config))
-    status = StatusFile(run.directory / "status.json", 1)
-    status.change(state, exit_code=code, reason=reason, **fields)  # type: ignore[arg-type]
+    path = run.directory / "status.json"
+    status = replace(StatusFile(path, 1).current, state=state, exit_code=code, reason=reason, **fields)  # type: ignore[arg-type]
+    path.write_text(status.to_json())
 
 
 def folder_files(plan: Plan) -> list[str]:
