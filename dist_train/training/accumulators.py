@@ -50,7 +50,7 @@ class GradientAccumulator(ABC):
         self._range_checks: list[torch.Tensor] = []
         """Scalars whose absolute values are within `limit` if all gradients so far are."""
         self.largest = torch.zeros(0, dtype=torch.int64, device=self._gradients.device)
-        """What this rank adds to the sums that `fits` takes, int64 on the device; here none are needed."""
+        """What this rank adds to the sums that `settle` takes, int64 on the device; here none are needed."""
 
     def clear(self) -> None:
         """Begin a step."""
@@ -99,8 +99,8 @@ class GradientAccumulator(ABC):
     def receive(self, bucket: Bucket) -> None:
         """Leave the sum where the gradients are."""
 
-    def fits(self, largest: Sequence[int]) -> bool:
-        """Whether the gradients are those of the global batch, by the sum of `largest` over all ranks.
+    def settle(self, largest: Sequence[int]) -> bool:
+        """Prepare the next sums by that of `largest` over all ranks; return whether those received are correct.
 
         If they are not, the update must be repeated; what has changed for that is the same on all ranks. Call this
         once, after everything has been received.
@@ -290,8 +290,8 @@ class GridAccumulator(GradientAccumulator):
         which = slice(bucket.first, bucket.last)
         torch._foreach_mul_(self._tensors[which], [2.0**-exponent for exponent in self._exponents[which]])
 
-    def fits(self, largest: Sequence[int]) -> bool:
-        """Whether no sum can have left its integers; choose the grids of the update to come, or of this one anew."""
+    def settle(self, largest: Sequence[int]) -> bool:
+        """Choose the grids of the update to come, or of this one anew; return whether all sums fitted."""
         bounds = [max(largest[first:last]) for first, last in pairwise(self._filters)]
         fits = self._total.dtype == torch.int64 or max(bounds) < 2 ** (self._bits - 1)
         self._grids.follow(bounds)

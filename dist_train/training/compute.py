@@ -124,7 +124,7 @@ def share_of_threads(local_size: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // local_size)
 
 
-def fits_memory(work: Callable[[], object]) -> bool:
+def runs_in_memory(work: Callable[[], object]) -> bool:
     """Call `work`; return False if memory runs out. Raises UsageError if an operator has no deterministic kernel."""
     failed_before = failed_allocations()
     try:

@@ -30,7 +30,7 @@ from dist_train.models.norms import BatchStatistics, collect_statistics, norm_mo
 from dist_train.outcome import DivergedError, OutOfMemoryError, UsageError, check_choice
 from dist_train.reproducible import generator
 from dist_train.rundir.atomic import finite
-from dist_train.training.compute import Compute, fits_memory, fitting_memory, set_up_compute, share_of_threads
+from dist_train.training.compute import Compute, fitting_memory, runs_in_memory, set_up_compute, share_of_threads
 from dist_train.training.reduction import Tally
 
 _MAY_CHANGE = frozenset(
@@ -85,7 +85,7 @@ def evaluate(
                 sums[1, batch.index] = ((logits.argmax(dim=1) == labels) & losses.isfinite()).sum()
                 after_batch()
 
-    if not fits_memory(add_up):
+    if not runs_in_memory(add_up):
         sums[2, share[0].index] = 1.0
     model.train(was_training)
     # Each slot is zero on all ranks but one, so the float sum over the ranks is exact.
@@ -137,7 +137,7 @@ def recompute_statistics(
                 model(inputs)
                 statistics.collect(len(inputs))
 
-    fits = fits_memory(collect)
+    fits = runs_in_memory(collect)
     model.train(was_training)
     tally.send(out_of_memory=not fits)
     total = tally.result()

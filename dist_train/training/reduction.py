@@ -47,7 +47,7 @@ class GradientReduction:
     def __init__(self, weights: FlatWeights, accumulator: GradientAccumulator, buckets: Sequence[Bucket]) -> None:
         self._weights = weights
         self.accumulator = accumulator
-        """Its `out_of_range` is valid after `send`, what it `fits` after `finish`."""
+        """Its `out_of_range` is valid after `send`, and `settle` may be called after `finish`."""
         self._buckets = tuple(buckets)
         self._loss_scale = 1.0
         self._missing: dict[int, int] = {}
@@ -228,7 +228,7 @@ class TallyResult:
     out_of_memory: int
     stop: int
     largest: list[int] = field(compare=False)
-    """The sums that `GradientAccumulator.fits` takes."""
+    """The sums that `GradientAccumulator.settle` takes."""
     paces: tuple[int, ...] = field(compare=False, repr=False)
     """The `GlobalBatch.pace` of every rank."""
     meet: int

@@ -139,7 +139,7 @@ class TrainingStep:
         """
         self.clock.start()
         repeats = 0
-        while self._must_repeat(total := self._compute_gradient(batch, stop_requested)):
+        while self._prepare_repeat(total := self._compute_gradient(batch, stop_requested)):
             repeats += 1
         _check(total, batch, len(self.noise.points(0)))
         with record_function("update"), self.clock.part("optimizer"):
@@ -156,11 +156,11 @@ class TrainingStep:
             self.loss_scale.note_update()
         return Update(total, repeats, self.clock.times())
 
-    def _must_repeat(self, total: TallyResult) -> bool:
-        """Whether the gradient must be computed again, with a smaller loss scale or on coarser grids."""
+    def _prepare_repeat(self, total: TallyResult) -> bool:
+        """Lower the loss scale, or choose coarser grids, if the gradient must be computed again; return whether."""
         if total.out_of_memory:
             return False
-        return self.loss_scale.lower() if total.out_of_range else not self.reduction.accumulator.fits(total.largest)
+        return self.loss_scale.lower() if total.out_of_range else not self.reduction.accumulator.settle(total.largest)
 
     def _compute_gradient(self, batch: GlobalBatch, stop_requested: Callable[[], bool]) -> TallyResult:
         """Compute the global gradient at the perturbed weights into `weights.gradients`; restore the clean weights."""

@@ -81,8 +81,8 @@ class TimeLimit:
         """Note that a checkpoint was on disk `seconds` after its beginning."""
         self._longest_save = max(self._longest_save, seconds)
 
-    def is_near(self, now: float) -> bool:
-        """Return whether the run must be asked to stop now; call it at the end of each step.
+    def check(self, now: float) -> bool:
+        """Note the end of a step, and return whether the run must be asked to stop now; may ask Slurm for the limit.
 
         Ranks learn of a request in the next step, and this is next called a step later: hence room for two steps, each
         as long as the longest so far, its evaluation included. A checkpoint gets twice its longest time.

@@ -314,7 +314,7 @@ class Trainer:
         self.observers.progress(step)
         if self.status:
             self.status.progress(**self.status_fields())
-        if self.time_limit.is_near(time.time()):
+        if self.time_limit.check(time.time()):
             self.stop.request("time limit")
         if update.stop_requested and step < self.last_step and not self.stopped_early:
             self._stop()

@@ -88,7 +88,7 @@ class Updates:
     def make(self, mine: Sequence[Tensor]) -> Reduced:
         """Make an update by the gradients `mine` of this rank."""
         repeats, exponents = 0, self.exponents
-        while not self.reduction.accumulator.fits(largest := self.once(mine)):
+        while not self.reduction.accumulator.settle(largest := self.once(mine)):
             repeats, exponents = repeats + 1, self.exponents
             assert repeats < 10
         self.progress.step += 1
@@ -170,7 +170,7 @@ def test_wherever_the_bound_holds_the_sum_is_that_in_64_bits(
     expected = integers_of(gradients, start)
     parts = expected.abs().split(SIZES)
     assert all(int(part.max()) <= bound for part, bound in zip(parts, updates.bounds(largest), strict=True))
-    if updates.reduction.accumulator.fits(largest):
+    if updates.reduction.accumulator.settle(largest):
         assert torch.equal(summed, expected.float().double() / scales_of(start))
     else:
         assert max(largest) >= 2 ** (bits - 1)

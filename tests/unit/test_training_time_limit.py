@@ -14,13 +14,13 @@ from tests.unit.small_trainers import build_trainer, small_config
 def first_near(limit: TimeLimit, seconds_a_step: float) -> float:
     """Return when a run that takes so long for each step is asked to stop."""
     now = 0.0
-    while not limit.is_near(now):
+    while not limit.check(now):
         now += seconds_a_step
     return now
 
 
 def test_a_job_without_a_limit_is_never_near_its_end() -> None:
-    assert not any(TimeLimit(None).is_near(now) for now in (0.0, 1e12))
+    assert not any(TimeLimit(None).check(now) for now in (0.0, 1e12))
 
 
 @pytest.mark.parametrize("seconds_a_step", [0.1, 3.0, 40.0])
@@ -35,8 +35,8 @@ def test_a_step_and_a_save_fit_in_what_is_left(seconds_a_step: float, seconds_a_
 
 def test_an_evaluation_counts_as_part_of_its_step() -> None:
     limit = TimeLimit(1000.0)
-    assert not any(limit.is_near(now) for now in (0.0, 1.0, 101.0, 102.0))
-    assert limit.is_near(800.0)
+    assert not any(limit.check(now) for now in (0.0, 1.0, 101.0, 102.0))
+    assert limit.check(800.0)
 
 
 def test_an_extended_limit_is_noticed_before_the_run_stops() -> None:
@@ -45,7 +45,7 @@ def test_an_extended_limit_is_noticed_before_the_run_stops() -> None:
     asked = first_near(limit, 1.0)
     assert 3000 - 30 < asked < 3000 - 15
     assert not ends
-    assert limit.is_near(asked + 1), "Slurm is not asked again"
+    assert limit.check(asked + 1), "Slurm is not asked again"
 
 
 def test_a_limit_that_slurm_does_not_know_stays() -> None:
@@ -60,7 +60,7 @@ def test_slurm_is_asked_for_the_end_of_the_job(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_JOB_END_TIME", "1000")
     limit = job_time_limit()
-    assert not limit.is_near(990.0)
+    assert not limit.check(990.0)
     assert limit.end is not None
     assert abs(limit.end - 2e9) <= 86400
 
@@ -77,6 +77,6 @@ def test_a_run_near_its_limit_is_saved_and_stopped(tmp_path: Path) -> None:
 def test_the_limit_is_that_of_the_slurm_job(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_JOB_END_TIME", "1000")
-    assert job_time_limit().is_near(990.0)
+    assert job_time_limit().check(990.0)
     monkeypatch.delenv("SLURM_JOB_ID")
-    assert not job_time_limit().is_near(990.0)
+    assert not job_time_limit().check(990.0)
