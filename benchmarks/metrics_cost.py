@@ -16,7 +16,7 @@ from benchmarks.subject import QUIET, open_trainer, settings
 from benchmarks.timing import Ratio, compare, ratio_of, timed
 from dist_train.cluster.communicator import Alone
 from dist_train.monitoring.prometheus.board import Board
-from dist_train.monitoring.prometheus.page import MetricsPage
+from dist_train.monitoring.prometheus.metrics import MetricsPage
 from dist_train.rundir.records import Measurement, Outcome, RankMeasurement, RunFacts, StepParts
 from dist_train.training.trainer import Trainer
 

@@ -8,11 +8,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
 from dist_train.outcome import ExitCode, FaultError, PeerFailedError, UsageError, exit_code_of
+
+if TYPE_CHECKING:
+    from mpi4py.MPI import Comm
 
 Result = TypeVar("Result")
 
@@ -179,6 +182,30 @@ class Communicator:
 
 class Alone(Communicator):
     """The only rank."""
+
+
+class MpiCommunicator(Communicator):
+    """The ranks over MPI by mpi4py, for CPU tensors: for work that they share without training."""
+
+    def __init__(self, communicator: Comm, local: Comm) -> None:
+        self.backend = "mpi4py"
+        self.has_nccl = False
+        self._communicator = communicator
+        self.rank = communicator.Get_rank()
+        self.size = communicator.Get_size()
+        self.local_rank = local.Get_rank()
+        self.local_size = local.Get_size()
+
+    def allreduce_async(self, tensor: torch.Tensor, name: str) -> Pending:
+        """Sum the contiguous `tensor` over all ranks, in place."""
+        from mpi4py import MPI
+
+        self._communicator.Allreduce(MPI.IN_PLACE, tensor.numpy())
+        return Pending()
+
+    def broadcast(self, tensor: torch.Tensor, name: str, root: int = 0) -> None:
+        """Overwrite `tensor` with that of rank `root`."""
+        self._communicator.Bcast(tensor.numpy(), root=root)
 
 
 def signed_digest(content: bytes) -> int:

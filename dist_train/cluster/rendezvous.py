@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
-from dist_train.cluster.communicator import Alone, Communicator
+from dist_train.cluster.communicator import Alone, Communicator, MpiCommunicator
 from dist_train.cluster.inspection import check_recovery
 from dist_train.cluster.launch import IN_CALLBACK, current_launch, engine_of, is_elastic, is_installed
 from dist_train.config.sections import Engine
@@ -112,7 +112,6 @@ def join_points() -> Communicator:
         raise UsageError(
             f"mpi4py cannot be used ({error}): run make setup, or start with dist-train launch", code="mpi4py-missing"
         ) from error
-    from dist_train.cluster.mpi import MpiCommunicator
 
     communicator = MPI.COMM_WORLD
     if communicator.Get_size() != launch.size:

@@ -11,8 +11,7 @@ import pytest
 
 from benchmarks.metrics_table import metrics_markdown, with_table
 from dist_train.monitoring.prometheus.board import STEP_SECONDS, Board, bounds_around, is_stalled
-from dist_train.monitoring.prometheus.metrics import METRICS, Scope
-from dist_train.monitoring.prometheus.page import MetricsPage
+from dist_train.monitoring.prometheus.metrics import METRICS, MetricsPage, Scope
 from dist_train.outcome import UsageError
 from dist_train.rundir.records import (
     EVENTS,

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import urlsplit
 
 from dist_train.monitoring.prometheus.messages import ServingPlan, plan_of
-from dist_train.monitoring.prometheus.page import CONTENT_TYPE
+from dist_train.monitoring.prometheus.metrics import CONTENT_TYPE
 from dist_train.outcome import UsageError
 
 if TYPE_CHECKING:

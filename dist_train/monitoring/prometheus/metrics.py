@@ -1,4 +1,7 @@
-"""All metrics: name, kind, meaning, and how each is read from a snapshot. To add a metric, add a row to METRICS."""
+"""All metrics: name, kind, meaning, and how each is read from a snapshot. To add a metric, add a row to METRICS.
+
+And the page that shows them, in Prometheus's text format.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
+from itertools import accumulate
 from operator import attrgetter
+from threading import Lock
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-from dist_train.monitoring.prometheus.board import OUTCOMES, STATES, Buckets, Snapshot
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+from prometheus_client.metrics_core import Metric as Family
+from prometheus_client.registry import Collector
+
+from dist_train.monitoring.prometheus.board import OUTCOMES, STATES, Board, Buckets, Snapshot
 from dist_train.rundir.records import EvaluationRecord, RankMeasurement, TrainRecord
 
 Kind: TypeAlias = Literal["gauge", "counter", "histogram", "info"]
@@ -382,3 +391,48 @@ METRICS: tuple[Metric, ...] = (
 def metrics_of(rank: int) -> tuple[Metric, ...]:
     """Return the metrics on the page of rank `rank`."""
     return tuple(metric for metric in METRICS if rank == 0 or metric.scope is not Scope.RUN)
+
+
+class Families(Collector):
+    """A prometheus_client collector, for `generate_latest`, of the metrics of a rank's page at the snapshot `now`."""
+
+    def __init__(self, now: Snapshot) -> None:
+        self._now = now
+
+    def collect(self) -> Iterable[Family]:
+        """Yield the metrics with their values."""
+        for metric in metrics_of(self._now.facts.rank):
+            # The library appends these suffixes to a family's name.
+            short = metric.name.removesuffix("_total").removesuffix("_info")
+            family = Family(short, metric.meaning, metric.kind)
+            for value, label_values in metric.take(self._now):
+                labels = dict(zip(metric.labels, label_values, strict=True))
+                if isinstance(value, Buckets):
+                    for bound, count in zip((*value.bounds, "+Inf"), accumulate(value.counts), strict=True):
+                        family.add_sample(f"{metric.name}_bucket", {**labels, "le": str(bound)}, count)
+                    family.add_sample(f"{metric.name}_count", labels, sum(value.counts))
+                    family.add_sample(f"{metric.name}_sum", labels, value.total)
+                else:
+                    family.add_sample(metric.name, labels, value)
+            yield family
+
+
+CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4  # every Prometheus reads it; OpenMetrics takes twice as long to write
+
+
+class MetricsPage:
+    """Renders a board; the page is cached until the board changes."""
+
+    def __init__(self, board: Board) -> None:
+        self._board = board
+        self._lock = Lock()
+        self._shown: Snapshot | None = None
+        self._page = b""
+
+    def render(self) -> bytes:
+        """Return the page, of type `CONTENT_TYPE`."""
+        with self._lock:
+            now = self._board.snapshot()
+            if now is not self._shown:
+                self._page, self._shown = generate_latest(Families(now)), now
+            return self._page

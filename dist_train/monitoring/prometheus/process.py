@@ -29,7 +29,7 @@ from dist_train.monitoring.prometheus.messages import (
     Warned,
     await_input,
 )
-from dist_train.monitoring.prometheus.page import Families, MetricsPage
+from dist_train.monitoring.prometheus.metrics import Families, MetricsPage
 from dist_train.rundir.records import (
     EVENTS,
     EvaluationRecord,
