@@ -126,7 +126,7 @@ def test_a_failure_that_another_process_of_the_launch_told_is_not_overwritten_by
 
 def test_a_field_that_there_is_not_is_refused(path: Path) -> None:
     with pytest.raises(TypeError):
-        StatusFile(path, 1).progress(stepp=1)
+        StatusFile(path, 1).progress(stepp=1)  # type: ignore[call-arg]  # the mistake that is refused
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"state": "running"}', "\xff"])

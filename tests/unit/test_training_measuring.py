@@ -176,15 +176,15 @@ def test_a_run_that_begins_with_another_s_weights_measures_the_distance_from_the
     train(small_config(run={"epochs": 1}), tmp_path / "other")
 
     def distances(max_steps: int) -> list[float]:
-        unmoved = {"optimizer": {"learning_rate": 0.0}, "metrics": {"enabled": True, "port": 0}}
         run = {"init_from": str(tmp_path / "other"), "max_steps": max_steps}
-        train(small_config(run=run, **unmoved), tmp_path / "run", [seen := Distances()])
+        unmoved = small_config(run=run, optimizer={"learning_rate": 0.0}, metrics={"enabled": True, "port": 0})
+        train(unmoved, tmp_path / "run", [seen := Distances()])
         return seen.measured
 
     assert distances(2) == [0.0, 0.0]
     assert distances(4) == [0.0, 0.0]
     shutil.rmtree(tmp_path / "other")
-    assert all(math.isnan(distance) for distance in distances(6))
+    assert [math.isnan(distance) for distance in distances(6)] == [True, True]
 
 
 def test_norms_are_taken_when_they_are_asked_for_over_any_number_of_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
