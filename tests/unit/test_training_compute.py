@@ -182,6 +182,6 @@ def test_sizes_that_were_tried_leave_no_compiled_kernels(compiler: Compiler) -> 
     config = small_config(batch={"global_size": 16, "micro_size": "auto"}, precision={"compile": True})
     network = nn.Sequential(nn.Conv2d(1, 1, 1), nn.Flatten(), nn.Linear(64, 10))
     model = compiled(network, sizes=2)
-    found = _with_micro_size(config, Alone(), model, FlatWeights(network), Compute(CPU, torch.float32))
-    model(torch.zeros(found.batch.micro_size, 1, 8, 8))
+    assert _with_micro_size(config, Alone(), model, FlatWeights(network), Compute(CPU, torch.float32)) != config
+    model(torch.zeros(16, 1, 8, 8))
     assert compiler.sizes == [2, 4, 8, 16, 16]
