@@ -74,7 +74,8 @@ def test_every_metric_is_on_a_dashboard() -> None:
     plain = {re.sub("_(bucket|sum|count)$", "", metric) for metric in shown}
     # how a run ended, dashboards read from the alerts and the target's labels; alerts alone tell launches' events apart
     left_out = {"dist_train_outcome", "dist_train_events_before_launch"}
-    assert {metric.name for metric in METRICS} - plain == OF_ONE_RANK | left_out
+    not_shown = {metric.name for metric in METRICS if not any(re.fullmatch(name, metric.name) for name in plain)}
+    assert not_shown == OF_ONE_RANK | left_out
 
 
 @dashboard

@@ -342,7 +342,8 @@ def _checkpoints(built: dashboard.Dashboard) -> None:
         curves(
             PanelSpec(
                 "Age of the last checkpoint",
-                "The work that is lost if the run fails now. The alert fires above the second line.",
+                "The work that is lost if the run fails now: since the last checkpoint, or the launch if that is "
+                "later. The alert fires above the second line.",
                 "s",
                 6,
                 8,
