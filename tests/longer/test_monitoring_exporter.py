@@ -299,7 +299,12 @@ def test_last_values_replace_those_of_an_earlier_launch_in_the_group_of_the_run(
         def log_message(self, format: str, *args: object) -> None: ...
 
     with HTTPServer(("127.0.0.1", 0), Gateway) as gateway:
-        thread = threading.Thread(target=lambda: [gateway.handle_request() for _ in range(2)])
+
+        def answer_twice() -> None:
+            gateway.handle_request()
+            gateway.handle_request()
+
+        thread = threading.Thread(target=answer_twice)
         thread.start()
         url = f"http://127.0.0.1:{gateway.server_port}"
         with serving(replace(FACTS, name="demo"), STOPPED, pushgateway=url) as exporter:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import yaml
 from dashboard_generator.links import ALERTS, runbook_path
 from dashboard_generator.runbook import sections
 
-from dist_train.monitoring.prometheus.board import EVENTS
+from dist_train.monitoring.prometheus.board import COUNTED
 from dist_train.monitoring.prometheus.metrics import METRICS
 from tests.services.expressions import (
     DASHBOARDS,
@@ -85,7 +86,7 @@ def healthy_twin(run: str, interval: int, length: int = 2000) -> list[dict[str, 
         **{f"dist_train_{event}_total{{run}}": 0 for event in ("not_finite", "disagreements", "requeues")},
         "dist_train_checkpoint_failures_total{run}": 0,
         'dist_train_events_total{run, event="corrupt_checkpoint"}': 0,
-        **{f'dist_train_events_before_launch{{run, event="{event}"}}': 0 for event in EVENTS},
+        **{f'dist_train_events_before_launch{{run, event="{event}"}}': 0 for event in COUNTED},
     }
     clocks = ("last_progress_timestamp_seconds", "checkpoint_timestamp_seconds", "step_duration_seconds_sum")
     moving = [f"dist_train_{name}{{run}}" for name in (*clocks, "step_duration_seconds_count")]
@@ -244,7 +245,7 @@ def test_failure_is_told_beside_its_reason(reason: str, tmp_path: Path) -> None:
             }
             assert inhibited == {"DistTrainAccuracyFalling"}
             for name in (reason, "DistTrainFailed"):
-                wait_for(lambda name=name: hook.received(name, "a", "firing"), f"{name} is told")
+                wait_for(partial(hook.received, name, "a", "firing"), f"{name} is told")
 
 
 def expectations() -> list[dict[str, Any]]:

@@ -90,7 +90,7 @@ def test_a_report_of_a_folder_has_the_run_whose_name_is_not_utf8(stored: Path) -
 def test_a_name_that_this_locale_cannot_read_is_told_with_the_way_to_read_it(stored: Path) -> None:
     (stored / "fine").rename(stored / "ünïcode")
     variables = {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    words = [sys.executable, "-m", "dist_train", "report", os.fsencode(stored / "ünïcode")]
+    words: list[str | bytes] = [sys.executable, "-m", "dist_train", "report", os.fsencode(stored / "ünïcode")]
     here = {**os.environ, **variables}
     ended = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE, env=here, check=False)
     assert ended.returncode == ExitCode.USAGE

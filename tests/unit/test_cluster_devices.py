@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_train.cluster import joining
+from dist_train.cluster import rendezvous
 from dist_train.cluster.communicator import Communicator, Pending, RankLostError, naming_lost_ranks
 from dist_train.cluster.devices import (
     GpuSigns,
@@ -240,8 +240,8 @@ def test_a_process_whose_gpu_does_not_connect_ends(
             assert ended.wait(30)
             return Pending()
 
-    monkeypatch.setattr(joining, "current_launch", lambda: Launch("torchrun", 8, 3))
-    monkeypatch.setattr(joining, "_HEAD_START_SECONDS", 0.0)
+    monkeypatch.setattr(rendezvous, "current_launch", lambda: Launch("torchrun", 8, 3))
+    monkeypatch.setattr(rendezvous, "_HEAD_START_SECONDS", 0.0)
     connect(Hanging(), torch.device("cpu"), 0.05, ended.set)
     assert "the 8 ranks have not connected" in capsys.readouterr().err
 

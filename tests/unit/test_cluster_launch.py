@@ -12,7 +12,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from dist_train.cluster import horovod, inspection, joining
+from dist_train.cluster import horovod, inspection, rendezvous
 from dist_train.cluster.communicator import Alone
 from dist_train.cluster.launch import MEMBERSHIP_VARIABLE, Launch, StoreAddress, current_launch, engine_of
 from dist_train.cluster.torch_engine import TorchCommunicator
@@ -157,10 +157,10 @@ def test_gloo_under_mpirun_is_refused_with_the_fix(name: str, value: str) -> Non
 def test_a_single_process_is_alone_without_horovod(
     monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
 ) -> None:
-    monkeypatch.setattr(joining, "current_launch", lambda: current_launch(environment))
-    comm = joining.join_ranks(timeout=1.0, device_type="cpu")
+    monkeypatch.setattr(rendezvous, "current_launch", lambda: current_launch(environment))
+    comm = rendezvous.join_ranks(timeout=1.0, device_type="cpu")
     assert isinstance(comm, Alone)
-    assert (comm.rank, comm.size, comm.controller) == (0, 1, "alone")
+    assert (comm.rank, comm.size, comm.backend) == (0, 1, "alone")
 
 
 def test_a_rank_on_a_gpu_joins_no_elastic_run_with_an_old_torch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +168,7 @@ def test_a_rank_on_a_gpu_joins_no_elastic_run_with_an_old_torch(monkeypatch: pyt
     monkeypatch.setenv(MEMBERSHIP_VARIABLE, "127.0.0.1:9")
     monkeypatch.setattr(inspection, "installed_version", lambda package: "2.9.1")
     with raises(UsageError, "torch-too-old"):
-        joining.join_ranks(timeout=1.0, device_type="cuda")
+        rendezvous.join_ranks(timeout=1.0, device_type="cuda")
 
 
 def test_the_process_s_own_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,25 +180,25 @@ def test_the_process_s_own_environment_is_read(monkeypatch: pytest.MonkeyPatch) 
 def test_ranks_that_do_not_meet_are_not_waited_for(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(joining, "current_launch", lambda: Launch("mpirun", 3, 0))
+    monkeypatch.setattr(rendezvous, "current_launch", lambda: Launch("mpirun", 3, 0))
     ended = threading.Event()
-    with joining.meeting_within(0.05, ended.set):
+    with rendezvous.meeting_within(0.05, ended.set):
         assert ended.wait(30)
     assert "[ranks-cannot-meet]" in capsys.readouterr().err
 
 
 def test_ranks_that_do_not_meet_end_without_a_terminal_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(joining, "current_launch", lambda: Launch("mpirun", 3, 0))
+    monkeypatch.setattr(rendezvous, "current_launch", lambda: Launch("mpirun", 3, 0))
     monkeypatch.setattr("sys.stderr", Mock(write=Mock(side_effect=OSError(errno.EIO, "Input/output error"))))
     ended = threading.Event()
-    with joining.meeting_within(0.05, ended.set):
+    with rendezvous.meeting_within(0.05, ended.set):
         assert ended.wait(30)
 
 
 def test_ranks_that_have_met_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(joining, "current_launch", lambda: Launch("mpirun", 3, 0))
+    monkeypatch.setattr(rendezvous, "current_launch", lambda: Launch("mpirun", 3, 0))
     ended = threading.Event()
-    with joining.meeting_within(0.2, ended.set):
+    with rendezvous.meeting_within(0.2, ended.set):
         pass
     assert not ended.wait(0.5)
 

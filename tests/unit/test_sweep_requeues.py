@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,8 @@ def run(tmp_path: Path) -> Path:
 
 def end(run: Path, code: ExitCode, reason: str = "it broke", launch: str = "") -> None:
     file = StatusFile(run / "status.json", world_size=2)
-    file.progress(step=7, launch=launch)
+    file.current = replace(file.current, launch=launch)
+    file.progress(step=7)
     file.end("stopped" if code == ExitCode.STOPPED else "failed", code, reason)
 
 

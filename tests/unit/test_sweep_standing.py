@@ -29,7 +29,8 @@ def test_a_run_at_work_is_judged_beside_its_job(
     monkeypatch.setenv("PATH", str(tmp_path))
     run = small_plan(tmp_path).runs[0]
     run.directory.mkdir(parents=True)
-    StatusFile(run.files.status, 1).change("running", slurm_job="17")
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    StatusFile(run.files.status, 1).change("running")
     monkeypatch.setenv("SLURM_JOB_ID", ours)
     standing = standing_of(run)
     assert (standing.state, standing.then) == expected
