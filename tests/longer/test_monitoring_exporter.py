@@ -299,16 +299,12 @@ def test_last_values_replace_those_of_an_earlier_launch_in_the_group_of_the_run(
         def log_message(self, format: str, *args: object) -> None: ...
 
     with HTTPServer(("127.0.0.1", 0), Gateway) as gateway:
-
-        def answer_twice() -> None:
-            gateway.handle_request()
-            gateway.handle_request()
-
-        thread = threading.Thread(target=answer_twice)
+        thread = threading.Thread(target=gateway.serve_forever, args=(0.1,))
         thread.start()
         url = f"http://127.0.0.1:{gateway.server_port}"
         with serving(replace(FACTS, name="demo"), STOPPED, pushgateway=url) as exporter:
             exporter.record(train(20))
+        gateway.shutdown()
         thread.join()
     (deleted, group, _), (pushed, path, page) = requests
     assert (deleted, pushed) == ("DELETE", "PUT")

@@ -238,12 +238,12 @@ def test_failure_is_told_beside_its_reason(reason: str, tmp_path: Path) -> None:
             headers = {"Content-Type": "application/json"}
             request = urllib.request.Request(f"http://{server}/api/v2/alerts", json.dumps(firing).encode(), headers)
             urllib.request.urlopen(request, timeout=PATIENCE).close()
-            inhibited = {
-                alert["labels"]["alertname"]
-                for alert in json.loads(fetch(f"http://{server}/api/v2/alerts"))
-                if alert["status"]["inhibitedBy"]
-            }
-            assert inhibited == {"DistTrainAccuracyFalling"}
+
+            def inhibited() -> set[str]:
+                alerts = json.loads(fetch(f"http://{server}/api/v2/alerts"))
+                return {alert["labels"]["alertname"] for alert in alerts if alert["status"]["inhibitedBy"]}
+
+            assert wait_for(inhibited, "what follows is inhibited") == {"DistTrainAccuracyFalling"}
             for name in (reason, "DistTrainFailed"):
                 wait_for(partial(hook.received, name, "a", "firing"), f"{name} is told")
 
