@@ -299,7 +299,7 @@ def test_last_values_replace_those_of_an_earlier_launch_in_the_group_of_the_run(
         def log_message(self, format: str, *args: object) -> None: ...
 
     with HTTPServer(("127.0.0.1", 0), Gateway) as gateway:
-        thread = threading.Thread(target=gateway.serve_forever, args=(0.1,))
+        thread = threading.Thread(target=gateway.serve_forever, args=(0.1,), daemon=True)
         thread.start()
         url = f"http://127.0.0.1:{gateway.server_port}"
         with serving(replace(FACTS, name="demo"), STOPPED, pushgateway=url) as exporter:
