@@ -20,7 +20,7 @@ class Saving:
     """Saves checkpoints on the rank that has a `writer`; all ranks of `comm` call `save`, `wait` and `finish`."""
 
     comm: Communicator
-    record_event: Callable[..., None]
+    event: Callable[..., None]
     """Records an event, given its name, step and details."""
     writer: CheckpointWriter | None = None
     time_limit: TimeLimit = field(default_factory=lambda: TimeLimit(None))
@@ -49,11 +49,11 @@ class Saving:
             if isinstance(result, NotWritten):
                 self._not_written = result
                 _logger.error("the checkpoint of step %d could not be written: %s", result.step, result.why)
-                self.record_event("checkpoint_failed", result.step, error=result.why)
+                self.event("checkpoint_failed", result.step, error=result.why)
             else:
                 self._not_written = None
                 self.time_limit.note_saved(result.seconds)
-                self.record_event("checkpoint", result.file.step, **result.details)
+                self.event("checkpoint", result.file.step, **result.details)
 
     def settle(self) -> None:
         """Wait for the checkpoint being written, if any, and record whether it was."""
