@@ -131,7 +131,7 @@ def assemble(
         measuring=Measuring(comm, read_usage_of(compute.device)) if is_measured else None,
         may_shrink=given is not None and given.batch.micro_size == "auto",
         regroup=regroup,
-        identity=setup_digests(given, splits.identity) if given and comm.is_elastic else (),
+        identity=(*setup_digests(given, splits.identity), is_measured) if given and comm.is_elastic else (),
     )
     if comm.rank == 0:
         directory.save_config(config)

@@ -27,7 +27,7 @@ from dist_train.cluster.communicator import (
 from dist_train.outcome import FaultError, UsageError
 from dist_train.rundir.records import Detail, EventRecord, Record, TrainRecord, record_key
 
-_IDENTITY = ("code", "settings", "data")
+_IDENTITY = ("code", "settings", "data", "observers")
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class RankState:
 
     `has_state` is false for a rank that joins. `is_step_complete`: the records, evaluation and checkpoint due after the
     last update are done. `is_writer`: the rank writes records and checkpoints, as rank 0 does. `identity`: digests of
-    its code, settings and data.
+    its code, settings and data, and whether observers or settings want measurements, which all ranks take part in.
     """
 
     has_state: bool
@@ -78,7 +78,8 @@ def plan_recovery(states: Sequence[RankState]) -> Recovery:
 def agree_on_recovery(comm: Communicator, mine: RankState) -> Recovery:
     """Return how all ranks continue, given this rank's state. All ranks call it.
 
-    Raises UsageError if this rank joins with other code, settings or data than the others have.
+    Raises UsageError if this rank joins with other code, settings or data than the others have, or without observers
+    that they measure for.
     """
     rows = gather(comm, mine.row(), "standings")
     states = [RankState(bool(row[0]), row[1], bool(row[2]), bool(row[3]), tuple(row[4:])) for row in rows]
@@ -87,7 +88,7 @@ def agree_on_recovery(comm: Communicator, mine: RankState) -> Recovery:
     if not mine.has_state and (differing := [name for name, here, there in pairs if here != there]):
         raise UsageError(
             f"this rank cannot join the others: its {' and '.join(differing)} differ from theirs. "
-            f"Install the same code, and use the same settings and files on all nodes",
+            f"Install the same code, use the same settings and files on all nodes, and pass observers on all ranks",
             code=f"ranks-differ-in-{differing[0]}",
         )
     return recovery

@@ -55,11 +55,15 @@ def test_without_a_state_there_is_nothing_to_continue() -> None:
         plan_recovery([rank(0, has_state=False)])
 
 
-def test_who_differs_cannot_join() -> None:
+@pytest.mark.parametrize(
+    ("joining", "code"), [((1, 8, 3, 0), "ranks-differ-in-settings"), ((1, 9, 3, 1), "ranks-differ-in-observers")]
+)
+def test_who_differs_cannot_join(joining: tuple[int, ...], code: str) -> None:
     def job(comm: SimulatedRanks) -> Recovery:
-        return agree_on_recovery(comm, RankState(comm.rank == 0, 0, True, comm.rank == 0, (1, 9 - comm.rank, 3)))
+        is_first = comm.rank == 0
+        return agree_on_recovery(comm, RankState(is_first, 0, True, is_first, (1, 9, 3, 0) if is_first else joining))
 
-    with raises(UsageError, "ranks-differ-in-settings"):
+    with raises(UsageError, code):
         results(2, job)
 
 
