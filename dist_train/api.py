@@ -410,7 +410,9 @@ def replay(path: Path | str, step: int) -> Replay:
     before = [each for each in run.steps if each <= step - every]
     begun_at = before[-1] if before else 0
     start = run.directory.checkpoint(begun_at) if before else None
-    settings = read_checkpoint(start).config if start else run.config.model_dump(mode="json")
+    # Read before the overrides, so that a setting's former name does not survive them.
+    begun = parse_config(dict(read_checkpoint(start).config), source="the checkpoint") if start else run.config
+    settings = begun.model_dump(mode="json")
     overrides = [*_replayed(step, start), f"run.epochs={_epochs_at(run, step)}"]
     config = parse_config(with_overrides(settings, overrides), source="the run")
     launch = current_launch()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,8 +34,6 @@ from dist_train.optim.optimizers import state_tensors
 from dist_train.outcome import UsageError, check_choice, reading
 from dist_train.rundir.paths import RunDirectory, checkpoint_name
 
-_logger = logging.getLogger("dist_train.checkpoints")
-
 
 @dataclass(frozen=True)
 class ResumePoint:
@@ -47,6 +44,7 @@ class ResumePoint:
     damage: Mapping[str, str] = field(default_factory=dict)  # what is wrong with damaged checkpoints, by file name
     epochs_before: int | None = None  # if the run is lengthened: those that its schedules spanned so far
     initial: InitialWeights | None = None  # of a new run, if its weights do not come from the seed
+    gone: Path | None = None  # what `run.resume` names, if it is no longer there, and not needed
 
 
 def find_resume_point(config: Config, directory: RunDirectory) -> ResumePoint:
@@ -67,7 +65,7 @@ def find_resume_point(config: Config, directory: RunDirectory) -> ResumePoint:
         try:
             named = find_checkpoint(named)
         except UsageError as error:  # it is needed only if the run has no checkpoint of its own
-            is_missing = error.code == "checkpoint-missing"
+            is_missing = error.code in ("checkpoint-missing", "no-checkpoint", "target-missing")
     damage: dict[str, str] = {}
     contents = None
     try:
@@ -75,7 +73,7 @@ def find_resume_point(config: Config, directory: RunDirectory) -> ResumePoint:
     except NoCompleteCheckpointError:
         if named is None:
             raise
-    is_own = named is not None and named.resolve().parent == checkpoints.resolve()
+    is_own = named is not None and not is_missing and named.resolve().parent == checkpoints.resolve()
     if contents is not None and named is not None and is_own and named.name != checkpoint_name(contents.step):
         # The later ones, and their records, would be lost, or undo this one at the next start.
         raise UsageError(
@@ -83,8 +81,6 @@ def find_resume_point(config: Config, directory: RunDirectory) -> ResumePoint:
             f"from it (another run.name), or move the later ones away and leave run.resume out",
             code="checkpoint-not-last",
         )
-    if contents is not None and is_missing:
-        _logger.warning("%s is gone: the run resumes from its own last checkpoint, step %d", named, contents.step)
     if contents is None and named is not None:
         # The run starts from another run's checkpoint; once it has its own, it resumes from that, as when requeued.
         contents = read_stored(named).contents
@@ -92,7 +88,8 @@ def find_resume_point(config: Config, directory: RunDirectory) -> ResumePoint:
         return ResumePoint(config, None, damage, initial=_initial_weights(config))
     saved = saved_config(contents, config)
     epochs_before = saved.run.epochs if config.run.epochs > saved.run.epochs else None
-    return ResumePoint(with_decisions(config, saved), contents, damage, epochs_before)
+    gone = named if is_missing else None
+    return ResumePoint(with_decisions(config, saved), contents, damage, epochs_before, gone=gone)
 
 
 def _initial_weights(config: Config) -> InitialWeights | None:

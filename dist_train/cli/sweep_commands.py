@@ -311,7 +311,7 @@ def _submit(arguments: argparse.Namespace) -> int:
     plan = describe_batch(config, submission.ranks)
     warn_of_unused(config)
     # Only warnings: a login node may lack files that the job's nodes have.
-    for error in refusals(config):
+    for error in refusals(config, directory):
         say_on_stderr(printable(f"dist-train: warning: on this node: {text_with_code(error)}"))
     # The standard output of a dry run is the script alone, so that it can be piped into a file.
     print("\n".join(plan), file=sys.stderr if arguments.dry_run else sys.stdout)

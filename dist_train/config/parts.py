@@ -59,8 +59,6 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 UserPath = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]
 """A path, in which a leading ~ is the user's home: a shell does not expand it in section.key=~/folder."""
-AbsolutePath = Annotated[UserPath, AfterValidator(Path.absolute)]
-"""The same, made absolute when settings are read: for paths that other programs read from a run's config.yaml."""
 
 
 class Section(BaseModel):

@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from dist_train.config.parts import (
-    AbsolutePath,
     AtLeastTwo,
     AveragingSettings,
     Beta,
@@ -316,7 +315,7 @@ class MetricsSettings(Section):
     """TLS certificate (PEM), with its chain; null: plain HTTP."""
     key_file: UserPath | None = Field(None, examples=["/home/me/metrics.key"])
     """Private key (PEM) of the TLS certificate."""
-    targets_directory: AbsolutePath | None = Field(None, examples=["/shared/targets"])
+    targets_directory: UserPath | None = Field(None, examples=["/shared/targets"])
     """Folder where Prometheus looks for targets (file_sd): the run is listed there, with its outcome for a day after
     its end.
     """

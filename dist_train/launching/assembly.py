@@ -39,7 +39,7 @@ from dist_train.outcome import UsageError
 from dist_train.reproducible import LayerRng
 from dist_train.rundir.epochs import Epochs
 from dist_train.rundir.paths import RunDirectory
-from dist_train.rundir.records import Observer
+from dist_train.rundir.records import Observer, recorded_initial
 from dist_train.training.compute import Compute, LossScale, compiled, fitting_memory, set_up_compute
 from dist_train.training.consistency import check_same_data, setup_digests
 from dist_train.training.graphs import CudaGraphRecorder, GraphRecorder
@@ -84,9 +84,10 @@ def assemble(
     epochs, scheduled = run_on_all_ranks(comm, plan_epochs, "plan the batches")
     total_steps = scheduled.steps(config.run.epochs)
 
-    state, progress = _build_state(config, resume_point, comm, compute.device, epochs, scheduled)
     is_measured = config.metrics.enabled or bool(config.metrics.loggers)
     is_measured = is_measured or any(count for (count,) in gather(comm, [len(observers)], "observers"))
+    of_initial = directory if is_measured and comm.rank == 0 else None
+    state, progress, initial = _build_state(config, resume_point, comm, compute.device, epochs, scheduled, of_initial)
     has_clock = is_measured or config.batch.dealing == "measured"
 
     model: nn.Module = state.network
@@ -135,7 +136,7 @@ def assemble(
     )
     if comm.rank == 0:
         directory.save_config(config)
-        let_write(trainer, directory, session, is_new=resume_point.contents is None)
+        let_write(trainer, directory, session, initial)
         _warn_of_lost_noise(state.noise, compute.precision, progress.step)
     return trainer
 
@@ -154,16 +155,20 @@ def _set_up_device(config: Config, comm: Communicator) -> tuple[Config, Compute]
     return config, compute
 
 
-def let_write(trainer: Trainer, directory: RunDirectory, session: Session, *, is_new: bool = False) -> None:
+def let_write(trainer: Trainer, directory: RunDirectory, session: Session, initial: torch.Tensor | None = None) -> None:
     """Let `trainer`, of rank 0, write what `session` reports, and checkpoints into `directory`.
 
-    `is_new`: the trainer still has the weights that its run begins with.
+    `initial`: the weights that its run began with; None: they are built again, if they are needed.
     """
     config = trainer.config
     other_disk = config.checkpoint.fallback_directory
     fallback = directory.fallback(other_disk) if other_disk else None
     writer = CheckpointWriter(directory.checkpoints, config.checkpoint, session.before_publishing, fallback)
-    norms = _weight_norms(config, trainer.state.weights, is_new=is_new) if trainer.measuring else None
+    norms = None
+    if trainer.measuring:
+        values = trainer.state.weights.values
+        initial = _initial_values(config, directory).to(values.device) if initial is None else initial
+        norms = WeightNorms(values, initial)
     trainer.become_writer(session.observers, session.status, writer, job_time_limit(), norms)
 
 
@@ -236,8 +241,12 @@ def _build_state(
     device: torch.device,
     epochs: Epochs,
     scheduled: Epochs,
-) -> tuple[TrainState, Progress]:
-    """Return the state and the progress with which training begins; those of rank 0, unless this rank is joining."""
+    of_initial: RunDirectory | None,
+) -> tuple[TrainState, Progress, torch.Tensor | None]:
+    """Return the state and the progress with which training begins; those of rank 0, unless this rank is joining.
+
+    And the weights that the run in `of_initial`, if any, began with. Memory is searched for micro-batches after that.
+    """
     network, weights = run_on_all_ranks(comm, partial(_build_network, config, device), "build the model")
     steps = scheduled.steps(config.run.epochs)
     state = TrainState(
@@ -247,11 +256,21 @@ def _build_state(
         Averaging(config.averaging, weights, epochs.stages[0].steps_per_epoch),
         build_noise(config.noise, weights, seed=config.run.seed, total_steps=steps, rank=comm.rank),
     )
-    progress = run_on_all_ranks(comm, partial(_restore, resume_point, scheduled, state), "restore the checkpoint")
+
+    def restore() -> tuple[Progress, torch.Tensor | None]:
+        is_seeded = config.run.init_from is None
+        initial = weights.values.clone() if of_initial and is_seeded else None  # which a checkpoint overwrites
+        progress = _restore(resume_point, scheduled, state)
+        if of_initial and not is_seeded:
+            is_new = resume_point.contents is None
+            initial = weights.values.clone() if is_new else _initial_values(config, of_initial).to(device)
+        return progress, initial
+
+    progress, initial = run_on_all_ranks(comm, restore, "restore the checkpoint")
     if not comm.is_joining:
         progress = shared_progress(comm, progress)
         state.broadcast(comm)
-    return state, progress
+    return state, progress, initial
 
 
 def _restore(resume_point: ResumePoint, scheduled: Epochs, state: TrainState) -> Progress:
@@ -296,21 +315,16 @@ def _warn_of_lost_noise(noise: Noise, precision: torch.dtype, step: int) -> None
         )
 
 
-def _weight_norms(config: Config, weights: FlatWeights, *, is_new: bool) -> WeightNorms:
-    """Return the norms of `weights`, and of their distance from those that the run of `config` began with.
-
-    Unless the run `is_new`, these are built again; without the file that they came from the distance is NaN.
-    """
-    initial = weights.values.clone() if is_new else _initial_values(config).to(weights.values.device)
-    return WeightNorms(weights.values, initial)
-
-
-def _initial_values(config: Config) -> torch.Tensor:
+def _initial_values(config: Config, directory: RunDirectory) -> torch.Tensor:
+    """Build again the weights that the run in `directory` began with; NaN if their file is gone or has changed."""
     network = build_model(config)
     values = FlatWeights(network).values
     if config.run.init_from is not None:
         try:
-            _load_initial(read_initial(config.run.init_from, config.model.name), network, config)
+            initial = read_initial(config.run.init_from, config.model.name)
+            if initial.sha256 != recorded_initial(directory.metrics):
+                raise UsageError(f"{initial.path} is no longer the file that the run began with", code="target-missing")
+            _load_initial(initial, network, config)
         except (OSError, UsageError) as error:
             _logger.warning("the distance from the initial weights is not measured: %s", error)
             return torch.full_like(values, torch.nan)

@@ -268,6 +268,8 @@ def _find_resume_point(config: Config, directory: RunDirectory, comm: Communicat
 
 def _shared_config(comm: Communicator, config: Config) -> Config:
     """Return rank 0's settings, with a number of threads that suits all ranks."""
+    if (folder := config.metrics.targets_directory) is not None:  # other programs read it from config.yaml
+        config = with_setting(config, "metrics.targets_directory", folder.absolute())
     text = broadcast_str(comm, dump_config(config), "config")
     config = parse_config(yaml.safe_load(text), source="rank 0")
     threads = min(threads for (threads,) in gather(comm, [share_of_threads(comm.local_size)], "threads"))

@@ -30,6 +30,7 @@ from dist_train.monitoring.console import open_console
 from dist_train.monitoring.observers import Observers
 from dist_train.monitoring.prometheus.exporter import Exporter
 from dist_train.outcome import (
+    SHARED_ERRORS,
     DisagreementError,
     DivergedError,
     ExitCode,
@@ -116,6 +117,12 @@ class Session:
                 parts,
                 self.comm.size - parts,
                 self.comm.size,
+            )
+        if resume_point.gone is not None:
+            _logger.warning(
+                "%s is gone: the run resumes from its own last checkpoint, step %d",
+                resume_point.gone,
+                trainer.progress.step,
             )
         for name, text in resume_point.damage.items():
             _logger.warning("%s; the checkpoint before it is used", text)
@@ -207,8 +214,10 @@ class Session:
             _logger.info("%s", reason, exc_info=error if is_bug else None)
         if len(reason) > _LONGEST_REASON:
             reason = f"{reason[:_LONGEST_REASON]}... (see the log)"
-        if code == ExitCode.FAULT and not is_recorded and not isinstance(error, PeerFailedError):
-            self._record_fault(reason)
+        # A GPU without memory for NCCL is found by its rank alone, too.
+        is_of_one_rank = code == ExitCode.FAULT or getattr(error, "code", "") == "out-of-memory"
+        if is_of_one_rank and not is_recorded and not isinstance(error, (*SHARED_ERRORS, PeerFailedError)):
+            self._record_fault(code, reason)
         self._end("stopped" if isinstance(error, StoppedError) else "failed", code, reason, is_recorded=is_recorded)
 
     def lose(self, message: str) -> None:
@@ -222,15 +231,15 @@ class Session:
         if self.status:
             self.status.end("failed", ExitCode.FAULT, message)
         else:
-            self._record_fault(message)
+            self._record_fault(ExitCode.FAULT, message)
 
-    def _record_fault(self, reason: str) -> None:
+    def _record_fault(self, code: ExitCode, reason: str) -> None:
         """Record the fault in the status on the rank where it happened, as no other may know of it."""
         if self.status is None and not self._others_continue:
             status = self._status_file()
             if self.trainer is not None:
                 status.note(**self.trainer.status_fields())
-            status.end("failed", ExitCode.FAULT, f"rank {self.comm.rank}: {reason}")
+            status.end("failed", code, f"rank {self.comm.rank}: {reason}")
 
     def _status_file(self) -> StatusFile:
         """Return the status file of this launch, which begins with the progress of the launch before it."""

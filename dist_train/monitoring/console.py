@@ -269,7 +269,7 @@ TERMINAL_VARIABLE = "DIST_TRAIN_TERMINAL"  # `[host:]/dev/pts/N`: launchers put 
 
 def open_console(environment: Mapping[str, str] = os.environ) -> Observer:
     """Return a bar if the output is a terminal, nothing if there is no output, otherwise plain lines."""
-    if sys.stdout is None or sys.stdout.closed:  # as in a daemon
+    if sys.stdout is None or getattr(sys.stdout, "closed", False):  # as in a daemon
         return Observer()
     if environment.get("TERM", "dumb") in ("dumb", "unknown"):
         return PlainLines(sys.stdout)

@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from threading import Lock
 from typing import Annotated, NamedTuple, TypeAlias
@@ -215,6 +216,7 @@ class Outcome:
     last_checkpoint: Path | None
 
 
+_EVENTS_BEFORE_TRAINING = 100  # more than there are
 _RESERVED = frozenset({"kind", "step", "event", "time"})
 
 
@@ -254,6 +256,18 @@ _TRAIN, _EVALUATION, _EVENT = TypeAdapter(TrainRecord), TypeAdapter(EvaluationRe
 def read_records(path: Path) -> tuple[Record, ...]:
     """Return the records of `path` in order, without incomplete lines. Raises OSError if it cannot be read."""
     return _parse(read_regular(path))
+
+
+def recorded_initial(path: Path) -> str:
+    """Return the digest of the file whose weights the run of the records at `path` began with; empty if none is named.
+
+    The event comes before the first update.
+    """
+    with suppress(OSError), path.open("rb") as lines:
+        for record in map(from_json, islice(lines, _EVENTS_BEFORE_TRAINING)):
+            if isinstance(record, EventRecord) and record.event == "initialized":
+                return str(record.details.get("sha256", ""))
+    return ""
 
 
 def read_last_records(path: Path, size: int = 1 << 16) -> tuple[Record, ...]:

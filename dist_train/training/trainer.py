@@ -89,7 +89,7 @@ class Trainer:
     regroup: Callable[[Trainer, Generation], None] = lambda trainer, generation: None
     """Hands the role of rank 0 to another rank of an elastic launch, if it was lost: see `launching/run.py`."""
     identity: tuple[int, ...] = ()
-    """Digests of code, settings and data; a rank that joins must have the same."""
+    """Digests of code, settings and data, and whether ranks measure; a rank that joins must have the same."""
 
     def __post_init__(self) -> None:
         assert self.config.batch.micro_size != "auto", "decided when the run starts"

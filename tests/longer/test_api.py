@@ -6,8 +6,10 @@ import importlib.util
 import json
 import signal
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import onnxruntime
 import pytest
@@ -17,6 +19,7 @@ from safetensors.torch import load_file
 import dist_train
 from dist_train import api
 from dist_train.api import Format
+from dist_train.checkpoint.files import read_stored, write_checkpoint
 from dist_train.cluster.launch import Launch
 from dist_train.config import Config, load_config
 from dist_train.data.images import BatchRequest
@@ -213,6 +216,21 @@ def test_updates_of_a_lengthened_run_are_replayed_with_the_schedules_of_their_ti
         train_alone(config, run, f"run.epochs={epochs}")
     for step in (3, 16, 18):
         assert dist_train.replay(run, step).agrees
+
+
+def test_a_replay_of_a_run_that_names_its_logger_as_it_was_called_attaches_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    train_alone(write_config(tmp_path, small_settings(checkpoint={"every_steps": 2, "keep": 100})), run)
+    contents = read_stored(run / "checkpoints" / "step-00000002.pt").contents
+    metrics = {**contents.config["metrics"], "tensorboard": True, "loggers": []}
+    write_checkpoint(
+        run / "checkpoints", replace(contents, config={**contents.config, "metrics": metrics}), lambda: None
+    )
+    monkeypatch.setattr("dist_train.api.train", trained := Mock(side_effect=dist_train.train))
+    assert dist_train.replay(run, 3).agrees
+    assert trained.call_args.args[0].metrics.loggers == ()
 
 
 def test_last_update_before_a_divergence_is_replayed(tmp_path: Path) -> None:

@@ -200,16 +200,16 @@ def test_an_earlier_checkpoint_of_the_run_itself_is_refused(tmp_path: Path, name
     assert found.step == 2
 
 
-@pytest.mark.parametrize("step", [2, 7])
-def test_a_checkpoint_to_resume_from_that_is_gone_is_told(
-    tmp_path: Path, step: int, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.mark.parametrize(
+    ("source", "is_gone"),
+    [("run@2", True), ("run@7", False), ("run/checkpoints/step-00000002.pt", True), ("removed@2", True)],
+)
+def test_a_checkpoint_to_resume_from_that_is_gone_is_named(tmp_path: Path, source: str, is_gone: bool) -> None:
     directory = run_with(tmp_path / "run", 4, 7)
-    with caplog.at_level(logging.WARNING):
-        found = find_resume_point(parse(run={"resume": f"{tmp_path / 'run'}@{step}"}), directory).contents
-    assert found is not None
-    assert found.step == 7
-    assert len(caplog.records) == (step == 2)
+    found = find_resume_point(parse(run={"resume": str(tmp_path / source)}), directory)
+    assert found.contents is not None
+    assert found.contents.step == 7
+    assert found.gone == (tmp_path / source if is_gone else None)
 
 
 def test_a_longer_run_is_one_that_is_lengthened_and_a_shorter_one_is_refused(tmp_path: Path) -> None:

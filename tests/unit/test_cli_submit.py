@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -70,6 +72,27 @@ def test_what_train_would_refuse_on_this_node_is_a_warning(
     printed = capsys.readouterr()
     assert printed.out.startswith("#!/usr/bin/env bash\n")
     assert ("[data-missing]" in printed.err) is not is_there
+
+
+def test_data_that_may_not_be_read_here_are_a_warning(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    locked = Mock(side_effect=PermissionError(errno.EACCES, "Permission denied", "/locked"))
+    monkeypatch.setattr("dist_train.launching.preflight.find_data", locked)  # root may read everything
+    assert main(["submit", str(config), "--dry-run"]) == ExitCode.FINISHED
+    assert "[permission-denied]" in capsys.readouterr().err
+
+
+def test_a_run_with_checkpoints_in_a_folder_of_its_own_needs_no_source_any_more(
+    config: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    checkpoints = tmp_path / "elsewhere" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    (checkpoints / "step-00000002.json").touch()
+    words = ("run.init_from=runs/removed", "--dry-run")
+    for place, warns in (("elsewhere", False), ("new", True)):
+        assert main(["submit", str(config), *words, "--run-dir", str(tmp_path / place)]) == ExitCode.FINISHED
+        assert ("[target-missing]" in capsys.readouterr().err) is warns
 
 
 def test_without_a_word_on_resources_it_asks_for_whole_nodes(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

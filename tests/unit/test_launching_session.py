@@ -27,7 +27,7 @@ from dist_train.launching.assembly import assemble
 from dist_train.launching.run import Regrouping, _leave, train
 from dist_train.launching.session import Session, build_observers, revision
 from dist_train.monitoring.observers import Observers
-from dist_train.outcome import DisagreementError, DivergedError, StoppedError, UsageError
+from dist_train.outcome import DisagreementError, DivergedError, ExitCode, StoppedError, UsageError
 from dist_train.rundir.paths import LockRequest, RunDirectory
 from dist_train.rundir.records import (
     EventRecord,
@@ -294,6 +294,16 @@ def test_what_a_failed_rank_has_recorded_of_itself_is_kept(tmp_path: Path, by: s
     status = read_status(path)
     assert status is not None
     assert status.reason == "rank 1: no such device"
+
+
+def test_a_gpu_without_memory_for_nccl_is_recorded_by_its_rank_alone(tmp_path: Path) -> None:
+    begun(tmp_path, Alone())
+    other = Alone()
+    other.rank, other.size = 1, 2
+    Session(RunDirectory(tmp_path), other, Observers()).fail(UsageError("no memory for NCCL", code="out-of-memory"))
+    status = read_status(tmp_path / "status.json")
+    assert status is not None
+    assert (status.state, status.exit_code, status.reason) == ("failed", ExitCode.USAGE, "rank 1: no memory for NCCL")
 
 
 @pytest.mark.parametrize("error", [RankLostError("the run has ended meanwhile"), OSError("no such device")])

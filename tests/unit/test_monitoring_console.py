@@ -286,6 +286,16 @@ def test_a_pipe_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(open_console({"TERM": "xterm"}), PlainLines)
 
 
+def test_an_output_that_only_writes_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Tee:
+        def write(self, text: str) -> None: ...
+
+        def flush(self) -> None: ...
+
+    monkeypatch.setattr(sys, "stdout", Tee())
+    assert isinstance(open_console({"TERM": "dumb"}), PlainLines)
+
+
 @pytest.mark.parametrize("term", ["xterm", "dumb"])
 @pytest.mark.parametrize("is_closed", [True, False])
 def test_a_daemon_without_an_output_gets_nothing(term: str, is_closed: bool, monkeypatch: pytest.MonkeyPatch) -> None:

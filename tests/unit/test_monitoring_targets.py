@@ -16,6 +16,7 @@ import pytest
 
 from dist_train.cli.main import main
 from dist_train.config import load_config
+from dist_train.launching import train
 from dist_train.monitoring.prometheus import targets
 from dist_train.monitoring.prometheus.board import outcome_label
 from dist_train.monitoring.prometheus.messages import ServingPlan
@@ -286,9 +287,8 @@ def test_a_relative_folder_is_that_of_the_run_and_no_other_is_cleaned(
     dead = [gone(folder / "targets") for folder in (mine_now, former, elsewhere)]
     monkeypatch.chdir(mine_now)
     run = RunDirectory(tmp_path / "runs" / "one")
-    run.root.mkdir(parents=True)
-    run.status.write_text("{}")
-    run.save_config(load_config("dist_train:configs/smoke.yaml", ["metrics.targets_directory=targets"]))
+    config = load_config("dist_train:configs/smoke.yaml", ["metrics.targets_directory=targets", "run.max_steps=1"])
+    train(config, run.root)
     before = tmp_path / "runs" / "of_an_older_version"
     before.mkdir()
     (before / "status.json").write_text("{}")

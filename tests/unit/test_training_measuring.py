@@ -187,6 +187,23 @@ def test_a_run_that_begins_with_another_s_weights_measures_the_distance_from_the
     assert [math.isnan(distance) for distance in distances(6)] == [True, True]
 
 
+def test_a_source_that_has_trained_on_is_not_what_the_run_began_with(tmp_path: Path) -> None:
+    train(small_config(run={"max_steps": 2}), tmp_path / "other")
+    run = {"init_from": str(tmp_path / "other")}
+    train(small_config(run={**run, "max_steps": 2}), tmp_path / "run", [Distances()])
+    train(small_config(run={"max_steps": 4}), tmp_path / "other")
+    train(small_config(run={**run, "max_steps": 4}), tmp_path / "run", [seen := Distances()])
+    assert all(math.isnan(distance) for distance in seen.measured)
+
+
+def test_a_resumed_run_builds_its_network_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(small_config(run={"max_steps": 2}), tmp_path, [Distances()])
+    monkeypatch.setattr("dist_train.launching.assembly.build_model", build := Mock(side_effect=build_model))
+    train(small_config(run={"max_steps": 4}), tmp_path, [seen := Distances()])
+    assert build.call_count == 1
+    assert all(distance > 0 for distance in seen.measured)
+
+
 def test_norms_are_taken_when_they_are_asked_for_over_any_number_of_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dist_train.training.measuring._CHUNK", 7)
     values, initial = torch.arange(20.0), torch.ones(20)
