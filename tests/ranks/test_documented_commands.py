@@ -28,6 +28,7 @@ TESTED_ELSEWHERE = {
     r"docker |DIST_TRAIN_TARGETS=|^mkdir -p targets|apptainer ": "containers/test_compose.py",
     r"^python -m benchmarks\.double_well": "longer/test_benchmarks_double_well.py",
     r"^python -m benchmarks\.norm_statistics": "longer/test_benchmarks_norm_statistics.py",
+    r"^python -m benchmarks\.gpu": "longer/test_benchmarks_gpu.py",
     r"^python -m benchmarks\.document": "unit/test_benchmarks_document.py",
     r"^python -m benchmarks\.scaling": "unit/test_benchmarks_scaling.py",
     r"^python -m benchmarks( |$)": "unit/test_benchmarks_table.py",
@@ -117,7 +118,7 @@ def test_documented_command_works(folder: Path, command: str) -> None:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=PATIENCE,
+        timeout=3 * PATIENCE,  # benchmarks.elastic takes minutes
         check=False,
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
