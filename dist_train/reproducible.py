@@ -14,6 +14,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Lock
 
 import numpy
 import torch
@@ -47,6 +48,29 @@ def generator(seed: int, purpose: str, *indices: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(key(seed, purpose, *indices))
 
 
+_GENERATOR_LOCK = Lock()
+"""Held while a global generator's state is read or set. Torch 2.15 waits for the interpreter's lock while it holds the
+generator's own one, so that two threads of one process, one of which sets a seed, would wait for each other forever."""
+
+
+def generator_state(of: torch.Generator) -> torch.Tensor:
+    """Return the state of the generator `of`, which other threads may use meanwhile."""
+    with _GENERATOR_LOCK:
+        return of.get_state()
+
+
+def set_generator_state(of: torch.Generator, state: torch.Tensor) -> None:
+    """Set the state of the generator `of`, which other threads may use meanwhile."""
+    with _GENERATOR_LOCK:
+        of.set_state(state)
+
+
+def seed_generator(of: torch.Generator, seed: int) -> None:
+    """Seed the generator `of`, which other threads may use meanwhile."""
+    with _GENERATOR_LOCK:
+        of.manual_seed(seed)
+
+
 class LayerRng:
     """Seeds torch's global generators, from which dropout and other layers draw, for each micro-batch.
 
@@ -64,18 +88,18 @@ class LayerRng:
     @contextmanager
     def preserved(self) -> Iterator[None]:
         """Restore the global generators after the block."""
-        states = [each.get_state() for each in self._generators]
+        states = [generator_state(each) for each in self._generators]
         try:
             yield
         finally:
             for each, state in zip(self._generators, states, strict=True):
-                each.set_state(state)
+                set_generator_state(each, state)
 
     def seed(self, step: int, start: int) -> None:
         """Seed the generators for a pass over the micro-batch that starts with sample `start` of its global batch."""
         number = key(self._seed, "layers", step, start)
         for each in self._generators:
-            each.manual_seed(number)
+            seed_generator(each, number)
 
 
 def bits(stream: int, count: int, device: torch.device) -> Iterator[torch.Tensor]:

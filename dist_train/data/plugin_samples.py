@@ -23,7 +23,7 @@ from dist_train.data.catalog import load_data
 from dist_train.data.decoding import EncodedImages, Work, fitted
 from dist_train.data.images import ImageSet, MapDataset, Split
 from dist_train.outcome import UsageError
-from dist_train.reproducible import key
+from dist_train.reproducible import generator_state, key, seed_generator, set_generator_state
 
 Augment = Callable[[Any], Any]
 
@@ -168,7 +168,7 @@ def _channels_first(pixels: NDArray[Any]) -> NDArray[Any]:
 
 
 def _seed_generators(seed: int) -> None:
-    torch.default_generator.manual_seed(seed)
+    seed_generator(torch.default_generator, seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
 
@@ -176,10 +176,10 @@ def _seed_generators(seed: int) -> None:
 @contextmanager
 def _preserved_generators() -> Iterator[None]:
     """Restore the global generators after the block, for other code in this process that draws from them."""
-    of_torch, of_python, of_numpy = torch.default_generator.get_state(), random.getstate(), np.random.get_state()
+    of_torch, of_python, of_numpy = generator_state(torch.default_generator), random.getstate(), np.random.get_state()
     try:
         yield
     finally:
-        torch.default_generator.set_state(of_torch)
+        set_generator_state(torch.default_generator, of_torch)
         random.setstate(of_python)
         np.random.set_state(of_numpy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from random import Random
 
 import pytest
@@ -14,12 +15,14 @@ from dist_train.reproducible import (
     LOSSES,
     STATISTICS,
     FixedPoint,
+    LayerRng,
     bits,
     generator,
     hash_by_torch,
     key,
     uniform,
 )
+from tests.waiting import PATIENCE
 
 PROPERTY = settings(deadline=None, max_examples=40)
 SEEDS = st.integers(0, 2**70)
@@ -219,3 +222,19 @@ def test_encoding_and_decoding_leave_their_arguments_as_they_were() -> None:
     GRADIENTS.decode(integers)
     assert torch.equal(values, torch.tensor([0.1, -3.0]))
     assert torch.equal(integers, before)
+
+
+def test_threads_that_seed_and_restore_a_global_generator_do_not_wait_for_each_other() -> None:
+    layers = LayerRng(0, torch.device("cpu"))
+
+    def use() -> None:
+        for step in range(3000):
+            with layers.preserved():
+                layers.seed(step, 0)
+
+    threads = [threading.Thread(target=use, daemon=True) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert not any(thread.is_alive() for thread in threads)
