@@ -112,7 +112,6 @@ def join_points() -> Communicator:
         raise UsageError(
             f"mpi4py cannot be used ({error}): run make setup, or start with dist-train launch", code="mpi4py-missing"
         ) from error
-
     communicator = MPI.COMM_WORLD
     if communicator.Get_size() != launch.size:
         raise UsageError(

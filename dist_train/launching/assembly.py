@@ -86,8 +86,8 @@ def assemble(
 
     is_measured = config.metrics.enabled or bool(config.metrics.loggers)
     is_measured = is_measured or any(count for (count,) in gather(comm, [len(observers)], "observers"))
-    of_initial = directory if is_measured and comm.rank == 0 else None
-    state, progress, initial = _build_state(config, resume_point, comm, compute.device, epochs, scheduled, of_initial)
+    measured_run = directory if is_measured and comm.rank == 0 else None
+    state, progress, initial = _build_state(config, resume_point, comm, compute.device, epochs, scheduled, measured_run)
     has_clock = is_measured or config.batch.dealing == "measured"
 
     model: nn.Module = state.network
@@ -241,11 +241,12 @@ def _build_state(
     device: torch.device,
     epochs: Epochs,
     scheduled: Epochs,
-    of_initial: RunDirectory | None,
+    measured_run: RunDirectory | None,
 ) -> tuple[TrainState, Progress, torch.Tensor | None]:
     """Return the state and the progress with which training begins; those of rank 0, unless this rank is joining.
 
-    And the weights that the run in `of_initial`, if any, began with. Memory is searched for micro-batches after that.
+    And the weights that the run in `measured_run` began with, from which its distance is measured; None without one.
+    They take memory that `batch.micro_size: auto` must not count on.
     """
     network, weights = run_on_all_ranks(comm, partial(_build_network, config, device), "build the model")
     steps = scheduled.steps(config.run.epochs)
@@ -259,11 +260,11 @@ def _build_state(
 
     def restore() -> tuple[Progress, torch.Tensor | None]:
         is_seeded = config.run.init_from is None
-        initial = weights.values.clone() if of_initial and is_seeded else None  # which a checkpoint overwrites
+        initial = weights.values.clone() if measured_run and is_seeded else None  # which a checkpoint overwrites
         progress = _restore(resume_point, scheduled, state)
-        if of_initial and not is_seeded:
+        if measured_run and not is_seeded:
             is_new = resume_point.contents is None
-            initial = weights.values.clone() if is_new else _initial_values(config, of_initial).to(device)
+            initial = weights.values.clone() if is_new else _initial_values(config, measured_run).to(device)
         return progress, initial
 
     progress, initial = run_on_all_ranks(comm, restore, "restore the checkpoint")

@@ -196,7 +196,7 @@ _SILENT_GAPS = 5.0  # a run is silent after this many times the longest recent g
 _SILENT_UNKNOWN = 180.0  # seconds of silence that are reported for a run whose pace is not known yet
 _GONE_AFTER = 10.0
 """A process unknown to this host may run in a container, so it counts as gone only after this many silent seconds."""
-_LOOKS_WITHOUT = 5  # looks after which a run whose directory is gone is lost; it may be renamed, or come back
+_MOST_MISSES = 5  # looks without the run's directory after which the run is lost: it may come back before
 
 
 @dataclass(frozen=True)
@@ -263,7 +263,7 @@ class WatchedRun:
         """Set if the run has a batch schedule, because then epochs cannot be computed from updates."""
         self._ranks: RanksReading | None = None
         self._stamps: dict[Path, tuple[int, int, int] | None] = {}
-        self._looks_without = 0  # successive looks that have not found the directory
+        self._misses = 0  # successive looks that have not found the directory
         self._first_look = time.monotonic()
         self._changed_at: float | None = None  # when a look other than the first last found something new (monotonic)
 
@@ -273,8 +273,8 @@ class WatchedRun:
         If the directory is gone, everything stays as it was; after a few such looks the run is lost.
         """
         now = time.time() if now is None else now
-        self._looks_without = self._looks_without + 1 if _is_gone(self._run.root) else 0
-        if self._looks_without:
+        self._misses = self._misses + 1 if _is_gone(self._run.root) else 0
+        if self._misses:
             return self._snapshot("the run's directory is gone", now)
         is_first = not self._stamps
         problem, is_changed = self._follow()
@@ -319,7 +319,7 @@ class WatchedRun:
     def _snapshot(self, problem: str, now: float) -> Snapshot:
         status, history, ranks = self._status, self._history, self._ranks
         silence = self._silence(now)
-        is_lost = self._looks_without >= _LOOKS_WITHOUT
+        is_lost = self._misses >= _MOST_MISSES
         state, reason = ("lost", problem) if is_lost else _state(self._run, status, silence, now)
         total_steps, per_epoch = status.total_steps if status else None, history.steps_per_epoch
         step = max(status.step if status else 0, history.latest[-1].step if history.latest else 0)

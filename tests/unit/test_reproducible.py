@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -15,14 +17,15 @@ from dist_train.reproducible import (
     LOSSES,
     STATISTICS,
     FixedPoint,
-    LayerRng,
     bits,
     generator,
+    generator_state,
     hash_by_torch,
     key,
+    seed_generator,
+    set_generator_state,
     uniform,
 )
-from tests.waiting import PATIENCE
 
 PROPERTY = settings(deadline=None, max_examples=40)
 SEEDS = st.integers(0, 2**70)
@@ -224,17 +227,38 @@ def test_encoding_and_decoding_leave_their_arguments_as_they_were() -> None:
     assert torch.equal(integers, before)
 
 
-def test_threads_that_seed_and_restore_a_global_generator_do_not_wait_for_each_other() -> None:
-    layers = LayerRng(0, torch.device("cpu"))
+def test_threads_use_a_global_generator_one_at_a_time() -> None:
+    inside: list[str] = []
+    most = 0
+
+    class Slow:
+        def get_state(self) -> torch.Tensor:
+            self.use()
+            return torch.zeros(1)
+
+        def set_state(self, state: torch.Tensor) -> None:
+            self.use()
+
+        def manual_seed(self, seed: int) -> None:
+            self.use()
+
+        def use(self) -> None:
+            nonlocal most
+            inside.append("")
+            most = max(most, len(inside))
+            time.sleep(0.001)  # lets the other threads run
+            inside.pop()
+
+    slow: Any = Slow()
 
     def use() -> None:
-        for step in range(3000):
-            with layers.preserved():
-                layers.seed(step, 0)
+        for seed in range(10):
+            set_generator_state(slow, generator_state(slow))
+            seed_generator(slow, seed)
 
-    threads = [threading.Thread(target=use, daemon=True) for _ in range(3)]
+    threads = [threading.Thread(target=use) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(PATIENCE)
-    assert not any(thread.is_alive() for thread in threads)
+        thread.join()
+    assert most == 1

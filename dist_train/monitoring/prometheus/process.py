@@ -303,8 +303,8 @@ class _Service:
             self._channel.send(message)
 
 
-_ON_BOARD = (name for name, kind in EVENTS.items() if kind.changes_board)
-_RECALLED = re.compile("|".join(f'"{kind}"' for kind in ("eval", *_ON_BOARD)).encode())
+_ON_BOARD = ("eval", *(name for name, kind in EVENTS.items() if kind.changes_board))
+_RECALLED = re.compile("|".join(f'"{name}"' for name in _ON_BOARD).encode())
 
 
 def _history(facts: RunFacts) -> Iterator[Record]:
