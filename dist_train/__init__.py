@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from dist_train.api import Run, evaluate, export, load_run, replay
     from dist_train.config import Config, load_config
     from dist_train.config.plugins import register
-    from dist_train.launching import train
+    from dist_train.launching.run import train
     from dist_train.rundir.records import Observer
 
 __all__ = [
@@ -33,7 +33,7 @@ _MODULES = {
     "Observer": "rundir.records",
     "load_config": "config",
     "register": "config.plugins",
-    "train": "launching",
+    "train": "launching.run",
 }
 
 

@@ -30,7 +30,7 @@ from dist_train.data.augmentation import ChannelStatistics
 from dist_train.data.images import Split
 from dist_train.data.loader import open_splits
 from dist_train.data.plan import BatchPlan
-from dist_train.launching import train
+from dist_train.launching.run import train
 from dist_train.outcome import CodedError, DivergedError, ExitCode, UsageError, check_choice, writing
 from dist_train.report.drawing import RangeTest, draw_learning_curve, read_range_test, write_range_test
 from dist_train.rundir.paths import RunDirectory, in_utf8, run_folder

@@ -53,7 +53,7 @@ def _train(arguments: argparse.Namespace) -> int:
     with without_collection():
         config = config_to_train(arguments)
 
-        from dist_train.launching import train
+        from dist_train.launching.run import train
 
     if current_launch().rank == 0:
         warn_of_unused(config)

@@ -1,5 +1,1 @@
-"""Launching a run: `train(config, run_directory)` builds what it needs, finds its ranks and trains."""
-
-from dist_train.launching.run import train
-
-__all__ = ["train"]
+"""Launching a run: `run.train` builds what it needs, finds its ranks and trains."""

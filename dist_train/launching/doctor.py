@@ -63,10 +63,14 @@ _LIBRARIES = (
 
 def examine(config: Config, data_named: bool) -> tuple[Check, ...]:
     """Return every finding for a run of `config`; `data_named`: its settings and data must be usable, too."""
+    python = Check("Python", "fine", f"{platform.python_version()} at {sys.executable}")
+    torch = check_torch()
+    if torch.state == "fails":  # nothing else can be checked without it
+        return python, torch
     data = (*check_configuration(config), check_data(config)) if data_named else check_known_data()
     return (
-        Check("Python", "fine", f"{platform.python_version()} at {sys.executable}"),
-        check_torch(),
+        python,
+        torch,
         check_devices(config.run.device),
         check_horovod(config.run.device),
         check_mpi(),
@@ -126,16 +130,14 @@ def check_torch() -> Check:
 
 def check_devices(asked: Device) -> Check:
     """Report what a run computes on if run.device is `asked`, and why torch cannot use GPUs that are here."""
+    import torch
+
+    from dist_train.cluster import devices
+    from dist_train.kernels.operators import why_no_triton
+
     cores = len(os.sched_getaffinity(0))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / _GIBIBYTE
     processor = f"{cores} CPU cores, {memory:.0f} GiB of memory"
-    try:
-        import torch
-
-        from dist_train.cluster import devices
-        from dist_train.kernels.operators import why_no_triton
-    except (ImportError, OSError):
-        return Check("devices", "note", processor)
     signs, found = devices.find_gpus(os.environ), devices.torch_gpus()
     if found.count:
         names = ", ".join(torch.cuda.get_device_name(index) for index in range(found.count))
@@ -282,10 +284,8 @@ def check_known_data() -> tuple[Check, ...]:
 
 def check_configuration(config: Config) -> tuple[Check, ...]:
     """Check everything else that `train` refuses before its first step."""
-    try:
-        from dist_train.launching.preflight import check_batches, check_metrics
-    except (ImportError, OSError):
-        return ()  # without torch, which another check reports
+    from dist_train.launching.preflight import check_batches, check_metrics
+
     try:
         check_metrics(config)
         check_batches(config)
@@ -337,10 +337,8 @@ def check_disk(name: str, directory: Path) -> Check:
 
 def check_cache(*, is_needed: bool) -> Check:
     """Check the folder for decoded data; without it, ranks decode each for itself, unless it `is_needed`."""
-    try:
-        from dist_train.data.cache import decoded_folder
-    except (ImportError, OSError):
-        return Check("cache", "note", "not checked: torch cannot be loaded")
+    from dist_train.data.cache import decoded_folder
+
     check = check_disk("cache", decoded_folder())
     if check.state == "fails":
         state: State = "fails" if is_needed else "note"
@@ -350,10 +348,8 @@ def check_cache(*, is_needed: bool) -> Check:
 
 def _missing_data(settings: DataSettings) -> tuple[str, str] | None:
     """Return what a data set lacks, and how to fix it; None if it is complete."""
-    try:
-        from dist_train.data.catalog import find_data
-    except (ImportError, OSError) as error:
-        return f"not checked, as torch cannot be loaded ({error})", _SET_UP
+    from dist_train.data.catalog import find_data
+
     try:
         find_data(settings)
     except UsageError as error:

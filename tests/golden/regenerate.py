@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 from dist_train.config import parse_config
-from dist_train.launching import train
+from dist_train.launching.run import train
 from tests.launching import records, small_settings
 
 RECORDS = Path(__file__).with_name("records.json")

@@ -13,7 +13,7 @@ import torch
 from dist_train.cli.main import main
 from dist_train.config import load_config
 from dist_train.config.plugins import plugin_files
-from dist_train.launching import train
+from dist_train.launching.run import train
 from dist_train.models import build_model
 from dist_train.outcome import UsageError
 from tests.launching import launch, train_alone

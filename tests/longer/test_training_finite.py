@@ -24,7 +24,7 @@ from dist_train.cli.main import main
 from dist_train.config import parse_config
 from dist_train.data.images import BatchRequest
 from dist_train.data.loader import open_splits
-from dist_train.launching import train
+from dist_train.launching.run import train
 from dist_train.models import build_model
 from dist_train.outcome import DivergedError, ExitCode
 from tests.unit.image_folders import write_folder

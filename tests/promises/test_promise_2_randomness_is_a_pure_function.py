@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from dist_train.config import parse_config
-from dist_train.launching import train
+from dist_train.launching.run import train
 from tests.launching import assert_same_run, small_settings, weights_digest
 
 NOISY: dict[str, Any] = {"run": {"max_steps": 5}, "noise": {"sharing": "micro_batch"}, "data": {"augment": "crop-flip"}}

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import socket
+import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -38,6 +39,17 @@ def test_a_machine_that_is_set_up_can_train(capsys: pytest.CaptureFixture[str]) 
     assert "training can run here" in printed
     for name in ("Python", "torch", "devices", "Horovod", "MPI", "libraries", "launchers", "Slurm", "metrics", "cache"):
         assert name in printed
+
+
+def test_without_torch_nothing_else_is_checked() -> None:
+    """In a process of its own: here, torch has long been imported."""
+    program = "import sys; sys.modules['torch'] = None; from dist_train.cli.main import main; sys.exit(main())"
+    done = subprocess.run([sys.executable, "-c", program, "doctor", "--json"], capture_output=True, text=True)
+    assert done.returncode == ExitCode.FAULT, done.stderr
+    assert [(check["name"], check["state"]) for check in json.loads(done.stdout)["checks"]] == [
+        ("Python", "fine"),
+        ("torch", "fails"),
+    ]
 
 
 def test_slurm_that_does_not_work_is_told_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from dist_train.cli.main import main
 from dist_train.config import load_config
-from dist_train.launching import train
+from dist_train.launching.run import train
 from dist_train.monitoring.prometheus import targets
 from dist_train.monitoring.prometheus.board import outcome_label
 from dist_train.monitoring.prometheus.messages import ServingPlan
