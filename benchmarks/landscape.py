@@ -9,7 +9,6 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 
 import torch
 from torch import Tensor, nn
@@ -57,16 +56,15 @@ def dataloader_row(pairs: int) -> Ratio:
         weights.values.copy_(walk(Point(0, next(alphas))).weights)
         plain()
 
-    with closing(evaluator):
-        return compare(
-            f"landscape, a point of 10,000 images, width 0.25, {cores} cores",
-            ("in memory", ours),
-            ("DataLoader", theirs),
-            pairs=pairs,
-            bar=0.5,
-            warm_up=1,
-            images=_IMAGES,
-        )
+    return compare(
+        f"landscape, a point of 10,000 images, width 0.25, {cores} cores",
+        ("in memory", ours),
+        ("DataLoader", theirs),
+        pairs=pairs,
+        bar=0.5,
+        warm_up=1,
+        images=_IMAGES,
+    )
 
 
 def scaling_row(pairs: int) -> Ratio:
@@ -82,13 +80,13 @@ def main() -> None:
     model, images, labels, walk = _subject()
     data = _batches(images, labels)
     points = [Point(0, alpha) for alpha in axis(-1.0, 1.0, int(sys.argv[1]))]
-    with closing(PointEvaluator(model, [data], [], Compute(torch.device("cpu"), torch.float32))) as evaluator:
-        evaluator.evaluate(walk(points[0]))
-        run_on_all_ranks(comm, lambda: None, "begin")
-        started = time.perf_counter()
-        for point in points[comm.rank :: comm.size]:
-            evaluator.evaluate(walk(point))
-        run_on_all_ranks(comm, lambda: None, "end")
+    evaluator = PointEvaluator(model, [data], [], Compute(torch.device("cpu"), torch.float32))
+    evaluator.evaluate(walk(points[0]))
+    run_on_all_ranks(comm, lambda: None, "begin")
+    started = time.perf_counter()
+    for point in points[comm.rank :: comm.size]:
+        evaluator.evaluate(walk(point))
+    run_on_all_ranks(comm, lambda: None, "end")
     if comm.rank == 0:
         tell(time.perf_counter() - started)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -160,10 +159,9 @@ def _measure_all(
             subject.compute,
             threads=threads or share_of_threads(comm.local_size),
         )
-        with closing(evaluator):
-            for done, number in enumerate(mine):
-                report(done, len(mine))
-                folder.keep(comm.rank, number, evaluator.evaluate(plan.walk(plan.points[number])))
+        for done, number in enumerate(mine):
+            report(done, len(mine))
+            folder.keep(comm.rank, number, evaluator.evaluate(plan.walk(plan.points[number])))
 
     run_on_all_ranks(comm, measure, "evaluate its points")
     if comm.rank == 0:

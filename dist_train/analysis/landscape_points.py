@@ -15,7 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import count
+from itertools import chain
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import torch
@@ -103,8 +104,35 @@ def cross_entropy_sum(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tens
     return functional.cross_entropy(outputs.double(), labels, reduction="sum")
 
 
+class Replicas:
+    """Copies of a network, one per thread, that share its tensors: a forward pass may store something in a module."""
+
+    def __init__(self, model: nn.Module, threads: int) -> None:
+        shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+        self.models = (model, *(copy.deepcopy(model, dict(shared)) for _ in range(threads - 1)))
+        self._free = SimpleQueue[nn.Module]()
+        for each in self.models:
+            self._free.put(each)
+
+    def map(self, work: Callable[[nn.Module, Batch], Result], batches: Sequence[Batch]) -> list[Result]:
+        """Return the result of `work` for each batch, in order; each replica takes the next untaken batch."""
+
+        def run(batch: Batch) -> Result:
+            model = self._free.get()
+            try:
+                return work(model, batch)
+            finally:
+                self._free.put(model)
+
+        with fitting_memory("a batch", "set a smaller --batch-size"):
+            if len(self.models) == 1:
+                return [run(batch) for batch in batches]
+            with ThreadPoolExecutor(len(self.models)) as pool:
+                return list(pool.map(run, batches))
+
+
 class PointEvaluator:
-    """Evaluates a network at any place on the same batches. Close it: it holds a thread pool."""
+    """Evaluates a network at any place on the same batches."""
 
     def __init__(
         self,
@@ -115,23 +143,26 @@ class PointEvaluator:
         *,
         threads: int = 1,
     ) -> None:
-        """Evaluate copies of `model` on `splits`; statistics are recomputed from `statistics_batches`, if any."""
+        """Evaluate a copy of `model` on `splits`; statistics are recomputed from `statistics_batches`, if any."""
         self._splits = [list(split) for split in splits]
-        self._statistics_batches = list(statistics_batches)
+        self._statistics_batches = statistics_batches
         self._compute = compute
-        batches = max(sum(map(len, self._splits)), len(self._statistics_batches))
-        lanes = 1 if compute.device.type == "cuda" else max(1, min(threads, batches))
-        self._lanes = [_Lane(model, compute.device) for _ in range(lanes)]
-        self._pool = ThreadPoolExecutor(lanes) if lanes > 1 else None
+        model = copy.deepcopy(model).to(compute.device).eval()
+        self._weights = FlatWeights(model)
+        self._statistics = _running(model)
+        batches = max(sum(map(len, self._splits)), len(statistics_batches))
+        self._replicas = Replicas(model, 1 if compute.device.type == "cuda" else max(1, min(threads, batches)))
 
     def evaluate(self, place: Place) -> list[Measured]:
         """Return loss and accuracy of each split at `place`."""
-        for lane in self._lanes:
-            lane.move(place)
+        self._weights.values.copy_(place.weights)
+        parts = place.statistics.split([len(statistic) for statistic in self._statistics])
+        for statistic, part in zip(self._statistics, parts, strict=True):
+            statistic.copy_(part)
         if self._statistics_batches and not self._recompute_statistics():
             return [Measured(math.nan, math.nan)] * len(self._splits)
         batches = [batch for split in self._splits for batch in split]
-        sums = torch.stack(self._map_batches(batches, self._measure)).tolist()
+        sums = torch.stack(self._replicas.map(self._measure, batches)).tolist()
         measured = []
         for split in self._splits:
             samples = sum(len(labels) for _, labels in split)
@@ -141,79 +172,41 @@ class PointEvaluator:
             del sums[: len(split)]
         return measured
 
-    def close(self) -> None:
-        """Shut down the thread pool."""
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-
     def _recompute_statistics(self) -> bool:
         """Recompute running statistics from training data; return False if they are out of range."""
 
-        def collect(lane: _Lane, batch: Batch) -> None:
-            lane.model(batch[0])
-            lane.statistics.collect(len(batch[0]))
-
-        for lane in self._lanes:
-            collect_statistics(lane.model)
-            lane.statistics.clear()
-        self._map_batches(self._statistics_batches, collect)
-        samples = sum(len(labels) for _, labels in self._statistics_batches)
-        sums = torch.stack([lane.statistics.sums for lane in self._lanes]).sum(dim=0)
-        for lane in self._lanes:
-            lane.statistics.absorb(sums, samples, momentum=1.0)
-            lane.model.eval()
-        return not any(bool(lane.statistics.out_of_range) for lane in self._lanes)
-
-    @staticmethod
-    def _measure(lane: _Lane, batch: Batch) -> torch.Tensor:
-        inputs, labels = batch
-        outputs = lane.model(inputs)
-        correct = (outputs.argmax(dim=1) == labels).sum()
-        return torch.stack([cross_entropy_sum(outputs, labels), correct.double()])
-
-    def _map_batches(self, batches: Sequence[Batch], work: Callable[[_Lane, Batch], Result]) -> list[Result]:
-        """Return the result of `work` for each batch, in order; each lane takes the next untaken batch."""
-        results: dict[int, Result] = {}
-        turn = count()
-
-        def run(lane: _Lane) -> None:
+        def collect(model: nn.Module, batch: Batch) -> BatchStatistics:
+            statistics = BatchStatistics(norm_modules(model), self._compute.device)
             with torch.inference_mode(), self._compute.autocast():
-                while (index := next(turn)) < len(batches):
-                    results[index] = work(lane, batches[index])
+                model(batch[0])
+                statistics.collect(len(batch[0]))
+            return statistics
 
-        with fitting_memory("a batch", "set a smaller --batch-size"):
-            if self._pool is None:
-                run(self._lanes[0])
-            else:
-                for done in [self._pool.submit(run, lane) for lane in self._lanes]:
-                    done.result()
-        return [results[index] for index in range(len(batches))]
+        for model in self._replicas.models:
+            collect_statistics(model)
+        found = self._replicas.map(collect, self._statistics_batches)
+        samples = sum(len(labels) for _, labels in self._statistics_batches)
+        found[0].absorb(torch.stack([each.sums for each in found]).sum(dim=0), samples, momentum=1.0)
+        for model in self._replicas.models:
+            model.eval()
+        return not any(bool(each.out_of_range) for each in found)
+
+    def _measure(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        inputs, labels = batch
+        with torch.inference_mode(), self._compute.autocast():
+            outputs = model(inputs)
+            correct = (outputs.argmax(dim=1) == labels).sum()
+            return torch.stack([cross_entropy_sum(outputs, labels), correct.double()])
 
 
-class _Lane:
-    """One thread's copy of the network."""
-
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
-        self.model = copy.deepcopy(model).to(device).eval()
-        self.weights = FlatWeights(self.model)
-        self.norms = norm_modules(self.model)
-        self.statistics = BatchStatistics(self.norms, device)
-
-    def move(self, place: Place) -> None:
-        """Load the state of `place`."""
-        self.weights.values.copy_(place.weights)
-        start = 0
-        for norm in self.norms:
-            for statistic in (norm.running_mean, norm.running_var):
-                statistic.copy_(place.statistics[start : start + len(statistic)])
-                start += len(statistic)
+def _running(model: nn.Module) -> list[torch.Tensor]:
+    return [statistic for norm in norm_modules(model) for statistic in (norm.running_mean, norm.running_var)]
 
 
 def place_of(model: nn.Module) -> Place:
     """Return copies of `model`'s weights and statistics, on the CPU."""
     weights = FlatWeights(copy.deepcopy(model)).values.detach().cpu()
-    statistics = [statistic for norm in norm_modules(model) for statistic in (norm.running_mean, norm.running_var)]
-    return Place(weights, torch.cat([*statistics, torch.zeros(0)]).detach().cpu())
+    return Place(weights, torch.cat([*_running(model), torch.zeros(0)]).detach().cpu())
 
 
 def variances_of(model: nn.Module) -> torch.Tensor:

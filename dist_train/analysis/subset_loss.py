@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from itertools import chain
-from queue import SimpleQueue
 
 import numpy as np
 import torch
@@ -17,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dist_train.analysis.landscape_points import Batch, Result, cross_entropy_sum, digest
+from dist_train.analysis.landscape_points import Batch, Replicas, Result, cross_entropy_sum, digest
 from dist_train.analysis.sharpness_record import MeasuredCheckpoint, MeasuredData, SharpnessSettings
 from dist_train.checkpoint.files import Stored
 from dist_train.cluster.communicator import Alone
@@ -29,13 +25,7 @@ from dist_train.models.norms import collect_statistics, norm_modules
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import DivergedError, UsageError
 from dist_train.reproducible import generator
-from dist_train.training.compute import (
-    Compute,
-    fitting_memory,
-    refuse_nondeterministic,
-    set_up_compute,
-    share_of_threads,
-)
+from dist_train.training.compute import Compute, refuse_nondeterministic, set_up_compute, share_of_threads
 from dist_train.training.evaluation import recompute_statistics, statistics_samples, stored_config, stored_model
 
 Vector = NDArray[np.float64]
@@ -61,15 +51,10 @@ class SubsetLoss:
     ) -> None:
         """Move the weights of `model`, float32, into one flat buffer; `summed_loss` returns a batch's summed loss."""
         self.weights = FlatWeights(model)
-        # Each thread has modules of its own, since a forward pass may store something in them; all share the tensors.
-        shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
-        self._free = SimpleQueue[nn.Module]()
-        for replica in (model, *(copy.deepcopy(model, dict(shared)) for _ in range(threads - 1))):
-            self._free.put(replica)
+        self._replicas = Replicas(model, threads)
         self._batches = tuple(batches)
         self._samples = sum(len(labels) for _, labels in self._batches)
         self._summed_loss = summed_loss
-        self._threads = threads
         self._positions = self.weights.mask(()).nonzero().flatten()
         self.count = len(self._positions)  # number of trainable weights
         self.clean = self.weights.values.clone()
@@ -83,9 +68,9 @@ class SubsetLoss:
     def value_at_flat(self, values: Tensor) -> float:
         """Return the loss at the weights `values`, in the flat buffer's layout, padding included."""
 
-        def work(batch: Batch) -> float:
+        def work(model: nn.Module, batch: Batch) -> float:
             with torch.no_grad():
-                return float(self._loss_of(batch))
+                return float(self._loss_of(model, batch))
 
         with self._at(values):
             return sum(self._map_batches(work))
@@ -93,8 +78,8 @@ class SubsetLoss:
     def value_and_gradient(self, point: Vector) -> tuple[float, Vector]:
         """Return the loss at `point` and its gradient."""
 
-        def work(batch: Batch) -> tuple[float, Tensor]:
-            loss = self._loss_of(batch)
+        def work(model: nn.Module, batch: Batch) -> tuple[float, Tensor]:
+            loss = self._loss_of(model, batch)
             gradients = torch.autograd.grad(loss, self.weights.parameters, materialize_grads=True)
             return float(loss.detach()), _concatenated(gradients)
 
@@ -105,8 +90,8 @@ class SubsetLoss:
     def batch_gradients(self) -> tuple[list[Vector], list[int]]:
         """Return the mean gradient of each batch at the clean weights, and the batches' sizes."""
 
-        def work(batch: Batch) -> Vector:
-            loss = self._loss_of(batch) * (self._samples / len(batch[1]))
+        def work(model: nn.Module, batch: Batch) -> Vector:
+            loss = self._loss_of(model, batch) * (self._samples / len(batch[1]))
             gradients = torch.autograd.grad(loss, self.weights.parameters, materialize_grads=True)
             joined: Vector = _concatenated(gradients).cpu().numpy()
             return joined
@@ -120,8 +105,8 @@ class SubsetLoss:
         parts = [flat[segment.start : segment.stop].view(segment.shape) for segment in self.weights.segments]
         weights = self.weights.parameters
 
-        def work(batch: Batch) -> Tensor:
-            loss = self._loss_of(batch)
+        def work(model: nn.Module, batch: Batch) -> Tensor:
+            loss = self._loss_of(model, batch)
             gradients = torch.autograd.grad(loss, weights, create_graph=True, materialize_grads=True)
             return _concatenated(torch.autograd.grad(gradients, weights, parts, materialize_grads=True))
 
@@ -132,31 +117,27 @@ class SubsetLoss:
     def accuracy(self) -> float:
         """Return the fraction of the samples that the clean weights classify correctly."""
 
-        def work(batch: Batch) -> int:
+        def work(model: nn.Module, batch: Batch) -> int:
             with torch.no_grad():
-                return int((self._logits(batch[0]).argmax(1) == batch[1]).sum())
+                return int((self._logits(model, batch[0]).argmax(1) == batch[1]).sum())
 
         with self._at(self.clean):
             return sum(self._map_batches(work)) / self._samples
 
-    def _map_batches(self, work: Callable[[Batch], Result]) -> list[Result]:
+    def _map_batches(self, work: Callable[[nn.Module, Batch], Result]) -> list[Result]:
         """Return the result of `work` for each batch, in order. Raises UsageError if this device cannot do it."""
-        with fitting_memory("a batch", "set a smaller --batch-size"):
-            try:
-                if self._threads == 1:
-                    return [work(batch) for batch in self._batches]
-                with ThreadPoolExecutor(self._threads) as pool:
-                    return list(pool.map(work, self._batches))
-            except RuntimeError as error:
-                # For a second derivative, which training does not need.
-                refuse_nondeterministic(error, "measure on another device, for example with run.device=cpu")
-                if missing := re.search(r"derivative for (\S+) is not implemented", str(error)):
-                    raise UsageError(
-                        f"torch has no second derivative of {missing[1]}: measure without the Hessian, for example "
-                        f"with --only keskar,rise",
-                        code="derivative-missing",
-                    ) from error
-                raise
+        try:
+            return self._replicas.map(work, self._batches)
+        except RuntimeError as error:
+            # For a second derivative, which training does not need.
+            refuse_nondeterministic(error, "measure on another device, for example with run.device=cpu")
+            if missing := re.search(r"derivative for (\S+) is not implemented", str(error)):
+                raise UsageError(
+                    f"torch has no second derivative of {missing[1]}: measure without the Hessian, for example "
+                    f"with --only keskar,rise",
+                    code="derivative-missing",
+                ) from error
+            raise
 
     @contextmanager
     def _at(self, values: Tensor) -> Iterator[None]:
@@ -167,18 +148,14 @@ class SubsetLoss:
         finally:
             self.weights.values.copy_(self.clean)
 
-    def _logits(self, inputs: Tensor) -> Tensor:
-        model = self._free.get()
-        try:
-            logits: Tensor = model(inputs)
-            return logits
-        finally:
-            for norm in norm_modules(model):
-                norm.seen.clear()
-            self._free.put(model)
+    def _logits(self, model: nn.Module, inputs: Tensor) -> Tensor:
+        logits: Tensor = model(inputs)
+        for norm in norm_modules(model):
+            norm.seen.clear()
+        return logits
 
-    def _loss_of(self, batch: Batch) -> Tensor:
-        return self._summed_loss(self._logits(batch[0]), batch[1]) / self._samples
+    def _loss_of(self, model: nn.Module, batch: Batch) -> Tensor:
+        return self._summed_loss(self._logits(model, batch[0]), batch[1]) / self._samples
 
     def _flat(self, vector: Vector) -> Tensor:
         flat = torch.zeros_like(self.clean)

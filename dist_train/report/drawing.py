@@ -289,7 +289,7 @@ def _compared(quantity: Quantity, runs: Sequence[Measured]) -> Chart:
         series = tuple(each for number, (run, chart) in pairs for each in _named(run, chart, f"s{number}"))
         note = "test; faint: train, each batch" if quantity is LOSS else ""
     axis = quantity.axis(quantity.title, [each.points for each in series])
-    return replace(charts[0], title="", x=epochs_axis(series, charts[0].x.title), left=axis, series=series, note=note)
+    return replace(charts[0], title="", x=epochs_axis(series), left=axis, series=series, note=note)
 
 
 def _named(run: Measured, chart: Chart, style: str) -> Iterator[Series]:
@@ -306,8 +306,7 @@ def _best(run: Measured) -> str:
     if not tests:
         return ""
     best = max(tests, key=ACCURACY.take)
-    where = f"epoch {run.place(best):.4g}" if run.steps_per_epoch else f"step {best.step}"
-    return f"best test accuracy {ACCURACY.text(best.accuracy)}, {where}"
+    return f"best test accuracy {ACCURACY.text(best.accuracy)}, epoch {best.epoch:.4g}"
 
 
 def _schedule(runs: Sequence[Measured]) -> Chart:
@@ -322,10 +321,8 @@ def _schedule(runs: Sequence[Measured]) -> Chart:
                 label = f"{quantity.name} (peak {peak:.3g})" if len(runs) == 1 else ""
                 colour = style if len(runs) == 1 else f"s{number}"
                 drawn.append(Series(label, colour, points, "line" if quantity is LEARNING_RATE else "dashed"))
-    title = "epoch" if runs[0].steps_per_epoch else "step"
-    x = epochs_axis(drawn, title) if drawn else Axis(title, 0.0, 1.0, plain)
     note = "solid: learning rate; dashed: noise amplitude" if len(runs) > 1 else ""
-    return Chart("schedule", "", "", x, _SHARE, tuple(drawn), note=note)
+    return Chart("schedule", "", "", epochs_axis(drawn), _SHARE, tuple(drawn), note=note)
 
 
 _INCHES = 3.5

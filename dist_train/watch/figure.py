@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any, Literal
 
-from dist_train.rundir.records import EvaluationRecord, EventRecord, Record, TrainRecord
-from dist_train.watch.run import MeanRecord
+from dist_train.rundir.records import EvaluationRecord, Record, TrainRecord
 
 _LOG_RANGE = 25.0
 _BLOW_UP = 1e3  # loss above which a few values do not extend the axis
@@ -171,41 +170,29 @@ _FURTHER_SPLITS = ("validation", "train-averaged", "validation-averaged", "test-
 
 @dataclass(frozen=True)
 class Measured:
-    """A run's measurements, evaluations by split. If `steps_per_epoch` is None, curves are drawn against steps."""
+    """A run's measurements, evaluations by split."""
 
     name: str
-    train: Sequence[TrainRecord] | Sequence[MeanRecord]
+    train: Sequence[TrainRecord]
     evaluations: Mapping[str, Sequence[EvaluationRecord]]
-    steps_per_epoch: float | None
-    is_exact: bool = True  # whether the records' `epoch` is fractional; old runs recorded whole epochs
-
-    def place(self, record: TrainRecord | EvaluationRecord | MeanRecord) -> float:
-        """Return the x value of `record`: its epoch, or its step."""
-        if self.steps_per_epoch is None:
-            return record.step
-        return record.epoch if self.is_exact else record.step / self.steps_per_epoch
 
 
 def measured_of(name: str, records: Iterable[Record]) -> Measured:
     """Return the measurements among `records`; the splits train and test come first."""
-    known = [record for record in records if not isinstance(record, EventRecord)]
-    train = [record for record in known if isinstance(record, TrainRecord)]
-    tests = [record for record in known if isinstance(record, EvaluationRecord)]
+    records = tuple(records)
+    train = [record for record in records if isinstance(record, TrainRecord)]
+    tests = [record for record in records if isinstance(record, EvaluationRecord)]
     found = {record.split for record in tests}
     names = ("train", "test", *(split for split in _FURTHER_SPLITS if split in found))
     splits = {split: [record for record in tests if record.split == split] for split in names}
-    # The smallest ratio is exact even if `epoch` counts whole epochs.
-    ratios = [record.step / record.epoch for record in known if record.step and record.epoch > 0]
-    is_exact = any(record.epoch % 1 for record in known)
-    return Measured(name, train, splits, max(1, round(min(ratios))) if ratios else None, is_exact)
+    return Measured(name, train, splits)
 
 
 def learning_curve(quantity: Quantity, measured: Measured, most: int = 400) -> Chart | None:
     """Return loss or accuracy at each update and on each split, at most `most` points each; None if there are none."""
-    batches = Series("train, each batch", BATCH, _thinned(measured.train, quantity, measured, most), "faint")
+    batches = Series("train, each batch", BATCH, _thinned(measured.train, quantity, most), "faint")
     splits = (
-        Series(split, split, _thinned(records, quantity, measured, most))
-        for split, records in measured.evaluations.items()
+        Series(split, split, _thinned(records, quantity, most)) for split, records in measured.evaluations.items()
     )
     drawn = tuple(series for series in (batches, *splits) if series.points)
     return _chart(quantity, measured, drawn, f", {len(drawn)} curves") if drawn else None
@@ -213,37 +200,34 @@ def learning_curve(quantity: Quantity, measured: Measured, most: int = 400) -> C
 
 def rate_curve(quantity: Quantity, measured: Measured, most: int = 400) -> Chart | None:
     """Return one of RATES at each update; None if it is 0 throughout."""
-    points = _thinned(measured.train, quantity, measured, most)
+    points = _thinned(measured.train, quantity, most)
     drawn = (Series(quantity.name, "s0", points),)
     return _chart(quantity, measured, drawn) if any(point.y > 0 for point in points) else None
 
 
 def _chart(quantity: Quantity, measured: Measured, drawn: tuple[Series, ...], count: str = "") -> Chart:
-    x = epochs_axis(drawn, "epoch" if measured.steps_per_epoch else "step")
     return Chart(
         f"run-{quantity.name.replace(' ', '-')}",
         quantity.name[0].upper() + quantity.name[1:],
-        f"{quantity.title if count else quantity.name} of {measured.name} against {x.title}s{count}.",
-        x,
+        f"{quantity.title if count else quantity.name} of {measured.name} against epochs{count}.",
+        epochs_axis(drawn),
         quantity.axis(quantity.title, [series.points for series in drawn]),
         drawn,
     )
 
 
-def epochs_axis(drawn: Iterable[Series], title: str = "epoch") -> Axis:
+def epochs_axis(drawn: Iterable[Series]) -> Axis:
     """Return an axis from the start of training to just beyond the last point of all series, whose mark is whole."""
-    return Axis(title, 0.0, 1.02 * max(point.x for series in drawn for point in series.points) or 1.0, plain)
+    last = max((point.x for series in drawn for point in series.points), default=0.0)
+    return Axis("epoch", 0.0, 1.02 * last or 1.0, plain)
 
 
-def _thinned(
-    records: Sequence[TrainRecord | EvaluationRecord | MeanRecord], quantity: Quantity, measured: Measured, most: int
-) -> tuple[Point, ...]:
+def _thinned(records: Sequence[TrainRecord | EvaluationRecord], quantity: Quantity, most: int) -> tuple[Point, ...]:
     """Return the records as at most `most` points: means over equal chunks, NaN if a value is not finite."""
     size = max(1, math.ceil(len(records) / most))
     points = []
     for at in range(0, len(records), size):
         chunk = records[at : at + size]
         value = fmean(quantity.take(record) for record in chunk)
-        x = fmean(map(measured.place, chunk))
-        points.append(Point(x, value, quantity.text(value)))
+        points.append(Point(fmean(record.epoch for record in chunk), value, quantity.text(value)))
     return tuple(points)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import os
 import socket
 import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass
 from functools import reduce
 from itertools import pairwise
 from pathlib import Path
@@ -29,14 +28,10 @@ _REMEMBERED = 256
 
 @dataclass(frozen=True)
 class News:
-    """Complete lines since the last look, without line ends; if `rewound`, everything read before is void.
-
-    `share`: how much of the unread bytes the lines are, in (0, 1].
-    """
+    """Complete lines since the last look, without line ends; if `rewound`, everything read before is void."""
 
     lines: tuple[bytes, ...] = ()
     rewound: bool = False
-    share: float = field(default=1.0, compare=False)
 
 
 _READ_AT_ONCE = 4 << 20  # bytes
@@ -77,52 +72,15 @@ class Follower:
             self._reset()
             return News(rewound=was_read)
         whole = content[: content.rfind(b"\n") + 1]
-        share = len(whole) / max(1, len(whole), state.st_size - self._offset)
         self._offset += len(whole)
         self._before = (self._before + whole[-_REMEMBERED:])[-_REMEMBERED:]
-        return News(tuple(whole.split(b"\n")[:-1]), rewound, share or 1.0)
+        return News(tuple(whole.split(b"\n")[:-1]), rewound)
 
 
 _MOST_POINTS = 2_048
-_PARSED_AT_ONCE = 8_192
-"""Of more lines than this at once, only the latest and every n-th training record are parsed; curves need no more."""
 _LATEST = 60
 _EVENTS = 50
 _TRAIN_MARK = b'{"kind": "train"'
-
-
-@dataclass(frozen=True)
-class MeanRecord:
-    """The mean of one or several successive training records; NaN if a value is not finite."""
-
-    step: float
-    loss: float
-    accuracy: float
-    epoch: float = math.nan
-
-
-class ThinnedCurve:
-    """A curve of bounded size: at 2 * `most` points, neighbouring points are averaged in pairs."""
-
-    def __init__(self, most: int = _MOST_POINTS) -> None:
-        self._most = most
-        self._size = 1
-        self._points: list[MeanRecord] = []
-        self._open: list[MeanRecord] = []
-
-    def append(self, point: MeanRecord) -> None:
-        """Add a point at the end."""
-        self._open.append(point)
-        if len(self._open) == self._size:
-            self._points.append(_mean(self._open))
-            self._open.clear()
-        if len(self._points) >= 2 * self._most:
-            self._points = [_mean(self._points[at : at + 2]) for at in range(0, len(self._points), 2)]
-            self._size *= 2
-
-    def points(self) -> list[MeanRecord]:
-        """Return the points in order."""
-        return [*self._points, _mean(self._open)] if self._open else list(self._points)
 
 
 class History:
@@ -133,7 +91,9 @@ class History:
 
     def clear(self) -> None:
         """Forget everything, because the file was rewound or replaced."""
-        self.batches = ThinnedCurve()
+        self.train: list[TrainRecord] = []
+        """Each `_stride`-th training record, at most 2 * _MOST_POINTS of them: curves need no more."""
+        self._stride, self._count = 1, 0
         self.evaluations: dict[str, list[EvaluationRecord]] = {}
         self.latest: deque[TrainRecord] = deque(maxlen=_LATEST)
         self.events: deque[EventRecord] = deque(maxlen=_EVENTS)
@@ -142,16 +102,18 @@ class History:
         self.moments: deque[float] = deque(maxlen=_LATEST)
         """Times of the latest records of the current launch, in seconds since 1970."""
 
-    def take(self, lines: Sequence[bytes], stride: int = 1) -> None:
-        """Add lines of `metrics.jsonl`: the latest, each `stride`-th training record, and all others.
+    def take(self, lines: Sequence[bytes]) -> None:
+        """Add lines of `metrics.jsonl`; of many training records only the latest and some others are parsed.
 
         Incomplete or unknown ones are skipped.
         """
         latest = len(lines) - 2 * _LATEST
         for at, line in enumerate(lines):
-            is_kept = at % stride == 0 or at >= latest or not line.startswith(_TRAIN_MARK)
-            if is_kept and (record := from_json(line)) is not None:
-                self._add(record)
+            is_train = line.startswith(_TRAIN_MARK)
+            self._count += is_train
+            is_kept = self._count % self._stride == 0
+            if (is_kept or at >= latest or not is_train) and (record := from_json(line)) is not None:
+                self._add(record, is_kept)
 
     def evaluated(self, split: str) -> EvaluationRecord | None:
         """Return the latest evaluation of `split`."""
@@ -167,13 +129,16 @@ class History:
             return None
         return max(later - earlier for earlier, later in pairwise(self.moments))
 
-    def _add(self, record: Record) -> None:
+    def _add(self, record: Record, is_kept: bool) -> None:
         if not isinstance(record, EventRecord) and record.step and record.epoch > 0:
             self.steps_per_epoch = record.step / record.epoch
         match record:
             case TrainRecord():
-                self.batches.append(MeanRecord(record.step, record.loss, record.accuracy, record.epoch))
                 self.latest.append(record)
+                self.train += [record] if is_kept else []
+                if len(self.train) >= 2 * _MOST_POINTS:
+                    del self.train[::2]
+                    self._stride *= 2
             case EvaluationRecord():
                 self.evaluations.setdefault(record.split, []).append(record)
             case EventRecord(event="checkpoint"):
@@ -185,10 +150,6 @@ class History:
                     self.latest.clear()
                     self.moments.clear()
         self.moments.append(record.time)
-
-
-def _mean(points: Sequence[MeanRecord]) -> MeanRecord:
-    return MeanRecord(*(sum(values) / len(points) for values in zip(*map(astuple, points), strict=True)))
 
 
 _SILENT_AFTER = 60.0  # silence shorter than this, in seconds, is never reported, however fast the run is
@@ -296,17 +257,16 @@ class WatchedRun:
 
     def _follow(self) -> tuple[str, bool]:
         """Read the new records; return the problem in reading them, and whether there were any."""
-        stride = 0  # the same for all parts of a long file
+        is_changed = False
         try:
             while (news := self._follower.look()) != News():
+                is_changed = True
                 if news.rewound:
                     self._history.clear()
-                if news.rewound or not stride:
-                    stride = max(1, math.ceil(len(news.lines) / news.share / _PARSED_AT_ONCE))
-                self._history.take(news.lines, stride)
+                self._history.take(news.lines)
         except OSError as error:
-            return f"{self._run.metrics.name} cannot be read: {error.strerror}", stride > 0
-        return "", stride > 0
+            return f"{self._run.metrics.name} cannot be read: {error.strerror}", is_changed
+        return "", is_changed
 
     def _has_changed(self, path: Path) -> bool:
         stamp = None

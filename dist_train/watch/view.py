@@ -285,10 +285,9 @@ _CURVE_COLOURS = {BATCH: "cyan", "train": "yellow", "test": "magenta", "train-av
 
 def _curves(history: History, quantity: Quantity, columns: int, rows: int) -> Group:
     """Return loss or accuracy so far: a heading, and curves drawn with characters."""
-    batches = history.batches.points()
-    chart = learning_curve(quantity, Measured("", batches, history.evaluations, history.steps_per_epoch), columns)
+    chart = learning_curve(quantity, Measured("", history.train, history.evaluations), columns)
     heading = Text(no_wrap=True, overflow="ellipsis").append(quantity.name, style="bold")
-    latest = [("batch", BATCH, record) for record in [*batches, *history.latest][-1:]]
+    latest = [("batch", BATCH, record) for record in [*history.train, *history.latest][-1:]]
     for name, style, record in (*latest, *((split, split, found[-1]) for split, found in history.evaluations.items())):
         value = _short_text(quantity, quantity.take(record))
         heading.append("  ").append(f"{escaped(name)} {value}", style=_CURVE_COLOURS.get(style, "green"))

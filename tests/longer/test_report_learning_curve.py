@@ -127,18 +127,6 @@ def test_incomplete_last_line_is_ignored(tmp_path: Path) -> None:
     assert torn.read_bytes() == whole.read_bytes()
 
 
-def test_epochs_are_exact_where_records_have_whole_epochs(tmp_path: Path) -> None:
-    exact, whole = tmp_path / "exact.svg", tmp_path / "whole.svg"
-    draw_learning_curve([long_run(tmp_path / "a" / "lb")], exact)
-    records: list[Record] = []
-    for step in range(1, 71):
-        records.append(train(step, epoch=step // 7))
-        if step % 7 == 0:
-            records += [evaluation(step), evaluation(step, "train")]
-    draw_learning_curve([make_run(tmp_path / "b" / "lb", records)], whole)
-    assert whole.read_bytes() == exact.read_bytes()
-
-
 def test_curves_that_cannot_be_drawn_are_refused(tmp_path: Path) -> None:
     run = make_run(tmp_path / "lb", [train(1)])
     (tmp_path / "empty").mkdir()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -77,18 +76,18 @@ def test_a_linear_network_is_interpolated_as_its_outputs_are() -> None:
     labels = torch.cat([batch[1] for batch in data])
     start, end = (inputs @ place.weights.view(10, 64).double().T for place in (first, second))
     walk = interpolation(first, second, variances_of(model))
-    with closing(PointEvaluator(model, [data], [], COMPUTE)) as evaluator:
-        for alpha in axis(-0.5, 1.5, 41):
-            [measured] = evaluator.evaluate(walk(Point(0, alpha)))
-            expected = functional.cross_entropy(start + alpha * (end - start), labels)
-            assert measured.loss == pytest.approx(float(expected), rel=1e-6)
+    evaluator = PointEvaluator(model, [data], [], COMPUTE)
+    for alpha in axis(-0.5, 1.5, 41):
+        [measured] = evaluator.evaluate(walk(Point(0, alpha)))
+        expected = functional.cross_entropy(start + alpha * (end - start), labels)
+        assert measured.loss == pytest.approx(float(expected), rel=1e-6)
 
 
 def test_it_is_the_mean_over_all_samples_of_each_split() -> None:
     model = network().eval()
     train, test = batches(50, 16), batches(21, 16)
-    with closing(PointEvaluator(model, [train, test], [], COMPUTE)) as evaluator:
-        measured = evaluator.evaluate(place_of(model))
+    evaluator = PointEvaluator(model, [train, test], [], COMPUTE)
+    measured = evaluator.evaluate(place_of(model))
     for split, found in zip((train, test), measured, strict=True):
         inputs, labels = (torch.cat(parts) for parts in zip(*split, strict=True))
         with torch.no_grad():
@@ -104,8 +103,8 @@ def test_the_loss_of_a_confident_network_is_that_of_an_evaluation() -> None:
         bias[0] += 30.0
     [(inputs, labels)] = batches(16, 16)
     labels = torch.zeros_like(labels)
-    with closing(PointEvaluator(model, [[(inputs, labels)]], [], COMPUTE)) as evaluator:
-        [measured] = evaluator.evaluate(place_of(model))
+    evaluator = PointEvaluator(model, [[(inputs, labels)]], [], COMPUTE)
+    [measured] = evaluator.evaluate(place_of(model))
     samples = Mock(read_all=lambda parts: [(inputs, labels)])
     evaluation = evaluate(model, samples, 16, batch_size=16, compute=COMPUTE, comm=Alone())
     assert 0 < measured.loss < 1e-9
@@ -121,31 +120,31 @@ def test_threads_do_not_change_a_bit(threads: int, recomputes: bool) -> None:
     origin = place_of(model)
     found = []
     for many in (1, threads):
-        with closing(PointEvaluator(model, [train, test], statistics, COMPUTE, threads=many)) as evaluator:
-            places = [Place(origin.weights * scale, origin.statistics) for scale in (1.0, 0.9, 1.2)]
-            found.append([evaluator.evaluate(place) for place in places])
+        evaluator = PointEvaluator(model, [train, test], statistics, COMPUTE, threads=many)
+        places = [Place(origin.weights * scale, origin.statistics) for scale in (1.0, 0.9, 1.2)]
+        found.append([evaluator.evaluate(place) for place in places])
     assert found[0] == found[1]
 
 
 def test_recomputed_statistics_are_those_that_training_recomputes() -> None:
     model = network()
     train = batches(40, 16)
-    with closing(PointEvaluator(model, [train], batches(30, 6), COMPUTE)) as evaluator:
-        recomputed = evaluator.evaluate(place_of(model))
-        assert evaluator.evaluate(place_of(model)) == recomputed, "nothing is left of an evaluation"
+    evaluator = PointEvaluator(model, [train], batches(30, 6), COMPUTE)
+    recomputed = evaluator.evaluate(place_of(model))
+    assert evaluator.evaluate(place_of(model)) == recomputed, "nothing is left of an evaluation"
     reference = Samples(images(30), torch.device("cpu"))
     recompute_statistics(model, reference, torch.arange(30), micro_size=6, compute=COMPUTE, comm=Alone())
-    with closing(PointEvaluator(model, [train], [], COMPUTE)) as evaluator:
-        assert evaluator.evaluate(place_of(model)) == recomputed
+    evaluator = PointEvaluator(model, [train], [], COMPUTE)
+    assert evaluator.evaluate(place_of(model)) == recomputed
 
 
 def test_statistics_that_cannot_be_computed_give_nan() -> None:
     model = network()
     place = place_of(model)
     place.weights[:9] = math.nan
-    with closing(PointEvaluator(model, [batches(20, 8)], batches(12, 6), COMPUTE)) as evaluator:
-        [measured] = evaluator.evaluate(place)
-        [clean] = evaluator.evaluate(place_of(model))
+    evaluator = PointEvaluator(model, [batches(20, 8)], batches(12, 6), COMPUTE)
+    [measured] = evaluator.evaluate(place)
+    [clean] = evaluator.evaluate(place_of(model))
     assert math.isnan(measured.loss)
     assert math.isnan(measured.accuracy)
     assert math.isfinite(clean.loss), "a bad point does not spoil the next one"
@@ -156,8 +155,8 @@ def test_the_network_itself_stays_as_it_was() -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     place = place_of(model)
     place.weights.mul_(2.0)
-    with closing(PointEvaluator(model, [batches(20, 8)], batches(12, 6), COMPUTE)) as evaluator:
-        evaluator.evaluate(place)
+    evaluator = PointEvaluator(model, [batches(20, 8)], batches(12, 6), COMPUTE)
+    evaluator.evaluate(place)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
 
@@ -172,10 +171,8 @@ class TooLarge(nn.Linear):
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_lack_of_memory_is_refused_with_its_code(threads: int) -> None:
     model, data = TooLarge(3, 2), [(torch.ones(4, 3), torch.zeros(4, dtype=torch.int64))] * 2
-    with (
-        closing(PointEvaluator(model, [data], [], COMPUTE, threads=threads)) as evaluator,
-        raises(UsageError, "out-of-memory"),
-    ):
+    evaluator = PointEvaluator(model, [data], [], COMPUTE, threads=threads)
+    with raises(UsageError, "out-of-memory"):
         evaluator.evaluate(place_of(model))
 
 

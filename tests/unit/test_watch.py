@@ -27,7 +27,7 @@ from dist_train.rundir.records import (
     to_json,
 )
 from dist_train.rundir.status import RanksFile, StatusFile
-from dist_train.watch.run import History, MeanRecord, Snapshot, ThinnedCurve, WatchedRun, find_run
+from dist_train.watch.run import History, Snapshot, WatchedRun, find_run
 from dist_train.watch.run_table import seconds_left
 from dist_train.watch.view import frame, plan, summary
 from tests.raising import raises
@@ -310,7 +310,7 @@ class TestFollowing:
         write_records(directory, records())
         run = watched.look(NOW)
         assert few < STEPS == run.history.latest[-1].step
-        assert len(run.history.batches.points()) == STEPS
+        assert len(run.history.train) == STEPS
 
     def test_a_run_that_is_rewound_shows_only_what_is_left(self, directory: Path) -> None:
         watched = WatchedRun(directory)
@@ -319,14 +319,14 @@ class TestFollowing:
         write_status(directory, step=20, epoch=2.0)
         run = watched.look(NOW)
         assert run.step == 20
-        assert [point.step for point in run.history.batches.points()] == list(range(1, 21))
+        assert [point.step for point in run.history.train] == list(range(1, 21))
         assert len(run.history.evaluations["test"]) == 2
 
     def test_torn_lines_are_passed_over(self, directory: Path) -> None:
         lines = (directory / "metrics.jsonl").read_text().splitlines(keepends=True)
         (directory / "metrics.jsonl").write_text("".join([*lines[:5], lines[5][:30] + "\n", *lines[6:]]) + '{"kind')
         run = look(directory)
-        assert len(run.history.batches.points()) == STEPS - 1
+        assert len(run.history.train) == STEPS - 1
         assert run.problem == ""
 
     def test_a_status_that_cannot_be_read_for_a_moment_leaves_the_last_one(self, directory: Path) -> None:
@@ -377,7 +377,7 @@ class TestFollowing:
         assert min(seconds) < 1.0
         assert len(run.history.evaluations["test"]) == steps // per_epoch
         assert [record.step for record in run.history.latest] == list(range(steps - 59, steps + 1))
-        points = run.history.batches.points()
+        points = run.history.train
         assert len(points) < 10_000
         assert points[-1].step > 0.99 * steps
 
@@ -430,18 +430,19 @@ class TestFinding:
 
 
 class TestHistory:
-    def test_a_thinned_curve_keeps_its_shape_in_bounded_memory(self) -> None:
-        curve = ThinnedCurve(most=16)
-        for step in range(1, 10_001):
-            curve.append(MeanRecord(step, 2.0 * step, 0.5))
-        points = curve.points()
-        assert 16 <= len(points) <= 33
-        assert points[-1].step > 9_500
-        assert all(point.loss == pytest.approx(2.0 * point.step) for point in points)
+    def test_of_many_batches_few_are_kept(self) -> None:
+        history = History()
+        for at in range(0, 30_000, 500):
+            records = (train(step, epoch=step / 10, loss=2.0 * step, time=NOW) for step in range(at + 1, at + 501))
+            history.take([to_json(record).encode() for record in records])
+        assert 2_048 <= len(history.train) <= 4_096
+        assert history.train[-1].step > 29_500
+        gaps = {b.step - a.step for a, b in itertools.pairwise(history.train)}
+        assert len(gaps) == 1, gaps
 
     def test_lines_that_are_no_records_change_nothing(self) -> None:
         history = History()
         history.take([b"", b"{", b"[]", b'{"kind": "train"}', b'{"kind": "of another version"}'])
-        assert history.batches.points() == []
+        assert history.train == []
         assert history.best_accuracy() is None
         assert seconds_left(history.latest, 10) is None
