@@ -17,7 +17,7 @@ from torch import nn
 from dist_train.checkpoint.state import Progress
 from dist_train.config import PrecisionSettings
 from dist_train.kernels import operators
-from dist_train.outcome import UsageError
+from dist_train.outcome import CodedError, UsageError
 from dist_train.start_up import keep_freed_memory, keep_small_objects_together, use_large_pages
 
 _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -164,7 +164,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error`, raised by torch or CUDA's libraries, means that memory is exhausted."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
+    # A CodedError is this package's; the text of a GroupBrokenError may be the message of another rank that ran out.
+    is_foreign = isinstance(error, RuntimeError) and not isinstance(error, CodedError)
+    return is_foreign and any(text in str(error) for text in _OUT_OF_MEMORY)
 
 
 _NOT_DETERMINISTIC = re.compile(r"(\w+) does not have a deterministic implementation")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._dynamo import config as dynamo_settings
 from torch.fx import GraphModule
 
-from dist_train.cluster.communicator import Alone
+from dist_train.cluster.communicator import Alone, GroupBrokenError
 from dist_train.config import PrecisionSettings
 from dist_train.kernels import operators
 from dist_train.launching.assembly import _with_micro_size
@@ -130,6 +130,7 @@ def test_tf32_is_what_the_settings_say_for_convolutions_and_products(tf32: bool)
         (torch.OutOfMemoryError("CUDA out of memory"), True),
         (MemoryError(), True),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), True),
+        (GroupBrokenError("rank 1 (node, process 7) failed: DefaultCPUAllocator: can't allocate memory"), False),
         (RuntimeError("shapes cannot be multiplied"), False),
         (ValueError("x"), False),
     ],
