@@ -94,6 +94,7 @@ def assemble(
     if config.precision.compile:
         model = compiled(state.network, sizes=2 * len(config.batch.sizes))  # a batch's last micro-batch may be smaller
     config = _with_micro_size(config, comm, model, state.weights, compute)
+    may_shrink = given is not None and given.batch.micro_size == "auto"
     # With torch.compile any pass may compile again for minutes: no progress is reported then.
     clock = StepClock(Alone() if config.precision.compile else comm, on_gpu=has_clock and compute.device.type == "cuda")
     step = build_step(
@@ -106,6 +107,7 @@ def assemble(
         progress,
         clock=clock,
         graph_recorder=CudaGraphRecorder() if config.precision.cuda_graphs else None,
+        fails_alone=comm.is_elastic and not may_shrink,
     )
     profile_steps = config.run.profile_steps
     trainer = Trainer(
@@ -130,7 +132,7 @@ def assemble(
         progress=progress,
         profiler=Profiler(profile_steps, directory.profile, comm) if profile_steps else None,
         measuring=Measuring(comm, read_usage_of(compute.device)) if is_measured else None,
-        may_shrink=given is not None and given.batch.micro_size == "auto",
+        may_shrink=may_shrink,
         regroup=regroup,
         identity=(*setup_digests(given, splits.identity), is_measured) if given and comm.is_elastic else (),
     )
@@ -183,6 +185,7 @@ def build_step(
     *,
     clock: StepClock,
     graph_recorder: GraphRecorder | None = None,
+    fails_alone: bool = False,
 ) -> TrainingStep:
     """Return the training step of `config` that changes `state` by its network, or `model`, that compiled.
 
@@ -210,6 +213,7 @@ def build_step(
         sum_over_ranks=sum_over(config.model, comm, clock),
         clock=clock,
         graph_recorder=graph_recorder,
+        fails_alone=fails_alone,
     )
 
 

@@ -124,8 +124,12 @@ def share_of_threads(local_size: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // local_size)
 
 
-def runs_in_memory(work: Callable[[], object]) -> bool:
-    """Call `work`; return False if memory runs out. Raises UsageError if an operator has no deterministic kernel."""
+def runs_in_memory(work: Callable[[], object], alone: str = "") -> bool:
+    """Call `work`; return False if memory runs out, or raise UsageError with the text `alone` if one is given.
+
+    `alone` is for ranks of which the others continue without the one that fails. Raises UsageError also if an operator
+    has no deterministic kernel.
+    """
     failed_before = failed_allocations()
     try:
         work()
@@ -133,8 +137,12 @@ def runs_in_memory(work: Callable[[], object]) -> bool:
         refuse_nondeterministic(error)
         if not is_out_of_memory(error):
             raise
-        return False
-    return failed_allocations() == failed_before
+        fits = False
+    else:
+        fits = failed_allocations() == failed_before
+    if alone and not fits:
+        raise UsageError(alone, code="out-of-memory")
+    return fits
 
 
 def failed_allocations() -> int:

@@ -66,7 +66,8 @@ def evaluate(
     own slot in the sums. Losses are float64, so that all finite float32 logits have a finite loss. A sample whose loss
     is not finite counts as misclassified. `after_batch` is called after each batch of this rank.
 
-    Raises OutOfMemoryError if a batch does not fit the device of some rank; on all ranks.
+    Raises OutOfMemoryError if a batch does not fit the device of some rank; on all ranks. In an elastic launch, whose
+    other ranks continue, the rank alone raises UsageError.
     """
     plan = BatchPlan(count, batch_size)
     # Losses, samples classified correctly, and whether a rank ran out of memory, by batch.
@@ -85,7 +86,8 @@ def evaluate(
                 sums[1, batch.index] = ((logits.argmax(dim=1) == labels) & losses.isfinite()).sum()
                 after_batch()
 
-    if not runs_in_memory(add_up):
+    alone = "the evaluation does not fit this rank's memory: set a smaller evaluation.batch_size"
+    if not runs_in_memory(add_up, alone if comm.is_elastic else ""):
         sums[2, share[0].index] = 1.0
     model.train(was_training)
     # Each slot is zero on all ranks but one, so the float sum over the ranks is exact.
@@ -123,7 +125,7 @@ def recompute_statistics(
 
     Raises, on all ranks:
         DivergedError: the statistics are not finite, or out of range.
-        OutOfMemoryError: a micro-batch does not fit the device of some rank.
+        OutOfMemoryError: a micro-batch does not fit the device of some rank (in an elastic launch: UsageError, there).
     """
     statistics = BatchStatistics(norm_modules(model), compute.device)
     tally = Tally(comm, statistics, compute.device)
@@ -137,7 +139,8 @@ def recompute_statistics(
                 model(inputs)
                 statistics.collect(len(inputs))
 
-    fits = runs_in_memory(collect)
+    alone = "computing the norms' statistics does not fit this rank's memory: begin with a smaller batch.micro_size"
+    fits = runs_in_memory(collect, alone if comm.is_elastic else "")
     model.train(was_training)
     tally.send(out_of_memory=not fits)
     total = tally.result()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -30,15 +30,9 @@ from dist_train.optim.averaging import Averaging
 from dist_train.optim.flat_weights import FlatWeights, norm
 from dist_train.optim.noise import Noise
 from dist_train.optim.optimizers import optimizer_step, set_learning_rate
-from dist_train.outcome import DivergedError, OutOfMemoryError, UsageError
+from dist_train.outcome import DivergedError, OutOfMemoryError
 from dist_train.reproducible import LayerRng
-from dist_train.training.compute import (
-    Compute,
-    LossScale,
-    failed_allocations,
-    is_out_of_memory,
-    refuse_nondeterministic,
-)
+from dist_train.training.compute import Compute, LossScale, fitting_memory, runs_in_memory
 from dist_train.training.graphs import GraphRecorder, MicroBatchGraphs
 from dist_train.training.measuring import StepClock, StepTimes
 from dist_train.training.reduction import GradientReduction, Tally, TallyResult
@@ -122,6 +116,8 @@ class TrainingStep:
     """Returns once the checkpoint writer has copied the weights and the optimizer's state, so that they may change."""
     graph_recorder: GraphRecorder | None = None
     """Set if all micro-batches but the last are replayed as graphs."""
+    fails_alone: bool = False
+    """Whether the others continue without a rank that runs out of memory, since micro-batches may not shrink."""
     _graphs: MicroBatchGraphs | None = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -135,6 +131,7 @@ class TrainingStep:
         Raises:
             DivergedError: the loss or the gradient is not finite, or out of range; on all ranks.
             OutOfMemoryError: a micro-batch does not fit the device of some rank; on all ranks, the weights unchanged.
+            UsageError: the same, on that rank alone: with sync norm, and in an elastic launch, whose others continue.
             RankLostError: a rank was lost.
         """
         self.clock.start()
@@ -193,22 +190,15 @@ class TrainingStep:
 
     def _add_gradients(self, batch: GlobalBatch) -> bool:
         """Add up the gradients of this rank's micro-batches; return False if they do not fit its device."""
-        failed_before = failed_allocations()
-        try:
-            for micro_batch, is_last in batch.in_turn(self.samples.prefetch):
-                self._add_gradient(batch, micro_batch, is_last)
-        except (RuntimeError, MemoryError) as error:
-            refuse_nondeterministic(error)
-            if not is_out_of_memory(error):
-                raise
-            if self.sum_over_ranks is not None:
-                # The others already wait for this rank in a collective of the forward or backward pass.
-                raise UsageError(
-                    f"update {batch.step + 1} does not fit this rank's memory: begin with a smaller batch.micro_size",
-                    code="out-of-memory",
-                ) from error
-            return False
-        return failed_allocations() == failed_before
+        what, fix = f"update {batch.step + 1}", "begin with a smaller batch.micro_size"
+
+        def add_up() -> None:
+            # With sync norm the others already wait for this rank in a collective of the forward or backward pass.
+            with nullcontext() if self.sum_over_ranks is None else fitting_memory(what, fix):
+                for micro_batch, is_last in batch.in_turn(self.samples.prefetch):
+                    self._add_gradient(batch, micro_batch, is_last)
+
+        return runs_in_memory(add_up, f"{what} does not fit this rank's memory: {fix}" if self.fails_alone else "")
 
     def _add_gradient(self, batch: GlobalBatch, micro_batch: MicroBatch, is_last: bool) -> None:
         """Add the gradient of `micro_batch` at each point that the noise names; `is_last`: of this rank's."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from itertools import chain
 
 import pytest
@@ -10,17 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dist_train.cluster.communicator import Alone
+from dist_train.cluster.communicator import Alone, RankLostError
 from dist_train.data.catalog import make_synthetic
 from dist_train.data.images import BatchRequest, ImageSet
 from dist_train.data.loader import Samples
 from dist_train.models import build_model
 from dist_train.models.norms import norm_modules
-from dist_train.outcome import UsageError
+from dist_train.outcome import SHARED_ERRORS, UsageError
 from dist_train.training.compute import Compute
 from dist_train.training.evaluation import Evaluation, evaluate, recompute_statistics, statistics_samples
 from tests.raising import raises
-from tests.unit.simulated_ranks import SimulatedRanks, results
+from tests.unit.simulated_ranks import SimulatedRanks, on_ranks, results
 from tests.unit.small_trainers import small_config, state_bits
 
 CPU = Compute(torch.device("cpu"), torch.float32)
@@ -138,6 +140,23 @@ def test_a_lack_of_memory_for_norm_statistics_is_told_on_all_ranks() -> None:
             recompute_statistics(model, samples(), indices, micro_size=9, compute=CPU, comm=comm)
 
     results(2, run_out)
+
+
+def test_a_rank_of_an_elastic_launch_that_lacks_memory_fails_alone() -> None:
+    def compute_statistics(comm: SimulatedRanks, model: nn.Module) -> None:
+        indices = statistics_samples(60, 40, 16, 0)
+        recompute_statistics(model, samples(), indices, micro_size=9, compute=CPU, comm=comm)
+
+    def run_out(work: Callable[[SimulatedRanks, nn.Module], object], comm: SimulatedRanks) -> None:
+        comm.is_elastic = True
+        work(comm, Short() if comm.rank else nn.Flatten())
+
+    for work in (lambda comm, model: evaluated(comm, 7, model), compute_statistics):
+        other, short = on_ranks(2, partial(run_out, work))
+        assert isinstance(other, RankLostError)
+        assert isinstance(short, UsageError)
+        assert not isinstance(short, SHARED_ERRORS)
+        assert short.code == "out-of-memory"
 
 
 @pytest.mark.parametrize("scale", [1e7, 1e20, 3e38])

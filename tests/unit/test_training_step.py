@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from dist_train.cluster.communicator import Alone, Communicator
+from dist_train.cluster.communicator import Alone, Communicator, RankLostError
 from dist_train.config import ImageFormat
 from dist_train.data.images import BatchRequest
 from dist_train.data.plan import batch_indices, epoch_order
@@ -427,6 +427,21 @@ def test_a_size_that_was_asked_for_is_not_changed_and_the_weights_are_as_before(
     with raises(UsageError, "out-of-memory"):
         trainer.run()
     assert torch.equal(trainer.take_step.weights.values, before)
+
+
+def test_a_rank_of_an_elastic_launch_that_runs_out_of_memory_fails_alone(tmp_path: Path) -> None:
+    def run_out(comm: SimulatedRanks) -> None:
+        comm.is_elastic = True
+        trainer = build_trainer(small_config(), tmp_path, comm)
+        if comm.rank:
+            trainer.take_step = replace(trainer.take_step, model=Limited(trainer.network, 3))
+        take(trainer)
+
+    other, short = on_ranks(2, run_out)
+    assert isinstance(other, RankLostError)
+    assert isinstance(short, UsageError)
+    assert not isinstance(short, OutOfMemoryError), "which ends all ranks"
+    assert short.code == "out-of-memory"
 
 
 def test_an_error_of_another_kind_is_not_taken_for_a_lack_of_memory(tmp_path: Path) -> None:
