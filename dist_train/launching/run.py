@@ -33,7 +33,7 @@ from dist_train.launching.preflight import check_launch
 from dist_train.launching.session import Session, build_observers
 from dist_train.monitoring.console import open_logs
 from dist_train.monitoring.prometheus.http_server import access_warnings
-from dist_train.outcome import SHARED_ERRORS, UsageError
+from dist_train.outcome import SHARED_ERRORS, FaultError, UsageError
 from dist_train.rundir.paths import (
     LEASE_SECONDS,
     LockRequest,
@@ -160,7 +160,11 @@ class Regrouping:
             self._logging_as = rank
 
     def __call__(self, trainer: Trainer, generation: Generation) -> None:
-        """Let a rank that has become rank 0 take over writing the run directory."""
+        """Let a rank that has become rank 0 take over writing the run directory.
+
+        If it cannot, it raises OSError, or FaultError if the lost rank keeps the lock. On the other ranks this breaks
+        the group: on another node, the next rank 0 may be able to.
+        """
         comm = trainer.comm
         self.open_logs(comm.rank)
         # The lost rank's node may be cut off without having noticed, or the file server may still hold its lock.
@@ -168,12 +172,17 @@ class Regrouping:
 
         def take_over() -> bool:
             if comm.rank == 0 and trainer.saving.writer is None:
-                if (lock := request.wait(self.config.comm.timeout / _POLLS_IN_TIMEOUT)) is None:
+                try:
+                    lock = request.wait(self.config.comm.timeout / _POLLS_IN_TIMEOUT)
+                except UsageError as error:
+                    raise FaultError(f"the lost rank 0 keeps its lock: {error}", code="lock-not-released") from error
+                if lock is None:
                     return False
                 self._take_over(trainer, lock)
             return True
 
-        await_on_all_ranks(comm, take_over, "take over the run directory")
+        while not all(done for (done,) in gather(comm, [take_over()], "take over the run directory")):
+            pass
         nodes = gather_str(comm, socket.gethostname(), "nodes")
         self.session.note_generation(nodes)
         if self._owes_records:

@@ -23,11 +23,12 @@ from dist_train.checkpoint.files import newest_whole
 from dist_train.checkpoint.state import ResumePoint
 from dist_train.cli.main import main
 from dist_train.cluster.communicator import Alone, Generation, GroupBrokenError, Pending, RankLostError
+from dist_train.launching import run
 from dist_train.launching.assembly import assemble
 from dist_train.launching.run import Regrouping, _leave, train
 from dist_train.launching.session import Session, build_observers, revision
 from dist_train.monitoring.observers import Observers
-from dist_train.outcome import DisagreementError, DivergedError, ExitCode, StoppedError, UsageError
+from dist_train.outcome import DisagreementError, DivergedError, ExitCode, FaultError, StoppedError, UsageError
 from dist_train.rundir.paths import LockRequest, RunDirectory
 from dist_train.rundir.records import (
     EventRecord,
@@ -44,7 +45,7 @@ from dist_train.training.stopping import StopRequests
 from dist_train.training.trainer import Trainer
 from tests.raising import raises
 from tests.unit.checkpoint_files import write
-from tests.unit.simulated_ranks import SimulatedRanks, results
+from tests.unit.simulated_ranks import SimulatedRanks, on_ranks, results
 from tests.unit.small_trainers import small_config
 from tests.unit.test_cli_commands import write_config
 
@@ -371,6 +372,31 @@ def test_a_loss_right_after_a_takeover_loses_no_record_of_the_former_rank_0(tmp_
     assert all(record in read_records(directory.metrics) for record in (written, former))
     assert former in own.records
     assert written not in own.records
+
+
+@pytest.mark.parametrize("is_held", [False, True])
+def test_a_rank_that_cannot_take_over_fails_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_held: bool
+) -> None:
+    monkeypatch.setattr(run, "LEASE_SECONDS", 0.0)
+    directory = RunDirectory(tmp_path)
+    directory.create()
+    if is_held:
+        assert LockRequest(directory.root, directory.lock).wait(0.0)
+    else:
+        directory.lock.mkdir()  # an OSError, whoever runs the test
+    generation = Generation(2, 0, 2, ("", 0), ("here", "there"), ("rank 0 died",), "", ())
+
+    def regroup(comm: SimulatedRanks) -> None:
+        session = Session(directory, comm, Observers())
+        trainer = assemble(small_config(), ResumePoint(small_config()), directory, comm, session, StopRequests())
+        trainer.saving.writer = None
+        with ExitStack() as stack:
+            Regrouping(small_config(), directory, session, stack)(trainer, generation)
+
+    failed, other = on_ranks(2, regroup)
+    assert isinstance(failed, FaultError if is_held else OSError)
+    assert isinstance(other, RankLostError)
 
 
 def test_a_launch_that_begins_again_keeps_in_the_status_how_far_the_run_was(tmp_path: Path) -> None:
