@@ -81,17 +81,22 @@ class TimeLimit:
         """Note that a checkpoint was on disk `seconds` after its beginning."""
         self._longest_save = max(self._longest_save, seconds)
 
-    def check(self, now: float) -> bool:
+    def interrupt(self) -> None:
+        """Note that what follows, until the end of a step, is no step of usual length, such as waiting for a rank."""
+        self._last_step_end = None
+
+    def check(self, now: float, uptime: float) -> bool:
         """Note the end of a step, and return whether the run must be asked to stop now; may ask Slurm for the limit.
 
-        Ranks learn of a request in the next step, and this is next called a step later: hence room for two steps, each
-        as long as the longest so far, its evaluation included. A checkpoint gets twice its longest time.
+        `now`: seconds since 1970; `uptime`: seconds of a clock that is never set. Ranks learn of a request in the
+        next step, and this is next called a step later: hence room for two steps, each as long as the longest so far,
+        its evaluation included. A checkpoint gets twice its longest time.
         """
         if self.end is None:
             return False
         if self._last_step_end is not None:
-            self._longest_step = max(self._longest_step, now - self._last_step_end)
-        self._last_step_end = now
+            self._longest_step = max(self._longest_step, uptime - self._last_step_end)
+        self._last_step_end = uptime
         needed = 2 * self._longest_step + 2 * self._longest_save + _ASK_SECONDS + _EXIT_SECONDS
         if now + needed >= self.end and self._ask_end:
             latest = self._ask_end()

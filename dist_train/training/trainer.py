@@ -314,7 +314,7 @@ class Trainer:
         self.observers.progress(step)
         if self.status:
             self.status.progress(**self.status_fields())
-        if self.time_limit.check(time.time()):
+        if self.time_limit.check(time.time(), time.monotonic()):
             self.stop.request("time limit")
         if update.stop_requested and step < self.last_step and not self.stopped_early:
             self._stop()
@@ -443,6 +443,7 @@ class Trainer:
 
     def _recover(self) -> None:
         """Form a new group of the remaining and joining ranks; continue from the newest state that any of them has."""
+        self.time_limit.interrupt()
         generation = self.comm.meet(self._interruption.why)
         self._interruption.add(generation)
         if self.measuring:

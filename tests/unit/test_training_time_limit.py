@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from dist_train.checkpoint.files import list_checkpoints
-from dist_train.cluster.communicator import Alone
+from dist_train.cluster.communicator import Alone, Generation, GroupBrokenError, Pending
 from dist_train.outcome import StoppedError
+from dist_train.training import trainer
 from dist_train.training.stopping import TimeLimit, job_time_limit
 from tests.unit.small_trainers import build_trainer, small_config
 
@@ -14,13 +18,13 @@ from tests.unit.small_trainers import build_trainer, small_config
 def first_near(limit: TimeLimit, seconds_a_step: float) -> float:
     """Return when a run that takes so long for each step is asked to stop."""
     now = 0.0
-    while not limit.check(now):
+    while not limit.check(now, now):
         now += seconds_a_step
     return now
 
 
 def test_a_job_without_a_limit_is_never_near_its_end() -> None:
-    assert not any(TimeLimit(None).check(now) for now in (0.0, 1e12))
+    assert not any(TimeLimit(None).check(now, now) for now in (0.0, 1e12))
 
 
 @pytest.mark.parametrize("seconds_a_step", [0.1, 3.0, 40.0])
@@ -35,8 +39,45 @@ def test_a_step_and_a_save_fit_in_what_is_left(seconds_a_step: float, seconds_a_
 
 def test_an_evaluation_counts_as_part_of_its_step() -> None:
     limit = TimeLimit(1000.0)
-    assert not any(limit.check(now) for now in (0.0, 1.0, 101.0, 102.0))
-    assert limit.check(800.0)
+    assert not any(limit.check(now, now) for now in (0.0, 1.0, 101.0, 102.0))
+    assert limit.check(800.0, 800.0)
+
+
+def test_a_clock_that_is_set_is_no_long_step() -> None:
+    limit = TimeLimit(1000.0)
+    assert not any(limit.check(now, uptime) for now, uptime in ((100.0, 0.0), (600.0, 1.0), (601.0, 2.0)))
+    assert limit.check(990.0, 3.0)
+
+
+class BreaksOnce(Alone):
+    """A rank that loses another in the second update, and waits `pause` seconds of `clock` for one in its place."""
+
+    is_elastic = True
+    pause = 10_000.0
+    updates = 0
+
+    def __init__(self, clock: SimpleNamespace) -> None:
+        self._clock = clock
+
+    def allreduce_async(self, tensor: torch.Tensor, name: str) -> Pending:
+        self.updates += name == "tally"
+        if name == "tally" and self.updates == 2:
+            raise GroupBrokenError("rank 1 died")
+        return Pending()
+
+    def meet(self, why: str) -> Generation:
+        now = time.monotonic() + self.pause
+        self._clock.monotonic = lambda: now
+        return Generation(2, 0, 1, ("", 0), ("here",), ("rank 1 died",), "", ())
+
+
+def test_waiting_for_another_rank_is_no_long_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(time=time.time, monotonic=time.monotonic, perf_counter=time.perf_counter)
+    monkeypatch.setattr(trainer, "time", clock)
+    waiting = build_trainer(small_config(), tmp_path, BreaksOnce(clock))
+    waiting.time_limit = TimeLimit(time.time() + BreaksOnce.pause)
+    waiting.run()
+    assert waiting.progress.step == waiting.last_step
 
 
 def test_an_extended_limit_is_noticed_before_the_run_stops() -> None:
@@ -45,7 +86,7 @@ def test_an_extended_limit_is_noticed_before_the_run_stops() -> None:
     asked = first_near(limit, 1.0)
     assert 3000 - 30 < asked < 3000 - 15
     assert not ends
-    assert limit.check(asked + 1), "Slurm is not asked again"
+    assert limit.check(asked + 1, asked + 1), "Slurm is not asked again"
 
 
 def test_a_limit_that_slurm_does_not_know_stays() -> None:
@@ -60,23 +101,23 @@ def test_slurm_is_asked_for_the_end_of_the_job(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_JOB_END_TIME", "1000")
     limit = job_time_limit()
-    assert not limit.check(990.0)
+    assert not limit.check(990.0, 990.0)
     assert limit.end is not None
     assert abs(limit.end - 2e9) <= 86400
 
 
 def test_a_run_near_its_limit_is_saved_and_stopped(tmp_path: Path) -> None:
-    trainer = build_trainer(small_config(), tmp_path, Alone())
-    trainer.time_limit = TimeLimit(1.0)
+    limited = build_trainer(small_config(), tmp_path, Alone())
+    limited.time_limit = TimeLimit(1.0)
     with pytest.raises(StoppedError):
-        trainer.run()
-    assert trainer.progress.step == 2, "all ranks hear of it in the step after"
+        limited.run()
+    assert limited.progress.step == 2, "all ranks hear of it in the step after"
     assert [file.step for file in list_checkpoints(tmp_path / "checkpoints")] == [2]
 
 
 def test_the_limit_is_that_of_the_slurm_job(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_JOB_END_TIME", "1000")
-    assert job_time_limit().check(990.0)
+    assert job_time_limit().check(990.0, 990.0)
     monkeypatch.delenv("SLURM_JOB_ID")
-    assert not job_time_limit().check(990.0)
+    assert not job_time_limit().check(990.0, 990.0)
