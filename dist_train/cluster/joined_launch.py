@@ -31,7 +31,7 @@ from dist_train.cluster.membership_server import (
     View,
 )
 from dist_train.cluster.messages import MessageConnection, answer_of_coordinator, answer_to
-from dist_train.outcome import ExitCode, FaultError, UsageError
+from dist_train.outcome import FaultError, UsageError
 from dist_train.rundir import atomic
 
 _VIEW = TypeAdapter(View)
@@ -178,9 +178,8 @@ class RemoteCoordinator:
         return None
 
     def ask_to_stop(self) -> None:
-        """End a run that has not begun; otherwise the ranks that received the signal agree with all others to stop."""
-        if not self._view.members:
-            self.note_code(ExitCode.STOPPED)
+        """Ask the coordinator to make all launchers stop their ranks."""
+        self._connection.send({"kind": "stop"})
 
     def abandon(self) -> None:
         """Do nothing: this launcher waits for its own ranks only."""

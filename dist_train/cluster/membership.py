@@ -59,6 +59,7 @@ class Membership:
     may_grow: bool = True  # more ranks may still be started
     lost: tuple[str, ...] = ()  # the ranks lost from the current generation, with reasons
     report: str = ""  # how a rank described the failure; this and `lost` are for the next generation's record
+    stop_requested: bool = False  # all ranks are to save and stop, however few they are
     is_over: bool = False  # a rank has left because the run is done, so none may join any more
     has_ended: bool = False  # the run cannot continue
 
@@ -121,7 +122,12 @@ class MayGrow:
     value: bool
 
 
-Event: TypeAlias = PeerConnected | PeerReady | PeerTraining | PeerLost | MayGrow
+@dataclass(frozen=True)
+class StopRequested:
+    """All ranks are to save and stop."""
+
+
+Event: TypeAlias = PeerConnected | PeerReady | PeerTraining | PeerLost | MayGrow | StopRequested
 
 
 @dataclass(frozen=True)
@@ -149,6 +155,8 @@ def decide(state: Membership, event: Event) -> Decision:
             return _with_peer(state, peer_id, has_state=True), ()
         case MayGrow(value):
             return _begin_if_ready(replace(state, may_grow=value))
+        case StopRequested():
+            return _begin_if_ready(replace(state, stop_requested=True))
         case PeerLost():
             return _remove(state, event)
         case PeerReady():
@@ -209,7 +217,8 @@ def _begin_if_ready(state: Membership, messages: tuple[Message, ...] = ()) -> De
     if not state.members or not all(member.is_ready for member in state.members):
         return state, messages
     following = (*state.members, *ready)[: state.limits.max_ranks]
-    least = state.limits.min_ranks
+    # No rank is restarted any more; those that are left make one more update, and save.
+    least = 1 if state.stop_requested else state.limits.min_ranks
     if len(following) < least:
         if state.may_grow:
             return state, messages

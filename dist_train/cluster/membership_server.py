@@ -27,6 +27,7 @@ from dist_train.cluster.membership import (
     PeerLost,
     PeerReady,
     PeerTraining,
+    StopRequested,
     decide,
 )
 from dist_train.cluster.messages import MessageServer, answer_of_coordinator
@@ -99,7 +100,6 @@ class MembershipServer:
         self._own_slots = range(self._here)
         self._nodes: dict[int, JoinedNode] = {}  # the launchers of other nodes, by connection
         self._codes: list[int] = []
-        self._stop_requested = False
         self._alone_since = time.monotonic()
         self._server = MessageServer((self.host, self.port), self.token, self._handle, self._lose)
         self._stopping_since: dict[int, float] = {}  # when ranks that still work were told to stop, by connection
@@ -134,7 +134,7 @@ class MembershipServer:
             has_state=self.state.has_state,
             has_ended=self.state.has_ended,
             code=next((int(code) for code in ENDS_OF_A_RUN if code in self._codes), None),
-            stop_requested=self._stop_requested,
+            stop_requested=self.state.stop_requested,
         )
 
     @property
@@ -171,8 +171,8 @@ class MembershipServer:
         return next((code if code > 0 else int(ExitCode.FAULT) for code in self._codes if code != 0), None)
 
     def ask_to_stop(self) -> None:
-        """Make the launchers of other nodes ask their ranks to save and stop; a run that has not begun just ends."""
-        self._stop_requested = True
+        """Make all launchers ask their ranks to save and stop; a run that has not begun just ends."""
+        self._apply(StopRequested())
         if self.state.generation == 0:
             self.note_code(ExitCode.STOPPED)
 
@@ -194,6 +194,8 @@ class MembershipServer:
                 node.processes = int(fields["count"])
             case "ended" if node is not None:
                 self._codes.append(int(fields["code"]))
+            case "stop" if node is not None:
+                self.ask_to_stop()
             case "leave":
                 self._lose(peer_id, str(fields["why"]) if node is None else "")
             case "ready" if node is None:
@@ -248,7 +250,7 @@ class MembershipServer:
 
     def _start_nodes(self) -> None:
         """Let the waiting launchers of other nodes start their ranks, if they may."""
-        if self._stop_requested or self.state.is_over or self.state.has_ended:
+        if self.state.stop_requested or self.state.is_over or self.state.has_ended:
             return
         has_begun = self.state.generation > 0 and self.state.has_state
         for connection, node in self._nodes.items():

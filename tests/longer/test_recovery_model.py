@@ -1,10 +1,15 @@
-"""The recovery protocol of three ranks, in every interleaving of deaths and joins, which takes minutes."""
+"""The recovery protocol in every interleaving of deaths, joins and stops, which takes minutes."""
 
 from __future__ import annotations
 
 import pytest
 
 from tests.unit.recovery_model import Limits, explore
+
+
+@pytest.mark.lengthy
+def test_ranks_that_wait_for_others_agree_to_stop_in_every_interleaving() -> None:
+    assert explore(2, Limits(2, deaths=1, joins=1, min_ranks=2, stops=True)) > 50_000
 
 
 @pytest.mark.lengthy

@@ -132,6 +132,18 @@ def test_too_few_ranks_end_the_launch_and_the_same_command_resumes(tmp_path: Pat
     assert [event["step"] >= 8 for event in events(run, "resumed")] == [True]
 
 
+def test_too_few_ranks_that_are_asked_to_stop_save_and_end(tmp_path: Path) -> None:
+    config, run = write_config(tmp_path, ENDLESS), tmp_path / "run"
+    with ElasticRun(config, run, 2, ("--min-ranks", "2", "--restarts", "3")) as launch:
+        wait_for_lines(run / "metrics.jsonl", 4)
+        launch.send(1, signal.SIGKILL)
+        launch.process.send_signal(signal.SIGTERM)
+        ended = launch.wait()
+    assert ended.code == ExitCode.STOPPED, ended.output
+    (event,) = events(run, "rank_lost")
+    assert final_checkpoint(run)["step"] >= event["step"], "with the update that the loss interrupted"
+
+
 ENDLESS = small_settings(run={"epochs": 50_000}, comm={"verify_every": 1, "timeout": 10})
 LISTENING = ("--listen", "127.0.0.2", "--restarts", "3")
 

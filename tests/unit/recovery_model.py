@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 from dist_train.cluster.membership import (
     Elasticity,
     Event,
+    MayGrow,
     Membership,
     Message,
     Peer,
@@ -21,6 +22,7 @@ from dist_train.cluster.membership import (
     PeerLost,
     PeerReady,
     PeerTraining,
+    StopRequested,
     decide,
 )
 from dist_train.training.recovery import RankState, plan_recovery
@@ -42,8 +44,11 @@ class Rank(NamedTuple):
     has_state: bool = True
     is_interrupted: bool = False
     wants_meeting: bool = False
+    is_asked_to_stop: bool = False
+    has_stopped: bool = False
+    """Whether all ranks have agreed, in their last update, to stop after it."""
     inbox: tuple[tuple[str, int, int, int], ...] = ()
-    """Lines from the coordinator: what, generation, rank, size."""
+    """Lines from the coordinator, or a signal: what, generation, rank, size."""
     outbox: tuple[Event, ...] = ()
 
 
@@ -54,6 +59,8 @@ class Brought(NamedTuple):
     step: int
     has_state: bool
     wants_meeting: bool
+    is_asked_to_stop: bool
+    has_stopped: bool
 
 
 class World(NamedTuple):
@@ -68,22 +75,31 @@ class World(NamedTuple):
 
 @dataclass(frozen=True)
 class Limits:
-    """How far the world goes: so many updates, deaths, and processes that join."""
+    """How far the world goes: so many updates, deaths, and processes that join; whether it may be asked to stop.
+
+    The ranks wait for others if there are fewer than `min_ranks`.
+    """
 
     last_step: int
     deaths: int
     joins: int
+    min_ranks: int = 1
+    stops: bool = False
 
 
-def beginning(size: int) -> World:
+def beginning(size: int, limits: Limits) -> World:
     """Return the world in which `size` ranks have met, and hold the same state."""
     peers = tuple(Peer(number, number, rank=number, has_state=True) for number in range(size))
     ranks = tuple(Rank("works", rank=number, size=size) for number in range(size))
-    return World(ranks, Membership(Elasticity(size, 1, size, 0, 5.0), generation=1, is_forming=False, peers=peers))
+    elasticity = Elasticity(size, limits.min_ranks, size, 0, 5.0)
+    return World(ranks, Membership(elasticity, generation=1, is_forming=False, peers=peers))
 
 
 def steps(world: World, limits: Limits) -> Iterator[World]:
     """Yield what can happen next of itself."""
+    processes = sum(rank.mode not in ("done", "ended", "dead") for rank in world.ranks)
+    if limits.min_ranks > 1 and world.coordinator.may_grow and processes <= len(world.coordinator.members):
+        yield _decide(world, MayGrow(False))  # the launcher restarts none
     for number, rank in enumerate(world.ranks):
         if rank.outbox:
             yield _deliver_to_coordinator(world, number)
@@ -107,7 +123,10 @@ def faults(world: World, limits: Limits) -> Iterator[World]:
                 for kept in {rank.outbox, ()}:
                     dead = rank._replace(mode="dead", inbox=(), outbox=(*kept, PeerLost(number, "died")))
                     yield _with(world, number, dead)._replace(deaths=world.deaths + 1)
-    if world.joins < limits.joins:
+    if limits.stops and not (world.coordinator.stop_requested or world.coordinator.has_ended):
+        signalled = (rank._replace(inbox=(*rank.inbox, ("stop", 0, 0, 0))) for rank in world.ranks)
+        yield _decide(world._replace(ranks=tuple(signalled)), StopRequested())
+    if world.joins < limits.joins and world.coordinator.may_grow and not world.coordinator.stop_requested:
         number = len(world.ranks)
         joiner = Rank(
             "stopped", generation=0, has_state=False, outbox=(PeerConnected(Peer(number, number)), PeerReady(number, 0))
@@ -118,14 +137,17 @@ def faults(world: World, limits: Limits) -> Iterator[World]:
 def check_end(world: World, limits: Limits) -> None:
     """Check a world in which nothing more happens of itself."""
     for rank in world.ranks:
-        assert rank.mode in ("done", "ended", "dead"), f"it hangs: {world}"
-        assert rank.mode != "done" or rank.step == limits.last_step
-        assert rank.mode != "ended" or not rank.has_state, f"a rank with the state was sent away: {world}"
+        is_killed = world.coordinator.has_ended and not rank.has_state  # by its launcher, which knows that
+        assert is_killed or rank.mode in ("done", "ended", "dead"), f"it hangs: {world}"
+        assert rank.mode != "done" or rank.has_stopped or rank.step == limits.last_step
+        may_be_too_few = limits.min_ranks > 1 and not world.coordinator.stop_requested
+        assert rank.mode != "ended" or not rank.has_state or may_be_too_few, f"the state was sent away: {world}"
+    assert len({rank.step for rank in world.ranks if rank.mode == "done"}) <= 1, f"they end in two states: {world}"
 
 
 def explore(size: int, limits: Limits) -> int:
     """Visit every world that can come about, and return their number."""
-    seen = {beginning(size)}
+    seen = {beginning(size, limits)}
     todo = list(seen)
     while todo:
         world = todo.pop()
@@ -160,7 +182,7 @@ def _has_lost(world: World, rank: Rank) -> bool:
 
 def _bring(world: World, number: int) -> World:
     rank = world.ranks[number]
-    mine = Brought(rank.kind, rank.step, rank.has_state, rank.wants_meeting)
+    mine = Brought(*(rank.kind, rank.step, rank.has_state, rank.wants_meeting, rank.is_asked_to_stop, rank.has_stopped))
     for other in _brought(world, rank).values():
         assert other.kind == mine.kind, f"operations are mixed up: {world}"
         assert mine.kind in ("standings", "state") or other.step == mine.step, f"updates are mixed up: {world}"
@@ -175,26 +197,28 @@ def _complete(world: World, number: int, limits: Limits) -> World:
     match rank.kind:
         case "standings":
             recovery = plan_recovery([RankState(b.has_state, b.step, True, True) for _, b in sorted(brought.items())])
-            kind: Kind = "state" if recovery.receivers else _work(rank.step, limits)
+            kind: Kind = "state" if recovery.receivers else _work(rank.step, rank.has_stopped, limits)
             return _with(world, number, following._replace(kind=kind))
         case "state":
-            newest = max(b.step for b in brought.values() if b.has_state)
+            newest, has_stopped = max((b.step, b.has_stopped) for b in brought.values() if b.has_state)
             assert newest >= rank.step, f"an update is lost: {world}"
-            taken = following._replace(step=newest, has_state=True, kind=_work(newest, limits))
+            work = _work(newest, has_stopped, limits)
+            taken = following._replace(step=newest, has_state=True, has_stopped=has_stopped, kind=work)
             return _with(world, number, taken._replace(outbox=(*taken.outbox, PeerTraining(number))))
         case "sum":
             step = rank.step + 1
-            made = following._replace(step=step, kind=_work(step, limits))
+            has_stopped = any(b.is_asked_to_stop for b in brought.values())
+            made = following._replace(step=step, has_stopped=has_stopped, kind=_work(step, has_stopped, limits))
             world = _with(world, number, made)
-            if step < limits.last_step and any(b.wants_meeting for b in brought.values()):
+            if made.kind == "sum" and any(b.wants_meeting for b in brought.values()):
                 return _stop(world, number, "")
             return world
         case "barrier":
             return _with(world, number, rank._replace(mode="done", outbox=(*rank.outbox, PeerLost(number))))
 
 
-def _work(step: int, limits: Limits) -> Kind:
-    return "sum" if step < limits.last_step else "barrier"
+def _work(step: int, has_stopped: bool, limits: Limits) -> Kind:
+    return "sum" if step < limits.last_step and not has_stopped else "barrier"
 
 
 def _stop(world: World, number: int, why: str) -> World:
@@ -205,8 +229,11 @@ def _stop(world: World, number: int, why: str) -> World:
 
 def _deliver_to_coordinator(world: World, number: int) -> World:
     rank = world.ranks[number]
-    world = _with(world, number, rank._replace(outbox=rank.outbox[1:]))
-    coordinator, messages = decide(world.coordinator, rank.outbox[0])
+    return _decide(_with(world, number, rank._replace(outbox=rank.outbox[1:])), rank.outbox[0])
+
+
+def _decide(world: World, event: Event) -> World:
+    coordinator, messages = decide(world.coordinator, event)
     world = world._replace(coordinator=coordinator)
     for message in messages:
         receiver = world.ranks[message.to]
@@ -229,21 +256,14 @@ def _deliver_to_rank(world: World, number: int) -> World:
             rank = rank._replace(is_interrupted=True)
         case "meet":
             rank = rank._replace(wants_meeting=True)
+        case "stop":
+            rank = rank._replace(is_asked_to_stop=True)
         case "end" if rank.mode not in ("dead", "done"):
             rank = rank._replace(mode="ended")
         case "members":
             assert rank.mode == "stopped", f"a generation begins without a rank that works: {world}"
             rank = Rank(
-                "works",
-                generation,
-                given,
-                size,
-                0,
-                "standings",
-                rank.step,
-                rank.has_state,
-                False,
-                False,
-                rank.inbox,
+                *("works", generation, given, size, 0, "standings", rank.step, rank.has_state, False, False),
+                *(rank.is_asked_to_stop, rank.has_stopped, rank.inbox),
             )
     return _with(world, number, rank)

@@ -28,6 +28,7 @@ from dist_train.cluster.membership import (
     PeerLost,
     PeerReady,
     PeerTraining,
+    StopRequested,
     decide,
 )
 from dist_train.cluster.membership_server import SLOT_VARIABLE, TOKEN_VARIABLE, MembershipServer
@@ -91,6 +92,13 @@ def test_too_few_ranks_wait_for_others_and_end_when_none_can_come() -> None:
     assert state.is_forming
     assert said(state, MayGrow(False))[11].kind == "end"
     assert said(after(state, PeerConnected(Peer(20, 0))), PeerReady(20, 0))[11].kind == "members"
+
+
+def test_the_ranks_that_are_left_begin_at_once_when_all_are_to_stop() -> None:
+    state = after(met(2, fewest=2), PeerLost(10, "died"), PeerReady(11, 1))
+    assert said(state, StopRequested())[11].kind == "members"
+    state = after(met(2, fewest=2), StopRequested(), PeerLost(10, "died"), MayGrow(False))
+    assert said(state, PeerReady(11, 1))[11].kind == "members"
 
 
 def test_nobody_is_let_in_once_a_rank_has_finished() -> None:
@@ -363,6 +371,12 @@ def test_of_nodes_that_come_at_once_only_those_start_with_which_the_run_begins()
     server.close()
     for launcher in launchers:
         launcher.close()
+
+
+def test_a_node_that_is_asked_to_stop_asks_all() -> None:
+    with training_alone(most=2) as server, joining(server, 1) as node:
+        node.ask_to_stop()
+        wait_for(lambda: server.view.stop_requested)
 
 
 def test_a_node_whose_launcher_is_gone_has_no_ranks_left() -> None:

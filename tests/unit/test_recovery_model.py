@@ -14,6 +14,11 @@ def test_two_ranks_end_in_one_state_whoever_dies_when(limits: Limits) -> None:
     assert explore(2, limits) > 200
 
 
+@pytest.mark.parametrize("min_ranks", [1, 2])
+def test_who_is_asked_to_stop_does_so_in_one_state_however_few_are_left(min_ranks: int) -> None:
+    assert explore(2, Limits(2, deaths=1, joins=0, min_ranks=min_ranks, stops=True)) > 4_000
+
+
 def test_three_ranks_end_in_one_state_whoever_dies_when() -> None:
     assert explore(3, Limits(1, deaths=1, joins=0)) > 5_000
 
