@@ -10,6 +10,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,18 +84,22 @@ class Contents:
 def write_checkpoint(directory: Path, contents: Contents, before_publishing: Callable[[], None]) -> CheckpointFile:
     """Write `contents` into `directory`; call `before_publishing` when the bytes are on disk, before they are renamed.
 
-    The record with the digest is written last: a checkpoint without a record is not whole, and is never read. Raises
-    OSError if the disk is full, or the folder cannot be written; existing checkpoints are untouched.
+    The record with the digest is written last: a checkpoint without a record is not whole, and is never read. A whole
+    checkpoint of the same step, which a rank that takes over from rank 0 may find, holds the same state and is kept.
+    Raises OSError if the disk is full, or the folder cannot be written; existing checkpoints are untouched.
     """
     path = directory / checkpoint_name(contents.step)
     record = path.with_suffix(".json")
+    if (known := _whole(path)) is not None:
+        before_publishing()
+        atomic.flush_directory(directory)  # its writer may have ended before it did this
+        return known
     buffer = io.BytesIO()
     torch.save(contents.to_dict(), buffer)
     content = buffer.getvalue()  # not a copy; unlike a view, it needs no release if writing fails
     digest = hashlib.sha256(content).hexdigest()
     with atomic.replacing(path) as file:
         file.write(content)
-        # A full disk may fail only here, and must do so before an earlier record is removed.
         file.flush()
         os.fsync(file.fileno())
         before_publishing()
@@ -107,6 +112,16 @@ def write_checkpoint(directory: Path, contents: Contents, before_publishing: Cal
         path.unlink(missing_ok=True)
         raise
     return CheckpointFile(path, contents.step, contents.epoch, digest, len(content), contents.metrics)
+
+
+def _whole(path: Path) -> CheckpointFile | None:
+    """Return the checkpoint at `path` if its bytes are those of its record. Raises OSError if it cannot be read."""
+    with suppress(DamagedCheckpointError, FileNotFoundError):
+        known = read_record(path)
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() == known.sha256:
+                return known
+    return None
 
 
 def list_checkpoints(directory: Path) -> list[CheckpointFile]:

@@ -14,7 +14,7 @@ import torch
 from dist_train.analysis.sharpness import measure_sharpness
 from dist_train.analysis.sharpness_record import SharpnessSettings, read_record
 from dist_train.analysis.subset_loss import choose_samples, cut
-from dist_train.checkpoint.files import read_checkpoint, write_checkpoint
+from dist_train.checkpoint.files import read_checkpoint, remove_checkpoint, write_checkpoint
 from dist_train.cli.main import main
 from dist_train.cluster.communicator import Alone
 from dist_train.outcome import ExitCode, UsageError
@@ -140,6 +140,7 @@ def test_other_settings_or_checkpoints_have_their_own_record(run: Path, trained:
 def test_infinite_loss_exits_with_3(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     contents = read_checkpoint(run / "checkpoints" / "step-00000006.pt")
     contents.model["classifier.bias"][0] = torch.inf
+    remove_checkpoint(run / "checkpoints" / "step-00000006.pt")
     write_checkpoint(run / "checkpoints", contents, lambda: None)
     assert main(["sharpness", str(run), *OPTIONS]) == ExitCode.DIVERGED
     assert "[loss-not-finite]" in capsys.readouterr().err

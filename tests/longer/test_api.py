@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import dist_train
 from dist_train import api
 from dist_train.api import Format
-from dist_train.checkpoint.files import read_stored, write_checkpoint
+from dist_train.checkpoint.files import read_stored, remove_checkpoint, write_checkpoint
 from dist_train.cluster.launch import Launch
 from dist_train.config import Config, load_config
 from dist_train.data.images import BatchRequest
@@ -225,6 +225,7 @@ def test_a_replay_of_a_run_that_names_its_logger_as_it_was_called_attaches_none(
     train_alone(write_config(tmp_path, small_settings(checkpoint={"every_steps": 2, "keep": 100})), run)
     contents = read_stored(run / "checkpoints" / "step-00000002.pt").contents
     metrics = {**contents.config["metrics"], "tensorboard": True, "loggers": []}
+    remove_checkpoint(run / "checkpoints" / "step-00000002.pt")
     write_checkpoint(
         run / "checkpoints", replace(contents, config={**contents.config, "metrics": metrics}), lambda: None
     )

@@ -338,11 +338,12 @@ def test_promise_6_a_full_disk_is_an_error_and_costs_nothing(tmp_path: Path, mon
     monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
     with pytest.raises(OSError, match="full"):
         write(tmp_path, 2)
-    with pytest.raises(OSError, match="full"):
-        write(tmp_path, 1, epoch=99.0)
     monkeypatch.undo()
-    with pytest.raises(OSError, match="records"):
-        write_checkpoint(tmp_path, contents(1), lambda: (_ for _ in ()).throw(OSError(errno.ENOSPC, "no records")))
+    for step in (1, 2):
+        with pytest.raises(OSError, match="records"):
+            write_checkpoint(
+                tmp_path, contents(step), lambda: (_ for _ in ()).throw(OSError(errno.ENOSPC, "no records"))
+            )
     found, damage = newest(tmp_path)
     assert found is not None
     assert (found.step, found.epoch, damage) == (1, 0.25, {})
@@ -381,18 +382,38 @@ def test_promise_6_a_writer_that_is_killed_leaves_the_one_before(tmp_path: Path,
     assert (found.step, damage) == (1, {})
 
 
-def test_promise_6_one_that_is_killed_while_it_is_written_again_is_not_taken_for_damage(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_promise_6_a_whole_one_is_never_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    known = write(tmp_path, 2)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    published: list[bool] = []
+    # As if a power failure, or a full disk, came between the two files.
+    monkeypatch.setattr(atomic, "write_text", lambda *_: (_ for _ in ()).throw(error))
+    assert write_checkpoint(tmp_path, contents(2), lambda: published.append(True)) == known
+    assert published == [True]
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("damaged", ["step-00000002.pt", "step-00000002.json"])
+def test_promise_6_a_damaged_one_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: str
 ) -> None:
     write(tmp_path, 1)
     write(tmp_path, 2)
+    (tmp_path / damaged).write_bytes(b"?")
     with monkeypatch.context() as patch:
         patch.setattr(atomic, "write_text", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            write(tmp_path, 2, epoch=99.0)
+            write(tmp_path, 2)
     found, damage = newest(tmp_path)
     assert found is not None
-    assert (found.step, damage) == (1, {})
+    assert (found.step, damage) == (1, {}), "one that was not published is not taken for damage"
+    write(tmp_path, 2)
+    found, damage = newest(tmp_path)
+    assert found is not None
+    assert (found.step, damage) == (2, {})
 
 
 def test_atomic_is_what_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
