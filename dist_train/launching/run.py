@@ -194,6 +194,7 @@ class Regrouping:
 
     def _take_over(self, trainer: Trainer, lock: RunLock) -> None:
         self.stack.callback(lock.release)
+        self.directory.remove_partial_files(self.config.checkpoint.fallback_directory)
         self._owes_records = True
         rewind(self.directory.metrics, _KEEP_ALL_STEPS)
         self.session.take_over(self.config, lock, self.observers)
@@ -269,6 +270,7 @@ def _find_resume_point(config: Config, directory: RunDirectory, comm: Communicat
     if comm.rank != 0:
         return ResumePoint(config)
     directory.run_id()  # made here, so that an error of the disk is raised on all ranks
+    directory.remove_partial_files(config.checkpoint.fallback_directory)
     directory.make_reserve()
     resume_point = find_resume_point(config, directory)
     rewind(directory.metrics, resume_point.contents.step if resume_point.contents else 0)

@@ -14,7 +14,7 @@ import os
 import secrets
 import stat
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -47,6 +47,16 @@ def _open_part(path: Path, mode: int) -> tuple[int, Path]:
     """Create a temporary file beside `path`, with `mode` less the umask; return its descriptor and path."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
     return os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode), temporary
+
+
+def remove_partial_files(folder: Path, pattern: str) -> None:
+    """Delete what killed processes have left in `folder` of files whose names match `pattern`, as far as possible.
+
+    No other process may be writing such files.
+    """
+    with suppress(OSError):
+        for part in folder.glob(f".{pattern}.*.part"):
+            part.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, content: bytes, *, is_shared: bool = False) -> None:

@@ -123,6 +123,16 @@ class RunDirectory:
         atomic.write_text(self.id, f"{made}\n")
         return made
 
+    def remove_partial_files(self, fallback_directory: Path | None) -> None:
+        """Delete what killed processes have left of checkpoints, and of other files that only the lock's holder writes.
+
+        This process must hold the lock. `fallback_directory`: the setting, whose subfolder of this run is cleaned, too.
+        """
+        for file in (self.config, self.metrics, self.event_counts, self.ranks, self.reserve):
+            atomic.remove_partial_files(self.root, file.name)
+        for folder in (self.checkpoints, *([self.fallback(fallback_directory)] if fallback_directory else [])):
+            atomic.remove_partial_files(folder, "step-*")
+
     def make_reserve(self) -> None:
         """Reserve space for what is written when a run ends, if the disk has enough."""
         with suppress(OSError):

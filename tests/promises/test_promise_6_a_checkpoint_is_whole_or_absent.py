@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import torch
 
 from dist_train.config import parse_config
 from dist_train.models import build_model
+from dist_train.rundir.paths import RunDirectory
 from tests.launching import (
     assert_same_run,
     events,
@@ -104,6 +107,31 @@ def test_unwritable_folder_is_reported_in_one_line(tmp_path: Path) -> None:
     assert ended.code == 2
     assert "[run-directory-unwritable]" in ended.output
     assert len(ended.output.splitlines()) == 1
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from dist_train.checkpoint.files import write_checkpoint
+from tests.unit.checkpoint_files import contents
+write_checkpoint(Path(sys.argv[1]), contents(9), lambda: os.kill(os.getpid(), signal.SIGKILL))
+"""
+
+
+def test_what_a_killed_process_has_left_of_a_checkpoint_is_deleted(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    config = write_config(tmp_path, small_settings(checkpoint={"fallback_directory": str(elsewhere)}))
+    run = RunDirectory(tmp_path / "run")
+    train_alone(config, run.root, "run.max_steps=2")
+    folders = (run.checkpoints, run.fallback(elsewhere))
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+        killed = subprocess.run([sys.executable, "-c", KILLED, str(folder)], cwd=Path(__file__).parents[2], check=False)
+        assert killed.returncode == -signal.SIGKILL
+        assert list(folder.glob(".*"))
+    train_alone(config, run.root, "run.max_steps=3")
+    assert [list(folder.glob(".*")) for folder in folders] == [[], []]
+    assert final_checkpoint(run.root)["step"] == 3
 
 
 def _free(disk: Path) -> int:

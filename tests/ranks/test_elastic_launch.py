@@ -33,9 +33,13 @@ def test_another_rank_replaces_rank_0_and_finishes(tmp_path: Path) -> None:
     config, run = write_config(tmp_path, SETTINGS), tmp_path / "run"
     with ElasticRun(config, run, 2, ("--min-ranks", "1")) as launch:
         wait_for_lines(run / "metrics.jsonl", 4)
+        # as of a checkpoint that rank 0 was writing
+        partial = run / "checkpoints" / ".step-00000002.pt.0123456789abcdef.part"
+        partial.touch()
         lost = launch.send(0, signal.SIGKILL)
         ended = launch.wait()
     assert ended.code == ExitCode.FINISHED, ended.output
+    assert not partial.exists()
     train_alone(config, tmp_path / "undisturbed", "metrics.enabled=false")
     assert_same_run(run, tmp_path / "undisturbed")
     (event,) = events(run, "rank_lost")
