@@ -446,6 +446,8 @@ class Trainer:
         self.time_limit.interrupt()
         generation = self.comm.meet(self._interruption.why)
         self._interruption.add(generation)
+        # What follows may replace the weights and, in an evaluation that is redone, the norms' statistics.
+        self.take_step.wait_for_checkpoint_copy()
         if self.measuring:
             self.measuring.drop()
         is_writer = self.saving.writer is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import nn
 
 from dist_train.checkpoint import writer
 from dist_train.checkpoint.files import list_checkpoints, newest_whole, read_checkpoint, write_checkpoint
+from dist_train.checkpoint.writer import CheckpointWriter
 from dist_train.cluster import communicator
 from dist_train.cluster.communicator import Alone, Communicator, Generation, GroupBrokenError
 from dist_train.config import Config
@@ -31,6 +33,7 @@ from dist_train.rundir.records import (
 )
 from dist_train.training import saving
 from dist_train.training.evaluation import recompute_statistics, statistics_samples
+from dist_train.training.saving import Saving
 from dist_train.training.stopping import StopRequests
 from dist_train.training.trainer import Trainer
 from tests.raising import raises
@@ -376,3 +379,32 @@ def test_promise_6_a_slow_copy_still_holds_the_weights_of_its_step(
     for file in files:
         saved = read_checkpoint(file.path).model
         assert all(torch.equal(saved[name], value) for name, value in after[file.step].items())
+
+
+def test_promise_6_recovery_changes_nothing_before_the_checkpoint_is_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go, copy = threading.Event(), CheckpointWriter._copy
+
+    def copy_later(self: CheckpointWriter, name: str, value: Any) -> Any:
+        assert go.wait(30)
+        return copy(self, name, value)
+
+    class LosesAnother(LeftAlone):
+        def meet(self, why: str) -> Generation:
+            threading.Timer(0.3, go.set).start()
+            return super().meet(why)
+
+    report, losses, copied = Saving.report, ["rank 1 died"], []
+
+    def lose_one(self: Saving) -> None:
+        if losses:
+            raise GroupBrokenError(losses.pop())
+        report(self)
+
+    monkeypatch.setattr(CheckpointWriter, "_copy", copy_later)
+    monkeypatch.setattr(Saving, "report", lose_one)
+    trainer = build_trainer(small_config(run={"max_steps": 1}), tmp_path, LosesAnother())
+    trainer.regroup = lambda trainer, generation: copied.append(go.is_set())
+    trainer.run()
+    assert copied == [True]
