@@ -25,7 +25,7 @@ from dist_train.cluster.communicator import (
     gather,
 )
 from dist_train.outcome import FaultError, UsageError
-from dist_train.rundir.records import Detail, EventRecord, Record, TrainRecord, record_key
+from dist_train.rundir.records import Detail, EventRecord, Record, TrainRecord, from_json, record_key, to_json
 
 _IDENTITY = ("code", "settings", "data", "observers")
 
@@ -180,15 +180,15 @@ MAX_RECORDS = 10_000
 
 
 class RecentRecords:
-    """The records since the last checkpoint but one, which a rank that takes over from rank 0 may have to write again.
+    """The latest records, which a rank that takes over from rank 0 may have to write again.
 
-    Tells repeated records apart: an update or evaluation that is redone is recorded once.
+    Rank 0 alone knows which of them it could write. Tells repeated records apart: an update or evaluation that is
+    redone is recorded once.
     """
 
     def __init__(self, limit: int) -> None:
         """Keep at most `limit` records. With 0 none is kept, and each counts as new."""
         self._kept: deque[Record] = deque(maxlen=limit)
-        self._checkpoints = (-1, -1)
 
     def add(self, record: Record) -> bool:
         """Keep `record`; return whether it is new."""
@@ -200,16 +200,12 @@ class RecentRecords:
             self._kept.append(record)
         return is_new
 
-    def saved(self, step: int) -> None:
-        """Note that the checkpoint of `step` is being written, so that the one before it is on disk with its records.
-
-        Records up to that one are dropped.
-        """
-        if step == self._checkpoints[1]:
-            return
-        self._checkpoints = (self._checkpoints[1], step)
-        while self._kept and self._kept[0].step <= self._checkpoints[0]:
-            self._kept.popleft()
+    def share(self, comm: Communicator, root: int, *, joins: bool) -> None:
+        """Take those of rank `root` if this rank `joins`. All ranks call it."""
+        lines = broadcast_str(comm, "\n".join(map(to_json, self._kept)), "records", root)
+        if joins:
+            self._kept.clear()
+            self._kept.extend(record for line in lines.split("\n") if (record := from_json(line)))
 
     def all(self) -> list[Record]:
         """Return the kept records in order."""

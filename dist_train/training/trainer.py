@@ -404,7 +404,6 @@ class Trainer:
         self._update_clean_statistics()
         self.progress.note_saved()
         average = self._averaged.contents(self.progress.step)
-        self.recent.saved(self.progress.step)
         best = self.progress.best_saved_step if self.config.checkpoint.keep_best else None
         stall = self.saving.save(self.progress.step, lambda: replace(self.contents(), average=average), best)
         if self.measuring:
@@ -456,6 +455,7 @@ class Trainer:
         own = SharedState(self.progress, self.plan.micro_size, self._last_update)
         shared = broadcast_shared_state(self.comm, own, recovery.source)
         if recovery.receivers:
+            self.recent.share(self.comm, recovery.source, joins=not self._has_state)
             self.state.broadcast(self.comm, recovery.source)
             self._has_state = True
             self.comm.begin_training()

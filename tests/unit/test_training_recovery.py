@@ -9,7 +9,7 @@ import pytest
 from dist_train.checkpoint.state import Progress
 from dist_train.cluster.communicator import Generation, GroupBrokenError, MeetingRequestedError
 from dist_train.outcome import FaultError, UsageError
-from dist_train.rundir.records import EventRecord
+from dist_train.rundir.records import EventRecord, Record
 from dist_train.training.recovery import (
     Interruption,
     LastUpdate,
@@ -23,7 +23,7 @@ from dist_train.training.recovery import (
     plan_recovery,
 )
 from tests.raising import raises
-from tests.unit.records import train
+from tests.unit.records import evaluation, train
 from tests.unit.simulated_ranks import SimulatedRanks, results
 
 
@@ -83,16 +83,29 @@ def test_progress_and_the_last_update_travel_whole() -> None:
     assert held == progress
 
 
-def test_a_record_counts_once_and_is_kept_until_the_next_checkpoint_but_one() -> None:
-    recent = RecentRecords(100)
+def test_a_record_counts_once() -> None:
+    recent = RecentRecords(3)
     assert [recent.add(train(step)) for step in (1, 2, 2, 3)] == [True, True, False, True]
     assert recent.add(EventRecord(3, "checkpoint", 0.0, {}))
-    recent.saved(2)
-    assert len(recent.all()) == 4
-    recent.saved(3)
-    recent.saved(3)
-    assert [record.step for record in recent.all()] == [3, 3]
+    assert [record.step for record in recent.all()] == [2, 3, 3]
     assert RecentRecords(0).add(train(1))
+
+
+def test_who_joins_takes_the_records_of_the_others() -> None:
+    before: list[Record] = [
+        train(1, loss=0.1 + 0.2),
+        evaluation(1),
+        EventRecord(1, "checkpoint", 0.5, {"path": "step-00000001.pt"}),
+    ]
+
+    def job(comm: SimulatedRanks) -> list[Record]:
+        recent = RecentRecords(100)
+        for record in before if comm.rank == 1 else before[: comm.rank == 0]:
+            recent.add(record)
+        recent.share(comm, 1, joins=comm.rank == 2)
+        return recent.all()
+
+    assert results(3, job) == [before[:1], before, before]
 
 
 def test_late_event_does_not_hide_a_repeated_record() -> None:

@@ -408,3 +408,10 @@ def test_promise_6_recovery_changes_nothing_before_the_checkpoint_is_copied(
     trainer.regroup = lambda trainer, generation: copied.append(go.is_set())
     trainer.run()
     assert copied == [True]
+
+
+def test_who_may_take_over_keeps_the_records_before_the_last_checkpoints(tmp_path: Path) -> None:
+    """Whether they are on disk, rank 0 alone knows."""
+    trainer = build_trainer(small_config(checkpoint={"every_steps": 1}), tmp_path, LeftAlone())
+    trainer.run()
+    assert [record.step for record in trainer.recent.all() if isinstance(record, TrainRecord)] == [1, 2, 3, 4, 5, 6]
