@@ -186,10 +186,13 @@ class Regrouping:
         nodes = gather_str(comm, socket.gethostname(), "nodes")
         self.session.note_generation(nodes)
         if self._owes_records:
-            written = {record_key(record) for record in read_last_records(self.directory.metrics, _RECENT_BYTES)}
+            written = {record_key(each): each for each in read_last_records(self.directory.metrics, _RECENT_BYTES)}
             for record in trainer.recent.all():
                 if record_key(record) not in written:
                     trainer.observers.record(record)
+            for record in written.values():
+                if record.step >= trainer.progress.step:  # of work that may be redone now
+                    trainer.recent.add(record)
             self._owes_records = False
 
     def _take_over(self, trainer: Trainer, lock: RunLock) -> None:

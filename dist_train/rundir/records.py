@@ -82,29 +82,30 @@ class EventKind:
     is_bad: bool = False  # shown in red
     begins_launch: bool = False  # a launch that resumes from the event's step records it anew
     changes_board: bool = False  # the exporter shows its details, not only how many there were
+    distinct_by: str = ""  # the detail in which events of one step differ, if there may be several
 
 
 EVENTS: Mapping[str, EventKind] = {
     "resumed": EventKind(begins_launch=True),
-    "requeued": EventKind(),
+    "requeued": EventKind(distinct_by="restart"),
     "lengthened": EventKind(begins_launch=True),
     "initialized": EventKind(begins_launch=True),
     "plugins_changed": EventKind(begins_launch=True),
-    "corrupt_checkpoint": EventKind(is_bad=True),
+    "corrupt_checkpoint": EventKind(is_bad=True, distinct_by="path"),
     "checkpoint": EventKind(changes_board=True),
     "checkpoint_failed": EventKind(is_bad=True),
     "signal": EventKind(changes_board=True),
     "stopped_early": EventKind(),
-    "micro_size": EventKind(changes_board=True),
+    "micro_size": EventKind(changes_board=True, distinct_by="now"),
     "dealing": EventKind(),
     "batch_size": EventKind(changes_board=True),
     "gradient_repeated": EventKind(),
     "non_finite_evaluation": EventKind(is_bad=True),
     "not_finite": EventKind(is_bad=True),
     "disagreement": EventKind(is_bad=True),
-    "rank_lost": EventKind(is_bad=True),
-    "rank_joined": EventKind(),
-    "regrouped": EventKind(),
+    "rank_lost": EventKind(is_bad=True, distinct_by="generation"),
+    "rank_joined": EventKind(distinct_by="generation"),
+    "regrouped": EventKind(distinct_by="generation"),
 }
 """The events that a run records; docs/watching.md says when."""
 
@@ -330,7 +331,7 @@ _BACKLOG_LIMIT = 100_000
 class JsonLines(Observer):
     """Appends each record to `path` in one write; `flush` flushes to disk.
 
-    A record whose (kind, step, split or event) the file already has is not written again. While writes fail, records
+    A record whose `RecordKey` the file already has is not written again. While writes fail, records
     wait in memory; the first failure is reported.
     """
 
@@ -405,7 +406,7 @@ _LAUNCH_EVENTS = frozenset(name for name, kind in EVENTS.items() if kind.begins_
 def rewind(path: Path, step: int) -> None:
     """Restore `path` to what it was when the checkpoint at `step` was saved, for a run that resumes from it.
 
-    Drops incomplete lines, records after `step`, duplicates by (kind, step, split or event), and events at `step` that
+    Drops incomplete lines, records after `step`, duplicates by `RecordKey`, and events at `step` that
     say how a launch began, since this launch writes its own. Atomic; does nothing if there is no such file.
     """
     if not path.exists():
@@ -427,9 +428,7 @@ def rewind(path: Path, step: int) -> None:
 
 
 class RecordKey(NamedTuple):
-    """Identifies a record within its run; `part`: an evaluation's split, or an event's name, with the generation of
-    ranks if the event has one.
-    """
+    """Identifies a record within its run; `part`: an evaluation's split; an event's name and `distinct_by` detail."""
 
     kind: str
     step: int
@@ -452,8 +451,8 @@ def _key_of_line(line: bytes) -> RecordKey | None:
 def _key_of_fields(fields: Mapping[str, object]) -> RecordKey | None:
     kind, step = fields["kind"], fields["step"]
     part = fields.get({"eval": "split", "event": "event"}.get(str(kind), ""), "")
-    if kind == "event" and "generation" in fields:
-        part = f"{part} {fields['generation']}"
+    if kind == "event" and part in EVENTS and (detail := EVENTS[str(part)].distinct_by) in fields:
+        part = f"{part} {fields[detail]}"
     if isinstance(kind, str) and isinstance(step, int) and isinstance(part, str):
         return RecordKey(kind, step, part)
     return None

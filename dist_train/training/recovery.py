@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import takewhile
 
 from pydantic import TypeAdapter
 
@@ -25,7 +24,7 @@ from dist_train.cluster.communicator import (
     gather,
 )
 from dist_train.outcome import FaultError, UsageError
-from dist_train.rundir.records import Detail, EventRecord, Record, TrainRecord, from_json, record_key, to_json
+from dist_train.rundir.records import Detail, Record, RecordKey, TrainRecord, from_json, record_key, to_json
 
 _IDENTITY = ("code", "settings", "data", "observers")
 
@@ -182,31 +181,33 @@ MAX_RECORDS = 10_000
 class RecentRecords:
     """The latest records, which a rank that takes over from rank 0 may have to write again.
 
-    Rank 0 alone knows which of them it could write. Tells repeated records apart: an update or evaluation that is
-    redone is recorded once.
+    Rank 0 alone knows which of them it could write. Tells repeated records apart: work that is redone is recorded once.
     """
 
     def __init__(self, limit: int) -> None:
         """Keep at most `limit` records. With 0 none is kept, and each counts as new."""
-        self._kept: deque[Record] = deque(maxlen=limit)
+        self._limit = limit
+        self._kept: OrderedDict[RecordKey, Record] = OrderedDict()
 
     def add(self, record: Record) -> bool:
         """Keep `record`; return whether it is new."""
-        # Events are not in the order of their steps: a checkpoint may be reported late.
-        others = (each for each in reversed(self._kept) if not isinstance(each, EventRecord))
-        latest = takewhile(lambda other: other.step >= record.step, others)
-        is_new = isinstance(record, EventRecord) or record_key(record) not in map(record_key, latest)
-        if is_new:
-            self._kept.append(record)
-        return is_new
+        if self._limit == 0:
+            return True
+        key = record_key(record)
+        if key in self._kept:
+            return False
+        self._kept[key] = record
+        if len(self._kept) > self._limit:
+            self._kept.popitem(last=False)
+        return True
 
     def share(self, comm: Communicator, root: int, *, joins: bool) -> None:
         """Take those of rank `root` if this rank `joins`. All ranks call it."""
-        lines = broadcast_str(comm, "\n".join(map(to_json, self._kept)), "records", root)
-        if joins:
-            self._kept.clear()
-            self._kept.extend(record for line in lines.split("\n") if (record := from_json(line)))
+        lines = broadcast_str(comm, "\n".join(map(to_json, self.all())), "records", root)
+        for record in map(from_json, lines.split("\n") if joins else ()):
+            if record is not None:
+                self.add(record)
 
     def all(self) -> list[Record]:
         """Return the kept records in order."""
-        return list(self._kept)
+        return list(self._kept.values())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from tests.launching import (
     assert_same_run,
     events,
     final_checkpoint,
+    records,
     small_settings,
     status,
     train_alone,
@@ -48,6 +51,43 @@ def test_another_rank_replaces_rank_0_and_finishes(tmp_path: Path) -> None:
     assert event["redone"] in (0, 1)
     ending = status(run)
     assert (ending["state"], ending["world_size"], ending["generation"]) == ("finished", 1, 2)
+
+
+DYING = """
+import os
+import signal
+from dist_train.rundir.records import Observer
+
+
+class Dying(Observer):
+    def __init__(self, directory):
+        pass
+
+    def record(self, record):
+        is_saved = record.step == 4 and getattr(record, "event", "") == "checkpoint"
+        if is_saved and os.environ["DIST_TRAIN_SLOT"] == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+"""A logger that kills rank 0 once the checkpoint of step 4 is written and recorded."""
+
+
+def test_work_that_rank_0_had_done_is_neither_written_nor_counted_again(tmp_path: Path) -> None:
+    plugin = tmp_path / "dying.py"
+    plugin.write_text(DYING)
+    settings = small_settings(
+        run={"max_steps": 6},
+        checkpoint={"every_steps": 4, "keep": 9, "background": False},
+        metrics={"loggers": [{"name": f"{plugin}:Dying"}]},
+    )
+    run = tmp_path / "run"
+    with ElasticRun(write_config(tmp_path, settings), run, 2, ("--min-ranks", "1")) as launch:
+        ended = launch.wait()
+    assert ended.code == ExitCode.FINISHED, ended.output
+    recorded = Counter(event["event"] for event in records(run, "event"))
+    assert recorded == {"checkpoint": 2, "rank_lost": 1}
+    assert json.loads((run / "counts.json").read_text()) == recorded
+    (first, _) = events(run, "checkpoint")
+    assert (run / "checkpoints" / first["path"]).stat().st_mtime < first["time"]
 
 
 @pytest.mark.lengthy

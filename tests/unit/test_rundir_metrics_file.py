@@ -102,12 +102,25 @@ def test_a_record_that_is_there_is_not_written_again(tmp_path: Path) -> None:
     ]
 
 
-def test_events_of_two_generations_are_two_and_known_again_by_their_lines(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "detail", "values"),
+    [
+        ("rank_lost", "generation", (2, 3)),
+        ("corrupt_checkpoint", "path", ("step-00000004.pt", "step-00000005.pt")),
+        ("micro_size", "now", (32, 16)),
+        ("requeued", "restart", (1, 2)),
+    ],
+)
+def test_events_of_one_step_that_differ_are_two_and_known_again_by_their_lines(
+    tmp_path: Path, name: str, detail: str, values: tuple[str | int, ...]
+) -> None:
     path = tmp_path / "metrics.jsonl"
-    lost = [EventRecord(3, "rank_lost", 5.0, {"generation": generation}) for generation in (2, 3)]
-    write(path, *lost, lost[0])
-    write(path, *lost)
-    assert read_records(path) == tuple(lost)
+    both = [EventRecord(3, name, 5.0, {detail: value}) for value in values]
+    write(path, *both, both[0])
+    write(path, *both)
+    assert read_records(path) == tuple(both)
+    rewind(path, 3)
+    assert read_records(path) == tuple(both)
 
 
 @pytest.mark.parametrize("torn", [to_json(train(2))[:40], "[" * 100_000])

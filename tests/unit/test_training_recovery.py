@@ -86,7 +86,7 @@ def test_progress_and_the_last_update_travel_whole() -> None:
 def test_a_record_counts_once() -> None:
     recent = RecentRecords(3)
     assert [recent.add(train(step)) for step in (1, 2, 2, 3)] == [True, True, False, True]
-    assert recent.add(EventRecord(3, "checkpoint", 0.0, {}))
+    assert [recent.add(EventRecord(3, "checkpoint", seconds, {})) for seconds in (0.0, 1.0)] == [True, False]
     assert [record.step for record in recent.all()] == [2, 3, 3]
     assert RecentRecords(0).add(train(1))
 
