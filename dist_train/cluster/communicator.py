@@ -168,11 +168,12 @@ class Communicator:
     def begin_training(self) -> None:
         """Report that the run can continue from this rank's state from now on."""
 
-    def meet(self, why: str) -> Generation:
+    def meet(self, why: str, on_begin: Callable[[Generation], None] = lambda generation: None) -> Generation:
         """Leave this generation, wait for the next one, switch this object to it and return it.
 
-        `why`: what broke this generation; empty if all ranks meet by agreement. Raises GroupBrokenError if the next
-        generation is already broken, too; RankLostError if the run cannot continue.
+        `why`: what broke this generation; empty if all ranks meet by agreement. `on_begin` is called with the next one
+        before its ranks connect. Raises GroupBrokenError if that generation breaks meanwhile, too; RankLostError if the
+        run cannot continue.
         """
         raise RankLostError("this launch is not elastic")
 

@@ -101,7 +101,7 @@ class ElasticCommunicator(TorchOperations):
         """Report that the run can continue from this rank's state from now on."""
         self._member.trains()
 
-    def meet(self, why: str) -> Generation:
+    def meet(self, why: str, on_begin: Callable[[Generation], None] = lambda generation: None) -> Generation:
         """Switch to the next generation; raise UsageError if this rank joins, and another rank has its GPU."""
         if not why and self._device_group is not None:
             # The first abort frees memory that another rank's kernel may still read.
@@ -113,6 +113,7 @@ class ElasticCommunicator(TorchOperations):
         self.generation, self.rank, self.size = new.generation, new.rank, new.size
         self.local_rank = new.nodes[: new.rank].count(new.nodes[new.rank])
         self.local_size = new.nodes.count(new.nodes[new.rank])
+        on_begin(new)
         if new.size > 1:
             self._group, self._group_store = self.run_while_whole(lambda: self._make_gloo(new), "meeting")
         if self._device is not None:

@@ -443,8 +443,7 @@ class Trainer:
     def _recover(self) -> None:
         """Form a new group of the remaining and joining ranks; continue from the newest state that any of them has."""
         self.time_limit.interrupt()
-        generation = self.comm.meet(self._interruption.why)
-        self._interruption.add(generation)
+        generation = self.comm.meet(self._interruption.why, self._interruption.add)
         # What follows may replace the weights and, in an evaluation that is redone, the norms' statistics.
         self.take_step.wait_for_checkpoint_copy()
         if self.measuring:

@@ -15,7 +15,7 @@ import pytest
 import torch.distributed as dist
 
 from dist_train.cluster import elastic_launch
-from dist_train.cluster.communicator import GroupBrokenError
+from dist_train.cluster.communicator import Generation, GroupBrokenError
 from dist_train.cluster.elastic import ElasticCommunicator
 from dist_train.cluster.local_launch import blocked_signals
 from dist_train.cluster.member import Pulse
@@ -50,6 +50,22 @@ def test_a_rank_does_not_wait_for_a_lost_one_that_serves_the_counters(comm: Any)
     with pytest.raises(GroupBrokenError, match="rank 0 was lost"):
         comm.run_while_whole(hang, "claims")
     is_over.set()
+
+
+def test_a_generation_that_breaks_while_it_meets_is_reported(comm: Any) -> None:
+    begun: list[Generation] = []
+    third = Generation(3, 0, 2, ("", 0), ("node", "node"), ("rank 2 died",), "", ())
+
+    def await_generation(port: int, why: str) -> Generation:
+        comm._member.interruption = "rank 1 was lost"
+        return third
+
+    comm._member.await_generation = await_generation
+    comm._store = SimpleNamespace(port=0)
+    comm._group = comm._device_group = None
+    with pytest.raises(GroupBrokenError, match="rank 1 was lost"):
+        comm.meet("rank 2 died", begun.append)
+    assert begun == [third]
 
 
 def test_a_restart_that_fails_is_tried_again_and_counts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -259,9 +259,16 @@ class LeftAlone(Alone):
 
     is_elastic = True
 
-    def meet(self, why: str) -> Generation:
+    def __init__(self, losses_while_meeting: tuple[str, ...] = ()) -> None:
+        self.losses_while_meeting = list(losses_while_meeting)
+
+    def meet(self, why: str, on_begin: Callable[[Generation], None] = lambda generation: None) -> Generation:
         self.generation += 1
-        return Generation(self.generation, 0, 1, ("", 0), ("node",), (why,), why, ())
+        new = Generation(self.generation, 0, 1, ("", 0), ("node",), (why,), why, ())
+        on_begin(new)
+        if self.losses_while_meeting:
+            raise GroupBrokenError(self.losses_while_meeting.pop())
+        return new
 
 
 @pytest.fixture
@@ -300,6 +307,14 @@ def test_a_rank_lost_after_the_last_update_is_recorded(tmp_path: Path, reason: s
         subject.run()
     lost = [event for event in notebook.events if event.event == "rank_lost"]
     assert [(event.step, event.details["who"]) for event in lost] == [(1 if reason else 6, "rank 1 died")]
+
+
+@pytest.mark.usefixtures("lost_while_saving")
+def test_a_rank_lost_while_the_others_meet_is_recorded(tmp_path: Path) -> None:
+    notebook = Notebook()
+    build_trainer(small_config(), tmp_path, LeftAlone(("rank 2 died",)), observers=[notebook]).run()
+    (lost,) = [event for event in notebook.events if event.event == "rank_lost"]
+    assert (lost.details["who"], lost.details["generation"]) == ("rank 1 died; rank 2 died", 3)
 
 
 def test_fewer_samples_than_one_batch_are_refused(tmp_path: Path) -> None:
@@ -391,9 +406,9 @@ def test_promise_6_recovery_changes_nothing_before_the_checkpoint_is_copied(
         return copy(self, name, value)
 
     class LosesAnother(LeftAlone):
-        def meet(self, why: str) -> Generation:
+        def meet(self, why: str, on_begin: Callable[[Generation], None] = lambda generation: None) -> Generation:
             threading.Timer(0.3, go.set).start()
-            return super().meet(why)
+            return super().meet(why, on_begin)
 
     report, losses, copied = Saving.report, ["rank 1 died"], []
 
