@@ -224,11 +224,16 @@ class TrainState:
     noise: Noise
 
     def contents(self, progress: Progress, epoch: float, config: Config, plugins: Mapping[str, str]) -> Contents:
-        """Return the contents of a checkpoint, with views of the tensors, and without averaged weights."""
+        """Return the contents of a checkpoint, with views of the tensors, and without averaged weights.
+
+        Its tensors may change at the next update, but not before: what the next forward pass may change is copied.
+        """
+        buffers = {name for name, _ in self.network.named_buffers(remove_duplicate=False)}
+        model = self.network.state_dict()
         return Contents(
             step=progress.step,
             epoch=epoch,
-            model=self.network.state_dict(),
+            model={name: value.clone() if name in buffers else value for name, value in model.items()},
             optimizer=self.optimizer.state_dict(),
             config=config.model_dump(mode="json"),
             metrics=progress.metrics(),

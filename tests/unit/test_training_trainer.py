@@ -430,3 +430,20 @@ def test_who_may_take_over_keeps_the_records_before_the_last_checkpoints(tmp_pat
     trainer = build_trainer(small_config(checkpoint={"every_steps": 1}), tmp_path, LeftAlone())
     trainer.run()
     assert [record.step for record in trainer.recent.all() if isinstance(record, TrainRecord)] == [1, 2, 3, 4, 5, 6]
+def with_torchs_norm(images: Any, width: float, norm: object) -> nn.Module:
+    convolution = nn.Conv2d(images.shape[0], 4, 3)
+    return nn.Sequential(
+        convolution, nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, images.classes)
+    )
+
+
+def test_promise_6_a_slow_copy_holds_the_buffers_of_its_step_though_a_forward_pass_changes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "_YIELD_SECONDS", 0.2)
+    model = {"name": f"{__name__}:with_torchs_norm", "norm_statistics": "running"}
+    _, _, trainer = run(tmp_path, Alone(), model=model, checkpoint={"every_steps": 1, "keep": 9})
+    trainer.close()
+    files = list_checkpoints(tmp_path / "checkpoints")
+    passes = {file.step: int(read_checkpoint(file.path).model["1.num_batches_tracked"]) for file in files}
+    assert passes == {step: 5 * step for step in range(1, 7)}
