@@ -24,13 +24,20 @@ from dist_train.checkpoint.files import (
     read_record,
     read_stored,
 )
-from dist_train.cluster.communicator import Communicator, broadcast_str, gather, run_on_all_ranks, signed_digest
+from dist_train.cluster.communicator import (
+    Communicator,
+    broadcast_bytes,
+    broadcast_str,
+    gather,
+    run_on_all_ranks,
+    signed_digest,
+)
 from dist_train.config import Config, differences, parse_config
 from dist_train.config.resuming import with_decisions
 from dist_train.optim.averaging import Averaging, averaged_state
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.optim.noise import Noise
-from dist_train.optim.optimizers import state_tensors
+from dist_train.optim.optimizers import packed_numbers, set_numbers, state_tensors
 from dist_train.outcome import UsageError, check_choice, reading
 from dist_train.rundir.paths import RunDirectory, checkpoint_name
 
@@ -262,7 +269,7 @@ class TrainState:
 
         Not Horovod's broadcast of the optimizer: on ranks without optimizer state it makes a step, which changes the
         weights. Our optimizers have their whole state from the beginning. Tensors of one type and device are sent as
-        one, since each broadcast costs a round of all ranks. If a rank is lost meanwhile, no tensor is changed.
+        one, since each broadcast costs a round of all ranks. If a rank is lost meanwhile, nothing is changed.
 
         Raises UsageError if the state does not fit that of another rank: of a plug-in's optimizer.
         """
@@ -272,11 +279,15 @@ class TrainState:
         with torch.no_grad():
             received = [torch.cat([tensor.reshape(-1) for tensor in tensors]) for tensors in groups.values()]
             _check_same_layout(comm, [(str(flat.dtype), flat.device.type, len(flat)) for flat in received], root)
+            numbers = packed_numbers(self.optimizer) if comm.rank == root else b""
+            numbers = broadcast_bytes(comm, numbers, "state.numbers", root)
             for index, flat in enumerate(received):
                 comm.broadcast(flat if flat.dtype in _SENT else flat.view(torch.uint8), f"state.{index}", root)
             for flat, tensors in zip(received, groups.values(), strict=True):
                 for tensor, values in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
                     tensor.copy_(values.view_as(tensor))
+        if comm.rank != root:
+            set_numbers(self.optimizer, numbers, self.weights.values.device)
 
     def _tensors(self) -> Iterator[Tensor]:
         for _, tensor in state_tensors(self.optimizer):

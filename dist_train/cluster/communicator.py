@@ -230,16 +230,22 @@ def gather_str(comm: Communicator, text: str, name: str) -> tuple[str, ...]:
     return tuple(bytes(row).rstrip(b"\0").decode() for row in gather(comm, list(encoded.ljust(longest, b"\0")), name))
 
 
+def broadcast_bytes(comm: Communicator, content: bytes, name: str, root: int = 0) -> bytes:
+    """Return the `content` of rank `root`; the other ranks' is ignored."""
+    length = torch.tensor([len(content)], dtype=torch.int64)
+    comm.broadcast(length, f"{name}.length", root)
+    sent = torch.zeros(int(length), dtype=torch.uint8)
+    if not len(sent):
+        return b""
+    if comm.rank == root:
+        sent.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+    comm.broadcast(sent, name, root)
+    return sent.numpy().tobytes()
+
+
 def broadcast_str(comm: Communicator, text: str, name: str, root: int = 0) -> str:
     """Return the `text` of rank `root`; the other ranks' is ignored."""
-    encoded = torch.tensor(list(text.encode()), dtype=torch.int64)
-    length = torch.tensor([len(encoded)], dtype=torch.int64)
-    comm.broadcast(length, f"{name}.length", root)
-    if comm.rank != root:
-        encoded = torch.empty(int(length), dtype=torch.int64)
-    if len(encoded):
-        comm.broadcast(encoded, name, root)
-    return bytes(encoded.tolist()).decode()
+    return broadcast_bytes(comm, text.encode(), name, root).decode()
 
 
 def run_on_all_ranks(comm: Communicator, action: Callable[[], Result], name: str) -> Result:

@@ -59,14 +59,11 @@ def _check_usable(optimizer: Optimizer, name: str) -> None:
     ):
         raise UsageError(f"the step of {name} needs arguments: it is called without any", code="plugin-result")
     try:
-        content = io.BytesIO()
-        torch.save(optimizer.state_dict()["param_groups"], content)
-        content.seek(0)
-        torch.load(content, weights_only=True)
+        torch.load(io.BytesIO(packed_numbers(optimizer)), weights_only=True)
     except Exception as error:  # of nearly any type
         raise UsageError(
-            f"the param_groups of {name} hold more than numbers, texts and tensors, which checkpoints cannot give back "
-            f"({type(error).__name__})",
+            f"the param_groups or the state of {name} hold more than numbers, texts and tensors, which checkpoints "
+            f"cannot give back ({type(error).__name__})",
             code="plugin-result",
         ) from error
 
@@ -112,6 +109,29 @@ def state_tensors(optimizer: Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
         for name, value in sorted(optimizer.state[parameter].items()):
             if isinstance(value, torch.Tensor):
                 yield f"{index}.{name}", value
+
+
+def packed_numbers(optimizer: Optimizer) -> bytes:
+    """Return what the optimizer's groups and state hold besides `state_tensors`, such as numbers."""
+    content = io.BytesIO()
+    numbers = [
+        {name: value for name, value in part.items() if name != "params" and not isinstance(value, torch.Tensor)}
+        for part in _parts(optimizer)
+    ]
+    torch.save(numbers, content)
+    return content.getvalue()
+
+
+def set_numbers(optimizer: Optimizer, packed: bytes, device: torch.device) -> None:
+    """Set what `packed_numbers` returned on another rank, with tensors on `device`."""
+    values = torch.load(io.BytesIO(packed), map_location=device, weights_only=True)
+    for part, numbers in zip(_parts(optimizer), values, strict=True):
+        part.update(numbers)
+
+
+def _parts(optimizer: Optimizer) -> list[dict[str, Any]]:
+    groups = optimizer.param_groups
+    return [*groups, *(optimizer.state[parameter] for group in groups for parameter in group["params"])]
 
 
 def _sgd(settings: OptimizerSettings, groups: Sequence[Group]) -> Optimizer:

@@ -85,6 +85,25 @@ def test_every_rank_gets_frozen_parameters_and_buffers_of_any_type() -> None:
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
 
+def test_every_rank_gets_the_numbers_of_an_optimizer_with_their_types() -> None:
+    def job(comm: Communicator) -> tuple[dict[str, Any], dict[str, Any]]:
+        network = torch.nn.Linear(2, 3)
+        weights = FlatWeights(network)
+        optimizer = torch.optim.SGD(weights.parameters)
+        group, state = optimizer.param_groups[0], optimizer.state[network.weight]
+        state["step"] = 0
+        if comm.rank == 1:
+            group.update(k=3, d=1e-6, betas=(0.9, 0.99), decays=None, kind="a")
+            state.update(step=7, factors=[torch.ones(2)])
+        state_of(network, weights, optimizer).broadcast(comm, root=1)
+        assert all(mine is its for mine, its in zip(group["params"], weights.parameters, strict=True))
+        return {name: value for name, value in group.items() if name != "params"}, dict(state)
+
+    (group, state), sent = results(2, job)
+    assert (group, repr(state)) == (sent[0], repr(sent[1]))
+    assert (group["k"], group["d"], group["betas"], state["step"]) == (3, 1e-6, (0.9, 0.99), 7)
+
+
 def test_a_state_that_only_one_rank_has_is_refused_on_all() -> None:
     def job(comm: Communicator) -> None:
         network = torch.nn.Linear(2, 3)

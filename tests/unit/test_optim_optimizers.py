@@ -230,14 +230,18 @@ def test_a_group_may_be_empty(exclude: tuple[str, ...]) -> None:
         assert sum(len(group["params"]) for group in optimizer.param_groups) == 4
 
 
-def with_numpys_numbers(settings: OptimizerSettings, groups: Sequence[Group]) -> torch.optim.Optimizer:
+def with_numpys_numbers(
+    settings: OptimizerSettings, groups: Sequence[Group], options: dict[str, Any]
+) -> torch.optim.Optimizer:
     optimizer = torch.optim.SGD([parameter for group in groups for parameter in group.parameters])
-    optimizer.param_groups[0]["momentum"] = numpy.float64(0.9)
+    parts = {"group": optimizer.param_groups[0], "state": optimizer.state[optimizer.param_groups[0]["params"][0]]}
+    parts[options["part"]]["momentum"] = numpy.float64(0.9)
     return optimizer
 
 
-def test_a_plugin_whose_settings_checkpoints_could_not_give_back_is_refused_at_once() -> None:
-    settings = OptimizerSettings(name=f"{__name__}:with_numpys_numbers")
+@pytest.mark.parametrize("part", ["group", "state"])
+def test_a_plugin_whose_numbers_checkpoints_could_not_give_back_is_refused_at_once(part: str) -> None:
+    settings = OptimizerSettings(name=f"{__name__}:with_numpys_numbers", options={"part": part})
     with raises(UsageError, code="plugin-result"):
         build_optimizer(settings, FlatWeights(a_model()))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -447,3 +448,25 @@ def test_promise_6_a_slow_copy_holds_the_buffers_of_its_step_though_a_forward_pa
     files = list_checkpoints(tmp_path / "checkpoints")
     passes = {file.step: int(read_checkpoint(file.path).model["1.num_batches_tracked"]) for file in files}
     assert passes == {step: 5 * step for step in range(1, 7)}
+
+
+class Slowing(torch.optim.SGD):
+    """SGD whose rate falls with a count of updates, a number in its first group."""
+
+    def step(self) -> None:  # type: ignore[override]  # no closure
+        group = self.param_groups[0]
+        group["k"] = group.get("k", 0) + 1
+        group["lr"] /= group["k"]
+        super().step()
+
+
+def slowing(settings: Any, groups: Sequence[Any]) -> torch.optim.Optimizer:
+    return Slowing([parameter for group in groups for parameter in group.parameters], lr=settings.learning_rate)
+
+
+def test_promise_5_more_ranks_go_on_with_the_numbers_of_a_plugin_s_optimizer(tmp_path: Path) -> None:
+    optimizer = {"name": f"{__name__}:slowing"}
+    expected, _, _ = run(tmp_path / "whole", Alone(), optimizer=optimizer)
+    run(tmp_path / "run", Alone(), optimizer=optimizer, run={"max_steps": 3})
+    resumed = results(2, lambda each: run(tmp_path / "run", each, going_on=True, optimizer=optimizer))
+    assert [state for state, _, _ in resumed] == [expected] * 2
