@@ -78,7 +78,8 @@ def evaluate(
 
     def add_up() -> None:
         batches = samples.read_all(torch.arange(batch.start, batch.stop) for batch in share)
-        with torch.inference_mode(), compute.autocast():
+        # Not inference mode: a model may keep a tensor that it then needs in the next update's backward pass.
+        with torch.no_grad(), compute.autocast():
             for batch, (inputs, labels) in zip(share, batches, strict=True):
                 logits = model(inputs).double()
                 losses = functional.cross_entropy(logits, labels, reduction="none")

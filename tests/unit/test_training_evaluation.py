@@ -87,6 +87,28 @@ def test_each_sample_is_seen_by_exactly_one_rank(ranks: int, batch_size: int) ->
     assert sorted(chain.from_iterable(results(ranks, see))) == list(range(COUNT))
 
 
+class Keeping(nn.Module):
+    """Scales its logits by what it has kept of the last evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 10)
+        self.kept = torch.ones(10)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        logits: Tensor = self.layer(inputs.flatten(1))
+        if not self.training:
+            self.kept = logits.std(0)
+        return logits * self.kept
+
+
+def test_what_a_model_keeps_of_an_evaluation_may_be_trained_with() -> None:
+    model = Keeping()
+    evaluated(Alone(), 7, model)
+    model(samples().read(BatchRequest(torch.arange(0, 7)))[0]).sum().backward()
+    assert model.layer.weight.grad is not None
+
+
 def test_it_leaves_the_model_as_it_was() -> None:
     for training in (True, False):
         model = a_model().train(training)
