@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from dist_train.config import OptimizerSettings
 from dist_train.config.plugins import call_plugin, is_plugin
@@ -91,8 +92,9 @@ def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
 
 def optimizer_step(optimizer: Optimizer) -> None:
     """Call `optimizer.step()`, of torch and timm without wrappers that load the compiler: seconds, 70 MiB per rank."""
-    is_known = type(optimizer).__module__.startswith(("torch.optim.", "timm.optim."))
-    if not is_known or optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+    is_known = type(optimizer).__module__.startswith(("torch.optim.", "timm.optim.")) and "step" not in vars(optimizer)
+    hooks = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
+    if not is_known or any((*hooks, _global_optimizer_pre_hooks, _global_optimizer_post_hooks)):
         optimizer.step()
         return
     with torch.no_grad():

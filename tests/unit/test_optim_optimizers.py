@@ -14,6 +14,8 @@ import numpy
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from dist_train.checkpoint.files import Contents
 from dist_train.config import OptimizerSettings
@@ -346,6 +348,28 @@ def test_what_a_plugin_s_optimizer_does_around_its_step_is_done() -> None:
     optimizer_step(hooked)
     assert float(weight.detach().abs().max()) == 0.5
     assert called == [hooked]
+
+
+@pytest.mark.parametrize(
+    "register", [register_optimizer_step_pre_hook, register_optimizer_step_post_hook], ids=["pre", "post"]
+)
+def test_hooks_of_all_optimizers_are_called(register: Callable[[Callable[..., None]], RemovableHandle]) -> None:
+    optimizer, _ = optimizer_of(torch.optim.SGD)
+    called: list[object] = []
+    handle = register(lambda optimizer, *_: called.append(optimizer))
+    try:
+        optimizer_step(optimizer)
+    finally:
+        handle.remove()
+    assert called == [optimizer]
+
+
+def test_a_step_that_a_plugin_has_replaced_is_called() -> None:
+    optimizer, _ = optimizer_of(torch.optim.SGD)
+    called: list[object] = []
+    optimizer.step = lambda: called.append(optimizer)  # type: ignore[method-assign]  # as schedules and wrappers do
+    optimizer_step(optimizer)
+    assert called == [optimizer]
 
 
 def test_an_update_does_not_load_torch_s_compiler() -> None:
