@@ -6,7 +6,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
@@ -65,22 +65,59 @@ def set_up_compute(settings: PrecisionSettings, device: torch.device) -> Compute
     # Not torch's newer fp32_precision: with it set, torch.compile fails to read these flags (2.15).
     torch.backends.cuda.matmul.allow_tf32 = settings.tf32
     torch.backends.cudnn.allow_tf32 = settings.tf32
-    if settings.deterministic is True:
-        _use_deterministic_kernels()
+    _set_deterministic(settings.deterministic is True)
     if device.type == "cuda" and operators.has_triton():
         _check_triton(device)
     return Compute(device, _PRECISIONS[settings.compute])
 
 
-def _use_deterministic_kernels() -> None:
+def _set_deterministic(is_deterministic: bool) -> None:
+    _use_deterministic_algorithms(is_deterministic, warn_only=False)
+    torch.backends.cudnn.deterministic = is_deterministic
+    if not is_deterministic:
+        return
     # cuBLAS reads it at its first use; torch accepts only these two values.
     if os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in (":4096:8", ":16:8"):
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-    torch.use_deterministic_algorithms(mode=True)
     # A debugging aid that costs one more kernel for every new tensor. torch defines the property at run time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
+
+
+def _use_deterministic_algorithms(mode: bool, *, warn_only: bool) -> None:
+    """Call torch's function of this name, which loads the compiler, only if it changes something."""
+    if (mode, warn_only) != _deterministic_algorithms():
+        torch.use_deterministic_algorithms(mode, warn_only=warn_only)
+
+
+def _deterministic_algorithms() -> tuple[bool, bool]:
+    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+@contextmanager
+def restoring_torch() -> Iterator[None]:
+    """Restore what `set_up_compute` changes of torch for the whole process, after the block.
+
+    Within it gradients are recorded, and new tensors are by default float32 and on the CPU, whatever the caller set.
+    """
+    cudnn, debugging = torch.backends.cudnn, torch.utils.deterministic
+    with ExitStack() as stack:
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        mode, warn_only = _deterministic_algorithms()
+        stack.callback(_use_deterministic_algorithms, mode, warn_only=warn_only)
+        flags = (cudnn, "deterministic"), (cudnn, "benchmark"), (debugging, "fill_uninitialized_memory")
+        for owner, name in flags:
+            stack.callback(setattr, owner, name, getattr(owner, name))
+        with suppress(RuntimeError):  # torch's newer fp32_precision is in use
+            stack.callback(setattr, cudnn, "allow_tf32", cudnn.allow_tf32)
+            stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.float32)
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        stack.enter_context(torch.inference_mode(mode=False))
+        stack.enter_context(torch.enable_grad())
+        yield
 
 
 def _check_triton(device: torch.device) -> None:

@@ -30,7 +30,14 @@ from dist_train.models.norms import BatchStatistics, collect_statistics, norm_mo
 from dist_train.outcome import DivergedError, OutOfMemoryError, UsageError, check_choice
 from dist_train.reproducible import generator
 from dist_train.rundir.atomic import finite
-from dist_train.training.compute import Compute, fitting_memory, runs_in_memory, set_up_compute, share_of_threads
+from dist_train.training.compute import (
+    Compute,
+    fitting_memory,
+    restoring_torch,
+    runs_in_memory,
+    set_up_compute,
+    share_of_threads,
+)
 from dist_train.training.reduction import Tally
 
 _MAY_CHANGE = frozenset(
@@ -163,7 +170,7 @@ def evaluate_stored(
     Norm statistics are the checkpoint's, computed at its clean or averaged weights.
     """
     check_choice("split", split, Split)
-    with ExitStack() as stack:
+    with restoring_torch(), ExitStack() as stack:
         timeout = 60.0
         comm = join_ranks(timeout=timeout, device_type=device_type())
         stack.push(lambda kind, error, traceback: comm.close(error))

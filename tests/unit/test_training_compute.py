@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
@@ -17,10 +20,19 @@ from torch.fx import GraphModule
 from dist_train.cluster.communicator import Alone, GroupBrokenError
 from dist_train.config import PrecisionSettings
 from dist_train.kernels import operators
+from dist_train.launching import train
 from dist_train.launching.assembly import _with_micro_size
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import UsageError
-from dist_train.training.compute import Compute, compiled, is_out_of_memory, set_up_compute, share_of_threads
+from dist_train.training.compute import (
+    Compute,
+    compiled,
+    is_out_of_memory,
+    restoring_torch,
+    set_up_compute,
+    share_of_threads,
+)
+from dist_train.training.evaluation import evaluate_stored
 from tests.raising import raises
 from tests.unit.small_trainers import small_config
 
@@ -73,13 +85,8 @@ def test_triton_that_builds_no_kernel_is_one_message_with_the_fix(monkeypatch: p
 
 @pytest.fixture
 def _kernels_as_before() -> Iterator[None]:
-    cudnn = torch.backends.cudnn
-    before = torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark
-    tf32 = cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    yield
-    torch.use_deterministic_algorithms(before[0])
-    cudnn.deterministic, cudnn.benchmark = before[1:]
-    cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = tf32
+    with restoring_torch():
+        yield
 
 
 @pytest.mark.usefixtures("_kernels_as_before")
@@ -98,11 +105,67 @@ def test_deterministic_sets_all_that_torch_offers(
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == (workspace if kept else ":4096:8")
 
 
-def test_deterministic_is_left_alone_where_it_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("_kernels_as_before")
+def test_kernels_are_deterministic_only_where_the_settings_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    torch.use_deterministic_algorithms(mode=True)
+    torch.backends.cudnn.deterministic = True
     set_up_compute(PrecisionSettings(threads=1), CPU)
     assert not torch.are_deterministic_algorithms_enabled()
+    assert not torch.backends.cudnn.deterministic
     assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+
+
+def settings_of_torch() -> tuple[object, ...]:
+    cudnn = torch.backends.cudnn
+    of_gradients = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    of_new_tensors = torch.get_default_dtype(), torch.get_default_device()
+    of_kernels = torch.get_deterministic_debug_mode(), cudnn.deterministic, cudnn.benchmark
+    precision = cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    return torch.get_num_threads(), of_gradients, of_new_tensors, of_kernels, precision
+
+
+@pytest.fixture
+def _callers_own() -> Iterator[None]:
+    """What a caller may have set that a run must neither depend on nor change."""
+    with restoring_torch(), torch.inference_mode(), torch.device("meta"):
+        torch.set_num_threads(2)
+        torch.set_default_dtype(torch.float64)
+        torch.use_deterministic_algorithms(mode=True, warn_only=True)
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("medium")
+        yield
+
+
+@pytest.mark.usefixtures("_callers_own")
+def test_training_and_evaluating_neither_depend_on_the_caller_s_torch_nor_change_it(tmp_path: Path) -> None:
+    before = settings_of_torch()
+    assert train(small_config(), tmp_path / "run").state == "finished"
+    found = evaluate_stored(tmp_path / "run", "test", [])
+    assert settings_of_torch() == before
+    with restoring_torch():
+        assert train(small_config(), tmp_path / "other").state == "finished"
+        assert evaluate_stored(tmp_path / "other", "test", [])["loss"] == found["loss"]
+
+
+class Putting(nn.Module):
+    """A network that for more images than a trial's needs an operator without a deterministic kernel."""
+
+    def __init__(self, images: Any, width: float, norm: object) -> None:
+        super().__init__()
+        self.layer = nn.Linear(math.prod(images.shape), images.classes)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        logits: Tensor = self.layer(inputs.flatten(1))
+        return logits + torch.zeros(1).put_(torch.tensor([0]), torch.ones(1)) if len(inputs) > 2 else logits
+
+
+def test_deterministic_of_one_run_does_not_reach_the_next(tmp_path: Path) -> None:
+    model = {"name": f"{__name__}:Putting", "norm": "none"}
+    for name, deterministic in (("first", False), ("second", True), ("third", False)):
+        config = small_config(model=model, precision={"deterministic": deterministic})
+        with raises(UsageError, "kernel-not-deterministic") if deterministic else nullcontext():
+            assert train(config, tmp_path / name).state == "finished"
 
 
 @pytest.mark.usefixtures("_kernels_as_before")
