@@ -33,7 +33,7 @@ class Group:
 
 
 def build_optimizer(settings: OptimizerSettings, weights: FlatWeights) -> Optimizer:
-    """Return the optimizer that `settings` select, for `weights`."""
+    """Return the optimizer that `settings` select, for `weights`. Raises UsageError if a plug-in's is of no use."""
     left_out = set(weights.excluded(settings.exclude, "optimizer.exclude"))
     named = list(zip(weights.segments, weights.parameters, strict=True))
     groups = [
@@ -48,6 +48,13 @@ def build_optimizer(settings: OptimizerSettings, weights: FlatWeights) -> Optimi
         _check_parameters(optimizer, settings.name, weights)
         for group in optimizer.param_groups:
             group["initial_lr"] = float(group.get("lr", 0.0))  # as torch's own schedules name it
+        first, *rates = (group["initial_lr"] for group in optimizer.param_groups)
+        if not first and any(rates):
+            raise UsageError(
+                f"the first parameter group of {settings.name} has the rate 0, to which others have no ratio: begin "
+                f"with another group, or freeze these parameters by requires_grad=False in the model",
+                code="plugin-result",
+            )
         return optimizer
     return _OPTIMIZERS[settings.name](settings, groups)
 

@@ -294,6 +294,18 @@ def test_a_plugin_s_groups_keep_the_ratio_of_their_rates_over_a_resume() -> None
     assert [group["lr"] for group in resumed.param_groups] == pytest.approx([3.0, 0.3])
 
 
+def with_a_first_group_at_rest(settings: OptimizerSettings, groups: Sequence[Group]) -> torch.optim.Optimizer:
+    parts: list[dict[str, Any]] = [{"params": group.parameters} for group in groups]
+    parts[0]["lr"] = 0.0
+    return torch.optim.SGD(parts, lr=settings.learning_rate)
+
+
+def test_a_first_group_of_rate_0_that_others_would_need_a_ratio_to_is_refused() -> None:
+    settings = OptimizerSettings(name=f"{__name__}:with_a_first_group_at_rest", exclude=("bias", "norm"))
+    with raises(UsageError, code="plugin-result"):
+        build_optimizer(settings, FlatWeights(a_model()))
+
+
 def optimizer_of(kind: type[torch.optim.Optimizer], **options: Any) -> tuple[torch.optim.Optimizer, torch.nn.Parameter]:
     weight = torch.nn.Parameter(torch.linspace(-1, 1, 7))
     optimizer = kind([weight], lr=0.1, **options)  # type: ignore[call-arg]  # every kind has a rate
@@ -367,7 +379,7 @@ def test_hooks_of_all_optimizers_are_called(register: Callable[[Callable[..., No
 def test_a_step_that_a_plugin_has_replaced_is_called() -> None:
     optimizer, _ = optimizer_of(torch.optim.SGD)
     called: list[object] = []
-    optimizer.step = lambda: called.append(optimizer)  # type: ignore[method-assign]  # as schedules and wrappers do
+    vars(optimizer)["step"] = lambda: called.append(optimizer)
     optimizer_step(optimizer)
     assert called == [optimizer]
 
