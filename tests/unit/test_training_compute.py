@@ -20,8 +20,8 @@ from torch.fx import GraphModule
 from dist_train.cluster.communicator import Alone, GroupBrokenError
 from dist_train.config import PrecisionSettings
 from dist_train.kernels import operators
-from dist_train.launching import train
 from dist_train.launching.assembly import _with_micro_size
+from dist_train.launching.run import train
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import UsageError
 from dist_train.training.compute import (

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -65,7 +66,7 @@ class BreaksOnce(Alone):
             raise GroupBrokenError("rank 1 died")
         return Pending()
 
-    def meet(self, why: str) -> Generation:
+    def meet(self, why: str, on_begin: Callable[[Generation], None] = lambda generation: None) -> Generation:
         now = time.monotonic() + self.pause
         self._clock.monotonic = lambda: now
         return Generation(2, 0, 1, ("", 0), ("here",), ("rank 1 died",), "", ())

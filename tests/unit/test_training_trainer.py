@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -431,6 +430,8 @@ def test_who_may_take_over_keeps_the_records_before_the_last_checkpoints(tmp_pat
     trainer = build_trainer(small_config(checkpoint={"every_steps": 1}), tmp_path, LeftAlone())
     trainer.run()
     assert [record.step for record in trainer.recent.all() if isinstance(record, TrainRecord)] == [1, 2, 3, 4, 5, 6]
+
+
 def with_torchs_norm(images: Any, width: float, norm: object) -> nn.Module:
     convolution = nn.Conv2d(images.shape[0], 4, 3)
     return nn.Sequential(
