@@ -80,6 +80,7 @@ OPTION_KEYS: Mapping[str, str] = {"noise.scale": "scale_options", "data.augment"
 """The key of a plug-in's options, if it is not `options`: sections with more than one plug-in."""
 
 _MARK = "_dist_train_plugin"
+"""Attribute of what is registered: each kind and short name with the object, which a copy of the attribute is not."""
 
 _INSTALLED = frozenset({"site-packages", "dist-packages"})
 
@@ -107,7 +108,8 @@ def register(kind: Kind, name: str) -> Callable[[_Target], _Target]:
     check_choice("the kind of a plug-in", kind, Kind)
 
     def mark(target: _Target) -> _Target:
-        setattr(target, _MARK, (kind, name))
+        own = [each for each in vars(target).get(_MARK, ()) if each[1] is target]
+        setattr(target, _MARK, (*own, ((kind, name), target)))
         return target
 
     return mark
@@ -239,15 +241,23 @@ def with_long_names(settings: Mapping[str, Any], more: Sequence[str], model: typ
     """Return `settings` without the list `plugins`, and with each short name replaced by its long name.
 
     A short name is from one of the files that the list names, from one of `more`, or an entry point. The built-in
-    choices of `model`, the configuration, stay. Raises UsageError if a file cannot be imported.
+    choices of `model`, the configuration, stay. Raises UsageError if a file cannot be imported, or a name is ambiguous.
     """
     files = settings.get("plugins", [])
     if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
         raise ConfigError.of("plugins", "plugins", "not a list of files", code="wrong-type", value=files)
     changed = from_folder({**settings, "plugins": [*files, *more]}, Path())
-    registered = {
-        mark: f"{file}:{name}" for file in changed.pop("plugins") for mark, name in _registered(_module(file))
-    }
+    registered: dict[tuple[Kind, str], str] = {}
+    found: dict[tuple[Kind, str], tuple[Any, object]] = {}
+    for file in changed.pop("plugins"):
+        for mark, attribute, value in _registered(_module(file)):
+            # a listed file may be imported once more, under its plain name, by another one
+            place = getattr(inspect.getmodule(value), "__file__", None), attribute
+            other, other_place = found.setdefault(mark, (value, place))
+            if other is not value and other_place != place:
+                wrong = f"two {mark[0]} are registered as {mark[1]}: {registered[mark]} and {file}:{attribute}"
+                raise ConfigError.of("plugins", "plugins", wrong, code="plugin-ambiguous", value=mark[1])
+            registered[mark] = f"{file}:{attribute}"
     for path, kind in _PLACES.items():
         for _, section, key in _sections(changed, path.split(".")):
             name = section.get(key)
@@ -258,11 +268,11 @@ def with_long_names(settings: Mapping[str, Any], more: Sequence[str], model: typ
 
 def short_names(settings: Mapping[str, Any], more: Sequence[str]) -> dict[str, list[str]]:
     """Return the names that each setting of a plug-in accepts besides its built-in choices, for messages."""
-    marks = [mark for file in (*settings.get("plugins", ()), *more) for mark, _ in _registered(_module(file))]
+    marks = [mark for file in (*settings.get("plugins", ()), *more) for mark, _, _ in _registered(_module(file))]
     script = sys.modules["__main__"]
     # what a script registers is found once the settings name its file
     file = getattr(script, "__file__", "FILE.py")
-    marks += [(kind, f"{file}:{name}") for (kind, _), name in _registered(script)]
+    marks += [(kind, f"{file}:{name}") for (kind, _), name, _ in _registered(script)]
     names = {path: [name for each, name in marks if each == kind] for path, kind in _PLACES.items()}
     for path, kind in _PLACES.items():
         names[path].extend(sorted(metadata.entry_points(group=f"dist_train.{kind}").names))
@@ -385,11 +395,21 @@ def _absolute(folder: Path, place: object) -> Any:
     return os.path.abspath(folder / place) if isinstance(place, str) and place.endswith(".py") else place
 
 
-def _registered(module: ModuleType) -> Iterator[tuple[tuple[Kind, str], str]]:
-    """Yield the kind and short name of each plug-in that `module` registers, and its name there."""
-    for name, value in vars(module).items():
-        if isinstance(mark := getattr(value, _MARK, None), tuple):  # a mock has any attribute
-            yield mark, name
+def _registered(module: ModuleType) -> Iterator[tuple[tuple[Kind, str], str, Any]]:
+    """Yield the kind and short name of each plug-in that `module` registers, its name there, and itself.
+
+    Subclasses, and functions that have its attributes by `functools.wraps`, are other code. But if it was decorated
+    after it was registered, the module has no more than the decorated one.
+    """
+    marked = [
+        (name, value, *mark)
+        for name, value in vars(module).items()
+        for mark in getattr(value, "__dict__", {}).get(_MARK, ())
+    ]
+    present = {id(owner) for _, value, _, owner in marked if value is owner}
+    for name, value, mark, owner in marked:
+        if value is owner or (id(owner) not in present and getattr(owner, "__module__", None) == module.__name__):
+            yield mark, name, value
 
 
 @cache
