@@ -2,7 +2,8 @@
 
 Randomness is a pure function of (seed, purpose, indices): every random choice of a run has its own generator, so any
 step can be reproduced alone, on any rank, and a checkpoint needs no random state. Layers such as dropout draw from
-torch's global generators: `LayerRng` seeds these for each micro-batch and restores them afterwards.
+torch's global generators: `LayerRng` seeds these for each micro-batch and restores them afterwards. So may plug-ins,
+also from Python's and NumPy's: `seeded_generators` makes that a function of the seed, too.
 
 Floats are summed as 64-bit integers at a power-of-two scale, since integer addition is associative. Scaling a float32
 by a power of two is exact; the only loss is the rounding of each value to a multiple of 2^-bits.
@@ -11,8 +12,9 @@ by a power of two is exact; the only loss is the rounding of each value to a mul
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from threading import Lock
 
@@ -71,15 +73,49 @@ def seed_generator(of: torch.Generator, seed: int) -> None:
         of.manual_seed(seed)
 
 
+@contextmanager
+def preserved_generators() -> Iterator[None]:
+    """Restore the global generators of torch, on the CPU, of Python and of NumPy after the block."""
+    of_torch, of_python = generator_state(torch.default_generator), random.getstate()
+    of_numpy = numpy.random.get_state()
+    try:
+        yield
+    finally:
+        set_generator_state(torch.default_generator, of_torch)
+        random.setstate(of_python)
+        numpy.random.set_state(of_numpy)
+
+
+def seed_generators(seed: int) -> None:
+    """Seed the global generators of torch, on the CPU, of Python and of NumPy."""
+    seed_generator(torch.default_generator, seed)
+    _seed_others(seed)
+
+
+def _seed_others(seed: int) -> None:
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+
+
+@contextmanager
+def seeded_generators(seed: int) -> Iterator[None]:
+    """Seed the global generators of torch, on the CPU, of Python and of NumPy, and restore them after the block."""
+    with preserved_generators():
+        seed_generators(seed)
+        yield
+
+
 class LayerRng:
     """Seeds torch's global generators, from which dropout and other layers draw, for each micro-batch.
 
     So draws do not depend on which rank computes a micro-batch, and all passes over it in an update, also in a repeated
-    one, have the same masks.
+    one, have the same masks. A plug-in's own code may draw from Python's and NumPy's global generators as well. To
+    restore those takes 0.1 ms for each update, which built-in models do not need.
     """
 
-    def __init__(self, seed: int, device: torch.device) -> None:
+    def __init__(self, seed: int, device: torch.device, *, of_plugin: bool = False) -> None:
         self._seed = seed
+        self._of_plugin = of_plugin
         self._generators = [torch.default_generator]
         if device.type == "cuda":
             first = device.index or 0
@@ -90,7 +126,8 @@ class LayerRng:
         """Restore the global generators after the block."""
         states = [generator_state(each) for each in self._generators]
         try:
-            yield
+            with preserved_generators() if self._of_plugin else nullcontext():
+                yield
         finally:
             for each, state in zip(self._generators, states, strict=True):
                 set_generator_state(each, state)
@@ -100,6 +137,8 @@ class LayerRng:
         number = key(self._seed, "layers", step, start)
         for each in self._generators:
             seed_generator(each, number)
+        if self._of_plugin:
+            _seed_others(number)
 
 
 def bits(stream: int, count: int, device: torch.device) -> Iterator[torch.Tensor]:

@@ -34,7 +34,7 @@ from dist_train.data.published import (
     find_fashion_mnist,
 )
 from dist_train.outcome import UsageError
-from dist_train.reproducible import generator
+from dist_train.reproducible import generator, key, seeded_generators
 
 _ARCHIVES: Mapping[str, Archive] = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 
@@ -124,7 +124,9 @@ def _synthetic(settings: DataSettings, split: Split, seed: int) -> ImageSet:
 
 
 def _plugin(settings: DataSettings, split: Split, seed: int) -> ImageSet | MapDataset:
-    images: ImageSet | MapDataset = call_plugin(settings.name, settings.options, object, settings, split, seed)
+    # both splits have the same draws: the parts of a permutation then do not overlap
+    with seeded_generators(key(seed, "data set")):
+        images: ImageSet | MapDataset = call_plugin(settings.name, settings.options, object, settings, split, seed)
     if not isinstance(images, ImageSet):
         if hasattr(images, "__len__") and hasattr(images, "__getitem__"):
             with failing_clearly(settings.name):

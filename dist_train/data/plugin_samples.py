@@ -1,12 +1,12 @@
 """Samples that a plug-in reads (from a map-style Dataset, one at a time) or augments (images of any data set).
 
 The plug-in may draw from the global generators of torch, NumPy and Python. They are seeded before each sample from
-(seed, split, epoch, sample), so that draws do not depend on which process makes the sample, or what it made before.
+(seed, split, epoch, sample), so that draws do not depend on which process makes the sample, or what it made before. So
+are they before the plug-in is called for its data set or transform, which each process does for itself.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
@@ -23,7 +23,7 @@ from dist_train.data.catalog import load_data
 from dist_train.data.decoding import EncodedImages, Work, fitted
 from dist_train.data.images import ImageSet, MapDataset, Split
 from dist_train.outcome import UsageError
-from dist_train.reproducible import generator_state, key, seed_generator, set_generator_state
+from dist_train.reproducible import key, preserved_generators, seed_generators, seeded_generators
 
 Augment = Callable[[Any], Any]
 
@@ -44,16 +44,14 @@ class PluginSamples:
         self._seed = seed
         self._opened = dict(opened)
         self._files = EncodedImages()
-        self._augment = _augment_of(settings)
+        self._augment = _augment_of(settings, seed)
 
     def read(self, work: Work, pixels: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
         """Write the samples of `work` to `pixels` [n, C, H, W] and `labels` [n]; seeds the generators for each."""
         split = cast(Split, work.split)
-        with _preserved_generators():
+        with preserved_generators():
             for index, (reference, number) in enumerate(zip(work.references, work.numbers, strict=True)):
-                _seed_generators(
-                    key(self._seed, "sample", split, "plain" if work.epoch is None else work.epoch, number)
-                )
+                seed_generators(key(self._seed, "sample", split, "plain" if work.epoch is None else work.epoch, number))
                 draws = None if work.draws is None else work.draws[index]
                 augment = None if work.epoch is None else self._augment
                 if isinstance(reference, int):
@@ -136,10 +134,11 @@ def labels_of(dataset: MapDataset, settings: DataSettings, split: Split, seed: i
     return torch.from_numpy(read)
 
 
-def _augment_of(settings: DataSettings) -> Augment | None:
+def _augment_of(settings: DataSettings, seed: int) -> Augment | None:
     if not is_plugin(settings.augment):
         return None
-    augment = call_plugin(settings.augment, settings.augment_options, object, settings.image_format)
+    with seeded_generators(key(seed, "augmentation")):
+        augment = call_plugin(settings.augment, settings.augment_options, object, settings.image_format)
     if not callable(augment):
         raise UsageError(
             f"{settings.augment} returned {type(augment).__name__}, not a function of an image", code="plugin-result"
@@ -165,21 +164,3 @@ def _whole_number(label: Any) -> int | None:
 def _channels_first(pixels: NDArray[Any]) -> NDArray[Any]:
     """Return pixels [H, W] or [H, W, C] as [C, H, W], and others as they are."""
     return pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, -1, 0) if pixels.ndim == 3 else pixels
-
-
-def _seed_generators(seed: int) -> None:
-    seed_generator(torch.default_generator, seed)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-
-
-@contextmanager
-def _preserved_generators() -> Iterator[None]:
-    """Restore the global generators after the block, for other code in this process that draws from them."""
-    of_torch, of_python, of_numpy = generator_state(torch.default_generator), random.getstate(), np.random.get_state()
-    try:
-        yield
-    finally:
-        set_generator_state(torch.default_generator, of_torch)
-        random.setstate(of_python)
-        np.random.set_state(of_numpy)

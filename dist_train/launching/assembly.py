@@ -23,6 +23,7 @@ from dist_train.checkpoint.writer import CheckpointWriter
 from dist_train.cluster.communicator import Alone, Communicator, Generation, gather, run_on_all_ranks
 from dist_train.cluster.devices import share_out_devices
 from dist_train.config import Config
+from dist_train.config.plugins import is_plugin
 from dist_train.config.resuming import with_device, with_setting
 from dist_train.data.augmentation import build_mix
 from dist_train.data.loader import SampleSource, open_splits
@@ -204,7 +205,7 @@ def build_step(
         optimizer=state.optimizer,
         tally=Tally(comm, statistics, compute.device),
         compute=compute,
-        layer_rng=LayerRng(config.run.seed, compute.device),
+        layer_rng=LayerRng(config.run.seed, compute.device, of_plugin=is_plugin(config.model.name)),
         clip_norm=config.optimizer.clip_norm,
         averaging=state.averaging,
         label_smoothing=config.regularization.label_smoothing,
@@ -356,7 +357,7 @@ def _with_micro_size(
             if config.precision.compile:
                 torch.compiler.reset()  # a size that is tried counts towards torch's limits
 
-    with LayerRng(config.run.seed, compute.device).preserved():
+    with LayerRng(config.run.seed, compute.device, of_plugin=is_plugin(config.model.name)).preserved():
         size = find_micro_size(
             try_size,
             global_sizes=[size for _, size in config.batch.sizes],

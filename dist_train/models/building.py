@@ -34,7 +34,7 @@ from dist_train.models.norms import (
     norm_parameters,
 )
 from dist_train.outcome import UsageError
-from dist_train.reproducible import generator, key
+from dist_train.reproducible import generator, key, seeded_generators
 
 _logger = logging.getLogger("dist_train.models")
 _MAX_NAMES = 3  # of buffers in a message
@@ -145,10 +145,8 @@ _MODELS: Mapping[str, Callable[[ImageFormat, float, NormFactory], nn.Module]] = 
 
 def build_model(config: Config) -> nn.Module:
     """Return the network [n, C, H, W] -> logits [n, classes], on the CPU, with initial weights from `run.seed`."""
-    # torch's layers draw initial values, which are overwritten, and a plug-in's buffers may be random, too: leave the
-    # global generator as it was.
-    with torch.random.fork_rng(devices=()):
-        torch.default_generator.manual_seed(key(config.run.seed, "model"))
+    # torch's layers draw initial values, which are overwritten, and what a plug-in keeps may be random, too
+    with seeded_generators(key(config.run.seed, "model")):
         model = _network(config.model, config.data.image_format, config.precision.channels_last)
     initialize(model, config.run.seed)
     return model
@@ -249,7 +247,7 @@ def check_training(model: nn.Module, config: Config) -> None:
     if name in _MODELS:
         return
     images = _blank(config.data.image_format, config.precision.channels_last)
-    with torch.random.fork_rng(devices=()), failing_clearly(name):
+    with seeded_generators(key(config.run.seed, "model")), failing_clearly(name):
         with _restoring_buffers(model) as changed:
             logits = model.train()(images)
             _check_gradients(model, name, logits)

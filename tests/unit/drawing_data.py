@@ -1,4 +1,4 @@
-"""A data set and augmentations that draw from the global generators, as users' own do."""
+"""Data sets and augmentations that draw from the global generators, as users' own do."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, random_split
 
 SIZE = 12
 
@@ -34,6 +34,33 @@ class Drawing(Dataset[Any]):
 
 def drawing(settings: Any, split: str, seed: int, options: dict[str, Any]) -> Dataset[Any]:
     return Drawing(options.get(split, 24))
+
+
+class Numbered(Dataset[Any]):
+    """Images of one colour each, its number, and two classes, in an order that is drawn at the start."""
+
+    def __init__(self) -> None:
+        python, numpy = list(range(48)), np.random.permutation(48)
+        random.shuffle(python)
+        self.order = [int(numpy[each]) for each in python]
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return torch.full((3, SIZE, SIZE), self.order[index], dtype=torch.uint8), index % 2
+
+
+def halves(settings: Any, split: str, seed: int) -> Dataset[Any]:
+    """Return one half of a data set that is divided at random."""
+    train, test = random_split(Numbered(), [24, 24])
+    return train if split == "train" else test
+
+
+def raised(images: Any) -> Any:
+    """Add a number to each image that is drawn once."""
+    added = int(torch.randint(100, ())) + random.randrange(50) + int(np.random.randint(50))
+    return lambda image: image + added
 
 
 def erased(images: Any, options: dict[str, Any]) -> Any:

@@ -1,9 +1,11 @@
-"""A network whose layers draw from the global generators in training: dropout, and a block that is skipped."""
+"""A network that draws from the global generators in training: dropout, and a block that is skipped or scaled."""
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -21,7 +23,7 @@ class Drawing(nn.Module):
         features = functional.relu(self.norm(self.stem(images)))
         kept = torch.ones(len(images), 1, 1, 1)
         if self.training:
-            kept.bernoulli_(0.7)
+            kept.bernoulli_(0.7).mul_(0.5 + random.random()).mul_(0.5 + float(np.random.random()))
             self.masks.append(kept.flatten())
         features = features + kept * self.after(self.block(features))
         features = functional.dropout(features.mean((2, 3)), 0.2, self.training)

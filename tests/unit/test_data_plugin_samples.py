@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from dist_train.config import DataSettings
+from dist_train.data.decoding import Work
 from dist_train.data.images import BatchRequest, ImageSet, Split
 from dist_train.data.loader import Splits, open_splits, training_labels
+from dist_train.data.plugin_samples import PluginSamples
 from dist_train.outcome import UsageError
 from tests.raising import raises
 from tests.unit.drawing_data import SIZE, Drawing
@@ -82,6 +84,29 @@ def test_the_program_s_own_draws_are_not_disturbed() -> None:
     read(splits, [1, 2], 0)
     assert torch.equal(torch.rand(2), expected[0])
     assert (random.random(), np.random.random()) == expected[1:]
+
+
+def test_promise_2_a_data_set_is_divided_by_the_seed_alone_into_parts_without_a_common_sample() -> None:
+    halves: dict[str, Any] = {**OWN, "name": f"{HERE}:halves", "augment": f"{HERE}:raised"}
+
+    def colours(splits: Splits, epoch: int | None, split: Split = "train") -> list[int]:
+        found: list[int] = read(splits, range(24), epoch, split)[:, 0, 0, 0].mul(255).round().int().tolist()
+        return found
+
+    seen = []
+    for seed in (5, 5, 6):
+        splits = opened(seed, **halves)
+        train, test = colours(splits, None), colours(splits, None, "test")
+        assert sorted(train + test) == list(range(48))
+        seen.append((train, test, colours(splits, 0)))
+    assert seen[0] == seen[1]
+    assert seen[0] != seen[2]
+    # as a loader process, which opens the data set when it makes the first sample
+    pixels, labels = np.empty((1, 3, SIZE, SIZE), np.uint8), np.empty(1, np.int64)
+    for index in (3, 20):
+        loader = PluginSamples(DataSettings.model_validate(halves), 5, {})
+        loader.read(Work([index], split="train", numbers=[index], epoch=0), pixels, labels)
+        assert pixels[0, 0, 0, 0] == seen[0][2][index]
 
 
 def test_what_is_held_in_memory_and_parts_of_files_are_augmented_alike(root: Path, tmp_path: Path) -> None:

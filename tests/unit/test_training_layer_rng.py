@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,13 +24,24 @@ def trained(folder: Path, **sections: Any) -> Trainer:
     return trainer
 
 
-def test_runs_are_bit_identical_and_leave_the_global_generator_as_it_was(tmp_path: Path) -> None:
+def seed_all(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+
+
+def drawn() -> tuple[float, float, float]:
+    return float(torch.rand(())), random.random(), float(np.random.random())
+
+
+def test_runs_are_bit_identical_and_leave_the_global_generators_as_they_were(tmp_path: Path) -> None:
     states = []
     for seed in (1, 2):
-        torch.manual_seed(seed)
-        before = torch.get_rng_state()
+        seed_all(seed)
+        before = drawn()
+        seed_all(seed)
         states.append(state_bits(trained(tmp_path / f"{seed}").take_step.model))
-        assert torch.equal(torch.get_rng_state(), before)
+        assert drawn() == before
     assert states[0] == states[1]
 
 
