@@ -7,6 +7,7 @@ names before settings are checked, so that a run records where its code is. Nami
 
 from __future__ import annotations
 
+import ast
 import copy
 import hashlib
 import importlib
@@ -18,17 +19,18 @@ import sys
 import tomllib
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cache, partial
 from importlib import metadata
+from itertools import accumulate
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 from pydantic import BaseModel, Field, ValidationError
 
-from dist_train.config.problems import ConfigError, Problem, models_of, problems_of
+from dist_train.config.problems import ConfigError, Problem, choices_of, ignored_keys, problems_of
 from dist_train.outcome import CodedError, UsageError, check_choice
 
 Kind = Literal[
@@ -83,6 +85,12 @@ _MARK = "_dist_train_plugin"
 """Attribute of what is registered: each kind and short name with the object, which a copy of the attribute is not."""
 
 _INSTALLED = frozenset({"site-packages", "dist-packages"})
+
+_NEVER_BESIDE = sys.stdlib_module_names | {"dist_train"}
+"""Modules that a plug-in does not mean to import from its own folder."""
+
+_folders: list[str] = []
+"""Those of the plug-ins imported from files, the latest first, as at the end of `sys.path`."""
 
 _DIGEST = "_dist_train_digest"
 """Attribute of a module imported from a file: the digest of the file at that moment."""
@@ -200,7 +208,7 @@ def plugin_problems(settings: Mapping[str, Any]) -> Iterator[Problem]:
                 wrong = f"{name} takes no options: give it a parameter `options`"
                 yield Problem(options_path, wrong, code="plugin-options", value=options)
             continue
-        yield from _unknown_options(kind, options_path, options)
+        yield from ignored_keys(kind, options_path, options)
         try:
             _checked(kind, options)
         except ValidationError as error:
@@ -261,7 +269,7 @@ def with_long_names(settings: Mapping[str, Any], more: Sequence[str], model: typ
     for path, kind in _PLACES.items():
         for _, section, key in _sections(changed, path.split(".")):
             name = section.get(key)
-            if isinstance(name, str) and not is_plugin(name) and name not in _choices(model, path):
+            if isinstance(name, str) and not is_plugin(name) and name not in choices_of(model, path):
                 section[key] = registered.get((kind, name)) or _entry_point(kind, name) or name
     return changed
 
@@ -298,9 +306,13 @@ def plugin_files(settings: Mapping[str, Any]) -> dict[str, str]:
     """Return the digests of the plug-ins' source files in complete `settings`, and of files beside that they import.
 
     The keys are the files' paths, beginning with the name of the plug-in's folder; installed packages are left out.
+    Raises UsageError if a plug-in imports a module that has been taken from another one's folder.
     """
     places = {name.rpartition(":")[0] for _, name, _, _ in named_plugins(settings) if is_plugin(name)}
     folders = {folder for place in places if (folder := _folder(_module(place))) is not None}
+    # by now it may have imported what is in functions, too
+    if wrong := next(filter(None, (_not_beside(place) for place in sorted(places) if place.endswith(".py"))), None):
+        raise UsageError(wrong, code="plugin-import")
     found: dict[str, str] = {}
     # a script that trains may lie beside a plug-in, and is no part of it
     script = sys.modules["__main__"]
@@ -366,9 +378,12 @@ def _import(place: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} is no Python file")
-    # it may import modules beside it
-    if os.path.dirname(path) not in sys.path:
-        sys.path.append(os.path.dirname(path))
+    if wrong := _not_beside(path):
+        raise ImportError(wrong)
+    # it may import modules beside it, not those beside other plug-ins
+    if (folder := os.path.dirname(path)) not in sys.path or folder in _folders:
+        _folders[:] = [folder, *(each for each in _folders if each != folder)]
+        sys.path[:] = [*(each for each in sys.path if each not in _folders), *_folders]
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
@@ -380,14 +395,33 @@ def _import(place: str) -> ModuleType:
     return module
 
 
-def _choices(model: type[BaseModel], path: str) -> tuple[object, ...]:
-    """Return the built-in choices of the setting at `path`."""
-    *sections, name = path.replace(".*", "").split(".")
-    for section in sections:
-        model = models_of(model.model_fields[section])[0]
-    field = model.model_fields.get(name)
-    annotation = field.annotation if field else None
-    return tuple(choice for part in get_args(annotation) for choice in get_args(part))
+def _not_beside(path: str) -> str:
+    """Return what is wrong if another folder's module is in the place of one beside the plug-in at `path`, or ""."""
+    paths, seen = [path], set[str]()
+    while paths:
+        for name in sorted(_imports(paths.pop()) - seen):
+            seen.add(name)
+            base = os.path.join(os.path.dirname(path), *name.split("."))
+            beside = next(filter(os.path.isfile, (f"{base}/__init__.py", f"{base}.py")), None)
+            if beside is None or name.partition(".")[0] in _NEVER_BESIDE:
+                continue
+            paths.append(beside)
+            other = getattr(sys.modules.get(name), "__file__", None) or beside
+            if not _INSTALLED & set(Path(other).parts) and os.path.realpath(other) != os.path.realpath(beside):
+                return f"{name} is already imported from {other}, not from {beside}: use a new process"
+    return ""
+
+
+def _imports(path: str) -> set[str]:
+    """Return the modules, and their packages, that the file at `path` may import, anywhere in it."""
+    names: set[str] = set()
+    with suppress(OSError, SyntaxError, ValueError):  # which are reported when it is imported
+        for node in ast.walk(ast.parse(Path(path).read_bytes())):
+            if isinstance(node, ast.Import | ast.ImportFrom) and not getattr(node, "level", 0):
+                package = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+                for alias in node.names:
+                    names.update(accumulate(f"{package}{alias.name}".split("."), "{}.{}".format))
+    return names
 
 
 def _absolute(folder: Path, place: object) -> Any:
@@ -434,15 +468,6 @@ def _sections(settings: Any, names: Sequence[str], prefix: str = "") -> Iterator
         yield from _sections(settings.get(first), rest, f"{prefix}{first}.")
     elif isinstance(settings, dict):
         yield prefix, settings, first
-
-
-def _unknown_options(kind: type[Any], path: str, options: Options) -> Iterator[Problem]:
-    """Yield a problem for each option that a pydantic model would silently ignore, as it does by default."""
-    if not issubclass(kind, BaseModel) or kind.model_config.get("extra", "ignore") != "ignore":
-        return
-    known = ", ".join(kind.model_fields)
-    for name in options.keys() - kind.model_fields.keys():
-        yield Problem(f"{path}.{name}", "unknown key", code="unknown-key", value=options[name], allowed=known)
 
 
 def _options_type(name: str, target: Any) -> type[Any] | None:

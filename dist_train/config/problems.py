@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from types import MappingProxyType
 from typing import Annotated, Any, get_args, get_origin
@@ -200,6 +200,25 @@ def _models_in(annotation: Any) -> tuple[type[BaseModel], ...]:
     if isinstance(annotation, type) and not get_args(annotation):
         return (annotation,) if issubclass(annotation, BaseModel) else ()
     return tuple(model for part in get_args(annotation) for model in _models_in(part))
+
+
+def choices_of(model: type[BaseModel], path: str) -> tuple[object, ...]:
+    """Return the built-in choices of the setting at `path` of `model`; `*` stands for an index."""
+    *sections, name = path.replace(".*", "").split(".")
+    for section in sections:
+        model = models_of(model.model_fields[section])[0]
+    field = model.model_fields.get(name)
+    annotation = field.annotation if field else None
+    return tuple(choice for part in get_args(annotation) for choice in get_args(part))
+
+
+def ignored_keys(model: type[Any], path: str, values: Mapping[str, object]) -> Iterator[Problem]:
+    """Yield a problem for each of `values`, at `path`, that a user's pydantic model would ignore, as by default."""
+    if not issubclass(model, BaseModel) or model.model_config.get("extra", "ignore") != "ignore":
+        return
+    known = ", ".join(model.model_fields)
+    for name in values.keys() - model.model_fields.keys():
+        yield Problem(f"{path}.{name}", "unknown key", code="unknown-key", value=values[name], allowed=known)
 
 
 def is_collection(field: FieldInfo | None) -> bool:

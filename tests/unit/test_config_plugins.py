@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from dist_train.config import Config, load_config
-from tests.raising import raises_problems
+from dist_train.config.plugins import load_plugin, plugin_files
+from dist_train.outcome import UsageError
+from tests.raising import raises, raises_problems
 
 REGISTERED = """
 import functools
@@ -14,7 +17,7 @@ from dist_train import register
 
 
 def write(file: Path, source: str) -> Path:
-    file.parent.mkdir(exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(source, encoding="utf-8")
     return file
 
@@ -75,3 +78,58 @@ class TestShortNames:
         file = write(tmp_path / "imported_by_another.py", source)
         another = write(tmp_path / "another.py", "from imported_by_another import *\n")
         assert load(file, another, model__name="net").model.name == f"{another}:net"
+
+
+class TestModulesBeside:
+    """Each test has names of its own: what it imports stays in this process."""
+
+    NET = "from %s import width\nfrom torch import nn\ndef net(images, norm_width, norm): return nn.Linear(1, width)\n"
+
+    def experiment(self, folder: Path, width: int, module: str) -> str:
+        write(folder / f"{module}.py", f"width = {width}\n")
+        return f"{write(folder / 'net.py', self.NET % module)}:net"
+
+    def test_those_of_another_folder_are_not_taken(self, tmp_path: Path) -> None:
+        first, second = (self.experiment(tmp_path / f"{each}", each, "layers_beside") for each in (1, 2))
+        assert load_plugin(load_config({}, {"model.name": first}).model.name)(None, 1.0, None).out_features == 1
+        with raises_problems(("model.name", "plugin-import")) as refused:
+            load_config({}, {"model.name": second})
+        assert str(tmp_path / "1" / "layers_beside.py") in str(refused.value)
+        load_config({}, {"model.name": first})
+
+    def test_nor_are_those_that_they_import_or_of_folders_without_init(self, tmp_path: Path) -> None:
+        for each in (1, 2):
+            write(tmp_path / f"{each}" / "outer_beside.py", "from folder_beside import inner\nwidth = inner.width\n")
+            write(tmp_path / f"{each}" / "folder_beside" / "inner.py", f"width = {each}\n")
+            write(tmp_path / f"{each}" / "net.py", self.NET % "outer_beside")
+        load_config({}, {"model.name": f"{tmp_path}/1/net.py:net"})
+        del sys.modules["outer_beside"]
+        with raises_problems(("model.name", "plugin-import")) as refused:
+            load_config({}, {"model.name": f"{tmp_path}/2/net.py:net"})
+        assert "folder_beside.inner" in str(refused.value)
+
+    def test_its_own_folder_comes_before_those_of_other_plug_ins(self, tmp_path: Path) -> None:
+        write(tmp_path / "1" / "rarely_beside.py", "width = 1\n")
+        write(tmp_path / "1" / "net.py", "def net(images, width, norm): ...\n")
+        load_config({}, {"model.name": f"{tmp_path}/1/net.py:net"})
+        name = load_config({}, {"model.name": self.experiment(tmp_path / "2", 2, "rarely_beside")}).model.name
+        assert load_plugin(name)(None, 1.0, None).out_features == 2
+
+    def test_other_names_and_those_of_libraries_are_no_obstacle(self, tmp_path: Path) -> None:
+        for each in ("1", "2"):
+            for module in ("random", "torch", "unused_beside"):
+                write(tmp_path / each / f"{module}.py", "")
+            write(tmp_path / each / "net.py", "import random, torch, os.path\ndef net(images, width, norm): ...\n")
+            load_config({}, {"model.name": f"{tmp_path}/{each}/net.py:net"})
+
+    def test_what_was_imported_late_is_found_when_the_run_begins(self, tmp_path: Path) -> None:
+        late = "def net(images, width, norm):\n    from late_beside import width\n    return width\n"
+        names = []
+        for each in (1, 2):
+            write(tmp_path / f"{each}" / "late_beside.py", f"width = {each}\n")
+            names.append(f"{write(tmp_path / f'{each}' / 'net.py', late)}:net")
+            load_config({}, {"model.name": names[-1]})
+        assert [load_plugin(each)(None, 1.0, None) for each in names] == [2, 2]
+        assert plugin_files({"model": {"name": names[1]}})
+        with raises(UsageError, code="plugin-import"):
+            plugin_files({"model": {"name": names[0]}})
