@@ -30,7 +30,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 from pydantic import BaseModel, Field, ValidationError
 
-from dist_train.config.problems import ConfigError, Problem, choices_of, ignored_keys, problems_of
+from dist_train.config.problems import ConfigError, Problem, choices_of, ignored_keys, problems_of, sections_with
 from dist_train.outcome import CodedError, UsageError, check_choice
 
 Kind = Literal[
@@ -188,7 +188,7 @@ def place_of(error: Exception, target: Any) -> str:
 def named_plugins(settings: Mapping[str, Any]) -> Iterator[tuple[str, str, str, Options]]:
     """Yield each plug-in in complete `settings`: its setting, its name, the setting of its options, and the options."""
     for path in _PLACES:
-        for place, section, key in _sections(settings, path.split(".")):
+        for place, section, key in sections_with(settings, path.split(".")):
             name = section.get(key)
             if isinstance(name, str) and (is_plugin(name) or _PLACES[path] == "loggers"):
                 options = OPTION_KEYS.get(path, "options")
@@ -267,7 +267,7 @@ def with_long_names(settings: Mapping[str, Any], more: Sequence[str], model: typ
                 raise ConfigError.of("plugins", "plugins", wrong, code="plugin-ambiguous", value=mark[1])
             registered[mark] = f"{file}:{attribute}"
     for path, kind in _PLACES.items():
-        for _, section, key in _sections(changed, path.split(".")):
+        for _, section, key in sections_with(changed, path.split(".")):
             name = section.get(key)
             if isinstance(name, str) and not is_plugin(name) and name not in choices_of(model, path):
                 section[key] = registered.get((kind, name)) or _entry_point(kind, name) or name
@@ -295,7 +295,7 @@ def from_folder(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     if isinstance(files, list):
         changed["plugins"] = [_absolute(folder, file) for file in files]
     for path in _PLACES:
-        for _, section, key in _sections(changed, path.split(".")):
+        for _, section, key in sections_with(changed, path.split(".")):
             if isinstance(name := section.get(key), str) and is_plugin(name):
                 place, _, attribute = name.rpartition(":")
                 section[key] = f"{_absolute(folder, place)}:{attribute}"
@@ -322,20 +322,28 @@ def plugin_files(settings: Mapping[str, Any]) -> dict[str, str]:
             if file and file.endswith(".py") and Path(file).is_relative_to(folder):
                 name = Path(file).relative_to(folder.parent)
                 if not _INSTALLED & set(name.parts):  # the folder may hold a virtual environment
-                    found[str(name)] = _digest(Path(file))
+                    found[str(name)] = vars(module).get(_DIGEST) or _digest(Path(file))
     return dict(sorted(found.items()))
 
 
 def forget_edited() -> None:
     """Forget plug-in files edited since they were imported, so that they are imported again; not what they import."""
     for name, module in list(sys.modules.items()):
-        digest = vars(module).get(_DIGEST) if isinstance(module, ModuleType) else None
-        if (
-            digest is not None
-            and Path(str(module.__file__)).is_file()
-            and _digest(Path(str(module.__file__))) != digest
-        ):
+        if _is_edited(module):
             del sys.modules[name]
+
+
+def check_unedited(settings: Mapping[str, Any]) -> None:
+    """Raise UsageError if the file of a plug-in in complete `settings` was edited since: loaders would import that."""
+    for place in sorted({name.rpartition(":")[0] for _, name, _, _ in named_plugins(settings)}):
+        if place.endswith(".py") and _is_edited(_module(place)):
+            raise UsageError(f"{place} was edited after load_config: call load_config again", code="plugin-edited")
+
+
+def _is_edited(module: ModuleType) -> bool:
+    """Whether the file from which `module` was imported as a plug-in has been edited since."""
+    digest = vars(module).get(_DIGEST) if isinstance(module, ModuleType) else None  # others may be in sys.modules
+    return digest is not None and (file := Path(str(module.__file__))).is_file() and _digest(file) != digest
 
 
 def _digest(file: Path) -> str:
@@ -456,18 +464,6 @@ def _shipped(group: str) -> Mapping[str, str]:
 
 def _entry_point(kind: Kind, name: str) -> str | None:
     return next((point.value for point in metadata.entry_points(group=f"dist_train.{kind}", name=name)), None)
-
-
-def _sections(settings: Any, names: Sequence[str], prefix: str = "") -> Iterator[tuple[str, dict[str, Any], str]]:
-    """Yield each mapping in `settings` that may have the setting at `names`, with its path and the setting's key."""
-    first, *rest = names
-    if first == "*":
-        for index, item in enumerate(settings if isinstance(settings, list) else ()):
-            yield from _sections(item, rest, f"{prefix}{index}.")
-    elif isinstance(settings, dict) and rest:
-        yield from _sections(settings.get(first), rest, f"{prefix}{first}.")
-    elif isinstance(settings, dict):
-        yield prefix, settings, first
 
 
 def _options_type(name: str, target: Any) -> type[Any] | None:

@@ -202,6 +202,18 @@ def _models_in(annotation: Any) -> tuple[type[BaseModel], ...]:
     return tuple(model for part in get_args(annotation) for model in _models_in(part))
 
 
+def sections_with(settings: Any, names: Sequence[str], prefix: str = "") -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Yield each mapping in `settings` that may have the setting at `names`, with its path and the setting's key."""
+    first, *rest = names
+    if first == "*":
+        for index, item in enumerate(settings if isinstance(settings, list) else ()):
+            yield from sections_with(item, rest, f"{prefix}{index}.")
+    elif isinstance(settings, dict) and rest:
+        yield from sections_with(settings.get(first), rest, f"{prefix}{first}.")
+    elif isinstance(settings, dict):
+        yield prefix, settings, first
+
+
 def choices_of(model: type[BaseModel], path: str) -> tuple[object, ...]:
     """Return the built-in choices of the setting at `path` of `model`; `*` stands for an index."""
     *sections, name = path.replace(".*", "").split(".")

@@ -27,6 +27,7 @@ from dist_train.cluster.devices import device_type
 from dist_train.cluster.rendezvous import join_ranks, meeting_within
 from dist_train.cluster.watchdog import Watchdog, start_watchdog
 from dist_train.config import Config, dump_config, parse_config
+from dist_train.config.plugins import check_unedited
 from dist_train.config.resuming import with_setting
 from dist_train.launching.assembly import assemble, let_write
 from dist_train.launching.preflight import check_launch
@@ -249,6 +250,7 @@ def _lock(config: Config, directory: RunDirectory, comm: Communicator) -> RunLoc
     """Make and lock the run directory on rank 0; the other ranks take part in the synchronization alone."""
 
     def request() -> LockRequest | None:
+        check_unedited(config.model_dump(mode="json"))
         if comm.rank != 0:
             return None
         check_launch(config, directory)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
 from pathlib import Path
 
 from dist_train.config import Config, load_config
 from dist_train.config.plugins import load_plugin, plugin_files
+from dist_train.launching.run import train
 from dist_train.outcome import UsageError
 from tests.raising import raises, raises_problems
+from tests.unit.small_trainers import small_config
 
 REGISTERED = """
 import functools
@@ -133,3 +137,31 @@ class TestModulesBeside:
         assert plugin_files({"model": {"name": names[1]}})
         with raises(UsageError, code="plugin-import"):
             plugin_files({"model": {"name": names[0]}})
+
+
+class TestEdits:
+    SOURCE = (
+        "from torch import nn\ndef net(images, width, norm): return nn.Sequential(nn.Flatten(), nn.LazyLinear(%s))\n"
+    )
+
+    def test_the_code_that_runs_is_recorded_not_what_its_file_holds_by_now(self, tmp_path: Path) -> None:
+        file = write(tmp_path / "mine.py", "def net(images, width, norm): ...\n")
+        settings = load_config({}, {"model.name": f"{file}:net"}).model_dump()
+        recorded = plugin_files(settings)
+        write(file, "def net(images, width, norm): return 1\n")
+        assert plugin_files(settings) == recorded
+        file.unlink()
+        assert plugin_files(settings) == recorded
+
+    def test_a_run_with_a_file_edited_since_is_refused_until_it_is_loaded_again(self, tmp_path: Path) -> None:
+        file = write(tmp_path / "mine.py", self.SOURCE % "images.classes")
+        config = small_config(model={"name": f"{file}:net", "width": 1.0}, run={"max_steps": 1})
+        write(file, self.SOURCE % "images.classes, bias=False")
+        with raises(UsageError, code="plugin-edited"):
+            train(config, tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+        load_config({}, {"model.name": f"{file}:net"})
+        train(config, tmp_path / "run")
+        status = json.loads((tmp_path / "run" / "status.json").read_text())
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+        assert status["environment"][f"plug-in {tmp_path.name}/mine.py"] == digest
