@@ -214,10 +214,10 @@ def _noting_layer(model: nn.Module) -> Iterator[None]:
 _TRIAL_SAMPLES = 2
 
 
-def _blank(images: ImageFormat, channels_last: bool) -> Tensor:
-    """Return two blank images in the layout of training, in which for example Tensor.view may fail."""
+def _blank(images: ImageFormat, channels_last: bool, samples: int = _TRIAL_SAMPLES) -> Tensor:
+    """Return blank images in the layout of training, in which for example Tensor.view may fail."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.zeros(_TRIAL_SAMPLES, *images.shape).to(memory_format=layout)
+    return torch.zeros(samples, *images.shape).to(memory_format=layout)
 
 
 @contextmanager
@@ -240,17 +240,24 @@ def _restoring_buffers(model: nn.Module) -> Iterator[list[str]]:
 def check_training(model: nn.Module, config: Config) -> None:
     """Try a plug-in's `model` in training; warn of buffers that each rank changes by its own samples.
 
-    The model stays as it was. Raises UsageError if a gradient is sparse or arrives in parts, or if norms whose
-    statistics are to be recomputed are not used in evaluations.
+    The model stays as it was. Raises UsageError if a gradient is sparse or arrives in parts, if what checkpoints hold
+    depends on the number of images, or if norms whose statistics are to be recomputed are not used in evaluations.
     """
     name = config.model.name
     if name in _MODELS:
         return
     images = _blank(config.data.image_format, config.precision.channels_last)
     with seeded_generators(key(config.run.seed, "model")), failing_clearly(name):
+        more = _blank(config.data.image_format, config.precision.channels_last, 2 * _TRIAL_SAMPLES)
+        shapes = {path: value.shape for path, value in model.state_dict().items()}
         with _restoring_buffers(model) as changed:
-            logits = model.train()(images)
+            logits = model.train()(more)
+            _check_shapes(model, name, shapes)
             _check_gradients(model, name, logits)
+        with _restoring_buffers(model), torch.no_grad():
+            model.eval()(more)
+            _check_shapes(model, name, shapes)
+            model.train()
         for norm in norm_modules(model):
             norm.seen.clear()
         if config.recomputes_statistics:
@@ -268,6 +275,17 @@ def check_training(model: nn.Module, config: Config) -> None:
             name,
             ", ".join(changed[:_MAX_NAMES]),
         )
+
+
+def _check_shapes(model: nn.Module, name: str, before: Mapping[str, torch.Size]) -> None:
+    """Raise UsageError if a pass over more images has changed shapes of the state dict, of which a checkpoint is."""
+    for path, value in model.state_dict().items():
+        if value.shape != before.get(path, value.shape):
+            raise UsageError(
+                f"the shape of the buffer {path} of {name} depends on the number of images, so no checkpoint would fit "
+                f"the model: register it with persistent=False, or make it a plain attribute",
+                code="plugin-result",
+            )
 
 
 def _check_gradients(model: nn.Module, name: str, logits: Tensor) -> None:
@@ -304,6 +322,14 @@ def _check_trainable(model: nn.Module, name: str) -> None:
                 f"{list(parameter.shape)}: what is trained is float32, and nothing is empty",
                 code="plugin-result",
             )
+    with failing_clearly(name):
+        saved = model.state_dict().keys()
+    if missing := [path for path, _ in model.named_parameters(remove_duplicate=False) if path not in saved]:
+        raise UsageError(
+            f"the state dict of {name} has no {missing[0]}, so a checkpoint could not restore it: remove the hook, or "
+            f"the method state_dict, that leaves it out",
+            code="plugin-result",
+        )
     for path, module in model.named_modules():
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             raise UsageError(

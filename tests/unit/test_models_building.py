@@ -147,6 +147,11 @@ class Stateful(nn.Identity):
         return {"passes": 1}
 
 
+def leave_out_stem(module: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:
+    for name in [name for name in state if name.startswith(f"{prefix}stem.")]:
+        del state[name]
+
+
 class Network(nn.Module):
     """A plug-in's network, with one peculiarity."""
 
@@ -176,6 +181,11 @@ class Network(nn.Module):
         }
         self.extra = extra.get(kind, nn.Identity)()
         self.requires_grad_(kind != "frozen")
+        if kind == "unsaved":
+            self.stem.requires_grad_(False)
+            self.register_state_dict_post_hook(leave_out_stem)  # type: ignore[no-untyped-call]  # torch gives it no types
+        if kind.startswith("mask"):
+            self.register_buffer("mask", torch.ones(1, 1), persistent=kind != "mask-not-saved")
 
     def forward(self, images: Tensor) -> object:
         if self.training:
@@ -198,6 +208,9 @@ class Network(nn.Module):
                 features = checkpoint(self.extra, features, use_reentrant=self.kind == "reentrant")
         if self.kind == "sparse":
             features = features + self.extra(torch.zeros(len(images), dtype=torch.int64))
+        of_mode = "mask-in-training" if self.training else "mask-in-evaluation"
+        if self.kind in ("mask", "mask-not-saved", of_mode):
+            self.mask = torch.ones(len(images), 1)
         if self.kind == "assigned" and self.training:
             self.random = 0.9 * self.random
         logits = self.head(features)
@@ -225,6 +238,7 @@ def network(images: ImageFormat, width: float, norm: NormFactory, options: dict[
         "complex-logits",
         "empty",
         "extra-state",
+        "unsaved",
         "frozen",
         "norm-unused",
         "norm-twice",
@@ -331,6 +345,14 @@ def test_gradients_that_arrive_in_parts_or_are_sparse_are_refused(kind: str) -> 
     with raises(UsageError, code="plugin-result") as refused:
         tried(kind)
     assert "the gradient of extra." in str(refused.value)
+
+
+@pytest.mark.parametrize("kind", ["mask", "mask-in-training", "mask-in-evaluation"])
+def test_buffers_of_checkpoints_that_depend_on_the_number_of_images_are_refused(kind: str) -> None:
+    with raises(UsageError, code="plugin-result") as refused:
+        tried(kind)
+    assert "the buffer mask" in str(refused.value)
+    tried("mask-not-saved")
 
 
 def test_training_warns_of_probabilities_in_place_of_logits(caplog: pytest.LogCaptureFixture) -> None:
