@@ -104,6 +104,7 @@ def _with_base(settings: dict[str, Any], path: Path, seen: tuple[str, ...] = ())
     if _BASE not in settings:
         return settings
     name = settings.pop(_BASE)
+    name = os.fspath(name) if isinstance(name, os.PathLike) else name
     if not isinstance(name, str) or not name or "\0" in name:
         raise ConfigError.of(str(path), _BASE, "not the name of a file", code="wrong-form", value=name)
     base, seen = based_on(path, name), (*seen, os.path.realpath(located(path)))
@@ -205,6 +206,8 @@ def parse_config(settings: Mapping[str, Any], *, source: str, plugins: Sequence[
     Raises ConfigError if something in it is wrong; every problem is listed.
     """
     try:
+        if problems := [*_other_keys(settings)]:
+            raise ConfigError(source, problems)
         given = with_long_names(with_present_names(settings, source), plugins, Config)
         text = json.dumps(given, default=lambda value: _plain(value, given, source))
         config = Config.model_validate_json(text, strict=True)
@@ -279,6 +282,19 @@ def _nul_characters(value: object, path: str) -> Iterator[Problem]:
     elif isinstance(value, list):
         for inner in value:
             yield from _nul_characters(inner, path)
+
+
+def _other_keys(value: object, path: str = "") -> Iterator[Problem]:
+    """Yield a problem for each key below `path` that is not text, as every key is in YAML and in a run's records."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            if isinstance(name, str):
+                yield from _other_keys(inner, f"{path}.{name}" if path else name)
+            else:
+                yield Problem(path or _FILE, f"the key {name!r} is not text", code="wrong-type")
+    elif isinstance(value, list | tuple):
+        for index, inner in enumerate(value):
+            yield from _other_keys(inner, f"{path}.{index}")
 
 
 def _nearest_file(path: Path) -> str:

@@ -20,13 +20,13 @@ import tomllib
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from functools import cache, partial
 from importlib import metadata
 from itertools import accumulate
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+from types import ModuleType, SimpleNamespace, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -252,7 +252,7 @@ def with_long_names(settings: Mapping[str, Any], more: Sequence[str], model: typ
     choices of `model`, the configuration, stay. Raises UsageError if a file cannot be imported, or a name is ambiguous.
     """
     files = settings.get("plugins", [])
-    if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
+    if not isinstance(files, list | tuple) or not all(isinstance(file, str | os.PathLike) for file in files):
         raise ConfigError.of("plugins", "plugins", "not a list of files", code="wrong-type", value=files)
     changed = from_folder({**settings, "plugins": [*files, *more]}, Path())
     registered: dict[tuple[Kind, str], str] = {}
@@ -276,7 +276,8 @@ def with_long_names(settings: Mapping[str, Any], more: Sequence[str], model: typ
 
 def short_names(settings: Mapping[str, Any], more: Sequence[str]) -> dict[str, list[str]]:
     """Return the names that each setting of a plug-in accepts besides its built-in choices, for messages."""
-    marks = [mark for file in (*settings.get("plugins", ()), *more) for mark, _, _ in _registered(_module(file))]
+    files = map(os.fspath, (*settings.get("plugins", ()), *more))
+    marks = [mark for file in files for mark, _, _ in _registered(_module(file))]
     script = sys.modules["__main__"]
     # what a script registers is found once the settings name its file
     file = getattr(script, "__file__", "FILE.py")
@@ -292,7 +293,7 @@ def from_folder(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Return `settings` with absolute paths of plug-in files, which are relative to `folder`."""
     changed: dict[str, Any] = copy.deepcopy(dict(settings))
     files = changed.get("plugins")
-    if isinstance(files, list):
+    if isinstance(files, list | tuple):
         changed["plugins"] = [_absolute(folder, file) for file in files]
     for path in _PLACES:
         for _, section, key in sections_with(changed, path.split(".")):
@@ -433,7 +434,8 @@ def _imports(path: str) -> set[str]:
 
 
 def _absolute(folder: Path, place: object) -> Any:
-    """Return a Python file's path as absolute, anything else as it is."""
+    """Return a Python file's path as absolute text, anything else as it is."""
+    place = os.fspath(place) if isinstance(place, os.PathLike) else place
     return os.path.abspath(folder / place) if isinstance(place, str) and place.endswith(".py") else place
 
 
@@ -469,7 +471,7 @@ def _entry_point(kind: Kind, name: str) -> str | None:
 def _options_type(name: str, target: Any) -> type[Any] | None:
     """Return the pydantic model, or else dict, of a plug-in's parameter `options`; None if it has no such parameter.
 
-    Raises UsageError if the parameters, or the type of `options`, cannot be found.
+    Raises UsageError if the parameters, or the type of `options`, cannot be found, or it is another class of data.
     """
     try:
         parameter = inspect.signature(target).parameters.get("options")
@@ -485,7 +487,12 @@ def _options_type(name: str, target: Any) -> type[Any] | None:
             f"import the type of its options outside of TYPE_CHECKING",
             code="plugin-import",
         ) from error
-    return hint if inspect.isclass(hint) and issubclass(hint, BaseModel) else dict
+    types = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    models = [each for each in types if inspect.isclass(each) and issubclass(each, BaseModel)]
+    if len(models) > 1 or any(map(is_dataclass, types)):
+        fix = "annotate its parameter `options` with one pydantic model, or with dict"
+        raise UsageError(f"the options of {name} are of {hint}: {fix}", code="plugin-options")
+    return models[0] if models else dict
 
 
 def _checked(kind: type[Any], options: Options) -> Any:

@@ -206,7 +206,7 @@ def sections_with(settings: Any, names: Sequence[str], prefix: str = "") -> Iter
     """Yield each mapping in `settings` that may have the setting at `names`, with its path and the setting's key."""
     first, *rest = names
     if first == "*":
-        for index, item in enumerate(settings if isinstance(settings, list) else ()):
+        for index, item in enumerate(settings if isinstance(settings, list | tuple) else ()):
             yield from sections_with(item, rest, f"{prefix}{index}.")
     elif isinstance(settings, dict) and rest:
         yield from sections_with(settings.get(first), rest, f"{prefix}{first}.")

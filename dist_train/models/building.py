@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.nn.parameter import is_lazy
 
 from dist_train.config import Config, ImageFormat, ModelSettings
 from dist_train.config.plugins import call_plugin, failing_clearly
@@ -165,6 +166,7 @@ def _network(settings: ModelSettings, images: ImageFormat, channels_last: bool) 
     if settings.name in _MODELS:
         return _MODELS[settings.name](images, settings.width, norm)
     model: nn.Module = call_plugin(settings.name, settings.options, nn.Module, images, settings.width, norm)
+    _check_buffers(model, settings.name)
     blank = _blank(images, channels_last)
     with failing_clearly(settings.name), _noting_layer(model):
         with torch.enable_grad(), _restoring_buffers(model):
@@ -223,7 +225,8 @@ def _blank(images: ImageFormat, channels_last: bool, samples: int = _TRIAL_SAMPL
 @contextmanager
 def _restoring_buffers(model: nn.Module) -> Iterator[list[str]]:
     """Restore the buffers of `model` after the block; the list yielded then has the names of those that it changed."""
-    before = {name: (buffer, buffer.clone()) for name, buffer in model.named_buffers(remove_duplicate=False)}
+    buffers = {name: each for name, each in model.named_buffers(remove_duplicate=False) if not is_lazy(each)}
+    before = {name: (buffer, buffer.clone()) for name, buffer in buffers.items()}
     changed: list[str] = []
     yield changed
     after = dict(model.named_buffers(remove_duplicate=False))  # others, where the model has assigned new tensors
@@ -338,6 +341,18 @@ def _check_trainable(model: nn.Module, name: str) -> None:
                 code="plugin-result",
             )
     _check_norms(model, name, "")
+
+
+def _check_buffers(model: nn.Module, name: str) -> None:
+    """Raise UsageError if a buffer of a plug-in's `model` cannot be overwritten, as by a checkpoint."""
+    for path, buffer in model.named_buffers():
+        form = ""
+        if buffer.layout != torch.strided:
+            form = "sparse: register its .to_dense()"
+        elif not is_lazy(buffer) and any(n > 1 > step for n, step in zip(buffer.shape, buffer.stride(), strict=True)):
+            form = "expanded, one value for many elements: register its .contiguous()"
+        if form:
+            raise UsageError(f"the buffer {path} of {name} is {form}", code="plugin-result")
 
 
 def _check_norms(model: nn.Module, name: str, mode: str) -> None:

@@ -7,8 +7,10 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
+
 from dist_train.config import Config, load_config
-from dist_train.config.plugins import load_plugin, plugin_files
+from dist_train.config.plugins import call_plugin, load_plugin, plugin_files
 from dist_train.launching.run import train
 from dist_train.outcome import UsageError
 from tests.raising import raises, raises_problems
@@ -165,3 +167,55 @@ class TestEdits:
         status = json.loads((tmp_path / "run" / "status.json").read_text())
         digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
         assert status["environment"][f"plug-in {tmp_path.name}/mine.py"] == digest
+
+
+class TestFromPython:
+    def test_files_may_be_paths_and_their_list_a_tuple(self, tmp_path: Path) -> None:
+        source = f"{REGISTERED}@register('models', 'net')\ndef net(images, width, norm): ...\n"
+        file = write(tmp_path / "mine.py", source)
+        base = write(tmp_path / "base.yaml", "model: {name: net}\n")
+        for files in ([file], (str(file),)):
+            assert load_config({"base": base, "plugins": files}).model.name == f"{file}:net"
+            assert load_config(base, {"plugins": files}).model.name == f"{file}:net"
+            with raises_problems(("model.name", "no-such-choice")):
+                load_config({"plugins": files}, {"model.name": "nett"})
+
+    def test_a_key_that_is_not_text_is_refused(self, tmp_path: Path) -> None:
+        file = write(tmp_path / "mine.py", "def net(images, width, norm, options): ...\n")
+        model = {"name": f"{file}:net", "options": {"widths": [{1: 8}]}}
+        with raises_problems(("model.options.widths.0", "wrong-type")):
+            load_config({"model": model})
+
+
+class TestTypesOfOptions:
+    SOURCE = """
+from dataclasses import dataclass
+from typing import Optional
+from pydantic import BaseModel, Field
+class Options(BaseModel):
+    depth: int = Field(1, ge=1)
+class Others(Options): ...
+@dataclass
+class Data:
+    depth: int
+def net(images, width, norm, options: %s): return options
+"""
+
+    @pytest.mark.parametrize("annotation", ["Options", "Options | None = None", "Optional[Options]"])
+    def test_the_model_of_an_optional_one_is_meant(self, tmp_path: Path, annotation: str) -> None:
+        name = f"{write(tmp_path / 'mine.py', self.SOURCE % annotation)}:net"
+        with raises_problems(("model.options.depth", "out-of-range")):
+            load_config({"model": {"name": name, "options": {"depth": 0}}})
+        options = call_plugin(name, {"depth": 3}, object, None, 1.0, None)
+        assert (type(options).__name__, options.depth) == ("Options", 3)
+
+    @pytest.mark.parametrize("annotation", ["Data", "Data | None", "Options | Others"])
+    def test_others_are_refused(self, tmp_path: Path, annotation: str) -> None:
+        name = f"{write(tmp_path / 'mine.py', self.SOURCE % annotation)}:net"
+        with raises_problems(("model.name", "plugin-options")):
+            load_config({"model": {"name": name, "options": {"depth": 3}}})
+
+    @pytest.mark.parametrize("annotation", ["dict[str, Options]", "dict", "list[int] | None"])
+    def test_any_other_type_gets_the_mapping(self, tmp_path: Path, annotation: str) -> None:
+        name = f"{write(tmp_path / 'mine.py', self.SOURCE % annotation)}:net"
+        assert call_plugin(name, {"depth": 3}, object, None, 1.0, None) == {"depth": 3}

@@ -178,12 +178,17 @@ class Network(nn.Module):
             "checkpointed": lambda: nn.Linear(8, 8),
             "sparse": lambda: nn.Embedding(2, 8, sparse=True),
             "norm-in-training": lambda: norm(8),
+            "lazy": nn.LazyBatchNorm1d,
         }
         self.extra = extra.get(kind, nn.Identity)()
-        self.requires_grad_(kind != "frozen")
+        if kind == "frozen":
+            self.requires_grad_(False)
         if kind == "unsaved":
             self.stem.requires_grad_(False)
             self.register_state_dict_post_hook(leave_out_stem)  # type: ignore[no-untyped-call]  # torch gives it no types
+        others = {"expanded": torch.ones(1, 8).expand(4, 8), "sparse-buffer": torch.eye(8).to_sparse()}
+        if kind in others:
+            self.register_buffer("other", others[kind])
         if kind.startswith("mask"):
             self.register_buffer("mask", torch.ones(1, 1), persistent=kind != "mask-not-saved")
 
@@ -199,7 +204,7 @@ class Network(nn.Module):
             features = self.norm(features)
         if self.kind == "norm-twice":
             features = self.norm(features)
-        if self.kind in ("layer-norm", "narrow"):
+        if self.kind in ("layer-norm", "narrow", "lazy"):
             features = self.extra(features)
         if self.kind == "norm-in-training" and self.training:
             features = self.extra(features)
@@ -247,6 +252,18 @@ def network(images: ImageFormat, width: float, norm: NormFactory, options: dict[
 def test_what_cannot_be_trained_is_refused_before_the_run(kind: str) -> None:
     with raises(UsageError, code="plugin-result"):
         built(f"{HERE}:network", options={"kind": kind})
+
+
+@pytest.mark.parametrize(("kind", "fix"), [("expanded", "contiguous"), ("sparse-buffer", "to_dense")])
+def test_a_buffer_that_cannot_be_overwritten_is_refused_by_name(kind: str, fix: str) -> None:
+    with raises(UsageError, code="plugin-result") as refused:
+        built(f"{HERE}:network", options={"kind": kind})
+    assert "the buffer other of" in str(refused.value)
+    assert fix in str(refused.value)
+
+
+def test_buffers_may_get_their_size_from_the_first_images() -> None:
+    assert dict(tried("lazy").named_buffers())["extra.running_mean"].shape == (8,)
 
 
 def test_ghost_norm_over_more_than_the_samples_is_refused() -> None:
