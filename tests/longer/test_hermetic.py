@@ -71,6 +71,7 @@ def test_unit_tests_read_and_write_no_foreign_files(checkout: Path, home: Path, 
         env={
             **os.environ,
             **FOREIGN_VARIABLES,
+            "GIT_DIR": str(home / "repository"),  # what commits into it creates it
             "HOME": str(home),
             "XDG_CACHE_HOME": "",
             "PYTHONPATH": os.environ["PYTHONPATH"].replace(str(ROOT), str(checkout)),
