@@ -209,11 +209,15 @@ def submit(script: str, options: Sequence[str]) -> str:
     return ended.stdout.strip().split(";")[0]
 
 
-def command_output(*command: str, seconds: float = 20.0, stderr: int = subprocess.DEVNULL) -> str:
+def command_output(
+    *command: str, seconds: float = 20.0, stderr: int = subprocess.DEVNULL, env: Mapping[str, str] | None = None
+) -> str:
     """Return what the command prints; empty if it is missing, fails or does not answer within `seconds`."""
     none, pipe = subprocess.DEVNULL, subprocess.PIPE
     try:
-        ended = subprocess.run(command, stdin=none, stdout=pipe, stderr=stderr, text=True, timeout=seconds, check=True)
+        ended = subprocess.run(
+            command, stdin=none, stdout=pipe, stderr=stderr, text=True, timeout=seconds, check=True, env=env
+        )
     except (OSError, ValueError, subprocess.SubprocessError):
         return ""
     return ended.stdout.strip()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import re
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -304,7 +305,11 @@ def revision(root: Path = Path(dist_train.__file__).parents[1]) -> str:
     if (root / ".git").exists():
         # git describe must not write to a repository that others may share.
         git = ("git", "--no-optional-locks", "-C", str(root))
-        commit = command_output(*git, "describe", "--always", "--dirty", "--exclude=*", seconds=_GIT_SECONDS)
+        describe = ("describe", "--always", "--dirty", "--exclude=*")
+        # In hooks, GIT_DIR and GIT_INDEX_FILE would name another repository whatever -C says. GIT_CONFIG_* may say that
+        # a repository of another user is safe.
+        kept = {name: value for name, value in os.environ.items() if not re.match("GIT_(?!CONFIG)", name)}
+        commit = command_output(*git, *describe, seconds=_GIT_SECONDS, env=kept)
     return f"{dist_train.__version__} ({commit})" if commit else dist_train.__version__
 
 

@@ -492,6 +492,22 @@ def test_the_revision_names_the_commit_and_whether_files_differ_from_it(tmp_path
 
 
 @needs_git
+@pytest.mark.parametrize(("variable", "value"), [("GIT_DIR", ".git"), ("GIT_INDEX_FILE", ".git/index")])
+def test_in_a_hook_of_another_repository_the_revision_is_our_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    for name in ("ours", "other"):
+        git(tmp_path, "init", name)
+        (tmp_path / name / f"file-{name}").touch()
+        git(tmp_path / name, "add", ".")
+        git(tmp_path / name, "commit", "-m", name)
+    git(tmp_path / "ours", "worktree", "add", "../worktree")
+    expected = revision(tmp_path / "worktree")
+    monkeypatch.setenv(variable, str(tmp_path / "other" / value))
+    assert revision(tmp_path / "ours") == revision(tmp_path / "worktree") == expected != dist_train.__version__
+
+
+@needs_git
 def test_a_package_below_another_s_repository_is_not_of_that_commit(tmp_path: Path) -> None:
     git(tmp_path, "init")
     git(tmp_path, "commit", "--allow-empty", "-m", "another project")
