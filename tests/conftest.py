@@ -30,6 +30,7 @@ settings.load_profile("hermetic")
 
 _CALLER_VARIABLES = re.compile(
     r"(DIST_TRAIN|SLURM|SBATCH|SALLOC|SRUN|PMIX?|OMPI|PRTE|HOROVOD|NCCL|XDG|GIT)_(?!.*PICTURES$).*"
+    r"|(TORCHELASTIC|PET|MASTER|LOCAL|GROUP|ROLE)_\w+|RANK|WORLD_SIZE"
     r"|(OMP|MKL)_NUM_THREADS|CUBLAS_WORKSPACE_CONFIG|COLUMNS|LINES|NO_COLOR|FORCE_COLOR|TTY_\w+"
 )
 """Variables that would change the programs under test; `DIST_TRAIN_PICTURES` only says where pictures are written."""

@@ -21,6 +21,11 @@ FOREIGN_VARIABLES = {
     "SLURM_JOB_ID": "4711",
     "SLURM_RESTART_COUNT": "2",
     "HOROVOD_SIZE": "2",
+    # as in a pod of Kubeflow's PyTorchJob; on this port nothing answers
+    "RANK": "0",
+    "WORLD_SIZE": "2",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "9",
     "DIST_TRAIN_LAUNCH": "another",
 }
 
