@@ -41,6 +41,14 @@ _BACKGROUND_SIGNALS = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
 """Signals that programs started with a shell's `&` or nohup ignore."""
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int | None:
+    """Return what `-n auto` means: a process for each core that this one may use, at most 16: each loads torch."""
+    # xdist would count all cores of the machine where psutil is installed.
+    asked = "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ
+    return None if asked else min(16, len(os.sched_getaffinity(0)))
+
+
 @contextmanager
 def _isolated_in(folder: Path) -> Iterator[None]:
     """Put home, cache, temporary files and the current folder into `folder`; restore all environment variables after.
