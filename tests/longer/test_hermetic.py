@@ -41,7 +41,7 @@ def files_of(folder: Path) -> dict[str, tuple[int, int]]:
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """A copy of the checkout with the run of a demo."""
-    copy = tmp_path / "checkout"
+    copy = tmp_path / "a checkout"
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*IGNORED))
     (copy / "results").symlink_to(ROOT / "results")
     config = write_config(tmp_path, small_settings(run={"name": "demo"}, checkpoint={"every_steps": 4}))

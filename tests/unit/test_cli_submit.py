@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
+import shlex
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -55,7 +56,7 @@ def test_a_dry_run_prints_the_script_and_submits_nothing(
     late = ["--dry-run", 'noise.exclude=["norm", "bias"]', "--", "--gpus-per-node=a100:8", "--comment=two words"]
     assert main([*arguments, *late]) == ExitCode.FINISHED
     printed = capsys.readouterr()
-    assert printed.out.replace(str(tmp_path), "FOLDER").replace(str(project_root()), "ROOT") == SCRIPT
+    assert printed.out.replace(str(tmp_path), "FOLDER").replace(shlex.quote(str(project_root())), "ROOT") == SCRIPT
     assert "32 ranks x 2 micro-batches a step" in printed.err
     assert sorted(tmp_path.iterdir()) == [config]
 

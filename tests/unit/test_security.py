@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -112,7 +113,7 @@ def test_no_wheel_is_taken_from_a_folder_of_others(mode: int, owner: int, is_fin
         if os.geteuid() != 0:
             pytest.skip("only root can give a folder away")
         os.chown(folder, owner, -1)
-    script = f". {PACKAGE.parent}/docker/common.sh; own_folders {folder} {tmp_path}/nowhere"
+    script = f". {shlex.quote(str(PACKAGE.parent))}/docker/common.sh; own_folders {folder} {tmp_path}/nowhere"
     ended = subprocess.run(["bash", "-euo", "pipefail", "-c", script], capture_output=True, text=True, check=False)
     assert (ended.returncode == 0) == is_fine, ended.stderr
     assert ("DIST_TRAIN_CACHE" in ended.stderr) != is_fine

@@ -37,6 +37,12 @@ def command_of(**variables: str) -> str:
     return ended.stdout
 
 
+def assert_contains(command: str, *words: str) -> None:
+    given = shlex.split(command)
+    begin = given.index(words[0])
+    assert given[begin : begin + len(words)] == [*words]
+
+
 @pytest.fixture
 def programs(tmp_path: Path) -> str:
     """A PATH with stand-ins for what this machine may lack; none of them is started."""
@@ -50,7 +56,8 @@ def test_one_rank_for_each_gpu(programs: str) -> None:
     command = command_of(PATH=programs, SLURM_GPUS_ON_NODE="8")
     assert command.startswith("srun --mpi=pmix --nodes=2 --ntasks=16 --ntasks-per-node=8 --cpus-per-task=4 ")
     assert " --gpus-per-node=8 --gpu-bind=none " in command
-    assert f" {ROOT}/launch/rank.sh {sys.executable} -m dist_train train {ROOT}/configs/lb_8192.yaml" in command
+    program = (sys.executable, "-m", "dist_train", "train", f"{ROOT}/configs/lb_8192.yaml")
+    assert_contains(command, f"{ROOT}/launch/rank.sh", *program)
 
 
 def test_ranks_of_one_task_share_its_cores(programs: str) -> None:
@@ -199,7 +206,7 @@ def test_pmix_is_found_in_the_list_of_any_slurm(programs: str, tmp_path: Path, l
 def test_a_run_that_continues_without_lost_nodes_begins_with_the_ranks_of_all(programs: str) -> None:
     command = command_of(PATH=programs, RANKS_PER_NODE="2", MIN_RANKS="1", RUN_DIR="/scratch/run", MAX_RESTARTS="5")
     limits = "--start-with 4 --min-ranks 1 --max-ranks 4 --restarts 5"
-    expected = rf"{sys.executable} -m dist_train launch -np 0 --listen (\S+) {limits} train \S+ --run-dir /scratch/run"
+    expected = rf".+ -m dist_train launch -np 0 --listen (\S+) {limits} train .+ --run-dir /scratch/run"
     found = re.fullmatch(expected, command.strip())
     assert found is not None, command
     assert not found[1].startswith("127.")
@@ -227,17 +234,21 @@ def test_an_image_file_is_run_by_apptainer(programs: str, tmp_path: Path) -> Non
     image = tmp_path / "image.sif"
     image.touch()
     command = command_of(PATH=programs, CONTAINER=str(image), SLURM_GPUS_ON_NODE="4", CONTAINER_OPTIONS="--cleanenv")
-    program = f"apptainer exec --nv --bind {Path.cwd()} --bind {ROOT} --cleanenv {image} python3 -m dist_train"
-    assert f" {ROOT}/launch/rank.sh {program} train " in command
+    options = ("--nv", "--bind", str(Path.cwd()), "--bind", str(ROOT), "--cleanenv")
+    program = ("apptainer", "exec", *options, str(image), "python3", "-m", "dist_train", "train")
+    assert_contains(command, f"{ROOT}/launch/rank.sh", *program)
 
 
 def test_any_other_image_is_run_by_pyxis(programs: str) -> None:
     command = command_of(PATH=programs, CONTAINER="registry.example.org#dist_train:1")
     here = Path.cwd()
-    assert (
-        f" --container-image=registry.example.org#dist_train:1 --container-mounts={here}:{here}\\,{ROOT}:{ROOT} "
-        f"--container-workdir={here} {ROOT}/launch/rank.sh python3 -m dist_train train "
-    ) in command
+    assert_contains(
+        command,
+        "--container-image=registry.example.org#dist_train:1",
+        f"--container-mounts={here}:{here},{ROOT}:{ROOT}",
+        f"--container-workdir={here}",
+        *(f"{ROOT}/launch/rank.sh", "python3", "-m", "dist_train", "train"),
+    )
 
 
 def test_our_program_in_pyxis_does_not_request_what_the_job_does(programs: str, tmp_path: Path) -> None:
@@ -353,7 +364,8 @@ class TestSweep:
 def script_of(folder: Path, lines: str) -> str:
     """Write a batch script that executes `lines`, and return its path."""
     script = folder / "job.sh"
-    script.write_text(f'#!/usr/bin/env bash\nset -euo pipefail\nroot={ROOT}\n. "$root/slurm/prologue.sh"\n{lines}\n')
+    root = shlex.quote(str(ROOT))
+    script.write_text(f'#!/usr/bin/env bash\nset -euo pipefail\nroot={root}\n. "$root/slurm/prologue.sh"\n{lines}\n')
     script.chmod(0o755)
     return str(script)
 
