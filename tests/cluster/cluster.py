@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.torture.disk import can_mount
 from tests.waiting import PATIENCE, wait_for
 
 ROOT = Path(__file__).parents[2]
@@ -30,8 +32,11 @@ def missing_requirement() -> str | None:
     missing = [program for program in _PROGRAMS if shutil.which(program, path=path) is None]
     if missing:
         return f"missing: {', '.join(missing)} (docker/debian_packages.sh installs them)"
-    if subprocess.run(["unshare", "--mount", "--net", "--pid", "--fork", "true"], capture_output=True).returncode:
-        return "this machine does not let root create namespaces (CAP_SYS_ADMIN)"
+    namespaces = ("unshare", "--mount", "--net", "--pid", "--fork")
+    with tempfile.TemporaryDirectory() as folder:
+        device = ("mknod", f"{folder}/null", "c", "1", "3")
+        if not can_mount() or subprocess.run([*namespaces, *device], capture_output=True).returncode:
+            return "this machine does not let root mount, or create namespaces or devices (CAP_SYS_ADMIN, CAP_MKNOD)"
     return None
 
 

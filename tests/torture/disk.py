@@ -6,9 +6,11 @@ import fcntl
 import os
 import struct
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 _MEGABYTES = 24
@@ -16,9 +18,16 @@ _GET_FLAGS, _SET_FLAGS, _IMMUTABLE = 0x80086601, 0x40086602, 0x10
 _BLOCK = 1 << 16
 
 
+@cache
 def can_mount() -> bool:
-    """Whether this process may mount file systems."""
-    return os.geteuid() == 0 and _mount_works()
+    """Whether this process may mount file systems: root in a user namespace may not, though it may make namespaces."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            subprocess.run(_mount_command(Path(folder)), capture_output=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return False
+        subprocess.run(["umount", "--lazy", folder], check=True)
+    return True
 
 
 def can_make_immutable(folder: Path) -> bool:
@@ -43,7 +52,7 @@ class Disk:
         self.root = folder
         self._is_mounted = is_mounted
         if is_mounted:
-            subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={_MEGABYTES}m", "tmpfs", str(folder)], check=True)
+            subprocess.run(_mount_command(folder), check=True)
 
     def close(self) -> None:
         """Unmount the disk."""
@@ -99,5 +108,5 @@ def _set_immutable(path: Path, *, is_immutable: bool) -> None:
         os.close(descriptor)
 
 
-def _mount_works() -> bool:
-    return subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode == 0
+def _mount_command(folder: Path) -> list[str]:
+    return ["mount", "-t", "tmpfs", "-o", f"size={_MEGABYTES}m", "tmpfs", str(folder)]

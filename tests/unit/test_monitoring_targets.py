@@ -24,6 +24,7 @@ from dist_train.monitoring.prometheus.targets import TargetFile, process_identit
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import Outcome
 from tests.unit.exporting import FACTS, OUTCOME, STOPPED, serving
+from tests.unit.foreign_files import give_away
 from tests.waiting import wait_for
 
 
@@ -315,10 +316,12 @@ def test_a_foreign_thing_in_the_folder_is_skipped_with_a_warning_and_hangs_nobod
     (folder / "deep-0123abcd-0.json").write_text("[" * 50_000)
     (folder / "large-0123abcd-0.json").write_text(dead.content + " " * 100_000)
     left = {"fifo-0123abcd-0.json", "link-0123abcd-0.json", "deep-0123abcd-0.json", "large-0123abcd-0.json"}
-    if os.geteuid() == 0:
-        (folder / "their-0123abcd-0.json").write_text(dead.content)
-        os.chown(folder / "their-0123abcd-0.json", 12_345, -1)
-        left.add("their-0123abcd-0.json")
+    their = folder / "their-0123abcd-0.json"
+    their.write_text(dead.content)
+    if give_away(their):
+        left.add(their.name)
+    else:
+        their.unlink()
     with hanging_is_an_error():
         assert main(["runs", "--clean", str(tmp_path / "runs")]) == 0
     printed = capsys.readouterr()
