@@ -50,7 +50,7 @@ def command(ranks: int, controller: str, *arguments: str, program: Sequence[str]
             assert tuple(program[1:3]) == _DIST_TRAIN, "dist-train launch starts commands of ours"
             return [sys.executable, *_DIST_TRAIN, "launch", "-np", str(ranks), *arguments]
         case "torchrun":
-            return [str(_BIN / "torchrun"), "--nproc-per-node", str(ranks), "--no-python", *program]
+            return [str(_BIN / "torchrun"), "--standalone", "--nproc-per-node", str(ranks), "--no-python", *program]
         case "gloo":
             launcher = [str(_BIN / "horovodrun"), "-np", str(ranks), "--gloo", "--network-interface", "lo"]
         case "mpi":
