@@ -389,6 +389,28 @@ def test_missing_debian_packages_are_named_with_the_tests_that_need_them(tmp_pat
     assert "dataset-fashion-mnist - the tests on real images" in result.stderr
 
 
+@pytest.mark.skipif(not can_mount(), reason="this machine does not let us hide /usr/sbin, where a policy is written")
+def test_a_package_that_the_release_lacks_keeps_no_other_from_being_installed(tmp_path: Path) -> None:
+    installed = tmp_path / "installed"
+    installed.mkdir()
+    path = bare_path(tmp_path / "bin", "chmod", "tail", "touch")
+    stand_ins = {
+        "apt-cache": "test $2 != chromium",
+        "apt-get": """
+            case "$*" in *chromium*) exit 100 ;; update) exit 0 ;; esac
+            cd "${0%/*}/../installed" && shift 5 && touch "$@"
+        """,
+        "dpkg-query": 'test ! -e "${0%/*}/../installed/$4" || printf installed',
+    }
+    write_scripts(tmp_path / "bin", **stand_ins)
+    command = ("unshare", "--mount", "bash", "-c", 'mount -t tmpfs tmpfs /usr/sbin && PATH=$1 exec "$2"', "bash")
+    result = run(*command, path, ROOT / "docker/debian_packages.sh", environment=environment())
+    assert result.returncode == 0, result.stderr
+    assert {"openssl", "podman-compose"} <= {file.name for file in installed.iterdir()}
+    left_out = result.stderr.partition("these tests are left out:\n")[2]
+    assert left_out == "  chromium - the pictures of the dashboards (tests/services)\n"
+
+
 def test_no_version_or_build_of_torch_is_pinned() -> None:
     text = (ROOT / "pyproject.toml").read_text()
     assert "+cpu" not in text

@@ -6,6 +6,7 @@ import base64
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import tempfile
 import time
@@ -13,6 +14,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from tests.waiting import PATIENCE
 
@@ -25,6 +28,11 @@ CHROMIUM_FLAGS = (
     "--disable-sync",
     "--disable-background-networking",
     "--disable-component-update",
+)
+
+# A snap has a /tmp of its own.
+needs_chromium = pytest.mark.skipif(
+    "/snap/" in (shutil.which("chromium") or "/snap/"), reason="needs the Debian package chromium, not a snap"
 )
 
 

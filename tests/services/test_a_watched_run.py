@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from tests.launching import descendants, kill, records, small_settings, start, write_config
-from tests.services.browser import picture_folder
+from tests.services.browser import needs_chromium, picture_folder
 from tests.services.dashboard_page import height_of, screenshot, series_drawn, write_page
 from tests.services.expressions import (
     dashboard_expressions,
@@ -311,7 +311,7 @@ def wait_for_data(server: Prometheus, expressions: Mapping[str, str]) -> None:
         raise AssertionError(f"no data for {json.dumps(missing, indent=1)}") from error
 
 
-@pytest.mark.skipif(not shutil.which("chromium"), reason="needs the Debian package chromium")
+@needs_chromium
 @pytest.mark.parametrize("name", ["one_run", "all_runs"])
 def test_every_panel_is_drawn_from_the_live_prometheus(watched: MonitoredRun, name: str, tmp_path: Path) -> None:
     dashboard = json.loads((SHIPPED / f"grafana/dashboards/{name}.json").read_text())

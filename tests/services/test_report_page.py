@@ -11,17 +11,14 @@ import pytest
 from dist_train.report.chart import LIGHT
 from dist_train.report.page import write_report
 from tests.launching import records
-from tests.services.browser import Page, browser, picture_folder
+from tests.services.browser import Page, browser, needs_chromium, picture_folder
 from tests.unit.report_study import make_run, make_study, treatments, write_status
 
 WIDTHS = (1280, 390)
 PAPER = 720
 SUBJECTS = ("study", "run", "folder")
 
-pytestmark = [
-    pytest.mark.services,
-    pytest.mark.skipif(not shutil.which("chromium"), reason="needs the Debian package chromium"),
-]
+pytestmark = [pytest.mark.services, needs_chromium]
 
 
 @pytest.fixture(scope="module")
