@@ -82,6 +82,8 @@ def _session_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         os.environ["no_proxy"] = ",".join(["127.0.0.1,localhost,::1", *filter(None, [os.environ.get("no_proxy")])])
         os.environ["DIST_TRAIN_PYTHON"] = sys.executable  # for the launch scripts
+        # Ranks that are killed leave files of 16 MiB behind, by default in /dev/shm.
+        os.environ.update(OMPI_MCA_btl_sm_backing_directory=os.environ["TMPDIR"])
         # Slow to fill, and equal for all tests.
         for variable in ("MPLCONFIGDIR", "TORCHINDUCTOR_CACHE_DIR", "HYPOTHESIS_STORAGE_DIRECTORY"):
             os.environ[variable] = str(folder / "cache" / variable.lower())

@@ -6,6 +6,7 @@ import base64
 import itertools
 import json
 import os
+import select
 import shutil
 import subprocess
 import tempfile
@@ -125,7 +126,8 @@ class Page:
     def _next(self) -> dict[str, Any]:
         deadline = time.monotonic() + PATIENCE
         while b"\0" not in self._buffer:
-            assert time.monotonic() < deadline
+            silence = max(0.0, deadline - time.monotonic())
+            assert select.select([self._from], [], [], silence)[0], "Chromium is silent"
             content = os.read(self._from, 1 << 20)
             assert content, "Chromium has ended"
             self._buffer += content
