@@ -21,7 +21,7 @@ import yaml
 from dist_train.config.loading import SHIPPED
 from dist_train.outcome import UsageError
 from dist_train.sweep.planned_runs import plan_study, variants_of
-from dist_train.sweep.study_file import Search, load_study
+from dist_train.sweep.study_file import Search, load_study, overlaid
 
 
 def confirming(
@@ -68,7 +68,7 @@ def confirming(
         "variants": {
             name: {
                 **({"title": each.title} if each.has_title else {}),
-                "settings": {**each.settings, **trials[name]},
+                "settings": overlaid(each.settings, trials[name]),
             }
             for name, each in kept.items()
         },

@@ -27,6 +27,7 @@ from dist_train.sweep.study_file import (
     Study,
     drawn_settings,
     load_study,
+    overlaid,
     problems_of_overrides,
 )
 
@@ -181,8 +182,8 @@ def _points(study: Study, trials: OptunaTrials | None) -> Iterator[tuple[int, in
             variant,
             variant=f"{variant.variant}-trial-{trial}",
             title=f"{variant.title}, trial {trial}",
-            settings={**variant.settings, **chosen},
-            origins={**variant.origins, **dict.fromkeys(chosen, "search.space")},
+            settings=overlaid(variant.settings, chosen),
+            origins=overlaid(variant.origins, dict.fromkeys(chosen, "search.space")),
             searched=variant.variant,
             trial=trial,
             is_asked=trials is None or trial < len(known),
@@ -223,11 +224,11 @@ def variants_of(study: Study) -> Iterator[_Variant]:
     """Yield the variants of `study`, of a grid each combination by itself, without the settings of a search."""
     for variant, described in study.variants.items():
         settings = study.settings_of(variant)
-        origins = dict.fromkeys(settings, "settings")
+        origins = dict.fromkeys(study.settings, "settings")
         for name in _ancestry(study, variant):
-            origins |= dict.fromkeys(study.variants[name].settings, f"variants.{name}.settings")
+            origins = overlaid(origins, dict.fromkeys(study.variants[name].settings, f"variants.{name}.settings"))
         grid = {**described.grid, **study.grid}
-        origins |= dict.fromkeys(described.grid, f"variants.{variant}.grid") | dict.fromkeys(study.grid, "grid")
+        of_grid = dict.fromkeys(described.grid, f"variants.{variant}.grid") | dict.fromkeys(study.grid, "grid")
         shorts = _short_names(list(grid))
         for values in itertools.product(*grid.values()):
             chosen = dict(zip(grid, values, strict=True))
@@ -237,8 +238,8 @@ def variants_of(study: Study) -> Iterator[_Variant]:
                 family=variant,
                 title=", ".join([described.title or variant, *labels]),
                 has_title=bool(described.title),
-                settings={**settings, **chosen},
-                origins=origins,
+                settings=overlaid(settings, chosen),
+                origins=overlaid(origins, of_grid),
             )
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
 
@@ -32,6 +32,13 @@ _SETTING = re.compile(r"[A-Za-z_]\w*(\.\w+)+")
 _SET_BY_STUDY = ("run", "run.name", "run.directory", "run.seed", "run.resume")
 
 Settings = dict[str, Any]  # values by dotted path: `noise.amplitude: 0.01`
+_Value = TypeVar("_Value")
+
+
+def overlaid(before: Mapping[str, _Value], own: Mapping[str, _Value]) -> dict[str, _Value]:
+    """Return `before` with the values of `own`, by dotted path, which replace all values at and below their paths."""
+    kept = {path: value for path, value in before.items() if not any(f"{path}.".startswith(f"{it}.") for it in own)}
+    return {**kept, **own}
 
 
 _Option = str | int | float | bool | list[str | int | float]
@@ -139,7 +146,7 @@ class Study(Section):
         """Return the settings of `variant`, including those inherited by `like`."""
         described = self.variants[variant]
         inherited = self.settings_of(described.like) if described.like else self.settings
-        return {**inherited, **described.settings}
+        return overlaid(inherited, described.settings)
 
     def seeds_of(self, variant: str) -> tuple[int, ...]:
         """Return the seeds of `variant`."""

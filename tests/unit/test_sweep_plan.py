@@ -64,6 +64,23 @@ class TestRuns:
         assert [config.model.width for config in configs] == [0.0625] * 3
         assert [config.optimizer.momentum for config in configs] == [0.7, 0.7, 0.5]
 
+    @pytest.mark.parametrize("where", ["like", "grid", "search"])
+    def test_what_is_set_later_counts_whether_it_sets_a_part_or_the_whole(self, tmp_path: Path, where: str) -> None:
+        own = {"noise.schedule": {"kind": "constant"}, "noise.amplitude": 0.2}
+        first = {"settings": {"noise.schedule.kind": "linear", "noise.amplitude": 0.1}}
+        listed = {path: [value] for path, value in own.items()}
+        changes: dict[str, Any] = {"variants": {"first": first}}
+        if where == "like":
+            changes["variants"]["second"] = {"like": "first", "settings": own}
+        elif where == "grid":
+            changes["grid"] = listed
+        else:
+            space = {path: {"kind": "choice", "values": values} for path, values in listed.items()}
+            changes["search"] = {"method": "random", "trials": 1, "space": space}
+        run = small_plan(tmp_path, **changes, seeds=[0]).runs[-1]
+        assert (run.config.noise.schedule.kind, run.config.noise.amplitude) == ("constant", 0.2)
+        assert run.settings == own
+
     def test_a_grid_is_every_combination_and_each_is_an_variant_of_its_own(self, tmp_path: Path) -> None:
         schedules = [{"kind": "cosine"}, {"kind": "exponential", "final_fraction": 0.5}]
         variants = {"noisy": {"title": "Noise", "grid": {"noise.schedule": schedules}}}
