@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import itertools
 import json
 import math
 import random
@@ -350,27 +351,46 @@ class OptunaTrials:
             yield
 
     def settings(self, variant: str) -> Sequence[Settings]:
-        """Return the settings of the trials asked so far, by number."""
-        return [self._settings(trial.params) for trial in self._trials(variant)]
+        """Return the settings of the trials asked so far, by number, up to the first that lacks some."""
+        return [self._settings(trial.params) for trial in itertools.takewhile(self._is_asked, self._trials(variant))]
 
     def ask(self, variant: str) -> None:
-        """Add a trial."""
-        number = len(self._trials(variant))
+        """Add a trial, or complete the first that lacks settings: queued with Optuna's tools, or left by a kill.
+
+        Raises UsageError if that one has ended.
+        """
+        trials, number = self._trials(variant), len(self.settings(variant))
+        begun = trials[number] if number < len(trials) else None
+        if begun is not None and begun.state.is_finished():
+            raise self._refused(f"trial {number} of {variant}, which has ended without some of the search's settings")
         digest = hashlib.sha256(f"{self._search.seed} {variant} {number}".encode()).digest()
         with warnings.catch_warnings():
             # Optuna 4 warns about `constant_liar`, which concurrent jobs need.
             warnings.simplefilter("ignore", self._optuna.exceptions.ExperimentalWarning)
             sampler = self._optuna.samplers.TPESampler(seed=int.from_bytes(digest[:4], "little"), constant_liar=True)
+        direction = "minimize" if self._search.objective.endswith(".loss") else "maximize"
         study = self._optuna.create_study(
-            storage=self._storage,
-            study_name=variant,
-            direction="minimize" if self._search.objective.endswith(".loss") else "maximize",
-            sampler=sampler,
-            load_if_exists=True,
+            storage=self._storage, study_name=variant, direction=direction, load_if_exists=True
         )
         if number == 0:
             study.set_user_attr("search", self._described)
-        study.ask(dict(self._distributions))
+        # Drawn in memory: the journal gets a trial in one write, so that no reader, and no kill, finds a part of it.
+        memory = self._optuna.create_study(direction=direction, sampler=sampler)
+        memory.add_trials(trials[:number])
+        if begun is not None:
+            memory.enqueue_trial({**begun.system_attrs.get("fixed_params", {}), **begun.params})
+        distributions = dict(self._distributions)
+        drawn = memory.ask(distributions).params
+        running = self._optuna.trial.TrialState.RUNNING
+        if begun is None:
+            study.add_trial(self._optuna.trial.create_trial(state=running, params=drawn, distributions=distributions))
+            return
+        known = self._storage.get_study_id_from_name(variant)
+        identity = self._storage.get_trial_id_from_study_id_trial_number(known, number)
+        self._storage.set_trial_state_values(identity, running)
+        for path in distributions.keys() - begun.params.keys():
+            value = distributions[path].to_internal_repr(drawn[path])
+            self._storage.set_trial_param(identity, path, value, distributions[path])
 
     def untold(self, variant: str) -> Sequence[int]:
         """Return the trials without a result."""
@@ -394,12 +414,16 @@ class OptunaTrials:
         """Return the Optuna study of `variant`, without writing to the journal. Raises KeyError if there is none."""
         study = self._optuna.load_study(study_name=variant, storage=self._storage)
         if study.user_attrs.get("search", self._described) != self._described:
-            raise UsageError(
-                f"{self._journal} holds trials of another search (its objective or space has changed): move "
-                f"{self._journal.parent} away, or give the study another name",
-                code="search-changed",
-            )
+            raise self._refused("trials of another search (its objective or space has changed)")
         return study
+
+    def _refused(self, held: str) -> UsageError:
+        fix = f"move {self._journal.parent} away, or give the study another name"
+        return UsageError(f"{self._journal} holds {held}: {fix}", code="search-changed")
+
+    def _is_asked(self, trial: optuna.trial.FrozenTrial) -> bool:
+        """Whether it has all settings of the search, and does not wait in Optuna's queue."""
+        return trial.params.keys() >= self._search.space.keys() and trial.state != self._optuna.trial.TrialState.WAITING
 
     @cached_property
     def _described(self) -> dict[str, Any]:

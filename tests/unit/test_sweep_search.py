@@ -114,6 +114,51 @@ def test_trials_of_another_search_are_refused_and_left_as_they_are(tmp_path: Pat
     assert journal.read_bytes() == before
 
 
+def test_a_kill_between_any_two_writes_to_the_journal_is_made_good_by_the_next_trial(tmp_path: Path) -> None:
+    plan = with_trials(with_trials(searched(tmp_path, "optuna", seed=3)))
+    journal = plan.directory / "trials.log"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    for kept in range(len(lines)):
+        journal.write_bytes(b"".join(lines[:kept]))
+        left = searched(tmp_path, "optuna", seed=3)
+        while len(left.runs) < len(plan.runs):
+            left = with_trials(left)
+        assert left.runs == plan.runs
+
+
+def test_a_trial_that_lacks_settings_gets_them_and_keeps_those_it_has(tmp_path: Path) -> None:
+    plan = with_trials(searched(tmp_path, "optuna"))
+    trials = optuna_trials(plan.study, plan.directory)
+    assert trials is not None
+    journal = trials._study("plain")
+    # as left by a kill while the trial was written setting by setting
+    journal.ask({path: trials._distributions[path] for path in ("optimizer.momentum", "run.epochs")})
+    journal.enqueue_trial({"optimizer.momentum": 0.625})
+    begun = dict(trials._trials("plain")[1].params)
+    assert searched(tmp_path, "optuna").runs == plan.runs
+    for number in (5, 9):
+        plan = with_trials(plan, number)
+    second, third = plan.run(5), plan.run(9)
+    assert second is not None
+    assert second.settings["run.epochs"] == begun["run.epochs"]
+    assert third is not None
+    assert third.settings["optimizer.momentum"] == 0.625
+    for run in plan.runs:
+        finish(run, 0.5)
+    publish(plan)
+    assert [trial.value for trial in trials._trials("plain")] == [0.5] * 3
+
+
+def test_a_trial_that_ended_without_all_settings_is_refused(tmp_path: Path) -> None:
+    plan = with_trials(searched(tmp_path, "optuna"))
+    trials = optuna_trials(plan.study, plan.directory)
+    assert trials is not None
+    journal = trials._study("plain")
+    journal.tell(journal.ask(), 0.5)
+    with raises(UsageError, "search-changed"):
+        with_trials(plan, 5)
+
+
 def test_a_task_of_an_array_asks_for_the_trials_up_to_its_own(tmp_path: Path) -> None:
     plan = searched(tmp_path, "optuna")
     with_task = with_trials(plan, 10)
