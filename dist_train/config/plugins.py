@@ -128,6 +128,21 @@ def is_plugin(name: str) -> bool:
     return ":" in name
 
 
+def may_name_one_plugin(path: str, name: str, other: str, model: type[BaseModel]) -> bool:
+    """Whether two names in the setting at `path` of `model`, the configuration, may be of one plug-in.
+
+    A file may be named by several paths. A short name, whose file is not known, may be any plug-in's.
+    """
+    if path not in _PLACES or not (is_plugin(name) or is_plugin(other)):
+        return False
+    if not {name, other}.isdisjoint(_choices(model, path)):
+        return False
+    (place, _, own), (other_place, _, other_own) = (each.rpartition(":") for each in (name, other))
+    if place.endswith(".py") and other_place.endswith(".py"):
+        place, other_place = Path(place).name, Path(other_place).name
+    return not (place and other_place) or (place, own) == (other_place, other_own)
+
+
 def load_plugin(name: str) -> Any:
     """Return the function or class that `name` names. Raises UsageError if there is none, or it cannot be imported."""
     place, _, attribute = name.rpartition(":")

@@ -13,8 +13,9 @@ from typing import Any, Literal
 import yaml
 from pydantic import TypeAdapter
 
-from dist_train.config import DATA_SETS, DataSet
-from dist_train.config.loading import flat_settings, parse_yaml
+from dist_train.config import DATA_SETS, Config, ConfigError, DataSet
+from dist_train.config.loading import flat_settings, parse_yaml, with_overrides
+from dist_train.config.plugins import may_name_one_plugin
 from dist_train.config.resuming import may_change
 from dist_train.outcome import ExitCode, UsageError, escaped
 from dist_train.report.analyses import Analyses, read_analyses
@@ -26,6 +27,8 @@ from dist_train.sweep.study_file import Contrast
 from dist_train.watch.run_state import read_measurements, read_settings, read_state, walk_runs
 
 _BATCH = "batch.global_size"
+_OPTION = re.compile(r"[._]options\.")
+"""In the path of an option of a plug-in."""
 
 
 @dataclass(frozen=True)
@@ -231,8 +234,10 @@ def _runs_below(directory: Path) -> Iterator[StoredRun]:
 def _study_runs(directory: Path, prefix: str) -> Iterator[StoredRun]:
     path = StudyDirectory(directory).runs
     base: Mapping[str, object] = {}
-    with suppress(BrokenFileError):
+    nested: Mapping[str, Any] = {}
+    with suppress(BrokenFileError, ConfigError):
         base = read_settings(StudyDirectory(directory).base)
+        nested = with_overrides({}, base)
     try:
         plan = [_completed(planned, base.get(_BATCH)) for planned in _PLAN.validate_json(read_regular(path))]
     except (OSError, ValueError) as error:
@@ -242,26 +247,36 @@ def _study_runs(directory: Path, prefix: str) -> Iterator[StoredRun]:
     for planned in plan:
         run = read_run(directory / planned.name, prefix + planned.name, planned)
         # Its numbers would stand under the title of settings that it did not have.
-        changed = "; ".join(_changes(run.settings, base, planned.overrides))
+        changed = "; ".join(_changes(run.settings, nested, planned.overrides))
         note = f"it was started with other settings than the study has now ({changed})"
         other = StoredRun(run.directory, run.name, "broken", note, planned, has_other_settings=True)
         yield other if changed else run
 
 
-def _changes(settings: Mapping[str, object], base: Mapping[str, object], overrides: Sequence[str]) -> Iterator[str]:
-    """Yield how `settings` differ from `base` with `overrides`, other than a resume may or a run itself decides."""
-    expected = dict(base)
+def _changes(settings: Mapping[str, object], base: Mapping[str, Any], overrides: Sequence[str]) -> Iterator[str]:
+    """Yield how `settings` differ from nested `base` with `overrides`, other than a resume may or a run decides."""
     for override in overrides:
-        path, _, text = override.partition("=")
-        with suppress(yaml.YAMLError):
-            chosen = dict(flat_settings({path: parse_yaml(text)}))
-            expected = {name: value for name, value in expected.items() if not name.startswith(f"{path}.")} | chosen
-    for path in sorted(settings.keys() & expected.keys()):
-        had, has = settings[path], expected[path]
-        # Names of plug-ins have a short and a long form, and paths may begin with ~.
-        is_plain = not any(isinstance(each, str) and (each == "auto" or set(":~") & set(each)) for each in (had, has))
-        if had != has and is_plain and not may_change(path):
+        with suppress(ConfigError):
+            base = with_overrides(base, [override])
+    expected = dict(flat_settings(base))
+    for path in sorted(settings.keys() | expected.keys()):
+        had, has = settings.get(path), expected.get(path)
+        # Runs of older versions lack settings, and base.yaml may be missing; but options are the user's own.
+        is_known = (path in settings and path in expected) or bool(settings and base and _OPTION.search(path))
+        if is_known and had != has and not may_change(path) and not _may_be_same(path, had, has):
             yield f"{path}: {had}, not {has}"
+
+
+def _may_be_same(path: str, had: object, has: object) -> bool:
+    """Whether two values of the setting at `path` are one decided by the run, or forms of one name or file."""
+    if "auto" in (had, has):
+        return True
+    if not isinstance(had, str) or not isinstance(has, str):
+        return False
+    homes = [each.partition("/")[2] for each in (had, has) if each.startswith("~")]
+    if homes:
+        return all(each.endswith(f"/{homes[0]}") for each in (had, has))
+    return may_name_one_plugin(path, had, has, Config)
 
 
 def _completed(planned: Planned, base_batch: object) -> Planned:

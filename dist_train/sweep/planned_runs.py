@@ -16,6 +16,7 @@ import yaml
 
 from dist_train.config import Config, ConfigError, dump_config, parse_config
 from dist_train.config.loading import based_on, read_settings, with_overrides, write_override
+from dist_train.config.plugins import is_plugin
 from dist_train.config.problems import Problem
 from dist_train.rundir import atomic
 from dist_train.rundir.paths import RunDirectory, StudyDirectory
@@ -204,8 +205,16 @@ def write_plan(plan: Plan) -> None:
     files = StudyDirectory(plan.directory)
     atomic.write_text(files.study, _dumped(plan.study))
     atomic.write_text(files.base, dump_config(plan.base))
-    runs = [{name: getattr(run, name) for name in _RECORDED} for run in plan.runs]
+    runs = [{name: getattr(run, name) for name in _RECORDED} | {"overrides": list(_recorded(run))} for run in plan.runs]
     atomic.write_text(files.runs, json.dumps(runs, indent=2) + "\n")
+
+
+def _recorded(run: PlannedRun) -> Iterator[str]:
+    """Yield the overrides of `run` with the long names of plug-ins: base.yaml does not list what registers them."""
+    for override in run.overrides:
+        path = override.partition("=")[0]
+        value = run.config.value(path) if path.count(".") == 1 else None
+        yield write_override(path, value) if isinstance(value, str) and is_plugin(value) else override
 
 
 def is_written(plan: Plan) -> bool:

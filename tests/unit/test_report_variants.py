@@ -93,6 +93,39 @@ def test_run_that_began_with_other_settings_than_its_study_has_now_does_not_coun
     assert [line.rpartition(" ")[2] for line in listed.splitlines()] == ["0.02)"] * 2
 
 
+@pytest.mark.parametrize(
+    ("path", "had", "has", "is_changed"),
+    [
+        ("model.name", "/a/nets.py:small", "nets.py:large", True),
+        ("model.name", "/a/nets.py:small", "/b/nets.py:small", False),
+        ("model.name", "/a/nets.py:small", "/a/other.py:small", True),
+        ("model.name", "torchvision:resnet18", "torchvision:resnet34", True),
+        ("model.name", "torchvision:resnet18", "timm:resnet18", True),
+        ("model.name", "/a/nets.py:small", "short", False),
+        ("model.name", "/a/nets.py:small", "vgg9", True),
+        ("run.init_from", "/home/me/first.pt", "~/first.pt", False),
+        ("run.init_from", "/home/me/first.pt", "~/second.pt", True),
+        ("run.init_from", "torchvision:first", "torchvision:second", True),
+        ("model.options", {"depth": 3}, {"depth": 4}, True),
+        ("model.options", {}, {"depth": 4}, True),
+        ("data.augment_options", {"reach": 3}, {}, True),
+        ("noise.options", {"reach": {"x": 3}}, {"reach": {"y": 3}}, True),
+        ("model.options", {"depth": 3}, {"depth": 3}, False),
+    ],
+)
+def test_run_of_another_plugin_or_its_options_does_not_count(
+    path: str, had: object, has: object, is_changed: bool, tmp_path: Path
+) -> None:
+    study = make_study(tmp_path / "study", seeds=(0,))
+    section, _, name = path.partition(".")
+    for config in study.glob("*/config.yaml"):
+        settings = yaml.safe_load(config.read_text())
+        settings[section][name] = had
+        config.write_text(yaml.safe_dump(settings))
+    (study / "base.yaml").write_text(yaml.safe_dump({section: {name: has}}))
+    assert {run.has_other_settings for run in read_subject(study).runs} == {is_changed}
+
+
 @pytest.mark.parametrize(("statistics", "count"), [("checkpoint", 3), ("batch", 2)])
 def test_sharpness_with_each_pass_s_statistics_is_compared_at_one_size_of_passes(
     tmp_path: Path, statistics: str, count: int

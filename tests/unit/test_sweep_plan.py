@@ -128,6 +128,20 @@ class TestRuns:
         assert (last["number"], last["name"], last["variant"], last["seed"]) == (4, "noisy-seed-1", "noisy", 1)
         assert last["settings"] == {"noise.amplitude": 0.02}
 
+    def test_the_folder_has_the_long_names_of_plugins(self, tmp_path: Path) -> None:
+        (tmp_path / "nets.py").write_text(
+            "from torch import nn\nfrom dist_train import register\n\n"
+            '@register("models", "short")\n'
+            "def network(images, width, norm):\n    return nn.Flatten()\n"
+        )
+        path = write_study(tmp_path, variants={"a": {"settings": {"model.name": "short"}}})
+        base = yaml.safe_load((tmp_path / "base.yaml").read_text())
+        (tmp_path / "base.yaml").write_text(yaml.safe_dump({**base, "plugins": ["nets.py"]}))
+        plan = plan_study(path)
+        write_plan(plan)
+        [overrides, *_] = (run["overrides"] for run in json.loads((plan.directory / "runs.json").read_text()))
+        assert load_config(plan.directory / "base.yaml", overrides) == plan.runs[0].config
+
 
 class TestFaults:
     def test_all_are_told_at_once_each_with_its_place(self, tmp_path: Path) -> None:
