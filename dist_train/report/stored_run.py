@@ -107,9 +107,10 @@ class StoredRun:
         return size if isinstance(size, int) else None
 
     def last(self, split: str) -> EvaluationRecord | None:
-        """Return the last evaluation of `split`; None if there is none or it is not finite."""
+        """Return the run's last evaluation, of `split`; None if it left that split out or is not finite."""
+        final = max((record.step for record in self.evaluations), default=None)
         last = next((record for record in reversed(self.evaluations) if record.split == split), None)
-        return last if last and _is_finite(last) else None
+        return last if last and last.step == final and _is_finite(last) else None
 
     def split(self, split: str) -> tuple[EvaluationRecord, ...]:
         """Return the finite evaluations of `split`, in order."""

@@ -14,9 +14,11 @@ import yaml
 from dist_train.report.figures import lines_between, run_landscapes
 from dist_train.report.measures import Measure, measures_of, sharpness_left_out
 from dist_train.report.page import render, tables_in_markdown
-from dist_train.report.stored_run import Subject, read_subject
+from dist_train.report.stored_run import Subject, read_run, read_subject
 from dist_train.report.tables import contrast_tables, effect_tables, variant_cell
 from dist_train.report.variants import panels_of
+from dist_train.rundir.records import to_json
+from tests.unit.records import evaluation
 from tests.unit.report_study import make_run, make_study, treatments, write_status
 
 
@@ -50,6 +52,17 @@ def test_diverged_run_counts_as_guessing_and_has_no_other_number(tmp_path: Path)
     notes = {key: variant_cell(base, measure).note for key, measure in measures(subject).items()}
     assert notes.pop("final_test") == "n = 3, 1 as if guessing"
     assert set(notes.values()) == {"n = 2, 1 diverged"}
+
+
+def test_values_of_an_earlier_evaluation_are_not_final(tmp_path: Path) -> None:
+    treatment = treatments()[0]
+    run = make_run(tmp_path / "run", treatment, 0, treatment.settings)
+    with (run / "metrics.jsonl").open("a") as metrics:
+        # of a longer run, resumed with evaluation.train_samples=0
+        metrics.write(to_json(evaluation(treatment.epochs * treatment.steps_per_epoch + 10)) + "\n")
+    final = {key: measure.take(read_run(run, "run")) for key, measure in measures(read_subject(tmp_path)).items()}
+    assert {"gap", "final_train", "train_loss"}.isdisjoint(final)
+    assert final["final_test"] == 0.5
 
 
 @pytest.mark.parametrize(
