@@ -12,7 +12,7 @@ from dist_train.config.parts import (
     RegularizationSettings,
 )
 from dist_train.config.problems import ConfigError
-from dist_train.config.resuming import differences
+from dist_train.config.resuming import differences, differing_lengths
 from dist_train.config.sections import (
     CommSettings,
     Config,
@@ -39,6 +39,7 @@ __all__ = [
     "RegularizationSettings",
     "ScheduleSettings",
     "differences",
+    "differing_lengths",
     "dump_config",
     "load_config",
     "parse_config",

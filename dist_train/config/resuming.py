@@ -34,6 +34,9 @@ _CHANGEABLE = frozenset(
         "metrics",
     }
 )
+LENGTHS = ("run.max_steps", "early_stopping.patience")
+"""Settings that a resume may change although they decide after how many updates a run has finished."""
+
 _DECIDED_ONCE = ("run.device", "batch.micro_size", "precision.threads", "precision.deterministic")
 
 
@@ -59,6 +62,12 @@ def differences(before: Config, after: Config) -> list[Difference]:
         for difference in _differences(before, after, "")
         if difference.path not in _DECIDED_ONCE or "auto" not in (difference.before, difference.after)
     ]
+
+
+def differing_lengths(before: Config, after: Config) -> list[Difference]:
+    """Return the settings that differ of those that decide after how many updates a run has finished."""
+    found = (Difference(path, before.value(path), after.value(path)) for path in LENGTHS)
+    return [difference for difference in found if difference.before != difference.after]
 
 
 def may_change(path: str) -> bool:

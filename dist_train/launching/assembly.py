@@ -138,7 +138,9 @@ def assemble(
         identity=(*setup_digests(given, splits.identity), is_measured) if given and comm.is_elastic else (),
     )
     if comm.rank == 0:
-        directory.save_config(config)
+        # The records and checkpoints of a run that is already longer than run.max_steps are of the earlier settings.
+        if progress.step <= trainer.last_step or not directory.config.exists():
+            directory.save_config(config)
         let_write(trainer, directory, session, initial)
         _warn_of_lost_noise(state.noise, compute.precision, progress.step)
     return trainer

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 from dist_train.config import DATA_SETS, Config, ConfigError, DataSet
 from dist_train.config.loading import flat_settings, parse_yaml, with_overrides
 from dist_train.config.plugins import may_name_one_plugin
-from dist_train.config.resuming import may_change
+from dist_train.config.resuming import LENGTHS, may_change
 from dist_train.outcome import ExitCode, UsageError, escaped
 from dist_train.report.analyses import Analyses, read_analyses
 from dist_train.rundir.atomic import read_regular
@@ -255,7 +255,10 @@ def _study_runs(directory: Path, prefix: str) -> Iterator[StoredRun]:
 
 
 def _changes(settings: Mapping[str, object], base: Mapping[str, Any], overrides: Sequence[str]) -> Iterator[str]:
-    """Yield how `settings` differ from nested `base` with `overrides`, other than a resume may or a run decides."""
+    """Yield how `settings` differ from nested `base` with `overrides`, as far as that can change a result.
+
+    What the run itself has decided does not count.
+    """
     for override in overrides:
         with suppress(ConfigError):
             base = with_overrides(base, [override])
@@ -264,7 +267,7 @@ def _changes(settings: Mapping[str, object], base: Mapping[str, Any], overrides:
         had, has = settings.get(path), expected.get(path)
         # Runs of older versions lack settings, and base.yaml may be missing; but options are the user's own.
         is_known = (path in settings and path in expected) or bool(settings and base and _OPTION.search(path))
-        if is_known and had != has and not may_change(path) and not _may_be_same(path, had, has):
+        if is_known and had != has and not _may_be_same(path, had, has) and (path in LENGTHS or not may_change(path)):
             yield f"{path}: {had}, not {has}"
 
 

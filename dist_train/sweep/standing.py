@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dist_train.cluster.launch import JOB_WAITS, current_job, job_states
-from dist_train.config import ConfigError, differences, load_config
+from dist_train.config import Config, ConfigError, differences, differing_lengths, load_config
 from dist_train.monitoring import wording
 from dist_train.outcome import ExitCode, escaped, writing
 from dist_train.rundir.records import EvaluationRecord, read_last_records
@@ -108,6 +108,13 @@ def _next(run: PlannedRun, state: str, note: str, waits: bool) -> tuple[Next, st
     with suppress(ConfigError):
         began = load_config(run.files.config)
     changed = differences(began, run.config) if began else []
+    lengths = differing_lengths(began, run.config) if began else []
+    if began and state == "finished" and _patience(run.config) < _patience(began):
+        # with more it continues where it stopped, but with less it would have stopped earlier
+        changed += [each for each in lengths if each.path == "early_stopping.patience"]
+    status = read_status(run.files.status)
+    trained = max([0, *run.files.checkpoint_steps(), *([status.step] if status and state == "finished" else [])])
+    most = run.config.run.max_steps
     fix = f"move {run.directory} away to run it from the start"
     # Without a checkpoint there is nothing that the settings must match.
     if changed and (state == "finished" or any(run.files.checkpoint_steps())):
@@ -116,13 +123,19 @@ def _next(run: PlannedRun, state: str, note: str, waits: bool) -> tuple[Next, st
             words = ["dist-train", "train", run.files.config, f"run.epochs={longer}", "--run-dir", run.directory]
             fix += f"; or lengthen it: {shlex.join(map(str, words))}"
         return "unrecoverable", f"it was started with other settings ({'; '.join(map(str, changed))}); {fix}", True
+    if most is not None and trained > most:
+        return "unrecoverable", f"it has trained {trained} steps, more than run.max_steps={most}; {fix}", True
     if state == "finished":
-        same_end = began is None or began.run.max_steps == run.config.run.max_steps
-        return ("skip", note, False) if same_end else ("start", "run.max_steps has changed", False)
-    status = read_status(run.files.status)
+        paths = " and ".join(each.path for each in lengths)
+        return ("start", f"{paths} has changed", False) if lengths else ("skip", note, False)
     if status is not None and status.exit_code == ExitCode.DIVERGED and not changed:
         return "unrecoverable", f"{note}; {fix}", False
     return "start", note, False
+
+
+def _patience(config: Config) -> float:
+    patience = config.early_stopping.patience
+    return math.inf if patience is None else patience
 
 
 def _beside_job(summary: RunSummary) -> tuple[str, str, bool]:

@@ -368,7 +368,9 @@ class OptunaTrials:
             # Optuna 4 warns about `constant_liar`, which concurrent jobs need.
             warnings.simplefilter("ignore", self._optuna.exceptions.ExperimentalWarning)
             sampler = self._optuna.samplers.TPESampler(seed=int.from_bytes(digest[:4], "little"), constant_liar=True)
-        direction = "minimize" if self._search.objective.endswith(".loss") else "maximize"
+        direction: Literal["minimize", "maximize"] = (
+            "minimize" if self._search.objective.endswith(".loss") else "maximize"
+        )
         study = self._optuna.create_study(
             storage=self._storage, study_name=variant, direction=direction, load_if_exists=True
         )

@@ -139,6 +139,19 @@ def test_run_of_another_plugin_or_its_options_does_not_count(
     assert {run.has_other_settings for run in read_subject(study).runs} == {is_changed}
 
 
+@pytest.mark.parametrize(
+    ("override", "is_changed"),
+    [("run.max_steps=16", True), ("early_stopping.patience=2", True), ("evaluation.every_epochs=2", False)],
+)
+def test_run_of_another_length_does_not_count(override: str, is_changed: bool, tmp_path: Path) -> None:
+    study = make_study(tmp_path / "study", seeds=(0,))
+    plan = json.loads((study / "runs.json").read_text())
+    for entry in plan:
+        entry["overrides"].append(override)
+    (study / "runs.json").write_text(json.dumps(plan))
+    assert {run.has_other_settings for run in read_subject(study).runs} == {is_changed}
+
+
 @pytest.mark.parametrize(("statistics", "count"), [("checkpoint", 3), ("batch", 2)])
 def test_sharpness_with_each_pass_s_statistics_is_compared_at_one_size_of_passes(
     tmp_path: Path, statistics: str, count: int

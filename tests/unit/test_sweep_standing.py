@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
+from dist_train.outcome import ExitCode
 from dist_train.rundir.status import StatusFile
 from dist_train.sweep.standing import standing_of
 from tests.unit.studies import small_plan
@@ -34,3 +36,33 @@ def test_a_run_at_work_is_judged_beside_its_job(
     monkeypatch.setenv("SLURM_JOB_ID", ours)
     standing = standing_of(run)
     assert (standing.state, standing.then) == expected
+
+
+@pytest.mark.parametrize(
+    ("state", "changes", "then"),
+    [
+        ("finished", {}, "skip"),
+        ("finished", {"run.max_steps": 3}, "unrecoverable"),
+        ("finished", {"run.max_steps": 5}, "start"),
+        ("finished", {"run.max_steps": None}, "start"),
+        ("finished", {"early_stopping.patience": 2}, "unrecoverable"),
+        ("finished", {"early_stopping.patience": None}, "start"),
+        ("finished", {"early_stopping.patience": 4}, "start"),
+        ("stopped", {"run.max_steps": 3}, "unrecoverable"),
+        ("stopped", {"run.max_steps": 5}, "start"),
+        ("stopped", {"early_stopping.patience": 2}, "start"),
+    ],
+)
+def test_a_run_that_began_with_another_length(
+    tmp_path: Path, state: Literal["finished", "stopped"], changes: dict[str, object], then: str
+) -> None:
+    settings = {"run.max_steps": 4, "early_stopping.patience": 3}
+    before = small_plan(tmp_path, settings=settings).runs[0]
+    before.files.create()
+    before.files.save_config(before.config)
+    (before.files.checkpoints / "step-00000004.json").touch()
+    status = StatusFile(before.files.status, 1)
+    status.progress(step=4)
+    status.end(state, ExitCode.FINISHED if state == "finished" else ExitCode.STOPPED, "")
+    standing = standing_of(small_plan(tmp_path, settings={**settings, **changes}).runs[0])
+    assert (standing.then, standing.has_other_settings) == (then, then == "unrecoverable")
