@@ -215,10 +215,12 @@ def _report_results(plan: Plan, trials: OptunaTrials) -> None:
     untold = {(variant, trial) for variant in {variant for variant, _ in groups} for trial in trials.untold(variant)}
     for variant, trial in sorted(untold & groups.keys()):
         runs = groups[variant, trial]
-        ends = [standing_of(run).then for run in runs]
-        if "unrecoverable" in ends:
+        standings = [standing_of(run) for run in runs]
+        if any(standing.has_other_settings for standing in standings):
+            continue  # the plan may be the mistaken one, and Optuna takes no result back
+        if any(standing.then == "unrecoverable" for standing in standings):
             trials.tell(variant, trial, None)
-        elif all(end == "skip" for end in ends):
+        elif all(standing.then == "skip" for standing in standings):
             trials.tell(variant, trial, objective_of(plan, runs))
 
 

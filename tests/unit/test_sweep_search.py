@@ -16,7 +16,7 @@ from dist_train.report.page import render, tables_in_markdown
 from dist_train.report.stored_run import read_subject
 from dist_train.rundir.records import EvaluationRecord, JsonLines
 from dist_train.rundir.status import StatusFile
-from dist_train.sweep.planned_runs import Plan, PlannedRun, optuna_trials
+from dist_train.sweep.planned_runs import Plan, PlannedRun, optuna_trials, plan_study
 from dist_train.sweep.standing import best_trials, publish, with_trials
 from tests.raising import raises, raises_problems
 from tests.unit.studies import small_plan, write_study
@@ -95,6 +95,18 @@ def test_what_optuna_suggests_is_a_function_of_the_results(tmp_path: Path) -> No
     assert found[0] == found[1]
     momenta = [settings["optimizer.momentum"] for settings in found[0]]
     assert len(set(momenta)) == 4
+
+
+def test_a_mistaken_override_does_not_fail_the_trials(tmp_path: Path) -> None:
+    plan = with_trials(searched(tmp_path, "optuna"))
+    for run in plan.runs:
+        finish(run, 0.5)
+    with_trials(plan_study(plan.file, overrides=["optimizer.weight_decay=0.5"]))
+    trials = optuna_trials(plan.study, plan.directory)
+    assert trials is not None
+    assert trials.untold("plain") == [0]
+    publish(plan)
+    assert [trial.value for trial in trials._trials("plain")] == [0.5]
 
 
 @pytest.mark.parametrize(
