@@ -138,12 +138,14 @@ def study_jobs(plan: Plan, numbers: str, submission: Submission) -> tuple[Job, .
     if plan.study.analyse:
         shared = (option for option in submission.options if not _OF_THE_ARRAY.fullmatch(option))
         analyses = (*_requests(submission), *dependent, *shared)
-        body = f"analyses_in_job {shlex.join(study)}"
-        jobs.append(Job("analyses", _script(submission, analyses, body), "afterany"))
+        line = f"analyses_in_job {shlex.join(study)}"
+        jobs.append(Job("analyses", _script(submission, analyses, line), "afterany"))
     partition = [f"--partition={submission.partition}"] if submission.partition else []
     site = filter(_OF_THE_REPORT.fullmatch, submission.options)
     report = ("--nodes=1", *dependent, *partition, *site)
-    jobs.append(Job("report", _script(submission, report, f"report_in_job {shlex.quote(str(folder))}"), "afterany"))
+    # DIRECTORY and OUTPUT may be exported for other scripts, for which DIRECTORY is the folder of studies.
+    body = (f"DIRECTORY={shlex.quote(str(folder))}", "OUTPUT=", "report_in_job runs")
+    jobs.append(Job("report", _script(submission, report, *body), "afterany"))
     return tuple(jobs)
 
 

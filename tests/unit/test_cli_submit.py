@@ -204,7 +204,7 @@ def test_a_study_is_submitted_as_runs_analyses_and_report(
     assert f"STUDY={study}\n" in runs
     assert "OVERRIDES=optimizer.momentum=0.5\n" in runs
     assert f"analyses_in_job {study} optimizer.momentum=0.5 --directory {tmp_path}/runs\n" in analyses
-    assert f"report_in_job {tmp_path}/runs/small\n" in report
+    assert f"DIRECTORY={tmp_path}/runs/small\nOUTPUT=\nreport_in_job runs\n" in report
     assert all(f"export DIST_TRAIN_SETUP='{setup}'\n" in script for script in (runs, analyses, report))
     assert not (tmp_path / "runs").exists()
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from dist_train.cli.main import main
 from dist_train.outcome import ExitCode
 from dist_train.rundir.status import StatusFile
 from tests.unit.studies import small_plan, write_study
@@ -475,6 +476,18 @@ class TestReport:
         ended = start("report.sh", DRY_RUN="1", DIRECTORY="runs/two words", OUTPUT="page.html", SLURM_JOB_ID="17")
         assert ended.returncode == 0, ended.stderr
         expected = [sys.executable, "-m", "dist_train", "report", "runs/two words", "-o", "page.html"]
+        assert shlex.split(ended.stdout) == expected
+
+    def test_that_of_a_submitted_study_does_not_follow_variables_of_other_scripts(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["submit", "--study", str(write_study(tmp_path)), "--dry-run"]) == ExitCode.FINISHED
+        script = tmp_path / "report.sh"
+        script.write_text(capsys.readouterr().out.rpartition("\n# report")[2].partition("\n")[2])
+        script.chmod(0o755)
+        ended = start(str(script), DRY_RUN="1", DIRECTORY="runs", OUTPUT="page.html", SLURM_JOB_ID="17")
+        assert ended.returncode == 0, ended.stderr
+        expected = [sys.executable, "-m", "dist_train", "report", str(tmp_path / "runs" / "small")]
         assert shlex.split(ended.stdout) == expected
 
     def test_a_folder_without_runs_is_one_line_and_ends_with_2(self, tmp_path: Path) -> None:
