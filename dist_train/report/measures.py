@@ -73,7 +73,8 @@ def paired_difference(
 ) -> Interval | None:
     """Return the mean of second minus first with Student's interval at `confidence`; None for fewer than two pairs.
 
-    `bounds` says for each pair which of its values are lower bounds.
+    `bounds` says for each pair which of its values are lower bounds. Differences that are equal, and not 0, say nothing
+    about their spread: the interval's ends are NaN.
     """
     differences = [after - before for before, after in pairs]
     if len(differences) < 2:
@@ -84,6 +85,9 @@ def paired_difference(
         at_most, at_least = (any(side) for side in zip(*bounds, strict=True))
         sign: Sign | None = None if at_most and at_least else "\u2265" if at_least else "\u2264"
         return Interval(mean, math.nan, math.nan, count, sum(map(any, bounds)), sign)
+    rounding = 1e-12 * max(abs(value) for pair in pairs for value in pair)
+    if max(differences) - min(differences) <= rounding < abs(mean):
+        return Interval(mean, math.nan, math.nan, count)
     half = float(stats.t.ppf((1 + confidence) / 2, count - 1)) * stdev(differences) / math.sqrt(count)
     return Interval(mean, mean - half, mean + half, count)
 

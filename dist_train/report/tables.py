@@ -46,8 +46,8 @@ class Cell:
 class Effect:
     """A paired difference as text, with its 95 % interval and the one at 1 - 0.05 / k for k comparisons.
 
-    A bound has its sign in `text` and no `ends`; `text` is empty if nothing is known; `corrected_ends` is empty for a
-    single comparison. `note` as in Cell.
+    A bound has its sign in `text` and no `ends`, and equal differences have none; `text` is empty if nothing is known;
+    `corrected_ends` is empty for a single comparison. `note` as in Cell.
     """
 
     interval: Interval
@@ -196,6 +196,8 @@ def _effect(variant: Variant, base: Variant, measure: Measure, comparisons: int 
     text = signed(measure, interval.difference)
     if interval.censored:
         return Effect(interval, corrected, f"{interval.sign} {text}" if interval.sign else "", "", "", note)
+    if math.isnan(interval.low):
+        return Effect(interval, corrected, text, "", "", f"{note}, all pairs differ equally: no interval")
     ends, wider = (f"{signed(measure, each.low)} to {signed(measure, each.high)}" for each in (interval, corrected))
     return Effect(interval, corrected, text, ends, wider if comparisons > 1 else "", note)
 

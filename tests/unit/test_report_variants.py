@@ -190,6 +190,22 @@ def test_differences_of_percentages_are_in_points(tmp_path: Path) -> None:
     assert headings[:3] == ["final test accuracy, points", "final train accuracy, points", "generalization gap, points"]
 
 
+def test_equal_differences_have_no_interval_and_are_not_clear(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "study", seeds=(0, 1))
+    for seed, accuracy in enumerate((0.8, 0.7)):
+        for name, better in (("sb", 0.0), ("sb-noise-amplitude-0.01", 0.01), ("sb-noise-amplitude-0.03", 0.0)):
+            with (study / f"{name}-seed-{seed}" / "metrics.jsonl").open("a") as metrics:
+                metrics.write(to_json(evaluation(1000, accuracy=accuracy + better)) + "\n")
+    [table, *_] = contrast_tables(panels_of(read_subject(study).runs), ())
+    found = {row.variant.name: row.cells[0] for _, rows in table.groups for row in rows}
+    equal, none = (found[f"sb-noise-amplitude-{amplitude}"] for amplitude in ("0.01", "0.03"))
+    assert equal is not None
+    assert (equal.text, equal.ends, equal.corrected_ends, equal.is_clear) == ("+1.00", "", "", False)
+    assert "no interval" in equal.note
+    assert none is not None
+    assert (none.text, none.ends, none.is_clear) == ("0.00", "0.00 to 0.00", False)
+
+
 def test_contrast_counts_each_variant_once_and_not_its_reference(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study")
     names = ["sb", "lb-noise-amplitude-0.01"]
