@@ -194,9 +194,14 @@ def _last(name: str, split: str) -> Callable[[StoredRun], float | None]:
 
 
 def _averaged_or(plain: Callable[[StoredRun], float | None], name: str) -> Callable[[StoredRun], float | None]:
-    """Return a function for the averaged weights' last value on the test split, or, if there is none, `plain`."""
+    """Return a function for the averaged weights' last value on the test split, or, for a run without them, `plain`."""
     averaged = _last(name, "test-averaged")
-    return lambda run: plain(run) if (value := averaged(run)) is None else value
+
+    def take(run: StoredRun) -> float | None:
+        averages = any(record.split == "test-averaged" for record in run.evaluations)
+        return averaged(run) if averages and not run.is_diverged else plain(run)
+
+    return take
 
 
 def _gap(run: StoredRun) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import yaml
 
 from dist_train.report.figures import lines_between, run_landscapes
-from dist_train.report.measures import Measure, measures_of, sharpness_left_out
+from dist_train.report.measures import JUDGED_ACCURACY, JUDGED_LOSS, Measure, measures_of, sharpness_left_out
 from dist_train.report.page import render, tables_in_markdown
 from dist_train.report.stored_run import Subject, read_run, read_subject
 from dist_train.report.tables import contrast_tables, effect_tables, variant_cell
@@ -188,6 +189,19 @@ def test_differences_of_percentages_are_in_points(tmp_path: Path) -> None:
     tables = effect_tables(panels_of(read_subject(make_study(tmp_path / "study")).runs))
     headings = [measure.heading for measure in tables[0].measures]
     assert headings[:3] == ["final test accuracy, points", "final train accuracy, points", "generalization gap, points"]
+
+
+@pytest.mark.parametrize(("loss", "judged"), [(0.25, 0.75), (math.nan, None)])
+def test_the_judged_weights_are_the_averaged_ones_even_if_not_finite(
+    tmp_path: Path, loss: float, judged: float | None
+) -> None:
+    treatment = treatments()[0]
+    run = make_run(tmp_path / "run", treatment, 0, treatment.settings)
+    last = [evaluation(1000, accuracy=0.5), evaluation(1000, "test-averaged", accuracy=0.75, loss=loss)]
+    with (run / "metrics.jsonl").open("a") as metrics:
+        metrics.writelines(to_json(record) + "\n" for record in last)
+    stored = read_run(run, "run")
+    assert (JUDGED_ACCURACY.take(stored), JUDGED_LOSS.take(stored)) == (judged, judged and loss)
 
 
 def test_equal_differences_have_no_interval_and_are_not_clear(tmp_path: Path) -> None:
