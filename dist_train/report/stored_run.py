@@ -33,7 +33,7 @@ _OPTION = re.compile(r"[._]options\.")
 
 @dataclass(frozen=True)
 class Planned:
-    """A study's plan for a run; `title` is the variant's, `batch` None if neither run nor base sets it.
+    """A study's plan for a run; `title` is the variant's; `batch`, `noise` (the method) are None if nothing sets them.
 
     Older folders do not record the `family`, the variant as the study names it, nor whether the variant `has_title`.
     """
@@ -46,6 +46,7 @@ class Planned:
     seed: int | None = None
     overrides: tuple[str, ...] = ()
     batch: int | None = None
+    noise: str | None = None
 
     @property
     def is_titled(self) -> bool:
@@ -240,7 +241,7 @@ def _study_runs(directory: Path, prefix: str) -> Iterator[StoredRun]:
         base = read_settings(StudyDirectory(directory).base)
         nested = with_overrides({}, base)
     try:
-        plan = [_completed(planned, base.get(_BATCH)) for planned in _PLAN.validate_json(read_regular(path))]
+        plan = [_completed(planned, base) for planned in _PLAN.validate_json(read_regular(path))]
     except (OSError, ValueError) as error:
         raise UsageError(
             f"{path} is not a list of runs ({error!r}): start the study's sweep again", code="plan-damaged"
@@ -283,7 +284,13 @@ def _may_be_same(path: str, had: object, has: object) -> bool:
     return may_name_one_plugin(path, had, has, Config)
 
 
-def _completed(planned: Planned, base_batch: object) -> Planned:
-    """Return `planned` with a title and, if it or the base sets one, a batch."""
-    batch = str(dict(override.split("=", 1) for override in planned.overrides).get(_BATCH, base_batch))
-    return replace(planned, title=planned.title or planned.variant, batch=int(batch) if batch.isdecimal() else None)
+def _completed(planned: Planned, base: Mapping[str, object]) -> Planned:
+    """Return `planned` with a title and, if it or the base sets them, a batch and the noise's method."""
+    chosen = dict(base) | dict(override.split("=", 1) for override in planned.overrides)
+    batch, noise = str(chosen.get(_BATCH)), chosen.get("noise.method")
+    return replace(
+        planned,
+        title=planned.title or planned.variant,
+        batch=int(batch) if batch.isdecimal() else None,
+        noise=None if noise is None else str(noise),
+    )

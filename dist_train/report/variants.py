@@ -157,8 +157,8 @@ def panels_of(runs: Sequence[StoredRun]) -> tuple[Panel, ...]:
         variants = []
         for name, label in _labels(members, base, shorts[batch]).items():
             settings = _settings(members[name])
-            reference = first if name == base else _settings(members[base]) if base is not None and settings else None
-            changes = () if reference is None else changes_between(reference, settings)
+            reference = first if name == base else _settings(members[base]) if base is not None else None
+            changes = changes_between(reference, settings) if reference and settings else ()
             colour = 0 if name == base else colours.setdefault(label, len(colours) + 1)
             runs, repeated = tuple(members[name]), duplicates_of(members[name])
             variants.append(Variant(name, label, runs, changes, colour, name == base, repeated))
@@ -258,9 +258,13 @@ def _batch(runs: Sequence[StoredRun]) -> int | None:
 
 
 def _choose_base(members: Mapping[str, Sequence[StoredRun]]) -> str | None:
-    """Return the first variant without noise, otherwise the first that has started."""
-    known = [name for name, runs in members.items() if _settings(runs)]
-    return next((name for name in known if _is_without_noise(_settings(members[name]))), next(iter(known), None))
+    """Return the first variant without noise, by its plan if no run has started, otherwise the first that has."""
+    known = {name: settings for name, runs in members.items() if (settings := _settings(runs))}
+    planned = {
+        name for name, runs in members.items() if any(run.planned and run.planned.noise == "none" for run in runs)
+    }
+    quiet = planned - known.keys() | {name for name, settings in known.items() if _is_without_noise(settings)}
+    return next((name for name in members if name in quiet), next(iter(known), None))
 
 
 def _is_without_noise(settings: Mapping[str, object]) -> bool:
@@ -282,8 +286,8 @@ def _labels(members: Mapping[str, Sequence[StoredRun]], base: str | None, short:
             words = [planned.title.removeprefix(f"{short}, ")]
         elif name == base and _is_without_noise(settings):
             words = ["baseline"]
-        elif name != base and base is not None and settings:
-            changes = changes_between(_settings(members[base]), settings)
+        elif name != base and base is not None and settings and (reference := _settings(members[base])):
+            changes = changes_between(reference, settings)
             words = [*_noise_in_words(settings, changes), *_others_in_words(changes)]
         fallback = planned.title if planned is not None and planned.title not in ("", short) else name
         labels[name] = ", ".join(words) if 0 < len(words) <= _MOST_WORDS else fallback

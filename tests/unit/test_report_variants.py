@@ -191,6 +191,25 @@ def test_differences_of_percentages_are_in_points(tmp_path: Path) -> None:
     assert headings[:3] == ["final test accuracy, points", "final train accuracy, points", "generalization gap, points"]
 
 
+@pytest.mark.parametrize("has_begun", [True, False])
+def test_noise_is_no_baseline_where_the_planned_one_has_no_numbers(tmp_path: Path, has_begun: bool) -> None:
+    study = make_study(tmp_path / "study")
+    (study / "base.yaml").write_text(yaml.safe_dump({"noise": {"method": "none"}, "optimizer": {"momentum": 0.9}}))
+    for config in study.glob("lb-seed-*/config.yaml"):
+        if has_begun:  # with other settings
+            config.write_text(config.read_text().replace("momentum: 0.9", "momentum: 0.5"))
+        else:
+            shutil.rmtree(config.parent)
+    subject = read_subject(study)
+    small, large = panels_of(subject.runs)
+    assert (small.base and small.base.name, large.base and large.base.name) == ("sb", "lb")
+    assert {variant.label for variant in large.variants[1:]} >= {"noise, amplitude 0.01"}
+    assert not any(change for variant in large.variants for change in variant.changes)
+    assert {panel.short for table in effect_tables((small, large)) for panel, _ in table.groups} == {"SB"}
+    assert {panel.short for table in contrast_tables((small, large), ()) for panel, _ in table.groups} == {"SB"}
+    assert render(subject)
+
+
 @pytest.mark.parametrize(("loss", "judged"), [(0.25, 0.75), (math.nan, None)])
 def test_the_judged_weights_are_the_averaged_ones_even_if_not_finite(
     tmp_path: Path, loss: float, judged: float | None
