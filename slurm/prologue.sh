@@ -86,6 +86,12 @@ trap note_gentle_stop_request TERM INT USR1 USR2 HUP
 # libraries for mpirun's daemons.
 export SLURM_EXPORT_ENV=ALL
 
+# sbatch passes on the variables of the job in which it is called, and Slurm sets only some of them anew.
+if [[ -n ${SLURM_JOB_ID:-} && -n ${SLURM_ARRAY_TASK_ID:-} ]] &&
+    facts=$(scontrol show job "$SLURM_JOB_ID" --oneliner 2>/dev/null) && [[ -n $facts && $facts != *' ArrayTaskId='* ]]; then
+    unset "${!SLURM_ARRAY_@}"
+fi
+
 # SLURM_JOB_ID of an array task may be the array's id, so name the task explicitly.
 job=${SLURM_JOB_ID:-}
 [[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
@@ -97,6 +103,10 @@ without_requests=(env "${job_requests[@]/#/--unset=}")
 say() {
     printf 'job %s: %s\n' "$job" "$*" >&2
 }
+
+# Only srun's tasks have a step: sizes of the allocation would be those of the job that the step belongs to.
+[[ -z ${SLURM_STEP_ID:-} || $asked == --help ]] ||
+    usage_error "another job's variables are set, such as SLURM_STEP_ID: submit from a login node, or within a job by dist-train submit"
 
 # read_words ARRAY NAME TEXT: splits TEXT, the value of the variable NAME, into words, quoted as in a shell.
 read_words() {

@@ -20,6 +20,8 @@ from dist_train.outcome import UsageError
 MEMBERSHIP_VARIABLE = "DIST_TRAIN_MEMBERSHIP"  # where the ranks of an elastic launch find its coordinator: HOST:PORT
 LISTEN_FD = "DIST_TRAIN_LISTEN_FD"  # rank 0's listening socket for the store; -1 for the other ranks
 
+_OF_SLURM_COMMANDS = frozenset({"SLURM_CLUSTERS", "SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT", "SLURM_TIME_FORMAT"})
+"""Variables of Slurm that configure its commands; all others describe a job."""
 _SLURM_PORTS = range(15000, 30000)  # below Linux's ephemeral ports
 _LONGEST_COMMENT = 1000
 
@@ -203,7 +205,16 @@ def submit(script: str, options: Sequence[str]) -> str:
         raise UsageError(
             "sbatch is missing: submit from a login node of the cluster, or use --dry-run", code="sbatch-missing"
         )
-    ended = subprocess.run(["sbatch", "--parsable", *options], input=script, capture_output=True, text=True)
+    # From within a job, sbatch would pass on that job's variables, of which Slurm sets only some anew.
+    is_in_job = "SLURM_JOB_ID" in os.environ
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not (is_in_job and name.startswith("SLURM_")) or name in _OF_SLURM_COMMANDS
+    }
+    ended = subprocess.run(
+        ["sbatch", "--parsable", *options], input=script, capture_output=True, text=True, env=environment
+    )
     if ended.returncode != 0:
         raise UsageError(f"sbatch refuses the job: {ended.stderr.strip()}", code="sbatch-refused")
     return ended.stdout.strip().split(";")[0]

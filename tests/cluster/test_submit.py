@@ -34,6 +34,20 @@ def test_submitted_run_finishes(cluster: Cluster, tmp_path: Path, large_batch: U
     assert f"tail -F '{run}/slurm-{found[1]}.log'" in submitted.stdout
 
 
+def test_run_submitted_within_a_job_has_all_its_ranks(
+    cluster: Cluster, tmp_path: Path, large_batch: Undisturbed
+) -> None:
+    small = ("srun", "--ntasks=1", "--cpus-per-task=2", "--gpus-per-task=1", "--mem=1000")
+    words = ("--nodes", "2", "--ranks-per-node", "2", "--time", "5", "--run-dir", "run")
+    submitted = cluster.run(*small, *_SUBMIT, large_batch.config, *words, folder=tmp_path)
+    assert submitted.returncode == 0, submitted.stderr
+    found = re.search(r"^job +(\d+)$", submitted.stdout, re.MULTILINE)
+    assert found is not None
+    ended = cluster.wait(int(found[1]))
+    assert (ended.state, ended.code) == ("COMPLETED", 0), ended.output
+    assert status(tmp_path / "run")["world_size"] == 4
+
+
 def test_bad_configuration_is_not_submitted(cluster: Cluster, tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text("noise: {amplitud: 1}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,30 @@ def test_without_slurm_nothing_is_known_of_a_job(monkeypatch: pytest.MonkeyPatch
     assert job_end("17") is None
     with raises(UsageError, "sbatch-missing"):
         submit("#!/bin/bash", ())
+
+
+@pytest.mark.parametrize(
+    ("inherited", "passed_on"),
+    [
+        ({}, {"SLURM_CONF", "SLURM_HINT", "SBATCH_QOS", "DIST_TRAIN_SETUP"}),
+        ({"SLURM_JOB_ID": "17", "SLURM_NTASKS": "1"}, {"SLURM_CONF", "SBATCH_QOS", "DIST_TRAIN_SETUP"}),
+    ],
+    ids=["on a login node", "within a job"],
+)
+def test_a_job_does_not_inherit_what_describes_another(
+    inherited: dict[str, str], passed_on: set[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "SBATCH_", "DIST_TRAIN_"))]:
+        monkeypatch.delenv(name)
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text(f"#!/bin/bash\ncompgen -e >{tmp_path}/names\necho 18\n")
+    sbatch.chmod(0o755)
+    given = {"SLURM_CONF": "a", "SLURM_HINT": "b", "SBATCH_QOS": "c", "DIST_TRAIN_SETUP": "d", **inherited}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert submit("#!/bin/bash", ()) == "18"
+    assert given.keys() & set((tmp_path / "names").read_text().split()) == passed_on
 
 
 def test_squeue_is_asked_once_for_all_jobs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -171,6 +171,17 @@ def test_what_one_rank_for_each_gpu_is_not_is_refused(programs: str, asked: dict
     assert "each rank drives one GPU" in ended.stderr
 
 
+@pytest.mark.parametrize(("facts", "name"), [("JobId=20 JobName=x", "20"), ("JobId=20 ArrayTaskId=7", "19_7")])
+def test_a_job_submitted_by_an_array_s_task_does_not_take_its_name(
+    programs: str, tmp_path: Path, facts: str, name: str
+) -> None:
+    (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho '{facts} '\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    inherited = {"SLURM_ARRAY_JOB_ID": "19", "SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_COUNT": "9"}
+    ended = start(script_of(tmp_path, 'echo "$job"'), PATH=programs, **{**TWO_NODES, "SLURM_JOB_ID": "20"}, **inherited)
+    assert ended.stdout.split() == [name], ended.stderr
+
+
 def test_spare_nodes_stay_idle(programs: str, tmp_path: Path) -> None:
     (tmp_path / "scontrol").write_text("#!/bin/sh\necho node1\necho node2\n")
     (tmp_path / "scontrol").chmod(0o755)
@@ -269,6 +280,7 @@ def test_our_program_in_pyxis_does_not_request_what_the_job_does(programs: str, 
         ({"RANKS_PER_NODE": "all"}, "RANKS_PER_NODE takes a number, 1 or more, not 'all'"),
         ({"LAUNCHER": "mpirun", "CONTAINER": "image"}, "Pyxis needs srun"),
         ({"CONTAINER": "/nowhere.sif"}, "CONTAINER /nowhere.sif cannot be read"),
+        ({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "1"}, "another job's variables are set"),
         ({"MIN_RANKS": "3"}, "MIN_RANKS takes a number, 1 to the run's 2 ranks, not '3'"),
         ({"MIN_RANKS": "1", "LAUNCHER": "mpirun"}, "MIN_RANKS needs LAUNCHER=srun"),
         ({"MIN_RANKS": "1", "OVERRIDES": "comm.engine=horovod"}, "MIN_RANKS needs comm.engine=torch"),
