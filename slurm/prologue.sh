@@ -136,7 +136,7 @@ read_allocation() {
     gpus_requested=1 gpus=$((each < gpus ? each : gpus))
 }
 
-# Sets `rank_count`, `ranks_here` (the most of any node) and `cores_each`.
+# Sets `rank_count`, `ranks_here` (the most of any node), `node_cores` (the fewest of any node) and `cores_each`.
 count_ranks() {
     local tasks=${SLURM_NTASKS:-$nodes}
     ranks_here=${RANKS_PER_NODE:-}
@@ -154,7 +154,13 @@ count_ranks() {
         [[ -n ${SLURM_NTASKS:-} ]] || ranks_here=1
         rank_count=$tasks
     fi
-    local share=$((${SLURM_CPUS_ON_NODE:-1} / ranks_here))
+    node_cores=${SLURM_CPUS_ON_NODE:-1}
+    # SLURM_CPUS_ON_NODE is only the batch host's. 64 and 32 in 64(x2),32. Of unequal numbers of ranks, the smallest
+    # node need not have the most.
+    if [[ -n ${SLURM_JOB_CPUS_PER_NODE:-} ]] && ((rank_count == nodes * ranks_here)); then
+        node_cores=$(tr , '\n' <<<"$SLURM_JOB_CPUS_PER_NODE" | sort -n | sed 's/(.*//; q')
+    fi
+    local share=$((node_cores / ranks_here))
     cores_each=${SLURM_CPUS_PER_TASK:-$share}
     # Several ranks of one task share its cores.
     ((rank_count <= tasks || cores_each <= share)) || cores_each=$share
@@ -239,7 +245,7 @@ compose_command() {
             # local rank: NCCL uses NVLink only between GPUs that a process can see.
             unset "${job_requests[@]}"
             ((gpus == 0)) || command+=("--gpus-per-node=$gpus" --gpu-bind=none)
-            ((${SLURM_CPUS_ON_NODE:-1} >= ranks_here * cores_each)) || command+=(--overcommit)
+            ((node_cores >= ranks_here * cores_each)) || command+=(--overcommit)
             command+=("${placed[@]}")
             [[ -z ${CPU_BIND:-} ]] || command+=("--cpu-bind=$CPU_BIND")
             command+=("${container_options[@]}")
@@ -576,7 +582,7 @@ start_on_node() {
     local cores=$((ranks_here * cores_each)) options=()
     # As without MIN_RANKS, all ranks of a node see all of its GPUs.
     ((gpus == 0)) || options+=("--gpus-per-node=$gpus" --gpu-bind=none)
-    ((${SLURM_CPUS_ON_NODE:-1} >= cores)) || options+=(--overcommit)
+    ((node_cores >= cores)) || options+=(--overcommit)
     [[ -z ${CPU_BIND:-} ]] || options+=("--cpu-bind=$CPU_BIND")
     "${without_requests[@]}" "${rank_environment[@]}" srun --mpi=none --overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 "--nodelist=$1" \
         "--cpus-per-task=$cores" "${options[@]}" --export=ALL --input=none --no-kill --kill-on-bad-exit=0 \
@@ -737,6 +743,6 @@ use_nodes() {
     # mpirun reads the nodes from these variables. SLURM_OVERLAP: the previous step may not have ended for Slurm, which
     # waits for lost nodes.
     export SLURM_JOB_NODELIST SLURM_NODELIST=$SLURM_JOB_NODELIST SLURM_JOB_NUM_NODES=$nodes SLURM_NNODES=$nodes
-    export SLURM_TASKS_PER_NODE="$ranks_here(x$nodes)" SLURM_JOB_CPUS_PER_NODE="${SLURM_CPUS_ON_NODE:-1}(x$nodes)" SLURM_OVERLAP=1
+    export SLURM_TASKS_PER_NODE="$ranks_here(x$nodes)" SLURM_JOB_CPUS_PER_NODE="$node_cores(x$nodes)" SLURM_OVERLAP=1
     placed=("--nodelist=$SLURM_JOB_NODELIST" --overlap)
 }

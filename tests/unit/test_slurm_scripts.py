@@ -68,6 +68,32 @@ def test_ranks_of_one_task_share_its_cores(programs: str) -> None:
     assert "--overcommit" not in command
 
 
+@pytest.mark.parametrize(
+    ("cores", "ranks", "each", "overcommits"),
+    [("32", 4, 8, False), ("32,8", 4, 2, False), ("8,32(x2)", 4, 2, False), ("32,2", 4, 1, True)],
+)
+def test_ranks_have_the_cores_of_the_smallest_node(
+    programs: str, cores: str, ranks: int, each: int, overcommits: bool
+) -> None:
+    command = command_of(PATH=programs, RANKS_PER_NODE=str(ranks), SLURM_JOB_CPUS_PER_NODE=cores)
+    assert f" --cpus-per-task={each} " in command
+    assert ("--overcommit" in command) is overcommits
+
+
+def test_where_nodes_have_unequal_numbers_of_ranks_the_first_node_s_cores_are_shared(programs: str) -> None:
+    tasks = {"SLURM_NTASKS": "5", "SLURM_TASKS_PER_NODE": "4,1"}
+    assert " --cpus-per-task=8 " in command_of(PATH=programs, SLURM_JOB_CPUS_PER_NODE="32,8", **tasks)
+
+
+def test_launchers_of_an_elastic_run_have_the_cores_of_the_smallest_node(programs: str, tmp_path: Path) -> None:
+    (tmp_path / "srun").write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/words\n')
+    lines = "read_allocation; count_ranks; find_our_program; set_rank_environment 1\nstart_on_node n1 entrance; wait"
+    job = {**TWO_NODES, "SLURM_JOB_CPUS_PER_NODE": "32,8", "RANKS_PER_NODE": "2"}
+    ended = start(script_of(tmp_path, lines), PATH=programs, **job)
+    assert ended.returncode == 0, ended.stderr
+    assert " --cpus-per-task=8 " in (tmp_path / "words").read_text()
+
+
 def test_without_gpus_one_rank_for_each_task(programs: str) -> None:
     command = command_of(PATH=programs, SLURM_NTASKS="4", SLURM_TASKS_PER_NODE="2(x2)")
     assert " --ntasks=4 --ntasks-per-node=2 --cpus-per-task=16 " in command
