@@ -492,7 +492,8 @@ requeue_once_lost() {
 check_nodes() {
     ((wanted_nodes + ${SPARE_NODES:-0} > 1)) && [[ -n $run_directory && -z ${CONTAINER:-} && ${PREFLIGHT:-1} != 0 ]] || return 0
     local answer good=() interface
-    answer=$(SLURM_JOB_NODELIST=$job_nodes "${dist_train[@]}" doctor --cluster "$(dirname "$run_directory")" --brief 2> >(tee "$error_log" >&2)) || true
+    # Of whole nodes the run may use fewer GPUs than this one has, and another may have no more than these.
+    answer=$(SLURM_JOB_NODELIST=$job_nodes SLURM_GPUS_ON_NODE=$gpus "${dist_train[@]}" doctor --cluster "$(dirname "$run_directory")" --brief 2> >(tee "$error_log" >&2)) || true
     [[ -n $answer ]] || return 0 # the check could not run; the launch will show the problem
     read -r -a good < <(sed -n 's/^nodes //p' <<<"$answer") || true
     interface=$(sed -n 's/^interface //p' <<<"$answer")

@@ -430,6 +430,18 @@ def test_a_restart_leaves_out_nodes_that_the_check_has_refused(programs: str, tm
     assert ended.stdout.split() == ["n1,n3", "requeued"], ended.stderr
 
 
+def test_the_check_of_the_nodes_requests_the_gpus_that_the_run_uses(programs: str, tmp_path: Path) -> None:
+    with_scontrol(tmp_path, *(f"Nodes=n{count} CPU_IDs=0-3 Mem=0 GRES=gpu:{count}(IDX:0-1)" for count in (4, 2)))
+    lines = """
+        prepare_ranks
+        run_directory=$PWD error_log=/dev/null dist_train=(bash -c 'echo "$SLURM_GPUS_ON_NODE GPUs" >&2')
+        check_nodes
+    """
+    job = {"SLURM_GPUS_ON_NODE": "4", "SLURM_GPUS_PER_NODE": "2", **TWO_NODES}
+    ended = start(script_of(tmp_path, lines), PATH=programs, **job)
+    assert (ended.returncode, ended.stderr) == (0, "2 GPUs\n")
+
+
 def test_the_step_that_guards_the_batch_script_s_node_holds_no_memory_nor_gpus(programs: str, tmp_path: Path) -> None:
     (tmp_path / "srun").write_text(f'#!/bin/sh\necho "$@" >{tmp_path}/words; env >{tmp_path}/variables\n')
     job = {"SLURMD_NODENAME": "n1", "SLURM_GPUS": "4", "SLURM_GPUS_PER_NODE": "2", **TWO_NODES}
