@@ -89,6 +89,13 @@ def current_launch(environment: Mapping[str, str] = os.environ) -> Launch:
                 code="launch-variables",
             )
         return Launch("env://", int(ranks), int(rank), _store_of_torch(environment))
+    for name in ("PMI_SIZE", "MV2_COMM_WORLD_SIZE"):  # MPICH, Intel MPI, Cray PALS; MVAPICH2's mpirun_rsh
+        if (ranks := environment.get(name, "")).isdecimal() and int(ranks) > 1:
+            raise UsageError(
+                f"{name}={ranks}: this mpirun is not Open MPI's, and its ranks cannot meet: start with dist-train "
+                f"launch, srun, torchrun or Open MPI's mpirun, or unset {name} to train with one rank",
+                code="launcher-unsupported",
+            )
     return Launch("alone", 1, 0)
 
 

@@ -78,6 +78,15 @@ def test_each_launcher_is_known_by_its_variables(environment: dict[str, str], la
     assert current_launch(environment) == launch
 
 
+@pytest.mark.parametrize("name", ["PMI_SIZE", "MV2_COMM_WORLD_SIZE"])
+def test_ranks_of_another_mpi_do_not_train_alone(name: str) -> None:
+    with raises(UsageError, "launcher-unsupported"):
+        current_launch({name: "4"})
+    assert current_launch({name: "1"}).launcher == "alone"
+    assert current_launch({name: "4", **SRUN, **STEP}).launcher == "srun"  # with --mpi=pmi2
+    assert current_launch({name: "4", **TORCHRUN}).launcher == "torchrun"
+
+
 @pytest.mark.parametrize("missing", ["MASTER_ADDR", "MASTER_PORT"])
 def test_ranks_that_cannot_meet_do_not_train_alone(missing: str) -> None:
     with raises(UsageError, "launch-variables"):
