@@ -249,6 +249,7 @@ compose_command() {
             command+=("${placed[@]}")
             [[ -z ${CPU_BIND:-} ]] || command+=("--cpu-bind=$CPU_BIND")
             command+=("${container_options[@]}")
+            name_meeting_address
             ;;
         mpirun)
             ((!${#container_options[@]})) || usage_error "Pyxis needs srun: leave LAUNCHER out, or set CONTAINER to a .sif file"
@@ -269,6 +270,17 @@ compose_command() {
     else
         command+=("${dist_train[@]}")
     fi
+}
+
+# Where nodes do not know each other by name, the ranks of torch.distributed meet at the first node's address in Slurm.
+name_meeting_address() {
+    [[ -n ${node_addresses:-} && -z ${MASTER_ADDR:-} ]] || return 0
+    local names address
+    names=$(scontrol show hostnames "${SLURM_JOB_NODELIST:-}" 2>/dev/null) || return 0
+    # Each node knows itself, and this one may be the first.
+    ! getent hosts "${names##*$'\n'}" >/dev/null || return 0
+    address=$(sed -n "s/^${names%%$'\n'*} //p" <<<"$node_addresses")
+    [[ -z $address ]] || command=(env "MASTER_ADDR=$address" "${command[@]}")
 }
 
 # srun and mpirun forward SIGUSR2 to all ranks, which handle it once the run has a status.
@@ -645,6 +657,7 @@ run_in_job() {
     before_launch() {
         local names
         read_addresses
+        compose # the command may name an address
         check_nodes
         mapfile -t names < <(scontrol show hostnames "$job_nodes" 2>/dev/null)
         guard_batch_host "${names[@]}"

@@ -332,7 +332,7 @@ def _serve(server: socket.socket, node: str) -> None:
 def _reach(folder: Path, peer: str, interface: str) -> str:
     """Return why `peer` is not reached; empty if it answers with its name."""
     advertised, port = json.loads((folder / f"{peer}.at").read_text())
-    address = advertised if interface else _resolve(peer)
+    address = advertised if interface else _resolve(peer) or advertised
     if not address:
         return f"the name {peer} has no address"
     try:

@@ -44,6 +44,19 @@ def other_host_names(cluster: Cluster, tmp_path: Path) -> Iterator[None]:
         cluster.on(node, "sh", "-c", f"hostname {node}; umount /etc/hosts", folder=tmp_path)
 
 
+@pytest.fixture
+def unknown_names(cluster: Cluster, tmp_path: Path) -> Iterator[None]:
+    """Nodes that do not know each other by name."""
+    known = cluster.on("node1", "cat", "/etc/hosts", folder=tmp_path).stdout
+    for node in cluster.nodes:
+        hosts = tmp_path / f"hosts-{node}"
+        hosts.write_text(re.sub(rf"^[0-9.]+ (?!{node}$)node[0-9]\n", "", known, flags=re.MULTILINE))
+        assert cluster.on(node, "mount", "--bind", str(hosts), "/etc/hosts", folder=tmp_path).returncode == 0
+    yield
+    for node in cluster.nodes:
+        cluster.on(node, "umount", "/etc/hosts", folder=tmp_path)
+
+
 def run_doctor(cluster: Cluster, folder: Path, command: str) -> dict[str, list[tuple[str, str]]]:
     """Run `doctor --cluster` in a job on both nodes; return state and text of its checks by name."""
     options = ("--nodes=2", "--exclusive", "--wait", "--output=out", f"--wrap={command} --json")
@@ -120,6 +133,15 @@ def test_job_uses_a_network_that_all_nodes_share(
     ended = submitted.wait()
     assert "NETWORK_INTERFACE=eth0" in ended.output
     assert_finished_like(ended, submitted.run, large_batch)
+
+
+@pytest.mark.lengthy
+@pytest.mark.usefixtures("unknown_names")
+def test_torch_ranks_meet_on_nodes_that_do_not_know_each_other_by_name(
+    cluster: Cluster, tmp_path: Path, large_batch: Undisturbed
+) -> None:
+    submitted = SubmittedRun(cluster, tmp_path, large_batch.config, MAX_REQUEUES="0", **LAUNCHERS["torch"])
+    submitted.wait_for_weights_of(large_batch)
 
 
 @pytest.mark.lengthy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -40,6 +41,19 @@ def test_nodes_report_when_the_survey_is_over_though_one_never_comes(tmp_path: P
     reports = meet(tmp_path, ["node1", "node2", "node3"], {"node1": 0, "node2": 0}, over)
     assert [report.unreachable for report in reports.values()] == [{}, {}]
     assert not timer.is_alive()
+
+
+def test_nodes_whose_names_the_others_do_not_know_are_reached_at_their_addresses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = socket.gethostname()
+    monkeypatch.setattr(nodes, "_resolve", lambda name: "127.0.0.1" if name == own else "")
+    (tmp_path / "nodes").write_text("node1 node2")
+    (tmp_path / "lock").touch()
+    with ThreadPoolExecutor(2) as pool:
+        variables = ({"SLURMD_NODENAME": name} for name in ("node1", "node2"))
+        reports = [*pool.map(lambda found: report_node(tmp_path, lambda: False, found), variables)]
+    assert [(report.reached, report.unreachable) for report in reports] == [(1, {}), (1, {})]
 
 
 def survey(folder: Path, reports: Sequence[NodeReport], monkeypatch: pytest.MonkeyPatch) -> Mapping[str, str]:

@@ -442,6 +442,26 @@ def test_the_check_of_the_nodes_requests_the_gpus_that_the_run_uses(programs: st
     assert (ended.returncode, ended.stderr) == (0, "2 GPUs\n")
 
 
+@pytest.mark.parametrize(
+    ("variables", "begins"),
+    [
+        ({"KNOWN": "n1 n2"}, "srun "),
+        ({"KNOWN": "n1"}, "env MASTER_ADDR=10.0.0.1 srun "),
+        ({"KNOWN": "n1", "MASTER_ADDR": "ib-n1"}, "srun "),
+    ],
+)
+def test_ranks_meet_at_an_address_where_nodes_do_not_know_each_other_by_name(
+    programs: str, tmp_path: Path, variables: dict[str, str], begins: str
+) -> None:
+    for name, body in {"getent": '[[ " $KNOWN " == *" $2 "* ]]', "scontrol": "printf '%s\\n' n1 n2"}.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    lines = "node_addresses=$'n1 10.0.0.1\\nn2 10.0.0.2'\nprepare_ranks\necho \"${command[*]}\""
+    job = {"RANKS_PER_NODE": "1", "SLURM_JOB_NODELIST": "n[1-2]", **TWO_NODES}
+    ended = start(script_of(tmp_path, lines), PATH=programs, **job, **variables)
+    assert ended.stdout.startswith(begins), ended.stderr
+
+
 def test_the_step_that_guards_the_batch_script_s_node_holds_no_memory_nor_gpus(programs: str, tmp_path: Path) -> None:
     (tmp_path / "srun").write_text(f'#!/bin/sh\necho "$@" >{tmp_path}/words; env >{tmp_path}/variables\n')
     job = {"SLURMD_NODENAME": "n1", "SLURM_GPUS": "4", "SLURM_GPUS_PER_NODE": "2", **TWO_NODES}
