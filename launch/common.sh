@@ -57,12 +57,14 @@ find_programs() {
     # In an installed package: the Python that it is installed for.
     [[ $root != */lib*/python3*/dist_train/share ]] || python=${root%/lib*/python3*}/bin/python3
     python=${DIST_TRAIN_PYTHON:-$python}
+    local advice="run 'make setup' in $root"
+    [[ -e $root/Makefile ]] || advice='set DIST_TRAIN_PYTHON to the Python that it is installed for'
     if [[ ! -x $python ]]; then
         [[ -z ${DIST_TRAIN_PYTHON:-} ]] || fail "DIST_TRAIN_PYTHON is $python, which is not an executable"
-        python=$(command -v python3) || fail "there is no .venv and no python3; run 'make setup' in $root"
+        python=$(command -v python3) || fail "there is no .venv and no python3: $advice"
     fi
     "$python" -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("dist_train"))' ||
-        fail "dist_train is not installed for $python; run 'make setup' in $root"
+        fail "dist_train is not installed for $python: $advice"
     dist_train=("$python" -m dist_train)
     mpirun=
     local record=$root/.venv/setup.env

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -171,6 +172,7 @@ def submit_study(jobs: Sequence[Job], folder: Path) -> dict[str, str]:
     return ids
 
 
+_PYTHON = "[[ -n ${{DIST_TRAIN_PYTHON:-}} || ! -x {0} ]] || export DIST_TRAIN_PYTHON={0}"
 _OF_RUNS = ("--requeue", "--no-kill", "--signal=B:USR1@120", "--open-mode=append")
 
 
@@ -181,6 +183,9 @@ def _log_option(folder: Path, job: str) -> str:
 
 def _script(submission: Submission, requests: Sequence[str], *body: str) -> str:
     ranks, setup = submission.ranks_per_node, os.environ.get("DIST_TRAIN_SETUP")
+    # Nodes may lack this Python. The scripts find that of the project's .venv, and its mpirun, themselves.
+    is_found = Path(sys.prefix).resolve() == (submission.root / ".venv").resolve()
+    python = shlex.quote(sys.executable)
     return "\n".join(
         (
             "#!/usr/bin/env bash",
@@ -189,6 +194,7 @@ def _script(submission: Submission, requests: Sequence[str], *body: str) -> str:
             f"root={shlex.quote(str(submission.root))}",
             *([f"export RANKS_PER_NODE={ranks}"] if ranks else []),
             *([f"export DIST_TRAIN_SETUP={shlex.quote(os.path.abspath(setup))}"] if setup else []),
+            *([] if is_found else [_PYTHON.format(python)]),
             '. "$root/slurm/prologue.sh"',
             *body,
             "",

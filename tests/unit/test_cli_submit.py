@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -50,8 +53,9 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_dry_run_prints_the_script_and_submits_nothing(
-    config: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.setattr(sys, "prefix", str(project_root() / ".venv"))
     arguments = ["submit", "config.yaml", "run.seed=1", "--nodes", "1-4", "--time", "4:00:00", "--partition", "gpu"]
     late = ["--dry-run", 'noise.exclude=["norm", "bias"]', "--", "--gpus-per-node=a100:8", "--comment=two words"]
     assert main([*arguments, *late]) == ExitCode.FINISHED
@@ -59,6 +63,32 @@ def test_a_dry_run_prints_the_script_and_submits_nothing(
     assert printed.out.replace(str(tmp_path), "FOLDER").replace(shlex.quote(str(project_root())), "ROOT") == SCRIPT
     assert "32 ranks x 2 micro-batches a step" in printed.err
     assert sorted(tmp_path.iterdir()) == [config]
+
+
+@pytest.mark.parametrize(
+    ("is_on_nodes", "chosen", "used"), [(True, None, "this"), (True, "other", "other"), (False, None, "")]
+)
+def test_a_job_uses_the_python_that_submits_it(
+    is_on_nodes: bool,
+    chosen: str | None,
+    used: str,
+    config: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    this = tmp_path / "conda env" / "python"
+    if is_on_nodes:
+        this.parent.mkdir()
+        this.symlink_to(sys.executable)
+    monkeypatch.setattr(sys, "executable", str(this))
+    monkeypatch.setattr(sys, "prefix", str(this.parent))
+    assert main(["submit", str(config), "--dry-run"]) == ExitCode.FINISHED
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "DIST_TRAIN_PYTHON" in line]
+    script = f"set -euo pipefail\n{line}\nprintenv DIST_TRAIN_PYTHON || true"
+    environment = {"PATH": os.environ["PATH"]} | ({"DIST_TRAIN_PYTHON": chosen} if chosen else {})
+    ended = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert ended.stdout.strip() == (str(this) if used == "this" else used)
 
 
 @pytest.mark.parametrize("is_there", [False, True])

@@ -55,6 +55,19 @@ def test_ranks_on_other_machines_get_the_variables_of_libraries_and_caches(tmp_p
     assert "EDITOR" not in passed
 
 
+@pytest.mark.parametrize("is_checkout", [True, False])
+def test_advice_for_another_python_fits_the_installation(is_checkout: bool, tmp_path: Path) -> None:
+    if is_checkout:
+        (tmp_path / "Makefile").touch()
+    (tmp_path / "python3").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "python3").chmod(0o755)
+    command = ["bash", "-c", f". {ROOT}/launch/common.sh && root={tmp_path} && find_programs"]
+    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    ended = subprocess.run(command, env=variables, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert ("make setup" in ended.stderr, "set DIST_TRAIN_PYTHON" in ended.stderr) == (is_checkout, not is_checkout)
+
+
 @pytest.mark.parametrize("option", [("--plugin", "mine.py"), ("--plugin=mine.py",)], ids=len)
 def test_a_run_is_checked_with_its_plugins_before_the_launch(option: tuple[str, ...], tmp_path: Path) -> None:
     plugin = 'import dist_train\n@dist_train.register("schedules", "half")\ndef half(progress): return 0.5\n'
