@@ -197,13 +197,23 @@ def device_type(asked: Device = "auto") -> Literal["cpu", "cuda"]:
     return "cuda" if asked != "cpu" and torch_gpus().count else "cpu"
 
 
-def choose_device(asked: Device, *, local_rank: int) -> torch.device:
-    """Return the device for `run.device` = `asked`: GPUs round robin by local rank. Raises UsageError."""
+def choose_device(asked: Device, *, local_rank: int, local_size: int = 1) -> torch.device:
+    """Return the device for `run.device` = `asked`: GPUs round robin by local rank. Raises UsageError.
+
+    `local_size`: how many ranks of this node need to connect theirs.
+    """
     if asked == "cpu":
         return torch.device("cpu")
     found = torch_gpus()
     if kind_of_device(asked, find_gpus(os.environ), found) == "cpu":
         return torch.device("cpu")
+    slices = os.environ.get("CUDA_VISIBLE_DEVICES", "").count("MIG-")
+    if local_size > 1 and slices > 1:
+        raise UsageError(
+            f"{local_size} ranks on this node would share a GPU: CUDA shows a process one MIG slice, here of {slices}, "
+            f"and NCCL does not connect slices of one GPU. Start one rank, or ask for whole GPUs; or {_USE_CPU}",
+            code="gpu-shared",
+        )
     device = torch.device("cuda", local_rank % found.count)
     try:
         torch.ones(1, device=device)
@@ -223,7 +233,8 @@ def share_out_devices(comm: Communicator, asked: Device, timeout: float) -> torc
 
     If GPUs do not connect within a multiple of `timeout`, the process ends.
     """
-    device = run_on_all_ranks(comm, partial(choose_device, asked, local_rank=comm.local_rank), "use its device")
+    choose = partial(choose_device, asked, local_rank=comm.local_rank, local_size=comm.local_size)
+    device = run_on_all_ranks(comm, choose, "use its device")
     if comm.size > 1 and not comm.is_joining:
         placements = _gather_placements(comm, device)
         run_on_all_ranks(comm, partial(check_placements, placements, comm.has_nccl), "share out the GPUs")

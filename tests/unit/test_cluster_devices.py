@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_train.cluster import rendezvous
+from dist_train.cluster import devices, rendezvous
 from dist_train.cluster.communicator import Communicator, Pending, RankLostError, naming_lost_ranks
 from dist_train.cluster.devices import (
     GpuSigns,
@@ -199,6 +199,13 @@ def test_ranks_agree_on_their_devices_and_are_refused_together(monkeypatch: pyte
     results(3, refused)
     assert sorted(error.__name__ for error in errors) == ["PeerFailedError", "PeerFailedError", "UsageError"]
     assert PeerFailedError in errors
+
+
+def test_ranks_on_mig_slices_of_a_node_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "torch_gpus", lambda: TorchGpus("2.15.0+cu132", "CUDA 13.2", 1))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-4f2c,MIG-9a31")
+    with raises(UsageError, "gpu-shared"):
+        results(2, lambda each: share_out_devices(each, "cuda", 60.0))
 
 
 def test_devices_connect_by_a_small_sum_and_one_of_a_bucket_of_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
