@@ -1,4 +1,4 @@
-"""Settings of a rank's process: no garbage collection while it starts, and a heap that suits large arrays."""
+"""Settings of a rank's process: no garbage collection while it starts, a heap that suits large arrays; its cores."""
 
 from __future__ import annotations
 
@@ -6,8 +6,22 @@ import ctypes
 import gc
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
+from pathlib import Path
+
+_CGROUP = Path("/sys/fs/cgroup")  # in a container its own
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use: those that it is bound to, or a container's CPU quota."""
+    cores = len(os.sched_getaffinity(0))
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # cgroups v2; v1
+        with suppress(OSError, ValueError):  # no such file; "max", which is no number
+            quota, period = map(int, " ".join((_CGROUP / name).read_text() for name in names).split())
+            if quota > 0:  # microseconds in each period
+                cores = min(cores, max(1, quota // period))
+    return cores
 
 
 @contextmanager

@@ -87,8 +87,9 @@ need_mpirun() {
 
 # threads_each N: this machine's cores divided by N ranks.
 threads_each() {
-    local threads=$(($(nproc) / $1))
-    echo $((threads > 0 ? threads : 1))
+    local cores
+    cores=$("$python" -c 'from dist_train.start_up import usable_cores; print(usable_cores())')
+    echo $((cores > $1 ? cores / $1 : 1))
 }
 
 # set_rank_environment THREADS: sets `launch_id`, and the ranks' environment as NAME=VALUE words in

@@ -17,6 +17,7 @@ from dist_train.cluster.launch import LISTEN_FD
 from dist_train.outcome import ExitCode, say_on_stderr
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.status import LAUNCH_VARIABLE, record_lost
+from dist_train.start_up import usable_cores
 
 _STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP}
 SIGNALS = _STOP_SIGNALS | {signal.SIGCHLD}
@@ -186,7 +187,7 @@ def rank_environment(environment: Mapping[str, str], rank: int, size: int, more:
     such as where the ranks meet.
     """
     kept = {name: value for name, value in environment.items() if not name.startswith(_OTHER_LAUNCHERS)}
-    threads = max(1, len(os.sched_getaffinity(0)) // size)
+    threads = max(1, usable_cores() // size)
     kept.setdefault("OMP_NUM_THREADS", str(threads))
     numbers = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
     return {**kept, **{name: str(value) for name, value in numbers.items()}, "MASTER_ADDR": "127.0.0.1", **more}

@@ -25,6 +25,7 @@ from dist_train.config import Config, DataSettings
 from dist_train.config.sections import Device
 from dist_train.monitoring.prometheus.http_server import Site, bind
 from dist_train.outcome import UsageError
+from dist_train.start_up import usable_cores
 
 State = Literal["fine", "note", "fails"]  # usable; training runs without it; training cannot run here
 
@@ -135,7 +136,7 @@ def check_devices(asked: Device) -> Check:
     from dist_train.cluster import devices
     from dist_train.kernels.operators import why_no_triton
 
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / _GIBIBYTE
     processor = f"{cores} CPU cores, {memory:.0f} GiB of memory"
     signs, found = devices.find_gpus(os.environ), devices.torch_gpus()

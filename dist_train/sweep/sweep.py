@@ -18,6 +18,7 @@ from dist_train.monitoring import wording
 from dist_train.outcome import ExitCode
 from dist_train.rundir.paths import try_to_lock
 from dist_train.rundir.status import read_status
+from dist_train.start_up import usable_cores
 from dist_train.sweep.planned_runs import Plan, PlannedRun
 from dist_train.sweep.standing import Standing, standing_of
 
@@ -44,7 +45,7 @@ class Launcher:
 
 def threads_per_rank(jobs: int, ranks: int) -> int:
     """Return the threads per rank if `jobs` concurrent runs of `ranks` ranks share this machine's cores."""
-    return max(1, len(os.sched_getaffinity(0)) // (jobs * ranks))
+    return max(1, usable_cores() // (jobs * ranks))
 
 
 class RunProcess:

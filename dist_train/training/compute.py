@@ -18,7 +18,7 @@ from dist_train.checkpoint.state import Progress
 from dist_train.config import PrecisionSettings
 from dist_train.kernels import operators
 from dist_train.outcome import CodedError, UsageError
-from dist_train.start_up import keep_freed_memory, keep_small_objects_together, use_large_pages
+from dist_train.start_up import keep_freed_memory, keep_small_objects_together, usable_cores, use_large_pages
 
 _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _OUT_OF_MEMORY = (
@@ -158,7 +158,7 @@ def share_of_threads(local_size: int) -> int:
     requested = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
     if requested.isdecimal() and int(requested) > 0:
         return int(requested)
-    return max(1, len(os.sched_getaffinity(0)) // local_size)
+    return max(1, usable_cores() // local_size)
 
 
 def runs_in_memory(work: Callable[[], object], alone: str = "") -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from dist_train import start_up
 from dist_train.cli.main import main
 from dist_train.config import dump_config
 from dist_train.outcome import ExitCode
@@ -87,6 +88,7 @@ class TestOrder:
 
     def test_cores_are_divided_among_runs(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(12)))
+        monkeypatch.setattr(start_up, "_CGROUP", tmp_path)
         assert [threads_per_rank(*shares) for shares in ((1, 1), (2, 3), (5, 5))] == [12, 2, 1]
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
         assert Launcher(threads=5).environment()["OMP_NUM_THREADS"] == "5"

@@ -68,6 +68,15 @@ def test_advice_for_another_python_fits_the_installation(is_checkout: bool, tmp_
     assert ("make setup" in ended.stderr, "set DIST_TRAIN_PYTHON" in ended.stderr) == (is_checkout, not is_checkout)
 
 
+@pytest.mark.parametrize(("ranks", "threads"), [(1, 6), (4, 1), (99, 1)])
+def test_ranks_share_the_cores_that_python_counts(ranks: int, threads: int, tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho 6\n")
+    python.chmod(0o755)
+    command = ["bash", "-euc", f". {ROOT}/launch/common.sh; python={python}; threads_each {ranks}"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() == [str(threads)]
+
+
 @pytest.mark.parametrize("option", [("--plugin", "mine.py"), ("--plugin=mine.py",)], ids=len)
 def test_a_run_is_checked_with_its_plugins_before_the_launch(option: tuple[str, ...], tmp_path: Path) -> None:
     plugin = 'import dist_train\n@dist_train.register("schedules", "half")\ndef half(progress): return 0.5\n'

@@ -1,15 +1,22 @@
-"""A start looks for no garbage, and sets the allocator."""
+"""A start looks for no garbage, and sets the allocator; cores are those of the container."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from dist_train.start_up import keep_freed_memory, without_collection
+from dist_train import start_up
+from dist_train.cluster.local_launch import rank_environment
+from dist_train.launching.doctor import check_devices
+from dist_train.start_up import keep_freed_memory, usable_cores, without_collection
+from dist_train.sweep.sweep import threads_per_rank
+from dist_train.training.compute import share_of_threads
 
 
 @pytest.fixture(autouse=True)
@@ -48,3 +55,37 @@ def test_freed_memory_is_kept_also_where_glibc_refuses_a_large_threshold(
     libc = SimpleNamespace(mallopt=lambda option, value: int(option not in refused))
     monkeypatch.setattr(ctypes, "CDLL", lambda name: libc)
     assert keep_freed_memory() is is_kept
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({}, 8),
+        ({"cpu.max": "max 100000\n"}, 8),
+        ({"cpu.max": "350000 100000\n"}, 3),
+        ({"cpu.max": "50000 100000\n"}, 1),
+        ({"cpu.max": "1600000 100000\n"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "200000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 2),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 8),
+    ],
+)
+def test_cores_are_those_of_a_container_s_quota(
+    files: Mapping[str, str], cores: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(start_up, "_CGROUP", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
+    assert usable_cores() == cores
+
+
+def test_threads_of_every_start_follow_the_quota(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "cpu.max").write_text("400000 100000\n")
+    monkeypatch.setattr(start_up, "_CGROUP", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(64)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert share_of_threads(2) == 2
+    assert threads_per_rank(jobs=2, ranks=1) == 2
+    assert rank_environment({}, 0, 2, {})["OMP_NUM_THREADS"] == "2"
+    assert "4 CPU cores" in check_devices("cpu").detail

@@ -18,6 +18,8 @@ from torch._dynamo import config as dynamo_settings
 from torch.fx import GraphModule
 
 from dist_train.cluster.communicator import Alone, GroupBrokenError
+from dist_train import start_up
+from dist_train.cluster.communicator import Alone
 from dist_train.config import PrecisionSettings
 from dist_train.kernels import operators
 from dist_train.launching.assembly import _with_micro_size
@@ -46,9 +48,10 @@ CPU = torch.device("cpu")
     [("3", 1, 3), ("4,2", 8, 4), ("", 1, 6), ("0", 2, 3), ("many", 4, 1), ("-2", 3, 2), ("", 99, 1)],
 )
 def test_threads_are_what_is_asked_for_else_an_even_share_of_the_cores(
-    monkeypatch: pytest.MonkeyPatch, variable: str, local_size: int, threads: int
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variable: str, local_size: int, threads: int
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    monkeypatch.setattr(start_up, "_CGROUP", tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)))
     assert share_of_threads(local_size) == threads
 
