@@ -532,16 +532,18 @@ compose_elastic_command() {
         --restarts "${MAX_RESTARTS:-${MAX_REQUEUES:-3}}")
 }
 
-# Prints the address of this node for the job's other nodes.
+# Prints the address of this node for the job's other nodes: IPv4, or IPv6 if it has no other.
 own_address() {
     local address='' name=${SLURMD_NODENAME:-$(uname -n)}
+    # Some nodes resolve their own name to 127.*.
+    # shellcheck disable=SC2016  # awk's own fields
+    local choose='$1 ~ /^(127\.|::1$|fe80:)/ { next } /:/ && !six { six = $1 } !/:/ && !four { four = $1 } END { print four ? four : six }'
     if [[ -n ${NETWORK_INTERFACE:-} ]]; then
-        address=$(ip -4 -oneline address show dev "$NETWORK_INTERFACE" | sed -nE '1s/.* inet ([0-9.]+).*/\1/p') || address=
+        address=$(ip -oneline address show dev "$NETWORK_INTERFACE" | sed -nE 's|.* inet6? ([^ /]+).*|\1|p' | awk "$choose") || address=
     else
-        # Some nodes resolve their own name to 127.*.
         name=$(scontrol show node "$name" --oneliner 2>/dev/null | sed -n 's/.* NodeAddr=\([^ ]*\) .*/\1/p') || name=
         [[ -n $name ]] || name=$(uname -n)
-        address=$({ getent ahostsv4 "$name"; hostname -I | tr ' ' '\n'; } | awk '$1 ~ /^[0-9.]+$/ && $1 !~ /^127\./ { print $1; exit }') || address=
+        address=$({ getent ahosts "$name"; hostname -I | tr ' ' '\n'; } | awk "$choose") || address=
     fi
     echo "${address:-$name}"
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import json
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -268,11 +269,15 @@ def _check_range(option: str, value: int, least: int, most: int | None) -> None:
 
 
 def _address(text: str) -> tuple[str, int]:
-    """Return the host and the port (0 if there is none) of HOST[:PORT]."""
-    host, _, port = text.partition(":")
-    if not host or host == "0.0.0.0" or (port and not (port.isdecimal() and int(port) < 2**16)):  # nosec B104
-        raise argparse.ArgumentTypeError(f"{text!r} is no address that other nodes can reach: HOST or HOST:PORT")
-    return host, int(port or 0)
+    """Return the host and the port (0 if there is none) of HOST[:PORT], [IPV6][:PORT] or IPV6."""
+    bracketed = f"[{text}]" if text.count(":") > 1 and not text.startswith("[") else text
+    found = re.fullmatch(r"(?:\[([\dA-Fa-f:.]+)\]|([^][:]+))(?::(\d*))?", bracketed)
+    host, port = (found[1] or found[2], int(found[3] or 0)) if found else ("", 0)
+    if host in ("", "0.0.0.0", "::") or port >= 2**16:  # nosec B104
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no address that other nodes can reach: HOST, HOST:PORT or [IPV6]:PORT"
+        )
+    return host, port
 
 
 def add_evaluate(subparsers: Subparsers) -> None:

@@ -79,10 +79,11 @@ def launch_elastic(
 def _admitting_others(server: MembershipServer, run: Path, launch: str) -> Iterator[None]:
     """Keep a file, readable by this user alone, by which launchers of other nodes can join during the block."""
     host, port = server.address
+    place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     path = run / f"join-{launch}.json"
 
     def write(nodes: Sequence[str]) -> None:
-        content = {"address": f"{host}:{port}", "token": server.token, "nodes": list(nodes)}
+        content = {"address": place, "token": server.token, "nodes": list(nodes)}
         atomic.write_text(path, json.dumps(content) + "\n")
 
     def rewrite(nodes: Sequence[str]) -> None:
@@ -99,7 +100,7 @@ def _admitting_others(server: MembershipServer, run: Path, launch: str) -> Itera
         ) from error
     if ipaddress.ip_address(host).is_loopback:
         say(f"only this machine can reach {host}")
-    say(f"listens at {host}:{port}; other nodes join by: dist-train launch -np N --join {path}")
+    say(f"listens at {place}; other nodes join by: dist-train launch -np N --join {path}")
     server.nodes_changed = rewrite
     try:
         yield

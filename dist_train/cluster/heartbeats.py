@@ -21,11 +21,22 @@ Address = tuple[str, int]
 
 def own_addresses() -> list[str]:
     """Return the addresses of this node's interfaces, IPv4 first, loopback last."""
-    found = [*interface_addresses().values(), *_ipv6_addresses()]
+    found = [*interface_addresses().values(), *(address for _, address in _ipv6_addresses())]
     with suppress(OSError):  # a node may not know its own name
         found += [str(info[4][0]) for info in socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_DGRAM)]
     unique = list(dict.fromkeys(found))
-    return sorted(unique, key=lambda address: address.startswith("127.") or address == "::1")
+    return sorted(unique, key=lambda address: (is_loopback(address), ":" in address))
+
+
+def is_loopback(address: str) -> bool:
+    """Whether only this node reaches `address`, IPv4 or IPv6."""
+    return address.startswith("127.") or address == "::1"
+
+
+def resolve(name: str) -> str:
+    """Return the address of the host `name`: IPv4, or IPv6 if it has no other. Raises OSError."""
+    found = [str(info[4][0]) for info in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)]
+    return min(found, key=lambda address: ":" in address)
 
 
 def open_datagrams() -> socket.socket:
@@ -57,23 +68,26 @@ def _configured(datagrams: socket.socket) -> socket.socket:
 
 
 def interface_addresses() -> dict[str, str]:
-    """Return the IPv4 address of each of this node's interfaces that has one."""
+    """Return the address of each of this node's interfaces that has one: IPv4, or IPv6 if it has no other."""
     found = {}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as query:
         for _, name in socket.if_nameindex():
             with suppress(OSError):
                 answer = fcntl.ioctl(query.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
                 found[name] = socket.inet_ntoa(answer[20:24])
+    for name, address in _ipv6_addresses():
+        found.setdefault(name, address)
     return found
 
 
-def _ipv6_addresses() -> list[str]:
+def _ipv6_addresses() -> list[tuple[str, str]]:
+    """Return interfaces and their IPv6 addresses, without those that only neighbours on one link reach."""
     try:
         lines = Path("/proc/net/if_inet6").read_text().splitlines()
     except OSError:
         return []
-    addresses = (IPv6Address(bytes.fromhex(line.split()[0])) for line in lines)
-    return [str(address) for address in addresses if not address.is_link_local]
+    found = ((line.split()[-1], IPv6Address(bytes.fromhex(line.split()[0]))) for line in lines)
+    return [(name, str(address)) for name, address in found if not address.is_link_local]
 
 
 TOKEN_BYTES = 32  # length of the launch's token, a secret that no datagram contains

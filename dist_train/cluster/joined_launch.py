@@ -59,14 +59,14 @@ def entry_of(place: str, environment: Mapping[str, str] = os.environ) -> Entry:
                 f"directory in place of the address",
                 code="join-token",
             )
-        return Entry(host, int(port), token)
+        return Entry(host.strip("[]"), int(port), token)
     path = Path(place)
     try:
         with atomic.open_regular(path) as file:
             mode = os.fstat(file.fileno()).st_mode
             fields = json.loads(file.read())
         host, _, port = str(fields["address"]).rpartition(":")
-        entry = Entry(host, int(port), str(fields["token"]))
+        entry = Entry(host.strip("[]"), int(port), str(fields["token"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
             f"--join takes HOST:PORT, or the file join-*.json in the directory of a run whose launcher has --listen "

@@ -14,6 +14,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from dist_train.cluster.heartbeats import resolve
+
 _LONGEST_LINE = 1 << 20
 
 
@@ -97,7 +99,9 @@ class MessageServer:
         self._token = token
         self._handle = handle
         self._lose = lose
-        self._listener = socket.create_server(address, backlog=128)
+        host, port = resolve(address[0]), address[1]
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._listener = socket.create_server((host, port), family=family, backlog=128)
         self._listener.setblocking(False)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from dist_train.cluster.heartbeats import interface_addresses
+from dist_train.cluster.heartbeats import interface_addresses, is_loopback, resolve
 from dist_train.cluster.inspection import installed_version
 from dist_train.cluster.launch import command_output
 from dist_train.outcome import UsageError
@@ -48,7 +48,7 @@ _POLL_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class NodeReport:
-    """What one node sees. `addresses`: IPv4, by interface.
+    """What one node sees. `addresses`: by interface.
 
     `reached`: how many of its next peers it reaches; `unreachable`: those that it does not, with reasons.
     """
@@ -141,7 +141,7 @@ def report_node(folder: Path, is_over: Callable[[], bool], environment: Mapping[
     report = NodeReport(
         node,
         time.time(),
-        {name: address for name, address in addresses.items() if not address.startswith("127.")},
+        {name: address for name, address in addresses.items() if not is_loopback(address)},
         own,
         {"Python": platform.python_version(), **{name: installed_version(name) for name in _COMPARED}},
         len([gpu for gpu in visible.split(",") if gpu not in _NO_GPU]),
@@ -220,7 +220,7 @@ def _differences(reports: Sequence[NodeReport], begun: float, ended: float, requ
         if requested and requested not in report.addresses:
             fix = f"{INTERFACE_VARIABLE} names one that all nodes have"
             yield Fault((report.node,), f"has no interface {requested} with an address", fix)
-        if report.own_address.startswith("127.") and report.addresses and not requested:
+        if is_loopback(report.own_address) and report.addresses and not requested:
             text = f"its own name is {report.own_address} to it, where no other node reaches it"
             fix = f"give the name the node's address in /etc/hosts, or set {INTERFACE_VARIABLE}"
             yield Fault((report.node,), text, fix, is_fatal=False)
@@ -292,7 +292,12 @@ def _meet(
     folder: Path, node: str, nodes: Sequence[str], own: str, interface: str, is_over: Callable[[], bool]
 ) -> dict[str, str]:
     """Serve our name until all have met, and return for our next peers why they are not reached; empty if they are."""
-    with socket.create_server(("", 0)) as server, ThreadPoolExecutor(_MOST_PEERS) as pool:
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    with (
+        socket.create_server(("", 0), family=family, dualstack_ipv6=both) as server,
+        ThreadPoolExecutor(_MOST_PEERS) as pool,
+    ):
         threading.Thread(target=_serve, args=(server, node), daemon=True).start()
         swap_text(folder / f"{node}.at", json.dumps([own, server.getsockname()[1]]))
         index = nodes.index(node) if node in nodes else 0
@@ -346,6 +351,6 @@ def _reach(folder: Path, peer: str, interface: str) -> str:
 
 def _resolve(name: str) -> str:
     try:
-        return socket.gethostbyname(name)
+        return resolve(name)
     except OSError:
         return ""

@@ -152,6 +152,31 @@ class TestProgram:
         assert f"[{code}]" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            ("node1", ("node1", 0)),
+            ("node1:80", ("node1", 80)),
+            ("10.0.0.1:80", ("10.0.0.1", 80)),
+            ("fd00::2", ("fd00::2", 0)),
+            ("[fd00::2]", ("fd00::2", 0)),
+            ("[fd00::2]:80", ("fd00::2", 80)),
+        ],
+    )
+    def test_a_launch_listens_at_a_name_or_an_address_of_either_kind(
+        self, text: str, expected: tuple[str, int]
+    ) -> None:
+        assert program.parse(["launch", "--listen", text]).listen == expected
+
+    @pytest.mark.parametrize(
+        "text",
+        ["", ":80", "0.0.0.0", "::", "[::]:80", "node1:x", "node1:65536", "node1:80:80", "[node1]:80", "[fd00::2"],
+    )
+    def test_a_launch_does_not_listen_where_other_nodes_cannot_reach_it(self, text: str) -> None:
+        with pytest.raises(SystemExit) as ended:
+            program.parse(["launch", "--listen", text])
+        assert ended.value.code == ExitCode.USAGE
+
+    @pytest.mark.parametrize(
         ("options", "settings", "expected"),
         [
             ([], ["launch.min_ranks=1", "launch.restarts=3"], Elasticity(2, 1, 2, 3, 60.0)),

@@ -17,6 +17,7 @@ from dist_train.cluster.heartbeats import (
     encode,
     loss_message,
     name_ranks,
+    resolve,
 )
 
 TIMEOUT, BEAT = 60.0, 5.0
@@ -138,3 +139,7 @@ def test_who_hears_a_datagram_cannot_make_another_from_it() -> None:
     heard = encode(TOKEN, Datagram(Kind.BEAT, 1, text="node1 4242"))
     assert TOKEN[:16] not in heard
     assert decode(TOKEN, heard[:16] + encode(TOKEN, Datagram(Kind.LOST, 0, text="end"))[16:]) is None
+
+
+def test_names_without_ipv4_have_their_ipv6_address() -> None:
+    assert [resolve(name) for name in ("localhost", "127.0.0.2", "fd00::2")] == ["127.0.0.1", "127.0.0.2", "fd00::2"]

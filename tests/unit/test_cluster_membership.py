@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from dist_train.cluster.communicator import Generation, RankLostError
-from dist_train.cluster.elastic_launch import LocalProcesses, _ElasticRanks
+from dist_train.cluster.elastic_launch import LocalProcesses, _admitting_others, _ElasticRanks
 from dist_train.cluster.joined_launch import Entry, RemoteCoordinator, entry_of
 from dist_train.cluster.member import Member, Pulse
 from dist_train.cluster.membership import (
@@ -140,8 +140,8 @@ def test_the_end_of_all_that_held_the_state_ends_those_who_join() -> None:
 
 
 @contextmanager
-def serving(size: int, timeout: float, most: int | None = None) -> Iterator[MembershipServer]:
-    server = MembershipServer(limits(size, most=most, timeout=timeout))
+def serving(size: int, timeout: float, most: int | None = None, host: str = "127.0.0.1") -> Iterator[MembershipServer]:
+    server = MembershipServer(limits(size, most=most, timeout=timeout), host)
     is_over = threading.Event()
 
     def serve() -> None:
@@ -317,14 +317,26 @@ def joining(server: MembershipServer, count: int, token: str | None = None) -> R
     return RemoteCoordinator(Entry(*server.address, server.token if token is None else token), count)
 
 
+def test_launchers_and_ranks_join_over_ipv6(tmp_path: Path) -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    with training_alone(most=2, host="::1") as server, _admitting_others(server, tmp_path, "launch"):
+        entry = entry_of(str(tmp_path / "join-launch.json"))
+        assert entry.host == "::1"
+        with RemoteCoordinator(entry, 1) as coordinator:
+            assert slots_of(coordinator) == [1]
+
+
 def slots_of(coordinator: RemoteCoordinator) -> Sequence[int]:
     slots: Sequence[int] = coordinator.await_start()["slots"]
     return slots
 
 
 @contextmanager
-def training_alone(most: int) -> Iterator[MembershipServer]:
-    with serving(1, 5.0, most) as server:
+def training_alone(most: int, host: str = "127.0.0.1") -> Iterator[MembershipServer]:
+    with serving(1, 5.0, most, host) as server:
         alone = member(server, 0)
         meet([alone])
         begin_training(server, [alone])
@@ -423,3 +435,4 @@ def test_nobody_runs_what_a_readable_file_names(tmp_path: Path) -> None:
     file.chmod(0o600)
     assert entry_of(str(file)) == Entry("10.0.0.1", 99, "secret")
     assert entry_of("node1:99", {TOKEN_VARIABLE: "secret"}) == Entry("node1", 99, "secret")
+    assert entry_of("[fd00::2]:99", {TOKEN_VARIABLE: "secret"}) == Entry("fd00::2", 99, "secret")

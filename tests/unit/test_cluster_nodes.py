@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from dist_train.cluster import nodes
+from dist_train.cluster.heartbeats import resolve
 from dist_train.cluster.nodes import NodeReport, as_line, report_node, survey_nodes
 
 
@@ -48,12 +49,25 @@ def test_nodes_whose_names_the_others_do_not_know_are_reached_at_their_addresses
 ) -> None:
     own = socket.gethostname()
     monkeypatch.setattr(nodes, "_resolve", lambda name: "127.0.0.1" if name == own else "")
-    (tmp_path / "nodes").write_text("node1 node2")
-    (tmp_path / "lock").touch()
+    assert meet_by_name(tmp_path) == [(1, {}), (1, {})]
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
+def test_nodes_whose_names_have_only_ipv6_addresses_are_reached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nodes, "_resolve", lambda name: resolve("::1"))
+    assert meet_by_name(tmp_path) == [(1, {}), (1, {})]
+
+
+def meet_by_name(folder: Path) -> list[tuple[int, Mapping[str, str]]]:
+    """Return how many of the others each of two nodes reaches, and which it does not."""
+    (folder / "nodes").write_text("node1 node2")
+    (folder / "lock").touch()
     with ThreadPoolExecutor(2) as pool:
         variables = ({"SLURMD_NODENAME": name} for name in ("node1", "node2"))
-        reports = [*pool.map(lambda found: report_node(tmp_path, lambda: False, found), variables)]
-    assert [(report.reached, report.unreachable) for report in reports] == [(1, {}), (1, {})]
+        reports = [*pool.map(lambda found: report_node(folder, lambda: False, found), variables)]
+    return [(report.reached, report.unreachable) for report in reports]
 
 
 def survey(folder: Path, reports: Sequence[NodeReport], monkeypatch: pytest.MonkeyPatch) -> Mapping[str, str]:

@@ -250,6 +250,26 @@ def test_a_run_that_continues_without_lost_nodes_begins_with_the_ranks_of_all(pr
     assert not found[1].startswith("127.")
 
 
+@pytest.mark.parametrize(
+    ("of_name", "of_interfaces", "expected"),
+    [
+        ("10.0.0.1 fd00::1", "10.0.0.2", "10.0.0.1"),
+        ("127.0.1.1", "10.0.0.2 fd00::2 ", "10.0.0.2"),
+        ("::1 fd00::1", "fe80::2 fd00::2", "fd00::1"),
+        ("", "", "n1"),
+    ],
+)
+def test_a_node_has_an_address_that_others_reach(
+    programs: str, tmp_path: Path, of_name: str, of_interfaces: str, expected: str
+) -> None:
+    lines = f"printf '%s STREAM\\n' {of_name}" if of_name else "exit 2"
+    for name, body in {"getent": lines, "hostname": f"echo '{of_interfaces}'", "uname": "echo n1"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    ended = start(script_of(tmp_path, "own_address"), PATH=programs, **TWO_NODES)
+    assert ended.stdout.split() == [expected], ended.stderr
+
+
 def test_a_run_that_continues_without_lost_nodes_may_compute_on_gpus(programs: str) -> None:
     command = command_of(PATH=programs, SLURM_GPUS_ON_NODE="2", MIN_RANKS="1", RUN_DIR="/scratch/run")
     assert " --start-with 4 --min-ranks 1 --max-ranks 4 " in command
