@@ -52,7 +52,7 @@ PluginName = Annotated[
 
 Options = dict[str, Any]
 
-_PLACES: Mapping[str, Kind] = {
+PLACES: Mapping[str, Kind] = {
     "model.name": "models",
     "data.name": "data_sets",
     "data.augment": "augmentations",
@@ -128,21 +128,6 @@ def is_plugin(name: str) -> bool:
     return ":" in name
 
 
-def may_name_one_plugin(path: str, name: str, other: str, model: type[BaseModel]) -> bool:
-    """Whether two names in the setting at `path` of `model`, the configuration, may be of one plug-in.
-
-    A file may be named by several paths. A short name, whose file is not known, may be any plug-in's.
-    """
-    if path not in _PLACES or not (is_plugin(name) or is_plugin(other)):
-        return False
-    if not {name, other}.isdisjoint(_choices(model, path)):
-        return False
-    (place, _, own), (other_place, _, other_own) = (each.rpartition(":") for each in (name, other))
-    if place.endswith(".py") and other_place.endswith(".py"):
-        place, other_place = Path(place).name, Path(other_place).name
-    return not (place and other_place) or (place, own) == (other_place, other_own)
-
-
 def load_plugin(name: str) -> Any:
     """Return the function or class that `name` names. Raises UsageError if there is none, or it cannot be imported."""
     place, _, attribute = name.rpartition(":")
@@ -202,10 +187,10 @@ def place_of(error: Exception, target: Any) -> str:
 
 def named_plugins(settings: Mapping[str, Any]) -> Iterator[tuple[str, str, str, Options]]:
     """Yield each plug-in in complete `settings`: its setting, its name, the setting of its options, and the options."""
-    for path in _PLACES:
+    for path in PLACES:
         for place, section, key in sections_with(settings, path.split(".")):
             name = section.get(key)
-            if isinstance(name, str) and (is_plugin(name) or _PLACES[path] == "loggers"):
+            if isinstance(name, str) and (is_plugin(name) or PLACES[path] == "loggers"):
                 options = OPTION_KEYS.get(path, "options")
                 yield f"{place}{key}", name, f"{place}{options}", section.get(options, {})
 
@@ -241,7 +226,7 @@ def _problems_of_calls(settings: Mapping[str, Any]) -> Iterator[Problem]:
             signature = inspect.signature(target)
         except (UsageError, TypeError, ValueError):
             continue
-        kind = _PLACES[re.sub(r"\.\d+\.", ".*.", path)]
+        kind = PLACES[re.sub(r"\.\d+\.", ".*.", path)]
         arguments, result = _CALLS[kind]
         if "options" in signature.parameters:
             arguments = f"{arguments}, options="
@@ -281,7 +266,7 @@ def with_long_names(settings: Mapping[str, Any], more: Sequence[str], model: typ
                 wrong = f"two {mark[0]} are registered as {mark[1]}: {registered[mark]} and {file}:{attribute}"
                 raise ConfigError.of("plugins", "plugins", wrong, code="plugin-ambiguous", value=mark[1])
             registered[mark] = f"{file}:{attribute}"
-    for path, kind in _PLACES.items():
+    for path, kind in PLACES.items():
         for _, section, key in sections_with(changed, path.split(".")):
             name = section.get(key)
             if isinstance(name, str) and not is_plugin(name) and name not in choices_of(model, path):
@@ -297,8 +282,8 @@ def short_names(settings: Mapping[str, Any], more: Sequence[str]) -> dict[str, l
     # what a script registers is found once the settings name its file
     file = getattr(script, "__file__", "FILE.py")
     marks += [(kind, f"{file}:{name}") for (kind, _), name, _ in _registered(script)]
-    names = {path: [name for each, name in marks if each == kind] for path, kind in _PLACES.items()}
-    for path, kind in _PLACES.items():
+    names = {path: [name for each, name in marks if each == kind] for path, kind in PLACES.items()}
+    for path, kind in PLACES.items():
         names[path].extend(sorted(metadata.entry_points(group=f"dist_train.{kind}").names))
     names["model.name"].extend(f"{library}:NAME" for library in _shipped("model_libraries"))
     return names
@@ -310,7 +295,7 @@ def from_folder(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     files = changed.get("plugins")
     if isinstance(files, list | tuple):
         changed["plugins"] = [_absolute(folder, file) for file in files]
-    for path in _PLACES:
+    for path in PLACES:
         for _, section, key in sections_with(changed, path.split(".")):
             if isinstance(name := section.get(key), str) and is_plugin(name):
                 place, _, attribute = name.rpartition(":")

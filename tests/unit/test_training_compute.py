@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from torch._dynamo import config as dynamo_settings
 from torch.fx import GraphModule
 
-from dist_train.cluster.communicator import Alone, GroupBrokenError
 from dist_train import start_up
-from dist_train.cluster.communicator import Alone
+from dist_train.cluster.communicator import Alone, GroupBrokenError
 from dist_train.config import PrecisionSettings
 from dist_train.kernels import operators
 from dist_train.launching.assembly import _with_micro_size
