@@ -281,7 +281,7 @@ def test_the_folder_of_studies_has_the_name_that_sweep_gives_it(
 ) -> None:
     command = ["submit", "--study", str(write_study(tmp_path)), "--dry-run", option, str(tmp_path / "there")]
     assert main(command) == ExitCode.FINISHED
-    assert f"report_in_job {tmp_path}/there/small\n" in capsys.readouterr().out
+    assert f"DIRECTORY={tmp_path}/there/small\nOUTPUT=\nreport_in_job runs\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", [["sweep", "--list"], ["submit", "--study", "--dry-run"]])
