@@ -119,6 +119,16 @@ class Session:
                 self.comm.size - parts,
                 self.comm.size,
             )
+        ghost, micro = trainer.config.model.ghost_size, trainer.plan.micro_size
+        if trainer.config.model.norm == "ghost" and micro < min(ghost, trainer.config.batch.global_size):
+            _logger.warning(
+                "ghost norm takes its statistics over micro-batches of %d samples, not over model.ghost_size, %d: set "
+                "batch.micro_size to %d or more, or model.ghost_size to %d",
+                micro,
+                ghost,
+                ghost,
+                micro,
+            )
         if resume_point.gone is not None:
             _logger.warning(
                 "%s is gone: the run resumes from its own last checkpoint, step %d",

@@ -39,7 +39,14 @@ def test_the_pair_differs_in_the_batch_the_name_and_the_warm_up_alone() -> None:
     changed = {
         f"{section}.{key}" for section in small for key in small[section] if small[section][key] != large[section][key]
     }
-    assert changed == {"run.name", "batch.global_size", "batch.micro_size", "schedule.warmup_epochs"}
+    assert changed == {"run.name", "batch.global_size", "schedule.warmup_epochs"}
+
+
+@pytest.mark.parametrize("name", [path.stem for path in SHIPPED if path.stem not in ("base", "paper")])
+def test_ghost_norm_has_its_size_on_any_number_of_ranks(name: str) -> None:
+    config = load_config(FOLDER / f"{name}.yaml")
+    assert isinstance(config.batch.micro_size, int)
+    assert config.batch.micro_size >= config.model.ghost_size
 
 
 def test_the_large_batch_is_the_same_run_on_1_to_64_ranks_none_of_which_is_idle() -> None:

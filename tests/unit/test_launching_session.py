@@ -165,6 +165,25 @@ def test_ranks_without_a_micro_batch_are_warned_of_once(
     assert caplog.text.count("leaves 1 of the 3 ranks without work") == warnings
 
 
+@pytest.mark.parametrize(
+    ("norm", "micro_size", "global_size", "warnings"),
+    [("ghost", 6, 26, 1), ("ghost", "auto", 26, 1), ("ghost", 8, 26, 0), ("ghost", 6, 6, 0), ("batch", 6, 26, 0)],
+)
+def test_micro_batches_smaller_than_the_ghost_size_are_warned_of_once(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    norm: str,
+    micro_size: int | str,
+    global_size: int,
+    warnings: int,
+) -> None:
+    model = {"norm": norm, "ghost_size": 8}
+    batch = {"global_size": global_size, "micro_size": micro_size}
+    # an even share of 26 samples among six ranks: 4
+    results(6, lambda comm: begun(tmp_path / "run", comm, model=model, batch=batch))
+    assert sum("model.ghost_size" in message for message in caplog.messages) == warnings
+
+
 def test_outside_of_slurm_there_is_no_job_and_nothing_was_requeued(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
