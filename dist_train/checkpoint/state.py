@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -91,6 +91,8 @@ def find_resume_point(config: Config, directory: RunDirectory) -> ResumePoint:
     if contents is None and named is not None:
         # The run starts from another run's checkpoint; once it has its own, it resumes from that, as when requeued.
         contents = read_stored(named).contents
+        no_best = {"best_saved_step": None, "best_saved_accuracy": None}  # that run's is not in this one's folder
+        contents = replace(contents, metrics={**contents.metrics, **no_best})
     if contents is None:
         return ResumePoint(config, None, damage, initial=_initial_weights(config))
     saved = saved_config(contents, config)

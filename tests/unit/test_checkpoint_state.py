@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torchvision import models
 
-from dist_train.checkpoint.files import list_checkpoints, remove_checkpoint, write_checkpoint
+from dist_train.checkpoint.files import find_checkpoint, list_checkpoints, prune, remove_checkpoint, write_checkpoint
 from dist_train.checkpoint.state import (
     Progress,
     find_initial,
@@ -31,7 +31,7 @@ from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import PeerFailedError, UsageError
 from dist_train.rundir.paths import RunDirectory
 from tests.raising import raises
-from tests.unit.checkpoint_files import contents
+from tests.unit.checkpoint_files import contents, write
 from tests.unit.simulated_ranks import on_ranks, results
 from tests.unit.small_trainers import build_trainer, state_of
 from tests.unit.test_rundir_paths import DECIDED, parse
@@ -204,6 +204,24 @@ def test_another_run_s_checkpoint_is_only_a_beginning(tmp_path: Path) -> None:
     assert first is not None
     assert again is not None
     assert (first.step, again.step) == (2, 7)
+
+
+def test_a_run_that_begins_at_another_run_s_checkpoint_keeps_a_best_one_of_its_own(tmp_path: Path) -> None:
+    source = run_with(tmp_path / "source")
+    theirs = Progress(step=4, best_accuracy=0.9, best_saved_step=2, best_saved_accuracy=0.9)
+    write(source.checkpoints, 4, metrics=theirs.metrics(), config=parse().model_dump(mode="json"))
+    new = run_with(tmp_path / "new")
+    found = find_resume_point(parse(run={"resume": str(source.root)}), new).contents
+    assert found is not None
+    progress = restored_progress(found)
+    for progress.step, accuracy in ((5, 0.7), (6, 0.6), (7, 0.5)):
+        progress.note_accuracy("test", accuracy)
+        progress.note_saved()
+        write(new.checkpoints, progress.step, metrics=progress.metrics())
+        prune(new.checkpoints, keep=1, best_step=progress.best_saved_step)
+    assert [file.step for file in list_checkpoints(new.checkpoints)] == [5, 7]
+    assert find_checkpoint(Path(f"{new.root}@best")) == new.checkpoint(5)
+    assert progress.best_accuracy == 0.9
 
 
 @pytest.mark.parametrize("name", ["run/checkpoints/step-00000002.pt", "run@2"])
