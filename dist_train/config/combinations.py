@@ -199,7 +199,7 @@ def _noise(config: Config) -> Iterator[Problem]:
     # Micro-batches that take turns at the points of the noise must be equal at all points.
     sizes = [size for _, size in config.batch.sizes]
     is_unequal = micro == "auto" or any(size % (micro * noise.points) for size in sizes)
-    if _perturbs(config) and noise.passes == "one" and is_unequal:
+    if _perturbs(config) and noise.passes == "one" and noise.points > 1 and is_unequal:
         wrong = (
             f"equal micro-batches take turns at {noise.points} points; choose batch.micro_size so that "
             f"batch.global_size is a multiple of {noise.points} micro-batches, or set noise.passes to all"

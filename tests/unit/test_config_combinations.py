@@ -166,6 +166,12 @@ def parse(settings: dict[str, Any]) -> Config:
             {"noise": {**NOISE, "mix": 0.5, "passes": "one"}, "batch": {"global_size": 64, "micro_size": 32}},
         ),
         (
+            {"noise": {**NOISE, "draws": 2, "passes": "one"}},
+            "noise.passes",
+            "passes-unequal",
+            {"noise": {**NOISE, "draws": 1, "passes": "one"}},
+        ),
+        (
             {"noise": {**NOISE, "target_rise": 0.05, "schedule": {"kind": "cosine"}}},
             "noise.target_rise",
             "target-rise-schedule",
