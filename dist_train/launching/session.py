@@ -8,7 +8,7 @@ import platform
 import re
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 import dist_train
-from dist_train.checkpoint.files import list_checkpoints
+from dist_train.checkpoint.files import Contents, list_checkpoints
 from dist_train.checkpoint.state import InitialWeights, Progress, ResumePoint
 from dist_train.cluster.communicator import Communicator, RankLostError, gather_str
 from dist_train.cluster.devices import find_gpus, why_no_gpu
@@ -143,7 +143,7 @@ class Session:
             trainer.event("requeued", restart=job.restarts)
         if resume_point.contents is not None:
             trainer.event("resumed", ranks=self.comm.size)
-            self._note_changed_plugins(resume_point.contents.plugins)
+            self._note_changed_plugins(resume_point.contents)
         if resume_point.epochs_before is not None:
             self._record_lengthening(resume_point.epochs_before)
         if (initial := resume_point.initial) is not None:
@@ -162,10 +162,14 @@ class Session:
             details["from_seed"] = heads
         trainer.event("initialized", checkpoint=str(initial.path), sha256=initial.sha256, **details)
 
-    def _note_changed_plugins(self, before: Mapping[str, str]) -> None:
+    def _note_changed_plugins(self, contents: Contents) -> None:
         trainer = self._running
-        now = trainer.plugins
-        if changed := ", ".join(sorted(name for name in {*before, *now} if before.get(name) != now.get(name))):
+        before, now = contents.plugins, trainer.plugins
+        names = {*before, *now}
+        loggers = trainer.config.model_dump(mode="json")["metrics"]["loggers"]
+        if contents.config.get("metrics", {}).get("loggers") != loggers:  # whose files, which change no result, differ
+            names = {*before} & {*now}
+        if changed := ", ".join(sorted(name for name in names if before.get(name) != now.get(name))):
             _logger.warning("plug-ins have changed since the checkpoint was saved: %s", changed)
             trainer.event("plugins_changed", files=changed)
 

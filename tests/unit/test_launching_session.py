@@ -21,7 +21,7 @@ import pytest
 import torch
 
 import dist_train
-from dist_train.checkpoint.files import newest_whole
+from dist_train.checkpoint.files import newest_whole, write_checkpoint
 from dist_train.checkpoint.state import ResumePoint
 from dist_train.cli.main import main
 from dist_train.cluster.communicator import Alone, Generation, GroupBrokenError, Pending, RankLostError
@@ -50,6 +50,13 @@ from tests.unit.checkpoint_files import write
 from tests.unit.simulated_ranks import SimulatedRanks, on_ranks, results
 from tests.unit.small_trainers import small_config
 from tests.unit.test_cli_commands import write_config
+
+LOGGER = """
+from dist_train import Observer
+
+def silent(directory):
+    return Observer()
+"""
 
 
 class Told(Observer):
@@ -182,6 +189,40 @@ def test_micro_batches_smaller_than_the_ghost_size_are_warned_of_once(
     # an even share of 26 samples among six ranks: 4
     results(6, lambda comm: begun(tmp_path / "run", comm, model=model, batch=batch))
     assert sum("model.ghost_size" in message for message in caplog.messages) == warnings
+
+
+@pytest.mark.parametrize(
+    ("keeps_logger", "before", "changed"),
+    [
+        (True, {}, ""),
+        (False, {}, ""),  # as a replay, which has no loggers
+        (False, {"mine.py": "another digest"}, "mine.py"),
+        (True, {"gone.py": "a digest"}, "gone.py"),
+    ],
+)
+def test_plugins_have_changed_if_they_could_change_the_result(
+    tmp_path: Path, keeps_logger: bool, before: dict[str, str], changed: str
+) -> None:
+    code = {"mine/mine.py": "def half(over):\n    return 1 - over / 2\n", "logs/logs.py": LOGGER}
+    for name, text in code.items():
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(text)
+    settings: dict[str, Any] = {
+        "schedule": {"decay": f"{tmp_path}/mine/mine.py:half"},
+        "metrics": {"loggers": [{"name": f"{tmp_path}/logs/logs.py:silent"}]},
+    }
+    session, _ = begun(tmp_path / "run", Alone(), **settings)
+    trainer = session.trainer
+    assert trainer is not None
+    assert [*trainer.plugins] == ["logs/logs.py", "mine/mine.py"]
+    plugins = {**trainer.plugins, **{f"mine/{name}": digest for name, digest in before.items()}}
+    saved = trainer.state.contents(trainer.progress, 0.0, trainer.config, plugins)
+    write_checkpoint(session.directory.checkpoints, saved, lambda: None)
+    if not keeps_logger:
+        del settings["metrics"]
+    _, told = begun(tmp_path / "run", Alone(), going_on=True, **settings)
+    events = [event.details["files"] for event in told.events if event.event == "plugins_changed"]
+    assert events == ([f"mine/{changed}"] if changed else [])
 
 
 def test_outside_of_slurm_there_is_no_job_and_nothing_was_requeued(
