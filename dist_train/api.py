@@ -340,6 +340,7 @@ def learning_rate_range(config: Config, low: float, high: float, updates: int, r
     overrides = [
         f"run.epochs={epochs}",
         f"run.max_steps={updates}",
+        "run.resume=auto",  # not from a checkpoint that the configuration names
         f"optimizer.learning_rate={low!r}",
         write_override("schedule", {**ScheduleSettings().model_dump(mode="json"), **schedule}),
         "averaging.kind=none",

@@ -59,6 +59,14 @@ def test_the_command_tries_the_rates_and_writes_what_it_found(
     assert "other --from, --to or --updates: choose another folder with --run-dir" in capsys.readouterr().err
 
 
+def test_the_checkpoint_that_a_configuration_resumes_from_is_left_out(tmp_path: Path) -> None:
+    config = write_config(tmp_path, SETTINGS)
+    assert main(["train", config, "run.max_steps=1", "--run-dir", str(tmp_path / "run")]) == 0
+    words = ["lr-range", config, "--updates", "2", "--run-dir", str(tmp_path / "range")]
+    assert main([*words, f"run.resume={tmp_path / 'run'}"]) == 0
+    assert len(json.loads((tmp_path / "range" / "lr_range.json").read_text())["losses"]) == 2
+
+
 def test_a_script_that_imports_the_package_alone_can_call_it(tmp_path: Path) -> None:
     arguments = f"{write_config(tmp_path, SETTINGS)!r}), 0.001, 1, 2, {str(tmp_path / 'range')!r}"
     program = f"import dist_train; dist_train.api.learning_rate_range(dist_train.load_config({arguments})"
