@@ -54,6 +54,7 @@ from dist_train.training.trainer import Trainer
 _logger = logging.getLogger("dist_train.training")
 
 _LOST_NOISE = 0.01  # a run warns if more than this share of the weights is left without noise
+_TRIED_STEPS = 100  # of a run, to find where the noise is strongest
 
 
 def assemble(
@@ -311,6 +312,9 @@ def _warn_of_lost_noise(noise: Noise, precision: torch.dtype, step: int) -> None
     """Warn if the precision of forward passes is too coarse for some of the noise."""
     if precision == torch.float32 or not isinstance(noise, SmoothOut):
         return
+    # where it is strongest: a schedule that rises is meant to begin with little noise
+    steps = range(step, noise.total_steps, max(1, (noise.total_steps - step) // _TRIED_STEPS))
+    step = max(steps, key=noise.amplitude, default=step)
     lost = noise.lost_in(precision, step)
     if lost > _LOST_NOISE:
         _logger.warning(

@@ -485,11 +485,23 @@ def test_an_operator_without_a_deterministic_kernel_is_named(
 
 
 @pytest.mark.parametrize(
-    ("compute", "amplitude", "warned"), [("bfloat16", 1e-4, True), ("bfloat16", 0.5, False), ("float32", 1e-4, False)]
+    ("compute", "amplitude", "schedule", "warned"),
+    [
+        ("bfloat16", 1e-4, {"kind": "constant"}, True),
+        ("bfloat16", 0.5, {"kind": "constant"}, False),
+        ("float32", 1e-4, {"kind": "constant"}, False),
+        ("bfloat16", 1e-4, {"kind": "late", "start": 0.5}, True),  # none at first
+        ("bfloat16", 0.5, {"kind": "tanh", "steepness": 20}, False),  # 1e-9 at first
+    ],
 )
 def test_a_run_warns_of_noise_that_its_precision_rounds_away(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, compute: str, amplitude: float, warned: bool
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    compute: str,
+    amplitude: float,
+    schedule: dict[str, Any],
+    warned: bool,
 ) -> None:
-    config = small_config(noise={"amplitude": amplitude}, precision={"compute": compute})
+    config = small_config(noise={"amplitude": amplitude, "schedule": schedule}, precision={"compute": compute})
     build_trainer(config, tmp_path, Alone())
     assert ("precision.compute" in caplog.text) == warned
