@@ -413,7 +413,8 @@ def torchvision_model(name: str) -> Builder:
     def build(images: ImageFormat, width: float, norm: NormFactory, options: dict[str, Any]) -> nn.Module:
         if images.shape[0] != 3:
             raise UsageError(
-                f"torchvision's models take 3 channels, not {images.shape[0]}: use timm:{name}", code="library-model"
+                f"torchvision's models take 3 channels, not {images.shape[0]}: use vgg9, resnet18 or timm:NAME",
+                code="library-model",
             )
         _refuse_weights(f"torchvision:{name}", options, "weights", "weights_backbone")
         model = models.get_model(name, num_classes=images.classes, **options)
