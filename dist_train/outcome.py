@@ -149,3 +149,19 @@ def say_on_stderr(text: str) -> None:
     # process does next, such as saving the run, matters more.
     with suppress(OSError):
         print(text, file=sys.stderr, flush=True)
+
+
+_NOT_DETERMINISTIC = re.compile(r"(\w+) does not have a deterministic implementation")
+
+_FIX_FOR_TRAINING = (
+    "begin with precision.deterministic=false, which no longer gives the same bits in every run, or with another model"
+)
+
+
+def refuse_nondeterministic(error: BaseException, fix: str = _FIX_FOR_TRAINING) -> None:
+    """Raise UsageError if `error` is torch's, that an operator has no deterministic kernel; else do nothing."""
+    if found := _NOT_DETERMINISTIC.search(str(error)):
+        raise UsageError(
+            f"the model needs {found[1]}, of which torch has no deterministic kernel: {fix}",
+            code="kernel-not-deterministic",
+        ) from error

@@ -23,9 +23,9 @@ from dist_train.data.loader import SampleSource, open_splits, training_labels
 from dist_train.data.plan import balanced_choice
 from dist_train.models.norms import collect_statistics, norm_modules
 from dist_train.optim.flat_weights import FlatWeights
-from dist_train.outcome import DivergedError, UsageError
+from dist_train.outcome import DivergedError, UsageError, refuse_nondeterministic
 from dist_train.reproducible import generator
-from dist_train.training.compute import Compute, refuse_nondeterministic, set_up_compute, share_of_threads
+from dist_train.training.compute import Compute, set_up_compute, share_of_threads
 from dist_train.training.evaluation import recompute_statistics, statistics_samples, stored_config, stored_model
 
 Vector = NDArray[np.float64]

@@ -31,7 +31,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from pydantic import BaseModel, Field, ValidationError
 
 from dist_train.config.problems import ConfigError, Problem, choices_of, ignored_keys, problems_of, sections_with
-from dist_train.outcome import CodedError, UsageError, check_choice
+from dist_train.outcome import CodedError, UsageError, check_choice, refuse_nondeterministic
 
 Kind = Literal[
     "models",
@@ -173,6 +173,7 @@ def failing_clearly(name: str) -> Iterator[None]:
     except CodedError:
         raise
     except Exception as error:
+        refuse_nondeterministic(error)
         words = " ".join([str(error), *getattr(error, "__notes__", ())]).split()
         reason = f"{place_of(error, load_plugin(name))}: {type(error).__name__}: {' '.join(words)}"
         raise UsageError(f"the plug-in {name} failed{reason}", code="plugin-failed") from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from torch import nn
 from dist_train.checkpoint.state import Progress
 from dist_train.config import PrecisionSettings
 from dist_train.kernels import operators
-from dist_train.outcome import CodedError, UsageError
+from dist_train.outcome import CodedError, UsageError, refuse_nondeterministic
 from dist_train.start_up import keep_freed_memory, keep_small_objects_together, usable_cores, use_large_pages
 
 _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -212,23 +211,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     # A CodedError is this package's; the text of a GroupBrokenError may be the message of another rank that ran out.
     is_foreign = isinstance(error, RuntimeError) and not isinstance(error, CodedError)
     return is_foreign and any(text in str(error) for text in _OUT_OF_MEMORY)
-
-
-_NOT_DETERMINISTIC = re.compile(r"(\w+) does not have a deterministic implementation")
-
-
-_FIX_FOR_TRAINING = (
-    "begin with precision.deterministic=false, which no longer gives the same bits in every run, or with another model"
-)
-
-
-def refuse_nondeterministic(error: BaseException, fix: str = _FIX_FOR_TRAINING) -> None:
-    """Raise UsageError if `error` is torch's, that an operator has no deterministic kernel; else do nothing."""
-    if found := _NOT_DETERMINISTIC.search(str(error)):
-        raise UsageError(
-            f"the model needs {found[1]}, of which torch has no deterministic kernel: {fix}",
-            code="kernel-not-deterministic",
-        ) from error
 
 
 FIRST = 2.0**16

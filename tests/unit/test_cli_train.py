@@ -90,14 +90,14 @@ def test_a_launch_trains_with_closed_standard_descriptors(closed: str, tmp_path:
 
 _SCRIPT = """
 import os, resource, signal, sys
-import dist_train.launching
+import dist_train.launching.run
 from dist_train.cli.main import main
 
 def train_until_a_library_fails(config, run_directory):
     os.kill(os.getpid(), signal.SIGSEGV)
 
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-dist_train.launching.train = train_until_a_library_fails
+dist_train.launching.run.train = train_until_a_library_fails
 main(["train", *sys.argv[1:]])
 """
 

@@ -151,7 +151,7 @@ def test_training_and_evaluating_neither_depend_on_the_caller_s_torch_nor_change
 
 
 class Putting(nn.Module):
-    """A network that for more images than a trial's needs an operator without a deterministic kernel."""
+    """A network that needs an operator without a deterministic kernel."""
 
     def __init__(self, images: Any, width: float, norm: object) -> None:
         super().__init__()
@@ -159,7 +159,7 @@ class Putting(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         logits: Tensor = self.layer(inputs.flatten(1))
-        return logits + torch.zeros(1).put_(torch.tensor([0]), torch.ones(1)) if len(inputs) > 2 else logits
+        return logits + torch.zeros(1).put_(torch.tensor([0]), torch.ones(1))
 
 
 def test_deterministic_of_one_run_does_not_reach_the_next(tmp_path: Path) -> None:
