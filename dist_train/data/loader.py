@@ -90,6 +90,10 @@ class Splits:
             raise UsageError("the run has no validation split: data.validation_size is not set", code="no-validation")
         return samples
 
+    def differ_from(self, identity: str) -> bool:
+        """Whether these are not the data with `identity`; False if either is unknown."""
+        return bool(identity and self.identity) and identity != self.identity
+
     def close(self) -> None:
         """Close all splits."""
         for samples in (self.train, self.test, self.validation):

@@ -144,6 +144,12 @@ class Session:
         if resume_point.contents is not None:
             trainer.event("resumed", ranks=self.comm.size)
             self._note_changed_plugins(resume_point.contents)
+            if trainer.splits.differ_from(resume_point.contents.data):
+                _logger.warning(
+                    "the data set is not the one with which the checkpoint was saved: files or labels differ. To train "
+                    "on other data, start a new run with run.init_from"
+                )
+                trainer.event("data_changed", before=resume_point.contents.data, now=trainer.splits.identity)
         if resume_point.epochs_before is not None:
             self._record_lengthening(resume_point.epochs_before)
         if (initial := resume_point.initial) is not None:

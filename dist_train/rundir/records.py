@@ -91,6 +91,7 @@ EVENTS: Mapping[str, EventKind] = {
     "lengthened": EventKind(begins_launch=True),
     "initialized": EventKind(begins_launch=True),
     "plugins_changed": EventKind(begins_launch=True),
+    "data_changed": EventKind(begins_launch=True),
     "corrupt_checkpoint": EventKind(is_bad=True, distinct_by="path"),
     "checkpoint": EventKind(changes_board=True),
     "checkpoint_failed": EventKind(is_bad=True),

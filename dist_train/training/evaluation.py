@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -39,6 +40,8 @@ from dist_train.training.compute import (
     share_of_threads,
 )
 from dist_train.training.reduction import Tally
+
+_logger = logging.getLogger("dist_train.training")
 
 _MAY_CHANGE = frozenset(
     {
@@ -183,6 +186,8 @@ def evaluate_stored(
         open_data = partial(open_splits, config.data, config.run.seed, compute.device, config.precision.channels_last)
         splits = run_on_all_ranks(comm, open_data, "load the data")
         stack.callback(splits.close)
+        if comm.rank == 0 and splits.differ_from(contents.data):
+            _logger.warning("the data set is not that with which %s was trained: files or labels differ", stored.path)
 
         def build() -> nn.Module:
             with fitting_memory("the model", "free some, or set run.device=cpu"):

@@ -411,7 +411,7 @@ class Trainer:
 
     def contents(self) -> Contents:
         """Return the contents of a checkpoint of the current state, without averaged weights."""
-        return self.state.contents(self.progress, self.epoch, self.config, self.plugins)
+        return self.state.contents(self.progress, self.epoch, self.config, self.plugins, self.splits.identity)
 
     def _finish_saving(self) -> None:
         """Record what happened since the last update, and wait for the last checkpoint; raises what that raises."""

@@ -47,6 +47,7 @@ from dist_train.training.stopping import StopRequests
 from dist_train.training.trainer import Trainer
 from tests.raising import raises
 from tests.unit.checkpoint_files import write
+from tests.unit.image_folders import write_folder
 from tests.unit.simulated_ranks import SimulatedRanks, on_ranks, results
 from tests.unit.small_trainers import small_config
 from tests.unit.test_cli_commands import write_config
@@ -330,6 +331,33 @@ def test_a_run_directory_that_was_replaced_gets_no_checkpoint(tmp_path: Path) ->
     LockRequest(session.directory.root, session.directory.lock).wait(0)
     with pytest.raises(OSError, match="replaced"):
         session.before_publishing()
+
+
+def test_a_resume_with_other_data_records_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = write_folder(tmp_path / "data", per_class=10)
+
+    def events_at_beginning(root: Path) -> list[str]:
+        data = {"name": "imagefolder", "root": root, "classes": 3, "image_size": 16}
+        session, told = begun(tmp_path / "run", Alone(), going_on=True, data=data)
+        if not list((tmp_path / "run" / "checkpoints").glob("*.pt")):
+            session._running.run()
+        session._running.close()
+        return [event.event for event in told.events]
+
+    events_at_beginning(root)
+    moved = root.rename(tmp_path / "elsewhere")
+    assert "data_changed" not in events_at_beginning(moved)
+    assert not caplog.records
+    (moved / "train" / "bee" / "0000.png").rename(moved / "train" / "bee" / "9999.png")
+    assert "data_changed" in events_at_beginning(moved)
+    assert "run.init_from" in caplog.text
+    checkpoints = tmp_path / "run" / "checkpoints"
+    former = newest_whole(checkpoints, lambda path, text: None)
+    assert former is not None
+    for path in checkpoints.iterdir():
+        path.unlink()
+    write(checkpoints, **{**vars(former), "data": ""})  # as of a version that did not record it
+    assert "data_changed" not in events_at_beginning(moved)
 
 
 def test_the_last_good_checkpoint_is_not_one_whose_evaluation_was_not_finite(tmp_path: Path) -> None:

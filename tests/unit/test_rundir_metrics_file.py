@@ -177,7 +177,7 @@ def test_rewind_drops_what_the_checkpoint_has_not_seen(tmp_path: Path) -> None:
         event(1, "resumed"),
     ]
     dropped: list[Record] = [
-        *(event(2, name) for name in ("resumed", "lengthened", "initialized", "plugins_changed")),
+        *(event(2, name) for name in ("resumed", "lengthened", "initialized", "plugins_changed", "data_changed")),
         train(3),
         evaluation(3),
         event(3, "signal"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from dist_train.training.compute import set_up_compute
 from dist_train.training.evaluation import evaluate_stored, stored_config, stored_model
 from tests.raising import raises
 from tests.unit.checkpoint_files import write
+from tests.unit.image_folders import write_folder
 from tests.unit.simulated_ranks import results
 from tests.unit.small_trainers import build_trainer, small_config
 from tests.unit.test_rundir_metrics_file import files_limited_to
@@ -105,6 +107,19 @@ def test_a_model_that_does_not_fit_the_memory_is_told(run: Path, monkeypatch: py
     monkeypatch.setattr(evaluation, "build_model", build)
     with raises(UsageError, "out-of-memory"):
         evaluate_stored(run, "test", [])
+
+
+def test_other_data_than_those_of_the_run_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = write_folder(tmp_path / "data", per_class=10)
+    data = {"name": "imagefolder", "root": root, "classes": 3, "image_size": 16}
+    with closing(build_trainer(small_config(data=data), tmp_path / "run", Alone())) as trainer:
+        trainer.run()
+    moved = root.rename(tmp_path / "elsewhere")
+    evaluate_stored(tmp_path / "run", "test", [f"data.root={moved}"])
+    assert not caplog.records
+    (moved / "val" / "bee" / "0000.png").unlink()
+    assert evaluate_stored(tmp_path / "run", "test", [f"data.root={moved}"])["samples"] == 11
+    assert str(find_checkpoint(tmp_path / "run")) in caplog.text
 
 
 def test_it_is_what_the_run_itself_measured(run: Path) -> None:
