@@ -131,6 +131,7 @@ def cached_index(
 
 _HEADER = 512
 _LONGEST_LABEL = 32
+_CHECKS = 2  # raised when a shard is checked for more, so that an index made without these checks is made again
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ def shard_index(shard: Path, settings: DataSettings) -> tuple[Path, Index]:
         members = _members_of_index(index_file, shard) if index_file else _members_of_shard(shard)
         return _rows(shard, members, settings)
 
-    columns = f"{settings.image_column} {settings.label_column} {stamp}"
+    columns = f"{settings.image_column} {settings.label_column} {stamp} {_CHECKS}"
     try:
         return cached_index("webdataset", shard, columns, lambda content: make(), content=shard)
     except OSError as error:
@@ -178,7 +179,14 @@ def _rows(shard: Path, members: Iterable[_Member], settings: DataSettings) -> In
     rows = []
     with shard.open("rb") as file:
         for sample, parts in groupby(members, lambda member: member.sample):
-            by_suffix = {member.suffix: member for member in parts}
+            group = list(parts)
+            by_suffix = {member.suffix: member for member in group}
+            if len(by_suffix) < len(group):
+                raise UsageError(
+                    f"sample {sample} of {shard} has two members of one suffix (.{', .'.join(by_suffix)}): give each "
+                    f"sample a name of its own",
+                    code="data-format",
+                )
             image = next((by_suffix[suffix] for suffix in suffixes if suffix in by_suffix), None)
             if image is None or label not in by_suffix:
                 what, setting = ("label", f"label_column={label}") if image else ("image", "image_column")
@@ -198,13 +206,22 @@ def _rows(shard: Path, members: Iterable[_Member], settings: DataSettings) -> In
     return np.array(rows, np.int64).reshape(-1, 3)
 
 
-def _members_of_shard(shard: Path) -> Iterator[_Member]:
+def _members_of_shard(shard: Path, start: int = 0) -> Iterator[_Member]:
+    """Yield the members from the header at the offset `start` on. Raises UsageError if the shard is damaged."""
     try:
-        with tarfile.open(shard, "r:") as archive:
-            for each in archive:
-                if each.isfile():
-                    yield _Member(*_sample_and_suffix(each.name), each.offset_data, each.size)
-            _check_end(archive)
+        with shard.open("rb") as file:
+            file.seek(start)
+            with tarfile.open(fileobj=file, mode="r:") as archive:
+                for each in archive:
+                    if each.islnk() or each.issym():
+                        raise UsageError(
+                            f"{each.name} in {shard} is a link: pack the files themselves, with "
+                            f"tar --hard-dereference --dereference",
+                            code="data-format",
+                        )
+                    if each.isfile():
+                        yield _Member(*_sample_and_suffix(each.name), each.offset_data, each.size)
+                _check_end(archive)
     except tarfile.TarError as error:
         raise UsageError(
             f"{shard} is damaged or compressed: shards must be uncompressed tar files ({error})", code="data-format"
@@ -254,6 +271,11 @@ def _members_of_index(index: Path, shard: Path) -> Iterator[_Member]:
         for member in (members[0], members[len(members) // 2], members[-1]):
             if not _matches(os.pread(file.fileno(), _HEADER, member.offset - _HEADER), member):
                 raise not_an_index
+        # A shard to which members were appended has more than its index.
+        end = -(-max(each.offset + each.length for each in members) // _HEADER) * _HEADER
+        goes_on = os.pread(file.fileno(), _HEADER, end).strip(b"\0")
+    if goes_on and any(True for _ in _members_of_shard(shard, end)):
+        raise not_an_index
     yield from members
 
 

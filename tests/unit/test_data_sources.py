@@ -142,6 +142,39 @@ def test_an_index_of_another_shard_is_refused(root: Path, tmp_path: Path) -> Non
             open_splits(data("webdataset", folder), SEED, CPU)
 
 
+def append(shard: Path, *members: tuple[tarfile.TarInfo, bytes]) -> None:
+    with tarfile.open(shard, "a") as archive:
+        for member, content in members:
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+
+def test_an_index_of_a_shard_that_has_grown_is_refused(root: Path, tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "shards", root, 3)
+    shard = min(folder.glob("train/*.tar"))
+    index = write_index(shard)
+    append(shard, (tarfile.TarInfo("added.png"), b"image"), (tarfile.TarInfo("added.cls"), b"1"))
+    with raises(UsageError, "data-index"):
+        open_splits(data("webdataset", folder), SEED, CPU)
+    index.unlink()
+    assert len(training_labels(data("webdataset", folder), SEED)) == 25
+
+
+@pytest.mark.parametrize("kind", ["same names", "symbolic link", "hard link"])
+def test_a_shard_of_which_samples_would_be_lost_is_refused(kind: str, root: Path, tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "shards", root, 3)
+    image, label = tarfile.TarInfo("added.png"), tarfile.TarInfo("added.cls")
+    members = [(image, b"image"), (label, b"1")]
+    if kind == "same names":
+        members = [(image, b"image"), (tarfile.TarInfo("added.PNG"), b"image"), (label, b"1"), (label, b"1")]
+    else:
+        image.type, image.linkname = tarfile.SYMTYPE if kind == "symbolic link" else tarfile.LNKTYPE, "other.png"
+        members[0] = image, b""
+    append(min(folder.glob("train/*.tar")), *members)
+    with raises(UsageError, "data-format"):
+        open_splits(data("webdataset", folder), SEED, CPU)
+
+
 @pytest.mark.parametrize("damage", ["a bit of a header", "cut between members", "cut in a header", "two in one file"])
 def test_a_damaged_shard_is_not_taken_for_a_shorter_one(damage: str, root: Path, tmp_path: Path) -> None:
     folder = write_shards(tmp_path / "shards", root, 3)
