@@ -87,20 +87,33 @@ def packed_listing(
 def split_files(root: Path, split: Split, suffixes: tuple[str, ...]) -> list[Path]:
     """Return a split's files, sorted: those in a folder of its name, else with it in their names. Raises UsageError."""
     with reading(root, code="image-folder-unreadable"):
-        for name in SPLIT_NAMES[split]:
-            if (root / name).is_dir():
-                paths = [path for path in (root / name).iterdir() if path.name.endswith(suffixes)]
-            else:
-                part = re.compile(rf"(^|[-_.]){name}[-_.]")
-                paths = [path for path in root.iterdir() if path.name.endswith(suffixes) and part.search(path.name)]
-            if visible := [path for path in paths if not path.name.startswith(".")]:
-                return sorted(visible)
+        files = _files_of(root, split, suffixes)
+        in_both = set(files).intersection(_files_of(root, "train" if split == "test" else "test", suffixes))
+    if in_both:
+        raise UsageError(
+            f"{min(in_both)} is named as both train and test data: put the files into folders train/ and val/",
+            code="data-format",
+        )
+    if files:
+        return files
     name = SPLIT_NAMES[split][0]
     raise UsageError(
         f"{root} holds no {split} data: {name}/*{suffixes[0]} or {name}-*{suffixes[0]} "
         f"(for test: {', '.join(SPLIT_NAMES['test'])}); set data.root",
         code="data-missing",
     )
+
+
+def _files_of(root: Path, split: Split, suffixes: tuple[str, ...]) -> list[Path]:
+    for name in SPLIT_NAMES[split]:
+        if (root / name).is_dir():
+            paths = [path for path in (root / name).iterdir() if path.name.endswith(suffixes)]
+        else:
+            part = re.compile(rf"(^|[-_.]){name}[-_.]")
+            paths = [path for path in root.iterdir() if path.name.endswith(suffixes) and part.search(path.name)]
+        if visible := [path for path in paths if not path.name.startswith(".")]:
+            return sorted(visible)
+    return []
 
 
 def cached_index(

@@ -233,6 +233,16 @@ def test_missing_files_are_refused_before_training(name: str, tmp_path: Path) ->
         parse_config({"data": {"name": "numpy", "root": str(tmp_path)}}, source="test")
 
 
+def test_a_file_that_is_named_as_both_splits_is_refused(root: Path, tmp_path: Path) -> None:
+    for path in write_parquet(tmp_path / "speed", root, 3).glob("*.parquet"):
+        path.rename(path.with_name(f"speed-test-{path.name.replace('validation', 'val')}"))
+    find_data(data("parquet", tmp_path / "speed"))  # names with val are the test split
+    for path in (tmp_path / "speed").glob("*-val-*"):
+        path.rename(path.with_name(path.name.replace("-val-", "-")))
+    with raises(UsageError, "data-format"):
+        find_data(data("parquet", tmp_path / "speed"))
+
+
 @pytest.mark.parametrize("name", ["parquet", "huggingface"])
 def test_a_missing_library_is_named_with_what_to_install(
     name: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
