@@ -121,8 +121,8 @@ def _unpack(path: Path, image: str, label: str, content: Path) -> Index:
                 file.write(encoded)
                 lengths.append(encoded.size)
             labels += batch_labels.to_pylist()
-    ends = np.cumsum(np.array(lengths, np.int64))
-    return np.stack([ends - lengths, np.array(lengths, np.int64), np.array(labels, np.int64)], axis=1)
+    sizes = np.array(lengths, np.int64)
+    return np.stack([np.cumsum(sizes) - sizes, sizes, np.array(labels, np.int64)], axis=1)
 
 
 def _batches(path: Path, columns: list[str]) -> Iterator[Any]:

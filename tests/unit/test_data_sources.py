@@ -294,6 +294,14 @@ def test_columns_of_other_types_and_empty_fields_are_refused(change: dict[str, A
         open_splits(data("parquet", tmp_path), SEED, CPU)
 
 
+def test_a_parquet_file_without_rows_among_others_is_read(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(folders["parquet"], tmp_path / "copy")
+    expected = training_labels(data("parquet", folder), SEED)
+    last = max(folder.glob("train*.parquet"))
+    parquet.write_table(parquet.read_table(last).slice(0, 0), last.with_name("train-99999.parquet"))
+    assert torch.equal(training_labels(data("parquet", folder), SEED), expected)
+
+
 @pytest.mark.parametrize("name", WRITERS)
 def test_files_of_another_format_are_refused(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
     folder = shutil.copytree(folders[name], tmp_path / "copy")
