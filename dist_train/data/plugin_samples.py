@@ -14,6 +14,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from pydantic import BaseModel
 from torch import Tensor
 
@@ -24,6 +25,8 @@ from dist_train.data.decoding import EncodedImages, Work, fitted
 from dist_train.data.images import ImageSet, MapDataset, Split
 from dist_train.outcome import UsageError
 from dist_train.reproducible import key, preserved_generators, seed_generators, seeded_generators
+
+_NOT_COLOURS = ("P", "PA", "1")  # modes of Pillow: numbers of colours in a palette, or one bit
 
 Augment = Callable[[Any], Any]
 
@@ -97,6 +100,12 @@ class PluginSamples:
 
     def _checked_pixels(self, image: Any, name: str) -> NDArray[np.uint8]:
         """Return the pixels [C, H, W] of an image that a plug-in returned; raise UsageError if their form is wrong."""
+        if isinstance(image, Image.Image) and image.mode in _NOT_COLOURS:
+            raise UsageError(
+                f"{name} is a PIL image of mode {image.mode}, whose values are not colours: return "
+                f"image.convert('RGB'), or convert('L')",
+                code="plugin-data-form",
+            )
         try:
             pixels = returned = image.numpy(force=True) if isinstance(image, Tensor) else np.asarray(image)
         except Exception as error:  # of a type that NumPy lacks, of a ragged list, or of the image's own code

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dist_train.config import DataSettings
 from dist_train.data.decoding import Work
@@ -250,6 +251,18 @@ def test_an_image_that_is_no_array_is_refused(image: object, monkeypatch: pytest
     with raises(UsageError, "plugin-data-form") as refused:
         opened(**OWN)
     assert f"sample 0 of {HERE}:drawing (train)" in str(refused.value)
+
+
+@pytest.mark.parametrize("mode", ["P", "1"])
+def test_an_image_whose_values_are_not_colours_is_refused(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = Image.new("L", (SIZE, SIZE), 7)
+    monkeypatch.setattr(Drawing, "__getitem__", lambda self, index: (image, 0))
+    own = {**OWN, "shape": (1, SIZE, SIZE)}
+    assert read(opened(**own), [0], None).unique().numel() == 1
+    image = image.convert(mode)
+    with raises(UsageError, "plugin-data-form") as refused:
+        opened(**own)
+    assert "convert('L')" in str(refused.value)
 
 
 def test_arrays_may_have_their_channels_first_or_last() -> None:
