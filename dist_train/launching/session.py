@@ -65,6 +65,8 @@ class Session:
     trainer: Trainer | None = None  # whose run is reported, once there is one
 
     def __post_init__(self) -> None:
+        before = read_status(self.directory.status) if self.comm.rank == 0 else None
+        self._was_finished = before is not None and before.state == "finished"
         self.status = self._status_file() if self.comm.rank == 0 else None
         self._launched = time.time()
         self._begun = time.monotonic()
@@ -294,7 +296,9 @@ class Session:
         if self.status and not is_recorded:
             if self.trainer:
                 self.status.progress(**self.trainer.status_fields())
-            self.status.end(state, code, reason)
+            # A launch that is refused leaves a finished run finished.
+            is_refused = self.trainer is None and code == ExitCode.USAGE
+            self.status.end("finished" if self._was_finished and is_refused else state, code, reason)
         self.observers.end(outcome)
         return outcome
 

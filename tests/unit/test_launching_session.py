@@ -42,7 +42,7 @@ from dist_train.rundir.records import (
     read_records,
     to_json,
 )
-from dist_train.rundir.status import read_status
+from dist_train.rundir.status import Status, read_status
 from dist_train.training.stopping import StopRequests
 from dist_train.training.trainer import Trainer
 from tests.raising import raises
@@ -368,6 +368,31 @@ def test_the_last_good_checkpoint_is_not_one_whose_evaluation_was_not_finite(tmp
     assert [end.reason for end in told.ends] == [
         f"the loss is not finite; the last good checkpoint is {session.directory.checkpoint(1)}"
     ]
+
+
+def test_a_finished_run_stays_finished_if_a_later_launch_is_refused(tmp_path: Path) -> None:
+    root, run = write_folder(tmp_path / "data", per_class=10), tmp_path / "run"
+    config = small_config(data={"name": "imagefolder", "root": root, "classes": 3, "image_size": 16})
+
+    def refused() -> Status | None:
+        root.rename(tmp_path / "not mounted")
+        with raises(UsageError, "image-folder-missing"):
+            train(config, run)
+        (tmp_path / "not mounted").rename(root)
+        return read_status(run / "status.json")
+
+    train(config, run)
+    before = read_status(run / "status.json")
+    assert before is not None
+    (run / "status.json").write_text(replace(before, state="stopped").to_json())
+    after = refused()
+    assert after is not None
+    assert (after.state, after.exit_code) == ("failed", ExitCode.USAGE)
+    assert train(config, run).state == "finished"
+    after = refused()
+    assert after is not None
+    assert (after.state, after.exit_code, after.step) == ("finished", ExitCode.USAGE, before.step)
+    assert str(root) in after.reason
 
 
 @pytest.mark.parametrize("by", ["lose", "fail"])
