@@ -39,6 +39,7 @@ from dist_train.optim.flat_weights import FlatWeights
 from dist_train.optim.noise import Noise
 from dist_train.optim.optimizers import packed_numbers, set_numbers, state_tensors
 from dist_train.outcome import UsageError, check_choice, reading
+from dist_train.rundir.atomic import read_regular
 from dist_train.rundir.paths import RunDirectory, checkpoint_name
 
 
@@ -320,7 +321,6 @@ def _check_same_layout(comm: Communicator, layout: Sequence[object], root: int) 
 
 _FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 _TORCHVISION = "torchvision:"
-_WRAPPER_PREFIX = re.compile(r"^((module|_orig_mod)\.)+")
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 _NORM_BUFFERS = (".num_batches_tracked", ".running_mean", ".running_var")
 
@@ -360,14 +360,22 @@ class InitialWeights:
                 yield name
 
     def _named_as(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return the tensors, without the first part that all names share if only the rest are names of `state`.
+        """Return the tensors, without the first parts that all names share if only the rest are names of `state`.
 
-        It is the attribute that holds the network, as in a LightningModule.
+        They are the attributes that hold the network, as in a LightningModule, DistributedDataParallel (`module`),
+        torch.compile (`_orig_mod`), and AveragedModel, which also has a count.
         """
-        below = {name.partition(".")[2]: tensor for name, tensor in self.tensors.items()}
-        is_shared = len({name.partition(".")[0] for name in self.tensors}) == 1
-        is_other = self.step is None and is_shared and not state.keys() & self.tensors.keys()
-        return below if is_other and state.keys() & below.keys() else self.tensors
+        if self.step is not None:
+            return self.tensors
+        named = tensors = dict(self.tensors)
+        if "n_averaged" in tensors and "n_averaged" not in state and not tensors["n_averaged"].ndim:
+            del tensors["n_averaged"]
+        while not state.keys() & named.keys():
+            parts = [name.partition(".") for name in named]
+            if len({first for first, _, _ in parts}) != 1 or not all(rest for _, _, rest in parts):
+                return tensors
+            named = {rest: tensor for (_, _, rest), tensor in zip(parts, named.values(), strict=True)}
+        return named
 
 
 def find_initial(source: Path, model: str) -> Path:
@@ -384,8 +392,8 @@ def read_initial(source: Path, model: str) -> InitialWeights:
     """Return the weights of `source`: a run, a checkpoint, a file of weights, or `torchvision:NAME`.
 
     A file of weights is a `.safetensors` file, or a state dict saved by `torch.save`, from which no code is run. The
-    state dict may be nested under `state_dict`, `model_state_dict` or `model`, and names may begin with `module.` or
-    `_orig_mod.`, as DistributedDataParallel and torch.compile leave them, or with one other attribute's name.
+    state dict may be nested under `state_dict`, `model_state_dict` or `model`, and names may begin with those of the
+    attributes that hold the network, such as `module.` and `_orig_mod.` of DistributedDataParallel and torch.compile.
     Raises UsageError if there is no such file, or it does not hold weights.
     """
     path = find_initial(source, model)
@@ -407,7 +415,18 @@ def read_initial(source: Path, model: str) -> InitialWeights:
 
 def _is_foreign(path: Path) -> bool:
     """Whether the file comes from another program: by its suffix, and because it lacks a checkpoint's record."""
-    return path.suffix in _FILES and not (path.suffix == ".pt" and path.with_suffix(".json").exists())
+    return path.suffix in _FILES and not (path.suffix == ".pt" and _has_record(path))
+
+
+def _has_record(path: Path) -> bool:
+    """Whether the JSON file beside `path`, if there is one, is a checkpoint's record, or a damaged one."""
+    try:
+        fields = json.loads(read_regular(path.with_suffix(".json")))
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, RecursionError):
+        return True
+    return isinstance(fields, dict) and "sha256" in fields
 
 
 def _torchvision_file(name: str, model: str) -> Path:
@@ -451,7 +470,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     named: Mapping[Any, Any] = content if isinstance(content, Mapping) else {}
     while inner := next((named[key] for key in _WRAPPERS if isinstance(named.get(key), Mapping)), None):
         named = inner
-    tensors = {_WRAPPER_PREFIX.sub("", str(name)): value for name, value in named.items()}
+    tensors = {str(name): value for name, value in named.items()}
     if not tensors or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise UsageError(
             f"{path} does not hold tensors by name only, but {', '.join(list(tensors)[:8]) or 'nothing'}: save the "

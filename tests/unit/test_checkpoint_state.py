@@ -378,6 +378,37 @@ def test_weights_are_taken_and_a_head_of_other_classes_is_the_seeds(
         assert torch.equal(tensor, seeded[name] if name.startswith("fc.") else published[name])
 
 
+@pytest.mark.parametrize("prefix", ["model._orig_mod.", "model.module.", "_orig_mod.module.", "module."])
+def test_weights_are_found_below_the_attributes_that_hold_the_network(
+    prefix: str, published: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    count = {"n_averaged": torch.tensor(7)} if prefix == "module." else {}  # of torch's AveragedModel
+    torch.save({**count, **{f"{prefix}{name}": tensor for name, tensor in published.items()}}, tmp_path / "weights.pth")
+    network = model(1000)
+    assert loaded(tmp_path / "weights.pth", network, 1000) == []
+    assert all(torch.equal(tensor, published[name]) for name, tensor in network.state_dict().items())
+
+
+def test_weights_of_a_network_whose_attribute_has_a_wrappers_name_are_taken(tmp_path: Path) -> None:
+    network = torch.nn.Module()
+    network.module = torch.nn.Linear(3, 2)
+    saved = {name: torch.full_like(tensor, 4.0) for name, tensor in network.state_dict().items()}
+    torch.save(saved, tmp_path / "weights.pth")
+    assert loaded(tmp_path / "weights.pth", network, 2) == []
+    assert torch.equal(network.module.weight, saved["module.weight"])
+
+
+def test_another_programs_file_may_have_a_json_file_beside_it(
+    published: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    torch.save(published, tmp_path / "net.pt")
+    (tmp_path / "net.json").write_text('{"accuracy": 0.5}')
+    assert loaded(tmp_path / "net.pt", model(1000), 1000) == []
+    (tmp_path / "net.json").write_text('{"sha256": ')
+    with raises(UsageError, "checkpoint-record"):
+        read_initial(tmp_path / "net.pt", NAME)
+
+
 def test_averages_are_left_out_where_the_norm_keeps_none(published: dict[str, torch.Tensor], tmp_path: Path) -> None:
     torch.save(published, tmp_path / "weights.pth")
     assert loaded(tmp_path / "weights.pth", model(1000, norm="group"), 1000) == []
