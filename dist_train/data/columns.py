@@ -92,12 +92,13 @@ def _parquet_file(path: Path) -> Any:
 
 
 def _check_columns(path: Path, schema: Any, image: str, label: str) -> None:
-    """Raise UsageError if a column is missing, or has a type that cannot be encoded images or labels."""
+    """Raise UsageError if a column is not there once, or has a type that cannot be encoded images or labels."""
     types = _pyarrow().types
     for setting, column in (("image_column", image), ("label_column", label)):
-        if column not in schema.names:
+        if (count := schema.names.count(column)) != 1:
             raise UsageError(
-                f"{path} has no column {column}: it has {', '.join(schema.names)}; set data.{setting}",
+                f"{path} has {count or 'no'} column{'s' * (count > 1)} {column}: it has {', '.join(schema.names)}; "
+                f"set data.{setting}",
                 code="column-missing",
             )
     kind = schema.field(image).type
@@ -122,7 +123,13 @@ def _unpack(path: Path, image: str, label: str, content: Path) -> Index:
                 lengths.append(encoded.size)
             labels += batch_labels.to_pylist()
     sizes = np.array(lengths, np.int64)
-    return np.stack([np.cumsum(sizes) - sizes, sizes, np.array(labels, np.int64)], axis=1)
+    try:
+        return np.stack([np.cumsum(sizes) - sizes, sizes, np.array(labels, np.int64)], axis=1)
+    except OverflowError as error:
+        raise UsageError(
+            f"the column {label} of {path} holds {max(labels)}: labels count from 0, below data.classes",
+            code="data-labels",
+        ) from error
 
 
 def _batches(path: Path, columns: list[str]) -> Iterator[Any]:

@@ -284,6 +284,7 @@ def test_a_shard_that_is_cut_off_after_it_was_indexed_is_named(root: Path, tmp_p
         ({"image": [b"x", None]}, "column-missing"),
         ({"label": [0, None]}, "column-missing"),
         ({"label": [0, -1]}, "data-labels"),
+        ({"label": pyarrow.array([0, 2**64 - 1], pyarrow.uint64())}, "data-labels"),
     ],
 )
 def test_columns_of_other_types_and_empty_fields_are_refused(change: dict[str, Any], code: str, tmp_path: Path) -> None:
@@ -292,6 +293,14 @@ def test_columns_of_other_types_and_empty_fields_are_refused(change: dict[str, A
         parquet.write_table(table, tmp_path / f"{split}.parquet")
     with raises(UsageError, code):
         open_splits(data("parquet", tmp_path), SEED, CPU)
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        columns = [pyarrow.array(each) for each in ([b"x"], [0], [1])]
+        parquet.write_table(pyarrow.table(columns, ["image", "label", "label"]), tmp_path / f"{split}.parquet")
+    with raises(UsageError, "column-missing"):
+        find_data(data("parquet", tmp_path))
 
 
 def test_a_parquet_file_without_rows_among_others_is_read(folders: dict[str, Path], tmp_path: Path) -> None:
