@@ -187,8 +187,9 @@ def shard_index(shard: Path, settings: DataSettings) -> tuple[Path, Index]:
 
 def _rows(shard: Path, members: Iterable[_Member], settings: DataSettings) -> Index:
     """Return the index of the samples that `members` form, with labels read from the shard."""
-    suffixes = (settings.image_column,) if settings.image_column else tuple(each[1:] for each in SUFFIXES)
-    label = settings.label_column or "cls"
+    images = (settings.image_column,) if settings.image_column else SUFFIXES
+    suffixes = [each.lower().removeprefix(".") for each in images]
+    label = (settings.label_column or "cls").lower().removeprefix(".")
     rows = []
     with shard.open("rb") as file:
         for sample, parts in groupby(members, lambda member: member.sample):
@@ -204,7 +205,8 @@ def _rows(shard: Path, members: Iterable[_Member], settings: DataSettings) -> In
             if image is None or label not in by_suffix:
                 what, setting = ("label", f"label_column={label}") if image else ("image", "image_column")
                 raise UsageError(
-                    f"sample {sample} of {shard} has no {what}: it has .{', .'.join(by_suffix)}; set data.{setting}",
+                    f"sample {sample} of {shard} has no {what}: it has .{', .'.join(by_suffix)}; set data.{setting}, "
+                    f"or let the members of each sample follow each other (tar --sort=name)",
                     code="column-missing",
                 )
             place = by_suffix[label]
@@ -226,6 +228,9 @@ def _members_of_shard(shard: Path, start: int = 0) -> Iterator[_Member]:
             file.seek(start)
             with tarfile.open(fileobj=file, mode="r:") as archive:
                 for each in archive:
+                    base = each.name.rpartition("/")[2]
+                    if base.startswith(".") or "." not in base:  # of a Mac, or a README: no part of a sample
+                        continue
                     if each.islnk() or each.issym():
                         raise UsageError(
                             f"{each.name} in {shard} is a link: pack the files themselves, with "

@@ -160,6 +160,35 @@ def test_an_index_of_a_shard_that_has_grown_is_refused(root: Path, tmp_path: Pat
     assert len(training_labels(data("webdataset", folder), SEED)) == 25
 
 
+def test_hidden_members_and_those_without_a_suffix_are_no_samples(root: Path, tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "shards", root, 3)
+    expected = training_labels(data("webdataset", folder), SEED)
+    shard = min(folder.glob("train/*.tar"))
+    write_index(shard)
+    link = tarfile.TarInfo("README")
+    link.type, link.linkname = tarfile.SYMTYPE, "NOTES"
+    names = ("._0001.png", "./.DS_Store", "some.folder/._0002.cls", "NOTES")
+    append(shard, *((tarfile.TarInfo(name), b"other") for name in names), (link, b""))
+    for _ in ("by the index beside it", "by its headers"):
+        assert torch.equal(training_labels(data("webdataset", folder), SEED), expected)
+        shard.with_suffix(".idx").unlink(missing_ok=True)
+
+
+def test_columns_of_shards_are_suffixes_in_any_case_with_or_without_the_dot(root: Path, tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "shards", root, 3, suffix="PNG")
+    found = training_labels(data("webdataset", folder, image_column=".PNG", label_column="CLS"), SEED)
+    assert torch.equal(found, training_labels(data("webdataset", folder), SEED))
+
+
+def test_members_of_a_sample_that_do_not_follow_each_other_are_refused_with_the_fix(tmp_path: Path) -> None:
+    names = ("1.png", "2.png", "1.cls", "2.cls")
+    for split in ("train", "val"):
+        append(tmp_path / f"{split}-0.tar", *((tarfile.TarInfo(name), b"1") for name in names))
+    with raises(UsageError, "column-missing") as refused:
+        open_splits(data("webdataset", tmp_path), SEED, CPU)
+    assert "tar --sort=name" in str(refused.value)
+
+
 @pytest.mark.parametrize("kind", ["same names", "symbolic link", "hard link"])
 def test_a_shard_of_which_samples_would_be_lost_is_refused(kind: str, root: Path, tmp_path: Path) -> None:
     folder = write_shards(tmp_path / "shards", root, 3)
