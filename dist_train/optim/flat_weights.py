@@ -108,10 +108,14 @@ class FlatWeights:
 
     def masked_indices(self, exclude: Sequence[str]) -> torch.Tensor:
         """Return the indices at which `mask` is 0.0, in order, int64 on the CPU."""
+        return torch.cat([torch.arange(each.start, each.stop) for each in self.masked_ranges(exclude)])
+
+    def masked_ranges(self, exclude: Sequence[str]) -> list[range]:
+        """Return the ranges of indices at which `mask` is 0.0, in order; some may be empty."""
         left_out = set(self.excluded(exclude))
         kept = [segment for segment in self.segments if segment not in left_out]
         edges = [(0, 0), *((segment.start, segment.stop) for segment in kept), (len(self.values), 0)]
-        return torch.cat([torch.arange(stop, start) for (_, stop), (start, _) in pairwise(edges)])
+        return [range(stop, start) for (_, stop), (start, _) in pairwise(edges)]
 
     @property
     def filter_lengths(self) -> torch.Tensor:
