@@ -20,17 +20,26 @@ import tomllib
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import is_dataclass, replace
+from dataclasses import replace
 from functools import cache, partial
 from importlib import metadata
 from itertools import accumulate
 from pathlib import Path
-from types import ModuleType, SimpleNamespace, UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from types import ModuleType
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
-from dist_train.config.problems import ConfigError, Problem, choices_of, ignored_keys, problems_of, sections_with
+from dist_train.config.problems import (
+    ConfigError,
+    Problem,
+    checked_options,
+    choices_of,
+    ignored_keys,
+    options_type,
+    problems_of,
+    sections_with,
+)
 from dist_train.outcome import CodedError, UsageError, check_choice, refuse_nondeterministic
 
 Kind = Literal[
@@ -52,7 +61,7 @@ PluginName = Annotated[
 
 Options = dict[str, Any]
 
-PLACES: Mapping[str, Kind] = {
+_PLACES: Mapping[str, Kind] = {
     "model.name": "models",
     "data.name": "data_sets",
     "data.augment": "augmentations",
@@ -88,6 +97,8 @@ _INSTALLED = frozenset({"site-packages", "dist-packages"})
 
 _NEVER_BESIDE = sys.stdlib_module_names | {"dist_train"}
 """Modules that a plug-in does not mean to import from its own folder."""
+
+_ELSEWHERE = "{} was imported from {}, not from {}, beside the plug-in: rename one of them, or use a new process"
 
 _folders: list[str] = []
 """Those of the plug-ins imported from files, the latest first, as at the end of `sys.path`."""
@@ -128,6 +139,21 @@ def is_plugin(name: str) -> bool:
     return ":" in name
 
 
+def may_name_one_plugin(path: str, name: str, other: str, model: type[BaseModel]) -> bool:
+    """Whether two names in the setting at `path` of `model`, the configuration, may be of one plug-in.
+
+    A file may be named by several paths. A short name, whose file is not known, may be any plug-in's.
+    """
+    if path not in _PLACES or not (is_plugin(name) or is_plugin(other)):
+        return False
+    if not {name, other}.isdisjoint(choices_of(model, path)):
+        return False
+    (place, _, own), (other_place, _, other_own) = (each.rpartition(":") for each in (name, other))
+    if place.endswith(".py") and other_place.endswith(".py"):
+        place, other_place = Path(place).name, Path(other_place).name
+    return not (place and other_place) or (place, own) == (other_place, other_own)
+
+
 def load_plugin(name: str) -> Any:
     """Return the function or class that `name` names. Raises UsageError if there is none, or it cannot be imported."""
     place, _, attribute = name.rpartition(":")
@@ -148,8 +174,8 @@ def call_plugin(name: str, options: Options, returns: type[Any], *arguments: Any
     Raises UsageError if there is no such plug-in, it rejects the options, raises, or returns another type.
     """
     target = load_plugin(name)
-    if (kind := _options_type(name, target)) is not None:
-        keywords["options"] = _checked(kind, options)
+    if (kind := options_type(name, target)) is not None:
+        keywords["options"] = checked_options(kind, options)
     with failing_clearly(name):
         result = target(*arguments, **keywords)
     if not isinstance(result, returns):
@@ -188,10 +214,10 @@ def place_of(error: Exception, target: Any) -> str:
 
 def named_plugins(settings: Mapping[str, Any]) -> Iterator[tuple[str, str, str, Options]]:
     """Yield each plug-in in complete `settings`: its setting, its name, the setting of its options, and the options."""
-    for path in PLACES:
+    for path in _PLACES:
         for place, section, key in sections_with(settings, path.split(".")):
             name = section.get(key)
-            if isinstance(name, str) and (is_plugin(name) or PLACES[path] == "loggers"):
+            if isinstance(name, str) and (is_plugin(name) or _PLACES[path] == "loggers"):
                 options = OPTION_KEYS.get(path, "options")
                 yield f"{place}{key}", name, f"{place}{options}", section.get(options, {})
 
@@ -200,7 +226,7 @@ def plugin_problems(settings: Mapping[str, Any]) -> Iterator[Problem]:
     """Load the plug-ins in complete `settings`, and yield what is wrong with them and their options."""
     for path, name, options_path, options in named_plugins(settings):
         try:
-            kind = _options_type(name, load_plugin(name))
+            kind = options_type(name, load_plugin(name))
         except UsageError as error:
             yield Problem(path, str(error), code=error.code, value=name)
             continue
@@ -211,7 +237,7 @@ def plugin_problems(settings: Mapping[str, Any]) -> Iterator[Problem]:
             continue
         yield from ignored_keys(kind, options_path, options)
         try:
-            _checked(kind, options)
+            checked_options(kind, options)
         except ValidationError as error:
             for found in problems_of(error, kind):
                 inner = "" if found.path == "(file)" else f".{found.path}"
@@ -227,7 +253,7 @@ def _problems_of_calls(settings: Mapping[str, Any]) -> Iterator[Problem]:
             signature = inspect.signature(target)
         except (UsageError, TypeError, ValueError):
             continue
-        kind = PLACES[re.sub(r"\.\d+\.", ".*.", path)]
+        kind = _PLACES[re.sub(r"\.\d+\.", ".*.", path)]
         arguments, result = _CALLS[kind]
         if "options" in signature.parameters:
             arguments = f"{arguments}, options="
@@ -261,13 +287,13 @@ def with_long_names(settings: Mapping[str, Any], more: Sequence[str], model: typ
     for file in changed.pop("plugins"):
         for mark, attribute, value in _registered(_module(file)):
             # a listed file may be imported once more, under its plain name, by another one
-            place = getattr(inspect.getmodule(value), "__file__", None), attribute
+            place = getattr(inspect.getmodule(value), "__file__", None), getattr(value, "__qualname__", attribute)
             other, other_place = found.setdefault(mark, (value, place))
             if other is not value and other_place != place:
                 wrong = f"two {mark[0]} are registered as {mark[1]}: {registered[mark]} and {file}:{attribute}"
                 raise ConfigError.of("plugins", "plugins", wrong, code="plugin-ambiguous", value=mark[1])
             registered[mark] = f"{file}:{attribute}"
-    for path, kind in PLACES.items():
+    for path, kind in _PLACES.items():
         for _, section, key in sections_with(changed, path.split(".")):
             name = section.get(key)
             if isinstance(name, str) and not is_plugin(name) and name not in choices_of(model, path):
@@ -283,8 +309,8 @@ def short_names(settings: Mapping[str, Any], more: Sequence[str]) -> dict[str, l
     # what a script registers is found once the settings name its file
     file = getattr(script, "__file__", "FILE.py")
     marks += [(kind, f"{file}:{name}") for (kind, _), name, _ in _registered(script)]
-    names = {path: [name for each, name in marks if each == kind] for path, kind in PLACES.items()}
-    for path, kind in PLACES.items():
+    names = {path: [name for each, name in marks if each == kind] for path, kind in _PLACES.items()}
+    for path, kind in _PLACES.items():
         names[path].extend(sorted(metadata.entry_points(group=f"dist_train.{kind}").names))
     names["model.name"].extend(f"{library}:NAME" for library in _shipped("model_libraries"))
     return names
@@ -296,7 +322,7 @@ def from_folder(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     files = changed.get("plugins")
     if isinstance(files, list | tuple):
         changed["plugins"] = [_absolute(folder, file) for file in files]
-    for path in PLACES:
+    for path in _PLACES:
         for _, section, key in sections_with(changed, path.split(".")):
             if isinstance(name := section.get(key), str) and is_plugin(name):
                 place, _, attribute = name.rpartition(":")
@@ -313,8 +339,9 @@ def plugin_files(settings: Mapping[str, Any]) -> dict[str, str]:
     places = {name.rpartition(":")[0] for _, name, _, _ in named_plugins(settings) if is_plugin(name)}
     folders = {folder for place in places if (folder := _folder(_module(place))) is not None}
     # by now it may have imported what is in functions, too
-    if wrong := next(filter(None, (_not_beside(place) for place in sorted(places) if place.endswith(".py"))), None):
-        raise UsageError(wrong, code="plugin-import")
+    for place in sorted(each for each in places if each.endswith(".py")):
+        for taken in _taken_from_elsewhere(place):
+            raise UsageError(_ELSEWHERE.format(*taken), code="plugin-import")
     found: dict[str, str] = {}
     # a script that trains may lie beside a plug-in, and is no part of it
     script = sys.modules["__main__"]
@@ -388,8 +415,12 @@ def _import(place: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} is no Python file")
-    if wrong := _not_beside(path):
-        raise ImportError(wrong)
+    for other, file, beside in list(_taken_from_elsewhere(path)):
+        if not any(Path(file).is_relative_to(folder) for folder in _folders):
+            raise ImportError(_ELSEWHERE.format(other, file, beside))
+        # another plug-in's, which keeps what it has imported
+        for each in [each for each in sys.modules if each.partition(".")[0] == other.partition(".")[0]]:
+            del sys.modules[each]
     # it may import modules beside it, not those beside other plug-ins
     if (folder := os.path.dirname(path)) not in sys.path or folder in _folders:
         _folders[:] = [folder, *(each for each in _folders if each != folder)]
@@ -405,8 +436,8 @@ def _import(place: str) -> ModuleType:
     return module
 
 
-def _not_beside(path: str) -> str:
-    """Return what is wrong if another folder's module is in the place of one beside the plug-in at `path`, or ""."""
+def _taken_from_elsewhere(path: str) -> Iterator[tuple[str, str, str]]:
+    """Yield each module beside the plug-in at `path` in whose place another one is imported, with that one's file."""
     paths, seen = [path], set[str]()
     while paths:
         for name in sorted(_imports(paths.pop()) - seen):
@@ -416,10 +447,10 @@ def _not_beside(path: str) -> str:
             if beside is None or name.partition(".")[0] in _NEVER_BESIDE:
                 continue
             paths.append(beside)
-            other = getattr(sys.modules.get(name), "__file__", None) or beside
-            if not _INSTALLED & set(Path(other).parts) and os.path.realpath(other) != os.path.realpath(beside):
-                return f"{name} is already imported from {other}, not from {beside}: use a new process"
-    return ""
+            file = os.path.realpath(getattr(sys.modules.get(name), "__file__", None) or beside)
+            is_own_package = Path(file).name == "__init__.py" and Path(path).is_relative_to(Path(file).parent)
+            if not is_own_package and not _INSTALLED & set(Path(file).parts) and file != os.path.realpath(beside):
+                yield name, file, beside
 
 
 def _imports(path: str) -> set[str]:
@@ -467,34 +498,3 @@ def _shipped(group: str) -> Mapping[str, str]:
 
 def _entry_point(kind: Kind, name: str) -> str | None:
     return next((point.value for point in metadata.entry_points(group=f"dist_train.{kind}", name=name)), None)
-
-
-def _options_type(name: str, target: Any) -> type[Any] | None:
-    """Return the pydantic model, or else dict, of a plug-in's parameter `options`; None if it has no such parameter.
-
-    Raises UsageError if the parameters, or the type of `options`, cannot be found, or it is another class of data.
-    """
-    try:
-        parameter = inspect.signature(target).parameters.get("options")
-        if parameter is None:
-            return None
-        # The other types may be imported only for type checkers.
-        only = SimpleNamespace(__annotations__={"options": parameter.annotation})
-        function = inspect.unwrap(target.__init__ if inspect.isclass(target) else target)
-        hint = get_type_hints(only, getattr(function, "__globals__", {})).get("options")
-    except (NameError, TypeError, ValueError, AttributeError) as error:
-        raise UsageError(
-            f"the parameters of the plug-in {name} cannot be found ({error}): write it as a function or class, and "
-            f"import the type of its options outside of TYPE_CHECKING",
-            code="plugin-import",
-        ) from error
-    types = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    models = [each for each in types if inspect.isclass(each) and issubclass(each, BaseModel)]
-    if len(models) > 1 or any(map(is_dataclass, types)):
-        fix = "annotate its parameter `options` with one pydantic model, or with dict"
-        raise UsageError(f"the options of {name} are of {hint}: {fix}", code="plugin-options")
-    return models[0] if models else dict
-
-
-def _checked(kind: type[Any], options: Options) -> Any:
-    return kind.model_validate(options) if issubclass(kind, BaseModel) else options

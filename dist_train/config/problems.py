@@ -1,13 +1,14 @@
-"""What is wrong with a configuration, so that it can be fixed: the path, the value, what is allowed."""
+"""What is wrong with a configuration, so that it can be fixed: the path, the value, what is allowed by its types."""
 
 from __future__ import annotations
 
 import difflib
+import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, replace
-from types import MappingProxyType
-from typing import Annotated, Any, get_args, get_origin
+from dataclasses import KW_ONLY, dataclass, is_dataclass, replace
+from types import MappingProxyType, SimpleNamespace, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
@@ -301,3 +302,35 @@ def _in_words(schema: Mapping[str, Any]) -> str:
 def _shorten(value: object) -> str:
     text = "null" if value is None else str(value).lower() if isinstance(value, bool) else " ".join(str(value).split())
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def options_type(name: str, target: Any) -> type[Any] | None:
+    """Return the pydantic model, or else dict, of a plug-in's parameter `options`; None if it has no such parameter.
+
+    Raises UsageError if the parameters, or the type of `options`, cannot be found, or it is another class of data.
+    """
+    try:
+        parameter = inspect.signature(target).parameters.get("options")
+        if parameter is None:
+            return None
+        # The other types may be imported only for type checkers.
+        only = SimpleNamespace(__annotations__={"options": parameter.annotation})
+        function = inspect.unwrap(target.__init__ if inspect.isclass(target) else target)
+        hint = get_type_hints(only, getattr(function, "__globals__", {})).get("options")
+    except (NameError, TypeError, ValueError, AttributeError) as error:
+        raise UsageError(
+            f"the parameters of the plug-in {name} cannot be found ({error}): write it as a function or class, and "
+            f"import the type of its options outside of TYPE_CHECKING",
+            code="plugin-import",
+        ) from error
+    types = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    models = [each for each in types if inspect.isclass(each) and issubclass(each, BaseModel)]
+    if len(models) > 1 or any(map(is_dataclass, types)):
+        fix = "annotate its parameter `options` with one pydantic model, or with dict"
+        raise UsageError(f"the options of {name} are of {hint}: {fix}", code="plugin-options")
+    return models[0] if models else dict
+
+
+def checked_options(kind: type[Any], options: Mapping[str, Any]) -> Any:
+    """Return `options` as `kind`, which `options_type` returned. Raises ValidationError."""
+    return kind.model_validate(options) if issubclass(kind, BaseModel) else options

@@ -5,13 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from dist_train.config.plugins import PLACES, is_plugin
-from dist_train.config.problems import choices_of
 from dist_train.config.sections import Config
 
 _CHANGEABLE = frozenset(
@@ -155,18 +152,3 @@ def _with_tensorboard_as_logger(metrics: Mapping[str, Any], source: str) -> Mapp
     logger = {"name": "tensorboard"}
     is_named = any(isinstance(each, Mapping) and each.get("name") == "tensorboard" for each in loggers)
     return {**others, "loggers": [*loggers] if is_named else [logger, *loggers]}
-
-
-def may_name_one_plugin(path: str, name: str, other: str, model: type[BaseModel]) -> bool:
-    """Whether two names in the setting at `path` of `model`, the configuration, may be of one plug-in.
-
-    A file may be named by several paths. A short name, whose file is not known, may be any plug-in's.
-    """
-    if path not in PLACES or not (is_plugin(name) or is_plugin(other)):
-        return False
-    if not {name, other}.isdisjoint(choices_of(model, path)):
-        return False
-    (place, _, own), (other_place, _, other_own) = (each.rpartition(":") for each in (name, other))
-    if place.endswith(".py") and other_place.endswith(".py"):
-        place, other_place = Path(place).name, Path(other_place).name
-    return not (place and other_place) or (place, own) == (other_place, other_own)

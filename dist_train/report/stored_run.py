@@ -15,7 +15,8 @@ from pydantic import TypeAdapter
 
 from dist_train.config import DATA_SETS, Config, ConfigError, DataSet
 from dist_train.config.loading import flat_settings, parse_yaml, with_overrides
-from dist_train.config.resuming import LENGTHS, may_change, may_name_one_plugin
+from dist_train.config.plugins import may_name_one_plugin
+from dist_train.config.resuming import LENGTHS, may_change
 from dist_train.outcome import ExitCode, UsageError, escaped
 from dist_train.report.analyses import Analyses, read_analyses
 from dist_train.rundir.atomic import read_regular

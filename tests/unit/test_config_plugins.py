@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -98,10 +98,32 @@ class TestModulesBeside:
     def test_those_of_another_folder_are_not_taken(self, tmp_path: Path) -> None:
         first, second = (self.experiment(tmp_path / f"{each}", each, "layers_beside") for each in (1, 2))
         assert load_plugin(load_config({}, {"model.name": first}).model.name)(None, 1.0, None).out_features == 1
+        assert load_plugin(load_config({}, {"model.name": second}).model.name)(None, 1.0, None).out_features == 2
+        assert load_plugin(load_config({}, {"model.name": first}).model.name)(None, 1.0, None).out_features == 1
+        assert plugin_files({"model": {"name": second}})
+        with raises(UsageError, code="plugin-import"):  # what it imports later would be the second one's
+            plugin_files({"model": {"name": first}})
+
+    def test_those_that_a_script_has_imported_are_not_taken(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        write(tmp_path / "script" / "layers_of_script.py", "width = 1\n")
+        monkeypatch.syspath_prepend(tmp_path / "script")
+        importlib.import_module("layers_of_script")
         with raises_problems(("model.name", "plugin-import")) as refused:
-            load_config({}, {"model.name": second})
-        assert str(tmp_path / "1" / "layers_beside.py") in str(refused.value)
-        load_config({}, {"model.name": first})
+            load_config({}, {"model.name": self.experiment(tmp_path / "2", 2, "layers_of_script")})
+        assert str(tmp_path / "script" / "layers_of_script.py") in str(refused.value)
+
+    def test_its_own_package_may_have_a_module_of_the_same_name(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        package = tmp_path / "netpackage"
+        for module in ("__init__", "netpackage", "layers"):
+            write(package / f"{module}.py", "width = 2\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        name = f"{write(package / 'net.py', self.NET % 'netpackage.layers')}:net"
+        assert load_plugin(load_config({}, {"model.name": name}).model.name)(None, 1.0, None).out_features == 2
+        assert plugin_files({"model": {"name": name}})
 
     def test_nor_are_those_that_they_import_or_of_folders_without_init(self, tmp_path: Path) -> None:
         for each in (1, 2):
@@ -109,10 +131,8 @@ class TestModulesBeside:
             write(tmp_path / f"{each}" / "folder_beside" / "inner.py", f"width = {each}\n")
             write(tmp_path / f"{each}" / "net.py", self.NET % "outer_beside")
         load_config({}, {"model.name": f"{tmp_path}/1/net.py:net"})
-        del sys.modules["outer_beside"]
-        with raises_problems(("model.name", "plugin-import")) as refused:
-            load_config({}, {"model.name": f"{tmp_path}/2/net.py:net"})
-        assert "folder_beside.inner" in str(refused.value)
+        name = load_config({}, {"model.name": f"{tmp_path}/2/net.py:net"}).model.name
+        assert load_plugin(name)(None, 1.0, None).out_features == 2
 
     def test_its_own_folder_comes_before_those_of_other_plug_ins(self, tmp_path: Path) -> None:
         write(tmp_path / "1" / "rarely_beside.py", "width = 1\n")
