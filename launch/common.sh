@@ -88,7 +88,7 @@ need_mpirun() {
 # threads_each N: this machine's cores divided by N ranks.
 threads_each() {
     local cores
-    cores=$("$python" -c 'from dist_train.start_up import usable_cores; print(usable_cores())')
+    cores=$("$python" -c 'from dist_train.start_up import usable_cores; print(usable_cores())') || cores=$(nproc)
     echo $((cores > $1 ? cores / $1 : 1))
 }
 

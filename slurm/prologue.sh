@@ -104,8 +104,9 @@ say() {
     printf 'job %s: %s\n' "$job" "$*" >&2
 }
 
-# Only srun's tasks have a step: sizes of the allocation would be those of the job that the step belongs to.
-[[ -z ${SLURM_STEP_ID:-} || $asked == --help ]] ||
+# Only srun's tasks have a step: sizes of the allocation would be those of the job that the step belongs to. salloc's own
+# shell may be a step of this number, with the right sizes; a batch job runs a copy of its script, slurm_script.
+[[ -z ${SLURM_STEP_ID:-} || $asked == --help || ($SLURM_STEP_ID == 4294967290 && ${0##*/} != slurm_script) ]] ||
     usage_error "another job's variables are set, such as SLURM_STEP_ID: submit from a login node, or within a job by dist-train submit"
 
 # read_words ARRAY NAME TEXT: splits TEXT, the value of the variable NAME, into words, quoted as in a shell.

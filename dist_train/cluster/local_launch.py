@@ -59,7 +59,8 @@ class Ranks:
         self._saves = saves
         self._first_failure: int | None = None
         self._deadline: float | None = None
-        self._stop_requested_at: float | None = None
+        self._stop_requested_at: float | None = None  # by this launcher's first signal, or another launcher
+        self._first_signal_at: float | None = None
         self._signalled: set[int] = set()
         self._ended: set[int] = set()
         self._is_terminating = False
@@ -115,10 +116,11 @@ class Ranks:
         if not self._saves:
             say("asked to stop: ending the ranks")
             self._deadline = now
-        elif self._stop_requested_at is None:
-            self._stop_requested_at = now
+        elif self._first_signal_at is None:
+            self._first_signal_at = now
+            self._stop_requested_at = self._stop_requested_at or now
             say("asked to stop: the ranks save and end")
-        elif name in _INSISTING and now - self._stop_requested_at >= _INSIST_SECONDS:
+        elif name in _INSISTING and now - self._first_signal_at >= _INSIST_SECONDS:
             say("asked again: ending the ranks without waiting for them")
             self._deadline = now
 

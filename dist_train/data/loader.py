@@ -6,6 +6,7 @@ processes.
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -32,6 +33,8 @@ from dist_train.data.plan import divided
 from dist_train.data.plugin_samples import PluginSamples, Recipe, labels_of
 from dist_train.outcome import CodedError, UsageError
 from dist_train.reproducible import generator, key, uniform
+
+_logger = logging.getLogger("dist_train.data")
 
 _RESIDENT_FRACTION = 4  # images stay on a GPU if they take less than one in so many parts of its free memory
 
@@ -315,12 +318,18 @@ def _open(
         recipe = Recipe(settings=settings, seed=seed).model_dump_json()
     decoder = LoaderProcesses(loaders, shape, recipe) if loaders else in_process
     if recipe:
-        for split, listing in listings.items():
-            tried = LoadedSamples(split, listing, in_process, settings, torch.device("cpu"), seed)
+        tried = {
+            split: LoadedSamples(split, listing, in_process, settings, torch.device("cpu"), seed)
+            for split, listing in listings.items()
+        }
+        for samples_of_split in tried.values():
             # evenly spread over the split
-            chosen = torch.linspace(0, len(tried) - 1, min(_TRIED_SAMPLES, len(tried))).long()
+            number = len(samples_of_split)
+            chosen = torch.linspace(0, number - 1, min(_TRIED_SAMPLES, number)).long()
             for epoch in (None, 0):
-                tried.read(BatchRequest(chosen, epoch))
+                samples_of_split.read(BatchRequest(chosen, epoch))
+        if is_plugin(settings.name):
+            _warn_of_equal_splits(settings.name, tried["train"], tried["test"])
     if settings.normalize and pixels.statistics is None:
         plain = LoadedSamples("train", listings["train"], decoder, settings, torch.device("cpu"), seed)
         try:
@@ -334,6 +343,18 @@ def _open(
     }
     identity = f"{listings['train'].digest()} {listings['test'].digest()}"
     return Splits(samples["train"], samples["test"], identity, samples.get("validation"), pixels.statistics)
+
+
+def _warn_of_equal_splits(name: str, train: LoadedSamples, test: LoadedSamples) -> None:
+    """Warn if both splits of the plug-in `name` begin with the same images, and these differ from each other."""
+    first = BatchRequest(torch.arange(min(_TRIED_SAMPLES, len(train), len(test))), None)
+    images = train.read(first)[0]
+    if torch.equal(images, test.read(first)[0]) and not torch.equal(images, images[:1].expand_as(images)):
+        _logger.warning(
+            "the splits train and test of %s begin with the same images: the global generators are seeded alike for "
+            "both, so draw images from a generator of your own, seeded from the seed and the split",
+            name,
+        )
 
 
 def _statistics_images(samples: LoadedSamples, seed: int) -> Iterator[Tensor]:

@@ -113,16 +113,18 @@ class Session:
         if self.status is None:
             return
         parts = len(trainer.plan.micro_batches)
+        ghost, micro = trainer.config.model.ghost_size, trainer.plan.micro_size
+        is_ghost = trainer.config.model.norm == "ghost"
         if self.comm.size > parts and trainer.config.model.norm != "sync":  # of which every rank computes a part
             _logger.warning(
-                "a batch of %d micro-batches leaves %d of the %d ranks without work: set a smaller batch.micro_size, "
-                "or use fewer ranks",
+                "a batch of %d micro-batches of %d samples leaves %d of the %d ranks without work: %s",
                 parts,
+                micro,
                 self.comm.size - parts,
                 self.comm.size,
+                ("" if is_ghost and micro <= ghost else "set a smaller batch.micro_size, or ") + "use fewer ranks",
             )
-        ghost, micro = trainer.config.model.ghost_size, trainer.plan.micro_size
-        if trainer.config.model.norm == "ghost" and micro < min(ghost, trainer.config.batch.global_size):
+        if is_ghost and micro < min(ghost, trainer.config.batch.global_size) and resume_point.contents is None:
             _logger.warning(
                 "ghost norm takes its statistics over micro-batches of %d samples, not over model.ghost_size, %d: set "
                 "batch.micro_size to %d or more, or model.ghost_size to %d",

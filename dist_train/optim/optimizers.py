@@ -123,24 +123,28 @@ def state_tensors(optimizer: Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
 def packed_numbers(optimizer: Optimizer) -> bytes:
     """Return what the optimizer's groups and state hold besides `state_tensors`, such as numbers."""
     content = io.BytesIO()
+    saved = optimizer.state_dict()["param_groups"]  # a plug-in's may leave out what no checkpoint can hold
+    names = [*(group.keys() for group in saved), *(state.keys() for state in _states(optimizer))]
     numbers = [
-        {name: value for name, value in part.items() if name != "params" and not isinstance(value, torch.Tensor)}
-        for part in _parts(optimizer)
+        {name: part[name] for name in kept if name != "params" and not isinstance(part[name], torch.Tensor)}
+        for part, kept in zip((*optimizer.param_groups, *_states(optimizer)), names, strict=True)
     ]
-    torch.save(numbers, content)
+    of_no_parameter = {key: value for key, value in optimizer.state.items() if not isinstance(key, torch.Tensor)}
+    torch.save((numbers, of_no_parameter), content)
     return content.getvalue()
 
 
 def set_numbers(optimizer: Optimizer, packed: bytes, device: torch.device) -> None:
     """Set what `packed_numbers` returned on another rank, with tensors on `device`."""
-    values = torch.load(io.BytesIO(packed), map_location=device, weights_only=True)
-    for part, numbers in zip(_parts(optimizer), values, strict=True):
+    values, of_no_parameter = torch.load(io.BytesIO(packed), map_location=device, weights_only=True)
+    for part, numbers in zip((*optimizer.param_groups, *_states(optimizer)), values, strict=True):
         part.update(numbers)
+    optimizer.state.update(of_no_parameter)
 
 
-def _parts(optimizer: Optimizer) -> list[dict[str, Any]]:
-    groups = optimizer.param_groups
-    return [*groups, *(optimizer.state[parameter] for group in groups for parameter in group["params"])]
+def _states(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Return the state of each parameter, in the order of the groups."""
+    return [optimizer.state[parameter] for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _sgd(settings: OptimizerSettings, groups: Sequence[Group]) -> Optimizer:

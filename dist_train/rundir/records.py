@@ -332,8 +332,8 @@ _BACKLOG_LIMIT = 100_000
 class JsonLines(Observer):
     """Appends each record to `path` in one write; `flush` flushes to disk.
 
-    A record whose `RecordKey` the file already has is not written again. While writes fail, records
-    wait in memory; the first failure is reported.
+    A record whose `RecordKey` the file already has is not written again. While writes fail, records wait in memory; the
+    first failure is reported.
     """
 
     def __init__(self, path: Path) -> None:
@@ -407,8 +407,8 @@ _LAUNCH_EVENTS = frozenset(name for name, kind in EVENTS.items() if kind.begins_
 def rewind(path: Path, step: int) -> None:
     """Restore `path` to what it was when the checkpoint at `step` was saved, for a run that resumes from it.
 
-    Drops incomplete lines, records after `step`, duplicates by `RecordKey`, and events at `step` that
-    say how a launch began, since this launch writes its own. Atomic; does nothing if there is no such file.
+    Drops incomplete lines, records after `step`, duplicates by `RecordKey`, and events at `step` that say how a launch
+    began, since this launch writes its own. Atomic; does nothing if there is no such file.
     """
     if not path.exists():
         return

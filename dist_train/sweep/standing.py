@@ -127,7 +127,8 @@ def _next(run: PlannedRun, state: str, note: str, waits: bool) -> tuple[Next, st
         return "unrecoverable", f"it has trained {trained} steps, more than run.max_steps={most}; {fix}", True
     if state == "finished":
         paths = " and ".join(each.path for each in lengths)
-        return ("start", f"{paths} has changed", False) if lengths else ("skip", note, False)
+        changed_paths = f"{paths} {'have' if len(lengths) > 1 else 'has'} changed"
+        return ("start", changed_paths, False) if lengths else ("skip", note, False)
     if status is not None and status.exit_code == ExitCode.DIVERGED and not changed:
         return "unrecoverable", f"{note}; {fix}", False
     return "start", note, False

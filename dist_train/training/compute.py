@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -107,6 +107,9 @@ def restoring_torch() -> Iterator[None]:
         flags = (cudnn, "deterministic"), (cudnn, "benchmark"), (debugging, "fill_uninitialized_memory")
         for owner, name in flags:
             stack.callback(setattr, owner, name, getattr(owner, name))
+        for backend in (torch.backends.cuda, torch.backends.mkldnn):
+            # Restored last: the older settings below change it, also when they are restored.
+            stack.enter_context(_restoring_precision(getattr(backend, "matmul", None)))
         with suppress(RuntimeError):  # torch's newer fp32_precision is in use
             stack.callback(setattr, cudnn, "allow_tf32", cudnn.allow_tf32)
             stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
@@ -117,6 +120,17 @@ def restoring_torch() -> Iterator[None]:
         stack.enter_context(torch.inference_mode(mode=False))
         stack.enter_context(torch.enable_grad())
         yield
+
+
+@contextmanager
+def _restoring_precision(products: Any) -> Iterator[None]:
+    """Restore the precision of a backend's matrix products after the block, where torch has it (2.9 and newer)."""
+    before = getattr(products, "fp32_precision", None)
+    try:
+        yield
+    finally:
+        if before is not None and products.fp32_precision != before:
+            products.fp32_precision = before
 
 
 def _check_triton(device: torch.device) -> None:
@@ -166,18 +180,17 @@ def runs_in_memory(work: Callable[[], object], alone: str = "") -> bool:
     `alone` is for ranks of which the others continue without the one that fails. Raises UsageError also if an operator
     has no deterministic kernel.
     """
-    failed_before = failed_allocations()
+    failed_before, cause = failed_allocations(), None
     try:
         work()
     except (RuntimeError, MemoryError) as error:
         refuse_nondeterministic(error)
         if not is_out_of_memory(error):
             raise
-        fits = False
-    else:
-        fits = failed_allocations() == failed_before
+        cause = error
+    fits = cause is None and failed_allocations() == failed_before
     if alone and not fits:
-        raise UsageError(alone, code="out-of-memory")
+        raise UsageError(alone, code="out-of-memory") from cause
     return fits
 
 

@@ -203,7 +203,8 @@ class RecentRecords:
 
     def share(self, comm: Communicator, root: int, *, joins: bool) -> None:
         """Take those of rank `root` if this rank `joins`. All ranks call it."""
-        lines = broadcast_str(comm, "\n".join(map(to_json, self.all())), "records", root)
+        mine = "\n".join(map(to_json, self.all())) if comm.rank == root else ""
+        lines = broadcast_str(comm, mine, "records", root)
         for record in map(from_json, lines.split("\n") if joins else ()):
             if record is not None:
                 self.add(record)

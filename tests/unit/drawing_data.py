@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, random_split
+from torch.utils.data import Dataset, TensorDataset, random_split
 
 SIZE = 12
 
@@ -55,6 +55,12 @@ def halves(settings: Any, split: str, seed: int) -> Dataset[Any]:
     """Return one half of a data set that is divided at random."""
     train, test = random_split(Numbered(), [24, 24])
     return train if split == "train" else test
+
+
+def generated(settings: Any, split: str, seed: int) -> Dataset[Any]:
+    """Return images that are drawn at the start."""
+    images = torch.randint(256, (8, 3, SIZE, SIZE), dtype=torch.uint8)
+    return TensorDataset(images, torch.arange(8) % 2)
 
 
 def raised(images: Any) -> Any:

@@ -92,11 +92,14 @@ def test_every_rank_gets_the_numbers_of_an_optimizer_with_their_types() -> None:
         optimizer = torch.optim.SGD(weights.parameters)
         group, state = optimizer.param_groups[0], optimizer.state[network.weight]
         state["step"] = 0
+        every: dict[Any, Any] = optimizer.state
         if comm.rank == 1:
+            every["updates"] = 7
             group.update(k=3, d=1e-6, betas=(0.9, 0.99), decays=None, kind="a")
             state.update(step=7, factors=[torch.ones(2)])
         state_of(network, weights, optimizer).broadcast(comm, root=1)
         assert all(mine is its for mine, its in zip(group["params"], weights.parameters, strict=True))
+        assert every["updates"] == 7
         return {name: value for name, value in group.items() if name != "params"}, dict(state)
 
     (group, state), sent = results(2, job)

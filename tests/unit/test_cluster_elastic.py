@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import signal
 import subprocess
 import sys
 import threading
@@ -83,3 +84,15 @@ def test_a_restart_that_fails_is_tried_again_and_counts(monkeypatch: pytest.Monk
     with blocked_signals() as mask:
         assert elastic_launch._ElasticRanks(local, mask, coordinator, restarts=3).wait() == 1
     assert next(no_memory, None) is None
+
+
+def test_a_launcher_s_first_signal_asks_to_stop_though_another_was_asked_before() -> None:
+    local: Any = SimpleNamespace(slots=(), start=None)
+    ranks = elastic_launch._ElasticRanks(local, set(), Mock(), restarts=0)
+    ranks._stop_requested_at = time.monotonic() - 60  # announced by the launcher of another node
+    ranks._note_stop_request(signal.SIGTERM)
+    assert ranks._deadline is None
+    assert ranks._first_signal_at is not None
+    ranks._first_signal_at -= 60
+    ranks._note_stop_request(signal.SIGTERM)
+    assert ranks._deadline is not None

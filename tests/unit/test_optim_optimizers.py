@@ -20,7 +20,15 @@ from torch.utils.hooks import RemovableHandle
 from dist_train.checkpoint.files import Contents
 from dist_train.config import OptimizerSettings
 from dist_train.optim.flat_weights import FlatWeights
-from dist_train.optim.optimizers import Group, build_optimizer, optimizer_step, set_learning_rate, state_tensors
+from dist_train.optim.optimizers import (
+    Group,
+    build_optimizer,
+    optimizer_step,
+    packed_numbers,
+    set_learning_rate,
+    set_numbers,
+    state_tensors,
+)
 from dist_train.outcome import UsageError
 from tests.raising import raises
 from tests.unit.small_trainers import state_of
@@ -246,6 +254,26 @@ def test_a_plugin_whose_numbers_checkpoints_could_not_give_back_is_refused_at_on
     settings = OptimizerSettings(name=f"{__name__}:with_numpys_numbers", options={"part": part})
     with raises(UsageError, code="plugin-result"):
         build_optimizer(settings, FlatWeights(a_model()))
+
+
+class Scheduled(torch.optim.SGD):
+    """Has a function in its groups, which its state dict leaves out."""
+
+    def __init__(self, settings: OptimizerSettings, groups: Sequence[Group]) -> None:
+        super().__init__([parameter for group in groups for parameter in group.parameters])
+        self.param_groups[0]["factor"] = lambda update: 1.0
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        for group in state["param_groups"]:
+            del group["factor"]
+        return state
+
+
+def test_what_a_plugin_leaves_out_of_its_state_dict_need_not_fit_a_checkpoint() -> None:
+    optimizer = build_optimizer(OptimizerSettings(name=f"{__name__}:Scheduled"), FlatWeights(a_model()))
+    set_numbers(optimizer, packed_numbers(optimizer), torch.device("cpu"))
+    assert optimizer.param_groups[0]["factor"](3) == 1.0
 
 
 @dataclass(frozen=True)

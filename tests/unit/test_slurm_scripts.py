@@ -317,6 +317,10 @@ def test_our_program_in_pyxis_does_not_request_what_the_job_does(programs: str, 
     assert " srun --mpi=none --overlap --nodes=1 --ntasks=1 --gpus-per-node=4 " in ended.stdout
 
 
+def test_the_shell_of_an_interactive_allocation_may_be_a_step_of_it(programs: str) -> None:
+    assert command_of(PATH=programs, SLURM_STEP_ID="4294967290") == command_of(PATH=programs)
+
+
 @pytest.mark.parametrize(
     ("variables", "message"),
     [

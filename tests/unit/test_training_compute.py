@@ -150,6 +150,21 @@ def test_training_and_evaluating_neither_depend_on_the_caller_s_torch_nor_change
         assert evaluate_stored(tmp_path / "other", "test", [])["loss"] == found["loss"]
 
 
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="needs torch 2.9")
+@pytest.mark.usefixtures("_kernels_as_before")
+def test_a_precision_of_products_set_by_the_newer_name_counts_again_after_a_run() -> None:
+    products: Any = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    products.fp32_precision = "tf32"
+    try:
+        with restoring_torch():
+            set_up_compute(PrecisionSettings(threads=1), CPU)
+            assert products.fp32_precision == "ieee"
+        assert products.fp32_precision == "tf32"
+    finally:
+        products.fp32_precision = before
+
+
 class Putting(nn.Module):
     """A network that needs an operator without a deterministic kernel."""
 
