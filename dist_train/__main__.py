@@ -1,6 +1,7 @@
-"""`python -m dist_train` is `dist-train`."""
+"""`dist-train`, and `python -m dist_train`."""
 
 import os
+import sys
 import traceback
 
 from dist_train.cli.main import main
@@ -8,18 +9,27 @@ from dist_train.cluster.launch import is_elastic
 from dist_train.outcome import ExitCode, say_on_stderr
 
 
-def _main_of_elastic_rank() -> int:
-    """Run the command, and end without the interpreter's own end.
+def run() -> int:
+    """Run the command and return its exit code; a rank of torch.distributed that fails ends here.
 
-    A group that was broken may still wait for a lost rank, in a thread of torch's: the interpreter would abort there.
+    A group that is broken, or that this rank has left because of an error, still has threads of torch's: at the
+    interpreter's own end they may abort the process, and the exit code is lost.
     """
     try:
         code = main()
     except Exception:
         say_on_stderr(traceback.format_exc())
         code = ExitCode.FAULT
-    os._exit(code)
+    if is_elastic() or (code != ExitCode.FINISHED and _has_group_of_torch()):
+        os._exit(code)
+    return code
+
+
+def _has_group_of_torch() -> bool:
+    """Whether this process has joined ranks by torch.distributed; MPI's ranks must end in order."""
+    modules = sys.modules
+    return "dist_train.cluster.torch_engine" in modules and "dist_train.cluster.horovod" not in modules
 
 
 if __name__ == "__main__":
-    raise SystemExit(_main_of_elastic_rank() if is_elastic() else main())
+    raise SystemExit(run())
