@@ -51,8 +51,8 @@ def generator(seed: int, purpose: str, *indices: int | str) -> torch.Generator:
 
 
 _GENERATOR_LOCK = Lock()
-"""Held while a global generator's state is read or set. Torch 2.15 waits for the interpreter's lock while it holds the
-generator's own one, so that two threads of one process, one of which sets a seed, would wait for each other forever."""
+"""Held while a global generator's state is read or set. Torch (2.13, 2.15) may wait for the interpreter's lock while it
+holds the generator's own one, so that two threads, one of which sets a seed, would wait for each other forever."""
 
 
 def generator_state(of: torch.Generator) -> torch.Tensor:
