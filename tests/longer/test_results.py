@@ -226,7 +226,7 @@ def test_documented_extent_of_low_loss_follows_from_the_lines(rivals: Subject) -
 
 
 def test_documented_sharpness_along_training_is_that_of_the_runs(tmp_path: Path) -> None:
-    subprocess.run(["tar", "-C", str(tmp_path), "-xJf", str(RESULTS / "rivals-course.tar.xz")], check=True)
+    subprocess.run(["tar", "-C", str(tmp_path), "-xJf", str(RESULTS / "rivals-tune.tar.xz")], check=True)
     subject = read_subject(tmp_path / "rivals-course")
     text = " ".join((ROOT / "docs/results.md").read_text().split())
 
