@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
+import gc
 import json
 import re
 import sys
@@ -56,6 +57,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
         from dist_train.launching.run import train
 
+        gc.freeze()  # modules live as long as this process: later collections skip them
     if current_launch().rank == 0:
         warn_of_unused(config)
     train(config, arguments.run_dir)

@@ -185,7 +185,9 @@ class ElasticCommunicator(TorchOperations):
             try:
                 future.set_result(function())
             except Exception as error:
-                future.set_exception(error)
+                # Without its frames, which hold the process group: with this future it is a reference cycle, which
+                # would keep the group beyond its abort.
+                future.set_exception(error.with_traceback(None))
 
         threading.Thread(target=run, name=f"generation-{self.generation}", daemon=True).start()
         while not wait([future], _POLL_INTERVAL.total_seconds()).done:

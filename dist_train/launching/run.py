@@ -44,7 +44,7 @@ from dist_train.rundir.paths import (
 )
 from dist_train.rundir.records import Observer, Outcome, read_last_records, record_key, rewind
 from dist_train.start_up import without_collection
-from dist_train.training.compute import restoring_torch, share_of_threads
+from dist_train.training.compute import free_device_memory, restoring_torch, share_of_threads
 from dist_train.training.consistency import check_consistent_across_ranks
 from dist_train.training.stopping import StopRequests
 from dist_train.training.trainer import Trainer
@@ -84,6 +84,7 @@ def train(config: Config, run_directory: Path | str | None = None, observers: Se
     if not (isinstance(observers, Sequence) and all(isinstance(each, Observer) for each in observers)):
         raise UsageError(f"observers: not a list of Observer objects but {observers!r}", code="wrong-type")
     directory = RunDirectory(config.run_directory if run_directory is None else Path(run_directory))
+    free_device_memory()  # of earlier runs of this process, whose trainers are in reference cycles
     with restoring_torch(), oserror_to_fault(directory), ExitStack() as stack:
         stop = stack.enter_context(StopRequests(config.run.stop_signal))
         session: Session | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -180,18 +181,30 @@ def runs_in_memory(work: Callable[[], object], alone: str = "") -> bool:
     `alone` is for ranks of which the others continue without the one that fails. Raises UsageError also if an operator
     has no deterministic kernel.
     """
-    failed_before, cause = failed_allocations(), None
+    failed_before, fits = failed_allocations(), True
     try:
         work()
     except (RuntimeError, MemoryError) as error:
         refuse_nondeterministic(error)
         if not is_out_of_memory(error):
             raise
-        cause = error
-    fits = cause is None and failed_allocations() == failed_before
+        if alone:
+            raise UsageError(alone, code="out-of-memory") from error
+        # The error is not kept: the frames of its traceback hold the tensors of the failed pass.
+        fits = False
+    fits = fits and failed_allocations() == failed_before
     if alone and not fits:
-        raise UsageError(alone, code="out-of-memory") from cause
+        raise UsageError(alone, code="out-of-memory")
     return fits
+
+
+def free_device_memory() -> None:
+    """Give back the memory that nothing uses any more; on CPUs, free only what reference cycles still hold.
+
+    A model of one's own or torch.compile may leave such cycles behind.
+    """
+    gc.collect()
+    torch.cuda.empty_cache()  # does nothing if no GPU is in use
 
 
 def failed_allocations() -> int:

@@ -8,7 +8,8 @@ share a pool of memory, and be replayed in any order.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Protocol
+from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -32,10 +33,11 @@ class GraphRecorder(Protocol):
 
 
 class CudaGraphRecorder:
-    """Records CUDA graphs, all in one pool of memory."""
+    """Records CUDA graphs; those that exist at the same time share a pool of memory."""
 
     def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
+        self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
+        self._pool: Any = None
         # Both warm up and record: cuBLAS has a workspace for each stream.
         self._stream = torch.cuda.Stream()
 
@@ -55,6 +57,10 @@ class CudaGraphRecorder:
         Raises UsageError if it does something that cannot be recorded, such as a wait for the device.
         """
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        if not self._graphs:
+            # torch refuses to record into a pool that has lost all its graphs while a tensor in it is in use.
+            self._pool = torch.cuda.graph_pool_handle()
+        self._graphs.add(graph)
         try:
             # Other threads (checkpoints, NCCL's, the loader's) may call CUDA meanwhile.
             with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):

@@ -13,7 +13,7 @@ from dist_train.config import ModelSettings
 from dist_train.data.plan import BatchPlan, MicroBatch
 from dist_train.models.norm_arithmetic import SumOverRanks
 from dist_train.outcome import OutOfMemoryError, UsageError
-from dist_train.training.compute import Compute, runs_in_memory
+from dist_train.training.compute import Compute, free_device_memory, runs_in_memory
 from dist_train.training.measuring import StepClock
 
 
@@ -102,11 +102,12 @@ def _largest_that_fits(try_size: Callable[[int], None], largest: int) -> int:
 
 
 def _fits(try_size: Callable[[int], None], size: int) -> bool:
-    try:
-        return runs_in_memory(partial(try_size, size))
-    finally:
-        # Free the blocks of this trial, which do not fit the next size. Does nothing if no GPU is in use.
-        torch.cuda.empty_cache()
+    fits = runs_in_memory(partial(try_size, size))
+    if fits:
+        torch.cuda.empty_cache()  # the blocks of this trial do not fit the next size
+    else:
+        free_device_memory()
+    return fits
 
 
 def avoid_short_last_micro_batch(micro_size: int, global_sizes: Sequence[int], fewest: int) -> int | None:

@@ -10,7 +10,6 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
-import torch
 from torch import nn
 
 from dist_train.checkpoint.files import Contents
@@ -37,6 +36,7 @@ from dist_train.rundir.epochs import Epochs
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import Detail, EvaluationRecord, EventRecord, Record, TrainRecord
 from dist_train.rundir.status import ProgressFields, StatusFile
+from dist_train.training.compute import free_device_memory
 from dist_train.training.consistency import verify_agreement
 from dist_train.training.dealing import Batches
 from dist_train.training.evaluation import Evaluation, evaluate, recompute_statistics, statistics_samples
@@ -232,12 +232,14 @@ class Trainer:
         except OutOfMemoryError:
             if not self.may_shrink:
                 raise
-            self._shrink()
-            return False
+            update = None
         except GroupBrokenError:
             # The interrupted update may have changed the loss scale or the grids of its sums.
             assign_progress(self.progress, before)
             raise
+        if update is None:  # here the error no longer holds what the step used
+            self._shrink()
+            return False
         seconds, total = time.perf_counter() - begun, update.total
         size = self._batches.plan(step).global_size
         if shares := self._batches.dealing(step).note(step, update.times, total.paces):
@@ -272,8 +274,8 @@ class Trainer:
         sizes = [size for _, size in self.config.batch.sizes]
         smaller = halve(self.plan.micro_size, sizes, fewest_samples(self.config.model, self.comm.size))
         self.event("micro_size", before=self.plan.micro_size, now=smaller, reason="out of memory")
-        torch.cuda.empty_cache()
         self._divide_work(smaller)
+        free_device_memory()
         if self.comm.rank == 0:
             self.directory.save_config(self.config)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import gc
 import signal
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
@@ -17,7 +19,7 @@ import torch.distributed as dist
 
 from dist_train.cluster import elastic_launch
 from dist_train.cluster.communicator import Generation, GroupBrokenError
-from dist_train.cluster.elastic import ElasticCommunicator
+from dist_train.cluster.elastic import DeviceGroup, ElasticCommunicator
 from dist_train.cluster.local_launch import blocked_signals
 from dist_train.cluster.member import Pulse
 from tests.waiting import PATIENCE
@@ -51,6 +53,23 @@ def test_a_rank_does_not_wait_for_a_lost_one_that_serves_the_counters(comm: Any)
     with pytest.raises(GroupBrokenError, match="rank 0 was lost"):
         comm.run_while_whole(hang, "claims")
     is_over.set()
+
+
+def test_a_group_that_breaks_while_it_connects_does_not_outlive_its_abort(comm: Any) -> None:
+    groups: list[weakref.ref[DeviceGroup]] = []
+
+    def connect() -> None:
+        group = DeviceGroup(lambda: None)
+        groups.append(weakref.ref(group))
+        raise RuntimeError("NCCL communicator was aborted")
+
+    gc.disable()
+    try:
+        with pytest.raises(GroupBrokenError):
+            comm.run_while_whole(connect, "connecting GPUs")
+        assert groups[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_a_generation_that_breaks_while_it_meets_is_reported(comm: Any) -> None:

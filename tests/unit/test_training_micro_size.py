@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from dist_train.launching.assembly import _with_micro_size
 from dist_train.models import build_model
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import OutOfMemoryError, UsageError
-from dist_train.training.compute import Compute
+from dist_train.training.compute import Compute, runs_in_memory
 from dist_train.training.micro_batches import find_micro_size, forward_and_backward, halve
 from tests.raising import raises
 from tests.unit.simulated_ranks import results
@@ -105,6 +108,22 @@ def test_a_size_for_which_a_convolution_takes_another_algorithm_does_not_fit(mon
         counted["num_ooms"] += size > 8
 
     assert find_micro_size(try_size, global_sizes=[1024], device=CPU, comm=Alone()) == 8
+
+
+def test_the_tensors_of_a_pass_that_does_not_fit_are_freed_at_once() -> None:
+    activations: list[weakref.ref[Tensor]] = []
+
+    def try_size(size: int) -> None:
+        computed = torch.ones(size)
+        activations.append(weakref.ref(computed))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    gc.disable()
+    try:
+        assert not runs_in_memory(partial(try_size, 8))
+        assert activations[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_other_errors_are_not_swallowed() -> None:
