@@ -20,7 +20,9 @@ Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def add_config(parser: argparse.ArgumentParser) -> None:
     """Add CONFIG, its overrides, and --run-dir."""
-    parser.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file")
+    parser.add_argument(
+        "config", type=Path, metavar="CONFIG", help="a YAML file; dist_train:configs/NAME.yaml is one of the package"
+    )
     add_overrides(parser, "settings to override")
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="the run directory")
     parser.add_argument(

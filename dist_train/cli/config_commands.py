@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from dist_train.cli.common import Subparsers, add_config, add_overrides, named_config, warn_of_unused
-from dist_train.outcome import ExitCode, UsageError, printable
+from dist_train.outcome import ExitCode, UsageError, printable, text_with_code
 from dist_train.rundir.paths import in_utf8
 
 
@@ -49,7 +49,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
     refused = list(refusals(config))
     for error in refused:
-        print(printable(f"dist-train: {arguments.config}: {error}"), file=sys.stderr)
+        print(printable(f"dist-train: {arguments.config}: {text_with_code(error)}"), file=sys.stderr)
     if refused:
         return ExitCode.USAGE
     print(f"{arguments.config}: fine")
@@ -89,7 +89,12 @@ def _path(arguments: argparse.Namespace) -> int:
 def _schema(arguments: argparse.Namespace) -> int:
     from dist_train.config import Config
 
-    print(json.dumps(Config.model_json_schema(), indent=2))
+    schema = Config.model_json_schema()
+    of_files = {
+        "base": {"type": "string", "description": "Another file, whose settings this one starts from."},
+        "plugins": {"type": "array", "items": {"type": "string"}, "description": "Files that register names."},
+    }
+    print(json.dumps({**schema, "properties": {**of_files, **schema["properties"]}}, indent=2))
     return ExitCode.FINISHED
 
 

@@ -111,7 +111,8 @@ def add_launch(subparsers: Subparsers) -> None:
         "--min-ranks",
         type=int,
         metavar="N",
-        help="continue without a rank that dies or hangs, down to N ranks (default: all, a lost rank ends the launch)",
+        help="continue without a rank that dies or hangs, down to N ranks (default: all: a lost rank ends the "
+        "launch or, with --restarts, is waited for)",
     )
     parser.add_argument(
         "--restarts",

@@ -224,7 +224,7 @@ class PluginSchedule(Section):
 
     kind: Literal["plugin"]
     function: PluginName = Field(examples=["mine.py:hold"])
-    """`package.module:name` or `FILE.py:name`."""
+    """`package.module:name`, `FILE.py:name`, or a name from `plugins`."""
     options: Options = Field(default_factory=dict, examples=[{"until": 0.5}])
     """Settings of `function`."""
 

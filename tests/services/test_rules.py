@@ -296,10 +296,11 @@ def test_inhibitions_name_alerts_that_exist() -> None:
     assert "DistTrainExporterGone" in named
 
 
-def test_compose_file_follows_the_specification() -> None:
+@pytest.mark.parametrize("name", ["compose.yaml", "compose.gpu.yaml"])
+def test_compose_file_follows_the_specification(name: str) -> None:
     run(
         str(Path(sys.executable).with_name("check-jsonschema")),
         "--builtin-schema",
         "vendor.compose-spec",
-        DOCKER / "compose.yaml",
+        DOCKER / name,
     )

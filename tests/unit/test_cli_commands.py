@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import jsonschema
 import pytest
 import yaml
 
@@ -30,6 +32,7 @@ from tests.unit.small_trainers import SETTINGS
 
 pytestmark = pytest.mark.usefixtures("threads_as_before")
 
+ROOT = Path(__file__).parents[2]
 SMOKE = "dist_train:configs/smoke.yaml"
 
 
@@ -390,9 +393,13 @@ class TestConfig:
         self, tmp_path: Path, sections: dict[str, Any], word: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
         path = write_config(tmp_path, **sections)
+        codes = []
         for command in (["config", "check", path], ["train", path, "--run-dir", str(tmp_path / "run")]):
             assert main(command) == ExitCode.USAGE
-            assert word in capsys.readouterr().err
+            message = capsys.readouterr().err
+            assert word in message
+            codes.append(re.findall(r"\[([a-z-]+)\]$", message, flags=re.MULTILINE))
+        assert codes[0] == codes[1] != []
 
     def test_check_refuses_a_batch_of_more_samples_than_there_are(self) -> None:
         smoke = str(Path(__file__).parents[2] / "configs" / "smoke.yaml")
@@ -408,10 +415,14 @@ class TestConfig:
         shown.write_text(capsys.readouterr().out)
         assert load_config(shown) == load_config(path, ["run.seed=7"])
 
-    def test_schema_is_a_json_schema_with_every_section(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_schema_is_a_json_schema_that_our_own_configurations_follow(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         assert main(["config", "schema"]) == 0
         schema = json.loads(capsys.readouterr().out)
         assert {"run", "noise", "comm"} <= set(schema["properties"])
+        for path in sorted((ROOT / "configs").glob("*.yaml")):
+            jsonschema.validate(yaml.safe_load(path.read_text()), schema)
 
     def test_run_directory_is_where_the_run_lies(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         path = write_config(tmp_path, run={"name": "a", "directory": "b"})
