@@ -28,25 +28,28 @@ def replacing(path: Path, *, is_shared: bool = False) -> Iterator[BinaryIO]:
     The user alone may read it or, if it `is_shared`, those who may read the present one, by default those of the umask.
     If the block raises, `path` stays as it was and the temporary file is removed.
     """
-    descriptor, temporary = _open_part(path, 0o666 if is_shared else 0o600)
+    with _swapping(path, 0o666 if is_shared else 0o600) as file:
+        if is_shared and path.exists():
+            os.fchmod(file.fileno(), path.stat().st_mode & 0o777)
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    flush_directory(path.parent)
+
+
+@contextmanager
+def _swapping(path: Path, mode: int) -> Iterator[BinaryIO]:
+    """Open a temporary file, with `mode` less the umask, as `replacing` does, but without waiting for the disk."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(temporary, flags, mode)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            if is_shared and path.exists():
-                os.fchmod(descriptor, path.stat().st_mode & 0o777)
             yield file
-            file.flush()
-            os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    flush_directory(path.parent)
-
-
-def _open_part(path: Path, mode: int) -> tuple[int, Path]:
-    """Create a temporary file beside `path`, with `mode` less the umask; return its descriptor and path."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
-    return os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode), temporary
 
 
 def remove_partial_files(folder: Path, pattern: str) -> None:
@@ -81,16 +84,10 @@ def flush_directory(directory: Path) -> None:
 
 def swap_text(path: Path, content: str, mode: int | None = None) -> None:
     """Replace the content of `path`, without waiting for the disk; `mode`: its permissions, by default the umask's."""
-    descriptor, temporary = _open_part(path, 0o666)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(content)
-            if mode is not None:
-                os.fchmod(descriptor, mode)
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    with _swapping(path, 0o666) as file:
+        file.write(content.encode())
+        if mode is not None:
+            os.fchmod(file.fileno(), mode)
 
 
 @contextmanager
