@@ -170,7 +170,7 @@ class Regrouping:
         comm = trainer.comm
         self.open_logs(comm.rank)
         # The lost rank's node may be cut off without having noticed, or the file server may still hold its lock.
-        request = LockRequest(self.directory.root, self.directory.lock, patience=LEASE_SECONDS)
+        request = LockRequest(self.directory, patience=LEASE_SECONDS)
 
         def take_over() -> bool:
             if comm.rank == 0 and trainer.saving.writer is None:
@@ -256,7 +256,7 @@ def _lock(config: Config, directory: RunDirectory, comm: Communicator) -> RunLoc
             return None
         check_launch(config, directory)
         directory.create()
-        return LockRequest(directory.root, directory.lock)
+        return LockRequest(directory)
 
     lock: RunLock | None = None
     requested = run_on_all_ranks(comm, request, "make the run directory")

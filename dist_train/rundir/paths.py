@@ -287,11 +287,10 @@ class RunLock:
     def __init__(self, path: Path, descriptor: int) -> None:
         self._path = path
         self._descriptor = descriptor
-        self._identity = _identity(os.fstat(descriptor))
 
     def check(self) -> None:
         """Raise OSError if the run directory is no longer the locked one: removed, moved or replaced."""
-        if _identity(os.stat(self._path)) != self._identity:
+        if not os.path.samestat(os.stat(self._path), os.fstat(self._descriptor)):
             raise OSError(errno.ESTALE, "the run directory was moved away and replaced", str(self._path.parent))
 
     def release(self) -> None:
@@ -301,14 +300,13 @@ class RunLock:
 
 @dataclass(eq=False)
 class LockRequest:
-    """A request for the lock of the run directory `root`, whose lock file is `path`.
+    """A request for the lock of a run directory.
 
     It waits `patience` seconds for the holder to end; `lease` seconds if that is an earlier start of the same Slurm job
     on another node: Slurm has seen it end, but the file server may not know yet.
     """
 
-    root: Path
-    path: Path
+    directory: RunDirectory
     patience: float = PATIENCE_SECONDS
     lease: float = LEASE_SECONDS
 
@@ -323,9 +321,10 @@ class LockRequest:
         made.
         """
         until = time.monotonic() + seconds
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        path = self.directory.lock
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            while not try_to_lock(descriptor, self.path):
+            while not try_to_lock(descriptor, path):
                 now = time.monotonic()
                 self._refuse_or_announce(_read_holder(descriptor), now - self._begun)
                 if now >= until:
@@ -334,7 +333,7 @@ class LockRequest:
                 time.sleep(_POLL_SECONDS)
             with suppress(OSError):  # on a full disk the lock holds without naming its holder
                 _write_holder(descriptor)
-            return RunLock(self.path, descriptor)
+            return RunLock(path, descriptor)
         except BaseException:
             os.close(descriptor)
             raise
@@ -343,15 +342,14 @@ class LockRequest:
         is_predecessor = _is_predecessor(holder)
         if waited >= (self.lease if is_predecessor else self.patience):
             raise UsageError(
-                f"{self.root} is in use by {_holder_name(holder)}: two launches must not write into one run "
+                f"{self.directory.root} is in use by {_holder_name(holder)}: two launches must not write into one run "
                 f"directory; wait for it or end it, or choose another by run.name or --run-dir",
                 code="run-in-use",
             )
         if is_predecessor and not self._is_announced:
             self._is_announced = True
-            _logger.warning(
-                "waiting up to %g s for the lock of %s, held by %s", self.lease, self.root, _holder_name(holder)
-            )
+            root, name = self.directory.root, _holder_name(holder)
+            _logger.warning("waiting up to %g s for the lock of %s, held by %s", self.lease, root, name)
 
 
 def read_holder(path: Path) -> Holder | None:
@@ -406,7 +404,3 @@ def _holder_name(holder: Holder | None) -> str:
         return "another process"
     job = f", Slurm job {holder.slurm_job}" if holder.slurm_job else ""
     return f"process {holder.pid} on {holder.host}{job}, since {holder.since}"
-
-
-def _identity(stats: os.stat_result) -> tuple[int, int]:
-    return stats.st_dev, stats.st_ino

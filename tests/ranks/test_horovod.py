@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_train.rundir.paths import LockRequest
+from dist_train.rundir.paths import LockRequest, RunDirectory
 from tests.launching import (
     assert_same_run,
     kill,
@@ -53,7 +53,7 @@ def test_ranks_wait_for_the_lock_of_a_dead_node_beyond_the_stall_timeout(tmp_pat
     run = tmp_path / "run"
     run.mkdir()
     config = write_config(tmp_path, small_settings(run={"max_steps": 2}, comm={"timeout": 6}))
-    lock = LockRequest(run, run / "run.lock").wait(0)
+    lock = LockRequest(RunDirectory(run)).wait(0)
     assert lock is not None
     # What a file server shows for a while after a node of the same job has died.
     (run / "run.lock").write_text('{"host": "node9", "pid": 1, "since": "then", "slurm_job": "7"}')

@@ -324,11 +324,11 @@ def test_records_that_cannot_be_flushed_keep_the_checkpoint_back_and_are_recorde
 
 def test_a_run_directory_that_was_replaced_gets_no_checkpoint(tmp_path: Path) -> None:
     session, _ = begun(tmp_path / "run", Alone())
-    session.lock = LockRequest(session.directory.root, session.directory.lock).wait(0)
+    session.lock = LockRequest(session.directory).wait(0)
     session.before_publishing()
     (tmp_path / "run").rename(tmp_path / "moved")
     begun(tmp_path / "run", Alone())
-    LockRequest(session.directory.root, session.directory.lock).wait(0)
+    LockRequest(session.directory).wait(0)
     with pytest.raises(OSError, match="replaced"):
         session.before_publishing()
 
@@ -501,7 +501,7 @@ def test_a_rank_that_cannot_take_over_fails_alone(
     directory = RunDirectory(tmp_path)
     directory.create()
     if is_held:
-        assert LockRequest(directory.root, directory.lock).wait(0.0)
+        assert LockRequest(directory).wait(0.0)
     else:
         directory.lock.mkdir()  # an OSError, whoever runs the test
     generation = Generation(2, 0, 2, ("", 0), ("here", "there"), ("rank 0 died",), "", ())

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from dist_train.outcome import UsageError
-from dist_train.rundir.paths import LockRequest, RunLock
+from dist_train.rundir.paths import LockRequest, RunDirectory, RunLock
 from tests.raising import raises
 
 _HOLD = """
@@ -32,7 +32,7 @@ time.sleep(600)
 
 
 def lock(root: Path, *, patience: float = 0.0, lease: float = 0.0) -> RunLock:
-    held = LockRequest(root, root / "run.lock", patience=patience, lease=lease).wait(600)
+    held = LockRequest(RunDirectory(root), patience=patience, lease=lease).wait(600)
     assert held is not None
     return held
 

@@ -157,7 +157,7 @@ def test_restarts_within_the_job_come_before_requeues(run: Path) -> None:
 
 def test_the_status_of_another_job_at_work_stays(run: Path) -> None:
     end(run, ExitCode.FAULT, launch="theirs")
-    lock = LockRequest(run, run / "run.lock").wait(60)
+    lock = LockRequest(RunDirectory(run)).wait(60)
     assert lock is not None
     (run / "run.lock").write_text('{"host": "node9", "pid": 1, "since": "now", "slurm_job": "7"}')
     assert decide(run, 3, EndedLaunch("ours", ExitCode.USAGE, ("dist-train: in use [run-in-use]",))).action == "end"
