@@ -14,7 +14,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Annotated, NamedTuple, TypeAlias
 
-from pydantic import BeforeValidator, Field, TypeAdapter
+import msgspec
 
 from dist_train.rundir import atomic
 from dist_train.rundir.atomic import json_text, open_regular, read_regular
@@ -24,10 +24,7 @@ _logger = logging.getLogger(__name__)
 
 Detail: TypeAlias = str | int | float | bool | None
 
-Count = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)]
-Real = Annotated[float, Field(strict=True), BeforeValidator(lambda value: math.nan if value is None else value)]
-"""A number; one that is not finite is null in the file, and NaN when it is read back."""
-Word = Annotated[str, Field(strict=True)]
+Count = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 
 
 @dataclass(frozen=True)
@@ -35,15 +32,15 @@ class TrainRecord:
     """One optimizer update: the last of every `metrics.every_steps`, and of the run."""
 
     step: Count  # updates done
-    epoch: Real  # epochs done: step / steps per epoch
-    loss: Real
-    accuracy: Real  # share of the global batch that was classified correctly, in [0, 1]
-    learning_rate: Real
-    noise_amplitude: Real
-    gradient_norm: Real
-    step_seconds: Real
-    samples_per_second: Real
-    time: Real  # seconds since 1970 (UTC)
+    epoch: float  # epochs done: step / steps per epoch
+    loss: float
+    accuracy: float  # share of the global batch that was classified correctly, in [0, 1]
+    learning_rate: float
+    noise_amplitude: float
+    gradient_norm: float
+    step_seconds: float
+    samples_per_second: float
+    time: float  # seconds since 1970 (UTC)
 
 
 @dataclass(frozen=True)
@@ -51,12 +48,12 @@ class EvaluationRecord:
     """Loss and accuracy (in [0, 1]) of the clean weights over a whole split."""
 
     step: Count
-    epoch: Real
-    split: Word
-    loss: Real
-    accuracy: Real
+    epoch: float
+    split: str
+    loss: float
+    accuracy: float
     samples: Count
-    time: Real
+    time: float
 
 
 def better(best: float | None, record: EvaluationRecord) -> float | None:
@@ -70,8 +67,8 @@ class EventRecord:
     """Something that happened to the run; `event` is a key of `EVENTS`, unless another version wrote the record."""
 
     step: Count
-    event: Word
-    time: Real
+    event: str
+    time: float
     details: Mapping[str, Detail]
 
 
@@ -126,21 +123,21 @@ class StepParts:
 class RankMeasurement(NamedTuple):
     """What one rank measured at one step; a tuple, since those of a thousand ranks travel as one message."""
 
-    busy_seconds: Real  # time of the step without the wait for the other ranks
-    wait_seconds: Real
-    resident_bytes: Real
-    device_bytes: Real  # device memory that the rank has allocated; NaN without a device
-    device_peak_bytes: Real  # peak of `device_bytes`; NaN without a device
-    device_utilization: Real  # share of the last second in which the device was busy, in [0, 1]; NaN without NVML
-    micro_batches: Real = math.nan  # that the rank computed in the step, or parts of them with sync norm
-    device_total_bytes: Real = math.nan  # the device's memory; NaN without a device
-    device_used_bytes: Real = math.nan  # of all processes. From here on: NaN if NVML does not report it
-    device_power_watts: Real = math.nan
-    device_core_clock_hertz: Real = math.nan
-    device_memory_clock_hertz: Real = math.nan
-    device_throttle_reasons: Real = math.nan  # as bits of NVML (nvmlClocksEventReasons)
-    device_corrected_errors: Real = math.nan  # memory errors since the driver was loaded
-    device_uncorrected_errors: Real = math.nan
+    busy_seconds: float  # time of the step without the wait for the other ranks
+    wait_seconds: float
+    resident_bytes: float
+    device_bytes: float  # device memory that the rank has allocated; NaN without a device
+    device_peak_bytes: float  # peak of `device_bytes`; NaN without a device
+    device_utilization: float  # share of the last second in which the device was busy, in [0, 1]; NaN without NVML
+    micro_batches: float = math.nan  # that the rank computed in the step, or parts of them with sync norm
+    device_total_bytes: float = math.nan  # the device's memory; NaN without a device
+    device_used_bytes: float = math.nan  # of all processes. From here on: NaN if NVML does not report it
+    device_power_watts: float = math.nan
+    device_core_clock_hertz: float = math.nan
+    device_memory_clock_hertz: float = math.nan
+    device_throttle_reasons: float = math.nan  # as bits of NVML (nvmlClocksEventReasons)
+    device_corrected_errors: float = math.nan  # memory errors since the driver was loaded
+    device_uncorrected_errors: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -220,6 +217,7 @@ class Outcome:
 
 _EVENTS_BEFORE_TRAINING = 100  # more than there are
 _RESERVED = frozenset({"kind", "step", "event", "time"})
+_KINDS: Mapping[str, type[Record]] = {"train": TrainRecord, "eval": EvaluationRecord, "event": EventRecord}
 
 
 def to_json(record: Record) -> str:
@@ -239,20 +237,17 @@ def _fields(record: Record) -> dict[str, Detail]:
 
 def from_json(line: str | bytes) -> Record | None:
     """Return the record in `line`; None if it is incomplete or of another form. Null becomes NaN."""
-    with suppress(ValueError, KeyError, TypeError, RecursionError, OverflowError):
+    with suppress(ValueError, KeyError, TypeError, RecursionError):
         fields = json.loads(line)
-        match fields["kind"]:
-            case "train":
-                return _TRAIN.validate_python(fields)
-            case "eval":
-                return _EVALUATION.validate_python(fields)
-            case "event":
-                details = {name: value for name, value in fields.items() if name not in _RESERVED}
-                return _EVENT.validate_python({**fields, "details": details})
+        kind = _KINDS[fields["kind"]]
+        details = {name: value for name, value in fields.items() if name not in _RESERVED}
+        return msgspec.convert({**nan_for_null(fields), "details": details}, kind)
     return None
 
 
-_TRAIN, _EVALUATION, _EVENT = TypeAdapter(TrainRecord), TypeAdapter(EvaluationRecord), TypeAdapter(EventRecord)
+def nan_for_null(fields: Mapping[str, object]) -> dict[str, object]:
+    """Return `fields` with NaN in place of null, which stands for a number that is not finite."""
+    return {name: math.nan if value is None else value for name, value in fields.items()}
 
 
 def read_records(path: Path) -> tuple[Record, ...]:

@@ -19,13 +19,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Literal, TypedDict, Unpack
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from dist_train.outcome import ExitCode
 from dist_train.rundir import atomic
 from dist_train.rundir.atomic import RewrittenFile, json_text, read_regular
 from dist_train.rundir.paths import BrokenFileError, RunDirectory
-from dist_train.rundir.records import EventRecord, Measurement, Observer, Outcome, RankMeasurement, Record
+from dist_train.rundir.records import EventRecord, Measurement, Observer, Outcome, RankMeasurement, Record, nan_for_null
 
 State = Literal["starting", "running", "stopping", "stopped", "finished", "failed"]
 
@@ -259,13 +259,17 @@ def read_counts(path: Path) -> Mapping[str, int]:
         raise ValueError(f"it does not hold counts of events: {error.errors()[0]['msg']}") from error
 
 
+def _with_nan(rank: object) -> object:
+    return nan_for_null(rank) if isinstance(rank, dict) else rank
+
+
 @dataclass(frozen=True)
 class RanksReading:
     """The content of `ranks.json`: the measurements of all ranks, by rank, at `step`; `time` in seconds since 1970."""
 
     step: int
     time: float
-    ranks: tuple[RankMeasurement, ...]
+    ranks: tuple[Annotated[RankMeasurement, BeforeValidator(_with_nan)], ...]
 
 
 class RanksFile(Observer):

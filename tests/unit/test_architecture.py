@@ -43,7 +43,7 @@ BELOW = {
 OWNERS = {
     "horovod": {"cluster"},
     "mpi4py": {"cluster"},
-    "msgspec": {"monitoring"},
+    "msgspec": {"monitoring", "rundir"},
     "prometheus_client": {"monitoring"},
     "matplotlib": {"report"},
     "jinja2": {"report"},
