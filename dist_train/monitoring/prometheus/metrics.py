@@ -136,6 +136,22 @@ def _of_this_rank(name: str, meaning: str, field: str) -> Metric:
     return Metric(name, "gauge", meaning, take, scope=Scope.RANK)
 
 
+def _choice(name: str, meaning: str, choices: Sequence[str]) -> Metric:
+    """Return the metric of a field of the snapshot that is one of `choices`: 1 for that one, 0 for the others."""
+
+    def take(now: Snapshot) -> Iterable[Reading]:
+        return (Reading(float(choice == getattr(now, name)), (choice,)) for choice in choices)
+
+    return Metric(name, "gauge", meaning, take, (name,))
+
+
+def _by_event(name: str, kind: Kind, meaning: str, field: str) -> Metric:
+    def take(now: Snapshot) -> Iterable[Reading]:
+        return (Reading(count, (event,)) for event, count in getattr(now, field).items())
+
+    return Metric(name, kind, meaning, take, ("event",), unit_in_words="events")
+
+
 BATCH = "batch"  # the value of the label `split` for measurements on training batches
 
 
@@ -160,14 +176,6 @@ _INFO: Mapping[str, Callable[[Snapshot], object]] = {
 
 def _run_info(now: Snapshot) -> Iterable[Reading]:
     return (Reading(1, tuple(str(read(now)) for read in _INFO.values())),)
-
-
-def _states(now: Snapshot) -> Iterable[Reading]:
-    return (Reading(float(state == now.state), (state,)) for state in STATES)
-
-
-def _outcomes(now: Snapshot) -> Iterable[Reading]:
-    return (Reading(float(outcome == now.outcome), (outcome,)) for outcome in OUTCOMES)
 
 
 def _samples(now: Snapshot) -> int:
@@ -226,8 +234,8 @@ def _busy_ratios(now: Snapshot) -> Iterable[Reading]:
 
 METRICS: tuple[Metric, ...] = (
     Metric("run_info", "info", "What runs; always 1.", _run_info, tuple(_INFO), Scope.RUN_EVERYWHERE),
-    Metric("state", "gauge", "1 for the state that the run is in, 0 for the others.", _states, ("state",)),
-    Metric("outcome", "gauge", "1 for how the run has ended, 0 for the other ways.", _outcomes, ("outcome",)),
+    _choice("state", "1 for the state that the run is in, 0 for the others.", STATES),
+    _choice("outcome", "1 for how the run has ended, 0 for the other ways.", OUTCOMES),
     _gauge("step", "Optimizer updates done.", "step", "updates"),
     _gauge("planned_steps", "Optimizer updates at which the run ends.", "facts.total_steps", "updates"),
     _gauge("epoch", "Epochs done, with fraction.", lambda now: now.facts.passes.done(now.step), "epochs"),
@@ -349,21 +357,12 @@ METRICS: tuple[Metric, ...] = (
         "events.exporter_restarted",
         "restarts",
     ),
-    Metric(
-        "events_total",
-        "counter",
-        "Events of the run, by kind.",
-        lambda now: (Reading(count, (event,)) for event, count in now.events.items()),
-        ("event",),
-        unit_in_words="events",
-    ),
-    Metric(
+    _by_event("events_total", "counter", "Events of the run, by kind.", "events"),
+    _by_event(
         "events_before_launch",
         "gauge",
         "Events of the run before this launch, or before its exporter was restarted, by kind.",
-        lambda now: (Reading(count, (event,)) for event, count in now.events_before.items()),
-        ("event",),
-        unit_in_words="events",
+        "events_before",
     ),
     Metric(
         "step_duration_seconds",
@@ -388,11 +387,6 @@ METRICS: tuple[Metric, ...] = (
 """Counters of events include all launches of the run, except that of the exporter's restarts."""
 
 
-def metrics_of(rank: int) -> tuple[Metric, ...]:
-    """Return the metrics on the page of rank `rank`."""
-    return tuple(metric for metric in METRICS if rank == 0 or metric.scope is not Scope.RUN)
-
-
 class Families(Collector):
     """A prometheus_client collector, for `generate_latest`, of the metrics of a rank's page at the snapshot `now`."""
 
@@ -401,7 +395,9 @@ class Families(Collector):
 
     def collect(self) -> Iterable[Family]:
         """Yield the metrics with their values."""
-        for metric in metrics_of(self._now.facts.rank):
+        for metric in METRICS:
+            if metric.scope is Scope.RUN and self._now.facts.rank != 0:
+                continue
             # The library appends these suffixes to a family's name.
             short = metric.name.removesuffix("_total").removesuffix("_info")
             family = Family(short, metric.meaning, metric.kind)
