@@ -182,7 +182,8 @@ class Channel:
         end.setblocking(False)
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
         self._socket = end
-        self._buffer: memoryview | None = None
+        # Only the pages that messages touch take memory.
+        self._buffer = memoryview(mmap.mmap(-1, 2 * _BUFFER_BYTES))
         self._waiting: deque[Message] = deque(maxlen=_KEPT)
 
     def fileno(self) -> int:
@@ -213,9 +214,6 @@ class Channel:
         """Yield the received messages. Raises EOFError once the other end is gone and all its messages were received;
         ValueError if something else was received.
         """
-        if self._buffer is None:
-            # Only the pages that messages touch take memory.
-            self._buffer = memoryview(mmap.mmap(-1, 2 * _BUFFER_BYTES))
         while True:
             try:
                 size = self._socket.recv_into(self._buffer)
