@@ -80,7 +80,7 @@ def event(record: EventRecord) -> str:
 
 
 _MARK_SECONDS = 1.0
-_MARKS = 60
+_MARKS = 61
 
 
 class Pace:
@@ -88,27 +88,25 @@ class Pace:
 
     def __init__(self) -> None:
         self._marks: deque[tuple[float, int]] = deque(maxlen=_MARKS)
-        self._latest: tuple[float, int] | None = None
+        """Times and steps, a second or more apart, but for the latest."""
 
     def mark(self, step: int, now: float) -> None:
         """Note that `step` updates were done at `now` (seconds, monotonic)."""
-        self._latest = (now, step)
-        if not self._marks or now - self._marks[-1][0] >= _MARK_SECONDS:
-            self._marks.append((now, step))
+        if len(self._marks) > 1 and self._marks[-1][0] - self._marks[-2][0] < _MARK_SECONDS:
+            self._marks.pop()
+        self._marks.append((now, step))
 
     def seconds_per_step(self) -> float | None:
         """Return the pace; None before two marks at different steps."""
-        if self._latest is None:
+        if not self._marks:
             return None
-        seconds, steps = self._latest[0] - self._marks[0][0], self._latest[1] - self._marks[0][1]
-        return seconds / steps if steps > 0 else None
+        (begun, first), (now, last) = self._marks[0], self._marks[-1]
+        return (now - begun) / (last - first) if last > first else None
 
     def seconds_left(self, total_steps: int) -> float | None:
         """Return the seconds until `total_steps`; None while the pace is unknown."""
         pace = self.seconds_per_step()
-        if pace is None or self._latest is None:
-            return None
-        return max(0, total_steps - self._latest[1]) * pace
+        return None if pace is None else max(0, total_steps - self._marks[-1][1]) * pace
 
 
 def update(facts: RunFacts, record: TrainRecord, pace: Pace) -> str:
