@@ -20,7 +20,13 @@ from dist_train.launching.run import train
 from dist_train.monitoring.prometheus import targets
 from dist_train.monitoring.prometheus.board import outcome_label
 from dist_train.monitoring.prometheus.messages import ServingPlan
-from dist_train.monitoring.prometheus.targets import TargetFile, process_identity, remove_stale, target_file
+from dist_train.monitoring.prometheus.targets import (
+    TargetFile,
+    process_identity,
+    record_outcome,
+    remove_stale,
+    target_file,
+)
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import Outcome
 from tests.unit.exporting import FACTS, OUTCOME, STOPPED, serving
@@ -50,6 +56,10 @@ def gone(directory: Path, name: str = "gone", exporter: str | None = None) -> Ta
         process = process_identity(child.pid)
         child.kill()
     return mine(directory, name, process=process, exporter=exporter)
+
+
+def end(target: TargetFile, outcome: str) -> None:
+    record_outcome(target.path, target.process, outcome)
 
 
 def age(path: Path, seconds: float) -> None:
@@ -161,7 +171,7 @@ def test_a_run_that_begins_says_that_one_that_has_just_died_was_killed(tmp_path:
     age(before.path, 301)
     assert remove_stale(tmp_path, resumed="another").removed == (before.path,)
     assert labels_of(dead.path)["outcome"] == "killed"
-    dead.end("failed")
+    end(dead, "failed")
     assert labels_of(dead.path)["outcome"] == "killed", "what was said first stays"
     assert remove_stale(tmp_path, resumed=FACTS.run_id).removed == (dead.path,)
 
@@ -188,20 +198,20 @@ def test_the_end_of_a_launch_leaves_the_file_of_the_next_one(tmp_path: Path) -> 
     before = mine(tmp_path, process="elsewhere pid:[1] 1 2")
     now = mine(tmp_path)
     assert now.path == before.path
-    before.end("stopped")
+    end(before, "stopped")
     assert now.path.read_text() == now.content
-    now.end("finished")
-    now.end("killed")
+    end(now, "finished")
+    end(now, "killed")
     assert labels_of(now.path)["outcome"] == "finished", "what was said first stays"
     now.path.unlink()
-    now.end("finished")
+    end(now, "finished")
     assert not now.path.exists()
 
 
 def test_an_ended_run_has_the_labels_that_it_had_and_no_address_that_another_may_take(tmp_path: Path) -> None:
     target = mine(tmp_path)
     [before] = json.loads(target.path.read_text())
-    target.end("failed")
+    end(target, "failed")
     [after] = json.loads(target.path.read_text())
     assert after["targets"] == ["127.0.0.1:0"]
     assert after["labels"] == {**before["labels"], "outcome": "failed", "instance": before["targets"][0]}
@@ -224,7 +234,7 @@ def test_what_says_how_a_run_ended_stays_for_a_while_or_until_the_run_is_back(tm
     process = process_identity(os.getpid()).rpartition(" ")[0] + " 1"
     recent, old = mine(tmp_path, "recent", process=process), mine(tmp_path, "old", process=process)
     for target in (recent, old):
-        target.end("failed")
+        end(target, "failed")
     age(old.path, targets.ENDED_SECONDS + 1)
     assert remove_stale(tmp_path).removed == (old.path,)
     assert remove_stale(tmp_path, resumed="another").removed == ()
@@ -266,7 +276,7 @@ def test_the_command_cleans_where_the_runs_are_entered(tmp_path: Path, capsys: p
     folder.mkdir()
     living, dead, seen, just_ended = mine(folder), gone(folder), mine(folder, "seen"), mine(folder, "just_ended")
     for target in (seen, just_ended):
-        target.end("failed")
+        end(target, "failed")
     age(seen.path, targets.SEEN_SECONDS + 1)
     for name in ("one", "two"):
         run = tmp_path / "runs" / name
@@ -360,7 +370,7 @@ def test_what_somebody_put_in_our_file_s_place_is_neither_followed_nor_touched(m
         os.mkfifo(target.path)
         found = errno.EINVAL
     with hanging_is_an_error():
-        for visit in (target.touch, partial(target.end, "finished")):
+        for visit in (target.touch, partial(end, target, "finished")):
             with pytest.raises(OSError, check=lambda error: error.errno == found):
                 visit()
         target.write()

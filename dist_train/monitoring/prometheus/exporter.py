@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from dist_train.monitoring.prometheus import messages
 from dist_train.monitoring.prometheus.board import outcome_label
 from dist_train.monitoring.prometheus.messages import Begin, Ending, Progress, Serving, Warned
-from dist_train.monitoring.prometheus.targets import TargetFile, process_identity
+from dist_train.monitoring.prometheus.targets import process_identity, record_outcome
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import Measurement, Observer, Outcome, Record, RunFacts, TrainRecord
 from dist_train.rundir.status import read_counts
@@ -157,7 +157,7 @@ class Exporter(Observer):
         self.address = None
         if self._target is not None:  # in case the process could not record the outcome
             try:
-                TargetFile(self._target, "", process_identity(os.getpid())).end(outcome_label(outcome))
+                record_outcome(self._target, process_identity(os.getpid()), outcome_label(outcome))
             except OSError as error:
                 _logger.warning("the outcome cannot be written to %s: %s", self._target, error.strerror or error)
             self._target = None

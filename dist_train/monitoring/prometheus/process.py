@@ -157,7 +157,7 @@ class _Service:
                     self._board.killed()
                     self._await_scrape()
                 with self._warning(f"the outcome cannot be written to the target file {self._target.path}"):
-                    self._target.end(outcome)
+                    targets.record_outcome(self._target.path, self._target.process, outcome)
 
     def _receive(self) -> None:
         """Apply received messages to the board. A scrape calls this too, so it sees everything sent before it."""

@@ -15,7 +15,7 @@ import socket
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -65,9 +65,7 @@ class TargetFile:
     def write(self) -> None:
         """Write the file, and create its folder if necessary. Raises OSError."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        # The temporary name ends with .part, so Prometheus, which reads *.json, ignores it. Prometheus usually runs as
-        # another user: hence the mode.
-        atomic.swap_text(self.path, self.content, 0o644)
+        _write(self.path, self.content)
 
     def touch(self) -> None:
         """Show that the run is alive; write the file again if it was removed. Raises OSError."""
@@ -83,22 +81,6 @@ class TargetFile:
             entry = _read(file)
         if entry is not None and entry[1][_PROCESS_LABEL] == self.process:
             self.path.unlink()
-
-    def end(self, outcome: str) -> None:
-        """Record how the run ended in the file, for alert rules that cannot rely on a last scrape.
-
-        Nothing changes if an outcome is recorded already, or if a later launch of the run has taken the file over.
-        Raises OSError, also if something else is in its place.
-        """
-        try:
-            with _open_ours(self.path) as file:
-                entry = _read(file)
-        except FileNotFoundError:
-            return
-        match entry:
-            case (address, labels) if labels[_PROCESS_LABEL] == self.process and _OUTCOME_LABEL not in labels:
-                ended = {**labels, _OUTCOME_LABEL: outcome, "instance": address}
-                replace(self, content=_content(_NOWHERE, ended)).write()
 
 
 def target_file(plan: ServingPlan, facts: RunFacts, port: int, process: str, exporter: str) -> TargetFile:
@@ -123,6 +105,28 @@ def target_file(plan: ServingPlan, facts: RunFacts, port: int, process: str, exp
     mark = hashlib.blake2b(run, digest_size=4).hexdigest()
     path = plan.targets_directory / f"{name}-{mark}-{facts.rank}.json"
     return TargetFile(path, _content(f"{plan.host_for_others(node)}:{port}", labels), process)
+
+
+def record_outcome(path: Path, process: str, outcome: str) -> None:
+    """Record in the target file at `path` how the run of the trainer `process` ended.
+
+    Alert rules read it there, since they cannot rely on a last scrape. Nothing changes if an outcome is recorded
+    already, or if a later launch of the run has taken the file over. Raises OSError, also if something else is there.
+    """
+    try:
+        with _open_ours(path) as file:
+            entry = _read(file)
+    except FileNotFoundError:
+        return
+    match entry:
+        case (address, labels) if labels[_PROCESS_LABEL] == process and _OUTCOME_LABEL not in labels:
+            _write(path, _content(_NOWHERE, {**labels, _OUTCOME_LABEL: outcome, "instance": address}))
+
+
+def _write(path: Path, content: str) -> None:
+    # The temporary name ends with .part, so Prometheus, which reads *.json, ignores it. Prometheus usually runs as
+    # another user: hence the mode.
+    atomic.swap_text(path, content, 0o644)
 
 
 def _content(address: str, labels: Mapping[str, str]) -> str:
@@ -175,7 +179,7 @@ def remove_stale(directory: Path, ended_seconds: float = ENDED_SECONDS, resumed:
             is_stale = age > STALE_SECONDS or (is_gone and (is_back or not resumed))
             if is_gone and not is_stale and _is_gone(labels[_EXPORTER_LABEL]):
                 with suppress(OSError):
-                    TargetFile(path, "", process).end(KILLED)
+                    record_outcome(path, process, KILLED)
         if is_stale:
             path.unlink(missing_ok=True)
             removed.append(path)
