@@ -188,7 +188,7 @@ def measured_of(name: str, records: Iterable[Record]) -> Measured:
     return Measured(name, train, splits)
 
 
-def learning_curve(quantity: Quantity, measured: Measured, most: int = 400) -> Chart | None:
+def learning_curve(quantity: Quantity, measured: Measured, most: int) -> Chart | None:
     """Return loss or accuracy at each update and on each split, at most `most` points each; None if there are none."""
     batches = Series("train, each batch", BATCH, _thinned(measured.train, quantity, most), "faint")
     splits = (
@@ -198,7 +198,7 @@ def learning_curve(quantity: Quantity, measured: Measured, most: int = 400) -> C
     return _chart(quantity, measured, drawn, f", {len(drawn)} curves") if drawn else None
 
 
-def rate_curve(quantity: Quantity, measured: Measured, most: int = 400) -> Chart | None:
+def rate_curve(quantity: Quantity, measured: Measured, most: int) -> Chart | None:
     """Return one of RATES at each update; None if it is 0 throughout."""
     points = _thinned(measured.train, quantity, most)
     drawn = (Series(quantity.name, "s0", points),)

@@ -87,10 +87,6 @@ class History:
     """The records so far: curves, the latest training records of the current launch, events."""
 
     def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget everything, because the file was rewound or replaced."""
         self.train: list[TrainRecord] = []
         """Each `_stride`-th training record, at most 2 * _MOST_POINTS of them: curves need no more."""
         self._stride, self._count = 1, 0
@@ -262,7 +258,7 @@ class WatchedRun:
             while (news := self._follower.look()) != News():
                 is_changed = True
                 if news.rewound:
-                    self._history.clear()
+                    self._history = History()
                 self._history.take(news.lines)
         except OSError as error:
             return f"{self._run.metrics.name} cannot be read: {error.strerror}", is_changed

@@ -20,13 +20,7 @@ from dist_train.monitoring.wording import Pace
 from dist_train.outcome import UsageError, escaped
 from dist_train.rundir.atomic import json_text
 from dist_train.rundir.paths import BrokenFileError, RunDirectory
-from dist_train.rundir.records import (
-    EvaluationRecord,
-    EventRecord,
-    TrainRecord,
-    better,
-    read_last_records,
-)
+from dist_train.rundir.records import EvaluationRecord, EventRecord, TrainRecord, better, read_last_records
 from dist_train.rundir.status import load_status
 from dist_train.watch.run_state import ALIVE, beside_job, read_measurements, read_settings, state_of, walk_runs
 
