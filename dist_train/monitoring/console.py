@@ -17,7 +17,7 @@ from rich.box import ROUNDED, Box
 from rich.console import Console, Group
 from rich.constrain import Constrain
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
@@ -110,15 +110,6 @@ class TerminalBar(Observer):
         self._terminal = terminal
         self._console = _Terminal(file=terminal, force_terminal=True, highlight=False, soft_wrap=False)
         self._live = Live(console=self._console, auto_refresh=False, transient=True)
-        self._bar = Progress(
-            TextColumn("[dim]epoch[/] [bold]{task.fields[epoch]}"),
-            BarColumn(None, complete_style="green", finished_style="green"),
-            TextColumn("[dim]step[/] {task.completed:,}/{task.total:,}"),
-            TextColumn("[cyan]{task.fields[left]}"),
-            console=self._console,
-            auto_refresh=False,
-            expand=True,
-        )
         self._pace = Pace()
         self._next = 0.0
         self._facts: RunFacts | None = None
@@ -132,7 +123,6 @@ class TerminalBar(Observer):
         self._facts = facts
         self._step = facts.start_step
         self._best = facts.best_accuracy
-        self._task = self._bar.add_task("", total=facts.total_steps, epoch="", left="")
         self._fit()
         for place, line in enumerate(wording.introduction(facts)):
             self._console.print(Text(line, style="dim" if place else "bold"))
@@ -186,13 +176,11 @@ class TerminalBar(Observer):
     def _draw(self) -> None:
         assert self._facts is not None, "begin comes first"
         started = time.monotonic()
-        seconds = self._pace.seconds_left(self._facts.total_steps)
-        left = "" if seconds is None else f"{wording.duration(seconds)} left"
-        epoch = wording.current_epoch(self._facts, self._step)
-        self._bar.update(self._task, completed=self._step, epoch=epoch, left=left)
+        epoch, total_steps = wording.current_epoch(self._facts, self._step), self._facts.total_steps
+        bar = progress_bar(epoch, self._step, total_steps, self._pace.seconds_left(total_steps))
         with self._stop_if_closed():
             self._fit()
-            self._live.update(Group(Constrain(self._bar, _WIDEST), self._measurements()), refresh=True)
+            self._live.update(Group(Constrain(bar, _WIDEST), self._measurements()), refresh=True)
         finished = time.monotonic()
         self._next = finished + max(_REDRAW_SECONDS, (finished - started) / _REDRAW_SHARE)
 
@@ -231,6 +219,20 @@ class TerminalBar(Observer):
         }
         shown = [Text.assemble((name, "dim"), value) for name, value in values.items() if value]
         return line.append_text(Text("  ").join(shown))
+
+
+def progress_bar(epoch: str, step: int, total_steps: int | None, seconds_left: float | None) -> Table:
+    """Return a line with the epoch, a bar, the step, and the time left if that is known."""
+    line = Table.grid(expand=True, padding=(0, 2, 0, 0))
+    for ratio in (None, 1, None, None):
+        line.add_column(ratio=ratio, no_wrap=True)
+    line.add_row(
+        Text.assemble(("epoch ", "dim"), (epoch, "bold")),
+        ProgressBar(total_steps or 1, step if total_steps else 0, complete_style="green", finished_style="green"),
+        Text.assemble(("step ", "dim"), f"{step:,}/{total_steps:,}" if total_steps else f"{step:,}"),
+        Text("" if seconds_left is None else f"{wording.duration(seconds_left)} left", style="cyan"),
+    )
+    return line
 
 
 def summary_table(

@@ -13,7 +13,6 @@ from functools import reduce
 from itertools import pairwise
 from pathlib import Path
 
-from dist_train.monitoring import wording
 from dist_train.outcome import UsageError
 from dist_train.rundir.atomic import open_regular
 from dist_train.rundir.paths import BrokenFileError, RunDirectory, run_folder
@@ -329,10 +328,3 @@ def _state(run: RunDirectory, status: Status | None, silence: float | None, now:
     if is_here and is_silent and not process_runs(status.pid, now - (silence or 0.0)):
         return process_is_gone(status)
     return status.state, status.reason
-
-
-def silence_in_words(seconds: float) -> str:
-    """Return a duration as text: 12 s, 3 min, 2:05:00."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 3_600 else wording.duration(seconds)

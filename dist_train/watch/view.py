@@ -14,18 +14,17 @@ from rich.console import Console, Group
 from rich.layout import Layout
 from rich.live import Live
 from rich.panel import Panel
-from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 from uniplot import plot_to_string
 
 from dist_train.monitoring import wording
-from dist_train.monitoring.console import summary_table
+from dist_train.monitoring.console import progress_bar, summary_table
 from dist_train.outcome import escaped
 from dist_train.rundir.records import EVENTS, Outcome, RankMeasurement
 from dist_train.rundir.status import RanksReading
 from dist_train.watch.figure import ACCURACY, BATCH, LOSS, Chart, Measured, Quantity, learning_curve
-from dist_train.watch.run import History, Snapshot, WatchedRun, silence_in_words
+from dist_train.watch.run import History, Snapshot, WatchedRun
 from dist_train.watch.run_state import seconds_of
 from dist_train.watch.run_table import COLOURS
 
@@ -84,7 +83,7 @@ def frame(run: Snapshot, columns: int, rows: int) -> Layout:
     if parts.events:
         body.append(Layout(Panel(_events(run, parts.events - _BORDER), title="events"), size=parts.events))
     layout = Layout()
-    layout.split_column(Layout(_header(run, columns), size=_HEADER), *body)
+    layout.split_column(Layout(_header(run), size=_HEADER), *body)
     return layout
 
 
@@ -179,14 +178,16 @@ def watch(run: WatchedRun, console: Console, interval: float) -> None:
     console.print(summary(seen, box=ROUNDED))
 
 
-def _header(run: Snapshot, columns: int) -> Group:
+def _header(run: Snapshot) -> Group:
     """Return four lines: name and state, facts, progress bar, last activity."""
     state = Text(no_wrap=True, overflow="ellipsis")
     state.append(escaped(run.name), style="bold").append("  ")
     state.append(run.state, style=f"bold {COLOURS.get(run.state, 'yellow')}")
     if run.reason:
         state.append(f": {escaped(run.reason)}")
-    return Group(state, _facts_line(run), _bar(run, columns), _sign_of_life(run))
+    epoch = f"{run.epoch:.4g} of {run.epochs:.4g}" if run.epochs else f"{run.epoch:.4g}"
+    bar = progress_bar(epoch, run.step, run.total_steps, run.seconds_left)
+    return Group(state, _facts_line(run), bar, _sign_of_life(run))
 
 
 def _rates(run: Snapshot) -> Table:
@@ -264,7 +265,7 @@ def _events(run: Snapshot, rows: int) -> Group:
     """Return the latest events, the newest last."""
     lines = []
     for record in list(run.history.events)[-rows:]:
-        age = f"{silence_in_words(max(0.0, run.now - record.time))} ago"
+        age = f"{_age(max(0.0, run.now - record.time))} ago"
         line = Text(no_wrap=True, overflow="ellipsis").append(f"{age:>10}  ", style="dim")
         lines.append(line.append(wording.event(record), style="red" if record.event in _BAD_EVENTS else ""))
     return Group(*lines or [Text("none", style="dim")])
@@ -348,32 +349,13 @@ def _facts_line(run: Snapshot) -> Text:
     return Text(", ".join(facts), style="dim", no_wrap=True, overflow="ellipsis")
 
 
-def _bar(run: Snapshot, columns: int) -> Table:
-    bar = Table.grid(expand=True, padding=(0, 2, 0, 0))
-    bar.width = columns
-    for ratio in (None, 1, None, None):
-        bar.add_column(ratio=ratio, no_wrap=True)
-    planned = f" of {run.epochs:.4g}" if run.epochs else ""
-    of_steps = f"/{run.total_steps:,}" if run.total_steps else ""
-    left = "" if run.seconds_left is None else f"{wording.duration(run.seconds_left)} left"
-    bar.add_row(
-        Text.assemble(("epoch ", "dim"), (f"{run.epoch:.4g}{planned}", "bold")),
-        ProgressBar(
-            run.total_steps or 1, run.step if run.total_steps else 0, complete_style="green", finished_style="green"
-        ),
-        Text.assemble(("step ", "dim"), f"{run.step:,}{of_steps}"),
-        Text(left, style="cyan"),
-    )
-    return bar
-
-
 def _sign_of_life(run: Snapshot) -> Text:
     line = Text(no_wrap=True, overflow="ellipsis")
     if run.problem:
         line.append(run.problem, style="bold red").append("  ")
     if run.silence is None:
         return line.append("no activity yet", style="dim")
-    age = silence_in_words(run.silence)
+    age = _age(run.silence)
     if run.is_over and run.state != "lost":
         line.append(f"ended {age} ago", style="dim")
     elif run.silent:
@@ -391,7 +373,7 @@ def _checkpoints(run: Snapshot) -> str:
     last = f"step {run.checkpoints[-1]:,}"
     record = run.history.checkpoints[-1] if run.history.checkpoints else None
     if record is not None and record.step == run.checkpoints[-1]:
-        last += f", {silence_in_words(max(0.0, run.now - record.time))} ago"
+        last += f", {_age(max(0.0, run.now - record.time))} ago"
     return f"{last} ({len(run.checkpoints)} kept)"
 
 
@@ -404,6 +386,13 @@ def _summary(measured: Sequence[RankMeasurement]) -> Text:
     parts = "; ".join(spread(*each) for each in fields)
     text = f"{wording.plural(len(measured), 'rank')} (least, median, most): {parts}"
     return Text(text, style="dim", no_wrap=True, overflow="ellipsis")
+
+
+def _age(seconds: float) -> str:
+    """Return a duration as text: 12 s, 3 min, 2:05:00."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 3_600 else wording.duration(seconds)
 
 
 def _time(seconds: float) -> str:
