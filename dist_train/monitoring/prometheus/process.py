@@ -155,7 +155,7 @@ class _Service:
                 # Wait for the scrape first: Prometheus drops a target as soon as its file changes.
                 if outcome == KILLED:
                     self._board.killed()
-                    self._await_scrape()
+                    self._await_scrape(time.monotonic(), self._patience())
                 with self._warning(f"the outcome cannot be written to the target file {self._target.path}"):
                     targets.record_outcome(self._target.path, self._target.process, outcome)
 
@@ -254,11 +254,7 @@ class _Service:
             failure = _failure(push_to_gateway, gateway, targets.JOB, Families(now), _group(now.facts))
             if failure not in ("", self._gateway_failure):
                 self._warn(f"the Pushgateway at {gateway} did not take the last values: {failure}")
-        while time.monotonic() < ended + patience and os.getppid() == self._trainer:
-            self._receive()  # notices the end of the trainer
-            if self._is_over or self._server.all_have_scraped(ended, RECENT_SECONDS):
-                return
-            time.sleep(_PAUSE_SECONDS)
+        self._await_scrape(ended, patience)
 
     def _forget_earlier_values(self) -> None:
         """Delete what an earlier launch has pushed: rules would take it for this launch's values."""
@@ -275,10 +271,9 @@ class _Service:
         is_scraped = last is not None and time.monotonic() - last < RECENT_SECONDS
         return self._plan.last_scrape_seconds if is_scraped else 0.0
 
-    def _await_scrape(self) -> None:
-        ended = time.monotonic()
-        deadline = ended + self._patience()
-        while time.monotonic() < deadline and not self._server.all_have_scraped(ended, RECENT_SECONDS):
+    def _await_scrape(self, ended: float, patience: float) -> None:
+        """Wait until all scrapers have read the values as of `ended` (monotonic), at most `patience` seconds after."""
+        while time.monotonic() < ended + patience and not self._server.all_have_scraped(ended, RECENT_SECONDS):
             time.sleep(_PAUSE_SECONDS)
 
     @contextmanager
