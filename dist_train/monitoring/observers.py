@@ -196,6 +196,8 @@ class TensorBoard(Observer):
 class Tracker(Observer, ABC):
     """Logs each launch as a tracker's run, beginning with earlier launches' records from `metrics.jsonl`."""
 
+    _run: Any = None  # the tracker's run, or its id, once it is open
+
     def __init__(self) -> None:
         self._logged: set[RecordKey] = set()
 
@@ -239,8 +241,6 @@ class WandbOptions(BaseModel, extra="forbid"):
 class Trackio(Tracker):
     """Logs into the project's trackio SQLite file; the run of an earlier launch is replaced."""
 
-    _run: Any = None
-
     def __init__(self, directory: Path, options: TrackioOptions) -> None:
         super().__init__()
         self._project = options.project
@@ -279,8 +279,6 @@ class Trackio(Tracker):
 
 class Wandb(Tracker):
     """Logs into a folder of the run directory or to W&B's server; the launches of a run are a group."""
-
-    _run: Any = None
 
     def __init__(self, directory: Path, options: WandbOptions) -> None:
         super().__init__()
@@ -338,7 +336,6 @@ class Mlflow(Tracker):
         self._experiment = options.experiment
         self._uri = options.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
         self._client: Any = None
-        self._run = ""
         self._waiting: list[Any] = []
         self._flushed = time.monotonic()
         self._lock = Lock()
@@ -385,6 +382,6 @@ class Mlflow(Tracker):
 
     def end(self, outcome: Outcome) -> None:
         """Write the waiting numbers and set the run's final status."""
-        if self._run:
+        if self._run is not None:
             self.sync()
             self._client.set_terminated(self._run, status=_STATES.get(outcome.state, "FAILED"))
