@@ -92,7 +92,7 @@ class History:
         self.evaluations: dict[str, list[EvaluationRecord]] = {}
         self.latest: deque[TrainRecord] = deque(maxlen=_LATEST)
         self.events: deque[EventRecord] = deque(maxlen=_EVENTS)
-        self.checkpoints: deque[EventRecord] = deque(maxlen=_EVENTS)
+        self.checkpoint: EventRecord | None = None  # the latest
         self.steps_per_epoch: float | None = None
         self.moments: deque[float] = deque(maxlen=_LATEST)
         """Times of the latest records of the current launch, in seconds since 1970."""
@@ -137,7 +137,7 @@ class History:
             case EvaluationRecord():
                 self.evaluations.setdefault(record.split, []).append(record)
             case EventRecord(event="checkpoint"):
-                self.checkpoints.append(record)
+                self.checkpoint = record
             case EventRecord():
                 self.events.append(record)
                 if record.event == "resumed":

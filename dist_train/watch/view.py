@@ -371,7 +371,7 @@ def _checkpoints(run: Snapshot) -> str:
     if not run.checkpoints:
         return "none yet"
     last = f"step {run.checkpoints[-1]:,}"
-    record = run.history.checkpoints[-1] if run.history.checkpoints else None
+    record = run.history.checkpoint
     if record is not None and record.step == run.checkpoints[-1]:
         last += f", {_age(max(0.0, run.now - record.time))} ago"
     return f"{last} ({len(run.checkpoints)} kept)"
