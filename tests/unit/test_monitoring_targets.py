@@ -341,6 +341,28 @@ def test_a_foreign_thing_in_the_folder_is_skipped_with_a_warning_and_hangs_nobod
     assert elsewhere.exists()
 
 
+@pytest.mark.parametrize(("number", "is_skipped"), [(errno.EPERM, True), (errno.EACCES, False)])
+def test_a_file_that_only_its_owner_may_remove_does_not_keep_the_others(
+    number: int, is_skipped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = gone(tmp_path, "first"), gone(tmp_path, "second")
+    unlink = Path.unlink
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        if path == first.path:  # what the kernel says of a sticky bit is EPERM, of a read-only folder EACCES
+            raise PermissionError(number, os.strerror(number), path)
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    if not is_skipped:
+        with pytest.raises(PermissionError):
+            remove_stale(tmp_path)
+        return
+    cleaning = remove_stale(tmp_path)
+    assert cleaning.removed == (second.path,)
+    assert cleaning.skipped == {first.path: "another user's, in a folder with the sticky bit"}
+
+
 @contextmanager
 def hanging_is_an_error() -> Iterator[None]:
     def hang(*_: object) -> None:

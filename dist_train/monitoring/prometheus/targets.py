@@ -181,8 +181,14 @@ def remove_stale(directory: Path, ended_seconds: float = ENDED_SECONDS, resumed:
                 with suppress(OSError):
                     record_outcome(path, process, KILLED)
         if is_stale:
-            path.unlink(missing_ok=True)
-            removed.append(path)
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                if error.errno != errno.EPERM:
+                    raise
+                skipped[path] = "another user's, in a folder with the sticky bit"
+            else:
+                removed.append(path)
     return Cleaning(tuple(removed), skipped)
 
 
