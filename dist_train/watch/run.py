@@ -59,8 +59,8 @@ class Follower:
                 state = os.fstat(file.fileno())
                 identity = (state.st_dev, state.st_ino)
                 before = os.pread(file.fileno(), len(self._before), self._offset - len(self._before))
-                known = (identity, self._before) if state.st_size >= self._offset else None
-                rewound = self._file is not None and known != (self._file, before)
+                is_same = identity == self._file and state.st_size >= self._offset and before == self._before
+                rewound = self._file is not None and not is_same
                 if rewound:
                     self._reset()
                 self._file = identity
