@@ -55,8 +55,8 @@ _DYING_SECONDS = 60.0  # how long a killed trainer may exist after its socket ha
 def main(descriptor: int, trainer: int) -> None:
     """Serve what arrives at the socket `descriptor` until it closes or the process `trainer` ends."""
     # Signals are for the trainer. This process must not take its cores or slow down those that compute.
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
     with suppress(OSError):  # a container may forbid it, which does no harm
         os.nice(_NICENESS)
         # Leave the cores that a launcher bound the rank to; the kernel restricts the set to the allowed cores.
@@ -111,8 +111,7 @@ class _Service:
         self._plan = plan = begin.plan
         self._facts = begin.facts
         self._board = Board(begin.facts, begin.counts)
-        self._target: targets.TargetFile | None = None
-        self._is_entered = False  # whether the target file has been written
+        self._target: targets.TargetFile | None = None  # once it has been written
         self._is_failing = False  # whether the last access to it failed
         self._heartbeat_due = math.inf
         self._disk_due = -math.inf
@@ -186,24 +185,23 @@ class _Service:
 
     def _announce(self) -> None:
         """Say where the metrics are, to Prometheus and to the trainer."""
-        self._is_entered = False
+        self._target = None
         if (directory := self._plan.targets_directory) is not None:
             process = targets.process_identity(self._trainer)
             exporter = targets.process_identity(os.getpid())
             port = self._server.server_port
-            self._target = targets.target_file(self._plan, self._facts, port, process, exporter)
+            target = targets.target_file(self._plan, self._facts, port, process, exporter)
             self._heartbeat_due = time.monotonic() + targets.HEARTBEAT_SECONDS
             with self._warning(f"Prometheus will not find this run: no target file in {directory}"):
-                self._target.write()
-                self._is_entered = True
+                target.write()
+                self._target = target
                 # Another rank that starts now may have taken the file for one of an earlier launch, and removed it.
                 self._heartbeat_due = time.monotonic() + _RECHECK_SECONDS
                 if warning := targets.remove_stale(directory, resumed=self._facts.run_id).warning:
                     self._warn(f"{directory}: {warning}")
         host = self._plan.host_for_others(self._facts.node)
         address = f"{self._plan.scheme}://{host}:{self._server.server_port}/metrics"
-        written = self._target.path if self._target is not None and self._is_entered else None
-        self._send(Serving(address, written))
+        self._send(Serving(address, None if self._target is None else self._target.path))
 
     def _follow_rank(self) -> None:
         """Move the target file if the rank has another number since ranks were lost."""
@@ -216,9 +214,9 @@ class _Service:
                     before.remove()
 
     def _heartbeat(self) -> None:
-        if self._target is None or time.monotonic() < self._heartbeat_due:
+        if time.monotonic() < self._heartbeat_due:
             return
-        if not self._is_entered:
+        if self._target is None:
             with suppress(OSError):  # the trainer may be gone
                 self._announce()
             return
