@@ -97,7 +97,7 @@ def page_rows() -> Iterator[Ratio]:
     measurement = Measurement(1, 1.7e9, 0.2, parts, 100.0, 1.0, (one,) * _RANKS)
 
     def render() -> None:
-        board.measurement(measurement)
+        board.apply(measurement)
         page.render()
 
     render()

@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks.metrics_table import metrics_markdown, with_table
 from dist_train.monitoring.prometheus.board import STEP_SECONDS, Board, bounds_around, is_stalled
+from dist_train.monitoring.prometheus.messages import Progress
 from dist_train.monitoring.prometheus.metrics import METRICS, MetricsPage, Scope
 from dist_train.outcome import UsageError
 from dist_train.rundir.records import (
@@ -37,15 +38,15 @@ def values_of(board: Board) -> dict[tuple[str, tuple[str, ...]], float]:
 def busy_board() -> Board:
     board = Board(FACTS, {"checkpoint": 5, "requeued": 1})
     board.recall([EvaluationRecord(7, 1.0, "test", 0.7, 0.88, 10_000, 1.0)])
-    board.record(EventRecord(14, "resumed", 1.0, {}))
-    board.record(train(20))
-    board.record(EvaluationRecord(21, 3.0, "test", 0.5, 0.87, 10_000, 1.0))
-    board.record(EvaluationRecord(28, 4.0, "train", 0.4, 0.9, 60_000, 3.0))
+    board.apply(EventRecord(14, "resumed", 1.0, {}))
+    board.apply(train(20))
+    board.apply(EvaluationRecord(21, 3.0, "test", 0.5, 0.87, 10_000, 1.0))
+    board.apply(EvaluationRecord(28, 4.0, "train", 0.4, 0.9, 60_000, 3.0))
     details: dict[str, Detail] = {"path": "step-28", "bytes": 1234, "seconds": 2.5, "stall_seconds": 0.125}
-    board.record(EventRecord(28, "checkpoint", 1_800_000_000.0, details))
-    board.measurement(measurement(28, seconds=0.3))
-    board.measurement(measurement(29, seconds=3.0))
-    board.progress(29)
+    board.apply(EventRecord(28, "checkpoint", 1_800_000_000.0, details))
+    board.apply(measurement(28, seconds=0.3))
+    board.apply(measurement(29, seconds=3.0))
+    board.apply(Progress(29))
     return board
 
 
@@ -150,7 +151,7 @@ def test_the_buckets_of_a_run_are_around_its_own_step() -> None:
     board = Board(FACTS)
     steps = [20.0, *(0.1 + 0.0002 * place for place in range(100))]
     for place, seconds in enumerate(steps):
-        board.measurement(measurement(place, seconds=seconds))
+        board.apply(measurement(place, seconds=seconds))
     buckets = board.snapshot().step_seconds
     assert sum(buckets.counts) == len(steps)
     assert buckets.total == pytest.approx(sum(steps))
@@ -188,7 +189,7 @@ def test_a_rank_is_compared_with_the_median_of_the_others(
         RankMeasurement(seconds, 0.0, 1e9, nan, nan, nan, count)
         for seconds, count in zip(busy, micro_batches, strict=True)
     )
-    board.measurement(replace(measurement(1), ranks=ranks))
+    board.apply(replace(measurement(1), ranks=ranks))
     shown = {labels[1]: value for (name, labels), value in values_of(board).items() if name.endswith("busy_ratio")}
     assert shown == pytest.approx(ratios)
 
@@ -198,20 +199,20 @@ def test_a_run_stands_still_after_ten_of_its_steps_or_two_minutes() -> None:
     began = board.snapshot().last_progress
     assert not is_stalled(board.snapshot(), began + 599)
     assert is_stalled(board.snapshot(), began + 601), "the first step may compile"
-    board.measurement(measurement(15, seconds=1.0))
+    board.apply(measurement(15, seconds=1.0))
     assert not is_stalled(board.snapshot(), began + 119)
     assert is_stalled(board.snapshot(), began + 121)
-    board.measurement(measurement(16, seconds=99.0))
+    board.apply(measurement(16, seconds=99.0))
     assert not is_stalled(board.snapshot(), began + 499)
     assert is_stalled(board.snapshot(), began + 501)
-    board.end(OUTCOME)
+    board.apply(OUTCOME)
     assert not is_stalled(board.snapshot(), began + 1e6)
 
 
 def test_a_rank_other_than_0_shows_its_own_and_the_run_it_belongs_to() -> None:
     board = Board(replace(FACTS, rank=3))
     own = replace(measurement(1), ranks=(RankMeasurement(0.2, 0.1, 7e8, 1e9, 2e9, 0.75),))
-    board.measurement(own)
+    board.apply(own)
     values = values_of(board)
     assert {key[0] for key in values if "duration" not in key[0]} == {
         "dist_train_run_info",
@@ -228,7 +229,7 @@ def test_a_rank_other_than_0_shows_its_own_and_the_run_it_belongs_to() -> None:
 def test_what_nvml_tells_of_each_rank_s_device_is_shown_with_the_rank_s_own_node() -> None:
     board = Board(FACTS)
     silent = ON_A_DEVICE._replace(device_uncorrected_errors=math.nan, device_throttle_reasons=math.nan)
-    board.measurement(replace(measurement(1), ranks=(ON_A_DEVICE, silent)))
+    board.apply(replace(measurement(1), ranks=(ON_A_DEVICE, silent)))
     name = "dist_train_rank_device"
     shown: dict[str, dict[tuple[str, ...], float]] = {"node1": {}, "node2": {}}
     for (metric, labels), value in values_of(board).items():
@@ -259,16 +260,16 @@ def test_time_left_is_the_pace_times_the_steps_left(monkeypatch: pytest.MonkeyPa
     clock = [100.0]
     monkeypatch.setattr("dist_train.monitoring.prometheus.board.time.monotonic", lambda: clock[0])
     board = Board(FACTS)
-    board.progress(20)
+    board.apply(Progress(20))
     clock[0] += 0.2
-    board.progress(30)
+    board.apply(Progress(30))
     left = values_of(board)["dist_train_time_left_seconds", ()]
     assert left == pytest.approx(180 * 0.02)
 
 
 def test_a_loss_that_is_not_finite_is_served_as_such() -> None:
     board = Board(FACTS)
-    board.record(replace(train(1), loss=math.nan, gradient_norm=math.inf, samples_per_second=-math.inf))
+    board.apply(replace(train(1), loss=math.nan, gradient_norm=math.inf, samples_per_second=-math.inf))
     values = values_of(board)
     assert math.isnan(values["dist_train_loss", ("batch",)])
     assert values["dist_train_gradient_norm", ()] == math.inf
@@ -277,16 +278,16 @@ def test_a_loss_that_is_not_finite_is_served_as_such() -> None:
 
 def test_the_state_follows_the_run() -> None:
     board = Board(FACTS)
-    board.record(EventRecord(20, "signal", 1.0, {}))
+    board.apply(EventRecord(20, "signal", 1.0, {}))
     assert values_of(board)["dist_train_state", ("stopping",)] == 1
-    board.end(replace(OUTCOME, state="failed"))
+    board.apply(replace(OUTCOME, state="failed"))
     values = values_of(board)
     assert (values["dist_train_state", ("stopping",)], values["dist_train_state", ("failed",)]) == (0, 1)
 
 
 def test_smaller_micro_batches_are_counted_anew() -> None:
     board = Board(replace(FACTS, micro_batches=32))
-    board.record(EventRecord(20, "micro_size", 1.0, {"before": 256, "now": 128}))
+    board.apply(EventRecord(20, "micro_size", 1.0, {"before": 256, "now": 128}))
     values = values_of(board)
     assert values["dist_train_micro_batch_size", ()] == 128
     assert values["dist_train_micro_batches", ()] == 64
@@ -294,7 +295,7 @@ def test_smaller_micro_batches_are_counted_anew() -> None:
 
 def test_a_kind_of_event_that_nobody_foresaw_is_counted() -> None:
     board = Board(FACTS)
-    board.record(EventRecord(20, "eclipse", 1.0, {}))
+    board.apply(EventRecord(20, "eclipse", 1.0, {}))
     assert values_of(board)["dist_train_events_total", ("eclipse",)] == 1
 
 
@@ -302,11 +303,11 @@ def test_a_page_of_1024_ranks_is_small_and_quick() -> None:
     nodes = tuple(f"gpu-node-{rank // 8:04}" for rank in range(1024))
     board = Board(replace(FACTS, world_size=1024, nodes=nodes))
     one = ON_A_DEVICE._replace(busy_seconds=0.123456789012345, wait_seconds=0.123456789012345)
-    board.measurement(replace(measurement(1), ranks=(one,) * 1024))
+    board.apply(replace(measurement(1), ranks=(one,) * 1024))
     page = MetricsPage(board)
     seconds = []  # of this thread alone: other tests run beside it
     for step in range(3):
-        board.progress(step)
+        board.apply(Progress(step))
         began = time.thread_time()
         content = page.render()
         seconds.append(time.thread_time() - began)

@@ -51,7 +51,7 @@ def test_an_exporter_that_is_restarted_reads_the_events_whose_details_it_shows(n
     board = Board(FACTS)
     before = board.snapshot()
     assert before.events[name] == 0
-    board.record(record)
+    board.apply(record)
     assert (replace(board.snapshot(), events=before.events) != before) == EVENTS[name].changes_board
     (tmp_path / "metrics.jsonl").write_text(to_json(record) + "\n", encoding="utf-8")
     found = list(_history(replace(FACTS, run_directory=tmp_path, launched=0.0)))
@@ -66,5 +66,5 @@ def test_an_event_of_another_version_is_read_and_counted() -> None:
     record = EventRecord(1, "of_another_version", 2.0, {})
     assert from_json(to_json(record)) == record
     board = Board(FACTS)
-    board.record(record)
+    board.apply(record)
     assert board.snapshot().events["of_another_version"] == 1

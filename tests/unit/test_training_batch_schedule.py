@@ -188,7 +188,7 @@ def test_metrics_count_the_samples_and_epochs_and_the_batch_in_force(tmp_path: P
     trainer.close()
     assert FACTS.passes.samples(10) == 10 * FACTS.global_size
     board = Board(replace(FACTS, global_size=12, micro_size=6, micro_batches=2))
-    board.record(EventRecord(9, "batch_size", 0.0, {"before": 12, "now": 30}))
+    board.apply(EventRecord(9, "batch_size", 0.0, {"before": 12, "now": 30}))
     assert (board.snapshot().facts.global_size, board.snapshot().facts.micro_batches) == (30, 5)
 
 

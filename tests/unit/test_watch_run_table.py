@@ -123,7 +123,7 @@ def test_an_evaluation_that_is_not_finite_is_the_best_nowhere(tmp_path: Path) ->
     path = make_run(tmp_path / "lb", records)
     board = Board(FACTS)
     for record in records:
-        board.record(record)
+        board.apply(record)
     best = WatchedRun(path).look().history.best_accuracy()
     assert (only_run(path).best_accuracy, best, board.snapshot().best_accuracy) == (0.4, 0.4, 0.4)
 

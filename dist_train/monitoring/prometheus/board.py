@@ -12,6 +12,7 @@ from statistics import median
 from threading import Lock
 from typing import Any
 
+from dist_train.monitoring.prometheus.messages import Begin, Progress, ToExporter
 from dist_train.monitoring.wording import Pace
 from dist_train.outcome import ExitCode
 from dist_train.rundir.records import (
@@ -121,7 +122,7 @@ def is_stalled(now: Snapshot, moment: float) -> bool:
 
 
 class Board:
-    """Collects records, in microseconds each, and returns the latest snapshot. Thread-safe."""
+    """Applies the trainer's messages, in microseconds each, and returns the latest snapshot. Thread-safe."""
 
     def __init__(self, facts: RunFacts, counts: Mapping[str, int] | None = None) -> None:
         events = {**dict.fromkeys(COUNTED, 0), **(counts or {})}
@@ -139,7 +140,7 @@ class Board:
         begun = self._now.facts
         earlier = Board(begun)
         for record in history:
-            earlier.record(record)
+            earlier.apply(record)
         before = earlier.snapshot()
         with self._lock:
             now = self._now
@@ -152,49 +153,37 @@ class Board:
                 state=before.state if now.state == "running" else now.state,
             )
 
-    def regroup(self, facts: RunFacts) -> None:
-        """Adopt the `facts` of a new generation of ranks."""
+    def apply(self, message: ToExporter) -> None:
+        """Change the state as a message of the trainer says; `Begin` brings the facts of a new generation of ranks."""
         with self._lock:
-            self._change(facts=replace(facts, start_step=self._now.facts.start_step))
-
-    def progress(self, step: int) -> None:
-        """Set the number of finished updates."""
-        with self._lock:
-            self._advance(step)
-
-    def record(self, record: Record) -> None:
-        """Add `record`."""
-        with self._lock:
-            match record:
-                case TrainRecord():
-                    self._advance(record.step, train=record)
-                case EvaluationRecord():
-                    evaluations = {**self._now.evaluations, record.split: record}
-                    self._change(evaluations=evaluations, best_accuracy=better(self._now.best_accuracy, record))
-                case EventRecord():
-                    self._change(events={**self._now.events, record.event: self._now.events.get(record.event, 0) + 1})
-                    self._apply_event(record)
-
-    def measurement(self, measurement: Measurement) -> None:
-        """Add `measurement`."""
-        with self._lock:
-            seconds = asdict(measurement.parts)
-            self._change(
-                measured=measurement,
-                step_seconds=self._with_step(measurement.step_seconds),
-                part_seconds={part: before.plus(seconds[part]) for part, before in self._now.part_seconds.items()},
-            )
+            now = self._now
+            match message:
+                case Begin(facts=facts):
+                    self._change(facts=replace(facts, start_step=now.facts.start_step))
+                case Progress(step=step):
+                    self._advance(step)
+                case TrainRecord(step=step):
+                    self._advance(step, train=message)
+                case EvaluationRecord(split=split):
+                    evaluations = {**now.evaluations, split: message}
+                    self._change(evaluations=evaluations, best_accuracy=better(now.best_accuracy, message))
+                case EventRecord(event=event):
+                    self._change(events={**now.events, event: now.events.get(event, 0) + 1})
+                    self._apply_event(message)
+                case Measurement(parts=parts):
+                    seconds = asdict(parts)
+                    self._change(
+                        measured=message,
+                        step_seconds=self._with_step(message.step_seconds),
+                        part_seconds={part: before.plus(seconds[part]) for part, before in now.part_seconds.items()},
+                    )
+                case Outcome(state=state, step=step):
+                    self._change(state=state, outcome=outcome_label(message), step=max(now.step, step))
 
     def disk(self, free: int) -> None:
         """Set the free bytes on the run directory's file system."""
         with self._lock:
             self._change(disk_free=free)
-
-    def end(self, outcome: Outcome) -> None:
-        """Set how the run ended."""
-        with self._lock:
-            label = outcome_label(outcome)
-            self._change(state=outcome.state, outcome=label, step=max(self._now.step, outcome.step))
 
     def killed(self) -> None:
         """Set that the run ended without reporting an outcome."""

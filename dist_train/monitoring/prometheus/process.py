@@ -24,8 +24,8 @@ from dist_train.monitoring.prometheus.messages import (
     Channel,
     Ending,
     FromExporter,
-    Progress,
     Serving,
+    ToExporter,
     Warned,
     await_input,
 )
@@ -34,7 +34,6 @@ from dist_train.rundir.records import (
     EVENTS,
     EvaluationRecord,
     EventRecord,
-    Measurement,
     Outcome,
     Record,
     RunFacts,
@@ -165,20 +164,11 @@ class _Service:
                 return
             try:
                 for message in self._channel.receive():
-                    match message:
-                        case Begin():
-                            self._board.regroup(message.facts)
-                        case Progress():
-                            self._board.progress(message.step)
-                        case Measurement():
-                            self._board.measurement(message)
-                        case Outcome():
-                            self._board.end(message)
-                            self._outcome = message
-                            os.eventfd_write(self._wake, 1)
-                        case _:
-                            assert isinstance(message, Record), "the trainer sends nothing else"
-                            self._board.record(message)
+                    assert isinstance(message, ToExporter), "the trainer sends nothing else"
+                    self._board.apply(message)
+                    if isinstance(message, Outcome):
+                        self._outcome = message
+                        os.eventfd_write(self._wake, 1)
             except EOFError:
                 self._is_over = True
                 os.eventfd_write(self._wake, 1)
