@@ -24,7 +24,7 @@ _logger = logging.getLogger(__name__)
 
 Detail: TypeAlias = str | int | float | bool | None
 
-Count = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+Count = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]  # 64 bits, as messages to the exporter have
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,6 @@ class EventKind:
 
     is_bad: bool = False  # shown in red
     begins_launch: bool = False  # a launch that resumes from the event's step records it anew
-    changes_board: bool = False  # the exporter shows its details, not only how many there were
     distinct_by: str = ""  # the detail in which events of one step differ, if there may be several
 
 
@@ -90,13 +89,13 @@ EVENTS: Mapping[str, EventKind] = {
     "plugins_changed": EventKind(begins_launch=True),
     "data_changed": EventKind(begins_launch=True),
     "corrupt_checkpoint": EventKind(is_bad=True, distinct_by="path"),
-    "checkpoint": EventKind(changes_board=True),
+    "checkpoint": EventKind(),
     "checkpoint_failed": EventKind(is_bad=True),
-    "signal": EventKind(changes_board=True),
+    "signal": EventKind(),
     "stopped_early": EventKind(),
-    "micro_size": EventKind(changes_board=True, distinct_by="now"),
+    "micro_size": EventKind(distinct_by="now"),
     "dealing": EventKind(),
-    "batch_size": EventKind(changes_board=True),
+    "batch_size": EventKind(),
     "gradient_repeated": EventKind(),
     "non_finite_evaluation": EventKind(is_bad=True),
     "not_finite": EventKind(is_bad=True),
@@ -217,6 +216,8 @@ class Outcome:
 
 _EVENTS_BEFORE_TRAINING = 100  # more than there are
 _RESERVED = frozenset({"kind", "step", "event", "time"})
+TRAIN_LINE = b'{"kind": "train"'
+"""How the line of a training record begins; most lines are such records, and readers need not parse them all."""
 _KINDS: Mapping[str, type[Record]] = {"train": TrainRecord, "eval": EvaluationRecord, "event": EventRecord}
 
 

@@ -17,7 +17,7 @@ from dist_train.outcome import UsageError
 from dist_train.rundir.atomic import open_regular
 from dist_train.rundir.paths import BrokenFileError, RunDirectory, run_folder
 from dist_train.rundir.processes import process_runs
-from dist_train.rundir.records import EvaluationRecord, EventRecord, Record, TrainRecord, better, from_json
+from dist_train.rundir.records import TRAIN_LINE, EvaluationRecord, EventRecord, Record, TrainRecord, better, from_json
 from dist_train.rundir.status import RanksReading, Status, read_ranks, read_status
 from dist_train.watch.run_state import ALIVE, process_is_gone, read_settings, seconds_of
 from dist_train.watch.run_table import Settings, seconds_left
@@ -79,7 +79,6 @@ class Follower:
 _MOST_POINTS = 2_048
 _LATEST = 60
 _EVENTS = 50
-_TRAIN_MARK = b'{"kind": "train"'
 
 
 class History:
@@ -104,7 +103,7 @@ class History:
         """
         latest = len(lines) - 2 * _LATEST
         for at, line in enumerate(lines):
-            is_train = line.startswith(_TRAIN_MARK)
+            is_train = line.startswith(TRAIN_LINE)
             self._count += is_train
             is_kept = self._count % self._stride == 0
             if (is_kept or at >= latest or not is_train) and (record := from_json(line)) is not None:

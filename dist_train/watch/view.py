@@ -21,7 +21,7 @@ from uniplot import plot_to_string
 from dist_train.monitoring import wording
 from dist_train.monitoring.console import progress_bar, summary_table
 from dist_train.outcome import escaped
-from dist_train.rundir.records import EVENTS, Outcome, RankMeasurement
+from dist_train.rundir.records import EVENTS, EvaluationRecord, Outcome, RankMeasurement, TrainRecord
 from dist_train.rundir.status import RanksReading
 from dist_train.watch.figure import ACCURACY, BATCH, LOSS, Chart, Measured, Quantity, learning_curve
 from dist_train.watch.run import History, Snapshot, WatchedRun
@@ -288,10 +288,12 @@ def _curves(history: History, quantity: Quantity, columns: int, rows: int) -> Gr
     """Return loss or accuracy so far: a heading, and curves drawn with characters."""
     chart = learning_curve(quantity, Measured("", history.train, history.evaluations), columns)
     heading = Text(no_wrap=True, overflow="ellipsis").append(quantity.name, style="bold")
-    latest = [("batch", BATCH, record) for record in [*history.train, *history.latest][-1:]]
-    for name, style, record in (*latest, *((split, split, found[-1]) for split, found in history.evaluations.items())):
+    batches = history.latest or history.train
+    latest: dict[str, TrainRecord | EvaluationRecord] = {BATCH: batches[-1]} if batches else {}
+    latest |= {split: found[-1] for split, found in history.evaluations.items()}
+    for name, record in latest.items():
         value = _short_text(quantity, quantity.take(record))
-        heading.append("  ").append(f"{escaped(name)} {value}", style=_CURVE_COLOURS.get(style, "green"))
+        heading.append("  ").append(f"{escaped(name)} {value}", style=_CURVE_COLOURS.get(name, "green"))
     return Group(heading, _plot(chart, quantity, columns, max(1, rows - _FRAME)))
 
 

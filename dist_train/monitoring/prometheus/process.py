@@ -31,7 +31,7 @@ from dist_train.monitoring.prometheus.messages import (
 )
 from dist_train.monitoring.prometheus.metrics import Families, MetricsPage
 from dist_train.rundir.records import (
-    EVENTS,
+    TRAIN_LINE,
     EvaluationRecord,
     EventRecord,
     Outcome,
@@ -286,19 +286,14 @@ class _Service:
             self._channel.send(message)
 
 
-_ON_BOARD = ("eval", *(name for name, kind in EVENTS.items() if kind.changes_board))
-_RECALLED = re.compile("|".join(f'"{name}"' for name in _ON_BOARD).encode())
-
-
 def _history(facts: RunFacts) -> Iterator[Record]:
-    """Yield the evaluations and checkpoints so far, and what changed the batch or the state since the launch began.
+    """Yield the evaluations and checkpoints so far, and the events since the launch began.
 
-    The latter is there if an earlier process of this launch has died.
+    The latter are there if an earlier process of this launch has died.
     """
     with suppress(OSError), (facts.run_directory / "metrics.jsonl").open("rb") as lines:
         for line in lines:
-            # Most lines are training steps, of which there can be millions: do not parse them.
-            match from_json(line) if _RECALLED.search(line) else None:
+            match None if line.startswith(TRAIN_LINE) else from_json(line):
                 case EvaluationRecord() | EventRecord(event="checkpoint") as record:
                     yield record
                 case EventRecord() as record if record.time >= facts.launched:
