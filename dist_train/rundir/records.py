@@ -238,11 +238,12 @@ def _fields(record: Record) -> dict[str, Detail]:
 
 def from_json(line: str | bytes) -> Record | None:
     """Return the record in `line`; None if it is incomplete or of another form. Null becomes NaN."""
-    with suppress(ValueError, KeyError, TypeError, RecursionError):
+    with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
         fields = json.loads(line)
-        kind = _KINDS[fields["kind"]]
-        details = {name: value for name, value in fields.items() if name not in _RESERVED}
-        return msgspec.convert({**nan_for_null(fields), "details": details}, kind)
+        values = nan_for_null(fields)
+        if fields["kind"] == "event":
+            values["details"] = {name: value for name, value in fields.items() if name not in _RESERVED}
+        return msgspec.convert(values, _KINDS[fields["kind"]])
     return None
 
 
