@@ -17,7 +17,8 @@ import yaml
 from pydantic import ValidationError
 
 from dist_train.config.combinations import conflicts
-from dist_train.config.plugins import forget_edited, from_folder, plugin_problems, short_names, with_long_names
+from dist_train.config.plugin_modules import forget_edited
+from dist_train.config.plugins import from_folder, plugin_problems, short_names, with_long_names
 from dist_train.config.problems import ConfigError, Problem, problems_of
 from dist_train.config.resuming import with_present_names
 from dist_train.config.sections import Config

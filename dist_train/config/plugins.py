@@ -7,11 +7,7 @@ names before settings are checked, so that a run records where its code is. Nami
 
 from __future__ import annotations
 
-import ast
 import copy
-import hashlib
-import importlib
-import importlib.util
 import inspect
 import os
 import re
@@ -19,27 +15,18 @@ import sys
 import tomllib
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import is_dataclass, replace
 from functools import cache, partial
 from importlib import metadata
-from itertools import accumulate
 from pathlib import Path
-from types import ModuleType
-from typing import Annotated, Any, Literal, TypeVar
+from types import ModuleType, SimpleNamespace, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, Field, ValidationError
 
-from dist_train.config.problems import (
-    ConfigError,
-    Problem,
-    checked_options,
-    choices_of,
-    ignored_keys,
-    options_type,
-    problems_of,
-    sections_with,
-)
+from dist_train.config.plugin_modules import is_edited, plugin_module, source_digests
+from dist_train.config.problems import ConfigError, Problem, choices_of, problems_of
 from dist_train.outcome import CodedError, UsageError, check_choice, refuse_nondeterministic
 
 Kind = Literal[
@@ -92,19 +79,6 @@ OPTION_KEYS: Mapping[str, str] = {"noise.scale": "scale_options", "data.augment"
 
 _MARK = "_dist_train_plugin"
 """Attribute of what is registered: each kind and short name with the object, which a copy of the attribute is not."""
-
-_INSTALLED = frozenset({"site-packages", "dist-packages"})
-
-_NEVER_BESIDE = sys.stdlib_module_names | {"dist_train"}
-"""Modules that a plug-in does not mean to import from its own folder."""
-
-_ELSEWHERE = "{} was imported from {}, not from {}, beside the plug-in: rename one of them, or use a new process"
-
-_folders: list[str] = []
-"""Those of the plug-ins imported from files, the latest first, as at the end of `sys.path`."""
-
-_DIGEST = "_dist_train_digest"
-"""Attribute of a module imported from a file: the digest of the file at that moment."""
 
 _Target = TypeVar("_Target", bound=Callable[..., Any])
 
@@ -161,7 +135,7 @@ def load_plugin(name: str) -> Any:
         return load_plugin(_shipped("loggers")[name])
     if place in (libraries := _shipped("model_libraries")):
         return load_plugin(libraries[place])(attribute)
-    module = _module(place)
+    module = plugin_module(place)
     target = getattr(module, attribute, None)
     if not callable(target):
         raise UsageError(f"{place} has no function or class {attribute}", code="plugin-missing")
@@ -174,8 +148,8 @@ def call_plugin(name: str, options: Options, returns: type[Any], *arguments: Any
     Raises UsageError if there is no such plug-in, it rejects the options, raises, or returns another type.
     """
     target = load_plugin(name)
-    if (kind := options_type(name, target)) is not None:
-        keywords["options"] = checked_options(kind, options)
+    if (kind := _options_type(name, target)) is not None:
+        keywords["options"] = _checked_options(kind, options)
     with failing_clearly(name):
         result = target(*arguments, **keywords)
     if not isinstance(result, returns):
@@ -184,6 +158,38 @@ def call_plugin(name: str, options: Options, returns: type[Any], *arguments: Any
             code="plugin-result",
         )
     return _iterate(name, result) if inspect.isgenerator(result) else result
+
+
+def _options_type(name: str, target: Any) -> type[Any] | None:
+    """Return the pydantic model, or else dict, of a plug-in's parameter `options`; None if it has no such parameter.
+
+    Raises UsageError if the parameters, or the type of `options`, cannot be found, or it is another class of data.
+    """
+    try:
+        parameter = inspect.signature(target).parameters.get("options")
+        if parameter is None:
+            return None
+        # The other types may be imported only for type checkers.
+        only = SimpleNamespace(__annotations__={"options": parameter.annotation})
+        function = inspect.unwrap(target.__init__ if inspect.isclass(target) else target)
+        hint = get_type_hints(only, getattr(function, "__globals__", {})).get("options")
+    except (NameError, TypeError, ValueError, AttributeError) as error:
+        raise UsageError(
+            f"the parameters of the plug-in {name} cannot be found ({error}): write it as a function or class, and "
+            f"import the type of its options outside of TYPE_CHECKING",
+            code="plugin-import",
+        ) from error
+    types = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    models = [each for each in types if inspect.isclass(each) and issubclass(each, BaseModel)]
+    if len(models) > 1 or any(map(is_dataclass, types)):
+        fix = "annotate its parameter `options` with one pydantic model, or with dict"
+        raise UsageError(f"the options of {name} are of {hint}: {fix}", code="plugin-options")
+    return models[0] if models else dict
+
+
+def _checked_options(kind: type[Any], options: Mapping[str, Any]) -> Any:
+    """Return `options` as `kind`, which `_options_type` returned. Raises ValidationError."""
+    return kind.model_validate(options) if issubclass(kind, BaseModel) else options
 
 
 def _iterate(name: str, generator: Iterator[Any]) -> Iterator[Any]:
@@ -215,18 +221,30 @@ def place_of(error: Exception, target: Any) -> str:
 def named_plugins(settings: Mapping[str, Any]) -> Iterator[tuple[str, str, str, Options]]:
     """Yield each plug-in in complete `settings`: its setting, its name, the setting of its options, and the options."""
     for path in _PLACES:
-        for place, section, key in sections_with(settings, path.split(".")):
+        for place, section, key in _sections_with(settings, path.split(".")):
             name = section.get(key)
             if isinstance(name, str) and (is_plugin(name) or _PLACES[path] == "loggers"):
                 options = OPTION_KEYS.get(path, "options")
                 yield f"{place}{key}", name, f"{place}{options}", section.get(options, {})
 
 
+def _sections_with(settings: Any, names: Sequence[str], prefix: str = "") -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Yield each mapping in `settings` that may have the setting at `names`, with its path and the setting's key."""
+    first, *rest = names
+    if first == "*":
+        for index, item in enumerate(settings if isinstance(settings, list | tuple) else ()):
+            yield from _sections_with(item, rest, f"{prefix}{index}.")
+    elif isinstance(settings, dict) and rest:
+        yield from _sections_with(settings.get(first), rest, f"{prefix}{first}.")
+    elif isinstance(settings, dict):
+        yield prefix, settings, first
+
+
 def plugin_problems(settings: Mapping[str, Any]) -> Iterator[Problem]:
     """Load the plug-ins in complete `settings`, and yield what is wrong with them and their options."""
     for path, name, options_path, options in named_plugins(settings):
         try:
-            kind = options_type(name, load_plugin(name))
+            kind = _options_type(name, load_plugin(name))
         except UsageError as error:
             yield Problem(path, str(error), code=error.code, value=name)
             continue
@@ -235,14 +253,23 @@ def plugin_problems(settings: Mapping[str, Any]) -> Iterator[Problem]:
                 wrong = f"{name} takes no options: give it a parameter `options`"
                 yield Problem(options_path, wrong, code="plugin-options", value=options)
             continue
-        yield from ignored_keys(kind, options_path, options)
+        yield from _ignored_keys(kind, options_path, options)
         try:
-            checked_options(kind, options)
+            _checked_options(kind, options)
         except ValidationError as error:
             for found in problems_of(error, kind):
                 inner = "" if found.path == "(file)" else f".{found.path}"
                 yield replace(found, path=f"{options_path}{inner}")
     yield from _problems_of_calls(settings)
+
+
+def _ignored_keys(model: type[Any], path: str, values: Mapping[str, object]) -> Iterator[Problem]:
+    """Yield a problem for each of `values`, at `path`, that a user's pydantic model would ignore, as by default."""
+    if not issubclass(model, BaseModel) or model.model_config.get("extra", "ignore") != "ignore":
+        return
+    known = ", ".join(model.model_fields)
+    for name in values.keys() - model.model_fields.keys():
+        yield Problem(f"{path}.{name}", "unknown key", code="unknown-key", value=values[name], allowed=known)
 
 
 def _problems_of_calls(settings: Mapping[str, Any]) -> Iterator[Problem]:
@@ -285,7 +312,7 @@ def with_long_names(settings: Mapping[str, Any], more: Sequence[str], model: typ
     registered: dict[tuple[Kind, str], str] = {}
     found: dict[tuple[Kind, str], tuple[Any, object]] = {}
     for file in changed.pop("plugins"):
-        for mark, attribute, value in _registered(_module(file)):
+        for mark, attribute, value in _registered(plugin_module(file)):
             # a listed file may be imported once more, under its plain name, by another one
             place = getattr(inspect.getmodule(value), "__file__", None), getattr(value, "__qualname__", attribute)
             other, other_place = found.setdefault(mark, (value, place))
@@ -294,7 +321,7 @@ def with_long_names(settings: Mapping[str, Any], more: Sequence[str], model: typ
                 raise ConfigError.of("plugins", "plugins", wrong, code="plugin-ambiguous", value=mark[1])
             registered[mark] = f"{file}:{attribute}"
     for path, kind in _PLACES.items():
-        for _, section, key in sections_with(changed, path.split(".")):
+        for _, section, key in _sections_with(changed, path.split(".")):
             name = section.get(key)
             if isinstance(name, str) and not is_plugin(name) and name not in choices_of(model, path):
                 section[key] = registered.get((kind, name)) or _entry_point(kind, name) or name
@@ -304,7 +331,7 @@ def with_long_names(settings: Mapping[str, Any], more: Sequence[str], model: typ
 def short_names(settings: Mapping[str, Any], more: Sequence[str]) -> dict[str, list[str]]:
     """Return the names that each setting of a plug-in accepts besides its built-in choices, for messages."""
     files = map(os.fspath, (*settings.get("plugins", ()), *more))
-    marks = [mark for file in files for mark, _, _ in _registered(_module(file))]
+    marks = [mark for file in files for mark, _, _ in _registered(plugin_module(file))]
     script = sys.modules["__main__"]
     # what a script registers is found once the settings name its file
     file = getattr(script, "__file__", "FILE.py")
@@ -323,7 +350,7 @@ def from_folder(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     if isinstance(files, list | tuple):
         changed["plugins"] = [_absolute(folder, file) for file in files]
     for path in _PLACES:
-        for _, section, key in sections_with(changed, path.split(".")):
+        for _, section, key in _sections_with(changed, path.split(".")):
             if isinstance(name := section.get(key), str) and is_plugin(name):
                 place, _, attribute = name.rpartition(":")
                 section[key] = f"{_absolute(folder, place)}:{attribute}"
@@ -331,138 +358,20 @@ def from_folder(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def plugin_files(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Return the digests of the plug-ins' source files in complete `settings`, and of files beside that they import.
-
-    The keys are the files' paths, beginning with the name of the plug-in's folder; installed packages are left out.
-    Raises UsageError if a plug-in imports a module that has been taken from another one's folder.
-    """
-    places = {name.rpartition(":")[0] for _, name, _, _ in named_plugins(settings) if is_plugin(name)}
-    folders = {folder for place in places if (folder := _folder(_module(place))) is not None}
-    # by now it may have imported what is in functions, too
-    for place in sorted(each for each in places if each.endswith(".py")):
-        for taken in _taken_from_elsewhere(place):
-            raise UsageError(_ELSEWHERE.format(*taken), code="plugin-import")
-    found: dict[str, str] = {}
-    # a script that trains may lie beside a plug-in, and is no part of it
-    script = sys.modules["__main__"]
-    for module in list(sys.modules.values()):
-        file = getattr(module, "__file__", None) if module is not script else None
-        for folder in folders:
-            if file and file.endswith(".py") and Path(file).is_relative_to(folder):
-                name = Path(file).relative_to(folder.parent)
-                if not _INSTALLED & set(name.parts):  # the folder may hold a virtual environment
-                    found[str(name)] = vars(module).get(_DIGEST) or _digest(Path(file))
-    return dict(sorted(found.items()))
-
-
-def forget_edited() -> None:
-    """Forget plug-in files edited since they were imported, so that they are imported again; not what they import."""
-    for name, module in list(sys.modules.items()):
-        if _is_edited(module):
-            del sys.modules[name]
+    """Return `source_digests` of the plug-ins in complete `settings`. Raises UsageError as that does."""
+    return source_digests(_places(settings))
 
 
 def check_unedited(settings: Mapping[str, Any]) -> None:
     """Raise UsageError if the file of a plug-in in complete `settings` was edited since: loaders would import that."""
-    for place in sorted({name.rpartition(":")[0] for _, name, _, _ in named_plugins(settings)}):
-        if place.endswith(".py") and _is_edited(_module(place)):
+    for place in sorted(_places(settings)):
+        if place.endswith(".py") and is_edited(plugin_module(place)):
             raise UsageError(f"{place} was edited after load_config: call load_config again", code="plugin-edited")
 
 
-def _is_edited(module: ModuleType) -> bool:
-    """Whether the file from which `module` was imported as a plug-in has been edited since."""
-    digest = vars(module).get(_DIGEST) if isinstance(module, ModuleType) else None  # others may be in sys.modules
-    return digest is not None and (file := Path(str(module.__file__))).is_file() and _digest(file) != digest
-
-
-def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
-
-
-def _folder(module: ModuleType) -> Path | None:
-    """Return the folder of a single-file module, or of its top-level package; None if it is installed."""
-    top = sys.modules[module.__name__.partition(".")[0]]
-    file = getattr(top, "__file__", None)
-    if file is None or _INSTALLED & set(Path(file).parts):
-        return None
-    return Path(file).parent
-
-
-def _module(place: str) -> ModuleType:
-    """Return the module of a file or a dotted name. Raises UsageError if it cannot be imported."""
-    try:
-        return _import(place)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise UsageError(f"the plug-in {place} cannot be imported: {reason}", code="plugin-import") from error
-
-
-def _import(place: str) -> ModuleType:
-    if place == "__main__":  # which another process, and a resume, would not find
-        raise ImportError("put it into a file, and name it FILE.py:NAME")
-    if not place.endswith(".py"):
-        if os.getcwd() not in sys.path:
-            sys.path.append(os.getcwd())
-        return importlib.import_module(place)
-    path = os.path.abspath(place)
-    name = f"{Path(path).stem}_{hashlib.sha256(path.encode()).hexdigest()[:8]}"
-    if name in sys.modules:
-        if not hasattr(sys.modules[name], _DIGEST):
-            raise ImportError('it names itself while it is imported: train below `if __name__ == "__main__":`')
-        return sys.modules[name]
-    if not os.path.isfile(path):
-        raise ImportError("there is no such file")
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{path} is no Python file")
-    for other, file, beside in list(_taken_from_elsewhere(path)):
-        if not any(Path(file).is_relative_to(folder) for folder in _folders):
-            raise ImportError(_ELSEWHERE.format(other, file, beside))
-        # another plug-in's, which keeps what it has imported
-        for each in [each for each in sys.modules if each.partition(".")[0] == other.partition(".")[0]]:
-            del sys.modules[each]
-    # it may import modules beside it, not those beside other plug-ins
-    if (folder := os.path.dirname(path)) not in sys.path or folder in _folders:
-        _folders[:] = [folder, *(each for each in _folders if each != folder)]
-        sys.path[:] = [*(each for each in sys.path if each not in _folders), *_folders]
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    setattr(module, _DIGEST, _digest(Path(path)))
-    return module
-
-
-def _taken_from_elsewhere(path: str) -> Iterator[tuple[str, str, str]]:
-    """Yield each module beside the plug-in at `path` in whose place another one is imported, with that one's file."""
-    paths, seen = [path], set[str]()
-    while paths:
-        for name in sorted(_imports(paths.pop()) - seen):
-            seen.add(name)
-            base = os.path.join(os.path.dirname(path), *name.split("."))
-            beside = next(filter(os.path.isfile, (f"{base}/__init__.py", f"{base}.py")), None)
-            if beside is None or name.partition(".")[0] in _NEVER_BESIDE:
-                continue
-            paths.append(beside)
-            file = os.path.realpath(getattr(sys.modules.get(name), "__file__", None) or beside)
-            is_own_package = Path(file).name == "__init__.py" and Path(path).is_relative_to(Path(file).parent)
-            if not is_own_package and not _INSTALLED & set(Path(file).parts) and file != os.path.realpath(beside):
-                yield name, file, beside
-
-
-def _imports(path: str) -> set[str]:
-    """Return the modules, and their packages, that the file at `path` may import, anywhere in it."""
-    names: set[str] = set()
-    with suppress(OSError, SyntaxError, ValueError):  # which are reported when it is imported
-        for node in ast.walk(ast.parse(Path(path).read_bytes())):
-            if isinstance(node, ast.Import | ast.ImportFrom) and not getattr(node, "level", 0):
-                package = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
-                for alias in node.names:
-                    names.update(accumulate(f"{package}{alias.name}".split("."), "{}.{}".format))
-    return names
+def _places(settings: Mapping[str, Any]) -> set[str]:
+    """Return the files and modules of the plug-ins in complete `settings`."""
+    return {name.rpartition(":")[0] for _, name, _, _ in named_plugins(settings) if is_plugin(name)}
 
 
 def _absolute(folder: Path, place: object) -> Any:

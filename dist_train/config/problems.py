@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, is_dataclass, replace
-from types import MappingProxyType, SimpleNamespace, UnionType
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, replace
+from types import MappingProxyType
+from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
@@ -203,18 +202,6 @@ def _models_in(annotation: Any) -> tuple[type[BaseModel], ...]:
     return tuple(model for part in get_args(annotation) for model in _models_in(part))
 
 
-def sections_with(settings: Any, names: Sequence[str], prefix: str = "") -> Iterator[tuple[str, dict[str, Any], str]]:
-    """Yield each mapping in `settings` that may have the setting at `names`, with its path and the setting's key."""
-    first, *rest = names
-    if first == "*":
-        for index, item in enumerate(settings if isinstance(settings, list | tuple) else ()):
-            yield from sections_with(item, rest, f"{prefix}{index}.")
-    elif isinstance(settings, dict) and rest:
-        yield from sections_with(settings.get(first), rest, f"{prefix}{first}.")
-    elif isinstance(settings, dict):
-        yield prefix, settings, first
-
-
 def choices_of(model: type[BaseModel], path: str) -> tuple[object, ...]:
     """Return the built-in choices of the setting at `path` of `model`; `*` stands for an index."""
     *sections, name = path.replace(".*", "").split(".")
@@ -223,15 +210,6 @@ def choices_of(model: type[BaseModel], path: str) -> tuple[object, ...]:
     field = model.model_fields.get(name)
     annotation = field.annotation if field else None
     return tuple(choice for part in get_args(annotation) for choice in get_args(part))
-
-
-def ignored_keys(model: type[Any], path: str, values: Mapping[str, object]) -> Iterator[Problem]:
-    """Yield a problem for each of `values`, at `path`, that a user's pydantic model would ignore, as by default."""
-    if not issubclass(model, BaseModel) or model.model_config.get("extra", "ignore") != "ignore":
-        return
-    known = ", ".join(model.model_fields)
-    for name in values.keys() - model.model_fields.keys():
-        yield Problem(f"{path}.{name}", "unknown key", code="unknown-key", value=values[name], allowed=known)
 
 
 def is_collection(field: FieldInfo | None) -> bool:
@@ -302,35 +280,3 @@ def _in_words(schema: Mapping[str, Any]) -> str:
 def _shorten(value: object) -> str:
     text = "null" if value is None else str(value).lower() if isinstance(value, bool) else " ".join(str(value).split())
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def options_type(name: str, target: Any) -> type[Any] | None:
-    """Return the pydantic model, or else dict, of a plug-in's parameter `options`; None if it has no such parameter.
-
-    Raises UsageError if the parameters, or the type of `options`, cannot be found, or it is another class of data.
-    """
-    try:
-        parameter = inspect.signature(target).parameters.get("options")
-        if parameter is None:
-            return None
-        # The other types may be imported only for type checkers.
-        only = SimpleNamespace(__annotations__={"options": parameter.annotation})
-        function = inspect.unwrap(target.__init__ if inspect.isclass(target) else target)
-        hint = get_type_hints(only, getattr(function, "__globals__", {})).get("options")
-    except (NameError, TypeError, ValueError, AttributeError) as error:
-        raise UsageError(
-            f"the parameters of the plug-in {name} cannot be found ({error}): write it as a function or class, and "
-            f"import the type of its options outside of TYPE_CHECKING",
-            code="plugin-import",
-        ) from error
-    types = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    models = [each for each in types if inspect.isclass(each) and issubclass(each, BaseModel)]
-    if len(models) > 1 or any(map(is_dataclass, types)):
-        fix = "annotate its parameter `options` with one pydantic model, or with dict"
-        raise UsageError(f"the options of {name} are of {hint}: {fix}", code="plugin-options")
-    return models[0] if models else dict
-
-
-def checked_options(kind: type[Any], options: Mapping[str, Any]) -> Any:
-    """Return `options` as `kind`, which `options_type` returned. Raises ValidationError."""
-    return kind.model_validate(options) if issubclass(kind, BaseModel) else options

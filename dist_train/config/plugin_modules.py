@@ -1,0 +1,159 @@
+"""The modules in which plug-ins are: imports them, from files too, and tells which files they consist of."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Collection, Iterator
+from contextlib import suppress
+from itertools import accumulate
+from pathlib import Path
+from types import ModuleType
+
+from dist_train.outcome import UsageError
+
+_INSTALLED = frozenset({"site-packages", "dist-packages"})
+
+_NEVER_BESIDE = sys.stdlib_module_names | {"dist_train"}
+"""Modules that a plug-in does not mean to import from its own folder."""
+
+_ELSEWHERE = "{} was imported from {}, not from {}, beside the plug-in: rename one of them, or use a new process"
+
+_folders: list[str] = []
+"""Those of the plug-ins imported from files, the latest first, as at the end of `sys.path`."""
+
+_DIGEST = "_dist_train_digest"
+"""Attribute of a module imported from a file: the digest of the file at that moment."""
+
+
+def plugin_module(place: str) -> ModuleType:
+    """Return the module of a file or a dotted name. Raises UsageError if it cannot be imported."""
+    try:
+        return _import(place)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UsageError(f"the plug-in {place} cannot be imported: {reason}", code="plugin-import") from error
+
+
+def _import(place: str) -> ModuleType:
+    if place == "__main__":  # which another process, and a resume, would not find
+        raise ImportError("put it into a file, and name it FILE.py:NAME")
+    if not place.endswith(".py"):
+        if os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())
+        return importlib.import_module(place)
+    path = os.path.abspath(place)
+    name = f"{Path(path).stem}_{hashlib.sha256(path.encode()).hexdigest()[:8]}"
+    if name in sys.modules:
+        if not hasattr(sys.modules[name], _DIGEST):
+            raise ImportError('it names itself while it is imported: train below `if __name__ == "__main__":`')
+        return sys.modules[name]
+    if not os.path.isfile(path):
+        raise ImportError("there is no such file")
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is no Python file")
+    _let_import_beside(path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    setattr(module, _DIGEST, _digest(Path(path)))
+    return module
+
+
+def _let_import_beside(path: str) -> None:
+    """Let the plug-in at `path` import the modules beside it, not those beside other plug-ins. Raises ImportError."""
+    for other, file, beside in list(_taken_from_elsewhere(path)):
+        if not any(Path(file).is_relative_to(folder) for folder in _folders):
+            raise ImportError(_ELSEWHERE.format(other, file, beside))
+        # another plug-in's, which keeps what it has imported
+        for each in [each for each in sys.modules if each.partition(".")[0] == other.partition(".")[0]]:
+            del sys.modules[each]
+    if (folder := os.path.dirname(path)) not in sys.path or folder in _folders:
+        _folders[:] = [folder, *(each for each in _folders if each != folder)]
+        sys.path[:] = [*(each for each in sys.path if each not in _folders), *_folders]
+
+
+def _taken_from_elsewhere(path: str) -> Iterator[tuple[str, str, str]]:
+    """Yield each module beside the plug-in at `path` in whose place another one is imported, with that one's file."""
+    paths, seen = [path], set[str]()
+    while paths:
+        for name in sorted(_imports(paths.pop()) - seen):
+            seen.add(name)
+            base = os.path.join(os.path.dirname(path), *name.split("."))
+            beside = next(filter(os.path.isfile, (f"{base}/__init__.py", f"{base}.py")), None)
+            if beside is None or name.partition(".")[0] in _NEVER_BESIDE:
+                continue
+            paths.append(beside)
+            file = os.path.realpath(getattr(sys.modules.get(name), "__file__", None) or beside)
+            is_own_package = Path(file).name == "__init__.py" and Path(path).is_relative_to(Path(file).parent)
+            if not is_own_package and not _INSTALLED & set(Path(file).parts) and file != os.path.realpath(beside):
+                yield name, file, beside
+
+
+def _imports(path: str) -> set[str]:
+    """Return the modules, and their packages, that the file at `path` may import, anywhere in it."""
+    names: set[str] = set()
+    with suppress(OSError, SyntaxError, ValueError):  # which are reported when it is imported
+        for node in ast.walk(ast.parse(Path(path).read_bytes())):
+            if isinstance(node, ast.Import | ast.ImportFrom) and not getattr(node, "level", 0):
+                package = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+                for alias in node.names:
+                    names.update(accumulate(f"{package}{alias.name}".split("."), "{}.{}".format))
+    return names
+
+
+def source_digests(places: Collection[str]) -> dict[str, str]:
+    """Return the digests of the source files of the plug-ins at `places`, and of files beside that they import.
+
+    The keys are the files' paths, beginning with the name of the plug-in's folder; installed packages are left out.
+    Raises UsageError if a plug-in imports a module that has been taken from another one's folder.
+    """
+    folders = {folder for place in places if (folder := _folder(plugin_module(place))) is not None}
+    # by now it may have imported what is in functions, too
+    for place in sorted(each for each in places if each.endswith(".py")):
+        for taken in _taken_from_elsewhere(place):
+            raise UsageError(_ELSEWHERE.format(*taken), code="plugin-import")
+    found: dict[str, str] = {}
+    # a script that trains may lie beside a plug-in, and is no part of it
+    script = sys.modules["__main__"]
+    for module in list(sys.modules.values()):
+        file = getattr(module, "__file__", None) if module is not script else None
+        for folder in folders:
+            if file and file.endswith(".py") and Path(file).is_relative_to(folder):
+                name = Path(file).relative_to(folder.parent)
+                if not _INSTALLED & set(name.parts):  # the folder may hold a virtual environment
+                    found[str(name)] = vars(module).get(_DIGEST) or _digest(Path(file))
+    return dict(sorted(found.items()))
+
+
+def _folder(module: ModuleType) -> Path | None:
+    """Return the folder of a single-file module, or of its top-level package; None if it is installed."""
+    top = sys.modules[module.__name__.partition(".")[0]]
+    file = getattr(top, "__file__", None)
+    return None if file is None or _INSTALLED & set(Path(file).parts) else Path(file).parent
+
+
+def forget_edited() -> None:
+    """Forget plug-in files edited since they were imported, so that they are imported again; not what they import."""
+    for name, module in list(sys.modules.items()):
+        if is_edited(module):
+            del sys.modules[name]
+
+
+def is_edited(module: ModuleType) -> bool:
+    """Whether the file from which `module` was imported as a plug-in has been edited since."""
+    digest = vars(module).get(_DIGEST) if isinstance(module, ModuleType) else None  # others may be in sys.modules
+    return digest is not None and (file := Path(str(module.__file__))).is_file() and _digest(file) != digest
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
