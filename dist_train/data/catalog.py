@@ -16,9 +16,15 @@ from dist_train.config import DataSettings
 from dist_train.config.plugins import call_plugin, failing_clearly, is_plugin
 from dist_train.data.cache import Source, data_sets_folder, decoded_folder, decoded_once
 from dist_train.data.columns import find_arrays, find_parquet, find_saved, parquet_index, read_arrays, saved_index
-from dist_train.data.image_folder import check_same_classes, list_split
+from dist_train.data.encoded import (
+    FileIndexer,
+    check_same_classes,
+    find_shards,
+    list_split,
+    packed_listing,
+    shard_index,
+)
 from dist_train.data.images import ImageSet, Listing, MapDataset, Split
-from dist_train.data.packed import FileIndexer, find_shards, packed_listing, shard_index
 from dist_train.data.plan import divided
 from dist_train.data.published import (
     CIFAR10,

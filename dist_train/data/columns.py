@@ -20,8 +20,8 @@ from torch import Tensor
 
 from dist_train.config import DataSettings
 from dist_train.data.cache import cache_folder
+from dist_train.data.encoded import SPLIT_NAMES, Index, cached_index, split_files
 from dist_train.data.images import ImageSet, Split, digest_of
-from dist_train.data.packed import SPLIT_NAMES, Index, cached_index, split_files
 from dist_train.outcome import UsageError, writing
 from dist_train.rundir.atomic import replacing
 

@@ -15,7 +15,7 @@ from pyarrow import parquet
 from dist_train.config import DataSettings
 from dist_train.data.catalog import load_data
 from dist_train.data.decoding import EncodedImages, Part, fitted
-from dist_train.data.image_folder import list_split
+from dist_train.data.encoded import list_split
 from dist_train.data.images import ImageSet, Split
 
 SPLITS: dict[Split, str] = {"train": "train", "test": "validation"}

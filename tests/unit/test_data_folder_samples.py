@@ -13,7 +13,7 @@ from torch import Tensor
 from dist_train.config import DataSettings
 from dist_train.data import loader
 from dist_train.data.augmentation import channel_statistics
-from dist_train.data.image_folder import list_split
+from dist_train.data.encoded import list_split
 from dist_train.data.images import BatchRequest
 from dist_train.data.loader import Splits, augmentation_draws, open_splits
 from dist_train.outcome import FaultError, UsageError

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dist_train.config import DataSettings
-from dist_train.data.image_folder import check_same_classes, list_split
+from dist_train.data.encoded import check_same_classes, list_split
 from dist_train.data.images import Listing
 from dist_train.data.plan import divided
 from dist_train.outcome import UsageError

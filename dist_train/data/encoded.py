@@ -1,8 +1,8 @@
-"""Encoded images packed in a few large files: an index with the place and the label of each, and WebDataset shards.
+"""Encoded images: in folders, a subfolder for each class, or packed in a few large files, such as WebDataset shards.
 
-The index of a file, int64 [samples, 3] of offset, length and label, is made at its first use and kept in the cache. In
-a WebDataset shard, a tar file, members with the same name form a sample (000017.jpg and 000017.cls). A shard may have
-an index file beside it: SHARD.idx, as written by NVIDIA DALI's wds2idx.
+The index of a packed file, int64 [samples, 3] of offset, length and label, is made at its first use and kept in the
+cache. In a WebDataset shard, a tar file, members with the same name form a sample (000017.jpg and 000017.cls). A shard
+may have an index file beside it: SHARD.idx, as written by NVIDIA DALI's wds2idx.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from numpy.typing import NDArray
 from dist_train.config import DataSettings
 from dist_train.data.cache import cache_folder, cached_arrays
 from dist_train.data.decoding import Part
-from dist_train.data.image_folder import SUFFIXES
 from dist_train.data.images import Listing, Split, digest_of
 from dist_train.outcome import UsageError, reading
 from dist_train.reproducible import generator
@@ -34,12 +33,92 @@ _LOGGER = logging.getLogger("dist_train.data")
 _VERSION = 2
 _CHUNK = 1 << 20
 
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
 SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
     "train": ("train",),
     "validation": ("train",),
     "test": ("val", "validation", "test"),
 }
 """The names that a split's folder or files may have; the first that exists is used."""
+
+_FOLDERS: dict[Split, tuple[str, ...]] = {"train": ("train",), "validation": ("train",), "test": ("val", "test")}
+_LAYOUT = "an image folder holds train/CLASS/*.jpg and val/CLASS/*.jpg (or test/...)"
+
+
+def list_split(root: Path, split: Split, classes: int, seed: int) -> Listing:
+    """Return the files of `split` below `root`, shuffled by the seed, so that any prefix has images of all classes.
+
+    Classes are numbered by their sorted names. Nothing depends on the order in which the file system lists files.
+    Raises UsageError if a folder is missing, a class is empty, or the number of classes is not `classes`.
+    """
+    return _shuffled(_scan(_folder(root, split), classes), split, seed)
+
+
+def _shuffled(listing: Listing, split: Split, seed: int) -> Listing:
+    return listing.select(torch.randperm(len(listing), generator=generator(seed, "image folder", split)))
+
+
+def check_same_classes(root: Path) -> None:
+    """Raise UsageError if the two splits below `root` have different class names."""
+    train, test = (_folder(root, split) for split in ("train", "test"))
+    if differing := sorted(set(_classes(train)) ^ set(_classes(test))):
+        raise UsageError(
+            f"{train} and {test} hold different classes: only one of them has {differing[0]}", code="classes-differ"
+        )
+
+
+def _folder(root: Path, split: Split) -> Path:
+    candidates = [root / name for name in _FOLDERS[split]]
+    folder = next((each for each in candidates if each.is_dir()), None)
+    if folder is None:
+        raise UsageError(
+            f"there is no folder {' or '.join(map(str, candidates))}: {_LAYOUT}; set data.root to it",
+            code="image-folder-missing",
+        )
+    return folder
+
+
+def _classes(folder: Path) -> list[str]:
+    with reading(folder, code="image-folder-unreadable"), os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if _is_visible(entry) and entry.is_dir())
+
+
+def _scan(folder: Path, classes: int) -> Listing:
+    class_names = _classes(folder)
+    with reading(folder, code="image-folder-unreadable"):
+        files = [_images_in(folder / name) for name in class_names]
+    if len(class_names) != classes:
+        fix = f"set data.classes to {len(class_names)}" if len(class_names) > 1 else _LAYOUT
+        raise UsageError(
+            f"{folder} holds {len(class_names)} class folders, but data.classes is {classes}: {fix}", code="class-count"
+        )
+    for name, images in zip(class_names, files, strict=True):
+        if not images:
+            raise UsageError(
+                f"the class folder {folder / name} holds no image ({', '.join(_SUFFIXES)}): "
+                "fill it, or remove it and lower data.classes",
+                code="class-empty",
+            )
+    counts = torch.tensor([len(images) for images in files])
+    paths = [os.path.join(name, image) for name, images in zip(class_names, files, strict=True) for image in images]
+    labels, source = torch.arange(classes).repeat_interleave(counts), digest_of("\0".join(paths))
+    return Listing(lambda number: os.path.join(folder, paths[number]), torch.arange(len(paths)), labels, source)
+
+
+def _images_in(folder: Path) -> list[str]:
+    """Return the images in `folder` and the folders below it, as sorted paths relative to it."""
+    with os.scandir(folder) as entries:
+        visible = [entry for entry in entries if _is_visible(entry)]
+    images = [entry.name for entry in visible if entry.name.lower().endswith(_SUFFIXES)]
+    below = [entry.name for entry in visible if not entry.name.lower().endswith(_SUFFIXES) and entry.is_dir()]
+    images.extend(os.path.join(name, image) for name in below for image in _images_in(folder / name))
+    return sorted(images)
+
+
+def _is_visible(entry: os.DirEntry[str]) -> bool:
+    return not entry.name.startswith(".")
+
 
 Index = NDArray[np.int64]  # offset, length and label of each sample in a file, int64 [samples, 3]
 FileIndexer = Callable[[Path, DataSettings], tuple[Path, Index]]
@@ -52,7 +131,7 @@ def packed_listing(
     find: Callable[[DataSettings, Split], list[Path]],
     index_of: FileIndexer,
 ) -> Listing:
-    """Return the images of a split, shuffled by the seed as those of an image folder are. Raises UsageError.
+    """Return the images of a split of packed files, shuffled by the seed. Raises UsageError.
 
     `find` returns the split's files; `index_of` one of these, or a copy of its images in the cache, and the index.
     """
@@ -81,7 +160,7 @@ def packed_listing(
     whole = Listing(refer, torch.arange(len(places)), all_labels, source)
     if not len(whole):
         raise UsageError(f"{origins[0]} holds no image", code="data-counts")
-    return whole.select(torch.randperm(len(whole), generator=generator(seed, "image folder", split)))
+    return _shuffled(whole, split, seed)
 
 
 def split_files(root: Path, split: Split, suffixes: tuple[str, ...]) -> list[Path]:
@@ -187,7 +266,7 @@ def shard_index(shard: Path, settings: DataSettings) -> tuple[Path, Index]:
 
 def _rows(shard: Path, members: Iterable[_Member], settings: DataSettings) -> Index:
     """Return the index of the samples that `members` form, with labels read from the shard."""
-    images = (settings.image_column,) if settings.image_column else SUFFIXES
+    images = (settings.image_column,) if settings.image_column else _SUFFIXES
     suffixes = [each.lower().removeprefix(".") for each in images]
     label = (settings.label_column or "cls").lower().removeprefix(".")
     rows = []
