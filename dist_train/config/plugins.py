@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import inspect
 import os
-import re
 import sys
 import tomllib
 import traceback
@@ -21,7 +20,7 @@ from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType, SimpleNamespace, UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -149,7 +148,7 @@ def call_plugin(name: str, options: Options, returns: type[Any], *arguments: Any
     """
     target = load_plugin(name)
     if (kind := _options_type(name, target)) is not None:
-        keywords["options"] = _checked_options(kind, options)
+        keywords["options"] = kind.model_validate(options) if issubclass(kind, BaseModel) else options
     with failing_clearly(name):
         result = target(*arguments, **keywords)
     if not isinstance(result, returns):
@@ -187,11 +186,6 @@ def _options_type(name: str, target: Any) -> type[Any] | None:
     return models[0] if models else dict
 
 
-def _checked_options(kind: type[Any], options: Mapping[str, Any]) -> Any:
-    """Return `options` as `kind`, which `_options_type` returned. Raises ValidationError."""
-    return kind.model_validate(options) if issubclass(kind, BaseModel) else options
-
-
 def _iterate(name: str, generator: Iterator[Any]) -> Iterator[Any]:
     with failing_clearly(name):
         yield from generator
@@ -218,14 +212,24 @@ def place_of(error: Exception, target: Any) -> str:
     return "".join(f" at {Path(frame.filename).name}:{frame.lineno}" for frame in own[-1:])
 
 
-def named_plugins(settings: Mapping[str, Any]) -> Iterator[tuple[str, str, str, Options]]:
-    """Yield each plug-in in complete `settings`: its setting, its name, the setting of its options, and the options."""
-    for path in _PLACES:
+class _Named(NamedTuple):
+    """A plug-in that settings name: its kind, its setting, its name, the setting of its options, and the options."""
+
+    kind: Kind
+    path: str
+    name: str
+    options_path: str
+    options: Options
+
+
+def _named_plugins(settings: Mapping[str, Any]) -> Iterator[_Named]:
+    """Yield each plug-in in complete `settings`."""
+    for path, kind in _PLACES.items():
         for place, section, key in _sections_with(settings, path.split(".")):
             name = section.get(key)
-            if isinstance(name, str) and (is_plugin(name) or _PLACES[path] == "loggers"):
+            if isinstance(name, str) and (is_plugin(name) or kind == "loggers"):
                 options = OPTION_KEYS.get(path, "options")
-                yield f"{place}{key}", name, f"{place}{options}", section.get(options, {})
+                yield _Named(kind, f"{place}{key}", name, f"{place}{options}", section.get(options, {}))
 
 
 def _sections_with(settings: Any, names: Sequence[str], prefix: str = "") -> Iterator[tuple[str, dict[str, Any], str]]:
@@ -242,61 +246,57 @@ def _sections_with(settings: Any, names: Sequence[str], prefix: str = "") -> Ite
 
 def plugin_problems(settings: Mapping[str, Any]) -> Iterator[Problem]:
     """Load the plug-ins in complete `settings`, and yield what is wrong with them and their options."""
-    for path, name, options_path, options in named_plugins(settings):
+    for named in _named_plugins(settings):
         try:
-            kind = _options_type(name, load_plugin(name))
+            target = load_plugin(named.name)
+            yield from _problems_of_call(named, target)
+            yield from _problems_of_options(named, _options_type(named.name, target))
         except UsageError as error:
-            yield Problem(path, str(error), code=error.code, value=name)
-            continue
-        if kind is None:
-            if options:
-                wrong = f"{name} takes no options: give it a parameter `options`"
-                yield Problem(options_path, wrong, code="plugin-options", value=options)
-            continue
-        yield from _ignored_keys(kind, options_path, options)
-        try:
-            _checked_options(kind, options)
-        except ValidationError as error:
-            for found in problems_of(error, kind):
-                inner = "" if found.path == "(file)" else f".{found.path}"
-                yield replace(found, path=f"{options_path}{inner}")
-    yield from _problems_of_calls(settings)
+            yield Problem(named.path, str(error), code=error.code, value=named.name)
 
 
-def _ignored_keys(model: type[Any], path: str, values: Mapping[str, object]) -> Iterator[Problem]:
-    """Yield a problem for each of `values`, at `path`, that a user's pydantic model would ignore, as by default."""
-    if not issubclass(model, BaseModel) or model.model_config.get("extra", "ignore") != "ignore":
+def _problems_of_call(named: _Named, target: Any) -> Iterator[Problem]:
+    """Yield a problem if the plug-in `target` does not take the arguments of its kind."""
+    try:
+        signature = inspect.signature(target)
+    except (TypeError, ValueError):  # of which `_options_type` says that it cannot be found
         return
-    known = ", ".join(model.model_fields)
-    for name in values.keys() - model.model_fields.keys():
-        yield Problem(f"{path}.{name}", "unknown key", code="unknown-key", value=values[name], allowed=known)
+    arguments, result = _CALLS[named.kind]
+    if "options" in signature.parameters:
+        arguments = f"{arguments}, options="
+    by_place = [each for each in arguments.split(", ") if not each.endswith("=")]
+    by_name = [each[:-1] for each in arguments.split(", ") if each.endswith("=")]
+    wrong = ""
+    try:
+        signature.bind(*by_place, **dict.fromkeys(by_name))
+    except TypeError:
+        wrong = f"takes {signature}"
+    is_function = inspect.isroutine(target) or inspect.isclass(target) or isinstance(target, partial)
+    if named.kind == "augmentations" and not is_function:  # a transform itself would take any arguments
+        wrong = f"is a {type(target).__name__}"
+    if wrong:
+        fix = f"name a function that is called as {named.name.rpartition(':')[2]}({arguments}) and returns {result}"
+        yield Problem(named.path, f"{wrong}: {fix}", code="plugin-arguments", value=named.name)
 
 
-def _problems_of_calls(settings: Mapping[str, Any]) -> Iterator[Problem]:
-    """Yield a problem for each plug-in that does not take the arguments of its kind."""
-    for path, name, _, _ in named_plugins(settings):
-        try:
-            target = load_plugin(name)
-            signature = inspect.signature(target)
-        except (UsageError, TypeError, ValueError):
-            continue
-        kind = _PLACES[re.sub(r"\.\d+\.", ".*.", path)]
-        arguments, result = _CALLS[kind]
-        if "options" in signature.parameters:
-            arguments = f"{arguments}, options="
-        by_place = [each for each in arguments.split(", ") if not each.endswith("=")]
-        by_name = [each[:-1] for each in arguments.split(", ") if each.endswith("=")]
-        wrong = ""
-        try:
-            signature.bind(*by_place, **dict.fromkeys(by_name))
-        except TypeError:
-            wrong = f"takes {signature}"
-        is_function = inspect.isroutine(target) or inspect.isclass(target) or isinstance(target, partial)
-        if kind == "augmentations" and not is_function:  # a transform itself would take any arguments
-            wrong = f"is a {type(target).__name__}"
-        if wrong:
-            fix = f"name a function that is called as {name.rpartition(':')[2]}({arguments}) and returns {result}"
-            yield Problem(path, f"{wrong}: {fix}", code="plugin-arguments", value=name)
+def _problems_of_options(named: _Named, kind: type[Any] | None) -> Iterator[Problem]:
+    """Yield what is wrong with the options of a plug-in, which are to be of type `kind`; None if it takes none."""
+    path, options = named.options_path, named.options
+    if kind is None and options:
+        wrong = f"{named.name} takes no options: give it a parameter `options`"
+        yield Problem(path, wrong, code="plugin-options", value=options)
+    if kind is None or not issubclass(kind, BaseModel):
+        return
+    if kind.model_config.get("extra", "ignore") == "ignore":  # as by default
+        known = ", ".join(kind.model_fields)
+        for name in options.keys() - kind.model_fields.keys():
+            yield Problem(f"{path}.{name}", "unknown key", code="unknown-key", value=options[name], allowed=known)
+    try:
+        kind.model_validate(options)
+    except ValidationError as error:
+        for found in problems_of(error, kind):
+            inner = "" if found.path == "(file)" else f".{found.path}"
+            yield replace(found, path=f"{path}{inner}")
 
 
 def with_long_names(settings: Mapping[str, Any], more: Sequence[str], model: type[BaseModel]) -> dict[str, Any]:
@@ -359,19 +359,19 @@ def from_folder(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 def plugin_files(settings: Mapping[str, Any]) -> dict[str, str]:
     """Return `source_digests` of the plug-ins in complete `settings`. Raises UsageError as that does."""
-    return source_digests(_places(settings))
+    return source_digests(_modules_of(settings))
 
 
 def check_unedited(settings: Mapping[str, Any]) -> None:
     """Raise UsageError if the file of a plug-in in complete `settings` was edited since: loaders would import that."""
-    for place in sorted(_places(settings)):
+    for place in sorted(_modules_of(settings)):
         if place.endswith(".py") and is_edited(plugin_module(place)):
             raise UsageError(f"{place} was edited after load_config: call load_config again", code="plugin-edited")
 
 
-def _places(settings: Mapping[str, Any]) -> set[str]:
+def _modules_of(settings: Mapping[str, Any]) -> set[str]:
     """Return the files and modules of the plug-ins in complete `settings`."""
-    return {name.rpartition(":")[0] for _, name, _, _ in named_plugins(settings) if is_plugin(name)}
+    return {named.name.rpartition(":")[0] for named in _named_plugins(settings) if is_plugin(named.name)}
 
 
 def _absolute(folder: Path, place: object) -> Any:
