@@ -40,6 +40,10 @@ class DataSet:
     can_download: bool = False
 
 
+DataSetName = Literal[
+    "fashion-mnist", "cifar10", "cifar100", "imagefolder", "parquet", "webdataset", "huggingface", "numpy", "synthetic"
+]
+
 DATA_SETS: Mapping[str, DataSet] = {
     "fashion-mnist": DataSet(ImageFormat((1, 28, 28), 10)),
     "cifar10": DataSet(ImageFormat((3, 32, 32), 10), can_download=True),
@@ -75,20 +79,7 @@ def options_of(setting: str) -> Any:
 class DataSettings(Section):
     """The data set."""
 
-    name: (
-        Literal[
-            "fashion-mnist",
-            "cifar10",
-            "cifar100",
-            "imagefolder",
-            "parquet",
-            "webdataset",
-            "huggingface",
-            "numpy",
-            "synthetic",
-        ]
-        | PluginName
-    ) = "fashion-mnist"
+    name: DataSetName | PluginName = "fashion-mnist"
     """fashion-mnist: 1x28x28, 10 classes. cifar10, cifar100: 3x32x32, 10 or 100 classes. Your own data in `root`:
     imagefolder, one folder per class; parquet, webdataset, huggingface (`save_to_disk`), encoded images with labels;
     numpy, arrays. synthetic: generated images, no files needed.
