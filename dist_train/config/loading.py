@@ -207,7 +207,15 @@ def parse_config(settings: Mapping[str, Any], *, source: str, plugins: Sequence[
     Raises ConfigError if something in it is wrong; every problem is listed.
     """
     try:
-        if problems := [*_other_keys(settings)]:
+        # as every key is text in YAML and in a run's records
+        problems = [
+            Problem(path or _FILE, f"the key {key!r} is not text", code="wrong-type")
+            for path, value in _nested(settings)
+            if isinstance(value, Mapping)
+            for key in value
+            if not isinstance(key, str)
+        ]
+        if problems:
             raise ConfigError(source, problems)
         given = with_long_names(with_present_names(settings, source), plugins, Config)
         text = json.dumps(given, default=lambda value: _plain(value, given, source))
@@ -219,7 +227,13 @@ def parse_config(settings: Mapping[str, Any], *, source: str, plugins: Sequence[
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError.of(source, _FILE, str(error), code="wrong-type") from None
     complete = config.model_dump(mode="json")
-    problems = [*_nul_characters(complete, ""), *conflicts(config), *plugin_problems(complete)]
+    problems = [
+        # which names of files and hosts cannot contain
+        Problem(path, "holds a NUL character", code="nul-character", value=text.replace("\0", "\\0"))
+        for path, text in _nested(complete)
+        if isinstance(text, str) and "\0" in text
+    ]
+    problems += [*conflicts(config), *plugin_problems(complete)]
     if problems:
         raise ConfigError(source, problems)
     return config
@@ -237,6 +251,14 @@ def flat_settings(sections: Mapping[str, object], prefix: str = "") -> Iterator[
             yield from flat_settings(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
+
+
+def _nested(value: object, path: str = "") -> Iterator[tuple[str, object]]:
+    """Yield `value`, and each value in its mappings and lists, with its dotted path."""
+    yield path, value
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for name, inner in items:
+        yield from _nested(inner, f"{path}.{name}" if path else str(name))
 
 
 def _merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -273,31 +295,6 @@ def _set(settings: dict[str, Any], path: str, value: object) -> None:
     section.update(_merge(section, {names[-1]: value}))
 
 
-def _nul_characters(value: object, path: str) -> Iterator[Problem]:
-    """Yield a problem for each text below `path` that contains a NUL character, which file and host names cannot."""
-    if isinstance(value, str) and "\0" in value:
-        yield Problem(path, "holds a NUL character", code="nul-character", value=value.replace("\0", "\\0"))
-    elif isinstance(value, dict):
-        for name, inner in value.items():
-            yield from _nul_characters(inner, f"{path}.{name}" if path else name)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _nul_characters(inner, path)
-
-
-def _other_keys(value: object, path: str = "") -> Iterator[Problem]:
-    """Yield a problem for each key below `path` that is not text, as every key is in YAML and in a run's records."""
-    if isinstance(value, Mapping):
-        for name, inner in value.items():
-            if isinstance(name, str):
-                yield from _other_keys(inner, f"{path}.{name}" if path else name)
-            else:
-                yield Problem(path or _FILE, f"the key {name!r} is not text", code="wrong-type")
-    elif isinstance(value, list | tuple):
-        for index, inner in enumerate(value):
-            yield from _other_keys(inner, f"{path}.{index}")
-
-
 def _nearest_file(path: Path) -> str:
     name = located(path).name
     for folder in ("configs", "studies"):
@@ -317,13 +314,9 @@ def _plain(value: Any, settings: Mapping[str, Any], source: str) -> object:
         return os.fspath(value)
     if getattr(value, "shape", None) == ():
         return value.item()
-    found = (path for path, each in flat_settings(settings) if any(part is value for part in (each, *_items(each))))
+    found = (path for path, each in _nested(settings) if each is value)
     wrong = "not text, a number, true or false, a list or a mapping"
     raise ConfigError.of(source, next(found, _FILE), wrong, code="wrong-type", value=repr(value))
-
-
-def _items(value: object) -> Sequence[object]:
-    return value if isinstance(value, list | tuple) else ()
 
 
 _LARGEST_EXPANDED = 1 << 20  # limit on the number of characters of all values in a file, with aliases expanded

@@ -412,9 +412,11 @@ class TestOverrides:
             {"data": {"root": Path("x")}, "run": {"seed": np.int64(3)}}, {"model.width": np.float32(0.5)}
         )
         assert (config.data.root, config.run.seed, config.model.width) == (Path("x"), 3, 0.5)
-        for path, value in (("run.seed", object()), ("data.shape", np.ones(3)), ("noise.exclude", [{"bias"}])):
+        for path, value in (("run.seed", object()), ("data.shape", np.ones(3))):
             with raises_problems((path, "wrong-type")):
                 load_config({}, {path: value})
+        with raises_problems(("noise.exclude.0", "wrong-type")):
+            load_config({}, {"noise.exclude": [{"bias"}]})
 
     def test_the_mapping_that_is_overridden_stays_as_it_was(self) -> None:
         settings: dict[str, dict[str, int]] = {"run": {"seed": 1}}
