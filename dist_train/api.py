@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import io
-import json
 import math
 import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,11 +23,12 @@ from dist_train.checkpoint.files import find_checkpoint, list_checkpoints, read_
 from dist_train.checkpoint.state import Weights
 from dist_train.cluster.launch import current_launch
 from dist_train.config import Config, ScheduleSettings, load_config, parse_config
-from dist_train.config.loading import with_overrides, write_override
+from dist_train.config.loading import with_overrides
 from dist_train.config.plugins import is_plugin
+from dist_train.config.resuming import with_setting
 from dist_train.data.augmentation import ChannelStatistics
 from dist_train.data.images import Split
-from dist_train.data.loader import open_splits
+from dist_train.data.loader import Splits, open_splits
 from dist_train.data.plan import BatchPlan
 from dist_train.launching.run import train
 from dist_train.outcome import CodedError, DivergedError, ExitCode, UsageError, check_choice, writing
@@ -118,10 +118,7 @@ class Run:
 
         They are computed again from the run's training images. Raises UsageError if these are missing.
         """
-        settings = self.config.data.model_copy(update={"loader_workers": 0})
-        splits = open_splits(settings, self.config.run.seed, torch.device("cpu"))
-        splits.close()
-        return splits.normalization
+        return _splits(self.config).normalization
 
     def learning_curve(self, output: Path | str | None = None) -> Path:
         """Draw loss and accuracy against epoch into `output` (.png, .svg or .pdf), and return its path."""
@@ -232,9 +229,8 @@ def _compared_images(model: nn.Module, config: Config) -> Tensor:
             model(images)
     except Exception as failed:  # of any type: it may take the pixels for tokens
         try:
-            settings = config.data.model_copy(update={"loader_workers": 0})
-            with closing(open_splits(settings, config.run.seed, torch.device("cpu"))) as splits:
-                return next(iter(splits.test.read_all([torch.arange(min(4, len(splits.test)))])))[0]
+            test = _splits(config).test
+            return next(test.read_all([torch.arange(min(4, len(test)))]))[0]
         except UsageError as error:
             reason = f"{type(failed).__name__}: {' '.join(str(failed).split())}"
             raise UsageError(
@@ -242,6 +238,12 @@ def _compared_images(model: nn.Module, config: Config) -> Tensor:
                 code="plugin-failed",
             ) from failed
     return images
+
+
+def _splits(config: Config) -> Splits:
+    """Return the splits on the CPU, read without loader processes, so that there is nothing to close."""
+    settings = config.data.model_copy(update={"loader_workers": 0})
+    return open_splits(settings, config.run.seed, torch.device("cpu"))
 
 
 @contextmanager
@@ -300,12 +302,12 @@ _FORMATS: Mapping[Format, tuple[str, Callable[[nn.Module, Tensor, Path], _Loaded
 }
 
 
-_ONLY_RECORDS = (
-    "early_stopping.patience=null",
-    "checkpoint={every_epochs: 0, every_steps: null, fallback_directory: null}",
-    "evaluation={every_epochs: 0, train_samples: 0}",
-    "metrics={enabled: false, loggers: []}",
-)
+_ONLY_RECORDS: Mapping[str, object] = {
+    "early_stopping.patience": None,
+    "checkpoint": {"every_epochs": 0, "every_steps": None, "fallback_directory": None},
+    "evaluation": {"every_epochs": 0, "train_samples": 0},
+    "metrics": {"enabled": False, "loggers": []},
+}
 """Overrides of a run of which only the training records are needed."""
 
 
@@ -323,10 +325,8 @@ def learning_rate_range(config: Config, low: float, high: float, updates: int, r
             f"the rate must rise, from above 0, in 2 updates or more: not from {low:g} to {high:g} in {updates}",
             code="option-range",
         )
-    settings = config.data.model_copy(update={"normalize": False, "loader_workers": 0})
-    splits = open_splits(settings, config.run.seed, torch.device("cpu"))
+    splits = _splits(with_setting(config, "data.normalize", False))
     steps_per_epoch = BatchPlan(config.batch.global_size, 1).steps_per_epoch(len(splits.train))
-    splits.close()
     epochs = -(-updates // steps_per_epoch)
     # The schedule rises on to the end of the last epoch, where the rate must still be a number.
     least = 2 + math.floor(math.log(high / low, sys.float_info.max) * epochs * steps_per_epoch)
@@ -336,18 +336,17 @@ def learning_rate_range(config: Config, low: float, high: float, updates: int, r
             code="option-range",
         )
     ratio = (high / low) ** (epochs * steps_per_epoch / (updates - 1))
-    schedule = {"decay": "exponential", "final_fraction": ratio}
-    overrides = [
-        f"run.epochs={epochs}",
-        f"run.max_steps={updates}",
-        "run.resume=auto",  # not from a checkpoint that the configuration names
-        f"optimizer.learning_rate={low!r}",
-        write_override("schedule", {**ScheduleSettings().model_dump(mode="json"), **schedule}),
-        "averaging.kind=none",
-        "batch.schedule=[]",
-        *_ONLY_RECORDS,
-        "metrics.every_steps=1",
-    ]
+    overrides: dict[str, object] = {
+        **_ONLY_RECORDS,
+        "run.epochs": epochs,
+        "run.max_steps": updates,
+        "run.resume": "auto",  # not from a checkpoint that the configuration names
+        "optimizer.learning_rate": low,
+        "schedule": ScheduleSettings(decay="exponential", final_fraction=ratio).model_dump(mode="json"),
+        "averaging.kind": "none",
+        "batch.schedule": [],
+        "metrics.every_steps": 1,
+    }
     tested = parse_config(with_overrides(config.model_dump(mode="json"), overrides), source="the range test")
     directory = RunDirectory(Path(run_directory))
     try:
@@ -414,7 +413,13 @@ def replay(path: Path | str, step: int) -> Replay:
     # Read before the overrides, so that a setting's former name does not survive them.
     begun = parse_config(dict(read_checkpoint(start).config), source="the checkpoint") if start else run.config
     settings = begun.model_dump(mode="json")
-    overrides = [*_replayed(step, start), f"run.epochs={_epochs_at(run, step)}"]
+    overrides = {
+        **_ONLY_RECORDS,
+        "run.max_steps": step,
+        "run.resume": str(start.absolute()) if start else "never",
+        "run.profile_steps": 0,
+        "run.epochs": _epochs_at(run, step),
+    }
     config = parse_config(with_overrides(settings, overrides), source="the run")
     launch = current_launch()
     # The same folder on all ranks; a single process has its own.
@@ -442,16 +447,6 @@ def replay(path: Path | str, step: int) -> Replay:
         if is_ours:
             shutil.rmtree(place, ignore_errors=True)
     return Replay(step, begun_at, recorded, replayed, weights_agree)
-
-
-def _replayed(step: int, checkpoint: Path | None) -> list[str]:
-    resume = json.dumps(str(checkpoint.absolute())) if checkpoint else "never"
-    return [
-        f"run.max_steps={step}",
-        f"run.resume={resume}",
-        "run.profile_steps=0",
-        *_ONLY_RECORDS,
-    ]
 
 
 def _epochs_at(run: Run, step: int) -> Any:
