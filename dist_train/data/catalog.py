@@ -14,35 +14,13 @@ from torch import Tensor
 
 from dist_train.config import DataSettings
 from dist_train.config.plugins import call_plugin, failing_clearly, is_plugin
-from dist_train.data.cache import Source, data_sets_folder, decoded_folder, decoded_once
 from dist_train.data.columns import find_arrays, find_parquet, find_saved, parquet_index, read_arrays, saved_index
-from dist_train.data.encoded import (
-    FileIndexer,
-    check_same_classes,
-    find_shards,
-    list_split,
-    packed_listing,
-    shard_index,
-)
+from dist_train.data.encoded import FileIndexer, find_shards, list_folder, packed_listing, shard_index
 from dist_train.data.images import ImageSet, Listing, MapDataset, Split
 from dist_train.data.plan import divided
-from dist_train.data.published import (
-    CIFAR10,
-    CIFAR100,
-    CIFAR_VERSION,
-    FASHION_MNIST_CLASSES,
-    FASHION_MNIST_VERSION,
-    Archive,
-    decode_archive,
-    decode_fashion_mnist,
-    download_archive,
-    find_archive,
-    find_fashion_mnist,
-)
+from dist_train.data.published import find_cifar, find_fashion_mnist, read_cifar, read_fashion_mnist
 from dist_train.outcome import UsageError
 from dist_train.reproducible import generator, key, seeded_generators
-
-_ARCHIVES: Mapping[str, Archive] = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 
 
 @dataclass(frozen=True)
@@ -94,32 +72,6 @@ def find_data(settings: DataSettings) -> None:
             divided(train.labels, settings, seed=0)
 
 
-def _fashion_mnist(settings: DataSettings, split: Split, seed: int) -> ImageSet:
-    files = find_fashion_mnist(settings.root, split)
-    source = Source("fashion-mnist", split, FASHION_MNIST_VERSION, files, FASHION_MNIST_CLASSES)
-    return decoded_once(decoded_folder(), source, lambda: decode_fashion_mnist(files))
-
-
-def _find_cifar(settings: DataSettings, split: Split) -> tuple[Path, ...]:
-    return find_archive(_ARCHIVES[settings.name], settings.root or data_sets_folder(), split)
-
-
-def _cifar(settings: DataSettings, split: Split, seed: int) -> ImageSet:
-    archive, root = _ARCHIVES[settings.name], settings.root or data_sets_folder()
-    if settings.download:
-        download_archive(archive, root)
-    files = _find_cifar(settings, split)
-    source = Source(settings.name, split, CIFAR_VERSION, files, archive.classes)
-    return decoded_once(decoded_folder(), source, lambda: decode_archive(archive, root, files, split))
-
-
-def _list_folder(settings: DataSettings, split: Split, seed: int = 0) -> Listing:
-    listing = list_split(settings.folder, split, settings.image_format.classes, seed)
-    if split == "test":
-        check_same_classes(settings.folder)
-    return listing
-
-
 def _packed(find: Callable[[DataSettings, Split], list[Path]], index_of: FileIndexer) -> Reader:
     return Reader(lambda settings, split, seed: packed_listing(settings, split, seed, find, index_of), find)
 
@@ -159,9 +111,9 @@ def _plugin(settings: DataSettings, split: Split, seed: int) -> ImageSet | MapDa
 
 
 READERS: Mapping[str, Reader] = {
-    "fashion-mnist": Reader(_fashion_mnist, lambda settings, split: find_fashion_mnist(settings.root, split)),
-    **dict.fromkeys(_ARCHIVES, Reader(_cifar, _find_cifar)),
-    "imagefolder": Reader(_list_folder, _list_folder),
+    "fashion-mnist": Reader(read_fashion_mnist, lambda settings, split: find_fashion_mnist(settings.root, split)),
+    **dict.fromkeys(("cifar10", "cifar100"), Reader(read_cifar, find_cifar)),
+    "imagefolder": Reader(list_folder, list_folder),
     "parquet": _packed(find_parquet, parquet_index),
     "webdataset": _packed(find_shards, shard_index),
     "huggingface": _packed(find_saved, saved_index),

@@ -46,6 +46,14 @@ _FOLDERS: dict[Split, tuple[str, ...]] = {"train": ("train",), "validation": ("t
 _LAYOUT = "an image folder holds train/CLASS/*.jpg and val/CLASS/*.jpg (or test/...)"
 
 
+def list_folder(settings: DataSettings, split: Split, seed: int = 0) -> Listing:
+    """Return the images of a split of an image folder, shuffled by the seed. Raises UsageError."""
+    listing = list_split(settings.folder, split, settings.image_format.classes, seed)
+    if split == "test":
+        check_same_classes(settings.folder)
+    return listing
+
+
 def list_split(root: Path, split: Split, classes: int, seed: int) -> Listing:
     """Return the files of `split` below `root`, shuffled by the seed, so that any prefix has images of all classes.
 

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dist_train.data.cache import data_sets_folder, fetch
+from dist_train.config import DataSettings
+from dist_train.data.cache import Source, data_sets_folder, decoded_folder, decoded_once, fetch
 from dist_train.data.images import ImageSet, Split
 from dist_train.outcome import UsageError, reading
 
@@ -74,6 +75,13 @@ _FASHION_MNIST_FIX = (
     "`docker/fashion_mnist.sh`), or set data.root to a folder that holds the four IDX files (plain or .gz) of "
     "github.com/zalandoresearch/fashion-mnist."
 )
+
+
+def read_fashion_mnist(settings: DataSettings, split: Split, seed: int) -> ImageSet:
+    """Return the images of a split, from the cache if possible. Raises UsageError."""
+    files = find_fashion_mnist(settings.root, split)
+    source = Source("fashion-mnist", split, FASHION_MNIST_VERSION, files, FASHION_MNIST_CLASSES)
+    return decoded_once(decoded_folder(), source, lambda: decode_fashion_mnist(files))
 
 
 def find_fashion_mnist(root: Path | None, split: Split) -> tuple[Path, Path]:
@@ -163,6 +171,24 @@ CIFAR100 = Archive(
     url="https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
     sha256="85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
 )
+
+
+_ARCHIVES: Mapping[str, Archive] = {"cifar10": CIFAR10, "cifar100": CIFAR100}
+
+
+def read_cifar(settings: DataSettings, split: Split, seed: int) -> ImageSet:
+    """Return the images of a split, from the cache if possible; downloads them if so set. Raises UsageError."""
+    archive, root = _ARCHIVES[settings.name], settings.root or data_sets_folder()
+    if settings.download:
+        download_archive(archive, root)
+    files = find_archive(archive, root, split)
+    source = Source(settings.name, split, CIFAR_VERSION, files, archive.classes)
+    return decoded_once(decoded_folder(), source, lambda: decode_archive(archive, root, files, split))
+
+
+def find_cifar(settings: DataSettings, split: Split) -> tuple[Path, ...]:
+    """Return the files of a split. Raises UsageError if they are missing."""
+    return find_archive(_ARCHIVES[settings.name], settings.root or data_sets_folder(), split)
 
 
 def download_archive(archive: Archive, root: Path) -> None:
