@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -81,14 +82,21 @@ def _pyarrow() -> Any:
     return pyarrow
 
 
+@contextmanager
+def _reading_as(form: str, path: Path) -> Iterator[None]:
+    """Turn errors of pyarrow in the block, of which some are OSErrors, into a UsageError."""
+    try:
+        yield
+    except (OSError, _pyarrow().ArrowException) as error:
+        raise UsageError(f"{path} cannot be read as {form}: {error}", code="data-format") from error
+
+
 def _parquet_file(path: Path) -> Any:
-    arrow = _pyarrow()
+    _pyarrow()
     from pyarrow import parquet
 
-    try:
+    with _reading_as("Parquet", path):
         return parquet.ParquetFile(path)
-    except (OSError, arrow.ArrowException) as error:
-        raise UsageError(f"{path} cannot be read as Parquet: {error}", code="data-format") from error
 
 
 def _check_columns(path: Path, schema: Any, image: str, label: str) -> None:
@@ -133,23 +141,18 @@ def _unpack(path: Path, image: str, label: str, content: Path) -> Index:
 
 
 def _batches(path: Path, columns: list[str]) -> Iterator[Any]:
-    """Yield the rows of a Parquet file. Raises UsageError if it is damaged; pyarrow raises OSError, too."""
-    try:
+    """Yield the rows of a Parquet file. Raises UsageError if it is damaged."""
+    with _reading_as("Parquet", path):
         yield from _parquet_file(path).iter_batches(_ROWS, columns=columns)
-    except (OSError, _pyarrow().ArrowException) as error:
-        raise UsageError(f"{path} cannot be read as Parquet: {error}", code="data-format") from error
 
 
 def saved_index(path: Path, settings: DataSettings) -> tuple[Path, Index]:
     """Return an Arrow file and its index: images lie in the buffers of columns, which are mapped, not copied."""
     arrow, (image, label) = _pyarrow(), _columns(settings)
-    try:
-        with arrow.memory_map(str(path)) as mapped:
-            size, start = mapped.size(), mapped.read_buffer(1).address
-            mapped.seek(0)
-            table = arrow.ipc.open_stream(mapped).read_all()
-    except (OSError, arrow.ArrowException) as error:
-        raise UsageError(f"{path} cannot be read as an Arrow stream: {error}", code="data-format") from error
+    with _reading_as("an Arrow stream", path), arrow.memory_map(str(path)) as mapped:
+        size, start = mapped.size(), mapped.read_buffer(1).address
+        mapped.seek(0)
+        table = arrow.ipc.open_stream(mapped).read_all()
     _check_columns(path, table.schema, image, label)
     parts = []
     for images, labels in _columns_of(path, table.to_batches(), image, label):

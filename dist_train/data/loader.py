@@ -176,7 +176,7 @@ def training_labels(settings: DataSettings, seed: int) -> Tensor:
         source = load_data(settings, "train", seed)
         if isinstance(source, ImageSet):
             return source.labels
-        labels = labels_of(source, settings, "train", seed)
+        labels = labels_of(source, settings, seed)
     return labels[divided(labels, settings, seed)[0]]
 
 
@@ -282,7 +282,7 @@ def _list_python_splits(
         listings[split] = Listing(int, torch.arange(len(source)), labels, name)
     source, is_divided = opened["train"], (settings.train_size, settings.validation_size) != (None, None)
     if is_divided and not isinstance(source, ImageSet):
-        listings |= _divided(listings["train"], labels_of(source, settings, "train", seed), settings, seed)
+        listings |= _divided(listings["train"], labels_of(source, settings, seed), settings, seed)
     return listings
 
 

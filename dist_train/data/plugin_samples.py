@@ -127,8 +127,8 @@ class PluginSamples:
         return pixels
 
 
-def labels_of(dataset: MapDataset, settings: DataSettings, split: Split, seed: int) -> Tensor:
-    """Return all labels of a Dataset, int64 [n], from its `targets`, as in torchvision, or by reading every sample."""
+def labels_of(dataset: MapDataset, settings: DataSettings, seed: int) -> Tensor:
+    """Return all labels of the training set, int64 [n]: its `targets`, as in torchvision, or each sample's."""
     classes = settings.image_format.classes
     try:
         labels = np.asarray(getattr(dataset, "targets", None))
@@ -136,10 +136,10 @@ def labels_of(dataset: MapDataset, settings: DataSettings, split: Split, seed: i
         labels = np.empty(0)
     if labels.shape == (len(dataset),) and labels.dtype.kind in "iu" and 0 <= labels.min() <= labels.max() < classes:
         return torch.from_numpy(labels.astype(np.int64))
-    reader = PluginSamples(settings.model_copy(update={"augment": "none"}), seed, {split: dataset})
+    reader = PluginSamples(settings.model_copy(update={"augment": "none"}), seed, {"train": dataset})
     pixels, read = np.empty((1, *settings.image_format.shape), np.uint8), np.empty(len(dataset), np.int64)
     for index in range(len(dataset)):
-        reader.read(Work([index], split=split, numbers=[index]), pixels, read[index : index + 1])
+        reader.read(Work([index], split="train", numbers=[index]), pixels, read[index : index + 1])
     return torch.from_numpy(read)
 
 

@@ -34,22 +34,19 @@ def read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
     unsigned bytes with as many dimensions.
     """
     start, content = 4 + 4 * dimensions, bytearray()
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            header = file.read(start)
-            magic, *shape = struct.unpack(f">{1 + dimensions}I", header.ljust(start, b"\0"))
-            if len(header) == start and magic != 0x0800 | dimensions:
-                raise _damaged(path, f"it begins with {magic:08x}, not as an IDX file does", code="data-format")
-            announced = math.prod(shape)
-            # Little more than that, so that no file can fill the memory.
-            while len(content) <= announced and (chunk := file.read(_CHUNK)):
-                content += chunk
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise _damaged(path, f"gzip cannot unpack it ({error})", code="data-unpackable") from error
-    except OSError as error:
-        raise UsageError(
-            f"cannot read {path}: {error.strerror or error}. {_FASHION_MNIST_FIX}", code="data-unreadable"
-        ) from error
+    with reading(path, _FASHION_MNIST_FIX):
+        try:
+            with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+                header = file.read(start)
+                magic, *shape = struct.unpack(f">{1 + dimensions}I", header.ljust(start, b"\0"))
+                if len(header) == start and magic != 0x0800 | dimensions:
+                    raise _damaged(path, f"it begins with {magic:08x}, not as an IDX file does", code="data-format")
+                announced = math.prod(shape)
+                # Little more than that, so that no file can fill the memory.
+                while len(content) <= announced and (chunk := file.read(_CHUNK)):
+                    content += chunk
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise _damaged(path, f"gzip cannot unpack it ({error})", code="data-unpackable") from error
     if len(header) < start or len(content) != announced:
         what, length = " x ".join(map(str, shape)), "longer" if len(content) > announced else "shorter"
         reason = f"its header announces {what} bytes, {start + announced} in all, but it is {length}"
