@@ -112,9 +112,6 @@ def _differences(before: BaseModel, after: BaseModel, prefix: str) -> Iterator[D
             yield Difference(path, old, new)
 
 
-_RENAMED_SETTINGS = {("metrics", "workers"): "ranks"}
-_RENAMED_VALUES = {("noise", "sharing"): {"worker": "rank"}}
-
 STREAM_OF_A_RANK = "worker"
 """Name of the random stream of one rank's noise. Renaming it would change the noise, also that of resumed runs."""
 
@@ -124,18 +121,14 @@ _logger = logging.getLogger("dist_train.config")
 def with_present_names(settings: Mapping[str, Any], source: str) -> Mapping[str, Any]:
     """Return nested `settings` with former names and values replaced by present ones; logs each, found in `source`."""
     changed = dict(settings)
-    for (section, name), now in _RENAMED_SETTINGS.items():
-        inner = changed.get(section)
-        if isinstance(inner, Mapping) and name in inner and now not in inner:
-            changed[section] = {now if each == name else each: value for each, value in inner.items()}
-            _logger.warning("%s: %s.%s is called %s.%s now", source, section, name, section, now)
-    for (section, name), values in _RENAMED_VALUES.items():
-        inner = changed.get(section)
-        before = inner.get(name) if isinstance(inner, Mapping) else None
-        if isinstance(inner, Mapping) and isinstance(before, str) and before in values:
-            changed[section] = {**inner, name: values[before]}
-            _logger.warning("%s: %s.%s=%s is called %s now", source, section, name, before, values[before])
-    if isinstance(metrics := changed.get("metrics"), Mapping):
+    noise, metrics = settings.get("noise"), settings.get("metrics")
+    if isinstance(noise, Mapping) and noise.get("sharing") == "worker":
+        changed["noise"] = {**noise, "sharing": "rank"}
+        _logger.warning("%s: noise.sharing=worker is called rank now", source)
+    if isinstance(metrics, Mapping):
+        if "workers" in metrics and "ranks" not in metrics:
+            metrics = {"ranks" if name == "workers" else name: value for name, value in metrics.items()}
+            _logger.warning("%s: metrics.workers is called metrics.ranks now", source)
         changed["metrics"] = _with_tensorboard_as_logger(metrics, source)
     return changed
 
