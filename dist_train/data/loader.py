@@ -308,28 +308,16 @@ def _open(
 ) -> Splits:
     """Return the samples of `listings`; the splits share the loader processes.
 
-    With plug-ins, a few samples are read at once, so that mistakes are found before the first step. Statistics for
-    normalization are those of 1,000 training images, chosen by the seed and not augmented, unless `pixels` has them.
+    Statistics for normalization are those of 1,000 training images, chosen by the seed and not augmented, unless
+    `pixels` has them.
     """
-    shape, loaders, recipe = settings.image_format.shape, settings.loader_workers, ""
-    in_process = Decoder(EncodedImages())
+    decoder, recipe, loaders = Decoder(EncodedImages()), "", settings.loader_workers
     if _uses_plugin(settings):
-        in_process = Decoder(PluginSamples(settings, seed, opened))
+        decoder = Decoder(PluginSamples(settings, seed, opened))
         recipe = Recipe(settings=settings, seed=seed).model_dump_json()
-    decoder = LoaderProcesses(loaders, shape, recipe) if loaders else in_process
-    if recipe:
-        tried = {
-            split: LoadedSamples(split, listing, in_process, settings, torch.device("cpu"), seed)
-            for split, listing in listings.items()
-        }
-        for samples_of_split in tried.values():
-            # evenly spread over the split
-            number = len(samples_of_split)
-            chosen = torch.linspace(0, number - 1, min(_TRIED_SAMPLES, number)).long()
-            for epoch in (None, 0):
-                samples_of_split.read(BatchRequest(chosen, epoch))
-        if is_plugin(settings.name):
-            _warn_of_equal_splits(settings.name, tried["train"], tried["test"])
+        _try_samples(settings, listings, decoder, seed)
+    if loaders:
+        decoder = LoaderProcesses(loaders, settings.image_format.shape, recipe)
     if settings.normalize and pixels.statistics is None:
         plain = LoadedSamples("train", listings["train"], decoder, settings, torch.device("cpu"), seed)
         try:
@@ -345,15 +333,26 @@ def _open(
     return Splits(samples["train"], samples["test"], identity, samples.get("validation"), pixels.statistics)
 
 
-def _warn_of_equal_splits(name: str, train: LoadedSamples, test: LoadedSamples) -> None:
-    """Warn if both splits of the plug-in `name` begin with the same images, and these differ from each other."""
-    first = BatchRequest(torch.arange(min(_TRIED_SAMPLES, len(train), len(test))), None)
+def _try_samples(settings: DataSettings, listings: Mapping[Split, Listing], decoder: Decoder, seed: int) -> None:
+    """Read a few samples that plug-ins make, evenly spread over each split: mistakes show before the first step."""
+    tried = {
+        split: LoadedSamples(split, listing, decoder, settings, torch.device("cpu"), seed)
+        for split, listing in listings.items()
+    }
+    for samples in tried.values():
+        chosen = torch.linspace(0, len(samples) - 1, min(_TRIED_SAMPLES, len(samples))).long()
+        for epoch in (None, 0):
+            samples.read(BatchRequest(chosen, epoch))
+    if not is_plugin(settings.name):
+        return
+    train, test = tried["train"], tried["test"]
+    first = BatchRequest(torch.arange(min(_TRIED_SAMPLES, len(train), len(test))))
     images = train.read(first)[0]
     if torch.equal(images, test.read(first)[0]) and not torch.equal(images, images[:1].expand_as(images)):
         _logger.warning(
             "the splits train and test of %s begin with the same images: the global generators are seeded alike for "
             "both, so draw images from a generator of your own, seeded from the seed and the split",
-            name,
+            settings.name,
         )
 
 
