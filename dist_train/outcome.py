@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from enum import IntEnum
 from pathlib import Path
@@ -117,6 +118,12 @@ def check_choice(name: str, value: object, choices: object) -> None:
     """Raise UsageError if the argument `name` is not one of `choices`, a Literal."""
     if value not in get_args(choices):
         raise UsageError(f"{name} is {', '.join(get_args(choices))}, not {value!r}", code="no-such-choice")
+
+
+def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
+    """Return "; did you mean X?" for the nearest of `known`, with `prefix` before it; "" if none is near."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {prefix}{close[0]}?" if close else ""
 
 
 _GENERAL = frozenset(kind.code for kind in (UsageError, FaultError, DivergedError, DisagreementError, StoppedError))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import errno
 import io
 import os
 import re
 import signal
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stderr, suppress
 from typing import Any, NoReturn
 
@@ -29,6 +28,7 @@ from dist_train.outcome import (
     FaultError,
     PeerFailedError,
     UsageError,
+    did_you_mean,
     exit_code_of,
     printable,
     say_on_stderr,
@@ -174,7 +174,7 @@ class _Parser(argparse.ArgumentParser):
         unknown = [word for word in rest if word.startswith("-")]
         if unknown:
             option = unknown[0].partition("=")[0]
-            hint = _suggestion(option, self._option_string_actions)
+            hint = did_you_mean(option, self._option_string_actions)
             if option in _OF_LAUNCH:
                 hint = f"; {option} is an option of launch, before its command: dist-train launch -np 2 train CONFIG"
             elif "." in option and "=" in unknown[0]:
@@ -190,10 +190,5 @@ class _Parser(argparse.ArgumentParser):
         try:
             super()._check_value(action, value)
         except argparse.ArgumentError as error:
-            hint = _suggestion(str(value), map(str, action.choices or ()))
+            hint = did_you_mean(str(value), map(str, action.choices or ()))
             raise argparse.ArgumentError(action, f"{error.message}{hint}") from None
-
-
-def _suggestion(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else ""

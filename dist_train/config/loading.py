@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import os
@@ -22,7 +21,7 @@ from dist_train.config.plugins import from_folder, plugin_problems, short_names,
 from dist_train.config.problems import ConfigError, Problem, problems_of
 from dist_train.config.resuming import with_present_names
 from dist_train.config.sections import Config
-from dist_train.outcome import UsageError
+from dist_train.outcome import UsageError, did_you_mean
 
 SHIPPED = "dist_train:"
 """Prefix of the name of a file that comes with the program, as in `dist_train:configs/demo.yaml`."""
@@ -304,8 +303,7 @@ def _nearest_file(path: Path) -> str:
         names = [entry.name for entry in located(path).parent.glob("*.y*ml")]
     except OSError:
         return ""
-    close = difflib.get_close_matches(path.name, names, n=1)
-    return f"; did you mean {path.parent / close[0]}?" if close else ""
+    return did_you_mean(path.name, names, str(path).removesuffix(path.name))
 
 
 def _plain(value: Any, settings: Mapping[str, Any], source: str) -> object:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from dist_train.outcome import UsageError, printable
+from dist_train.outcome import UsageError, did_you_mean, printable
 
 _MISSING = object()
 
@@ -95,12 +95,12 @@ def _problem(
             return _unknown_key(location, model, fault["input"])
         case "union_tag_invalid":
             choices, tag = str(fault["ctx"]["expected_tags"]).replace("'", ""), fault["ctx"]["tag"]
-            wrong = f"not a kind{_nearest(tag, choices.split(', '))}"
+            wrong = f"not a kind{did_you_mean(str(tag).lower(), choices.split(', '))}"
             return Problem(f"{path}.kind", wrong, code="unknown-kind", value=tag, allowed=choices)
         case "literal_error":
             more = names.get(".".join("*" if isinstance(name, int) else name for name in location.names), ())
             built_in = re.findall("'([^']*)'", fault["ctx"]["expected"])
-            wrong = f"not one of the choices{_nearest(fault['input'], [*built_in, *more])}"
+            wrong = f"not one of the choices{did_you_mean(str(fault['input']).lower(), [*built_in, *more])}"
             allowed = "; also ".join(filter(None, (_allowed(location), ", ".join(more))))
             return Problem(path, wrong, code="no-such-choice", value=fault["input"], allowed=allowed)
         case "json_invalid":
@@ -110,11 +110,6 @@ def _problem(
             message = fault["msg"].removeprefix("Input ")
             wrong = wrong or message[:1].lower() + message[1:]
             return Problem(path, wrong, code=code, value=fault["input"], allowed=_allowed(location))
-
-
-def _nearest(value: object, choices: Sequence[str]) -> str:
-    close = difflib.get_close_matches(str(value).lower(), choices, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 _NOT_TEXT = 'not text, unless quoted: "7", in a shell \'"7"\''

@@ -7,7 +7,6 @@ models of torchvision and timm are available as `torchvision:resnet50` or `timm:
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -34,7 +33,7 @@ from dist_train.models.norms import (
     norm_modules,
     norm_parameters,
 )
-from dist_train.outcome import UsageError
+from dist_train.outcome import UsageError, did_you_mean
 from dist_train.reproducible import generator, key, seeded_generators
 
 _logger = logging.getLogger("dist_train.models")
@@ -439,8 +438,7 @@ def timm_model(name: str) -> Builder:
 
 def _check_known(name: str, known: Collection[str], library: str) -> None:
     if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {library}:{close[0]}?" if close else ""
+        hint = did_you_mean(name, known, f"{library}:")
         raise UsageError(f"{library} has no model {name}{hint}", code="plugin-missing")
 
 
