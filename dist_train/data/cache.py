@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from dist_train.data.images import ImageSet, Split
 from dist_train.outcome import UsageError, reading, writing
-from dist_train.rundir.atomic import exclusive, replacing, write_text
+from dist_train.rundir.atomic import exclusive, remove_partial_files, replacing, write_text
 from dist_train.rundir.paths import refuse_foreign
 
 _LOGGER = logging.getLogger("dist_train.data")
@@ -124,9 +124,7 @@ def cached_arrays(
                 return mapped()
             except DamagedError as error:
                 _LOGGER.warning("the entry %s of the cache is damaged (%s): making it again", stem, error)
-        for abandoned in stem.parent.glob(f".{stem.name}.*.part"):
-            # Only the holder of the lock writes here: a process that was killed has left these.
-            abandoned.unlink(missing_ok=True)
+        remove_partial_files(stem.parent, stem.name)  # only the holder of the lock writes them
         digests = map(_write_array, files, make())
         write_text(record, json.dumps(dict(zip(names, digests, strict=True))))
         return mapped()

@@ -176,7 +176,6 @@ class LoaderProcesses(Decoder):
         self._slots = Slots(memory, self._images, self._shape)
         their_requests, self._requests = os.pipe()
         self._replies, their_replies = os.pipe()
-        os.set_blocking(self._requests, False)
         os.set_blocking(self._replies, False)
         theirs = (their_requests, their_replies, memory)
         arguments = [*map(str, (*theirs, self._images, *self._shape)), self._recipe]
@@ -216,9 +215,6 @@ class LoaderProcesses(Decoder):
             self._slots.write_message(slot, json.dumps(job.work(part.start, part.stop)).encode())
             try:
                 os.write(self._requests, slot.to_bytes(RECORD, "little", signed=True))
-            except BlockingIOError:
-                self._free.append(slot)
-                return
             except BrokenPipeError:
                 self._check_alive()
                 raise
@@ -276,7 +272,7 @@ class LoaderProcesses(Decoder):
             raise FaultError(f"the loader process {process.pid}, which makes samples, {how}{fix}", code="loader-ended")
 
 
-RECORD = 4  # bytes of a slot number in a pipe: read and written atomically, so that records never mix
+RECORD = 4  # bytes of a slot number in a pipe, which has room for all; read and written atomically: records never mix
 
 _LONGEST_PATH = 4096
 _BYTES_PER_IMAGE = 2 * 6 * _LONGEST_PATH + 32 * DRAWS + 128  # an image's path, name, place and draws
