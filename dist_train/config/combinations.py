@@ -19,7 +19,7 @@ def conflicts(config: Config) -> Iterator[Problem]:
         _reduction(config),
         _batch(config),
         _batch_schedule(config),
-        _dealing(config),
+        _reasons_for_even_shares(config) if config.batch.dealing in ("measured", "dynamic") else (),
         _optimizer(config),
         _noise(config),
         _evaluation(config),
@@ -134,11 +134,6 @@ def _batch_schedule(config: Config) -> Iterator[Problem]:
 def may_deal_unevenly(config: Config) -> bool:
     """Whether the result does not depend on which rank computes which micro-batch."""
     return config.comm.is_exact and not any(_reasons_for_even_shares(config))
-
-
-def _dealing(config: Config) -> Iterator[Problem]:
-    if config.batch.dealing in ("measured", "dynamic"):
-        yield from _reasons_for_even_shares(config)
 
 
 def _reasons_for_even_shares(config: Config) -> Iterator[Problem]:

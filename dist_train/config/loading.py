@@ -144,7 +144,11 @@ def parse_yaml(text: str | bytes, *, is_dumped: bool = False) -> Any:
     Raises yaml.YAMLError if it is not YAML, has duplicate keys, nests too deeply, or grows too large by its aliases.
     """
     try:
-        root = _composed(text, is_dumped)
+        root = None
+        if is_dumped:
+            with suppress(yaml.YAMLError):
+                root = yaml.compose(text, Loader=_DumpedLoader)
+        root = root or yaml.compose(text, Loader=_Loader)
         if root is None:
             return None
         if _expanded_size(root, {}) > _LARGEST_EXPANDED:
@@ -154,13 +158,6 @@ def parse_yaml(text: str | bytes, *, is_dumped: bool = False) -> Any:
         return _Loader("").construct_document(root)
     except RecursionError:
         raise yaml.YAMLError("it nests too deeply") from None
-
-
-def _composed(text: str | bytes, is_dumped: bool) -> yaml.Node | None:
-    if is_dumped:
-        with suppress(yaml.YAMLError):
-            return yaml.compose(text, Loader=_DumpedLoader)
-    return yaml.compose(text, Loader=_Loader)
 
 
 def yaml_fault(error: yaml.YAMLError) -> str:
