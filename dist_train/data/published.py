@@ -203,20 +203,15 @@ def find_archive(archive: Archive, root: Path, split: Split) -> tuple[Path, ...]
     packed = root / archive.file
     if packed.is_file():
         return (packed,)
-    if len(missing) < len(unpacked):
-        raise UsageError(f"{archive.title}: {missing[0]} is missing. {archive.fix(root)}", code="data-missing")
-    raise UsageError(
-        f"{archive.title}: found neither {packed} nor {unpacked[0].parent}. {archive.fix(root)}", code="data-missing"
-    )
+    is_partial = len(missing) < len(unpacked)
+    what = f"{missing[0]} is missing" if is_partial else f"found neither {packed} nor {unpacked[0].parent}"
+    raise UsageError(f"{archive.title}: {what}. {archive.fix(root)}", code="data-missing")
 
 
 def decode_archive(archive: Archive, root: Path, files: Sequence[Path], split: Split) -> ImageSet:
     """Return the images and labels in `files`, the result of `find_archive`; raise UsageError if they are damaged."""
     packed = files[0].name == archive.file
-    fix = (
-        f"Delete {files[0] if packed else files[0].parent} and fetch it again: set data.download=true, or "
-        f"put {archive.file} (from {archive.url}) into {root}."
-    )
+    fix = f"Delete {files[0] if packed else files[0].parent}. {archive.fix(root)}"
     if packed:
         contents = _unpack(files[0], archive, archive.batches[split], fix)
     else:
