@@ -94,13 +94,6 @@ def _centre(image: Image.Image, size: int) -> Image.Image:
     return image.resize((size, size), Image.Resampling.BILINEAR, box=box)
 
 
-def in_words(error: Exception) -> str:
-    """Return the message of an error, or its type if it has none, in one line."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 class Work(NamedTuple):
     """Samples to make; as JSON, a message to a loader process, which keeps every number and path exactly."""
 
@@ -138,7 +131,11 @@ class EncodedImages:
             raise
         except Exception as error:
             # Damaged files raise errors of many types: OSError, SyntaxError, ValueError, struct.error, ...
-            reason = "it is not an image" if isinstance(error, UnidentifiedImageError) else in_words(error)
+            reason = " ".join(str(error).split()) or type(error).__name__
+            if isinstance(error, UnidentifiedImageError):
+                reason = "it is not an image"
+            elif isinstance(error, OSError) and error.strerror:
+                reason = error.strerror
             raise FaultError(
                 f"the image {name} cannot be read ({reason}): repair or remove it", code="image-unreadable"
             ) from error

@@ -35,14 +35,10 @@ _CHUNK = 1 << 20
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
-SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
-    "train": ("train",),
-    "validation": ("train",),
-    "test": ("val", "validation", "test"),
-}
+SPLIT_NAMES: dict[Split, tuple[str, ...]] = {"train": ("train",), "test": ("val", "validation", "test")}
 """The names that a split's folder or files may have; the first that exists is used."""
 
-_FOLDERS: dict[Split, tuple[str, ...]] = {"train": ("train",), "validation": ("train",), "test": ("val", "test")}
+_FOLDERS: dict[Split, tuple[str, ...]] = {"train": ("train",), "test": ("val", "test")}
 _LAYOUT = "an image folder holds train/CLASS/*.jpg and val/CLASS/*.jpg (or test/...)"
 
 

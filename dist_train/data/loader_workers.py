@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     Reader: TypeAlias = EncodedImages | PluginSamples
 
 _SLOT_BYTES = 1 << 20
-_MAX_IMAGES = 32
+_MAX_IMAGES = 32  # of a slot
 _MEMORY_BYTES = 1 << 28
 _MAX_SLOTS = 256
 _WAIT_MILLISECONDS = 200
@@ -47,7 +47,7 @@ class BatchJob:
     """A batch of samples to make, identified by `key`; `work(start, stop)` is a part of it."""
 
     key: Hashable
-    images: int
+    size: int
     work: Callable[[int, int], Work]
 
 
@@ -66,7 +66,7 @@ class Decoder:
         Raises FaultError if a sample cannot be read or a loader process has ended; UsageError if a sample does not have
         the form that the settings require.
         """
-        self._reader.read(job.work(0, job.images), images.numpy(), labels.numpy())
+        self._reader.read(job.work(0, job.size), images.numpy(), labels.numpy())
 
     def close(self) -> None:
         """End the loader processes, if there are any; may be called again."""
@@ -99,10 +99,10 @@ class LoaderProcesses(Decoder):
     def __init__(self, processes: int, shape: tuple[int, int, int], recipe: str = "") -> None:
         """`recipe`: a `plugin_samples.Recipe` as JSON, if a plug-in reads or augments samples."""
         assert processes >= 1
-        self._images = max(1, min(_MAX_IMAGES, _SLOT_BYTES // math.prod(shape)))
+        self._slot_size = max(1, min(_MAX_IMAGES, _SLOT_BYTES // math.prod(shape)))  # in images
         self._shape = shape
         self._recipe = recipe
-        slot_bytes = slot_form(self._images, shape).itemsize
+        slot_bytes = slot_form(self._slot_size, shape).itemsize
         self._slot_count = max(2 * processes, min(_MAX_SLOTS, _MEMORY_BYTES // slot_bytes))
         self._memory_bytes = self._slot_count * slot_bytes
         self._free = list(range(self._slot_count))
@@ -173,12 +173,12 @@ class LoaderProcesses(Decoder):
             return
         memory = os.memfd_create("dist_train-images")
         os.ftruncate(memory, self._memory_bytes)
-        self._slots = Slots(memory, self._images, self._shape)
+        self._slots = Slots(memory, self._slot_size, self._shape)
         their_requests, self._requests = os.pipe()
         self._replies, their_replies = os.pipe()
         os.set_blocking(self._replies, False)
         theirs = (their_requests, their_replies, memory)
-        arguments = [*map(str, (*theirs, self._images, *self._shape)), self._recipe]
+        arguments = [*map(str, (*theirs, self._slot_size, *self._shape)), self._recipe]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
         environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # loaders use one core each
         # Signals to the whole job request a stop; until then, the training process still needs its loaders.
@@ -200,8 +200,8 @@ class LoaderProcesses(Decoder):
                 os.close(descriptor)
 
     def _cut(self, job: BatchJob) -> _Batch:
-        starts = range(0, job.images, self._images)
-        return _Batch(job, [_Part(start, min(start + self._images, job.images)) for start in starts])
+        starts = range(0, job.size, self._slot_size)
+        return _Batch(job, [_Part(start, min(start + self._slot_size, job.size)) for start in starts])
 
     def _dispatch(self) -> None:
         """Send parts to the loaders, in order, while there are free slots."""

@@ -51,8 +51,8 @@ def expected(folder: Path, *numbers: int) -> Tensor:
 
 
 def fetch(loaders: LoaderProcesses, request: BatchJob) -> Tensor:
-    out = torch.empty(request.images, 3, SIZE, SIZE, dtype=torch.uint8)
-    loaders.fetch(request, out, torch.zeros(request.images, dtype=torch.int64))
+    out = torch.empty(request.size, 3, SIZE, SIZE, dtype=torch.uint8)
+    loaders.fetch(request, out, torch.zeros(request.size, dtype=torch.int64))
     return out
 
 
