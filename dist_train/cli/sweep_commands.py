@@ -92,7 +92,7 @@ def _study(arguments: argparse.Namespace) -> int:
 
 
 def _warn_of_unused(plan: Plan) -> None:
-    """Print a warning for each setting without effect in a variant, unless all share it and it has one in another."""
+    """Warn of each setting that has no effect in a variant, unless every variant has it and it takes effect in one."""
     from dist_train.config.combinations import unused_settings
 
     unused: dict[str, list[tuple[str, str]]] = {}
@@ -100,7 +100,7 @@ def _warn_of_unused(plan: Plan) -> None:
         for path, sentence in unused_settings(run.config).items():
             unused.setdefault(path, []).append((run.family, sentence))
     given = {name: {*variant.settings, *variant.grid} for name, variant in plan.study.variants.items()}
-    # Every variant of a study that confirms a search has all that was searched, the baseline the noise's strength, too.
+    # A study that confirms a search gives all that was searched to every variant: the noise's strength to the baseline.
     shared = set.intersection(*given.values())
     for path, found in unused.items():
         for family, sentence in dict.fromkeys(found):
