@@ -8,7 +8,7 @@ sample more than it has. Draws depend on (seed, epoch, sample).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -71,15 +71,15 @@ def statistics_of_parts(parts: Iterable[Tensor]) -> ChannelStatistics:
     return ChannelStatistics(tuple(means), tuple(deviations))
 
 
-Augmentation = Callable[[Tensor, Tensor, int, int], Tensor]
-"""(images uint8 [n, C, H, W], samples int64 [n] on the same device, seed, epoch) -> images."""
-
 _MARGIN = 4
 _DRAWS = 3  # uniform random numbers per sample, both for crops and for boxes
 
 
 def crop_flip(images: Tensor, samples: Tensor, seed: int, epoch: int) -> Tensor:
-    """Pad by 4 zero pixels, crop to the former size at random, and mirror left to right with probability 1/2."""
+    """Pad by 4 zero pixels, crop to the former size at random, and mirror left to right with probability 1/2.
+
+    `images`: uint8 [n, C, H, W]; `samples`: their numbers, int64 [n] on the same device.
+    """
     count, channels, height, width = images.shape
     stream = key(seed, "crop-flip", epoch)
     down, right, mirror = (uniform(stream, samples * _DRAWS + draw) for draw in range(_DRAWS))
@@ -94,9 +94,6 @@ def crop_flip(images: Tensor, samples: Tensor, seed: int, epoch: int) -> Tensor:
     indices = (rows.unsqueeze(2) * padded_width + columns.unsqueeze(1)).view(count, 1, height * width)
     cropped = padded.flatten(2).gather(2, indices.expand(count, channels, height * width))
     return cropped.view(count, channels, height, width)
-
-
-AUGMENTATIONS: Mapping[str, Augmentation | None] = {"none": None, "crop-flip": crop_flip}
 
 
 def move(tensor: Tensor, device: torch.device) -> Tensor:

@@ -17,10 +17,10 @@ from torch import Tensor
 from dist_train.config import DataSettings
 from dist_train.config.plugins import is_plugin
 from dist_train.data.augmentation import (
-    AUGMENTATIONS,
     ChannelStatistics,
     PixelFormat,
     channel_statistics,
+    crop_flip,
     move,
     staging_buffer,
     statistics_of_parts,
@@ -43,10 +43,10 @@ class SampleSource(ABC):
     """The samples of one split, delivered on the device in the network's input format, without waiting for it."""
 
     def __init__(self, device: torch.device, seed: int, augment: str, pixels: PixelFormat | None) -> None:
-        """`augment`: a key of `AUGMENTATIONS`."""
+        """`augment`: none or crop-flip."""
         self._device = device
         self._seed = seed
-        self._augment = AUGMENTATIONS[augment]
+        self._crops_and_flips = augment == "crop-flip"
         self._pixels = pixels or PixelFormat()
 
     @abstractmethod
@@ -55,8 +55,8 @@ class SampleSource(ABC):
     def read(self, batch: BatchRequest) -> tuple[Tensor, Tensor]:
         """Return inputs [n, C, H, W] and labels int64 [n] of `batch`."""
         images, labels = self._on_device(batch)
-        if batch.epoch is not None and self._augment is not None:
-            images = self._augment(images, move(batch.indices, self._device), self._seed, batch.epoch)
+        if batch.epoch is not None and self._crops_and_flips:
+            images = crop_flip(images, move(batch.indices, self._device), self._seed, batch.epoch)
         return self._pixels.convert(images), labels
 
     def read_all(self, parts: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
