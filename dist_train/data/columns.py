@@ -22,7 +22,7 @@ from torch import Tensor
 from dist_train.config import DataSettings
 from dist_train.data.cache import cache_folder
 from dist_train.data.encoded import SPLIT_NAMES, Index, cached_index, split_files
-from dist_train.data.images import ImageSet, Split, digest_of
+from dist_train.data.images import ImageSet, Split, channels_first, digest_of
 from dist_train.outcome import UsageError, writing
 from dist_train.rundir.atomic import replacing
 
@@ -202,7 +202,7 @@ def read_arrays(settings: DataSettings, split: Split) -> ImageSet:
     image_format = settings.image_format
     if images.dtype != np.uint8:
         raise UsageError(f"{images_file} holds {images.dtype}, not uint8: convert to 8 bits", code="data-shape")
-    pixels = _channels_first(images, image_format.shape)
+    pixels = channels_first(images, image_format.shape)
     if pixels is None:
         raise UsageError(
             f"{images_file} holds an array of {list(images.shape)}, not images of {list(image_format.shape)}, "
@@ -221,8 +221,8 @@ def read_arrays(settings: DataSettings, split: Split) -> ImageSet:
             f"{image_format.classes}: labels count from 0",
             code="data-labels",
         )
-    targets = torch.from_numpy(labels.astype(np.int64))
-    return ImageSet(pixels, targets, image_format.classes, _identity(pixels, targets))
+    tensors = torch.from_numpy(pixels), torch.from_numpy(labels.astype(np.int64))
+    return ImageSet(*tensors, image_format.classes, _identity(*tensors))
 
 
 def find_arrays(settings: DataSettings, split: Split) -> tuple[tuple[Path, str], tuple[Path, str]]:
@@ -264,17 +264,6 @@ def _array(path: Path, name: str) -> NDArray[Any]:
     except Exception as error:
         # Damaged files raise errors of nearly any type.
         raise UsageError(f"{path} is damaged or not a NumPy file: {error}", code="data-format") from error
-
-
-def _channels_first(images: NDArray[Any], shape: tuple[int, int, int]) -> Tensor | None:
-    """Return a view [N, C, H, W] of uint8 images of `shape`, channels first or last; None for any other shape."""
-    channels, height, width = shape
-    pixels = torch.from_numpy(images)
-    if images.shape[1:] == shape:
-        return pixels
-    if images.shape[1:] == (height, width, channels):
-        return pixels.movedim(-1, 1)
-    return pixels.unsqueeze(1) if images.shape[1:] == (height, width) and channels == 1 else None
 
 
 def _identity(images: Tensor, labels: Tensor) -> str:

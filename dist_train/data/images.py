@@ -7,7 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 Split = Literal["train", "validation", "test"]
@@ -58,6 +60,16 @@ def digest_of(text: str, *tensors: Tensor) -> str:
     for tensor in tensors:
         hashed.update(tensor.numpy().tobytes())
     return hashed.hexdigest()[:16]
+
+
+def channels_first(images: NDArray[Any], shape: tuple[int, int, int]) -> NDArray[Any] | None:
+    """Return a view [n, C, H, W] of images of `shape`: [n, C, H, W], [n, H, W, C] or [n, H, W]; None of all others."""
+    channels, height, width = shape
+    if images.shape[1:] == shape:
+        return images
+    if images.shape[1:] == (height, width, channels):
+        return np.moveaxis(images, -1, 1)
+    return images[:, None] if images.shape[1:] == (height, width) and channels == 1 else None
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from dist_train.config import DataSettings
 from dist_train.config.plugins import call_plugin, failing_clearly, is_plugin
 from dist_train.data.catalog import load_data
 from dist_train.data.decoding import EncodedImages, Work, fitted
-from dist_train.data.images import ImageSet, MapDataset, Split
+from dist_train.data.images import ImageSet, MapDataset, Split, channels_first
 from dist_train.outcome import UsageError
 from dist_train.reproducible import key, preserved_generators, seed_generators, seeded_generators
 
@@ -107,16 +107,16 @@ class PluginSamples:
                 code="plugin-data-form",
             )
         try:
-            pixels = returned = image.numpy(force=True) if isinstance(image, Tensor) else np.asarray(image)
+            returned = image.numpy(force=True) if isinstance(image, Tensor) else np.asarray(image)
         except Exception as error:  # of a type that NumPy lacks, of a ragged list, or of the image's own code
             raise UsageError(
                 f"{name} is {type(image).__name__}, which cannot be converted to an array ({error}): return a PIL "
                 f"image, or uint8 of {list(self._shape)}",
                 code="plugin-data-form",
             ) from error
-        if returned.shape != self._shape and not isinstance(image, Tensor):
-            pixels = _channels_first(returned)
-        if pixels.shape != self._shape or pixels.dtype != np.uint8:
+        is_tensor = isinstance(image, Tensor)
+        pixels = returned[None] if is_tensor else channels_first(returned[None], self._shape)
+        if pixels is None or pixels.shape[1:] != self._shape or pixels.dtype != np.uint8:
             fix = "set data.shape or data.image_size accordingly, or resize it in the plug-in"
             if returned.dtype != np.uint8:
                 fix = "return pixels from 0 to 255, without ToTensor, ToDtype and Normalize: see data.normalize"
@@ -124,7 +124,7 @@ class PluginSamples:
                 f"{name} is {returned.dtype} of {list(returned.shape)}, not uint8 of {list(self._shape)}: {fix}",
                 code="plugin-data-form",
             )
-        return pixels
+        return pixels.reshape(self._shape)
 
 
 def labels_of(dataset: MapDataset, settings: DataSettings, seed: int) -> Tensor:
@@ -168,8 +168,3 @@ def _whole_number(label: Any) -> int | None:
     """Return a label that is an integer, or one integer in an array or tensor, as in MedMNIST; None for others."""
     number = label.numpy(force=True) if isinstance(label, Tensor) else np.asarray(label)
     return int(number.item()) if number.size == 1 and number.dtype.kind in "iu" else None
-
-
-def _channels_first(pixels: NDArray[Any]) -> NDArray[Any]:
-    """Return pixels [H, W] or [H, W, C] as [C, H, W], and others as they are."""
-    return pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, -1, 0) if pixels.ndim == 3 else pixels
