@@ -14,7 +14,6 @@ from dist_train.config.parts import (
 from dist_train.config.problems import ConfigError
 from dist_train.config.resuming import differences, differing_lengths
 from dist_train.config.sections import (
-    CommSettings,
     Config,
     ModelSettings,
     OptimizerSettings,
@@ -25,7 +24,6 @@ from dist_train.config.sections import (
 __all__ = [
     "DATA_SETS",
     "AveragingSettings",
-    "CommSettings",
     "Config",
     "ConfigError",
     "DataSet",
