@@ -312,16 +312,12 @@ def run_curves(run: StoredRun) -> tuple[Chart, ...]:
     return tuple(filter(None, charts))
 
 
-def curve_records(run: StoredRun, split: str) -> Sequence[TrainRecord | EvaluationRecord]:
-    """Return the records to draw of a split: its evaluations; if the training split has none, the updates."""
-    evaluated = run.split(split)
-    return evaluated if evaluated or split == "test" else run.train
-
-
 def _mean_curve(variant: Variant, split: str, quantity: Quantity) -> Series:
     values: dict[int, list[tuple[float, float]]] = {}
     for run in variant.counted:
-        for record in curve_records(run, split):
+        # A training split that was not evaluated is drawn by its updates.
+        records: Sequence[TrainRecord | EvaluationRecord] = run.split(split) or (run.train if split == "train" else ())
+        for record in records:
             if math.isfinite(quantity.take(record)):
                 values.setdefault(record.step, []).append((record.epoch, quantity.take(record)))
     points = mean_points(

@@ -20,13 +20,7 @@ from dist_train.config.loading import flat_settings
 from dist_train.monitoring import wording
 from dist_train.outcome import UsageError, writing
 from dist_train.report.chart import ROLES, Frame, style_rules, ticks
-from dist_train.report.figures import (
-    NumberedFigure,
-    curve_records,
-    figures_of_run,
-    figures_of_study,
-    landscape_figure,
-)
+from dist_train.report.figures import NumberedFigure, figures_of_run, figures_of_study, landscape_figure
 from dist_train.report.measures import measures_of, sharpness_left_out
 from dist_train.report.sharpness_charts import sharpness_scatters
 from dist_train.report.stored_run import StoredRun, Subject, read_subject
@@ -40,24 +34,13 @@ _FOLDER = Path(__file__).parent
 
 def tables_in_markdown(subject: Subject) -> str:
     """Return the tables of variants, differences from the baseline, contrasts and rank correlations."""
-    panels = panels_of(subject.runs)
-    scatters = sharpness_scatters(panels)
+    content = _content_of_tables(subject)
     groups: dict[str, dict[str, None]] = {}
-    for found in (found for scatter in scatters for found in scatter.correlations):
+    for found in (found for scatter in content["scatters"] for found in scatter.correlations):
         groups.setdefault(found.other, {})[found.among] = None
+    correlations = {other: list(among) for other, among in groups.items()}
     template = _templates().get_template("tables.md.jinja")
-    text = template.render(
-        subject=subject,
-        unfinished=_unfinished(subject),
-        repeated=_repeated(panels),
-        data_sets=_data_sets(subject),
-        tables=variant_tables(panels),
-        effects=effect_tables(panels),
-        contrasts=contrast_tables(panels, subject.contrasts),
-        evaluates_along_training=evaluates_along_training(panels),
-        scatters=scatters,
-        correlations={other: list(among) for other, among in groups.items()},
-    )
+    text = template.render(subject=subject, correlations=correlations, **content)
     return f"{text.rstrip()}\n" if text.strip() else ""
 
 
@@ -137,42 +120,39 @@ def _content(subject: Subject) -> dict[str, Any]:
     return _run_content(subject.runs[0]) if subject.kind == "run" else _study_content(subject)
 
 
-def _unfinished(subject: Subject) -> list[StoredRun]:
-    return [run for run in subject.runs if not run.is_finished]
-
-
-def _data_sets(subject: Subject) -> list[str]:
-    return sorted({str(run.settings["data.name"]) for run in subject.runs if "data.name" in run.settings})
-
-
-def _repeated(panels: Sequence[Panel]) -> list[tuple[str, str]]:
-    return [pair for panel in panels for variant in panel.variants for pair in variant.repeated.items()]
-
-
-def _study_content(subject: Subject) -> dict[str, Any]:
+def _content_of_tables(subject: Subject) -> dict[str, Any]:
+    """Return what the page of several runs and their tables in Markdown have in common."""
     panels = panels_of(subject.runs)
-    tables, landscape, scatters = variant_tables(panels), landscape_figure(panels), sharpness_scatters(panels)
-    variants = [variant for panel in panels for variant in panel.variants]
-    counted = counted_runs(panels)
-    measures = measures_of([run for variant in variants for run in variant.runs])
     return {
         "panels": panels,
-        "figures": figures_of_study(panels, subject.runs, measures[0] if tables else None, landscape, scatters),
-        "styles": {f"s{variant.colour}" for variant in variants},
-        # Some curve of the training split shows updates, because the split was not evaluated.
-        "trained_noisily": any(curve_records(run, "train") and not run.split("train") for run in counted),
-        "tables": tables,
+        "unfinished": [run for run in subject.runs if not run.is_finished],
+        "repeated": [pair for panel in panels for variant in panel.variants for pair in variant.repeated.items()],
+        "data_sets": sorted({str(run.settings["data.name"]) for run in subject.runs if "data.name" in run.settings}),
+        "tables": variant_tables(panels),
         "effects": effect_tables(panels),
         "contrasts": contrast_tables(panels, subject.contrasts),
         "evaluates_along_training": evaluates_along_training(panels),
+        "scatters": sharpness_scatters(panels),
+    }
+
+
+def _study_content(subject: Subject) -> dict[str, Any]:
+    tables = _content_of_tables(subject)
+    panels: Sequence[Panel] = tables["panels"]
+    landscape, counted = landscape_figure(panels), counted_runs(panels)
+    variants = [variant for panel in panels for variant in panel.variants]
+    measures = measures_of([run for variant in variants for run in variant.runs])
+    glance = measures[0] if tables["tables"] else None
+    return {
+        **tables,
+        "figures": figures_of_study(panels, subject.runs, glance, landscape, tables["scatters"]),
+        "styles": {f"s{variant.colour}" for variant in variants},
+        # Some curve of the training split shows updates, because the split was not evaluated.
+        "trained_noisily": any(run.train and not run.split("train") for run in counted),
         "landscape": landscape,
-        "scatters": scatters,
         "sharpness_left_out": sharpness_left_out(counted),
         "measures": measures,
         "runs": [(run, variant, run_cells(run, measures)) for variant in variants for run in variant.runs],
-        "repeated": _repeated(panels),
-        "unfinished": _unfinished(subject),
-        "data_sets": _data_sets(subject),
         "problems": [(run, problem) for run in subject.runs for problem in run.analyses.problems],
         "shared": _shared_settings(subject.runs),
         "run_commands": [(run, command) for run in subject.runs if (command := _command_of(run))],
