@@ -55,11 +55,10 @@ class LandscapeFigure:
 
 @dataclass(frozen=True)
 class _Drawn:
-    """A variant with its landscapes; `title` is its panel's title, for instance "SB, uniform 0.01"."""
+    """A variant with its landscapes."""
 
     variant: Variant
     panel: Panel
-    title: str
     landscapes: tuple[Landscape, ...]
 
 
@@ -68,7 +67,7 @@ def landscape_figure(panels: Sequence[Panel]) -> LandscapeFigure:
     runs = counted_runs(panels)
     chosen = directions_of(runs)
     drawn = [
-        _Drawn(variant, panel, f"{panel.short}, {variant.label}", found)
+        _Drawn(variant, panel, found)
         for panel in panels
         for variant in panel.variants
         if (found := tuple(chosen[run.name] for run in variant.counted if run.name in chosen))
@@ -187,8 +186,9 @@ def landscape_axes(landscapes: Sequence[Landscape], scale: str = "auto") -> Land
 def _around(key: str, drawn: _Drawn, letter: str, axes: LandscapeAxes) -> Chart:
     curves = sum(len(item.lines("train")) for item in drawn.landscapes)
     note = f"{wording.plural(curves, 'direction')}, {wording.plural(len(drawn.landscapes), 'run')}"
-    described = f", around the solution of {drawn.title}; {note}"
-    return replace(landscape_chart(key, drawn.title, described, drawn.landscapes, note, axes), letter=letter)
+    title = drawn.variant.title
+    described = f", around the solution of {title}; {note}"
+    return replace(landscape_chart(key, title, described, drawn.landscapes, note, axes), letter=letter)
 
 
 def landscape_chart(
@@ -219,17 +219,17 @@ def lines_between(panels: Sequence[Panel]) -> tuple[Chart, ...]:
 
     Only lines between last checkpoints are drawn, and of those between two runs of one variant one direction.
     """
-    variants = [(f"{panel.short}, {variant.label}", variant) for panel in panels for variant in panel.variants]
-    known = {os.path.abspath(run.directory): (title, run) for title, variant in variants for run in variant.runs}
+    variants = [variant for panel in panels for variant in panel.variants]
+    known = {os.path.abspath(run.directory): (each.title, run) for each in variants for run in each.runs}
     pairs: dict[str, list[Landscape]] = {}
     drawn: dict[str, dict[tuple[frozenset[str], str], Landscape]] = {}
-    for title, variant in variants:
+    for variant in variants:
         for run in variant.counted:
             for item in run.analyses.of_kind("interpolate"):
                 # Both runs may have been moved since, together.
                 there = os.path.abspath(run.directory / os.path.relpath(item.roots[-1], item.roots[0]))
                 other, end = known.get(there, (f"{item.roots[-1].name} step {item.steps[-1]:,}", None))
-                pair = f"{title} (0) to {other} (1)"
+                pair = f"{variant.title} (0) to {other} (1)"
                 pairs.setdefault(pair, []).append(item)
                 lasts = run.analyses.last_step, end.analyses.last_step if end else None
                 ends = frozenset((os.path.abspath(run.directory), there))

@@ -21,7 +21,7 @@ from dist_train.report.measures import (
     sharpness_measures,
 )
 from dist_train.report.stored_run import StoredRun
-from dist_train.report.tables import limits, lost_note
+from dist_train.report.tables import lost_note, measured_note
 from dist_train.report.variants import Panel, Variant, counted_runs, duplicates_of
 from dist_train.rundir.records import EvaluationRecord, TrainRecord
 from dist_train.watch.figure import (
@@ -167,31 +167,30 @@ def _correlations(
     measure: Measure, others: Sequence[Measure], related: Sequence[_Related], lost: Mapping[str, str]
 ) -> Iterator[Correlation]:
     """Yield them over all runs, within batch sizes, and over variants' means; `lost`: their number, by `among`."""
-    other = ", given ".join(each.title for each in others)
+
+    def correlation(among: str, groups: Collection[Sequence[_Related]]) -> Correlation:
+        """Return the correlation over the means of `groups`."""
+        values = [fmean(item.value for item in group) for group in groups]
+        columns = [[fmean(item.others[at] for item in group) for group in groups] for at in range(len(others))]
+        note = measured_note(measure, [[item.run for item in group] for group in groups]) + lost.get(among, "")
+        return Correlation(
+            ", given ".join(each.title for each in others), among, rank_correlation(values, *columns), note
+        )
+
     shorts = dict.fromkeys(item.panel.short for item in related)
     for among in ("all runs", *(shorts if len(shorts) > 1 else ())):
-        found = [item for item in related if among in ("all runs", item.panel.short)]
-        columns = [[item.others[at] for item in found] for at in range(len(others))]
-        rho = rank_correlation([item.value for item in found], *columns)
-        censored = sum(measure.is_bound(item.run) for item in found)
-        unresolved = sum(measure.is_unresolved(item.run) for item in found)
-        yield Correlation(other, among, rho, limits(len(found), censored, unresolved) + lost[among])
-    means: dict[tuple[str, str], list[_Related]] = {}
+        yield correlation(among, [[item] for item in related if among in ("all runs", item.panel.short)])
+    by_variant: dict[tuple[str, str], list[_Related]] = {}
     for item in related:
-        means.setdefault((item.panel.title, item.variant.name), []).append(item)
-    if 3 <= len(means) < len(related):
-        first = [fmean(item.value for item in found) for found in means.values()]
-        rest = [[fmean(item.others[at] for item in found) for found in means.values()] for at in range(len(others))]
-        bounds = sum(any(measure.is_bound(item.run) for item in found) for found in means.values())
-        unresolved = sum(any(measure.is_unresolved(item.run) for item in found) for found in means.values())
-        counted = limits(len(means), bounds, unresolved)
-        yield Correlation(other, "variants' means", rank_correlation(first, *rest), counted)
+        by_variant.setdefault((item.panel.title, item.variant.name), []).append(item)
+    if 3 <= len(by_variant) < len(related):
+        yield correlation("variants' means", by_variant.values())
 
 
 def _scatter(key: str, measure: Measure, related: Sequence[_Related]) -> Chart:
     groups: dict[tuple[str, str, Literal["dots", "squares"]], list[Point]] = {}
     for item in related:
-        label, accuracy = f"{item.panel.short}, {item.variant.label}", item.others[0]
+        label, accuracy = item.variant.title, item.others[0]
         seed = "" if item.run.seed is None else f", seed {item.run.seed}"
         words = f"{label}{seed}: {measure.described(item.run, item.value)}, test {accuracy * 100:.2f} %"
         point = Point(item.value, accuracy, words)

@@ -102,8 +102,7 @@ def variant_cell(variant: Variant, measure: Measure) -> Cell:
     if found is None:
         return Cell()
     spread = "" if found.deviation is None else measure.spread(found.mean, found.deviation)
-    note = measured_note(found.count, found.censored, measure, [[run] for run, _ in variant.measured(measure)])
-    note += lost_note(variant.lacking(measure))
+    note = measured_note(measure, [[run] for run, _ in variant.measured(measure)]) + lost_note(variant.lacking(measure))
     return Cell(found.mean, measure.write(found.mean * measure.factor), spread, found.censored > 0, note)
 
 
@@ -113,12 +112,10 @@ def limits(count: int, censored: int, unresolved: int, guessed: int = 0) -> str:
     return ", ".join([f"n = {count}", *(f"{number} {word}" for number, word in words if number)])
 
 
-def measured_note(count: int, censored: int, measure: Measure, values: Sequence[Sequence[StoredRun]]) -> str:
-    """Return the note of `count` values of `measure`; each entry of `values` lists the runs behind one value."""
-    unresolved, guessed = (
-        sum(any(map(applies, runs)) for runs in values) for applies in (measure.is_unresolved, measure.is_guess)
-    )
-    return limits(count, censored, unresolved, guessed)
+def measured_note(measure: Measure, values: Sequence[Sequence[StoredRun]]) -> str:
+    """Return the note of values of `measure`; each entry of `values` lists the runs behind one value."""
+    qualifications = (measure.is_bound, measure.is_unresolved, measure.is_guess)
+    return limits(len(values), *(sum(any(map(applies, runs)) for runs in values) for applies in qualifications))
 
 
 def lost_note(lacking: Sequence[Sequence[StoredRun]]) -> str:
@@ -182,23 +179,34 @@ def _effect_rows(panel: Panel, first: Panel, measures: Sequence[Measure]) -> Ite
         if variant.is_base:
             base, label = first.base if panel is not first else None, f"{label}, from that of {first.short}"
         if base is not None:
-            cells = tuple(_effect(variant, base, measure) for measure in measures)
-            yield Row(variant, label, variant.is_provisional or base.is_provisional, cells)
+            yield _effect_row(variant, base, label, measures)
 
 
-def _effect(variant: Variant, base: Variant, measure: Measure, comparisons: int = 1) -> Effect | None:
-    interval = variant.difference(base, measure)
-    corrected = variant.difference(base, measure, 1 - (1 - _CONFIDENCE) / comparisons)
+def _effect_row(
+    variant: Variant, base: Variant, label: str, measures: Sequence[Measure], comparisons: int = 1
+) -> Row[Effect | None]:
+    cells = tuple(
+        (_at_equal_loss if measure is _EQUAL_LOSS else _effect)(variant, base, measure, comparisons)
+        for measure in measures
+    )
+    return Row(variant, label, variant.is_provisional or base.is_provisional, cells)
+
+
+def _effect(variant: Variant, base: Variant, measure: Measure, comparisons: int) -> Effect | None:
+    interval, corrected = (
+        variant.difference(base, measure, 1 - (1 - _CONFIDENCE) / count) for count in (1, comparisons)
+    )
     if interval is None or corrected is None:
         return None
     pairs = [[run for run, _ in pair] for pair in variant.pairs(base, measure)]
-    note = measured_note(interval.count, interval.censored, measure, pairs) + lost_note(variant.lacking(measure, base))
-    text = signed(measure, interval.difference)
+    note = measured_note(measure, pairs) + lost_note(variant.lacking(measure, base))
+    text, ends, wider = signed(measure, interval.difference), "", ""
     if interval.censored:
-        return Effect(interval, corrected, f"{interval.sign} {text}" if interval.sign else "", "", "", note)
-    if math.isnan(interval.low):
-        return Effect(interval, corrected, text, "", "", f"{note}, all pairs differ equally: no interval")
-    ends, wider = (f"{signed(measure, each.low)} to {signed(measure, each.high)}" for each in (interval, corrected))
+        text = f"{interval.sign} {text}" if interval.sign else ""
+    elif math.isnan(interval.low):
+        note += ", all pairs differ equally: no interval"
+    else:
+        ends, wider = (f"{signed(measure, each.low)} to {signed(measure, each.high)}" for each in (interval, corrected))
     return Effect(interval, corrected, text, ends, wider if comparisons > 1 else "", note)
 
 
@@ -231,26 +239,27 @@ def contrast_tables(panels: Sequence[Panel], named: Sequence[Contrast]) -> tuple
     The named ones have a second table, of sharpness. Variants without two seeds in common with the reference, and
     measures that no two seeds have, are left out; the first table of a named contrast has a note about them.
     """
-    placed = {variant.name: (panel, variant) for panel in panels for variant in panel.variants}
+    variants = {variant.name: variant for panel in panels for variant in panel.variants}
     sharpness = [measure for measure in sharpness_measures(counted_runs(panels)) if measure.group == SHARPNESS]
     tables = []
     for contrast in named:
-        if (reference := placed.get(contrast.against)) is not None:
-            chosen = [placed[name] for name in contrast.variants if name in placed]
+        if (reference := variants.get(contrast.against)) is not None:
+            panel = next(panel for panel in panels if reference in panel.variants)
+            chosen = [variants[name] for name in contrast.variants if name in variants]
             title = contrast.title or f"{', '.join(contrast.variants)} against {contrast.against}"
-            judged = _contrast_table(title, *reference, chosen, _JUDGED)
-            tables.append(replace(judged, note=_left_out(judged, reference[1], chosen)))
-            tables.append(_contrast_table(f"{title}, sharpness", *reference, chosen, sharpness))
+            judged = _contrast_table(title, panel, reference, chosen, _JUDGED)
+            tables.append(replace(judged, note=_left_out(judged, reference, chosen)))
+            tables.append(_contrast_table(f"{title}, sharpness", panel, reference, chosen, sharpness))
     for panel in {panel.title: panel for panel in (*panels[:1], *panels[-1:])}.values():
         if panel.base is not None:
-            tables.append(_contrast_table("All variants", panel, panel.base, list(placed.values()), _JUDGED))
+            tables.append(_contrast_table("All variants", panel, panel.base, list(variants.values()), _JUDGED))
     return tuple(table for table in tables if table.measures or table.note)
 
 
-def _left_out(table: Table[Effect | None], reference: Variant, chosen: Sequence[tuple[Panel, Variant]]) -> str:
+def _left_out(table: Table[Effect | None], reference: Variant, chosen: Sequence[Variant]) -> str:
     """Return what `table` lacks of the contrast of `chosen` with `reference`, and why."""
     compared = [row.variant for _, rows in table.groups for row in rows]
-    others = [f"{panel.short}, {each.label}" for panel, each in chosen if each not in (reference, *compared)]
+    others = [each.title for each in chosen if each not in (reference, *compared)]
     notes = []
     if others:
         notes.append(f"Fewer than two seeds in common, or another data set: {'; '.join(others)}.")
@@ -294,41 +303,25 @@ def _seeds(variant: Variant) -> set[int]:
 
 
 def _contrast_table(
-    title: str,
-    panel: Panel,
-    reference: Variant,
-    chosen: Sequence[tuple[Panel, Variant]],
-    measures: Sequence[Measure],
+    title: str, panel: Panel, reference: Variant, chosen: Sequence[Variant], measures: Sequence[Measure]
 ) -> Table[Effect | None]:
     """Return the contrasts of `chosen` with `reference`, of `panel`; intervals are corrected for their number."""
     # Chosen by the planned seeds, so that the correction does not grow as runs finish.
-    others = (each for each in chosen if each[1] is not reference)
-    chosen = [
-        (place, variant)
-        for place, variant in others
-        if variant.has_data_of(reference) and len(_seeds(variant) & _seeds(reference)) > 1
+    compared = [
+        each
+        for each in chosen
+        if each is not reference and each.has_data_of(reference) and len(_seeds(each) & _seeds(reference)) > 1
     ]
-    rows: list[Row[Effect | None]] = []
-    for place, variant in chosen:
-        cells = tuple(
-            _at_equal_loss(variant, reference, len(chosen))
-            if measure is _EQUAL_LOSS
-            else _effect(variant, reference, measure, len(chosen))
-            for measure in measures
-        )
-        is_provisional = variant.is_provisional or reference.is_provisional
-        rows.append(Row(variant, f"{place.short}, {variant.label}", is_provisional, cells))
-    title = f"{title}: difference from {panel.short}, {reference.label}"
-    return _without_empty_columns(title, measures, [(panel, rows)])
+    rows = [_effect_row(each, reference, each.title, measures, len(compared)) for each in compared]
+    return _without_empty_columns(f"{title}: difference from {reference.title}", measures, [(panel, rows)])
 
 
-def _at_equal_loss(variant: Variant, base: Variant, comparisons: int) -> Effect | None:
+def _at_equal_loss(variant: Variant, base: Variant, measure: Measure, comparisons: int) -> Effect | None:
     """Return the contrast at the lowest training loss that all runs of both variants reached."""
     runs = (run for each in (variant, base) for run in each.counted)
     curves = [curve for run in runs if len(curve := _losses_and_accuracies(run)) > 1]
     if not curves:
         return None
     level = max(min(loss for loss, _ in curve) for curve in curves)
-    measure = replace(_EQUAL_LOSS, take=lambda run: accuracy_at(run, level))
-    found = _effect(variant, base, measure, comparisons)
+    found = _effect(variant, base, replace(measure, take=lambda run: accuracy_at(run, level)), comparisons)
     return found and replace(found, note=f"at loss {three_digits(level)}; {found.note}")

@@ -37,10 +37,14 @@ class Change:
 
 @dataclass(frozen=True)
 class Variant:
-    """Runs that differ only in their seeds. `label` says how it differs from the baseline; it decides the `colour`."""
+    """Runs that differ only in their seeds. `label` says how it differs from the baseline; it decides the `colour`.
+
+    `title` is the label after the short name of its panel.
+    """
 
     name: str
     label: str
+    title: str
     runs: tuple[StoredRun, ...]
     changes: tuple[Change, ...] = ()
     colour: int = 0
@@ -161,7 +165,8 @@ def panels_of(runs: Sequence[StoredRun]) -> tuple[Panel, ...]:
             changes = changes_between(reference, settings) if reference and settings else ()
             colour = 0 if name == base else colours.setdefault(label, len(colours) + 1)
             runs, repeated = tuple(members[name]), duplicates_of(members[name])
-            variants.append(Variant(name, label, runs, changes, colour, name == base, repeated))
+            full = f"{shorts[batch]}, {label}"
+            variants.append(Variant(name, label, full, runs, changes, colour, name == base, repeated))
         title = short = shorts[batch]
         if short in ("SB", "LB"):
             title = f"{short}, batch {batch:,}"
