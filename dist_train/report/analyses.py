@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
 from dist_train.analysis.landscape_files import Landscape, read_landscape, shared_settings
 from dist_train.analysis.sharpness_record import SharpnessRecord, WidthResult, read_record
@@ -26,9 +25,6 @@ class Sharpness:
     bounds: frozenset[str] = frozenset()
 
 
-_Result = TypeVar("_Result", Landscape, Sharpness)
-
-
 @dataclass(frozen=True)
 class Analyses:
     """All results of a run; `problems` names unusable files and the reasons, `last_step` is its last checkpoint's."""
@@ -41,10 +37,6 @@ class Analyses:
     def of_kind(self, kind: str) -> tuple[Landscape, ...]:
         """Return the landscapes of one kind."""
         return tuple(item for item in self.landscapes if item.kind == kind)
-
-    def at_the_end(self, results: Sequence[_Result]) -> tuple[_Result, ...]:
-        """Return those of `results` that belong to the last checkpoint, as far as is known."""
-        return tuple(item for item in results if self.last_step in (None, item.step))
 
 
 def read_analyses(directory: RunDirectory) -> Analyses:

@@ -158,12 +158,12 @@ def commonest_settings(results: Sequence[Landscape] | Sequence[Sharpness]) -> st
 
 def directions_of(runs: Sequence[StoredRun]) -> dict[str, Landscape]:
     """Return each run's `direction` landscape at its last checkpoint with the commonest settings, by run name."""
-    return _comparable({run.name: run.analyses.at_the_end(run.analyses.of_kind("direction")) for run in runs})
+    return _comparable({run.name: _at_the_end(run, run.analyses.of_kind("direction")) for run in runs})
 
 
 def sharpness_of(runs: Sequence[StoredRun]) -> dict[str, dict[str, Sharpness]]:
     """Return by measure and run name the sharpness at the last checkpoint with the measure's commonest settings."""
-    last = {run.name: run.analyses.at_the_end(run.analyses.sharpness) for run in runs}
+    last = {run.name: _at_the_end(run, run.analyses.sharpness) for run in runs}
     titles = dict.fromkeys(title for found in last.values() for item in found for title in item.measures)
     return {
         title: _comparable({name: [item for item in found if title in item.measures] for name, found in last.items()})
@@ -176,6 +176,11 @@ def sharpness_left_out(runs: Sequence[StoredRun]) -> int:
     chosen = [pair for by_run in sharpness_of(runs).values() for pair in by_run.items()]
     used = {(name, item.step, item.shared_settings) for name, item in chosen}
     return sum(len(run.analyses.sharpness) for run in runs) - len(used)
+
+
+def _at_the_end(run: StoredRun, results: Sequence[_Result]) -> list[_Result]:
+    """Return those of `results` that belong to the run's last checkpoint, as far as is known."""
+    return [item for item in results if run.analyses.last_step in (None, item.step)]
 
 
 def _comparable(results: Mapping[str, Sequence[_Result]]) -> dict[str, _Result]:
@@ -193,13 +198,12 @@ def _last(name: str, split: str) -> Callable[[StoredRun], float | None]:
     return take
 
 
-def _averaged_or(plain: Callable[[StoredRun], float | None], name: str) -> Callable[[StoredRun], float | None]:
-    """Return a function for the averaged weights' last value on the test split, or, for a run without them, `plain`."""
-    averaged = _last(name, "test-averaged")
+def _judged(name: str) -> Callable[[StoredRun], float | None]:
+    """Return a function for the last value on the test split, of the averaged weights where the run averages them."""
 
     def take(run: StoredRun) -> float | None:
-        averages = any(record.split == "test-averaged" for record in run.evaluations)
-        return averaged(run) if averages and not run.is_diverged else plain(run)
+        is_averaged = any(record.split == "test-averaged" for record in run.evaluations)
+        return _last(name, "test-averaged" if is_averaged else "test")(run)
 
     return take
 
@@ -300,28 +304,24 @@ def _accuracy(
     return Measure(key, title, explanation, take, "{:.2f}".format, 100, unit)
 
 
-def _accuracy_or_guess(
-    key: str, title: str, split: str, is_measured: Callable[[StoredRun], bool] = lambda run: True
-) -> Measure:
-    """Return the final accuracy on `split`; a diverged run that measures it has that of guessing."""
-    last = _last("accuracy", split)
+def _or_guess(accuracy: Measure, is_measured: Callable[[StoredRun], bool] = lambda run: True) -> Measure:
+    """Return `accuracy` with, for a diverged run that measures it, the accuracy of guessing."""
 
     def take(run: StoredRun) -> float | None:
-        return last(run) if not run.is_diverged else run.guessing if is_measured(run) else None
+        return accuracy.take(run) if not run.is_diverged else run.guessing if is_measured(run) else None
 
-    return replace(_accuracy(key, title, "", take), is_guess=lambda run: run.is_diverged)
+    return replace(accuracy, take=take, is_guess=lambda run: run.is_diverged)
 
 
 _FOUR, _CLEAN = "{:.4f}".format, "Clean weights, at the last evaluation of the training split."
-FINAL_ACCURACY = _accuracy_or_guess("final_test", "final test accuracy", "test")
+_AVERAGED = "Of the averaged weights, where the run averages them."
+FINAL_ACCURACY = _or_guess(_accuracy("final_test", "final test accuracy", "", _last("accuracy", "test")))
+JUDGED_ACCURACY = _or_guess(
+    _accuracy("judged_test", "final test accuracy", _AVERAGED, _judged("accuracy"), "points"),
+)
+JUDGED_LOSS = Measure("judged_loss", "final test loss", _AVERAGED, _judged("loss"), _FOUR)
 GAP = _accuracy("gap", "generalization gap", "Final train minus final test accuracy.", _gap, "points")
 TRAIN_LOSS = Measure("train_loss", "final train loss", "", _last("loss", "train"), _FOUR)
-_AVERAGED = "Of the averaged weights, where the run averages them."
-JUDGED_ACCURACY = replace(
-    _accuracy("judged_test", "final test accuracy", _AVERAGED, _averaged_or(FINAL_ACCURACY.take, "accuracy"), "points"),
-    is_guess=lambda run: run.is_diverged,
-)
-JUDGED_LOSS = Measure("judged_loss", "final test loss", _AVERAGED, _averaged_or(_last("loss", "test"), "loss"), _FOUR)
 _BASIC = (
     FINAL_ACCURACY,
     _accuracy(
@@ -330,16 +330,12 @@ _BASIC = (
         "The highest of all evaluations on the test split.",
         lambda run: max((record.accuracy for record in run.split("test")), default=None),
     ),
-    _accuracy_or_guess(
-        "final_validation",
-        "final validation accuracy",
-        "validation",
+    _or_guess(
+        _accuracy("final_validation", "final validation accuracy", "", _last("accuracy", "validation")),
         lambda run: run.settings.get("data.validation_size") is not None,
     ),
-    _accuracy_or_guess(
-        "final_averaged",
-        "final test accuracy, averaged weights",
-        "test-averaged",
+    _or_guess(
+        _accuracy("final_averaged", "final test accuracy, averaged weights", "", _last("accuracy", "test-averaged")),
         lambda run: run.settings.get("averaging.kind", "none") != "none",
     ),
     _accuracy("final_train", "final train accuracy", _CLEAN, _last("accuracy", "train")),
