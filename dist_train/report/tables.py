@@ -11,7 +11,6 @@ from dist_train.report.measures import (
     JUDGED_ACCURACY,
     JUDGED_LOSS,
     SHARPNESS,
-    Interval,
     Measure,
     measures_of,
     sharpness_measures,
@@ -44,23 +43,19 @@ class Cell:
 
 @dataclass(frozen=True)
 class Effect:
-    """A paired difference as text, with its 95 % interval and the one at 1 - 0.05 / k for k comparisons.
+    """A paired difference, and as text; with its 95 % interval and the corrected one, at 1 - 0.05 / k of k comparisons.
 
-    A bound has its sign in `text` and no `ends`, and equal differences have none; `text` is empty if nothing is known;
-    `corrected_ends` is empty for a single comparison. `note` as in Cell.
+    It `is_clear` if the corrected interval excludes zero. A bound has its sign in `text` and no `ends`, and equal
+    differences have none; `text` is empty if nothing is known; `corrected_ends` is empty for a single comparison.
+    `note` as in Cell.
     """
 
-    interval: Interval
-    corrected: Interval
+    difference: float
+    is_clear: bool
     text: str
     ends: str
     corrected_ends: str
     note: str
-
-    @property
-    def is_clear(self) -> bool:
-        """Whether the corrected interval excludes zero."""
-        return self.corrected.low > 0 or self.corrected.high < 0
 
 
 @dataclass(frozen=True)
@@ -207,7 +202,8 @@ def _effect(variant: Variant, base: Variant, measure: Measure, comparisons: int)
         note += ", all pairs differ equally: no interval"
     else:
         ends, wider = (f"{signed(measure, each.low)} to {signed(measure, each.high)}" for each in (interval, corrected))
-    return Effect(interval, corrected, text, ends, wider if comparisons > 1 else "", note)
+    is_clear = corrected.low > 0 or corrected.high < 0
+    return Effect(interval.difference, is_clear, text, ends, wider if comparisons > 1 else "", note)
 
 
 def signed(measure: Measure, value: float) -> str:
