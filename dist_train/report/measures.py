@@ -12,8 +12,7 @@ from scipy import stats
 
 from dist_train.analysis.landscape_files import Landscape
 from dist_train.monitoring import wording
-from dist_train.report.analyses import Sharpness
-from dist_train.report.stored_run import StoredRun
+from dist_train.report.stored_run import Sharpness, StoredRun
 from dist_train.watch.figure import Point, three_digits
 
 Sign = Literal["", "\u2265", "\u2264"]
