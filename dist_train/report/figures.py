@@ -14,7 +14,7 @@ from pathlib import Path
 from dist_train.analysis.landscape_files import Landscape
 from dist_train.monitoring import wording
 from dist_train.report.chart import WIDTH
-from dist_train.report.measures import Measure, Summary, commonest_settings, directions_of, mean_points, summary
+from dist_train.report.measures import Measure, Summary, commonest_settings, directions_of, mean_points, spread, summary
 from dist_train.report.sharpness_charts import Scatter, sharpness_courses
 from dist_train.report.stored_run import StoredRun
 from dist_train.report.tables import limits, variant_cell
@@ -272,13 +272,11 @@ def _widths(landscapes: Sequence[Landscape]) -> str:
         chosen = [(item, width) for item in landscapes if (width := item.widths_by_key.get((basin, factor)))]
         mean = summary([width.mean for _, width in chosen], sum(width.open > 0 for _, width in chosen))
         if mean:
-            text = three_digits(mean.mean)
-            places = len(text.partition(".")[2])
-            spread = f" ± {mean.deviation:.{places}f}" if mean.deviation is not None else ""
+            deviation = "" if mean.deviation is None else f" ± {spread(three_digits, mean.mean, mean.deviation)}"
             least = "\u2265 " if mean.censored else ""
             where = f" of {basin}" if len({basin for basin, _ in keys}) > 1 else ""
             note = limits(mean.count, mean.censored, sum(item.unresolved(width) > 0 for item, width in chosen))
-            found.append(f"{least}{text}{spread}{where} (loss under {factor} x; {note})")
+            found.append(f"{least}{three_digits(mean.mean)}{deviation}{where} (loss under {factor} x; {note})")
     return "width " + "; ".join(found) if found else ""
 
 
@@ -375,8 +373,9 @@ def strip_plots(panels: Sequence[Panel], measure: Measure) -> tuple[StripPlot, .
     return tuple(StripPlot(panel, measure, variants, axis) for panel, variants in shown if variants)
 
 
-_SERIES_NAMES = {"batch": "train, each batch", "train": "train split", "test": "test split"} | {
-    "validation": "validation split",
+_SERIES_NAMES = {
+    "batch": "train, each batch",
+    **{split: f"{split} split" for split in ("train", "test", "validation")},
     **{f"{split}-averaged": f"{split} split, averaged weights" for split in ("train", "validation", "test")},
 }
 _LINES = {"loss": "loss, left axis", "accuracy": "accuracy, right axis", "train": "train", "test": "test"}

@@ -67,6 +67,13 @@ def mean_points(values: Iterable[tuple[float, Sequence[float]]], words: Callable
     return tuple(points)
 
 
+def spread(write: Callable[[float], str], mean: float, deviation: float) -> str:
+    """Return `deviation` as text, with as many decimal places as `write` gives `mean`."""
+    whole, _, places = write(mean).replace(",", "").partition(".")
+    is_plain = whole.lstrip("-").isdecimal() and (places.isdecimal() or not places)
+    return f"{deviation:,.{len(places)}f}" if is_plain else write(deviation)
+
+
 def paired_difference(
     pairs: Sequence[tuple[float, float]], bounds: Sequence[tuple[bool, bool]] = (), confidence: float = 0.95
 ) -> Interval | None:
@@ -129,13 +136,6 @@ class Measure:
     def note(self, run: StoredRun) -> str:
         """Return the qualification of the value of `run`, other than being a bound."""
         return "diverged: as if guessing" if self.is_guess(run) else "unresolved" if self.is_unresolved(run) else ""
-
-    def spread(self, mean: float, deviation: float) -> str:
-        """Return `deviation` as text, with as many decimal places as `mean`."""
-        whole, _, places = self.write(mean * self.factor).replace(",", "").partition(".")
-        is_plain = whole.lstrip("-").isdecimal() and (places.isdecimal() or not places)
-        value = deviation * self.factor
-        return f"{value:,.{len(places)}f}" if is_plain else self.write(value)
 
 
 def measures_of(runs: Sequence[StoredRun]) -> tuple[Measure, ...]:

@@ -14,6 +14,7 @@ from dist_train.report.measures import (
     Measure,
     measures_of,
     sharpness_measures,
+    spread,
 )
 from dist_train.report.stored_run import StoredRun
 from dist_train.report.variants import Panel, Variant, counted_runs
@@ -60,12 +61,12 @@ class Effect:
 
 @dataclass(frozen=True)
 class Row(Generic[_Content]):
-    """A variant's cells under its `label`; `is_provisional` if they come from unfinished runs."""
+    """A variant's cells under its `label`; it `is_provisional` if they come from unfinished runs."""
 
     variant: Variant
     label: str
     is_provisional: bool
-    cells: tuple[_Content, ...]
+    cells: tuple[_Content | None, ...]
 
 
 @dataclass(frozen=True)
@@ -96,9 +97,10 @@ def variant_cell(variant: Variant, measure: Measure) -> Cell:
     found = variant.summary(measure)
     if found is None:
         return Cell()
-    spread = "" if found.deviation is None else measure.spread(found.mean, found.deviation)
+    mean = found.mean * measure.factor
+    deviation = "" if found.deviation is None else spread(measure.write, mean, found.deviation * measure.factor)
     note = measured_note(measure, [[run] for run, _ in variant.measured(measure)]) + lost_note(variant.lacking(measure))
-    return Cell(found.mean, measure.write(found.mean * measure.factor), spread, found.censored > 0, note)
+    return Cell(found.mean, measure.write(mean), deviation, found.censored > 0, note)
 
 
 def limits(count: int, censored: int, unresolved: int, guessed: int = 0) -> str:
@@ -114,7 +116,7 @@ def measured_note(measure: Measure, values: Sequence[Sequence[StoredRun]]) -> st
 
 
 def lost_note(lacking: Sequence[Sequence[StoredRun]]) -> str:
-    """Return how many values are missing, and why: runs behind them, each in `lacking`, diverged, for instance."""
+    """Return how many values are missing, and why; each entry of `lacking` lists the runs that lack one value."""
     diverged = sum(any(run.is_diverged for run in runs) for runs in lacking)
     others = [runs for runs in lacking if not any(run.is_diverged for run in runs)]
     changed = sum(any(run.has_other_settings for run in runs) for runs in others)
@@ -135,7 +137,7 @@ def run_cells(run: StoredRun, measures: Sequence[Measure]) -> tuple[Cell, ...]:
     return tuple(map(cell, measures))
 
 
-def effect_tables(panels: Sequence[Panel]) -> tuple[Table[Effect | None], ...]:
+def effect_tables(panels: Sequence[Panel]) -> tuple[Table[Effect], ...]:
     """Return the differences from the baseline, a table for each group of measures.
 
     Variants are compared with the baseline of their batch size, and baselines with that of the smallest batch.
@@ -155,8 +157,8 @@ def effect_tables(panels: Sequence[Panel]) -> tuple[Table[Effect | None], ...]:
 
 
 def _without_empty_columns(
-    title: str, measures: Sequence[Measure], groups: Sequence[tuple[Panel, Sequence[Row[Effect | None]]]]
-) -> Table[Effect | None]:
+    title: str, measures: Sequence[Measure], groups: Sequence[tuple[Panel, Sequence[Row[Effect]]]]
+) -> Table[Effect]:
     kept = [at for at in range(len(measures)) if any(row.cells[at] for _, rows in groups for row in rows)]
     return Table(
         title,
@@ -168,7 +170,7 @@ def _without_empty_columns(
     )
 
 
-def _effect_rows(panel: Panel, first: Panel, measures: Sequence[Measure]) -> Iterator[Row[Effect | None]]:
+def _effect_rows(panel: Panel, first: Panel, measures: Sequence[Measure]) -> Iterator[Row[Effect]]:
     for variant in panel.variants:
         base, label = panel.base, variant.label
         if variant.is_base:
@@ -179,7 +181,7 @@ def _effect_rows(panel: Panel, first: Panel, measures: Sequence[Measure]) -> Ite
 
 def _effect_row(
     variant: Variant, base: Variant, label: str, measures: Sequence[Measure], comparisons: int = 1
-) -> Row[Effect | None]:
+) -> Row[Effect]:
     cells = tuple(
         (_at_equal_loss if measure is _EQUAL_LOSS else _effect)(variant, base, measure, comparisons)
         for measure in measures
@@ -229,7 +231,7 @@ _EQUAL_LOSS = replace(
 _JUDGED = (JUDGED_ACCURACY, JUDGED_LOSS, _EQUAL_LOSS)
 
 
-def contrast_tables(panels: Sequence[Panel], named: Sequence[Contrast]) -> tuple[Table[Effect | None], ...]:
+def contrast_tables(panels: Sequence[Panel], named: Sequence[Contrast]) -> tuple[Table[Effect], ...]:
     """Return the study's named contrasts, then all variants against the baselines of the smallest and largest batch.
 
     The named ones have a second table, of sharpness. Variants without two seeds in common with the reference, and
@@ -252,7 +254,7 @@ def contrast_tables(panels: Sequence[Panel], named: Sequence[Contrast]) -> tuple
     return tuple(table for table in tables if table.measures or table.note)
 
 
-def _left_out(table: Table[Effect | None], reference: Variant, chosen: Sequence[Variant]) -> str:
+def _left_out(table: Table[Effect], reference: Variant, chosen: Sequence[Variant]) -> str:
     """Return what `table` lacks of the contrast of `chosen` with `reference`, and why."""
     compared = [row.variant for _, rows in table.groups for row in rows]
     others = [each.title for each in chosen if each not in (reference, *compared)]
@@ -300,7 +302,7 @@ def _seeds(variant: Variant) -> set[int]:
 
 def _contrast_table(
     title: str, panel: Panel, reference: Variant, chosen: Sequence[Variant], measures: Sequence[Measure]
-) -> Table[Effect | None]:
+) -> Table[Effect]:
     """Return the contrasts of `chosen` with `reference`, of `panel`; intervals are corrected for their number."""
     # Chosen by the planned seeds, so that the correction does not grow as runs finish.
     compared = [
