@@ -139,9 +139,10 @@ def plan_study(
         arguments = (*(write_override(place, value) for place, value in settings.items()), *overrides)
         if not variant.is_asked:
             unasked[number] = variant.searched
-        if arguments in checked:
+            if before:
+                continue
+        elif arguments in checked:
             planned.append(checked[arguments])
-        if arguments in checked or (before and not variant.is_asked):
             continue
         try:
             config = parse_config(with_overrides(base_settings, arguments), source=name)
