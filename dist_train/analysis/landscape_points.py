@@ -195,7 +195,9 @@ class PointEvaluator:
         inputs, labels = batch
         with torch.inference_mode(), self._compute.autocast():
             outputs = model(inputs)
-            correct = (outputs.argmax(dim=1) == labels).sum()
+            # as in evaluations, a sample whose loss is not finite counts as misclassified
+            is_finite = functional.cross_entropy(outputs.double(), labels, reduction="none").isfinite()
+            correct = ((outputs.argmax(dim=1) == labels) & is_finite).sum()
             return torch.stack([cross_entropy_sum(outputs, labels), correct.double()])
 
 

@@ -238,10 +238,10 @@ def _rise_along(loss: SubsetLoss, clean: float, direction: torch.Tensor, distanc
 def noise_scale(gradients: Sequence[Vector], sizes: Sequence[int]) -> NoiseScaleResult:
     """Return the simple noise scale tr(Sigma) / |G|^2 of McCandlish et al. (arXiv 1812.06162), in samples.
 
-    `gradients` are the mean gradients of batches of `sizes` samples. A batch of n samples has
-    E|g|^2 = |G|^2 + tr(Sigma)/n, and so has the union of all batches: two equations give unbiased estimates of both
-    terms. The ratio's standard error is the jackknife over batches. The ratio is None if the estimate of |G|^2 is not
-    positive: then the scale exceeds what this many samples can show.
+    `gradients` are the mean gradients of batches of `sizes` samples. A batch of n samples has E|g|^2 = |G|^2 +
+    tr(Sigma)/n, and so has the union of all batches: for independent samples, two equations give unbiased estimates of
+    both terms. The ratio's standard error is the jackknife over batches. The ratio is None if the estimate of |G|^2 is
+    not positive: then the scale exceeds what this many samples can show.
 
     Raises UsageError if there is only one batch.
     """

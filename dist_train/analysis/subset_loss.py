@@ -20,7 +20,7 @@ from dist_train.cluster.communicator import Alone
 from dist_train.cluster.devices import choose_device
 from dist_train.config import Config
 from dist_train.data.loader import SampleSource, open_splits, training_labels
-from dist_train.data.plan import balanced_choice
+from dist_train.data.plan import balanced_choice, stratified_choice
 from dist_train.models.norms import collect_statistics, norm_modules
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import DivergedError, UsageError, refuse_nondeterministic
@@ -208,13 +208,19 @@ def open_stored_subset(
 
 
 def choose_samples(labels: Tensor, classes: int, settings: SharpnessSettings) -> Tensor:
-    """Return the indices of a seeded, shuffled choice balanced by class, int64. Raises UsageError for too few."""
+    """Return the indices of a seeded, shuffled choice in the proportions of the classes, int64.
+
+    Raises UsageError for too few.
+    """
     if settings.samples > len(labels):
         raise UsageError(
             f"--samples is {settings.samples}: choose at most {len(labels)}, the number of training images",
             code="option-range",
         )
-    chosen = balanced_choice(labels, settings.samples, classes, settings.seed)
+    of_class = torch.bincount(labels, minlength=classes)
+    are_equal = settings.samples == len(labels) or int(of_class.max() - of_class.min()) <= 1
+    choose = balanced_choice if are_equal else stratified_choice
+    chosen = choose(labels, settings.samples, classes, settings.seed)
     return chosen[torch.randperm(len(chosen), generator=generator(settings.seed, "sharpness batches"))]
 
 

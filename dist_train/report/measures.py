@@ -259,7 +259,7 @@ def _line_measures(runs: Sequence[StoredRun]) -> Iterator[Measure]:
             f"line-rise-{distance:g}",
             f"loss rise at \u03b1 = {distance:g}",
             "Absolute rise of the training loss at this distance along the same directions; mean over both sides and "
-            "the directions.",
+            "the directions. Runs in which it is not finite are left out.",
             _value_by_name(rises),
             group=SHARPNESS,
         )

@@ -272,10 +272,11 @@ def stability_factor(settings: Mapping[str, object]) -> float | None:
     """Return the Hessian's eigenvalue times the learning rate up to which SGD is stable on a quadratic loss.
 
     2, with momentum m 2 + 2 m, with Nesterov's (2 + 2 m) / (1 + 2 m): Cohen et al., arXiv 2103.00065, appendix B. None
-    for other optimizers, or if the settings are missing.
+    for other optimizers and for IVON, which scales the gradient itself, or if the settings are missing.
     """
     momentum = settings.get("optimizer.momentum")
-    if settings.get("optimizer.name") != "sgd" or not isinstance(momentum, int | float):
+    is_sgd = settings.get("optimizer.name") == "sgd" and settings.get("noise.method") != "ivon"
+    if not is_sgd or not isinstance(momentum, int | float):
         return None
     return (2 + 2 * momentum) / (1 + 2 * momentum if settings.get("optimizer.nesterov") else 1)
 

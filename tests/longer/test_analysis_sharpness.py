@@ -258,6 +258,13 @@ def test_samples_are_balanced_shuffled_and_depend_on_the_seed() -> None:
     assert not torch.equal(chosen, choose_samples(labels, 10, settings.model_copy(update={"seed": 1})))
 
 
+def test_samples_are_in_the_proportions_of_the_classes() -> None:
+    labels = (torch.arange(200) >= 180).long()
+    chosen = choose_samples(labels, 2, SharpnessSettings(samples=50))
+    assert torch.bincount(labels[chosen]).tolist() == [45, 5]
+    assert torch.equal(choose_samples(labels, 2, SharpnessSettings(samples=200)).sort().values, torch.arange(200))
+
+
 @pytest.mark.parametrize(("samples", "sizes"), [(50, [20, 30]), (60, [20, 20, 20]), (19, [19]), (21, [21])])
 def test_remaining_samples_join_the_last_batch(samples: int, sizes: list[int]) -> None:
     parts = cut(torch.arange(samples), 20)

@@ -220,9 +220,9 @@ def test_documented_extent_of_low_loss_follows_from_the_lines(rivals: Subject) -
         for (alpha, loss), (beyond, later) in pairwise(means)
         if (loss < 0.1) != (later < 0.1)
     )
-    text = (ROOT / "docs/results.md").read_text()
-    assert f"at least {leaves_sb - means[0][0]:.2f} of the distance around SB" in text
-    assert f"over only {leaves_lb - enters_lb:.2f} around LB" in text
+    text = " ".join((ROOT / "docs/results.md").read_text().split())
+    assert f"from \u2212{-means[0][0]:.1f}, where the line begins, to {leaves_sb:.2f} around SB" in text
+    assert f"only from {enters_lb:.2f} to {leaves_lb:.2f} around LB" in text
 
 
 def test_documented_sharpness_along_training_is_that_of_the_runs(tmp_path: Path) -> None:

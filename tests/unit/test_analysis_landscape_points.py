@@ -96,6 +96,17 @@ def test_it_is_the_mean_over_all_samples_of_each_split() -> None:
         assert found.accuracy == (logits.argmax(1) == labels).sum().item() / len(labels)
 
 
+def test_a_sample_whose_loss_is_not_finite_counts_as_misclassified() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10, bias=False))
+    weights = torch.zeros(10, 64)
+    weights[0, 0] = math.inf
+    [(inputs, labels)] = batches(16, 16)
+    evaluator = PointEvaluator(model, [[(inputs, torch.zeros_like(labels))]], [], COMPUTE)
+    [measured] = evaluator.evaluate(Place(weights.flatten(), torch.zeros(0)))
+    assert math.isnan(measured.loss)
+    assert measured.accuracy == 0
+
+
 def test_the_loss_of_a_confident_network_is_that_of_an_evaluation() -> None:
     model = network().eval()
     *_, (_, bias) = model.named_parameters()

@@ -39,6 +39,7 @@ def test_sgd_is_stable_up_to_the_limit(momentum: float, nesterov: bool, factor: 
 
 def test_other_optimizers_have_no_such_limit() -> None:
     assert stability_factor({"optimizer.name": "adamw", "optimizer.momentum": 0.9}) is None
+    assert stability_factor({"optimizer.name": "sgd", "optimizer.momentum": 0.0, "noise.method": "ivon"}) is None
     assert stability_factor({}) is None
 
 
