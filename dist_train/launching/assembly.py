@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -40,7 +40,7 @@ from dist_train.outcome import UsageError
 from dist_train.reproducible import LayerRng
 from dist_train.rundir.epochs import Epochs
 from dist_train.rundir.paths import RunDirectory
-from dist_train.rundir.records import Observer, recorded_initial
+from dist_train.rundir.records import recorded_initial
 from dist_train.training.compute import Compute, LossScale, compiled, fitting_memory, set_up_compute
 from dist_train.training.consistency import check_same_data, setup_digests
 from dist_train.training.graphs import CudaGraphRecorder, GraphRecorder
@@ -60,23 +60,20 @@ _TRIED_STEPS = 100  # of a run, to find where the noise is strongest
 def assemble(
     config: Config,
     resume_point: ResumePoint,
-    directory: RunDirectory,
-    comm: Communicator,
     session: Session,
     stop: StopRequests,
     *,
     given: Config | None = None,
-    observers: Sequence[Observer] = (),
     regroup: Callable[[Trainer, Generation], None] = lambda trainer, generation: None,
 ) -> Trainer:
     """Build the trainer of `config`, at the beginning or where the checkpoint of rank 0's `resume_point` left off.
 
     `given`: the settings before any was decided, by which ranks that join are compared, and `auto` may shrink.
-    `observers`: those of `session` that are not from the settings; without them, settings decide what is measured.
 
     Raises UsageError if the device, the data, the model or the batch do not fit, or the checkpoint is from another
     model or from a run that cannot be lengthened yet.
     """
+    directory, comm = session.directory, session.comm
     config, compute = _set_up_device(config, comm)
     open_data = partial(open_splits, config.data, config.run.seed, compute.device, config.precision.channels_last)
     splits = run_on_all_ranks(comm, open_data, "load the data")
@@ -87,7 +84,7 @@ def assemble(
     total_steps = scheduled.steps(config.run.epochs)
 
     is_measured = config.metrics.enabled or bool(config.metrics.loggers)
-    is_measured = is_measured or any(count for (count,) in gather(comm, [len(observers)], "observers"))
+    is_measured = is_measured or any(count for (count,) in gather(comm, [len(session.more_observers)], "observers"))
     measured_run = directory if is_measured and comm.rank == 0 else None
     state, progress, initial = _build_state(config, resume_point, comm, compute.device, epochs, scheduled, measured_run)
     has_clock = is_measured or config.batch.dealing == "measured"
@@ -142,7 +139,7 @@ def assemble(
         # The records and checkpoints of a run that is already longer than run.max_steps are of the earlier settings.
         if progress.step <= trainer.last_step or not directory.config.exists():
             directory.save_config(config)
-        let_write(trainer, directory, session, initial)
+        let_write(trainer, session, initial)
         _warn_of_lost_noise(state.noise, compute.precision, progress.step)
     return trainer
 
@@ -161,12 +158,12 @@ def _set_up_device(config: Config, comm: Communicator) -> tuple[Config, Compute]
     return config, compute
 
 
-def let_write(trainer: Trainer, directory: RunDirectory, session: Session, initial: torch.Tensor | None = None) -> None:
-    """Let `trainer`, of rank 0, write what `session` reports, and checkpoints into `directory`.
+def let_write(trainer: Trainer, session: Session, initial: torch.Tensor | None = None) -> None:
+    """Let `trainer`, of rank 0, write checkpoints, and what `session` reports.
 
     `initial`: the weights that its run began with; None: they are built again, if they are needed.
     """
-    config = trainer.config
+    config, directory = trainer.config, trainer.directory
     other_disk = config.checkpoint.fallback_directory
     fallback = directory.fallback(other_disk) if other_disk else None
     writer = CheckpointWriter(directory.checkpoints, config.checkpoint, session.before_publishing, fallback)

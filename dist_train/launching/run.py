@@ -35,13 +35,7 @@ from dist_train.launching.session import Session, build_observers
 from dist_train.monitoring.console import open_logs
 from dist_train.monitoring.prometheus.http_server import access_warnings
 from dist_train.outcome import SHARED_ERRORS, FaultError, UsageError
-from dist_train.rundir.paths import (
-    LEASE_SECONDS,
-    LockRequest,
-    RunDirectory,
-    RunLock,
-    oserror_to_fault,
-)
+from dist_train.rundir.paths import LEASE_SECONDS, LockRequest, RunDirectory, RunLock, oserror_to_fault
 from dist_train.rundir.records import Observer, Outcome, read_last_records, record_key, rewind
 from dist_train.start_up import without_collection
 from dist_train.training.compute import free_device_memory, restoring_torch, share_of_threads
@@ -106,8 +100,9 @@ def train(config: Config, run_directory: Path | str | None = None, observers: Se
             settled = _shared_config(comm, resume_point.config)
             run_id = broadcast_str(comm, directory.run_id() if comm.rank == 0 else "", "run id")
         open_loggers = partial(build_observers, settled.metrics, directory, comm.rank, observers)
-        session = Session(directory, comm, run_on_all_ranks(comm, open_loggers, "open its loggers"), lock, run_id)
-        regroup = Regrouping(settled, directory, session, stack, observers)
+        opened = run_on_all_ranks(comm, open_loggers, "open its loggers")
+        session = Session(directory, comm, opened, lock, run_id, observers)
+        regroup = Regrouping(settled, session, stack)
         if not comm.is_joining:
             regroup.open_logs(comm.rank)
         if comm.rank == 0 and settled.metrics.enabled:
@@ -115,12 +110,7 @@ def train(config: Config, run_directory: Path | str | None = None, observers: Se
                 _logger.warning("%s", warning)
         try:
             with without_collection():
-                trainer = assemble(
-                    *(settled, resume_point, directory, comm, session, stop),
-                    given=config,
-                    observers=observers,
-                    regroup=regroup,
-                )
+                trainer = assemble(settled, resume_point, session, stop, given=config, regroup=regroup)
             stack.callback(trainer.close)
             session.trainer = trainer
             if not comm.is_joining:
@@ -143,10 +133,8 @@ class Regrouping:
     """Called with a trainer whose ranks, of an elastic launch, have just met and hold the same state."""
 
     config: Config
-    directory: RunDirectory
     session: Session
     stack: ExitStack  # the run's exit stack: closes what is opened here when the run ends
-    observers: Sequence[Observer] = ()  # rank 0's observers, besides those that the settings name
     _logs: ExitStack = field(default_factory=ExitStack)
     _logging_as: int | None = None
     _owes_records: bool = False  # what the lost rank 0 may not have written; another loss may come before that is done
@@ -158,7 +146,7 @@ class Regrouping:
         """Write this process's log to the file of `rank`."""
         if rank != self._logging_as:
             self._logs.close()
-            self._logs.enter_context(open_logs(self.directory.logs, rank))
+            self._logs.enter_context(open_logs(self.session.directory.logs, rank))
             self._logging_as = rank
 
     def __call__(self, trainer: Trainer, generation: Generation) -> None:
@@ -167,10 +155,10 @@ class Regrouping:
         If it cannot, it raises OSError, or FaultError if the lost rank keeps the lock. On the other ranks this breaks
         the group: on another node, the next rank 0 may be able to.
         """
-        comm = trainer.comm
+        comm, directory = trainer.comm, trainer.directory
         self.open_logs(comm.rank)
         # The lost rank's node may be cut off without having noticed, or the file server may still hold its lock.
-        request = LockRequest(self.directory, patience=LEASE_SECONDS)
+        request = LockRequest(directory, patience=LEASE_SECONDS)
 
         def take_over() -> bool:
             if comm.rank == 0 and trainer.saving.writer is None:
@@ -188,7 +176,7 @@ class Regrouping:
         nodes = gather_str(comm, socket.gethostname(), "nodes")
         self.session.note_generation(nodes)
         if self._owes_records:
-            written = {record_key(each): each for each in read_last_records(self.directory.metrics, _RECENT_BYTES)}
+            written = {record_key(each): each for each in read_last_records(directory.metrics, _RECENT_BYTES)}
             for record in trainer.recent.all():
                 if record_key(record) not in written:
                     trainer.observers.record(record)
@@ -199,11 +187,11 @@ class Regrouping:
 
     def _take_over(self, trainer: Trainer, lock: RunLock) -> None:
         self.stack.callback(lock.release)
-        self.directory.remove_partial_files(self.config.checkpoint.fallback_directory)
+        trainer.directory.remove_partial_files(self.config.checkpoint.fallback_directory)
         self._owes_records = True
-        rewind(self.directory.metrics, _KEEP_ALL_STEPS)
-        self.session.take_over(self.config, lock, self.observers)
-        let_write(trainer, self.directory, self.session)
+        rewind(trainer.directory.metrics, _KEEP_ALL_STEPS)
+        self.session.take_over(self.config, lock)
+        let_write(trainer, self.session)
 
 
 def _meet(config: Config, stack: ExitStack, on_loss: Callable[[str], None]) -> tuple[Communicator, Watchdog | None]:

@@ -62,6 +62,7 @@ class Session:
     observers: Observers
     lock: RunLock | None = None  # of the run directory, on rank 0
     run_id: str = ""
+    more_observers: Sequence[Observer] = ()  # those that are not from the settings; rank 0 calls them
     trainer: Trainer | None = None  # whose run is reported, once there is one
 
     def __post_init__(self) -> None:
@@ -75,11 +76,11 @@ class Session:
         if self.status:
             self.status.change("starting")
 
-    def take_over(self, config: Config, lock: RunLock, more: Sequence[Observer] = ()) -> None:
+    def take_over(self, config: Config, lock: RunLock) -> None:
         """Take over rank 0's reporting from a lost rank; this rank has the `lock` now."""
         # The exporter of this rank, if any, gives way to that of rank 0.
         self.observers.end(self._outcome("running", ExitCode.FINISHED, ""))
-        self.observers = build_observers(config.metrics, self.directory, 0, more)
+        self.observers = build_observers(config.metrics, self.directory, 0, self.more_observers)
         self._observers_have_begun = False
         self.lock = lock
         self.status = self._status_file()
@@ -101,7 +102,7 @@ class Session:
         # Rank 0 alone: in a large launch every rank would start git on the same file system.
         code = revision() if self.status else ""
         if self.observers:
-            facts = run_facts(self._running, self.directory, self._launched, code, self.run_id, nodes)
+            facts = run_facts(self._running, self._launched, code, self.run_id, nodes)
             (self.observers.regroup if self._observers_have_begun else self.observers.begin)(facts)
         self._observers_have_begun = True
         return code
@@ -366,9 +367,7 @@ def device_name(device: torch.device, processors: Path = Path("/proc/cpuinfo")) 
     return next(names, "") or platform.machine()
 
 
-def run_facts(
-    trainer: Trainer, directory: RunDirectory, launched: float, revision: str, run_id: str, nodes: tuple[str, ...]
-) -> RunFacts:
+def run_facts(trainer: Trainer, launched: float, revision: str, run_id: str, nodes: tuple[str, ...]) -> RunFacts:
     """Return the facts of the run of `trainer`; `launched`: when this launch began, in seconds since 1970."""
     config, plan, ranks = trainer.config, trainer.plan, trainer.comm
     noise, device = config.noise, trainer.take_step.compute.device
@@ -381,8 +380,8 @@ def run_facts(
         f"mix {noise.mix:g}" if noise.mix < 1 else "",
     )
     return RunFacts(
-        name=directory.root.name,
-        run_directory=directory.root,
+        name=trainer.directory.root.name,
+        run_directory=trainer.directory.root,
         model=f"{config.model.name}, width {config.model.width:g}, {config.model.norm} norm",
         data=config.data.name,
         parameters=trainer.take_step.weights.count,

@@ -95,7 +95,7 @@ def begun(
     contents = newest_whole(directory.checkpoints, lambda path, text: None) if going_on else None
     session = Session(directory, comm, Observers([told]))
     resume_point = ResumePoint(config, contents)
-    trainer = assemble(config, resume_point, directory, comm, session, StopRequests())
+    trainer = assemble(config, resume_point, session, StopRequests())
     session.trainer = trainer
     session.begin(resume_point)
     return session, told
@@ -468,8 +468,9 @@ def test_a_loss_right_after_a_takeover_loses_no_record_of_the_former_rank_0(tmp_
 
     def launch(comm: SimulatedRanks) -> None:
         comm.is_elastic = True
-        session = Session(directory, comm, build_observers(small_config().metrics, directory, comm.rank))
-        trainer = assemble(small_config(), ResumePoint(small_config()), directory, comm, session, StopRequests())
+        opened = build_observers(small_config().metrics, directory, comm.rank)
+        session = Session(directory, comm, opened, more_observers=[own])
+        trainer = assemble(small_config(), ResumePoint(small_config()), session, StopRequests())
         if comm.rank == 0:
             session.finish()
         comm.barrier()  # a rank takes over once rank 0 has ended
@@ -480,7 +481,7 @@ def test_a_loss_right_after_a_takeover_loses_no_record_of_the_former_rank_0(tmp_
         session.trainer = trainer
         session.comm = trainer.comm = LosesOneWhileItMeets()
         with ExitStack() as stack:
-            regroup = Regrouping(small_config(), directory, session, stack, [own])
+            regroup = Regrouping(small_config(), session, stack)
             with pytest.raises(GroupBrokenError):
                 regroup(trainer, generation)
             regroup(trainer, generation)
@@ -508,10 +509,10 @@ def test_a_rank_that_cannot_take_over_fails_alone(
 
     def regroup(comm: SimulatedRanks) -> None:
         session = Session(directory, comm, Observers())
-        trainer = assemble(small_config(), ResumePoint(small_config()), directory, comm, session, StopRequests())
+        trainer = assemble(small_config(), ResumePoint(small_config()), session, StopRequests())
         trainer.saving.writer = None
         with ExitStack() as stack:
-            Regrouping(small_config(), directory, session, stack)(trainer, generation)
+            Regrouping(small_config(), session, stack)(trainer, generation)
 
     failed, other = on_ranks(2, regroup)
     assert isinstance(failed, FaultError if is_held else OSError)

@@ -25,7 +25,6 @@ from dist_train.models import build_model
 from dist_train.monitoring.prometheus.board import Board
 from dist_train.outcome import UsageError
 from dist_train.rundir.epochs import Epochs
-from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import EvaluationRecord, EventRecord
 from dist_train.training.step import GlobalBatch, TrainingStep
 from tests.raising import raises, raises_problems
@@ -181,7 +180,7 @@ def test_epochs_are_those_that_counting_gives(samples: int, first: int, changes:
 
 def test_metrics_count_the_samples_and_epochs_and_the_batch_in_force(tmp_path: Path) -> None:
     trainer = build_trainer(small_config(**SECTIONS), tmp_path, Alone())
-    facts = run_facts(trainer, RunDirectory(tmp_path), 0.0, "", "", ("here",))
+    facts = run_facts(trainer, 0.0, "", "", ("here",))
     assert (facts.global_size, facts.micro_batches, facts.epochs, facts.total_steps) == (12, 2, 5.0, 18)
     assert [facts.passes.samples(step) for step in (8, 9, 18)] == [96, 126, 96 + 180 + 200]
     assert [facts.passes.done(step) for step in (4, 8, 16)] == [0.5, 1.0, 4.0]
