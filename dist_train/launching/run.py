@@ -102,7 +102,7 @@ def train(config: Config, run_directory: Path | str | None = None, observers: Se
         open_loggers = partial(build_observers, settled.metrics, directory, comm.rank, observers)
         opened = run_on_all_ranks(comm, open_loggers, "open its loggers")
         session = Session(directory, comm, opened, lock, run_id, observers)
-        regroup = Regrouping(settled, session, stack)
+        regroup = Regrouping(session, stack)
         if not comm.is_joining:
             regroup.open_logs(comm.rank)
         if comm.rank == 0 and settled.metrics.enabled:
@@ -132,7 +132,6 @@ _RECENT_BYTES = 1 << 23  # of metrics.jsonl: more than the records that a rank k
 class Regrouping:
     """Called with a trainer whose ranks, of an elastic launch, have just met and hold the same state."""
 
-    config: Config
     session: Session
     stack: ExitStack  # the run's exit stack: closes what is opened here when the run ends
     _logs: ExitStack = field(default_factory=ExitStack)
@@ -163,7 +162,7 @@ class Regrouping:
         def take_over() -> bool:
             if comm.rank == 0 and trainer.saving.writer is None:
                 try:
-                    lock = request.wait(self.config.comm.timeout / _POLLS_IN_TIMEOUT)
+                    lock = request.wait(trainer.config.comm.timeout / _POLLS_IN_TIMEOUT)
                 except UsageError as error:
                     raise FaultError(f"the lost rank 0 keeps its lock: {error}", code="lock-not-released") from error
                 if lock is None:
@@ -187,10 +186,10 @@ class Regrouping:
 
     def _take_over(self, trainer: Trainer, lock: RunLock) -> None:
         self.stack.callback(lock.release)
-        trainer.directory.remove_partial_files(self.config.checkpoint.fallback_directory)
+        trainer.directory.remove_partial_files(trainer.config.checkpoint.fallback_directory)
         self._owes_records = True
         rewind(trainer.directory.metrics, _KEEP_ALL_STEPS)
-        self.session.take_over(self.config, lock)
+        self.session.take_over(lock)
         let_write(trainer, self.session)
 
 

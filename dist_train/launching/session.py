@@ -76,11 +76,11 @@ class Session:
         if self.status:
             self.status.change("starting")
 
-    def take_over(self, config: Config, lock: RunLock) -> None:
+    def take_over(self, lock: RunLock) -> None:
         """Take over rank 0's reporting from a lost rank; this rank has the `lock` now."""
         # The exporter of this rank, if any, gives way to that of rank 0.
         self.observers.end(self._outcome("running", ExitCode.FINISHED, ""))
-        self.observers = build_observers(config.metrics, self.directory, 0, self.more_observers)
+        self.observers = build_observers(self._running.config.metrics, self.directory, 0, self.more_observers)
         self._observers_have_begun = False
         self.lock = lock
         self.status = self._status_file()

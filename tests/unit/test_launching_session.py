@@ -481,7 +481,7 @@ def test_a_loss_right_after_a_takeover_loses_no_record_of_the_former_rank_0(tmp_
         session.trainer = trainer
         session.comm = trainer.comm = LosesOneWhileItMeets()
         with ExitStack() as stack:
-            regroup = Regrouping(small_config(), session, stack)
+            regroup = Regrouping(session, stack)
             with pytest.raises(GroupBrokenError):
                 regroup(trainer, generation)
             regroup(trainer, generation)
@@ -512,7 +512,7 @@ def test_a_rank_that_cannot_take_over_fails_alone(
         trainer = assemble(small_config(), ResumePoint(small_config()), session, StopRequests())
         trainer.saving.writer = None
         with ExitStack() as stack:
-            Regrouping(small_config(), session, stack)(trainer, generation)
+            Regrouping(session, stack)(trainer, generation)
 
     failed, other = on_ranks(2, regroup)
     assert isinstance(failed, FaultError if is_held else OSError)
