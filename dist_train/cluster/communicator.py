@@ -223,10 +223,15 @@ def gather(comm: Communicator, values: Sequence[int], name: str) -> list[list[in
     return gathered
 
 
+def gather_int(comm: Communicator, value: int, name: str) -> list[int]:
+    """Return every rank's `value`, by rank."""
+    return [each for (each,) in gather(comm, [value], name)]
+
+
 def gather_str(comm: Communicator, text: str, name: str) -> tuple[str, ...]:
     """Return every rank's `text`, which must not end in NUL, by rank."""
     encoded = text.encode()
-    longest = max(length for (length,) in gather(comm, [len(encoded)], f"{name}.length"))
+    longest = max(gather_int(comm, len(encoded), f"{name}.length"))
     return tuple(bytes(row).rstrip(b"\0").decode() for row in gather(comm, list(encoded.ljust(longest, b"\0")), name))
 
 
@@ -255,7 +260,7 @@ def run_on_all_ranks(comm: Communicator, action: Callable[[], Result], name: str
         result = action()
     except Exception as error:
         failure = error
-    codes = [code for (code,) in gather(comm, [0 if failure is None else exit_code_of(failure)], name)]
+    codes = gather_int(comm, 0 if failure is None else exit_code_of(failure), name)
     failed = [rank for rank, code in enumerate(codes) if code]
     if failure is not None and failed[0] == comm.rank:
         raise failure
@@ -270,5 +275,5 @@ def await_on_all_ranks(comm: Communicator, attempt: Callable[[], bool], name: st
 
     For what may take longer than an engine lets ranks wait for each other.
     """
-    while not all(done for (done,) in gather(comm, [run_on_all_ranks(comm, attempt, name)], f"{name}: done")):
+    while not all(gather_int(comm, run_on_all_ranks(comm, attempt, name), f"{name}: done")):
         pass

@@ -29,7 +29,7 @@ from dist_train.cluster.communicator import (
     Pending,
     Result,
     broadcast_str,
-    gather,
+    gather_int,
     naming_lost_ranks,
     run_on_all_ranks,
     signed_digest,
@@ -147,7 +147,7 @@ class TorchCommunicator(TorchOperations):
                 )
         self.has_nccl = self._device is not None
         self.backend = "torch-nccl" if self.has_nccl else "torch-gloo"
-        nodes = [node for (node,) in gather(self, [signed_digest(socket.gethostname().encode())], "nodes")]
+        nodes = gather_int(self, signed_digest(socket.gethostname().encode()), "nodes")
         self.local_rank = nodes[: self.rank].count(nodes[self.rank])
         self.local_size = nodes.count(nodes[self.rank])
 

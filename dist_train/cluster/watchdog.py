@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from dist_train.cluster.communicator import Communicator, RankLostError, broadcast_str, gather
+from dist_train.cluster.communicator import Communicator, RankLostError, broadcast_str, gather_int
 from dist_train.cluster.heartbeats import (
     BEATS_IN_TIMEOUT,
     LARGEST,
@@ -307,7 +307,7 @@ def start_watchdog(
     watchdog = Watchdog(comm, bytes.fromhex(token), paths, datagrams, timeout, on_loss, end)
     try:
         met = watchdog.await_answer(min(_MEETING_SECONDS, timeout / 2))
-        unmet = [rank for rank, (missed,) in enumerate(gather(comm, [not met], "watchdog.met")) if missed]
+        unmet = [rank for rank, missed in enumerate(gather_int(comm, not met, "watchdog.met")) if missed]
     except BaseException as error:
         watchdog.close(error)
         raise

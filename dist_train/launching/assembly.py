@@ -20,7 +20,7 @@ from dist_train.checkpoint.state import (
     shared_progress,
 )
 from dist_train.checkpoint.writer import CheckpointWriter
-from dist_train.cluster.communicator import Alone, Communicator, Generation, gather, run_on_all_ranks
+from dist_train.cluster.communicator import Alone, Communicator, Generation, gather_int, run_on_all_ranks
 from dist_train.cluster.devices import share_out_devices
 from dist_train.config import Config
 from dist_train.config.plugins import is_plugin
@@ -84,7 +84,7 @@ def assemble(
     total_steps = scheduled.steps(config.run.epochs)
 
     is_measured = config.metrics.enabled or bool(config.metrics.loggers)
-    is_measured = is_measured or any(count for (count,) in gather(comm, [len(session.more_observers)], "observers"))
+    is_measured = is_measured or any(gather_int(comm, len(session.more_observers), "observers"))
     measured_run = directory if is_measured and comm.rank == 0 else None
     state, progress, initial = _build_state(config, resume_point, comm, compute.device, epochs, scheduled, measured_run)
     has_clock = is_measured or config.batch.dealing == "measured"

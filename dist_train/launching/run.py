@@ -19,7 +19,7 @@ from dist_train.cluster.communicator import (
     RankLostError,
     await_on_all_ranks,
     broadcast_str,
-    gather,
+    gather_int,
     gather_str,
     run_on_all_ranks,
 )
@@ -170,7 +170,7 @@ class Regrouping:
                 self._take_over(trainer, lock)
             return True
 
-        while not all(done for (done,) in gather(comm, [take_over()], "take over the run directory")):
+        while not all(gather_int(comm, take_over(), "take over the run directory")):
             pass
         nodes = gather_str(comm, socket.gethostname(), "nodes")
         self.session.note_generation(nodes)
@@ -276,5 +276,5 @@ def _shared_config(comm: Communicator, config: Config) -> Config:
         config = with_setting(config, "metrics.targets_directory", folder.absolute())
     text = broadcast_str(comm, dump_config(config), "config")
     config = parse_config(yaml.safe_load(text), source="rank 0")
-    threads = min(threads for (threads,) in gather(comm, [share_of_threads(comm.local_size)], "threads"))
+    threads = min(gather_int(comm, share_of_threads(comm.local_size), "threads"))
     return with_setting(config, "precision.threads", threads) if config.precision.threads == "auto" else config

@@ -191,7 +191,7 @@ def test_ranks_that_are_lost_at_the_start_leave_no_watchdog_behind(monkeypatch: 
     def fail(*_: object) -> None:
         raise RankLostError("the group is broken")
 
-    monkeypatch.setattr(watchdog, "gather", fail)
+    monkeypatch.setattr(watchdog, "gather_int", fail)
     raised = on_ranks(2, start_member)
     assert [type(error) for error in raised] == [RankLostError, RankLostError]
     assert "watchdog" not in {thread.name for thread in threading.enumerate()}
