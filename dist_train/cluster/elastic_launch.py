@@ -7,7 +7,6 @@ processes of its own node with the code here.
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import os
 import secrets
@@ -21,6 +20,7 @@ from pathlib import Path
 from subprocess import Popen, SubprocessError
 from typing import TypeAlias
 
+from dist_train.cluster.heartbeats import is_loopback
 from dist_train.cluster.joined_launch import Entry, RemoteCoordinator
 from dist_train.cluster.launch import MEMBERSHIP_VARIABLE
 from dist_train.cluster.local_launch import SIGNALS, Ranks, blocked_signals, rank_environment, say, start_rank
@@ -98,7 +98,7 @@ def _admitting_others(server: MembershipServer, run: Path, launch: str) -> Itera
             f"{path} cannot be written: {error.strerror or error}; choose another folder by --run-dir",
             code="run-directory-unwritable",
         ) from error
-    if ipaddress.ip_address(host).is_loopback:
+    if is_loopback(host):
         say(f"only this machine can reach {host}")
     say(f"listens at {place}; other nodes join by: dist-train launch -np N --join {path}")
     server.nodes_changed = rewrite

@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from functools import cache
-from ipaddress import ip_address
 from typing import Any
 
 import torch
@@ -34,7 +33,7 @@ from dist_train.cluster.communicator import (
     run_on_all_ranks,
     signed_digest,
 )
-from dist_train.cluster.heartbeats import own_addresses
+from dist_train.cluster.heartbeats import is_loopback, own_addresses
 from dist_train.cluster.launch import Launch, StoreAddress
 from dist_train.outcome import UsageError
 
@@ -224,14 +223,14 @@ def _address_for_others(store: dist.Store, place: StoreAddress, size: int) -> st
     Empty if it does, and if there are no other nodes. All ranks must call this.
     """
     here, there = _route_to(place)
-    if here and not _is_loopback(here) and here != there:
+    if here and not is_loopback(here) and here != there:
         # On the store's node the route to it is within the node; the other nodes know its address.
         store.set("store_node", there)
     if store.add("met", 1) == size:
         store.set("all_met", "yes")
-    if os.environ.get(_INTERFACE) or not _is_loopback(_own_address()):
+    if os.environ.get(_INTERFACE) or not is_loopback(_own_address()):
         return ""
-    if here and not _is_loopback(here):
+    if here and not is_loopback(here):
         return here
     store.wait(["all_met"])
     return store.get("store_node").decode() if store.check(["store_node"]) else ""
@@ -252,10 +251,6 @@ def _own_address() -> str:
         return str(socket.getaddrinfo(socket.gethostname(), None)[0][4][0])
     except OSError:
         return "127.0.0.1"
-
-
-def _is_loopback(address: str) -> bool:
-    return ip_address(address).is_loopback
 
 
 def nccl_options(timeout: timedelta) -> Any:
