@@ -129,7 +129,8 @@ class ElasticCommunicator(TorchOperations):
 
     def open_counters(self) -> Counters:
         """Return counters that all ranks of the current generation share."""
-        return Counters() if self._group_store is None else _GenerationCounters(self, self._group_store)
+        # The rank that is lost may be the server of the store.
+        return Counters() if self._group_store is None else StoreCounters(self._group_store, self.run_while_whole)
 
     def close(self, error: BaseException | None = None) -> None:
         """Leave; the others continue without this rank if the `error` is its own."""
@@ -216,17 +217,6 @@ class ElasticCommunicator(TorchOperations):
         say_on_stderr(f"dist-train: {why}; this rank ends [rank-lost]")
         self._member.leave(f"failed: {why}")
         end_process()
-
-
-class _GenerationCounters(StoreCounters):
-    """Counters in the store of a generation, whose server may be the rank that is lost."""
-
-    def __init__(self, comm: ElasticCommunicator, store: dist.Store) -> None:
-        super().__init__(store)
-        self._comm = comm
-
-    def _call(self, function: Callable[[], Result], name: str) -> Result:
-        return self._comm.run_while_whole(function, name)
 
 
 @dataclass

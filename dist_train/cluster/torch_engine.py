@@ -48,24 +48,26 @@ _TORCH_WATCHDOGS = (
 """Variables that let torch react to a late NCCL operation."""
 
 
+def _use_store(function: Callable[[], Result], name: str) -> Result:
+    with naming_lost_ranks(RuntimeError, f"{name}: "):
+        return function()
+
+
 class StoreCounters(Counters):
     """Counters in a store that one of the ranks serves, whatever that rank computes meanwhile."""
 
-    def __init__(self, store: dist.Store) -> None:
+    def __init__(self, store: dist.Store, call: Callable[[Callable[[], Any], str], Any] = _use_store) -> None:
+        """`call(function, name)` returns `function()`, or raises RankLostError if the store's server is lost."""
         self._store = dist.PrefixStore("counters", store)
+        self._call = call
 
     def fetch_and_add(self, name: str) -> int:
         """Return the value of the counter `name`, and add 1 to it. Raises RankLostError."""
-        return self._call(lambda: self._store.add(name, 1), name) - 1
+        return int(self._call(lambda: self._store.add(name, 1), name)) - 1
 
     def delete(self, name: str) -> None:
         """Delete the counter `name`."""
         self._call(lambda: self._store.delete_key(name), name)
-
-    def _call(self, function: Callable[[], Result], name: str) -> Result:
-        """Return `function()`, which uses the store."""
-        with naming_lost_ranks(RuntimeError, f"{name}: "):
-            return function()
 
 
 def open_counters_at_rank_0(comm: Communicator) -> Counters:
