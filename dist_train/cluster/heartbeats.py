@@ -41,30 +41,19 @@ def resolve(name: str) -> str:
 
 def open_datagrams() -> socket.socket:
     """Return a non-blocking socket on a free port of every interface, IPv4 and, where the node has it, IPv6."""
-    opened: socket.socket | None = None
-    with suppress(OSError):  # IPv6 may be switched off
-        opened = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
-        opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        opened.bind(("::", 0))
-        return _configured(opened)
-    if opened is not None:
-        opened.close()
-    opened = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    opened.bind(("", 0))
-    return _configured(opened)
-
-
-def reachable_from(datagrams: socket.socket, address: str) -> str | None:
-    """Return `address` in the form that this socket takes; None for an IPv6 address on an IPv4 socket."""
-    if datagrams.family == socket.AF_INET6:
-        return address if ":" in address else f"::ffff:{address}"
-    return None if ":" in address else address
-
-
-def _configured(datagrams: socket.socket) -> socket.socket:
+    both = socket.has_dualstack_ipv6()
+    datagrams = socket.socket(socket.AF_INET6 if both else socket.AF_INET, socket.SOCK_DGRAM)
+    if both:
+        datagrams.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    datagrams.bind(("", 0))
     datagrams.setblocking(False)
     datagrams.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)
     return datagrams
+
+
+def reachable_from(datagrams: socket.socket, address: str) -> str:
+    """Return `address` in the form that this socket takes; one of IPv4 alone reaches no IPv6 address."""
+    return address if ":" in address or datagrams.family == socket.AF_INET else f"::ffff:{address}"
 
 
 def interface_addresses() -> dict[str, str]:

@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 
 from dist_train.cluster.communicator import Communicator, RankLostError, broadcast_str, gather_int
 from dist_train.cluster.heartbeats import (
@@ -55,33 +56,25 @@ _REPORT_SECONDS = 5.0  # time to write the message and the status, which can han
 _logger = logging.getLogger("dist_train.cluster")
 
 
+@dataclass(eq=False)
 class Watchdog:
     """Watches the other ranks until `close`; a context manager.
 
     Sends heartbeats; when a rank is lost, reports it, calls `on_loss(message)` and ends the process by `end`.
     """
 
-    def __init__(
-        self,
-        comm: Communicator,
-        token: bytes,
-        paths: Sequence[Address | None],
-        datagrams: socket.socket,
-        timeout: float,
-        on_loss: Callable[[str], None],
-        end: Callable[[], None],
-    ) -> None:
-        """`paths`: rank 0's addresses in the form that the socket `datagrams` takes."""
-        self._rank, self._size = comm.rank, comm.size
-        self._is_first = comm.rank == 0  # all others send it heartbeats
-        self._token = token
-        self._paths = paths
-        self._datagrams = datagrams
-        self._timeout = timeout
-        self._beat = min(_LONGEST_BEAT, timeout / BEATS_IN_TIMEOUT)
-        self._on_loss = on_loss
-        self._end = end
-        self._monitor = HeartbeatMonitor(timeout=timeout, beat=self._beat, now=time.monotonic())
+    comm: Communicator
+    token: bytes
+    paths: Sequence[Address]  # rank 0's addresses in the form that the socket `datagrams` takes
+    datagrams: socket.socket
+    timeout: float
+    on_loss: Callable[[str], None]
+    end: Callable[[], None]
+
+    def __post_init__(self) -> None:
+        self._is_first = self.comm.rank == 0  # all others send it heartbeats
+        self._beat = min(_LONGEST_BEAT, self.timeout / BEATS_IN_TIMEOUT)
+        self._monitor = HeartbeatMonitor(timeout=self.timeout, beat=self._beat, now=time.monotonic())
         self._peers: dict[int, str] = {}
         self._addresses: dict[int, Address] = {}
         self._path: int | None = None
@@ -128,7 +121,7 @@ class Watchdog:
         self._parting = Kind.FAIL if fails else Kind.LEAVE
         os.eventfd_write(self._wake, 1)
         self._thread.join()
-        self._datagrams.close()
+        self.datagrams.close()
         os.close(self._wake)
 
     def __enter__(self) -> Watchdog:
@@ -139,7 +132,7 @@ class Watchdog:
 
     def _run(self) -> None:
         with selectors.DefaultSelector() as selector:
-            selector.register(self._datagrams, selectors.EVENT_READ)
+            selector.register(self.datagrams, selectors.EVENT_READ)
             selector.register(self._wake, selectors.EVENT_READ)
             self._watch(selector)
             if self._parting is not None:
@@ -156,35 +149,35 @@ class Watchdog:
                 os.eventfd_read(self._wake)
             self._receive()
             self._probe_peers()
-            message, is_found = self._loss_from_rank_0, False
+            message = self._loss_from_rank_0
             now = time.monotonic()
             if message is None and now >= due:
                 due = now + self._send_beat(now)
-                message, is_found = self._loss(now), True
+                message = self._loss(now)
             if message is not None and self._parting is None:
-                self._end_run(message, is_found)
+                self._end_run(message)
                 return
 
-    def _end_run(self, message: str, is_found: bool) -> None:
-        """Report the loss, which this rank has found itself or rank 0 has reported, and end this process."""
-        reporting = threading.Thread(target=self._report, args=(message, is_found), daemon=True)
+    def _end_run(self, message: str) -> None:
+        """Report the loss, and end this process."""
+        reporting = threading.Thread(target=self._report, args=(message,), daemon=True)
         reporting.start()
         reporting.join(_REPORT_SECONDS)
         if self._is_first:  # which alone can reach the others
             for rank in self._monitor.present:
                 self._send(Datagram(Kind.LOST, 0, text=message), self._addresses[rank])
-        self._end()
+        self.end()
 
-    def _report(self, message: str, is_found: bool) -> None:
-        if is_found:
+    def _report(self, message: str) -> None:
+        if self._loss_from_rank_0 is None:  # otherwise rank 0 prints it
             say_on_stderr(f"dist-train: {escaped(message)} [{RankLostError.code}]")
-        self._on_loss(message)
+        self.on_loss(message)
         sys.stdout.flush()
         sys.stderr.flush()
 
     def _receive_pause(self) -> float:
         """Return the seconds to wait before receiving again: none until the ranks have found each other."""
-        have_met = len(self._peers) == self._size - 1 if self._is_first else self._path is not None
+        have_met = len(self._peers) == self.comm.size - 1 if self._is_first else self._path is not None
         return _RECEIVE_PAUSE_SECONDS if have_met else 0.0
 
     def _send_beat(self, now: float) -> float:
@@ -199,17 +192,17 @@ class Watchdog:
             silent = self._monitor.silent(now)
             past_deadline = self._monitor.past_deadline(now)
         if silent:
-            return loss_message(silent, self._peers, self._timeout)
+            return loss_message(silent, self._peers, self.timeout)
         if past_deadline is not None:
-            return deadline_message(past_deadline, self._peers, self._timeout)
+            return deadline_message(past_deadline, self._peers, self.timeout)
         return None
 
     def _send_to_rank_0(self, kind: Kind, now: float) -> None:
         """Send to the address where rank 0 has answered, or else to all its addresses."""
         searching = self._is_searching(now)
-        for number, path in enumerate(self._paths):
-            if path is not None and (searching or number == self._path):
-                self._send(Datagram(kind, self._rank, number, self._node_and_process), path)
+        for number, path in enumerate(self.paths):
+            if searching or number == self._path:
+                self._send(Datagram(kind, self.comm.rank, number, self._node_and_process), path)
 
     def _probe_peers(self) -> None:
         if not self._is_probing:
@@ -225,11 +218,11 @@ class Watchdog:
         with self._changed:
             while True:
                 try:
-                    data, source = self._datagrams.recvfrom(LARGEST)
+                    data, source = self.datagrams.recvfrom(LARGEST)
                 except BlockingIOError:
                     break
-                datagram = decode(self._token, data)
-                if datagram is not None and datagram.rank < self._size:
+                datagram = decode(self.token, data)
+                if datagram is not None and datagram.rank < self.comm.size:
                     self._handle(datagram, source[:2])
             self._changed.notify_all()
 
@@ -243,7 +236,7 @@ class Watchdog:
                 self._addresses[rank] = source
                 self._send(Datagram(Kind.ANSWER, 0, datagram.path, self._node_and_process), source)
             case Kind.ANSWER:
-                if self._is_searching(now) and datagram.path < len(self._paths):
+                if self._is_searching(now) and datagram.path < len(self.paths):
                     self._path = datagram.path
                 self._answered_at = now
                 self._hear(datagram, now)
@@ -255,7 +248,7 @@ class Watchdog:
                     self._monitor.fail(rank, now)
                 else:
                     self._monitor.leave(rank)
-                self._send(Datagram(Kind.FAREWELL, self._rank), source)
+                self._send(Datagram(Kind.FAREWELL, self.comm.rank), source)
             case Kind.FAREWELL:
                 self._monitor.leave(rank)
             case Kind.LOST:
@@ -286,7 +279,7 @@ class Watchdog:
 
     def _send(self, datagram: Datagram, address: Address) -> None:
         with suppress(OSError):  # the same as a datagram lost on the way: the next beat or the timeout decides
-            self._datagrams.sendto(encode(self._token, datagram), address)
+            self.datagrams.sendto(encode(self.token, datagram), address)
 
 
 def start_watchdog(
@@ -302,8 +295,7 @@ def start_watchdog(
     datagrams = open_datagrams()
     own_place = json.dumps([secrets.token_hex(TOKEN_BYTES), datagrams.getsockname()[1], own_addresses()])
     token, port, addresses = json.loads(broadcast_str(comm, own_place, "watchdog.address"))
-    reachable = (reachable_from(datagrams, address) for address in addresses)
-    paths = [None if address is None else (address, port) for address in reachable]
+    paths = [(reachable_from(datagrams, address), port) for address in addresses]
     watchdog = Watchdog(comm, bytes.fromhex(token), paths, datagrams, timeout, on_loss, end)
     try:
         met = watchdog.await_answer(min(_MEETING_SECONDS, timeout / 2))

@@ -230,21 +230,19 @@ def test_rank_0_is_reachable_at_each_of_its_addresses() -> None:
     assert addresses[-1] in ("127.0.0.1", "::1", "127.0.1.1"), json.dumps(addresses)
     for address in addresses:
         with closing(open_datagrams()) as here, closing(open_datagrams()) as there:
-            path = reachable_from(there, address)
-            if path is None:
+            if ":" in address and there.family == socket.AF_INET:
                 continue
             here.setblocking(True)
             here.settimeout(PATIENCE)
-            there.sendto(b"found", (path, here.getsockname()[1]))
+            there.sendto(b"found", (reachable_from(there, address), here.getsockname()[1]))
             assert here.recv(10) == b"found"
 
 
 def test_addresses_are_tried_until_one_answers() -> None:
     first = open_datagrams()
     port = first.getsockname()[1]
-    local = reachable_from(first, "127.0.0.1")
     second = open_datagrams()
-    paths = ((reachable_from(second, "192.0.2.77") or "", port), None, (local or "", port))
+    paths = [(reachable_from(second, address), port) for address in ("192.0.2.77", "fd00::77", "127.0.0.1")]
     lost: list[str] = []
     watches = [
         Watchdog(_Rank(0), TOKEN, (), first, TIMEOUT, lost.append, print),
