@@ -223,8 +223,7 @@ class MembershipServer:
     def _admit_node(self, peer_id: int, node: JoinedNode, challenge: str) -> None:
         proof = answer_of_coordinator(self.token, challenge)
         self._server.send(peer_id, {"kind": "known", "proof": proof, "timeout": self.timeout})
-        why = "the run has ended" if self.state.is_over or self.state.has_ended else ""
-        if why := why or self._refusal(node.wanted):
+        if why := self._refusal(node.wanted):
             self.say(f"{node.name} may not join: {why}")
             self._server.send(peer_id, {"kind": "refused", "why": why})
             self._server.drop(peer_id)
@@ -233,7 +232,9 @@ class MembershipServer:
         self._note_nodes()
 
     def _refusal(self, wanted: int) -> str:
-        """Return why `wanted` more ranks are too many; empty if they are not."""
+        """Return why a launcher with `wanted` more ranks may not join; empty if it may."""
+        if self.state.is_over or self.state.has_ended:
+            return "the run has ended"
         running_or_waiting = (node for node in self._nodes.values() if node.processes or not node.slots)
         free = self.limits.max_ranks - self._here - sum(node.processes or node.wanted for node in running_or_waiting)
         if wanted <= free:
