@@ -68,7 +68,7 @@ def examine(config: Config, data_named: bool) -> tuple[Check, ...]:
     torch = check_torch()
     if torch.state == "fails":  # nothing else can be checked without it
         return python, torch
-    data = (*check_configuration(config), check_data(config)) if data_named else check_known_data()
+    data = (check_configuration(config), check_data(config.data)) if data_named else check_known_data()
     return (
         python,
         torch,
@@ -157,6 +157,7 @@ def check_devices(asked: Device) -> Check:
 
 def check_horovod(asked: Device) -> Check:
     """Check that Horovod loads, and that its build suits the ranks' devices if run.device is `asked`."""
+    from dist_train.cluster.devices import torch_gpus
     from dist_train.cluster.inspection import horovod_build, installed_version
     from dist_train.cluster.launch import is_installed
 
@@ -170,13 +171,9 @@ def check_horovod(asked: Device) -> Check:
     detail = f"{installed_version('horovod')}, built with {listed or 'nothing'}"
     if not (build["MPI"] or build["Gloo"]):
         return Check("Horovod", "note", detail, rebuild)
-    if not build["NCCL"] and asked != "cpu":
-        from dist_train.cluster.devices import torch_gpus
-
-        found = torch_gpus()
-        if found.built_for:
-            how = "set comm.engine=torch for several ranks on GPUs, or rm -r .venv, then make setup"
-            return Check("Horovod", "note", f"{detail}: without NCCL it carries one rank on GPUs, no more", how)
+    if not build["NCCL"] and asked != "cpu" and torch_gpus().built_for:
+        how = "set comm.engine=torch for several ranks on GPUs, or rm -r .venv, then make setup"
+        return Check("Horovod", "note", f"{detail}: without NCCL it carries one rank on GPUs, no more", how)
     if not (build["MPI"] and build["Gloo"]):
         return Check("Horovod", "note", f"{detail} only", rebuild)
     return Check("Horovod", "fine", detail)
@@ -263,27 +260,28 @@ def check_nodes(survey: Survey) -> tuple[Check, ...]:
     return tuple(checks)
 
 
-def check_data(config: Config) -> Check:
-    """Check that the files of the configured data set exist; nothing is decoded."""
-    name = config.data.name
-    missing = _missing_data(config.data)
-    if missing is None:
-        return Check("data", "fine", f"{name} is here")
-    if config.data.download and config.data.data_set.can_download:
-        return Check("data", "note", f"{name} is not here; data.download fetches it when the run begins")
-    return Check("data", "fails", *missing)
+def check_data(settings: DataSettings) -> Check:
+    """Check that the files of a data set exist; nothing is decoded."""
+    from dist_train.data.catalog import find_data
+
+    try:
+        find_data(settings)
+    except UsageError as error:
+        if settings.download and settings.data_set.can_download:
+            return Check("data", "note", f"{settings.name} is not here; data.download fetches it when the run begins")
+        detail, _, fix = str(error).partition(". ")
+        return Check("data", "fails", detail, fix or "name the folder by data.root")
+    return Check("data", "fine", f"{settings.name} is here")
 
 
 def check_known_data() -> tuple[Check, ...]:
     """Report which data sets are in their default places; synthetic data need none."""
-    checks = []
-    for name in ("fashion-mnist", "cifar10", "cifar100"):
-        missing = _missing_data(DataSettings.model_validate({"name": name}))
-        checks.append(Check("data", "note", *missing) if missing else Check("data", "fine", f"{name} is here"))
-    return tuple(checks)
+    names = ("fashion-mnist", "cifar10", "cifar100")
+    checks = (check_data(DataSettings.model_validate({"name": name})) for name in names)
+    return tuple(replace(check, state="note") if check.state == "fails" else check for check in checks)
 
 
-def check_configuration(config: Config) -> tuple[Check, ...]:
+def check_configuration(config: Config) -> Check:
     """Check everything else that `train` refuses before its first step."""
     from dist_train.launching.preflight import check_batches, check_metrics
 
@@ -291,8 +289,8 @@ def check_configuration(config: Config) -> tuple[Check, ...]:
         check_metrics(config)
         check_batches(config)
     except UsageError as error:
-        return (Check("configuration", "fails", str(error), "dist-train config check lists all problems"),)
-    return (Check("configuration", "fine", "nothing in it is refused"),)
+        return Check("configuration", "fails", str(error), "dist-train config check lists all problems")
+    return Check("configuration", "fine", "nothing in it is refused")
 
 
 def check_metrics_port(config: Config) -> Check:
@@ -345,15 +343,3 @@ def check_cache(*, is_needed: bool) -> Check:
         state: State = "fails" if is_needed else "note"
         return replace(check, state=state, fix="choose another place: DIST_TRAIN_CACHE=FOLDER")
     return check
-
-
-def _missing_data(settings: DataSettings) -> tuple[str, str] | None:
-    """Return what a data set lacks, and how to fix it; None if it is complete."""
-    from dist_train.data.catalog import find_data
-
-    try:
-        find_data(settings)
-    except UsageError as error:
-        detail, _, fix = str(error).partition(". ")
-        return (detail, fix) if fix else (detail, "name the folder by data.root")
-    return None

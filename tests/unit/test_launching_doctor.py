@@ -74,14 +74,14 @@ def test_data_that_the_configuration_names_must_be_there(tmp_path: Path, capsys:
 
 def test_an_image_folder_that_is_not_there_fails(tmp_path: Path) -> None:
     named = {"name": "imagefolder", "classes": 2, "root": str(tmp_path / "nowhere")}
-    check = doctor.check_data(settings(data=named))
+    check = doctor.check_data(settings(data=named).data)
     assert (check.state, bool(check.fix)) == ("fails", True)
 
 
 def test_settings_that_train_refuses_fail() -> None:
-    (check,) = doctor.check_configuration(settings(data={"name": "synthetic", "synthetic_samples": 100}))
+    check = doctor.check_configuration(settings(data={"name": "synthetic", "synthetic_samples": 100}))
     assert (check.state, bool(check.fix)) == ("fails", True)
-    (check,) = doctor.check_configuration(settings(data={"name": "synthetic"}, batch={"global_size": 100}))
+    check = doctor.check_configuration(settings(data={"name": "synthetic"}, batch={"global_size": 100}))
     assert check.state == "fine"
 
 
@@ -97,12 +97,12 @@ def test_json_is_one_document(capsys: pytest.CaptureFixture[str]) -> None:
 def test_data_in_the_named_folder_are_found(tmp_path: Path) -> None:
     for split in ("train", "test"):
         write_fashion_mnist(tmp_path, split)
-    check = doctor.check_data(settings(data={"name": "fashion-mnist", "root": str(tmp_path)}))
+    check = doctor.check_data(settings(data={"name": "fashion-mnist", "root": str(tmp_path)}).data)
     assert check.state == "fine"
 
 
 def test_data_that_the_run_will_fetch_are_no_fault(tmp_path: Path) -> None:
-    check = doctor.check_data(settings(data={"name": "cifar100", "root": str(tmp_path), "download": True}))
+    check = doctor.check_data(settings(data={"name": "cifar100", "root": str(tmp_path), "download": True}).data)
     assert check.state == "note"
 
 
