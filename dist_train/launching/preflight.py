@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -19,30 +19,25 @@ from dist_train.rundir.paths import RunDirectory
 
 def check_launch(config: Config, directory: RunDirectory) -> None:
     """Raise UsageError if a launch in `directory` is refused; an existing run's checkpoint and data are read later."""
-    for check, is_due in _checks(config, directory):
-        if is_due():
-            check(config)
+    check_metrics(config)
+    check_batches(config)
+    if not directory.root.exists():  # a refused start leaves none
+        check_sources(config, directory)
+        # many images take long to list, which is done when they are read
+        if config.data.name != "imagefolder" or not config.data.folder.is_dir():
+            check_data(config)
 
 
 def refusals(config: Config, directory: Path | None = None) -> Iterator[UsageError]:
     """Yield every reason why `train` would refuse `config` here, in `directory` (default: that of the settings)."""
-    for check, _ in _checks(config, RunDirectory(directory or config.run_directory)):
+    run = RunDirectory(directory or config.run_directory)
+    for check in (check_metrics, check_batches, partial(check_sources, directory=run), check_data):
         try:
             check(config)
         except UsageError as error:
             yield error
         except PermissionError as error:
             yield UsageError(f"{error.filename} may not be read", code="permission-denied")
-
-
-def _checks(config: Config, directory: RunDirectory) -> Iterator[tuple[Callable[[Config], None], Callable[[], bool]]]:
-    """Yield all checks, and whether a launch makes them before it makes the run directory."""
-    is_new = not directory.root.exists()  # a refused start leaves none
-    yield check_metrics, lambda: True
-    yield check_batches, lambda: True
-    yield partial(check_sources, directory=directory), lambda: is_new
-    # many images take long to list, which is done when they are read
-    yield check_data, lambda: is_new and (config.data.name != "imagefolder" or not config.data.folder.is_dir())
 
 
 def check_metrics(config: Config) -> None:
