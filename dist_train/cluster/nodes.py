@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -109,7 +110,11 @@ def survey_nodes(directory: Path, environment: Mapping[str, str] = os.environ) -
             limit = _ANSWER_SECONDS + len(nodes)
             output, errors = _output(_command(nodes, folder, environment), limit)
             ended = time.time()
-    by_node = {report.node: report for line in output.splitlines() if (report := _parse(line)) is not None}
+    by_node: dict[str, NodeReport] = {}
+    for line in output.splitlines():
+        with suppress(ValueError, TypeError):  # of a line that srun, or the node's shell, has printed
+            report = NodeReport(**json.loads(line))
+            by_node[report.node] = report
     reports = tuple(by_node[node] for node in nodes if node in by_node)
     shared, interface = _shared_addresses(reports)
     requested = environment.get(INTERFACE_VARIABLE, "")
@@ -192,13 +197,6 @@ def _output(command: Sequence[str], seconds: float) -> tuple[str, str]:
     return process.communicate()
 
 
-def _parse(line: str) -> NodeReport | None:
-    try:
-        return NodeReport(**json.loads(line))
-    except (ValueError, TypeError):
-        return None
-
-
 def _missing(nodes: Sequence[str], by_node: Mapping[str, NodeReport], errors: str, limit: float) -> Iterator[Fault]:
     if missing := tuple(node for node in nodes if node not in by_node):
         # a process that does not answer yet dies of the signal that ends the survey
@@ -240,27 +238,24 @@ def _differences(reports: Sequence[NodeReport], begun: float, ended: float, requ
 
 def _shared_addresses(reports: Sequence[NodeReport]) -> tuple[list[Fault], str]:
     """Return a fault for each address that several nodes share, and, if there is any, an interface that all can use."""
-    shared: dict[str, list[str]] = {}
-    for name in dict.fromkeys(name for report in reports for name in report.addresses):
-        by_address: dict[str, list[str]] = {}
-        for report in reports:
-            if name in report.addresses:
-                by_address.setdefault(report.addresses[name], []).append(report.node)
-        for address, nodes in by_address.items():
-            if len(nodes) > 1:
-                shared[f"{name} has the same address on all of them, {address}"] = nodes
+    owners: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
+    for report in reports:
+        for place in report.addresses.items():
+            owners[place].append(report.node)
+    shared = {place: nodes for place, nodes in owners.items() if len(nodes) > 1}
     if not shared:
         return [], ""
-    usable = [
-        name
-        for name in (reports[0].addresses if reports else ())
-        if len({report.addresses.get(name, "") for report in reports} - {""}) == len(reports)
-    ]
+    different = Counter(name for name, _ in owners)  # addresses of each interface
+    usable = [name for name, count in different.items() if count == len(reports)]
     # prefer the one that the nodes' names resolve to: Gloo uses it by default
     named = [name for name in usable if all(report.addresses[name] == report.own_address for report in reports)]
     chosen = next(iter((*named, *usable)), "")
     fix = f"set {INTERFACE_VARIABLE}={chosen or 'an interface with an address of its own on each node'}"
-    return [Fault(tuple(nodes), text, fix, is_fatal=False) for text, nodes in shared.items()], chosen
+    faults = [
+        Fault(tuple(nodes), f"{name} has the same address on all of them, {address}", fix, is_fatal=False)
+        for (name, address), nodes in shared.items()
+    ]
+    return faults, chosen
 
 
 def _unreachable(reports: Sequence[NodeReport], interface: str, requested: str) -> Iterator[Fault]:
