@@ -53,9 +53,8 @@ class MessageConnection:
 
     def messages(self) -> Iterator[Mapping[str, Any]]:
         """Yield the messages that have been received whole, each once."""
-        *lines, self._received = self._received.split(b"\n")
-        for line in lines:
-            yield json.loads(line)
+        while b"\n" in self._received:
+            yield self.next_message()
 
     def next_message(self) -> Mapping[str, Any]:
         """Wait for a message and return it. Raises OSError as `receive` does, ValueError if it is not a message."""
