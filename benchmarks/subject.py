@@ -44,7 +44,7 @@ def open_trainer(config: Config, comm: Communicator, directory: Path) -> Trainer
     run = RunDirectory(directory)
     run.create()
     session = Session(run, comm, build_observers(config.metrics, run, comm.rank))
-    trainer = assemble(config, ResumePoint(config), session, StopRequests())
+    trainer = assemble(ResumePoint(config), session, StopRequests())
     session.trainer = trainer
     session.begin(ResumePoint(config))
     return trainer

@@ -58,7 +58,6 @@ _TRIED_STEPS = 100  # of a run, to find where the noise is strongest
 
 
 def assemble(
-    config: Config,
     resume_point: ResumePoint,
     session: Session,
     stop: StopRequests,
@@ -66,15 +65,16 @@ def assemble(
     given: Config | None = None,
     regroup: Callable[[Trainer, Generation], None] = lambda trainer, generation: None,
 ) -> Trainer:
-    """Build the trainer of `config`, at the beginning or where the checkpoint of rank 0's `resume_point` left off.
+    """Build the trainer of a run, at the beginning or where the checkpoint of rank 0's `resume_point` left off.
 
+    `resume_point`: with the same settings on all ranks.
     `given`: the settings before any was decided, by which ranks that join are compared, and `auto` may shrink.
 
     Raises UsageError if the device, the data, the model or the batch do not fit, or the checkpoint is from another
     model or from a run that cannot be lengthened yet.
     """
     directory, comm = session.directory, session.comm
-    config, compute = _set_up_device(config, comm)
+    config, compute = _set_up_device(resume_point.config, comm)
     open_data = partial(open_splits, config.data, config.run.seed, compute.device, config.precision.channels_last)
     splits = run_on_all_ranks(comm, open_data, "load the data")
     check_same_data(comm, splits.identity, config.data.name)

@@ -6,7 +6,7 @@ import logging
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -90,27 +90,27 @@ def train(config: Config, run_directory: Path | str | None = None, observers: Se
         comm, watchdog = _meet(config, stack, lose)
         lock = None
         if comm.is_joining:
-            resume_point = _join(directory)
-            settled, run_id = resume_point.config, directory.run_id()
+            resume_point, run_id = _join(directory), directory.run_id()
         else:
             if lock := _lock(config, directory, comm):
                 stack.callback(lock.release)
             find = partial(_find_resume_point, config, directory, comm)
             resume_point = run_on_all_ranks(comm, find, "open the run directory")
-            settled = _shared_config(comm, resume_point.config)
+            resume_point = replace(resume_point, config=_shared_config(comm, resume_point.config))
             run_id = broadcast_str(comm, directory.run_id() if comm.rank == 0 else "", "run id")
-        open_loggers = partial(build_observers, settled.metrics, directory, comm.rank, observers)
+        metrics = resume_point.config.metrics
+        open_loggers = partial(build_observers, metrics, directory, comm.rank, observers)
         opened = run_on_all_ranks(comm, open_loggers, "open its loggers")
         session = Session(directory, comm, opened, lock, run_id, observers)
         regroup = Regrouping(session, stack)
         if not comm.is_joining:
             regroup.open_logs(comm.rank)
-        if comm.rank == 0 and settled.metrics.enabled:
-            for warning in access_warnings(settled.metrics):
+        if comm.rank == 0 and metrics.enabled:
+            for warning in access_warnings(metrics):
                 _logger.warning("%s", warning)
         try:
             with without_collection():
-                trainer = assemble(settled, resume_point, session, stop, given=config, regroup=regroup)
+                trainer = assemble(resume_point, session, stop, given=config, regroup=regroup)
             stack.callback(trainer.close)
             session.trainer = trainer
             if not comm.is_joining:

@@ -60,7 +60,7 @@ def build_trainer(
     if comm.rank == 0:
         directory.create()
     session = Session(directory, comm, Observers(observers))
-    return assemble(config, ResumePoint(config, contents), session, StopRequests())
+    return assemble(ResumePoint(config, contents), session, StopRequests())
 
 
 def state_of(network: nn.Module, weights: FlatWeights, optimizer: Optimizer) -> TrainState:

@@ -95,7 +95,7 @@ def begun(
     contents = newest_whole(directory.checkpoints, lambda path, text: None) if going_on else None
     session = Session(directory, comm, Observers([told]))
     resume_point = ResumePoint(config, contents)
-    trainer = assemble(config, resume_point, session, StopRequests())
+    trainer = assemble(resume_point, session, StopRequests())
     session.trainer = trainer
     session.begin(resume_point)
     return session, told
@@ -470,7 +470,7 @@ def test_a_loss_right_after_a_takeover_loses_no_record_of_the_former_rank_0(tmp_
         comm.is_elastic = True
         opened = build_observers(small_config().metrics, directory, comm.rank)
         session = Session(directory, comm, opened, more_observers=[own])
-        trainer = assemble(small_config(), ResumePoint(small_config()), session, StopRequests())
+        trainer = assemble(ResumePoint(small_config()), session, StopRequests())
         if comm.rank == 0:
             session.finish()
         comm.barrier()  # a rank takes over once rank 0 has ended
@@ -509,7 +509,7 @@ def test_a_rank_that_cannot_take_over_fails_alone(
 
     def regroup(comm: SimulatedRanks) -> None:
         session = Session(directory, comm, Observers())
-        trainer = assemble(small_config(), ResumePoint(small_config()), session, StopRequests())
+        trainer = assemble(ResumePoint(small_config()), session, StopRequests())
         trainer.saving.writer = None
         with ExitStack() as stack:
             Regrouping(session, stack)(trainer, generation)

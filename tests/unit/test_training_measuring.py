@@ -162,7 +162,7 @@ def test_all_ranks_measure_if_rank_0_alone_has_observers_of_its_own(tmp_path: Pa
     def measured(comm: SimulatedRanks) -> int:
         observers = [Distances()] if comm.rank == 0 else []
         session = Session(directory, comm, Observers(observers), more_observers=observers)
-        trainer = assemble(config, ResumePoint(config), session, StopRequests())
+        trainer = assemble(ResumePoint(config), session, StopRequests())
         trainer.run()
         return comm.names.count("measurements")
 
