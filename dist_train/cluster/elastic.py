@@ -284,10 +284,9 @@ def _naming_breaks(operation: str) -> Iterator[None]:
 class DeviceGroup:
     """A group that `connect` makes and `abort` ends; each at most once, in any order, from any thread."""
 
-    def __init__(self, make: Callable[[], Any], end: Callable[[Any], None] = abort_nccl) -> None:
-        """`make` returns the process group, `end` aborts it; both may take long."""
+    def __init__(self, make: Callable[[], Any]) -> None:
+        """`make` returns the process group, and may take long."""
         self._make = make
-        self._end = end
         self._lock = threading.Lock()
         self._group: Any = None
         self.is_over = False  # whether an abort has begun: what completes after that may have a wrong result
@@ -304,7 +303,7 @@ class DeviceGroup:
             if not is_late:
                 self._group = made.pop()
         if is_late:
-            self._end(made.pop())
+            abort_nccl(made.pop())
             raise RuntimeError("the group was aborted while it was made")
         # What training in an earlier generation has left in torch's cache, NCCL cannot use.
         torch.cuda.empty_cache()
@@ -339,7 +338,7 @@ class DeviceGroup:
 
         def end() -> None:
             with suppress(RuntimeError):  # it was broken already
-                self._end(aborted[0])
+                abort_nccl(aborted[0])
             self._is_aborted.set()
             # Not before: the group's end joins torch's watchdog, which sleeps a minute or more if it saw NCCL fail.
             aborted.clear()

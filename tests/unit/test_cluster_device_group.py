@@ -137,10 +137,11 @@ def test_what_is_made_after_the_abort_is_aborted_too() -> None:
 def test_an_abort_that_hangs_is_not_waited_for() -> None:
     released = threading.Event()
 
-    def end(group: Group) -> None:
-        released.wait(PATIENCE)
+    class Hanging(Group):
+        def abort(self) -> None:
+            released.wait(PATIENCE)
 
-    group = DeviceGroup(Group, end)
+    group = DeviceGroup(Hanging)
     group.connect(CPU)
     group.abort()
     assert not group.await_end(0.05)
