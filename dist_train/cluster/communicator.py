@@ -49,14 +49,15 @@ def refuse_full_gpu(error: Exception) -> None:
 
 
 @contextmanager
-def naming_lost_ranks(kind: type[Exception], operation: str = "") -> Iterator[None]:
-    """Raise RankLostError, or UsageError if the GPU is full, in place of the engine's `kind` of error in the block."""
+def naming_lost_ranks(operation: str = "") -> Iterator[None]:
+    """Raise RankLostError, or UsageError if the GPU is full, in place of an engine's RuntimeError in the block."""
     try:
         yield
-    except kind as error:
+    except RuntimeError as error:  # HorovodInternalError is one, too
         refuse_full_gpu(error)
+        where = f"{operation}: " if operation else ""
         text = " ".join(str(error).split())
-        raise RankLostError(f"a rank was lost, so the others stop: {operation}{text}") from error
+        raise RankLostError(f"a rank was lost, so the others stop: {where}{text}") from error
 
 
 @dataclass(frozen=True)
@@ -82,15 +83,14 @@ class Pending:
 
 @dataclass(frozen=True)
 class Operation(Pending):
-    """An engine's operation, which `finish` ends; an error of the type `rank_lost` means that a rank was lost."""
+    """An engine's operation, which `finish` ends; a RuntimeError means that a rank was lost."""
 
     finish: Callable[[], object]
-    rank_lost: type[Exception]
     name: str = ""
 
     def wait(self) -> None:
         """Call `finish`; on a GPU, the current stream then waits for the result."""
-        with naming_lost_ranks(self.rank_lost, self.name):
+        with naming_lost_ranks(self.name):
             self.finish()
 
 

@@ -25,13 +25,11 @@ class HorovodCommunicator(Communicator):
             os.environ.setdefault("HOROVOD_TIMELINE", "DYNAMIC")
         try:
             import horovod.torch as hvd
-            from horovod.common.exceptions import HorovodInternalError
         except ImportError as error:
             raise UsageError(
                 f"Horovod cannot be loaded ({error}): run make setup, or see dist-train doctor", code="horovod-missing"
             ) from error
         self._hvd = hvd
-        self._rank_lost = HorovodInternalError
         self._counters: Counters | None = None
         hvd.init()
         if hvd.size() != launch.size:
@@ -86,8 +84,8 @@ class HorovodCommunicator(Communicator):
         self._hvd.shutdown()
 
     def _start(self, operation: Callable[[], int]) -> Pending:
-        with naming_lost_ranks(self._rank_lost):
-            return Operation(partial(self._hvd.synchronize, operation()), self._rank_lost)
+        with naming_lost_ranks():
+            return Operation(partial(self._hvd.synchronize, operation()))
 
 
 def _timeline_is_ours() -> bool:

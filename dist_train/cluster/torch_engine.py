@@ -49,7 +49,7 @@ _TORCH_WATCHDOGS = (
 
 
 def _use_store(function: Callable[[], Result], name: str) -> Result:
-    with naming_lost_ranks(RuntimeError, f"{name}: "):
+    with naming_lost_ranks(name):
         return function()
 
 
@@ -133,7 +133,7 @@ class TorchCommunicator(TorchOperations):
         operation_timeout = timedelta(seconds=max(60.0, 3 * timeout))
         self._device: dist.ProcessGroupNCCL | None = None
         # A rank may be lost while the others meet, and with rank 0 the store.
-        with naming_lost_ranks(RuntimeError, "meeting: "):
+        with naming_lost_ranks("meeting"):
             # All ranks may join several times: the keys of an earlier group must not be taken for those of this one.
             group = store.add(f"groups of rank {self.rank}", 1)
             store = self._store = dist.PrefixStore(f"group {group}", store)
@@ -166,9 +166,9 @@ class TorchCommunicator(TorchOperations):
             self._host = None
 
     def _start(self, tensor: torch.Tensor, operation: Callable[[Any], Any], name: str) -> Pending:
-        with naming_lost_ranks(RuntimeError, f"{name}: "):
+        with naming_lost_ranks(name):
             work = operation(self._device if tensor.is_cuda else self._host)
-        return Operation(work.wait, RuntimeError, f"{name}: ")
+        return Operation(work.wait, name)
 
 
 def sum_options() -> Any:
