@@ -163,6 +163,8 @@ def _run_ranks(local: LocalProcesses, coordinator: Coordinator, restarts: int, r
 class _ElasticRanks(Ranks):
     """The launcher's processes by index; the process of an index is replaced when it is restarted."""
 
+    _others_continue = True  # and the coordinator expels those that hang
+
     def __init__(
         self, local: LocalProcesses, mask: set[int | signal.Signals], coordinator: Coordinator, restarts: int
     ) -> None:
@@ -239,9 +241,6 @@ class _ElasticRanks(Ranks):
 
     def _name(self, rank: int) -> str:
         return f"a rank (process {self._processes[rank].pid})"
-
-    def _limit_time_after_failure(self) -> None:
-        """Do nothing: the others continue, and the coordinator expels ranks that hang."""
 
     def _terminate_all(self) -> None:
         super()._terminate_all()

@@ -54,6 +54,8 @@ def launch_ranks(command: Sequence[str], size: int, run: Path | None = None, *, 
 class Ranks:
     """The processes of a launch, by rank: waits until they end, and forwards requests to stop."""
 
+    _others_continue = False  # after one has failed; otherwise they have a limited time to end, too
+
     def __init__(self, processes: Sequence[subprocess.Popen[bytes]], saves: bool = True) -> None:
         self._processes = list(processes)
         self._saves = saves
@@ -88,7 +90,8 @@ class Ranks:
                 self._collect()
                 if self._stop_requested_at is not None:
                     self._ask_to_stop()
-                self._limit_time_after_failure()
+                if self._first_failure is not None and self._deadline is None and not self._others_continue:
+                    self._deadline = time.monotonic() + _LOSS_SECONDS
                 if self._deadline is not None and (0 in self._ended or self._are_stopped()):
                     self._deadline = min(self._deadline, time.monotonic() + _STUCK_SECONDS)
                 if self._deadline is not None and time.monotonic() > self._deadline:
@@ -103,10 +106,6 @@ class Ranks:
 
     def _poll(self) -> signal.struct_siginfo | None:
         return signal.sigtimedwait(SIGNALS, _POLL_SECONDS)
-
-    def _limit_time_after_failure(self) -> None:
-        if self._first_failure is not None and self._deadline is None:
-            self._deadline = time.monotonic() + _LOSS_SECONDS
 
     def _code(self) -> int:
         return self._first_failure or ExitCode.FINISHED
