@@ -72,7 +72,6 @@ class Session:
         self._launched = time.time()
         self._begun = time.monotonic()
         self._observers_have_begun = False
-        self._others_continue = False  # whether this rank alone fails, and the others continue without it
         if self.status:
             self.status.change("starting")
 
@@ -226,7 +225,7 @@ class Session:
         is_own_error = not isinstance(error, RankLostError)
         has_begun = self.comm.is_elastic and self.trainer is not None
         # The run is that of the others until a joining rank has met them.
-        self._others_continue = self.comm.is_joining or (has_begun and is_own_error)
+        others_continue = self.comm.is_joining or (has_begun and is_own_error)
         # A rank that failed on its own knows why; the others know only that it is lost.
         is_recorded = isinstance(error, RankLostError | PeerFailedError) and another_failed(self.directory.status)
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -242,7 +241,8 @@ class Session:
             reason = f"{reason[:_LONGEST_REASON]}... (see the log)"
         # A GPU without memory for NCCL is found by its rank alone, too.
         is_of_one_rank = code == ExitCode.FAULT or getattr(error, "code", "") == "out-of-memory"
-        if is_of_one_rank and not is_recorded and not isinstance(error, (*SHARED_ERRORS, PeerFailedError)):
+        is_of_one_rank = is_of_one_rank and not isinstance(error, (*SHARED_ERRORS, PeerFailedError))
+        if is_of_one_rank and self.status is None and not (is_recorded or others_continue):
             self._record_fault(code, reason)
         self._end("stopped" if isinstance(error, StoppedError) else "failed", code, reason, is_recorded=is_recorded)
 
@@ -260,12 +260,11 @@ class Session:
             self._record_fault(ExitCode.FAULT, message)
 
     def _record_fault(self, code: ExitCode, reason: str) -> None:
-        """Record the fault in the status on the rank where it happened, as no other may know of it."""
-        if self.status is None and not self._others_continue:
-            status = self._status_file()
-            if self.trainer is not None:
-                status.note(**self.trainer.status_fields())
-            status.end("failed", code, f"rank {self.comm.rank}: {reason}")
+        """Record the fault in the status on the rank where it happened, not rank 0: no other may know of it."""
+        status = self._status_file()
+        if self.trainer is not None:
+            status.note(**self.trainer.status_fields())
+        status.end("failed", code, f"rank {self.comm.rank}: {reason}")
 
     def _status_file(self) -> StatusFile:
         """Return the status file of this launch, which begins with the progress of the launch before it."""
