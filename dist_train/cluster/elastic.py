@@ -25,14 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dist_train.cluster.communicator import (
-    Counters,
-    Generation,
-    GroupBrokenError,
-    Pending,
-    Result,
-    refuse_full_gpu,
-)
+from dist_train.cluster.communicator import Counters, Generation, GroupBrokenError, Pending, Result, refuse_full_gpu
 from dist_train.cluster.devices import FIRST_SUMS, check_own_gpu
 from dist_train.cluster.member import Member
 from dist_train.cluster.rendezvous import end_process

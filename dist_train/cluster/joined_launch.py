@@ -24,12 +24,7 @@ from pydantic import TypeAdapter
 
 from dist_train.cluster.heartbeats import BEATS_IN_TIMEOUT, SuspensionDetector
 from dist_train.cluster.local_launch import say
-from dist_train.cluster.membership_server import (
-    ENDS_OF_A_RUN,
-    TOKEN_VARIABLE,
-    Expelled,
-    View,
-)
+from dist_train.cluster.membership_server import ENDS_OF_A_RUN, TOKEN_VARIABLE, Expelled, View
 from dist_train.cluster.messages import MessageConnection, answer_of_coordinator, answer_to
 from dist_train.outcome import FaultError, UsageError
 from dist_train.rundir import atomic
