@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import mmap
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -44,7 +45,6 @@ def without_collection() -> Iterator[None]:
 _MMAP_THRESHOLD, _MMAP_MAX, _TRIM_THRESHOLD = -3, -4, -1
 _LARGEST_PIECE, _KEPT_BYTES = 1 << 30, (1 << 31) - 1
 _RESERVED_BYTES = _LARGEST_PIECE - (1 << 20)
-_MADV_HUGEPAGE = 14
 
 
 def keep_freed_memory() -> bool:
@@ -79,9 +79,9 @@ def use_large_pages() -> bool:
     place = libc.malloc(_RESERVED_BYTES)
     if place is None:  # beyond a limit of the address space
         return False
-    page = os.sysconf("SC_PAGE_SIZE")
+    page = mmap.PAGESIZE
     begin, end = -(-place // page) * page, (place + _RESERVED_BYTES) // page * page
-    refused: int = libc.madvise(begin, end - begin, _MADV_HUGEPAGE)
+    refused: int = libc.madvise(begin, end - begin, mmap.MADV_HUGEPAGE)
     libc.free(place)
     return refused == 0
 
