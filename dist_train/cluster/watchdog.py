@@ -56,7 +56,7 @@ _REPORT_SECONDS = 5.0  # time to write the message and the status, which can han
 _logger = logging.getLogger("dist_train.cluster")
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)  # the token is a secret
 class Watchdog:
     """Watches the other ranks until `close`; a context manager.
 
