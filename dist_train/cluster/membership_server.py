@@ -235,8 +235,8 @@ class MembershipServer:
         """Return why a launcher with `wanted` more ranks may not join; empty if it may."""
         if self.state.is_over or self.state.has_ended:
             return "the run has ended"
-        running_or_waiting = (node for node in self._nodes.values() if node.processes or not node.slots)
-        free = self.limits.max_ranks - self._here - sum(node.processes or node.wanted for node in running_or_waiting)
+        promised = sum(node.processes if node.slots else node.wanted for node in self._nodes.values())
+        free = self.limits.max_ranks - self._here - promised
         if wanted <= free:
             return ""
         more = f"{free} more rank{'' if free == 1 else 's'}" if free > 0 else "no more ranks"
