@@ -164,8 +164,7 @@ class Watchdog:
         reporting.start()
         reporting.join(_REPORT_SECONDS)
         if self._is_first:  # which alone can reach the others
-            for rank in self._monitor.present:
-                self._send(Datagram(Kind.LOST, 0, text=message), self._addresses[rank])
+            self._send_from_rank_0(Kind.LOST, message)
         self.end()
 
     def _report(self, message: str) -> None:
@@ -204,15 +203,19 @@ class Watchdog:
             if searching or number == self._path:
                 self._send(Datagram(kind, self.comm.rank, number, self._node_and_process), path)
 
+    def _send_from_rank_0(self, kind: Kind, text: str = "") -> None:
+        """Send to all other ranks that are present."""
+        for rank in self._monitor.present:
+            self._send(Datagram(kind, 0, text=text), self._addresses[rank])
+
     def _probe_peers(self) -> None:
         if not self._is_probing:
             return
         self._is_probing = False
-        if not self._is_first:
+        if self._is_first:
+            self._send_from_rank_0(Kind.CALL, self._node_and_process)
+        else:
             self._send_to_rank_0(Kind.BEAT, time.monotonic())
-            return
-        for rank in self._monitor.present:
-            self._send(Datagram(Kind.CALL, 0, text=self._node_and_process), self._addresses[rank])
 
     def _receive(self) -> None:
         with self._changed:
@@ -266,10 +269,10 @@ class Watchdog:
         """Announce that this rank leaves, until all others have acknowledged it or cannot be reached."""
         selector.unregister(self._wake)
         for _ in range(_FAREWELLS):
-            if not self._is_first:
+            if self._is_first:
+                self._send_from_rank_0(parting)
+            else:
                 self._send_to_rank_0(parting, time.monotonic())
-            for rank in self._monitor.present if self._is_first else ():
-                self._send(Datagram(parting, 0), self._addresses[rank])
             if not self._monitor.present:
                 return
             until = time.monotonic() + _FAREWELL_SECONDS
