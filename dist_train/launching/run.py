@@ -46,10 +46,7 @@ from dist_train.training.trainer import Trainer
 _logger = logging.getLogger("dist_train.launching")
 
 _SILENCE_SHARE = 2 / 3  # part of `comm.timeout` in silence; the rest is for the launcher, to end the others
-
 _MEETING_SHARE = 2.0  # multiple of `comm.timeout` for the ranks to meet: on a large launch some start late
-
-
 _POLLS_IN_TIMEOUT = 4  # how often within `comm.timeout` ranks that wait for the run directory synchronize
 
 
