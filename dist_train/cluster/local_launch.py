@@ -43,9 +43,9 @@ def launch_ranks(command: Sequence[str], size: int, run: Path | None = None, *, 
     environment = {LAUNCH_VARIABLE: secrets.token_hex(8), **os.environ}
     with blocked_signals() as mask:
         with socket.create_server(("127.0.0.1", 0), backlog=max(128, size)) as listener:
-            port = {"MASTER_PORT": str(listener.getsockname()[1])}
+            port, fd = {"MASTER_PORT": str(listener.getsockname()[1])}, listener.fileno()
             ranks = [
-                start_rank(command, rank_environment(environment, rank, size, port), mask, listener.fileno())
+                start_rank(command, rank_environment(environment, rank, size, port), mask, fd if rank == 0 else -1)
                 for rank in range(size)
             ]
         return Ranks(ranks, saves).wait_and_record(run, environment[LAUNCH_VARIABLE])
@@ -198,11 +198,10 @@ def start_rank(
     command: Sequence[str],
     environment: Mapping[str, str],
     mask: set[int | signal.Signals],
-    listen_fd: int | None = None,
+    listen_fd: int = -1,
 ) -> subprocess.Popen[bytes]:
-    """Start `command`, which is killed when this process ends; rank 0 gets the listening socket `listen_fd`, if any."""
+    """Start `command`, which is killed when this process ends; it gets the listening socket `listen_fd` (-1: none)."""
     parent, libc = os.getpid(), ctypes.CDLL(None)
-    fd = listen_fd if listen_fd is not None and environment["RANK"] == "0" else None
 
     def prepare() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -213,8 +212,8 @@ def start_rank(
     return subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
-        env={**environment, LISTEN_FD: str(-1 if fd is None else fd)},
-        pass_fds=() if fd is None else (fd,),
+        env={**environment, LISTEN_FD: str(listen_fd)},
+        pass_fds=() if listen_fd < 0 else (listen_fd,),
         start_new_session=True,  # Ctrl-C at a terminal reaches the launcher alone
         preexec_fn=prepare,  # safe without threads
     )
