@@ -153,7 +153,8 @@ def compiled(network: nn.Module, sizes: int) -> nn.Module:
     """Return `network` compiled for batches of `sizes` sizes, each with kernels of its own.
 
     By default torch compiles the second size that it sees for all others, too: the kernels, and with them the bits,
-    would depend on which sizes a process has seen before.
+    would depend on which sizes a process has seen before. If kernels must be deterministic, it does not choose between
+    any by their time, either.
     """
     from torch._dynamo import config
 
@@ -164,7 +165,16 @@ def compiled(network: nn.Module, sizes: int) -> nn.Module:
     ):
         name = next(filter(partial(hasattr, config), names))
         setattr(config, name, max(getattr(config, name), _GRAPHS_OF_A_SIZE * sizes))
-    return cast(nn.Module, torch.compile(network, dynamic=False))
+    options = _untimed_kernels() if torch.are_deterministic_algorithms_enabled() else None
+    return cast(nn.Module, torch.compile(network, dynamic=False, options=options))
+
+
+def _untimed_kernels() -> dict[str, str | int | bool]:
+    """Return the options of Inductor without which older torch times kernels that sum in different orders."""
+    from torch._inductor import config
+
+    wanted = {"deterministic": True, "dynamic_scale_rblock": False, "shape_padding": False}
+    return {name: value for name, value in wanted.items() if hasattr(config, name)}
 
 
 def share_of_threads(local_size: int) -> int:

@@ -264,6 +264,19 @@ def test_each_size_of_a_batch_has_compiled_kernels_of_its_own(compiler: Compiler
     assert compiler.sizes == [64, 50, 14]
 
 
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_compiled_kernels_are_not_chosen_by_their_time_if_they_must_be_deterministic(
+    deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
+    compile_by = Mock()
+    monkeypatch.setattr(torch, "compile", compile_by)
+    compiled(nn.Conv2d(1, 1, 1), sizes=1)
+    options = compile_by.call_args.kwargs["options"]
+    assert (options is not None) == deterministic
+    assert not deterministic or not (options["dynamic_scale_rblock"] or options["shape_padding"])
+
+
 def test_all_sizes_of_a_long_batch_schedule_are_compiled(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dist_train.training.compute._GRAPHS_OF_A_SIZE", 1)
     sizes = range(2, 14)
