@@ -37,7 +37,7 @@ from dist_train.config.resuming import with_decisions
 from dist_train.optim.averaging import Averaging, averaged_state
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.optim.noise import Noise
-from dist_train.optim.optimizers import packed_numbers, set_numbers, state_tensors
+from dist_train.optim.optimizers import load_state, packed_numbers, set_numbers, state_tensors
 from dist_train.outcome import UsageError, check_choice, reading
 from dist_train.rundir.atomic import read_regular
 from dist_train.rundir.paths import RunDirectory, checkpoint_name
@@ -261,8 +261,7 @@ class TrainState:
         if self.averaging:
             self.averaging.load(contents.average["kept"])
         try:
-            # The optimizer must not be wrapped yet: a wrapper would drop the loaded state.
-            self.optimizer.load_state_dict({**contents.optimizer})
+            load_state(self.optimizer, contents.optimizer)
         except (RuntimeError, ValueError) as error:
             raise UsageError(
                 f"the checkpoint is of another optimizer: restore the settings it was saved with ({error})",

@@ -142,6 +142,30 @@ def set_numbers(optimizer: Optimizer, packed: bytes, device: torch.device) -> No
     optimizer.state.update(of_no_parameter)
 
 
+def load_state(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
+    """Load what `state_dict` returned; raises RuntimeError or ValueError if it is of another optimizer.
+
+    The state keeps its types: torch casts all of it but `step` to the type of its parameter.
+    """
+    # The optimizer must not be wrapped yet: a wrapper would drop the loaded state.
+    optimizer.load_state_dict({**saved})
+    for index, state in enumerate(_states(optimizer)):
+        for name, value in saved["state"].get(index, {}).items():
+            if name in state:
+                state[name] = _with_types_of(value, state[name])
+
+
+def _with_types_of(saved: Any, loaded: Any) -> Any:
+    """Return what torch has `loaded`, with the types of what was `saved`."""
+    if isinstance(saved, torch.Tensor) and isinstance(loaded, torch.Tensor):
+        return loaded if loaded.dtype == saved.dtype else saved.to(loaded.device)
+    if isinstance(saved, dict) and isinstance(loaded, dict):
+        return {key: _with_types_of(saved[key], value) if key in saved else value for key, value in loaded.items()}
+    if isinstance(saved, list | tuple) and isinstance(loaded, list | tuple):
+        return type(loaded)(map(_with_types_of, saved, loaded))
+    return saved if isinstance(saved, str) else loaded  # of a text, torch makes that of a generator
+
+
 def _states(optimizer: Optimizer) -> list[dict[str, Any]]:
     """Return the state of each parameter, in the order of the groups."""
     return [optimizer.state[parameter] for group in optimizer.param_groups for parameter in group["params"]]

@@ -465,8 +465,36 @@ def slowing(settings: Any, groups: Sequence[Any]) -> torch.optim.Optimizer:
     return Slowing([parameter for group in groups for parameter in group.parameters], lr=settings.learning_rate)
 
 
-def test_promise_5_more_ranks_go_on_with_the_numbers_of_a_plugin_s_optimizer(tmp_path: Path) -> None:
-    optimizer = {"name": f"{__name__}:slowing"}
+class Mixed(torch.optim.SGD):
+    """SGD with a momentum in another type than the weights', a mask, a text and a list of tensors as its state."""
+
+    def __init__(self, parameters: list[nn.Parameter], rate: float) -> None:
+        super().__init__(parameters, lr=rate)
+        for parameter in parameters:
+            double = torch.zeros_like(parameter, dtype=torch.float64)
+            mask = torch.arange(parameter.numel()).view(parameter.shape) % 3 > 0
+            rows = [torch.zeros(len(parameter), dtype=torch.float64)]
+            self.state[parameter] = {"mean": double, "mask": mask, "kind": "mean", "rows": rows}
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]  # no closure
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                assert parameter.grad is not None
+                state, gradient = self.state[parameter], parameter.grad.double()
+                state[state["kind"]].lerp_(gradient, 0.1)
+                state["rows"][0].add_(gradient.flatten(1).sum(1) if gradient.dim() > 1 else gradient)
+                moved = state["mean"] + 1e-3 * state["rows"][0].view(-1, *[1] * (gradient.dim() - 1))
+                parameter.sub_((group["lr"] * moved).to(parameter.dtype) * state["mask"])
+
+
+def mixed(settings: Any, groups: Sequence[Any]) -> torch.optim.Optimizer:
+    return Mixed([parameter for group in groups for parameter in group.parameters], settings.learning_rate)
+
+
+@pytest.mark.parametrize("name", ["slowing", "mixed"])
+def test_promise_5_more_ranks_go_on_with_the_state_of_a_plugin_s_optimizer(tmp_path: Path, name: str) -> None:
+    optimizer = {"name": f"{__name__}:{name}"}
     expected, _, _ = run(tmp_path / "whole", Alone(), optimizer=optimizer)
     run(tmp_path / "run", Alone(), optimizer=optimizer, run={"max_steps": 3})
     resumed = results(2, lambda each: run(tmp_path / "run", each, going_on=True, optimizer=optimizer))
