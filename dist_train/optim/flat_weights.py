@@ -73,6 +73,14 @@ class FlatWeights:
         """Let the model compute with `values` again."""
         self.compute_with(self._value_views)
 
+    def reclaim(self) -> None:
+        """Take over the values of parameters that have been given tensors of their own, and make all views again."""
+        for parameter, view, gradient in zip(self.parameters, self._value_views, self._gradient_views, strict=True):
+            if parameter.data_ptr() != view.data_ptr():
+                view.copy_(parameter.detach())
+                parameter.data = view
+            parameter.grad = gradient
+
     def detach_gradients(self) -> None:
         """Let the next backward pass leave its gradients in tensors of its own, until `gather_gradients`.
 

@@ -97,12 +97,17 @@ def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
         group["lr"] = rate * (group["initial_lr"] / base) if base else rate
 
 
-def optimizer_step(optimizer: Optimizer) -> None:
-    """Call `optimizer.step()`, of torch and timm without wrappers that load the compiler: seconds, 70 MiB per rank."""
+def optimizer_step(optimizer: Optimizer, weights: FlatWeights | None = None) -> None:
+    """Call `optimizer.step()`, of torch and timm without wrappers that load the compiler: seconds, 70 MiB per rank.
+
+    Others may replace `p.data` and `p.grad` of the parameters: `weights` take the values over.
+    """
     is_known = type(optimizer).__module__.startswith(("torch.optim.", "timm.optim.")) and "step" not in vars(optimizer)
     hooks = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
     if not is_known or any((*hooks, _global_optimizer_pre_hooks, _global_optimizer_post_hooks)):
         optimizer.step()
+        if weights is not None:
+            weights.reclaim()
         return
     with torch.no_grad():
         inspect.unwrap(type(optimizer).step)(optimizer)

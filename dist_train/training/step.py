@@ -145,7 +145,7 @@ class TrainingStep:
                 self.wait_for_checkpoint_copy()
             set_learning_rate(self.optimizer, learning_rate)
             self.noise.before_update(batch.step, learning_rate)
-            optimizer_step(self.optimizer)
+            optimizer_step(self.optimizer, self.weights)
             self.noise.after_update(batch.step)
             self.noise.adapt(batch.step, total.rise)
             self.averaging.after_update(batch.step)

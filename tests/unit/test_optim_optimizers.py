@@ -334,10 +334,11 @@ def test_a_first_group_of_rate_0_that_others_would_need_a_ratio_to_is_refused() 
         build_optimizer(settings, FlatWeights(a_model()))
 
 
-def optimizer_of(kind: type[torch.optim.Optimizer], **options: Any) -> tuple[torch.optim.Optimizer, torch.nn.Parameter]:
-    weight = torch.nn.Parameter(torch.linspace(-1, 1, 7))
-    optimizer = kind([weight], lr=0.1, **options)  # type: ignore[call-arg]  # every kind has a rate
-    return optimizer, weight
+def optimizer_of(kind: type[torch.optim.Optimizer], **options: Any) -> tuple[torch.optim.Optimizer, FlatWeights]:
+    """Return an optimizer of seven weights, and these with a gradient of 0."""
+    weights = FlatWeights(nn.ParameterList([nn.Parameter(torch.linspace(-1, 1, 7))]))
+    optimizer = kind(weights.parameters, lr=0.1, **options)  # type: ignore[call-arg]  # every kind has a rate
+    return optimizer, weights
 
 
 @pytest.mark.parametrize(
@@ -351,14 +352,14 @@ def optimizer_of(kind: type[torch.optim.Optimizer], **options: Any) -> tuple[tor
 def test_optimizer_step_does_bit_for_bit_what_the_optimizer_s_own_step_does(
     kind: type[torch.optim.Optimizer], options: dict[str, Any]
 ) -> None:
-    (theirs, expected), (other, weight) = optimizer_of(kind, **options), optimizer_of(kind, **options)
+    (theirs, expected), (other, weights) = optimizer_of(kind, **options), optimizer_of(kind, **options)
     for update in range(3):
-        for parameter in (expected, weight):
-            parameter.grad = torch.full((7,), 0.5 + update)
+        for each in (expected, weights):
+            each.gradients.fill_(0.5 + update)
         theirs.step()
-        optimizer_step(other)
-        assert torch.equal(expected, weight)
-        assert weight.requires_grad
+        optimizer_step(other, weights)
+        assert torch.equal(expected.values, weights.values)
+        assert weights.parameters[0].requires_grad
 
 
 def bounded(step: Callable[[Any], None]) -> Callable[[Any], None]:
@@ -379,14 +380,12 @@ class BoundedSgd(torch.optim.SGD):
 
 
 def test_what_a_plugin_s_optimizer_does_around_its_step_is_done() -> None:
-    (optimizer, weight), (hooked, other) = optimizer_of(BoundedSgd), optimizer_of(torch.optim.SGD)
+    (optimizer, weights), (hooked, others) = optimizer_of(BoundedSgd), optimizer_of(torch.optim.SGD)
     called: list[object] = []
     hooked.register_step_post_hook(lambda optimizer, *_: called.append(optimizer))
-    for parameter in (weight, other):
-        parameter.grad = torch.zeros(7)
-    optimizer_step(optimizer)
-    optimizer_step(hooked)
-    assert float(weight.detach().abs().max()) == 0.5
+    optimizer_step(optimizer, weights)
+    optimizer_step(hooked, others)
+    assert float(weights.values.abs().max()) == 0.5
     assert called == [hooked]
 
 
@@ -394,21 +393,21 @@ def test_what_a_plugin_s_optimizer_does_around_its_step_is_done() -> None:
     "register", [register_optimizer_step_pre_hook, register_optimizer_step_post_hook], ids=["pre", "post"]
 )
 def test_hooks_of_all_optimizers_are_called(register: Callable[[Callable[..., None]], RemovableHandle]) -> None:
-    optimizer, _ = optimizer_of(torch.optim.SGD)
+    optimizer, weights = optimizer_of(torch.optim.SGD)
     called: list[object] = []
     handle = register(lambda optimizer, *_: called.append(optimizer))
     try:
-        optimizer_step(optimizer)
+        optimizer_step(optimizer, weights)
     finally:
         handle.remove()
     assert called == [optimizer]
 
 
 def test_a_step_that_a_plugin_has_replaced_is_called() -> None:
-    optimizer, _ = optimizer_of(torch.optim.SGD)
+    optimizer, weights = optimizer_of(torch.optim.SGD)
     called: list[object] = []
     vars(optimizer)["step"] = lambda: called.append(optimizer)
-    optimizer_step(optimizer)
+    optimizer_step(optimizer, weights)
     assert called == [optimizer]
 
 
@@ -423,7 +422,7 @@ for name in ("sgd", "adam", "adamw"):
     optimizer = build_optimizer(OptimizerSettings(name=name), weights)
     optimizer.load_state_dict(optimizer.state_dict())
     weights.gradients.fill_(1.0)
-    optimizer_step(optimizer)
+    optimizer_step(optimizer, weights)
 print("torch._dynamo" in sys.modules)
 """
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

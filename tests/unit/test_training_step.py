@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,46 @@ def test_sam_s_gradient_is_that_of_plain_pytorch(tmp_path: Path, reduction: str,
     plain, _ = smoothout_gradients(small_config(model={"width": 0.0625}, noise={"method": "none", "amplitude": 0.0}), 1)
     with pytest.raises(AssertionError):
         assert_equal_gradients(plain, expected)
+
+
+class InPlace(torch.optim.SGD):
+    """Plain SGD, on the tensors that it finds."""
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]  # no closure
+        for parameter in self.param_groups[0]["params"]:
+            parameter.sub_(self.param_groups[0]["lr"] * parameter.grad)
+
+
+class Replacing(InPlace):
+    """Plain SGD, which gives the parameters tensors of its own, and drops the gradients."""
+
+    def step(self) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            parameter.data = parameter.data - self.param_groups[0]["lr"] * parameter.grad
+        self.zero_grad()
+
+
+def in_place(settings: Any, groups: Sequence[Any]) -> torch.optim.Optimizer:
+    return InPlace([parameter for group in groups for parameter in group.parameters])
+
+
+def replacing(settings: Any, groups: Sequence[Any]) -> torch.optim.Optimizer:
+    return Replacing([parameter for group in groups for parameter in group.parameters])
+
+
+@pytest.mark.parametrize("noise", [SAM, {"method": "langevin"}])
+def test_an_optimizer_may_replace_the_tensors_of_parameters(tmp_path: Path, noise: dict[str, Any]) -> None:
+    trained = []
+    for name in ("in_place", "replacing"):
+        config = small_config(optimizer={"name": f"{__name__}:{name}"}, noise=noise, averaging={"kind": "ema"})
+        trainer = build_trainer(config, tmp_path / name, Alone())
+        before = trainer.take_step.weights.values.clone()
+        take(trainer, 0)
+        take(trainer, 1)
+        assert not torch.equal(before, trainer.take_step.weights.values)
+        trained.append((state_bits(trainer.network), trainer.take_step.weights.values.tolist()))
+    assert trained[0] == trained[1]
 
 
 def test_sam_s_statistics_count_each_sample_once(tmp_path: Path) -> None:
