@@ -99,6 +99,8 @@ def restoring_torch() -> Iterator[None]:
     """Restore what `set_up_compute` changes of torch for the whole process, after the block.
 
     Within it gradients are recorded, and new tensors are by default float32 and on the CPU, whatever the caller set.
+    No autocast of the caller applies: it would cast backward passes even where forward passes disable it, and keep the
+    casts of weights for as long as it lasts.
     """
     cudnn, debugging = torch.backends.cudnn, torch.utils.deterministic
     with ExitStack() as stack:
@@ -120,6 +122,20 @@ def restoring_torch() -> Iterator[None]:
             stack.enter_context(torch.device("cpu"))
         stack.enter_context(torch.inference_mode(mode=False))
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(_outside_autocast())
+        yield
+
+
+@contextmanager
+def _outside_autocast() -> Iterator[None]:
+    """Leave the autocasts around the block; another one, which disables them, would still count as one around it."""
+    with ExitStack() as stack:
+        for kind in ("cpu", "cuda"):
+            stack.callback(torch.set_autocast_enabled, kind, torch.is_autocast_enabled(kind))
+            torch.set_autocast_enabled(kind, False)
+        torch.autocast_increment_nesting()
+        while torch.autocast_decrement_nesting() > 0:
+            stack.callback(torch.autocast_increment_nesting)
         yield
 
 

@@ -6,7 +6,7 @@ import gc
 import math
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,15 +124,16 @@ def settings_of_torch() -> tuple[object, ...]:
     cudnn = torch.backends.cudnn
     of_gradients = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
     of_new_tensors = torch.get_default_dtype(), torch.get_default_device()
+    of_passes = torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled()
     of_kernels = torch.get_deterministic_debug_mode(), cudnn.deterministic, cudnn.benchmark
     precision = cudnn.allow_tf32, torch.get_float32_matmul_precision()
-    return torch.get_num_threads(), of_gradients, of_new_tensors, of_kernels, precision
+    return torch.get_num_threads(), of_gradients, of_new_tensors, of_passes, of_kernels, precision
 
 
 @pytest.fixture
 def _callers_own() -> Iterator[None]:
     """What a caller may have set that a run must neither depend on nor change."""
-    with restoring_torch(), torch.inference_mode(), torch.device("meta"):
+    with restoring_torch(), torch.inference_mode(), torch.device("meta"), torch.autocast("cpu"):
         torch.set_num_threads(2)
         torch.set_default_dtype(torch.float64)
         torch.use_deterministic_algorithms(mode=True, warn_only=True)
@@ -162,6 +163,23 @@ def test_the_memory_of_a_run_is_free_for_the_next_one(tmp_path: Path) -> None:
     assert gc.get_freeze_count() == exempt
     gc.collect()
     assert [id(each) for each in trainers()] == [id(each) for each in before]
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_casts_of_weights_are_not_kept_within_the_caller_s_autocast(depth: int) -> None:
+    layer, inputs = nn.Linear(2, 2, bias=False), torch.ones(1, 2)
+    with ExitStack() as stack:
+        for _ in range(depth):
+            stack.enter_context(torch.autocast("cpu"))
+        with restoring_torch():
+            assert (inputs @ inputs.T).dtype == torch.float32
+            for value in (1.0, 2.0):
+                nn.init.constant_(layer.weight, value)
+                with Compute(CPU, torch.bfloat16).autocast():
+                    assert layer(inputs).tolist() == [[2 * value] * 2]
+        assert torch.is_autocast_enabled("cpu") == (depth > 0)
+        assert torch.autocast_increment_nesting() == depth + 1
+        assert torch.autocast_decrement_nesting() == depth
 
 
 @pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="needs torch 2.9")
