@@ -402,7 +402,7 @@ def replay(path: Path | str, step: int) -> Replay:
         (0, True)
 
     Raises:
-        UsageError: the run has not recorded that update.
+        UsageError: the run has not recorded that update, or no longer has a checkpoint from which to repeat it.
     """
     run = load_run(path)
     recorded = _update(run, step)
@@ -410,6 +410,7 @@ def replay(path: Path | str, step: int) -> Replay:
     before = [each for each in run.steps if each <= step - every]
     begun_at = before[-1] if before else 0
     start = run.directory.checkpoint(begun_at) if before else None
+    _check_replayable(run, step, begun_at)
     # Read before the overrides, so that a setting's former name does not survive them.
     begun = parse_config(dict(read_checkpoint(start).config), source="the checkpoint") if start else run.config
     settings = begun.model_dump(mode="json")
@@ -449,10 +450,30 @@ def replay(path: Path | str, step: int) -> Replay:
     return Replay(step, begun_at, recorded, replayed, weights_agree)
 
 
+def _lengthened(run: Run) -> list[EventRecord]:
+    return [each for each in run.records if isinstance(each, EventRecord) and each.event == "lengthened"]
+
+
 def _epochs_at(run: Run, step: int) -> Any:
     """Return the epochs that the schedules spanned at update `step`: the run may have been lengthened since."""
-    later = (each for each in run.records if isinstance(each, EventRecord) and each.event == "lengthened")
-    return next((each.details["before"] for each in later if each.step >= step), run.config.run.epochs)
+    later = (each.details["before"] for each in _lengthened(run) if each.step >= step)
+    return next(later, run.config.run.epochs)
+
+
+def _check_replayable(run: Run, step: int, begun_at: int) -> None:
+    """Raise UsageError unless one launch from `begun_at`, a checkpoint or 0, makes the run's updates up to `step`."""
+    config, reason = run.config, ""
+    is_stretched = (config.schedule.decay, config.noise.schedule.kind) != ("constant", "constant")
+    if is_stretched and any(begun_at < each.step < step for each in _lengthened(run)):
+        reason = "the run was lengthened, which changed its schedules"
+    if not begun_at and config.run.resume not in ("auto", "never"):
+        reason = "the run began from a checkpoint of another one"
+    if reason:
+        raise UsageError(
+            f"{run.directory.root} has no checkpoint from which to repeat update {step}: {reason}; choose an update "
+            f"after one of its checkpoints (checkpoint.keep says how many a run keeps)",
+            code="step-not-replayable",
+        )
 
 
 def _update(run: Run, step: int) -> dict[str, float]:

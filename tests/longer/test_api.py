@@ -216,6 +216,23 @@ def test_updates_of_a_lengthened_run_are_replayed_with_the_schedules_of_their_ti
         train_alone(config, run, f"run.epochs={epochs}")
     for step in (3, 16, 18):
         assert dist_train.replay(run, step).agrees
+    for step in dist_train.load_run(run).steps:
+        remove_checkpoint(dist_train.load_run(run).checkpoint(step))
+    assert dist_train.replay(run, 3).agrees
+    with raises(UsageError, code="step-not-replayable"):
+        dist_train.replay(run, 18)
+
+
+def test_updates_of_a_run_that_began_from_another_one_s_checkpoint_need_one_of_its_own(tmp_path: Path) -> None:
+    config = write_config(tmp_path, small_settings(run={"epochs": 1}, checkpoint={"every_steps": 2, "keep": 100}))
+    train_alone(config, tmp_path / "first", "run.max_steps=2")
+    train_alone(config, tmp_path / "run", f"run.resume={tmp_path / 'first'}")
+    run = dist_train.load_run(tmp_path / "run")
+    assert dist_train.replay(run.directory.root, 5).agrees
+    for step in run.steps:
+        remove_checkpoint(run.checkpoint(step))
+    with raises(UsageError, code="step-not-replayable"):
+        dist_train.replay(run.directory.root, 5)
 
 
 def test_a_replay_of_a_run_that_names_its_logger_as_it_was_called_attaches_none(

@@ -119,7 +119,7 @@ class InPlace(torch.optim.SGD):
 class Replacing(InPlace):
     """Plain SGD, which gives the parameters tensors of its own, and drops the gradients."""
 
-    def step(self) -> None:
+    def step(self) -> None:  # type: ignore[override]  # no closure
         for parameter in self.param_groups[0]["params"]:
             parameter.data = parameter.data - self.param_groups[0]["lr"] * parameter.grad
         self.zero_grad()
