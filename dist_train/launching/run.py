@@ -113,7 +113,7 @@ def train(config: Config, run_directory: Path | str | None = None, observers: Se
             if not comm.is_joining:
                 session.begin(resume_point)
             trainer.run()
-        except Exception as error:
+        except BaseException as error:  # after a second Ctrl-C, or sys.exit in a callback, a notebook lives on
             if isinstance(error, RankLostError) and watchdog is not None and (missing := watchdog.absent()):
                 error.args = (f"{missing} does not answer; {error}",)
             session.fail(error)

@@ -217,7 +217,7 @@ class Session:
             self.directory.drop_reserve()
         return outcome
 
-    def fail(self, error: Exception) -> None:
+    def fail(self, error: BaseException) -> None:
         """Report that the launch ends with `error`, after the checkpoint being written is on disk."""
         if self.trainer is not None:
             self.trainer.saving.settle()
@@ -228,13 +228,15 @@ class Session:
         others_continue = self.comm.is_joining or (has_begun and is_own_error)
         # A rank that failed on its own knows why; the others know only that it is lost.
         is_recorded = isinstance(error, RankLostError | PeerFailedError) and another_failed(self.directory.status)
-        reason = " ".join(str(error).split()) or type(error).__name__
+        is_exit = not isinstance(error, Exception)  # whose text, if any, is a number
+        reason = "" if is_exit else " ".join(str(error).split())
+        reason = reason or type(error).__name__
         if isinstance(error, DivergedError):
             reason = f"{reason}; {self._last_good()}"
             error.args = (reason,)
         if self.trainer is not None and isinstance(error, DivergedError | DisagreementError):
             self.trainer.event("not_finite" if isinstance(error, DivergedError) else "disagreement", reason=reason)
-        is_bug = code == ExitCode.FAULT and not isinstance(error, FaultError)
+        is_bug = code == ExitCode.FAULT and not (is_exit or isinstance(error, FaultError))
         if not isinstance(error, StoppedError | PeerFailedError):
             _logger.info("%s", reason, exc_info=error if is_bug else None)
         if len(reason) > _LONGEST_REASON:

@@ -8,11 +8,15 @@ import logging
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
+import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -410,6 +414,40 @@ def test_what_a_failed_rank_has_recorded_of_itself_is_kept(tmp_path: Path, by: s
     status = read_status(path)
     assert status is not None
     assert status.reason == "rank 1: no such device"
+
+
+class Leaving(Told):
+    """An observer that ends the process, as far as it can, after the second update."""
+
+    def __init__(self, leave: Callable[[], object]) -> None:
+        super().__init__()
+        self.leave = leave
+
+    def record(self, record: Record) -> None:
+        super().record(record)
+        if record.step == 2:
+            self.leave()
+
+
+def interrupt_twice() -> None:
+    for _ in range(2):
+        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("leave", "error"), [(interrupt_twice, KeyboardInterrupt), (partial(sys.exit, 3), SystemExit)], ids=str
+)
+def test_a_run_that_is_left_at_once_has_ended(
+    tmp_path: Path, leave: Callable[[], object], error: type[BaseException]
+) -> None:
+    told = Leaving(leave)
+    with pytest.raises(error):
+        train(small_config(), tmp_path / "run", [told])
+    status = read_status(tmp_path / "run" / "status.json")
+    assert status is not None
+    assert (status.state, status.reason, status.step) == ("failed", error.__name__, 2)
+    assert [outcome.state for outcome in told.ends] == ["failed"]
+    assert train(small_config(), tmp_path / "run").state == "finished"
 
 
 def test_a_gpu_without_memory_for_nccl_is_recorded_by_its_rank_alone(tmp_path: Path) -> None:
