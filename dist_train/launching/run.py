@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+import traceback
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import yaml
 
+import dist_train
 from dist_train.checkpoint.state import ResumePoint, find_resume_point
 from dist_train.cluster.communicator import (
     Communicator,
@@ -34,11 +36,11 @@ from dist_train.launching.preflight import check_launch
 from dist_train.launching.session import Session, build_observers
 from dist_train.monitoring.console import open_logs
 from dist_train.monitoring.prometheus.http_server import access_warnings
-from dist_train.outcome import SHARED_ERRORS, FaultError, UsageError
+from dist_train.outcome import SHARED_ERRORS, CodedError, FaultError, UsageError
 from dist_train.rundir.paths import LEASE_SECONDS, LockRequest, RunDirectory, RunLock, oserror_to_fault
 from dist_train.rundir.records import Observer, Outcome, read_last_records, record_key, rewind
 from dist_train.start_up import without_collection
-from dist_train.training.compute import free_device_memory, restoring_torch, share_of_threads
+from dist_train.training.compute import free_device_memory, is_out_of_memory, restoring_torch, share_of_threads
 from dist_train.training.consistency import check_consistent_across_ranks
 from dist_train.training.stopping import StopRequests
 from dist_train.training.trainer import Trainer
@@ -112,7 +114,8 @@ def train(config: Config, run_directory: Path | str | None = None, observers: Se
             session.trainer = trainer
             if not comm.is_joining:
                 session.begin(resume_point)
-            trainer.run()
+            with _naming_plugins(trainer.plugins):
+                trainer.run()
         except BaseException as error:  # after a second Ctrl-C, or sys.exit in a callback, a notebook lives on
             if isinstance(error, RankLostError) and watchdog is not None and (missing := watchdog.absent()):
                 error.args = (f"{missing} does not answer; {error}",)
@@ -121,6 +124,28 @@ def train(config: Config, run_directory: Path | str | None = None, observers: Se
         return session.finish()
 
 
+@contextmanager
+def _naming_plugins(files: Collection[str]) -> Iterator[None]:
+    """Turn an error raised by one of the plug-ins' `files` into a UsageError that says where.
+
+    The file is that of the innermost call that is a plug-in's or this package's, which plug-ins call in turn.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, CodedError) or is_out_of_memory(error):
+            raise
+        for frame in reversed(traceback.extract_tb(error.__traceback__)):
+            if Path(frame.filename).is_relative_to(_PACKAGE):
+                break
+            if any(frame.filename.endswith(f"/{file}") for file in files):
+                place = f"{Path(frame.filename).name}:{frame.lineno}"
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                raise UsageError(f"the plug-in failed at {place}: {reason}", code="plugin-failed") from error
+        raise
+
+
+_PACKAGE = Path(dist_train.__file__).parent
 _KEEP_ALL_STEPS = 2**62
 _RECENT_BYTES = 1 << 23  # of metrics.jsonl: more than the records that a rank keeps for a takeover
 

@@ -241,8 +241,9 @@ class Session:
             _logger.info("%s", reason, exc_info=error if is_bug else None)
         if len(reason) > _LONGEST_REASON:
             reason = f"{reason[:_LONGEST_REASON]}... (see the log)"
-        # A GPU without memory for NCCL is found by its rank alone, too.
-        is_of_one_rank = code == ExitCode.FAULT or getattr(error, "code", "") == "out-of-memory"
+        # A GPU without memory for NCCL is found by its rank alone, too, and so is a plug-in's error in training.
+        of_one_rank = ("out-of-memory",) if self.trainer is None else ("out-of-memory", "plugin-failed")
+        is_of_one_rank = code == ExitCode.FAULT or getattr(error, "code", "") in of_one_rank
         is_of_one_rank = is_of_one_rank and not isinstance(error, (*SHARED_ERRORS, PeerFailedError))
         if is_of_one_rank and self.status is None and not (is_recorded or others_continue):
             self._record_fault(code, reason)

@@ -416,6 +416,73 @@ def test_what_a_failed_rank_has_recorded_of_itself_is_kept(tmp_path: Path, by: s
     assert status.reason == "rank 1: no such device"
 
 
+FAILING = """
+import torch
+from dist_train.optim.noise import SmoothOut
+
+class Optimizer(torch.optim.SGD):
+    def __init__(self, settings, groups):
+        super().__init__([parameter for group in groups for parameter in group.parameters])
+        self.updates = 0
+
+    def step(self):
+        self.updates += 1
+        if self.updates == 2:
+            torch.ones(2) @ torch.ones(3)
+
+class Noise(SmoothOut):
+    def perturb(self, step):
+        if step == 1:
+            raise KeyError("mine")
+        super().perturb(step)
+
+class Broken(SmoothOut):
+    def restore(self):
+        self.weights.compute_with(None)
+
+class Model(torch.nn.Module):
+    def __init__(self, images, width, norm):
+        super().__init__()
+        self.layer, self.last = torch.nn.Linear(64, images.classes), 0
+
+    def forward(self, images):
+        if len(images) == 2 and self.last == 6:
+            raise ValueError("a batch's last micro-batch is smaller")
+        self.last = len(images)
+        return self.layer(images.flatten(1))
+"""
+
+
+@pytest.mark.parametrize(
+    ("settings", "mistake"),
+    [
+        ({"optimizer": {"name": "Optimizer"}}, "torch.ones(2) @"),
+        ({"noise": {"method": "Noise"}}, "KeyError"),
+        ({"model": {"name": "Model", "norm": "none", "width": 1.0}, "batch": {"global_size": 26}}, "ValueError"),
+    ],
+)
+def test_a_plugin_that_fails_in_training_is_named_with_the_line(
+    tmp_path: Path, settings: dict[str, dict[str, Any]], mistake: str
+) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(FAILING)
+    for section in settings.values():
+        section.update({key: f"{file}:{value}" for key, value in section.items() if key in ("name", "method")})
+    with raises(UsageError, "plugin-failed") as failed:
+        train(small_config(**settings), tmp_path / "run")
+    line = next(number for number, text in enumerate(FAILING.splitlines(), 1) if mistake in text)
+    assert f"mine.py:{line}:" in str(failed.value)
+    status = read_status(tmp_path / "run" / "status.json")
+    assert status is not None
+    assert (status.state, status.exit_code) == ("failed", ExitCode.USAGE)
+
+
+def test_a_mistake_in_the_package_that_a_plugin_calls_is_not_the_plugin_s(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(FAILING)
+    with pytest.raises(TypeError):
+        train(small_config(noise={"method": f"{tmp_path / 'mine.py'}:Broken"}), tmp_path / "run")
+
+
 class Leaving(Told):
     """An observer that ends the process, as far as it can, after the second update."""
 
