@@ -47,7 +47,8 @@ def build_optimizer(settings: OptimizerSettings, weights: FlatWeights) -> Optimi
         _check_usable(optimizer, settings.name)
         _check_parameters(optimizer, settings.name, weights)
         for group in optimizer.param_groups:
-            group["initial_lr"] = float(group.get("lr", 0.0))  # as torch's own schedules name it
+            group["initial_lr"] = float(group.get("lr") or 0.0)  # as torch's own schedules name it
+            group["lr"] = group["initial_lr"]  # a tensor would be part of the state until the first update
         first, *rates = (group["initial_lr"] for group in optimizer.param_groups)
         if not first and any(rates):
             raise UsageError(

@@ -334,6 +334,20 @@ def test_a_first_group_of_rate_0_that_others_would_need_a_ratio_to_is_refused() 
         build_optimizer(settings, FlatWeights(a_model()))
 
 
+class WithoutRate(torch.optim.SGD):
+    """Has no rate of its own until the first update sets one."""
+
+    def __init__(self, settings: OptimizerSettings, groups: Sequence[Group]) -> None:
+        super().__init__([parameter for group in groups for parameter in group.parameters])
+        self.param_groups[0]["lr"] = None
+
+
+def test_a_rate_of_none_is_that_of_the_schedule() -> None:
+    optimizer = build_optimizer(OptimizerSettings(name=f"{__name__}:WithoutRate"), FlatWeights(a_model()))
+    set_learning_rate(optimizer, 0.5)
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
 def optimizer_of(kind: type[torch.optim.Optimizer], **options: Any) -> tuple[torch.optim.Optimizer, FlatWeights]:
     """Return an optimizer of seven weights, and these with a gradient of 0."""
     weights = FlatWeights(nn.ParameterList([nn.Parameter(torch.linspace(-1, 1, 7))]))

@@ -492,7 +492,12 @@ def mixed(settings: Any, groups: Sequence[Any]) -> torch.optim.Optimizer:
     return Mixed([parameter for group in groups for parameter in group.parameters], settings.learning_rate)
 
 
-@pytest.mark.parametrize("name", ["slowing", "mixed"])
+def with_a_tensor_as_rate(settings: Any, groups: Sequence[Any]) -> torch.optim.Optimizer:
+    rate = torch.tensor(settings.learning_rate)
+    return torch.optim.SGD([parameter for group in groups for parameter in group.parameters], lr=rate)
+
+
+@pytest.mark.parametrize("name", ["slowing", "mixed", "with_a_tensor_as_rate"])
 def test_promise_5_more_ranks_go_on_with_the_state_of_a_plugin_s_optimizer(tmp_path: Path, name: str) -> None:
     optimizer = {"name": f"{__name__}:{name}"}
     expected, _, _ = run(tmp_path / "whole", Alone(), optimizer=optimizer)
