@@ -320,6 +320,7 @@ def learning_rate_range(config: Config, low: float, high: float, updates: int, r
     Raises:
         UsageError: the rates do not rise, or `train` refuses the settings.
     """
+    low, high, updates = float(low), float(high), int(updates)  # NumPy's have another text
     if not (0 < low < high and high / low < math.inf) or updates < 2:
         raise UsageError(
             f"the rate must rise, from above 0, in 2 updates or more: not from {low:g} to {high:g} in {updates}",

@@ -9,10 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 from matplotlib.figure import Figure
 
+from dist_train.api import learning_rate_range
 from dist_train.cli.main import main
+from dist_train.config import load_config
 from dist_train.report import drawing
 from dist_train.report.drawing import draw_learning_curve, range_test
 from dist_train.report.figures import StripPlot
@@ -73,6 +76,13 @@ def test_a_script_that_imports_the_package_alone_can_call_it(tmp_path: Path) -> 
     ended = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert (tmp_path / "range" / "lr_range.csv").is_file()
+
+
+def test_its_numbers_may_be_numpys(tmp_path: Path) -> None:
+    config = load_config(write_config(tmp_path, SETTINGS))
+    low, high, updates = numpy.float64(0.001), numpy.float32(1.0), numpy.int64(2)
+    found = learning_rate_range(config, low, high, updates, tmp_path / "range")  # type: ignore[arg-type]  # NumPy's
+    assert found.rates == pytest.approx((0.001, 1.0))
 
 
 def test_it_ends_before_where_the_loss_is_not_finite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
