@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,7 +54,7 @@ class Run:
 
     directory: RunDirectory
 
-    @cached_property
+    @property
     def config(self) -> Config:
         """Every setting of the run. Raises ConfigError if they cannot be read."""
         return load_config(self.directory.config)

@@ -22,9 +22,11 @@ from dist_train.api import Format
 from dist_train.checkpoint.files import read_stored, remove_checkpoint, write_checkpoint
 from dist_train.cluster.launch import Launch
 from dist_train.config import Config, load_config
+from dist_train.config.resuming import with_setting
 from dist_train.data.images import BatchRequest
 from dist_train.data.loader import open_splits
 from dist_train.outcome import DivergedError, ExitCode, StoppedError, UsageError
+from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import EvaluationRecord, Record
 from tests.launching import launch, small_settings, start, train_alone, write_config
 from tests.raising import raises
@@ -233,6 +235,16 @@ def test_updates_of_a_run_that_began_from_another_one_s_checkpoint_need_one_of_i
         remove_checkpoint(run.checkpoint(step))
     with raises(UsageError, code="step-not-replayable"):
         dist_train.replay(run.directory.root, 5)
+
+
+def test_settings_of_a_run_are_read_on_demand(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path)
+    config = load_config(write_config(tmp_path, small_settings(run={"epochs": 1})))
+    directory.save_config(config)
+    run = dist_train.load_run(tmp_path)
+    assert run.config.run.epochs == 1
+    directory.save_config(with_setting(config, "run.epochs", 2))
+    assert run.config.run.epochs == 2
 
 
 def test_a_replay_of_a_run_that_names_its_logger_as_it_was_called_attaches_none(
