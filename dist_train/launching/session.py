@@ -19,7 +19,7 @@ import torch
 import dist_train
 from dist_train.checkpoint.files import Contents, list_checkpoints
 from dist_train.checkpoint.state import InitialWeights, Progress, ResumePoint
-from dist_train.cluster.communicator import Communicator, RankLostError, gather_str
+from dist_train.cluster.communicator import Communicator, RankLostError, broadcast_str, gather_str
 from dist_train.cluster.devices import find_gpus, why_no_gpu
 from dist_train.cluster.inspection import installed_version, loaded_mpi_version
 from dist_train.cluster.launch import command_output, current_job
@@ -97,7 +97,12 @@ class Session:
             self.status.change("running", **fields, world_size=self.comm.size, generation=self.comm.generation)
 
     def _show_facts(self, nodes: tuple[str, ...]) -> str:
-        """Tell the observers the facts of this generation of ranks, and return the revision of the code, on rank 0."""
+        """Tell the observers the facts of this generation of ranks, and return the revision of the code, on rank 0.
+
+        All ranks call it.
+        """
+        # One time for all, so that the exporter of a rank that takes over does not seem to be of an earlier launch.
+        self._launched = float(broadcast_str(self.comm, repr(self._launched), "launch time"))
         # Rank 0 alone: in a large launch every rank would start git on the same file system.
         code = revision() if self.status else ""
         if self.observers:

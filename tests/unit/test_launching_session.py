@@ -75,6 +75,9 @@ class Told(Observer):
     def begin(self, facts: RunFacts) -> None:
         self.facts.append(facts)
 
+    def regroup(self, facts: RunFacts) -> None:
+        self.facts.append(facts)
+
     def record(self, record: Record) -> None:
         assert not self.ends, "nothing comes after the end"
         if isinstance(record, EventRecord):
@@ -166,6 +169,21 @@ def test_every_rank_s_observers_are_told_the_facts_and_the_end(tmp_path: Path, m
         assert before <= facts.launched <= time.time()
         assert facts.revision.startswith(dist_train.__version__) == (rank == 0)
         assert [end.state for end in told.ends] == ["finished"]
+
+
+def test_all_ranks_of_a_launch_know_when_it_began_and_a_rank_that_joins_learns_it(tmp_path: Path) -> None:
+    def launch(comm: SimulatedRanks) -> float:
+        session, told = begun(tmp_path / "run", comm)
+        if comm.rank == 1:
+            joining = Session(session.directory, comm, Observers([told]))
+            joining.trainer = session.trainer
+            session = joining
+        session.note_generation(("here", "here"))
+        return told.facts[-1].launched
+
+    before = time.time()
+    first, joined = results(2, launch)
+    assert before < first == joined
 
 
 @pytest.mark.parametrize(("norm", "warnings"), [("ghost", 1), ("sync", 0)])
