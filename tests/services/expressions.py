@@ -18,7 +18,7 @@ RULES = DOCKER / "prometheus" / "rules"
 NEEDS_A_DEVICE = ("_device_", "_time_limit_")
 """Parts of the names of metrics that exist only for ranks with a device, or jobs with a time limit."""
 
-_ENDED = re.compile(r'outcome(!=""|=~"[^"]*")')
+_ENDED = re.compile(r'outcome(!=""|=~?"[^"]+")')
 
 _FILTERS = re.compile(r"(?<![=!~])(==|!=|[<>]=?)(?![~=\"])|\b(and|or|unless)\b")
 
@@ -97,7 +97,7 @@ def rule_expressions() -> dict[str, str]:
     found: dict[str, str] = {}
     for name, rule in rules():
         # A healthy run has no outcome yet.
-        expression = rule["expr"].replace('dist_train_outcome{outcome=~"failed|diverged|killed"}', "dist_train_outcome")
+        expression = rule["expr"].replace('dist_train_outcome{outcome=~"failed|diverged"}', "dist_train_outcome")
         expression = _ENDED.sub('outcome=""', expression).replace("_ended_timestamp", "_heard_timestamp")
         parts = {name: expression} if "record" in rule else _numbered(name, operands(expression))
         found |= {part: text for part, text in parts.items() if not needs_a_device(text)}

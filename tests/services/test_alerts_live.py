@@ -40,8 +40,8 @@ pytestmark = [
 RUNS_PER_OUTCOME = int(os.environ.get("DIST_TRAIN_RUNS_OF_A_KIND", "20"))
 ALERTS = {"failed": "DistTrainFailed", "killed": "DistTrainFailed", "hung": "DistTrainStalled"}
 """The expected alerts by outcome; the other outcomes are never reported."""
-DELAYS = {"DistTrainFailed": 0.0, "DistTrainStalled": 120.0 + 60.0}
-"""Own delays of the rules, in seconds: the time until a run counts as stalled, and `for`."""
+DELAYS = {"failed": 0.0, "killed": 30.0, "hung": 120.0 + 60.0}
+"""Own delays of the rules, in seconds: the time until a run counts as killed, or as stalled, and `for`."""
 FEW_SCRAPES = 2
 """Scrape intervals: one until the scrape that shows the end, and one until the rules are evaluated."""
 MOST_SCRAPES = 4
@@ -67,8 +67,8 @@ class MonitoredRun:
 
     def delays(self) -> list[float]:
         """Return the seconds from the end of the rule's own delay to the expected alert, of each server."""
-        alert = ALERTS.get(self.kind)
-        return [fired - self.happened - DELAYS[name] for (name, _), fired in self.reported.items() if name == alert]
+        alert, due = ALERTS.get(self.kind), self.happened + DELAYS.get(self.kind, 0.0)
+        return [fired - due for (name, _), fired in self.reported.items() if name == alert]
 
 
 def start_run(runs: PacedRuns, folder: Path, targets: Path, kind: str) -> MonitoredRun:
