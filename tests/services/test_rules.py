@@ -209,6 +209,14 @@ def test_a_run_whose_batch_grew_has_one_bar(tmp_path: Path) -> None:
 
 
 @promtool
+def test_a_run_of_which_every_rank_is_scraped_has_one_curve_although_its_batch_grew(tmp_path: Path) -> None:
+    kinds = {rank: f'global_batch="{size}", model="m", noise="none"' for rank, size in ((0, 512), (1, 64))}
+    infos = {f'dist_train_run_info{{{A_RUN}, rank="{rank}", {kind}}}': "1x20" for rank, kind in kinds.items()}
+    series = {f"dist_train_distance_from_initial{{{A_RUN}}}": "0.5x20", **infos}
+    check_values(series, "Distance from the start by ${x:text}/B", {120: {f"{{{kinds[0]}, {A_RUN}}}": "0.5"}}, tmp_path)
+
+
+@promtool
 def test_every_event_is_marked_whenever_it_was_scraped(tmp_path: Path) -> None:
     counts = {f"dist_train_checkpoints_total{{{A_RUN}}}": "0x4 1x10"}
     mark = {f"{{{A_RUN}}}": "1"}

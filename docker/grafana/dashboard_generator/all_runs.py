@@ -23,7 +23,8 @@ from dashboard_generator.panels import (
 
 _LABELS = ("global_batch", "noise", "run", "run_id", "split", "model")
 _AXIS = {"Steps": "dist_train_step", "Epochs": "dist_train_epoch", "Samples": "dist_train_samples"}
-_INFO = f'dist_train_run_info{{{OF_RUN}, noise=~"$noise"}}'
+# Of rank 0, which alone learns of a new batch size.
+_INFO = f'dist_train_run_info{{{OF_RUN}, noise=~"$noise", rank=~"0|"}}'
 _KINDS = "run, run_id, model, global_batch, noise"
 KIND = "batch {{global_batch}}, {{noise}}: {{run}} {{run_id}}"
 """A legend with the labels by which runs differ."""
@@ -31,7 +32,8 @@ KIND = "batch {{global_batch}}, {{noise}}: {{run}} {{run_id}}"
 
 def _with_kind(expression: str) -> str:
     """Return `expression` with the labels by which runs differ added: model, global batch, noise."""
-    return _joined(expression, f"max by ({_KINDS}) ({_INFO})")
+    # Of a target that is gone and the one that follows it, both may be there for a moment: one of them names the run.
+    return _joined(expression, f"topk by (run, run_id) (1, max by ({_KINDS}) ({_INFO}))")
 
 
 def _joined(expression: str, kinds: str) -> str:
