@@ -44,8 +44,13 @@ def variables(run: str, run_id: str = ".*") -> dict[str, str]:
 
 
 def filled(text: str, values: Mapping[str, str]) -> str:
-    """Return `text` with $name and ${name} replaced; KeyError names an unknown variable."""
-    return re.sub(r"\$(?:\{(\w+)\}|(\w+))", lambda found: values[found[1] or found[2]], text)
+    """Return `text` with $name and ${name} replaced; KeyError names an unknown variable.
+
+    The id ".*" stands for all, on the dashboard of one run too, which compares ids exactly.
+    """
+    return re.sub(r"\$(?:\{(\w+)\}|(\w+))", lambda found: values[found[1] or found[2]], text).replace(
+        'run_id=".*"', 'run_id=~".*"'
+    )
 
 
 def dashboard_queries(dashboard: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

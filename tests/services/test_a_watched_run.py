@@ -318,9 +318,10 @@ def test_every_panel_is_drawn_from_the_live_prometheus(watched: MonitoredRun, na
     dashboard["panels"] = [panel for panel in dashboard["panels"] if not shows_devices_only(panel)]
     page, picture = tmp_path / f"{name}.html", picture_folder(tmp_path) / f"{name}.png"
     empty: list[str] = []
+    chosen = variables(RUN, (watched.run / "run_id").read_text().strip())
 
     def all_are_drawn() -> bool:
-        write_page(page, dashboard, watched.prometheus.url, seconds=60, variables=variables(RUN))
+        write_page(page, dashboard, watched.prometheus.url, seconds=60, variables=chosen)
         empty[:] = [title for title, series in series_drawn(page).items() if not series]
         return not empty
 

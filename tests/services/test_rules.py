@@ -173,15 +173,20 @@ def test_coarser_rule_would_give_a_false_alarm(written: str, replacement: str, h
     assert "alertname: DistTrain" in done.stdout + done.stderr
 
 
-def check_values(series: dict[str, str], query: str, expected: dict[int, dict[str, str]], folder: Path) -> None:
-    """Check `query` of a dashboard at times in seconds; `series` are scraped every 15 s, as in promtool's tests."""
+def check_values(
+    series: dict[str, str], query: str, expected: dict[int, dict[str, str]], folder: Path, name: str = "a"
+) -> None:
+    """Check `query` of a dashboard, of the run `name`, at times in seconds.
+
+    `series` are scraped every 15 s, as in promtool's tests.
+    """
     [written] = [
         text
         for path in DASHBOARDS.glob("*.json")
-        for name, text in dashboard_queries(json.loads(path.read_text(encoding="utf-8")))
-        if name == query
+        for title, text in dashboard_queries(json.loads(path.read_text(encoding="utf-8")))
+        if title == query
     ]
-    expression = filled(written, variables("a"))
+    expression = filled(written, variables(name))
     expectations = [
         {
             "expr": expression,
@@ -217,6 +222,13 @@ def test_a_run_of_which_every_rank_is_scraped_has_one_curve_although_its_batch_g
     infos = {f'dist_train_run_info{{{A_RUN}, rank="{rank}", {kind}}}': "1x20" for rank, kind in kinds.items()}
     series = {f"dist_train_distance_from_initial{{{A_RUN}}}": "0.5x20", **infos}
     check_values(series, "Distance from the start by ${x:text}/B", {120: {f"{{{kinds[0]}, {A_RUN}}}": "0.5"}}, tmp_path)
+
+
+@promtool
+@pytest.mark.parametrize("name", ["lr0.1", "lr-1e+0"])
+def test_the_dashboard_of_one_run_shows_no_run_of_a_similar_name(name: str, tmp_path: Path) -> None:
+    series = {f'dist_train_epoch{{run="{run}", run_id="1f"}}': "1x20" for run in (name, "lr0-1")}
+    check_values(series, "Epoch/A", {120: {f'{{run="{name}", run_id="1f"}}': "1"}}, tmp_path, name)
 
 
 @promtool

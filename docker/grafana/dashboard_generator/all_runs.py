@@ -7,9 +7,9 @@ from grafana_foundation_sdk.models import dashboard as model
 
 from dashboard_generator.frame import choice, event, frame, one_of, source_choice
 from dashboard_generator.links import ALL_RUNS
-from dashboard_generator.one_run import RUN_IDS, STATES, state_number
+from dashboard_generator.one_run import STATES, run_ids, state_number
 from dashboard_generator.panels import (
-    OF_RUN,
+    OF_RUNS,
     RED,
     PanelSpec,
     Query,
@@ -24,7 +24,7 @@ from dashboard_generator.panels import (
 _LABELS = ("global_batch", "noise", "run", "run_id", "split", "model")
 _AXIS = {"Steps": "dist_train_step", "Epochs": "dist_train_epoch", "Samples": "dist_train_samples"}
 # Of rank 0, which alone learns of a new batch size.
-_INFO = f'dist_train_run_info{{{OF_RUN}, noise=~"$noise", rank=~"0|"}}'
+_INFO = f'dist_train_run_info{{{OF_RUNS}, noise=~"$noise", rank=~"0|"}}'
 _KINDS = "run, run_id, model, global_batch, noise"
 KIND = "batch {{global_batch}}, {{noise}}: {{run}} {{run_id}}"
 """A legend with the labels by which runs differ."""
@@ -41,18 +41,18 @@ def _joined(expression: str, kinds: str) -> str:
 
 
 def _of(metric: str) -> str:
-    return _with_kind(f"max by (run, run_id) ({metric}{{{OF_RUN}}})")
+    return _with_kind(f"max by (run, run_id) ({metric}{{{OF_RUNS}}})")
 
 
 def _last_of(metric: str) -> str:
     """Return the last value in the dashboard's time range, also of runs that have ended."""
     # A run with a batch schedule has several global batches in this range: the one that it had longest names it.
     kinds = f"topk by (run, run_id) (1, max by ({_KINDS}) (count_over_time({_INFO}[$__range]))) ^ 0"
-    return _joined(f"max by (run, run_id) (last_over_time({metric}{{{OF_RUN}}}[$__range]))", kinds)
+    return _joined(f"max by (run, run_id) (last_over_time({metric}{{{OF_RUNS}}}[$__range]))", kinds)
 
 
 def _by_split(metric: str) -> str:
-    return _with_kind(f'max by (run, run_id, split) ({metric}{{{OF_RUN}, split=~"$split"}})')
+    return _with_kind(f'max by (run, run_id, split) ({metric}{{{OF_RUNS}, split=~"$split"}})')
 
 
 def build() -> model.Dashboard:
@@ -64,20 +64,20 @@ def build() -> model.Dashboard:
     )
     built.with_variable(source_choice())
     built.with_variable(choice("run", "Runs", "The runs to compare", "label_values(dist_train_state, run)"))
-    built.with_variable(choice("run_id", "Run ids", "Tells runs of one name apart", RUN_IDS))
+    built.with_variable(choice("run_id", "Run ids", "Tells runs of one name apart", run_ids("=~")))
     built.with_variable(
-        choice("noise", "Noise", "Kinds of weight noise", f"label_values(dist_train_run_info{{{OF_RUN}}}, noise)")
+        choice("noise", "Noise", "Kinds of weight noise", f"label_values(dist_train_run_info{{{OF_RUNS}}}, noise)")
     )
     built.with_variable(
         choice(
             "split",
             "Split",
             "batch: training batches as trained; train, test: whole splits, clean weights",
-            f"label_values(dist_train_loss{{{OF_RUN}}}, split)",
+            f"label_values(dist_train_loss{{{OF_RUNS}}}, split)",
         )
     )
     built.with_variable(one_of("x", "Compare at equal", "The x axis of curves that are not drawn over time", _AXIS))
-    firing = f'max by (run, run_id, alertname) (ALERTS{{{OF_RUN}, alertstate="firing"}}) > 0'
+    firing = f'max by (run, run_id, alertname) (ALERTS{{{OF_RUNS}, alertstate="firing"}}) > 0'
     built.annotation(event("Alerts", RED, firing, "{{run}} {{run_id}}: {{alertname}}"))
     for section in (_overview, _learning, _by_step, _cost):
         section(built)
@@ -89,20 +89,20 @@ def _overview(built: dashboard.Dashboard) -> None:
     built.with_panel(
         states(
             PanelSpec("State", "The state of each run over time; gaps are times without an exporter.", "none", 16, 9),
-            Query(state_number(), "{{run}} {{run_id}}"),
+            Query(state_number(OF_RUNS), "{{run}} {{run_id}}"),
             STATES,
         )
     )
     built.with_panel(
         number(
             PanelSpec("At work", "Runs that are running or stopping.", "none", 4, 9),
-            Query(f"sum(run:dist_train_active:max{{{OF_RUN}}})", "runs"),
+            Query(f"sum(run:dist_train_active:max{{{OF_RUNS}}})", "runs"),
         )
     )
     built.with_panel(
         number(
             PanelSpec("Firing alerts", "Currently firing alerts of these runs.", "none", 4, 9),
-            Query(f'count(ALERTS{{{OF_RUN}, alertstate="firing"}}) or vector(0)', "alerts"),
+            Query(f'count(ALERTS{{{OF_RUNS}, alertstate="firing"}}) or vector(0)', "alerts"),
             "green",
             (1, RED),
         )
@@ -175,7 +175,7 @@ def _by_step(built: dashboard.Dashboard) -> None:
         ("Distance from the start", "Of the clean weights", "none", _of("dist_train_distance_from_initial")),
     ):
         spec = PanelSpec(f"{title} by ${{x:text}}", f"{description}, by run.", unit, 12, 11)
-        x = f"0 * ({expression}) + on (run, run_id) group_left () max by (run, run_id) ($x{{{OF_RUN}}})"
+        x = f"0 * ({expression}) + on (run, run_id) group_left () max by (run, run_id) ($x{{{OF_RUNS}}})"
         panel = curves_over(x, "${x:text}", spec, Query(expression, KIND), _LABELS)
         built.with_panel(logarithmic(panel) if title == "Loss" else panel)
 
@@ -188,7 +188,7 @@ def _cost(built: dashboard.Dashboard) -> None:
             Query(_of("dist_train_samples_per_second"), KIND),
         ).min(0)
     )
-    p95 = f"run:dist_train_step_duration_seconds:p95_rate5m{{{OF_RUN}}}"
+    p95 = f"run:dist_train_step_duration_seconds:p95_rate5m{{{OF_RUNS}}}"
     built.with_panel(
         curves(
             PanelSpec(
@@ -213,7 +213,7 @@ def _cost(built: dashboard.Dashboard) -> None:
                 "DistTrainRankSlow",
             ),
             Query(
-                f'run_part:dist_train_step_part_duration_seconds:share_rate5m{{{OF_RUN}, part="allreduce_wait"}}',
+                f'run_part:dist_train_step_part_duration_seconds:share_rate5m{{{OF_RUNS}, part="allreduce_wait"}}',
                 "{{run}} {{run_id}}",
             ),
         ).min(0)
@@ -223,20 +223,20 @@ def _cost(built: dashboard.Dashboard) -> None:
             "Progress",
             "Steps done, as a share of the planned ones.",
             "percentunit",
-            f"run:dist_train_progress:ratio{{{OF_RUN}}}",
+            f"run:dist_train_progress:ratio{{{OF_RUNS}}}",
         ),
         (
             "Time left",
             "Until the last step, at the current pace.",
             "s",
-            f"max by (run, run_id) (dist_train_time_left_seconds{{{OF_RUN}}})",
+            f"max by (run, run_id) (dist_train_time_left_seconds{{{OF_RUNS}}})",
         ),
-        ("Ranks", "Ranks that train together.", "none", f"max by (run, run_id) (dist_train_world_size{{{OF_RUN}}})"),
+        ("Ranks", "Ranks that train together.", "none", f"max by (run, run_id) (dist_train_world_size{{{OF_RUNS}}})"),
         (
             "Requeues",
             "How often Slurm requeued the run.",
             "none",
-            f"max by (run, run_id) (dist_train_requeues_total{{{OF_RUN}}})",
+            f"max by (run, run_id) (dist_train_requeues_total{{{OF_RUNS}}})",
         ),
     ):
         built.with_panel(bars(PanelSpec(title, description, unit, 6), Query(expression, "{{run}} {{run_id}}")))

@@ -32,7 +32,9 @@ STATES = (
 )
 
 
-RUN_IDS = 'label_values(dist_train_state{run=~"$run"}, run_id)'
+def run_ids(comparison: str) -> str:
+    """Return the query of the ids of the selected run ("=") or runs ("=~")."""
+    return f'label_values(dist_train_state{{run{comparison}"$run"}}, run_id)'
 
 
 def _of(metric: str, *labels: str) -> str:
@@ -64,10 +66,10 @@ def _by_split(metric: str) -> str:
     return f'max by (run, run_id, split) ({metric}{{{OF_RUN}, split=~"$split"}})'
 
 
-def state_number() -> str:
-    """Return an expression whose value is the index of a run's state in `STATES`."""
+def state_number(matchers: str) -> str:
+    """Return an expression whose value is the index in `STATES` of the state of a run that `matchers` select."""
     return " or ".join(
-        f'{value} + 0 * (max by (run, run_id) (dist_train_state{{{OF_RUN}, state="{word}"}}) > 0)'
+        f'{value} + 0 * (max by (run, run_id) (dist_train_state{{{matchers}, state="{word}"}}) > 0)'
         for value, word, _ in STATES
     )
 
@@ -81,7 +83,7 @@ def build() -> model.Dashboard:
     )
     built.with_variable(source_choice())
     built.with_variable(one_choice("run", "Run", "The run to show", "label_values(dist_train_state, run)"))
-    built.with_variable(one_choice("run_id", "Run id", "Tells runs of one name apart", RUN_IDS))
+    built.with_variable(one_choice("run_id", "Run id", "Tells runs of one name apart", run_ids("=")))
     built.with_variable(
         choice(
             "split",
@@ -120,7 +122,7 @@ def _status(built: dashboard.Dashboard) -> None:
     built.with_panel(
         states(
             PanelSpec("State", "The state of the run over time; gaps are times without an exporter.", "none", 12, 4),
-            Query(state_number(), "{{run}}"),
+            Query(state_number(OF_RUN), "{{run}}"),
             STATES,
         )
     )

@@ -27,7 +27,9 @@ from dashboard_generator.links import runbook_link
 
 SOURCE = model.DataSourceRef(type_val="prometheus", uid="${datasource}")
 GREEN, YELLOW, RED, BLUE, GREY = "green", "yellow", "red", "blue", "text"
-OF_RUN = 'run=~"$run", run_id=~"$run_id"'
+OF_RUN = 'run="$run", run_id="$run_id"'
+"""The label matchers that select the run of a dashboard, whose name Grafana does not escape as it does several."""
+OF_RUNS = 'run=~"$run", run_id=~"$run_id"'
 """The label matchers that select a dashboard's runs."""
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
