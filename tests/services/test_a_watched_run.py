@@ -218,7 +218,8 @@ def test_every_expression_about_devices_has_data_for_such_a_rank(watched: Monito
 def test_panels_of_64_ranks_have_few_series_and_ranks_have_their_nodes(watched: MonitoredRun, tmp_path: Path) -> None:
     run = tmp_path / "many_ranks"
     nodes = tuple(f"n{rank // 8}" for rank in range(64))
-    facts = replace(FACTS, name=run.name, run_directory=run, world_size=64, nodes=nodes, node="n0")
+    # Not the id of the run on a device, whose outcome this one would take away as its own earlier one.
+    facts = replace(FACTS, name=run.name, run_directory=run, run_id="64" * 8, world_size=64, nodes=nodes, node="n0")
     ranks = tuple(ON_A_DEVICE._replace(busy_seconds=0.2 + 0.001 * (37 * rank % 64)) for rank in range(64))
     slow = 45  # 37 * 45 % 64 == 1: it would be among the fastest
     ranks = (*ranks[:slow], ON_A_DEVICE._replace(busy_seconds=0.4), *ranks[slow + 1 :])
