@@ -25,7 +25,7 @@ from dist_train.rundir.atomic import read_regular
 from dist_train.rundir.paths import BrokenFileError, RunDirectory, StudyDirectory
 from dist_train.rundir.records import EvaluationRecord, EventRecord, Record, TrainRecord
 from dist_train.rundir.status import Status, finished_runs, read_status
-from dist_train.sweep.study_file import Contrast
+from dist_train.sweep.study_file import Contrast, Title
 from dist_train.watch.run_state import read_measurements, read_settings, read_state, walk_runs
 
 _BATCH = "batch.global_size"
@@ -43,7 +43,7 @@ class Planned:
     name: str
     variant: str = ""
     family: str = ""
-    title: str = ""
+    title: Title = ""
     has_title: bool | None = None
     seed: int | None = None
     overrides: tuple[str, ...] = ()
@@ -250,7 +250,7 @@ class _Study:
     """What the report shows of study.yaml."""
 
     name: str = ""
-    title: str = ""
+    title: Title = ""
     variants: Mapping[str, Any] = field(default_factory=dict)
     contrasts: tuple[Contrast, ...] = ()
 

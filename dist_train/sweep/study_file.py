@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, ValidationError
 
 from dist_train.config.loading import read_mapping
 from dist_train.config.parts import Metric, Section
@@ -35,6 +35,9 @@ _SET_BY_STUDY = ("run", "run.name", "run.directory", "run.seed", "run.resume")
 Settings = dict[str, Any]  # values by dotted path: `noise.amplitude: 0.01`
 _Value = TypeVar("_Value")
 
+Title = Annotated[str, AfterValidator(lambda title: " ".join(title.split()))]
+"""A title in one line: it becomes a cell or a heading in Markdown."""
+
 
 def overlaid(before: Mapping[str, _Value], own: Mapping[str, _Value]) -> dict[str, _Value]:
     """Return `before` with the values of `own`, by dotted path, which replace all values at and below their paths."""
@@ -48,7 +51,7 @@ _Option = str | int | float | bool | list[str | int | float]
 class Variant(Section):
     """One variant: its changes to the base configuration or to another variant's settings."""
 
-    title: str = Field("", description="Title in figures and tables; empty: its name.")
+    title: Title = Field("", description="Title in figures and tables; empty: its name.")
     like: str | None = Field(None, description="The variant whose settings this one starts from.")
     seeds: tuple[NonNegativeInt, ...] = Field((), description="It is run with these seeds only; none: with all.")
     settings: Settings = Field({}, description="Settings that differ, by dotted path.")
@@ -82,7 +85,7 @@ Analysis = Annotated[Interpolation | OfVariants, Field(discriminator="kind")]
 class Contrast(Section):
     """Variants that the report compares with a reference variant, paired by seed."""
 
-    title: str = Field("", description="Title in the report; empty: the variants' names.")
+    title: Title = Field("", description="Title in the report; empty: the variants' names.")
     variants: tuple[str, ...] = Field(
         min_length=1, description="The variants; the intervals are corrected for their number."
     )
@@ -131,7 +134,7 @@ class Study(Section):
     """The content of a study file."""
 
     name: str = Field(pattern=NAME, description="Name of the study's folder.")
-    title: str = Field("", description="Title of the report; empty: its name.")
+    title: Title = Field("", description="Title of the report; empty: its name.")
     base: str = Field(min_length=1, description="The configuration that every run starts from; relative to this file.")
     seeds: tuple[NonNegativeInt, ...] = Field((0,), min_length=1, description="Each variant is run with each seed.")
     settings: Settings = Field({}, description="Every run's changes to the base configuration, by dotted path.")

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from dist_train.report.page import render, versions
+from dist_train.report.page import render, tables_in_markdown, versions
 from dist_train.report.stored_run import StoredRun, Subject, read_run, read_subject
-from tests.unit.report_study import make_run, treatments, write_status
+from tests.unit.report_study import make_run, make_study, treatments, write_status
 
 RECORDED = {"dist_train": "0.0.9 (abc1234)", "Python": "3.9.1", "torch": "1.2.3+cu99", "device": "Abacus & Sons"}
 
@@ -65,6 +65,15 @@ def test_the_page_shows_the_runs_versions_and_none_of_this_machine_s(tmp_path: P
     assert "<div><dt>device</dt><dd>Abacus &amp; Sons</dd></div>" in page
     for version in (torch.__version__, np.__version__):
         assert version not in page
+
+
+def test_stored_titles_of_several_lines_give_the_same_tables(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "study", seeds=(0,))
+    tables = tables_in_markdown(read_subject(study))
+    planned = json.loads((study / "runs.json").read_text())
+    broken = [each | {"title": each["title"].replace(", ", ",\n  ") + "\n"} for each in planned]
+    (study / "runs.json").write_text(json.dumps(broken))
+    assert tables_in_markdown(read_subject(study)) == tables
 
 
 def test_a_run_s_records_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

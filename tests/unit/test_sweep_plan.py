@@ -106,6 +106,16 @@ class TestRuns:
             ("a-amplitude", "a-amplitude", False),
         ]
 
+    def test_titles_are_one_line(self, tmp_path: Path) -> None:
+        variants = {"a": {"title": "A,\n  long\n"}, "b": {"settings": {"optimizer.momentum": 0.5}}}
+        contrasts = [{"title": "A\nand B", "variants": ["a"], "against": "b"}]
+        plan = small_plan(tmp_path, title="A\nstudy\n", variants=variants, contrasts=contrasts, seeds=[0])
+        assert (plan.study.title, plan.runs[0].title, plan.study.contrasts[0].title) == (
+            "A study",
+            "A, long",
+            "A and B",
+        )
+
     def test_a_setting_s_name_may_have_digits(self, tmp_path: Path) -> None:
         [run] = small_plan(tmp_path, variants={"a": {"grid": {"precision.tf32": [True]}}}, seeds=[0]).runs
         assert run.config.precision.tf32
