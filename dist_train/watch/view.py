@@ -7,10 +7,11 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean, median
 
 from rich.box import ROUNDED, Box
-from rich.console import Console, Group
+from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.layout import Layout
 from rich.live import Live
 from rich.panel import Panel
@@ -127,7 +128,7 @@ def _side_by_side(run: Snapshot, columns: int, parts: Plan) -> list[Layout]:
 
 def _below_each_other(run: Snapshot, columns: int, parts: Plan) -> list[Layout]:
     pairs = [*([] if parts.accuracy else _accuracy_pairs(run)), *_rate_pairs(run)]
-    shown = [Layout(_in_lines(pairs), size=parts.rates)] if parts.rates else []
+    shown = [Layout(_ByEncoding(partial(_in_lines, pairs)), size=parts.rates)] if parts.rates else []
     shown.append(Layout(_curves(run.history, LOSS, columns, parts.curves), size=parts.curves))
     if parts.accuracy:
         shown.append(Layout(_curves(run.history, ACCURACY, columns, parts.accuracy), size=parts.accuracy))
@@ -200,13 +201,13 @@ def _rates(run: Snapshot) -> Table:
     return table
 
 
-def _in_lines(pairs: Sequence[tuple[str, str]]) -> Text:
+def _in_lines(pairs: Sequence[tuple[str, str]], is_ascii: bool) -> Text:
     """Return names and values as running text, for narrow terminals."""
     line = Text()
+    space = " " if is_ascii else "\N{NO-BREAK SPACE}"  # keeps a number with its name
     for name, value in pairs:
-        # No-break spaces keep a number with its name.
-        line.append(f"{name} ".replace(" ", "\N{NO-BREAK SPACE}"), style="dim")
-        line.append(value.replace(" ", "\N{NO-BREAK SPACE}")).append("  ")
+        line.append(f"{name} ".replace(" ", space), style="dim")
+        line.append(value.replace(" ", space)).append("  ")
     return line
 
 
@@ -294,7 +295,7 @@ def _curves(history: History, quantity: Quantity, columns: int, rows: int) -> Gr
     for name, record in latest.items():
         value = _short_text(quantity, quantity.take(record))
         heading.append("  ").append(f"{escaped(name)} {value}", style=_CURVE_COLOURS.get(name, "green"))
-    return Group(heading, _plot(chart, quantity, columns, max(1, rows - _FRAME)))
+    return Group(heading, _ByEncoding(partial(_plot, chart, quantity, columns, max(1, rows - _FRAME))))
 
 
 def _short_text(quantity: Quantity, value: float) -> str:
@@ -303,7 +304,20 @@ def _short_text(quantity: Quantity, value: float) -> str:
     return f"{value * 100:.1f} %" if quantity is ACCURACY else f"{value:.3g}"
 
 
-def _plot(chart: Chart | None, quantity: Quantity, columns: int, rows: int) -> Text:
+@dataclass(frozen=True)
+class _ByEncoding:
+    """The text that `draw` returns for a console that has ASCII's characters only (True), or all (False)."""
+
+    draw: Callable[[bool], Text]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield self.draw(options.ascii_only)
+
+
+_AS_ASCII = str.maketrans("╭╮╰╯─│", "++++-|")  # of a plot's frame
+
+
+def _plot(chart: Chart | None, quantity: Quantity, columns: int, rows: int, is_ascii: bool) -> Text:
     least = 0.0 if chart and chart.left.is_logarithmic else -math.inf
     measured = chart.series if chart else ()
     series = [each for each in measured if any(least < point.y < math.inf for point in each.points)]
@@ -318,7 +332,7 @@ def _plot(chart: Chart | None, quantity: Quantity, columns: int, rows: int) -> T
             [[point.x for point in each.points] for each in series],
             lines=[True] * len(series),
             color=[_CURVE_COLOURS.get(each.style, "green") for each in series],
-            character_set="braille",
+            character_set="ascii" if is_ascii else "braille",
             rounded_corners=True,
             width=columns,
             height=rows,
@@ -336,7 +350,8 @@ def _plot(chart: Chart | None, quantity: Quantity, columns: int, rows: int) -> T
     gap = max(re.finditer(" +", labels), key=lambda match: len(match[0]), default=None)
     if gap is not None and len(gap[0]) >= len(chart.x.title) + 2:
         labels = labels[: gap.start()] + chart.x.title.center(len(gap[0])) + labels[gap.end() :]
-    return Text.from_ansi("\n".join([*lines, labels]), no_wrap=True)
+    drawn = "\n".join([*lines, labels])
+    return Text.from_ansi(drawn.translate(_AS_ASCII) if is_ascii else drawn, no_wrap=True)
 
 
 def _facts_line(run: Snapshot) -> Text:

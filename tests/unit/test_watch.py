@@ -130,6 +130,17 @@ def words(text: str) -> str:
     return re.sub(r"\s+", " ", text)
 
 
+@pytest.mark.parametrize(("columns", "rows"), [(100, 40), (60, 36)])
+def test_a_terminal_that_has_ascii_alone_shows_frames_and_curves(directory: Path, columns: int, rows: int) -> None:
+    page = io.BytesIO()
+    console = Console(file=io.TextIOWrapper(page, "ascii"), width=columns, height=rows, color_system=None)
+    console.print(frame(look(directory), columns, rows), height=rows)
+    console.file.flush()
+    lines = page.getvalue().decode("ascii").splitlines()
+    assert len([line for line in lines if re.search(r"\|[ +xo]*\+\+[ +xo]*\|", line)]) > 1
+    assert len([line for line in lines if re.search(r"\+-{20,}\+", line)]) > 3
+
+
 class TestFacts:
     def test_a_running_run_shows_how_far_and_how_well(self, directory: Path) -> None:
         shown = words(drawn(look(directory)))
