@@ -185,7 +185,7 @@ def compiled(network: nn.Module, sizes: int) -> nn.Module:
     return cast(nn.Module, torch.compile(network, dynamic=False, options=options))
 
 
-def _untimed_kernels() -> dict[str, str | int | bool]:
+def _untimed_kernels() -> dict[str, Any]:
     """Return the options of Inductor without which older torch times kernels that sum in different orders."""
     from torch._inductor import config
 
