@@ -520,7 +520,9 @@ def interrupt_twice() -> None:
 
 
 @pytest.mark.parametrize(
-    ("leave", "error"), [(interrupt_twice, KeyboardInterrupt), (partial(sys.exit, 3), SystemExit)], ids=str
+    ("leave", "error"),
+    [(interrupt_twice, KeyboardInterrupt), (partial(sys.exit, 3), SystemExit)],
+    ids=["signals", "exit"],
 )
 def test_a_run_that_is_left_at_once_has_ended(
     tmp_path: Path, leave: Callable[[], object], error: type[BaseException]
