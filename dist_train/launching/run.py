@@ -128,12 +128,13 @@ def train(config: Config, run_directory: Path | str | None = None, observers: Se
 def _naming_plugins(files: Collection[str]) -> Iterator[None]:
     """Turn an error raised by one of the plug-ins' `files` into a UsageError that says where.
 
-    The file is that of the innermost call that is a plug-in's or this package's, which plug-ins call in turn.
+    The file is that of the innermost call that is a plug-in's or this package's, which plug-ins call in turn. Faults of
+    a GPU or of a disk, after which a restart may succeed, are left as they are: they appear in a plug-in's calls, too.
     """
     try:
         yield
     except Exception as error:
-        if isinstance(error, CodedError) or is_out_of_memory(error):
+        if isinstance(error, CodedError | OSError) or is_out_of_memory(error) or "CUDA error" in str(error):
             raise
         for frame in reversed(traceback.extract_tb(error.__traceback__)):
             if Path(frame.filename).is_relative_to(_PACKAGE):

@@ -9,7 +9,7 @@ import re
 import socket
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -242,6 +242,7 @@ class Session:
         if self.trainer is not None and isinstance(error, DivergedError | DisagreementError):
             self.trainer.event("not_finite" if isinstance(error, DivergedError) else "disagreement", reason=reason)
         is_bug = code == ExitCode.FAULT and not (is_exit or isinstance(error, FaultError))
+        is_bug = is_bug or getattr(error, "code", "") == "plugin-failed"
         if not isinstance(error, StoppedError | PeerFailedError):
             _logger.info("%s", reason, exc_info=error if is_bug else None)
         if len(reason) > _LONGEST_REASON:
@@ -252,7 +253,8 @@ class Session:
         is_of_one_rank = is_of_one_rank and not isinstance(error, (*SHARED_ERRORS, PeerFailedError))
         if is_of_one_rank and self.status is None and not (is_recorded or others_continue):
             self._record_fault(code, reason)
-        self._end("stopped" if isinstance(error, StoppedError) else "failed", code, reason, is_recorded=is_recorded)
+        state: State = "stopped" if isinstance(error, StoppedError) else "failed"
+        self._end(state, code, reason, is_recorded=is_recorded, is_left=is_exit)
 
     def lose(self, message: str) -> None:
         """Record that the launch ends because a rank is lost. From any thread; the process ends right after.
@@ -300,8 +302,8 @@ class Session:
             last_checkpoint=checkpoints[-1].path if checkpoints else None,
         )
 
-    def _end(self, state: State, code: ExitCode, reason: str, *, is_recorded: bool) -> Outcome:
-        outcome = self._outcome(state, code, reason)
+    def _end(self, state: State, code: ExitCode, reason: str, *, is_recorded: bool, is_left: bool = False) -> Outcome:
+        outcome = replace(self._outcome(state, code, reason), is_left=is_left)
         # Before the observers end, which may wait for a last scrape: a launcher may not wait that long.
         if self.status and not is_recorded:
             if self.trainer:

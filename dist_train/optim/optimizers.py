@@ -151,13 +151,15 @@ def set_numbers(optimizer: Optimizer, packed: bytes, device: torch.device) -> No
 def load_state(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
     """Load what `state_dict` returned; raises RuntimeError or ValueError if it is of another optimizer.
 
-    The state keeps its types: torch casts all of it but `step` to the type of its parameter.
+    The state keeps its types: torch casts all of it but `step` to the type of its parameter. Where the optimizer has
+    converted it back to the types that it has in the beginning, these stay.
     """
+    before = [{name: getattr(value, "dtype", None) for name, value in state.items()} for state in _states(optimizer)]
     # The optimizer must not be wrapped yet: a wrapper would drop the loaded state.
     optimizer.load_state_dict({**saved})
-    for index, state in enumerate(_states(optimizer)):
+    for index, (state, types) in enumerate(zip(_states(optimizer), before, strict=True)):
         for name, value in saved["state"].get(index, {}).items():
-            if name in state:
+            if name in state and not (isinstance(state[name], torch.Tensor) and state[name].dtype == types.get(name)):
                 state[name] = _with_types_of(value, state[name])
 
 

@@ -257,12 +257,21 @@ def draw_learning_curve(run_directories: Sequence[Path], output: Path) -> None:
     if not output.parent.is_dir():
         raise UsageError(f"cannot draw {output}: there is no folder {output.parent}", code="folder-missing")
     runs = [_read(RunDirectory(directory)) for directory in run_directories]
-    if len({run.name for run in runs}) < len(runs):
-        runs = [replace(run, name=str(path)) for run, path in zip(runs, run_directories, strict=True)]
+    runs = [replace(run, name=name) for run, name in zip(runs, _distinct_names(run_directories), strict=True)]
     charts = [chart for chart in (_compared(LOSS, runs), _compared(ACCURACY, runs), _schedule(runs)) if chart.series]
     figure = stacked(charts, _HEIGHTS[: len(charts)], runs[0].name if len(runs) == 1 else f"{len(runs)} runs")
     with writing(output, "choose another file with -o FILE"):
         save(figure, output)
+
+
+def _distinct_names(directories: Sequence[Path]) -> list[str]:
+    """Return as many last parts of the directories' paths as tell them apart."""
+    parts = [directory.resolve().parts for directory in directories]
+    for count in range(1, 1 + max(map(len, parts))):
+        names = ["/".join(each[-count:]) for each in parts]
+        if len(set(names)) == len(set(parts)):
+            break
+    return names
 
 
 def _read(directory: RunDirectory) -> Measured:

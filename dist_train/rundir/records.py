@@ -212,6 +212,8 @@ class Outcome:
     best_accuracy: float | None
     samples_per_second: float | None
     last_checkpoint: Path | None
+    is_left: bool = False
+    """Whether it was left at once, by a second Ctrl-C or `sys.exit`: nothing may wait any more."""
 
 
 _EVENTS_BEFORE_TRAINING = 100  # more than there are

@@ -248,7 +248,7 @@ def test_help_shows_settings_and_defaults(capsys: pytest.CaptureFixture[str]) ->
         assert stated in text or f"{shown}: the stored ones, fixed (default)" in text, name
 
 
-def test_samples_are_balanced_shuffled_and_depend_on_the_seed() -> None:
+def test_samples_of_equal_classes_are_equally_many_shuffled_and_depend_on_the_seed() -> None:
     labels = torch.arange(200) // 20
     settings = SharpnessSettings(samples=50)
     chosen = choose_samples(labels, 10, settings)

@@ -26,7 +26,7 @@ from dist_train.monitoring.observers import Observers
 from dist_train.monitoring.prometheus import exporter as exporter_module
 from dist_train.monitoring.prometheus.exporter import Exporter
 from dist_train.rundir.records import EvaluationRecord, EventRecord, Outcome, Record, to_json
-from tests.unit.exporting import FACTS, OUTCOME, STOPPED, get, measurement, port_of, read, scrape, serving, train
+from tests.unit.exporting import FACTS, LEFT, OUTCOME, STOPPED, get, measurement, port_of, read, scrape, serving, train
 from tests.waiting import PATIENCE, is_alive, wait_for
 
 ROOT = Path(__file__).parents[2]
@@ -335,9 +335,9 @@ def test_scraped_run_waits_for_a_scrape_of_its_last_values() -> None:
 
 
 @pytest.mark.parametrize(
-    ("outcome", "scrapes", "waits"), [(OUTCOME, 1, True), (STOPPED, 1, False), (OUTCOME, 0, False)]
+    ("outcome", "scrapes", "waits"), [(OUTCOME, 1, True), (STOPPED, 1, False), (LEFT, 1, False), (OUTCOME, 0, False)]
 )
-def test_unscraped_or_stopped_run_does_not_wait(outcome: Outcome, scrapes: int, waits: bool) -> None:
+def test_unscraped_stopped_or_left_run_does_not_wait(outcome: Outcome, scrapes: int, waits: bool) -> None:
     seconds = 1.0 if waits else PATIENCE
     exporter = Exporter(MetricsSettings(port=0, last_scrape_seconds=seconds))
     exporter.begin(FACTS)

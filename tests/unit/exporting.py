@@ -56,6 +56,7 @@ ON_A_DEVICE = RankMeasurement(
 )
 """Its power limit and its temperature hold it back; three errors of its memory were corrected."""
 STOPPED = replace(OUTCOME, state="stopped", exit_code=75)
+LEFT = replace(OUTCOME, state="failed", exit_code=1, is_left=True)
 
 
 def train(step: int, seconds: float = 0.3) -> TrainRecord:

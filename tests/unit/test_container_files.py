@@ -57,7 +57,7 @@ def test_compose_trains_with_two_ranks_where_prometheus_looks() -> None:
     train = services["train"]
     assert train["profiles"] == ["train"]
     assert (ROOT / train["entrypoint"][0]).is_file()
-    assert train["command"][:3] == ["-np", "2", "train"]
+    assert train["command"][:3] == ["-np", "${DIST_TRAIN_RANKS:-2}", "train"]
     (targets,) = [volume for volume in train["volumes"] if volume.endswith(":/targets")]
     source = targets.removesuffix(":/targets")
     assert f"{source}:/etc/prometheus/targets:ro" in services["prometheus"]["volumes"]

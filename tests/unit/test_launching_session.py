@@ -34,7 +34,15 @@ from dist_train.launching.assembly import assemble
 from dist_train.launching.run import Regrouping, _leave, train
 from dist_train.launching.session import Session, build_observers, revision
 from dist_train.monitoring.observers import Observers
-from dist_train.outcome import DisagreementError, DivergedError, ExitCode, FaultError, StoppedError, UsageError
+from dist_train.outcome import (
+    DisagreementError,
+    DivergedError,
+    ExitCode,
+    FaultError,
+    StoppedError,
+    UsageError,
+    exit_code_of,
+)
 from dist_train.rundir.paths import LockRequest, RunDirectory
 from dist_train.rundir.records import (
     EventRecord,
@@ -493,6 +501,16 @@ def test_a_plugin_that_fails_in_training_is_named_with_the_line(
     status = read_status(tmp_path / "run" / "status.json")
     assert status is not None
     assert (status.state, status.exit_code) == ("failed", ExitCode.USAGE)
+
+
+@pytest.mark.parametrize(
+    "fault", ["OSError('stale file handle')", "RuntimeError('CUDA error: uncorrectable ECC error')"]
+)
+def test_a_fault_of_the_machine_within_a_plugin_s_call_may_be_retried(tmp_path: Path, fault: str) -> None:
+    (tmp_path / "mine.py").write_text(FAILING.replace("torch.ones(2) @ torch.ones(3)", f"raise {fault}"))
+    with pytest.raises((FaultError, RuntimeError)) as caught:
+        train(small_config(optimizer={"name": f"{tmp_path / 'mine.py'}:Optimizer"}), tmp_path / "run")
+    assert exit_code_of(caught.value) == ExitCode.FAULT
 
 
 def test_a_mistake_in_the_package_that_a_plugin_calls_is_not_the_plugin_s(tmp_path: Path) -> None:

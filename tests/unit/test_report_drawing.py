@@ -142,7 +142,7 @@ def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / place / "demo", treatments()[0], 0, treatments()[0].settings) for place in ("a", "b")]
     draw_learning_curve(runs, tmp_path / "curve.svg")
     labels = (tmp_path / "curve.svg").read_text()
-    assert [str(run) in labels for run in runs] == [True, True]
+    assert ["a/demo" in labels, "b/demo" in labels] == [True, True]
 
 
 def test_a_long_label_leaves_room_for_the_mean(tmp_path: Path) -> None:

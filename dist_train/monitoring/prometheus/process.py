@@ -232,7 +232,8 @@ class _Service:
     def _end(self, outcome: Outcome) -> None:
         """Push the last values, and wait for a scrape of them if one is likely."""
         # A stopped run will be killed soon, so it does not wait.
-        patience = self._patience() if outcome.state in ("finished", "failed") else 0.0
+        waits = outcome.state in ("finished", "failed") and not outcome.is_left
+        patience = self._patience() if waits else 0.0
         ended = time.monotonic()
         gateway = self._plan.pushgateway
         self._send(Ending(max(patience, 2 * PUSH_SECONDS) if gateway else patience, patience))
