@@ -171,12 +171,15 @@ class Faults:
         self._paused: dict[int, float] = {}
 
     def inject(self, count: int, gap: tuple[float, float] = (0.0, 1.0)) -> None:
-        """Inject `count` faults, each after a random pause between the seconds of `gap`."""
+        """Inject `count` faults, of all kinds in five, each after a random pause between the seconds of `gap`."""
+        kinds: list[Fault] = []
         for _ in range(count):
             self._rest(self.random.uniform(*gap))
             victim = wait_for(self._choose, lambda: self.launch.log.read_text()[-3000:])
-            kinds: tuple[Fault, ...] = ("kill", "kill", "stop", "pause", "fail")
-            self._inject(self.random.choice(kinds), victim)
+            if not kinds:
+                kinds = ["kill", "kill", "stop", "pause", "fail"]
+                self.random.shuffle(kinds)
+            self._inject(kinds.pop(), victim)
         for pid in list(self._paused):
             self._resume(pid)
 

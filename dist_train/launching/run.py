@@ -114,7 +114,8 @@ def train(config: Config, run_directory: Path | str | None = None, observers: Se
             session.trainer = trainer
             if not comm.is_joining:
                 session.begin(resume_point)
-            with _naming_plugins(trainer.plugins):
+            # An elastic launch restarts a rank that fails alone, but not one that ends with exit code 2.
+            with _naming_plugins(() if comm.is_elastic else trainer.plugins):
                 trainer.run()
         except BaseException as error:  # after a second Ctrl-C, or sys.exit in a callback, a notebook lives on
             if isinstance(error, RankLostError) and watchdog is not None and (missing := watchdog.absent()):
