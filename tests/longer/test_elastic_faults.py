@@ -75,6 +75,9 @@ def run_with_faults(folder: Path, ranks: int, seed: int, count: int, sections: S
             wait_for(lambda: len(launch.joined()) == joining, lambda: launch.log.read_text()[-3000:])
         faults = Faults(launch, random.Random(seed), folder)
         faults.inject(count)
+        if not joining:
+            # Each lost rank is restarted, whatever has ended it.
+            wait_for(lambda: len(launch.slots()) == ranks, lambda: launch.log.read_text()[-3000:])
         step = launch.step()
         wait_for(lambda: launch.step() > step + 3, lambda: launch.log.read_text()[-3000:])
         launch.process.send_signal(signal.SIGTERM)
