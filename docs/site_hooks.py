@@ -22,7 +22,7 @@ REFERENCE = {
     "Names of `dist_train`": [f"dist_train.{name}" for name in dist_train.__all__],
     "What calls return": [
         "dist_train.api.Export",
-        "dist_train.api.Replay",
+        "dist_train.diagnostics.Replay",
         "dist_train.data.augmentation.ChannelStatistics",
         f"{RECORDS}.Outcome",
     ],

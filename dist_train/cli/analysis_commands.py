@@ -391,8 +391,8 @@ def add_replay(subparsers: Subparsers) -> None:
 
 
 def _replay(arguments: argparse.Namespace) -> int:
-    from dist_train.api import replay
     from dist_train.cluster.launch import current_launch
+    from dist_train.diagnostics import replay
 
     run, _, step = arguments.update.rpartition("@")
     if not run or not step.isdecimal() or len(step) > 18:

@@ -83,7 +83,7 @@ def add_lr_range(subparsers: Subparsers) -> None:
 
 
 def _lr_range(arguments: argparse.Namespace) -> int:
-    from dist_train.api import learning_rate_range
+    from dist_train.diagnostics import learning_rate_range
 
     config = named_config(arguments)
     run_directory = arguments.run_dir or config.run.directory / f"{config.run.name}-lr-range"

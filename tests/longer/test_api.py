@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 import dist_train
-from dist_train import api
+from dist_train import diagnostics
 from dist_train.api import Format
 from dist_train.checkpoint.files import read_stored, remove_checkpoint, write_checkpoint
 from dist_train.cluster.launch import Launch
@@ -51,7 +51,7 @@ def test_the_example_of_the_page_works(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_public_names_are_listed_for_completion() -> None:
-    assert {*dist_train.__all__, "api", "__version__"} == {*dir(dist_train)}
+    assert {*dist_train.__all__, "__version__"} == {*dir(dist_train)}
 
 
 def test_load_run_gives_status_configuration_and_metrics(run: Path) -> None:
@@ -258,7 +258,7 @@ def test_a_replay_of_a_run_that_names_its_logger_as_it_was_called_attaches_none(
     write_checkpoint(
         run / "checkpoints", replace(contents, config={**contents.config, "metrics": metrics}), lambda: None
     )
-    monkeypatch.setattr("dist_train.api.train", trained := Mock(side_effect=dist_train.train))
+    monkeypatch.setattr("dist_train.diagnostics.train", trained := Mock(side_effect=dist_train.train))
     assert dist_train.replay(run, 3).agrees
     assert trained.call_args.args[0].metrics.loggers == ()
 
@@ -286,10 +286,10 @@ def test_refused_replay_leaves_the_other_launch_s_files(
         place.mkdir()
         raise UsageError("another launch trains here", code="run-in-use")
 
-    monkeypatch.setattr(api, "train", refuse)
+    monkeypatch.setattr(diagnostics, "train", refuse)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with raises(UsageError, code="run-in-use"):
-        api.replay(run, 2)
+        diagnostics.replay(run, 2)
     assert len(list(tmp_path.iterdir())) == 1
 
 
@@ -308,9 +308,9 @@ def test_interrupted_call_saves_and_the_same_call_resumes(tmp_path: Path) -> Non
 
 
 def test_replay_on_another_rank_does_not_read_what_rank_0_removes(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "current_launch", lambda: Launch("torchrun", 2, 1))
-    monkeypatch.setattr(api, "train", lambda config, place: None)
-    again = api.replay(run, 2)
+    monkeypatch.setattr(diagnostics, "current_launch", lambda: Launch("torchrun", 2, 1))
+    monkeypatch.setattr(diagnostics, "train", lambda config, place: None)
+    again = diagnostics.replay(run, 2)
     assert (again.step, again.recorded, again.agrees) == (2, {}, True)
 
 

@@ -33,6 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("analysis",),
     ("launching", "report"),
     ("api",),
+    ("diagnostics",),
     ("cli",),
 )
 """From the bottom to the top. A layer may import those of every row below its own, and of its own row only itself."""

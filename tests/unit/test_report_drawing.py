@@ -13,9 +13,9 @@ import numpy
 import pytest
 from matplotlib.figure import Figure
 
-from dist_train.api import learning_rate_range
 from dist_train.cli.main import main
 from dist_train.config import load_config
+from dist_train.diagnostics import learning_rate_range
 from dist_train.report import drawing
 from dist_train.report.drawing import draw_learning_curve, range_test
 from dist_train.report.figures import StripPlot
@@ -72,7 +72,7 @@ def test_the_checkpoint_that_a_configuration_resumes_from_is_left_out(tmp_path: 
 
 def test_a_script_that_imports_the_package_alone_can_call_it(tmp_path: Path) -> None:
     arguments = f"{write_config(tmp_path, SETTINGS)!r}), 0.001, 1, 2, {str(tmp_path / 'range')!r}"
-    program = f"import dist_train; dist_train.api.learning_rate_range(dist_train.load_config({arguments})"
+    program = f"import dist_train; dist_train.learning_rate_range(dist_train.load_config({arguments})"
     ended = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert (tmp_path / "range" / "lr_range.csv").is_file()
