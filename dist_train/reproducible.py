@@ -140,6 +140,13 @@ class LayerRng:
         if self._of_plugin:
             _seed_others(number)
 
+    @contextmanager
+    def of_update(self, step: int) -> Iterator[None]:
+        """Seed the generators for the block, in which a plug-in's optimizer makes an update, and restore them after."""
+        with self.preserved():
+            self.seed(step, -1)  # no micro-batch starts there
+            yield
+
 
 def bits(stream: int, count: int, device: torch.device) -> Iterator[torch.Tensor]:
     """Yield `count` int16 of random bits, `count` even, on `device`; they are the same on every kind of device.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -29,7 +30,7 @@ from dist_train.data.augmentation import build_mix
 from dist_train.data.loader import SampleSource, open_splits
 from dist_train.data.plan import BatchPlan
 from dist_train.launching.session import Session
-from dist_train.models import build_model, check_training, runs_sequentials_whole
+from dist_train.models import build_model, check_training, restoring_buffers, runs_sequentials_whole
 from dist_train.models.norms import BatchStatistics, join_relus, norm_modules
 from dist_train.optim.averaging import Averaging
 from dist_train.optim.flat_weights import FlatWeights
@@ -194,6 +195,7 @@ def build_step(
     """
     norms = tuple(norm_modules(model))
     statistics = BatchStatistics(norms, compute.device)
+    plugin_rng = LayerRng(config.run.seed, compute.device, of_plugin=True)
     return TrainingStep(
         model=model,
         weights=state.weights,
@@ -208,6 +210,7 @@ def build_step(
         layer_rng=LayerRng(config.run.seed, compute.device, of_plugin=is_plugin(config.model.name)),
         clip_norm=config.optimizer.clip_norm,
         averaging=state.averaging,
+        optimizer_draws=plugin_rng.of_update if is_plugin(config.optimizer.name) else nullcontext,
         label_smoothing=config.regularization.label_smoothing,
         mix=build_mix(config.regularization, config.run.seed, len(samples)),
         loss_scale=LossScale(progress if compute.precision == torch.float16 else None),
@@ -360,7 +363,8 @@ def _with_micro_size(
             if config.precision.compile:
                 torch.compiler.reset()  # a size that is tried counts towards torch's limits
 
-    with LayerRng(config.run.seed, compute.device, of_plugin=is_plugin(config.model.name)).preserved():
+    layer_rng = LayerRng(config.run.seed, compute.device, of_plugin=is_plugin(config.model.name))
+    with layer_rng.preserved(), restoring_buffers(model):
         size = find_micro_size(
             try_size,
             global_sizes=[size for _, size in config.batch.sizes],

@@ -21,6 +21,7 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrizations import _WeightNorm
 
 from dist_train.config import Config, ImageFormat, ModelSettings
 from dist_train.config.plugins import call_plugin, failing_clearly
@@ -168,7 +169,7 @@ def _network(settings: ModelSettings, images: ImageFormat, channels_last: bool) 
     _check_buffers(model, settings.name)
     blank = _blank(images, channels_last)
     with failing_clearly(settings.name), _noting_layer(model):
-        with torch.enable_grad(), _restoring_buffers(model):
+        with torch.enable_grad(), restoring_buffers(model):
             outputs = {" in training": model.train()(blank)}
         # Last: a model that stores activations could not be copied with those of a graph.
         with torch.no_grad():
@@ -222,7 +223,7 @@ def _blank(images: ImageFormat, channels_last: bool, samples: int = _TRIAL_SAMPL
 
 
 @contextmanager
-def _restoring_buffers(model: nn.Module) -> Iterator[list[str]]:
+def restoring_buffers(model: nn.Module) -> Iterator[list[str]]:
     """Restore the buffers of `model` after the block; the list yielded then has the names of those that it changed."""
     buffers = {name: each for name, each in model.named_buffers(remove_duplicate=False) if not is_lazy(each)}
     before = {name: (buffer, buffer.clone()) for name, buffer in buffers.items()}
@@ -252,11 +253,11 @@ def check_training(model: nn.Module, config: Config) -> None:
     with seeded_generators(key(config.run.seed, "model")), failing_clearly(name):
         more = _blank(config.data.image_format, config.precision.channels_last, 2 * _TRIAL_SAMPLES)
         shapes = {path: value.shape for path, value in model.state_dict().items()}
-        with _restoring_buffers(model) as changed:
+        with restoring_buffers(model) as changed:
             logits = model.train()(more)
             _check_shapes(model, name, shapes)
             _check_gradients(model, name, logits)
-        with _restoring_buffers(model), torch.no_grad():
+        with restoring_buffers(model), torch.no_grad():
             model.eval()(more)
             _check_shapes(model, name, shapes)
             model.train()
@@ -393,6 +394,11 @@ def initialize(model: nn.Module, seed: int) -> None:
                 fan_in = parameter[0].numel()
                 sample = torch.empty(parameter.shape).normal_(generator=generator(seed, "initial weights", name))
                 parameter.copy_(sample.mul_((2.0 / fan_in) ** 0.5))
+        for module in model.modules():
+            for parts in getattr(module, "parametrizations", {}).values():
+                # Of weight_norm: with the norm of the direction as its gain, the weight is the direction as drawn.
+                if isinstance(parts[0], _WeightNorm) and parts.original0.requires_grad:
+                    parts.original0.copy_(torch.norm_except_dim(parts.original1, 2, parts[0].dim))
 
 
 def _is_gain(parameter: Tensor) -> bool:

@@ -355,8 +355,11 @@ class AdaptiveSharpnessAware(SharpnessAware):
         return _normalized(gradient.mul_(self._mask).mul_(scales)).mul_(scales)
 
 
+_SHORTEST = 1e-12  # as in SAM's reference code: the squares of a much shorter gradient vanish in float32
+
+
 def _normalized(vector: Tensor) -> Tensor:
-    return vector.div_(norm(vector).clamp_(min=torch.finfo(vector.dtype).tiny))
+    return vector.div_(norm(vector).clamp_(min=_SHORTEST))
 
 
 class VariationalNewton(_Perturbing):

@@ -87,7 +87,7 @@ _FACTORS: Mapping[str, Callable[[Any, int, int], float]] = {
     "cosine": lambda schedule, step, total: (1.0 + math.cos(math.pi * step / total)) / 2.0,
     "exponential": lambda schedule, step, total: schedule.final_fraction ** (step / total),
     "inverse_power": lambda schedule, step, total: (1.0 + step) ** (-schedule.gamma / 2.0),
-    "late": lambda schedule, step, total: float(step >= schedule.start * total),
+    "late": lambda schedule, step, total: float(step / total >= schedule.start),
     "rise": lambda schedule, step, total: 1.0 + schedule.rise * (1.0 - math.cos(math.pi * step / total)) / 2.0,
     "plugin": lambda schedule, step, total: _plugin_factor(schedule.function, schedule.options, step, step, total),
     "tanh": lambda schedule, step, total: (math.tanh(schedule.steepness * (step / total - 0.5)) + 1.0) / 2.0,

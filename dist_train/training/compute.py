@@ -62,6 +62,7 @@ def set_up_compute(settings: PrecisionSettings, device: torch.device) -> Compute
     if keep_freed_memory() and device.type == "cpu":
         use_large_pages()
         keep_small_objects_together()
+    torch.set_float32_matmul_precision("highest")  # a caller's "medium" means bfloat16 on CPUs
     # Not torch's newer fp32_precision: with it set, torch.compile fails to read these flags (2.15).
     torch.backends.cuda.matmul.allow_tf32 = settings.tf32
     torch.backends.cudnn.allow_tf32 = settings.tf32

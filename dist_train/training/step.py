@@ -106,6 +106,8 @@ class TrainingStep:
     """Of the model's own layers, such as dropout."""
     clip_norm: float | None
     averaging: Averaging
+    optimizer_draws: Callable[[int], AbstractContextManager[object]] = nullcontext
+    """Seeds the global generators for an update, whose number it takes, by an optimizer that draws from them."""
     label_smoothing: float = 0.0
     mix: Mix = unmixed
     loss_scale: LossScale = field(default_factory=LossScale)
@@ -145,7 +147,8 @@ class TrainingStep:
                 self.wait_for_checkpoint_copy()
             set_learning_rate(self.optimizer, learning_rate)
             self.noise.before_update(batch.step, learning_rate)
-            optimizer_step(self.optimizer, self.weights)
+            with self.optimizer_draws(batch.step):
+                optimizer_step(self.optimizer, self.weights)
             self.noise.after_update(batch.step)
             self.noise.adapt(batch.step, total.rise)
             self.averaging.after_update(batch.step)

@@ -15,6 +15,7 @@ import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 from torchvision import models
 
@@ -322,6 +323,14 @@ def test_gains_and_frozen_parameters_keep_the_values_with_which_they_were_built(
     assert torch.equal(parameters["positions"], torch.arange(6.0).view(2, 3))
     assert not parameters["in_proj_bias"].any()
     assert parameters["token"].all()
+
+
+def test_the_weight_of_a_layer_with_weight_norm_is_drawn_as_any_other() -> None:
+    layer = weight_norm(nn.Linear(256, 64))
+    initialize(layer, seed=0)
+    lengths = layer.weight.detach().norm(dim=1)
+    assert lengths.min() > 0.8 * 2**0.5
+    assert lengths.max() < 1.2 * 2**0.5
 
 
 def test_a_network_of_layer_norms_learns_from_every_weight() -> None:

@@ -19,7 +19,7 @@ from dist_train.config.parts import CosineSchedule
 from dist_train.models import build_model
 from dist_train.models.norms import GroupedBatchNorm
 from dist_train.optim.flat_weights import FlatWeights
-from dist_train.optim.noise import Noise, SmoothOut, build_noise
+from dist_train.optim.noise import Noise, SmoothOut, _normalized, build_noise
 from dist_train.outcome import UsageError
 from tests.raising import raises
 from tests.unit.weights_in_force import in_force, perturbed
@@ -225,6 +225,13 @@ def test_a_scale_of_a_plug_in_yields_all_parts_in_order(tmp_path: Path, kind: st
     noise = a_noise(weights, scale=f"{file}:scale")
     with nullcontext() if kind == "whole" else raises(UsageError, "plugin-result"):
         assert drawn(noise, weights, 0).any()
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-37, 1e-30, 1e-25, 1e-20, 1.0, 1e15])
+def test_the_ascent_of_sam_is_never_longer_than_1(size: float) -> None:
+    length = _normalized(torch.full((100_000,), size)).double().norm()
+    assert length <= 1.001
+    assert length > 0.999 or size < 1e-14
 
 
 def test_the_schedule_scales_the_same_draw() -> None:

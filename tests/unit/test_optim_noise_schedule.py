@@ -49,6 +49,12 @@ def test_it_has_the_value_of_its_formula_between_0_and_1_or_1_and_its_rise(
     assert 0 <= value <= 1 + parameters.get("rise", 0)
 
 
+@pytest.mark.parametrize(("part", "total"), [(55, 100), (7, 100), (14, 400), (28, 200), (75, 1000)])
+def test_late_noise_begins_with_its_part_of_the_run(part: int, total: int) -> None:
+    first = part * total // 100
+    assert [noise_factor(schedule("late", start=part / 100), first + each, total) for each in (-1, 0)] == [0.0, 1.0]
+
+
 def at_will(step: int, total_steps: int, options: dict[str, float]) -> float:
     return options["value"]
 

@@ -153,6 +153,16 @@ def test_training_and_evaluating_neither_depend_on_the_caller_s_torch_nor_change
         assert evaluate_stored(tmp_path / "other", "test", [])["loss"] == found["loss"]
 
 
+def test_products_are_of_float32_whatever_the_caller_chose() -> None:
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(256, 256, generator=generator) for _ in range(2))
+    with restoring_torch():
+        torch.set_float32_matmul_precision("medium")  # bfloat16, on CPUs that have it
+        set_up_compute(PrecisionSettings(threads=1), CPU)
+        assert (left @ right - left.double() @ right.double()).abs().max() < 1e-3
+        assert torch.get_float32_matmul_precision() == "highest"
+
+
 def trainers() -> list[Trainer]:
     return [each for each in gc.get_objects() if type(each) is Trainer]
 
@@ -311,3 +321,11 @@ def test_sizes_that_were_tried_leave_no_compiled_kernels(compiler: Compiler) -> 
     assert _with_micro_size(config, Alone(), model, FlatWeights(network), Compute(CPU, torch.float32)) != config
     model(torch.zeros(16, 1, 8, 8))
     assert compiler.sizes == [2, 4, 8, 16, 16]
+
+
+def test_sizes_that_were_tried_leave_no_trace_in_buffers() -> None:
+    config = small_config(batch={"global_size": 16, "micro_size": "auto"})
+    model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(64, 10))
+    assert _with_micro_size(config, Alone(), model, FlatWeights(model), Compute(CPU, torch.float32)) != config
+    buffers = dict(model.named_buffers())
+    assert [buffers[f"1.{name}"].item() for name in ("running_var", "num_batches_tracked")] == [1, 0]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -504,3 +506,29 @@ def test_promise_5_more_ranks_go_on_with_the_state_of_a_plugin_s_optimizer(tmp_p
     run(tmp_path / "run", Alone(), optimizer=optimizer, run={"max_steps": 3})
     resumed = results(2, lambda each: run(tmp_path / "run", each, going_on=True, optimizer=optimizer))
     assert [state for state, _, _ in resumed] == [expected] * 2
+
+
+class Drawing(torch.optim.SGD):
+    """SGD with noise from each of the global generators."""
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]  # no closure
+        super().step()
+        for parameter in self.param_groups[0]["params"]:
+            parameter.add_(torch.randn_like(parameter), alpha=1e-3 * random.random() * numpy.random.rand())
+
+
+def drawing(settings: Any, groups: Sequence[Any]) -> torch.optim.Optimizer:
+    return Drawing([parameter for group in groups for parameter in group.parameters], lr=settings.learning_rate)
+
+
+def test_promise_5_what_a_plugin_s_optimizer_draws_depends_on_seed_and_step_alone(tmp_path: Path) -> None:
+    optimizer = {"name": f"{__name__}:drawing"}
+    torch.manual_seed(1)
+    expected, _, _ = run(tmp_path / "whole", Alone(), optimizer=optimizer)
+    torch.manual_seed(2)
+    before = torch.get_rng_state()
+    run(tmp_path / "run", Alone(), optimizer=optimizer, run={"max_steps": 3})
+    resumed, _, _ = run(tmp_path / "run", Alone(), going_on=True, optimizer=optimizer)
+    assert resumed == expected
+    assert torch.equal(torch.get_rng_state(), before)
