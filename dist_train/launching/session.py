@@ -151,7 +151,8 @@ class Session:
         if job is not None and job.restarts:
             trainer.event("requeued", restart=job.restarts)
         if resume_point.contents is not None:
-            trainer.event("resumed", ranks=self.comm.size)
+            if trainer.has_work:
+                trainer.event("resumed", ranks=self.comm.size)
             self._note_changed_plugins(resume_point.contents)
             if trainer.splits.differ_from(resume_point.contents.data):
                 _logger.warning(
@@ -163,8 +164,10 @@ class Session:
             self._record_lengthening(resume_point.epochs_before)
         if (initial := resume_point.initial) is not None:
             self._note_initial_weights(initial)
-        environment = launch_environment(code, self.comm.backend, trainer.take_step.compute.device)
-        environment |= {f"plug-in {name}": digest for name, digest in trainer.plugins.items()}
+        environment = self.status.current.environment  # of the launch before
+        if trainer.has_work or not environment:
+            environment = launch_environment(code, self.comm.backend, trainer.take_step.compute.device)
+            environment |= {f"plug-in {name}": digest for name, digest in trainer.plugins.items()}
         self.status.change("running", **trainer.status_fields(), environment=environment)
 
     def _note_initial_weights(self, initial: InitialWeights) -> None:

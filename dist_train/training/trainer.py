@@ -187,7 +187,7 @@ class Trainer:
                 raise
 
     def _train(self) -> None:
-        while not self._is_step_complete or (self.progress.step < self.last_step and not self.stopped_early):
+        while not self._is_step_complete or self.has_work:
             self.advance()
         self._publish_measurement()
         self._finish_saving()
@@ -195,6 +195,11 @@ class Trainer:
             raise DivergedError(
                 f"the last evaluation, after step {self.progress.step}, is not finite", code="evaluation-not-finite"
             )
+
+    @property
+    def has_work(self) -> bool:
+        """Whether there are updates to make."""
+        return self.progress.step < self.last_step and not self.stopped_early
 
     @property
     def stopped_early(self) -> str:
@@ -219,7 +224,7 @@ class Trainer:
         assert self._last_update is not None
         self._complete_step(self._last_update)
         self._is_step_complete = True
-        if self._meeting_requested and self.progress.step < self.last_step and not self.stopped_early:
+        if self._meeting_requested and self.has_work:
             raise MeetingRequestedError("ranks join")
 
     def _make_update(self) -> bool:

@@ -687,6 +687,22 @@ def test_a_run_that_diverged_goes_on_from_its_checkpoint_and_its_record_of_it_is
     assert [event.event for event in events()].count("resumed") == 1
 
 
+def test_a_finished_run_started_again_keeps_its_records_and_the_versions_that_trained_it(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = ["train", write_config(tmp_path), "--run-dir", str(run)]
+    assert main(words) == 0
+    records, file = (run / "metrics.jsonl").read_bytes(), RunDirectory(run).status
+    status = json.loads(file.read_text())
+    status["environment"]["torch"] = "1.2.3"
+    file.write_text(json.dumps(status))
+    assert main(words) == 0
+    assert (run / "metrics.jsonl").read_bytes() == records
+    after = json.loads(file.read_text())
+    assert (after["state"], after["environment"]) == ("finished", status["environment"])
+    assert main([*words, "run.epochs=4"]) == 0
+    assert json.loads(file.read_text())["environment"]["torch"] == torch.__version__
+
+
 @pytest.mark.parametrize(
     ("metrics", "first", "others"),
     [
