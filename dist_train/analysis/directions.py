@@ -20,7 +20,7 @@ import torch
 from scipy.optimize import brentq
 
 from dist_train.analysis.landscape_points import Subject, place_in
-from dist_train.checkpoint.files import Stored, list_checkpoints, read_stored
+from dist_train.checkpoint.files import Stored, list_checkpoints
 from dist_train.monitoring.wording import plural
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import UsageError
@@ -109,7 +109,7 @@ class Trajectory:
         return {"trajectory": {"explained": list(self.explained), "path": path}}
 
 
-def run_checkpoints(last: Path) -> list[Stored]:
+def run_checkpoints(last: Path) -> list[Path]:
     """Return the run's checkpoints up to `last`, earliest first. Raises UsageError if there are fewer than three."""
     files = list_checkpoints(last.parent)
     ends = [file.step for file in files if file.path.name == last.name]
@@ -120,7 +120,7 @@ def run_checkpoints(last: Path) -> list[Stored]:
             f"or more; train with a larger checkpoint.keep",
             code="too-few-checkpoints",
         )
-    return [read_stored(path) for path in paths]
+    return paths
 
 
 def trace(checkpoints: Sequence[Stored], subject: Subject, mask: torch.Tensor) -> Trajectory:

@@ -43,7 +43,7 @@ from dist_train.analysis.landscape_points import (
     plane_points,
     variances_of,
 )
-from dist_train.checkpoint.files import Stored, read_stored
+from dist_train.checkpoint.files import Stored, find_checkpoint, read_same
 from dist_train.cluster.communicator import Communicator, broadcast_str, run_on_all_ranks
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import UsageError
@@ -69,7 +69,6 @@ class _Plan:
 
     points: Sequence[Point]
     walk: Walk
-    checkpoints: Sequence[Stored]
     found: dict[str, Any] = field(default_factory=dict)
 
 
@@ -88,16 +87,22 @@ def make_landscape(
     in `output`, by default `analysis` in the first target's run directory. `threads` are CPU threads per rank, by
     default an equal share of the node's cores; the result does not depend on them.
     """
-    stored = run_on_all_ranks(comm, lambda: [read_stored(target) for target in targets], "read the checkpoints")
+
+    def choose() -> Sequence[Path]:
+        found = [find_checkpoint(target) for target in targets]
+        return run_checkpoints(found[0]) if settings.trajectory else found
+
+    stored = read_same(comm, choose)
+    first = stored[-1 if settings.trajectory else 0]
 
     def open_all() -> tuple[Subject, _Plan]:
-        subject = open_subject(stored[0], overrides, settings, local_rank=comm.local_rank)
+        subject = open_subject(first, overrides, settings, local_rank=comm.local_rank)
         return subject, _plan_points(settings, stored, subject)
 
     subject, plan = run_on_all_ranks(comm, open_all, "open the checkpoints and their data")
-    checkpoints = [checkpoint.record() for checkpoint in plan.checkpoints]
+    checkpoints = [checkpoint.record() for checkpoint in stored]
     identity = Identity(settings.kind, checkpoints, {**settings.record(), **subject.record()})
-    folder = LandscapeFolder(output or RunDirectory.of_checkpoint(stored[0].path.resolve()).analysis, identity)
+    folder = LandscapeFolder(output or RunDirectory.of_checkpoint(first.path.resolve()).analysis, identity)
     was_there = run_on_all_ranks(comm, lambda: comm.rank == 0 and folder.begin(), "begin the result")
     if not json.loads(broadcast_str(comm, json.dumps(was_there), "result")):
         _measure_all(folder, subject, plan, comm, threads, report)
@@ -123,15 +128,14 @@ def _plan_points(settings: LandscapeSettings, stored: Sequence[Stored], subject:
         points = line_points(axis(settings.start, settings.stop, settings.points), 1)
         distance = float((there.weights.double() - subject.place.weights.double()).norm())
         walk = interpolation(subject.place, there, variances_of(subject.model))
-        return _Plan(points, walk, stored, {"distances": [distance]})
+        return _Plan(points, walk, {"distances": [distance]})
     weights = FlatWeights(subject.model)
     check_exclusions(weights, settings.exclude)
     if settings.trajectory:
-        checkpoints = run_checkpoints(stored[0].path)
-        trajectory = trace(checkpoints, subject, weights.mask(settings.exclude))
+        trajectory = trace(stored, subject, weights.mask(settings.exclude))
         alphas, betas = (axis(*reach, settings.points) for reach in trajectory.reaches)
         walk = along(subject.place, lambda _: trajectory.directions)
-        return _Plan(plane_points(alphas, betas), walk, checkpoints, trajectory.record())
+        return _Plan(plane_points(alphas, betas), walk, trajectory.record())
     alphas = axis(settings.start, settings.stop, settings.points)
 
     def drawn(index: int) -> torch.Tensor:
@@ -139,8 +143,8 @@ def _plan_points(settings: LandscapeSettings, stored: Sequence[Stored], subject:
 
     if settings.kind == "plane":
         directions = drawn(0), drawn(1)
-        return _Plan(plane_points(alphas, alphas), along(subject.place, lambda _: directions), stored)
-    return _Plan(line_points(alphas, settings.lines), along(subject.place, lambda index: (drawn(index),)), stored)
+        return _Plan(plane_points(alphas, alphas), along(subject.place, lambda _: directions))
+    return _Plan(line_points(alphas, settings.lines), along(subject.place, lambda index: (drawn(index),)))
 
 
 def _measure_all(

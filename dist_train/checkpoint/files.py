@@ -17,6 +17,13 @@ from typing import Any
 
 import torch
 
+from dist_train.cluster.communicator import (
+    Communicator,
+    broadcast_str,
+    gather_int,
+    run_on_all_ranks,
+    signed_digest,
+)
 from dist_train.outcome import UsageError
 from dist_train.rundir import atomic
 from dist_train.rundir.atomic import json_text
@@ -271,6 +278,51 @@ def read_stored(target: Path) -> Stored:
             if path == target or path.with_suffix(".json").exists():
                 raise
     return _read_verified(find_checkpoint(target))
+
+
+def read_same(comm: Communicator, choose: Callable[[], Sequence[Path]]) -> Sequence[Stored]:
+    """Read on each rank the checkpoints that rank 0 chooses: alone, each could find another last one.
+
+    Called on all ranks. Raises UsageError or OSError on the first rank that fails, PeerFailedError on the others.
+    """
+    for _ in range(_LOOKS - 1):
+        if (found := _read_chosen(comm, choose, may_be_gone=True)) is not None:
+            return found
+    found = _read_chosen(comm, choose, may_be_gone=False)
+    assert found is not None
+    return found
+
+
+def _read_chosen(
+    comm: Communicator, choose: Callable[[], Sequence[Path]], *, may_be_gone: bool
+) -> Sequence[Stored] | None:
+    """Do what `read_same` does; if `may_be_gone`, return None where the run has deleted one before all had read it."""
+    chosen = run_on_all_ranks(comm, lambda: choose() if comm.rank == 0 else (), "find the checkpoint")
+    paths = [Path(name) for name in json.loads(broadcast_str(comm, json.dumps([*map(str, chosen)]), "chosen"))]
+
+    def read() -> Sequence[Stored] | None:
+        try:
+            return [_read_verified(path) for path in paths]
+        except (UsageError, FileNotFoundError):
+            if may_be_gone and not all(path.with_suffix(".json").exists() for path in paths):
+                return None
+            raise
+
+    found = run_on_all_ranks(comm, read, "read the checkpoint")
+    if not all(gather_int(comm, int(found is not None), "checkpoint")):
+        return None
+    digests = gather_int(comm, signed_digest("".join(each.sha256 for each in found or ()).encode()), "digest")
+
+    def check() -> None:
+        if digests[comm.rank] != digests[0]:
+            names = ", ".join(map(str, paths))
+            raise UsageError(
+                f"{names}: another checkpoint here than on rank 0; give all nodes the same files",
+                code="ranks-differ-in-checkpoint",
+            )
+
+    run_on_all_ranks(comm, check, "agree with rank 0 on the checkpoint")
+    return found
 
 
 def _contents(path: Path, fields: Mapping[str, Any]) -> Contents:

@@ -15,7 +15,7 @@ import yaml
 from torch import nn
 from torch.nn import functional
 
-from dist_train.checkpoint.files import Contents, read_stored
+from dist_train.checkpoint.files import Contents, find_checkpoint, read_same
 from dist_train.checkpoint.state import Weights, load_model, stored_state
 from dist_train.cluster.communicator import Communicator, run_on_all_ranks
 from dist_train.cluster.devices import device_type, share_out_devices
@@ -177,7 +177,7 @@ def evaluate_stored(
         timeout = 60.0
         comm = join_ranks(timeout=timeout, device_type=device_type())
         stack.push(lambda kind, error, traceback: comm.close(error))
-        stored = run_on_all_ranks(comm, lambda: read_stored(target), "read the checkpoint")
+        [stored] = read_same(comm, lambda: [find_checkpoint(target)])
         contents = stored.contents
         config = stored_config(contents, overrides)
         if config.precision.threads == "auto":

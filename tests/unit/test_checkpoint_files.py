@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +29,17 @@ from dist_train.checkpoint.files import (
     newest_whole,
     prune,
     read_checkpoint,
+    read_same,
     read_stored,
     remove_checkpoint,
     write_checkpoint,
 )
-from dist_train.outcome import UsageError
+from dist_train.outcome import PeerFailedError, UsageError
 from dist_train.rundir import atomic
 from dist_train.rundir.paths import RunDirectory
 from tests.raising import raises
 from tests.unit.checkpoint_files import contents, write
+from tests.unit.simulated_ranks import SimulatedRanks, on_ranks, results
 
 
 def names(folder: Path) -> list[str]:
@@ -326,6 +329,40 @@ class TestReadingWhileTheRunTrains:
 
         monkeypatch.setattr(files, "find_checkpoint", find)
         assert read_stored(directory.root).contents.step == 8
+
+    def test_all_ranks_read_the_one_that_rank_0_finds_and_look_again_if_it_is_deleted(
+        self, directory: RunDirectory
+    ) -> None:
+        looks: dict[int, int] = {}
+
+        def work(comm: SimulatedRanks) -> list[int]:
+            def choose() -> list[Path]:
+                looks[comm.rank] = looks.get(comm.rank, 0) + 1
+                found = find_checkpoint(directory.root)
+                write(directory.checkpoints, 4 + 4 * looks[comm.rank])  # the run trains on before it is read
+                if looks[comm.rank] == 1:
+                    remove_checkpoint(found)
+                return [found]
+
+            return [each.contents.step for each in read_same(comm, choose)]
+
+        assert (results(3, work), looks) == ([[8]] * 3, {0: 2})
+        assert find_checkpoint(directory.root) == directory.checkpoint(12)
+
+    def test_a_rank_with_another_file_of_that_name_is_refused(
+        self, directory: RunDirectory, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        here, read, other = threading.local(), files._read_verified, write(directory.root, 4, epoch=9.0)
+        monkeypatch.setattr(files, "_read_verified", lambda path: read(other.path if here.rank else path))
+
+        def work(comm: SimulatedRanks) -> None:
+            here.rank = comm.rank
+            read_same(comm, lambda: [directory.checkpoint(4)])
+
+        first, second = on_ranks(2, work)
+        assert isinstance(first, PeerFailedError)
+        assert isinstance(second, UsageError)
+        assert second.code == "ranks-differ-in-checkpoint"
 
     def test_a_damaged_one_is_refused_at_once(self, directory: RunDirectory) -> None:
         directory.checkpoint(4).write_bytes(b"?")

@@ -199,12 +199,17 @@ def test_promise_3_it_has_the_same_bits_on_any_number_of_ranks(run: Path, monkey
     threads: dict[int, threading.Thread] = {}
     ready = threading.Barrier(3)
     monkeypatch.setattr(evaluation, "join_ranks", joined)
+    looks = list[Path]()
+    monkeypatch.setattr(
+        evaluation, "find_checkpoint", lambda target: (looks.append(target), find_checkpoint(target))[1]
+    )
 
     def noted(comm: Communicator) -> dict[str, object]:
         threads[comm.rank] = threading.current_thread()
         return evaluated(comm)
 
     assert results(3, noted) == [expected] * 3
+    assert looks == [run], "each rank alone could find another last checkpoint, if the run trains"
 
 
 def test_settings_may_be_overridden_for_this_machine(run: Path) -> None:
