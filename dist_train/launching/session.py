@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 import dist_train
-from dist_train.checkpoint.files import Contents, list_checkpoints
+from dist_train.checkpoint.files import CheckpointFile, Contents, list_checkpoints
 from dist_train.checkpoint.state import InitialWeights, Progress, ResumePoint
 from dist_train.cluster.communicator import Communicator, RankLostError, broadcast_str, gather_str
 from dist_train.cluster.devices import find_gpus, why_no_gpu
@@ -290,7 +290,7 @@ class Session:
     def _outcome(self, state: State, code: ExitCode, reason: str) -> Outcome:
         trainer = self.trainer
         progress = trainer.progress if trainer else Progress()
-        checkpoints = list_checkpoints(self.directory.checkpoints) if self.comm.rank == 0 else []
+        checkpoints = self._checkpoints() if self.comm.rank == 0 else None
         return Outcome(
             state=state,
             reason=reason,
@@ -317,8 +317,18 @@ class Session:
         self.observers.end(outcome)
         return outcome
 
+    def _checkpoints(self) -> list[CheckpointFile] | None:
+        """Return the run's checkpoints; None if they cannot be read, which must not hide how the launch ended."""
+        try:
+            return list_checkpoints(self.directory.checkpoints)
+        except OSError as error:
+            _logger.warning("the records of the checkpoints cannot be read: %s", error)
+            return None
+
     def _last_good(self) -> str:
-        checkpoints = list_checkpoints(self.directory.checkpoints)
+        checkpoints = self._checkpoints()
+        if checkpoints is None:
+            return "which checkpoint is the last good one cannot be read"
         good = [file for file in checkpoints if file.metrics.get("non_finite_step") != file.step]
         return f"the last good checkpoint is {good[-1].path}" if good else "there is no good checkpoint"
 

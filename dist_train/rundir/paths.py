@@ -166,6 +166,13 @@ class RunDirectory:
         """Save every setting."""
         atomic.write_text(self.config, dump_config(config))
 
+    def update_config(self, config: Config) -> None:
+        """Save every setting of a run at work, if the disk takes them: its checkpoints have them, too."""
+        try:
+            self.save_config(config)
+        except OSError as error:
+            _logger.warning("%s cannot be written; training continues: %s", self.config, error)
+
 
 def run_folder(name: Path, code: str = "run-missing") -> Path:
     """Return the folder `name`, or else runs/`name`. Raises UsageError with `code`, and the nearest run, if any."""

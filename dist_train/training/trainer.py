@@ -282,7 +282,7 @@ class Trainer:
         self._divide_work(smaller)
         free_device_memory()
         if self.comm.rank == 0:
-            self.directory.save_config(self.config)
+            self.directory.update_config(self.config)
 
     def _divide_work(self, micro_size: int) -> None:
         """Divide batches into micro-batches of `micro_size`, over the ranks that there are now."""

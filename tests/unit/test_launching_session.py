@@ -400,6 +400,25 @@ def test_the_last_good_checkpoint_is_not_one_whose_evaluation_was_not_finite(tmp
     ]
 
 
+@pytest.mark.parametrize("error", [None, StoppedError("stopped"), DivergedError("the loss is not finite")])
+def test_a_record_that_cannot_be_read_does_not_change_how_a_launch_ends(
+    tmp_path: Path, error: StoppedError | DivergedError | None
+) -> None:
+    session, told = begun(tmp_path, Alone())
+    write(session.directory.checkpoints, 1)
+    record = session.directory.checkpoint(1).with_suffix(".json")
+    record.unlink()
+    record.symlink_to(record)  # as if the file server did not answer
+    if error is None:
+        session.finish()
+    else:
+        session.fail(error)
+    status = read_status(session.directory.status)
+    assert status is not None
+    assert status.exit_code == (ExitCode.FINISHED if error is None else error.exit_code)
+    assert [end.last_checkpoint for end in told.ends] == [None]
+
+
 def test_a_finished_run_stays_finished_if_a_later_launch_is_refused(tmp_path: Path) -> None:
     root, run = write_folder(tmp_path / "data", per_class=10), tmp_path / "run"
     config = small_config(data={"name": "imagefolder", "root": root, "classes": 3, "image_size": 16})

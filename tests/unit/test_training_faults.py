@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -207,6 +210,19 @@ def test_checkpoint_config_after_shrinking(tmp_path: Path) -> None:
     trainer.may_shrink = True
     trainer.run()
     assert read_checkpoint(list_checkpoints(tmp_path / "checkpoints")[-1].path).config["batch"]["micro_size"] == 3
+
+
+def test_shrinking_does_not_need_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = build_trainer(small_config(), tmp_path, Alone())
+    trainer.take_step = replace(trainer.take_step, model=Limited(trainer.network, 3))
+    trainer.may_shrink = True
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+        trainer.advance()
+    assert trainer.plan.micro_size == 3
+    assert str(trainer.directory.config) in caplog.text
 
 
 def test_the_last_good_checkpoint_is_named_also_when_it_is_still_being_written(
