@@ -342,6 +342,9 @@ class JsonLines(Observer):
         self._path = path
         self._lock = Lock()
         self._backlog: list[bytes] = [] if content.endswith(b"\n") or not content else [b"\n"]
+        self._unflushed: list[bytes] = []  # lines that the file has, but not yet for certain the disk
+        self._size = len(content)  # of the file with these lines
+        self._is_torn = False  # whether the file may end in bytes beyond `_size`
         self._is_refused = False
         self._directory_flushed = False
         self._file: int | None = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -364,7 +367,7 @@ class JsonLines(Observer):
                 return
             if (refused := self._write_backlog()) is not None:
                 raise refused
-            os.fsync(self._file)
+            self._flush_lines(self._file)
             if not self._directory_flushed:
                 atomic.flush_directory(self._path.parent)
                 self._directory_flushed = True
@@ -383,21 +386,45 @@ class JsonLines(Observer):
     def _write_backlog(self) -> OSError | None:
         """Write the records that wait; return the error if the file takes no more."""
         while self._backlog and self._file is not None:
-            size = os.fstat(self._file).st_size
             try:
+                self._truncate(self._file)
+                self._is_torn = True
                 written = os.write(self._file, self._backlog[0])
                 if written < len(self._backlog[0]):
                     raise OSError("the disk took only a part of a line")
             except OSError as error:
                 with suppress(OSError):
-                    os.ftruncate(self._file, size)
+                    self._truncate(self._file)
                 if not self._is_refused:
                     self._is_refused = True
                     _logger.warning("%s cannot be written, records wait in memory: %s", self._path, error)
                 return OSError(error.errno, error.strerror or str(error), str(self._path))
-            del self._backlog[0]
+            self._is_torn = False
+            self._size += written
+            self._unflushed.append(self._backlog.pop(0))
         self._is_refused = False
         return None
+
+    def _truncate(self, file: int) -> None:
+        """Remove what a failed write or flush has left at the end of the file. Raises OSError."""
+        if self._is_torn:
+            os.ftruncate(file, self._size)
+            self._is_torn = False
+
+    def _flush_lines(self, file: int) -> None:
+        """Flush the file. If that fails, its new lines wait in memory again: the next flush may succeed without them.
+
+        A file server reports only then that it has no room for them. Raises OSError.
+        """
+        try:
+            os.fsync(file)
+        except OSError:
+            self._size -= sum(map(len, self._unflushed))
+            self._backlog[:0] = self._unflushed
+            self._is_torn = True
+            raise
+        finally:
+            self._unflushed.clear()
 
 
 _LAUNCH_EVENTS = frozenset(name for name, kind in EVENTS.items() if kind.begins_launch)

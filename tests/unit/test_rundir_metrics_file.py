@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given, settings
@@ -149,6 +151,46 @@ def test_a_full_disk_tears_no_line_and_loses_no_record_when_there_is_room_again(
     assert [record.step for record in read_records(path)] == [1, 2, 3, 4]
     (warning,) = caplog.records
     assert "records wait in memory" in warning.getMessage()
+
+
+def test_lines_that_a_file_server_drops_at_a_flush_are_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = JsonLines(path)
+    lines.record(train(1))
+    lines.flush()
+    durable = path.stat().st_size
+    lines.record(train(2))
+    lines.record(train(3))
+
+    def drop(descriptor: int) -> None:
+        os.truncate(path, durable)
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", drop)
+        with pytest.raises(OSError, match="quota"):
+            lines.flush()
+    lines.record(train(4))
+    lines.flush()
+    assert [record.step for record in read_records(path)] == [1, 2, 3, 4]
+    lines.end(OUTCOME)
+
+
+def test_a_torn_line_that_cannot_be_removed_at_once_is_removed_before_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = JsonLines(path)
+    lines.record(train(1))
+    with monkeypatch.context() as patch, files_limited_to(path.stat().st_size + 50):
+        for name in ("ftruncate", "fstat"):
+            patch.setattr(os, name, Mock(side_effect=OSError(errno.EIO, "Input/output error")))
+        lines.record(train(2))
+    lines.record(train(3))
+    lines.end(OUTCOME)
+    assert path.read_text() == "".join(f"{to_json(train(step))}\n" for step in (1, 2, 3))
 
 
 def test_records_that_never_found_room_are_reported_as_lost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
