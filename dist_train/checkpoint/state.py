@@ -33,6 +33,7 @@ from dist_train.cluster.communicator import (
     signed_digest,
 )
 from dist_train.config import Config, differences, parse_config
+from dist_train.config.plugins import with_places_of
 from dist_train.config.resuming import with_decisions
 from dist_train.optim.averaging import Averaging, averaged_state
 from dist_train.optim.flat_weights import FlatWeights
@@ -108,7 +109,10 @@ def _initial_weights(config: Config) -> InitialWeights | None:
 
 def saved_config(contents: Contents, config: Config) -> Config:
     """Return the settings in a checkpoint. Raises UsageError if a run with settings `config` may not resume from it."""
-    saved = parse_config(dict(contents.config), source="the checkpoint")
+    given = config.model_dump(mode="json")
+    # Loggers may change, and code may have moved: what is no longer there must not be imported.
+    settings = with_places_of({**contents.config, "metrics": given["metrics"]}, given, Config)
+    saved = parse_config(settings, source="the checkpoint")
     is_longer = config.run.epochs > saved.run.epochs
     changed = [each for each in differences(saved, config) if not (is_longer and each.path == "run.epochs")]
     if changed:

@@ -127,6 +127,21 @@ def may_name_one_plugin(path: str, name: str, other: str, model: type[BaseModel]
     return not (place and other_place) or (place, own) == (other_place, other_own)
 
 
+def with_places_of(settings: Mapping[str, Any], given: Mapping[str, Any], model: type[BaseModel]) -> dict[str, Any]:
+    """Return `settings` with the places of plug-ins in complete `given` settings, where both may name one plug-in.
+
+    They were saved where the code may no longer be.
+    """
+    changed: dict[str, Any] = copy.deepcopy(dict(settings))
+    for path in _PLACES:
+        sections = zip(_sections_with(changed, path.split(".")), _sections_with(given, path.split(".")), strict=False)
+        for (_, section, key), (_, other, _) in sections:
+            before, now = str(section.get(key)), str(other.get(key))
+            if is_plugin(before) and is_plugin(now) and may_name_one_plugin(path, before, now, model):
+                section[key] = now
+    return changed
+
+
 def load_plugin(name: str) -> Any:
     """Return the function or class that `name` names. Raises UsageError if there is none, or it cannot be imported."""
     place, _, attribute = name.rpartition(":")

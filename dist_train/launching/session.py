@@ -8,7 +8,7 @@ import platform
 import re
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -187,7 +187,9 @@ class Session:
         loggers = trainer.config.model_dump(mode="json")["metrics"]["loggers"]
         if contents.config.get("metrics", {}).get("loggers") != loggers:  # whose files, which change no result, differ
             names = {*before} & {*now}
-        if changed := ", ".join(sorted(name for name in names if before.get(name) != now.get(name))):
+        one, other = _by_content(before), _by_content(now)
+        different = {({**one, **other})[each] for each in one.keys() ^ other.keys()}
+        if changed := ", ".join(sorted(different & names)):
             _logger.warning("plug-ins have changed since the checkpoint was saved: %s", changed)
             trainer.event("plugins_changed", files=changed)
 
@@ -346,6 +348,11 @@ def build_observers(
     if settings.enabled:
         observers.append(Exporter(settings))
     return Observers([*observers, *loggers, *more])
+
+
+def _by_content(files: Mapping[str, str]) -> dict[tuple[str, str], str]:
+    """Return the names of plug-ins' `files` by their names within their folders, which may move, and their digests."""
+    return {(name.partition("/")[2], digest): name for name, digest in files.items()}
 
 
 def revision(root: Path = Path(dist_train.__file__).parents[1]) -> str:

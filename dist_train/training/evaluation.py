@@ -227,7 +227,8 @@ def stored_config(contents: Contents, overrides: Sequence[str]) -> Config:
 
     Raises UsageError if an override would change the model or its data.
     """
-    stored = parse_config(dict(contents.config), source="the checkpoint")
+    metrics = {**contents.config.get("metrics", {}), "loggers": []}  # whose code may be gone
+    stored = parse_config({**contents.config, "metrics": metrics}, source="the checkpoint")
     settings = yaml.safe_load(dump_config(stored))
     settings["run"]["device"] = "auto"
     settings["precision"]["cuda_graphs"] = False  # they are for training, and refused on a CPU

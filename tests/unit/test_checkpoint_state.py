@@ -185,6 +185,29 @@ def test_a_later_checkpoint_in_the_fallback_directory_is_resumed_from(tmp_path: 
     assert ([file.step for file in list_checkpoints(directory.checkpoints)], list_checkpoints(fallback)) == ([2, 4], [])
 
 
+def test_code_may_have_moved_and_a_loggers_be_gone(tmp_path: Path) -> None:
+    def given(folder: str, name: str = "half", loggers: tuple[str, ...] = ()) -> Config:
+        return load_config(
+            {
+                "schedule": {"decay": str(tmp_path / folder / f"rate.py:{name}")},
+                "metrics": {"loggers": [{"name": str(tmp_path / folder / f"logs.py:{each}")} for each in loggers]},
+            }
+        )
+
+    (tmp_path / "then").mkdir()
+    (tmp_path / "then" / "rate.py").write_text("def half(over):\n    return 1 - over / 2\n\n\nthird = half\n")
+    (tmp_path / "then" / "logs.py").write_text("def silent(directory): ...\n")
+    saved = contents(4, config=given("then", loggers=("silent",)).model_dump(mode="json"))
+    directory = run_with(tmp_path / "run")
+    write_checkpoint(directory.checkpoints, saved, lambda: None)
+    (tmp_path / "then").rename(tmp_path / "now")
+    (tmp_path / "now" / "logs.py").unlink()
+    now = given("now")
+    assert find_resume_point(now, directory).config.schedule == now.schedule
+    with raises(UsageError, "settings-changed"):
+        find_resume_point(given("now", "third"), directory)
+
+
 def test_promise_5_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     with raises(UsageError, "settings-changed") as caught:
         find_resume_point(parse(run={"seed": 1}, optimizer={"learning_rate": 0.5}), run_with(tmp_path, 4))

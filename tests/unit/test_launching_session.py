@@ -223,16 +223,17 @@ def test_micro_batches_smaller_than_the_ghost_size_are_warned_of_once(
 
 
 @pytest.mark.parametrize(
-    ("keeps_logger", "before", "changed"),
+    ("keeps_logger", "before", "folder", "changed"),
     [
-        (True, {}, ""),
-        (False, {}, ""),  # as a replay, which has no loggers
-        (False, {"mine.py": "another digest"}, "mine.py"),
-        (True, {"gone.py": "a digest"}, "gone.py"),
+        (True, {}, "mine", ""),
+        (True, {}, "moved", ""),
+        (False, {}, "mine", ""),  # as a replay, which has no loggers
+        (False, {"mine.py": "another digest"}, "mine", "mine.py"),
+        (True, {"gone.py": "a digest"}, "mine", "gone.py"),
     ],
 )
 def test_plugins_have_changed_if_they_could_change_the_result(
-    tmp_path: Path, keeps_logger: bool, before: dict[str, str], changed: str
+    tmp_path: Path, keeps_logger: bool, before: dict[str, str], folder: str, changed: str
 ) -> None:
     code = {"mine/mine.py": "def half(over):\n    return 1 - over / 2\n", "logs/logs.py": LOGGER}
     for name, text in code.items():
@@ -251,6 +252,8 @@ def test_plugins_have_changed_if_they_could_change_the_result(
     write_checkpoint(session.directory.checkpoints, saved, lambda: None)
     if not keeps_logger:
         del settings["metrics"]
+    (tmp_path / "mine").rename(tmp_path / folder)
+    settings["schedule"] = {"decay": f"{tmp_path}/{folder}/mine.py:half"}
     _, told = begun(tmp_path / "run", Alone(), going_on=True, **settings)
     events = [event.details["files"] for event in told.events if event.event == "plugins_changed"]
     assert events == ([f"mine/{changed}"] if changed else [])

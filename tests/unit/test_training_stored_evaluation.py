@@ -223,6 +223,12 @@ def test_settings_may_be_overridden_for_this_machine(run: Path) -> None:
     assert math.isclose(float(str(few["loss"])), float(str(many["loss"])), rel_tol=1e-6)
 
 
+def test_a_run_whose_logger_is_gone_can_be_evaluated(run: Path) -> None:
+    contents = read_checkpoint(find_checkpoint(run))
+    contents.config["metrics"]["loggers"] = [{"name": "/gone/logs.py:silent", "options": {}}]
+    assert stored_config(contents, []).metrics.loggers == ()
+
+
 def test_run_with_cuda_graphs_can_be_evaluated_on_a_cpu(run: Path) -> None:
     contents = read_checkpoint(find_checkpoint(run))
     contents.config["run"]["device"], contents.config["precision"]["cuda_graphs"] = "cuda", True
