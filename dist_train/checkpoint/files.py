@@ -27,10 +27,11 @@ from dist_train.cluster.communicator import (
 from dist_train.outcome import UsageError
 from dist_train.rundir import atomic
 from dist_train.rundir.atomic import json_text
-from dist_train.rundir.paths import RunDirectory, checkpoint_name, in_utf8, run_folder
+from dist_train.rundir.paths import RunDirectory, checkpoint_name, in_utf8, refuse_foreign, run_folder
 from dist_train.rundir.status import read_status
 
 FORMAT = 1
+OTHER_FALLBACK = "choose another checkpoint.fallback_directory"
 _DAMAGED = ".damaged"
 _LOOKS = 5  # for the last checkpoint of a run at work
 _NAME = re.compile(r"step-(\d{8,})\.pt")
@@ -399,14 +400,28 @@ def remove_checkpoint(path: Path) -> None:
 
 
 def adopt(fallback: Path, directory: Path) -> None:
-    """Move the newest checkpoint of `fallback` to `directory` if it is newer, and empty `fallback`. Raises OSError."""
-    in_fallback, in_directory = list_checkpoints(fallback), list_checkpoints(directory)
-    if in_fallback and (not in_directory or in_fallback[-1].step > in_directory[-1].step):
-        newest = in_fallback[-1].path
-        for source in (newest, newest.with_suffix(".json")):
+    """Copy the newest whole checkpoint of `fallback` to `directory` if that has none as new.
+
+    Then delete those of `fallback` that are not newer than a whole one in `directory`. Raises OSError; UsageError if
+    another user could have put them there.
+    """
+    if not (in_fallback := list_checkpoints(fallback)):
+        return
+    refuse_foreign(fallback, OTHER_FALLBACK)
+    newest, there = _newest_verified(fallback), _newest_verified(directory)
+    if newest != in_fallback[-1]:
+        _logger.warning("%s is damaged", in_fallback[-1].path)
+    if newest is not None and (there is None or newest.step > there.step):
+        for source in (newest.path, newest.path.with_suffix(".json")):
             atomic.write_bytes(directory / source.name, source.read_bytes())
+        there = _whole(directory / newest.path.name)
     for file in in_fallback:
-        remove_checkpoint(file.path)
+        if there is not None and file.step <= there.step:
+            remove_checkpoint(file.path)
+
+
+def _newest_verified(directory: Path) -> CheckpointFile | None:
+    return next(filter(None, (_whole(file.path) for file in reversed(list_checkpoints(directory)))), None)
 
 
 def _step_of(path: Path) -> int:

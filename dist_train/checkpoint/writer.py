@@ -19,9 +19,17 @@ from typing import Any
 
 import torch
 
-from dist_train.checkpoint.files import CheckpointFile, Contents, prune, remove_checkpoint, write_checkpoint
+from dist_train.checkpoint.files import (
+    OTHER_FALLBACK,
+    CheckpointFile,
+    Contents,
+    prune,
+    remove_checkpoint,
+    write_checkpoint,
+)
 from dist_train.config.sections import CheckpointSettings
-from dist_train.outcome import FaultError
+from dist_train.outcome import FaultError, UsageError
+from dist_train.rundir.paths import refuse_foreign
 from dist_train.rundir.records import Detail
 
 _YIELD_SECONDS = 0.001
@@ -200,9 +208,10 @@ class CheckpointWriter:
 
         try:
             self.fallback.mkdir(mode=0o700, parents=True, exist_ok=True)
+            refuse_foreign(self.fallback, OTHER_FALLBACK)
             file = write_checkpoint(self.fallback, contents, before_publishing)
             prune(self.fallback, keep=1, best_step=None)
-        except OSError as error:
+        except (OSError, UsageError) as error:
             _logger.warning(
                 "the checkpoint of step %d cannot be written to %s either: %s", contents.step, self.fallback, error
             )

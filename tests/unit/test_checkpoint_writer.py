@@ -21,7 +21,9 @@ from dist_train.checkpoint.files import (
 )
 from dist_train.checkpoint.writer import CheckpointWriter, NotWritten, Written
 from dist_train.config.sections import CheckpointSettings
-from tests.unit.checkpoint_files import contents
+from dist_train.outcome import UsageError
+from tests.raising import raises
+from tests.unit.checkpoint_files import contents, write
 from tests.waiting import wait_for as wait_until
 
 
@@ -237,6 +239,50 @@ def test_the_fallback_holds_the_last_one_alone_and_none_once_there_is_room(tmp_p
     full.clear()
     writer.close()
     assert ([file.step for file in list_checkpoints(disk)], list_checkpoints(fallback)) == ([2], [])
+
+
+def test_a_fallback_that_others_could_change_is_neither_written_nor_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk, fallback = tmp_path / "disk", tmp_path / "elsewhere"
+    disk.mkdir()
+    fallback.mkdir()
+    fallback.chmod(0o777)
+    writer = CheckpointWriter(disk, CheckpointSettings(background=False), refuse(100), fallback)
+    writer.submit(contents(1), None)
+    [result] = writer.results()
+    writer.close()
+    assert isinstance(result, NotWritten)
+    assert result.fallback is None
+    assert str(fallback) in caplog.text
+    write(fallback, 1)
+    with raises(UsageError, "folder-foreign"):
+        adopt(fallback, disk)
+    assert list_checkpoints(disk) == []
+
+
+@pytest.mark.parametrize(
+    ("there", "damaged", "expected", "left"),
+    [
+        ((10, 20), "disk", [10, 15, 20], []),  # 20 is only named whole
+        ((10,), "elsewhere", [10], [15]),
+        ((20,), "", [20], []),
+    ],
+)
+def test_the_fallback_is_emptied_once_a_whole_one_is_as_new(
+    tmp_path: Path, there: tuple[int, ...], damaged: str, expected: list[int], left: list[int]
+) -> None:
+    disk, fallback = tmp_path / "disk", tmp_path / "elsewhere"
+    for folder in (disk, fallback):
+        folder.mkdir()
+    for step in there:
+        write(disk, step)
+    write(fallback, 15)
+    if damaged:
+        list_checkpoints(tmp_path / damaged)[-1].path.write_bytes(b"?")
+    adopt(fallback, disk)
+    assert [file.step for file in list_checkpoints(disk)] == expected
+    assert [file.step for file in list_checkpoints(fallback)] == left
 
 
 def wait_for_results(writer: CheckpointWriter, count: int) -> list[Written | NotWritten]:
