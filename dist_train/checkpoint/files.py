@@ -28,6 +28,7 @@ from dist_train.outcome import UsageError
 from dist_train.rundir import atomic
 from dist_train.rundir.atomic import json_text
 from dist_train.rundir.paths import RunDirectory, checkpoint_name, in_utf8, refuse_foreign, run_folder
+from dist_train.rundir.records import EventRecord, read_records
 from dist_train.rundir.status import read_status
 
 FORMAT = 1
@@ -363,7 +364,7 @@ def newest_whole(directory: Path, report_damage: Callable[[Path, str], None]) ->
             for file in (path, record):
                 file.rename(f"{file}{_DAMAGED}")
     # A writer that is killed between its two renames leaves one checkpoint that was never published.
-    if without_record > 1:
+    if without_record > 1 or (without_record and _has_published(directory)):
         raise NoCompleteCheckpointError(
             f"{directory} holds checkpoints, but not their records: copy step-*.json, too, start a new run in another "
             f"directory (run.name), or delete them to begin again",
@@ -376,6 +377,13 @@ def newest_whole(directory: Path, report_damage: Callable[[Path, str], None]) ->
             code="no-whole-checkpoint",
         )
     return None
+
+
+def _has_published(directory: Path) -> bool:
+    """Whether the run of the folder `directory` has recorded that a checkpoint was written. Raises OSError."""
+    metrics = RunDirectory(directory.parent).metrics
+    records = read_records(metrics) if metrics.exists() else ()
+    return any(isinstance(record, EventRecord) and record.event == "checkpoint" for record in records)
 
 
 def prune(directory: Path, *, keep: int, best_step: int | None) -> None:

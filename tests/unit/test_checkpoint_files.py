@@ -37,6 +37,7 @@ from dist_train.checkpoint.files import (
 from dist_train.outcome import PeerFailedError, UsageError
 from dist_train.rundir import atomic
 from dist_train.rundir.paths import RunDirectory
+from dist_train.rundir.records import EventRecord, JsonLines
 from tests.raising import raises
 from tests.unit.checkpoint_files import contents, write
 from tests.unit.simulated_ranks import SimulatedRanks, on_ranks, results
@@ -202,6 +203,20 @@ class TestNewestWhole:
         assert names(tmp_path) == before
         (tmp_path / "step-00000002.pt").unlink()
         assert newest(tmp_path) == (None, {}), "the run was killed while it published its first"
+
+    def test_promise_6_one_without_its_record_is_not_passed_over_if_the_run_has_written_one(
+        self, tmp_path: Path
+    ) -> None:
+        directory = RunDirectory(tmp_path)
+        directory.create()
+        write(directory.checkpoints, 2).path.with_suffix(".json").unlink()
+        for event in ("signal", "checkpoint"):
+            assert newest(directory.checkpoints) == (None, {})
+            lines = JsonLines(directory.metrics)
+            lines.record(EventRecord(2, event, 5.0, {}))
+            lines.flush()
+        with raises(NoCompleteCheckpointError, "no-whole-checkpoint"):
+            newest(directory.checkpoints)
 
     def test_promise_6_one_that_cannot_be_read_at_the_moment_is_not_damaged(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
