@@ -72,8 +72,12 @@ class RunDirectory:
         self.learning_curve = root / "learning_curve.png"
 
     def fallback(self, folder: Path) -> Path:
-        """Return this run's subfolder of `folder`, for checkpoints that cannot be written to the run directory."""
-        return folder / f"{self.root.name}-{self.run_id()}"
+        """Return this run's subfolder of `folder`, for checkpoints that cannot be written to the run directory.
+
+        It keeps its name if the run directory is renamed, and is then found by the run's id.
+        """
+        made = (path for path in folder.glob(f"*-{self.run_id()}") if path.is_dir())
+        return next(made, folder / f"{self.root.resolve().name}-{self.run_id()}")
 
     @property
     def has_begun(self) -> bool:

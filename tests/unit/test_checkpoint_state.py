@@ -185,6 +185,18 @@ def test_a_later_checkpoint_in_the_fallback_directory_is_resumed_from(tmp_path: 
     assert ([file.step for file in list_checkpoints(directory.checkpoints)], list_checkpoints(fallback)) == ([2, 4], [])
 
 
+def test_the_fallback_directory_of_a_renamed_run_is_found(tmp_path: Path) -> None:
+    directory = run_with(tmp_path / "run", 2)
+    config = parse(checkpoint={"fallback_directory": str(tmp_path / "spare")})
+    fallback = directory.fallback(tmp_path / "spare")
+    fallback.mkdir(parents=True)
+    write_checkpoint(fallback, contents(4, config=DECIDED.model_dump(mode="json")), lambda: None)
+    (tmp_path / "link").symlink_to(directory.root.rename(tmp_path / "renamed"))
+    found = find_resume_point(config, RunDirectory(tmp_path / "link")).contents
+    assert found is not None
+    assert found.step == 4
+
+
 def test_code_may_have_moved_and_a_loggers_be_gone(tmp_path: Path) -> None:
     def given(folder: str, name: str = "half", loggers: tuple[str, ...] = ()) -> Config:
         return load_config(
