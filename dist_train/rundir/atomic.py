@@ -13,7 +13,7 @@ import math
 import os
 import secrets
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -110,16 +110,25 @@ def exclusive(path: Path) -> Iterator[None]:
 
 
 class RewrittenFile:
-    """A small file that is rewritten as a run proceeds. A series of failed writes causes a single warning."""
+    """A small file that is rewritten as a run proceeds. A series of failed writes causes a single warning.
 
-    def __init__(self, path: Path) -> None:
+    `check` raises OSError if the file may no longer be written.
+    """
+
+    def __init__(self, path: Path, check: Callable[[], None] = lambda: None) -> None:
         self.path = path
         self.is_refused = False
+        self._check = check
+
+    def swap(self, content: str) -> None:
+        """Write `content`, as `swap_text` does. Raises OSError."""
+        self._check()
+        swap_text(self.path, content)
 
     def write(self, content: str) -> None:
-        """Write `content`, as `swap_text` does."""
+        """Write `content`, if that is possible."""
         try:
-            swap_text(self.path, content)
+            self.swap(content)
         except OSError as error:
             if not self.is_refused:
                 _logger.warning("%s cannot be written; training continues: %s", self.path, error)

@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from dist_train.config import Config, dump_config
@@ -301,12 +302,27 @@ class RunLock:
 
     def check(self) -> None:
         """Raise OSError if the run directory is no longer the locked one: removed, moved or replaced."""
-        if not os.path.samestat(os.stat(self._path), os.fstat(self._descriptor)):
-            raise OSError(errno.ESTALE, "the run directory was moved away and replaced", str(self._path.parent))
+        _check_same(self._path, os.fstat(self._descriptor))
 
     def release(self) -> None:
         """Release the lock; the file stays, since deleting it would let two processes in."""
         os.close(self._descriptor)
+
+
+def check_of_run(directory: RunDirectory) -> Callable[[], None]:
+    """Return a function that does what `RunLock.check` does, for any process of the launch that holds the lock now.
+
+    If nobody has ever locked the directory, it does nothing.
+    """
+    try:
+        return partial(_check_same, directory.lock, os.stat(directory.lock))
+    except OSError:
+        return lambda: None
+
+
+def _check_same(lock: Path, before: os.stat_result) -> None:
+    if not os.path.samestat(os.stat(lock), before):
+        raise OSError(errno.ESTALE, "the run directory was moved away and replaced", str(lock.parent))
 
 
 @dataclass(eq=False)

@@ -24,7 +24,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from dist_train.outcome import ExitCode
 from dist_train.rundir import atomic
 from dist_train.rundir.atomic import RewrittenFile, json_text, read_regular
-from dist_train.rundir.paths import BrokenFileError, RunDirectory
+from dist_train.rundir.paths import BrokenFileError, RunDirectory, check_of_run
 from dist_train.rundir.records import EventRecord, Measurement, Observer, Outcome, RankMeasurement, Record, nan_for_null
 
 State = Literal["starting", "running", "stopping", "stopped", "finished", "failed"]
@@ -104,7 +104,7 @@ class StatusFile:
 
         `metrics` returns the URL of the metrics at the moment.
         """
-        self._file = RewrittenFile(path)
+        self._file = _of_run(path)
         self._metrics = metrics
         now = _now()
         self.current = Status(  # as it is now, written or not
@@ -159,7 +159,12 @@ class StatusFile:
         if self._file.is_refused and self.current.finished is not None:
             with suppress(OSError):
                 directory = RunDirectory(self._file.path.parent)
-                directory.spend_reserve(lambda: atomic.swap_text(self._file.path, text))
+                directory.spend_reserve(lambda: self._file.swap(text))
+
+
+def _of_run(path: Path) -> RewrittenFile:
+    """Return a file of the run that is in the folder of `path` now: if another one replaces it, that one's is left."""
+    return RewrittenFile(path, check_of_run(RunDirectory(path.parent)))
 
 
 def load_status(path: Path) -> Status:
@@ -224,7 +229,7 @@ class EventCounts(Observer):
 
     def __init__(self, path: Path) -> None:
         """Read the counts so far; if the file is broken, report it and start from zero."""
-        self._file = RewrittenFile(path)
+        self._file = _of_run(path)
         try:
             self._counts = Counter(read_counts(path))
         except (OSError, ValueError) as error:
@@ -276,7 +281,7 @@ class RanksFile(Observer):
     """Writes the latest measurement to `ranks.json`, at most once a second, and at the end."""
 
     def __init__(self, path: Path) -> None:
-        self._file = RewrittenFile(path)
+        self._file = _of_run(path)
         self._due = -math.inf
         self._pending: Measurement | None = None
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from dist_train.outcome import ExitCode
+from dist_train.rundir.paths import LockRequest, RunDirectory
 from dist_train.rundir.records import EventRecord, Measurement, Outcome, RankMeasurement, StepParts
 from dist_train.rundir.status import (
     LAUNCH_VARIABLE,
@@ -185,6 +186,32 @@ def test_a_disk_that_refuses_is_reported_once_and_caught_up_with(
     folder.mkdir()
     counts.end(OUTCOME)
     assert read_counts(folder / "counts.json") == {"checkpoint": 2}
+
+
+def test_a_run_whose_directory_was_replaced_leaves_the_files_of_the_new_run_alone(
+    tmp_path: Path, clock: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    def begin() -> tuple[RunDirectory, StatusFile, EventCounts, RanksFile]:
+        directory = RunDirectory(tmp_path / "run")
+        directory.create()
+        assert LockRequest(directory).wait(0)
+        files = StatusFile(directory.status, 1), EventCounts(directory.event_counts), RanksFile(directory.ranks)
+        files[0].change("running")
+        files[1].record(event("checkpoint"))
+        files[2].measurement(measurement(1, 0.4))
+        return directory, *files
+
+    directory, status, counts, ranks = begin()
+    directory.root.rename(tmp_path / "moved")
+    begin()
+    written = {path: path.read_bytes() for path in (directory.status, directory.event_counts, directory.ranks)}
+    clock[0] += 2.0
+    status.progress(step=9)
+    counts.record(event("checkpoint"))
+    ranks.measurement(measurement(9, 0.4))
+    status.end("finished", ExitCode.FINISHED, "")
+    assert {path: path.read_bytes() for path in written} == written
+    assert len(caplog.records) == 3
 
 
 END = Outcome("finished", "", 0, 9, 1.0, 1.0, None, None, None, None, None)
