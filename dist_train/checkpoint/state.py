@@ -54,6 +54,7 @@ class ResumePoint:
     epochs_before: int | None = None  # if the run is lengthened: those that its schedules spanned so far
     initial: InitialWeights | None = None  # of a new run, if its weights do not come from the seed
     gone: Path | None = None  # what `run.resume` names, if it is no longer there, and not needed
+    source: Path | None = None  # the other run's checkpoint with which a new run begins
 
 
 def find_resume_point(config: Config, directory: RunDirectory) -> ResumePoint:
@@ -76,7 +77,7 @@ def find_resume_point(config: Config, directory: RunDirectory) -> ResumePoint:
         except UsageError as error:  # it is needed only if the run has no checkpoint of its own
             is_missing = error.code in ("checkpoint-missing", "no-checkpoint", "target-missing")
     damage: dict[str, str] = {}
-    contents = None
+    contents, source = None, None
     try:
         contents = newest_whole(checkpoints, lambda path, text: damage.update({path.name: text}))
     except NoCompleteCheckpointError:
@@ -92,7 +93,8 @@ def find_resume_point(config: Config, directory: RunDirectory) -> ResumePoint:
         )
     if contents is None and named is not None:
         # The run starts from another run's checkpoint; once it has its own, it resumes from that, as when requeued.
-        contents = read_stored(named).contents
+        stored = read_stored(named)
+        contents, source = stored.contents, stored.path
         no_best = {"best_saved_step": None, "best_saved_accuracy": None}  # that run's is not in this one's folder
         contents = replace(contents, metrics={**contents.metrics, **no_best})
     if contents is None:
@@ -100,7 +102,7 @@ def find_resume_point(config: Config, directory: RunDirectory) -> ResumePoint:
     saved = saved_config(contents, config)
     epochs_before = saved.run.epochs if config.run.epochs > saved.run.epochs else None
     gone = named if is_missing else None
-    return ResumePoint(with_decisions(config, saved), contents, damage, epochs_before, gone=gone)
+    return ResumePoint(with_decisions(config, saved), contents, damage, epochs_before, gone=gone, source=source)
 
 
 def _initial_weights(config: Config) -> InitialWeights | None:

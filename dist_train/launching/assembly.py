@@ -291,14 +291,21 @@ def _restore(resume_point: ResumePoint, scheduled: Epochs, state: TrainState) ->
         return Progress()
     config, progress = resume_point.config, restored_progress(contents)
     epochs_before = resume_point.epochs_before or 0
+    ends_early = EarlyStopping(config.early_stopping, config.stopping_metric).reason(progress)
     if contents.step < (planned := scheduled.steps(epochs_before)):
-        ends_early = EarlyStopping(config.early_stopping, config.stopping_metric).reason(progress)
         others = "" if config.run.resume == "auto" else "; to start a new run from these weights: run.init_from"
         raise UsageError(
             f"the run has done {contents.step} of the {planned} updates of its {epochs_before} epochs: "
             f"finish it with run.epochs={epochs_before}{' early_stopping.patience=null' if ends_early else ''}, "
             f"then lengthen it{others}",
             code="run-unfinished",
+        )
+    total = scheduled.steps(config.run.epochs)
+    if resume_point.source and (ends_early or contents.step >= min(total, config.run.max_steps or total)):
+        raise UsageError(
+            f"{resume_point.source} leaves nothing to train: raise run.epochs, or what else ends the run "
+            f"(run.max_steps, early_stopping.patience); to start a new run from these weights: run.init_from",
+            code="nothing-to-train",
         )
     state.load(contents)
     return progress

@@ -501,6 +501,16 @@ class TestTrain:
         assert status is not None
         assert (status.step, status.total_steps, status.epoch) == (9, 9, 3.0)
 
+    def test_a_run_that_another_run_s_checkpoint_leaves_nothing_to_train_is_refused(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        config, run = write_config(tmp_path), tmp_path / "run"
+        assert main(["train", config, "--run-dir", str(run)]) == ExitCode.FINISHED
+        new = ["train", config, f"run.resume={run}", "--run-dir", str(tmp_path / "new")]
+        assert main(new) == ExitCode.USAGE
+        assert "[nothing-to-train]" in capsys.readouterr().err
+        assert main([*new, "run.epochs=3"]) == main([*new, "run.epochs=3"]) == ExitCode.FINISHED
+
     def test_advice_on_an_unfinished_run_finishes_it_although_it_stopped_early(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
