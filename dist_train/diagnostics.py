@@ -201,8 +201,9 @@ def _check_replayable(run: Run, step: int, begun_at: int) -> None:
     """Raise UsageError unless one launch from `begun_at`, a checkpoint or 0, makes the run's updates up to `step`."""
     config, reason = run.config, ""
     is_stretched = (config.schedule.decay, config.noise.schedule.kind) != ("constant", "constant")
-    if is_stretched and any(begun_at < each.step < step for each in _lengthened(run)):
-        reason = "the run was lengthened, which changed its schedules"
+    # the checkpoint of an unfinished run cannot be lengthened
+    if (is_stretched or begun_at) and any(begun_at < each.step < step for each in _lengthened(run)):
+        reason = "the run was lengthened since"
     of_start = (each for each in run.records if not (isinstance(each, EventRecord) and each.event in _BEFORE_START))
     first = next(of_start, None)
     if not begun_at and isinstance(first, EventRecord) and first.event == "resumed":

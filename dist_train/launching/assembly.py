@@ -293,11 +293,12 @@ def _restore(resume_point: ResumePoint, scheduled: Epochs, state: TrainState) ->
     epochs_before = resume_point.epochs_before or 0
     ends_early = EarlyStopping(config.early_stopping, config.stopping_metric).reason(progress)
     if contents.step < (planned := scheduled.steps(epochs_before)):
+        limits = {"run.max_steps": (config.run.max_steps or planned) < planned, "early_stopping.patience": ends_early}
+        lifted = "".join(f" {name}=null" for name, is_in_force in limits.items() if is_in_force)
         others = "" if config.run.resume == "auto" else "; to start a new run from these weights: run.init_from"
         raise UsageError(
             f"the run has done {contents.step} of the {planned} updates of its {epochs_before} epochs: "
-            f"finish it with run.epochs={epochs_before}{' early_stopping.patience=null' if ends_early else ''}, "
-            f"then lengthen it{others}",
+            f"finish it with run.epochs={epochs_before}{lifted}, then lengthen it{others}",
             code="run-unfinished",
         )
     total = scheduled.steps(config.run.epochs)

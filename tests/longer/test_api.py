@@ -225,6 +225,25 @@ def test_updates_of_a_lengthened_run_are_replayed_with_the_schedules_of_their_ti
         dist_train.replay(run, 18)
 
 
+def test_an_update_before_which_the_run_was_lengthened_is_not_replayed_from_an_unfinished_one(tmp_path: Path) -> None:
+    config = write_config(
+        tmp_path, small_settings(schedule={"decay": "constant"}, checkpoint={"every_steps": 3, "keep": 100})
+    )
+    run = tmp_path / "run"
+    for epochs in (1, 2):
+        train_alone(config, run, f"run.epochs={epochs}")
+    loaded = dist_train.load_run(run)
+    lengthened = next(each.step for each in loaded.records if getattr(each, "event", "") == "lengthened")
+    for step in loaded.steps:
+        if step >= lengthened:
+            remove_checkpoint(loaded.checkpoint(step))
+    with raises(UsageError, code="step-not-replayable"):
+        dist_train.replay(run, lengthened + 2)
+    for step in loaded.steps:
+        remove_checkpoint(loaded.checkpoint(step))
+    assert dist_train.replay(run, lengthened + 2).agrees
+
+
 def test_updates_of_a_run_that_began_from_another_one_s_checkpoint_need_one_of_its_own(tmp_path: Path) -> None:
     config = write_config(tmp_path, small_settings(run={"epochs": 1}, checkpoint={"every_steps": 2, "keep": 100}))
     train_alone(config, tmp_path / "first", "run.max_steps=2")

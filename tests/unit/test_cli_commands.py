@@ -492,8 +492,9 @@ class TestTrain:
             return main(["train", config, *overrides, "--run-dir", str(run)]), capsys.readouterr().err
 
         assert ended("run.max_steps=4")[0] == ExitCode.FINISHED
-        code, told = ended("run.epochs=3")
+        code, told = ended("run.epochs=3", "run.max_steps=4")
         assert (code, "[run-unfinished]" in told) == (ExitCode.USAGE, True)
+        assert "finish it with run.epochs=2 run.max_steps=null, then" in told
         assert ended()[0] == ended("run.epochs=3")[0] == ended("run.epochs=3")[0] == ExitCode.FINISHED
         code, told = ended("run.epochs=2")
         assert (code, "[settings-changed]" in told) == (ExitCode.USAGE, True)
