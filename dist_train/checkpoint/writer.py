@@ -40,7 +40,9 @@ _logger = logging.getLogger("dist_train.checkpoints")
 
 @dataclass(frozen=True)
 class Written:
-    """A checkpoint on disk: training was held up for `stall_seconds`; writing took `seconds` in all."""
+    """A checkpoint on disk: training was held up for `stall_seconds`; writing took `seconds`, attempts that failed and
+    the pauses after them left out.
+    """
 
     file: CheckpointFile
     stall_seconds: float
@@ -164,9 +166,10 @@ class CheckpointWriter:
             if self._device is not None:
                 # Not the whole device: that is an error while a CUDA graph is recorded.
                 torch.cuda.current_stream(self._device).synchronize()
-            file = self._write_with_retries(contents)
-            if file is None:
+            written = self._write_with_retries(contents, begun)
+            if written is None:
                 return
+            file, begun = written
             try:
                 prune(self.directory, keep=self.settings.keep, best_step=best_step)
             except OSError as error:
@@ -177,8 +180,11 @@ class CheckpointWriter:
         seconds = time.perf_counter() - begun
         self._results.put(Written(file, stall if self.settings.background else seconds, seconds))
 
-    def _write_with_retries(self, contents: Contents) -> CheckpointFile | None:
-        """Write, and retry on failure until someone waits for the writer; None if every attempt has failed."""
+    def _write_with_retries(self, contents: Contents, begun: float) -> tuple[CheckpointFile, float] | None:
+        """Write, and retry on failure until someone waits for the writer; None if every attempt has failed.
+
+        Returns also when the attempt began that succeeded, for the first: `begun`.
+        """
         pause = _FIRST_PAUSE_SECONDS
         is_last_attempt = not self.settings.background
         failed: NotWritten | None = None
@@ -193,10 +199,11 @@ class CheckpointWriter:
                     return None
                 is_last_attempt = self._awaited.wait(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+                begun = time.perf_counter()
                 continue
             if failed is not None and failed.fallback is not None:
                 remove_checkpoint(failed.fallback)
-            return file
+            return file, begun
 
     def _write_to_fallback(self, contents: Contents) -> Path | None:
         if self.fallback is None:

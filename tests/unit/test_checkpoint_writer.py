@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -191,6 +193,26 @@ def test_in_the_background_what_was_refused_is_tried_again_while_training_contin
     results = wait_for_results(writer, 2)
     assert [type(result) for result in results] == [NotWritten, Written]
     assert [file.step for file in list_checkpoints(tmp_path)] == [1]
+
+
+def test_the_time_of_writing_is_that_of_the_attempt_that_succeeded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, durations = [0.0], [100.0, 2.0]
+
+    def fail_once() -> None:
+        now[0] += durations.pop(0)
+        if durations:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    clock = SimpleNamespace(perf_counter=lambda: now[0], sleep=time.sleep)
+    monkeypatch.setattr("dist_train.checkpoint.writer.time", clock)
+    writer = CheckpointWriter(tmp_path, CheckpointSettings(), fail_once)
+    writer.submit(contents(1), None)
+    writer.close()
+    written = writer.results()[-1]
+    assert isinstance(written, Written)
+    assert written.seconds == 2.0
 
 
 def test_what_is_refused_to_the_end_is_reported_once(tmp_path: Path) -> None:
