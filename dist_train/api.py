@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dist_train.checkpoint.files import find_checkpoint, list_checkpoints, read_checkpoint, read_stored
+from dist_train.checkpoint.files import find_checkpoint, list_checkpoints, read_stored
 from dist_train.checkpoint.state import Weights
 from dist_train.config import Config, load_config
 from dist_train.config.plugins import is_plugin
@@ -87,13 +87,16 @@ class Run:
         Raises:
             UsageError: there is no such checkpoint, it is damaged, or it holds no average.
         """
-        contents = read_checkpoint(self.checkpoint(step))
+        contents = read_stored(self._target(step)).contents
         return stored_model(contents, stored_config(contents, ()), weights).eval()
 
     def checkpoint(self, step: int | Literal["best"] | None = None) -> Path:
         """Return the checkpoint at `step` (default: the last one), or the "best". Raises UsageError without one."""
+        return find_checkpoint(self._target(step))
+
+    def _target(self, step: int | Literal["best"] | None) -> Path:
         root = self.directory.root
-        return find_checkpoint(root if step is None else Path(f"{root}@{step}"))
+        return root if step is None else Path(f"{root}@{step}")
 
     def evaluate(
         self, split: Split = "test", overrides: Sequence[str] = (), weights: Weights = "raw"

@@ -192,6 +192,12 @@ def find_checkpoint(target: Path) -> Path:
     if not run.has_begun:
         raise UsageError(f"{run.root} is not a run directory: nothing has been trained there", code="target-missing")
     files = list_checkpoints(run.checkpoints)
+    if (found := _named(files, which)) is None:
+        # The run, which trains meanwhile, may have deleted what was being listed, for a newer one.
+        files = list_checkpoints(run.checkpoints)
+        found = _named(files, which)
+    if found is not None:
+        return found.path
     if not files:
         status = read_status(run.status)
         has_ended = status is not None and status.exit_code is not None
@@ -200,17 +206,18 @@ def find_checkpoint(target: Path) -> Path:
             f"{run.root} holds no checkpoint: {fix}, or train with checkpoint.every_epochs above 0",
             code="no-checkpoint",
         )
-    if not which:
-        return files[-1].path
+    wanted = "best checkpoint" if which == "best" else f"checkpoint of step {which}"
+    steps = ", ".join(str(file.step) for file in files)
+    raise UsageError(f"{run.root} has no {wanted}; it has those of steps {steps}", code="checkpoint-missing")
+
+
+def _named(files: Sequence[CheckpointFile], which: str) -> CheckpointFile | None:
+    """Return the checkpoint of a step, the "best" or, for an empty name, the last one; None if it is not in `files`."""
+    if not (files and which):
+        return files[-1] if files else None
     if which == "best":
-        found = _published_best(files, files[-1].metrics.get("best_saved_step"))
-    else:
-        found = next((file for file in files if file.step == int(which)), None)
-    if found is None:
-        wanted = "best checkpoint" if which == "best" else f"checkpoint of step {which}"
-        steps = ", ".join(str(file.step) for file in files)
-        raise UsageError(f"{run.root} has no {wanted}; it has those of steps {steps}", code="checkpoint-missing")
-    return found.path
+        return _published_best(files, files[-1].metrics.get("best_saved_step"))
+    return next((file for file in files if file.step == int(which)), None)
 
 
 def _published_best(files: Sequence[CheckpointFile], step: float | None) -> CheckpointFile | None:

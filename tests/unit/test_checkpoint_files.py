@@ -345,6 +345,21 @@ class TestReadingWhileTheRunTrains:
         monkeypatch.setattr(files, "find_checkpoint", find)
         assert read_stored(directory.root).contents.step == 8
 
+    def test_it_is_read_although_all_that_were_being_listed_are_deleted(
+        self, directory: RunDirectory, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        listed = files._step_files
+
+        def list_late(folder: Path) -> list[Path]:
+            found = listed(folder)
+            if found == [directory.checkpoint(4)]:
+                write(directory.checkpoints, 8)
+                remove_checkpoint(directory.checkpoint(4))
+            return found
+
+        monkeypatch.setattr(files, "_step_files", list_late)
+        assert read_stored(directory.root).contents.step == 8
+
     def test_all_ranks_read_the_one_that_rank_0_finds_and_look_again_if_it_is_deleted(
         self, directory: RunDirectory
     ) -> None:
