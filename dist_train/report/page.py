@@ -127,7 +127,7 @@ def _content_of_tables(subject: Subject) -> dict[str, Any]:
         "panels": panels,
         "unfinished": [run for run in subject.runs if not run.is_finished],
         "repeated": [pair for panel in panels for variant in panel.variants for pair in variant.repeated.items()],
-        "data_sets": sorted({str(run.settings["data.name"]) for run in subject.runs if "data.name" in run.settings}),
+        "data_sets": sorted({run.data for run in subject.runs} - {""}),
         "tables": variant_tables(panels),
         "effects": effect_tables(panels),
         "contrasts": contrast_tables(panels, subject.contrasts),

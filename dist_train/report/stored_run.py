@@ -29,13 +29,15 @@ from dist_train.sweep.study_file import Contrast, Title
 from dist_train.watch.run_state import read_measurements, read_settings, read_state, walk_runs
 
 _BATCH = "batch.global_size"
+PLUGIN = "plug-in "
+"""Begins the names of plug-ins among the versions in `status.json`."""
 _OPTION = re.compile(r"[._]options\.")
 """In the path of an option of a plug-in."""
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A study's plan for a run; `title` is the variant's; `batch`, `noise` (the method) are None if nothing sets them.
+    """A study's plan for a run; `title` is the variant's; `batch`, `noise` (the method) and `data_root` may be unset.
 
     Older folders do not record the `family`, the variant as the study names it, nor whether the variant `has_title`.
     """
@@ -49,6 +51,7 @@ class Planned:
     overrides: tuple[str, ...] = ()
     batch: int | None = None
     noise: str | None = None
+    data_root: str | None = None
 
     @property
     def is_titled(self) -> bool:
@@ -126,6 +129,32 @@ class StoredRun:
         """Return the seed from the settings, or else from the study's plan."""
         seed = self.settings.get("run.seed", self.planned.seed if self.planned else None)
         return seed if isinstance(seed, int) else None
+
+    @property
+    def data_root(self) -> str | None:
+        """Return the folder of the user's own data; None if it is not known or does not matter.
+
+        A study decides on it itself: its jobs may copy the files elsewhere.
+        """
+        name = str(self.settings.get("data.name"))
+        # Published and generated images are the same in every folder.
+        if name == "synthetic" or DATA_SETS.get(name, DataSet()).image_format:
+            return None
+        root = self.planned.data_root if self.planned else self.settings.get("data.root")
+        return None if root is None else str(root)
+
+    @property
+    def data(self) -> str:
+        """Return the data set: its name, and the folder if it is the user's own; empty if unknown."""
+        name = self.settings.get("data.name")
+        words = (name, self.data_root)
+        return "" if name is None else " in ".join(str(word) for word in words if word is not None)
+
+    @property
+    def plugins(self) -> Mapping[str, str]:
+        """Return the digests of the plug-ins' code by their names in `status.json`; empty if none are recorded."""
+        recorded = self.status.environment if self.status else {}
+        return {name: digest for name, digest in recorded.items() if name.startswith(PLUGIN)}
 
     @property
     def batch(self) -> int | None:
@@ -383,12 +412,13 @@ def _may_be_same(path: str, had: object, has: object) -> bool:
 
 
 def _completed(planned: Planned, base: Mapping[str, object]) -> Planned:
-    """Return `planned` with a title and, if it or the base sets them, a batch and the noise's method."""
+    """Return `planned` with a title and, if it or the base sets them, a batch, the noise's method, the data's folder."""
     chosen = dict(base) | dict(override.split("=", 1) for override in planned.overrides)
-    batch, noise = str(chosen.get(_BATCH)), chosen.get("noise.method")
+    batch, noise, root = str(chosen.get(_BATCH)), chosen.get("noise.method"), chosen.get("data.root")
     return replace(
         planned,
         title=planned.title or planned.variant,
         batch=int(batch) if batch.isdecimal() else None,
         noise=None if noise is None else str(noise),
+        data_root=None if root is None else str(root),
     )

@@ -11,11 +11,11 @@ from dist_train.config import Config
 from dist_train.config.loading import flat_settings
 from dist_train.config.resuming import may_change
 from dist_train.report.measures import Interval, Measure, Summary, paired_difference, summary
-from dist_train.report.stored_run import StoredRun
+from dist_train.report.stored_run import PLUGIN, StoredRun
 from dist_train.rundir.records import EvaluationRecord, TrainRecord
 
-_MATTERS = ("evaluation", "early_stopping", "run.max_steps")
-"""Settings that a resume may change although they change a run's results."""
+_MATTERS = ("data.root", "evaluation", "early_stopping", "run.max_steps")
+"""Settings that a resume may change although they change a run's results; data.root if the data are one's own."""
 
 _USUAL_NOISE: Mapping[str, object] = dict(flat_settings({"noise": Config().noise.model_dump(mode="json")}))
 """The noise's default settings. Settings that only another kind of schedule has are not among them."""
@@ -75,8 +75,7 @@ class Variant:
 
     def has_data_of(self, other: Variant) -> bool:
         """Whether both are of one data set, as far as is known."""
-        names = {run.settings["data.name"] for run in (*self.runs, *other.runs) if "data.name" in run.settings}
-        return len(names) < 2
+        return len({run.data for run in (*self.runs, *other.runs)} - {""}) < 2
 
     def lacking(self, measure: Measure, base: Variant | None = None) -> list[list[StoredRun]]:
         """Return for each run, or with `base` for each pair of runs with equal seeds, those that lack `measure`."""
@@ -197,8 +196,13 @@ def _preference(run: StoredRun) -> tuple[bool, int, int, str]:
 
 
 def _effective_settings(run: StoredRun) -> tuple[tuple[str, str], ...]:
-    """Return the settings that can change the results of `run`, without the seed; floats with all their digits."""
-    return tuple((path, repr(value)) for path, value in run.settings.items() if not _has_no_effect(path))
+    """Return what decides the results of `run`, without the seed; floats with all their digits."""
+    return tuple((path, repr(value)) for path, value in _settings_of(run).items() if not _has_no_effect(path))
+
+
+def _settings_of(run: StoredRun) -> Mapping[str, object]:
+    """Return the settings of `run`, with the code of its plug-ins, and data.root only if the data are one's own."""
+    return {**run.settings, "data.root": run.data_root, **run.plugins} if run.settings else {}
 
 
 def _has_no_effect(path: str) -> bool:
@@ -214,7 +218,9 @@ def changes_between(base: Mapping[str, object], settings: Mapping[str, object]) 
         old, new = before.get(path), after.get(path)
         # If noise is added, mention only its amplitude and what is not the default.
         is_usual = path.startswith("noise.") and path not in before and new == _USUAL_NOISE.get(path)
-        if old != new and not _has_no_effect(path) and (not is_usual or path == "noise.amplitude"):
+        # That only one of them has a plug-in is seen from the setting that names it.
+        is_implied = path.startswith(PLUGIN) and None in (old, new)
+        if old != new and not (_has_no_effect(path) or is_implied) and (not is_usual or path == "noise.amplitude"):
             changes.append(Change(path, old, new))
     return tuple(changes)
 
@@ -253,7 +259,7 @@ def _groups(runs: Sequence[StoredRun]) -> dict[str, list[StoredRun]]:
 
 
 def _settings(runs: Sequence[StoredRun]) -> Mapping[str, object]:
-    return next((run.settings for run in runs if run.settings), {})
+    return next((_settings_of(run) for run in runs if run.settings), {})
 
 
 def _batch(runs: Sequence[StoredRun]) -> int | None:
@@ -303,6 +309,9 @@ def _labels(members: Mapping[str, Sequence[StoredRun]], base: str | None, short:
 def _others_in_words(changes: Sequence[Change]) -> Iterator[str]:
     for change in changes:
         if not change.path.startswith(("noise.", "model.norm_statistics", "batch.micro_size")):
+            if change.path.startswith(PLUGIN):
+                yield f"{change.path} {str(change.value)[:8]}"
+                continue
             leaf = change.path.rpartition(".")[2]
             is_name = leaf in ("name", "kind") and change.value not in (None, "none")
             name = change.path if _SECTIONS[leaf] > 1 or leaf == "schedule" else leaf

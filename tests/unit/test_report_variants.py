@@ -45,6 +45,50 @@ def test_runs_by_another_engine_are_of_one_variant(tmp_path: Path) -> None:
     assert [len(variant.counted) for variant in panel.variants] == [2]
 
 
+@pytest.mark.parametrize("seeds", [(0, 0), (0, 1)])
+def test_runs_of_other_plugin_code_are_two_variants(tmp_path: Path, seeds: tuple[int, int]) -> None:
+    treatment = treatments()[0]
+    for name, seed, digest in zip(("first", "second"), seeds, ("a" * 64, "b" * 64), strict=True):
+        run = make_run(tmp_path / name, treatment, seed, {**treatment.settings, "run.seed": seed})
+        write_status(run, "finished", 200, environment={"torch": name, "plug-in mine/net.py": digest})
+    [panel] = panels_of(read_subject(tmp_path).runs)
+    assert [len(variant.counted) for variant in panel.variants] == [1, 1]
+    [change] = panel.variants[1].changes
+    assert (change.path, change.value) == ("plug-in mine/net.py", "b" * 64)
+    assert panel.variants[1].label == f"plug-in mine/net.py {'b' * 8}"
+
+
+@pytest.mark.parametrize(("name", "is_own"), [("imagefolder", True), ("cifar10", False)])
+def test_runs_of_own_data_in_two_folders_are_two_variants_that_are_not_paired(
+    tmp_path: Path, name: str, is_own: bool
+) -> None:
+    treatment = treatments()[0]
+    for seed in (0, 1):
+        for root in ("/cats", "/dogs"):
+            data = {"data.name": name, "data.root": root, **({"data.classes": 5} if is_own else {})}
+            settings = {**treatment.settings, **data, "run.seed": seed}
+            make_run(tmp_path / f"{root[1:]}-{seed}", treatment, seed, settings)
+    subject = read_subject(tmp_path)
+    [panel] = panels_of(subject.runs)
+    assert [(len(each.counted), len(each.repeated)) for each in panel.variants] == [(2, 0)] * 2 if is_own else [(2, 2)]
+    if is_own:
+        base, other = panel.variants
+        assert other.label == "root /dogs"
+        assert other.pairs(base, measures(subject)["final_test"]) == []
+    assert ("of 2 data sets" in tables_in_markdown(subject)) is is_own
+
+
+def test_runs_of_a_study_whose_jobs_copied_the_data_elsewhere_are_paired(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "study", seeds=(0, 1))
+    for at, config in enumerate(study.glob("*/config.yaml")):
+        settings = yaml.safe_load(config.read_text())
+        settings["data"] |= {"name": "imagefolder", "classes": 5, "root": f"/scratch/job-{at}"}
+        config.write_text(yaml.safe_dump(settings))
+    (study / "base.yaml").write_text(yaml.safe_dump({"data": {"name": "imagefolder", "classes": 5, "root": "/data"}}))
+    base, other, *_ = panels_of(read_subject(study).runs)[0].variants
+    assert len(other.pairs(base, measures(read_subject(study))["final_test"])) == 2
+
+
 def test_diverged_run_counts_as_guessing_and_has_no_other_number(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study")
     write_status(study / "sb-seed-0", "failed", 100, "the loss is not finite", exit_code=3)
