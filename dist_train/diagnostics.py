@@ -25,7 +25,7 @@ from dist_train.data.plan import BatchPlan
 from dist_train.launching.run import train
 from dist_train.outcome import DivergedError, ExitCode, UsageError
 from dist_train.report.drawing import RangeTest, read_range_test, write_range_test
-from dist_train.rundir.paths import RunDirectory
+from dist_train.rundir.paths import RANGE_TEST, RunDirectory
 from dist_train.rundir.records import EventRecord, TrainRecord
 from dist_train.rundir.status import record_end
 
@@ -72,6 +72,7 @@ def learning_rate_range(config: Config, low: float, high: float, updates: int, r
     ratio = (high / low) ** (epochs * steps_per_epoch / (updates - 1))
     overrides: dict[str, object] = {
         **_ONLY_RECORDS,
+        "run.name": f"{config.run.name.removesuffix(RANGE_TEST)}{RANGE_TEST}",  # by which reports know it
         "run.epochs": epochs,
         "run.max_steps": updates,
         "run.resume": "auto",  # not from a checkpoint that the configuration names

@@ -84,9 +84,10 @@ def add_lr_range(subparsers: Subparsers) -> None:
 
 def _lr_range(arguments: argparse.Namespace) -> int:
     from dist_train.diagnostics import learning_rate_range
+    from dist_train.rundir.paths import RANGE_TEST
 
     config = named_config(arguments)
-    run_directory = arguments.run_dir or config.run.directory / f"{config.run.name}-lr-range"
+    run_directory = arguments.run_dir or config.run.directory / f"{config.run.name}{RANGE_TEST}"
     test = learning_rate_range(config, arguments.low, arguments.high, arguments.updates, run_directory)
     if current_launch().rank == 0:
         result = "the loss does not fall: no suggestion"

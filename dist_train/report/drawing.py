@@ -379,7 +379,7 @@ def read_range_test(directory: RunDirectory) -> RangeTest:
 
 def write_range_test(test: RangeTest, directory: RunDirectory) -> tuple[Path, ...]:
     """Write `test` into `directory` as lr_range.csv, .json and .png, and return their paths."""
-    table, record, picture = (directory.root / f"lr_range.{suffix}" for suffix in ("csv", "json", "png"))
+    table, record, picture = (directory.range_test.with_suffix(suffix) for suffix in (".csv", ".json", ".png"))
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(("learning_rate", "loss", "smoothed_loss"))

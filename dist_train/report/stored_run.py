@@ -22,7 +22,7 @@ from dist_train.config.plugins import may_name_one_plugin
 from dist_train.config.resuming import LENGTHS, may_change
 from dist_train.outcome import ExitCode, UsageError, escaped
 from dist_train.rundir.atomic import read_regular
-from dist_train.rundir.paths import BrokenFileError, RunDirectory, StudyDirectory
+from dist_train.rundir.paths import RANGE_TEST, BrokenFileError, RunDirectory, StudyDirectory
 from dist_train.rundir.records import EvaluationRecord, EventRecord, Record, TrainRecord
 from dist_train.rundir.status import Status, finished_runs, read_status
 from dist_train.sweep.study_file import Contrast, Title
@@ -89,6 +89,7 @@ class StoredRun:
     """A run. `state` is status.json's, or `lost`, `broken` or `missing`; `note` gives the reason.
 
     `has_other_settings` than its study has now: it is `broken`, whatever its status.
+    `is_range_test`: a learning-rate range test has written it.
     `settings` maps dotted paths to values; it is empty if config.yaml is missing or broken.
     """
 
@@ -104,6 +105,7 @@ class StoredRun:
     events: tuple[EventRecord, ...] = ()
     analyses: Analyses = field(default_factory=Analyses)
     has_other_settings: bool = False
+    is_range_test: bool = False
 
     @property
     def is_finished(self) -> bool:
@@ -198,8 +200,22 @@ def read_run(root: Path, name: str, planned: Planned | None = None) -> StoredRun
     train = tuple(record for record in records if isinstance(record, TrainRecord))
     evaluations = tuple(record for record in records if isinstance(record, EvaluationRecord))
     events = tuple(record for record in records if isinstance(record, EventRecord))
-    status, analyses = read_status(directory.status), read_analyses(directory)
-    return StoredRun(root, name, state, note, planned, settings, status, train, evaluations, events, analyses)
+    # The file is only there once the test has ended, and the tests of older versions have no name of their own.
+    is_range_test = str(settings.get("run.name")).endswith(RANGE_TEST) or directory.range_test.is_file()
+    return StoredRun(
+        root,
+        name,
+        state,
+        note,
+        planned,
+        settings,
+        read_status(directory.status),
+        train,
+        evaluations,
+        events,
+        read_analyses(directory),
+        is_range_test=is_range_test,
+    )
 
 
 def read_analyses(directory: RunDirectory) -> Analyses:
@@ -289,11 +305,12 @@ _STUDY, _PLAN = TypeAdapter(_Study), TypeAdapter(tuple[Planned, ...])
 
 @dataclass(frozen=True)
 class Subject:
-    """The subject of a report; its runs have different names."""
+    """The subject of a report; its runs have different names. `range_tests` names those in a folder of runs."""
 
     directory: Path
     kind: Literal["run", "study", "folder"]
     runs: tuple[StoredRun, ...]
+    range_tests: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:
@@ -343,10 +360,11 @@ def read_subject(directory: Path) -> Subject:
         return Subject(directory, "study", tuple(_study_runs(directory, "")))
     if RunDirectory(directory).has_begun:
         return Subject(directory, "run", (read_run(directory, directory.resolve().name),))
-    runs = tuple(_runs_below(directory))
+    found = tuple(_runs_below(directory))
+    runs = tuple(run for run in found if not run.is_range_test)
     if not runs:
         raise UsageError(f"there is no run at or below {directory}: {fix}", code="no-run-here")
-    return Subject(directory, "folder", runs)
+    return Subject(directory, "folder", runs, tuple(run.name for run in found if run.is_range_test))
 
 
 def _runs_below(directory: Path) -> Iterator[StoredRun]:
@@ -412,7 +430,7 @@ def _may_be_same(path: str, had: object, has: object) -> bool:
 
 
 def _completed(planned: Planned, base: Mapping[str, object]) -> Planned:
-    """Return `planned` with a title and, if it or the base sets them, a batch, the noise's method, the data's folder."""
+    """Return `planned` with a title and, if it or the base sets them, a batch, the noise's method and data.root."""
     chosen = dict(base) | dict(override.split("=", 1) for override in planned.overrides)
     batch, noise, root = str(chosen.get(_BATCH)), chosen.get("noise.method"), chosen.get("data.root")
     return replace(

@@ -48,6 +48,10 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}.pt"
 
 
+RANGE_TEST = "-lr-range"
+"""Ends the names of learning-rate range tests."""
+
+
 class RunDirectory:
     """The files of a run below `root`."""
 
@@ -71,6 +75,7 @@ class RunDirectory:
         self.profile = root / "profile"  # folder of profiler traces, if enabled
         self.analysis = root / "analysis"  # folder of landscapes and sharpness records
         self.learning_curve = root / "learning_curve.png"
+        self.range_test = root / "lr_range.json"  # the result of a learning-rate range test, if the run is one
 
     def fallback(self, folder: Path) -> Path:
         """Return this run's subfolder of `folder`, for checkpoints that cannot be written to the run directory.

@@ -20,7 +20,7 @@ from dist_train.report import drawing
 from dist_train.report.drawing import draw_learning_curve, range_test
 from dist_train.report.figures import StripPlot
 from dist_train.report.page import figures_of
-from dist_train.report.stored_run import read_subject
+from dist_train.report.stored_run import read_run, read_subject
 from tests.launching import write_config
 from tests.unit.report_study import make_run, make_study, treatments
 from tests.unit.small_trainers import SETTINGS
@@ -57,6 +57,7 @@ def test_the_command_tries_the_rates_and_writes_what_it_found(
     assert rates == pytest.approx([10 ** (-3 + at / 2) for at in range(7)])
     assert json.loads((place / "lr_range.json").read_text())["rates"] == rates
     assert (place / "lr_range.png").read_bytes().startswith(b"\x89PNG")
+    assert read_run(place, "range").is_range_test
     capsys.readouterr()
     assert main([*words, "--updates", "8"]) == 2
     assert "other --from, --to or --updates: choose another folder with --run-dir" in capsys.readouterr().err

@@ -89,6 +89,21 @@ def test_runs_of_a_study_whose_jobs_copied_the_data_elsewhere_are_paired(tmp_pat
     assert len(other.pairs(base, measures(read_subject(study))["final_test"])) == 2
 
 
+@pytest.mark.parametrize("has_ended", [True, False])
+def test_range_test_in_a_folder_of_runs_is_named_and_does_not_count(tmp_path: Path, has_ended: bool) -> None:
+    treatment = treatments()[0]
+    # One of an older version has the configuration's name, and is known once it has ended.
+    for name, own in (("demo", "demo"), ("a-range", "demo" if has_ended else "demo-lr-range")):
+        make_run(tmp_path / name, treatment, 0, {**treatment.settings, "run.name": own})
+    if has_ended:
+        (tmp_path / "a-range" / "lr_range.json").write_text("{}")
+    subject = read_subject(tmp_path)
+    assert ([run.name for run in subject.runs], subject.range_tests) == (["demo"], ("a-range",))
+    for text in (render(subject), tables_in_markdown(subject)):
+        assert "which do not count: a-range." in text
+    assert read_subject(tmp_path / "a-range").kind == "run"
+
+
 def test_diverged_run_counts_as_guessing_and_has_no_other_number(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study")
     write_status(study / "sb-seed-0", "failed", 100, "the loss is not finite", exit_code=3)
