@@ -181,6 +181,17 @@ def _is_finite(record: EvaluationRecord) -> bool:
 
 def read_run(root: Path, name: str, planned: Planned | None = None) -> StoredRun:
     """Return the run in `root`. Problems never raise: they are given by its state and note."""
+    try:
+        return _read_run(root, name, planned)
+    except OSError as error:
+        return _unreadable(root, name, error, planned)
+
+
+def _unreadable(root: Path, name: str, error: OSError, planned: Planned | None = None) -> StoredRun:
+    return StoredRun(root, name, "broken", f"cannot be read: {error.strerror or error}", planned)
+
+
+def _read_run(root: Path, name: str, planned: Planned | None) -> StoredRun:
     directory = RunDirectory(root)
     if not directory.has_begun:
         what = "empty" if root.is_dir() else "missing"
@@ -224,8 +235,12 @@ def read_analyses(directory: RunDirectory) -> Analyses:
     for path in directory.checkpoint_records():
         with suppress(OSError, ValueError, KeyError, TypeError):  # the checkpoint's own reader reports it
             digests.add(json.loads(read_regular(path))["sha256"])
-    landscapes, records, problems = [], [], []
-    for path in sorted(directory.analysis.iterdir()) if directory.analysis.is_dir() else ():
+    landscapes, records, problems, paths = [], [], [], list[Path]()
+    try:
+        paths = sorted(directory.analysis.iterdir()) if directory.analysis.is_dir() else []
+    except OSError as error:
+        problems.append(f"{directory.analysis.name} cannot be read: {error.strerror}")
+    for path in paths:
         try:
             if (path / "settings.json").is_file():
                 landscapes.append(_landscape(path, digests))
@@ -233,6 +248,8 @@ def read_analyses(directory: RunDirectory) -> Analyses:
                 records.append(_record(path, digests))
         except BrokenFileError as error:
             problems.append(f"{path.name}: {error}")
+        except OSError as error:
+            problems.append(f"{path.name} cannot be read: {error.strerror}")
         except UsageError as error:
             problems.append(str(error))
     last_step = max(directory.checkpoint_steps(), default=None)
@@ -368,14 +385,22 @@ def read_subject(directory: Path) -> Subject:
 
 
 def _runs_below(directory: Path) -> Iterator[StoredRun]:
-    for path, children, files in walk_runs(directory):
+    unreadable: list[OSError] = []
+    for path, children, files in walk_runs(directory, unreadable.append):
         name = escaped(str(path.relative_to(directory)))
+        try:
+            is_run = RunDirectory(path).has_begun
+        except OSError:
+            is_run = True  # `read_run` says why it cannot be read
         if StudyDirectory(Path()).runs.name in files:
             children.clear()
             yield from _study_runs(path, f"{name}/")
-        elif RunDirectory(path).has_begun:
+        elif is_run:
             children.clear()
             yield read_run(path, name)
+    for fault in unreadable:
+        path = Path(fault.filename)
+        yield _unreadable(path, escaped(str(path.relative_to(directory))), fault)
 
 
 def _study_runs(directory: Path, prefix: str) -> Iterator[StoredRun]:

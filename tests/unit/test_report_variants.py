@@ -19,6 +19,7 @@ from dist_train.report.stored_run import Subject, read_run, read_subject
 from dist_train.report.tables import contrast_tables, effect_tables, variant_cell
 from dist_train.report.variants import panels_of
 from dist_train.rundir.records import to_json
+from tests.unit.foreign_files import without_root
 from tests.unit.records import evaluation
 from tests.unit.report_study import make_run, make_study, treatments, write_status
 
@@ -102,6 +103,29 @@ def test_range_test_in_a_folder_of_runs_is_named_and_does_not_count(tmp_path: Pa
     for text in (render(subject), tables_in_markdown(subject)):
         assert "which do not count: a-range." in text
     assert read_subject(tmp_path / "a-range").kind == "run"
+
+
+def test_what_cannot_be_read_is_listed_and_hides_no_other_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    treatment = treatments()[0]
+    for seed, name in enumerate(("closed", "no-analysis", "unsearchable", "whole")):
+        make_run(tmp_path / "runs" / name, treatment, seed, {**treatment.settings, "run.seed": seed})
+    monkeypatch.chdir(tmp_path)
+    tmp_path.chmod(0o755)
+    for path, mode in (("closed", 0), ("no-analysis/analysis", 0), ("unsearchable", 0o444)):
+        Path("runs", path).chmod(mode)
+    with without_root():
+        runs = {run.name: run for run in read_subject(Path("runs")).runs}
+    assert {name: run.state for name, run in runs.items()} == {
+        "closed": "broken",
+        "no-analysis": "finished",
+        "unsearchable": "broken",
+        "whole": "finished",
+    }
+    assert len(runs["no-analysis"].analyses.problems) == 1
+    assert runs["whole"].analyses.sharpness
+    assert not runs["whole"].analyses.problems
+    for path in ("closed", "no-analysis/analysis", "unsearchable"):
+        Path("runs", path).chmod(0o700)
 
 
 def test_diverged_run_counts_as_guessing_and_has_no_other_number(tmp_path: Path) -> None:
