@@ -373,7 +373,7 @@ def read_subject(directory: Path) -> Subject:
     fix = "name a run, a study, or a folder of runs"
     if not directory.is_dir():
         raise UsageError(f"there is no folder {directory}: {fix}", code="folder-missing")
-    if StudyDirectory(directory).runs.is_file():
+    if StudyDirectory(directory).has_plan:
         return Subject(directory, "study", tuple(_study_runs(directory, "")))
     if RunDirectory(directory).has_begun:
         return Subject(directory, "run", (read_run(directory, directory.resolve().name),))
@@ -386,15 +386,19 @@ def read_subject(directory: Path) -> Subject:
 
 def _runs_below(directory: Path) -> Iterator[StoredRun]:
     unreadable: list[OSError] = []
-    for path, children, files in walk_runs(directory, unreadable.append):
+    for path, children, _ in walk_runs(directory, unreadable.append):
         name = escaped(str(path.relative_to(directory)))
         try:
-            is_run = RunDirectory(path).has_begun
+            is_study = StudyDirectory(path).has_plan
+            is_run = not is_study and RunDirectory(path).has_begun
         except OSError:
-            is_run = True  # `read_run` says why it cannot be read
-        if StudyDirectory(Path()).runs.name in files:
+            is_study, is_run = False, True  # `read_run` says why it cannot be read
+        if is_study:
             children.clear()
-            yield from _study_runs(path, f"{name}/")
+            try:
+                yield from _study_runs(path, f"{name}/")
+            except UsageError as error:
+                yield StoredRun(path, name, "broken", str(error))
         elif is_run:
             children.clear()
             yield read_run(path, name)
@@ -413,9 +417,8 @@ def _study_runs(directory: Path, prefix: str) -> Iterator[StoredRun]:
     try:
         plan = [_completed(planned, base) for planned in _PLAN.validate_json(read_regular(path))]
     except (OSError, ValueError) as error:
-        raise UsageError(
-            f"{path} is not a list of runs ({error!r}): start the study's sweep again", code="plan-damaged"
-        ) from error
+        why = f"cannot be read ({error.strerror or error})" if isinstance(error, OSError) else "is not a list of runs"
+        raise UsageError(f"{path} {why}: start the study's sweep again", code="plan-damaged") from error
     for planned in plan:
         run = read_run(directory / planned.name, prefix + planned.name, planned)
         # Its numbers would stand under the title of settings that it did not have.

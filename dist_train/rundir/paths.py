@@ -264,6 +264,11 @@ class StudyDirectory:
         self.runs = root / "runs.json"  # the planned runs, in their order
         self.trials = root / "trials.log"  # the journal of a search by Optuna
 
+    @property
+    def has_plan(self) -> bool:
+        """Whether a sweep has written its plan here; a list of runs alone may be of `dist-train runs --json`."""
+        return self.runs.is_file() and (self.study.is_file() or self.base.is_file())
+
 
 @contextmanager
 def oserror_to_fault(directory: RunDirectory) -> Iterator[None]:

@@ -15,6 +15,7 @@ from dist_train.cli.main import parse
 from dist_train.outcome import UsageError
 from dist_train.report.page import render, write_report
 from dist_train.report.stored_run import read_subject
+from dist_train.watch.run_table import as_json, read_runs
 from tests.longer.report_page import Page, evaluations, rendered, runs_of
 from tests.raising import raises
 from tests.unit.report_study import config_of, make_run, make_study, treatments, write_status
@@ -305,9 +306,19 @@ def test_colors_repeat_with_dashed_lines(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", ["{torn", '[{"seed": 1}]'])
 def test_damaged_plan_is_an_error(tmp_path: Path, content: str) -> None:
-    (tmp_path / "runs.json").write_text(content)
+    study = make_study(tmp_path / "study", seeds=(0,))
+    (study / "runs.json").write_text(content)
     with raises(UsageError, "plan-damaged"):
-        read_subject(tmp_path)
+        read_subject(study)
+    make_run(tmp_path / "run", treatments()[0], 0, treatments()[0].settings)
+    assert {run.name: run.state for run in read_subject(tmp_path).runs} == {"run": "finished", "study": "broken"}
+
+
+def test_list_of_runs_as_json_is_no_study(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", treatments()[0], 0, treatments()[0].settings)
+    (tmp_path / "runs.json").write_text(as_json(read_runs(tmp_path), {}))
+    subject = read_subject(tmp_path)
+    assert (subject.kind, [run.name for run in subject.runs]) == ("folder", ["run"])
 
 
 def test_folder_without_runs_is_an_error(tmp_path: Path) -> None:
