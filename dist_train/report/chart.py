@@ -149,7 +149,10 @@ class Frame:
             outline = [(x, high) for x, _, high in band] + [(x, low) for x, low, _ in reversed(band)]
             marks = [(round(x, 1), round(y, 1), point.text) for (x, y), point in zip(places, points, strict=True)]
             is_marked = self.is_scatter or (series.form == "line" and len(places) <= _MOST_MARKS)
-            values = [[*mark, round(point.x, 4)] for mark, point in zip(marks, points, strict=True)]
+            values = [
+                [*mark, round(point.x, 4), *([] if point.step is None else [point.step])]
+                for mark, point in zip(marks, points, strict=True)
+            ]
             yield Drawn(
                 series,
                 "" if self.is_scatter else _path(places),

@@ -48,14 +48,15 @@ for (const svg of document.querySelectorAll("svg[data-kind]")) {
     chosen = here[0];
     const head = document.createElement("b");
     head.textContent = `${svg.dataset.x.split(":")[0].split(", ").pop()} ${here[3]}`;
-    const rows = visible
+    const found = visible
       .map((one) => [one, nearest(one.points, (point) => Math.abs(point[0] - here[0]))])
       .filter(([, point]) => Math.abs(point[0] - here[0]) < 2)
-      .sort((a, b) => a[1][1] - b[1][1])
-      .map(([one, point]) => line(one.style, `${one.label} ${point[2]}`));
-    if (replayed) {
+      .sort((a, b) => a[1][1] - b[1][1]);
+    const rows = found.map(([one, point]) => line(one.style, `${one.label} ${point[2]}`));
+    const [update] = found.map(([, point]) => point[4]).filter(Number.isInteger);
+    if (replayed && update !== undefined) {
       const again = document.createElement("code");
-      again.textContent = `${replayed.replay}${Math.round(here[3] * replayed.stepsPerEpoch)}`;
+      again.textContent = `${replayed.replay}${update}`;
       rows.push(again);
     }
     tip.replaceChildren(head, ...rows);

@@ -34,13 +34,14 @@ class Axis:
 
 @dataclass(frozen=True)
 class Point:
-    """A value with its band; `text` is its tooltip."""
+    """A value with its band; `text` is its tooltip, `step` the last update that it is of, if it is of updates."""
 
     x: float
     y: float
     text: str = ""
     low: float | None = None
     high: float | None = None
+    step: int | None = None
 
 
 @dataclass(frozen=True)
@@ -229,5 +230,6 @@ def _thinned(records: Sequence[TrainRecord | EvaluationRecord], quantity: Quanti
     for at in range(0, len(records), size):
         chunk = records[at : at + size]
         value = fmean(quantity.take(record) for record in chunk)
-        points.append(Point(fmean(record.epoch for record in chunk), value, quantity.text(value)))
+        step = chunk[-1].step if isinstance(chunk[-1], TrainRecord) else None
+        points.append(Point(fmean(record.epoch for record in chunk), value, quantity.text(value), step=step))
     return tuple(points)

@@ -12,8 +12,12 @@ import numpy as np
 import pytest
 import torch
 
+from dist_train.report.chart import Frame
+from dist_train.report.figures import figures_of_run
 from dist_train.report.page import render, tables_in_markdown, versions
 from dist_train.report.stored_run import StoredRun, Subject, read_run, read_subject
+from dist_train.watch.figure import Chart
+from tests.unit.records import evaluation, train, write_records
 from tests.unit.report_study import make_run, make_study, treatments, write_status
 
 RECORDED = {"dist_train": "0.0.9 (abc1234)", "Python": "3.9.1", "torch": "1.2.3+cu99", "device": "Abacus & Sons"}
@@ -93,11 +97,24 @@ def test_a_run_s_records_are_read_once(tmp_path: Path, monkeypatch: pytest.Monke
     assert opened.count("metrics.jsonl") == 1
 
 
-@pytest.mark.parametrize("has_schedule", [False, True])
-def test_the_replay_of_the_update_under_the_pointer_is_shown_if_it_is_known(tmp_path: Path, has_schedule: bool) -> None:
+@pytest.mark.parametrize("batch_schedule", [[], [{"epoch": 2, "global_size": 256}]])
+def test_the_points_of_updates_name_recorded_ones_for_the_command_that_replays_them(
+    tmp_path: Path, batch_schedule: list[dict[str, int]]
+) -> None:
     treatment = treatments()[0]
-    schedule = {"batch.schedule": [{"epoch": 2, "global_size": 256}], "batch.micro_size": 64} if has_schedule else {}
-    directory = make_run(tmp_path / "my run", treatment, 0, {**treatment.settings, **schedule})
-    page = html.unescape(render(read_subject(directory)))
-    assert (f"data-replay=\"dist-train replay '{directory}'@\"" in page) is not has_schedule
-    assert f"<code>dist-train replay '{directory}'@200</code>" in page
+    settings = {**treatment.settings, "batch.schedule": batch_schedule, "batch.micro_size": 64}
+    directory = make_run(tmp_path / "my run", treatment, 0, {**settings, "metrics.every_steps": 10})
+    records = [train(step) for step in range(10, 100_000, 10)]
+    write_records(directory, [*records, evaluation(99_990)])
+    subject = read_subject(directory)
+    page = html.unescape(render(subject))
+    assert f"data-replay=\"dist-train replay '{directory}'@\"" in page
+    assert f"<code>dist-train replay '{directory}'@99990</code>" in page
+    [loss, *_] = figures_of_run(subject.runs[0])["curves"].rows[0]
+    assert isinstance(loss, Chart)
+    drawn = {each.series.style: json.loads(each.points) for each in Frame(loss).drawn()}
+    steps = [step for *_, step in drawn["batch"]]
+    assert len(steps) < len(records)  # means of several updates each
+    assert {record.step for record in records} >= set(steps)
+    assert steps[-1] == 99_990
+    assert [len(point) for point in drawn["test"]] == [4]
