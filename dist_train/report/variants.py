@@ -14,15 +14,22 @@ from dist_train.report.measures import Interval, Measure, Summary, paired_differ
 from dist_train.report.stored_run import PLUGIN, StoredRun
 from dist_train.rundir.records import EvaluationRecord, TrainRecord
 
-_MATTERS = ("data.root", "evaluation", "early_stopping", "run.max_steps")
+_MATTERS = (
+    "data.root",
+    "evaluation.every_epochs",
+    "evaluation.train_samples",
+    "early_stopping",
+    "run.max_steps",
+)
 """Settings that a resume may change although they change a run's results; data.root if the data are one's own."""
 
-_USUAL_NOISE: Mapping[str, object] = dict(flat_settings({"noise": Config().noise.model_dump(mode="json")}))
+_DEFAULTS: Mapping[str, object] = dict(flat_settings(Config().model_dump(mode="json")))
+_USUAL_NOISE = {path: value for path, value in _DEFAULTS.items() if path.startswith("noise.")}
 """The noise's default settings. Settings that only another kind of schedule has are not among them."""
 
 
 _MOST_WORDS = 8
-_SECTIONS = Counter(path.rpartition(".")[2] for path in dict(flat_settings(Config().model_dump(mode="json"))))
+_SECTIONS = Counter(path.rpartition(".")[2] for path in _DEFAULTS)
 """In how many sections each setting's own name occurs."""
 
 
@@ -197,12 +204,18 @@ def _preference(run: StoredRun) -> tuple[bool, int, int, str]:
 
 def _effective_settings(run: StoredRun) -> tuple[tuple[str, str], ...]:
     """Return what decides the results of `run`, without the seed; floats with all their digits."""
-    return tuple((path, repr(value)) for path, value in _settings_of(run).items() if not _has_no_effect(path))
+    return tuple(sorted((path, repr(value)) for path, value in _settings_of(run).items() if not _has_no_effect(path)))
 
 
 def _settings_of(run: StoredRun) -> Mapping[str, object]:
-    """Return the settings of `run`, with the code of its plug-ins, and data.root only if the data are one's own."""
-    return {**run.settings, "data.root": run.data_root, **run.plugins} if run.settings else {}
+    """Return the settings of `run`, with the code of its plug-ins, and data.root only if the data are one's own.
+
+    Settings that its version did not have yet are at their defaults, as if it were resumed.
+    """
+    if not run.settings:
+        return {}
+    newer = {path: value for path, value in _DEFAULTS.items() if path not in run.settings}
+    return {**run.settings, **newer, "data.root": run.data_root, **run.plugins}
 
 
 def _has_no_effect(path: str) -> bool:

@@ -37,13 +37,42 @@ def test_runs_whose_rates_differ_in_the_seventh_digit_are_two_variants(tmp_path:
     assert [len(variant.counted) for variant in panel.variants] == [1, 1]
 
 
-def test_runs_by_another_engine_are_of_one_variant(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("path", "values", "counts"),
+    [
+        ("comm.engine", ("auto", "torch"), [2]),
+        ("evaluation.batch_size", (500, 250), [2]),
+        ("evaluation.train_samples", (100, 0), [1, 1]),
+    ],
+)
+def test_settings_that_cannot_change_a_result_do_not_make_a_variant(
+    tmp_path: Path, path: str, values: tuple[object, object], counts: list[int]
+) -> None:
     treatment = treatments()[0]
-    for seed, engine in enumerate(("auto", "torch")):
-        settings = {**treatment.settings, "run.seed": seed, "comm.engine": engine}
-        make_run(tmp_path / engine, treatment, seed, settings)
+    for seed, value in enumerate(values):
+        make_run(tmp_path / str(seed), treatment, seed, {**treatment.settings, "run.seed": seed, path: value})
     [panel] = panels_of(read_subject(tmp_path).runs)
-    assert [len(variant.counted) for variant in panel.variants] == [2]
+    assert [len(variant.counted) for variant in panel.variants] == counts
+
+
+@pytest.mark.parametrize(("smoothing", "counts"), [(0.0, [2]), (0.1, [1, 1])])
+def test_run_of_an_older_version_has_the_defaults_of_settings_that_it_lacks(
+    tmp_path: Path, smoothing: float, counts: list[int]
+) -> None:
+    treatment = treatments()[0]
+    for seed in (0, 1):
+        settings = {**treatment.settings, "run.seed": seed, "regularization.label_smoothing": smoothing * seed}
+        make_run(tmp_path / str(seed), treatment, seed, settings)
+    config = tmp_path / "0" / "config.yaml"
+    config.write_text(
+        yaml.safe_dump(
+            {name: each for name, each in yaml.safe_load(config.read_text()).items() if name != "regularization"}
+        )
+    )
+    [panel] = panels_of(read_subject(tmp_path).runs)
+    assert [len(variant.counted) for variant in panel.variants] == counts
+    changes = [(change.path, change.base, change.value) for change in panel.variants[-1].changes]
+    assert changes == ([("regularization.label_smoothing", 0.0, smoothing)] if smoothing else [])
 
 
 @pytest.mark.parametrize("seeds", [(0, 0), (0, 1)])
