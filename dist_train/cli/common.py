@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -87,12 +88,16 @@ def warn_of_unused(config: Config) -> None:
         say_on_stderr(f"dist-train: warning: {sentence}")
 
 
+def is_on_terminal() -> bool:
+    """Whether the output is a terminal. Rich's consoles also say so of a pipe if FORCE_COLOR is set."""
+    return sys.stdout is not None and sys.stdout.isatty()
+
+
 def terminal_width() -> int | None:
     """Return the terminal's width in characters; None if the output is not a terminal."""
     from rich.console import Console
 
-    console = Console()
-    return console.width if console.is_terminal else None
+    return Console().width if is_on_terminal() else None
 
 
 def print_table(table: Table) -> None:
@@ -100,7 +105,7 @@ def print_table(table: Table) -> None:
     from rich.console import Console
 
     console = Console(highlight=False)
-    if not console.is_terminal:
+    if not is_on_terminal():
         unlimited = console.options.update(width=10_000)
         console.width = max(console.width, console.measure(table, options=unlimited).maximum)
     console.print(table)

@@ -9,7 +9,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from dist_train.cli.common import Subparsers, print_table, terminal_width
+from dist_train.cli.common import Subparsers, is_on_terminal, print_table, terminal_width
 from dist_train.outcome import ExitCode, UsageError, escaped, writing
 
 _VIEW = (100, 36)  # columns and rows of a view that is not printed on a terminal
@@ -105,10 +105,10 @@ def _watch(arguments: argparse.Namespace) -> int:
 
     watched = WatchedRun(find_run(arguments.directory))
     console = Console(highlight=False)
-    if not console.is_terminal:
+    if not is_on_terminal():
         width, height = shutil.get_terminal_size(_VIEW)  # of COLUMNS and LINES, if they are set
         console = Console(highlight=False, width=width, height=height)
-    if arguments.once or not console.is_terminal or console.is_dumb_terminal:
+    if arguments.once or not is_on_terminal() or console.is_dumb_terminal:
         show_once(watched, console)
     else:
         watch(watched, console, arguments.interval)

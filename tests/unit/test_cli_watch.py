@@ -102,6 +102,20 @@ def test_it_follows_the_run_and_ends_with_it(watching: tuple[StatusFile, Watchin
     assert "4 of 10" in after
 
 
+def test_into_a_file_it_shows_the_run_once_even_in_colour(tmp_path: Path) -> None:
+    StatusFile(tmp_path / "status.json", 1).change("running", step=3, total_steps=10)
+    ended = subprocess.run(
+        [sys.executable, "-m", "dist_train", "watch", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        env={**os.environ, "FORCE_COLOR": "1"},
+    )
+    assert ended.returncode == ExitCode.FINISHED, ended.stderr
+    assert ended.stdout.count("3/10") == 1
+    assert SCREEN not in ended.stdout
+
+
 def test_what_it_shows_of_a_real_run_are_its_numbers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

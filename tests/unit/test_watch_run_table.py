@@ -515,6 +515,18 @@ def test_the_command_keeps_to_the_terminal_s_width(tmp_path: Path) -> None:
     assert max(map(len, lines)) <= 80
 
 
+def test_a_pipe_gets_every_column_even_in_colour(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thirty_runs(tmp_path)
+    for name, value in (("FORCE_COLOR", "1"), ("COLUMNS", "40")):
+        monkeypatch.setenv(name, value)
+    assert main(["runs", str(tmp_path)]) == 0
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    assert {"run", "data", "images/s", "note"} <= set(shown.splitlines()[0].split())
+    assert " ".join(REASON.split())[:500] in shown
+
+
 def test_the_picture_in_the_docs_is_of_today_s_table(tmp_path: Path) -> None:
     picture = (DOCS / "runs.svg").read_text(encoding="utf-8")
     words = html.unescape(re.sub(r"<style.*?</style>|<[^>]*>", " ", picture, flags=re.DOTALL)).split()
