@@ -206,7 +206,7 @@ def _sections_of(settings: Mapping[str, object]) -> Sections:
     for path, value in settings.items():
         section, _, name = path.partition(".")
         is_default = path in defaults and defaults[path] == value
-        sections.setdefault(section, []).append((name or section, shown(value), is_default))
+        sections.setdefault(section, []).append((name or section, "-" if value is None else shown(value), is_default))
     return sections
 
 

@@ -245,16 +245,16 @@ def _without_unused_noise(settings: Mapping[str, object]) -> dict[str, object]:
 
 
 def shown(value: object) -> str:
-    """Return the value of a setting in short YAML."""
+    """Return the value of a setting in short YAML; numbers have the digits that distinguish them."""
     if value is None:
-        return "-"
+        return "null"
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, Mapping):
         return " ".join(f"{name} {shown(inner)}" for name, inner in value.items())
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(shown, value)) + "]"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return short if isinstance(value, float) and float(short := f"{value:g}") == value else str(value)
 
 
 def _groups(runs: Sequence[StoredRun]) -> dict[str, list[StoredRun]]:

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import yaml
 
+from dist_train.config.loading import parse_yaml
 from dist_train.report.figures import lines_between, run_landscapes
 from dist_train.report.measures import JUDGED_ACCURACY, JUDGED_LOSS, Measure, measures_of, sharpness_left_out
 from dist_train.report.page import render, tables_in_markdown
 from dist_train.report.stored_run import Subject, read_run, read_subject
 from dist_train.report.tables import contrast_tables, effect_tables, variant_cell
-from dist_train.report.variants import panels_of
+from dist_train.report.variants import panels_of, shown
 from dist_train.rundir.records import to_json
 from tests.unit.foreign_files import without_root
 from tests.unit.records import evaluation
@@ -35,6 +36,13 @@ def test_runs_whose_rates_differ_in_the_seventh_digit_are_two_variants(tmp_path:
         make_run(tmp_path / name, treatment, 0, settings)
     [panel] = panels_of(read_subject(tmp_path).runs)
     assert [len(variant.counted) for variant in panel.variants] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    "value", [None, True, 0.1, 1e-05, 1_000_000.0, 0.1234567, 0.1234568, 3, [0.9, 0.99999], "text"]
+)
+def test_shown_settings_are_overrides_of_the_same_value(value: object) -> None:
+    assert parse_yaml(f"key: {shown(value)}") == {"key": value}
 
 
 @pytest.mark.parametrize(
