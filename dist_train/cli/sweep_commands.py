@@ -20,6 +20,7 @@ from dist_train.cli.common import (
     count,
     named_config,
     print_table,
+    terminal_width,
     warn_of_unused,
 )
 from dist_train.outcome import ExitCode, UsageError, escaped, printable, say_on_stderr, text_with_code
@@ -168,7 +169,7 @@ def _list(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ...
     from dist_train.rundir.status import finished_runs
     from dist_train.sweep.standing import render, standing_of
 
-    print_table(render([standing_of(run) for run in runs]))
+    print_table(render([standing_of(run) for run in runs], terminal_width()))
     if plan.unasked and arguments.only is None:
         print(f"and {len(plan.unasked)} runs of trials that Optuna has not suggested yet")
     planned = {run.name for run in plan.runs}

@@ -11,6 +11,7 @@ from statistics import fmean
 from typing import Literal
 
 from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
@@ -59,26 +60,52 @@ def standing_of(run: PlannedRun) -> Standing:
     return Standing(run, state, why, then, done, tested.accuracy if tested else None, has_other_settings)
 
 
-def render(standings: Sequence[Standing]) -> Table:
-    """Return the runs as a table."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    for heading in ("number", "run", "variant", "seed", "state", "done", "test accuracy", "note"):
-        if heading in ("run", "variant", "note"):
-            table.add_column(heading, overflow="fold")
-        else:
-            table.add_column(heading, justify="left" if heading == "state" else "right", no_wrap=True)
-    for standing in standings:
-        run = standing.run
-        table.add_row(
-            str(run.number),
-            Text(escaped(run.name)),
-            Text(escaped(run.variant)),
-            str(run.seed),
-            Text(standing.state, style=COLOURS.get(standing.state, "")),
-            "" if standing.done is None else f"{standing.done:.0%}",
-            "" if standing.accuracy is None else wording.percent(standing.accuracy),
-            Text(escaped(standing.note)),
+_LEFT = ("run", "variant", "state", "note")  # columns that are aligned left
+_GAP = 2  # characters between two columns
+_LEAST_NOTE = 16
+"""Columns are left out before notes become narrower than this many characters."""
+
+
+def render(standings: Sequence[Standing], width: int | None = None) -> Table:
+    """Return the runs as a table.
+
+    If it exceeds `width` characters, columns are left out: first seeds, variants and empty ones. Notes are folded, names
+    only where no other column is left.
+    """
+    columns = {
+        "number": [str(each.run.number) for each in standings],
+        "run": [escaped(each.run.name) for each in standings],
+        "variant": [escaped(each.run.variant) for each in standings],
+        "seed": [str(each.run.seed) for each in standings],
+        "state": [each.state for each in standings],
+        "done": ["" if each.done is None else f"{each.done:.0%}" for each in standings],
+        "accuracy": ["" if each.accuracy is None else wording.percent(each.accuracy) for each in standings],
+        "note": [escaped(each.note) for each in standings],
+    }
+    widths = {heading: max(map(cell_len, (heading, *cells))) for heading, cells in columns.items()}
+    if width is not None:
+        note = widths["note"]
+        widths["note"] = min(note, _LEAST_NOTE)
+        empty = [heading for heading, cells in columns.items() if not any(cells)]
+        for heading in ("seed", "variant", *empty, "done", "accuracy", "number"):
+            if sum(widths[each] + _GAP for each in columns) - _GAP > width:
+                columns.pop(heading, None)
+        for heading, most in (("run", widths["run"]), ("note", note)):
+            others = sum(widths[each] + _GAP for each in columns if each != heading)
+            widths[heading] = min(most, max(1, width - others))
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    for heading in columns:
+        table.add_column(
+            heading,
+            justify="left" if heading in _LEFT else "right",
+            overflow="fold",
+            no_wrap=heading not in ("run", "note"),
+            min_width=widths[heading],
+            max_width=widths[heading],
         )
+    for standing, *cells in zip(standings, *columns.values(), strict=True):
+        styles = (COLOURS.get(standing.state, "") if heading == "state" else "" for heading in columns)
+        table.add_row(*map(Text, cells, styles))
     return table
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Literal
 
 import pytest
+from rich.console import Console
 
 from dist_train.outcome import ExitCode
 from dist_train.rundir.status import StatusFile
-from dist_train.sweep.standing import standing_of
+from dist_train.sweep.standing import Standing, render, standing_of
 from tests.unit.studies import small_plan
 
 
@@ -66,3 +68,26 @@ def test_a_run_that_began_with_another_length(
     status.end(state, ExitCode.FINISHED if state == "finished" else ExitCode.STOPPED, "")
     standing = standing_of(small_plan(tmp_path, settings={**settings, **changes}).runs[0])
     assert (standing.then, standing.has_other_settings) == (then, then == "unrecoverable")
+
+
+@pytest.mark.parametrize(
+    ("width", "headings"),
+    [
+        (200, ["number", "run", "variant", "seed", "state", "done", "accuracy", "note"]),
+        (80, ["number", "run", "state", "done", "accuracy", "note"]),
+        (70, ["number", "run", "state", "done", "note"]),
+        (60, ["run", "state", "note"]),
+    ],
+)
+def test_a_list_keeps_names_whole_on_a_narrow_terminal(tmp_path: Path, width: int, headings: list[str]) -> None:
+    first, second, *_ = small_plan(tmp_path, variants={"noise-amplitude-0.01": {}}).runs
+    note = "the loss is not finite; move runs/small away to run it from the start"
+    standings = [Standing(first, "running", "", "busy", 0.5), Standing(second, "failed", note, "unrecoverable")]
+    console = Console(width=width, file=io.StringIO(), record=True)
+    console.print(render(standings, width))
+    heading, _, *lines = console.export_text().splitlines()
+    assert heading.split() == headings
+    assert all(run.name in line.split() for run, line in zip((first, second), lines, strict=False))
+    assert max(map(len, lines)) <= width
+    folded = "".join(line[heading.index("note") :].strip() for line in lines[1:])
+    assert folded.replace(" ", "") == note.replace(" ", "")
