@@ -69,8 +69,8 @@ _LEAST_NOTE = 16
 def render(standings: Sequence[Standing], width: int | None = None) -> Table:
     """Return the runs as a table.
 
-    If it exceeds `width` characters, columns are left out: first seeds, variants and empty ones. Notes are folded, names
-    only where no other column is left.
+    If it exceeds `width` characters, columns are left out: first seeds, variants and empty ones. Notes are folded,
+    names only where no other column is left.
     """
     columns = {
         "number": [str(each.run.number) for each in standings],

@@ -173,6 +173,13 @@ def test_diverged_run_counts_as_guessing_and_has_no_other_number(tmp_path: Path)
     notes = {key: variant_cell(base, measure).note for key, measure in measures(subject).items()}
     assert notes.pop("final_test") == "n = 3, 1 as if guessing"
     assert set(notes.values()) == {"n = 2, 1 diverged"}
+    write_status(study / "sb-seed-1", "stopped", 100, "asked to")
+    subject = read_subject(study)
+    counting = "diverged: counts with the accuracy of guessing"
+    assert f"- sb-seed-0: failed, the loss is not finite; {counting}\n- sb-seed-1: stopped, asked to\n" in (
+        tables_in_markdown(subject)
+    )
+    assert render(subject).count(counting) == 1
 
 
 def test_values_of_an_earlier_evaluation_are_not_final(tmp_path: Path) -> None:
@@ -223,7 +230,7 @@ def test_run_that_began_with_other_settings_than_its_study_has_now_does_not_coun
     subject = read_subject(study)
     [changed] = [each for each in panels_of(subject.runs)[1].variants if each.name == "lb-noise-amplitude-0.01"]
     assert variant_cell(changed, measures(subject)["final_test"]).note == "n = 1, 2 with other settings"
-    listed = tables_in_markdown(subject).partition("## Missing from the numbers\n\n")[2].partition("\n\n")[0]
+    listed = tables_in_markdown(subject).partition("## Unfinished or unusable runs\n\n")[2].partition("\n\n")[0]
     assert [line.rpartition(" ")[2] for line in listed.splitlines()] == ["0.02)"] * 2
 
 
