@@ -126,7 +126,8 @@ _FAULTS: Mapping[str, tuple[str, str]] = {
     "string_type": ("wrong-type", _NOT_TEXT),
     "path_type": ("wrong-type", _NOT_TEXT),
     **dict.fromkeys(("greater_than", "greater_than_equal", "less_than", "less_than_equal"), ("out-of-range", "")),
-    **dict.fromkeys(("finite_number", "too_short", "too_long"), ("out-of-range", "")),
+    **dict.fromkeys(("finite_number", "too_short"), ("out-of-range", "")),
+    "too_long": ("out-of-range", "too many items"),
 }
 """Code and message for pydantic's types of errors; all others are wrong types, with pydantic's message."""
 
@@ -141,6 +142,9 @@ _USUAL_NAMES: Mapping[str, str] = {
     "wd": "optimizer.weight_decay",
 }
 """What other programs call a setting."""
+
+_SELECTORS = ("kind", "method", "name", "decay")
+"""What sections call the setting that selects the method; one that has two of them, a kind and a decay, by the kind."""
 
 
 def _locate(parts: tuple[int | str, ...], model: type[BaseModel]) -> _Location:
@@ -167,6 +171,12 @@ def _unknown_key(location: _Location, model: type[BaseModel], value: object) -> 
     prefix = "".join(f"{name}." for name in location.names[:-1])
     paths = _all_paths(model)
     namesakes = [path for path in paths if path == _USUAL_NAMES.get(key)]
+    if key in ("kind", "method", "name", "type"):
+        # A run has a name, too, but it selects nothing.
+        own = (
+            name for name in _SELECTORS if name in known and location.section.model_fields[name].annotation is not str
+        )
+        namesakes = [f"{prefix}{name}" for name in own][:1]
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     if close and not namesakes:
         return Problem(location.path, f"unknown key; did you mean {prefix}{close[0]}?", code="unknown-key", value=value)

@@ -143,6 +143,12 @@ def test_a_value_of_another_type_is_not_bent_into_shape(path: str, value: object
         ({"optimizer": {"lr": 1}}, "optimizer.learning_rate"),
         ({"batch_size": 1}, "batch.global_size"),
         ({"batch": {"batch_size": 1}}, "batch.global_size"),
+        ({"noise": {"kind": "sam"}}, "noise.method"),
+        ({"noise": {"name": "sam"}}, "noise.method"),
+        ({"averaging": {"method": "ema"}}, "averaging.kind"),
+        ({"schedule": {"kind": "cosine"}}, "schedule.decay"),
+        ({"optimizer": {"type": "adam"}}, "optimizer.name"),
+        ({"metrics": {"loggers": [{"name": "wandb", "kind": "wandb"}]}}, "metrics.loggers.0.name"),
     ],
 )
 def test_an_unknown_key_suggests_the_nearest_here_else_elsewhere(settings: dict[str, Any], suggestion: str) -> None:
@@ -205,6 +211,13 @@ def test_long_values_and_values_of_many_lines_stay_on_one_line() -> None:
     text = str(only_problem({"run": {"epochs": "many\nlines " * 100}}))
     [value] = [line for line in text.splitlines() if "value:" in line]
     assert len(value) < 80
+
+
+def test_too_many_items_are_out_of_range() -> None:
+    problem = only_problem({"optimizer": {"betas": [0.9, 0.99, 0.999]}})
+    assert (problem.path, problem.code) == ("optimizer.betas", "out-of-range")
+    assert "tuple" not in problem.wrong
+    assert problem.allowed.startswith("a list of 2")
 
 
 def test_settings_that_json_cannot_hold_are_refused() -> None:
