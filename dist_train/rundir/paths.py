@@ -185,11 +185,14 @@ class RunDirectory:
 
 
 def run_folder(name: Path, code: str = "run-missing") -> Path:
-    """Return the folder `name`, or else runs/`name`. Raises UsageError with `code`, and the nearest run, if any."""
+    """Return the folder `name` or runs/`name`: the first that holds a run or a study, or else the first that exists.
+
+    Raises UsageError with `code`, and the nearest run, if any.
+    """
     below = Path("runs") / name
-    for folder in (name, below):
-        if folder.is_dir():
-            return folder
+    folders = [folder for folder in (name, below) if folder.is_dir()]
+    if folders:
+        return next(filter(_holds_run_or_study, folders), folders[0])
     if name.is_file():
         raise UsageError(f"{name} is a file, not the folder of a run", code=code)
     runs: dict[str, Path] = {}
@@ -200,6 +203,12 @@ def run_folder(name: Path, code: str = "run-missing") -> Path:
     hint = f"; did you mean {runs[close[0]]}?" if close else ""
     places = "" if below == name else f": neither {name} nor {below} is there"
     raise UsageError(f"there is no run {name}{places}{hint}", code=code)
+
+
+def _holds_run_or_study(folder: Path) -> bool:
+    with suppress(OSError):
+        return RunDirectory(folder).has_begun or StudyDirectory(folder).has_plan
+    return False
 
 
 def in_utf8(path: Path) -> Path:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ import pytest
 
 from dist_train.config import Config, load_config, parse_config
 from dist_train.outcome import FaultError, UsageError
-from dist_train.rundir.paths import RunDirectory, oserror_to_fault, refuse_foreign
+from dist_train.rundir.paths import RunDirectory, StudyDirectory, oserror_to_fault, refuse_foreign, run_folder
 from tests.raising import raises
 from tests.unit.checkpoint_files import write
-from tests.unit.foreign_files import give_away
+from tests.unit.foreign_files import give_away, without_root
 
 
 def parse(**sections: Any) -> Config:
@@ -43,6 +44,37 @@ def test_its_folders_are_made_and_may_be_there_already(tmp_path: Path) -> None:
         assert directory.checkpoints.is_dir()
         assert directory.logs.is_dir()
         assert sorted(path.name for path in directory.root.iterdir()) == ["checkpoints", "logs"]
+
+
+def make_run(folder: Path) -> None:
+    RunDirectory(folder).create()
+
+
+def make_study(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    for file in (StudyDirectory(folder).runs, StudyDirectory(folder).study):
+        file.touch()
+
+
+@pytest.mark.parametrize("make", [make_run, make_study])
+def test_a_folder_without_a_run_does_not_hide_the_run_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[Path], None]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tmp_path.chmod(0o755)
+    name, below = Path("cats"), Path("runs/cats")
+    name.mkdir()
+    assert run_folder(name) == name
+    make(below)
+    assert run_folder(name) == below
+    name.chmod(0)
+    for folder in (Path("runs"), below):
+        folder.chmod(0o755)
+    with without_root():
+        assert run_folder(name) == below
+    name.rmdir()
+    make(name)
+    assert run_folder(name) == name
 
 
 @pytest.mark.parametrize("blocked", ["run", "run/checkpoints"])
