@@ -351,6 +351,11 @@ class OptunaTrials:
         """Within the block, keep other sweeps from asking for trials."""
         self._journal.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with exclusive(self._journal.with_suffix(".lock")):
+            link = self._journal.with_name(f"{self._journal.name}.lock")
+            # Optuna's lock, which a kill leaves behind: Optuna breaks it after 30 seconds, during which one of Optuna's
+            # own tools may hold it rightly. But it waits for ever for a link that leads nowhere, as after a move.
+            if link.is_symlink() and not link.exists():
+                link.unlink(missing_ok=True)
             yield
 
     def settings(self, variant: str) -> Sequence[Settings]:
@@ -438,8 +443,9 @@ class OptunaTrials:
     @cached_property
     def _storage(self) -> optuna.storages.BaseStorage:
         storages = self._optuna.storages
+        # absolute: it becomes the target of the lock's link
         journal: optuna.storages.BaseStorage = storages.JournalStorage(
-            storages.journal.JournalFileBackend(str(self._journal))
+            storages.journal.JournalFileBackend(str(self._journal.absolute()))
         )
         return journal
 

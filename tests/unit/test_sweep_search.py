@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,28 @@ def test_a_kill_between_any_two_writes_to_the_journal_is_made_good_by_the_next_t
         while len(left.runs) < len(plan.runs):
             left = with_trials(left)
         assert left.runs == plan.runs
+
+
+def test_a_killed_sweep_s_lock_of_the_journal_is_one_that_optuna_breaks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    flush, held = os.fsync, []
+
+    def flush_and_look(descriptor: int) -> None:
+        held.append([link.exists() for link in Path("runs/small").glob("*.lock") if link.is_symlink()])
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", flush_and_look)
+    with_trials(plan_study(searched(tmp_path, "optuna").file, Path("runs")))
+    assert [True] in held
+    assert [False] not in held
+
+
+def test_a_lock_of_the_journal_that_optuna_never_breaks_is_removed(tmp_path: Path) -> None:
+    plan = with_trials(searched(tmp_path, "optuna"))
+    (plan.directory / "trials.log.lock").symlink_to("runs/small/trials.log")
+    assert len(with_trials(plan).runs) > len(plan.runs)
 
 
 def test_a_trial_that_lacks_settings_gets_them_and_keeps_those_it_has(tmp_path: Path) -> None:
