@@ -11,7 +11,7 @@ import random
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -332,7 +332,7 @@ class OptunaTrials:
     def __init__(self, search: Search, journal: Path) -> None:
         """Use the file `journal`, which the first trial creates. Raises UsageError if Optuna is not installed.
 
-        So do the methods, except `locked`, if the journal holds trials of another objective or space.
+        So do the methods, except `locked`, if the journal cannot be read or holds trials of another objective or space.
         """
         try:
             import optuna
@@ -356,6 +356,12 @@ class OptunaTrials:
             # own tools may hold it rightly. But it waits for ever for a link that leads nowhere, as after a move.
             if link.is_symlink() and not link.exists():
                 link.unlink(missing_ok=True)
+            # Part of a line, which a kill or a full disk has left, is dropped as its readers do: what is appended to it
+            # would be lost, too.
+            with suppress(FileNotFoundError), self._journal.open("r+b") as file:
+                content = file.read()
+                if not content.endswith(b"\n"):
+                    file.truncate(content.rfind(b"\n") + 1)
             yield
 
     def settings(self, variant: str) -> Sequence[Settings]:
@@ -370,7 +376,8 @@ class OptunaTrials:
         trials, number = self._trials(variant), len(self.settings(variant))
         begun = trials[number] if number < len(trials) else None
         if begun is not None and begun.state.is_finished():
-            raise self._refused(f"trial {number} of {variant}, which has ended without some of the search's settings")
+            held = f"trial {number} of {variant}, which has ended without some of the search's settings"
+            raise self._refused(held, code="search-changed")
         digest = hashlib.sha256(f"{self._search.seed} {variant} {number}".encode()).digest()
         with warnings.catch_warnings():
             # Optuna 4 warns about `constant_liar`, which concurrent jobs need.
@@ -424,12 +431,13 @@ class OptunaTrials:
         """Return the Optuna study of `variant`, without writing to the journal. Raises KeyError if there is none."""
         study = self._optuna.load_study(study_name=variant, storage=self._storage)
         if study.user_attrs.get("search", self._described) != self._described:
-            raise self._refused("trials of another search (its objective or space has changed)")
+            held = "trials of another search (its objective or space has changed)"
+            raise self._refused(held, code="search-changed")
         return study
 
-    def _refused(self, held: str) -> UsageError:
+    def _refused(self, held: str, code: str) -> UsageError:
         fix = f"move {self._journal.parent} away, or give the study another name"
-        return UsageError(f"{self._journal} holds {held}: {fix}", code="search-changed")
+        return UsageError(f"{self._journal} holds {held}: {fix}", code=code)
 
     def _is_asked(self, trial: optuna.trial.FrozenTrial) -> bool:
         """Whether it has all settings of the search, and does not wait in Optuna's queue."""
@@ -444,9 +452,11 @@ class OptunaTrials:
     def _storage(self) -> optuna.storages.BaseStorage:
         storages = self._optuna.storages
         # absolute: it becomes the target of the lock's link
-        journal: optuna.storages.BaseStorage = storages.JournalStorage(
-            storages.journal.JournalFileBackend(str(self._journal.absolute()))
-        )
+        backend = storages.journal.JournalFileBackend(str(self._journal.absolute()))
+        try:
+            journal: optuna.storages.BaseStorage = storages.JournalStorage(backend)
+        except ValueError as error:
+            raise self._refused(f"a line that is no record of Optuna ({error})", code="journal-broken") from error
         return journal
 
     @cached_property

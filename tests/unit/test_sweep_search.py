@@ -139,6 +139,24 @@ def test_a_kill_between_any_two_writes_to_the_journal_is_made_good_by_the_next_t
         assert left.runs == plan.runs
 
 
+def test_part_of_a_line_in_the_journal_is_dropped_before_the_next_is_appended(tmp_path: Path) -> None:
+    plan = with_trials(searched(tmp_path, "optuna"))
+    journal = plan.directory / "trials.log"
+    whole = journal.read_bytes()
+    for length in (len(whole) - 1, len(whole) - 9, 3):
+        journal.write_bytes(whole[:length])
+        again = with_trials(searched(tmp_path, "optuna"))
+        assert searched(tmp_path, "optuna").runs == again.runs == plan.runs
+
+
+def test_a_journal_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    journal = with_trials(searched(tmp_path, "optuna")).directory / "trials.log"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join([lines[0], lines[1][:9], *lines[2:], *lines]))
+    with raises(UsageError, "journal-broken"):
+        searched(tmp_path, "optuna")
+
+
 def test_a_killed_sweep_s_lock_of_the_journal_is_one_that_optuna_breaks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
