@@ -126,7 +126,7 @@ def plan_study(
     base_settings = read_settings(base_file, (os.path.realpath(path),))
     base = parse_config(base_settings, source=str(base_file))
     with_overrides(base_settings, overrides)  # raises if an override is invalid
-    if refused := list(problems_of_overrides(overrides)):
+    if refused := list(problems_of_overrides(study, overrides)):
         raise ConfigError("command line", refused)
     folder = (directory or base.run.directory) / study.name
     planned: list[PlannedRun] = []

@@ -172,11 +172,13 @@ def load_study(path: Path) -> Study:
     return study
 
 
-def problems_of_overrides(overrides: Sequence[str]) -> Iterator[Problem]:
-    """Yield a problem for each override of a setting that the study itself sets."""
+def problems_of_overrides(study: Study, overrides: Sequence[str]) -> Iterator[Problem]:
+    """Yield a problem for each override of a setting that the study itself, or its search, sets."""
+    searched = [f"{path}." for path in (study.search.space if study.search else ())]
     for override in overrides:
         path, _, value = override.partition("=")
-        if path in _SET_BY_STUDY:
+        below = f"{path}."
+        if path in _SET_BY_STUDY or any(below.startswith(each) or each.startswith(below) for each in searched):
             yield _set_by_study(path, value)
 
 

@@ -288,6 +288,15 @@ def test_a_search_that_makes_no_sense_is_refused(
     assert code in {problem.code for problem in raised.value.problems}
 
 
+@pytest.mark.parametrize(
+    "override", ["optimizer.momentum=0.5", "noise.schedule.kind=cosine", "noise.schedule={kind: late}", "optimizer={}"]
+)
+def test_an_override_of_a_setting_that_the_search_sets_is_refused(tmp_path: Path, override: str) -> None:
+    plan = searched(tmp_path, "random")
+    with raises_problems((override.partition("=")[0], "set-by-study")):
+        plan_study(plan.file, overrides=["optimizer.weight_decay=0.5", override])
+
+
 def test_a_setting_is_in_the_grid_or_in_the_search(tmp_path: Path) -> None:
     with raises_problems(("grid.noise.amplitude", "grid-twice")):
         small_plan(
