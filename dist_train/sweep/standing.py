@@ -167,16 +167,13 @@ def _patience(config: Config) -> float:
 
 
 def _beside_job(summary: RunSummary) -> tuple[str, str, bool]:
-    """Return a run's state and note; if it is marked as active, beside its Slurm job, and whether that will start it.
-
-    Such a run of this job is of the time before the job was requeued.
-    """
+    """Return the state and note of a run that has not finished beside its Slurm job, and whether that will start it."""
     state, note, job = summary.state, summary.note, summary.slurm_job
-    if state not in ALIVE or not job:
+    if state == "finished" or not job:
         return state, note, False
     ours = current_job()
     if ours is not None and ours.id == job:
-        return "lost", "the job was started again", False
+        return ("lost", "the job was started again", False) if state in ALIVE else (state, note, False)
     job_state = job_states([job]).get(job, "")
     return *beside_job(state, note, job, job_state), job_state in JOB_WAITS
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -12,29 +13,54 @@ from rich.console import Console
 from dist_train.outcome import ExitCode
 from dist_train.rundir.status import StatusFile
 from dist_train.sweep.standing import Standing, render, standing_of
+from dist_train.rundir.status import State, StatusFile
+from dist_train.sweep.standing import standing_of
 from tests.unit.studies import small_plan
 
 
+@pytest.fixture
+def squeue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """Replace `squeue` by a program that prints given lines; return the file with the arguments of each call."""
+
+    def put(lines: str) -> Path:
+        program, calls = tmp_path / "squeue", tmp_path / "calls"
+        program.write_text(f"#!/bin/sh\necho \"$*\" >> '{calls}'\necho '{lines}'\n")
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path))
+        return calls
+
+    return put
+
+
 @pytest.mark.parametrize(
-    ("job_state", "ours", "expected"),
+    ("state", "job_state", "ours", "expected"),
     [
-        ("RUNNING", "", ("running", "busy")),
-        ("PENDING", "", ("lost", "busy")),
-        ("NODE_FAIL", "", ("lost", "start")),
-        ("RUNNING", "17", ("lost", "start")),
+        ("running", "RUNNING", "", ("running", "busy")),
+        ("running", "PENDING", "", ("lost", "busy")),
+        ("running", "NODE_FAIL", "", ("lost", "start")),
+        ("running", "RUNNING", "17", ("lost", "start")),
+        ("stopped", "PENDING", "", ("stopped", "busy")),
+        ("stopped", "CANCELLED", "", ("stopped", "start")),
+        ("stopped", "PENDING", "17", ("stopped", "start")),
+        ("failed", "REQUEUED", "", ("stopped", "busy")),
+        ("finished", "PENDING", "", ("finished", "skip")),
     ],
 )
-def test_a_run_at_work_is_judged_beside_its_job(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job_state: str, ours: str, expected: tuple[str, str]
+def test_a_run_is_judged_beside_its_job(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    squeue: Callable[[str], Path],
+    state: State,
+    job_state: str,
+    ours: str,
+    expected: tuple[str, str],
 ) -> None:
-    squeue = tmp_path / "squeue"
-    squeue.write_text(f"#!/bin/sh\necho 17 {job_state}\n")
-    squeue.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
+    squeue(f"17 {job_state}")
     run = small_plan(tmp_path).runs[0]
-    run.directory.mkdir(parents=True)
+    run.files.create()
+    run.files.save_config(run.config)
     monkeypatch.setenv("SLURM_JOB_ID", "17")
-    StatusFile(run.files.status, 1).change("running")
+    StatusFile(run.files.status, 1).change(state)
     monkeypatch.setenv("SLURM_JOB_ID", ours)
     standing = standing_of(run)
     assert (standing.state, standing.then) == expected
