@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from dist_train.cluster.launch import JOB_WAITS, current_job, job_states
 from dist_train.config import Config, ConfigError, differences, differing_lengths, load_config
 from dist_train.monitoring import wording
 from dist_train.outcome import ExitCode, escaped, writing
+from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import EvaluationRecord, read_last_records
 from dist_train.rundir.status import read_status
 from dist_train.sweep.planned_runs import Plan, PlannedRun, optuna_trials, plan_study, write_plan
@@ -173,7 +175,12 @@ def _beside_job(summary: RunSummary) -> tuple[str, str, bool]:
         return state, note, False
     ours = current_job()
     if ours is not None and ours.id == job:
-        return ("lost", "the job was started again", False) if state in ALIVE else (state, note, False)
+        # Its ranks on other nodes ended when the job was requeued; of a process of this node the state is known.
+        status = read_status(RunDirectory(summary.directory).status)
+        was_elsewhere = status is None or status.host != socket.gethostname()
+        if state in ALIVE and ours.restarts and was_elsewhere:
+            return "lost", "the job was started again", False
+        return state, note, False
     job_state = job_states([job]).get(job, "")
     return *beside_job(state, note, job, job_state), job_state in JOB_WAITS
 

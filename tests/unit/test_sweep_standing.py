@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -38,7 +39,6 @@ def squeue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], P
         ("running", "RUNNING", "", ("running", "busy")),
         ("running", "PENDING", "", ("lost", "busy")),
         ("running", "NODE_FAIL", "", ("lost", "start")),
-        ("running", "RUNNING", "17", ("lost", "start")),
         ("stopped", "PENDING", "", ("stopped", "busy")),
         ("stopped", "CANCELLED", "", ("stopped", "start")),
         ("stopped", "PENDING", "17", ("stopped", "start")),
@@ -62,6 +62,28 @@ def test_a_run_is_judged_beside_its_job(
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     StatusFile(run.files.status, 1).change(state)
     monkeypatch.setenv("SLURM_JOB_ID", ours)
+    standing = standing_of(run)
+    assert (standing.state, standing.then) == expected
+
+
+@pytest.mark.parametrize(
+    ("restarts", "host", "expected"),
+    [
+        ("", "", ("running", "busy")),
+        ("", "elsewhere", ("running", "busy")),
+        ("1", "", ("running", "busy")),
+        ("1", "elsewhere", ("lost", "start")),
+    ],
+)
+def test_a_run_of_our_own_job_is_at_work_unless_the_job_was_restarted_on_another_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restarts: str, host: str, expected: tuple[str, str]
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+    run = small_plan(tmp_path).runs[0]
+    run.directory.mkdir(parents=True)
+    current = replace(StatusFile(run.files.status, 1).current, state="running")
+    run.files.status.write_text(replace(current, host=host or current.host).to_json())
     standing = standing_of(run)
     assert (standing.state, standing.then) == expected
 
