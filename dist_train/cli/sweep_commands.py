@@ -167,9 +167,9 @@ def _sweep(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ..
 
 def _list(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ...]) -> int:
     from dist_train.rundir.status import finished_runs
-    from dist_train.sweep.standing import render, standing_of
+    from dist_train.sweep.standing import render, standings_of
 
-    print_table(render([standing_of(run) for run in runs], terminal_width()))
+    print_table(render(standings_of(runs), terminal_width()))
     if plan.unasked and arguments.only is None:
         print(f"and {len(plan.unasked)} runs of trials that Optuna has not suggested yet")
     planned = {run.name for run in plan.runs}
@@ -210,9 +210,10 @@ def _arguments(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun
 
 def _analyses(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ...]) -> int:
     from dist_train.sweep.planned_runs import analysis_commands
-    from dist_train.sweep.standing import standing_of
+    from dist_train.sweep.standing import standings_of
 
-    for command in analysis_commands(plan.study, [run for run in runs if standing_of(run).then == "skip"]):
+    finished = [standing.run for standing in standings_of(runs) if standing.then == "skip"]
+    for command in analysis_commands(plan.study, finished):
         print(shlex.join(["dist-train", *command]))
     return ExitCode.FINISHED
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from statistics import fmean
@@ -49,13 +49,29 @@ class Standing:
     has_other_settings: bool = False
 
 
+def standings_of(runs: Sequence[PlannedRun]) -> list[Standing]:
+    """Return the standings of `runs`, read from their files; Slurm is asked once for all of their jobs."""
+    summaries = [_summary_of(run) for run in runs]
+    ours = current_job()
+    jobs = {each.slurm_job for each in summaries if each is not None and each.state != "finished"}
+    states = job_states(sorted(jobs - {"", ours.id if ours is not None else ""}))
+    return [_standing(run, summary, states) for run, summary in zip(runs, summaries, strict=True)]
+
+
 def standing_of(run: PlannedRun) -> Standing:
     """Return the standing of `run`, read from its files."""
+    return standings_of([run])[0]
+
+
+def _summary_of(run: PlannedRun) -> RunSummary | None:
     summaries = read_runs(run.directory) if run.directory.is_dir() else ()
-    summary = next((summary for summary in summaries if summary.directory == run.directory), None)
+    return next((summary for summary in summaries if summary.directory == run.directory), None)
+
+
+def _standing(run: PlannedRun, summary: RunSummary | None, states: Mapping[str, str]) -> Standing:
     if summary is None:
         return Standing(run, "waiting", "", "start")
-    state, note, waits = _beside_job(summary)
+    state, note, waits = _beside_job(summary, states)
     then, why, has_other_settings = _next(run, state, note, waits)
     done = summary.step / summary.total_steps if summary.step is not None and summary.total_steps else None
     tested = _last_evaluation(run, "test")
@@ -113,7 +129,8 @@ def render(standings: Sequence[Standing], width: int | None = None) -> Table:
 
 def numbers_left(plan: Plan, runs: Sequence[PlannedRun]) -> str:
     """Return the numbers of the `runs` to be started and of trials not suggested yet, as ranges; empty if none."""
-    return as_ranges(sorted([*(run.number for run in runs if standing_of(run).then == "start"), *plan.unasked]))
+    left = (standing.run.number for standing in standings_of(runs) if standing.then == "start")
+    return as_ranges(sorted([*left, *plan.unasked]))
 
 
 def as_ranges(numbers: Sequence[int]) -> str:
@@ -168,7 +185,7 @@ def _patience(config: Config) -> float:
     return math.inf if patience is None else patience
 
 
-def _beside_job(summary: RunSummary) -> tuple[str, str, bool]:
+def _beside_job(summary: RunSummary, states: Mapping[str, str]) -> tuple[str, str, bool]:
     """Return the state and note of a run that has not finished beside its Slurm job, and whether that will start it."""
     state, note, job = summary.state, summary.note, summary.slurm_job
     if state == "finished" or not job:
@@ -181,7 +198,7 @@ def _beside_job(summary: RunSummary) -> tuple[str, str, bool]:
         if state in ALIVE and ours.restarts and was_elsewhere:
             return "lost", "the job was started again", False
         return state, note, False
-    job_state = job_states([job]).get(job, "")
+    job_state = states.get(job, "")
     return *beside_job(state, note, job, job_state), job_state in JOB_WAITS
 
 
@@ -214,7 +231,7 @@ def publish(plan: Plan, only: int | None = None) -> None:
             plan = renewed(plan)
             _report_results(plan, trials)
         chosen = [run for run in plan.runs if only in (None, run.number)]
-        if plan.unasked or not all(standing_of(run).has_other_settings for run in chosen):
+        if plan.unasked or not all(standing.has_other_settings for standing in standings_of(chosen)):
             write_plan(plan)
 
 
@@ -240,20 +257,19 @@ def with_trials(plan: Plan, number: int | None = None) -> Plan:
 
 
 def _report_results(plan: Plan, trials: OptunaTrials) -> None:
-    groups: dict[tuple[str, int], list[PlannedRun]] = {}
-    for run in plan.runs:
-        assert run.trial is not None
-        groups.setdefault((run.searched, run.trial), []).append(run)
-    untold = {(variant, trial) for variant in {variant for variant, _ in groups} for trial in trials.untold(variant)}
-    for variant, trial in sorted(untold & groups.keys()):
-        runs = groups[variant, trial]
-        standings = [standing_of(run) for run in runs]
+    untold = {variant: trials.untold(variant) for variant in {run.searched for run in plan.runs}}
+    groups: dict[tuple[str, int], list[Standing]] = {}
+    for standing in standings_of([run for run in plan.runs if run.trial in untold[run.searched]]):
+        assert standing.run.trial is not None
+        groups.setdefault((standing.run.searched, standing.run.trial), []).append(standing)
+    for variant, trial in sorted(groups):
+        standings = groups[variant, trial]
         if any(standing.has_other_settings for standing in standings):
             continue  # the plan may be the mistaken one, and Optuna takes no result back
         if any(standing.then == "unrecoverable" for standing in standings):
             trials.tell(variant, trial, None)
         elif all(standing.then == "skip" for standing in standings):
-            trials.tell(variant, trial, objective_of(plan, runs))
+            trials.tell(variant, trial, objective_of(plan, [standing.run for standing in standings]))
 
 
 def objective_of(plan: Plan, runs: Sequence[PlannedRun]) -> float | None:
@@ -269,12 +285,13 @@ def best_trials(plan: Plan) -> Iterator[tuple[str, float, Sequence[PlannedRun]]]
     search = plan.study.search
     if search is None:
         return
+    finished = {standing.run.number for standing in standings_of(plan.runs) if standing.then == "skip"}
     sign = -1.0 if search.objective.endswith(".loss") else 1.0
     for variant in dict.fromkeys(run.searched for run in plan.runs):
         found = []
         for trial in range(search.trials):
             runs = [run for run in plan.runs if (run.searched, run.trial) == (variant, trial)]
-            is_finished = runs and all(standing_of(run).then == "skip" for run in runs)
+            is_finished = runs and all(run.number in finished for run in runs)
             if is_finished and (value := objective_of(plan, runs)) is not None:
                 found.append((value, runs))
         if found:

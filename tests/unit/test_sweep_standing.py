@@ -15,7 +15,7 @@ from dist_train.outcome import ExitCode
 from dist_train.rundir.status import StatusFile
 from dist_train.sweep.standing import Standing, render, standing_of
 from dist_train.rundir.status import State, StatusFile
-from dist_train.sweep.standing import standing_of
+from dist_train.sweep.standing import standing_of, standings_of
 from tests.unit.studies import small_plan
 
 
@@ -64,6 +64,23 @@ def test_a_run_is_judged_beside_its_job(
     monkeypatch.setenv("SLURM_JOB_ID", ours)
     standing = standing_of(run)
     assert (standing.state, standing.then) == expected
+
+
+def test_slurm_is_asked_once_for_the_jobs_of_all_runs_that_have_not_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, squeue: Callable[[str], Path]
+) -> None:
+    calls = squeue("17 PENDING\n18 CANCELLED")
+    plan = small_plan(tmp_path)
+    states: list[State] = ["stopped", "stopped", "finished"]
+    for job, state, run in zip((17, 18, 19), states, plan.runs[:3], strict=True):
+        run.files.create()
+        run.files.save_config(run.config)
+        monkeypatch.setenv("SLURM_JOB_ID", str(job))
+        StatusFile(run.files.status, 1).change(state)
+    monkeypatch.delenv("SLURM_JOB_ID")
+    assert [standing.then for standing in standings_of(plan.runs)] == ["busy", "start", "skip", "start"]
+    [call] = calls.read_text().splitlines()
+    assert call.endswith("--jobs=17,18")
 
 
 @pytest.mark.parametrize(
