@@ -14,11 +14,12 @@ from dist_train.data.plan import BatchPlan, check_validation_size
 from dist_train.monitoring.observers import check_installed
 from dist_train.monitoring.prometheus.http_server import check_access
 from dist_train.outcome import UsageError
-from dist_train.rundir.paths import RunDirectory
+from dist_train.rundir.paths import RunDirectory, StudyDirectory
 
 
 def check_launch(config: Config, directory: RunDirectory) -> None:
     """Raise UsageError if a launch in `directory` is refused; an existing run's checkpoint and data are read later."""
+    check_folder(directory)
     check_metrics(config)
     check_batches(config)
     if not directory.root.exists():  # a refused start leaves none
@@ -31,13 +32,28 @@ def check_launch(config: Config, directory: RunDirectory) -> None:
 def refusals(config: Config, directory: Path | None = None) -> Iterator[UsageError]:
     """Yield every reason why `train` would refuse `config` here, in `directory` (default: that of the settings)."""
     run = RunDirectory(directory or config.run_directory)
-    for check in (check_metrics, check_batches, partial(check_sources, directory=run), check_data):
+    for check in (
+        partial(check_folder, run),
+        partial(check_metrics, config),
+        partial(check_batches, config),
+        partial(check_sources, config, run),
+        partial(check_data, config),
+    ):
         try:
-            check(config)
+            check()
         except UsageError as error:
             yield error
         except PermissionError as error:
             yield UsageError(f"{error.filename} may not be read", code="permission-denied")
+
+
+def check_folder(directory: RunDirectory) -> None:
+    """Check that a new run's folder is not that of a study. Raises UsageError."""
+    if StudyDirectory(directory.root).runs.exists() and not directory.has_begun:
+        raise UsageError(
+            f"{directory.root} is the folder of a study: choose another by run.name or --run-dir",
+            code="folder-is-study",
+        )
 
 
 def check_metrics(config: Config) -> None:

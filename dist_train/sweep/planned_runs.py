@@ -18,6 +18,7 @@ from dist_train.config import Config, ConfigError, dump_config, parse_config
 from dist_train.config.loading import based_on, read_settings, with_overrides, write_override
 from dist_train.config.plugins import is_plugin
 from dist_train.config.problems import Problem
+from dist_train.outcome import UsageError
 from dist_train.rundir import atomic
 from dist_train.rundir.paths import RunDirectory, StudyDirectory
 from dist_train.sweep.study_file import (
@@ -119,7 +120,8 @@ def plan_study(
     The runs' folder is `directory` (default: the base's run.directory) / the study's name. `overrides` apply to every
     run. Runs of `before`, an earlier plan of the same study, are not validated again.
 
-    Raises ConfigError if the study, its base or one of its runs is invalid; every problem is listed once.
+    Raises ConfigError if the study, its base or one of its runs is invalid; every problem is listed once. Raises
+    UsageError if its folder is that of a run.
     """
     study = load_study(path)
     base_file = Path(os.path.normpath(based_on(path, study.base)))
@@ -129,6 +131,11 @@ def plan_study(
     if refused := list(problems_of_overrides(study, overrides)):
         raise ConfigError("command line", refused)
     folder = (directory or base.run.directory) / study.name
+    if RunDirectory(folder).has_begun and not StudyDirectory(folder).runs.exists():
+        raise UsageError(
+            f"{folder} is the folder of a run: give the study another name, or choose another folder with --directory",
+            code="folder-is-run",
+        )
     planned: list[PlannedRun] = []
     found: list[Problem] = []
     unasked: dict[int, str] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,11 @@ import yaml
 from dist_train.cli.main import main, parse
 from dist_train.config import ConfigError, load_config
 from dist_train.config.loading import with_overrides, write_override
+from dist_train.launching.preflight import check_launch, refusals
+from dist_train.outcome import UsageError
+from dist_train.rundir.paths import RunDirectory
 from dist_train.sweep.planned_runs import analysis_commands, plan_study, write_plan
-from tests.raising import raises_problems
+from tests.raising import raises, raises_problems
 from tests.unit.studies import small_plan, write_study
 
 SHIPPED = sorted((Path(__file__).parents[2] / "studies").glob("*.yaml"))
@@ -235,6 +239,21 @@ class TestFaults:
         assert [(fault.path, fault.code) for fault in refused.value.problems] == [
             (override.partition("=")[0], "set-by-study")
         ]
+
+    def test_a_study_and_a_run_share_no_folder(self, tmp_path: Path) -> None:
+        plan = small_plan(tmp_path)
+        run = RunDirectory(plan.directory)
+        run.create()
+        with raises(UsageError, "folder-is-run"):
+            small_plan(tmp_path)
+        shutil.rmtree(run.root)
+        write_plan(plan)
+        with raises(UsageError, "folder-is-study"):
+            check_launch(plan.base, run)
+        assert [error.code for error in refusals(plan.base, run.root)] == ["folder-is-study"]
+        run.create()  # a folder that holds both already: both resume
+        check_launch(plan.base, run)
+        assert small_plan(tmp_path).runs == plan.runs
 
     def test_a_grid_that_would_give_one_name_twice_is_refused(self, tmp_path: Path) -> None:
         found = faults(tmp_path, variants={"a": {"grid": {"noise.exclude": [["x y"], ["x  y"]]}}})
