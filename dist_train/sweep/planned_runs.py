@@ -124,7 +124,10 @@ def plan_study(
     UsageError if its folder is that of a run.
     """
     study = load_study(path)
-    base_file = Path(os.path.normpath(based_on(path, study.base)))
+    base_file = based_on(path, study.base)
+    plain = Path(os.path.normpath(base_file))
+    if os.path.realpath(plain) == os.path.realpath(base_file):  # they differ where the folder before a `..` is a link
+        base_file = plain
     base_settings = read_settings(base_file, (os.path.realpath(path),))
     base = parse_config(base_settings, source=str(base_file))
     with_overrides(base_settings, overrides)  # raises if an override is invalid

@@ -255,6 +255,18 @@ class TestFaults:
         check_launch(plan.base, run)
         assert small_plan(tmp_path).runs == plan.runs
 
+    def test_a_base_above_a_folder_that_is_a_link_is_that_above_its_target(self, tmp_path: Path) -> None:
+        studies = tmp_path / "project" / "studies"
+        studies.mkdir(parents=True)
+        study = write_study(studies, base="../base.yaml")
+        base = (studies / "base.yaml").rename(tmp_path / "project" / "base.yaml")
+        assert plan_study(study).base_file == base
+        (tmp_path / "base.yaml").write_text("run: {epochs: 9}\n")
+        (tmp_path / "link").symlink_to(studies)
+        plan = plan_study(tmp_path / "link" / study.name)
+        assert plan.base_file.samefile(base)
+        assert plan.base == load_config(base)
+
     def test_a_grid_that_would_give_one_name_twice_is_refused(self, tmp_path: Path) -> None:
         found = faults(tmp_path, variants={"a": {"grid": {"noise.exclude": [["x y"], ["x  y"]]}}})
         assert ("variants", "name-twice") in found
