@@ -22,6 +22,8 @@ LISTEN_FD = "DIST_TRAIN_LISTEN_FD"  # rank 0's listening socket for the store; -
 
 _OF_SLURM_COMMANDS = frozenset({"SLURM_CLUSTERS", "SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT", "SLURM_TIME_FORMAT"})
 """Variables of Slurm that configure its commands; all others describe a job."""
+_OF_LAUNCHERS = ("OMPI_", "PMIX_", "PMI_", "MV2_COMM_WORLD_", "HOROVOD_RANK", "HOROVOD_SIZE", "TORCHELASTIC_")
+_OF_STEPS_AND_TORCH = frozenset({"SLURM_STEP_ID", "SLURM_PROCID", "RANK", "WORLD_SIZE"})
 _SLURM_PORTS = range(15000, 30000)  # below Linux's ephemeral ports
 _LONGEST_COMMENT = 1000
 
@@ -97,6 +99,15 @@ def current_launch(environment: Mapping[str, str] = os.environ) -> Launch:
                 code="launcher-unsupported",
             )
     return Launch("alone", 1, 0)
+
+
+def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return `environment` without the variables by which launchers give a process its rank."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if not name.startswith(_OF_LAUNCHERS) and name not in _OF_STEPS_AND_TORCH
+    }
 
 
 def is_elastic() -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from dist_train.cluster.launch import LISTEN_FD
+from dist_train.cluster.launch import LISTEN_FD, without_launcher
 from dist_train.outcome import ExitCode, say_on_stderr
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.status import LAUNCH_VARIABLE, record_lost
@@ -28,7 +28,6 @@ _LOSS_SECONDS = 40.0  # for the others to end after a failure: watchdogs notice,
 _STUCK_SECONDS = 3.0  # for ranks that will not end themselves: after rank 0, the only writer, or stopped by SIGSTOP
 _TERMINATE_SECONDS = 2.0
 _PR_SET_PDEATHSIG = 1
-_OTHER_LAUNCHERS = ("OMPI_", "PMIX_", "HOROVOD_RANK", "HOROVOD_SIZE", "TORCHELASTIC_")
 
 
 def launch_ranks(command: Sequence[str], size: int, run: Path | None = None, *, saves: bool = True) -> int:
@@ -187,7 +186,7 @@ def rank_environment(environment: Mapping[str, str], rank: int, size: int, more:
     """Return a rank's environment: `environment` without other launchers' variables, torch's own, threads, and `more`,
     such as where the ranks meet.
     """
-    kept = {name: value for name, value in environment.items() if not name.startswith(_OTHER_LAUNCHERS)}
+    kept = without_launcher(environment)
     threads = max(1, usable_cores() // size)
     kept.setdefault("OMP_NUM_THREADS", str(threads))
     numbers = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}

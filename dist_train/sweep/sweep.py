@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
+from dist_train.cluster.launch import without_launcher
 from dist_train.monitoring import wording
 from dist_train.outcome import ExitCode
 from dist_train.rundir.paths import try_to_lock
@@ -39,8 +40,8 @@ class Launcher:
         return [*guard, sys.executable, "-m", "dist_train", *launch, *plan.train_arguments(run)]
 
     def environment(self) -> Mapping[str, str]:
-        """Return the run's environment variables."""
-        return {"OMP_NUM_THREADS": str(self.threads), **os.environ}
+        """Return the run's environment variables: the sweep may be one of several tasks, but the run is not."""
+        return {"OMP_NUM_THREADS": str(self.threads), **without_launcher(os.environ)}
 
 
 def threads_per_rank(jobs: int, ranks: int) -> int:

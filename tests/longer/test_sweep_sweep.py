@@ -17,6 +17,7 @@ import pytest
 
 from dist_train import start_up
 from dist_train.cli.main import main
+from dist_train.cluster.launch import Launch, current_launch
 from dist_train.config import dump_config
 from dist_train.outcome import ExitCode
 from dist_train.rundir.status import StatusFile
@@ -85,6 +86,26 @@ class TestOrder:
         run_all(plan, "touch ../here-$$; ls .. | grep -c here- >> ../counts; sleep 0.3; rm ../here-$$", jobs=2)
         counts = [int(word) for word in (plan.directory / "counts").read_text().split()]
         assert (len(counts), max(counts)) == (6, 2)
+
+    @pytest.mark.parametrize(
+        "variables",
+        [
+            {"SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "PMI_RANK": "3", "PMI_SIZE": "4"},
+            {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3"},
+            {"MV2_COMM_WORLD_SIZE": "4"},
+            {"HOROVOD_SIZE": "4", "HOROVOD_RANK": "3"},
+            {"TORCHELASTIC_RUN_ID": "x", "RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "n", "MASTER_PORT": "1"},
+            {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "n", "MASTER_PORT": "1"},
+        ],
+    )
+    def test_runs_are_no_ranks_of_the_sweep_s_own_launch(
+        self, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]
+    ) -> None:
+        for name, value in {**variables, "SLURM_JOB_ID": "17"}.items():
+            monkeypatch.setenv(name, value)
+        environment = Launcher().environment()
+        assert current_launch(environment) == Launch("alone", 1, 0)
+        assert environment["SLURM_JOB_ID"] == "17"
 
     def test_cores_are_divided_among_runs(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(12)))
