@@ -181,7 +181,7 @@ def _list(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ...
 def _array(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ...]) -> int:
     from dist_train.sweep.standing import numbers_left
 
-    left = numbers_left(plan, runs)
+    left = numbers_left(runs, plan.unasked if arguments.only is None else ())
     if not left:
         print(f"dist-train: no run of {plan.study.name} is left to do; see --list", file=sys.stderr)
         return ExitCode.FAULT
@@ -224,6 +224,8 @@ def _best(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ...
     search = plan.study.search
     if search is None:
         raise UsageError(f"the study {plan.study.name} has no search: see its report", code="option-alone")
+    if arguments.only is not None:
+        raise UsageError("--best compares all trials: leave out --only", code="option-alone")
     found = list(best_trials(plan))
     if not found:
         print(f"dist-train: no trial of {plan.study.name} has finished; see --list", file=sys.stderr)
@@ -342,7 +344,7 @@ def _submit_study(arguments: argparse.Namespace) -> int:
     plan = plan_study(located(arguments.config), parent, arguments.overrides)
     _check_analyses(plan)
     _warn_of_unused(plan)
-    left = numbers_left(plan, plan.runs)
+    left = numbers_left(plan.runs, plan.unasked)
     if not left:
         print(f"dist-train: no run of {plan.study.name} is left to do", file=sys.stderr)
         return ExitCode.FAULT

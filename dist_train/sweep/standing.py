@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from statistics import fmean
@@ -127,10 +127,10 @@ def render(standings: Sequence[Standing], width: int | None = None) -> Table:
     return table
 
 
-def numbers_left(plan: Plan, runs: Sequence[PlannedRun]) -> str:
-    """Return the numbers of the `runs` to be started and of trials not suggested yet, as ranges; empty if none."""
+def numbers_left(runs: Sequence[PlannedRun], unasked: Iterable[int]) -> str:
+    """Return the numbers of the `runs` to be started and of those `unasked`, as ranges; empty if none."""
     left = (standing.run.number for standing in standings_of(runs) if standing.then == "start")
-    return as_ranges(sorted([*left, *plan.unasked]))
+    return as_ranges(sorted([*left, *unasked]))
 
 
 def as_ranges(numbers: Sequence[int]) -> str:

@@ -238,6 +238,10 @@ def test_a_batch_script_gets_the_numbers_and_the_arguments_of_runs_that_are_stil
     assert capsys.readouterr().out == first
     assert main(["sweep", study, "--list"]) == 0
     assert "1 runs of trials" in capsys.readouterr().out
+    assert main(["sweep", study, "--only", "2", "--array"]) == 0
+    assert capsys.readouterr().out == "2\n"
+    assert main(["sweep", study, "--only", "2", "--best"]) == 2
+    assert "[option-alone]" in capsys.readouterr().err
     assert main(["sweep", study, "--only", "4", "--arguments"]) == 2
     assert "[no-such-run-number]" in capsys.readouterr().err
 
