@@ -12,10 +12,8 @@ import pytest
 from rich.console import Console
 
 from dist_train.outcome import ExitCode
-from dist_train.rundir.status import StatusFile
-from dist_train.sweep.standing import Standing, render, standing_of
 from dist_train.rundir.status import State, StatusFile
-from dist_train.sweep.standing import standing_of, standings_of
+from dist_train.sweep.standing import Standing, render, standing_of, standings_of
 from tests.unit.studies import small_plan
 
 
