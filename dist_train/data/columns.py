@@ -22,7 +22,7 @@ from torch import Tensor
 from dist_train.config import DataSettings
 from dist_train.data.cache import cache_folder
 from dist_train.data.encoded import SPLIT_NAMES, Index, cached_index, split_files
-from dist_train.data.images import ImageSet, Split, channels_first, digest_of
+from dist_train.data.images import ImageSet, Split, channels_first, digest_of, evenly_spread
 from dist_train.outcome import UsageError, writing
 from dist_train.rundir.atomic import replacing
 
@@ -268,5 +268,5 @@ def _array(path: Path, name: str) -> NDArray[Any]:
 
 def _identity(images: Tensor, labels: Tensor) -> str:
     """Return a digest of the labels and of some images, since reading all of them takes as long as an epoch."""
-    chosen = torch.linspace(0, max(0, len(labels) - 1), _DIGESTED).long()[: len(labels)]
+    chosen = evenly_spread(max(1, len(labels)), _DIGESTED)[: len(labels)]
     return digest_of(f"{tuple(images.shape)}", labels, images[chosen].contiguous())

@@ -62,6 +62,12 @@ def digest_of(text: str, *tensors: Tensor) -> str:
     return hashed.hexdigest()[:16]
 
 
+def evenly_spread(samples: int, count: int) -> Tensor:
+    """Return `count` numbers from 0 to `samples` - 1, ascending, int64 [count]; `samples` must not be 0."""
+    # torch spreads them in float32, which rounds the last of more than 2^24 up to `samples`.
+    return torch.linspace(0, samples - 1, count).long().clamp_(max=samples - 1)
+
+
 def channels_first(images: NDArray[Any], shape: tuple[int, int, int]) -> NDArray[Any] | None:
     """Return a view [n, C, H, W] of images of `shape`: [n, C, H, W], [n, H, W, C] or [n, H, W]; None of all others."""
     channels, height, width = shape

@@ -27,7 +27,7 @@ from dist_train.data.augmentation import (
 )
 from dist_train.data.catalog import list_encoded, load_data
 from dist_train.data.decoding import DRAWS, EncodedImages, Work
-from dist_train.data.images import BatchRequest, ImageSet, Listing, MapDataset, Split
+from dist_train.data.images import BatchRequest, ImageSet, Listing, MapDataset, Split, evenly_spread
 from dist_train.data.loader_workers import BatchJob, Decoder, LoaderProcesses
 from dist_train.data.plan import divided
 from dist_train.data.plugin_samples import PluginSamples, Recipe, labels_of
@@ -340,7 +340,7 @@ def _try_samples(settings: DataSettings, listings: Mapping[Split, Listing], deco
         for split, listing in listings.items()
     }
     for samples in tried.values():
-        chosen = torch.linspace(0, len(samples) - 1, min(_TRIED_SAMPLES, len(samples))).long()
+        chosen = evenly_spread(len(samples), min(_TRIED_SAMPLES, len(samples)))
         for epoch in (None, 0):
             samples.read(BatchRequest(chosen, epoch))
     if not is_plugin(settings.name):
