@@ -19,8 +19,8 @@ Split = Literal["train", "validation", "test"]
 class ImageSet:
     """Images uint8 [N, C, H, W] and labels int64 [N] in 0..classes-1, both on the CPU.
 
-    The tensors may be views of a file that all local ranks map: treat them as read-only. (A write would change this
-    process's copy of the page, never the file.)
+    The tensors may be views of a file that all local ranks map: never write to them. (A write to a decoded data set
+    changes this process's copy of the page; one to a .npy file, which is mapped read-only, ends the process.)
     """
 
     images: Tensor

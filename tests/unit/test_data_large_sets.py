@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import os
+import resource
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,8 @@ import torch
 from dist_train.config import DataSettings
 from dist_train.data.images import BatchRequest
 from dist_train.data.loader import open_splits
+from dist_train.outcome import UsageError
+from tests.raising import raises
 from tests.unit import drawing_data
 
 CPU = torch.device("cpu")
@@ -47,3 +53,54 @@ def test_arrays_may_have_more_samples_than_float32_can_count(tmp_path: Path) -> 
     splits = open_splits(DataSettings(name="numpy", root=tmp_path, shape=(1, 1, 1), classes=2), 0, CPU)
     assert len(splits.train) == MANY
     assert splits.identity
+
+
+SIDE = 224
+
+
+def header(images: int) -> bytes:
+    file = io.BytesIO()
+    shape = (images, 3, SIDE, SIDE)
+    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return file.getvalue()
+
+
+def larger_than_memory(folder: Path) -> DataSettings:
+    """Write arrays whose training images need more than the memory and the swap, in a file with a hole for them."""
+    kibibytes = {line.split(":")[0]: int(line.split()[1]) for line in Path("/proc/meminfo").read_text().splitlines()}
+    images = 3 * (kibibytes["MemTotal"] + kibibytes["SwapTotal"]) * 1024 // (2 * 3 * SIDE * SIDE)
+    for split, count in (("train", images), ("test", 4)):
+        path = folder / f"{split}_images.npy"
+        path.write_bytes(header(count))
+        try:
+            os.truncate(path, len(header(count)) + count * 3 * SIDE * SIDE)
+        except OSError:
+            pytest.skip("this file system has no files larger than the memory")
+        np.save(folder / f"{split}_labels.npy", np.zeros(count, np.uint8))
+    return DataSettings(name="numpy", root=folder, shape=(3, SIDE, SIDE), classes=2)
+
+
+def test_an_array_may_be_larger_than_the_memory(tmp_path: Path) -> None:
+    splits = open_splits(larger_than_memory(tmp_path), 0, CPU)
+    images, _ = splits.train.read(BatchRequest(torch.tensor([0, len(splits.train) - 1])))
+    assert images.shape == (2, 3, SIDE, SIDE)
+    assert not images.any()
+
+
+def test_an_array_that_may_not_be_mapped_is_not_called_damaged(tmp_path: Path) -> None:
+    settings = larger_than_memory(tmp_path)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limit, most = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, most))
+    try:
+        with raises(UsageError, "data-unreadable"):
+            open_splits(settings, 0, CPU)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (limit, most))
+
+
+def test_an_archive_that_does_not_fit_the_memory_is_not_called_damaged(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "train.npz", "w") as archive:
+        archive.writestr("images.npy", header(2**40))
+    with raises(UsageError, "data-unreadable"):
+        open_splits(DataSettings(name="numpy", root=tmp_path, shape=(3, SIDE, SIDE), classes=2), 0, CPU)
