@@ -8,6 +8,7 @@ and stay small.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import mmap
@@ -39,6 +40,7 @@ _MAX_IMAGES = 32  # of a slot
 _MEMORY_BYTES = 1 << 28
 _MAX_SLOTS = 256
 _WAIT_MILLISECONDS = 200
+_CLOSED_BY_EXEC = 1  # MFD_CLOEXEC, as os.memfd_create sets it
 _BLOCKED_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
 
 
@@ -171,7 +173,7 @@ class LoaderProcesses(Decoder):
     def _start(self) -> None:
         if self._processes:
             return
-        memory = os.memfd_create("dist_train-images")
+        memory = _memory_file("dist_train-images")
         os.ftruncate(memory, self._memory_bytes)
         self._slots = Slots(memory, self._slot_size, self._shape)
         their_requests, self._requests = os.pipe()
@@ -342,6 +344,17 @@ def _reader(recipe: str) -> Reader:
 
     parsed = Recipe.model_validate_json(recipe)
     return PluginSamples(parsed.settings, parsed.seed, {})
+
+
+def _memory_file(name: str) -> int:
+    """Return the descriptor of a new file in memory, which ends with its last descriptor."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create(name)
+    # Pythons that are built for old systems, such as Miniforge's, lack it.
+    descriptor: int = ctypes.CDLL(None, use_errno=True).memfd_create(name.encode(), _CLOSED_BY_EXEC)
+    if descriptor < 0:
+        raise OSError(ctypes.get_errno(), "cannot create a file in memory")
+    return descriptor
 
 
 def _whole_pages(length: int) -> int:

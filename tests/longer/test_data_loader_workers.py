@@ -115,6 +115,13 @@ def test_processes_start_lazily_and_stay(folder: Path, loaders: LoaderProcesses)
     assert pids_of(loaders) == before
 
 
+def test_loaders_start_with_a_python_that_is_built_for_an_old_system(
+    folder: Path, loaders: LoaderProcesses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "memfd_create")
+    assert torch.equal(fetch(loaders, job(folder, 1)), expected(folder, 1))
+
+
 def test_close_ends_the_processes_and_can_be_repeated(folder: Path, loaders: LoaderProcesses) -> None:
     loaders.prefetch([job(folder, *range(FILES))])
     pids = pids_of(loaders)
