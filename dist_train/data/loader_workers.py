@@ -179,8 +179,12 @@ class LoaderProcesses(Decoder):
         their_requests, self._requests = os.pipe()
         self._replies, their_replies = os.pipe()
         os.set_blocking(self._replies, False)
-        theirs = (their_requests, their_replies, memory)
-        arguments = [*map(str, (*theirs, self._slot_size, *self._shape)), self._recipe]
+        # Everybody can read a command line, which may not be long either; options may hold a token.
+        recipe = _memory_file("dist_train-recipe")
+        with open(recipe, "wb", closefd=False) as file:
+            file.write(self._recipe.encode())
+        theirs = (their_requests, their_replies, memory, recipe)
+        arguments = list(map(str, (*theirs, self._slot_size, *self._shape)))
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
         environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # loaders use one core each
         # Signals to the whole job request a stop; until then, the training process still needs its loaders.
@@ -362,10 +366,11 @@ def _whole_pages(length: int) -> int:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run a loader process. Arguments: three file descriptors, the images of a slot, their shape, and the recipe."""
-    *numbers, recipe = arguments
-    requests, replies, memory, images, channels, height, width = map(int, numbers)
-    serve(requests, replies, Slots(memory, images, (channels, height, width)), recipe)
+    """Run a loader process. Arguments: four file descriptors, the images of a slot, and their shape."""
+    requests, replies, memory, recipe, images, channels, height, width = map(int, arguments)
+    # The loaders share the position in the file.
+    text = os.pread(recipe, os.fstat(recipe).st_size, 0).decode()
+    serve(requests, replies, Slots(memory, images, (channels, height, width)), text)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,5 +37,18 @@ def test_error_in_a_loader_process_names_the_sample(how: str, code: str) -> None
         with raises(UsageError, code) as error:
             read(splits, range(12, 24), 0)
         assert f"sample 13 of {name} (train)" in str(error.value)
+    finally:
+        splits.close()
+
+
+def test_options_may_be_long_and_are_on_no_command_line() -> None:
+    options = {"dropped": list(range(100_000, 130_000)), "token": "confidential"}
+    splits = opened(**{**OWN, "options": options, "loader_workers": 1})
+    try:
+        assert torch.equal(read(splits, [3], 1), read(opened(**{**OWN, "options": options}), [3], 1))
+        [loader] = splits.train._decoder._processes  # type: ignore[attr-defined]
+        command = Path(f"/proc/{loader.pid}/cmdline").read_bytes()
+        assert b"loader_workers" in command
+        assert b"confidential" not in command
     finally:
         splits.close()
