@@ -14,6 +14,7 @@ import os
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,9 @@ def cached_arrays(
 
     stem.parent.mkdir(parents=True, exist_ok=True)
     refuse_foreign_cache(stem.parent)
+    with suppress(DamagedError):
+        if record.exists():
+            return mapped()  # without the lock, which a read-only file system does not give
     with exclusive(stem.with_name(f"{stem.name}.lock")):
         if record.exists():
             try:

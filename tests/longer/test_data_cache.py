@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -206,8 +206,11 @@ print(hashlib.sha256(images.images.numpy().tobytes() + images.labels.numpy().tob
 """
 
 
-def start(folder: Path, source: Source, journal: Path, mode: str = "plain") -> subprocess.Popen[str]:
+def start(
+    folder: Path, source: Source, journal: Path, mode: str = "plain", within: Sequence[str] = ()
+) -> subprocess.Popen[str]:
     command = [
+        *within,
         sys.executable,
         "-W",
         "error",
@@ -258,3 +261,20 @@ def test_full_disk_disables_only_the_cache(folder: Path, source: Source, tmp_pat
     later = start(folder, source, journal)
     assert later.communicate(timeout=PATIENCE)[0] == output
     assert list(folder.glob("*.json"))
+
+
+READ_ONLY = 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && exec "$@"'
+
+
+def test_a_filled_cache_on_a_read_only_file_system_is_used(folder: Path, source: Source, tmp_path: Path) -> None:
+    within = ("unshare", "--map-root-user", "--mount", "bash", "-c", READ_ONLY, str(folder))
+    folder.mkdir(parents=True)
+    if subprocess.run([*within, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this machine does not let us mount a folder read-only")
+    journal = tmp_path / "journal"
+    expected, _ = start(folder, source, journal).communicate(timeout=PATIENCE)
+    reader = start(folder, source, journal, within=within)
+    output, errors = reader.communicate(timeout=PATIENCE)
+    assert reader.returncode == 0, errors
+    assert (output, errors) == (expected, "")
+    assert journal.read_text() == "decoded\n"
