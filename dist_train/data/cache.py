@@ -194,12 +194,15 @@ def fetch(url: str, path: Path, sha256: str) -> None:
     """
     fix = "set data.root to a writable folder with space for the archive"
     with writing(path, fix, code="download-unwritable"):
+        if path.exists():
+            return  # without the lock, which a folder that cannot be written does not give
         path.parent.mkdir(parents=True, exist_ok=True)
         with exclusive(path.parent / f".{path.name}.lock"):
             if path.exists():
                 return
             _LOGGER.info("downloading %s to %s", url, path)
-            with replacing(path) as file:
+            remove_partial_files(path.parent, path.name)  # only the holder of the lock writes them
+            with replacing(path, is_shared=True) as file:
                 digest = hashlib.sha256()
                 for chunk in _chunks(url, path):
                     digest.update(chunk)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import http.server
+import os
 import socket
 import threading
 from collections.abc import Iterator
@@ -67,6 +68,29 @@ def test_an_archive_with_the_published_digest_is_kept(site: Site, tmp_path: Path
     fetch(f"{site.address}/archive", path, SHA256)
     assert path.read_bytes() == CONTENT
     assert leftovers(path.parent) == ["archive.tar.gz"]
+
+
+def test_an_archive_can_be_read_by_those_whom_the_umask_admits(site: Site, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        fetch(f"{site.address}/archive", tmp_path / "archive.tar.gz", SHA256)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "archive.tar.gz").stat().st_mode & 0o777 == 0o640
+
+
+def test_what_a_killed_download_has_left_is_deleted(site: Site, tmp_path: Path) -> None:
+    (tmp_path / ".archive.tar.gz.x1y2.part").write_bytes(CONTENT[:1000])
+    fetch(f"{site.address}/archive", tmp_path / "archive.tar.gz", SHA256)
+    assert leftovers(tmp_path) == ["archive.tar.gz"]
+
+
+def test_an_archive_in_a_folder_that_cannot_be_written_is_used(site: Site, tmp_path: Path) -> None:
+    path = tmp_path / "archive.tar.gz"
+    path.write_bytes(CONTENT)
+    (tmp_path / f".{path.name}.lock").mkdir()  # root could write to a folder without permission
+    fetch(f"{site.address}/archive", path, SHA256)
+    assert site.requests == []
 
 
 def test_another_digest_is_refused_and_nothing_kept(site: Site, tmp_path: Path) -> None:
