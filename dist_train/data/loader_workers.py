@@ -211,7 +211,8 @@ class LoaderProcesses(Decoder):
 
     def _dispatch(self) -> None:
         """Send parts to the loaders, in order, while there are free slots."""
-        parts = [(batch.job, part) for batch in self._batches for part in batch.parts]
+        # An evaluation announces a whole split: look at no more parts than there are slots.
+        parts = ((batch.job, part) for batch in self._batches for part in batch.parts)
         for job, part in parts:
             if part.slot is not None or part.is_done:
                 continue

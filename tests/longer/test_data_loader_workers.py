@@ -94,6 +94,18 @@ def test_unfetched_prefetches_lose_no_slot(folder: Path, monkeypatch: pytest.Mon
         loaders.close()
 
 
+def test_batches_that_wait_for_a_slot_cost_no_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader_workers, "_MAX_SLOTS", 4)
+    loaders = LoaderProcesses(1, (3, SIZE, SIZE))
+    try:
+        loaders.prefetch(job(folder, number) for number in range(20))
+        del loaders._batches[-1].parts  # an error if anything looks at them
+        for number in range(10):
+            assert torch.equal(fetch(loaders, job(folder, number)), expected(folder, number))
+    finally:
+        loaders.close()
+
+
 def test_decoding_continues_in_the_background(folder: Path, loaders: LoaderProcesses) -> None:
     batches = [tuple(range(start, start + 60)) for start in (0, 60)]
     loaders.prefetch(job(folder, *batch) for batch in batches)
