@@ -222,6 +222,14 @@ def parse_config(settings: Mapping[str, Any], *, source: str, plugins: Sequence[
         raise
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError.of(source, _FILE, str(error), code="wrong-type") from None
+    problems = [
+        # in options, as settings refuse them: the run's records, which are JSON, would have null instead
+        Problem(path, 'not finite: leave it out, or write it as text: "inf"', code="out-of-range", value=number)
+        for path, number in _nested(config.model_dump())
+        if isinstance(number, float) and not math.isfinite(number)
+    ]
+    if problems:
+        raise ConfigError(source, problems)
     complete = config.model_dump(mode="json")
     problems = [
         # which names of files and hosts cannot contain

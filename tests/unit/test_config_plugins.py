@@ -206,6 +206,14 @@ class TestFromPython:
         with raises_problems(("model.options.widths.0", "wrong-type")):
             load_config({"model": model})
 
+    @pytest.mark.parametrize("number", ["inf", "nan"])
+    def test_an_option_that_records_cannot_hold_is_refused(self, tmp_path: Path, number: str) -> None:
+        file = write(tmp_path / "mine.py", "def net(images, width, norm, options): ...\n")
+        model = {"name": f"{file}:net", "options": {"widths": [1.0, number]}}
+        assert load_config({"model": model}).model.options == {"widths": [1.0, number]}
+        with raises_problems(("model.options.widths.1", "out-of-range")):
+            load_config({"model": {**model, "options": {"widths": [1.0, float(number)]}}})
+
 
 class TestTypesOfOptions:
     SOURCE = """
