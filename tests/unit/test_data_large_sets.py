@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import resource
+import tracemalloc
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import pytest
 import torch
 
 from dist_train.config import DataSettings
-from dist_train.data.images import BatchRequest
+from dist_train.data.images import BatchRequest, ImageSet
 from dist_train.data.loader import open_splits
 from dist_train.outcome import UsageError
 from tests.raising import raises
@@ -104,3 +106,18 @@ def test_an_archive_that_does_not_fit_the_memory_is_not_called_damaged(tmp_path:
         archive.writestr("images.npy", header(2**40))
     with raises(UsageError, "data-unreadable"):
         open_splits(DataSettings(name="numpy", root=tmp_path, shape=(3, SIDE, SIDE), classes=2), 0, CPU)
+
+
+@pytest.mark.parametrize("is_contiguous", [True, False])
+def test_images_are_digested_without_a_copy_of_them_all(is_contiguous: bool) -> None:
+    images = torch.randint(256, (9000, 30, 30, 3), dtype=torch.uint8).movedim(-1, 1)
+    images = images.contiguous() if is_contiguous else images
+    labels = torch.arange(len(images)) % 10
+    expected = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()[:16]
+    tracemalloc.start()
+    try:
+        assert ImageSet(images, labels, 10).digest() == expected
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < images.nbytes / 10
