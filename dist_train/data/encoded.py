@@ -114,8 +114,14 @@ def _images_in(folder: Path) -> list[str]:
     """Return the images in `folder` and the folders below it, as sorted paths relative to it."""
     with os.scandir(folder) as entries:
         visible = [entry for entry in entries if _is_visible(entry)]
-    images = [entry.name for entry in visible if entry.name.lower().endswith(_SUFFIXES)]
-    below = [entry.name for entry in visible if not entry.name.lower().endswith(_SUFFIXES) and entry.is_dir()]
+    images, below = [], []
+    for entry in visible:
+        is_image = entry.name.lower().endswith(_SUFFIXES)
+        # Links to images are not followed: to look at each takes long on a file system of the network.
+        if entry.is_dir(follow_symlinks=not is_image):
+            below.append(entry.name)
+        elif is_image:
+            images.append(entry.name)
     images.extend(os.path.join(name, image) for name in below for image in _images_in(folder / name))
     return sorted(images)
 

@@ -41,6 +41,13 @@ def test_every_image_is_listed_once_with_the_class_of_its_folder(root: Path) -> 
     assert [Path(path).parent.name for path in paths] == [CLASSES[label] for label in labels_of(listing).tolist()]
 
 
+def test_a_folder_is_no_image_whatever_its_name(root: Path) -> None:
+    write_image(root / "train" / "ant" / "from camera.JPG" / "1.png", 20, 20, seed=1)
+    (root / "train" / "ant" / "link.png").symlink_to("0001.png")
+    paths = paths_of(list_split(root, "train", 3, seed=0))
+    assert sorted(paths) == sorted(map(str, root.glob("train/**/*.png")))
+
+
 def test_the_order_depends_on_the_seed_alone_and_mixes_the_classes(root: Path) -> None:
     first, again, other = (paths_of(list_split(root, "train", 3, seed)) for seed in (0, 0, 1))
     assert first == again
