@@ -49,13 +49,18 @@ class PixelFormat:
         return pixels
 
 
-def channel_statistics(images: Tensor) -> ChannelStatistics:
-    """Return the statistics of uint8 images [N, C, H, W], from exact integer sums; a deviation of 0 becomes 1."""
-    return statistics_of_parts(torch.split(images, _CHUNK))
+def channel_statistics(images: Tensor, samples: Tensor | None = None) -> ChannelStatistics:
+    """Return the statistics of uint8 images [N, C, H, W], or of the `samples` among them, int64 [n]."""
+    if samples is None:
+        return statistics_of_parts(torch.split(images, _CHUNK))
+    return statistics_of_parts(images[part] for part in torch.split(samples, _CHUNK))
 
 
 def statistics_of_parts(parts: Iterable[Tensor]) -> ChannelStatistics:
-    """Return the statistics of all images in `parts`, uint8 [n, C, H, W]; they do not depend on the division."""
+    """Return the statistics of all images in `parts`, uint8 [n, C, H, W], from exact integer sums.
+
+    They do not depend on the division. A deviation of 0 becomes 1.
+    """
     counts = torch.zeros(0, 256, dtype=torch.int64)
     for part in parts:
         channels = [torch.bincount(part[:, channel].reshape(-1), minlength=256) for channel in range(part.shape[1])]

@@ -32,28 +32,20 @@ class Reader:
 
 
 def load_data(settings: DataSettings, split: Split, seed: int) -> ImageSet | MapDataset:
-    """Return the images of `split`; for training, the subset of `train_size` that the seed chooses.
+    """Return all images of train or test; a plug-in may return a map-style Dataset, of which no sample is read yet.
 
-    The validation split is taken out of the training images. A plug-in may return a map-style Dataset instead: then all
-    of it is returned, and no sample is read yet.
-
-    Raises UsageError if files are missing or damaged, or hold no image, or fewer than `train_size` or
-    `validation_size`.
+    `plan.divided` says which of the training images are trained on. Raises UsageError if files are missing or damaged,
+    or hold no image.
     """
-    read: Split = "test" if split == "test" else "train"
-    images = (_plugin if is_plugin(settings.name) else READERS[settings.name].read)(settings, read, seed)
+    images = (_plugin if is_plugin(settings.name) else READERS[settings.name].read)(settings, split, seed)
     assert not isinstance(images, Listing), "encoded images are listed"
     if len(images) == 0:
         place = f" in {settings.root}" if settings.root is not None else ""
-        raise UsageError(f"{settings.name} holds no {read} images{place}: both splits need some", code="data-counts")
-    if not isinstance(images, ImageSet):
-        return images
-    assert images.shape == settings.image_format.shape
-    assert images.classes == settings.image_format.classes
-    if split == "test" or (settings.validation_size is None and settings.train_size is None):
-        return images
-    kept, held_out = divided(images.labels, settings, seed)
-    return images.select(kept if split == "train" or held_out is None else held_out)
+        raise UsageError(f"{settings.name} holds no {split} images{place}: both splits need some", code="data-counts")
+    if isinstance(images, ImageSet):
+        assert images.shape == settings.image_format.shape
+        assert images.classes == settings.image_format.classes
+    return images
 
 
 def list_encoded(settings: DataSettings, split: Split, seed: int) -> Listing:

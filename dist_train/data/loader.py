@@ -7,6 +7,7 @@ processes.
 from __future__ import annotations
 
 import logging
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -114,22 +115,30 @@ class Samples(SampleSource):
         seed: int = 0,
         augment: str = "none",
         pixels: PixelFormat | None = None,
+        numbers: Tensor | None = None,
     ) -> None:
+        """`numbers`: which of the images are the split's, int64, in its order; None: all."""
         super().__init__(device, seed, augment, pixels)
-        self._is_resident = _fits(images, device)
-        # On a CPU these are the mapped pages; nothing is copied.
+        count = len(images if numbers is None else numbers)
+        self._is_resident = _fits(count * math.prod(images.shape), device)
+        # In the host's memory these are the mapped pages, of all images: nothing is copied.
+        if numbers is not None and self._is_resident and device.type != "cpu":
+            images, numbers = images.select(numbers), None
+        labels = images.labels if numbers is None else images.labels[numbers]
         self._images, self._labels = (
-            tensor.to(device) if self._is_resident else tensor for tensor in (images.images, images.labels)
+            tensor.to(device) if self._is_resident else tensor for tensor in (images.images, labels)
         )
+        self._numbers = numbers
 
     def __len__(self) -> int:
         return len(self._labels)
 
     def _on_device(self, batch: BatchRequest) -> tuple[Tensor, Tensor]:
+        indices = move(batch.indices, self._images.device)
+        numbers = indices if self._numbers is None else self._numbers[indices]
         if self._is_resident:
-            indices = move(batch.indices, self._images.device)
-            return self._images.index_select(0, indices), self._labels.index_select(0, indices)
-        return self._staged(self._images, batch.indices), self._staged(self._labels, batch.indices)
+            return self._images.index_select(0, numbers), self._labels.index_select(0, indices)
+        return self._staged(self._images, numbers), self._staged(self._labels, indices)
 
     def _staged(self, source: Tensor, indices: Tensor) -> Tensor:
         """Copy rows from host memory to the device, through a pinned buffer, while the device computes."""
@@ -152,19 +161,23 @@ def open_splits(
     pixels = PixelFormat(torch.channels_last if channels_last else torch.contiguous_format)
     if settings.data_set.is_encoded:
         return _open(settings, _list_encoded_splits(settings, seed), {}, seed, device, pixels)
-    names: tuple[Split, ...] = ("train", "test", *(("validation",) if settings.validation_size is not None else ()))
+    names: tuple[Split, ...] = ("train", "test")
     opened = {split: load_data(settings, split, seed) for split in names}
-    in_memory = {split: images for split, images in opened.items() if isinstance(images, ImageSet)}
-    if settings.normalize and "train" in in_memory:
-        pixels = replace(pixels, statistics=channel_statistics(in_memory["train"].images))
-    if len(in_memory) < len(opened) or is_plugin(settings.augment):
-        return _open(settings, _list_python_splits(settings, opened, seed), opened, seed, device, pixels)
-    samples = {
-        split: Samples(images, device, seed, settings.augment if split == "train" else "none", pixels)
-        for split, images in in_memory.items()
-    }
-    identity = f"{in_memory['train'].identity} {in_memory['test'].identity}".strip()
-    return Splits(samples["train"], samples["test"], identity, samples.get("validation"), pixels.statistics)
+    train, test = opened["train"], opened["test"]
+    if isinstance(train, ImageSet):
+        kept, held_out = divided(train.labels, settings, seed)
+        numbers = kept if len(kept) < len(train) else None
+        if settings.normalize:
+            pixels = replace(pixels, statistics=channel_statistics(train.images, numbers))
+        if isinstance(test, ImageSet) and not is_plugin(settings.augment):
+            return Splits(
+                Samples(train, device, seed, settings.augment, pixels, numbers),
+                Samples(test, device, seed, pixels=pixels),
+                f"{train.identity} {test.identity}".strip(),
+                None if held_out is None else Samples(train, device, seed, pixels=pixels, numbers=held_out),
+                pixels.statistics,
+            )
+    return _open(settings, _list_python_splits(settings, opened, seed), opened, seed, device, pixels)
 
 
 def training_labels(settings: DataSettings, seed: int) -> Tensor:
@@ -174,18 +187,16 @@ def training_labels(settings: DataSettings, seed: int) -> Tensor:
         assert labels is not None
     else:
         source = load_data(settings, "train", seed)
-        if isinstance(source, ImageSet):
-            return source.labels
-        labels = labels_of(source, settings, seed)
+        labels = source.labels if isinstance(source, ImageSet) else labels_of(source, settings, seed)
     return labels[divided(labels, settings, seed)[0]]
 
 
-def _fits(images: ImageSet, device: torch.device) -> bool:
-    """Whether the images take less than a quarter of the free memory; always on CPUs and emulated GPUs."""
+def _fits(needed: int, device: torch.device) -> bool:
+    """Whether `needed` bytes are less than a quarter of the free memory; always on CPUs and emulated GPUs."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return True
     free, _ = torch.cuda.mem_get_info(device)
-    return images.images.nbytes < free // _RESIDENT_FRACTION
+    return needed < free // _RESIDENT_FRACTION
 
 
 STATISTICS_SAMPLES = 1000
@@ -211,8 +222,7 @@ class LoadedSamples(SampleSource):
         super().__init__(device, seed, "none" if is_encoded or is_plugin(augment) else augment, pixels)
         self._shape = settings.image_format.shape
         self._split = split
-        # the validation split of a Dataset is a part of its training split
-        self._source: Split = "train" if split == "validation" and listing.labels is None else split
+        self._source: Split = "train" if split == "validation" else split
         self._listing = listing
         self._decoder = decoder
         self._is_cropped = is_encoded and augment == "crop-flip"
@@ -280,10 +290,16 @@ def _list_python_splits(
         labels = source.labels if isinstance(source, ImageSet) else None
         name = source.identity if isinstance(source, ImageSet) else f"{settings.name} {split}"
         listings[split] = Listing(int, torch.arange(len(source)), labels, name)
-    source, is_divided = opened["train"], (settings.train_size, settings.validation_size) != (None, None)
-    if is_divided and not isinstance(source, ImageSet):
-        listings |= _divided(listings["train"], labels_of(source, settings, seed), settings, seed)
-    return listings
+    train = opened["train"]
+    if (settings.train_size, settings.validation_size) == (None, None):
+        return listings
+    if not isinstance(train, ImageSet):
+        return listings | _divided(listings["train"], labels_of(train, settings, seed), settings, seed)
+    parts = _divided(listings["train"], train.labels, settings, seed)
+    # The digest is that of the images' source alone, as without a plug-in.
+    return listings | {
+        split: replace(part, refer=part.reference, numbers=torch.arange(len(part))) for split, part in parts.items()
+    }
 
 
 def _divided(whole: Listing, labels: Tensor, settings: DataSettings, seed: int) -> dict[Split, Listing]:

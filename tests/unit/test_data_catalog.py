@@ -11,7 +11,8 @@ import torch
 
 from dist_train.config import DATA_SETS, DataSettings
 from dist_train.data.catalog import READERS, make_synthetic
-from dist_train.data.images import ImageSet, Split
+from dist_train.data.images import BatchRequest, ImageSet, Split
+from dist_train.data.loader import open_splits, training_labels
 from dist_train.data.published import CIFAR10, CIFAR100
 from dist_train.outcome import UsageError
 from tests.archives import (
@@ -71,15 +72,22 @@ def test_train_size_takes_a_balanced_part_of_train_and_all_of_test(tmp_path: Pat
     write_fashion_mnist(tmp_path, "train", count=40)
     write_fashion_mnist(tmp_path, "test", count=30)
     settings = DataSettings(name="fashion-mnist", root=tmp_path, train_size=20)
-    assert torch.bincount(load_images(settings, "train", 0).labels).tolist() == [2] * 10
-    assert len(load_images(settings, "test", 0)) == 30
-    assert not torch.equal(load_images(settings, "train", 0).images, load_images(settings, "train", 1).images)
+    splits, other = (open_splits(settings, seed, torch.device("cpu")) for seed in (0, 1))
+    whole = BatchRequest(torch.arange(20))
+    images, labels = splits.train.read(whole)
+    assert torch.bincount(labels).tolist() == [2] * 10
+    assert torch.equal(training_labels(settings, 0), labels)
+    assert len(splits.test) == 30
+    assert not torch.equal(images, other.train.read(whole)[0])
 
 
 def test_a_train_size_above_what_there_is_is_refused(tmp_path: Path) -> None:
-    write_fashion_mnist(tmp_path, count=40)
-    with raises(UsageError, "too-few-samples"):
-        load_images(DataSettings(name="fashion-mnist", root=tmp_path, train_size=41), "train", 0)
+    write_fashion_mnist(tmp_path, "train", count=40)
+    write_fashion_mnist(tmp_path, "test", count=30)
+    settings = DataSettings(name="fashion-mnist", root=tmp_path, train_size=41)
+    for read in (lambda: open_splits(settings, 0, torch.device("cpu")), lambda: training_labels(settings, 0)):
+        with raises(UsageError, "too-few-samples"):
+            read()
 
 
 def test_the_synthetic_set_has_the_configured_form_and_leaves_no_file(cache: Path) -> None:

@@ -67,7 +67,7 @@ def header(images: int) -> bytes:
     return file.getvalue()
 
 
-def larger_than_memory(folder: Path) -> DataSettings:
+def larger_than_memory(folder: Path, **others: object) -> DataSettings:
     """Write arrays whose training images need more than the memory and the swap, in a file with a hole for them."""
     kibibytes = {line.split(":")[0]: int(line.split()[1]) for line in Path("/proc/meminfo").read_text().splitlines()}
     images = 3 * (kibibytes["MemTotal"] + kibibytes["SwapTotal"]) * 1024 // (2 * 3 * SIDE * SIDE)
@@ -78,15 +78,19 @@ def larger_than_memory(folder: Path) -> DataSettings:
             os.truncate(path, len(header(count)) + count * 3 * SIDE * SIDE)
         except OSError:
             pytest.skip("this file system has no files larger than the memory")
-        np.save(folder / f"{split}_labels.npy", np.zeros(count, np.uint8))
-    return DataSettings(name="numpy", root=folder, shape=(3, SIDE, SIDE), classes=2)
+        np.save(folder / f"{split}_labels.npy", np.arange(count) % 2)
+    form = {"name": "numpy", "root": folder, "shape": (3, SIDE, SIDE), "classes": 2}
+    return DataSettings.model_validate({**form, **others})
 
 
-def test_an_array_may_be_larger_than_the_memory(tmp_path: Path) -> None:
-    splits = open_splits(larger_than_memory(tmp_path), 0, CPU)
-    images, _ = splits.train.read(BatchRequest(torch.tensor([0, len(splits.train) - 1])))
-    assert images.shape == (2, 3, SIDE, SIDE)
-    assert not images.any()
+@pytest.mark.parametrize("augment", ["none", "tests.unit.drawing_data:erased"])
+@pytest.mark.parametrize("others", [{}, {"validation_size": 9}])
+def test_an_array_may_be_larger_than_the_memory(others: dict[str, object], augment: str, tmp_path: Path) -> None:
+    splits = open_splits(larger_than_memory(tmp_path, **others, augment=augment), 0, CPU)
+    for samples in filter(None, (splits.train, splits.validation)):
+        images, _ = samples.read(BatchRequest(torch.tensor([0, len(samples) - 1])))
+        assert images.shape == (2, 3, SIDE, SIDE)
+        assert not images.any()
 
 
 def test_an_array_that_may_not_be_mapped_is_not_called_damaged(tmp_path: Path) -> None:

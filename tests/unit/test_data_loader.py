@@ -11,6 +11,7 @@ from dist_train.data.augmentation import PixelFormat, channel_statistics, crop_f
 from dist_train.data.catalog import make_synthetic
 from dist_train.data.images import BatchRequest, ImageSet
 from dist_train.data.loader import Samples, open_splits
+from dist_train.data.plan import divided
 from tests.unit.image_sets import load_images
 
 CPU = torch.device("cpu")
@@ -19,7 +20,7 @@ INDICES = torch.tensor([31, 4, 4, 90, 0])
 
 @pytest.fixture(params=["resident", "staged"])
 def samples(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Samples:
-    monkeypatch.setattr(loader, "_fits", lambda images, device: request.param == "resident")
+    monkeypatch.setattr(loader, "_fits", lambda needed, device: request.param == "resident")
     return Samples(made(), CPU)
 
 
@@ -53,7 +54,8 @@ def test_promise_2_augmented_samples_do_not_depend_on_the_micro_batch() -> None:
 def test_both_splits_are_normalized_by_the_training_images_in_use(tmp_path: Path) -> None:
     settings = DataSettings(name="synthetic", synthetic_samples=200, train_size=50, normalize=True, augment="crop-flip")
     splits = open_splits(settings, seed=1, device=CPU, channels_last=True)
-    train = load_images(settings, "train", 1)
+    whole = load_images(settings, "train", 1)
+    train = whole.select(divided(whole.labels, settings, 1)[0])
     test = load_images(settings, "test", 1)
     pixels = PixelFormat(statistics=channel_statistics(train.images))
     assert len(splits.train) == 50
@@ -74,6 +76,38 @@ def test_on_a_cpu_the_images_are_not_copied() -> None:
     assert samples.read(BatchRequest(torch.tensor([7]), 0))[0].min() == 1
 
 
+@pytest.mark.parametrize("augment", ["crop-flip", "tests.unit.drawing_data:as_array"])
+@pytest.mark.parametrize("place", ["resident", "staged"])
+def test_parts_of_the_training_images_are_not_copied(place: str, augment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "_fits", lambda needed, device: place == "resident")
+    settings = DataSettings(
+        name="synthetic",
+        synthetic_samples=200,
+        validation_size=30,
+        train_size=50,
+        augment=augment,
+        augment_options={"axes": [0, 1, 2]},
+    )
+    whole = load_images(settings, "train", 1)
+    monkeypatch.setattr(ImageSet, "select", None)
+    splits = open_splits(settings, 1, CPU)
+    parts = divided(whole.labels, settings, 1)
+    for samples, numbers in zip((splits.train, splits.of("validation")), parts, strict=True):
+        assert numbers is not None
+        images, labels = samples.read(BatchRequest(torch.arange(len(numbers))))
+        assert torch.equal(images, whole.images[numbers] / 255)
+        assert torch.equal(labels, whole.labels[numbers])
+    if augment == "crop-flip":
+        found, _ = splits.train.read(BatchRequest(INDICES % 50, epoch=2))
+        assert torch.equal(found, crop_flip(whole.images[parts[0][INDICES % 50]], INDICES % 50, 1, 2) / 255)
+
+
+def test_a_device_holds_the_part_in_use_alone() -> None:
+    samples = Samples(made(), torch.device("meta"), numbers=INDICES)
+    assert samples._images.shape == (5, 3, 8, 8)
+    assert samples.read(BatchRequest(torch.arange(3)))[0].shape == (3, 3, 8, 8)
+
+
 def test_a_set_stays_on_a_gpu_only_when_it_takes_less_than_a_quarter_of_its_free_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -81,4 +115,4 @@ def test_a_set_stays_on_a_gpu_only_when_it_takes_less_than_a_quarter_of_its_free
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for free, fits in ((4 * images.images.nbytes, False), (4 * images.images.nbytes + 4, True)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))
-        assert loader._fits(images, torch.device("cuda")) is fits
+        assert loader._fits(images.images.nbytes, torch.device("cuda")) is fits
