@@ -244,7 +244,8 @@ launch() {
     ((saves)) || stop=stop_at_once request='ending the ranks'
     ((!stop_signals)) || stopped_before_launch
     # The launcher dies with this script; a Ctrl-C at the terminal reaches only this script.
-    if command -v setpriv >/dev/null; then
+    # Before util-linux 2.33 (as on RHEL 8), setpriv does not know the option.
+    if setpriv --pdeathsig KILL true 2>/dev/null; then
         guard=(setpriv --pdeathsig KILL)
     fi
     guard+=(setsid)

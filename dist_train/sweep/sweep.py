@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
-from dist_train.cluster.launch import without_launcher
+from dist_train.cluster.launch import command_output, without_launcher
 from dist_train.monitoring import wording
 from dist_train.outcome import ExitCode
 from dist_train.rundir.paths import try_to_lock
@@ -34,8 +33,11 @@ class Launcher:
 
     def command(self, plan: Plan, run: PlannedRun) -> list[str]:
         """Return the command line of `run`."""
-        # If the sweep is killed, its runs get SIGTERM: they save and stop.
-        guard = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
+        # If the sweep is killed, its runs get SIGTERM: they save and stop. Before util-linux 2.33 (as on RHEL 8),
+        # setpriv does not know the option.
+        guard = ["setpriv", "--pdeathsig", "TERM"]
+        if not command_output(*guard, "echo", "known"):
+            guard = []
         launch = ["launch", "-np", str(self.ranks)] if self.ranks > 1 else []
         return [*guard, sys.executable, "-m", "dist_train", *launch, *plan.train_arguments(run)]
 

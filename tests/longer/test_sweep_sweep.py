@@ -123,6 +123,14 @@ class TestOrder:
         program = [sys.executable, "-m", "dist_train", *launch, "train", str(plan.base_file)]
         assert command[command.index(sys.executable) :][: len(program)] == program
 
+    def test_runs_start_where_setpriv_lacks_an_option(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        plan = small_plan(tmp_path)
+        assert Launcher().command(plan, plan.runs[0])[0] == "setpriv"
+        (tmp_path / "setpriv").write_text("#!/bin/sh\nexit 1\n")
+        (tmp_path / "setpriv").chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path))
+        assert Launcher().command(plan, plan.runs[0])[0] == sys.executable
+
 
 class TestFailures:
     def test_failed_run_is_reported_and_others_continue(self, tmp_path: Path) -> None:

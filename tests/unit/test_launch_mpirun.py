@@ -55,6 +55,14 @@ def test_ranks_on_other_machines_get_the_variables_of_libraries_and_caches(tmp_p
     assert "EDITOR" not in passed
 
 
+def test_ranks_start_where_setpriv_lacks_an_option(tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "setpriv").write_text("#!/bin/sh\necho \"setpriv: unrecognized option '$1'\" >&2\nexit 1\n")
+    (old / "setpriv").chmod(0o755)
+    assert command_of(tmp_path, "-np", "3", "runs", PATH=f"{old}:{os.environ['PATH']}")[:2] == ["-np", "3"]
+
+
 @pytest.mark.parametrize("is_checkout", [True, False])
 def test_advice_for_another_python_fits_the_installation(is_checkout: bool, tmp_path: Path) -> None:
     if is_checkout:
