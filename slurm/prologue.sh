@@ -97,7 +97,7 @@ job=${SLURM_JOB_ID:-}
 [[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 
 # Variables with the job's own requests, which srun would add to those of a step.
-job_requests=(SLURM_GPUS SLURM_GPUS_PER_TASK SLURM_NTASKS_PER_GPU SLURM_TRES_PER_TASK SLURM_TRES_BIND)
+job_requests=(SLURM_GPUS SLURM_GPUS_PER_TASK SLURM_NTASKS_PER_GPU SLURM_TRES_PER_TASK SLURM_TRES_BIND SLURM_GPU_BIND)
 without_requests=(env "${job_requests[@]/#/--unset=}")
 
 say() {
@@ -216,7 +216,7 @@ find_our_program() {
         *)
             container_options=("--container-image=$image" "--container-mounts=$PWD:$PWD,$root:$root" "--container-workdir=$PWD" "${words[@]}")
             local requests=(--nodes=1 --ntasks=1)
-            ((gpus == 0)) || requests+=("--gpus-per-node=$gpus" --gpu-bind=none)
+            ((gpus == 0)) || requests+=("--gpus-per-node=$gpus")
             dist_train=("${without_requests[@]}" srun --mpi=none --overlap "${requests[@]}" --input=none
                 "${container_options[@]}" python3 -m dist_train)
             ;;
@@ -242,10 +242,11 @@ compose_command() {
             # Not --kill-on-bad-exit: rank 0 may still be writing the outcome when another rank has ended.
             command=(srun "--mpi=$mpi" "--nodes=$nodes" "--ntasks=$rank_count" "--ntasks-per-node=$ranks_here"
                 "--cpus-per-task=$cores_each" --export=ALL --input=none --no-kill --kill-on-bad-exit=0 "--wait=${LOSS_SECONDS:-40}")
-            # A step gets the GPUs that it requests. All ranks of a node see all of these, and each uses the one of its
-            # local rank: NCCL uses NVLink only between GPUs that a process can see.
+            # A step gets the GPUs that it requests. All ranks of a node see all of these, without --gpu-bind=none, which
+            # Slurm knows since 21.08 only, and each uses the one of its local rank: NCCL uses NVLink only between GPUs
+            # that a process can see.
             unset "${job_requests[@]}"
-            ((gpus == 0)) || command+=("--gpus-per-node=$gpus" --gpu-bind=none)
+            ((gpus == 0)) || command+=("--gpus-per-node=$gpus")
             ((node_cores >= ranks_here * cores_each)) || command+=(--overcommit)
             command+=("${placed[@]}")
             [[ -z ${CPU_BIND:-} ]] || command+=("--cpu-bind=$CPU_BIND")
@@ -597,7 +598,7 @@ supervise_nodes() {
 start_on_node() {
     local cores=$((ranks_here * cores_each)) options=()
     # As without MIN_RANKS, all ranks of a node see all of its GPUs.
-    ((gpus == 0)) || options+=("--gpus-per-node=$gpus" --gpu-bind=none)
+    ((gpus == 0)) || options+=("--gpus-per-node=$gpus")
     ((node_cores >= cores)) || options+=(--overcommit)
     [[ -z ${CPU_BIND:-} ]] || options+=("--cpu-bind=$CPU_BIND")
     "${without_requests[@]}" "${rank_environment[@]}" srun --mpi=none --overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 "--nodelist=$1" \

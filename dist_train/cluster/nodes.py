@@ -33,7 +33,14 @@ from dist_train.rundir.atomic import swap_text
 INTERFACE_VARIABLE = "NETWORK_INTERFACE"  # for the ranks; slurm/prologue.sh passes it to MPI, NCCL and Gloo
 
 _JOB_REQUESTS = frozenset(
-    {"SLURM_GPUS", "SLURM_GPUS_PER_TASK", "SLURM_NTASKS_PER_GPU", "SLURM_TRES_PER_TASK", "SLURM_TRES_BIND"}
+    {
+        "SLURM_GPUS",
+        "SLURM_GPUS_PER_TASK",
+        "SLURM_NTASKS_PER_GPU",
+        "SLURM_TRES_PER_TASK",
+        "SLURM_TRES_BIND",
+        "SLURM_GPU_BIND",
+    }
 )
 """Variables with the job's own requests, which srun would add to ours."""
 _ANSWER_SECONDS = 30.0  # of a cluster's nodes, and then a second more for each: all load Python from one file system

@@ -56,7 +56,7 @@ def programs(tmp_path: Path) -> str:
 def test_one_rank_for_each_gpu(programs: str) -> None:
     command = command_of(PATH=programs, SLURM_GPUS_ON_NODE="8")
     assert command.startswith("srun --mpi=pmix --nodes=2 --ntasks=16 --ntasks-per-node=8 --cpus-per-task=4 ")
-    assert " --gpus-per-node=8 --gpu-bind=none " in command
+    assert " --gpus-per-node=8 " in command
     program = (sys.executable, "-m", "dist_train", "train", f"{ROOT}/configs/lb_8192.yaml")
     assert_contains(command, f"{ROOT}/launch/rank.sh", *program)
 
@@ -92,6 +92,22 @@ def test_launchers_of_an_elastic_run_have_the_cores_of_the_smallest_node(program
     ended = start(script_of(tmp_path, lines), PATH=programs, **job)
     assert ended.returncode == 0, ended.stderr
     assert " --cpus-per-task=8 " in (tmp_path / "words").read_text()
+
+
+@pytest.mark.parametrize(
+    "start_ranks", ['"${command[@]}"', "start_on_node n1 entrance; wait", '"${dist_train[@]}" doctor']
+)
+def test_steps_see_all_gpus_of_a_node_with_any_slurm(programs: str, tmp_path: Path, start_ranks: str) -> None:
+    # Slurm before 21.08 refuses --gpu-bind=none.
+    (tmp_path / "srun").write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/words; env >{tmp_path}/variables\n')
+    job = {**TWO_NODES, "SLURM_GPUS_ON_NODE": "2", "SLURM_GPU_BIND": "single:1", "SLURM_TRES_BIND": "gpu:single:1"}
+    container = {"CONTAINER": "image"} if "doctor" in start_ranks else {}
+    ended = start(script_of(tmp_path, f"prepare_ranks\n{start_ranks}"), PATH=programs, **job, **container)
+    assert ended.returncode == 0, ended.stderr
+    words = (tmp_path / "words").read_text()
+    assert " --gpus-per-node=2 " in words
+    assert "--gpu-bind" not in words
+    assert "_BIND=" not in (tmp_path / "variables").read_text()
 
 
 def test_without_gpus_one_rank_for_each_task(programs: str) -> None:
