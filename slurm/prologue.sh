@@ -463,7 +463,8 @@ exit_if_dry_run() {
 launch_or_show() {
     exit_if_dry_run "${command[@]}" "$@"
     check_run "$@"
-    [[ -n $error_log ]] || error_log=$(mktemp)
+    # TMPDIR may name a folder of the login node.
+    [[ -n $error_log ]] || error_log=$(mktemp 2>/dev/null) || error_log=$(TMPDIR=/tmp mktemp)
     [[ -z $run_directory ]] || watch=${watch:-end_lingering_ranks}
     trap 'rm -f "$error_log"' EXIT
     say "$nodes nodes (${SLURM_JOB_NODELIST:-$(uname -n)}) x $ranks_here ranks, $gpus GPUs a node, by $by; $1 ${run_directory:-${*:2}}"

@@ -520,6 +520,13 @@ def test_analyses_leave_no_temporary_file(programs: str, tmp_path: Path) -> None
     assert (ended.stderr.count("; landscape direction "), list(folder.iterdir())) == (2, [])
 
 
+def test_jobs_start_on_nodes_without_the_login_node_s_temporary_folder(programs: str, tmp_path: Path) -> None:
+    (tmp_path / "srun").write_text("#!/bin/sh\nexit 0\n")
+    script = script_of(tmp_path, 'prepare_ranks\nlaunch_or_show landscape direction one\nexit "$launcher_status"')
+    ended = start(script, PATH=programs, TMPDIR=str(tmp_path / "nowhere"), **TWO_NODES)
+    assert ended.returncode == 0, ended.stderr
+
+
 def test_analyses_of_an_unreadable_study_end_with_2(programs: str, tmp_path: Path) -> None:
     script = script_of(tmp_path, f"analyses_in_job {tmp_path}/study.yaml")
     ended = start(script, PATH=programs, PYTHONPATH=str(ROOT), **TWO_NODES)
