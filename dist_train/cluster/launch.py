@@ -58,6 +58,10 @@ def current_launch(environment: Mapping[str, str] = os.environ) -> Launch:
 
     env:// is torch's name for variables that something else has set, such as Kubeflow's PyTorchJob.
     """
+    # Both may themselves run within a Slurm step, or be started by mpirun, one on each node.
+    if LISTEN_FD in environment or "TORCHELASTIC_RUN_ID" in environment:
+        launcher = "dist-train launch" if LISTEN_FD in environment else "torchrun"
+        return Launch(launcher, int(environment["WORLD_SIZE"]), int(environment["RANK"]), _store_of_torch(environment))
     if "OMPI_COMM_WORLD_SIZE" in environment:
         for name in ("HOROVOD_CONTROLLER", "HOROVOD_CPU_OPERATIONS"):
             if environment.get(name, "").lower() == "gloo":
@@ -66,17 +70,18 @@ def current_launch(environment: Mapping[str, str] = os.environ) -> Launch:
                     code="gloo-under-mpirun",
                 )
         return Launch("mpirun", int(environment["OMPI_COMM_WORLD_SIZE"]), int(environment["OMPI_COMM_WORLD_RANK"]))
-    # torchrun may itself run within a Slurm step.
-    if LISTEN_FD in environment or "TORCHELASTIC_RUN_ID" in environment:
-        launcher = "dist-train launch" if LISTEN_FD in environment else "torchrun"
-        return Launch(launcher, int(environment["WORLD_SIZE"]), int(environment["RANK"]), _store_of_torch(environment))
+    of_other_mpis = _ranks_of_other_mpis(environment)
+    names_rank = "RANK" in environment and environment.get("WORLD_SIZE", "1") != "1"
     # A batch script has SLURM_NTASKS, too; only srun's tasks have a step of their own.
     if "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment and "HOROVOD_RANK" not in environment:
         size = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
-        return Launch("srun", size, int(environment["SLURM_PROCID"]), _store_of_slurm(environment))
+        # Other launchers may run within a step: in an interactive one, or as a task on each node, as mpirun of Intel
+        # MPI does. With srun --mpi=pmi2, PMI_SIZE is the step's size.
+        if {size, *of_other_mpis.values()} == {size} and (size > 1 or not names_rank):
+            return Launch("srun", size, int(environment["SLURM_PROCID"]), _store_of_slurm(environment))
     if "HOROVOD_SIZE" in environment:
         return Launch("horovodrun", int(environment["HOROVOD_SIZE"]), int(environment["HOROVOD_RANK"]))
-    if "RANK" in environment and environment.get("WORLD_SIZE", "1") != "1":
+    if names_rank:
         ranks, rank = environment["WORLD_SIZE"], environment["RANK"]
         if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]:
             raise UsageError(
@@ -91,13 +96,12 @@ def current_launch(environment: Mapping[str, str] = os.environ) -> Launch:
                 code="launch-variables",
             )
         return Launch("env://", int(ranks), int(rank), _store_of_torch(environment))
-    for name in ("PMI_SIZE", "MV2_COMM_WORLD_SIZE"):  # MPICH, Intel MPI, Cray PALS; MVAPICH2's mpirun_rsh
-        if (ranks := environment.get(name, "")).isdecimal() and int(ranks) > 1:
-            raise UsageError(
-                f"{name}={ranks}: this mpirun is not Open MPI's, and its ranks cannot meet: start with dist-train "
-                f"launch, srun, torchrun or Open MPI's mpirun, or unset {name} to train with one rank",
-                code="launcher-unsupported",
-            )
+    for name, count in of_other_mpis.items():
+        raise UsageError(
+            f"{name}={count}: this mpirun is not Open MPI's, and its ranks cannot meet: start with dist-train "
+            f"launch, srun, torchrun or Open MPI's mpirun, or unset {name} to train with one rank",
+            code="launcher-unsupported",
+        )
     return Launch("alone", 1, 0)
 
 
@@ -127,6 +131,12 @@ def engine_of(launcher: str, asked: Engine, has_horovod: bool) -> Literal["horov
 def is_installed(module: str) -> bool:
     """Whether `module` can be found, without loading it."""
     return find_spec(module) is not None
+
+
+def _ranks_of_other_mpis(environment: Mapping[str, str]) -> dict[str, int]:
+    """Return the number of ranks by variable: of MPICH, Intel MPI, Cray PALS; of MVAPICH2's mpirun_rsh."""
+    found = {name: environment.get(name, "") for name in ("PMI_SIZE", "MV2_COMM_WORLD_SIZE")}
+    return {name: int(ranks) for name, ranks in found.items() if ranks.isdecimal() and int(ranks) > 1}
 
 
 def _store_of_torch(environment: Mapping[str, str]) -> StoreAddress:

@@ -47,6 +47,10 @@ OURS = {
     "DIST_TRAIN_LISTEN_FD": "5",
 }
 ENV = {"RANK": "5", "WORLD_SIZE": "8", "MASTER_ADDR": "job-master-0", "MASTER_PORT": "23456"}
+STORE_OF_TORCHRUN = StoreAddress("n1", 29400, "dist_train.r.2", is_served=True)
+STORE_OF_OURS = StoreAddress("127.0.0.1", 4711, "dist_train..0", listen_fd=5)
+STORE_OF_ENV = StoreAddress("job-master-0", 23456, "dist_train..0")
+SHELL = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}
 BATCH_SCRIPT = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}
 
 
@@ -59,16 +63,26 @@ BATCH_SCRIPT = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}
         (SRUN, Launch("srun", 8, 2)),
         ({**SRUN, **STEP}, Launch("srun", 8, 2, STEP_STORE)),
         ({**SRUN, **STEP, "MASTER_ADDR": "ib0", "MASTER_PORT": "99"}, Launch("srun", 8, 2, NAMED_STORE)),
-        (TORCHRUN, Launch("torchrun", 4, 3, StoreAddress("n1", 29400, "dist_train.r.2", is_served=True))),
-        ({**SRUN, **TORCHRUN}, Launch("torchrun", 4, 3, StoreAddress("n1", 29400, "dist_train.r.2", is_served=True))),
-        (OURS, Launch("dist-train launch", 2, 0, StoreAddress("127.0.0.1", 4711, "dist_train..0", listen_fd=5))),
-        (ENV, Launch("env://", 8, 5, StoreAddress("job-master-0", 23456, "dist_train..0"))),
+        (TORCHRUN, Launch("torchrun", 4, 3, STORE_OF_TORCHRUN)),
+        (OURS, Launch("dist-train launch", 2, 0, STORE_OF_OURS)),
+        (ENV, Launch("env://", 8, 5, STORE_OF_ENV)),
         ({**ENV, **MPIRUN}, Launch("mpirun", 4, 3)),
         ({"RANK": "0", "WORLD_SIZE": "1"}, Launch("alone", 1, 0)),
         ({"WORLD_SIZE": "8"}, Launch("alone", 1, 0)),
         # mpirun and horovodrun within a Slurm job see its variables too
         ({**SRUN, **MPIRUN}, Launch("mpirun", 4, 3)),
         ({**SRUN, **HOROVODRUN}, Launch("horovodrun", 2, 1)),
+        # torchrun and ours started by srun or mpirun, once on each node
+        ({**SRUN, **TORCHRUN}, Launch("torchrun", 4, 3, STORE_OF_TORCHRUN)),
+        ({**MPIRUN, **TORCHRUN}, Launch("torchrun", 4, 3, STORE_OF_TORCHRUN)),
+        ({**MPIRUN, **OURS}, Launch("dist-train launch", 2, 0, STORE_OF_OURS)),
+        # within an interactive step
+        ({**SHELL, **ENV}, Launch("env://", 8, 5, STORE_OF_ENV)),
+        ({**SHELL, **ENV, "PMI_SIZE": "8"}, Launch("env://", 8, 5, STORE_OF_ENV)),
+        ({**SHELL, "RANK": "0", "WORLD_SIZE": "1"}, Launch("srun", 1, 0)),
+        ({**SHELL, "WORLD_SIZE": "8"}, Launch("srun", 1, 0)),
+        ({**SRUN, "RANK": "0", "WORLD_SIZE": "2"}, Launch("srun", 8, 2)),
+        ({**SRUN, "PMI_SIZE": "1"}, Launch("srun", 8, 2)),  # of the shell that has called srun
         (BATCH_SCRIPT, Launch("alone", 1, 0)),
         ({**BATCH_SCRIPT, **HOROVODRUN}, Launch("horovodrun", 2, 1)),
         ({**MPIRUN, "HOROVOD_CONTROLLER": "mpi"}, Launch("mpirun", 4, 3)),
@@ -83,7 +97,10 @@ def test_ranks_of_another_mpi_do_not_train_alone(name: str) -> None:
     with raises(UsageError, "launcher-unsupported"):
         current_launch({name: "4"})
     assert current_launch({name: "1"}).launcher == "alone"
-    assert current_launch({name: "4", **SRUN, **STEP}).launcher == "srun"  # with --mpi=pmi2
+    for step in (SHELL, SRUN):  # which mpirun itself runs in, or has started on each node
+        with raises(UsageError, "launcher-unsupported"):
+            current_launch({name: "4", **step, **STEP})
+    assert current_launch({name: "8", **SRUN, **STEP}).launcher == "srun"  # with --mpi=pmi2
     assert current_launch({name: "4", **TORCHRUN}).launcher == "torchrun"
 
 
