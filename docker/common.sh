@@ -2,7 +2,7 @@
 # Shared by the scripts in this folder; sourced, never run.
 
 # shellcheck disable=SC2034
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+root=$(CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck disable=SC2034
 cache="${DIST_TRAIN_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/dist_train}"
 

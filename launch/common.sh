@@ -5,7 +5,7 @@
 # launch script checks the configuration first, forwards stop requests to the ranks itself, and
 # takes its exit status from the run's status.json.
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+root=$(CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 usage_status=2
 stopped_status=75
 escalate_after=2 # seconds; a second signal within this time counts as the same request

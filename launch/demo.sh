@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The demo, run by `make demo`.
 set -euo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+root=$(CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
 
 case ${1:-} in

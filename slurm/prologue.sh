@@ -38,7 +38,7 @@
 #   disagree, 75 stopped after saving, 1 anything else. After 75 and 1 it is requeued with scontrol.
 
 : "${root:?the batch script sets it to the project folder}"
-root=$(cd "$root" && pwd)
+root=$(CDPATH='' cd -- "$root" && pwd)
 
 asked=${1:-}
 case $asked in

@@ -5,7 +5,7 @@
 
 set -euo pipefail
 
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+here=$(CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 output=${1:-$here/../../tests/services/grafana_dashboard.schema.json}
 grafana=11.6.4
 

@@ -63,6 +63,22 @@ def test_ranks_start_where_setpriv_lacks_an_option(tmp_path: Path) -> None:
     assert command_of(tmp_path, "-np", "3", "runs", PATH=f"{old}:{os.environ['PATH']}")[:2] == ["-np", "3"]
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        '. launch/common.sh && echo "$root"',
+        '. docker/common.sh && echo "$root"',
+        'root=launch/.. && SLURM_JOB_ID=7 && . slurm/prologue.sh && echo "$root"',
+        "launch/demo.sh --help >/dev/null && pwd",
+    ],
+)
+def test_scripts_find_the_project_where_cd_prints_a_folder(command: str) -> None:
+    ended = subprocess.run(
+        ["bash", "-euc", command], cwd=ROOT, env={**os.environ, "CDPATH": "."}, capture_output=True, text=True
+    )
+    assert (ended.returncode, ended.stdout) == (0, f"{ROOT}\n"), ended.stderr
+
+
 @pytest.mark.parametrize("is_checkout", [True, False])
 def test_advice_for_another_python_fits_the_installation(is_checkout: bool, tmp_path: Path) -> None:
     if is_checkout:
