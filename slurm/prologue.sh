@@ -552,10 +552,12 @@ own_address() {
 }
 
 # Runs beside an elastic run's launcher: keeps a launcher on each of the wanted number of nodes, whose ranks join the
-# run. If one ends, or its node is lost, it is started again when the node answers, or on a spare node.
+# run. If one ends, or its node is lost, it is started again when the node answers, or on a spare node. A node is given
+# up once its launcher has ended within ten minutes of joining more than MAX_RESTARTS times in a row.
 supervise_nodes() {
     local node connected living next_look=0 entrance=$run_directory/join-$launch_id.json
-    local -A steps=() has_joined=() missing=() due=() pause=()
+    local restarts=${MAX_RESTARTS:-${MAX_REQUEUES:-3}}
+    local -A steps=() joined_at=() missing=() due=() pause=() short_stays=()
     until [[ -s $entrance ]]; do
         sleep 0.2
     done
@@ -563,15 +565,20 @@ supervise_nodes() {
         connected=$(sed -n 's/.*"nodes": \[\(.*\)\].*/\1/p' "$entrance" 2>/dev/null) || connected=
         for node in "${!steps[@]}"; do
             if [[ $connected == *"\"$node\""* ]]; then
-                has_joined[$node]=1 missing[$node]=0 pause[$node]=2
+                missing[$node]=0 joined_at[$node]=${joined_at[$node]:-$SECONDS}
+                ((SECONDS - joined_at[$node] < 600)) || pause[$node]=2 short_stays[$node]=0
                 continue
             fi
             # srun may wait for a lost node as long as Slurm does.
-            if ! kill -0 "${steps[$node]}" 2>/dev/null || { [[ -n ${has_joined[$node]:-} ]] && ((++missing[$node] > 5)); }; then
+            if ! kill -0 "${steps[$node]}" 2>/dev/null || { [[ -n ${joined_at[$node]:-} ]] && ((++missing[$node] > 5)); }; then
                 kill -KILL "${steps[$node]}" 2>/dev/null || true
                 due[$node]=$((SECONDS + ${pause[$node]:-2}))
                 pause[$node]=$((${pause[$node]:-2} < 60 ? 2 * ${pause[$node]:-2} : 60))
-                unset "steps[$node]" "has_joined[$node]"
+                if [[ -n ${joined_at[$node]:-} ]] && ((++short_stays[$node] > restarts)); then
+                    say "$node is given up: its ranks have ended too soon ${short_stays[$node]} times in a row"
+                    due[$node]=$((1 << 60))
+                fi
+                unset "steps[$node]" "joined_at[$node]"
                 [[ ${guard_node:-} != "$node" ]] || guard_step=0
             fi
         done
@@ -583,7 +590,7 @@ supervise_nodes() {
                 [[ -z ${steps[$node]:-} && " ${fit_nodes[*]:-$node} " == *" $node "* ]] || continue
                 ((SECONDS >= ${due[$node]:-0})) || continue
                 start_on_node "$node" "$entrance"
-                steps[$node]=$! missing[$node]=0
+                steps[$node]=$! missing[$node]=0 short_stays[$node]=${short_stays[$node]:-0}
                 disown "$!" # otherwise bash reports its end
             done
             # A guard step left over on a living node does no harm.

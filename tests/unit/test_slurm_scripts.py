@@ -483,6 +483,49 @@ def test_the_check_of_the_nodes_requests_the_gpus_that_the_run_uses(programs: st
 
 
 @pytest.mark.parametrize(
+    ("seconds", "limit", "starts"),
+    [
+        (10, {"MAX_RESTARTS": "2"}, 3),
+        (10, {"MAX_RESTARTS": "0"}, 1),
+        (10, {"MAX_REQUEUES": "1"}, 2),
+        (800, {"MAX_RESTARTS": "2"}, 6),
+    ],
+)
+def test_a_node_whose_ranks_always_end_soon_is_given_up(
+    programs: str, tmp_path: Path, seconds: int, limit: dict[str, str], starts: int
+) -> None:
+    """The launcher of a node ends so many seconds after it has joined; it is started up to six times."""
+    lines = f"""
+        run_directory={tmp_path} launch_id=x wanted_nodes=1 fit_nodes=() guard_step=1 starts=0 ticks=0
+        connect() {{ echo "{{\\"nodes\\": [$1]}}" >"$run_directory/join-x.json"; }}
+        connect ''
+        living_nodes() {{ echo n1; }}
+        start_on_node() {{
+            echo "$1"
+            ((++starts < 6)) || exit 0
+            command sleep 1000 &
+            launcher=$! started=$ticks
+        }}
+        sleep() {{ # drives the clock
+            ticks=$((ticks + 1)) SECONDS=$((SECONDS + {seconds // 5}))
+            case $((ticks - started)) in
+                1) connect '"n1"' ;;
+                7)
+                    connect ''
+                    kill -KILL "$launcher"
+                    while kill -0 "$launcher" 2>/dev/null; do command sleep 0.01; done
+                    ;;
+                60) exit 0 ;;
+            esac
+        }}
+        supervise_nodes
+    """
+    ended = start(script_of(tmp_path, lines), PATH=programs, **limit, **TWO_NODES)
+    assert ended.stdout.split() == ["n1"] * starts, ended.stderr
+    assert ("n1 is given up" in ended.stderr) is (starts < 6)
+
+
+@pytest.mark.parametrize(
     ("variables", "begins"),
     [
         ({"KNOWN": "n1 n2"}, "srun "),
