@@ -428,14 +428,15 @@ check_elastic() {
 }
 
 # choose_mpi [CONFIG OVERRIDE...]: sets `mpi`, the value of srun --mpi; torch.distributed does not need MPI. If srun has
-# no PMIx, which Horovod needs, the ranks use torch.distributed or are started by mpirun.
+# no PMIx, which Horovod and mpi4py need, the ranks use torch.distributed or are started by mpirun. Without a
+# configuration, the ranks share points (join_points of our program).
 choose_mpi() {
     local kinds
     kinds=$(srun --mpi=list 2>&1) || kinds=
     # A line each; before Slurm 22.05 after "srun: ".
     kinds=$(sed -nE 's/^(srun: |[[:space:]]*)([a-z0-9_]+)$/\2/p; s/^.*pmix plugin versions available: //p' <<<"$kinds" | tr -cs 'a-z0-9_' ' ')
     mpi=${MPI:-pmix}
-    if [[ -z ${MPI:-} ]] && (($#)) && [[ $("${dist_train[@]}" config engine "$@" 2>/dev/null) == torch ]]; then
+    if [[ -z ${MPI:-} && $(engine_of_ranks "$@" 2>/dev/null) == torch ]]; then
         mpi=none
     fi
     # check_run reports errors in the configuration later; srun reports a wrong MPI.
@@ -447,10 +448,23 @@ choose_mpi() {
     elif [[ -n $mpirun ]]; then
         say "srun has no pmix here, only $kinds: mpirun starts the ranks (LAUNCHER=mpirun)"
         by=mpirun
-    else
+    elif (($#)); then
         usage_error "srun has no pmix here, only $kinds, and there is no mpirun: set comm.engine=torch"
+    else
+        usage_error "srun has no pmix here, only $kinds, and there is no mpirun, which mpi4py needs"
     fi
 }
+
+# engine_of_ranks [CONFIG OVERRIDE...]: prints torch if the ranks that srun starts need no MPI.
+engine_of_ranks() {
+    if (($#)); then
+        "${dist_train[@]}" config engine "$@"
+    else
+        # the same Python, without -m dist_train
+        "${dist_train[@]:0:${#dist_train[@]}-2}" -c 'import importlib.util as u; print("mpi4py" if u.find_spec("mpi4py") else "torch")'
+    fi
+}
+
 
 # exit_if_dry_run COMMAND...: with DRY_RUN=1, prints the command and exits.
 exit_if_dry_run() {

@@ -92,12 +92,13 @@ _POINTS_TIMEOUT = 8 * 3600.0  # seconds; a rank that is done waits for those tha
 def join_points() -> Communicator:
     """Join the launcher's ranks for independent points of work; without a launcher, be the only rank.
 
-    By mpi4py under mpirun and srun, otherwise as in training. Raises UsageError.
+    By mpi4py under mpirun, and under srun where it is installed; otherwise by torch.distributed. Raises UsageError.
     """
     launch = current_launch()
     if launch.size == 1:
         return Alone()
-    if launch.launcher not in ("mpirun", "srun", "horovodrun"):
+    is_srun_without_mpi = launch.launcher == "srun" and launch.store is not None and not is_installed("mpi4py")
+    if launch.launcher not in ("mpirun", "srun", "horovodrun") or is_srun_without_mpi:
         return join_ranks(timeout=_POINTS_TIMEOUT, device_type="cpu", engine="torch")
     if launch.launcher == "horovodrun":
         raise UsageError(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
 import sys
 
 import pytest
@@ -10,6 +13,7 @@ from dist_train.cluster.communicator import Alone
 from dist_train.cluster.rendezvous import join_points
 from dist_train.outcome import UsageError
 from tests.raising import raises
+from tests.waiting import PATIENCE
 
 
 def test_alone_no_mpi_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,3 +37,35 @@ def test_a_missing_mpi4py_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mpi4py", None)
     with raises(UsageError, "mpi4py-missing"):
         join_points()
+
+
+_RANK = """
+import sys
+sys.modules["mpi4py"] = None
+from dist_train.cluster.rendezvous import join_points
+comm = join_points()
+print(comm.rank, comm.size, comm.backend)
+"""
+
+
+def test_ranks_of_srun_without_mpi4py_meet_by_torch() -> None:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("OMPI_")}
+    step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", _RANK],
+            env={**kept, **step, "SLURM_PROCID": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [rank.communicate(timeout=PATIENCE)[0].split() for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [words[:2] for words in said] == [["0", "2"], ["1", "2"]]

@@ -611,6 +611,15 @@ class TestLandscape:
         wanted = ["interpolate", *targets, "data.root=/data", "--points", "11", "--scale", "log"]
         assert words[words.index("landscape") + 1 :] == wanted
 
+    @pytest.mark.parametrize("has_mpi4py", [True, False])
+    def test_ranks_without_mpi4py_need_no_mpi(self, programs: str, tmp_path: Path, has_mpi4py: bool) -> None:
+        (tmp_path / "srun").write_text("#!/bin/sh\nprintf 'MPI plugin types are...\\n\\tnone\\n\\tcray_shasta\\n'\n")
+        if not has_mpi4py:
+            (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['mpi4py'] = None\n")
+        variables = {"TARGETS": str(tmp_path), "DRY_RUN": "1", "PYTHONPATH": str(tmp_path), **TWO_NODES}
+        ended = start("landscape.sh", PATH=programs, **variables)
+        assert ("mpirun -np 2 " if has_mpi4py else "srun --mpi=none ") in ended.stdout, ended.stderr
+
     @pytest.mark.parametrize(
         ("variables", "message"),
         [
