@@ -101,8 +101,10 @@ set_rank_environment() {
     # Launchers put a pipe between a rank and the terminal; the progress bar opens the terminal itself.
     if [[ -t 1 ]]; then
         local terminal
-        { terminal=$(tty <&3); } 3>&1
-        rank_environment+=("DIST_TRAIN_TERMINAL=$(uname -n):$terminal")
+        # In a container or another namespace it may have no name.
+        if { terminal=$(tty <&3); } 3>&1; then
+            rank_environment+=("DIST_TRAIN_TERMINAL=$(uname -n):$terminal")
+        fi
     fi
     if [[ -n $threads ]]; then
         rank_environment+=("OMP_NUM_THREADS=$threads")

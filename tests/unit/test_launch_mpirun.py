@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -77,6 +78,21 @@ def test_scripts_find_the_project_where_cd_prints_a_folder(command: str) -> None
         ["bash", "-euc", command], cwd=ROOT, env={**os.environ, "CDPATH": "."}, capture_output=True, text=True
     )
     assert (ended.returncode, ended.stdout) == (0, f"{ROOT}\n"), ended.stderr
+
+
+def test_ranks_start_on_a_terminal_without_a_name(tmp_path: Path) -> None:
+    (tmp_path / "tty").write_text("#!/bin/sh\necho not a tty\nexit 1\n")
+    (tmp_path / "tty").chmod(0o755)
+    terminal, end = pty.openpty()
+    try:
+        command = f'. {ROOT}/launch/common.sh; set_rank_environment 1; echo "${{rank_environment[*]}}" >{tmp_path}/out'
+        variables = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        ended = subprocess.run(["bash", "-euc", command], env=variables, stdout=end, timeout=PATIENCE)
+    finally:
+        os.close(terminal)
+        os.close(end)
+    assert ended.returncode == 0
+    assert "DIST_TRAIN_TERMINAL" not in (tmp_path / "out").read_text()
 
 
 @pytest.mark.parametrize("is_checkout", [True, False])
