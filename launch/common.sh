@@ -63,8 +63,10 @@ find_programs() {
         [[ -z ${DIST_TRAIN_PYTHON:-} ]] || fail "DIST_TRAIN_PYTHON is $python, which is not an executable"
         python=$(command -v python3) || fail "there is no .venv and no python3: $advice"
     fi
-    "$python" -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("dist_train"))' ||
+    "$python" -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("dist_train"))' || {
+        ((!stop_signals)) || stopped_before_launch # the signal may have ended Python
         fail "dist_train is not installed for $python: $advice"
+    }
     dist_train=("$python" -m dist_train)
     mpirun=
     local record=$root/.venv/setup.env

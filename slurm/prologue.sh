@@ -676,7 +676,7 @@ run_in_job() {
     answer_help 'jobs with ranks' 'training jobs'
     # shellcheck disable=SC2329  # `check_run` and `launch` call it
     stopped_before_launch() {
-        [[ -n $run_directory ]] || requeue_job
+        [[ -n ${run_directory:-} ]] || requeue_job
         end_job
     }
     # shellcheck disable=SC2329  # `launch_or_show` calls it

@@ -156,6 +156,19 @@ def test_first_request_to_stop_ends_a_command_that_does_not_save(script: tuple[s
             process.kill()
 
 
+@pytest.mark.parametrize("script", [("mpirun.sh",), ("local.sh",), ("local.sh", "--gloo")], ids=" ".join)
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_request_to_stop_during_the_set_up_is_followed(script: tuple[str, ...], code: int, tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    # A signal to the script alone, or also to the Python that it runs.
+    python.write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/calls\n[ "$1" != -c ] || kill -INT $PPID\nexit {code}\n')
+    python.chmod(0o755)
+    command = [str(ROOT / "launch" / script[0]), *script[1:], "landscape", "direction", "runs/demo"]
+    ended = subprocess.run(command, env={**os.environ, "DIST_TRAIN_PYTHON": str(python)}, capture_output=True)
+    assert (ended.returncode, ended.stderr) == (75, b"")
+    assert "landscape" not in (tmp_path / "calls").read_text()
+
+
 def test_output_after_a_traceback_is_shown_at_once_and_that_of_horovodrun_is_left_out(tmp_path: Path) -> None:
     traceback = 'Traceback (most recent call last):\n  File "program.py", line 1, in <module>\n    work()\n'
     shown = tmp_path / "shown"

@@ -555,6 +555,15 @@ def test_the_step_that_guards_the_batch_script_s_node_holds_no_memory_nor_gpus(p
     assert "SLURM_GPUS" not in (tmp_path / "variables").read_text()
 
 
+def test_a_job_that_is_stopped_during_its_set_up_is_requeued(programs: str, tmp_path: Path) -> None:
+    for name, text in {"scontrol": f'echo "$@" >>{tmp_path}/calls', "python": "kill -USR1 $PPID; exit 1"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    ended = start("lb_8192.sh", **{"PATH": programs, "DIST_TRAIN_PYTHON": f"{tmp_path}/python", **TWO_NODES})
+    assert ended.returncode == ExitCode.STOPPED, ended.stderr
+    assert "requeue 17" in (tmp_path / "calls").read_text().splitlines()
+
+
 def test_analyses_leave_no_temporary_file(programs: str, tmp_path: Path) -> None:
     lines = "prepare_ranks\nfor name in one two; do launch_or_show landscape direction $name; done"
     folder = tmp_path / "temporary"
