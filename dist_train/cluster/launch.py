@@ -211,10 +211,10 @@ def job_states(jobs: Sequence[str]) -> dict[str, str]:
 
 def job_end(job: str, seconds: float = 20.0) -> float | None:
     """Return when the time limit ends `job`, in seconds since 1970; None if Slurm does not say within `seconds`."""
+    query = ("squeue", "--noheader", "--format=%e", f"--jobs={job}")
     try:
-        return datetime.fromisoformat(
-            command_output("squeue", "--noheader", "--format=%e", f"--jobs={job}", seconds=seconds)
-        ).timestamp()
+        ended = command_output(*query, seconds=seconds, env={**os.environ, "SLURM_TIME_FORMAT": "standard"})
+        return datetime.fromisoformat(ended).timestamp()
     except ValueError:
         return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,19 @@ def test_the_last_task_of_an_array_is_not_named_like_the_array(monkeypatch: pyte
     monkeypatch.setenv("PATH", str(tmp_path))
     comment_on_job("disk full", environment)
     assert (tmp_path / "asked").read_text() == "update jobid=17_6 comment=disk full\n"
+
+
+def test_the_end_of_a_job_is_read_whatever_format_the_user_prefers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    squeue = tmp_path / "squeue"
+    squeue.write_text(
+        '#!/bin/sh\n[ "$SLURM_TIME_FORMAT" != relative ] && echo 2026-12-01T12:30:00 || echo Tomorr 12:30\n'
+    )
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("SLURM_TIME_FORMAT", "relative")
+    assert job_end("17") == datetime(2026, 12, 1, 12, 30).timestamp()
 
 
 def test_without_slurm_nothing_is_known_of_a_job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
