@@ -113,6 +113,9 @@ if [[ -e $venv ]]; then
 fi
 
 need_compiler
+# mpicxx prints lists of paths, and horovod_wheel.sh reads them, with blanks between them.
+[[ $root != *[[:space:]]* ]] ||
+    fail "the path $root has a blank in it, Horovod cannot be built; move the project (or install it without Horovod: pip install .)"
 
 # In two steps, because the first hides what the second says.
 make_venv() {

@@ -156,6 +156,14 @@ def test_missing_compiler_is_one_message_with_the_fix(clone: Path, tmp_path: Pat
     assert not (clone / ".venv").exists()
 
 
+def test_a_blank_in_the_path_is_one_message_before_anything_is_installed(clone: Path) -> None:
+    folder = clone.rename(clone.with_name("my clone"))
+    result = run(folder / "docker/environment.sh", environment=clean_environment(PYTHON=sys.executable, **UNREACHABLE))
+    assert (result.returncode, len(result.stderr.splitlines())) == (1, 1)
+    assert str(folder) in result.stderr
+    assert not (folder / ".venv").exists()
+
+
 def test_missing_python_is_one_message_with_the_fix(clone: Path) -> None:
     result = run(clone / "docker/environment.sh", environment=environment(PYTHON="/no/python3"))
     assert result.returncode == 1
