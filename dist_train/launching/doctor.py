@@ -19,6 +19,7 @@ from rich.console import Console, Group
 from rich.table import Column, Table
 from rich.text import Text
 
+from dist_train.cluster.heartbeats import resolve
 from dist_train.cluster.launch import command_output
 from dist_train.cluster.nodes import Survey
 from dist_train.config import Config, DataSettings
@@ -228,7 +229,7 @@ def check_host_name() -> Check:
     """Check that this machine's own name resolves, without which ranks of horovodrun crash."""
     name = socket.gethostname()
     try:
-        return Check("host name", "fine", f"{name} is {socket.gethostbyname(name)}")
+        return Check("host name", "fine", f"{name} is {resolve(name)}")
     except OSError:
         detail = f"{name} does not resolve: horovodrun's ranks crash"
         return Check("host name", "note", detail, f"add a line to /etc/hosts: ADDRESS {name}; or use dist-train launch")
