@@ -45,6 +45,13 @@ def test_the_image_that_runs_has_what_triton_builds_with() -> None:
     assert "packages=(gcc libc6-dev)" in runtime.partition("COPY --from=build /opt/venv")[2]
 
 
+def test_what_is_copied_is_readable_for_every_user() -> None:
+    copies, _, rest = DOCKERFILE.rpartition("\nFROM ")[2].partition("\nRUN chmod -R a+rX ")
+    targets = re.findall(r"^COPY (?!--from)\S+ (\S+)$", copies, flags=re.MULTILINE)
+    assert targets == rest.partition("\n\n")[0].replace("\\", "").split()
+    assert "\nCOPY" not in rest
+
+
 def test_apptainer_takes_the_image_that_the_dockerfile_makes() -> None:
     header = dict(line.split(": ", 1) for line in DEFINITION.splitlines() if re.match(r"(Bootstrap|From): ", line))
     assert header == {"Bootstrap": "docker-archive", "From": "dist-train.tar"}
