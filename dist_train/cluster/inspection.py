@@ -52,7 +52,7 @@ def horovod_build() -> dict[str, bool]:
     """Return what Horovod was built with: MPI, Gloo, NCCL. Raises ImportError."""
     try:
         import horovod.torch as hvd
-    except OSError as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise ImportError(str(error)) from error
     return {"MPI": bool(hvd.mpi_built()), "Gloo": bool(hvd.gloo_built()), "NCCL": bool(hvd.nccl_built())}
 

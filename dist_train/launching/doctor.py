@@ -120,7 +120,7 @@ def check_torch() -> Check:
 
     try:
         import torch
-    except (ImportError, OSError) as error:
+    except Exception as error:  # whatever a broken installation raises
         return Check("torch", "fails", f"cannot be loaded: {error}", _SET_UP)
     built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
     detail = f"{torch.__version__}, built for {built}"
@@ -207,7 +207,7 @@ def check_libraries() -> Check:
         try:
             importlib.import_module(module)
             found.append(f"{package} {metadata.version(package)}")
-        except (ImportError, OSError) as error:
+        except Exception as error:  # whatever a broken installation raises
             missing.append(f"{package}, needed by {needed_by}, cannot be loaded: {error}")
     if missing:
         return Check("libraries", "note", "; ".join((*found, *missing)), _SET_UP)

@@ -52,6 +52,15 @@ def test_without_torch_nothing_else_is_checked() -> None:
     ]
 
 
+def test_a_torch_that_fails_in_any_way_is_a_finding(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ValueError('libcublas.so not found in the system path')")
+    command = [sys.executable, "-m", "dist_train", "doctor", "--json"]
+    variables = {**os.environ, "PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}"}
+    done = subprocess.run(command, env=variables, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == ExitCode.FAULT, done.stderr
+    assert json.loads(done.stdout)["checks"][1]["state"] == "fails"
+
+
 def test_slurm_that_does_not_work_is_told_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "srun").write_text(
         "#!/bin/sh\necho 'srun: error: first' >&2\necho 'srun: fatal: no source' >&2\nexit 1\n"
@@ -292,6 +301,18 @@ def test_a_library_that_does_not_load_is_named_with_what_needs_it(monkeypatch: p
     assert "scipy, needed by dist-train sharpness, cannot be loaded" in check.detail
     assert f"matplotlib {metadata.version('matplotlib')}" in check.detail
     assert "make setup" in check.fix
+
+
+def test_libraries_that_fail_in_any_way_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # as torchvision fails beside a torch that it was not built for
+    for name in ("torchvision", "horovod"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+        for loaded in [module for module in sys.modules if module.partition(".")[0] == name]:
+            monkeypatch.delitem(sys.modules, loaded)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "torchvision, needed by ResNets, cannot be loaded" in doctor.check_libraries().detail
+    assert doctor.check_horovod("auto").state == "note"
 
 
 def test_a_host_name_that_does_not_resolve_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
