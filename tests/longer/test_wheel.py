@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.metadata import Distribution
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -114,6 +115,35 @@ def test_without_a_compiler_the_wheel_lacks_only_the_compiled_kernels(
     [without] = tmp_path.iterdir()
     lacking = set(ZipFile(wheel).namelist()) - set(ZipFile(without).namelist())
     assert lacking == {"dist_train/kernels/_cpu.abi3.so"}
+
+
+IMPORT_ALL = """
+import importlib, pkgutil
+import dist_train
+for module in pkgutil.walk_packages(dist_train.__path__, "dist_train."):
+    try:
+        importlib.import_module(module.name)
+    except ModuleNotFoundError as error:
+        assert error.name == "triton", module.name
+import numpy
+print(numpy.__version__)
+"""
+
+
+@pytest.mark.lengthy
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="the oldest releases have wheels for Python 3.11 alone")
+def test_all_modules_load_with_the_oldest_releases_that_the_metadata_accept(installed: Path, tmp_path: Path) -> None:
+    [metadata] = installed.glob("*.dist-info")
+    required = [line for line in Distribution.at(metadata).requires or () if "extra ==" not in line]
+    # torch is large, and the other two need the torch of their time
+    oldest = [line.replace(">=", "==") for line in required if not line.startswith(("torch", "timm"))]
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--only-binary", ":all:", "--target", str(tmp_path)]
+    subprocess.run([*command, *oldest], check=True, capture_output=True)
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{installed}"}
+    command = [sys.executable, "-c", IMPORT_ALL]
+    loaded = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert loaded.returncode == 0, loaded.stderr
+    assert f"numpy=={loaded.stdout.strip()}".startswith(next(line for line in oldest if line.startswith("numpy")))
 
 
 @pytest.mark.lengthy
