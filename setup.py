@@ -25,13 +25,16 @@ class BuildWithShippedFiles(build_py):
     """Also put configurations, studies and scripts into `dist_train/share`, unless it is an editable build."""
 
     def run(self) -> None:
-        """Build the package."""
-        super().run()
+        """Build the package, without what a former build left of modules and studies that are gone."""
         if self.editable_mode:
+            super().run()
             return
+        shutil.rmtree(Path(self.build_lib, "dist_train"), ignore_errors=True)
+        super().run()
         for folder in SHIPPED:
             target = Path(self.build_lib, "dist_train", "share", folder)
-            shutil.copytree(folder, target, ignore=shutil.ignore_patterns(*OF_A_CHECKOUT), dirs_exist_ok=True)
+            ignored = shutil.ignore_patterns(*OF_A_CHECKOUT)
+            shutil.copytree(folder, target, ignore=ignored, ignore_dangling_symlinks=True)
 
 
 setup(

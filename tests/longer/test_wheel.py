@@ -105,6 +105,22 @@ def test_metadata_passes_the_check_of_package_indexes(distributions: tuple[Path,
     assert checked.returncode == 0, checked.stdout
 
 
+def test_nothing_of_a_former_build_is_packed(distributions: tuple[Path, Path], tmp_path: Path) -> None:
+    shutil.unpack_archive(distributions[0], tmp_path, filter="data")
+    [source] = tmp_path.iterdir()
+    package = source / "built/dist_train"
+    gone = [package / "gone.py", package / "share/studies/gone.yaml"]
+    for file in gone:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    (source / "configs/lost.yaml").symlink_to("nowhere")
+    command = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", "built"]
+    built = subprocess.run(command, cwd=source, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    assert not any(file.exists() for file in gone)
+    assert (package / "share/studies/smoke.yaml").is_file()
+
+
 @pytest.mark.lengthy
 def test_without_a_compiler_the_wheel_lacks_only_the_compiled_kernels(
     distributions: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
