@@ -4,7 +4,7 @@
 # shellcheck disable=SC2034
 root=$(CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck disable=SC2034
-cache="${DIST_TRAIN_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/dist_train}"
+cache="${DIST_TRAIN_CACHE:-${XDG_CACHE_HOME:-${HOME:-$(printf %s ~)}/.cache}/dist_train}"
 
 # say TEXT: progress, on stderr, so that a script's output stays what it promises to print.
 say() {
@@ -60,7 +60,7 @@ known_cause() {
         *"No space left on device"* | *"Disk quota exceeded"* | *"not enough free disk space"*)
             printf '%s\n' "A disk is full. Free some space, or name folders on another disk: DIST_TRAIN_CACHE for Horovod," \
                 "TMPDIR for temporary files, PIP_CACHE_DIR for downloads; a clone elsewhere for .venv. Free now:"
-            df -h --output=avail,target "$root" "${TMPDIR:-/tmp}" "$HOME" 2>/dev/null | sed 1d | sort -u
+            df -h --output=avail,target "$root" "${TMPDIR:-/tmp}" "${HOME:-/}" 2>/dev/null | sed 1d | sort -u
             ;;
         *"Failed to establish a new connection"* | *"Temporary failure in name resolution"* | *"Network is unreachable"* | \
             *"Connection refused"* | *"Could not fetch URL"* | *"Read timed out"* | *"ConnectTimeoutError"* | *"ProxyError"* | \
@@ -130,4 +130,11 @@ need_headers() {
 mpi_builds() {
     have mpicxx && printf '#include <mpi.h>\nint main() { return MPI_Finalize(); }\n' |
         mpicxx -x c++ -o /dev/null - >/dev/null 2>&1
+}
+
+# Whether the PATH has a cmake that runs and is new enough for torch.
+cmake_builds() {
+    local found
+    found=$(cmake --version 2>/dev/null | sed -n 's/^cmake version //p') && [[ -n $found ]] &&
+        [[ $(printf '%s\n' 3.18 "$found" | sort -V | head -n 1) == 3.18 ]]
 }

@@ -21,6 +21,9 @@ cd "$root"
 venv=$root/.venv
 record=$venv/setup.env
 export PIP_DISABLE_PIP_VERSION_CHECK=1
+# A user's settings of pip must not lead packages out of .venv.
+export PIP_USER=0
+unset PIP_TARGET PIP_PREFIX PIP_ROOT
 unset PYTHONPATH PYTHONHOME VIRTUAL_ENV
 PATH=:$PATH:
 PATH=${PATH//:"$venv/bin":/:} # an activated .venv must not choose the Python and the MPI of its successor
@@ -167,7 +170,7 @@ else
     read -r libraries _ <<<"$(mpicxx --showme:libdirs)"
     ln -sfn "$libraries/libmpi.so" "$venv/lib/libmpi.so"
 fi
-have cmake || pip_install 'cmake>=3.18,<4'
+cmake_builds || pip_install 'cmake>=3.18,<4'
 
 wheel=$(docker/horovod_wheel.sh "$python")
 if [[ $(recorded wheel || true) != "$wheel" ]]; then

@@ -35,15 +35,16 @@ work=$(mktemp -d "$cache/datasets/.fetching-XXXXXX")
 trap 'rm -rf "$work"' EXIT
 log=$work/apt.log
 
+user=$(id -un 2>/dev/null || true) # a container's user may have no name
 # The system's package lists may be absent or old: lists of our own need no root.
 own_lists=(
     -o "Dir::State=$work/state" -o Dir::State::status=/var/lib/dpkg/status -o "Dir::Cache=$work/cache"
-    -o "APT::Sandbox::User=$(id -un)"
+    -o "APT::Sandbox::User=$user"
 )
 download() {
     (cd "$work" && apt-get "$@" download "$package") >>"$log" 2>&1
 }
-if ! download -o "APT::Sandbox::User=$(id -un)"; then
+if ! download -o "APT::Sandbox::User=$user"; then
     mkdir -p "$work/state/lists/partial" "$work/cache/archives/partial"
     if ! { apt-get "${own_lists[@]}" update >>"$log" 2>&1 && download "${own_lists[@]}"; }; then
         tail -n 5 "$log" >&2

