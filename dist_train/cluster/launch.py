@@ -129,8 +129,9 @@ def engine_of(launcher: str, asked: Engine, has_horovod: bool) -> Literal["horov
 
 
 def is_installed(module: str) -> bool:
-    """Whether `module` can be found, without loading it."""
-    return find_spec(module) is not None
+    """Whether `module` can be found, without loading it; a mere folder of that name is none."""
+    spec = find_spec(module)
+    return spec is not None and spec.origin is not None
 
 
 def _ranks_of_other_mpis(environment: Mapping[str, str]) -> dict[str, int]:

@@ -124,7 +124,8 @@ def check_installed(name: str) -> None:
     if name not in _MODULES:
         return
     try:
-        importlib.import_module(_MODULES[name])
+        if importlib.import_module(_MODULES[name]).__file__ is None:  # such as wandb/, which runs leave behind
+            raise ImportError(f"{_MODULES[name]} is only a folder without a module")
     except ImportError as error:
         raise UsageError(
             f"the logger {name} cannot be imported ({error}): pip install 'dist_train[{name}]', or leave it out",

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dist_train.cluster.launch import is_installed
 from dist_train.monitoring.observers import TensorBoard, check_installed
 from dist_train.outcome import UsageError
 from dist_train.rundir.records import (
@@ -123,3 +124,14 @@ def test_without_the_package_the_error_names_the_fix(monkeypatch: pytest.MonkeyP
     with raises(UsageError, f"{name}-missing") as refused:
         check_installed(name)
     assert f"pip install 'dist_train[{name}]'" in str(refused.value)
+
+
+def test_a_folder_with_the_name_of_a_package_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "wandb").mkdir()  # as runs with W&B leave it in the current folder
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    for module in [module for module in sys.modules if module.split(".")[0] == "wandb"]:
+        monkeypatch.delitem(sys.modules, module)
+    assert not is_installed("wandb")
+    with raises(UsageError, "wandb-missing"):
+        check_installed("wandb")
+    del sys.modules["wandb"]
