@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dist_train.checkpoint.files import find_checkpoint, list_checkpoints, read_stored
 from dist_train.checkpoint.state import Weights
+from dist_train.cluster.inspection import installed_version
 from dist_train.config import Config, load_config
 from dist_train.config.plugins import is_plugin
 from dist_train.data.augmentation import ChannelStatistics
@@ -179,8 +180,8 @@ def export(target: Path | str, to: Format, output: Path | str | None = None, wei
         (32, 0.0)
 
     Raises:
-        UsageError: there is no such checkpoint, the library that writes `to` is not installed, it cannot represent your
-            model, or `output` cannot be written, or is named as another format.
+        UsageError: there is no such checkpoint, the library that writes `to` is missing or too old, it cannot represent
+            your model, or `output` cannot be written, or is named as another format.
     """
     check_choice("to", to, Format)
     stored = read_stored(Path(target))
@@ -202,9 +203,11 @@ def export(target: Path | str, to: Format, output: Path | str | None = None, wei
             loaded = write(model, images, part)
             difference = float((loaded(images) - expected).abs().max())
     except ImportError as error:
-        raise UsageError(
-            f"{to} needs {error.name}, which is not installed: pip install 'dist_train[onnx]'", code="export-missing"
-        ) from error
+        reason = f"{to} needs {error.name}, which is not installed: pip install 'dist_train[onnx]'"
+        if str(error.name).startswith("onnxscript."):  # a part that each release adds for the next torch
+            versions = f"onnxscript {installed_version('onnxscript')} is too old for torch {torch.__version__}"
+            reason = f"{versions}: pip install --upgrade onnxscript onnx"
+        raise UsageError(reason, code="export-missing") from error
     except Exception as error:  # of torch's exporters, of nearly any type
         if isinstance(error, CodedError) or not is_plugin(config.model.name):
             raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import signal
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import onnxruntime
+import onnxscript._framework_apis
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -98,6 +100,17 @@ def test_exported_model_gives_the_same_logits(run: Path, tmp_path: Path, to: str
         images = torch.rand(7, *dist_train.load_run(run).config.data.image_format.shape)
         [logits] = session.run(None, {"images": images.numpy()})
         torch.testing.assert_close(torch.from_numpy(logits), dist_train.load_run(run).model()(images))
+
+
+def test_an_onnxscript_too_old_for_torch_is_told_from_a_missing_one(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnxscript._framework_apis, "__path__", [])  # without the part for this torch
+    for name in [name for name in sys.modules if name.startswith("onnxscript._framework_apis.")]:
+        monkeypatch.delitem(sys.modules, name)
+    with raises(UsageError, code="export-missing") as refused:
+        dist_train.export(run, "onnx", tmp_path / "model.onnx")
+    assert "pip install --upgrade onnxscript" in str(refused.value)
 
 
 @pytest.mark.parametrize(("to", "name"), [("safetensors", "folder"), ("torch-export", "file/model")])
