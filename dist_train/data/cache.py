@@ -11,6 +11,7 @@ import http.client
 import json
 import logging
 import os
+import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
@@ -165,12 +166,18 @@ def _file_digest(path: Path) -> str:
 
 
 def cache_folder() -> Path:
-    """Return `$DIST_TRAIN_CACHE`, else `dist_train` in `$XDG_CACHE_HOME`, else `~/.cache/dist_train`."""
+    """Return `$DIST_TRAIN_CACHE`, else `dist_train` in `$XDG_CACHE_HOME`, else `~/.cache/dist_train`.
+
+    Without a home folder it is `dist_train-UID` in the folder for temporary files.
+    """
     own = os.environ.get("DIST_TRAIN_CACHE")
     if own:
         return Path(own).expanduser()
     of_user = os.environ.get("XDG_CACHE_HOME")
-    return (Path(of_user) if of_user else Path("~/.cache").expanduser()) / "dist_train"
+    try:
+        return (Path(of_user) if of_user else Path("~/.cache").expanduser()) / "dist_train"
+    except RuntimeError:  # neither HOME nor an entry of the user in passwd
+        return Path(tempfile.gettempdir(), f"dist_train-{os.getuid()}")
 
 
 def data_sets_folder() -> Path:

@@ -3,16 +3,19 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pwd
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from dist_train.data.cache import Source, decoded_once
+from dist_train.data.cache import Source, cache_folder, decoded_once
 from dist_train.data.images import ImageSet
 from dist_train.outcome import UsageError
 from tests.raising import raises
@@ -223,6 +226,17 @@ def start(
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+
+
+def test_a_user_without_a_home_folder_has_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(user: int) -> pwd.struct_passwd:
+        raise KeyError(user)
+
+    for name in ("DIST_TRAIN_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert cache_folder() == tmp_path / f"dist_train-{os.getuid()}"
 
 
 def test_one_of_several_processes_decodes_and_the_others_map(folder: Path, source: Source, tmp_path: Path) -> None:
