@@ -14,7 +14,7 @@ import pytest
 from dist_train import start_up
 from dist_train.cluster.local_launch import rank_environment
 from dist_train.launching.doctor import check_devices
-from dist_train.start_up import keep_freed_memory, usable_cores, without_collection
+from dist_train.start_up import keep_freed_memory, usable_cores, use_large_pages, without_collection
 from dist_train.sweep.sweep import threads_per_rank
 from dist_train.training.compute import share_of_threads
 
@@ -86,3 +86,10 @@ def test_threads_of_every_start_follow_the_quota(monkeypatch: pytest.MonkeyPatch
     assert threads_per_rank(jobs=2, ranks=1) == 2
     assert rank_environment({}, 0, 2, {})["OMP_NUM_THREADS"] == "2"
     assert "4 CPU cores" in check_devices("cpu").detail
+
+
+def test_pages_of_512_mib_are_not_requested(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "size").write_text("536870912\n")
+    monkeypatch.setattr(start_up, "_LARGE_PAGE", tmp_path / "size")
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
+    assert not use_large_pages()
