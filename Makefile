@@ -74,7 +74,7 @@ dashboards: setup ## write Grafana's dashboards and the tables of metrics and se
 	$(python) -m benchmarks.settings_page > docs/settings.md
 
 clean: ## remove what was made here, except runs and the caches outside this folder
-	rm -rf .venv .venv-loggers build site dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-loggers .venv-peers build site dist *.egg-info dist_train/kernels/_cpu.abi3.so .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 .PHONY: docs
