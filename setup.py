@@ -1,6 +1,7 @@
 """What pyproject.toml cannot say: the compiled kernels, and which files outside the package a program needs."""
 
 import shutil
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -37,8 +38,11 @@ class BuildWithShippedFiles(build_py):
             shutil.copytree(folder, target, ignore=ignored, ignore_dangling_symlinks=True)
 
 
+# A free-threaded Python has no limited API before 3.15.
+HAS_LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")
+
 setup(
     cmdclass={"build_py": BuildWithShippedFiles},
-    ext_modules=[CPU_KERNELS],
-    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+    ext_modules=[CPU_KERNELS] if HAS_LIMITED_API else [],
+    options={"bdist_wheel": {"py_limited_api": "cp311"}} if HAS_LIMITED_API else {},
 )

@@ -121,6 +121,25 @@ def test_nothing_of_a_former_build_is_packed(distributions: tuple[Path, Path], t
     assert (package / "share/studies/smoke.yaml").is_file()
 
 
+FREE_THREADED = """
+import runpy, sys, sysconfig
+sysconfig.get_config_vars()["Py_GIL_DISABLED"] = 1
+sys.argv = ["setup.py", "--quiet", "bdist_wheel"]
+runpy.run_path("setup.py")
+"""
+
+
+def test_the_wheel_of_a_free_threaded_python_lacks_the_compiled_kernels(
+    distributions: tuple[Path, Path], tmp_path: Path
+) -> None:
+    shutil.unpack_archive(distributions[0], tmp_path, filter="data")
+    [source] = tmp_path.iterdir()
+    built = subprocess.run([sys.executable, "-c", FREE_THREADED], cwd=source, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    [wheel] = (source / "dist").iterdir()
+    assert wheel.name.endswith("-py3-none-any.whl")
+
+
 @pytest.mark.lengthy
 def test_without_a_compiler_the_wheel_lacks_only_the_compiled_kernels(
     distributions: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
