@@ -126,7 +126,8 @@ _FAULTS: Mapping[str, tuple[str, str]] = {
     "string_type": ("wrong-type", _NOT_TEXT),
     "path_type": ("wrong-type", _NOT_TEXT),
     **dict.fromkeys(("greater_than", "greater_than_equal", "less_than", "less_than_equal"), ("out-of-range", "")),
-    **dict.fromkeys(("finite_number", "too_short"), ("out-of-range", "")),
+    "finite_number": ("out-of-range", ""),
+    "too_short": ("out-of-range", ""),
     "too_long": ("out-of-range", "too many items"),
 }
 """Code and message for pydantic's types of errors; all others are wrong types, with pydantic's message."""

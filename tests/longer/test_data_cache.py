@@ -7,9 +7,8 @@ import pwd
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest

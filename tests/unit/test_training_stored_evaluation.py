@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import closing
 from pathlib import Path
+from unittest.mock import Mock, call
 
 import pytest
 import torch
@@ -199,17 +200,15 @@ def test_promise_3_it_has_the_same_bits_on_any_number_of_ranks(run: Path, monkey
     threads: dict[int, threading.Thread] = {}
     ready = threading.Barrier(3)
     monkeypatch.setattr(evaluation, "join_ranks", joined)
-    looks = list[Path]()
-    monkeypatch.setattr(
-        evaluation, "find_checkpoint", lambda target: (looks.append(target), find_checkpoint(target))[1]
-    )
+    looks = Mock(side_effect=find_checkpoint)
+    monkeypatch.setattr(evaluation, "find_checkpoint", looks)
 
     def noted(comm: Communicator) -> dict[str, object]:
         threads[comm.rank] = threading.current_thread()
         return evaluated(comm)
 
     assert results(3, noted) == [expected] * 3
-    assert looks == [run], "each rank alone could find another last checkpoint, if the run trains"
+    assert looks.call_args_list == [call(run)], "each rank alone could find another last checkpoint, if the run trains"
 
 
 def test_settings_may_be_overridden_for_this_machine(run: Path) -> None:
