@@ -43,7 +43,7 @@ from dist_train.analysis.landscape_points import (
     plane_points,
     variances_of,
 )
-from dist_train.checkpoint.files import Stored, find_checkpoint, read_same
+from dist_train.checkpoint.files import Stored, find_checkpoint, read_record, read_same
 from dist_train.cluster.communicator import Communicator, broadcast_str, run_on_all_ranks
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import UsageError
@@ -90,7 +90,10 @@ def make_landscape(
 
     def choose() -> Sequence[Path]:
         found = [find_checkpoint(target) for target in targets]
-        return run_checkpoints(found[0]) if settings.trajectory else found
+        if settings.trajectory:
+            read_record(found[0])
+            return run_checkpoints(found[0])
+        return found
 
     stored = read_same(comm, choose)
     first = stored[-1 if settings.trajectory else 0]

@@ -379,8 +379,8 @@ def newest_whole(directory: Path, report_damage: Callable[[Path, str], None]) ->
         )
     if any(directory.glob(f"step-*.pt{_DAMAGED}")):
         raise NoCompleteCheckpointError(
-            f"every checkpoint in {directory} is damaged (renamed to *{_DAMAGED}): start a new run in another "
-            f"directory (run.name), set run.resume to an intact checkpoint, or delete them to begin again",
+            f"every checkpoint in {directory} is damaged (renamed to *{_DAMAGED}): copy an intact one and its "
+            f"record there, start a new run in another directory (run.name), or delete them to begin again",
             code="no-whole-checkpoint",
         )
     return None
@@ -415,24 +415,30 @@ def remove_checkpoint(path: Path) -> None:
 
 
 def adopt(fallback: Path, directory: Path) -> None:
+    """Call `copy_newest`, then delete those of `fallback` that are not newer than a whole one in `directory`."""
+    newest = copy_newest(fallback, directory)
+    for file in list_checkpoints(fallback):
+        if newest is not None and file.step <= newest.step:
+            remove_checkpoint(file.path)
+
+
+def copy_newest(fallback: Path, directory: Path) -> CheckpointFile | None:
     """Copy the newest whole checkpoint of `fallback` to `directory` if that has none as new.
 
-    Then delete those of `fallback` that are not newer than a whole one in `directory`. Raises OSError; UsageError if
+    Returns the newest whole one of `directory` then, or None if `fallback` is empty. Raises OSError; UsageError if
     another user could have put them there.
     """
     if not (in_fallback := list_checkpoints(fallback)):
-        return
+        return None
     refuse_foreign(fallback, OTHER_FALLBACK)
     newest, there = _newest_verified(fallback), _newest_verified(directory)
     if newest != in_fallback[-1]:
         _logger.warning("%s is damaged", in_fallback[-1].path)
-    if newest is not None and (there is None or newest.step > there.step):
-        for source in (newest.path, newest.path.with_suffix(".json")):
-            atomic.write_bytes(directory / source.name, source.read_bytes())
-        there = _whole(directory / newest.path.name)
-    for file in in_fallback:
-        if there is not None and file.step <= there.step:
-            remove_checkpoint(file.path)
+    if newest is None or (there is not None and there.step >= newest.step):
+        return there
+    for source in (newest.path, newest.path.with_suffix(".json")):
+        atomic.write_bytes(directory / source.name, source.read_bytes())
+    return _whole(directory / newest.path.name)
 
 
 def _newest_verified(directory: Path) -> CheckpointFile | None:

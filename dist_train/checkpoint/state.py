@@ -19,6 +19,7 @@ from dist_train.checkpoint.files import (
     Contents,
     NoCompleteCheckpointError,
     adopt,
+    copy_newest,
     find_checkpoint,
     newest_whole,
     read_record,
@@ -67,8 +68,10 @@ def find_resume_point(config: Config, directory: RunDirectory) -> ResumePoint:
                 code="run-exists",
             )
         return ResumePoint(config, initial=_initial_weights(config))
-    if config.checkpoint.fallback_directory is not None:
-        adopt(directory.fallback(config.checkpoint.fallback_directory), checkpoints)
+    if (other_disk := config.checkpoint.fallback_directory) is not None:
+        adopt(directory.fallback(other_disk), checkpoints)
+        for former in directory.other_fallbacks(other_disk):
+            copy_newest(former, checkpoints)
     named = None if config.run.resume == "auto" else Path(config.run.resume)
     is_missing = False
     if named is not None and not named.exists():
@@ -113,8 +116,10 @@ def saved_config(contents: Contents, config: Config) -> Config:
     """Return the settings in a checkpoint. Raises UsageError if a run with settings `config` may not resume from it."""
     given = config.model_dump(mode="json")
     # Loggers may change, and code may have moved: what is no longer there must not be imported.
-    settings = with_places_of({**contents.config, "metrics": given["metrics"]}, given, Config)
-    saved = parse_config(settings, source="the checkpoint")
+    settings = dict(contents.config)
+    if isinstance(settings.get("metrics"), Mapping):
+        settings["metrics"] = given["metrics"]
+    saved = parse_config(with_places_of(settings, given, Config), source="the checkpoint")
     is_longer = config.run.epochs > saved.run.epochs
     changed = [each for each in differences(saved, config) if not (is_longer and each.path == "run.epochs")]
     if changed:

@@ -9,6 +9,7 @@ import re
 import socket
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,7 +41,7 @@ from dist_train.outcome import (
     StoppedError,
     exit_code_of,
 )
-from dist_train.rundir.paths import RunDirectory, RunLock
+from dist_train.rundir.paths import RunDirectory, RunLock, check_of_run
 from dist_train.rundir.records import JsonLines, Observer, Outcome, RunFacts
 from dist_train.rundir.status import EventCounts, RanksFile, State, StatusFile, another_failed, read_status
 
@@ -66,6 +67,7 @@ class Session:
     trainer: Trainer | None = None  # whose run is reported, once there is one
 
     def __post_init__(self) -> None:
+        self._check = check_of_run(self.directory)
         before = read_status(self.directory.status) if self.comm.rank == 0 else None
         self._was_finished = before is not None and before.state == "finished"
         self.status = self._status_file() if self.comm.rank == 0 else None
@@ -183,13 +185,13 @@ class Session:
     def _note_changed_plugins(self, contents: Contents) -> None:
         trainer = self._running
         before, now = contents.plugins, trainer.plugins
-        names = {*before, *now}
+        one, other = _by_content(before), _by_content(now)
+        different = one.keys() ^ other.keys()
         loggers = trainer.config.model_dump(mode="json")["metrics"]["loggers"]
         if contents.config.get("metrics", {}).get("loggers") != loggers:  # whose files, which change no result, differ
-            names = {*before} & {*now}
-        one, other = _by_content(before), _by_content(now)
-        different = {({**one, **other})[each] for each in one.keys() ^ other.keys()}
-        if changed := ", ".join(sorted(different & names)):
+            names = {name for name, _ in one} & {name for name, _ in other}
+            different = {each for each in different if each[0] in names}
+        if changed := ", ".join(sorted({({**one, **other})[each] for each in different})):
             _logger.warning("plug-ins have changed since the checkpoint was saved: %s", changed)
             trainer.event("plugins_changed", files=changed)
 
@@ -224,7 +226,9 @@ class Session:
         reason = self.trainer.stopped_early if self.trainer else ""
         outcome = self._end("finished", ExitCode.FINISHED, reason, is_recorded=False)
         if self.status:
-            self.directory.drop_reserve()
+            with suppress(OSError):
+                self._check()
+                self.directory.drop_reserve()
         return outcome
 
     def fail(self, error: BaseException) -> None:
@@ -287,7 +291,8 @@ class Session:
         def address() -> str:
             return next((each.address or "" for each in self.observers if isinstance(each, Exporter)), "")
 
-        return StatusFile(self.directory.status, self.comm.size, read_status(self.directory.status), address)
+        before = read_status(self.directory.status)
+        return StatusFile(self.directory.status, self.comm.size, before, address, self._check)
 
     def _outcome(self, state: State, code: ExitCode, reason: str) -> Outcome:
         trainer = self.trainer

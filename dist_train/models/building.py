@@ -22,6 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrizations import _WeightNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from dist_train.config import Config, ImageFormat, ModelSettings
 from dist_train.config.plugins import call_plugin, failing_clearly
@@ -399,6 +400,11 @@ def initialize(model: nn.Module, seed: int) -> None:
                 # Of weight_norm: with the norm of the direction as its gain, the weight is the direction as drawn.
                 if isinstance(parts[0], _WeightNorm) and parts.original0.requires_grad:
                     parts.original0.copy_(torch.norm_except_dim(parts.original1, 2, parts[0].dim))
+            for hook in module._forward_pre_hooks.values():
+                if isinstance(hook, WeightNorm):  # torch's older function of that name
+                    gain, direction = (getattr(module, f"{hook.name}_{part}") for part in "gv")
+                    if gain.requires_grad:
+                        gain.copy_(torch.norm_except_dim(direction, 2, hook.dim))
 
 
 def _is_gain(parameter: Tensor) -> bool:

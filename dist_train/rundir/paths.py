@@ -78,12 +78,18 @@ class RunDirectory:
         self.range_test = root / "lr_range.json"  # the result of a learning-rate range test, if the run is one
 
     def fallback(self, folder: Path) -> Path:
-        """Return this run's subfolder of `folder`, for checkpoints that cannot be written to the run directory.
+        """Return this run's subfolder of `folder`, for checkpoints that cannot be written to the run directory."""
+        return folder / f"{self.root.resolve().name}-{self.run_id()}"
 
-        It keeps its name if the run directory is renamed, and is then found by the run's id.
+    def other_fallbacks(self, folder: Path) -> list[Path]:
+        """Return the subfolders of `folder` with this run's id and another name than `fallback`.
+
+        They were made before the run directory was renamed, or belong to the run of which this is a copy.
         """
-        made = (path for path in folder.glob(f"*-{self.run_id()}") if path.is_dir())
-        return next(made, folder / f"{self.root.resolve().name}-{self.run_id()}")
+        found = set[Path]()
+        with suppress(OSError):  # of a disk that is needed only if that of the run directory fails
+            found = {path for path in folder.glob(f"*-{self.run_id()}") if path.is_dir()}
+        return sorted(found - {self.fallback(folder)})
 
     @property
     def has_begun(self) -> bool:

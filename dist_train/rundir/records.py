@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -341,8 +342,9 @@ class JsonLines(Observer):
         self._written = {key for line in content.split(b"\n") if (key := _key_of_line(line))}
         self._path = path
         self._lock = Lock()
-        self._backlog: list[bytes] = [] if content.endswith(b"\n") or not content else [b"\n"]
-        self._unflushed: list[bytes] = []  # lines that the file has, but not yet for certain the disk
+        self._backlog = deque[bytes]([] if content.endswith(b"\n") or not content else [b"\n"])
+        # The last lines that the file has, but not yet for certain the disk.
+        self._unflushed = deque[bytes](maxlen=_BACKLOG_LIMIT)
         self._size = len(content)  # of the file with these lines
         self._is_torn = False  # whether the file may end in bytes beyond `_size`
         self._is_refused = False
@@ -356,6 +358,8 @@ class JsonLines(Observer):
             if key in self._written:
                 return
             self._written.add(key)
+            if len(self._backlog) >= _BACKLOG_LIMIT:
+                self._write_backlog()
             if len(self._backlog) < _BACKLOG_LIMIT:
                 self._backlog.append(f"{to_json(record)}\n".encode())
             self._write_backlog()
@@ -401,7 +405,7 @@ class JsonLines(Observer):
                 return OSError(error.errno, error.strerror or str(error), str(self._path))
             self._is_torn = False
             self._size += written
-            self._unflushed.append(self._backlog.pop(0))
+            self._unflushed.append(self._backlog.popleft())
         self._is_refused = False
         return None
 
@@ -420,7 +424,7 @@ class JsonLines(Observer):
             os.fsync(file)
         except OSError:
             self._size -= sum(map(len, self._unflushed))
-            self._backlog[:0] = self._unflushed
+            self._backlog.extendleft(reversed(self._unflushed))
             self._is_torn = True
             raise
         finally:

@@ -98,13 +98,19 @@ class StatusFile:
     """The status of this launch, rewritten at every change of state, and otherwise at most once a second."""
 
     def __init__(
-        self, path: Path, world_size: int, before: Status | None = None, metrics: Callable[[], str] = str
+        self,
+        path: Path,
+        world_size: int,
+        before: Status | None = None,
+        metrics: Callable[[], str] = str,
+        check: Callable[[], None] | None = None,
     ) -> None:
         """Begin in state `starting`, with the progress of `before`; nothing is written yet.
 
-        `metrics` returns the URL of the metrics at the moment.
+        `metrics` returns the URL of the metrics at the moment; `check` raises OSError once another run has the
+        directory (default: than has it now).
         """
-        self._file = _of_run(path)
+        self._file = RewrittenFile(path, check) if check else _of_run(path)
         self._metrics = metrics
         now = _now()
         self.current = Status(  # as it is now, written or not

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -227,8 +227,10 @@ def stored_config(contents: Contents, overrides: Sequence[str]) -> Config:
 
     Raises UsageError if an override would change the model or its data.
     """
-    metrics = {**contents.config.get("metrics", {}), "loggers": []}  # whose code may be gone
-    stored = parse_config({**contents.config, "metrics": metrics}, source="the checkpoint")
+    given = dict(contents.config)
+    if isinstance(given.get("metrics"), Mapping):
+        given["metrics"] = {**given["metrics"], "loggers": []}  # whose code may be gone
+    stored = parse_config(given, source="the checkpoint")
     settings = yaml.safe_load(dump_config(stored))
     settings["run"]["device"] = "auto"
     settings["precision"]["cuda_graphs"] = False  # they are for training, and refused on a CPU
