@@ -6,6 +6,7 @@ import hashlib
 import logging
 import pickle
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from dist_train.checkpoint.state import (
     load_model,
     read_initial,
     restored_progress,
+    saved_config,
     shared_progress,
 )
 from dist_train.cluster.communicator import Alone, Communicator
@@ -30,7 +32,8 @@ from dist_train.models import build_model
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import PeerFailedError, UsageError
 from dist_train.rundir.paths import RunDirectory
-from tests.raising import raises
+from dist_train.training.evaluation import stored_config
+from tests.raising import raises, raises_problems
 from tests.unit.checkpoint_files import contents, write
 from tests.unit.simulated_ranks import on_ranks, results
 from tests.unit.small_trainers import build_trainer, state_of
@@ -195,6 +198,27 @@ def test_the_fallback_directory_of_a_renamed_run_is_found(tmp_path: Path) -> Non
     found = find_resume_point(config, RunDirectory(tmp_path / "link")).contents
     assert found is not None
     assert found.step == 4
+
+
+def test_a_copy_of_a_run_leaves_it_its_fallback_checkpoint(tmp_path: Path) -> None:
+    directory = run_with(tmp_path / "run", 2)
+    config = parse(checkpoint={"fallback_directory": str(tmp_path / "spare")})
+    fallback = directory.fallback(tmp_path / "spare")
+    fallback.mkdir(parents=True)
+    write_checkpoint(fallback, contents(4, config=DECIDED.model_dump(mode="json")), lambda: None)
+    shutil.copytree(directory.root, tmp_path / "copy")
+    for root in (tmp_path / "copy", directory.root):
+        found = find_resume_point(config, RunDirectory(root)).contents
+        assert found is not None
+        assert found.step == 4
+
+
+@pytest.mark.parametrize("metrics", [None, 3])
+def test_a_checkpoint_whose_settings_are_malformed_is_refused(metrics: object) -> None:
+    damaged = contents(4, config={**DECIDED.model_dump(mode="json"), "metrics": metrics})
+    for read in (partial(saved_config, config=DECIDED), partial(stored_config, overrides=())):
+        with raises_problems(("metrics", "wrong-type")):
+            read(damaged)
 
 
 def test_code_may_have_moved_and_a_loggers_be_gone(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dist_train.rundir import records
 from dist_train.rundir.records import (
     EvaluationRecord,
     EventRecord,
@@ -176,6 +177,21 @@ def test_lines_that_a_file_server_drops_at_a_flush_are_written_again(
     lines.flush()
     assert [record.step for record in read_records(path)] == [1, 2, 3, 4]
     lines.end(OUTCOME)
+
+
+def test_a_record_after_a_failed_flush_of_many_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "_BACKLOG_LIMIT", 3)
+    path = tmp_path / "metrics.jsonl"
+    lines = JsonLines(path)
+    for step in range(1, 6):
+        lines.record(train(step))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", Mock(side_effect=OSError(errno.EIO, "Input/output error")))
+        with pytest.raises(OSError, match="Input"):
+            lines.flush()
+    lines.record(train(6))
+    lines.end(OUTCOME)
+    assert [record.step for record in read_records(path)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_torn_line_that_cannot_be_removed_at_once_is_removed_before_the_next(
