@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from dist_train.rundir.paths import RunDirectory, StudyDirectory
 
 def check_launch(config: Config, directory: RunDirectory) -> None:
     """Raise UsageError if a launch in `directory` is refused; an existing run's checkpoint and data are read later."""
-    check_folder(directory)
+    with suppress(PermissionError):  # what may not be read is refused when the folders are made
+        check_folder(directory)
     check_metrics(config)
     check_batches(config)
     if not directory.root.exists():  # a refused start leaves none

@@ -17,7 +17,7 @@ from typing import Literal
 from dist_train.cluster.launch import current_job
 from dist_train.outcome import ExitCode
 from dist_train.rundir import atomic
-from dist_train.rundir.paths import DISK_FULL, RunDirectory, read_holder
+from dist_train.rundir.paths import DISK_FULL, RunDirectory, StudyDirectory, read_holder
 from dist_train.rundir.status import State, Status, StatusFile, read_status
 
 _UNRECOVERABLE = frozenset({ExitCode.USAGE, ExitCode.DIVERGED, ExitCode.DISAGREEMENT})
@@ -173,6 +173,8 @@ def _give_up(files: RunDirectory, status: Status | None, reason: str, code: Exit
 
 def _write_end(files: RunDirectory, status: Status | None, state: State, reason: str, code: ExitCode) -> None:
     """Write the run's status, unless another job is running it; on a disk error the old status stays."""
+    if not files.has_begun and StudyDirectory(files.root).runs.exists():
+        return  # the launch was refused: with a status, the next would take the study's folder for its own
     job = current_job()
     holder = read_holder(files.lock)
     if holder is not None and holder.slurm_job != (job.id if job else ""):

@@ -148,7 +148,7 @@ def _next(run: PlannedRun, state: str, note: str, waits: bool) -> tuple[Next, st
 
     `waits`: Slurm will start it.
     """
-    if waits or state in ALIVE:
+    if state in ALIVE:
         return "busy", note or "another process is running it", False
     began = None
     with suppress(ConfigError):
@@ -177,7 +177,7 @@ def _next(run: PlannedRun, state: str, note: str, waits: bool) -> tuple[Next, st
         return ("start", changed_paths, False) if lengths else ("skip", note, False)
     if status is not None and status.exit_code == ExitCode.DIVERGED and not changed:
         return "unrecoverable", f"{note}; {fix}", False
-    return "start", note, False
+    return "busy" if waits else "start", note, False
 
 
 def _patience(config: Config) -> float:
@@ -199,7 +199,10 @@ def _beside_job(summary: RunSummary, states: Mapping[str, str]) -> tuple[str, st
             return "lost", "the job was started again", False
         return state, note, False
     job_state = states.get(job, "")
-    return *beside_job(state, note, job, job_state), job_state in JOB_WAITS
+    waits = job_state in JOB_WAITS
+    if waits and state == "stopped":
+        note = "; ".join(filter(None, (note, f"its job {job} is {job_state}")))
+    return *beside_job(state, note, job, job_state), waits
 
 
 def _last_evaluation(run: PlannedRun, split: str) -> EvaluationRecord | None:

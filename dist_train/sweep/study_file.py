@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import random
 import re
 import warnings
@@ -356,15 +357,24 @@ class OptunaTrials:
             link = self._journal.with_name(f"{self._journal.name}.lock")
             # Optuna's lock, which a kill leaves behind: Optuna breaks it after 30 seconds, during which one of Optuna's
             # own tools may hold it rightly. But it waits for ever for a link that leads nowhere, as after a move.
-            if link.is_symlink() and not link.exists():
-                link.unlink(missing_ok=True)
-            # Part of a line, which a kill or a full disk has left, is dropped as its readers do: what is appended to it
-            # would be lost, too.
-            with suppress(FileNotFoundError), self._journal.open("r+b") as file:
-                content = file.read()
-                if not content.endswith(b"\n"):
-                    file.truncate(content.rfind(b"\n") + 1)
+            with suppress(OSError):  # there is none; it is read, not followed: another holder may make it meanwhile
+                if not (self._journal.parent / os.readlink(link)).exists():
+                    link.unlink()
+            if self._broken_end() is not None:
+                storages = self._optuna.storages
+                lock = storages.journal.JournalFileSymlinkLock(str(self._journal.absolute()))
+                lock.acquire()
+                try:
+                    if (length := self._broken_end()) is not None:  # and it was no line that was being written
+                        os.truncate(self._journal, length)
+                finally:
+                    lock.release()
             yield
+
+    def _broken_end(self) -> int | None:
+        """Return where part of a line begins, which a kill or a full disk has left at the journal's end; else None."""
+        content = self._journal.read_bytes() if self._journal.exists() else b""
+        return content.rfind(b"\n") + 1 if content and not content.endswith(b"\n") else None
 
     def settings(self, variant: str) -> Sequence[Settings]:
         """Return the settings of the trials asked so far, by number, up to the first that lacks some."""

@@ -180,12 +180,10 @@ class Tally:
     @property
     def exit_code(self) -> ExitCode:
         """STOPPED if runs are left to do, otherwise FAULT if a run failed."""
-        if self.left or self.stopped or self.unasked:
+        if self.left or self.stopped or self.unasked or self.busy:
             # A stopped sweep is to be started again, even if some runs failed.
             return ExitCode.STOPPED
-        if self.failed:
-            return ExitCode.FAULT
-        return ExitCode.STOPPED if self.busy else ExitCode.FINISHED
+        return ExitCode.FAULT if self.failed else ExitCode.FINISHED
 
 
 More = Callable[[], Sequence[PlannedRun]]

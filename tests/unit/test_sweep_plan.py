@@ -240,6 +240,11 @@ class TestFaults:
             (override.partition("=")[0], "set-by-study")
         ]
 
+    def test_no_shipped_study_has_the_name_of_a_shipped_configuration_s_run(self) -> None:
+        configurations = (Path(__file__).parents[2] / "configs").glob("*.yaml")
+        names = {load_config(str(path)).run.name for path in configurations}
+        assert names.isdisjoint(yaml.safe_load(path.read_text())["name"] for path in SHIPPED)
+
     def test_a_study_and_a_run_share_no_folder(self, tmp_path: Path) -> None:
         plan = small_plan(tmp_path)
         run = RunDirectory(plan.directory)

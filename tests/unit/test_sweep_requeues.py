@@ -52,6 +52,12 @@ def test_it_depends_on_how_the_run_ended(run: Path, code: ExitCode, requeued: bo
     assert (decide(run, limit=3).action == "requeue") is requeued
 
 
+def test_a_launch_refused_in_a_study_s_folder_leaves_no_status_there(tmp_path: Path) -> None:
+    (tmp_path / "runs.json").write_text("[]")
+    assert decide(tmp_path, 0, EndedLaunch("one")).action == "end"
+    assert not (tmp_path / "status.json").exists()
+
+
 def test_a_run_without_progress_is_given_up_after_the_limit(run: Path) -> None:
     checkpoint(run, 5)
     # The first crash follows a checkpoint, and so do the three after it, but the same one.

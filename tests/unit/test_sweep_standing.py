@@ -64,6 +64,19 @@ def test_a_run_is_judged_beside_its_job(
     assert (standing.state, standing.then) == expected
 
 
+def test_a_diverged_run_does_not_wait_for_its_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, squeue: Callable[[str], Path]
+) -> None:
+    squeue("17 PENDING")
+    run = small_plan(tmp_path).runs[0]
+    run.files.create()
+    run.files.save_config(run.config)
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    StatusFile(run.files.status, 1).end("failed", ExitCode.DIVERGED, "the loss is not finite")
+    monkeypatch.delenv("SLURM_JOB_ID")
+    assert standing_of(run).then == "unrecoverable"
+
+
 def test_slurm_is_asked_once_for_the_jobs_of_all_runs_that_have_not_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, squeue: Callable[[str], Path]
 ) -> None:
