@@ -31,7 +31,7 @@ from dist_train.data.plan import BatchPlan
 from dist_train.monitoring.observers import Observers
 from dist_train.optim.averaging import AveragedModel
 from dist_train.optim.schedules import LearningRate
-from dist_train.outcome import DisagreementError, DivergedError, OutOfMemoryError, StoppedError
+from dist_train.outcome import DisagreementError, DivergedError, OutOfMemoryError, PeerFailedError, StoppedError
 from dist_train.rundir.epochs import Epochs
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import Detail, EvaluationRecord, EventRecord, Record, TrainRecord
@@ -175,7 +175,10 @@ class Trainer:
         while True:
             try:
                 if must_recover:
-                    self._recover()
+                    try:
+                        self._recover()
+                    except PeerFailedError as error:  # that rank ends with its own error
+                        raise GroupBrokenError(str(error)) from error
                 self._train()
                 return
             except GroupBrokenError as error:

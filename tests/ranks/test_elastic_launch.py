@@ -90,6 +90,32 @@ def test_work_that_rank_0_had_done_is_neither_written_nor_counted_again(tmp_path
     assert (run / "checkpoints" / first["path"]).stat().st_mtime < first["time"]
 
 
+LATE_STATE = """
+import torch
+
+
+def build(settings, groups):
+    return torch.optim.RMSprop([each for group in groups for each in group.parameters], lr=settings.learning_rate)
+"""
+"""An optimizer that creates its state in its first update, so that ranks which join have none."""
+
+
+def test_a_rank_that_fails_while_the_ranks_regroup_does_not_end_the_others(tmp_path: Path) -> None:
+    plugin = tmp_path / "late_state.py"
+    plugin.write_text(LATE_STATE)
+    settings = {**ENDLESS, "optimizer": {"name": f"{plugin}:build"}}
+    config, run = write_config(tmp_path, settings), tmp_path / "run"
+    with ElasticRun(config, run, 2, ("--min-ranks", "1", "--restarts", "1")) as launch:
+        wait_for_lines(run / "metrics.jsonl", 4)
+        launch.send(1, signal.SIGKILL)
+        wait_for(lambda: "plugin-result" in launch.log.read_text(), lambda: launch.log.read_text()[-3000:])
+        step = launch.step()
+        wait_for(lambda: launch.step() > step + 8, lambda: launch.log.read_text()[-3000:])
+        launch.process.send_signal(signal.SIGTERM)
+        ended = launch.wait()
+    assert ended.code == ExitCode.STOPPED, ended.output
+
+
 @pytest.mark.lengthy
 def test_ranks_on_gpus_abort_nccl_and_continue(tmp_path: Path) -> None:
     config, run = write_config(tmp_path, ENDLESS), tmp_path / "run"
