@@ -217,8 +217,8 @@ def _begin_if_ready(state: Membership, messages: tuple[Message, ...] = ()) -> De
     if not state.members or not all(member.is_ready for member in state.members):
         return state, messages
     following = (*state.members, *ready)[: state.limits.max_ranks]
-    # No rank is restarted any more; those that are left make one more update, and save.
-    least = 1 if state.stop_requested else state.limits.min_ranks
+    # No rank is restarted any more; those that are left finish their work, after at most one more update, and save.
+    least = 1 if state.stop_requested or state.is_over else state.limits.min_ranks
     if len(following) < least:
         if state.may_grow:
             return state, messages

@@ -140,7 +140,8 @@ def check_end(world: World, limits: Limits) -> None:
         is_killed = world.coordinator.has_ended and not rank.has_state  # by its launcher, which knows that
         assert is_killed or rank.mode in ("done", "ended", "dead"), f"it hangs: {world}"
         assert rank.mode != "done" or rank.has_stopped or rank.step == limits.last_step
-        may_be_too_few = limits.min_ranks > 1 and not world.coordinator.stop_requested
+        is_last_work = world.coordinator.stop_requested or world.coordinator.is_over
+        may_be_too_few = limits.min_ranks > 1 and not is_last_work
         assert rank.mode != "ended" or not rank.has_state or may_be_too_few, f"the state was sent away: {world}"
     assert len({rank.step for rank in world.ranks if rank.mode == "done"}) <= 1, f"they end in two states: {world}"
 

@@ -101,6 +101,11 @@ def test_the_ranks_that_are_left_begin_at_once_when_all_are_to_stop() -> None:
     assert said(state, PeerReady(11, 1))[11].kind == "members"
 
 
+def test_the_ranks_that_are_left_of_a_run_that_is_over_finish_it() -> None:
+    state = after(met(3, fewest=3), PeerLost(12, "died"), PeerLost(11), MayGrow(False))
+    assert said(state, PeerReady(10, 1, why="barrier: reset"))[10].kind == "members"
+
+
 def test_nobody_is_let_in_once_a_rank_has_finished() -> None:
     state = after(met(2), PeerConnected(Peer(20, 2)), PeerLost(10))
     assert said(state, PeerReady(20, 0))[20].kind == "end"
