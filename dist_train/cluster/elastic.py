@@ -91,7 +91,7 @@ class ElasticCommunicator(TorchOperations):
         self._member.pulse.rest()
 
     def begin_training(self) -> None:
-        """Report that the run can continue from this rank's state from now on."""
+        """Report that the run can continue from this rank's state from now on, and that its group works."""
         self._member.trains()
 
     def meet(self, why: str, on_begin: Callable[[Generation], None] = lambda generation: None) -> Generation:

@@ -104,7 +104,7 @@ class Member:
         self._thread.start()
 
     def trains(self) -> None:
-        """Report that the run can continue from this rank's state."""
+        """Report that the run can continue from this rank's state, and that its group works."""
         self._connection.send({"kind": "trains"})
 
     def await_generation(self, store_port: int, why: str) -> Generation:

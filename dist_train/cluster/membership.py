@@ -13,6 +13,11 @@ from typing import Any, Literal, TypeAlias
 
 Kind = Literal["break", "meet", "members", "end"]
 
+_TRIES_OF_JOINERS = 2
+"""Groups in a row that may break before an update, with nobody lost, before the processes that joined must go."""
+_TRIES = 3
+"""The same before the run ends."""
+
 
 @dataclass(frozen=True)
 class Peer:
@@ -59,6 +64,7 @@ class Membership:
     may_grow: bool = True  # more ranks may still be started
     lost: tuple[str, ...] = ()  # the ranks lost from the current generation, with reasons
     report: str = ""  # how a rank described the failure; this and `lost` are for the next generation's record
+    tries: int = 0  # how many generations in a row, this one included, have lost nobody and made no update yet
     stop_requested: bool = False  # all ranks are to save and stop, however few they are
     is_over: bool = False  # a rank has left because the run is done, so none may join any more
     has_ended: bool = False  # the run cannot continue
@@ -102,7 +108,7 @@ class PeerReady:
 
 @dataclass(frozen=True)
 class PeerTraining:
-    """A process holds the run's state from now on."""
+    """A process holds the run's state from now on, and its generation can work."""
 
     id: int
 
@@ -152,7 +158,7 @@ def decide(state: Membership, event: Event) -> Decision:
         case PeerConnected(peer):
             return replace(state, peers=(*state.peers, peer)), ()
         case PeerTraining(peer_id):
-            return _with_peer(state, peer_id, has_state=True), ()
+            return replace(_with_peer(state, peer_id, has_state=True), tries=0), ()
         case MayGrow(value):
             return _begin_if_ready(replace(state, may_grow=value))
         case StopRequested():
@@ -170,6 +176,7 @@ def _remove(state: Membership, event: PeerLost) -> Decision:
     state = replace(state, peers=tuple(peer for peer in state.peers if peer is not gone))
     if gone.rank is None and state.generation > 0:
         return _begin_if_ready(state)
+    state = replace(state, tries=0)
     if not event.why:
         refusals = tuple(_refuse(peer) for peer in state.joiners if peer.is_ready)
         return _begin_if_ready(replace(state, is_over=True), refusals)
@@ -216,6 +223,12 @@ def _begin_if_ready(state: Membership, messages: tuple[Message, ...] = ()) -> De
         return _end(state, "; ".join((*state.lost, "no rank is left that holds the state")))
     if not state.members or not all(member.is_ready for member in state.members):
         return state, messages
+    if state.report and not state.lost:
+        if state.tries >= _TRIES_OF_JOINERS and not all(member.has_state for member in state.members):
+            state, refusals = _turn_away(state)
+            messages = (*messages, *refusals)
+        elif state.tries >= _TRIES:
+            return _end(state, f"{_TRIES} groups of the ranks in a row broke before an update: {state.report}")
     following = (*state.members, *ready)[: state.limits.max_ranks]
     # No rank is restarted any more; those that are left finish their work, after at most one more update, and save.
     least = 1 if state.stop_requested or state.is_over else state.limits.min_ranks
@@ -245,8 +258,20 @@ def _begin(state: Membership, following: tuple[Peer, ...]) -> Decision:
     peers = tuple(
         replace(peer, rank=ranks.get(peer.id), is_ready=peer.is_ready and peer.id not in ranks) for peer in state.peers
     )
-    begun = replace(state, generation=generation, is_forming=False, peers=peers, lost=(), report="")
+    begun = replace(
+        state, generation=generation, is_forming=False, peers=peers, lost=(), report="", tries=state.tries + 1
+    )
     return begun, tuple(Message(peer.id, "members", {**fields, "rank": rank}) for rank, peer in enumerate(following))
+
+
+def _turn_away(state: Membership) -> Decision:
+    """Remove the ranks that have joined but cannot get the state: the others work without them."""
+    gone = [member for member in state.members if not member.has_state]
+    why = f"{_TRIES_OF_JOINERS} groups with ranks that joined broke before an update: {state.report}"
+    lost = tuple(f"{peer.name} could not connect to the others" for peer in gone)
+    peers = tuple(peer for peer in state.peers if peer not in gone)
+    messages = tuple(Message(peer.id, "end", {"why": why}) for peer in gone)
+    return replace(state, peers=peers, lost=lost, may_grow=True, tries=0), messages
 
 
 def _refuse(peer: Peer) -> Message:

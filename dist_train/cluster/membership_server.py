@@ -281,14 +281,15 @@ class MembershipServer:
         self.state, messages = decide(before, event)
         for message in messages:
             self._server.send(message.to, {"kind": message.kind, **message.fields})
-        for message in messages[:1]:
+        for message in {each.kind: each for each in messages}.values():
             if message.kind == "end":
                 self.say(message.fields["why"])
             if message.kind == "members" and before.generation:
-                size, lost, joined = (message.fields[name] for name in ("size", "lost", "joined"))
+                size, lost, joined, report = (message.fields[name] for name in ("size", "lost", "joined", "report"))
                 news = [*lost, *(f"{name} joins" for name in joined)]
                 ranks = f"{size} rank{'s' if size > 1 else ''}"
-                self.say(f"generation {message.fields['generation']} of {ranks}: {'; '.join(news) or 'formed anew'}")
+                news = news or [f"formed anew{': ' if report else ''}{report}"]
+                self.say(f"generation {message.fields['generation']} of {ranks}: {'; '.join(news)}")
         self._note_stopping()
 
     def _note_stopping(self) -> None:

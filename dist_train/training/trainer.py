@@ -276,6 +276,7 @@ class Trainer:
         self._samples_done += size
         for name, details in self._interruption.events(self.comm):
             self.event(name, **details)
+            self.comm.begin_training()  # the new group works
         return True
 
     def _shrink(self) -> None:

@@ -269,6 +269,22 @@ def test_ranks_of_other_launchers_join_and_leave_bit_identically(tmp_path: Path)
     assert_same_run(run, tmp_path / "undisturbed", ["train"])
 
 
+def test_a_rank_that_cannot_connect_to_the_others_does_not_keep_them_from_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, run = write_config(tmp_path, ENDLESS), tmp_path / "run"
+    with ElasticRun(config, run, 1, ("--min-ranks", "1", "--max-ranks", "2", "--listen", "127.0.0.2")) as launch:
+        wait_for_lines(run / "metrics.jsonl", 4)
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", "none")  # of the rank that joins
+        with launch.join(1) as joined:
+            refused = joined.wait()
+        step = launch.step()
+        wait_for(lambda: launch.step() > step + 8, lambda: launch.log.read_text()[-3000:])
+        launch.process.send_signal(signal.SIGTERM)
+        ended = launch.wait()
+    assert (refused.code, ended.code) == (ExitCode.FAULT, ExitCode.STOPPED), refused.output + ended.output
+
+
 def test_launcher_without_ranks_starts_with_those_that_join(tmp_path: Path) -> None:
     config, run = write_config(tmp_path, SETTINGS), tmp_path / "run"
     options = ("--start-with", "2", "--min-ranks", "1", *LISTENING)

@@ -134,6 +134,37 @@ def test_a_report_about_a_past_generation_stops_nobody() -> None:
     assert decide(state, PeerReady(12, 1, why="gradient.0")) == (state, ())
 
 
+def broken(state: Membership, generation: int, *ids: int) -> Membership:
+    """Let the group of that generation break, as its ranks `ids` report."""
+    return after(state, *(PeerReady(each, generation, why="meeting: no route to host") for each in ids))
+
+
+def test_ranks_that_cannot_connect_though_nobody_is_lost_end_the_run() -> None:
+    state = met(2)
+    for generation in (1, 2, 3):
+        state = broken(state, generation, 10, 11)
+    assert not state.has_ended
+    assert not after(state, PeerLost(11, "died")).has_ended
+    told = said(broken(state, 4, 10), PeerReady(11, 4))
+    assert {to: message.kind for to, message in told.items()} == {10: "end", 11: "end"}
+    assert "no route to host" in told[10].fields["why"]
+    state = broken(after(state, PeerTraining(10)), 4, 10, 11)  # after an update
+    assert state.generation == 5
+
+
+def test_a_process_that_joins_but_cannot_connect_is_sent_away() -> None:
+    state = after(met(2, fewest=2), PeerLost(11, "died"), PeerReady(10, 1))
+    state = after(state, PeerConnected(Peer(20, 1)), PeerReady(20, 0))
+    state = broken(state, 2, 20, 10)
+    assert [peer.id for peer in state.members] == [10, 20]
+    state = broken(state, 3, 20)
+    told = said(state, PeerReady(10, 3))
+    assert {to: message.kind for to, message in told.items()} == {20: "end"}, "the rank that is left waits for another"
+    state = after(state, PeerReady(10, 3), PeerConnected(Peer(21, 1)))
+    assert {to: message.kind for to, message in said(state, PeerReady(21, 0)).items()} == {10: "members", 21: "members"}
+    assert said(state, MayGrow(False))[10].kind == "end"
+
+
 def test_a_loss_before_anybody_trains_ends_the_launch() -> None:
     state = after(Membership(limits(2)), PeerConnected(Peer(7, 0)), PeerConnected(Peer(8, 1)))
     assert said(state, PeerLost(7, "died"))[8].kind == "end"

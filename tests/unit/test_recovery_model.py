@@ -23,6 +23,11 @@ def test_three_ranks_end_in_one_state_whoever_dies_when() -> None:
     assert explore(3, Limits(1, deaths=1, joins=0)) > 5_000
 
 
+@pytest.mark.parametrize(("size", "joins"), [(2, 0), (1, 1)])
+def test_groups_that_break_though_nobody_is_lost_end_a_run_only_after_the_third(size: int, joins: int) -> None:
+    assert explore(size, Limits(2, deaths=0, joins=joins, breaks=3)) > 500
+
+
 def test_the_model_finds_a_rank_that_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     def forgetful(state: Membership, event: Event) -> Decision:
         state, messages = decide(state, event)
