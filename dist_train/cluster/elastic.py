@@ -27,6 +27,7 @@ import torch.distributed as dist
 
 from dist_train.cluster.communicator import Counters, Generation, GroupBrokenError, Pending, Result, refuse_full_gpu
 from dist_train.cluster.devices import FIRST_SUMS, check_own_gpu
+from dist_train.cluster.heartbeats import longest_wait
 from dist_train.cluster.member import Member
 from dist_train.cluster.rendezvous import end_process
 from dist_train.cluster.torch_engine import (
@@ -56,8 +57,7 @@ class ElasticCommunicator(TorchOperations):
         self.has_nccl = device_type == "cuda"
         self.backend = "torch-nccl" if self.has_nccl else "torch-gloo"
         self._timeout = timeout
-        # As without elasticity: longer than anything that is merely slow.
-        self._operation_timeout = timedelta(seconds=max(60.0, 3 * timeout))
+        self._operation_timeout = timedelta(seconds=longest_wait(timeout))
         self._member = Member(timeout)
         self._store = dist.TCPStore(
             self._member.address, 0, is_master=True, wait_for_workers=False, timeout=_STORE_TIMEOUT

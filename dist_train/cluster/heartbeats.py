@@ -130,6 +130,11 @@ def _tag(token: bytes, content: bytes) -> bytes:
     return hmac.digest(token, content, "sha256")[:_TAG_BYTES]
 
 
+def longest_wait(timeout: float) -> float:
+    """Return the seconds that ranks wait for one that sends heartbeats, but does not come: it may be merely busy."""
+    return max(60.0, 3 * timeout)
+
+
 BEATS_IN_TIMEOUT = 6
 _SUSPENDED_BEATS = 2.0  # a longer gap between two checks means that the watcher itself was suspended
 

@@ -84,6 +84,11 @@ class Membership:
         """Whether the run can continue from the state of a connected process."""
         return any(peer.has_state for peer in self.peers)
 
+    @property
+    def is_broken(self) -> bool:
+        """Whether the current generation is over because it broke, not by agreement."""
+        return bool(self.lost or self.report)
+
     def find(self, peer_id: int) -> Peer | None:
         """Return the peer with that id; None if it is gone."""
         return next((peer for peer in self.peers if peer.id == peer_id), None)

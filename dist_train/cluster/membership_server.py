@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import count, islice
 from typing import Any
 
-from dist_train.cluster.heartbeats import BEATS_IN_TIMEOUT, SuspensionDetector
+from dist_train.cluster.heartbeats import BEATS_IN_TIMEOUT, SuspensionDetector, longest_wait
 from dist_train.cluster.launch import MEMBERSHIP_VARIABLE
 from dist_train.cluster.membership import (
     Elasticity,
@@ -290,10 +290,12 @@ class MembershipServer:
                 ranks = f"{size} rank{'s' if size > 1 else ''}"
                 news = news or [f"formed anew{': ' if report else ''}{report}"]
                 self.say(f"generation {message.fields['generation']} of {ranks}: {'; '.join(news)}")
+        if self.state.is_broken and not before.is_broken:
+            self._stopping_since.clear()  # they had more time before
         self._note_stopping()
 
     def _note_stopping(self) -> None:
-        """Record since when each rank of a broken generation has been expected to stop."""
+        """Record since when each rank of a generation that is over has been expected to stop."""
         for peer in self.state.peers:
             if peer.is_ready or peer.rank is None or not self.state.is_forming:
                 self._stopping_since.pop(peer.id, None)
@@ -305,11 +307,14 @@ class MembershipServer:
             self._server.hear_all(now)
             self._stopping_since = dict.fromkeys(self._stopping_since, now)
             return
+        limit, when = self.timeout, "the group was broken"
+        if not self.state.is_broken:  # a rank may be busy after the update, as others would let it
+            limit, when = self.timeout + longest_wait(self.timeout), "ranks were to join"
         for peer_id, heard in self._server.heard.items():
             if now - heard >= self.timeout:
                 self._expel(peer_id, f"has not answered for {self.timeout:g} s")
-            elif now - self._stopping_since.get(peer_id, now) >= self.timeout:
-                self._expel(peer_id, f"has not stopped for {self.timeout:g} s when the group was broken")
+            elif now - self._stopping_since.get(peer_id, now) >= limit:
+                self._expel(peer_id, f"has not stopped for {limit:g} s when {when}")
 
     def _expel(self, peer_id: int, why: str) -> None:
         peer = self.state.find(peer_id)

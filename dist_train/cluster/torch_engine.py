@@ -33,7 +33,7 @@ from dist_train.cluster.communicator import (
     run_on_all_ranks,
     signed_digest,
 )
-from dist_train.cluster.heartbeats import is_loopback, own_addresses
+from dist_train.cluster.heartbeats import is_loopback, longest_wait, own_addresses
 from dist_train.cluster.launch import Launch, StoreAddress
 from dist_train.outcome import UsageError
 
@@ -130,7 +130,7 @@ class TorchCommunicator(TorchOperations):
         self.size = launch.size
         store = _open_store(launch, launch.store)
         # The watchdog, which knows which rank is lost, must time out first.
-        operation_timeout = timedelta(seconds=max(60.0, 3 * timeout))
+        operation_timeout = timedelta(seconds=longest_wait(timeout))
         self._device: dist.ProcessGroupNCCL | None = None
         # A rank may be lost while the others meet, and with rank 0 the store.
         with naming_lost_ranks("meeting"):

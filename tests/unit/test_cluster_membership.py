@@ -333,6 +333,38 @@ def test_who_beats_but_does_not_stop_is_expelled() -> None:
             each.leave("")
 
 
+def wait_for_a_poll(server: MembershipServer, peer_id: int) -> None:
+    """Wait until the server has looked for ranks to expel since now; the peer's heartbeats make it poll."""
+    for _ in range(2):
+        before = server._server.heard[peer_id]
+        wait_for(lambda: server._server.heard[peer_id] > before)  # noqa: B023
+
+
+def test_who_is_busy_when_others_join_is_not_expelled_as_if_the_group_were_broken() -> None:
+    with serving(2, 5.0, most=3) as server:
+        members = [member(server, slot) for slot in range(2)]
+        meet(members)
+        begin_training(server, members)
+        busy = server.state.members[0].id
+        joiner = member(server, 1)
+        members += [joiner]
+        for each, generation in ((joiner, 0), (members[1], 1)):
+            store = ["host", 1]
+            each._connection.send({"kind": "ready", "generation": generation, "store": store, "why": ""})
+        wait_for(lambda: busy in server._stopping_since)
+        server._stopping_since[busy] -= 62.0
+        wait_for_a_poll(server, busy)
+        assert not server.expelled
+        members[1].leave("failed: out of memory")
+        wait_for(lambda: members[0].interruption)
+        wait_for_a_poll(server, busy)
+        assert not server.expelled, "its time begins with the break"
+        server._stopping_since[busy] -= 6.0
+        wait_for(lambda: [each.slot for each in server.expelled] == [0])
+        for each in members:
+            each.leave("")
+
+
 def test_who_does_not_know_the_token_is_not_heard() -> None:
     with serving(1, 5.0) as server, pytest.raises(RankLostError, match="closed the connection"):
         Member(5.0, {**server.variables, SLOT_VARIABLE: "0", TOKEN_VARIABLE: "guess"})
