@@ -146,13 +146,13 @@ def set_up_reduction(
     passes = len(noise.points(0)) * (comm.size if shares_micro_batches(config.model) else 1)
     gradients = len(plan.micro_batches) * passes
 
-    def build() -> GradientReduction:
+    def build() -> tuple[GradientAccumulator, list[Bucket]]:
         # Of every plan, since each may have micro-batches with fewer samples than there are ranks.
         shares = [share_of(config.model, each, comm.rank, comm.size) for each in plans]
         if settings.op == "adasum":
             share = sum(micro_batch.size for micro_batch in shares[plans.index(plan)]) / plan.global_size
             _check_adasum(comm, share, weights.values.device)
-            return GradientReduction(weights, AdasumAccumulator(weights, comm, share), buckets_of(weights, 1))
+            return AdasumAccumulator(weights, comm, share), buckets_of(weights, 1)
         accumulator: GradientAccumulator
         if settings.reduction == "exact":
             accumulator = ExactAccumulator(weights, comm, gradients)
@@ -169,9 +169,10 @@ def set_up_reduction(
         else:
             sent_as = torch.float16 if settings.compression == "fp16" else torch.float32
             accumulator = FloatAccumulator(weights, comm, sent_as)
-        return GradientReduction(weights, accumulator, buckets_of(weights, _BUCKET))
+        return accumulator, buckets_of(weights, _BUCKET)
 
-    return run_on_all_ranks(comm, build, "set up the reduction")
+    # Only then: the hooks of a reduction that fails on another rank would stay.
+    return GradientReduction(weights, *run_on_all_ranks(comm, build, "set up the reduction"))
 
 
 def buckets_of(weights: FlatWeights, size: int) -> list[Bucket]:

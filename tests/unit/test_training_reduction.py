@@ -212,6 +212,16 @@ def test_a_closed_reduction_no_longer_listens() -> None:
     assert results(1, names) == [[]]
 
 
+def test_a_reduction_that_another_rank_cannot_set_up_leaves_no_hooks() -> None:
+    def hooks(comm: SimulatedRanks) -> int:
+        weights = FlatWeights(nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(3))))
+        with pytest.raises(UsageError):
+            build_reduction(weights, comm, 1000 if comm.rank == 0 else 2, reduction="exact16")
+        return sum(len(each._post_accumulate_grad_hooks or ()) for each in weights.parameters)
+
+    assert results(2, hooks) == [0, 0]
+
+
 @PROPERTY
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=12), st.integers(1, 200))
 def test_buckets_hold_every_parameter_once_from_the_last_to_the_first(sizes: list[int], least: int) -> None:
