@@ -201,11 +201,11 @@ class RecentRecords:
             self._kept.popitem(last=False)
         return True
 
-    def share(self, comm: Communicator, root: int, *, joins: bool) -> None:
-        """Take those of rank `root` if this rank `joins`. All ranks call it."""
+    def share(self, comm: Communicator, root: int, *, takes: bool) -> None:
+        """Add those of rank `root` if this rank `takes` them. All ranks call it."""
         mine = "\n".join(map(to_json, self.all())) if comm.rank == root else ""
         lines = broadcast_str(comm, mine, "records", root)
-        for record in map(from_json, lines.split("\n") if joins else ()):
+        for record in map(from_json, lines.split("\n") if takes else ()):
             if record is not None:
                 self.add(record)
 

@@ -252,8 +252,6 @@ class Trainer:
         size = self._batches.plan(step).global_size
         if shares := self._batches.dealing(step).note(step, update.times, total.paces):
             self.event("dealing", step + 1, shares=" ".join(map(str, shares)))
-        if (size_before := self._batches.changed(step)) is not None:
-            self.event("batch_size", step + 1, before=size_before, now=size)
         self.progress.step += 1
         self._is_step_complete, self._has_last_noise = False, True
         self._meeting_requested = total.meet > 0
@@ -305,6 +303,8 @@ class Trainer:
         """Do the work due after the last update. Called again if a rank was lost meanwhile."""
         step = self.progress.step
         self._publish_measurement()
+        if (size_before := self._batches.changed(step - 1)) is not None:
+            self.event("batch_size", before=size_before, now=self._batches.plan(step - 1).global_size)
         if update.repeats:
             self.event("gradient_repeated", times=update.repeats)
         if step % self.config.metrics.every_steps == 0 or step == self.last_step:
@@ -465,7 +465,9 @@ class Trainer:
         own = SharedState(self.progress, self.plan.micro_size, self._last_update)
         shared = broadcast_shared_state(self.comm, own, recovery.source)
         if recovery.receivers:
-            self.recent.share(self.comm, recovery.source, joins=not self._has_state)
+            # What is due after the last update rank 0 does again itself.
+            takes = self.comm.rank in recovery.receivers and not is_writer
+            self.recent.share(self.comm, recovery.source, takes=takes)
             self.state.broadcast(self.comm, recovery.source)
             self._has_state = True
             self.comm.begin_training()

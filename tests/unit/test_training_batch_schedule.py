@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
@@ -16,16 +17,18 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from dist_train.checkpoint.files import list_checkpoints, read_checkpoint
-from dist_train.cluster.communicator import Alone
+from dist_train.cluster.communicator import Alone, Generation, GroupBrokenError
 from dist_train.config import ConfigError
 from dist_train.data.images import BatchRequest
 from dist_train.data.plan import epoch_order
 from dist_train.launching.session import run_facts
 from dist_train.models import build_model
 from dist_train.monitoring.prometheus.board import Board
+from dist_train.optim.noise import SmoothOut
 from dist_train.outcome import UsageError
 from dist_train.rundir.epochs import Epochs
 from dist_train.rundir.records import EvaluationRecord, EventRecord
+from dist_train.training.saving import Saving
 from dist_train.training.step import GlobalBatch, TrainingStep
 from tests.raising import raises, raises_problems
 from tests.unit.exporting import FACTS
@@ -33,6 +36,7 @@ from tests.unit.plain_step import samples_of
 from tests.unit.simulated_ranks import SimulatedRanks, results
 from tests.unit.small_trainers import build_trainer, small_config
 from tests.unit.test_training_trainer import run
+from tests.waiting import PATIENCE
 
 SCHEDULE = [{"epoch": 1, "global_size": 30}, {"epoch": 3, "global_size": 50}]
 SECTIONS: dict[str, Any] = {
@@ -48,6 +52,42 @@ ENDS = [8, 11, 14, 16, 18]
 
 def sections(**changed: dict[str, Any]) -> dict[str, Any]:
     return {name: {**SECTIONS.get(name, {}), **changed.get(name, {})} for name in {*SECTIONS, *changed}}
+
+
+def test_promise_6_rank_0_records_the_new_size_though_only_another_rank_made_the_update(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    has_failed, breaks = threading.Event(), ["reset"]
+
+    def before_update(self: SmoothOut, step: int, learning_rate: float) -> None:
+        if step == 8 and self.rank == 0 and not has_failed.is_set():
+            has_failed.set()
+            raise GroupBrokenError("reset")
+
+    def after_update(self: SmoothOut, step: int) -> None:
+        if step == 8 and self.rank == 1:
+            assert has_failed.wait(PATIENCE)
+
+    def report(self: Saving) -> None:
+        if self.comm.rank == 1 and has_failed.is_set() and breaks:
+            raise GroupBrokenError(breaks.pop())
+
+    def meet(self: SimulatedRanks, *_: object) -> Generation:
+        return Generation(2, self.rank, self.size, ("", 0), ("a", "b"), (), "reset", ())
+
+    def job(comm: SimulatedRanks) -> list[list[tuple[int, str]]]:
+        _, notebook, trainer = run(tmp_path, comm, **sections(run={"max_steps": 10}))
+        records = notebook.records, trainer.recent.all()
+        return [[(each.step, each.event) for each in some if isinstance(each, EventRecord)] for some in records]
+
+    monkeypatch.setattr(SmoothOut, "before_update", before_update)
+    monkeypatch.setattr(SmoothOut, "after_update", after_update)
+    monkeypatch.setattr(Saving, "report", report)
+    monkeypatch.setattr(SimulatedRanks, "is_elastic", True)
+    monkeypatch.setattr(SimulatedRanks, "meet", meet)
+    (recorded, kept), (_, kept_elsewhere) = results(2, job)
+    assert all((9, "batch_size") in events for events in (recorded, kept, kept_elsewhere))
+    assert not breaks
 
 
 def test_every_epoch_has_its_own_batches_and_no_sample_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,7 +102,7 @@ def test_who_joins_takes_the_records_of_the_others() -> None:
         recent = RecentRecords(100)
         for record in before if comm.rank == 1 else before[: comm.rank == 0]:
             recent.add(record)
-        recent.share(comm, 1, joins=comm.rank == 2)
+        recent.share(comm, 1, takes=comm.rank == 2)
         return recent.all()
 
     assert results(3, job) == [before[:1], before, before]
