@@ -39,6 +39,7 @@ from dist_train.outcome import (
     FaultError,
     PeerFailedError,
     StoppedError,
+    UsageError,
     exit_code_of,
 )
 from dist_train.rundir.paths import RunDirectory, RunLock, check_of_run
@@ -81,7 +82,8 @@ class Session:
         """Take over rank 0's reporting from a lost rank; this rank has the `lock` now."""
         # The exporter of this rank, if any, gives way to that of rank 0.
         self.observers.end(self._outcome("running", ExitCode.FINISHED, ""))
-        self.observers = build_observers(self._running.config.metrics, self.directory, 0, self.more_observers)
+        settings = self._running.config.metrics
+        self.observers = build_observers(settings, self.directory, 0, self.more_observers, takes_over=True)
         self._observers_have_begun = False
         self.lock = lock
         self.status = self._status_file()
@@ -341,13 +343,28 @@ class Session:
 
 
 def build_observers(
-    settings: MetricsSettings, directory: RunDirectory, rank: int, more: Sequence[Observer] = ()
+    settings: MetricsSettings,
+    directory: RunDirectory,
+    rank: int,
+    more: Sequence[Observer] = (),
+    *,
+    takes_over: bool = False,
 ) -> Observers:
-    """Return the observers of `rank`, those that write files first; on rank 0 also `more`. Raises UsageError."""
+    """Return the observers of `rank`, those that write files first; on rank 0 also `more`.
+
+    Raises UsageError if a logger cannot be built; where a rank `takes_over` a run, that logger is left out.
+    """
     if rank != 0:
         return Observers([Exporter(settings)] if settings.enabled and settings.ranks == "all" else [])
     # made first, since that may fail
-    loggers = [call_plugin(each.name, each.options, Observer, directory.root) for each in settings.loggers]
+    loggers = []
+    for each in settings.loggers:
+        try:
+            loggers.append(call_plugin(each.name, each.options, Observer, directory.root))
+        except UsageError as error:
+            if not takes_over:
+                raise
+            _logger.error("the run continues without the logger %s: %s", each.name, error)
     observers: list[Observer] = [JsonLines(directory.metrics), EventCounts(directory.event_counts)]
     observers += [open_console(), RanksFile(directory.ranks)]
     if settings.enabled:

@@ -622,9 +622,25 @@ class Collecting(Observer):
         self.records.append(record)
 
 
-def test_a_loss_right_after_a_takeover_loses_no_record_of_the_former_rank_0(tmp_path: Path) -> None:
+CONNECTING = """
+from dist_train import Observer
+
+
+class Connecting(Observer):
+    def __init__(self, directory):
+        if (directory / "server-is-down").exists():
+            raise ConnectionError("no answer")
+"""
+"""A logger that cannot be built while a file says that its server is down."""
+
+
+def test_a_loss_right_after_a_takeover_without_a_logger_s_server_loses_no_record_of_the_former_rank_0(
+    tmp_path: Path,
+) -> None:
     directory = RunDirectory(tmp_path)
     directory.create()
+    (tmp_path / "connecting.py").write_text(CONNECTING)
+    config = small_config(metrics={"loggers": [{"name": f"{tmp_path}/connecting.py:Connecting"}]})
     written, former = EventRecord(1, "signal", 4.0, {}), EventRecord(1, "dealing", 5.0, {})
     of_rank_0 = EventRecord(1, "checkpoint", 4.5, {"path": "step-00000001.pt"})
     directory.metrics.write_text(f"{to_json(written)}\n{to_json(of_rank_0)}\n")
@@ -633,14 +649,17 @@ def test_a_loss_right_after_a_takeover_loses_no_record_of_the_former_rank_0(tmp_
 
     def launch(comm: SimulatedRanks) -> None:
         comm.is_elastic = True
-        opened = build_observers(small_config().metrics, directory, comm.rank)
+        opened = build_observers(config.metrics, directory, comm.rank)
         session = Session(directory, comm, opened, more_observers=[own])
-        trainer = assemble(ResumePoint(small_config()), session, StopRequests())
+        trainer = assemble(ResumePoint(config), session, StopRequests())
         if comm.rank == 0:
             session.finish()
         comm.barrier()  # a rank takes over once rank 0 has ended
         if comm.rank == 0:
             return
+        (tmp_path / "server-is-down").touch()
+        with raises(UsageError, "plugin-failed"):
+            build_observers(config.metrics, directory, 0)
         trainer.recent.add(written)
         trainer.recent.add(former)
         session.trainer = trainer
