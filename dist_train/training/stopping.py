@@ -81,6 +81,11 @@ class TimeLimit:
         """Note that a checkpoint was on disk `seconds` after its beginning."""
         self._longest_save = max(self._longest_save, seconds)
 
+    def take_over(self, other: TimeLimit) -> None:
+        """Take over how long the steps and checkpoints were that `other` has seen."""
+        self._longest_step = max(self._longest_step, other._longest_step)
+        self._longest_save = max(self._longest_save, other._longest_save)
+
     def interrupt(self) -> None:
         """Note that what follows, until the end of a step, is no step of usual length, such as waiting for a rank."""
         self._last_step_end = None
@@ -92,11 +97,11 @@ class TimeLimit:
         next step, and this is next called a step later: hence room for two steps, each as long as the longest so far,
         its evaluation included. A checkpoint gets twice its longest time.
         """
-        if self.end is None:
-            return False
         if self._last_step_end is not None:
             self._longest_step = max(self._longest_step, uptime - self._last_step_end)
         self._last_step_end = uptime
+        if self.end is None:
+            return False
         needed = 2 * self._longest_step + 2 * self._longest_save + _ASK_SECONDS + _EXIT_SECONDS
         if now + needed >= self.end and self._ask_end:
             latest = self._ask_end()

@@ -123,6 +123,7 @@ class Trainer:
         norms: WeightNorms | None,
     ) -> None:
         """Write records, status and checkpoints from now on, and watch the time limit, as rank 0 does."""
+        time_limit.take_over(self.time_limit)
         self.observers, self.status, self.time_limit = observers, status, time_limit
         self.saving = Saving(self.comm, self.event, writer, time_limit)
         self.take_step = replace(self.take_step, wait_for_checkpoint_copy=writer.wait_until_copied)

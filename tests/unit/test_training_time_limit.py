@@ -38,6 +38,14 @@ def test_a_step_and_a_save_fit_in_what_is_left(seconds_a_step: float, seconds_a_
     assert asked > 1000 - 4 * seconds_a_step - 2 * seconds_a_save - 20, "nor much too early"
 
 
+def test_a_rank_that_takes_over_knows_how_long_steps_take(tmp_path: Path) -> None:
+    heir = build_trainer(small_config(), tmp_path, Alone())
+    assert heir.saving.writer is not None
+    assert not any(heir.time_limit.check(now, now) for now in (0.0, 60.0, 120.0))
+    heir.become_writer(heir.observers, None, heir.saving.writer, TimeLimit(1000.0), None)
+    assert heir.time_limit.check(1000.0 - 2 * 60.0, 120.0)
+
+
 def test_an_evaluation_counts_as_part_of_its_step() -> None:
     limit = TimeLimit(1000.0)
     assert not any(limit.check(now, now) for now in (0.0, 1.0, 101.0, 102.0))
