@@ -126,6 +126,11 @@ class Communicator:
     generation: int = 1  # number of the current process group, from 1
 
     @property
+    def most_ranks(self) -> int:
+        """How many ranks there may be, counting those that may still join."""
+        return self.size
+
+    @property
     def wants_meeting(self) -> bool:
         """Whether ranks are waiting to join, as far as this rank knows."""
         return False

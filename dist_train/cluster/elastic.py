@@ -78,6 +78,11 @@ class ElasticCommunicator(TorchOperations):
             self.meet("")
 
     @property
+    def most_ranks(self) -> int:
+        """How many ranks there may be, counting those that may still join."""
+        return self._member.most_ranks
+
+    @property
     def wants_meeting(self) -> bool:
         """Whether ranks are waiting to join, as far as this rank knows."""
         return self._member.wants_meeting

@@ -94,7 +94,9 @@ class Member:
             proof = answer_to(environment[TOKEN_VARIABLE], self._connection.next_message()["text"])
             slot, node = int(environment[SLOT_VARIABLE]), socket.gethostname()
             self._connection.send({"kind": "hello", "proof": proof, "slot": slot, "node": node, "process": os.getpid()})
-            self.joins = bool(self._connection.next_message()["joins"])  # a run that is under way
+            welcome = self._connection.next_message()
+            self.joins = bool(welcome["joins"])  # a run that is under way
+            self.most_ranks = int(welcome["most"])  # that there may be at a time
         except (OSError, ValueError, KeyError) as error:
             self._connection.socket.close()
             raise RankLostError(f"the launcher does not answer at {host}:{port}: {error}") from error

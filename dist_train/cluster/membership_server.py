@@ -218,7 +218,7 @@ class MembershipServer:
             return
         joins = self.state.generation > 0
         self._apply(PeerConnected(Peer(peer_id, slot, node, process)))
-        self._server.send(peer_id, {"kind": "welcome", "joins": joins})
+        self._server.send(peer_id, {"kind": "welcome", "joins": joins, "most": self.limits.max_ranks})
 
     def _admit_node(self, peer_id: int, node: JoinedNode, challenge: str) -> None:
         proof = answer_of_coordinator(self.token, challenge)

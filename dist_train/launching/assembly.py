@@ -378,7 +378,7 @@ def _with_micro_size(
             global_sizes=[size for _, size in config.batch.sizes],
             device=compute.device,
             comm=comm,
-            fewest=fewest_samples(config.model, comm.size),
+            fewest=fewest_samples(config.model, comm.most_ranks),
         )
     weights.gradients.zero_()
     return with_setting(config, "batch.micro_size", size)

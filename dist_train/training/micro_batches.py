@@ -66,12 +66,14 @@ def find_micro_size(
 ) -> int:
     """Return the largest size that fits on every rank; `try_size` runs a forward and backward pass of a given size.
 
-    Sizes are powers of two up to a rank's even share of the first of `global_sizes`, those of the batch schedule. The
-    result may be a little smaller, so that no micro-batch has fewer than `fewest` samples.
+    Sizes are powers of two up to a rank's even share of the first of `global_sizes`, those of the batch schedule, or to
+    the first that is not less than `fewest`. The result may be a little smaller, so that no micro-batch has fewer than
+    `fewest` samples.
 
     Raises UsageError if not even the smallest size fits, or none leaves every micro-batch enough samples.
     """
-    largest = min(_LARGEST[device.type], global_sizes[0], max(fewest, global_sizes[0] // comm.size))
+    enough = 1 << (fewest - 1).bit_length()
+    largest = min(_LARGEST[device.type], global_sizes[0], max(enough, global_sizes[0] // comm.size))
     fits = run_on_all_ranks(comm, lambda: _largest_that_fits(try_size, largest), "fit a micro-batch")
     smallest = min(size for (size,) in gather(comm, [fits], "micro_size"))
 
@@ -80,7 +82,7 @@ def find_micro_size(
         if size is None:
             raise UsageError(
                 f"micro-batches of at most {smallest} samples leave one of fewer than {fewest}, which the norm cannot "
-                f"normalize: set batch.micro_size, or another batch.global_size",
+                f"normalize: set batch.micro_size, another batch.global_size, or fewer ranks",
                 code="one-sample-left",
             )
         return size

@@ -280,7 +280,7 @@ class Trainer:
 
     def _shrink(self) -> None:
         sizes = [size for _, size in self.config.batch.sizes]
-        smaller = halve(self.plan.micro_size, sizes, fewest_samples(self.config.model, self.comm.size))
+        smaller = halve(self.plan.micro_size, sizes, fewest_samples(self.config.model, self.comm.most_ranks))
         self.event("micro_size", before=self.plan.micro_size, now=smaller, reason="out of memory")
         self._divide_work(smaller)
         free_device_memory()

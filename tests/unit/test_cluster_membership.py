@@ -225,6 +225,7 @@ def test_ranks_meet_lose_one_and_meet_again() -> None:
         members = [member(server, slot) for slot in range(3)]
         first = meet(members)
         assert [each.rank for each in first] == [0, 1, 2]
+        assert {each.most_ranks for each in members} == {3}
         begin_training(server, members)
         members[1].leave("failed: out of memory")
         left = [members[0], members[2]]

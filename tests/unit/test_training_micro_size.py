@@ -6,6 +6,7 @@ import gc
 import weakref
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,8 +20,8 @@ from dist_train.outcome import OutOfMemoryError, UsageError
 from dist_train.training.compute import Compute, runs_in_memory
 from dist_train.training.micro_batches import find_micro_size, forward_and_backward, halve
 from tests.raising import raises
-from tests.unit.simulated_ranks import results
-from tests.unit.small_trainers import small_config
+from tests.unit.simulated_ranks import SimulatedRanks, results
+from tests.unit.small_trainers import build_trainer, small_config
 
 CPU = torch.device("cpu")
 
@@ -67,6 +68,19 @@ def test_no_micro_batch_has_fewer_samples_than_must_share_it(global_size: int, f
     )
     assert found == size
     assert global_size % found == 0 or global_size % found >= fewest
+
+
+def test_with_sync_norm_every_micro_batch_has_a_sample_for_each_rank_that_may_join(tmp_path: Path) -> None:
+    class MayGrow(Alone):
+        most_ranks = 12
+
+    def found_by(comm: SimulatedRanks) -> int:
+        return find_micro_size(room_for(1000), global_sizes=[96], device=CPU, comm=comm, fewest=12)
+
+    config = small_config(model={"norm": "sync"}, batch={"micro_size": "auto"})
+    trainer = build_trainer(config, tmp_path, MayGrow())
+    assert all(part.size for rank in range(12) for part in trainer.plan.slices(rank, 12))
+    assert results(8, found_by) == [16] * 8
 
 
 def test_what_a_trial_leaves_in_the_allocator_is_given_back_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
