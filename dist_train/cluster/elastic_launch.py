@@ -47,8 +47,9 @@ def launch_elastic(
     is restarted. Call it from a process without threads. With an address to `listen` at (port 0: a free one), ranks of
     other nodes may join, or be the only ranks; a file in `run` tells them the address.
 
-    Returns the code with which the ranks ended the run; if none did, as `launch_ranks`. Raises UsageError if it cannot
-    listen there, or write that file.
+    Returns the code with which the ranks ended the run; if none did, that of the first rank that failed and without
+    which the run did not continue, 1 if a signal killed it. Raises UsageError if it cannot listen there, or write that
+    file.
     """
     launch = os.environ.get(LAUNCH_VARIABLE, "") or secrets.token_hex(8)
     spec = {"words": list(words), "folder": os.getcwd(), "launch": launch, "restarts": limits.restarts}
@@ -248,6 +249,7 @@ class _ElasticRanks(Ranks):
 
     def _note_end(self, rank: int, code: int) -> None:
         super()._note_end(rank, code)
+        self._coordinator.poll(0.0)  # whether the others continue without it
         self._coordinator.note_code(code)
         self._joining.pop(rank, None)
         is_worthwhile = code != ExitCode.USAGE and self._coordinator.view.has_state and not self._has_ended
@@ -270,4 +272,4 @@ class _ElasticRanks(Ranks):
         code = self._coordinator.view.code
         if code is not None:
             return code
-        return self._first_failure or self._coordinator.first_failure() or ExitCode.FAULT
+        return self._coordinator.first_failure() or self._first_failure or ExitCode.FAULT

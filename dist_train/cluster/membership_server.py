@@ -100,6 +100,7 @@ class MembershipServer:
         self._own_slots = range(self._here)
         self._nodes: dict[int, JoinedNode] = {}  # the launchers of other nodes, by connection
         self._codes: list[int] = []
+        self._survived = 0  # how many of them are of ranks without which the run continued
         self._alone_since = time.monotonic()
         self._server = MessageServer((self.host, self.port), self.token, self._handle, self._lose)
         self._stopping_since: dict[int, float] = {}  # when ranks that still work were told to stop, by connection
@@ -163,12 +164,15 @@ class MembershipServer:
             self._apply(MayGrow(may_grow))
 
     def note_code(self, code: int) -> None:
-        """Record the exit code of one of this launcher's processes."""
+        """Record the exit code of a process, of this launcher or that of another node."""
         self._codes.append(code)
+        if self.state.has_state and not (self.state.is_forming or self.state.has_ended):
+            self._survived = len(self._codes)
 
     def first_failure(self) -> int | None:
-        """Return the exit code of the first rank that failed, if any."""
-        return next((code if code > 0 else int(ExitCode.FAULT) for code in self._codes if code != 0), None)
+        """Return the exit code of the first rank that failed and without which the run did not continue, if any."""
+        codes = (*self._codes[self._survived :], *self._codes)
+        return next((code if code > 0 else int(ExitCode.FAULT) for code in codes if code != 0), None)
 
     def ask_to_stop(self) -> None:
         """Make all launchers ask their ranks to save and stop; a run that has not begun just ends."""
@@ -193,7 +197,7 @@ class MembershipServer:
             case "processes" if node is not None:
                 node.processes = int(fields["count"])
             case "ended" if node is not None:
-                self._codes.append(int(fields["code"]))
+                self.note_code(int(fields["code"]))
             case "stop" if node is not None:
                 self.ask_to_stop()
             case "leave":
@@ -285,6 +289,7 @@ class MembershipServer:
             if message.kind == "end":
                 self.say(message.fields["why"])
             if message.kind == "members" and before.generation:
+                self._survived = len(self._codes)
                 size, lost, joined, report = (message.fields[name] for name in ("size", "lost", "joined", "report"))
                 news = [*lost, *(f"{name} joins" for name in joined)]
                 ranks = f"{size} rank{'s' if size > 1 else ''}"

@@ -99,7 +99,9 @@ def test_a_restart_that_fails_is_tried_again_and_counts(monkeypatch: pytest.Monk
 
     local: Any = SimpleNamespace(slots=(0,), start=start)
     view = SimpleNamespace(stop_requested=False, members=(), joiners=(), has_state=True, has_ended=False, code=None)
-    coordinator = Mock(view=view, expelled=[], awaits_others=False, timeout=60.0, poll=time.sleep)
+    coordinator = Mock(
+        view=view, expelled=[], awaits_others=False, timeout=60.0, poll=time.sleep, first_failure=lambda: None
+    )
     with blocked_signals() as mask:
         assert elastic_launch._ElasticRanks(local, mask, coordinator, restarts=3).wait() == 1
     assert next(no_memory, None) is None

@@ -33,7 +33,7 @@ from dist_train.cluster.membership import (
 )
 from dist_train.cluster.membership_server import SLOT_VARIABLE, TOKEN_VARIABLE, MembershipServer
 from dist_train.cluster.messages import MessageServer, answer_to
-from dist_train.outcome import UsageError
+from dist_train.outcome import ExitCode, UsageError
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.status import LAUNCH_VARIABLE, StatusFile, read_status
 from tests.waiting import wait_for
@@ -481,6 +481,31 @@ def test_launcher_without_ranks_records_why_those_of_other_nodes_are_lost(
     status = read_status(file)
     assert status is not None
     assert "rank 0 (node1, process 7) died" in status.reason
+
+
+def test_the_exit_code_is_not_that_of_a_rank_without_which_the_run_continued() -> None:
+    with closing(MembershipServer(limits(2))) as server:
+        server.state = met(2)
+        server.note_code(ExitCode.USAGE)  # of a process that could not join
+        assert server.first_failure() == ExitCode.USAGE
+        server._apply(PeerLost(10, "failed: a damaged file"))
+        server.note_code(ExitCode.USAGE)
+        server._apply(PeerReady(11, 1, why="gradient.0: reset"))
+        server._apply(PeerLost(11, "died"))
+        server.note_code(-9)
+        server.note_code(ExitCode.USAGE)
+        assert server.first_failure() == ExitCode.FAULT
+
+
+def test_the_exit_code_is_that_of_the_rank_whose_loss_left_too_few() -> None:
+    with closing(MembershipServer(limits(2, fewest=2))) as server:
+        server.state = met(2, fewest=2)
+        server._apply(PeerLost(10, "failed: a damaged file"))
+        server.note_code(ExitCode.USAGE)
+        server._apply(PeerReady(11, 1, why="gradient.0: reset"))
+        server._apply(MayGrow(False))
+        server.note_code(ExitCode.FAULT)
+        assert server.first_failure() == ExitCode.USAGE
 
 
 @pytest.mark.parametrize("admits_all", [False, True])
