@@ -110,7 +110,10 @@ def test_a_rank_that_fails_while_the_ranks_regroup_does_not_end_the_others(tmp_p
         launch.send(1, signal.SIGKILL)
         wait_for(lambda: "plugin-result" in launch.log.read_text(), lambda: launch.log.read_text()[-3000:])
         step = launch.step()
-        wait_for(lambda: launch.step() > step + 8, lambda: launch.log.read_text()[-3000:])
+        wait_for(
+            lambda: launch.step() > step + 8 or launch.process.poll() is not None,
+            lambda: launch.log.read_text()[-3000:],
+        )
         launch.process.send_signal(signal.SIGTERM)
         ended = launch.wait()
     assert ended.code == ExitCode.STOPPED, ended.output
