@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A landscape: loss and accuracy at many points of weight space, divided over the ranks of all nodes with MPI.
+# A landscape: loss and accuracy at many points of weight space, divided over the ranks of all nodes.
 #
 #   TARGETS=runs/lb_8192 OPTIONS="--directions 10" sbatch slurm/landscape.sh
 #   KIND=interpolate TARGETS="runs/sb_128 runs/lb_8192" sbatch --nodes=4 slurm/landscape.sh

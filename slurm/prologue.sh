@@ -30,7 +30,8 @@
 #   PREFLIGHT         0: do not check first whether the nodes can work together (dist-train doctor --cluster)
 #   GUARD_SECONDS     seconds between the checks of a multi-node job that it still has its first node (30)
 #   MAX_RESTARTS      restarts on the job's remaining nodes, in a row without a new checkpoint, before it is requeued
-#                     (as many as MAX_REQUEUES)
+#                     (as many as MAX_REQUEUES). With MIN_RANKS also how often in a row the ranks of a node may end within
+#                     ten minutes of joining, before the node is given up
 #   MIN_RANKS         the run continues without lost nodes, and without a restart, as long as this many ranks are left;
 #                     nodes that come back join again (none). Only with srun and torch.distributed
 #   MAX_REQUEUES      requeues in a row without a new checkpoint, after which the run is given up (3)
@@ -308,12 +309,26 @@ sweep_in_job() {
         usage_error "each run is a task of an array: sbatch --array=\$(dist-train sweep $(printf %q "$study") --array) slurm/sweep.sh"
     read_words overrides OVERRIDES "${OVERRIDES:-}"
     [[ -z ${DIRECTORY:-} ]] || directory=(--directory "$DIRECTORY")
+    # shellcheck disable=SC2329  # `find_programs` calls it
+    stopped_before_launch() {
+        requeue_job
+    }
     read_allocation
     find_our_program
     words=$("${dist_train[@]}" sweep "$study" "${overrides[@]}" --only "$SLURM_ARRAY_TASK_ID" --arguments "${directory[@]}") || status=$?
+    ((!status || !stop_signals)) || stopped_before_launch # the signal may have ended Python
     [[ $status == 0 && -n $words ]] || exit "$status"
     mapfile -t words <<<"$words"
     run_in_job "${words[@]}"
+}
+
+# meet_by_address: as in training, ranks that meet by torch.distributed may need rank 0's address.
+meet_by_address() {
+    # shellcheck disable=SC2329  # `launch_or_show` calls it
+    before_launch() {
+        read_addresses
+        compose # the command may name an address
+    }
 }
 
 # landscape_in_job DEFAULT_TARGETS: runs `landscape`, configured by the variables.
@@ -333,6 +348,7 @@ landscape_in_job() {
         [[ -e $target ]] || usage_error "TARGETS: there is no $target in $PWD"
     done
     prepare_ranks
+    meet_by_address
     launch_or_show landscape "$kind" "${targets[@]}" "${overrides[@]}" "${options[@]}"
     # srun and mpirun pass on the exit code of bad options, because all ranks end with it.
     case $launcher_status in
@@ -346,6 +362,7 @@ landscape_in_job() {
 analyses_in_job() {
     local lines line measurement failed=0
     prepare_ranks
+    meet_by_address
     lines=$("${dist_train[@]}" sweep "$@" --analyses) || exit
     [[ -n $lines ]] || exit 0
     mapfile -t lines <<<"$lines"
@@ -461,10 +478,9 @@ engine_of_ranks() {
         "${dist_train[@]}" config engine "$@"
     else
         # the same Python, without -m dist_train
-        "${dist_train[@]:0:${#dist_train[@]}-2}" -c 'import importlib.util as u; print("mpi4py" if u.find_spec("mpi4py") else "torch")'
+        "${dist_train[@]:0:${#dist_train[@]}-2}" -c 'from dist_train.cluster.launch import is_installed; print("mpi4py" if is_installed("mpi4py") else "torch")'
     fi
 }
-
 
 # exit_if_dry_run COMMAND...: with DRY_RUN=1, prints the command and exits.
 exit_if_dry_run() {
@@ -588,8 +604,8 @@ supervise_nodes() {
                 kill -KILL "${steps[$node]}" 2>/dev/null || true
                 due[$node]=$((SECONDS + ${pause[$node]:-2}))
                 pause[$node]=$((${pause[$node]:-2} < 60 ? 2 * ${pause[$node]:-2} : 60))
-                if [[ -n ${joined_at[$node]:-} ]] && ((++short_stays[$node] > restarts)); then
-                    say "$node is given up: its ranks have ended too soon ${short_stays[$node]} times in a row"
+                if [[ -n ${joined_at[$node]:-} ]] && ((SECONDS - joined_at[$node] < 600 && ++short_stays[$node] > restarts)); then
+                    say "$node is given up: its ranks have ended within ten minutes of joining, more than MAX_RESTARTS ($restarts) times in a row"
                     due[$node]=$((1 << 60))
                 fi
                 unset "steps[$node]" "joined_at[$node]"

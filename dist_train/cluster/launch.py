@@ -58,7 +58,7 @@ def current_launch(environment: Mapping[str, str] = os.environ) -> Launch:
 
     env:// is torch's name for variables that something else has set, such as Kubeflow's PyTorchJob.
     """
-    # Both may themselves run within a Slurm step, or be started by mpirun, one on each node.
+    # torchrun may itself run within a Slurm step, or be started by mpirun, one on each node.
     if LISTEN_FD in environment or "TORCHELASTIC_RUN_ID" in environment:
         launcher = "dist-train launch" if LISTEN_FD in environment else "torchrun"
         return Launch(launcher, int(environment["WORLD_SIZE"]), int(environment["RANK"]), _store_of_torch(environment))

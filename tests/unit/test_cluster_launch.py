@@ -72,10 +72,9 @@ BATCH_SCRIPT = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}
         # mpirun and horovodrun within a Slurm job see its variables too
         ({**SRUN, **MPIRUN}, Launch("mpirun", 4, 3)),
         ({**SRUN, **HOROVODRUN}, Launch("horovodrun", 2, 1)),
-        # torchrun and ours started by srun or mpirun, once on each node
+        # torchrun started by srun or mpirun, once on each node
         ({**SRUN, **TORCHRUN}, Launch("torchrun", 4, 3, STORE_OF_TORCHRUN)),
         ({**MPIRUN, **TORCHRUN}, Launch("torchrun", 4, 3, STORE_OF_TORCHRUN)),
-        ({**MPIRUN, **OURS}, Launch("dist-train launch", 2, 0, STORE_OF_OURS)),
         # within an interactive step
         ({**SHELL, **ENV}, Launch("env://", 8, 5, STORE_OF_ENV)),
         ({**SHELL, **ENV, "PMI_SIZE": "8"}, Launch("env://", 8, 5, STORE_OF_ENV)),

@@ -489,6 +489,8 @@ def test_the_check_of_the_nodes_requests_the_gpus_that_the_run_uses(programs: st
         (10, {"MAX_RESTARTS": "0"}, 1),
         (10, {"MAX_REQUEUES": "1"}, 2),
         (800, {"MAX_RESTARTS": "2"}, 6),
+        (800, {"MAX_RESTARTS": "0"}, 6),
+        (800, {"MAX_REQUEUES": "0"}, 6),
     ],
 )
 def test_a_node_whose_ranks_always_end_soon_is_given_up(
@@ -555,13 +557,22 @@ def test_the_step_that_guards_the_batch_script_s_node_holds_no_memory_nor_gpus(p
     assert "SLURM_GPUS" not in (tmp_path / "variables").read_text()
 
 
-def test_a_job_that_is_stopped_during_its_set_up_is_requeued(programs: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("script", "variables", "job"),
+    [
+        ("lb_8192.sh", {}, "17"),
+        ("sweep.sh", {"SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "1"}, "17_1"),
+    ],
+)
+def test_a_job_that_is_stopped_during_its_set_up_is_requeued(
+    programs: str, tmp_path: Path, script: str, variables: dict[str, str], job: str
+) -> None:
     for name, text in {"scontrol": f'echo "$@" >>{tmp_path}/calls', "python": "kill -USR1 $PPID; exit 1"}.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / name).chmod(0o755)
-    ended = start("lb_8192.sh", **{"PATH": programs, "DIST_TRAIN_PYTHON": f"{tmp_path}/python", **TWO_NODES})
+    ended = start(script, **{"PATH": programs, "DIST_TRAIN_PYTHON": f"{tmp_path}/python", **TWO_NODES, **variables})
     assert ended.returncode == ExitCode.STOPPED, ended.stderr
-    assert "requeue 17" in (tmp_path / "calls").read_text().splitlines()
+    assert f"requeue {job}" in (tmp_path / "calls").read_text().splitlines()
 
 
 def test_analyses_leave_no_temporary_file(programs: str, tmp_path: Path) -> None:
