@@ -4,7 +4,11 @@
 # shellcheck disable=SC2034
 root=$(CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck disable=SC2034
-cache="${DIST_TRAIN_CACHE:-${XDG_CACHE_HOME:-${HOME:-$(printf %s ~)}/.cache}/dist_train}"
+cache=${DIST_TRAIN_CACHE:-${XDG_CACHE_HOME:+$XDG_CACHE_HOME/dist_train}}
+if [[ -z $cache ]]; then # as dist_train/data/cache.py chooses it
+    home=${HOME-$(getent passwd "$(id -u)" | cut -d: -f6 || true)}
+    [[ -z $home && -z ${HOME+set} ]] && cache=${TMPDIR:-/tmp}/dist_train-$(id -u) || cache=$home/.cache/dist_train
+fi
 
 # say TEXT: progress, on stderr, so that a script's output stays what it promises to print.
 say() {

@@ -83,7 +83,7 @@ def decoded_once(folder: Path, source: Source, decode: Callable[[], ImageSet]) -
 
     try:
         images, labels = map(torch.from_numpy, cached_arrays(folder / key, ("images", "labels"), make, is_sound))
-        return ImageSet(images, labels, source.classes, key)
+        return ImageSet(images, labels, source.classes, key, is_mapped=True)
     except OSError as error:
         _LOGGER.warning(
             "the cache folder %s cannot be used (%s): decoding %s into this process's own memory. "
@@ -208,7 +208,8 @@ def fetch(url: str, path: Path, sha256: str) -> None:
             if path.exists():
                 return
             _LOGGER.info("downloading %s to %s", url, path)
-            remove_partial_files(path.parent, path.name)  # only the holder of the lock writes them
+            # An hour: another node may be writing one, where locks hold within a node only (Lustre with localflock).
+            remove_partial_files(path.parent, path.name, idle_seconds=3600)
             with replacing(path, is_shared=True) as file:
                 digest = hashlib.sha256()
                 for chunk in _chunks(url, path):

@@ -7,6 +7,7 @@ cache. Arrays in .npy files are mapped: all ranks of a node share the pages.
 
 from __future__ import annotations
 
+import errno
 import json
 import warnings
 from collections.abc import Iterable, Iterator
@@ -24,7 +25,7 @@ from dist_train.config import DataSettings
 from dist_train.data.cache import cache_folder
 from dist_train.data.encoded import SPLIT_NAMES, Index, cached_index, split_files
 from dist_train.data.images import ImageSet, Split, channels_first, digest_of, evenly_spread
-from dist_train.outcome import UsageError, reading, writing
+from dist_train.outcome import UsageError, writing
 from dist_train.rundir.atomic import replacing
 
 _ROWS = 256
@@ -225,7 +226,8 @@ def read_arrays(settings: DataSettings, split: Split) -> ImageSet:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         tensors = torch.from_numpy(pixels), torch.from_numpy(labels.astype(np.int64))
-    return ImageSet(*tensors, image_format.classes, _identity(*tensors))
+    is_mapped = images_file.suffix == ".npy"
+    return ImageSet(*tensors, image_format.classes, _identity(*tensors), is_mapped)
 
 
 def find_arrays(settings: DataSettings, split: Split) -> tuple[tuple[Path, str], tuple[Path, str]]:
@@ -254,9 +256,8 @@ def _array(path: Path, name: str) -> NDArray[Any]:
     try:
         if path.suffix == ".npy":
             # Read-only: writable pages of our own would count as memory, and more than the machine has are refused.
-            with reading(path):
-                return np.load(path, mmap_mode="r", allow_pickle=False)  # type: ignore[no-any-return]
-        with reading(path), np.load(path, allow_pickle=False) as archive:
+            return np.load(path, mmap_mode="r", allow_pickle=False)  # type: ignore[no-any-return]
+        with np.load(path, allow_pickle=False) as archive:
             if name not in archive:
                 raise UsageError(
                     f"{path} has no array {name}: it has {', '.join(archive)}; "
@@ -266,6 +267,10 @@ def _array(path: Path, name: str) -> NDArray[Any]:
             return archive[name]  # type: ignore[no-any-return]
     except UsageError:
         raise
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # a place before the beginning, in a damaged archive
+            raise UsageError(f"{path} is damaged or not a NumPy file: {error}", code="data-format") from error
+        raise UsageError(f"cannot read {path}: {error.strerror or error}", code="data-unreadable") from error
     except MemoryError as error:
         raise UsageError(
             f"{path} does not fit the memory: {error}. Save its arrays as .npy files, which are mapped",

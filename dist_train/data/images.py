@@ -29,6 +29,7 @@ class ImageSet:
     labels: Tensor
     classes: int
     identity: str = ""  # identifies the source files by digest; empty for images that are generated from the settings
+    is_mapped: bool = False  # whether local ranks share the images' pages, so that a copy of some takes more memory
 
     def __post_init__(self) -> None:
         assert self.images.dtype == torch.uint8, f"images are {self.images.dtype}, not uint8"

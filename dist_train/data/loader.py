@@ -170,6 +170,10 @@ def open_splits(
         if settings.normalize:
             pixels = replace(pixels, statistics=channel_statistics(train.images, numbers))
         if isinstance(test, ImageSet) and not is_plugin(settings.augment):
+            used = kept if held_out is None else torch.cat((kept, held_out))
+            if not train.is_mapped and 2 * len(used) <= len(train):  # copy a small part, and free the rest
+                train, numbers = train.select(used), torch.arange(len(kept))
+                held_out = None if held_out is None else torch.arange(len(kept), len(used))
             return Splits(
                 Samples(train, device, seed, settings.augment, pixels, numbers),
                 Samples(test, device, seed, pixels=pixels),

@@ -13,6 +13,7 @@ import math
 import os
 import secrets
 import stat
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -52,14 +53,15 @@ def _swapping(path: Path, mode: int) -> Iterator[BinaryIO]:
         raise
 
 
-def remove_partial_files(folder: Path, pattern: str) -> None:
+def remove_partial_files(folder: Path, pattern: str, idle_seconds: float = 0) -> None:
     """Delete what killed processes have left in `folder` of files whose names match `pattern`, as far as possible.
 
-    No other process may be writing such files.
+    No other process may be writing such files; only those are deleted that nobody has written to for `idle_seconds`.
     """
     with suppress(OSError):
         for part in folder.glob(f".{pattern}.*.part"):
-            part.unlink(missing_ok=True)
+            if not idle_seconds or time.time() - part.stat().st_mtime >= idle_seconds:
+                part.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, content: bytes, *, is_shared: bool = False) -> None:

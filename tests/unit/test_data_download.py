@@ -80,7 +80,9 @@ def test_an_archive_can_be_read_by_those_whom_the_umask_admits(site: Site, tmp_p
 
 
 def test_what_a_killed_download_has_left_is_deleted(site: Site, tmp_path: Path) -> None:
-    (tmp_path / ".archive.tar.gz.x1y2.part").write_bytes(CONTENT[:1000])
+    left = tmp_path / ".archive.tar.gz.x1y2.part"
+    left.write_bytes(CONTENT[:1000])
+    os.utime(left, (0, 0))
     fetch(f"{site.address}/archive", tmp_path / "archive.tar.gz", SHA256)
     assert leftovers(tmp_path) == ["archive.tar.gz"]
 

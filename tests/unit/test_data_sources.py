@@ -19,7 +19,7 @@ from pyarrow import parquet
 from dist_train.config import DataSettings, parse_config
 from dist_train.data.catalog import find_data
 from dist_train.data.images import BatchRequest
-from dist_train.data.loader import Splits, open_splits, training_labels
+from dist_train.data.loader import Samples, Splits, open_splits, training_labels
 from dist_train.outcome import FaultError, UsageError
 from tests.raising import raises, raises_problems
 from tests.unit.image_folders import write_folder
@@ -356,6 +356,29 @@ def test_a_damaged_page_of_parquet_is_no_fault_of_the_cache(folders: dict[str, P
     path.write_bytes(content[:4] + bytes(255 - each for each in content[4:44]) + content[44:])
     with raises(UsageError, "data-format"):
         open_splits(data("parquet", folder), SEED, CPU)
+
+
+def test_an_archive_that_lacks_bytes_is_called_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "train.npz"
+    np.savez(path, images=np.zeros((50, SIZE, SIZE, 3), np.uint8), labels=np.zeros(50, np.int64))
+    content = path.read_bytes()
+    path.write_bytes(content[:200] + content[1200:])
+    with raises(UsageError, "data-format"):
+        open_splits(data("numpy", tmp_path, shape=(3, SIZE, SIZE)), SEED, CPU)
+
+
+@pytest.mark.parametrize("suffix", ["npy", "npz"])
+def test_a_small_part_of_unmapped_images_is_kept_without_the_rest(suffix: str, root: Path, tmp_path: Path) -> None:
+    folder = write_arrays(tmp_path / "arrays", root, 3, SIZE, SEED)
+    for name in ("train", "validation") if suffix == "npz" else ():
+        images, labels = (folder / f"{name}_{each}.npy" for each in ("images", "labels"))
+        np.savez(folder / f"{name}.npz", images=np.load(images), labels=np.load(labels))
+        images.unlink()
+    settings = data("numpy", folder, shape=(3, SIZE, SIZE))
+    found = open_splits(settings.model_copy(update={"train_size": 3}), SEED, CPU)
+    assert isinstance(found.train, Samples)
+    assert len(found.train) == 3
+    assert len(found.train._images) == (len(open_splits(settings, SEED, CPU).train) if suffix == "npy" else 3)
 
 
 @pytest.mark.parametrize("suffix", ["npy", "npz"])
