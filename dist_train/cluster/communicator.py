@@ -170,7 +170,7 @@ class Communicator:
     def note_rest(self) -> None:
         """Report that what follows may take any time, until the next `note_work`."""
 
-    def begin_training(self) -> None:
+    def begin_training(self, *, works: bool = False) -> None:
         """Report that the run can continue from this rank's state from now on, and that its group works."""
 
     def meet(self, why: str, on_begin: Callable[[Generation], None] = lambda generation: None) -> Generation:

@@ -95,9 +95,9 @@ class ElasticCommunicator(TorchOperations):
         """Report that what follows may take any time, until the next `note_work`."""
         self._member.pulse.rest()
 
-    def begin_training(self) -> None:
+    def begin_training(self, *, works: bool = False) -> None:
         """Report that the run can continue from this rank's state from now on, and that its group works."""
-        self._member.trains()
+        self._member.trains(works=works)
 
     def meet(self, why: str, on_begin: Callable[[Generation], None] = lambda generation: None) -> Generation:
         """Switch to the next generation; raise UsageError if this rank joins, and another rank has its GPU."""

@@ -221,6 +221,7 @@ class _ElasticRanks(Ranks):
         for index, slot in enumerate(self._local.slots):
             if slot in view.members:
                 self._joining.pop(index, None)
+            if slot in view.holders:
                 self._futile_restarts[index] = 0
         seconds = START_TIMEOUTS * self._coordinator.timeout
         latest = time.monotonic() - seconds

@@ -105,9 +105,9 @@ class Member:
         self._thread = threading.Thread(target=self._run, name="membership", daemon=True)
         self._thread.start()
 
-    def trains(self) -> None:
+    def trains(self, *, works: bool) -> None:
         """Report that the run can continue from this rank's state, and that its group works."""
-        self._connection.send({"kind": "trains"})
+        self._connection.send({"kind": "trains", "works": works})
 
     def await_generation(self, store_port: int, why: str) -> Generation:
         """Report that this rank has stopped work, and return the next generation once it begins.

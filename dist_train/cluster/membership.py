@@ -31,6 +31,7 @@ class Peer:
     rank: int | None = None  # in the current generation, if it has one
     is_ready: bool = False  # it has stopped work and waits for the next generation
     has_state: bool = False  # it trains, so the run can continue from its state
+    is_new: bool = False  # it has joined, and its group has made no update yet
 
     @property
     def name(self) -> str:
@@ -113,9 +114,10 @@ class PeerReady:
 
 @dataclass(frozen=True)
 class PeerTraining:
-    """A process holds the run's state from now on, and its generation can work."""
+    """A process holds the run's state from now on; `works`: its generation has made an update."""
 
     id: int
+    works: bool = False
 
 
 @dataclass(frozen=True)
@@ -162,8 +164,12 @@ def decide(state: Membership, event: Event) -> Decision:
     match event:
         case PeerConnected(peer):
             return replace(state, peers=(*state.peers, peer)), ()
-        case PeerTraining(peer_id):
-            return replace(_with_peer(state, peer_id, has_state=True), tries=0), ()
+        case PeerTraining(peer_id, works):
+            state = _with_peer(state, peer_id, has_state=True)
+            if works:
+                peers = tuple(replace(peer, is_new=peer.is_new and peer.rank is None) for peer in state.peers)
+                state = replace(state, peers=peers, tries=0)
+            return state, ()
         case MayGrow(value):
             return _begin_if_ready(replace(state, may_grow=value))
         case StopRequested():
@@ -229,7 +235,9 @@ def _begin_if_ready(state: Membership, messages: tuple[Message, ...] = ()) -> De
     if not state.members or not all(member.is_ready for member in state.members):
         return state, messages
     if state.report and not state.lost:
-        if state.tries >= _TRIES_OF_JOINERS and not all(member.has_state for member in state.members):
+        is_new = [member.is_new for member in state.members]
+        others_can = any(member.has_state and not member.is_new for member in state.members)
+        if state.tries >= _TRIES_OF_JOINERS and any(is_new) and others_can:
             state, refusals = _turn_away(state)
             messages = (*messages, *refusals)
         elif state.tries >= _TRIES:
@@ -261,7 +269,13 @@ def _begin(state: Membership, following: tuple[Peer, ...]) -> Decision:
         ],
     }
     peers = tuple(
-        replace(peer, rank=ranks.get(peer.id), is_ready=peer.is_ready and peer.id not in ranks) for peer in state.peers
+        replace(
+            peer,
+            rank=ranks.get(peer.id),
+            is_ready=peer.is_ready and peer.id not in ranks,
+            is_new=peer.is_new or (peer.rank is None and peer.id in ranks and state.generation > 0),
+        )
+        for peer in state.peers
     )
     begun = replace(
         state, generation=generation, is_forming=False, peers=peers, lost=(), report="", tries=state.tries + 1
@@ -271,7 +285,7 @@ def _begin(state: Membership, following: tuple[Peer, ...]) -> Decision:
 
 def _turn_away(state: Membership) -> Decision:
     """Remove the ranks that have joined but cannot get the state: the others work without them."""
-    gone = [member for member in state.members if not member.has_state]
+    gone = [member for member in state.members if member.is_new]
     why = f"{_TRIES_OF_JOINERS} groups with ranks that joined broke before an update: {state.report}"
     lost = tuple(f"{peer.name} could not connect to the others" for peer in gone)
     peers = tuple(peer for peer in state.peers if peer not in gone)

@@ -48,6 +48,7 @@ class View:
 
     members: frozenset[int] = frozenset()  # slots whose processes are ranks
     joiners: frozenset[int] = frozenset()  # slots whose processes wait to become ranks
+    holders: frozenset[int] = frozenset()  # slots whose processes hold the run's state
     has_state: bool = False
     has_ended: bool = False  # the run cannot continue
     code: int | None = None  # the run's exit code, once a rank has ended with one that all ranks share
@@ -132,6 +133,7 @@ class MembershipServer:
         return View(
             members=frozenset(peer.slot for peer in self.state.members),
             joiners=frozenset(peer.slot for peer in self.state.joiners),
+            holders=frozenset(peer.slot for peer in self.state.peers if peer.has_state),
             has_state=self.state.has_state,
             has_ended=self.state.has_ended,
             code=next((int(code) for code in ENDS_OF_A_RUN if code in self._codes), None),
@@ -207,7 +209,7 @@ class MembershipServer:
                 store = (str(host), int(port))
                 self._apply(PeerReady(peer_id, int(fields["generation"]), store, str(fields["why"])))
             case "trains" if node is None:
-                self._apply(PeerTraining(peer_id))
+                self._apply(PeerTraining(peer_id, bool(fields["works"])))
             case "hangs" if node is None:
                 self._expel(peer_id, f"has not moved on for {self.timeout:g} s")
 
@@ -274,7 +276,8 @@ class MembershipServer:
         if not self._nodes:
             return
         view = self.view
-        fields = {**asdict(view), "members": sorted(view.members), "joiners": sorted(view.joiners)}
+        slots = {name: sorted(getattr(view, name)) for name in ("members", "joiners", "holders")}
+        fields = {**asdict(view), **slots}
         for connection, node in self._nodes.items():
             if node.sent_view != view or now - node.sent_at >= self.timeout / BEATS_IN_TIMEOUT:
                 node.sent_view, node.sent_at = view, now

@@ -46,7 +46,7 @@ from dist_train.training.compute import Compute, LossScale, compiled, fitting_me
 from dist_train.training.consistency import check_same_data, setup_digests
 from dist_train.training.graphs import CudaGraphRecorder, GraphRecorder
 from dist_train.training.measuring import Measuring, Profiler, StepClock, WeightNorms, read_usage_of
-from dist_train.training.micro_batches import fewest_samples, find_micro_size, forward_and_backward, sum_over
+from dist_train.training.micro_batches import fewest_samples, find_micro_size, forward_and_backward, share_of, sum_over
 from dist_train.training.reduction import Tally, set_up_reduction
 from dist_train.training.step import TrainingStep
 from dist_train.training.stopping import EarlyStopping, StopRequests, job_time_limit
@@ -356,6 +356,9 @@ def _with_micro_size(
 ) -> Config:
     """Return `config` with a micro-batch size that fits every rank's device, if it is `auto`."""
     if config.batch.micro_size != "auto":
+        # Given, or chosen by an earlier launch, perhaps for fewer ranks: now, and not when the last of them joins.
+        for _, size in config.batch.sizes:
+            share_of(config.model, BatchPlan(size, config.batch.micro_size), 0, comm.most_ranks)
         return config
     images = config.data.image_format
     # That of training, on which the kernels and their memory depend.

@@ -38,7 +38,7 @@ from dist_train.monitoring.console import open_logs
 from dist_train.monitoring.prometheus.http_server import access_warnings
 from dist_train.outcome import SHARED_ERRORS, CodedError, FaultError, UsageError
 from dist_train.rundir.paths import LEASE_SECONDS, LockRequest, RunDirectory, RunLock, oserror_to_fault
-from dist_train.rundir.records import Observer, Outcome, read_last_records, record_key, rewind
+from dist_train.rundir.records import EventRecord, Observer, Outcome, read_last_records, record_key, rewind
 from dist_train.start_up import without_collection
 from dist_train.training.compute import free_device_memory, is_out_of_memory, restoring_torch, share_of_threads
 from dist_train.training.consistency import check_consistent_across_ranks
@@ -204,6 +204,8 @@ class Regrouping:
                 if record_key(record) not in written:
                     trainer.observers.record(record)
             for record in written.values():
+                if isinstance(record, EventRecord) and record.event == "checkpoint":
+                    trainer.time_limit.note_saved(float(record.details["seconds"]))
                 if record.step >= trainer.progress.step:  # of work that may be redone now
                     trainer.recent.add(record)
             self._owes_records = False

@@ -73,7 +73,7 @@ def find_micro_size(
     Raises UsageError if not even the smallest size fits, or none leaves every micro-batch enough samples.
     """
     enough = 1 << (fewest - 1).bit_length()
-    largest = min(_LARGEST[device.type], global_sizes[0], max(enough, global_sizes[0] // comm.size))
+    largest = min(max(_LARGEST[device.type], enough), global_sizes[0], max(enough, global_sizes[0] // comm.size))
     fits = run_on_all_ranks(comm, lambda: _largest_that_fits(try_size, largest), "fit a micro-batch")
     smallest = min(size for (size,) in gather(comm, [fits], "micro_size"))
 
@@ -82,7 +82,7 @@ def find_micro_size(
         if size is None:
             raise UsageError(
                 f"micro-batches of at most {smallest} samples leave one of fewer than {fewest}, which the norm cannot "
-                f"normalize: set batch.micro_size, another batch.global_size, or fewer ranks",
+                f"normalize: set batch.micro_size, another batch.global_size, or fewer ranks (--max-ranks)",
                 code="one-sample-left",
             )
         return size

@@ -82,9 +82,8 @@ class TimeLimit:
         self._longest_save = max(self._longest_save, seconds)
 
     def take_over(self, other: TimeLimit) -> None:
-        """Take over how long the steps and checkpoints were that `other` has seen."""
+        """Take over how long the steps were that `other` has seen."""
         self._longest_step = max(self._longest_step, other._longest_step)
-        self._longest_save = max(self._longest_save, other._longest_save)
 
     def interrupt(self) -> None:
         """Note that what follows, until the end of a step, is no step of usual length, such as waiting for a rank."""

@@ -171,7 +171,7 @@ class Trainer:
             FaultError: the last checkpoint could not be written, or a rank was lost.
         """
         if self._has_state:
-            self.comm.begin_training()
+            self.comm.begin_training(works=True)
         must_recover = not self._has_state
         while True:
             try:
@@ -275,7 +275,7 @@ class Trainer:
         self._samples_done += size
         for name, details in self._interruption.events(self.comm):
             self.event(name, **details)
-            self.comm.begin_training()  # the new group works
+            self.comm.begin_training(works=True)
         return True
 
     def _shrink(self) -> None:

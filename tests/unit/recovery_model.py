@@ -147,7 +147,7 @@ def check_end(world: World, limits: Limits) -> None:
         assert is_killed or rank.mode in ("done", "ended", "dead"), f"it hangs: {world}"
         assert rank.mode != "done" or rank.has_stopped or rank.step == limits.last_step
         is_last_work = world.coordinator.stop_requested or world.coordinator.is_over
-        may_end = (limits.min_ranks > 1 and not is_last_work) or world.breaks >= 3
+        may_end = (limits.min_ranks > 1 and not is_last_work) or world.breaks >= (2 if world.joins else 3)
         assert rank.mode != "ended" or not rank.has_state or may_end, f"the state was sent away: {world}"
     assert len({rank.step for rank in world.ranks if rank.mode == "done"}) <= 1, f"they end in two states: {world}"
 
@@ -217,7 +217,7 @@ def _complete(world: World, number: int, limits: Limits) -> World:
             has_stopped = any(b.is_asked_to_stop for b in brought.values())
             made = following._replace(step=step, has_stopped=has_stopped, kind=_work(step, has_stopped, limits))
             if limits.breaks:
-                made = made._replace(outbox=(*made.outbox, PeerTraining(number)))
+                made = made._replace(outbox=(*made.outbox, PeerTraining(number, works=True)))
             world = _with(world, number, made)
             if made.kind == "sum" and any(b.wants_meeting for b in brought.values()):
                 return _stop(world, number, "")

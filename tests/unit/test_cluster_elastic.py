@@ -98,7 +98,9 @@ def test_a_restart_that_fails_is_tried_again_and_counts(monkeypatch: pytest.Monk
         return subprocess.Popen([sys.executable, "-c", "raise SystemExit(1)"])
 
     local: Any = SimpleNamespace(slots=(0,), start=start)
-    view = SimpleNamespace(stop_requested=False, members=(), joiners=(), has_state=True, has_ended=False, code=None)
+    view = SimpleNamespace(
+        stop_requested=False, members=(), joiners=(), holders=(), has_state=True, has_ended=False, code=None
+    )
     coordinator = Mock(
         view=view, expelled=[], awaits_others=False, timeout=60.0, poll=time.sleep, first_failure=lambda: None
     )

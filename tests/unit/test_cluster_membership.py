@@ -56,7 +56,7 @@ def met(size: int, fewest: int = 1) -> Membership:
     arrivals: list[Event] = []
     for slot in range(size):
         arrivals += [PeerConnected(Peer(10 + slot, slot)), PeerReady(10 + slot, 0, ("host", 1000 + slot))]
-    return after(Membership(limits(size, fewest)), *arrivals, *(PeerTraining(10 + slot) for slot in range(size)))
+    return after(Membership(limits(size, fewest)), *arrivals, *(PeerTraining(10 + slot, True) for slot in range(size)))
 
 
 def test_the_first_generation_begins_when_all_are_there_in_the_order_of_their_slots() -> None:
@@ -148,7 +148,7 @@ def test_ranks_that_cannot_connect_though_nobody_is_lost_end_the_run() -> None:
     told = said(broken(state, 4, 10), PeerReady(11, 4))
     assert {to: message.kind for to, message in told.items()} == {10: "end", 11: "end"}
     assert "no route to host" in told[10].fields["why"]
-    state = broken(after(state, PeerTraining(10)), 4, 10, 11)  # after an update
+    state = broken(after(state, PeerTraining(10, True)), 4, 10, 11)  # after an update
     assert state.generation == 5
 
 
@@ -216,7 +216,7 @@ def meet(members: Sequence[Member], why: str = "") -> list[Generation]:
 def begin_training(server: MembershipServer, members: Sequence[Member]) -> None:
     """Report that `members` train, and wait until the server has heard all of them."""
     for each in members:
-        each.trains()
+        each.trains(works=True)
     wait_for(lambda: sum(peer.has_state for peer in server.state.peers) == len(members))
 
 
@@ -431,7 +431,7 @@ def test_a_node_that_is_not_needed_to_begin_waits_until_ranks_train() -> None:
         alone = member(server, 0)
         meet([alone])
         assert not server.view.has_state
-        alone.trains()
+        alone.trains(works=True)
         assert slots_of(node) == [1]
         alone.leave("")
 
