@@ -28,7 +28,7 @@ from dist_train.rundir.status import Status, finished_runs, read_status
 from dist_train.sweep.study_file import Contrast, Title
 from dist_train.watch.run_state import read_measurements, read_settings, read_state, walk_runs
 
-_BATCH = "batch.global_size"
+_BATCH, _LOGGERS = "batch.global_size", "metrics.loggers"
 PLUGIN = "plug-in "
 """Begins the names of plug-ins among the versions in `status.json`."""
 _OPTION = re.compile(r"[._]options\.")
@@ -154,9 +154,11 @@ class StoredRun:
 
     @property
     def plugins(self) -> Mapping[str, str]:
-        """Return the digests of the plug-ins' code by their names in `status.json`; empty if none are recorded."""
+        """Return the digests of the plug-ins' code by their names in `status.json`, without that of loggers alone."""
         recorded = self.status.environment if self.status else {}
-        return {name: digest for name, digest in recorded.items() if name.startswith(PLUGIN)}
+        others = [value for path, value in self.settings.items() if path != _LOGGERS]
+        idle = _plugin_files(self.settings.get(_LOGGERS)) - _plugin_files(others)
+        return {name: digest for name, digest in recorded.items() if name.startswith(PLUGIN) and name not in idle}
 
     @property
     def batch(self) -> int | None:
@@ -173,6 +175,15 @@ class StoredRun:
     def split(self, split: str) -> tuple[EvaluationRecord, ...]:
         """Return the finite evaluations of `split`, in order."""
         return tuple(record for record in self.evaluations if record.split == split and _is_finite(record))
+
+
+def _plugin_files(value: object) -> set[str]:
+    """Return the names in `status.json` of the files of plug-ins that `value`, of settings, names anywhere in it."""
+    if isinstance(value, str):
+        place = value if value.endswith(".py") else value.rpartition(":")[0]
+        return {PLUGIN + "/".join(Path(place).parts[-2:])} if place.endswith(".py") else set()
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return set[str]().union(*map(_plugin_files, inner))
 
 
 def _is_finite(record: EvaluationRecord) -> bool:

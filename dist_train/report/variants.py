@@ -185,11 +185,11 @@ def duplicates_of(runs: Sequence[StoredRun]) -> dict[str, str]:
 
     That is the finished one, otherwise the one with more steps, then with more analyses, then the first by name.
     """
-    best: dict[tuple[tuple[tuple[str, str], ...], int], StoredRun] = {}
+    best: dict[tuple[tuple[tuple[str, str], ...], int], list[StoredRun]] = {}
     repeated = {}
     for run in sorted(runs, key=_preference):
         if run.seed is not None and run.settings:
-            kept = best.setdefault((_effective_settings(run), run.seed), run)
+            kept = _of_one_code(run, best.setdefault((_effective_settings(run), run.seed), []))
             if kept is not run:
                 repeated[run.name] = kept.name
     return repeated
@@ -203,8 +203,26 @@ def _preference(run: StoredRun) -> tuple[bool, int, int, str]:
 
 
 def _effective_settings(run: StoredRun) -> tuple[tuple[str, str], ...]:
-    """Return what decides the results of `run`, without the seed; floats with all their digits."""
-    return tuple(sorted((path, repr(value)) for path, value in _settings_of(run).items() if not _has_no_effect(path)))
+    """Return the settings that decide the results of `run`, without the seed; floats with all their digits."""
+    return tuple(
+        sorted(
+            (path, repr(value))
+            for path, value in _settings_of(run).items()
+            if not (path.startswith(PLUGIN) or _has_no_effect(path))
+        )
+    )
+
+
+def _of_one_code(run: StoredRun, alike: list[StoredRun]) -> StoredRun:
+    """Return the first of `alike` in which no plug-in's file is another than in `run`; else `run`, which joins them.
+
+    A file that only one of them has may have been imported in that process for something else.
+    """
+    for other in alike:
+        if all(run.plugins.get(name, digest) == digest for name, digest in other.plugins.items()):
+            return other
+    alike.append(run)
+    return run
 
 
 def _settings_of(run: StoredRun) -> Mapping[str, object]:
@@ -260,13 +278,13 @@ def shown(value: object) -> str:
 def _groups(runs: Sequence[StoredRun]) -> dict[str, list[StoredRun]]:
     """Return the runs by variant: the study's variant if it names one, otherwise by equal settings."""
     groups: dict[str, list[StoredRun]] = {}
-    names: dict[tuple[tuple[str, str], ...], str] = {}
+    firsts: dict[tuple[tuple[str, str], ...], list[StoredRun]] = {}
     for run in runs:
         name = run.name
         if run.planned and run.planned.variant:
             name = name.removesuffix(run.planned.name) + run.planned.variant
         elif run.settings:
-            name = names.setdefault(_effective_settings(run), name)
+            name = _of_one_code(run, firsts.setdefault(_effective_settings(run), [])).name
         groups.setdefault(name, []).append(run)
     return groups
 

@@ -96,6 +96,50 @@ def test_runs_of_other_plugin_code_are_two_variants(tmp_path: Path, seeds: tuple
     assert panel.variants[1].label == f"plug-in mine/net.py {'b' * 8}"
 
 
+@pytest.mark.parametrize(
+    ("settings", "codes", "counts"),
+    [
+        # one process trains several plug-ins of a folder, and has imported them all for the later ones
+        ({"model.name": "/me/net.py:Net"}, ({"net": "a"}, {"net": "a", "other": "c"}), [2]),
+        ({"model.name": "/me/net.py:Net"}, ({"net": "a"}, {"net": "b", "other": "c"}), [1, 1]),
+        ({"metrics.loggers": [{"name": "/me/log.py:Log"}]}, ({"log": "a"}, {"log": "b"}), [2]),
+        ({"metrics.loggers": [{"name": "/me/log.py:Log"}]}, ({"help": "a"}, {"help": "b"}), [1, 1]),
+        (
+            {"metrics.loggers": [{"name": "/me/log.py:Log"}], "data.augment": ["/me/log.py:darker"]},
+            ({"log": "a"}, {"log": "b"}),
+            [1, 1],
+        ),
+        (
+            {"metrics.loggers": [{"name": "/me/log.py:Log"}], "plugins": ["/me/log.py"]},
+            ({"log": "a"}, {"log": "b"}),
+            [1, 1],
+        ),
+    ],
+)
+@pytest.mark.parametrize("seeds", [(0, 0), (0, 1)])
+def test_only_code_that_both_runs_have_and_that_can_change_a_result_tells_them_apart(
+    tmp_path: Path,
+    settings: Mapping[str, object],
+    codes: tuple[Mapping[str, str], Mapping[str, str]],
+    counts: list[int],
+    seeds: tuple[int, int],
+) -> None:
+    treatment = treatments()[0]
+    for name, seed, code in zip(("first", "second"), seeds, codes, strict=True):
+        run = make_run(tmp_path / name, treatment, seed, {**treatment.settings, "run.seed": seed})
+        nested = yaml.safe_load((run / "config.yaml").read_text())
+        for path, value in settings.items():
+            *sections, key = path.split(".")
+            (nested[sections[0]] if sections else nested)[key] = value
+        (run / "config.yaml").write_text(yaml.safe_dump(nested))
+        environment = {f"plug-in me/{file}.py": digest * 16 for file, digest in code.items()}
+        write_status(run, "finished", 200, environment=environment)
+    [panel] = panels_of(read_subject(tmp_path).runs)
+    is_one = counts == [2]
+    assert [len(variant.runs) for variant in panel.variants] == counts
+    assert [len(variant.repeated) for variant in panel.variants] == ([int(seeds == (0, 0))] if is_one else [0, 0])
+
+
 @pytest.mark.parametrize(("name", "is_own"), [("imagefolder", True), ("cifar10", False)])
 def test_runs_of_own_data_in_two_folders_are_two_variants_that_are_not_paired(
     tmp_path: Path, name: str, is_own: bool
