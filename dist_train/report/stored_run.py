@@ -134,20 +134,20 @@ class StoredRun:
 
     @property
     def data_root(self) -> str | None:
-        """Return the folder of the user's own data; None if it is not known or does not matter.
+        """Return the name of the folder of the user's own data; None if it is not known or does not matter.
 
-        A study decides on it itself: its jobs may copy the files elsewhere.
+        The same files may lie elsewhere on another machine. A study decides itself: its jobs may copy them anywhere.
         """
         name = str(self.settings.get("data.name"))
         # Published and generated images are the same in every folder.
         if name == "synthetic" or DATA_SETS.get(name, DataSet()).image_format:
             return None
         root = self.planned.data_root if self.planned else self.settings.get("data.root")
-        return None if root is None else str(root)
+        return None if root is None else Path(str(root)).name or str(root)
 
     @property
     def data(self) -> str:
-        """Return the data set: its name, and the folder if it is the user's own; empty if unknown."""
+        """Return the data set: its name, and the folder's if it is the user's own; empty if unknown."""
         name = self.settings.get("data.name")
         words = (name, self.data_root)
         return "" if name is None else " in ".join(str(word) for word in words if word is not None)

@@ -21,7 +21,7 @@ _MATTERS = (
     "early_stopping",
     "run.max_steps",
 )
-"""Settings that a resume may change although they change a run's results; data.root if the data are one's own."""
+"""Settings that a resume may change although they change a run's results; of data.root only the name of one's own."""
 
 _DEFAULTS: Mapping[str, object] = dict(flat_settings(Config().model_dump(mode="json")))
 _USUAL_NOISE = {path: value for path, value in _DEFAULTS.items() if path.startswith("noise.")}
@@ -226,7 +226,7 @@ def _of_one_code(run: StoredRun, alike: list[StoredRun]) -> StoredRun:
 
 
 def _settings_of(run: StoredRun) -> Mapping[str, object]:
-    """Return the settings of `run`, with the code of its plug-ins, and data.root only if the data are one's own.
+    """Return the settings of `run`, with the code of its plug-ins, and data.root's name only if the data are one's own.
 
     Settings that its version did not have yet are at their defaults, as if it were resumed.
     """

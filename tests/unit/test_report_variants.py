@@ -155,9 +155,23 @@ def test_runs_of_own_data_in_two_folders_are_two_variants_that_are_not_paired(
     assert [(len(each.counted), len(each.repeated)) for each in panel.variants] == [(2, 0)] * 2 if is_own else [(2, 2)]
     if is_own:
         base, other = panel.variants
-        assert other.label == "root /dogs"
+        assert other.label == "root dogs"
         assert other.pairs(base, measures(subject)["final_test"]) == []
     assert ("of 2 data sets" in tables_in_markdown(subject)) is is_own
+
+
+@pytest.mark.parametrize("seeds", [(0, 0), (0, 1)])
+def test_own_data_under_another_spelling_or_at_another_place_are_the_same(
+    tmp_path: Path, seeds: tuple[int, int]
+) -> None:
+    treatment = treatments()[0]
+    for root, seed in zip(("photos/", "/scratch/photos"), seeds, strict=True):
+        data = {"data.name": "imagefolder", "data.classes": 5, "data.root": root}
+        make_run(tmp_path / root.strip("/"), treatment, seed, {**treatment.settings, **data, "run.seed": seed})
+    subject = read_subject(tmp_path)
+    [[variant]] = [panel.variants for panel in panels_of(subject.runs)]
+    assert (len(variant.runs), len(variant.repeated)) == (2, int(seeds == (0, 0)))
+    assert "data sets" not in tables_in_markdown(subject)
 
 
 def test_runs_of_a_study_whose_jobs_copied_the_data_elsewhere_are_paired(tmp_path: Path) -> None:
