@@ -108,7 +108,8 @@ def _watch(arguments: argparse.Namespace) -> int:
     if not is_on_terminal():
         width, height = shutil.get_terminal_size(_VIEW)  # of COLUMNS and LINES, if they are set
         console = Console(highlight=False, width=width, height=height)
-    if arguments.once or not is_on_terminal() or console.is_dumb_terminal:
+    # Rich draws a view that changes only where it takes the output for a terminal (TTY_COMPATIBLE, FORCE_COLOR).
+    if arguments.once or not (is_on_terminal() and console.is_terminal) or console.is_dumb_terminal:
         show_once(watched, console)
     else:
         watch(watched, console, arguments.interval)

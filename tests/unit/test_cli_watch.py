@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,7 +58,13 @@ class Watching:
 
 
 @pytest.fixture
-def watching(tmp_path: Path) -> Iterator[tuple[StatusFile, Watching]]:
+def environment() -> Mapping[str, str]:
+    """Variables of the command that watches."""
+    return {}
+
+
+@pytest.fixture
+def watching(tmp_path: Path, environment: Mapping[str, str]) -> Iterator[tuple[StatusFile, Watching]]:
     """A run that continues, and the command that watches it."""
     status = StatusFile(tmp_path / "status.json", 1)
     status.change("running", step=3, total_steps=10)
@@ -69,7 +75,7 @@ def watching(tmp_path: Path) -> Iterator[tuple[StatusFile, Watching]]:
         stdout=terminal,
         stderr=terminal,
         start_new_session=True,
-        env={**os.environ, "TERM": "xterm", "COLUMNS": "80", "LINES": "24"},
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "80", "LINES": "24", **environment},
     )
     os.close(terminal)
     watching = Watching(process, controlling)
@@ -100,6 +106,14 @@ def test_it_follows_the_run_and_ends_with_it(watching: tuple[StatusFile, Watchin
     after = view.shown.split(BACK)[-1]
     assert "finished" in after
     assert "4 of 10" in after
+
+
+@pytest.mark.parametrize("environment", [{"TTY_COMPATIBLE": "0"}, {"FORCE_COLOR": ""}])
+def test_where_it_cannot_draw_on_the_terminal_it_shows_the_run_once(watching: tuple[StatusFile, Watching]) -> None:
+    _, view = watching
+    view.until("step 3/10")
+    assert view.ends() == 0
+    assert SCREEN not in view.shown
 
 
 def test_into_a_file_it_shows_the_run_once_even_in_colour(tmp_path: Path) -> None:
