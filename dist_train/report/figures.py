@@ -18,7 +18,7 @@ from dist_train.report.measures import Measure, Summary, commonest_settings, dir
 from dist_train.report.sharpness_charts import Scatter, sharpness_courses
 from dist_train.report.stored_run import StoredRun
 from dist_train.report.tables import limits, variant_cell
-from dist_train.report.variants import Panel, Variant, counted_runs, shown
+from dist_train.report.variants import ABSENT, Panel, Variant, counted_runs, shown
 from dist_train.rundir.records import EvaluationRecord, TrainRecord
 from dist_train.watch.figure import (
     ACCURACY,
@@ -115,7 +115,8 @@ def _told_apart(titled: Sequence[tuple[str, Landscape]]) -> list[str]:
         alike = [each for (other, _), each in zip(titled, settings, strict=True) if other == title]
         names = dict.fromkeys(name for each in alike for name in each)
         differing = [name for name in names if any(each.get(name) != own.get(name) for each in alike)]
-        titles.append(", ".join([title, *(f"{name.replace('_', ' ')} {shown(own.get(name))}" for name in differing)]))
+        words = [f"{name.replace('_', ' ')} {shown(own.get(name, ABSENT))}" for name in differing]
+        titles.append(", ".join([title, *words]))
     return titles
 
 

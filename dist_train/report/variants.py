@@ -27,7 +27,8 @@ _DEFAULTS: Mapping[str, object] = dict(flat_settings(Config().model_dump(mode="j
 _USUAL_NOISE = {path: value for path, value in _DEFAULTS.items() if path.startswith("noise.")}
 """The noise's default settings. Settings that only another kind of schedule has are not among them."""
 
-
+ABSENT = "-"
+"""Shown as the value of a setting that there is not; null is a value."""
 _MOST_WORDS = 8
 _SECTIONS = Counter(path.rpartition(".")[2] for path in _DEFAULTS)
 """In how many sections each setting's own name occurs."""
@@ -246,11 +247,12 @@ def changes_between(base: Mapping[str, object], settings: Mapping[str, object]) 
     before, after = _without_unused_noise(base), _without_unused_noise(settings)
     changes = []
     for path in dict.fromkeys((*after, *before)):
-        old, new = before.get(path), after.get(path)
+        old = before.get(path)
+        new = after.get(path, None if old is None else ABSENT)
         # If noise is added, mention only its amplitude and what is not the default.
         is_usual = path.startswith("noise.") and path not in before and new == _USUAL_NOISE.get(path)
         # That only one of them has a plug-in is seen from the setting that names it.
-        is_implied = path.startswith(PLUGIN) and None in (old, new)
+        is_implied = path.startswith(PLUGIN) and not (path in before and path in after)
         if old != new and not (_has_no_effect(path) or is_implied) and (not is_usual or path == "noise.amplitude"):
             changes.append(Change(path, old, new))
     return tuple(changes)
@@ -344,7 +346,7 @@ def _others_in_words(changes: Sequence[Change]) -> Iterator[str]:
                 yield f"{change.path} {str(change.value)[:8]}"
                 continue
             leaf = change.path.rpartition(".")[2]
-            is_name = leaf in ("name", "kind") and change.value not in (None, "none")
+            is_name = leaf in ("name", "kind") and change.value not in (None, "none", ABSENT)
             name = change.path if _SECTIONS[leaf] > 1 or leaf == "schedule" else leaf
             words = [] if is_name else [name.replace(".", " ").replace("_", " ")]
             yield " ".join([*words, shown(change.value)])

@@ -18,7 +18,7 @@ from dist_train.report.measures import JUDGED_ACCURACY, JUDGED_LOSS, Measure, me
 from dist_train.report.page import render, tables_in_markdown
 from dist_train.report.stored_run import Subject, read_run, read_subject
 from dist_train.report.tables import contrast_tables, effect_tables, variant_cell
-from dist_train.report.variants import panels_of, shown
+from dist_train.report.variants import changes_between, panels_of, shown
 from dist_train.rundir.records import to_json
 from tests.unit.foreign_files import without_root
 from tests.unit.records import evaluation
@@ -553,11 +553,13 @@ def test_lines_of_a_run_are_told_apart(tmp_path: Path) -> None:
     run = make_study(tmp_path / "study", seeds=(0,)) / "sb-seed-0"
     copy_line(run, "fine", (200, 80), points=201)
     copy_line(run, "earlier", (100, 80))
+    copy_line(run, "other", (200, 80), exclude="norm")
     assert sorted(chart.title for chart in run_landscapes(read_subject(run).runs[0])) == [
         "Along random directions, step 200",
         "From sb-seed-0 step 100 (0) to lb-seed-0 step 80 (1)",
-        "From sb-seed-0 step 200 (0) to lb-seed-0 step 80 (1), points 201",
-        "From sb-seed-0 step 200 (0) to lb-seed-0 step 80 (1), points 41",
+        "From sb-seed-0 step 200 (0) to lb-seed-0 step 80 (1), points 201, exclude -",
+        "From sb-seed-0 step 200 (0) to lb-seed-0 step 80 (1), points 41, exclude -",
+        "From sb-seed-0 step 200 (0) to lb-seed-0 step 80 (1), points 41, exclude norm",
     ]
 
 
@@ -595,6 +597,18 @@ def test_settings_of_one_name_in_several_sections_are_told_apart(tmp_path: Path)
     mean = {"averaging.kind": "ema", "averaging.decay": 0.5, "optimizer.learning_rate": 0.3}
     labels = variants_of(tmp_path, cosine, mean, {"optimizer.name": "adamw"})
     assert labels == ["schedule decay cosine", "learning rate 0.3, ema, averaging decay 0.5", "adamw"]
+
+
+def test_settings_that_a_variant_does_not_have_are_no_overrides_to_null() -> None:
+    base = {"model.name": "mine", "model.options.depth": 3, "model.options.kind": "wide", "model.options.unset": None}
+    changes = [(change.path, change.value) for change in changes_between(base, {"model.name": "cnn"})]
+    assert changes == [("model.name", "cnn"), ("model.options.depth", "-"), ("model.options.kind", "-")]
+    noise = {"noise.method": "smoothout", "noise.amplitude": 0.1}
+    changes = [(change.path, change.value) for change in changes_between(noise, {"noise.method": "none"})]
+    assert changes == [("noise.method", "none"), ("noise.amplitude", "-")]
+    # of a plug-in of one of them the setting that names it tells
+    for before, after in ((base, {**base, "plug-in me/net.py": "a"}), ({**base, "plug-in me/net.py": "a"}, base)):
+        assert not changes_between(before, after)
 
 
 def test_runs_on_different_data_are_not_paired(tmp_path: Path) -> None:
