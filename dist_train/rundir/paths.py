@@ -191,14 +191,14 @@ class RunDirectory:
 
 
 def run_folder(name: Path, code: str = "run-missing") -> Path:
-    """Return the folder `name` or runs/`name`: the first that holds a run or a study, or else the first that exists.
+    """Return the folder `name` or runs/`name`: the first with a run or study in it, or else the first that exists.
 
-    Raises UsageError with `code`, and the nearest run, if any.
+    It may be one itself, or have one among its subfolders. Raises UsageError with `code`, and the nearest run, if any.
     """
     below = Path("runs") / name
     folders = [folder for folder in (name, below) if folder.is_dir()]
     if folders:
-        return next(filter(_holds_run_or_study, folders), folders[0])
+        return next(filter(_has_run_or_study, folders), folders[0])
     if name.is_file():
         raise UsageError(f"{name} is a file, not the folder of a run", code=code)
     runs: dict[str, Path] = {}
@@ -211,7 +211,14 @@ def run_folder(name: Path, code: str = "run-missing") -> Path:
     raise UsageError(f"there is no run {name}{places}{hint}", code=code)
 
 
-def _holds_run_or_study(folder: Path) -> bool:
+def _has_run_or_study(folder: Path) -> bool:
+    places = [folder]
+    with suppress(OSError), os.scandir(folder) as entries:  # which knows files, of which there may be many
+        places += [Path(entry) for entry in entries if entry.is_dir()]
+    return any(map(_is_run_or_study, places))
+
+
+def _is_run_or_study(folder: Path) -> bool:
     with suppress(OSError):
         return RunDirectory(folder).has_begun or StudyDirectory(folder).has_plan
     return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -51,7 +52,7 @@ def make_run(folder: Path) -> None:
 
 
 def make_study(folder: Path) -> None:
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for file in (StudyDirectory(folder).runs, StudyDirectory(folder).study):
         file.touch()
 
@@ -75,6 +76,25 @@ def test_a_folder_without_a_run_does_not_hide_the_run_of_its_name(
     name.rmdir()
     make(name)
     assert run_folder(name) == name
+
+
+@pytest.mark.parametrize("make", [make_run, make_study])
+def test_a_folder_of_runs_is_not_taken_for_one_without_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[Path], None]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tmp_path.chmod(0o755)
+    make(Path("experiments/s1"))
+    make(Path("runs/experiments/old"))
+    make(Path("runs/experiments"))
+    closed = Path("experiments/closed")
+    closed.mkdir(0)
+    for folder in (closed.parent, closed.parent / "s1"):
+        folder.chmod(0o755)
+    with without_root():
+        assert run_folder(Path("experiments")) == Path("experiments")
+    shutil.rmtree("experiments/s1")
+    assert run_folder(Path("experiments")) == Path("runs/experiments")
 
 
 @pytest.mark.parametrize("blocked", ["run", "run/checkpoints"])
