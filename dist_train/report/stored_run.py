@@ -390,9 +390,11 @@ def read_subject(directory: Path) -> Subject:
         return Subject(directory, "run", (read_run(directory, directory.resolve().name),))
     found = tuple(_runs_below(directory))
     runs = tuple(run for run in found if not run.is_range_test)
+    tests = tuple(run.name for run in found if run.is_range_test)
     if not runs:
-        raise UsageError(f"there is no run at or below {directory}: {fix}", code="no-run-here")
-    return Subject(directory, "folder", runs, tuple(run.name for run in found if run.is_range_test))
+        only = f" but learning-rate range tests ({', '.join(tests)})" if tests else ""
+        raise UsageError(f"there is no run at or below {directory}{only}: {fix}", code="no-run-here")
+    return Subject(directory, "folder", runs, tests)
 
 
 def _runs_below(directory: Path) -> Iterator[StoredRun]:

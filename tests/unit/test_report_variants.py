@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from dist_train.config.loading import parse_yaml
+from dist_train.outcome import UsageError
 from dist_train.report.figures import lines_between, run_landscapes
 from dist_train.report.measures import JUDGED_ACCURACY, JUDGED_LOSS, Measure, measures_of, sharpness_left_out
 from dist_train.report.page import render, tables_in_markdown
@@ -20,6 +21,7 @@ from dist_train.report.stored_run import Subject, read_run, read_subject
 from dist_train.report.tables import contrast_tables, effect_tables, variant_cell
 from dist_train.report.variants import changes_between, panels_of, shown
 from dist_train.rundir.records import to_json
+from tests.raising import raises
 from tests.unit.foreign_files import without_root
 from tests.unit.records import evaluation
 from tests.unit.report_study import make_run, make_study, treatments, write_status
@@ -198,6 +200,10 @@ def test_range_test_in_a_folder_of_runs_is_named_and_does_not_count(tmp_path: Pa
     for text in (render(subject), tables_in_markdown(subject)):
         assert "which do not count: a-range." in text
     assert read_subject(tmp_path / "a-range").kind == "run"
+    shutil.rmtree(tmp_path / "demo")
+    with raises(UsageError, "no-run-here") as refused:
+        read_subject(tmp_path)
+    assert "(a-range)" in str(refused.value)
 
 
 def test_what_cannot_be_read_is_listed_and_hides_no_other_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
