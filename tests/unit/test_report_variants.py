@@ -246,6 +246,17 @@ def test_diverged_run_counts_as_guessing_and_has_no_other_number(tmp_path: Path)
     assert render(subject).count(counting) == 1
 
 
+def test_of_a_diverged_duplicate_it_is_not_said_that_it_counts(tmp_path: Path) -> None:
+    treatment = treatments()[0]
+    for name in ("first", "second"):
+        make_run(tmp_path / name, treatment, 0, treatment.settings)
+        write_status(tmp_path / name, "failed", 100, "the loss is not finite", exit_code=3)
+    subject = read_subject(tmp_path)
+    for text in (render(subject), tables_in_markdown(subject)):
+        assert text.count("diverged: counts with the accuracy of guessing") == 1
+    assert "- second: failed, the loss is not finite\n" in tables_in_markdown(subject)
+
+
 def test_values_of_an_earlier_evaluation_are_not_final(tmp_path: Path) -> None:
     treatment = treatments()[0]
     run = make_run(tmp_path / "run", treatment, 0, treatment.settings)
