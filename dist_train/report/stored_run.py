@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -388,18 +388,27 @@ def read_subject(directory: Path) -> Subject:
         return Subject(directory, "study", tuple(_study_runs(directory, "")))
     if RunDirectory(directory).has_begun:
         return Subject(directory, "run", (read_run(directory, directory.resolve().name),))
-    found = tuple(_runs_below(directory))
+    faults: list[OSError] = []
+    found = tuple(_runs_below(directory, faults.append))
     runs = tuple(run for run in found if not run.is_range_test)
     tests = tuple(run.name for run in found if run.is_range_test)
+    closed = tuple(_closed(directory, fault) for fault in faults)
     if not runs:
         only = f" but learning-rate range tests ({', '.join(tests)})" if tests else ""
-        raise UsageError(f"there is no run at or below {directory}{only}: {fix}", code="no-run-here")
-    return Subject(directory, "folder", runs, tests)
+        rest = f" ({', '.join(run.name for run in closed)} cannot be read)" if closed else ""
+        raise UsageError(f"there is no run at or below {directory}{only}{rest}: {fix}", code="no-run-here")
+    return Subject(directory, "folder", runs + closed, tests)
 
 
-def _runs_below(directory: Path) -> Iterator[StoredRun]:
-    unreadable: list[OSError] = []
-    for path, children, _ in walk_runs(directory, unreadable.append):
+def _closed(directory: Path, fault: OSError) -> StoredRun:
+    """Return what is told of a folder below `directory` that cannot be listed, and may be a run."""
+    path = Path(fault.filename)
+    return _unreadable(path, escaped(str(path.relative_to(directory))), fault)
+
+
+def _runs_below(directory: Path, onerror: Callable[[OSError], object]) -> Iterator[StoredRun]:
+    """Yield the runs at or below `directory`; `onerror` gets the errors of folders that cannot be listed."""
+    for path, children, _ in walk_runs(directory, onerror):
         name = escaped(str(path.relative_to(directory)))
         try:
             is_study = StudyDirectory(path).has_plan
@@ -415,9 +424,6 @@ def _runs_below(directory: Path) -> Iterator[StoredRun]:
         elif is_run:
             children.clear()
             yield read_run(path, name)
-    for fault in unreadable:
-        path = Path(fault.filename)
-        yield _unreadable(path, escaped(str(path.relative_to(directory))), fault)
 
 
 def _study_runs(directory: Path, prefix: str) -> Iterator[StoredRun]:

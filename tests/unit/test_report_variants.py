@@ -229,6 +229,19 @@ def test_what_cannot_be_read_is_listed_and_hides_no_other_run(tmp_path: Path, mo
         Path("runs", path).chmod(0o700)
 
 
+def test_a_folder_that_cannot_be_read_is_no_run_where_there_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tmp_path.chmod(0o755)
+    for path, mode in (("disk", 0o755), ("disk/lost+found", 0)):
+        Path(path).mkdir()
+        Path(path).chmod(mode)
+    with without_root(), raises(UsageError, "no-run-here") as refused:
+        read_subject(Path("disk"))
+    assert "lost+found" in str(refused.value)
+
+
 def test_diverged_run_counts_as_guessing_and_has_no_other_number(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study")
     write_status(study / "sb-seed-0", "failed", 100, "the loss is not finite", exit_code=3)
