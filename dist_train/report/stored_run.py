@@ -435,9 +435,10 @@ def _study_runs(directory: Path, prefix: str) -> Iterator[StoredRun]:
         nested = with_overrides({}, base)
     try:
         plan = [_completed(planned, base) for planned in _PLAN.validate_json(read_regular(path))]
-    except (OSError, ValueError) as error:
-        why = f"cannot be read ({error.strerror or error})" if isinstance(error, OSError) else "is not a list of runs"
-        raise UsageError(f"{path} {why}: start the study's sweep again", code="plan-damaged") from error
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror or error}", code="plan-damaged") from error
+    except ValueError as error:
+        raise UsageError(f"{path} is not a list of runs: start the study's sweep again", code="plan-damaged") from error
     for planned in plan:
         run = read_run(directory / planned.name, prefix + planned.name, planned)
         # Its numbers would stand under the title of settings that it did not have.

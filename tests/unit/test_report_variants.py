@@ -242,6 +242,22 @@ def test_a_folder_that_cannot_be_read_is_no_run_where_there_is_none(
     assert "lost+found" in str(refused.value)
 
 
+def test_a_plan_that_cannot_be_read_needs_no_new_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    study = make_study(Path("study"), seeds=(0,))
+    tmp_path.chmod(0o755)
+    study.chmod(0o755)
+    (study / "runs.json").chmod(0)
+    with without_root(), raises(UsageError, "plan-damaged") as refused:
+        read_subject(study)
+    assert "sweep" not in str(refused.value)
+    (study / "runs.json").chmod(0o600)
+    (study / "runs.json").write_text("{torn")
+    with raises(UsageError, "plan-damaged") as refused:
+        read_subject(study)
+    assert "sweep" in str(refused.value)
+
+
 def test_diverged_run_counts_as_guessing_and_has_no_other_number(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study")
     write_status(study / "sb-seed-0", "failed", 100, "the loss is not finite", exit_code=3)
