@@ -204,8 +204,9 @@ class Regrouping:
                 if record_key(record) not in written:
                     trainer.observers.record(record)
             for record in written.values():
-                if isinstance(record, EventRecord) and record.event == "checkpoint":
-                    trainer.time_limit.note_saved(float(record.details["seconds"]))
+                match record:
+                    case EventRecord(event="checkpoint", details={"seconds": float(seconds)}):
+                        trainer.time_limit.note_saved(seconds)
                 if record.step >= trainer.progress.step:  # of work that may be redone now
                     trainer.recent.add(record)
             self._owes_records = False
