@@ -764,7 +764,13 @@ requeue_instead() {
 }
 
 requeue_job() {
+    local state
     await_controller
+    state=$(squeue --noheader --jobs "$job" --format %T 2>/dev/null) || state=
+    if [[ -n $state && $state != RUNNING ]]; then
+        say "not requeued by this script: Slurm is ending the job ($state), and requeues it if it preempted it"
+        exit "$stopped_status"
+    fi
     if scontrol requeue "$job"; then
         say "requeued"
     else

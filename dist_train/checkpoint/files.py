@@ -422,8 +422,10 @@ def adopt(fallback: Path, directory: Path) -> None:
             remove_checkpoint(file.path)
 
 
-def copy_newest(fallback: Path, directory: Path) -> CheckpointFile | None:
-    """Copy the newest whole checkpoint of `fallback` to `directory` if that has none as new.
+def copy_newest(
+    fallback: Path, directory: Path, suits: Callable[[Path], bool] = lambda path: True
+) -> CheckpointFile | None:
+    """Copy the newest whole checkpoint of `fallback` to `directory` if that has none as new, and it `suits`.
 
     Returns the newest whole one of `directory` then, or None if `fallback` is empty. Raises OSError; UsageError if
     another user could have put them there.
@@ -434,7 +436,7 @@ def copy_newest(fallback: Path, directory: Path) -> CheckpointFile | None:
     newest, there = _newest_verified(fallback), _newest_verified(directory)
     if newest != in_fallback[-1]:
         _logger.warning("%s is damaged", in_fallback[-1].path)
-    if newest is None or (there is not None and there.step >= newest.step):
+    if newest is None or (there is not None and there.step >= newest.step) or not suits(newest.path):
         return there
     for source in (newest.path, newest.path.with_suffix(".json")):
         atomic.write_bytes(directory / source.name, source.read_bytes())

@@ -7,7 +7,9 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +24,7 @@ from dist_train.checkpoint.files import (
     copy_newest,
     find_checkpoint,
     newest_whole,
+    read_checkpoint,
     read_record,
     read_stored,
 )
@@ -70,8 +73,8 @@ def find_resume_point(config: Config, directory: RunDirectory) -> ResumePoint:
         return ResumePoint(config, initial=_initial_weights(config))
     if (other_disk := config.checkpoint.fallback_directory) is not None:
         adopt(directory.fallback(other_disk), checkpoints)
-        for former in directory.other_fallbacks(other_disk):
-            copy_newest(former, checkpoints)
+        for former in directory.other_fallbacks(other_disk):  # or of a copy that may have gone another way since
+            copy_newest(former, checkpoints, partial(_may_continue, config))
     named = None if config.run.resume == "auto" else Path(config.run.resume)
     is_missing = False
     if named is not None and not named.exists():
@@ -106,6 +109,12 @@ def find_resume_point(config: Config, directory: RunDirectory) -> ResumePoint:
     epochs_before = saved.run.epochs if config.run.epochs > saved.run.epochs else None
     gone = named if is_missing else None
     return ResumePoint(with_decisions(config, saved), contents, damage, epochs_before, gone=gone, source=source)
+
+
+def _may_continue(config: Config, path: Path) -> bool:
+    with suppress(UsageError):
+        return bool(saved_config(read_checkpoint(path), config))
+    return False
 
 
 def _initial_weights(config: Config) -> InitialWeights | None:

@@ -180,11 +180,11 @@ def add_report(subparsers: Subparsers) -> None:
 
 def _report(arguments: argparse.Namespace) -> int:
     from dist_train.report.page import figures_of, write_report
-    from dist_train.rundir.paths import in_utf8, run_folder
+    from dist_train.rundir.paths import has_run_or_study, in_utf8, run_folder
 
     if arguments.figures is None and arguments.format is not None:
         raise UsageError("--format is that of the figures: add --figures FOLDER", code="option-alone")
-    directory = in_utf8(run_folder(arguments.directory, code="folder-missing"))
+    directory = in_utf8(run_folder(arguments.directory, code="folder-missing", suits=has_run_or_study))
     if arguments.figures is not None:
         from dist_train.report.drawing import save_figures
         from dist_train.report.stored_run import read_subject

@@ -171,7 +171,7 @@ class Communicator:
         """Report that what follows may take any time, until the next `note_work`."""
 
     def begin_training(self, *, works: bool = False) -> None:
-        """Report that the run can continue from this rank's state from now on, and that its group works."""
+        """Report that the run can continue from this rank's state; `works`: its group has made an update."""
 
     def meet(self, why: str, on_begin: Callable[[Generation], None] = lambda generation: None) -> Generation:
         """Leave this generation, wait for the next one, switch this object to it and return it.

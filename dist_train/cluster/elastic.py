@@ -96,7 +96,7 @@ class ElasticCommunicator(TorchOperations):
         self._member.pulse.rest()
 
     def begin_training(self, *, works: bool = False) -> None:
-        """Report that the run can continue from this rank's state from now on, and that its group works."""
+        """Report that the run can continue from this rank's state; `works`: its group has made an update."""
         self._member.trains(works=works)
 
     def meet(self, why: str, on_begin: Callable[[Generation], None] = lambda generation: None) -> Generation:

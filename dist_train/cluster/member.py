@@ -106,7 +106,7 @@ class Member:
         self._thread.start()
 
     def trains(self, *, works: bool) -> None:
-        """Report that the run can continue from this rank's state, and that its group works."""
+        """Report that the run can continue from this rank's state; `works`: its group has made an update."""
         self._connection.send({"kind": "trains", "works": works})
 
     def await_generation(self, store_port: int, why: str) -> Generation:

@@ -48,7 +48,7 @@ class View:
 
     members: frozenset[int] = frozenset()  # slots whose processes are ranks
     joiners: frozenset[int] = frozenset()  # slots whose processes wait to become ranks
-    holders: frozenset[int] = frozenset()  # slots whose processes hold the run's state
+    holders: frozenset[int] = frozenset()  # slots whose processes hold the run's state, in a group that has worked
     has_state: bool = False
     has_ended: bool = False  # the run cannot continue
     code: int | None = None  # the run's exit code, once a rank has ended with one that all ranks share
@@ -133,7 +133,7 @@ class MembershipServer:
         return View(
             members=frozenset(peer.slot for peer in self.state.members),
             joiners=frozenset(peer.slot for peer in self.state.joiners),
-            holders=frozenset(peer.slot for peer in self.state.peers if peer.has_state),
+            holders=frozenset(peer.slot for peer in self.state.peers if peer.has_state and not peer.is_new),
             has_state=self.state.has_state,
             has_ended=self.state.has_ended,
             code=next((int(code) for code in ENDS_OF_A_RUN if code in self._codes), None),

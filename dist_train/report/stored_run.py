@@ -181,7 +181,10 @@ def _plugin_files(value: object) -> set[str]:
     """Return the names in `status.json` of the files of plug-ins that `value`, of settings, names anywhere in it."""
     if isinstance(value, str):
         place = value if value.endswith(".py") else value.rpartition(":")[0]
-        return {PLUGIN + "/".join(Path(place).parts[-2:])} if place.endswith(".py") else set()
+        if place.endswith(".py"):
+            return {PLUGIN + "/".join(Path(place).parts[-2:])}
+        module = place.replace(".", "/")
+        return {f"{PLUGIN}{module}.py", f"{PLUGIN}{module}/__init__.py"} if module else set()
     inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
     return set[str]().union(*map(_plugin_files, inner))
 

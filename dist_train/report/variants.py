@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from dist_train.config import Config
 from dist_train.config.loading import flat_settings
@@ -186,7 +187,7 @@ def duplicates_of(runs: Sequence[StoredRun]) -> dict[str, str]:
 
     That is the finished one, otherwise the one with more steps, then with more analyses, then the first by name.
     """
-    best: dict[tuple[tuple[tuple[str, str], ...], int], list[StoredRun]] = {}
+    best: dict[tuple[tuple[tuple[str, str], ...], int], _Alike] = {}
     repeated = {}
     for run in sorted(runs, key=_preference):
         if run.seed is not None and run.settings:
@@ -214,15 +215,20 @@ def _effective_settings(run: StoredRun) -> tuple[tuple[str, str], ...]:
     )
 
 
-def _of_one_code(run: StoredRun, alike: list[StoredRun]) -> StoredRun:
-    """Return the first of `alike` in which no plug-in's file is another than in `run`; else `run`, which joins them.
+_Alike: TypeAlias = list[tuple[StoredRun, dict[str, str]]]
 
-    A file that only one of them has may have been imported in that process for something else.
+
+def _of_one_code(run: StoredRun, alike: _Alike) -> StoredRun:
+    """Return the first run of a group in `alike` none of whose runs has another plug-in's file than `run`, or `run`.
+
+    `alike` has the digests that each group's runs have recorded. A file that only one of them has may have been
+    imported in that process for something else.
     """
-    for other in alike:
-        if all(run.plugins.get(name, digest) == digest for name, digest in other.plugins.items()):
-            return other
-    alike.append(run)
+    for first, known in alike:
+        if all(run.plugins.get(name, digest) == digest for name, digest in known.items()):
+            known.update(run.plugins)
+            return first
+    alike.append((run, dict(run.plugins)))
     return run
 
 
@@ -280,7 +286,7 @@ def shown(value: object) -> str:
 def _groups(runs: Sequence[StoredRun]) -> dict[str, list[StoredRun]]:
     """Return the runs by variant: the study's variant if it names one, otherwise by equal settings."""
     groups: dict[str, list[StoredRun]] = {}
-    firsts: dict[tuple[tuple[str, str], ...], list[StoredRun]] = {}
+    firsts: dict[tuple[tuple[str, str], ...], _Alike] = {}
     for run in runs:
         name = run.name
         if run.planned and run.planned.variant:

@@ -190,15 +190,30 @@ class RunDirectory:
             _logger.warning("%s cannot be written; training continues: %s", self.config, error)
 
 
-def run_folder(name: Path, code: str = "run-missing") -> Path:
-    """Return the folder `name` or runs/`name`: the first with a run or study in it, or else the first that exists.
+def is_run_or_study(folder: Path) -> bool:
+    """Whether `folder` is that of a run or a study, as far as it can be read."""
+    with suppress(OSError):
+        return RunDirectory(folder).has_begun or StudyDirectory(folder).has_plan
+    return False
 
-    It may be one itself, or have one among its subfolders. Raises UsageError with `code`, and the nearest run, if any.
+
+def has_run_or_study(folder: Path) -> bool:
+    """Whether `folder` or one of its subfolders is that of a run or a study."""
+    places = [folder]
+    with suppress(OSError), os.scandir(folder) as entries:  # which knows files, of which there may be many
+        places += [Path(entry) for entry in entries if entry.is_dir()]
+    return any(map(is_run_or_study, places))
+
+
+def run_folder(name: Path, code: str = "run-missing", suits: Callable[[Path], bool] = is_run_or_study) -> Path:
+    """Return the folder `name` or runs/`name`: the first that `suits`, or else the first that exists.
+
+    Raises UsageError with `code`, and the nearest run, if any.
     """
     below = Path("runs") / name
     folders = [folder for folder in (name, below) if folder.is_dir()]
     if folders:
-        return next(filter(_has_run_or_study, folders), folders[0])
+        return next(filter(suits, folders), folders[0])
     if name.is_file():
         raise UsageError(f"{name} is a file, not the folder of a run", code=code)
     runs: dict[str, Path] = {}
@@ -209,19 +224,6 @@ def run_folder(name: Path, code: str = "run-missing") -> Path:
     hint = f"; did you mean {runs[close[0]]}?" if close else ""
     places = "" if below == name else f": neither {name} nor {below} is there"
     raise UsageError(f"there is no run {name}{places}{hint}", code=code)
-
-
-def _has_run_or_study(folder: Path) -> bool:
-    places = [folder]
-    with suppress(OSError), os.scandir(folder) as entries:  # which knows files, of which there may be many
-        places += [Path(entry) for entry in entries if entry.is_dir()]
-    return any(map(_is_run_or_study, places))
-
-
-def _is_run_or_study(folder: Path) -> bool:
-    with suppress(OSError):
-        return RunDirectory(folder).has_begun or StudyDirectory(folder).has_plan
-    return False
 
 
 def in_utf8(path: Path) -> Path:

@@ -213,6 +213,19 @@ def test_a_copy_of_a_run_leaves_it_its_fallback_checkpoint(tmp_path: Path) -> No
         assert found.step == 4
 
 
+def test_a_copy_s_fallback_checkpoint_is_left_to_it_once_it_has_other_settings(tmp_path: Path) -> None:
+    directory = run_with(tmp_path / "run", 2)
+    config = parse(checkpoint={"fallback_directory": str(tmp_path / "spare")})
+    shutil.copytree(directory.root, tmp_path / "copy")
+    fallback = RunDirectory(tmp_path / "copy").fallback(tmp_path / "spare")
+    fallback.mkdir(parents=True)
+    longer = DECIDED.model_copy(update={"run": DECIDED.run.model_copy(update={"epochs": DECIDED.run.epochs + 1})})
+    write_checkpoint(fallback, contents(4, config=longer.model_dump(mode="json")), lambda: None)
+    found = find_resume_point(config, directory).contents
+    assert found is not None
+    assert found.step == 2
+
+
 @pytest.mark.parametrize("metrics", [None, 3])
 def test_a_checkpoint_whose_settings_are_malformed_is_refused(metrics: object) -> None:
     damaged = contents(4, config={**DECIDED.model_dump(mode="json"), "metrics": metrics})

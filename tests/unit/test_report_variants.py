@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
@@ -105,6 +106,7 @@ def test_runs_of_other_plugin_code_are_two_variants(tmp_path: Path, seeds: tuple
         ({"model.name": "/me/net.py:Net"}, ({"net": "a"}, {"net": "a", "other": "c"}), [2]),
         ({"model.name": "/me/net.py:Net"}, ({"net": "a"}, {"net": "b", "other": "c"}), [1, 1]),
         ({"metrics.loggers": [{"name": "/me/log.py:Log"}]}, ({"log": "a"}, {"log": "b"}), [2]),
+        ({"metrics.loggers": [{"name": "me.log:Log"}]}, ({"log": "a"}, {"log": "b"}), [2]),
         ({"metrics.loggers": [{"name": "/me/log.py:Log"}]}, ({"help": "a"}, {"help": "b"}), [1, 1]),
         (
             {"metrics.loggers": [{"name": "/me/log.py:Log"}], "data.augment": ["/me/log.py:darker"]},
@@ -140,6 +142,20 @@ def test_only_code_that_both_runs_have_and_that_can_change_a_result_tells_them_a
     is_one = counts == [2]
     assert [len(variant.runs) for variant in panel.variants] == counts
     assert [len(variant.repeated) for variant in panel.variants] == ([int(seeds == (0, 0))] if is_one else [0, 0])
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_runs_of_other_code_are_not_joined_by_a_run_that_lacks_it(tmp_path: Path, order: tuple[int, ...]) -> None:
+    codes = {"net": "a"}, {"net": "a", "help": "b"}, {"net": "a", "help": "c"}
+    treatment = treatments()[0]
+    for place, number in enumerate(order):
+        run = make_run(tmp_path / f"run-{place}", treatment, number, {**treatment.settings, "run.seed": number})
+        environment = {f"plug-in me/{file}.py": digest * 16 for file, digest in codes[number].items()}
+        write_status(run, "finished", 200, environment=environment)
+    [panel] = panels_of(read_subject(tmp_path).runs)
+    seeds = [{run.seed for run in variant.runs} for variant in panel.variants]
+    assert len(seeds) == 2
+    assert not any({1, 2} <= each for each in seeds)
 
 
 @pytest.mark.parametrize(("name", "is_own"), [("imagefolder", True), ("cifar10", False)])

@@ -15,7 +15,14 @@ import pytest
 
 from dist_train.config import Config, load_config, parse_config
 from dist_train.outcome import FaultError, UsageError
-from dist_train.rundir.paths import RunDirectory, StudyDirectory, oserror_to_fault, refuse_foreign, run_folder
+from dist_train.rundir.paths import (
+    RunDirectory,
+    StudyDirectory,
+    has_run_or_study,
+    oserror_to_fault,
+    refuse_foreign,
+    run_folder,
+)
 from tests.raising import raises
 from tests.unit.checkpoint_files import write
 from tests.unit.foreign_files import give_away, without_root
@@ -92,9 +99,9 @@ def test_a_folder_of_runs_is_not_taken_for_one_without_a_run(
     for folder in (closed.parent, closed.parent / "s1"):
         folder.chmod(0o755)
     with without_root():
-        assert run_folder(Path("experiments")) == Path("experiments")
+        assert run_folder(Path("experiments"), suits=has_run_or_study) == Path("experiments")
     shutil.rmtree("experiments/s1")
-    assert run_folder(Path("experiments")) == Path("runs/experiments")
+    assert run_folder(Path("experiments"), suits=has_run_or_study) == Path("runs/experiments")
 
 
 @pytest.mark.parametrize("blocked", ["run", "run/checkpoints"])
@@ -194,3 +201,10 @@ def test_root_s_own_folders_are_fine() -> None:
     if ended.returncode == 75:
         pytest.skip("this process may not become another user")
     assert ended.returncode == 0, ended.stderr
+
+
+def test_a_folder_above_runs_does_not_hide_the_run_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mnist/project/checkpoints").mkdir(parents=True)
+    make_run(Path("runs/mnist"))
+    assert run_folder(Path("mnist")) == Path("runs/mnist")

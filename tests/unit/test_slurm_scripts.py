@@ -575,6 +575,25 @@ def test_a_job_that_is_stopped_during_its_set_up_is_requeued(
     assert f"requeue {job}" in (tmp_path / "calls").read_text().splitlines()
 
 
+@pytest.mark.parametrize("state", ["CANCELLED", "COMPLETING"])
+def test_an_array_s_task_that_is_cancelled_during_its_set_up_is_not_requeued(
+    programs: str, tmp_path: Path, state: str
+) -> None:
+    answers = {
+        "scontrol": f'echo "$@" >>{tmp_path}/calls',
+        "squeue": f"echo {state}",
+        "python": "kill -TERM $PPID; exit 1",
+    }
+    for name, text in answers.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    variables = {"SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "1", "DIST_TRAIN_PYTHON": f"{tmp_path}/python"}
+    ended = start("sweep.sh", PATH=f"{tmp_path}:{programs}", **variables, **TWO_NODES)
+    assert ended.returncode == ExitCode.STOPPED, ended.stderr
+    calls = tmp_path / "calls"
+    assert not calls.exists() or "requeue" not in calls.read_text()
+
+
 def test_analyses_leave_no_temporary_file(programs: str, tmp_path: Path) -> None:
     lines = "prepare_ranks\nfor name in one two; do launch_or_show landscape direction $name; done"
     folder = tmp_path / "temporary"
