@@ -159,10 +159,12 @@ def test_first_request_to_stop_ends_a_command_that_does_not_save(script: tuple[s
 @pytest.mark.parametrize("script", [("mpirun.sh",), ("local.sh",), ("local.sh", "--gloo")], ids=" ".join)
 @pytest.mark.parametrize("code", [0, 1])
 def test_a_request_to_stop_during_the_set_up_is_followed(script: tuple[str, ...], code: int, tmp_path: Path) -> None:
-    python = tmp_path / "python"
+    python, mpirun = tmp_path / "python", tmp_path / "mpirun"
     # A signal to the script alone, or also to the Python that it runs.
     python.write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/calls\n[ "$1" != -c ] || kill -INT $PPID\nexit {code}\n')
-    python.chmod(0o755)
+    mpirun.write_text("#!/bin/sh\n")
+    for program in (python, mpirun):
+        program.chmod(0o755)
     command = [str(ROOT / "launch" / script[0]), *script[1:], "landscape", "direction", "runs/demo"]
     ended = subprocess.run(command, env={**os.environ, "DIST_TRAIN_PYTHON": str(python)}, capture_output=True)
     assert (ended.returncode, ended.stderr) == (75, b"")
