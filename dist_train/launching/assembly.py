@@ -357,8 +357,10 @@ def _with_micro_size(
     """Return `config` with a micro-batch size that fits every rank's device, if it is `auto`."""
     if config.batch.micro_size != "auto":
         # Given, or chosen by an earlier launch, perhaps for fewer ranks: now, and not when the last of them joins.
-        for _, size in config.batch.sizes:
-            share_of(config.model, BatchPlan(size, config.batch.micro_size), 0, comm.most_ranks)
+        plans = [BatchPlan(size, config.batch.micro_size) for _, size in config.batch.sizes]
+        run_on_all_ranks(
+            comm, lambda: [share_of(config.model, plan, 0, comm.most_ranks) for plan in plans], "divide the batch"
+        )
         return config
     images = config.data.image_format
     # That of training, on which the kernels and their memory depend.
