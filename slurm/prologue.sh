@@ -720,19 +720,14 @@ run_in_job() {
 
 # Ends the job, requeued if that can help; returns if the run is to be restarted within the job.
 end_job() {
-    local status=0 state restarts=${MAX_RESTARTS:-${MAX_REQUEUES:-3}}
+    local status=0 restarts=${MAX_RESTARTS:-${MAX_REQUEUES:-3}}
     rm -f "$run_directory/join-$launch_id.json" # in case the launcher was killed
     "${dist_train[@]}" outcome "$run_directory" --launch "$launch_id" || status=$?
     case $status in
         1 | "$stopped_status") ;;
         *) exit "$status" ;;
     esac
-    await_controller
-    state=$(squeue --noheader --jobs "$job" --format %T 2>/dev/null) || state=
-    if [[ -n $state && $state != RUNNING ]]; then
-        say "not requeued by this script: Slurm is ending the job ($state), and requeues it if it preempted it"
-        exit "$status"
-    fi
+    exit_if_slurm_ends_job "$status"
     # After a stop request do not restart within the job: the nodes are wanted.
     ((!stop_signals && status == 1)) || restarts=0
     decide_what_follows "$restarts"
@@ -763,14 +758,18 @@ requeue_instead() {
     requeue_job
 }
 
-requeue_job() {
+# exit_if_slurm_ends_job STATUS: a job that Slurm is ending, such as a cancelled one, would come back if it was requeued.
+exit_if_slurm_ends_job() {
     local state
     await_controller
     state=$(squeue --noheader --jobs "$job" --format %T 2>/dev/null) || state=
-    if [[ -n $state && $state != RUNNING ]]; then
-        say "not requeued by this script: Slurm is ending the job ($state), and requeues it if it preempted it"
-        exit "$stopped_status"
-    fi
+    [[ -n $state && $state != RUNNING ]] || return 0
+    say "not requeued by this script: Slurm is ending the job ($state), and requeues it if it preempted it"
+    exit "$1"
+}
+
+requeue_job() {
+    exit_if_slurm_ends_job "$stopped_status"
     if scontrol requeue "$job"; then
         say "requeued"
     else

@@ -177,11 +177,17 @@ def test_a_run_is_gone_on_with_from_its_last_step_under_what_it_decided(tmp_path
     assert (resume_point.config.run.max_steps, resume_point.config.metrics.enabled) == (9, False)
 
 
+def with_fallback(directory: RunDirectory, spare: Path, config: Config = DECIDED) -> Path:
+    """Write a checkpoint of step 4 to the run's folder in `spare`, and return that."""
+    fallback = directory.fallback(spare)
+    fallback.mkdir(parents=True)
+    write_checkpoint(fallback, contents(4, config=config.model_dump(mode="json")), lambda: None)
+    return fallback
+
+
 def test_a_later_checkpoint_in_the_fallback_directory_is_resumed_from(tmp_path: Path) -> None:
     directory = run_with(tmp_path / "run", 2)
-    fallback = directory.fallback(tmp_path / "spare")
-    fallback.mkdir(parents=True)
-    write_checkpoint(fallback, contents(4, config=DECIDED.model_dump(mode="json")), lambda: None)
+    fallback = with_fallback(directory, tmp_path / "spare")
     found = find_resume_point(parse(checkpoint={"fallback_directory": str(tmp_path / "spare")}), directory).contents
     assert found is not None
     assert found.step == 4
@@ -191,9 +197,7 @@ def test_a_later_checkpoint_in_the_fallback_directory_is_resumed_from(tmp_path: 
 def test_the_fallback_directory_of_a_renamed_run_is_found(tmp_path: Path) -> None:
     directory = run_with(tmp_path / "run", 2)
     config = parse(checkpoint={"fallback_directory": str(tmp_path / "spare")})
-    fallback = directory.fallback(tmp_path / "spare")
-    fallback.mkdir(parents=True)
-    write_checkpoint(fallback, contents(4, config=DECIDED.model_dump(mode="json")), lambda: None)
+    with_fallback(directory, tmp_path / "spare")
     (tmp_path / "link").symlink_to(directory.root.rename(tmp_path / "renamed"))
     found = find_resume_point(config, RunDirectory(tmp_path / "link")).contents
     assert found is not None
@@ -203,9 +207,7 @@ def test_the_fallback_directory_of_a_renamed_run_is_found(tmp_path: Path) -> Non
 def test_a_copy_of_a_run_leaves_it_its_fallback_checkpoint(tmp_path: Path) -> None:
     directory = run_with(tmp_path / "run", 2)
     config = parse(checkpoint={"fallback_directory": str(tmp_path / "spare")})
-    fallback = directory.fallback(tmp_path / "spare")
-    fallback.mkdir(parents=True)
-    write_checkpoint(fallback, contents(4, config=DECIDED.model_dump(mode="json")), lambda: None)
+    with_fallback(directory, tmp_path / "spare")
     shutil.copytree(directory.root, tmp_path / "copy")
     for root in (tmp_path / "copy", directory.root):
         found = find_resume_point(config, RunDirectory(root)).contents
@@ -217,10 +219,8 @@ def test_a_copy_s_fallback_checkpoint_is_left_to_it_once_it_has_other_settings(t
     directory = run_with(tmp_path / "run", 2)
     config = parse(checkpoint={"fallback_directory": str(tmp_path / "spare")})
     shutil.copytree(directory.root, tmp_path / "copy")
-    fallback = RunDirectory(tmp_path / "copy").fallback(tmp_path / "spare")
-    fallback.mkdir(parents=True)
     longer = DECIDED.model_copy(update={"run": DECIDED.run.model_copy(update={"epochs": DECIDED.run.epochs + 1})})
-    write_checkpoint(fallback, contents(4, config=longer.model_dump(mode="json")), lambda: None)
+    with_fallback(RunDirectory(tmp_path / "copy"), tmp_path / "spare", longer)
     found = find_resume_point(config, directory).contents
     assert found is not None
     assert found.step == 2
