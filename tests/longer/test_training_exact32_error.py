@@ -1,6 +1,6 @@
 """The accuracy of integer sums along runs: 32 bits at least as accurate as float32, 16 bits as documented.
 
-`python -m tests.longer.test_training_exact32_error` prints the errors that docs/architecture.md states.
+`python -m tests.longer.test_training_exact32_error` prints the errors that docs/exact_sums.md states.
 """
 
 from __future__ import annotations
