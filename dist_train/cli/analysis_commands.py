@@ -26,7 +26,7 @@ def add_landscape(subparsers: Subparsers) -> None:
     """Add the command `landscape`."""
     parser = subparsers.add_parser(
         "landscape",
-        help="loss and accuracy along a line or over a plane in weight space",
+        help="measure loss and accuracy along a line or over a plane in weight space",
         description="Evaluate a network at many points of weight space, distributed over the ranks of a launch "
         "(dist-train launch, torchrun, mpirun or srun); write the points as CSV, and figures. The same command resumes "
         "an interrupted one.",
@@ -202,7 +202,7 @@ def add_sharpness(subparsers: Subparsers) -> None:
     """Add the command `sharpness`. Omitted options are not set, so that the settings' defaults apply."""
     parser = subparsers.add_parser(
         "sharpness",
-        help="the sharpness of the minimum at a checkpoint",
+        help="measure the sharpness of the minimum at a checkpoint",
         description="Measure Keskar's sharpness, the expected rise of the loss under uniform noise, and the Hessian's "
         "largest eigenvalues and trace, on a part of the training images. Prints a table and writes a JSON record "
         "into the run's folder `analysis`.",

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
     from dist_train.config import Config
 
-TARGET = "a run directory, or its name below runs/: its last checkpoint; RUN@STEP, RUN@best; or a checkpoint's file"
+TARGET = (
+    "a run (its directory, or its name below runs/), which stands for its last checkpoint; another of its "
+    "checkpoints, as RUN@STEP or RUN@best; or a checkpoint's file"
+)
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -22,12 +25,14 @@ Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 def add_config(parser: argparse.ArgumentParser) -> None:
     """Add CONFIG, its overrides, and --run-dir."""
     parser.add_argument(
-        "config", type=Path, metavar="CONFIG", help="a YAML file; dist_train:configs/NAME.yaml is one of the package"
+        "config", type=Path, metavar="CONFIG", help="a YAML file; one of the package: dist_train:configs/demo.yaml"
     )
     add_overrides(parser, "settings to override")
-    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="the run directory")
     parser.add_argument(
-        "--plugin", action="append", default=[], metavar="FILE.py", help="a file that registers names; may be repeated"
+        "--run-dir", type=Path, metavar="DIR", help="the run's folder (default: by run.directory and run.name)"
+    )
+    parser.add_argument(
+        "--plugin", action="append", default=[], metavar="FILE.py", help="a Python file of plug-ins; may be repeated"
     )
 
 

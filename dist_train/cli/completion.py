@@ -53,7 +53,7 @@ def add_completion(subparsers: Subparsers) -> None:
     """Add the command `completion`."""
     parser = subparsers.add_parser(
         "completion",
-        help="a script that completes commands, options and settings in bash or zsh",
+        help="print a script that completes commands, options and settings in bash or zsh",
         description='Print a script for the shell; in ~/.bashrc: eval "$(dist-train completion bash)".',
     )
     parser.add_argument("shell", choices=("bash", "zsh"))

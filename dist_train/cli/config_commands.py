@@ -17,10 +17,10 @@ def add_config_command(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser("config", help="check a configuration, or show it resolved")
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     for name, text, action in (
-        ("check", "report what is wrong with it, if anything", _check),
-        ("show", "print every setting, resolved", _show),
-        ("run-directory", "print the directory of its run", _run_directory),
-        ("engine", "print the communication library of its ranks under srun: horovod or torch", _engine),
+        ("check", "list the problems of a configuration, if any", _check),
+        ("show", "print every setting of a configuration, resolved", _show),
+        ("run-directory", "print the directory of a configuration's run", _run_directory),
+        ("engine", "print the communication library of a run's ranks under srun: horovod or torch", _engine),
     ):
         command = actions.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
         add_config(command)
@@ -37,7 +37,7 @@ def add_config_command(subparsers: Subparsers) -> None:
         help="print the JSON schema of a configuration",
         description="Print the JSON schema of a configuration, for editors: every key, its default, its meaning.",
     )
-    schema.add_argument("config", nargs="?", type=Path, metavar="CONFIG", help="not needed")
+    schema.add_argument("config", nargs="?", type=Path, metavar="CONFIG", help="ignored: all have one schema")
     schema.set_defaults(run=_schema)
 
 
@@ -102,7 +102,7 @@ def add_doctor(subparsers: Subparsers) -> None:
     """Add the command `doctor`."""
     parser = subparsers.add_parser(
         "doctor",
-        help="what this machine has and lacks for training",
+        help="report what this machine has and lacks for training",
         description="Report what this machine has and lacks for training, and how to fix what it lacks. "
         "Exit code: 0 if training can run here, else 1.",
     )

@@ -149,7 +149,11 @@ def parse(words: list[str]) -> argparse.Namespace:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the program's parser, with all commands."""
-    parser: argparse.ArgumentParser = _Parser(prog="dist-train", description="Training at very large batch sizes.")
+    parser: argparse.ArgumentParser = _Parser(
+        prog="dist-train",
+        description="Train image classifiers with data parallelism at very large batch sizes.",
+        epilog="A first run: dist-train train dist_train:configs/smoke.yaml (each command has its own --help)",
+    )
     parser.add_argument("--version", action="version", version=f"dist-train {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for add_command in _COMMANDS:

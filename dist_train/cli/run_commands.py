@@ -41,7 +41,7 @@ def add_train(subparsers: Subparsers) -> None:
     """Add the command `train`."""
     parser = subparsers.add_parser(
         "train",
-        help="one training run, alone or under torchrun, horovodrun, mpirun, srun",
+        help="train one run, alone or under torchrun, horovodrun, mpirun or srun",
         description="Train as CONFIG says, resuming the run in the run directory, if any. "
         "The same command under torchrun, horovodrun, mpirun or srun trains on many ranks.",
     )
@@ -68,7 +68,7 @@ def add_lr_range(subparsers: Subparsers) -> None:
     """Add the command `lr-range`."""
     parser = subparsers.add_parser(
         "lr-range",
-        help="a learning-rate range test: loss against a rising rate",
+        help="suggest a learning rate, by a range test: loss against a rising rate",
         description="Train as CONFIG says, with a learning rate that rises from A to B over N updates by a constant "
         "factor, without warm-up or decay, and suggest the rate at which the smoothed loss falls steepest. Writes "
         "lr_range.csv, lr_range.json and lr_range.png into the run directory. Runs on many ranks as train does.",
@@ -102,7 +102,7 @@ def add_launch(subparsers: Subparsers) -> None:
     """Add the command `launch`."""
     parser = subparsers.add_parser(
         "launch",
-        help="a command on several ranks of this machine, without MPI or Horovod",
+        help="run a command on several ranks of this machine, without MPI or Horovod",
         description="Run `dist-train COMMAND ...` as N ranks on this machine, over torch.distributed. "
         "SIGTERM, SIGINT, SIGHUP and SIGUSR2 ask ranks that train to save and stop, and end others. The exit code is "
         "the command's own.",
@@ -288,7 +288,7 @@ def add_evaluate(subparsers: Subparsers) -> None:
     """Add the command `evaluate`."""
     parser = subparsers.add_parser(
         "evaluate",
-        help="loss and accuracy of a checkpoint",
+        help="print loss and accuracy of a checkpoint",
         description="Print loss and accuracy of a checkpoint, or of a run's last checkpoint, as one line of JSON.",
     )
     parser.add_argument("target", type=Path, metavar="RUN_OR_CHECKPOINT", help=TARGET)
@@ -320,7 +320,7 @@ def add_outcome(subparsers: Subparsers) -> None:
     """Add the command `outcome`."""
     parser = subparsers.add_parser(
         "outcome",
-        help="the exit code of a run's last launch, from its status.json",
+        help="for scripts: exit with the code of a run's last launch",
         description="Exit with the code that the run's last launch wrote into status.json; with 1 if it wrote none, or "
         "if its id is not that of --launch.",
     )
@@ -355,7 +355,7 @@ def add_requeue(subparsers: Subparsers) -> None:
     """Add the command `requeue`."""
     parser = subparsers.add_parser(
         "requeue",
-        help="for batch scripts: whether to start an unfinished run again",
+        help="for batch scripts: decide whether to start an unfinished run again",
         description="Decide whether to start an unfinished run again, count that in RUN/requeues.json, and report why. "
         "Prints restart (within the job) or requeue, with exit code 0. Otherwise it prints nothing: the run has "
         "finished, would fail again (bad configuration, refused by the launcher, diverged, ranks disagree), or has "
@@ -372,7 +372,7 @@ def add_requeue(subparsers: Subparsers) -> None:
     parser.add_argument("--launch", metavar="ID", help="the last launch's DIST_TRAIN_LAUNCH")
     parser.add_argument("--code", type=int, metavar="N", help="the launcher's exit status")
     parser.add_argument(
-        "--messages", default="", metavar="TEXT", help="the last messages of launcher and ranks, one a line"
+        "--messages", default="", metavar="TEXT", help="the last messages of launcher and ranks, one per line"
     )
     parser.set_defaults(run=_requeue)
 

@@ -54,9 +54,9 @@ def add_sweep(subparsers: Subparsers) -> None:
         (
             "--arguments",
             _arguments,
-            "with --only: print the arguments by which dist-train trains the run, one a line; none if it has finished",
+            "with --only: print the arguments by which dist-train trains the run, one per line; none if it is finished",
         ),
-        ("--analyses", _analyses, "print the study's commands that analyse the finished runs, one a line"),
+        ("--analyses", _analyses, "print the study's commands that analyse the finished runs, one per line"),
         (
             "--best",
             _best,

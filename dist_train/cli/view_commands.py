@@ -17,7 +17,7 @@ _VIEW = (100, 36)  # columns and rows of a view that is not printed on a termina
 
 def add_runs(subparsers: Subparsers) -> None:
     """Add the command `runs`."""
-    text = "a table of runs: state, progress, best accuracy, images/s, time left"
+    text = "list runs: state, progress, best accuracy, images/s, time left"
     parser = subparsers.add_parser(
         "runs",
         help=text,
@@ -85,11 +85,11 @@ def add_watch(subparsers: Subparsers) -> None:
     """Add the command `watch`."""
     parser = subparsers.add_parser(
         "watch",
-        help="a live view of a run, from any machine that sees its directory",
+        help="watch a run live, from any machine that sees its directory",
         description="Show the progress of a run, read from its directory alone, until it ends. Ctrl-C ends the view, "
         "not the run. If the output is not a terminal, the run is shown once.",
     )
-    parser.add_argument("directory", type=Path, metavar="RUN", help="a run directory, or a folder's name below runs/")
+    parser.add_argument("directory", type=Path, metavar="RUN", help="a run directory, or its name below runs/")
     parser.add_argument(
         "--interval", type=_seconds, default=1.0, metavar="SECONDS", help="time between two updates (default: 1)"
     )
@@ -127,7 +127,7 @@ def add_curve(subparsers: Subparsers) -> None:
     """Add the command `curve`."""
     parser = subparsers.add_parser(
         "curve",
-        help="the learning curve of a run as a picture",
+        help="draw the learning curve of a run",
         description="Draw loss and accuracy against epoch, for one run, or for several to compare.",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory, or its name below runs/")
@@ -158,12 +158,12 @@ def add_report(subparsers: Subparsers) -> None:
     """Add the command `report`."""
     parser = subparsers.add_parser(
         "report",
-        help="one HTML page of a run, a study, or a folder of runs",
+        help="write one HTML page about a run, a study, or a folder of runs",
         description="Write a single self-contained HTML page: curves, tables, landscapes, sharpness, settings. "
         "Or each of its figures as a file, for a paper.",
     )
     parser.add_argument(
-        "directory", type=Path, metavar="DIR", help="a run, a study, or a folder of runs; or below runs/"
+        "directory", type=Path, metavar="DIR", help="folder of a run, a study or several runs; or its name below runs/"
     )
     outputs = parser.add_mutually_exclusive_group()
     outputs.add_argument(
