@@ -22,7 +22,7 @@ PRIVATE = {
     "layer": r"(?i)\brooms\b|\brooms? (?:knows?|below|above|of)\b",
     "variant": r"(?i)\barms?\b",
     "fix": r"(?i)\bcures?\b",
-    "resume, continue": r"(?i)\b(?:go|goes|went|going|gone) on\b(?! (?:the|a|its|GPUs|CPUs))",
+    "resume, continue": r"(?i)\b(?:go|goes|went|going|gone) on\b(?! (?:the|a|its|GPUs|CPUs)\b)",
     "bit-identical": r"(?i)\bto the bit\b",
     "unrecoverable": r"(?i)\bhopeless",
     "check_consistent_across_ranks": r"\bcheck_alike\b",
