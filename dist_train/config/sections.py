@@ -50,7 +50,7 @@ class RunSettings(Section):
     profile_steps: NonNegativeInt = Field(0, examples=[5])
     """Number of updates to trace with the profiler."""
     stop_signal: Literal["SIGUSR1", "SIGUSR2", "SIGHUP"] = "SIGUSR2"
-    """SIGUSR1: it, too, makes the run save and stop. SIGTERM, SIGINT, SIGHUP and SIGUSR2 always do."""
+    """A further signal that makes the run save and stop: SIGTERM, SIGINT, SIGHUP and SIGUSR2 always do."""
     resume: Annotated[str, AfterValidator(os.path.expanduser)] = Field(
         "auto", examples=["runs/other/checkpoints/step-00000040.pt"]
     )
