@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -294,44 +295,40 @@ def read_same(comm: Communicator, choose: Callable[[], Sequence[Path]]) -> Seque
 
     Called on all ranks. Raises UsageError or OSError on the first rank that fails, PeerFailedError on the others.
     """
-    for _ in range(_LOOKS - 1):
-        if (found := _read_chosen(comm, choose, may_be_gone=True)) is not None:
-            return found
-    found = _read_chosen(comm, choose, may_be_gone=False)
-    assert found is not None
+    found: Sequence[Stored] | None = None
+    for read in (*[_read_unless_gone] * (_LOOKS - 1), _read_all):
+        chosen = run_on_all_ranks(comm, lambda: choose() if comm.rank == 0 else (), "find the checkpoint")
+        paths = [Path(name) for name in json.loads(broadcast_str(comm, json.dumps([*map(str, chosen)]), "chosen"))]
+        found = run_on_all_ranks(comm, partial(read, paths), "read the checkpoint")
+        if all(gather_int(comm, found is not None, "checkpoint")):
+            break
+    assert found is not None, "the last look finds them or raises"
+    digests = gather_int(comm, signed_digest("".join(each.sha256 for each in found).encode()), "digest")
+    run_on_all_ranks(comm, partial(_check_same, found, digests, comm.rank), "agree with rank 0 on the checkpoint")
     return found
 
 
-def _read_chosen(
-    comm: Communicator, choose: Callable[[], Sequence[Path]], *, may_be_gone: bool
-) -> Sequence[Stored] | None:
-    """Do what `read_same` does; if `may_be_gone`, return None where the run has deleted one before all had read it."""
-    chosen = run_on_all_ranks(comm, lambda: choose() if comm.rank == 0 else (), "find the checkpoint")
-    paths = [Path(name) for name in json.loads(broadcast_str(comm, json.dumps([*map(str, chosen)]), "chosen"))]
+def _read_all(paths: Sequence[Path]) -> Sequence[Stored]:
+    return [_read_verified(path) for path in paths]
 
-    def read() -> Sequence[Stored] | None:
-        try:
-            return [_read_verified(path) for path in paths]
-        except (UsageError, FileNotFoundError):
-            if may_be_gone and not all(path.with_suffix(".json").exists() for path in paths):
-                return None
+
+def _read_unless_gone(paths: Sequence[Path]) -> Sequence[Stored] | None:
+    """Return None if a checkpoint is gone: the run, which trains meanwhile, may have deleted it for a newer one."""
+    try:
+        return _read_all(paths)
+    except (UsageError, FileNotFoundError):
+        if all(path.with_suffix(".json").exists() for path in paths):
             raise
-
-    found = run_on_all_ranks(comm, read, "read the checkpoint")
-    if not all(gather_int(comm, int(found is not None), "checkpoint")):
         return None
-    digests = gather_int(comm, signed_digest("".join(each.sha256 for each in found or ()).encode()), "digest")
 
-    def check() -> None:
-        if digests[comm.rank] != digests[0]:
-            names = ", ".join(map(str, paths))
-            raise UsageError(
-                f"{names}: another checkpoint here than on rank 0; give all nodes the same files",
-                code="ranks-differ-in-checkpoint",
-            )
 
-    run_on_all_ranks(comm, check, "agree with rank 0 on the checkpoint")
-    return found
+def _check_same(found: Sequence[Stored], digests: Sequence[int], rank: int) -> None:
+    if digests[rank] != digests[0]:
+        names = ", ".join(str(each.path) for each in found)
+        raise UsageError(
+            f"{names}: another checkpoint here than on rank 0; give all nodes the same files",
+            code="ranks-differ-in-checkpoint",
+        )
 
 
 def _contents(path: Path, fields: Mapping[str, Any]) -> Contents:
@@ -349,8 +346,8 @@ def _contents(path: Path, fields: Mapping[str, Any]) -> Contents:
     )
 
 
-def newest_whole(directory: Path, report_damage: Callable[[Path, str], None]) -> Contents | None:
-    """Return the latest whole checkpoint, if any, and rename damaged ones with their records.
+def newest_whole(directory: Path, damage: dict[str, str]) -> Contents | None:
+    """Return the latest whole checkpoint, if any; rename damaged ones, and add to `damage` by name what is wrong.
 
     Raises:
         NoCompleteCheckpointError: all are damaged or without a record, now or when the run was started before.
@@ -367,7 +364,7 @@ def newest_whole(directory: Path, report_damage: Callable[[Path, str], None]) ->
             if not record.exists():
                 without_record += 1
                 continue
-            report_damage(path, str(error))
+            damage[path.name] = str(error)
             for file in (path, record):
                 file.rename(f"{file}{_DAMAGED}")
     # A writer that is killed between its two renames leaves one checkpoint that was never published.

@@ -85,7 +85,7 @@ def find_resume_point(config: Config, directory: RunDirectory) -> ResumePoint:
     damage: dict[str, str] = {}
     contents, source = None, None
     try:
-        contents = newest_whole(checkpoints, lambda path, text: damage.update({path.name: text}))
+        contents = newest_whole(checkpoints, damage)
     except NoCompleteCheckpointError:
         if named is None:
             raise

@@ -237,18 +237,11 @@ def _elasticity(arguments: argparse.Namespace, config: Config) -> Elasticity | N
             f"the others come from other nodes",
             code="elastic-without-listen",
         )
-    _check_micro_batches(config, max_ranks)
+    if config.model.norm == "sync":  # now, and not when the last of them joins, which would end the run
+        from dist_train.data.plan import check_shared_micro_batches  # loads torch
+
+        check_shared_micro_batches(config, max_ranks)
     return Elasticity(start_with, min_ranks, max_ranks, restarts, config.comm.timeout)
-
-
-def _check_micro_batches(config: Config, ranks: int) -> None:
-    """Raise UsageError if all ranks share every micro-batch, and one is too small for so many `ranks`."""
-    # Here, and not when the last of them joins, which would end the run. A size of `auto` is chosen later.
-    if config.model.norm == "sync" and config.batch.micro_size != "auto":
-        from dist_train.data.plan import BatchPlan
-
-        for _, size in config.batch.sizes:
-            BatchPlan(size, config.batch.micro_size).slices(0, ranks)
 
 
 def _join(arguments: argparse.Namespace) -> int:

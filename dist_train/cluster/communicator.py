@@ -170,8 +170,11 @@ class Communicator:
     def note_rest(self) -> None:
         """Report that what follows may take any time, until the next `note_work`."""
 
-    def begin_training(self, *, works: bool = False) -> None:
-        """Report that the run can continue from this rank's state; `works`: its group has made an update."""
+    def note_state(self) -> None:
+        """Report that the run can continue from this rank's state."""
+
+    def note_working_group(self) -> None:
+        """Report the same, and that this generation works: it begins the run, or has made an update."""
 
     def meet(self, why: str, on_begin: Callable[[Generation], None] = lambda generation: None) -> Generation:
         """Leave this generation, wait for the next one, switch this object to it and return it.

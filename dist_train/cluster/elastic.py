@@ -95,9 +95,13 @@ class ElasticCommunicator(TorchOperations):
         """Report that what follows may take any time, until the next `note_work`."""
         self._member.pulse.rest()
 
-    def begin_training(self, *, works: bool = False) -> None:
-        """Report that the run can continue from this rank's state; `works`: its group has made an update."""
-        self._member.trains(works=works)
+    def note_state(self) -> None:
+        """Report that the run can continue from this rank's state."""
+        self._member.trains(works=False)
+
+    def note_working_group(self) -> None:
+        """Report the same, and that this generation works: it begins the run, or has made an update."""
+        self._member.trains(works=True)
 
     def meet(self, why: str, on_begin: Callable[[Generation], None] = lambda generation: None) -> Generation:
         """Switch to the next generation; raise UsageError if this rank joins, and another rank has its GPU."""

@@ -286,7 +286,11 @@ class Watchdog:
 
 
 def start_watchdog(
-    comm: Communicator, *, timeout: float, on_loss: Callable[[str], None], end: Callable[[], None] = end_process
+    comm: Communicator,
+    *,
+    timeout: float,
+    on_loss: Callable[[str], None] = lambda message: None,
+    end: Callable[[], None] = end_process,
 ) -> Watchdog | None:
     """Make all ranks watch each other; every rank must call it. None for a single rank, and in an elastic launch.
 

@@ -17,6 +17,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +72,10 @@ def decoded_once(folder: Path, source: Source, decode: Callable[[], ImageSet]) -
 
     Raises UsageError if other users could replace the contents of the folder.
     """
-    key, decoded = source.key(), list[ImageSet]()
+    key, decode = source.key(), cache(decode)
 
     def make() -> tuple[NDArray[Any], NDArray[Any]]:
-        decoded.append(decode())
-        return decoded[0].images.numpy(), decoded[0].labels.numpy()
+        return decode().images.numpy(), decode().labels.numpy()
 
     def is_sound(images: NDArray[Any], labels: NDArray[Any]) -> bool:
         has_form = images.dtype == np.uint8 and images.ndim == 4 and labels.dtype == np.int64
@@ -92,7 +92,7 @@ def decoded_once(folder: Path, source: Source, decode: Callable[[], ImageSet]) -
             error,
             source.name,
         )
-    return replace(decoded[0] if decoded else decode(), identity=key)
+    return replace(decode(), identity=key)
 
 
 def cached_arrays(

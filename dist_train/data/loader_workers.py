@@ -19,6 +19,7 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -124,7 +125,7 @@ class LoaderProcesses(Decoder):
             self._batches.append(earlier.popleft() if earlier else self._cut(job))
         for batch in earlier:
             self._release(batch)
-        self._receive(wait=False)
+        self._receive()
         self._check_alive()
         self._dispatch()
 
@@ -138,7 +139,8 @@ class LoaderProcesses(Decoder):
         for part in self._batches[0].parts:
             while not part.is_done:
                 self._dispatch()
-                self._receive(wait=True)
+                self._await_reply()
+                self._receive()
             if part.failure is not None:
                 raise part.failure
             assert part.slot is not None
@@ -151,7 +153,7 @@ class LoaderProcesses(Decoder):
             self._free.append(part.slot)
             part.slot = None
         self._batches.popleft()
-        self._receive(wait=False)
+        self._receive()
         self._dispatch()
 
     def close(self) -> None:
@@ -228,24 +230,20 @@ class LoaderProcesses(Decoder):
             part.slot = slot
             self._in_flight[slot] = part
 
-    def _receive(self, *, wait: bool) -> None:
-        """Process the replies of loaders; with `wait`, wait for at least one."""
-        while True:
-            try:
-                records = os.read(self._replies, RECORD * _MAX_SLOTS)
-            except BlockingIOError:
-                if not wait:
-                    return
-                self._check_alive()
-                poller = select.poll()
-                poller.register(self._replies, select.POLLIN)
-                poller.poll(_WAIT_MILLISECONDS)
-                continue
-            if not records:
-                self._check_alive(all_gone=True)
-            for place in range(0, len(records), RECORD):
-                self._finish(int.from_bytes(records[place : place + RECORD], "little", signed=True))
-            wait = False
+    def _await_reply(self) -> None:
+        """Wait until a loader has replied, or all have ended."""
+        poller = select.poll()
+        poller.register(self._replies, select.POLLIN)
+        while not poller.poll(_WAIT_MILLISECONDS):
+            self._check_alive()
+
+    def _receive(self) -> None:
+        """Process the replies that have arrived."""
+        with suppress(BlockingIOError):  # no more
+            while records := os.read(self._replies, RECORD * _MAX_SLOTS):
+                for place in range(0, len(records), RECORD):
+                    self._finish(int.from_bytes(records[place : place + RECORD], "little", signed=True))
+            self._check_alive(all_gone=True)
 
     def _finish(self, record: int) -> None:
         """Mark the part in slot `record` as done; a negative record, the complement of the slot, means failure."""

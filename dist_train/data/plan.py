@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from dist_train.config import DataSettings
+from dist_train.config import Config, DataSettings
 from dist_train.outcome import UsageError
 from dist_train.reproducible import generator
 
@@ -56,6 +56,14 @@ class BatchPlan:
     def slices(self, rank: int, size: int) -> tuple[MicroBatch, ...]:
         """Return rank `rank`'s even part of every micro-batch, if all `size` ranks share each. Raises UsageError."""
         assert 0 <= rank < size
+        self.check_shared(size)
+        return tuple(
+            MicroBatch(each.index, each.start + each.size * rank // size, each.start + each.size * (rank + 1) // size)
+            for each in self.micro_batches
+        )
+
+    def check_shared(self, size: int) -> None:
+        """Raise UsageError if a micro-batch has fewer samples than the `size` ranks that are to share it."""
         smallest = self.micro_batches[-1]
         if smallest.size < size:
             raise UsageError(
@@ -64,10 +72,6 @@ class BatchPlan:
                 f"has at least {size} samples, or start fewer ranks",
                 code="micro-batch-too-small",
             )
-        return tuple(
-            MicroBatch(each.index, each.start + each.size * rank // size, each.start + each.size * (rank + 1) // size)
-            for each in self.micro_batches
-        )
 
     def steps_per_epoch(self, samples: int) -> int:
         """Return the number of whole global batches in `samples`; raise UsageError if there is none."""
@@ -85,6 +89,13 @@ class BatchPlan:
                 code="too-few-samples",
             )
         return samples // self.global_size
+
+
+def check_shared_micro_batches(config: Config, ranks: int) -> None:
+    """Raise UsageError if all of `ranks` ranks share every micro-batch, and one is too small; `auto` fits later."""
+    if config.model.norm == "sync" and config.batch.micro_size != "auto":
+        for _, size in config.batch.sizes:
+            BatchPlan(size, config.batch.micro_size).check_shared(ranks)
 
 
 def epoch_order(samples: int, seed: int, epoch: int) -> Tensor:

@@ -27,8 +27,8 @@ from dist_train.config import Config
 from dist_train.config.plugins import is_plugin
 from dist_train.config.resuming import with_device, with_setting
 from dist_train.data.augmentation import build_mix
-from dist_train.data.loader import SampleSource, open_splits
-from dist_train.data.plan import BatchPlan
+from dist_train.data.loader import SampleSource, Splits, open_splits
+from dist_train.data.plan import BatchPlan, check_shared_micro_batches
 from dist_train.launching.session import Session
 from dist_train.models import build_model, check_training, restoring_buffers, runs_sequentials_whole
 from dist_train.models.norms import BatchStatistics, join_relus, norm_modules
@@ -46,7 +46,7 @@ from dist_train.training.compute import Compute, LossScale, compiled, fitting_me
 from dist_train.training.consistency import check_same_data, setup_digests
 from dist_train.training.graphs import CudaGraphRecorder, GraphRecorder
 from dist_train.training.measuring import Measuring, Profiler, StepClock, WeightNorms, read_usage_of
-from dist_train.training.micro_batches import fewest_samples, find_micro_size, forward_and_backward, share_of, sum_over
+from dist_train.training.micro_batches import fewest_samples, find_micro_size, forward_and_backward, sum_over
 from dist_train.training.reduction import Tally, set_up_reduction
 from dist_train.training.step import TrainingStep
 from dist_train.training.stopping import EarlyStopping, StopRequests, job_time_limit
@@ -76,12 +76,8 @@ def assemble(
     """
     directory, comm = session.directory, session.comm
     config, compute = _set_up_device(resume_point.config, comm)
-    open_data = partial(open_splits, config.data, config.run.seed, compute.device, config.precision.channels_last)
-    splits = run_on_all_ranks(comm, open_data, "load the data")
-    check_same_data(comm, splits.identity, config.data.name)
-
-    plan_epochs = partial(_plan_epochs, config, len(splits.train))
-    epochs, scheduled = run_on_all_ranks(comm, plan_epochs, "plan the batches")
+    splits = _open_data(config, compute.device, comm)
+    epochs, scheduled = run_on_all_ranks(comm, partial(_plan_epochs, config, len(splits.train)), "plan the batches")
     total_steps = scheduled.steps(config.run.epochs)
 
     is_measured = config.metrics.enabled or bool(config.metrics.loggers)
@@ -97,19 +93,10 @@ def assemble(
     may_shrink = given is not None and given.batch.micro_size == "auto"
     # With torch.compile any pass may compile again for minutes: no progress is reported then.
     clock = StepClock(Alone() if config.precision.compile else comm, on_gpu=has_clock and compute.device.type == "cuda")
-    step = build_step(
-        config,
-        model,
-        state,
-        splits.train,
-        comm,
-        compute,
-        progress,
-        clock=clock,
-        graph_recorder=CudaGraphRecorder() if config.precision.cuda_graphs else None,
-        fails_alone=comm.is_elastic and not may_shrink,
-    )
-    profile_steps = config.run.profile_steps
+    graph_recorder = CudaGraphRecorder() if config.precision.cuda_graphs else None
+    step = build_step(config, model, state, splits.train, comm, compute, progress, clock, graph_recorder)
+    step.fails_alone = comm.is_elastic and not may_shrink
+    base_rate, profile_steps = config.optimizer.learning_rate, config.run.profile_steps
     trainer = Trainer(
         config=config,
         comm=comm,
@@ -117,13 +104,7 @@ def assemble(
         state=state,
         take_step=step,
         directory=directory,
-        learning_rate=LearningRate(
-            config.schedule,
-            config.optimizer.learning_rate,
-            config.batch.global_size,
-            config.run.epochs,
-            scheduled,
-        ),
+        learning_rate=LearningRate(config.schedule, base_rate, config.batch.global_size, config.run.epochs, scheduled),
         epochs=epochs,
         total_steps=total_steps,
         last_step=min(total_steps, config.run.max_steps or total_steps),
@@ -159,6 +140,14 @@ def _set_up_device(config: Config, comm: Communicator) -> tuple[Config, Compute]
     return config, compute
 
 
+def _open_data(config: Config, device: torch.device, comm: Communicator) -> Splits:
+    """Open the splits of the data set on `device`. Raises UsageError, also if other ranks have other data."""
+    open_data = partial(open_splits, config.data, config.run.seed, device, config.precision.channels_last)
+    splits = run_on_all_ranks(comm, open_data, "load the data")
+    check_same_data(comm, splits.identity, config.data.name)
+    return splits
+
+
 def let_write(trainer: Trainer, session: Session, initial: torch.Tensor | None = None) -> None:
     """Let `trainer`, of rank 0, write checkpoints, and what `session` reports.
 
@@ -184,10 +173,8 @@ def build_step(
     comm: Communicator,
     compute: Compute,
     progress: Progress,
-    *,
     clock: StepClock,
-    graph_recorder: GraphRecorder | None = None,
-    fails_alone: bool = False,
+    graph_recorder: GraphRecorder | None,
 ) -> TrainingStep:
     """Return the training step of `config` that changes `state` by its network, or `model`, that compiled.
 
@@ -217,7 +204,6 @@ def build_step(
         sum_over_ranks=sum_over(config.model, comm, clock),
         clock=clock,
         graph_recorder=graph_recorder,
-        fails_alone=fails_alone,
     )
 
 
@@ -357,10 +343,7 @@ def _with_micro_size(
     """Return `config` with a micro-batch size that fits every rank's device, if it is `auto`."""
     if config.batch.micro_size != "auto":
         # Given, or chosen by an earlier launch, perhaps for fewer ranks: now, and not when the last of them joins.
-        plans = [BatchPlan(size, config.batch.micro_size) for _, size in config.batch.sizes]
-        run_on_all_ranks(
-            comm, lambda: [share_of(config.model, plan, 0, comm.most_ranks) for plan in plans], "divide the batch"
-        )
+        run_on_all_ranks(comm, partial(check_shared_micro_batches, config, comm.most_ranks), "divide the batch")
         return config
     images = config.data.image_format
     # That of training, on which the kernels and their memory depend.

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import socket
 import traceback
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,10 +18,8 @@ from dist_train.cluster.communicator import (
     Communicator,
     Generation,
     RankLostError,
-    await_on_all_ranks,
     broadcast_str,
     gather_int,
-    gather_str,
     run_on_all_ranks,
 )
 from dist_train.cluster.devices import device_type
@@ -80,27 +77,14 @@ def train(config: Config, run_directory: Path | str | None = None, observers: Se
     free_device_memory()  # of earlier runs of this process, whose trainers are in reference cycles
     with restoring_torch(), oserror_to_fault(directory), ExitStack() as stack:
         stop = stack.enter_context(StopRequests(config.run.stop_signal))
-        session: Session | None = None
-
-        def lose(message: str) -> None:
-            if session is not None:
-                session.lose(message)
-
-        comm, watchdog = _meet(config, stack, lose)
-        lock = None
-        if comm.is_joining:
-            resume_point, run_id = _join(directory), directory.run_id()
-        else:
-            if lock := _lock(config, directory, comm):
-                stack.callback(lock.release)
-            find = partial(_find_resume_point, config, directory, comm)
-            resume_point = run_on_all_ranks(comm, find, "open the run directory")
-            resume_point = replace(resume_point, config=_shared_config(comm, resume_point.config))
-            run_id = broadcast_str(comm, directory.run_id() if comm.rank == 0 else "", "run id")
+        comm, watchdog = _meet(config, stack)
+        resume_point, run_id, lock = _open_run(config, directory, comm, stack)
         metrics = resume_point.config.metrics
         open_loggers = partial(build_observers, metrics, directory, comm.rank, observers)
         opened = run_on_all_ranks(comm, open_loggers, "open its loggers")
         session = Session(directory, comm, opened, lock, run_id, observers)
+        if watchdog is not None:
+            watchdog.on_loss = session.lose
         regroup = Regrouping(session, stack)
         if not comm.is_joining:
             regroup.open_logs(comm.rank)
@@ -178,50 +162,49 @@ class Regrouping:
         If it cannot, it raises OSError, or FaultError if the lost rank keeps the lock. On the other ranks this breaks
         the group: on another node, the next rank 0 may be able to.
         """
-        comm, directory = trainer.comm, trainer.directory
-        self.open_logs(comm.rank)
+        self.open_logs(trainer.comm.rank)
         # The lost rank's node may be cut off without having noticed, or the file server may still hold its lock.
-        request = LockRequest(directory, patience=LEASE_SECONDS)
-
-        def take_over() -> bool:
-            if comm.rank == 0 and trainer.saving.writer is None:
-                try:
-                    lock = request.wait(trainer.config.comm.timeout / _POLLS_IN_TIMEOUT)
-                except UsageError as error:
-                    raise FaultError(f"the lost rank 0 keeps its lock: {error}", code="lock-not-released") from error
-                if lock is None:
-                    return False
-                self._take_over(trainer, lock)
-            return True
-
-        while not all(gather_int(comm, take_over(), "take over the run directory")):
+        request = LockRequest(trainer.directory, patience=LEASE_SECONDS)
+        while not all(gather_int(trainer.comm, self._take_over(trainer, request), "take over the run directory")):
             pass
-        nodes = gather_str(comm, socket.gethostname(), "nodes")
-        self.session.note_generation(nodes)
+        self.session.note_generation(generation.nodes)
         if self._owes_records:
-            written = {record_key(each): each for each in read_last_records(directory.metrics, _RECENT_BYTES)}
-            for record in trainer.recent.all():
-                if record_key(record) not in written:
-                    trainer.observers.record(record)
-            for record in written.values():
-                match record:
-                    case EventRecord(event="checkpoint", details={"seconds": float(seconds)}):
-                        trainer.time_limit.note_saved(seconds)
-                if record.step >= trainer.progress.step:  # of work that may be redone now
-                    trainer.recent.add(record)
+            self._write_owed_records(trainer)
             self._owes_records = False
 
-    def _take_over(self, trainer: Trainer, lock: RunLock) -> None:
+    def _take_over(self, trainer: Trainer, request: LockRequest) -> bool:
+        """Take over if this rank has become rank 0; return False if the lost rank 0 still holds the lock."""
+        if trainer.comm.rank != 0 or trainer.saving.writer is not None:
+            return True
+        try:
+            lock = request.wait(trainer.config.comm.timeout / _POLLS_IN_TIMEOUT)
+        except UsageError as error:
+            raise FaultError(f"the lost rank 0 keeps its lock: {error}", code="lock-not-released") from error
+        if lock is None:
+            return False
         self.stack.callback(lock.release)
         trainer.directory.remove_partial_files(trainer.config.checkpoint.fallback_directory)
         self._owes_records = True
         rewind(trainer.directory.metrics, _KEEP_ALL_STEPS)
         self.session.take_over(lock)
         let_write(trainer, self.session)
+        return True
+
+    def _write_owed_records(self, trainer: Trainer) -> None:
+        written = {record_key(each): each for each in read_last_records(trainer.directory.metrics, _RECENT_BYTES)}
+        for record in trainer.recent.all():
+            if record_key(record) not in written:
+                trainer.observers.record(record)
+        for record in written.values():
+            match record:
+                case EventRecord(event="checkpoint", details={"seconds": float(seconds)}):
+                    trainer.time_limit.note_saved(seconds)
+            if record.step >= trainer.progress.step:  # of work that may be redone now
+                trainer.recent.add(record)
 
 
-def _meet(config: Config, stack: ExitStack, on_loss: Callable[[str], None]) -> tuple[Communicator, Watchdog | None]:
-    """Return the ranks of this launch, which `stack` leaves, and what watches them; it calls `on_loss`.
+def _meet(config: Config, stack: ExitStack) -> tuple[Communicator, Watchdog | None]:
+    """Return the ranks of this launch, which `stack` leaves, and what watches them.
 
     Raises UsageError on all ranks if their code or settings differ.
     """
@@ -237,7 +220,7 @@ def _meet(config: Config, stack: ExitStack, on_loss: Callable[[str], None]) -> t
         stack.push(partial(_leave, comm))
         if not comm.is_joining:
             check_consistent_across_ranks(comm, config)
-        watchdog = start_watchdog(comm, timeout=timeout * _SILENCE_SHARE, on_loss=on_loss)
+        watchdog = start_watchdog(comm, timeout=timeout * _SILENCE_SHARE)
         if watchdog is not None:
             stack.enter_context(watchdog)
     return comm, watchdog
@@ -252,6 +235,20 @@ def _leave(comm: Communicator, kind: object, error: BaseException | None, traceb
             raise
 
 
+def _open_run(
+    config: Config, directory: RunDirectory, comm: Communicator, stack: ExitStack
+) -> tuple[ResumePoint, str, RunLock | None]:
+    """Return where the run starts, its id and, on rank 0, the lock of its directory, which `stack` releases."""
+    if comm.is_joining:
+        return _join(directory), directory.run_id(), None
+    if lock := _lock(config, directory, comm):
+        stack.callback(lock.release)
+    find = partial(_find_resume_point, config, directory, comm)
+    resume_point = run_on_all_ranks(comm, find, "open the run directory")
+    resume_point = replace(resume_point, config=_shared_config(comm, resume_point.config))
+    return resume_point, broadcast_str(comm, directory.run_id() if comm.rank == 0 else "", "run id"), lock
+
+
 def _join(directory: RunDirectory) -> ResumePoint:
     """Return the settings of the run under way that this rank joins; it gets its state from the other ranks."""
     try:
@@ -262,27 +259,22 @@ def _join(directory: RunDirectory) -> ResumePoint:
 
 
 def _lock(config: Config, directory: RunDirectory, comm: Communicator) -> RunLock | None:
-    """Make and lock the run directory on rank 0; the other ranks take part in the synchronization alone."""
+    """Make and lock the run directory on rank 0; return the lock there, None on the ranks that wait for it."""
+    request = run_on_all_ranks(comm, partial(_request_lock, config, directory, comm.rank), "make the run directory")
+    seconds = config.comm.timeout / _POLLS_IN_TIMEOUT
+    while True:
+        lock = run_on_all_ranks(comm, lambda: request.wait(seconds) if request else None, "lock the run directory")
+        if any(gather_int(comm, lock is not None, "lock the run directory: done")):
+            return lock
 
-    def request() -> LockRequest | None:
-        check_unedited(config.model_dump(mode="json"))
-        if comm.rank != 0:
-            return None
-        check_launch(config, directory)
-        directory.create()
-        return LockRequest(directory)
 
-    lock: RunLock | None = None
-    requested = run_on_all_ranks(comm, request, "make the run directory")
-
-    def attempt() -> bool:
-        nonlocal lock
-        if requested and not lock:
-            lock = requested.wait(config.comm.timeout / _POLLS_IN_TIMEOUT)
-        return not requested or lock is not None
-
-    await_on_all_ranks(comm, attempt, "lock the run directory")
-    return lock
+def _request_lock(config: Config, directory: RunDirectory, rank: int) -> LockRequest | None:
+    check_unedited(config.model_dump(mode="json"))
+    if rank != 0:
+        return None
+    check_launch(config, directory)
+    directory.create()
+    return LockRequest(directory)
 
 
 def _find_resume_point(config: Config, directory: RunDirectory, comm: Communicator) -> ResumePoint:

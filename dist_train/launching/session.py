@@ -33,10 +33,10 @@ from dist_train.monitoring.observers import Observers
 from dist_train.monitoring.prometheus.exporter import Exporter
 from dist_train.outcome import (
     SHARED_ERRORS,
+    CodedError,
     DisagreementError,
     DivergedError,
     ExitCode,
-    FaultError,
     PeerFailedError,
     StoppedError,
     UsageError,
@@ -82,8 +82,13 @@ class Session:
         """Take over rank 0's reporting from a lost rank; this rank has the `lock` now."""
         # The exporter of this rank, if any, gives way to that of rank 0.
         self.observers.end(self._outcome("running", ExitCode.FINISHED, ""))
-        settings = self._running.config.metrics
-        self.observers = build_observers(settings, self.directory, 0, self.more_observers, takes_over=True)
+        settings, loggers = self._running.config.metrics, []
+        for each in settings.loggers:
+            try:
+                loggers.append(call_plugin(each.name, each.options, Observer, self.directory.root))
+            except UsageError as error:
+                _logger.error("the run continues without the logger %s: %s", each.name, error)
+        self.observers = _observers_of_rank_0(settings, self.directory, [*loggers, *self.more_observers])
         self._observers_have_begun = False
         self.lock = lock
         self.status = self._status_file()
@@ -237,35 +242,35 @@ class Session:
         """Report that the launch ends with `error`, after the checkpoint being written is on disk."""
         if self.trainer is not None:
             self.trainer.saving.settle()
-        code = exit_code_of(error)
-        is_own_error = not isinstance(error, RankLostError)
-        has_begun = self.comm.is_elastic and self.trainer is not None
-        # The run is that of the others until a joining rank has met them.
-        others_continue = self.comm.is_joining or (has_begun and is_own_error)
         # A rank that failed on its own knows why; the others know only that it is lost.
         is_recorded = isinstance(error, RankLostError | PeerFailedError) and another_failed(self.directory.status)
         is_exit = not isinstance(error, Exception)  # whose text, if any, is a number
-        reason = "" if is_exit else " ".join(str(error).split())
-        reason = reason or type(error).__name__
+        reason = ("" if is_exit else " ".join(str(error).split())) or type(error).__name__
         if isinstance(error, DivergedError):
             reason = f"{reason}; {self._last_good()}"
             error.args = (reason,)
         if self.trainer is not None and isinstance(error, DivergedError | DisagreementError):
             self.trainer.event("not_finite" if isinstance(error, DivergedError) else "disagreement", reason=reason)
-        is_bug = code == ExitCode.FAULT and not (is_exit or isinstance(error, FaultError))
-        is_bug = is_bug or getattr(error, "code", "") == "plugin-failed"
         if not isinstance(error, StoppedError | PeerFailedError):
+            is_bug = error.code == "plugin-failed" if isinstance(error, CodedError) else not is_exit
             _logger.info("%s", reason, exc_info=error if is_bug else None)
         if len(reason) > _LONGEST_REASON:
             reason = f"{reason[:_LONGEST_REASON]}... (see the log)"
-        # A GPU without memory for NCCL is found by its rank alone, too, and so is a plug-in's error in training.
-        of_one_rank = ("out-of-memory",) if self.trainer is None else ("out-of-memory", "plugin-failed")
-        is_of_one_rank = code == ExitCode.FAULT or getattr(error, "code", "") in of_one_rank
-        is_of_one_rank = is_of_one_rank and not isinstance(error, (*SHARED_ERRORS, PeerFailedError))
-        if is_of_one_rank and self.status is None and not (is_recorded or others_continue):
+        code = exit_code_of(error)
+        if self.status is None and not is_recorded and self._ends_launch_alone(error):
             self._record_fault(code, reason)
         state: State = "stopped" if isinstance(error, StoppedError) else "failed"
         self._end(state, code, reason, is_recorded=is_recorded, is_left=is_exit)
+
+    def _ends_launch_alone(self, error: BaseException) -> bool:
+        """Whether `error` happened on this rank alone, and the others do not continue without it."""
+        if self.comm.is_joining or isinstance(error, (*SHARED_ERRORS, PeerFailedError)):
+            return False
+        if self.comm.is_elastic and self.trainer is not None and not isinstance(error, RankLostError):
+            return False
+        # A GPU without memory for NCCL is found by its rank alone, and so is a plug-in's error in training.
+        codes = ("out-of-memory",) if self.trainer is None else ("out-of-memory", "plugin-failed")
+        return exit_code_of(error) == ExitCode.FAULT or getattr(error, "code", "") in codes
 
     def lose(self, message: str) -> None:
         """Record that the launch ends because a rank is lost. From any thread; the process ends right after.
@@ -347,29 +352,23 @@ def build_observers(
     directory: RunDirectory,
     rank: int,
     more: Sequence[Observer] = (),
-    *,
-    takes_over: bool = False,
 ) -> Observers:
-    """Return the observers of `rank`, those that write files first; on rank 0 also `more`.
-
-    Raises UsageError if a logger cannot be built; where a rank `takes_over` a run, that logger is left out.
-    """
+    """Return the observers of `rank`; on rank 0 also `more`. Raises UsageError if a logger cannot be built."""
     if rank != 0:
         return Observers([Exporter(settings)] if settings.enabled and settings.ranks == "all" else [])
-    # made first, since that may fail
-    loggers = []
-    for each in settings.loggers:
-        try:
-            loggers.append(call_plugin(each.name, each.options, Observer, directory.root))
-        except UsageError as error:
-            if not takes_over:
-                raise
-            _logger.error("the run continues without the logger %s: %s", each.name, error)
-    observers: list[Observer] = [JsonLines(directory.metrics), EventCounts(directory.event_counts)]
-    observers += [open_console(), RanksFile(directory.ranks)]
-    if settings.enabled:
-        observers.append(Exporter(settings))
-    return Observers([*observers, *loggers, *more])
+    loggers = [call_plugin(each.name, each.options, Observer, directory.root) for each in settings.loggers]
+    return _observers_of_rank_0(settings, directory, [*loggers, *more])
+
+
+def _observers_of_rank_0(settings: MetricsSettings, directory: RunDirectory, more: Sequence[Observer]) -> Observers:
+    """Return those that write files, the exporter, and `more`."""
+    files = (
+        JsonLines(directory.metrics),
+        EventCounts(directory.event_counts),
+        open_console(),
+        RanksFile(directory.ranks),
+    )
+    return Observers([*files, *([Exporter(settings)] if settings.enabled else []), *more])
 
 
 def _by_content(files: Mapping[str, str]) -> dict[tuple[str, str], str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -47,7 +46,8 @@ class NoiseDraws:
 
     def draw(self, weights: Tensor, amplitude: float, step: int, *indices: int | str) -> Tensor:
         """Return the buffer with the noise of (`step`, `indices`) for flat `weights` [n]; excluded weights get 0."""
-        deque(self.parts(weights, amplitude, step, *indices), maxlen=0)
+        for _ in self.parts(weights, amplitude, step, *indices):
+            pass
         return self.values
 
     def parts(self, weights: Tensor, amplitude: float, step: int, *indices: int | str) -> Parts:
@@ -131,7 +131,8 @@ def _weight(noise: Tensor, weights: Tensor, filters: Filters, drawn: Parts, ampl
 
 def _filter(noise: Tensor, weights: Tensor, filters: Filters, drawn: Parts, amplitude: float, unit: float) -> Parts:
     """Scale the draw to a u_f ||w_f|| / ||u_f|| for each filter f: AdaSmoothOut (Wen et al., arXiv 1805.07898)."""
-    deque(drawn, maxlen=0)
+    for _ in drawn:
+        pass
     of_weights = filters.sum(weights.square().mul_(_SQUARES).to(torch.int64))
     of_noise = filters.sum(noise.to(torch.int64).square_())
     ratios = (of_weights / of_noise.clamp_(min=1.0)).sqrt_().mul_(amplitude * _SQUARES**-0.5)

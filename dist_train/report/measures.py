@@ -307,7 +307,9 @@ def _or_guess(accuracy: Measure, is_measured: Callable[[StoredRun], bool] = lamb
     """Return `accuracy` with, for a diverged run that measures it, the accuracy of guessing."""
 
     def take(run: StoredRun) -> float | None:
-        return accuracy.take(run) if not run.is_diverged else run.guessing if is_measured(run) else None
+        if not run.is_diverged:
+            return accuracy.take(run)
+        return run.guessing if is_measured(run) else None
 
     return replace(accuracy, take=take, is_guess=lambda run: run.is_diverged)
 
@@ -315,9 +317,7 @@ def _or_guess(accuracy: Measure, is_measured: Callable[[StoredRun], bool] = lamb
 _FOUR, _CLEAN = "{:.4f}".format, "Clean weights, at the last evaluation of the training split."
 _AVERAGED = "Of the averaged weights, where the run averages them."
 FINAL_ACCURACY = _or_guess(_accuracy("final_test", "final test accuracy", "", _last("accuracy", "test")))
-JUDGED_ACCURACY = _or_guess(
-    _accuracy("judged_test", "final test accuracy", _AVERAGED, _judged("accuracy"), "points"),
-)
+JUDGED_ACCURACY = _or_guess(_accuracy("judged_test", "final test accuracy", _AVERAGED, _judged("accuracy"), "points"))
 JUDGED_LOSS = Measure("judged_loss", "final test loss", _AVERAGED, _judged("loss"), _FOUR)
 GAP = _accuracy("gap", "generalization gap", "Final train minus final test accuracy.", _gap, "points")
 TRAIN_LOSS = Measure("train_loss", "final train loss", "", _last("loss", "train"), _FOUR)

@@ -90,13 +90,13 @@ def decide(run: Path, limit: int, launch: EndedLaunch = EndedLaunch(), restarts:
     is_silent = status is None or (launch.id is not None and status.launch != launch.id)
     if is_silent and launch.was_refused:
         return _give_up(files, status, launch.cause or "the ranks refused to start", ExitCode.USAGE)
+    reason = _end_of(None if is_silent else status, launch.cause)
     if status is not None and is_silent:
         status = replace(status, state="stopped", exit_code=None, reason="")
     if status is not None and status.exit_code == ExitCode.FINISHED:
         return Decision("end", "the run has finished", ExitCode.FAULT)
     if status is not None and status.exit_code in _UNRECOVERABLE:
         return Decision("end", f"the run would end the same way again: {status.reason}", ExitCode.FAULT)
-    reason = _end_of(status, launch.cause, is_silent)
     if not _has_room(files):
         why = f"{reason}; not started again, since the disk of {run} is full: free space, and submit it again"
         return _give_up(files, status, why, ExitCode.FAULT)
@@ -157,9 +157,9 @@ def _has_room(files: RunDirectory) -> bool:
         return error.errno not in DISK_FULL
 
 
-def _end_of(status: Status | None, cause: str, is_silent: bool) -> str:
+def _end_of(status: Status | None, cause: str) -> str:
     cause = f": {cause}" if cause else ""
-    if status is None or is_silent:
+    if status is None:
         return f"the last launch ended before it wrote a status{cause}"
     if status.exit_code is None and status.state not in ("failed", "stopped"):
         return f"it died in state {status.state} at step {status.step}{cause}"

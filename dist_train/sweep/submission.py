@@ -223,7 +223,7 @@ def describe_batch(config: Config, ranks: int | None) -> tuple[str, ...]:
 def _describe_plan(config: Config, plan: BatchPlan, ranks: int | None, epoch: int) -> tuple[str, str]:
     count, size = len(plan.micro_batches), plan.micro_size
     if config.model.norm == "sync" and ranks:
-        plan.slices(0, ranks)
+        plan.check_shared(ranks)
     last = plan.micro_batches[-1].size
     shorter = "" if last == size else f", the last of {last:,}"
     since = f", from epoch {epoch + 1:,}" if epoch else ""

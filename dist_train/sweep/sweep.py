@@ -186,6 +186,72 @@ class Tally:
         return ExitCode.FAULT if self.failed else ExitCode.FINISHED
 
 
+@dataclass
+class _StartedRuns:
+    """The runs that a sweep of `plan` has started: those that are `active`, and the outcome of the others."""
+
+    plan: Plan
+    launcher: Launcher
+    report: Say
+    tally: Tally = field(default_factory=Tally)
+    active: list[RunProcess] = field(default_factory=list)
+
+    def start_if_needed(self, run: PlannedRun) -> None:
+        lock: int | None = None
+        try:
+            lock = take(run)
+            standing = standing_of(run)
+            if lock is None:
+                standing = Standing(run, standing.state, "another sweep is running it", "busy")
+            match standing.then:
+                case "skip":
+                    self.tally.finished.append(run)
+                    self._say(run, f"finished before{_accuracy(standing)}")
+                case "busy" | "unrecoverable":
+                    (self.tally.busy if standing.then == "busy" else self.tally.failed).append((run, standing.note))
+                    self._say(run, f"{standing.state}, {standing.note}")
+                case "start":
+                    assert lock is not None
+                    place = f", {standing.done:.0%} done" if standing.done else ""
+                    self._say(run, "starts" if standing.state == "waiting" else f"continues ({standing.state}{place})")
+                    self.active.append(RunProcess(self.plan, run, self.launcher, lock))
+                    return
+        except OSError as error:
+            reason = f"cannot be started: {error}"
+            self.tally.failed.append((run, reason))
+            self._say(run, reason)
+        if lock is not None:
+            os.close(lock)
+
+    def wait_a_moment(self) -> None:
+        self.active = [process for process in self.active if not self._has_ended(process)]
+        if self.active:
+            time.sleep(_PACE_SECONDS)
+
+    def _has_ended(self, process: RunProcess) -> bool:
+        code, run = process.ended(), process.run
+        if code is None:
+            return False
+        took = wording.duration(process.seconds)
+        finished = standing_of(run) if code == ExitCode.FINISHED else None
+        if finished is not None and finished.then != "unrecoverable":
+            self.tally.finished.append(run)
+            self._say(run, f"finished in {took}{_accuracy(finished)}")
+        elif code in (ExitCode.STOPPED, -signal.SIGTERM):
+            # Before a run installs its signal handlers, SIGTERM kills it; there was nothing to save.
+            self.tally.stopped.append((run, process.reason(code)))
+            self._say(run, f"stopped after {took}")
+        else:
+            # A run reads the base itself. If that was changed during the sweep, it has finished with other settings.
+            reason = finished.note if finished is not None else process.reason(code)
+            self.tally.failed.append((run, reason))
+            self._say(run, f"failed after {took}: {reason}")
+        return True
+
+    def _say(self, run: PlannedRun, what: str) -> None:
+        self.report(f"{run.number}/{self.plan.total} {run.name}: {what}")
+
+
 More = Callable[[], Sequence[PlannedRun]]
 
 
@@ -197,39 +263,31 @@ def sweep(
     When all have been started, `more` is called for further runs until it returns none. On a signal the active runs
     save and stop, and no other is started.
     """
-    tally = Tally()
-    waiting = list(runs)
-    active: list[RunProcess] = []
-
-    def wait_a_moment() -> None:
-        active[:] = [process for process in active if not _has_ended(process, plan, tally, say)]
-        if active:
-            time.sleep(_PACE_SECONDS)
-
+    waiting, started = list(runs), _StartedRuns(plan, launcher, say)
     with StopSignals() as signals:
         try:
             while not signals.is_asked:
-                while len(active) < jobs and not signals.is_asked and (waiting := waiting or list(more())):
-                    active += _start_if_needed(plan, waiting.pop(0), launcher, tally, say)
-                if not active and not waiting:
-                    return tally
-                wait_a_moment()
-            tally.left = waiting
-            say(f"asked to stop: waiting for {wording.plural(len(active), 'run')} to save and end")
-            for process in active:
+                while len(started.active) < jobs and not signals.is_asked and (waiting := waiting or list(more())):
+                    started.start_if_needed(waiting.pop(0))
+                if not started.active and not waiting:
+                    return started.tally
+                started.wait_a_moment()
+            started.tally.left = waiting
+            say(f"asked to stop: waiting for {wording.plural(len(started.active), 'run')} to save and end")
+            for process in started.active:
                 process.stop()
-            while active and not signals.is_insistent:
-                wait_a_moment()
-            if active:
+            while started.active and not signals.is_insistent:
+                started.wait_a_moment()
+            if started.active:
                 say("asked again: ending the runs without waiting")
-                for process in active:
+                for process in started.active:
                     process.end()
-            while active:
-                wait_a_moment()
+            while started.active:
+                started.wait_a_moment()
         finally:
-            for process in active:
+            for process in started.active:
                 process.stop()
-    return tally
+    return started.tally
 
 
 def summary(tally: Tally) -> list[str]:
@@ -244,61 +302,6 @@ def summary(tally: Tally) -> list[str]:
     if tally.exit_code == ExitCode.STOPPED:
         lines.append("the same command continues")
     return lines
-
-
-def _start_if_needed(plan: Plan, run: PlannedRun, launcher: Launcher, tally: Tally, say: Say) -> list[RunProcess]:
-    """Start `run`, unless there is nothing to do or it cannot be started; return its process, if there is one."""
-    label = _label(plan, run)
-    lock: int | None = None
-    try:
-        lock = take(run)
-        standing = standing_of(run)
-        if lock is None:
-            standing = Standing(run, standing.state, "another sweep is running it", "busy")
-        match standing.then:
-            case "skip":
-                tally.finished.append(run)
-                say(f"{label}: finished before{_accuracy(standing)}")
-            case "busy" | "unrecoverable":
-                (tally.busy if standing.then == "busy" else tally.failed).append((run, standing.note))
-                say(f"{label}: {standing.state}, {standing.note}")
-            case "start":
-                assert lock is not None
-                place = f", {standing.done:.0%} done" if standing.done else ""
-                say(f"{label}: {'starts' if standing.state == 'waiting' else f'continues ({standing.state}{place})'}")
-                return [RunProcess(plan, run, launcher, lock)]
-    except OSError as error:
-        reason = f"cannot be started: {error}"
-        tally.failed.append((run, reason))
-        say(f"{label}: {reason}")
-    if lock is not None:
-        os.close(lock)
-    return []
-
-
-def _has_ended(process: RunProcess, plan: Plan, tally: Tally, say: Say) -> bool:
-    code, run = process.ended(), process.run
-    if code is None:
-        return False
-    label, took = _label(plan, run), wording.duration(process.seconds)
-    finished = standing_of(run) if code == ExitCode.FINISHED else None
-    if finished is not None and finished.then != "unrecoverable":
-        tally.finished.append(run)
-        say(f"{label}: finished in {took}{_accuracy(finished)}")
-    elif code in (ExitCode.STOPPED, -signal.SIGTERM):
-        # Before a run installs its signal handlers, SIGTERM kills it; there was nothing to save.
-        tally.stopped.append((run, process.reason(code)))
-        say(f"{label}: stopped after {took}")
-    else:
-        # A run reads the base itself. If that was changed during the sweep, it has finished with other settings.
-        reason = finished.note if finished is not None else process.reason(code)
-        tally.failed.append((run, reason))
-        say(f"{label}: failed after {took}: {reason}")
-    return True
-
-
-def _label(plan: Plan, run: PlannedRun) -> str:
-    return f"{run.number}/{plan.total} {run.name}"
 
 
 def _accuracy(standing: Standing) -> str:

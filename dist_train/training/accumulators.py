@@ -160,8 +160,8 @@ class Grids:
         self._progress = progress
         self._tensors = tensors
         self._is_steady = terms >= _MANY
-        headroom = _HEADROOM_OF_MANY if self._is_steady else _HEADROOM if terms > 1 else 2 * _HEADROOM
-        self._room = 2 ** (bits - 1) / headroom
+        of_few = _HEADROOM if terms > 1 else 2 * _HEADROOM
+        self._room = 2 ** (bits - 1) / (_HEADROOM_OF_MANY if self._is_steady else of_few)
 
     @property
     def exponents(self) -> Sequence[int] | None:

@@ -202,27 +202,18 @@ def share_of_threads(local_size: int) -> int:
     return max(1, usable_cores() // local_size)
 
 
-def runs_in_memory(work: Callable[[], object], alone: str = "") -> bool:
-    """Call `work`; return False if memory runs out, or raise UsageError with the text `alone` if one is given.
-
-    `alone` is for ranks of which the others continue without the one that fails. Raises UsageError also if an operator
-    has no deterministic kernel.
-    """
-    failed_before, fits = failed_allocations(), True
+def runs_in_memory(work: Callable[[], object]) -> bool:
+    """Call `work`; return False if memory runs out. Raises UsageError if an operator has no deterministic kernel."""
+    failed_before = failed_allocations()
     try:
         work()
     except (RuntimeError, MemoryError) as error:
         refuse_nondeterministic(error)
         if not is_out_of_memory(error):
             raise
-        if alone:
-            raise UsageError(alone, code="out-of-memory") from error
         # The error is not kept: the frames of its traceback hold the tensors of the failed pass.
-        fits = False
-    fits = fits and failed_allocations() == failed_before
-    if alone and not fits:
-        raise UsageError(alone, code="out-of-memory")
-    return fits
+        return False
+    return failed_allocations() == failed_before
 
 
 def free_device_memory() -> None:

@@ -97,8 +97,10 @@ def evaluate(
                 sums[1, batch.index] = ((logits.argmax(dim=1) == labels) & losses.isfinite()).sum()
                 after_batch()
 
-    alone = "the evaluation does not fit this rank's memory: set a smaller evaluation.batch_size"
-    if not runs_in_memory(add_up, alone if comm.is_elastic else ""):
+    if not runs_in_memory(add_up):
+        if comm.is_elastic:  # the others continue without this rank
+            alone = "the evaluation does not fit this rank's memory: set a smaller evaluation.batch_size"
+            raise UsageError(alone, code="out-of-memory")
         sums[2, share[0].index] = 1.0
     model.train(was_training)
     # Each slot is zero on all ranks but one, so the float sum over the ranks is exact.
@@ -150,8 +152,10 @@ def recompute_statistics(
                 model(inputs)
                 statistics.collect(len(inputs))
 
-    alone = "computing the norms' statistics does not fit this rank's memory: begin with a smaller batch.micro_size"
-    fits = runs_in_memory(collect, alone if comm.is_elastic else "")
+    fits = runs_in_memory(collect)
+    if comm.is_elastic and not fits:  # the others continue without this rank
+        alone = "computing the norms' statistics does not fit this rank's memory: begin with a smaller batch.micro_size"
+        raise UsageError(alone, code="out-of-memory")
     model.train(was_training)
     tally.send(out_of_memory=not fits)
     total = tally.result()

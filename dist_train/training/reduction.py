@@ -139,40 +139,38 @@ def set_up_reduction(
 
     Raises UsageError if Adasum cannot work with this group, or 16 bits not with so many micro-batches.
     """
+    build = partial(_build_accumulator, config, weights, len(noise.points(0)), comm, progress)
+    accumulator = run_on_all_ranks(comm, build, "set up the reduction")
+    # Not before all ranks have one: a reduction's hooks would stay after the failure of another rank.
+    smallest_bucket = 1 if config.comm.op == "adasum" else _BUCKET  # Adasum combines each parameter by itself
+    return GradientReduction(weights, accumulator, buckets_of(weights, smallest_bucket))
+
+
+def _build_accumulator(
+    config: Config, weights: FlatWeights, points: int, comm: Communicator, progress: Progress
+) -> GradientAccumulator:
     settings, micro_size = config.comm, config.batch.micro_size
     assert micro_size != "auto", "decided before"
     plans = [BatchPlan(size, micro_size) for _, size in config.batch.sizes]
     plan = max(plans, key=lambda each: len(each.micro_batches))
-    passes = len(noise.points(0)) * (comm.size if shares_micro_batches(config.model) else 1)
-    gradients = len(plan.micro_batches) * passes
-
-    def build() -> tuple[GradientAccumulator, list[Bucket]]:
-        # Of every plan, since each may have micro-batches with fewer samples than there are ranks.
-        shares = [share_of(config.model, each, comm.rank, comm.size) for each in plans]
-        if settings.op == "adasum":
-            share = sum(micro_batch.size for micro_batch in shares[plans.index(plan)]) / plan.global_size
-            _check_adasum(comm, share, weights.values.device)
-            return AdasumAccumulator(weights, comm, share), buckets_of(weights, 1)
-        accumulator: GradientAccumulator
-        if settings.reduction == "exact":
-            accumulator = ExactAccumulator(weights, comm, gradients)
-        elif settings.reduction == "exact32":
-            accumulator = GridAccumulator(weights, comm, gradients, progress)
-        elif settings.reduction == "exact16":
-            if gradients > _MOST_IN_16_BITS:
-                raise UsageError(
-                    f"exact16 is too inaccurate for {gradients} gradients of micro-batches, more than "
-                    f"{_MOST_IN_16_BITS}: set a larger batch.micro_size, or comm.reduction=exact32",
-                    code="exact16-micro-batches",
-                )
-            accumulator = GridAccumulator(weights, comm, gradients, progress, bits=16)
-        else:
-            sent_as = torch.float16 if settings.compression == "fp16" else torch.float32
-            accumulator = FloatAccumulator(weights, comm, sent_as)
-        return accumulator, buckets_of(weights, _BUCKET)
-
-    # Only then: the hooks of a reduction that fails on another rank would stay.
-    return GradientReduction(weights, *run_on_all_ranks(comm, build, "set up the reduction"))
+    # Of every plan, since each may have micro-batches with fewer samples than there are ranks.
+    shares = [share_of(config.model, each, comm.rank, comm.size) for each in plans]
+    if settings.op == "adasum":
+        share = sum(micro_batch.size for micro_batch in shares[plans.index(plan)]) / plan.global_size
+        _check_adasum(comm, share, weights.values.device)
+        return AdasumAccumulator(weights, comm, share)
+    if settings.reduction == "float":
+        return FloatAccumulator(weights, comm, torch.float16 if settings.compression == "fp16" else torch.float32)
+    gradients = len(plan.micro_batches) * points * (comm.size if shares_micro_batches(config.model) else 1)
+    if settings.reduction == "exact":
+        return ExactAccumulator(weights, comm, gradients)
+    if settings.reduction == "exact16" and gradients > _MOST_IN_16_BITS:
+        raise UsageError(
+            f"exact16 is too inaccurate for {gradients} gradients of micro-batches, more than {_MOST_IN_16_BITS}: set "
+            f"a larger batch.micro_size, or comm.reduction=exact32",
+            code="exact16-micro-batches",
+        )
+    return GridAccumulator(weights, comm, gradients, progress, bits=16 if settings.reduction == "exact16" else 32)
 
 
 def buckets_of(weights: FlatWeights, size: int) -> list[Bucket]:

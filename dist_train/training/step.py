@@ -30,7 +30,7 @@ from dist_train.optim.averaging import Averaging
 from dist_train.optim.flat_weights import FlatWeights, norm
 from dist_train.optim.noise import Noise
 from dist_train.optim.optimizers import optimizer_step, set_learning_rate
-from dist_train.outcome import DivergedError, OutOfMemoryError
+from dist_train.outcome import DivergedError, OutOfMemoryError, UsageError
 from dist_train.reproducible import LayerRng
 from dist_train.training.compute import Compute, LossScale, fitting_memory, runs_in_memory
 from dist_train.training.graphs import GraphRecorder, MicroBatchGraphs
@@ -87,7 +87,7 @@ class GlobalBatch:
         return BatchRequest(indices, self.epoch)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class TrainingStep:
     """Makes one update per call, with everything it needs."""
 
@@ -120,12 +120,10 @@ class TrainingStep:
     """Set if all micro-batches but the last are replayed as graphs."""
     fails_alone: bool = False
     """Whether the others continue without a rank that runs out of memory, since micro-batches may not shrink."""
-    _graphs: MicroBatchGraphs | None = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         # A step that `replace` makes has other tensors, and so records graphs of its own.
-        graphs = MicroBatchGraphs(self.graph_recorder) if self.graph_recorder else None
-        object.__setattr__(self, "_graphs", graphs)
+        self._graphs = MicroBatchGraphs(self.graph_recorder) if self.graph_recorder else None
 
     def __call__(self, batch: GlobalBatch, learning_rate: float, stop_requested: Callable[[], bool]) -> Update:
         """Update the weights by the gradient of `batch` at the perturbed weights.
@@ -201,7 +199,10 @@ class TrainingStep:
                 for micro_batch, is_last in batch.in_turn(self.samples.prefetch):
                     self._add_gradient(batch, micro_batch, is_last)
 
-        return runs_in_memory(add_up, f"{what} does not fit this rank's memory: {fix}" if self.fails_alone else "")
+        fits = runs_in_memory(add_up)
+        if self.fails_alone and not fits:
+            raise UsageError(f"{what} does not fit this rank's memory: {fix}", code="out-of-memory")
+        return fits
 
     def _add_gradient(self, batch: GlobalBatch, micro_batch: MicroBatch, is_last: bool) -> None:
         """Add the gradient of `micro_batch` at each point that the noise names; `is_last`: of this rank's."""

@@ -126,7 +126,7 @@ class Trainer:
         time_limit.take_over(self.time_limit)
         self.observers, self.status, self.time_limit = observers, status, time_limit
         self.saving = Saving(self.comm, self.event, writer, time_limit)
-        self.take_step = replace(self.take_step, wait_for_checkpoint_copy=writer.wait_until_copied)
+        self.take_step.wait_for_checkpoint_copy = writer.wait_until_copied
         if self.measuring:
             self.measuring.norms = norms
 
@@ -171,24 +171,25 @@ class Trainer:
             FaultError: the last checkpoint could not be written, or a rank was lost.
         """
         if self._has_state:
-            self.comm.begin_training(works=True)
-        must_recover = not self._has_state
+            self.comm.note_working_group()
+        work = self._train if self._has_state else self._recover_and_train
         while True:
             try:
-                if must_recover:
-                    try:
-                        self._recover()
-                    except PeerFailedError as error:  # that rank ends with its own error
-                        raise GroupBrokenError(str(error)) from error
-                self._train()
-                return
+                return work()
             except GroupBrokenError as error:
-                must_recover = True
+                work = self._recover_and_train
                 self._interruption.note(error, update_is_redone=self._is_step_complete)
             except (DivergedError, DisagreementError, OutOfMemoryError):  # on all ranks
                 with suppress(RankLostError):
                     self.saving.wait()
                 raise
+
+    def _recover_and_train(self) -> None:
+        try:
+            self._recover()
+        except PeerFailedError as error:  # that rank ends with its own error
+            raise GroupBrokenError(str(error)) from error
+        self._train()
 
     def _train(self) -> None:
         while not self._is_step_complete or self.has_work:
@@ -275,7 +276,7 @@ class Trainer:
         self._samples_done += size
         for name, details in self._interruption.events(self.comm):
             self.event(name, **details)
-            self.comm.begin_training(works=True)
+            self.comm.note_working_group()
         return True
 
     def _shrink(self) -> None:
@@ -471,7 +472,7 @@ class Trainer:
             self.recent.share(self.comm, recovery.source, takes=takes)
             self.state.broadcast(self.comm, recovery.source)
             self._has_state = True
-            self.comm.begin_training()
+            self.comm.note_state()
         last = self._last_update = shared.last_update
         self._is_step_complete = recovery.is_step_complete or last is None
         assign_progress(self.progress, shared.progress if last is None or self._is_step_complete else last.progress)

@@ -112,7 +112,7 @@ def test_decoding_continues_in_the_background(folder: Path, loaders: LoaderProce
     fetch(loaders, job(folder, *batches[0]))
 
     def is_decoded() -> bool:
-        loaders._receive(wait=False)
+        loaders._receive()
         return all(part.is_done for part in loaders._batches[0].parts)
 
     wait_for(is_decoded, "the second batch")

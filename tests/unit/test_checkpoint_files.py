@@ -49,7 +49,7 @@ def names(folder: Path) -> list[str]:
 
 def newest(folder: Path) -> tuple[Contents | None, dict[str, str]]:
     damage: dict[str, str] = {}
-    found = newest_whole(folder, lambda path, text: damage.update({path.name: text}))
+    found = newest_whole(folder, damage)
     return found, damage
 
 

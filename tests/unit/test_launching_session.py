@@ -107,7 +107,7 @@ def begun(
     told, config, directory = Told(), small_config(**settings), RunDirectory(folder)
     if comm.rank == 0:
         directory.create()
-    contents = newest_whole(directory.checkpoints, lambda path, text: None) if going_on else None
+    contents = newest_whole(directory.checkpoints, {}) if going_on else None
     session = Session(directory, comm, Observers([told]))
     resume_point = ResumePoint(config, contents)
     trainer = assemble(resume_point, session, StopRequests())
@@ -385,7 +385,7 @@ def test_a_resume_with_other_data_records_it(tmp_path: Path, caplog: pytest.LogC
     assert "data_changed" in events_at_beginning(moved)
     assert "run.init_from" in caplog.text
     checkpoints = tmp_path / "run" / "checkpoints"
-    former = newest_whole(checkpoints, lambda path, text: None)
+    former = newest_whole(checkpoints, {})
     assert former is not None
     for path in checkpoints.iterdir():
         path.unlink()
@@ -605,11 +605,10 @@ class LosesOneWhileItMeets(Alone):
     is_elastic = True
     has_lost_one = False
 
-    def allreduce_async(self, tensor: torch.Tensor, name: str) -> Pending:
-        if name == "nodes.length" and not self.has_lost_one:
+    def broadcast(self, tensor: torch.Tensor, name: str, root: int = 0) -> None:
+        if name == "launch time.length" and not self.has_lost_one:
             self.has_lost_one = True
             raise GroupBrokenError("rank 1 died")
-        return Pending()
 
 
 class Collecting(Observer):

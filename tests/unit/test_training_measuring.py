@@ -65,7 +65,7 @@ class Sheet(Observer):
 
 def prepare(folder: Path, comm: Communicator, *, going_on: bool = False, **sections: Any) -> tuple[Sheet, Trainer]:
     sheet = Sheet()
-    contents = newest_whole(folder / "checkpoints", lambda path, text: None) if going_on else None
+    contents = newest_whole(folder / "checkpoints", {}) if going_on else None
     trainer = build_trainer(small_config(**sections), folder, comm, observers=[sheet], contents=contents)
     sheet.trainer = trainer
     return sheet, trainer

@@ -92,7 +92,7 @@ def run(
     notebook = Notebook()
     contents = None
     if going_on and comm.rank == 0:
-        contents = newest_whole(folder / "checkpoints", lambda path, text: None)
+        contents = newest_whole(folder / "checkpoints", {})
         assert contents is not None
     trainer = build_trainer(
         small_config(**sections),
