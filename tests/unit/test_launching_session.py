@@ -28,7 +28,7 @@ import dist_train
 from dist_train.checkpoint.files import newest_whole, write_checkpoint
 from dist_train.checkpoint.state import ResumePoint
 from dist_train.cli.main import main
-from dist_train.cluster.communicator import Alone, Generation, GroupBrokenError, Pending, RankLostError
+from dist_train.cluster.communicator import Alone, Generation, GroupBrokenError, RankLostError
 from dist_train.launching import run
 from dist_train.launching.assembly import assemble
 from dist_train.launching.run import Regrouping, _leave, train
