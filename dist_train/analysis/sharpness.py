@@ -238,10 +238,11 @@ def _rise_along(loss: SubsetLoss, clean: float, direction: torch.Tensor, distanc
 def noise_scale(gradients: Sequence[Vector], sizes: Sequence[int]) -> NoiseScaleResult:
     """Return the simple noise scale tr(Sigma) / |G|^2 of McCandlish et al. (arXiv 1812.06162), in samples.
 
-    `gradients` are the mean gradients of batches of `sizes` samples. A batch of n samples has E|g|^2 = |G|^2 +
-    tr(Sigma)/n, and so has the union of all batches: for independent samples, two equations give unbiased estimates of
-    both terms. The ratio's standard error is the jackknife over batches. The ratio is None if the estimate of |G|^2 is
-    not positive: then the scale exceeds what this many samples can show.
+    `gradients` are the mean gradients g of batches of `sizes` samples. A batch of n independent samples has E|g|^2 =
+    |G|^2 + tr(Sigma)/n, and so has the union of all batches. In the mean of |g|^2 weighted by n, less |g|^2 of the
+    union, |G|^2 cancels: this gives an unbiased estimate of tr(Sigma), never negative, and with it one of |G|^2. The
+    ratio's standard error is the jackknife over batches. The ratio is None if the estimate of |G|^2 is not positive:
+    then the scale exceeds what this many samples can show.
 
     Raises UsageError if there is only one batch.
     """
@@ -259,7 +260,8 @@ def noise_scale(gradients: Sequence[Vector], sizes: Sequence[int]) -> NoiseScale
         # |whole|^2 of the kept batches; at most one batch is left out.
         cross = 2 * counts.sum() * (counts * along)[~kept].sum()
         square = (counts.sum() ** 2 * (whole @ whole) - cross + (counts**2 * squares)[~kept].sum()) / samples**2
-        variance = (squares[kept].mean() - square) / ((1 / counts[kept]).mean() - 1 / samples)
+        # The weighted mean of |g|^2 has expectation |G|^2 + batches tr(Sigma) / samples.
+        variance = (np.average(squares[kept], weights=counts[kept]) - square) * samples / (kept.sum() - 1)
         return float(variance), float(square - variance / samples)
 
     everything = np.ones(len(counts), dtype=bool)

@@ -22,7 +22,6 @@ from dist_train.analysis.sharpness import (
     expected_rises,
     full_space,
     largest_eigenvalues,
-    noise_scale,
     random_directions,
     subspace,
     trace_with_error,
@@ -334,45 +333,12 @@ class TestWidths:
             assert found.censored == sum(max(each) > settings.width_reach for each in sides)
 
 
-class TestNoiseScale:
-    def test_estimate_for_known_gradients_is_unbiased(self) -> None:
-        random = np.random.default_rng(0)
-        mean, deviations = random.normal(size=50), np.linspace(1, 6, 50)
-        sizes = [8] * 30 + [20]
-        found = [
-            noise_scale([mean + deviations * random.normal(size=50) / math.sqrt(n) for n in sizes], sizes)
-            for _ in range(200)
-        ]
-        variance, square = float((deviations**2).sum()), float(mean @ mean)
-        for values, expected in (
-            ([each.variance for each in found], variance),
-            ([each.squared_gradient for each in found], square),
-        ):
-            assert abs(np.mean(values) - expected) < 4 * np.std(values) / math.sqrt(len(values))
-        scales = [each.value for each in found if each.value is not None]
-        errors = [each.standard_error for each in found if each.standard_error is not None]
-        assert np.mean(scales) == pytest.approx(variance / square, rel=0.1)
-        assert np.std(scales) == pytest.approx(np.mean(errors), rel=0.3)
-
-    def test_standard_error_is_the_jackknife_over_batches(self) -> None:
-        random, sizes = np.random.default_rng(0), [8, 8, 20, 5]
-        gradients = [np.ones(50) + random.normal(size=50) / math.sqrt(size) for size in sizes]
-        rest = [[other for other in range(4) if other != each] for each in range(4)]
-        values = [noise_scale([gradients[i] for i in each], [sizes[i] for i in each]).value for each in rest]
-        spread = np.var([value for value in values if value is not None])
-        assert noise_scale(gradients, sizes).standard_error == pytest.approx(math.sqrt(3 * spread))
-
-    def test_zero_gradient_has_no_noise_scale(self) -> None:
-        gradient = np.array([1.0, 2.0])
-        found = noise_scale([gradient, -gradient], [4, 4])
-        assert (found.value, found.standard_error) == (None, None)
-
-    def test_mean_of_batch_gradients_is_the_gradient(self) -> None:
-        loss = subset_loss(linear_model())
-        gradients, sizes = loss.batch_gradients()
-        assert sizes == [40, 30]
-        _, whole = loss.value_and_gradient(loss.point())
-        np.testing.assert_allclose(np.average(gradients, axis=0, weights=sizes), whole, rtol=1e-5, atol=1e-7)
+def test_mean_of_batch_gradients_is_the_gradient() -> None:
+    loss = subset_loss(linear_model())
+    gradients, sizes = loss.batch_gradients()
+    assert sizes == [40, 30]
+    _, whole = loss.value_and_gradient(loss.point())
+    np.testing.assert_allclose(np.average(gradients, axis=0, weights=sizes), whole, rtol=1e-5, atol=1e-7)
 
 
 IMAGES = make_synthetic((1, 8, 8), 10, 30, "train", seed=0)
