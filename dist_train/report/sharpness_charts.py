@@ -54,7 +54,12 @@ def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
 
 
 def partial_spearman(first: Sequence[float], second: Sequence[float], given: Sequence[float]) -> float | None:
-    """Return the partial rank correlation of `first` and `second` given `given`; None if it is undefined."""
+    """Return the partial rank correlation of `first` and `second` given `given`; None if it is undefined.
+
+    It is for fewer than four triples: between the residuals of three it is always 1 or -1.
+    """
+    if len(first) < 4:
+        return None
     pairs = ((first, second), (first, given), (second, given))
     plain, of_first, of_second = (spearman(one, other) for one, other in pairs)
     if plain is None or of_first is None or of_second is None:

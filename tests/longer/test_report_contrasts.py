@@ -151,6 +151,14 @@ def test_partial_rank_correlation_is_that_of_the_rank_residuals() -> None:
     assert partial_spearman(given.tolist(), second.tolist(), given.tolist()) is None
 
 
+def test_three_runs_have_no_partial_rank_correlation() -> None:
+    columns = [1.0, 2.0, 3.0, 4.0], [1.0, 3.0, 2.0, 4.0], [2.0, 1.0, 3.0, 4.0]
+    for count, is_defined in ((3, False), (4, True)):
+        first, second, given = (values[:count] for values in columns)
+        assert rank_correlation(first, second) is not None
+        assert (rank_correlation(first, second, given) is not None) == is_defined
+
+
 def test_confidence_interval_of_a_rank_correlation_has_its_coverage() -> None:
     draw, truth, covered = np.random.default_rng(7), 0.6, 0
     spearman = 6 / np.pi * np.arcsin(truth / 2)  # of a bivariate normal distribution
