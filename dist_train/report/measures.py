@@ -282,7 +282,8 @@ _EXPLANATIONS = {
     "expected rise": "Mean rise of the training loss under uniform noise of this amplitude on the weights.",
     "basin width": "Interval around the weights, along random filter-normalized directions, where the training loss "
     "rises by at most this absolute amount. \u2265: in some direction it ends beyond the reach (censored).",
-    "gradient noise scale": "tr(Sigma) / |G|^2 in samples (McCandlish et al.): larger batches gain little.",
+    "gradient noise scale": "tr(Sigma) / |G|^2 in samples (McCandlish et al.): larger batches gain little. Runs whose "
+    "scale is larger than their samples can show have none, so a mean leaves out the largest.",
 }
 """Of measures of sharpness, by how their titles begin."""
 
