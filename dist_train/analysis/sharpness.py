@@ -248,7 +248,8 @@ def noise_scale(gradients: Sequence[Vector], sizes: Sequence[int]) -> NoiseScale
     """
     if len(sizes) < 2:
         raise UsageError(
-            "--batch-size: the noise scale needs two passes or more, choose less than --samples", code="option-range"
+            "--batch-size: the noise scale needs two passes or more, choose at most half of --samples",
+            code="option-range",
         )
     counts = np.array(sizes, dtype=np.float64)
     whole = np.average(gradients, axis=0, weights=counts)

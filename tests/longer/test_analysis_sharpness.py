@@ -92,6 +92,12 @@ def test_widths_and_noise_scale_are_measured(run: Path, capsys: pytest.CaptureFi
     assert "gradient noise scale, samples  unknown: more than these samples can show" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("batch_size", "ends_with"), [(25, 0), (26, 2), (49, 2)])
+def test_noise_scale_needs_passes_of_at_most_half_of_the_images(run: Path, batch_size: int, ends_with: int) -> None:
+    more = ("--only", "noise-scale", "--batch-size", str(batch_size))
+    assert main(["sharpness", str(run), *OPTIONS, *more]) == ends_with
+
+
 def test_only_missing_measures_are_added_to_a_record(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sharpness", str(run), *OPTIONS, "--only", "rise"]) == 0
     [first] = records(run)
