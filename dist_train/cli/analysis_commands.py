@@ -335,7 +335,8 @@ def _rows(record: SharpnessRecord) -> Iterator[tuple[str, str]]:
         yield "Hessian trace", _number(record.hessian.trace, record.hessian.trace_standard_error)
     for width in record.widths or ():
         censored = f", at least: {width.censored} of {width.directions} end beyond the reach" if width.censored else ""
-        yield f"basin width, rise {width.rise:g}", f"{_number(width.mean, width.standard_error)}{censored}"
+        error = None if width.censored else width.standard_error
+        yield f"basin width, rise {width.rise:g}", f"{_number(width.mean, error)}{censored}"
     if (scale := record.noise_scale) is not None:
         beyond = "unknown: more than these samples can show"
         yield (

@@ -84,7 +84,8 @@ def test_widths_and_noise_scale_are_measured(run: Path, capsys: pytest.CaptureFi
     assert (near["rise"], near["directions"], far["censored"]) == (0.05, 2, 2)
     assert record["noise_scale"]["batches"] == 5
     printed = capsys.readouterr().out
-    assert "at least: 2 of 2 end beyond the reach" in printed
+    assert f"basin width, rise 0.05         {near['mean']:.4g} ± {near['standard_error']:.2g}\n" in printed
+    assert f"basin width, rise 1e+09        {far['mean']:.4g}, at least: 2 of 2 end beyond the reach\n" in printed
     assert "gradient noise scale" in printed
     record["noise_scale"]["value"] = None
     next((run / "analysis").iterdir()).write_text(json.dumps(record))
