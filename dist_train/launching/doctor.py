@@ -301,7 +301,7 @@ def check_metrics_port(config: Config) -> Check:
         return Check("metrics", "fine", "switched off")
     listening = f"{settings.host}:{settings.port}"
     try:
-        with bind(settings.host, settings.port, Site(bytes, bool, {}, None)) as server:
+        with bind(settings.host, settings.port, Site(bytes, bool, {}, None, "")) as server:
             port = server.server_port
     except OSError as error:
         fix = "set metrics.port to another (0: any free one), or metrics.host to an address of this machine"

@@ -36,7 +36,7 @@ def well() -> bool:
 @contextmanager
 def serving(health: Callable[[], bool] = well, **settings: Any) -> Iterator[Server]:
     plan = plan_of(MetricsSettings(**settings))
-    site = Site(lambda: b"dist_train_step 1\n", health, read_credentials(plan), tls_context(plan))
+    site = Site(lambda: b"dist_train_step 1\n", health, read_credentials(plan), tls_context(plan), "1f")
     with bind(plan.host, 0, site) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
@@ -76,6 +76,15 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_nothing_else_is_served(path: str) -> None:
     with serving() as server:
         assert ask(server, path)[0] == 404
+
+
+@pytest.mark.parametrize(
+    ("query", "status"), [("run_id=1f", 200), ("run_id=", 200), ("x=1", 200), ("run_id=2e", 404), ("x&run_id=1f2", 404)]
+)
+def test_a_scrape_of_another_run_is_not_answered(query: str, status: int) -> None:
+    with serving() as server:
+        assert ask(server, f"/metrics?{query}")[0] == status
+        assert (server.last_scrape is None) == (status == 404)
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "TRACE", "OPTIONS", "CONNECT"])

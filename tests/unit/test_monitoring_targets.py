@@ -78,6 +78,7 @@ def test_the_file_says_where_and_what(tmp_path: Path) -> None:
                 "slurm_job": "4711",
                 "node": "node1",
                 "rank": "0",
+                "__param_run_id": "0123456789abcdef",
                 "__scheme__": "https",
                 "__dist_train_process": "host pid:[1] 12 34",
                 "__dist_train_exporter": "host pid:[1] 13 35",

@@ -26,7 +26,7 @@ from pathlib import Path
 from socketserver import TCPServer
 from threading import Lock
 from typing import TYPE_CHECKING, Any, TypeAlias
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 from dist_train.monitoring.prometheus.messages import ServingPlan, plan_of
 from dist_train.monitoring.prometheus.metrics import CONTENT_TYPE
@@ -155,12 +155,16 @@ _PLAIN = "text/plain; charset=utf-8"
 
 @dataclass(frozen=True)
 class Site:
-    """What is served: the metrics `page`, of type `CONTENT_TYPE`, and for `/healthz` whether the run makes progress."""
+    """What is served: the metrics `page`, of type `CONTENT_TYPE`, and for `/healthz` whether the run makes progress.
+
+    A request for the metrics that names another run than `run_id` gets 404.
+    """
 
     page: Callable[[], bytes]
     health: Callable[[], bool]
     credentials: Credentials
     tls: ssl.SSLContext | None
+    run_id: str
 
 
 def bind(host: str, port: int, site: Site) -> Server:
@@ -277,8 +281,9 @@ class _Handler(BaseHTTPRequestHandler):
         return True
 
     def do_GET(self) -> None:
-        match urlsplit(self.path).path:
-            case "/metrics":
+        url, own = urlsplit(self.path), self.server.site.run_id
+        match url.path:
+            case "/metrics" if own in parse_qs(url.query).get("run_id", [own]):
                 self._metrics()
             case "/healthz":
                 is_well = self.server.site.health()

@@ -128,7 +128,8 @@ class _Service:
 
         # The configured port is rank 0's.
         port = plan.port if begin.facts.rank == 0 or plan.port == 0 else plan.port + 1
-        self._server = bind(plan.host, port, Site(page, health, read_credentials(plan), tls_context(plan)))
+        site = Site(page, health, read_credentials(plan), tls_context(plan), begin.facts.run_id)
+        self._server = bind(plan.host, port, site)
         if begin.facts.rank == 0 and port not in (0, self._server.server_port):
             self._warn(f"metrics port {port} is in use; metrics are at port {self._server.server_port}")
 

@@ -94,6 +94,7 @@ def target_file(plan: ServingPlan, facts: RunFacts, port: int, process: str, exp
         "slurm_job": facts.slurm_job,
         "node": node,
         "rank": str(facts.rank),
+        "__param_run_id": facts.run_id,  # another run that has taken the address does not answer to it
         _PROCESS_LABEL: process,
         _EXPORTER_LABEL: exporter,
     }
