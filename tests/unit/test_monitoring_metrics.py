@@ -14,6 +14,7 @@ from dist_train.monitoring.prometheus.board import STEP_SECONDS, Board, bounds_a
 from dist_train.monitoring.prometheus.messages import Progress
 from dist_train.monitoring.prometheus.metrics import METRICS, MetricsPage, Scope
 from dist_train.outcome import UsageError
+from dist_train.rundir.epochs import Stage
 from dist_train.rundir.records import (
     EVENTS,
     Detail,
@@ -85,6 +86,7 @@ def test_a_page_reads_back_what_was_recorded() -> None:
         ("dist_train_samples", ()): 29 * 8192,
         ("dist_train_planned_samples", ()): 210 * 8192,
         ("dist_train_launch_timestamp_seconds", ()): 1_700_000_000.5,
+        ("dist_train_patience_seconds", ()): 120,
         ("dist_train_loss", ("batch",)): 0.4321,
         ("dist_train_loss", ("test",)): 0.5,
         ("dist_train_loss", ("train",)): 0.4,
@@ -207,6 +209,30 @@ def test_a_run_stands_still_after_ten_of_its_steps_or_two_minutes() -> None:
     assert is_stalled(board.snapshot(), began + 501)
     board.apply(OUTCOME)
     assert not is_stalled(board.snapshot(), began + 1e6)
+
+
+def test_a_larger_batch_has_longer_steps_until_it_stands_still() -> None:
+    stages = (Stage(0, 0, 256, 100), Stage(1, 100, 16_384, 2), Stage(2, 102, 256, 100))
+    board = Board(replace(FACTS, start_step=0, stages=stages))
+
+    def patience() -> float:
+        return values_of(board)["dist_train_patience_seconds", ()]
+
+    assert patience() == 600
+    for step in range(1, 101):
+        assert board.snapshot().step == step - 1
+        board.apply(Progress(step))
+        board.apply(measurement(step, seconds=5.0))
+        assert patience() == pytest.approx(120 if step < 100 else 3200)
+    began = board.snapshot().last_progress
+    assert not is_stalled(board.snapshot(), began + 3199)
+    assert is_stalled(board.snapshot(), began + 3201)
+    board.apply(Progress(101))
+    board.apply(measurement(101, seconds=320.0))
+    assert patience() == pytest.approx(3200)
+    board.apply(Progress(102))
+    board.apply(measurement(102, seconds=320.0))
+    assert patience() == pytest.approx(120)
 
 
 def test_a_rank_other_than_0_shows_its_own_and_the_run_it_belongs_to() -> None:

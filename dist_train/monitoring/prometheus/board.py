@@ -96,6 +96,7 @@ class Snapshot:
     checkpoint: EventRecord | None = None
     disk_free: int | None = None  # free bytes on the file system of the run directory
     step_seconds: Buckets = field(default_factory=lambda: Buckets.of(STEP_SECONDS))
+    measured_samples: int = 0  # of the steps in `step_seconds`
     part_seconds: Mapping[str, Buckets] = field(
         default_factory=lambda: {part.name: Buckets.of(PART_SECONDS) for part in fields(StepParts)}
     )
@@ -110,15 +111,22 @@ _LEAST_SECONDS = 120.0
 _FIRST_STEP_SECONDS = 600.0
 
 
-def is_stalled(now: Snapshot, moment: float) -> bool:
-    """Return whether a running run has stalled at `moment` (seconds since 1970), as the alert DistTrainStalled does.
+def patience_seconds(now: Snapshot) -> float:
+    """Return the time without progress after which a run has stalled.
 
-    It has if there was no progress for two minutes or ten mean steps, whichever is longer; ten minutes before the first
-    step.
+    It is two minutes or ten mean steps, whichever is longer; ten minutes before the first step. Where a schedule has
+    made the batch larger than that of the measured steps, a step counts as that much longer.
     """
     count = sum(now.step_seconds.counts)
-    patience = max(_LEAST_SECONDS, 10 * now.step_seconds.total / count) if count else _FIRST_STEP_SECONDS
-    return now.state == "running" and moment - now.last_progress > patience
+    if not count:
+        return _FIRST_STEP_SECONDS
+    growth = max(1.0, now.facts.passes.stage(now.step).global_size * count / now.measured_samples)
+    return max(_LEAST_SECONDS, 10 * growth * now.step_seconds.total / count)
+
+
+def is_stalled(now: Snapshot, moment: float) -> bool:
+    """Return whether a running run has stalled at `moment` (seconds since 1970), as the alert DistTrainStalled does."""
+    return now.state == "running" and moment - now.last_progress > patience_seconds(now)
 
 
 class Board:
@@ -170,11 +178,12 @@ class Board:
                 case EventRecord(event=event):
                     self._change(events={**now.events, event: now.events.get(event, 0) + 1})
                     self._apply_event(message)
-                case Measurement(parts=parts):
+                case Measurement(step=step, parts=parts):
                     seconds = asdict(parts)
                     self._change(
                         measured=message,
                         step_seconds=self._with_step(message.step_seconds),
+                        measured_samples=now.measured_samples + now.facts.passes.stage(step - 1).global_size,
                         part_seconds={part: before.plus(seconds[part]) for part, before in now.part_seconds.items()},
                     )
                 case Outcome(state=state, step=step):

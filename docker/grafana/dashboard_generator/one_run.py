@@ -121,7 +121,7 @@ def _status(built: dashboard.Dashboard) -> None:
     built.with_row(dashboard.Row("Now"))
     built.with_panel(
         states(
-            PanelSpec("State", "The state of the run over time; gaps are times without an exporter.", "none", 12, 4),
+            PanelSpec("State", "The state of the run over time; gaps are times without an exporter.", "none", 9, 4),
             Query(state_number(OF_RUN), "{{run}}"),
             STATES,
         )
@@ -167,6 +167,7 @@ def _status(built: dashboard.Dashboard) -> None:
         )
     )
     for title, description, unit, metric in (
+        ("Stalled after", "Time without a step after which the run has stalled.", "s", "dist_train_patience_seconds"),
         ("Ranks", "Ranks that train together.", "none", "dist_train_world_size"),
         ("Micro-batches", "Micro-batches of one step, over all ranks.", "none", "dist_train_micro_batches"),
         ("Micro-batch", "Samples of one micro-batch.", "none", "dist_train_micro_batch_size"),
