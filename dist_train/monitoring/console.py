@@ -60,7 +60,7 @@ class PlainLines(Observer):
         match record:
             case TrainRecord():
                 now = self._clock()
-                self._pace.mark(record.step, now)
+                self._pace.mark(self._facts.passes.samples(record.step), now)
                 if now >= self._next:
                     self._next = now + self._seconds
                     self._write(wording.update(self._facts, record, self._pace))
@@ -137,7 +137,7 @@ class TerminalBar(Observer):
         match record:
             case TrainRecord():
                 self._train = record
-                self._pace.mark(record.step, time.monotonic())
+                self._pace.mark(self._facts.passes.samples(record.step), time.monotonic())
                 self.progress(record.step)
             case EvaluationRecord():
                 line = Text(wording.evaluation(self._facts, record))
@@ -176,8 +176,8 @@ class TerminalBar(Observer):
     def _draw(self) -> None:
         assert self._facts is not None, "begin comes first"
         started = time.monotonic()
-        epoch, total_steps = wording.current_epoch(self._facts, self._step), self._facts.total_steps
-        bar = progress_bar(epoch, self._step, total_steps, self._pace.seconds_left(total_steps))
+        facts, left = self._facts, self._pace.seconds_left(self._facts.planned_samples)
+        bar = progress_bar(wording.current_epoch(facts, self._step), self._step, facts.total_steps, left)
         with self._stop_if_closed():
             self._fit()
             self._live.update(Group(Constrain(bar, _WIDEST), self._measurements()), refresh=True)

@@ -84,34 +84,34 @@ _MARKS = 61
 
 
 class Pace:
-    """Seconds per step over the last minute or more, including all that happens between steps."""
+    """Seconds per sample, or per step, over the last minute or more, including all that happens between steps."""
 
     def __init__(self) -> None:
         self._marks: deque[tuple[float, int]] = deque(maxlen=_MARKS)
-        """Times and steps, a second or more apart, but for the latest."""
+        """Times, and samples or steps done, a second or more apart, but for the latest."""
 
-    def mark(self, step: int, now: float) -> None:
-        """Note that `step` updates were done at `now` (seconds, monotonic)."""
+    def mark(self, done: int, now: float) -> None:
+        """Note that `done` samples, or steps, were done at `now` (seconds, monotonic)."""
         if len(self._marks) > 1 and self._marks[-1][0] - self._marks[-2][0] < _MARK_SECONDS:
             self._marks.pop()
-        self._marks.append((now, step))
+        self._marks.append((now, done))
 
-    def seconds_per_step(self) -> float | None:
-        """Return the pace; None before two marks at different steps."""
+    def seconds_each(self) -> float | None:
+        """Return the seconds per sample, or per step; None before two different marks."""
         if not self._marks:
             return None
         (begun, first), (now, last) = self._marks[0], self._marks[-1]
         return (now - begun) / (last - first) if last > first else None
 
-    def seconds_left(self, total_steps: int) -> float | None:
-        """Return the seconds until `total_steps`; None while the pace is unknown."""
-        pace = self.seconds_per_step()
-        return None if pace is None else max(0, total_steps - self._marks[-1][1]) * pace
+    def seconds_left(self, total: int) -> float | None:
+        """Return the seconds until `total` samples, or steps, are done; None while the pace is unknown."""
+        pace = self.seconds_each()
+        return None if pace is None else max(0, total - self._marks[-1][1]) * pace
 
 
 def update(facts: RunFacts, record: TrainRecord, pace: Pace) -> str:
     """Return an update as one line, with the time left if `pace` is known."""
-    left = pace.seconds_left(facts.total_steps)
+    left = pace.seconds_left(facts.planned_samples)
     return (
         f"epoch {current_epoch(facts, record.step)}  step {record.step:,}/{facts.total_steps:,}  "
         f"loss {record.loss:.4f}  accuracy {percent(record.accuracy)}  {rate(record.samples_per_second)} images/s"

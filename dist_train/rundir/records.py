@@ -194,6 +194,11 @@ class RunFacts:
         """The run's passes over the data."""
         return Epochs(self.stages or (Stage(0, 0, self.global_size, self.steps_per_epoch),))
 
+    @property
+    def planned_samples(self) -> int:
+        """Training samples that the run will have used at its end."""
+        return self.passes.samples(self.total_steps)
+
 
 @dataclass(frozen=True)
 class Outcome:

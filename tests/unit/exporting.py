@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from dist_train.config.sections import MetricsSettings
 from dist_train.monitoring.prometheus.exporter import Exporter
+from dist_train.rundir.epochs import Stage
 from dist_train.rundir.records import (
     Measurement,
     Outcome,
@@ -49,6 +50,7 @@ FACTS = RunFacts(
     launched=1_700_000_000.5,
     run_id="0123456789abcdef",
 )
+GROWING = (Stage(0, 0, 64, 40), Stage(1, 40, 1024, 10))
 OUTCOME = Outcome("finished", "", 0, 210, 30.0, 1.0, None, None, None, None, None)
 ON_A_DEVICE = RankMeasurement(
     *(0.2, 0.1, 1.5e10, 7.123456789e10, 7.23456789e10, 0.987654321, 16.0, 8.5e10),

@@ -23,6 +23,7 @@ from dist_train.monitoring import wording
 from dist_train.monitoring.console import PlainLines, TerminalBar, launcher_terminal, open_console
 from dist_train.monitoring.wording import Pace
 from dist_train.rundir.records import EventRecord, Outcome, RunFacts
+from tests.unit.exporting import GROWING
 from tests.unit.records import evaluation, train
 from tests.waiting import wait_for
 
@@ -334,11 +335,21 @@ def test_the_pace_is_that_of_the_last_minute() -> None:
     assert pace.seconds_left(100) is None
     for step in range(100):
         pace.mark(step, step * 10.0)
-    assert pace.seconds_per_step() == pytest.approx(10)
+    assert pace.seconds_each() == pytest.approx(10)
     for step in range(100, 2_000):
         pace.mark(step, 990 + (step - 99) * 0.5)
     assert pace.seconds_left(2_199) == pytest.approx(100, rel=0.01)
     assert pace.seconds_left(10) == 0
+
+
+def test_the_time_left_is_that_of_larger_batches_to_come() -> None:
+    page, now = io.StringIO(), [0.0]
+    lines = PlainLines(page, seconds=10, clock=lambda: now[0])
+    lines.begin(replace(FACTS, total_steps=50, stages=GROWING))
+    for step in range(10, 21):
+        lines.record(train(step))
+        now[0] += 1.0
+    assert page.getvalue().rstrip().endswith("  3:00 left"), "20 steps of 1 s, and 10 of 16 s"
 
 
 def test_the_reason_of_an_event_is_not_called_so() -> None:

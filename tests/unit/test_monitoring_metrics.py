@@ -23,7 +23,7 @@ from dist_train.rundir.records import (
     RankMeasurement,
 )
 from tests.raising import raises
-from tests.unit.exporting import FACTS, ON_A_DEVICE, OUTCOME, measurement, read, train
+from tests.unit.exporting import FACTS, GROWING, ON_A_DEVICE, OUTCOME, measurement, read, train
 
 ROOT = Path(__file__).parents[2]
 
@@ -291,6 +291,16 @@ def test_time_left_is_the_pace_times_the_steps_left(monkeypatch: pytest.MonkeyPa
     board.apply(Progress(30))
     left = values_of(board)["dist_train_time_left_seconds", ()]
     assert left == pytest.approx(180 * 0.02)
+
+
+def test_time_left_is_that_of_larger_batches_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("dist_train.monitoring.prometheus.board.time.monotonic", lambda: clock[0])
+    board = Board(replace(FACTS, start_step=0, total_steps=50, stages=GROWING))
+    board.apply(Progress(10))
+    clock[0] += 1.0
+    board.apply(Progress(20))
+    assert values_of(board)["dist_train_time_left_seconds", ()] == pytest.approx(20 * 0.1 + 10 * 1.6)
 
 
 def test_a_loss_that_is_not_finite_is_served_as_such() -> None:

@@ -211,11 +211,12 @@ class Board:
         self._now = replace(self._now, **changes)
 
     def _advance(self, step: int, **changes: Any) -> None:
-        self._pace.mark(step, time.monotonic())
+        facts = self._now.facts
+        self._pace.mark(facts.passes.samples(step), time.monotonic())
         self._change(
             step=max(self._now.step, step),
             last_progress=time.time(),
-            seconds_left=self._pace.seconds_left(self._now.facts.total_steps),
+            seconds_left=self._pace.seconds_left(facts.planned_samples),
             **changes,
         )
 

@@ -182,10 +182,6 @@ def _samples(now: Snapshot) -> int:
     return now.facts.passes.samples(now.step)
 
 
-def _planned_samples(now: Snapshot) -> int:
-    return now.facts.passes.samples(now.facts.total_steps)
-
-
 # NVML's reasons that count: not idleness, nor clocks that an administrator has set.
 _THROTTLING = {"power": 0x84, "thermal": 0x60, "hardware": 0x08}
 
@@ -241,7 +237,12 @@ METRICS: tuple[Metric, ...] = (
     _gauge("epoch", "Epochs done, with fraction.", lambda now: now.facts.passes.done(now.step), "epochs"),
     _gauge("planned_epochs", "Epochs over which the schedules are laid out.", "facts.epochs", "epochs"),
     _gauge("samples", "Training samples used by all ranks since the run's first step.", _samples, "samples"),
-    _gauge("planned_samples", "Training samples that the run will have used at its end.", _planned_samples, "samples"),
+    _gauge(
+        "planned_samples",
+        "Training samples that the run will have used at its end.",
+        "facts.planned_samples",
+        "samples",
+    ),
     _gauge("time_left_seconds", "Time to the last step at the pace of the last minute.", "seconds_left"),
     _gauge("time_limit_timestamp_seconds", "When the batch system ends the run's job.", _nonzero("facts.time_limit")),
     _gauge("launch_timestamp_seconds", "When this launch of the run began.", _nonzero("facts.launched")),
