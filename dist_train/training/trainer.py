@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 
 from torch import nn
 
@@ -324,13 +323,17 @@ class Trainer:
         if is_due or self.stopped_early:
             self._save()
         self.saving.report()
-        self.observers.progress(step)
-        if self.status:
-            self.status.progress(**self.status_fields())
+        self._note_progress()
         if self.time_limit.check(time.time(), time.monotonic()):
             self.stop.request("time limit")
         if update.stop_requested and step < self.last_step and not self.stopped_early:
             self._stop()
+
+    def _note_progress(self) -> None:
+        """Show observers and readers of the status that the run has just done something."""
+        self.observers.progress(self.progress.step)
+        if self.status:
+            self.status.progress(**self.status_fields())
 
     def _publish_measurement(self) -> None:
         """Give observers the measurement that was started after an earlier update, if any."""
@@ -388,7 +391,7 @@ class Trainer:
                 batch_size=settings.batch_size,
                 compute=self.take_step.compute,
                 comm=self.comm,
-                after_batch=partial(self.observers.progress, self.progress.step),
+                after_batch=self._note_progress,
             )
             results[f"{split}{suffix}"] = result
             measured = result.loss, result.accuracy, count, time.time()

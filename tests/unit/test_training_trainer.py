@@ -33,6 +33,7 @@ from dist_train.rundir.records import (
     RunFacts,
     TrainRecord,
 )
+from dist_train.rundir.status import StatusFile, read_status
 from dist_train.training import saving
 from dist_train.training.evaluation import recompute_statistics, statistics_samples
 from dist_train.training.saving import Saving
@@ -182,6 +183,23 @@ def test_the_pace_of_records_evaluations_and_checkpoints_follows_the_settings(tm
     ]
     assert [file.step for file in list_checkpoints(tmp_path / "checkpoints")] == [5, 10, 12]
     assert [event.step for event in notebook.events if event.event == "checkpoint"] == [5, 10, 12]
+
+
+def test_the_status_moves_during_an_evaluation(tmp_path: Path) -> None:
+    seen = []
+
+    class Looking(Notebook):
+        def record(self, record: Record) -> None:
+            if isinstance(record, EvaluationRecord):
+                status = read_status(trainer.directory.status)
+                seen.append((record.split, status.step if status else None))
+            super().record(record)
+
+    looking = Looking()
+    trainer = build_trainer(small_config(run={"max_steps": 1}), tmp_path, Alone(), observers=[looking])
+    trainer.status = StatusFile(trainer.directory.status, 1, check=lambda: None)
+    trainer.run()
+    assert seen == [("train", 1), ("test", 1)]
 
 
 def test_schedules_stay_laid_out_over_the_epochs_when_a_run_stops_earlier(tmp_path: Path) -> None:
