@@ -233,6 +233,24 @@ def test_the_dashboard_of_one_run_shows_no_run_of_a_similar_name(name: str, tmp_
 
 
 @promtool
+def test_no_run_is_at_work_once_all_are_gone(tmp_path: Path) -> None:
+    series = {f"run:dist_train_active:max{{{A_RUN}}}": "1x4 stale"}
+    check_values(series, "At work/A", {60: {"{}": "1"}, 120: {"{}": "0"}}, tmp_path)
+
+
+@promtool
+def test_the_last_step_of_a_lost_run_is_ever_longer_ago(tmp_path: Path) -> None:
+    series = {
+        f"dist_train_last_progress_timestamp_seconds{{{A_RUN}}}": "0+15x4 stale",
+        f"run:dist_train_heard_timestamp_seconds:max{{{A_RUN}}}": "0+15x4 stale",
+    }
+    query, labels = "Since the last step/A", f"{{{A_RUN}}}"
+    check_values(series, query, {60: {labels: "0"}, 240: {labels: "180"}}, tmp_path)
+    ended = {f"run:dist_train_ended_timestamp_seconds:max{{{A_RUN}}}": "_x5 75+15x20"}
+    check_values(series | ended, query, {60: {labels: "0"}, 240: {}}, tmp_path)
+
+
+@promtool
 def test_every_event_is_marked_whenever_it_was_scraped(tmp_path: Path) -> None:
     counts = {f"dist_train_checkpoints_total{{{A_RUN}}}": "0x4 1x10"}
     mark = {f"{{{A_RUN}}}": "1"}

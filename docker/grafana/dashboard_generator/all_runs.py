@@ -96,7 +96,7 @@ def _overview(built: dashboard.Dashboard) -> None:
     built.with_panel(
         number(
             PanelSpec("At work", "Runs that are running or stopping.", "none", 4, 9),
-            Query(f"sum(run:dist_train_active:max{{{OF_RUNS}}})", "runs"),
+            Query(f"sum(run:dist_train_active:max{{{OF_RUNS}}}) or vector(0)", "runs"),
         )
     )
     built.with_panel(

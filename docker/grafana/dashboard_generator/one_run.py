@@ -151,17 +151,29 @@ def _status(built: dashboard.Dashboard) -> None:
             (1, RED),
         )
     )
+    # Also of a run that is lost, but not once its target file says how it ended.
+    progress, heard, ended = (
+        f"last_over_time({metric}{{{OF_RUN}}}[$__range])"
+        for metric in (
+            "dist_train_last_progress_timestamp_seconds",
+            "run:dist_train_heard_timestamp_seconds:max",
+            "run:dist_train_ended_timestamp_seconds:max",
+        )
+    )
     built.with_panel(
         number(
             PanelSpec(
                 "Since the last step",
-                "If it is much longer than a step, the run has stalled.",
+                "If it is much longer than a step, the run has stalled, or is lost.",
                 "s",
                 3,
                 4,
                 "DistTrainStalled",
             ),
-            Query(f"time() - {_of('dist_train_last_progress_timestamp_seconds')}", "{{run}}"),
+            Query(
+                f"time() - max by (run, run_id) ({progress}) unless on (run, run_id) {ended} > {heard}",
+                "{{run}}",
+            ),
             GREEN,
             (120, RED),
         )
