@@ -175,11 +175,17 @@ def test_coarser_rule_would_give_a_false_alarm(written: str, replacement: str, h
 
 
 def check_values(
-    series: dict[str, str], query: str, expected: dict[int, dict[str, str]], folder: Path, name: str = "a"
+    series: dict[str, str],
+    query: str,
+    expected: dict[int, dict[str, str]],
+    folder: Path,
+    name: str = "a",
+    function: str = "",
 ) -> None:
     """Check `query` of a dashboard, of the run `name`, at times in seconds.
 
-    `series` are scraped every 15 s, as in promtool's tests.
+    `series` are scraped every 15 s, as in promtool's tests. With a `function` over time, that of the query over the
+    last five minutes is checked: `@ end()` is then the end of a range, as in Grafana.
     """
     [written] = [
         text
@@ -188,6 +194,8 @@ def check_values(
         if title == query
     ]
     expression = filled(written, variables(name))
+    if function:
+        expression = f"{function}(({expression})[5m:15s])"
     expectations = [
         {
             "expr": expression,
@@ -248,6 +256,15 @@ def test_the_last_step_of_a_lost_run_is_ever_longer_ago(tmp_path: Path) -> None:
     check_values(series, query, {60: {labels: "0"}, 240: {labels: "180"}}, tmp_path)
     ended = {f"run:dist_train_ended_timestamp_seconds:max{{{A_RUN}}}": "_x5 75+15x20"}
     check_values(series | ended, query, {60: {labels: "0"}, 240: {}}, tmp_path)
+
+
+@promtool
+def test_the_slowest_ranks_of_a_run_that_has_ended_are_shown(tmp_path: Path) -> None:
+    ranks = [f'{{{A_RUN}, rank="{rank}", node="n"}}' for rank in range(7)]
+    series = {f"run_rank:dist_train_rank_busy_ratio:avg5m{of}": f"{rank}x4 stale" for rank, of in enumerate(ranks)}
+    expected = {of: str(rank) for rank, of in enumerate(ranks) if rank >= 2}
+    query = "Slowest ranks: time for a micro-batch/A"
+    check_values(series, query, {60: expected, 240: expected}, tmp_path, function="max_over_time")
 
 
 @promtool

@@ -56,9 +56,10 @@ def _over_ranks(metric: str, words: str = "", matchers: str = "") -> tuple[Query
 
 
 def _ranks_with_most(metric: str, legend: str = RANK) -> Query:
-    """Return the lines of the few ranks with the largest values at the end of the time range."""
+    """Return the lines of the few ranks with the largest last values in the time range."""
     selector = f"{metric}{{{OF_RUN}}}"
-    by_rank = f"sum by (run, run_id, rank) ({selector} @ end())"  # a rank can have several lines
+    # A rank can have several lines, and none any more at the end of the time range.
+    by_rank = f"max by (run, run_id, rank) (last_over_time({selector}[$__range] @ end()))"
     return Query(f"{selector} and on (run, run_id, rank) topk by (run, run_id) ({_FEW}, {by_rank})", legend)
 
 
@@ -320,7 +321,7 @@ def _speed(built: dashboard.Dashboard) -> None:
             curves(
                 PanelSpec(
                     "Slowest ranks: time for a micro-batch",
-                    f"Of the {_FEW} ranks slowest now, over the median of the others; 1 means like the others.",
+                    f"Of the {_FEW} ranks slowest at the end, over the median of the others; 1 means like the others.",
                     "none",
                     12,
                     8,
