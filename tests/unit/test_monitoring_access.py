@@ -290,3 +290,17 @@ def test_what_is_open_to_strangers_is_warned_of(host: str, mode: int | None, cou
     warnings = access_warnings(MetricsSettings(host=host, token_file=None if mode is None else token))
     assert len(warnings) == count
     assert not any("sesame" in warning for warning in warnings)
+
+
+@pytest.mark.parametrize("has_file", [True, False])
+def test_a_key_that_everybody_can_read_is_warned_of(has_file: bool, tmp_path: Path) -> None:
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    certificate.touch(0o644)
+    key.touch(0o600)
+    settings = MetricsSettings(certificate_file=certificate, key_file=key if has_file else None)
+    with_key = key if has_file else certificate
+    with_key.chmod(0o600)
+    assert not access_warnings(settings)
+    with_key.chmod(0o644)
+    [warning] = access_warnings(settings)
+    assert str(with_key) in warning

@@ -66,7 +66,8 @@ def access_warnings(settings: MetricsSettings) -> tuple[str, ...]:
             f"metrics.host={plan.host}: anybody on the network can read the metrics; set metrics.token_file"
             + ("" if plan.certificate_file else ", and metrics.certificate_file for TLS")
         )
-    for name in ("token_file", "password_file", "key_file"):
+    # Without a file of its own, the key is in the certificate's.
+    for name in ("token_file", "password_file", "key_file" if plan.key_file else "certificate_file"):
         path = getattr(plan, name)
         if path is not None and path.stat().st_mode & stat.S_IROTH:
             warnings.append(f"metrics.{name}: everybody on this machine can read {path}; run: chmod 600 {path}")
