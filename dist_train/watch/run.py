@@ -234,8 +234,10 @@ class WatchedRun:
         is_first = not self._stamps
         problem, is_changed = self._follow()
         if self._has_changed(self._run.status):
-            is_changed = True
-            self._status = read_status(self._run.status) or self._status
+            if (status := read_status(self._run.status)) is None:
+                self._stamps[self._run.status] = None  # read again with the next look: this may pass
+            else:
+                is_changed, self._status = True, status
         if self._has_changed(self._run.ranks):
             is_changed = True
             self._ranks = read_ranks(self._run.ranks) or self._ranks

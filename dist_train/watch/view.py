@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from statistics import fmean, median
 
+import numpy
 from rich.box import ROUNDED, Box
 from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.layout import Layout
@@ -317,6 +318,7 @@ class _ByEncoding:
 _AS_ASCII = str.maketrans("╭╮╰╯─│", "++++-|")  # of a plot's frame
 
 
+@numpy.errstate(divide="ignore")  # of uniplot, before its OverflowError
 def _plot(chart: Chart | None, quantity: Quantity, columns: int, rows: int, is_ascii: bool) -> Text:
     least = 0.0 if chart and chart.left.is_logarithmic else -math.inf
     measured = chart.series if chart else ()
@@ -343,7 +345,7 @@ def _plot(chart: Chart | None, quantity: Quantity, columns: int, rows: int, is_a
             y_unit=quantity.unit,
             y_as_log=chart.left.is_logarithmic,
         )
-    except RuntimeError:  # beside uniplot's labels there is no column left
+    except (RuntimeError, OverflowError):  # uniplot's labels leave no column, or a single value is above 1e16
         return Text("")
     *lines, labels = plot.split("\n")
     # Put the axis title into the widest gap between the labels below.

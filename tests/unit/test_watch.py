@@ -201,6 +201,10 @@ class TestFacts:
         assert "loss batch not finite" in shown
         assert "gradient norm not finite" in shown
 
+    def test_a_single_loss_that_is_astronomical_is_shown_as_a_number(self, directory: Path) -> None:
+        write_records(directory, [train(1, epoch=0.1, loss=1e17, time=NOW)])
+        assert "loss batch 1e+17" in words(drawn(look(directory)))
+
     @pytest.mark.parametrize("size", [(60, 20), (60, 50), (80, 24), (89, 30), (90, 24), (100, 35), (250, 80)])
     @pytest.mark.parametrize("ranks", [0, 1, 4, 1024])
     def test_whatever_the_size_the_essentials_are_there(
@@ -314,6 +318,18 @@ class TestSilence:
 
 
 class TestFollowing:
+    def test_a_status_that_could_not_be_read_once_is_read_again(self, directory: Path) -> None:
+        path = directory / "status.json"
+        write_status(directory, state="finished", exit_code=0)
+        content, stamp = path.read_bytes(), path.stat().st_mtime_ns
+        write_status(directory)
+        watched = WatchedRun(directory)
+        assert watched.look(NOW).state == "running"
+        for found, state in ((b"?" * len(content), "running"), (content, "finished")):
+            path.write_bytes(found)  # the same file, size and time: all that changes is that it can be read
+            os.utime(path, ns=(stamp, stamp))
+            assert watched.look(NOW).state == state
+
     def test_new_records_are_added_to_the_old(self, directory: Path) -> None:
         write_records(directory, records()[:20])
         watched = WatchedRun(directory)
