@@ -32,6 +32,7 @@ _OUT_OF_MEMORY = (
     "unable to find an engine to execute",
 )
 
+_PRODUCTS = ("matmul", "conv", "rnn")
 _GRAPHS_OF_A_SIZE = 8  # at most, of one function: with and without gradients, of modules that share it
 _LONGEST_DETAIL = 300  # characters of an error: a compiler's has its whole command line
 
@@ -62,6 +63,8 @@ def set_up_compute(settings: PrecisionSettings, device: torch.device) -> Compute
     if keep_freed_memory() and device.type == "cpu":
         use_large_pages()
         keep_small_objects_together()
+    for products in _precisions():
+        products.fp32_precision = "none"  # the flags below leave some of them to what these inherit
     torch.set_float32_matmul_precision("highest")  # a caller's "medium" means bfloat16 on CPUs
     # Not torch's newer fp32_precision: with it set, torch.compile fails to read these flags (2.15).
     torch.backends.cuda.matmul.allow_tf32 = settings.tf32
@@ -111,9 +114,9 @@ def restoring_torch() -> Iterator[None]:
         flags = (cudnn, "deterministic"), (cudnn, "benchmark"), (debugging, "fill_uninitialized_memory")
         for owner, name in flags:
             stack.callback(setattr, owner, name, getattr(owner, name))
-        for backend in (torch.backends.cuda, torch.backends.mkldnn):
-            # Restored last: the older settings below change it, also when they are restored.
-            stack.enter_context(_restoring_precision(getattr(backend, "matmul", None)))
+        for products in _precisions():
+            # Restored last: the older settings below change them, also when they are restored.
+            stack.enter_context(_restoring_precision(products))
         with suppress(RuntimeError):  # torch's newer fp32_precision is in use
             stack.callback(setattr, cudnn, "allow_tf32", cudnn.allow_tf32)
             stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
@@ -142,13 +145,21 @@ def _outside_autocast() -> Iterator[None]:
 
 @contextmanager
 def _restoring_precision(products: Any) -> Iterator[None]:
-    """Restore the precision of a backend's matrix products after the block, where torch has it (2.9 and newer)."""
-    before = getattr(products, "fp32_precision", None)
+    """Restore the precision of `products`, one of `_precisions`, after the block."""
+    before = products.fp32_precision
     try:
         yield
     finally:
-        if before is not None and products.fp32_precision != before:
+        if products.fp32_precision != before:
             products.fp32_precision = before
+
+
+def _precisions() -> list[Any]:
+    """Return what has torch's newer `fp32_precision` (2.9 on), each before that from which it inherits "none"."""
+    backends = torch.backends
+    names = ((backend, name) for backend in (backends.cuda, backends.cudnn, backends.mkldnn) for name in _PRODUCTS)
+    owners = (*(getattr(backend, name, None) for backend, name in names), backends.cudnn, backends.mkldnn, backends)
+    return [owner for owner in owners if hasattr(owner, "fp32_precision")]
 
 
 def _check_triton(device: torch.device) -> None:

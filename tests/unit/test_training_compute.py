@@ -8,6 +8,8 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
+from itertools import product
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -194,17 +196,48 @@ def test_casts_of_weights_are_not_kept_within_the_caller_s_autocast(depth: int) 
 
 @pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="needs torch 2.9")
 @pytest.mark.usefixtures("_kernels_as_before")
-def test_a_precision_of_products_set_by_the_newer_name_counts_again_after_a_run() -> None:
-    products: Any = torch.backends.cuda.matmul
-    before = products.fp32_precision
-    products.fp32_precision = "tf32"
-    try:
-        with restoring_torch():
-            set_up_compute(PrecisionSettings(threads=1), CPU)
-            assert products.fp32_precision == "ieee"
-        assert products.fp32_precision == "tf32"
-    finally:
-        products.fp32_precision = before
+@pytest.mark.parametrize("tf32", [True, False])
+@pytest.mark.parametrize(
+    ("place", "precision"),
+    [
+        ("backends", "tf32"),
+        ("backends", "bf16"),
+        ("backends.cudnn", "tf32"),
+        ("backends.cudnn.conv", "ieee"),
+        ("backends.cuda.matmul", "tf32"),
+        ("backends.mkldnn.conv", "bf16"),
+    ],
+)
+def test_precisions_set_by_the_newer_name_count_again_after_a_run_and_not_in_it(
+    place: str, precision: str, tf32: bool
+) -> None:
+    owner: Any = attrgetter(place)(torch)
+    owner.fp32_precision = precision
+    before = precisions()
+    with restoring_torch():
+        set_up_compute(PrecisionSettings(threads=1, tf32=tf32), CPU)
+        of_run = "tf32" if tf32 else "none"
+        assert precisions() == {
+            ("generic", "all"): "none",
+            ("cuda", "all"): "none",
+            ("cuda", "matmul"): "tf32" if tf32 else "ieee",
+            ("cuda", "conv"): of_run,
+            ("cuda", "rnn"): of_run,
+            ("mkldnn", "all"): "none",
+            ("mkldnn", "matmul"): "ieee",
+            ("mkldnn", "conv"): "none",
+            ("mkldnn", "rnn"): "none",
+        }
+        # torch.compile reads these, and fails where they contradict the newer ones.
+        assert torch.backends.cudnn.allow_tf32 is torch.backends.cuda.matmul.allow_tf32 is tf32
+        assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
+    assert precisions() == before
+
+
+def precisions() -> dict[tuple[str, str], str]:
+    """What torch's operators look up."""
+    kinds = [("generic", "all"), *product(("cuda", "mkldnn"), ("all", "matmul", "conv", "rnn"))]
+    return {kind: torch._C._get_fp32_precision_getter(*kind) for kind in kinds}
 
 
 class Putting(nn.Module):
