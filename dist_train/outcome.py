@@ -166,7 +166,13 @@ _FIX_FOR_TRAINING = (
 
 
 def refuse_nondeterministic(error: BaseException, fix: str = _FIX_FOR_TRAINING) -> None:
-    """Raise UsageError if `error` is torch's, that an operator has no deterministic kernel; else do nothing."""
+    """Raise UsageError if `error` is torch's, that an operator has no deterministic kernel here; else do nothing."""
+    if "CUBLAS_WORKSPACE_CONFIG" in str(error):
+        raise UsageError(
+            "this process has multiplied matrices on a GPU before: train in a new process, or set "
+            "CUBLAS_WORKSPACE_CONFIG=:4096:8 before Python starts",
+            code="kernel-not-deterministic",
+        ) from error
     if found := _NOT_DETERMINISTIC.search(str(error)):
         raise UsageError(
             f"the model needs {found[1]}, of which torch has no deterministic kernel: {fix}",

@@ -78,11 +78,10 @@ def set_up_compute(settings: PrecisionSettings, device: torch.device) -> Compute
 def _set_deterministic(is_deterministic: bool) -> None:
     _use_deterministic_algorithms(is_deterministic, warn_only=False)
     torch.backends.cudnn.deterministic = is_deterministic
+    # Read at the process's first matrix product on a GPU alone, by torch and cuBLAS: a later run may need it.
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     if not is_deterministic:
         return
-    # cuBLAS reads it at its first use; torch accepts only these two values.
-    if os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in (":4096:8", ":16:8"):
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     # A debugging aid that costs one more kernel for every new tensor. torch defines the property at run time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False

@@ -33,6 +33,7 @@ from dist_train.training.compute import (
     compiled,
     is_out_of_memory,
     restoring_torch,
+    runs_in_memory,
     set_up_compute,
     share_of_threads,
 )
@@ -96,11 +97,7 @@ def _kernels_as_before() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_kernels_as_before")
-@pytest.mark.parametrize(("workspace", "kept"), [(None, False), (":16:8", True), (":0:0", False)])
-def test_deterministic_sets_all_that_torch_offers(
-    monkeypatch: pytest.MonkeyPatch, workspace: str | None, kept: bool
-) -> None:
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", workspace or "")
+def test_deterministic_sets_all_that_torch_offers() -> None:
     torch.backends.cudnn.benchmark = True
     set_up_compute(PrecisionSettings(threads=1, deterministic=True), CPU)
     assert torch.are_deterministic_algorithms_enabled()
@@ -108,18 +105,40 @@ def test_deterministic_sets_all_that_torch_offers(
     assert torch.backends.cudnn.deterministic
     assert not torch.backends.cudnn.benchmark
     assert torch.utils.deterministic.fill_uninitialized_memory is False  # type: ignore[attr-defined]  # set at run time
-    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == (workspace if kept else ":4096:8")
 
 
 @pytest.mark.usefixtures("_kernels_as_before")
-def test_kernels_are_deterministic_only_where_the_settings_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("workspace", ["", ":16:8", ":0:0"])
+def test_matrix_products_of_a_later_run_can_be_deterministic_with_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch, workspace: str, deterministic: bool
+) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", workspace)
+    set_up_compute(PrecisionSettings(threads=1, deterministic=deterministic), CPU)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+def test_a_process_that_has_multiplied_on_a_gpu_before_is_told_to_start_anew() -> None:
+    # As torch says it. It remembers what the variable was at the first product.
+    error = RuntimeError(
+        "Deterministic behavior was enabled with either `torch.use_deterministic_algorithms(True)` or "
+        "`at::Context::setDeterministicAlgorithms(true)`, but this operation is not deterministic because it uses "
+        "CuBLAS and you have CUDA >= 10.2. To enable deterministic behavior in this case, you must set an environment "
+        "variable before running your PyTorch application: CUBLAS_WORKSPACE_CONFIG=:4096:8 or "
+        "CUBLAS_WORKSPACE_CONFIG=:16:8. For more information, go to https://docs.nvidia.com/cuda/cublas/index.html"
+    )
+    with raises(UsageError, "kernel-not-deterministic") as caught:
+        runs_in_memory(Mock(side_effect=error))
+    assert "CUBLAS_WORKSPACE_CONFIG=:4096:8" in str(caught.value)
+
+
+@pytest.mark.usefixtures("_kernels_as_before")
+def test_kernels_are_deterministic_only_where_the_settings_say_so() -> None:
     torch.use_deterministic_algorithms(mode=True)
     torch.backends.cudnn.deterministic = True
     set_up_compute(PrecisionSettings(threads=1), CPU)
     assert not torch.are_deterministic_algorithms_enabled()
     assert not torch.backends.cudnn.deterministic
-    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
 
 
 def settings_of_torch() -> tuple[object, ...]:
