@@ -78,6 +78,27 @@ def test_what_needs_a_gpu_is_refused_on_a_cpu_with_the_fix(settings: dict[str, A
         set_up_compute(PrecisionSettings(threads=1, **settings), CPU)
 
 
+@pytest.mark.parametrize(
+    ("compute", "capability", "hip", "refused"),
+    [
+        ("bfloat16", (7, 5), None, True),
+        ("bfloat16", (8, 0), None, False),
+        ("bfloat16", (12, 0), None, False),
+        ("bfloat16", (7, 5), "6.2", False),
+        ("float16", (7, 0), None, False),
+    ],
+)
+def test_bfloat16_is_refused_on_a_gpu_that_lacks_it(
+    monkeypatch: pytest.MonkeyPatch, compute: str, capability: tuple[int, int], hip: str | None, refused: bool
+) -> None:
+    monkeypatch.setattr(operators, "has_triton", lambda: False)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", {torch.device("cuda", 1): capability}.__getitem__)
+    settings = PrecisionSettings.model_validate({"threads": 1, "compute": compute})
+    with raises(UsageError, "bfloat16-on-old-gpu") if refused else nullcontext():
+        set_up_compute(settings, torch.device("cuda", 1))
+
+
 def test_triton_that_builds_no_kernel_is_one_message_with_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     settings, device = PrecisionSettings(threads=1), torch.device("cuda", 0)
     monkeypatch.setattr(operators, "has_triton", lambda: False)
