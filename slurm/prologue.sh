@@ -215,6 +215,8 @@ find_our_program() {
             dist_train=(apptainer exec "${devices[@]}" --bind "$PWD" --bind "$root" "${words[@]}" "$image" python3 -m dist_train)
             ;;
         *)
+            # enroot gives a container GPUs only where this is set; Slurm restricts them to the job's.
+            ((gpus == 0)) || export NVIDIA_VISIBLE_DEVICES=${NVIDIA_VISIBLE_DEVICES:-all}
             container_options=("--container-image=$image" "--container-mounts=$PWD:$PWD,$root:$root" "--container-workdir=$PWD" "${words[@]}")
             local requests=(--nodes=1 --ntasks=1)
             ((gpus == 0)) || requests+=("--gpus-per-node=$gpus")

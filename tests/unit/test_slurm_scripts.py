@@ -333,6 +333,22 @@ def test_our_program_in_pyxis_does_not_request_what_the_job_does(programs: str, 
     assert " srun --mpi=none --overlap --nodes=1 --ntasks=1 --gpus-per-node=4 " in ended.stdout
 
 
+@pytest.mark.parametrize(
+    ("variables", "visible"),
+    [
+        ({}, "none"),
+        ({"SLURM_GPUS_ON_NODE": "4"}, "all"),
+        ({"SLURM_GPUS_ON_NODE": "4", "NVIDIA_VISIBLE_DEVICES": "1,2"}, "1,2"),
+    ],
+)
+def test_a_container_of_pyxis_gets_the_gpus_of_the_job(
+    programs: str, tmp_path: Path, variables: dict[str, str], visible: str
+) -> None:
+    lines = "read_allocation\nfind_our_program\nenv | grep ^NVIDIA_VISIBLE_DEVICES= || echo =none\n"
+    ended = start(script_of(tmp_path, lines), PATH=programs, CONTAINER="image", **variables, **TWO_NODES)
+    assert ended.stdout.strip().partition("=")[2] == visible, ended.stderr
+
+
 def test_the_shell_of_an_interactive_allocation_may_be_a_step_of_it(programs: str) -> None:
     assert command_of(PATH=programs, SLURM_STEP_ID="4294967290") == command_of(PATH=programs)
 
