@@ -100,3 +100,12 @@ def test_torch_neither_ends_a_rank_whose_nccl_operation_is_late_nor_overrides_th
     assert environment["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "0"
     assert environment["TORCH_NCCL_ENABLE_MONITORING"] == "0"
     assert environment["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
+
+
+@pytest.mark.parametrize(("given", "kept"), [("1", "0"), ("3", "3")])
+def test_what_torchrun_sets_is_not_the_user_s_choice(given: str, kept: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", Mock(), raising=False)
+    environment = {"TORCHELASTIC_RUN_ID": "none", "TORCH_NCCL_ASYNC_ERROR_HANDLING": given}
+    monkeypatch.setattr(os, "environ", environment)
+    nccl_options(timedelta(seconds=60))
+    assert environment["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == kept
