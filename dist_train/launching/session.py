@@ -101,9 +101,12 @@ class Session:
     def note_generation(self, nodes: tuple[str, ...]) -> None:
         """Report that the ranks, on `nodes`, have met again. All ranks call it."""
         self._show_facts(nodes)
+        devices = self._compare_devices()
         if self.status:
             fields = self._running.status_fields()
-            self.status.change("running", **fields, world_size=self.comm.size, generation=self.comm.generation)
+            environment = {**self.status.current.environment, "device": devices}
+            size, generation = self.comm.size, self.comm.generation
+            self.status.change("running", **fields, world_size=size, generation=generation, environment=environment)
 
     def _show_facts(self, nodes: tuple[str, ...]) -> str:
         """Tell the observers the facts of this generation of ranks, and return the revision of the code, on rank 0.
@@ -120,10 +123,26 @@ class Session:
         self._observers_have_begun = True
         return code
 
+    def _compare_devices(self, before: str = "") -> str:
+        """Return the names of the ranks' devices; warn if they differ, also from those `before`. All ranks call it."""
+        trainer = self._running
+        names = {*gather_str(self.comm, device_name(trainer.take_step.compute.device), "device names")}
+        devices = ", ".join(sorted(names))
+        is_new = before not in ("", devices)
+        if self.status and trainer.config.comm.is_exact and (is_new or len(names) > 1):
+            _logger.warning(
+                "devices differ (%s): they may round differently, so that the bits depend on which computes what",
+                f"{devices}; before: {before}" if is_new else devices,
+            )
+        return devices
+
     def begin(self, resume_point: ResumePoint) -> None:
         """Report that training begins, and from what. All ranks call it."""
         trainer = self._running
         code = self._show_facts(gather_str(self.comm, socket.gethostname(), "nodes"))
+        environment = self.status.current.environment if self.status else {}  # of the launch before
+        goes_on = resume_point.contents is not None and trainer.has_work
+        devices = self._compare_devices(environment.get("device", "") if goes_on else "")
         if self.status is None:
             return
         parts = len(trainer.plan.micro_batches)
@@ -160,7 +179,7 @@ class Session:
         if job is not None and job.restarts:
             trainer.event("requeued", restart=job.restarts)
         if resume_point.contents is not None:
-            if trainer.has_work:
+            if goes_on:
                 trainer.event("resumed", ranks=self.comm.size)
             self._note_changed_plugins(resume_point.contents)
             if trainer.splits.differ_from(resume_point.contents.data):
@@ -173,9 +192,8 @@ class Session:
             self._record_lengthening(resume_point.epochs_before)
         if (initial := resume_point.initial) is not None:
             self._note_initial_weights(initial)
-        environment = self.status.current.environment  # of the launch before
         if trainer.has_work or not environment:
-            environment = launch_environment(code, self.comm.backend, trainer.take_step.compute.device)
+            environment = launch_environment(code, self.comm.backend, devices)
             environment |= {f"plug-in {name}": digest for name, digest in trainer.plugins.items()}
         self.status.change("running", **trainer.status_fields(), environment=environment)
 
@@ -390,8 +408,8 @@ def revision(root: Path = Path(dist_train.__file__).parents[1]) -> str:
     return f"{dist_train.__version__} ({commit})" if commit else dist_train.__version__
 
 
-def launch_environment(revision: str, backend: str, device: torch.device) -> dict[str, str]:
-    """Return names and versions for `status.json`; `backend`: that of the ranks."""
+def launch_environment(revision: str, backend: str, devices: str) -> dict[str, str]:
+    """Return names and versions for `status.json`; `backend` and `devices`: those of the ranks."""
     return {
         "dist_train": revision,
         "Python": platform.python_version(),
@@ -400,7 +418,7 @@ def launch_environment(revision: str, backend: str, device: torch.device) -> dic
         "Horovod": installed_version("horovod") or "not installed",
         "MPI": (loaded_mpi_version() or "unknown") if backend == "mpi" else f"not used ({backend})",
         "NumPy": np.__version__,
-        "device": device_name(device),
+        "device": devices,
     }
 
 

@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 def test_the_versions_are_those_of_what_computes() -> None:
     horovod_build()  # loads MPI, as a launch over MPI does
-    assert launch_environment("1.0 (abc)", "mpi", CPU) == {
+    assert launch_environment("1.0 (abc)", "mpi", "a card, another") == {
         "dist_train": "1.0 (abc)",
         "Python": platform.python_version(),
         "torch": torch.__version__,
@@ -36,13 +36,13 @@ def test_the_versions_are_those_of_what_computes() -> None:
         "Horovod": metadata.version("horovod"),
         "MPI": mpi_library(),
         "NumPy": np.__version__,
-        "device": device_name(CPU),
+        "device": "a card, another",
     }
 
 
 @pytest.mark.parametrize("controller", ["gloo", "alone"])
 def test_mpi_that_does_not_carry_the_ranks_is_not_told_as_used(controller: str) -> None:
-    assert launch_environment("", controller, CPU)["MPI"] == f"not used ({controller})"
+    assert launch_environment("", controller, "")["MPI"] == f"not used ({controller})"
 
 
 def test_the_loaded_mpi_is_the_one_that_mpi4py_describes() -> None:
@@ -58,7 +58,7 @@ def test_an_mpi_that_does_not_tell_its_version_is_unknown_and_no_fault(
     files = frozenset({tmp_path / "libmpi.so.40 (deleted)", Path(_ctypes.__file__)})
     monkeypatch.setattr(inspection, "loaded_mpi_libraries", lambda: files)
     assert loaded_mpi_version() == ""
-    assert launch_environment("", "mpi", CPU)["MPI"] == "unknown"
+    assert launch_environment("", "mpi", "")["MPI"] == "unknown"
 
 
 def test_a_package_that_is_missing_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,7 +66,7 @@ def test_a_package_that_is_missing_is_told_so(monkeypatch: pytest.MonkeyPatch) -
         raise metadata.PackageNotFoundError(package)
 
     monkeypatch.setattr(metadata, "version", missing)
-    assert launch_environment("", "alone", CPU)["Horovod"] == "not installed"
+    assert launch_environment("", "alone", "")["Horovod"] == "not installed"
 
 
 def test_a_processor_has_its_name_or_else_its_architecture(tmp_path: Path) -> None:
@@ -85,7 +85,19 @@ def test_a_gpu_has_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_run_records_what_it_ran_on(tmp_path: Path) -> None:
     train(small_config(), tmp_path)
     recorded = json.loads((tmp_path / "status.json").read_text())["environment"]
-    assert recorded == launch_environment(revision(), "alone", CPU)
+    assert recorded == launch_environment(revision(), "alone", device_name(CPU))
+
+
+def test_a_resume_on_a_device_of_another_model_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train(small_config(), tmp_path)
+    path = tmp_path / "status.json"
+    status = json.loads(path.read_text())
+    status["environment"]["device"] = "another model"
+    path.write_text(json.dumps(status))
+    for epochs, warnings in ((2, 0), (4, 1), (6, 1)):  # the first has nothing to do
+        assert train(small_config(run={"epochs": epochs}), tmp_path).state == "finished"
+        assert caplog.text.count("devices differ") == warnings
+    assert f"({device_name(CPU)}; before: another model)" in caplog.text
 
 
 def test_a_launch_that_fails_before_it_trains_leaves_what_the_one_before_recorded(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -102,7 +103,7 @@ class Told(Observer):
 
 
 def begun(
-    folder: Path, comm: SimulatedRanks | Alone, *, going_on: bool = False, **settings: Any
+    folder: Path, comm: SimulatedRanks | Alone, /, *, going_on: bool = False, **settings: Any
 ) -> tuple[Session, Told]:
     told, config, directory = Told(), small_config(**settings), RunDirectory(folder)
     if comm.rank == 0:
@@ -192,6 +193,29 @@ def test_all_ranks_of_a_launch_know_when_it_began_and_a_rank_that_joins_learns_i
     before = time.time()
     first, joined = results(2, launch)
     assert before < first == joined
+
+
+@pytest.mark.parametrize(("reduction", "warnings"), [("exact", 1), ("float", 0)])
+def test_devices_of_different_models_are_warned_of_where_the_bits_are_to_be_the_same(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    reduction: str,
+    warnings: int,
+) -> None:
+    device = threading.local()  # of each rank
+    monkeypatch.setattr("dist_train.launching.session.device_name", lambda _: device.name)
+
+    def launch(comm: SimulatedRanks) -> list[str]:
+        device.name = ("this card", "that card")[comm.rank]
+        session, _ = begun(tmp_path / "run", comm, comm={"reduction": reduction})
+        recorded = [session.status.current.environment["device"]] if session.status else []
+        device.name = "this card"  # as if another rank had joined
+        session.note_generation(("here", "here"))
+        return recorded + ([session.status.current.environment["device"]] if session.status else [])
+
+    assert results(2, launch) == [["that card, this card", "this card"], []]
+    assert caplog.text.count("devices differ") == warnings
 
 
 @pytest.mark.parametrize(("norm", "warnings"), [("ghost", 1), ("sync", 0)])
