@@ -103,7 +103,7 @@ def _deterministic_algorithms() -> tuple[bool, bool]:
 
 @contextmanager
 def restoring_torch() -> Iterator[None]:
-    """Restore what `set_up_compute` changes of torch for the whole process, after the block.
+    """Restore what `set_up_compute` and `choose_device` change of torch for the whole process, after the block.
 
     Within it gradients are recorded, and new tensors are by default float32 and on the CPU, whatever the caller set.
     No autocast of the caller applies: it would cast backward passes even where forward passes disable it, and keep the
@@ -112,6 +112,8 @@ def restoring_torch() -> Iterator[None]:
     cudnn, debugging = torch.backends.cudnn, torch.utils.deterministic
     with ExitStack() as stack:
         stack.callback(torch.set_num_threads, torch.get_num_threads())
+        if torch.cuda.is_initialized():
+            stack.callback(_set_gpu, torch.cuda.current_device())
         mode, warn_only = _deterministic_algorithms()
         stack.callback(_use_deterministic_algorithms, mode, warn_only=warn_only)
         flags = (cudnn, "deterministic"), (cudnn, "benchmark"), (debugging, "fill_uninitialized_memory")
@@ -131,6 +133,11 @@ def restoring_torch() -> Iterator[None]:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_outside_autocast())
         yield
+
+
+def _set_gpu(index: int) -> None:
+    with suppress(RuntimeError):  # of a GPU that has failed, which the error that ends the block says
+        torch.cuda.set_device(index)
 
 
 @contextmanager

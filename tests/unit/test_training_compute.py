@@ -21,7 +21,9 @@ from torch._dynamo import config as dynamo_settings
 from torch.fx import GraphModule
 
 from dist_train import start_up
+from dist_train.cluster import devices
 from dist_train.cluster.communicator import Alone, GroupBrokenError
+from dist_train.cluster.devices import TorchGpus, choose_device
 from dist_train.config import PrecisionSettings
 from dist_train.kernels import operators
 from dist_train.launching.assembly import _with_micro_size
@@ -193,6 +195,34 @@ def test_training_and_evaluating_neither_depend_on_the_caller_s_torch_nor_change
     with restoring_torch():
         assert train(small_config(), tmp_path / "other").state == "finished"
         assert evaluate_stored(tmp_path / "other", "test", [])["loss"] == found["loss"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_caller_s_gpu_is_current_again_after_a_run_and_hides_no_error_of_it(
+    monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    current = [1]
+
+    def set_device(device: torch.device | int) -> None:
+        if fails and device == 1:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        current[0] = device if isinstance(device, int) else device.index
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    monkeypatch.setattr(devices, "torch_gpus", lambda: TorchGpus(torch.__version__, "CUDA 13.0", 4))
+    monkeypatch.setattr(torch, "ones", Mock())
+
+    @restoring_torch()
+    def run() -> None:
+        assert choose_device("cuda", local_rank=3) == torch.device("cuda", 3)
+        assert current == [3]
+        raise UsageError("no more memory", code="out-of-memory")
+
+    with raises(UsageError, "out-of-memory"):
+        run()
+    assert current == [3 if fails else 1]
 
 
 def test_products_are_of_float32_whatever_the_caller_chose() -> None:
