@@ -105,17 +105,23 @@ class CheckpointWriter:
 
     def __post_init__(self) -> None:
         self._copies: dict[str, torch.Tensor] = {}
-        # That of the thread which trains: in a new thread the first GPU is current.
-        self._device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+        # That of the thread which trains, so that copies wait for the update.
+        self._stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
         # One long-lived thread: starting one makes the training wait until the thread has run first.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint-writer")
-        self._thread.submit(lambda: None).result()
+        self._thread.submit(self._make_stream_current).result()
         self._copied = Event()
         self._copied.set()
         self._pending: Future[None] | None = None
         self._results: SimpleQueue[Written | NotWritten] = SimpleQueue()
         # Set when someone waits for the writer: ends the pauses between retries.
         self._awaited = Event()
+
+    def _make_stream_current(self) -> None:
+        """Let this thread, whose GPU is at first the first one, use that of `_stream`, and copy in that stream."""
+        # For good: to go back to the first GPU would take memory there.
+        if self._stream is not None:
+            torch.cuda.set_stream(self._stream)
 
     def submit(self, contents: Contents, best_step: int | None) -> None:
         """Write `contents`, by default in the background: call `wait_until_copied` before the tensors change."""
@@ -163,9 +169,9 @@ class CheckpointWriter:
                 contents = replace(contents, **copies)
             finally:
                 self._copied.set()
-            if self._device is not None:
+            if self._stream is not None:
                 # Not the whole device: that is an error while a CUDA graph is recorded.
-                torch.cuda.current_stream(self._device).synchronize()
+                self._stream.synchronize()
             written = self._write_with_retries(contents, begun)
             if written is None:
                 return

@@ -111,27 +111,34 @@ def test_the_optimizer_may_move_on_also_after_a_fault_in_copying(tmp_path: Path)
     assert list_checkpoints(tmp_path) == []
 
 
-def test_copies_from_a_gpu_are_waited_for_in_its_stream_on_the_gpu_that_trains(
+def test_copies_from_a_gpu_are_made_and_waited_for_in_the_stream_that_trains(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trains = threading.current_thread()
-    waited: list[int | None] = []
+    current = threading.local()  # as in CUDA: a stream of each thread, at first the default one of the first GPU
+    done: list[tuple[str, object]] = []
 
     class Stream:
-        def __init__(self, device: int | None = None) -> None:
-            self.synchronize = lambda: waited.append(device)
+        def synchronize(self) -> None:
+            done.append(("wait", self))
 
+    def copy(writer: CheckpointWriter, name: str, value: object) -> object:
+        done.append(("copy", getattr(current, "stream", "default")))
+        return copy_value(writer, name, value)
+
+    copy_value = CheckpointWriter._copy
+    monkeypatch.setattr(CheckpointWriter, "_copy", copy)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    # As in CUDA, where each thread has a current device of its own, at first device 0.
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2 if threading.current_thread() is trains else 0)
-    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current.stream)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: setattr(current, "stream", stream))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: pytest.fail("fails while a graph is recorded"))
+    trains = current.stream = Stream()
     writer = CheckpointWriter(tmp_path, CheckpointSettings(), nothing)
     writer.submit(contents(1), None)
     writer.close()
     [result] = writer.results()
     assert isinstance(result, Written)
-    assert waited == [2]
+    assert {*done[:-1]} == {("copy", trains)}
+    assert done[-1] == ("wait", trains)
 
 
 def test_submission_does_not_wait_for_the_disk_but_the_next_one_waits_for_its_turn(tmp_path: Path) -> None:
