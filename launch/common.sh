@@ -128,7 +128,7 @@ passed_variables() {
         for name in $(compgen -e); do
             case $name in
                 PATH | LD_LIBRARY_PATH | PYTHONPATH | OMP_NUM_THREADS | MKL_NUM_THREADS) printf '%s\n' "$name" ;;
-                HOROVOD_* | NCCL_* | UCX_* | GLOO_* | TORCH_*) printf '%s\n' "$name" ;;
+                HOROVOD_* | NCCL_* | UCX_* | GLOO_* | TORCH_* | PYTORCH_*) printf '%s\n' "$name" ;;
                 DIST_TRAIN_SETUP | DIST_TRAIN_CACHE | DIST_TRAIN_TRITON | TRITON_CACHE_DIR | XDG_CACHE_HOME) printf '%s\n' "$name" ;;
                 # In a Slurm job the GPU numbers differ by node.
                 CUDA_VISIBLE_DEVICES) [[ -n ${SLURM_JOB_ID:-} ]] || printf '%s\n' "$name" ;;

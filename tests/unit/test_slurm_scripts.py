@@ -298,9 +298,11 @@ def test_the_set_up_file_is_sourced_first_whatever_it_does(programs: str, tmp_pa
 
 
 def test_mpirun_gets_what_ranks_on_other_nodes_need(programs: str) -> None:
-    command = command_of(PATH=programs, LAUNCHER="mpirun", RANKS_PER_NODE="2", NETWORK_INTERFACE="ib0")
+    given = {"NETWORK_INTERFACE": "ib0", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    command = command_of(PATH=programs, LAUNCHER="mpirun", RANKS_PER_NODE="2", **given)
     assert "mpirun -np 4 --map-by ppr:2:node:OVERSUBSCRIBE --bind-to none --stdin none " in command
-    for name in ("DIST_TRAIN_LAUNCH", "OMP_NUM_THREADS", "NCCL_SOCKET_IFNAME", "HOROVOD_GLOO_IFACE", "PATH"):
+    variables = "DIST_TRAIN_LAUNCH", "OMP_NUM_THREADS", "NCCL_SOCKET_IFNAME", "HOROVOD_GLOO_IFACE", "PATH"
+    for name in (*variables, "PYTORCH_CUDA_ALLOC_CONF"):
         assert f" -x {name} " in command
 
 
