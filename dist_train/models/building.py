@@ -18,7 +18,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrizations import _WeightNorm
@@ -34,6 +33,7 @@ from dist_train.models.norms import (
     norm_factory,
     norm_modules,
     norm_parameters,
+    replace_batch_norms,
 )
 from dist_train.outcome import UsageError, did_you_mean
 from dist_train.reproducible import generator, key, seeded_generators
@@ -465,30 +465,10 @@ def _refuse_weights(name: str, options: Mapping[str, Any], *loading: str) -> Non
 
 
 def _with_norm(model: nn.Module, name: str, width: float, norm: NormFactory) -> nn.Module:
-    """Return `model`, called `name`, with each of its batch norms replaced by `norm`.
-
-    Batch norms of timm may contain dropout and an activation, which follow them.
-    """
+    """Return `model`, called `name`, with each of its batch norms replaced by `norm`."""
     if width != 1.0:
         raise UsageError(
             f"model.width does not apply to {name}: set it to 1, and the width by model.options", code="library-model"
         )
-    for path, module in list(model.named_modules()):
-        if isinstance(module, _BatchNorm):
-            replacement = norm(module.num_features, least=VECTOR_GROUP if isinstance(module, nn.BatchNorm1d) else 2)
-            if isinstance(replacement, GroupedBatchNorm):
-                replacement.epsilon = module.eps
-            for child_name, child in module.named_children():
-                replacement.add_module(child_name, child)
-            if list(module.children()):
-                replacement.register_forward_hook(_apply_children)
-            parent, _, last = path.rpartition(".")
-            setattr(model.get_submodule(parent), last, replacement)
+    replace_batch_norms(model, norm)
     return model
-
-
-def _apply_children(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    """Return the output of a forward hook: that of `module`, then passed through its children in order."""
-    for child in module.children():
-        output = child(output)
-    return output

@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from dist_train.config import ModelSettings
 from dist_train.models.norm_arithmetic import SumOverRanks, normalize
@@ -177,6 +177,28 @@ def norm_factory(settings: ModelSettings) -> NormFactory:
                 return nn.Identity()
 
     return build
+
+
+def replace_batch_norms(model: nn.Module, norm: NormFactory) -> None:
+    """Replace each batch norm of `model` by `norm`; those of timm may contain dropout and an activation, which stay."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, _BatchNorm):
+            replacement = norm(module.num_features, least=VECTOR_GROUP if isinstance(module, nn.BatchNorm1d) else 2)
+            if isinstance(replacement, GroupedBatchNorm):
+                replacement.epsilon = module.eps
+            for child_name, child in module.named_children():
+                replacement.add_module(child_name, child)
+            if list(module.children()):
+                replacement.register_forward_hook(_apply_children)
+            parent, _, last = path.rpartition(".")
+            setattr(model.get_submodule(parent), last, replacement)
+
+
+def _apply_children(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """Return the output of a forward hook: that of `module`, then passed through its children in order."""
+    for child in module.children():
+        output = child(output)
+    return output
 
 
 _LIMIT = STATISTICS.limit / 4096  # no sum of a global batch, of at most 4096 groups, leaves the range
