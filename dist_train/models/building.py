@@ -176,6 +176,12 @@ def _network(settings: ModelSettings, images: ImageFormat, channels_last: bool) 
         with torch.no_grad():
             outputs[""] = model.eval()(blank)
         model.train()
+    if blank._version:
+        raise UsageError(
+            f"{settings.name} changes its input in place, though an update may use it several times: write for example "
+            f"x = x - mean, not x.sub_(mean)",
+            code="plugin-result",
+        )
     for mode, logits in outputs.items():
         is_tensor = isinstance(logits, Tensor)
         if not is_tensor or logits.shape != (_TRIAL_SAMPLES, images.classes) or not logits.is_floating_point():

@@ -197,6 +197,8 @@ class Network(nn.Module):
     def forward(self, images: Tensor) -> object:
         if self.training:
             self.passes += 1
+        if self.kind == "in-place" or (self.kind == "in-place-in-evaluation" and not self.training):
+            images[:, 0].sub_(0.5)
         if self.kind == "view":
             images = self.extra(images).view(len(images), 3 * 32 * 32)
         features = self.stem(images.flatten(1)) * self.random
@@ -249,6 +251,8 @@ def network(images: ImageFormat, width: float, norm: NormFactory, options: dict[
         "frozen",
         "norm-unused",
         "norm-twice",
+        "in-place",
+        "in-place-in-evaluation",
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_the_run(kind: str) -> None:
