@@ -29,7 +29,7 @@ from dist_train.data.plan import BatchPlan
 from dist_train.models import build_model
 from dist_train.models.norms import BatchStatistics, collect_statistics, norm_modules
 from dist_train.outcome import DivergedError, OutOfMemoryError, UsageError, check_choice
-from dist_train.reproducible import generator
+from dist_train.reproducible import LayerRng, generator
 from dist_train.rundir.atomic import finite
 from dist_train.training.compute import (
     Compute,
@@ -85,12 +85,14 @@ def evaluate(
     was_training = model.training
     model.eval()
     share = plan.share(comm.rank, comm.size)
+    layer_rng = LayerRng(0, compute.device, of_plugin=True)  # a model may draw in evaluation mode, too
 
     def add_up() -> None:
         batches = samples.read_all(torch.arange(batch.start, batch.stop) for batch in share)
         # Not inference mode: a model may keep a tensor that it then needs in the next update's backward pass.
-        with torch.no_grad(), compute.autocast():
+        with torch.no_grad(), compute.autocast(), layer_rng.preserved():
             for batch, (inputs, labels) in zip(share, batches, strict=True):
+                layer_rng.seed(0, batch.start)
                 logits = model(inputs).double()
                 losses = functional.cross_entropy(logits, labels, reduction="none")
                 sums[0, batch.index] = losses.sum()
@@ -145,10 +147,13 @@ def recompute_statistics(
     was_training = model.training
     collect_statistics(model)
     share = BatchPlan(len(indices), micro_size).share(comm.rank, comm.size)
+    layer_rng = LayerRng(0, compute.device, of_plugin=True)  # a model may draw in evaluation mode, too
 
     def collect() -> None:
-        with torch.no_grad(), compute.autocast():
-            for inputs, _ in samples.read_all(indices[batch.start : batch.stop] for batch in share):
+        batches = samples.read_all(indices[batch.start : batch.stop] for batch in share)
+        with torch.no_grad(), compute.autocast(), layer_rng.preserved():
+            for batch, (inputs, _) in zip(share, batches, strict=True):
+                layer_rng.seed(0, batch.start)
                 model(inputs)
                 statistics.collect(len(inputs))
 

@@ -1,4 +1,7 @@
-"""A network that draws from the global generators in training: dropout, and a block that is skipped or scaled."""
+"""A network that draws from the global generators: in training dropout, and a block that is skipped or scaled.
+
+In evaluations, too: Monte Carlo dropout, and factors from Python's and NumPy's generators.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,9 @@ class Drawing(nn.Module):
         if self.training:
             kept.bernoulli_(0.7).mul_(0.5 + random.random()).mul_(0.5 + float(np.random.random()))
             self.masks.append(kept.flatten())
-        features = features + kept * self.after(self.block(features))
+        else:
+            kept = functional.dropout(kept, 0.2).mul_(0.5 + random.random()).mul_(0.5 + float(np.random.random()))
+        features = features + self.after(self.block(kept * features))  # whose statistics depend on the draws
         features = functional.dropout(features.mean((2, 3)), 0.2, self.training)
         logits: Tensor = self.head(features)
         return logits

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable
 from functools import partial
 from itertools import chain
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -107,6 +109,52 @@ def test_what_a_model_keeps_of_an_evaluation_may_be_trained_with() -> None:
     evaluated(Alone(), 7, model)
     model(samples().read(BatchRequest(torch.arange(0, 7)))[0]).sum().backward()
     assert model.layer.weight.grad is not None
+
+
+class OneOfTwo(Alone):
+    """A rank that finds in every sum its own part alone: threads would share the generators, which processes do not."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank, self.size = rank, 2
+
+
+def drawing_model() -> nn.Module:
+    return build_model(small_config(model={"name": "tests.unit.drawing_model:drawing", "width": 1.0}))
+
+
+def seed_all(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+
+
+def drawn() -> tuple[float, float, float]:
+    return float(torch.rand(())), random.random(), float(np.random.random())
+
+
+def test_promise_3_draws_in_evaluation_mode_do_not_depend_on_the_rank() -> None:
+    model = drawing_model()
+    seed_all(1)
+    expected = drawn()
+    seed_all(1)
+    whole, first, second = (evaluated(comm, 7, model).loss for comm in (Alone(), OneOfTwo(0), OneOfTwo(1)))
+    assert first + second == pytest.approx(whole, rel=1e-12)
+    assert drawn() == expected, "the program's own draws are not disturbed"
+
+
+def test_promise_3_draws_of_the_passes_that_recompute_statistics_do_not_depend_on_the_rank() -> None:
+    model, indices = drawing_model(), statistics_samples(60, 40, 16, 0)
+
+    def recomputed(comm: Alone) -> Tensor:
+        recompute_statistics(model, samples(), indices, micro_size=9, compute=CPU, comm=comm)
+        return torch.cat([norm.running_var for norm in norm_modules(model)])
+
+    seed_all(1)
+    expected = drawn()
+    seed_all(1)
+    whole, first, second = (recomputed(comm) for comm in (Alone(), OneOfTwo(0), OneOfTwo(1)))
+    torch.testing.assert_close(first + second, whole, rtol=1e-6, atol=1e-7)
+    assert drawn() == expected
 
 
 def test_it_leaves_the_model_as_it_was() -> None:
