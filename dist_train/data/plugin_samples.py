@@ -7,6 +7,7 @@ are they before the plug-in is called for its data set or transform, which each 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
@@ -60,6 +61,8 @@ class PluginSamples:
                 if isinstance(reference, int):
                     image, labels[index] = self._sample(split, reference)
                     name = f"sample {reference} of {self._settings.name} ({split})"
+                    if augment is not None:  # it may write to the image, a view of the data set's memory
+                        image = image.clone() if isinstance(image, Tensor) else copy.copy(image)
                 else:
                     path = reference if isinstance(reference, str) else reference[3]
                     image, name = self._files.image(reference), f"the image {path}"
@@ -76,7 +79,7 @@ class PluginSamples:
             self._opened[split] = load_data(self._settings, split, self._seed)
         source = self._opened[split]
         if isinstance(source, ImageSet):
-            return source.images[index].clone(), int(source.labels[index])
+            return source.images[index], int(source.labels[index])
         name = f"sample {index} of {self._settings.name} ({split})"
         with _naming(name), failing_clearly(self._settings.name):
             match source[index]:

@@ -78,6 +78,16 @@ def erased(images: Any, options: dict[str, Any]) -> Any:
     return v2.Compose([*steps, v2.RandomErasing(options.get("chance", 0.5))])
 
 
+def inverted(images: Any) -> Any:
+    """Invert an image, a tensor or an array, in place."""
+
+    def invert(image: Any) -> Any:
+        image[:] = 255 - image
+        return image
+
+    return invert
+
+
 def failing(images: Any) -> Any:
     return lambda image: image.no_such_method()
 

@@ -144,6 +144,17 @@ def test_what_is_held_out_of_a_data_set_is_not_trained_on() -> None:
     assert not torch.equal(held, read(splits, [0, 1], None))
 
 
+@pytest.mark.parametrize("held", [torch.full((3, SIZE, SIZE), 55).byte(), np.full((3, SIZE, SIZE), 55, np.uint8)])
+def test_a_transform_that_writes_to_its_image_does_not_change_the_data_set(
+    held: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Drawing, "__getitem__", lambda self, index: (held[:], 0))
+    splits = opened(**OWN, augment=f"{HERE}:inverted")
+    for epoch, pixel in ((0, 200), (1, 200), (None, 55)):
+        assert read(splits, [0], epoch).mul(255).round().unique().tolist() == [pixel]
+    assert held[0, 0, 0] == 55
+
+
 def test_a_subset_is_balanced_by_the_labels_or_the_targets(monkeypatch: pytest.MonkeyPatch) -> None:
     splits = opened(**OWN, train_size=8)
     _, labels = splits.train.read(BatchRequest(torch.arange(8)))
