@@ -28,6 +28,7 @@ from dist_train.report.drawing import draw_learning_curve
 from dist_train.rundir.paths import RunDirectory, in_utf8, run_folder
 from dist_train.rundir.records import EvaluationRecord, Record, TrainRecord, read_records
 from dist_train.rundir.status import Status, load_status
+from dist_train.training.compute import restoring_torch
 from dist_train.training.evaluation import evaluate_stored, stored_config, stored_model
 
 Format = Literal["safetensors", "torch-export", "onnx"]
@@ -77,6 +78,7 @@ class Run:
 
         return pandas.DataFrame(rows)
 
+    @restoring_torch()
     def model(self, step: int | Literal["best"] | None = None, weights: Weights = "raw") -> nn.Module:
         """Return the network of the checkpoint at `step` (default: the last one), in evaluation mode on the CPU.
 
@@ -108,6 +110,7 @@ class Run:
         """
         return evaluate_stored(self.directory.root, split, overrides, weights)
 
+    @restoring_torch()
     def normalization(self) -> ChannelStatistics | None:
         """Return the `mean` and `deviation` of each channel by which `data.normalize` normalizes inputs; None without.
 
@@ -168,6 +171,7 @@ class Export:
     difference: float
 
 
+@restoring_torch()
 def export(target: Path | str, to: Format, output: Path | str | None = None, weights: Weights = "raw") -> Export:
     """Write the model of a checkpoint with clean or averaged weights and norm statistics; `target` as in `evaluate`.
 

@@ -22,6 +22,7 @@ from torch.fx import GraphModule
 
 from dist_train import start_up
 from dist_train.cluster import devices
+from dist_train.api import export, load_run
 from dist_train.cluster.communicator import Alone, GroupBrokenError
 from dist_train.cluster.devices import TorchGpus, choose_device
 from dist_train.config import PrecisionSettings
@@ -223,6 +224,18 @@ def test_the_caller_s_gpu_is_current_again_after_a_run_and_hides_no_error_of_it(
     with raises(UsageError, "out-of-memory"):
         run()
     assert current == [3 if fails else 1]
+@pytest.mark.usefixtures("_callers_own")
+def test_the_model_of_a_run_does_not_depend_on_the_caller_s_torch(tmp_path: Path) -> None:
+    before = settings_of_torch()
+    assert train(small_config(data={"normalize": True}), tmp_path / "run").state == "finished"
+    run = load_run(tmp_path / "run")
+    for tensor in run.model().state_dict().values():
+        assert (tensor.dtype, tensor.device, tensor.is_inference()) == (torch.float32, CPU, False)
+    assert export(tmp_path / "run", "safetensors", tmp_path / "model.safetensors").difference == 0.0
+    found = run.normalization()
+    assert settings_of_torch() == before
+    with restoring_torch():
+        assert found == run.normalization()
 
 
 def test_products_are_of_float32_whatever_the_caller_chose() -> None:
