@@ -28,6 +28,7 @@ from dist_train.report.drawing import RangeTest, read_range_test, write_range_te
 from dist_train.rundir.paths import RANGE_TEST, RunDirectory
 from dist_train.rundir.records import EventRecord, TrainRecord
 from dist_train.rundir.status import record_end
+from dist_train.training.compute import restoring_torch
 
 _ONLY_RECORDS: Mapping[str, object] = {
     "early_stopping.patience": None,
@@ -59,8 +60,9 @@ def learning_rate_range(config: Config, low: float, high: float, updates: int, r
             f"the rate must rise, from above 0, in 2 updates or more: not from {low:g} to {high:g} in {updates}",
             code="option-range",
         )
-    splits = splits_of(with_setting(config, "data.normalize", False))
-    steps_per_epoch = BatchPlan(config.batch.global_size, 1).steps_per_epoch(len(splits.train))
+    with restoring_torch():  # without keeping the data: `train` opens them again
+        samples = len(splits_of(with_setting(config, "data.normalize", False)).train)
+    steps_per_epoch = BatchPlan(config.batch.global_size, 1).steps_per_epoch(samples)
     epochs = -(-updates // steps_per_epoch)
     # The schedule rises on to the end of the last epoch, where the rate must still be a number.
     least = 2 + math.floor(math.log(high / low, sys.float_info.max) * epochs * steps_per_epoch)

@@ -7,14 +7,18 @@ import json
 import math
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy
 import pytest
+import torch
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from dist_train.cli.main import main
-from dist_train.config import load_config
+from dist_train.config import DataSettings, load_config
+from dist_train.data.images import ImageSet
 from dist_train.diagnostics import learning_rate_range
 from dist_train.report import drawing
 from dist_train.report.drawing import draw_learning_curve, range_test
@@ -84,6 +88,26 @@ def test_its_numbers_may_be_numpys(tmp_path: Path) -> None:
     low, high, updates = numpy.float64(0.001), numpy.float32(1.0), numpy.int64(2)
     found = learning_rate_range(config, low, high, updates, tmp_path / "range")  # type: ignore[arg-type]  # NumPy's
     assert found.rates == pytest.approx((0.001, 1.0))
+
+
+MADE: list[tuple[str, weakref.ref[Tensor], int]] = []
+"""The split and the images of each data set that `watched` has made, and how many of its split there were before."""
+
+
+def watched(settings: DataSettings, split: str, seed: int) -> ImageSet:
+    images = torch.randint(256, (64, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    before = sum(made == split and reference() is not None for made, reference, _ in MADE)
+    MADE.append((split, weakref.ref(images), before))
+    return ImageSet(images, torch.arange(64) % 10, 10)
+
+
+def test_it_holds_the_data_set_once(tmp_path: Path) -> None:
+    data = {"name": f"{__name__}:watched", "shape": [1, 8, 8], "classes": 10}
+    config = load_config(write_config(tmp_path, {**SETTINGS, "data": data}))
+    MADE.clear()
+    learning_rate_range(config, 0.001, 1, 2, tmp_path / "range")
+    assert len(MADE) > 2, "to know its size, and to train"
+    assert not any(before for _, _, before in MADE)
 
 
 def test_it_ends_before_where_the_loss_is_not_finite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
