@@ -50,10 +50,12 @@ def build_optimizer(settings: OptimizerSettings, weights: FlatWeights) -> Optimi
             group["initial_lr"] = float(group.get("lr") or 0.0)  # as torch's own schedules name it
             group["lr"] = group["initial_lr"]  # a tensor would be part of the state until the first update
         first, *rates = (group["initial_lr"] for group in optimizer.param_groups)
-        if not first and any(rates):
+        is_multiple = first != settings.learning_rate and settings.learning_rate in rates
+        if is_multiple or (not first and any(rates)):
             raise UsageError(
-                f"the first parameter group of {settings.name} has the rate 0, to which others have no ratio: begin "
-                f"with another group, or freeze these parameters by requires_grad=False in the model",
+                f"the schedule sets the rate of the first parameter group of {settings.name}, here {first:g}, and "
+                f"scales the others alike: begin with the group whose rate is optimizer.learning_rate; freeze "
+                f"parameters by requires_grad=False in the model",
                 code="plugin-result",
             )
         return optimizer

@@ -322,14 +322,18 @@ def test_a_plugin_s_groups_keep_the_ratio_of_their_rates_over_a_resume() -> None
     assert [group["lr"] for group in resumed.param_groups] == pytest.approx([3.0, 0.3])
 
 
-def with_a_first_group_at_rest(settings: OptimizerSettings, groups: Sequence[Group]) -> torch.optim.Optimizer:
+def with_a_first_group_of(
+    settings: OptimizerSettings, groups: Sequence[Group], options: dict[str, float]
+) -> torch.optim.Optimizer:
     parts: list[dict[str, Any]] = [{"params": group.parameters} for group in groups]
-    parts[0]["lr"] = 0.0
+    parts[0]["lr"] = options["factor"] * settings.learning_rate
     return torch.optim.SGD(parts, lr=settings.learning_rate)
 
 
-def test_a_first_group_of_rate_0_that_others_would_need_a_ratio_to_is_refused() -> None:
-    settings = OptimizerSettings(name=f"{__name__}:with_a_first_group_at_rest", exclude=("bias", "norm"))
+@pytest.mark.parametrize("factor", [0.0, 0.1, 10.0])
+def test_a_first_group_with_another_rate_than_that_of_the_settings_which_others_have_is_refused(factor: float) -> None:
+    name, options = f"{__name__}:with_a_first_group_of", {"factor": factor}
+    settings = OptimizerSettings(name=name, options=options, exclude=("bias", "norm"))
     with raises(UsageError, code="plugin-result"):
         build_optimizer(settings, FlatWeights(a_model()))
 
