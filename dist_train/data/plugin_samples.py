@@ -102,7 +102,10 @@ class PluginSamples:
         return image, number
 
     def _checked_pixels(self, image: Any, name: str) -> NDArray[np.uint8]:
-        """Return the pixels [C, H, W] of an image that a plug-in returned; raise UsageError if their form is wrong."""
+        """Return the pixels [C, H, W] of a plug-in's PIL image, array or tensor, the last two also [H, W, C] or [H, W].
+
+        Raises UsageError if their form is wrong.
+        """
         if isinstance(image, Image.Image) and image.mode in _NOT_COLOURS:
             raise UsageError(
                 f"{name} is a PIL image of mode {image.mode}, whose values are not colours: return "
@@ -117,9 +120,8 @@ class PluginSamples:
                 f"image, or uint8 of {list(self._shape)}",
                 code="plugin-data-form",
             ) from error
-        is_tensor = isinstance(image, Tensor)
-        pixels = returned[None] if is_tensor else channels_first(returned[None], self._shape)
-        if pixels is None or pixels.shape[1:] != self._shape or pixels.dtype != np.uint8:
+        pixels = channels_first(returned[None], self._shape)
+        if pixels is None or pixels.dtype != np.uint8:
             fix = "set data.shape or data.image_size accordingly, or resize it in the plug-in"
             if returned.dtype != np.uint8:
                 fix = "return pixels from 0 to 255, without ToTensor, ToDtype and Normalize: see data.normalize"

@@ -97,8 +97,9 @@ def floats(images: Any) -> Any:
 
 
 def as_array(images: Any, options: dict[str, Any]) -> Any:
-    """Return the image as a NumPy array with its axes in the order of the option `axes`."""
-    return lambda image: image.numpy().transpose(options["axes"])
+    """Return the image with its axes in the order of the option `axes`, as a NumPy array or a tensor."""
+    convert = torch.from_numpy if options.get("as_tensor") else np.asarray
+    return lambda image: convert(image.numpy().transpose(options["axes"]))
 
 
 def nothing(images: Any) -> None:

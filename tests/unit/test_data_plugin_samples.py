@@ -284,16 +284,26 @@ def test_an_image_whose_values_are_not_colours_is_refused(mode: str, monkeypatch
     assert "convert('L')" in str(refused.value)
 
 
-def test_arrays_may_have_their_channels_first_or_last() -> None:
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_arrays_and_tensors_may_have_their_channels_first_or_last(as_tensor: bool) -> None:
     shape = (3, SIZE, SIZE + 1)
     values: dict[str, Any] = {"name": "synthetic", "synthetic_shape": shape, "synthetic_samples": 8}
     expected = read(opened(**values), [0, 1], 0)
-    for axes in ([0, 1, 2], [1, 2, 0]):
-        arrays = opened(**values, augment=f"{HERE}:as_array", augment_options={"axes": axes})
-        assert torch.equal(read(arrays, [0, 1], 0), expected)
+
+    def with_axes(*axes: int) -> Splits:
+        return opened(**values, augment=f"{HERE}:as_array", augment_options={"axes": axes, "as_tensor": as_tensor})
+
+    for axes in ((0, 1, 2), (1, 2, 0)):
+        assert torch.equal(read(with_axes(*axes), [0, 1], 0), expected)
     with raises(UsageError, "plugin-data-form") as refused:
-        opened(**values, augment=f"{HERE}:as_array", augment_options={"axes": [0, 2, 1]})
+        with_axes(0, 2, 1)
     assert f"uint8 of {[3, SIZE + 1, SIZE]}, not uint8 of {list(shape)}" in str(refused.value)
+
+
+@pytest.mark.parametrize("image", [np.full((SIZE, SIZE), 7, np.uint8), torch.full((SIZE, SIZE), 7).byte()])
+def test_a_grey_image_needs_no_axis_of_channels(image: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Drawing, "__getitem__", lambda self, index: (image, 0))
+    assert read(opened(**{**OWN, "shape": (1, SIZE, SIZE)}), [0], None).shape == (1, 1, SIZE, SIZE)
 
 
 def test_the_documented_transform_works(root: Path, tmp_path: Path) -> None:
