@@ -91,7 +91,9 @@ class Run:
             UsageError: there is no such checkpoint, it is damaged, or it holds no average.
         """
         contents = read_stored(self._target(step)).contents
-        return stored_model(contents, stored_config(contents, ()), weights).eval()
+        model = stored_model(contents, stored_config(contents, ()), weights)
+        model.eval()  # not to be chained: `train` of a model of one's own may return nothing
+        return model
 
     def checkpoint(self, step: int | Literal["best"] | None = None) -> Path:
         """Return the checkpoint at `step` (default: the last one), or the "best". Raises UsageError without one."""
@@ -191,7 +193,8 @@ def export(target: Path | str, to: Format, output: Path | str | None = None, wei
     stored = read_stored(Path(target))
     contents = stored.contents
     config = stored_config(contents, ())
-    model = stored_model(contents, config, weights).eval()
+    model = stored_model(contents, config, weights)
+    model.eval()
     suffix, write = _FORMATS[to]
     # not run.name, which all runs with --run-dir may share
     name = RunDirectory.of_checkpoint(stored.path.resolve()).root.name

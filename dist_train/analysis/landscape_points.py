@@ -147,7 +147,8 @@ class PointEvaluator:
         self._splits = [list(split) for split in splits]
         self._statistics_batches = statistics_batches
         self._compute = compute
-        model = copy.deepcopy(model).to(compute.device).eval()
+        model = copy.deepcopy(model).to(compute.device)
+        model.eval()
         self._weights = FlatWeights(model)
         self._statistics = _running(model)
         batches = max(sum(map(len, self._splits)), len(statistics_batches))

@@ -27,8 +27,8 @@ from dist_train.config import Config, ImageFormat, ModelSettings
 from dist_train.config.plugins import call_plugin, failing_clearly
 from dist_train.models.norms import (
     VECTOR_GROUP,
-    GroupedBatchNorm,
     NormFactory,
+    check_norms,
     collect_statistics,
     norm_factory,
     norm_modules,
@@ -170,11 +170,13 @@ def _network(settings: ModelSettings, images: ImageFormat, channels_last: bool) 
     _check_buffers(model, settings.name)
     blank = _blank(images, channels_last)
     with failing_clearly(settings.name), _noting_layer(model):
+        model.train()  # not to be chained: a method `train` of the model's own may return nothing
         with torch.enable_grad(), restoring_buffers(model):
-            outputs = {" in training": model.train()(blank)}
+            outputs = {" in training": model(blank)}
+        model.eval()
         # Last: a model that stores activations could not be copied with those of a graph.
         with torch.no_grad():
-            outputs[""] = model.eval()(blank)
+            outputs[""] = model(blank)
         model.train()
     if blank._version:
         raise UsageError(
@@ -261,12 +263,15 @@ def check_training(model: nn.Module, config: Config) -> None:
         more = _blank(config.data.image_format, config.precision.channels_last, 2 * _TRIAL_SAMPLES)
         shapes = {path: value.shape for path, value in model.state_dict().items()}
         with restoring_buffers(model) as changed:
-            logits = model.train()(more)
+            model.train()
+            logits = model(more)
             _check_shapes(model, name, shapes)
             _check_gradients(model, name, logits)
         with restoring_buffers(model), torch.no_grad():
-            model.eval()(more)
+            model.eval()
+            model(more)
             _check_shapes(model, name, shapes)
+            _check_single(model, name, config.data.image_format.classes, images[:1])
             model.train()
         for norm in norm_modules(model):
             norm.seen.clear()
@@ -274,7 +279,7 @@ def check_training(model: nn.Module, config: Config) -> None:
             collect_statistics(model)
             with torch.no_grad():
                 model(images)
-            _check_norms(model, name, " of an evaluation")
+            check_norms(model, name, " of an evaluation", samples=_TRIAL_SAMPLES)
             model.train()
     if (logits >= 0).all() and (logits.float().sum(1) - 1).abs().max() < _NEAR:
         _logger.warning("%s seems to end in softmax: leave it out, since the loss, cross entropy, contains it", name)
@@ -284,6 +289,21 @@ def check_training(model: nn.Module, config: Config) -> None:
             "ranks, and model.norm_statistics does not apply to them; build norms by norm(channels)",
             name,
             ", ".join(changed[:_MAX_NAMES]),
+        )
+
+
+def _check_single(model: nn.Module, name: str, classes: int, image: Tensor) -> None:
+    """Raise UsageError unless a plug-in's `model` takes one `image`, as the last batch of an evaluation may be."""
+    try:
+        logits = model(image)
+    except Exception as error:
+        error.add_note("(given a single image)")
+        raise
+    if logits.shape != (1, classes):
+        raise UsageError(
+            f"{name} gives logits of {list(logits.shape)}, not [1, {classes}], for a single image: write x.flatten(1) "
+            f"instead of x.squeeze()",
+            code="plugin-result",
         )
 
 
@@ -347,7 +367,7 @@ def _check_trainable(model: nn.Module, name: str) -> None:
                 f"get_extra_state): ranks and checkpoints share parameters and buffers; register it as a buffer",
                 code="plugin-result",
             )
-    _check_norms(model, name, "")
+    check_norms(model, name, "", samples=_TRIAL_SAMPLES)
 
 
 def _check_buffers(model: nn.Module, name: str) -> None:
@@ -360,26 +380,6 @@ def _check_buffers(model: nn.Module, name: str) -> None:
             form = "expanded, one value for many elements: register its .contiguous()"
         if form:
             raise UsageError(f"the buffer {path} of {name} is {form}", code="plugin-result")
-
-
-def _check_norms(model: nn.Module, name: str, mode: str) -> None:
-    """Raise UsageError if the last forward pass did not use each norm of `model` once; forget what they have seen."""
-    for path, norm in model.named_modules():
-        if not isinstance(norm, GroupedBatchNorm):
-            continue
-        if len(norm.seen) != 1:
-            raise UsageError(
-                f"{name} uses its norm {path} {len(norm.seen)} times in a forward pass{mode}: build one for each use, "
-                f"or set model.norm=group",
-                code="plugin-result",
-            )
-        if norm.group_size is not None and sum(norm.seen[0].sizes) != _TRIAL_SAMPLES:
-            raise UsageError(
-                f"{name} has a norm over more than the samples, of which ghost norm cannot make groups: set "
-                f"model.norm=batch or group",
-                code="plugin-result",
-            )
-        norm.seen.clear()
 
 
 def initialize(model: nn.Module, seed: int) -> None:

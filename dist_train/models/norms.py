@@ -98,6 +98,31 @@ def collect_statistics(model: nn.Module) -> None:
         norm.training = True  # not train(), which would reach the dropout that a norm of timm contains
 
 
+def check_norms(model: nn.Module, name: str, mode: str, *, samples: int) -> None:
+    """Raise UsageError if the last forward pass, of `samples`, did not use each norm of `model`, called `name`, once.
+
+    Forget what they have seen.
+    """
+    for path, norm in model.named_modules():
+        if not isinstance(norm, GroupedBatchNorm):
+            continue
+        if len(norm.seen) != 1:
+            fix = "build one for each use, or set model.norm=group"
+            if not norm.seen:
+                fix = "use it in every pass or, in a part that stays in evaluation mode, nn.BatchNorm2d instead"
+            raise UsageError(
+                f"{name} uses its norm {path} {len(norm.seen)} times in a forward pass{mode}: {fix}",
+                code="plugin-result",
+            )
+        if norm.group_size is not None and sum(norm.seen[0].sizes) != samples:
+            raise UsageError(
+                f"{name} has a norm over more than the samples, of which ghost norm cannot make groups: set "
+                f"model.norm=batch or group",
+                code="plugin-result",
+            )
+        norm.seen.clear()
+
+
 def join_relus(model: nn.Module) -> None:
     """Fuse each ReLU after a norm in an `nn.Sequential` into the norm: one pass over memory less.
 

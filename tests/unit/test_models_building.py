@@ -7,7 +7,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any, Self, get_args
 
 import numpy as np
 import pytest
@@ -194,6 +194,12 @@ class Network(nn.Module):
         if kind.startswith("mask"):
             self.register_buffer("mask", torch.ones(1, 1), persistent=kind != "mask-not-saved")
 
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        if self.kind == "norm-at-rest":
+            self.norm.eval()
+        return None if self.kind == "train-returns-nothing" else self  # type: ignore[return-value]  # a usual mistake
+
     def forward(self, images: Tensor) -> object:
         if self.training:
             self.passes += 1
@@ -223,6 +229,11 @@ class Network(nn.Module):
         if self.kind == "assigned" and self.training:
             self.random = 0.9 * self.random
         logits = self.head(features)
+        if self.kind == "squeezed":
+            logits = logits.squeeze()
+        if self.kind == "standardized":
+            features = features.squeeze()
+            logits = logits - features.mean(1, keepdim=True)
         if self.kind == "softmax":
             return logits.softmax(1)
         if self.kind == "complex-logits":
@@ -250,6 +261,7 @@ def network(images: ImageFormat, width: float, norm: NormFactory, options: dict[
         "unsaved",
         "frozen",
         "norm-unused",
+        "norm-at-rest",
         "norm-twice",
         "in-place",
         "in-place-in-evaluation",
@@ -376,6 +388,21 @@ def test_gradients_that_arrive_in_parts_or_are_sparse_are_refused(kind: str) -> 
     with raises(UsageError, code="plugin-result") as refused:
         tried(kind)
     assert "the gradient of extra." in str(refused.value)
+
+
+@pytest.mark.parametrize(("kind", "code"), [("squeezed", "plugin-result"), ("standardized", "plugin-failed")])
+def test_a_model_that_cannot_take_a_single_image_is_refused(kind: str, code: str) -> None:
+    built(f"{HERE}:network", options={"kind": kind})
+    with raises(UsageError, code=code) as refused:
+        tried(kind)
+    assert "single image" in str(refused.value)
+    assert f"{HERE}:network" in str(refused.value)
+
+
+def test_the_method_train_of_a_model_may_return_nothing() -> None:
+    model = tried("train-returns-nothing")
+    assert model.training
+    assert not any(norm.seen for norm in norm_modules(model))
 
 
 @pytest.mark.parametrize("kind", ["mask", "mask-in-training", "mask-in-evaluation"])

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
 
-from dist_train.api import Format, export
+from dist_train.analysis.landscape_points import PointEvaluator, place_of
+from dist_train.api import Format, Run, export
 from dist_train.checkpoint.files import find_checkpoint, list_checkpoints, read_checkpoint
 from dist_train.cluster.communicator import Alone, Communicator
 from dist_train.config import Config, ImageFormat
@@ -22,9 +23,10 @@ from dist_train.data.loader import open_splits
 from dist_train.models import build_model
 from dist_train.optim.averaging import mean_of
 from dist_train.outcome import ExitCode, UsageError
+from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.status import StatusFile
 from dist_train.training import evaluation
-from dist_train.training.compute import set_up_compute
+from dist_train.training.compute import Compute, set_up_compute
 from dist_train.training.evaluation import evaluate_stored, stored_config, stored_model
 from tests.raising import raises
 from tests.unit.checkpoint_files import write
@@ -151,6 +153,28 @@ def test_tied_parameters_are_averaged_and_exported_under_both_names(
     written = load_file(averaged)
     assert torch.equal(written["2.weight"], expected)
     assert torch.equal(written["4.weight"], expected)
+
+
+class Silent(nn.Sequential):
+    """A network whose method `train` returns nothing, a usual mistake."""
+
+    def train(self, mode: bool = True) -> None:  # type: ignore[override]
+        super().train(mode)
+
+
+def silent(images: ImageFormat, width: float, norm: object) -> nn.Module:
+    return Silent(nn.Flatten(), nn.Linear(math.prod(images.shape), images.classes), nn.Dropout())
+
+
+def test_a_model_whose_method_train_returns_nothing_is_trained_exported_and_moved(tmp_path: Path) -> None:
+    build_trainer(small_config(model={"name": f"{__name__}:silent"}), tmp_path, Alone()).run()
+    assert export(tmp_path, "safetensors", tmp_path / "model").difference == 0
+    model = Run(RunDirectory(tmp_path)).model()
+    assert not any(module.training for module in model.modules())
+    batch = torch.zeros(2, *small_config().data.image_format.shape), torch.tensor([0, 1])
+    evaluator = PointEvaluator(model, [[batch]], [], Compute(torch.device("cpu"), torch.float32))
+    [measured] = evaluator.evaluate(place_of(model))
+    assert measured.loss == pytest.approx(functional.cross_entropy(model(batch[0]), batch[1]).item(), rel=1e-6)
 
 
 def test_an_export_is_named_after_the_folder_of_its_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
