@@ -140,6 +140,15 @@ class LayerRng:
         if self._of_plugin:
             _seed_others(number)
 
+    def has_drawn(self, step: int, start: int) -> bool:
+        """Whether anything has been drawn since `seed(step, start)`, after which the generators are seeded so again."""
+        found = []
+        for _ in range(2):
+            draws = [float(torch.rand((), generator=each, device=each.device)) for each in self._generators]
+            found.append((draws, random.random(), numpy.random.random()))
+            self.seed(step, start)
+        return found[0] != found[1]
+
     @contextmanager
     def of_update(self, step: int) -> Iterator[None]:
         """Seed the generators for the block, in which a plug-in's optimizer makes an update, and restore them after."""

@@ -31,7 +31,7 @@ from dist_train.data.loader import SampleSource, open_splits
 from dist_train.models.norms import BatchStatistics, GroupedBatchNorm, collect_statistics, norm_modules
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import UsageError
-from dist_train.reproducible import generator
+from dist_train.reproducible import LayerRng, generator
 from dist_train.training.compute import Compute, fitting_memory, set_up_compute
 from dist_train.training.evaluation import statistics_samples, stored_config, stored_model
 
@@ -105,7 +105,11 @@ def cross_entropy_sum(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tens
 
 
 class Replicas:
-    """Copies of a network, one per thread, that share its tensors: a forward pass may store something in a module."""
+    """Copies of a network, one per thread, that share its tensors: a forward pass may store something in a module.
+
+    A network that draws random numbers, as Monte Carlo dropout does in evaluations, draws the same for a batch in every
+    pass over it: threads share the global generators, so that a single one computes then.
+    """
 
     def __init__(self, model: nn.Module, threads: int) -> None:
         shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
@@ -113,6 +117,8 @@ class Replicas:
         self._free = SimpleQueue[nn.Module]()
         for each in self.models:
             self._free.put(each)
+        self._rng = LayerRng(0, next(model.parameters()).device, of_plugin=True)
+        self._draws: bool | None = None  # unknown before the first pass
 
     def map(self, work: Callable[[nn.Module, Batch], Result], batches: Sequence[Batch]) -> list[Result]:
         """Return the result of `work` for each batch, in order; each replica takes the next untaken batch."""
@@ -124,11 +130,19 @@ class Replicas:
             finally:
                 self._free.put(model)
 
-        with fitting_memory("a batch", "set a smaller --batch-size"):
-            if len(self.models) == 1:
-                return [run(batch) for batch in batches]
+        def run_seeded(number: int) -> Result:
+            self._rng.seed(0, number)
+            return run(batches[number])
+
+        with fitting_memory("a batch", "set a smaller --batch-size"), self._rng.preserved():
+            results: list[Result] = []
+            if self._draws is None:
+                results.append(run_seeded(0))
+                self._draws = self._rng.has_drawn(0, 0)
+            if self._draws or len(self.models) == 1:
+                return results + [run_seeded(number) for number in range(len(results), len(batches))]
             with ThreadPoolExecutor(len(self.models)) as pool:
-                return list(pool.map(run, batches))
+                return results + list(pool.map(run, batches[len(results) :]))
 
 
 class PointEvaluator:

@@ -27,6 +27,7 @@ from dist_train.analysis.landscape_points import (
     place_of,
     variances_of,
 )
+from dist_train.analysis.subset_loss import SubsetLoss
 from dist_train.checkpoint.files import Contents, Stored
 from dist_train.cluster.communicator import Alone
 from dist_train.config import Config, dump_config
@@ -58,8 +59,11 @@ def batches(samples: int, size: int) -> list[Batch]:
     ]
 
 
-def network() -> nn.Module:
-    model = build_model(small_config())
+DRAWING = {"name": "tests.unit.drawing_model:drawing", "width": 1.0}
+
+
+def network(settings: Mapping[str, Any] | None = None) -> nn.Module:
+    model = build_model(small_config(model=settings or {}))
     with torch.no_grad():
         for norm in norm_modules(model):
             norm.running_mean += 0.1
@@ -124,8 +128,9 @@ def test_the_loss_of_a_confident_network_is_that_of_an_evaluation() -> None:
 
 @pytest.mark.parametrize("threads", [2, 3])
 @pytest.mark.parametrize("recomputes", [True, False])
-def test_threads_do_not_change_a_bit(threads: int, recomputes: bool) -> None:
-    model = network()
+@pytest.mark.parametrize("settings", [{}, DRAWING], ids=["plain", "drawing"])
+def test_threads_do_not_change_a_bit(threads: int, recomputes: bool, settings: Mapping[str, Any]) -> None:
+    model = network(settings)
     train, test = batches(130, 16), batches(50, 16)
     statistics = batches(60, 12) if recomputes else []
     origin = place_of(model)
@@ -135,6 +140,19 @@ def test_threads_do_not_change_a_bit(threads: int, recomputes: bool) -> None:
         places = [Place(origin.weights * scale, origin.statistics) for scale in (1.0, 0.9, 1.2)]
         found.append([evaluator.evaluate(place) for place in places])
     assert found[0] == found[1]
+
+
+def test_passes_over_the_same_batches_draw_the_same_and_leave_the_generators_as_they_were() -> None:
+    model = network(DRAWING)
+    evaluator = PointEvaluator(model, [batches(130, 16)], [], COMPUTE, threads=2)
+    loss = SubsetLoss(network(DRAWING).eval(), batches(50, 16), threads=2)
+    torch.manual_seed(1)
+    expected = torch.rand(())
+    torch.manual_seed(1)
+    for _ in range(2):
+        assert evaluator.evaluate(place_of(model)) == evaluator.evaluate(place_of(model))
+        assert loss.value_at_flat(loss.clean) == loss.value_and_gradient(loss.point())[0]
+    assert torch.equal(torch.rand(()), expected)
 
 
 def test_recomputed_statistics_are_those_that_training_recomputes() -> None:
