@@ -261,7 +261,6 @@ def network(images: ImageFormat, width: float, norm: NormFactory, options: dict[
         "unsaved",
         "frozen",
         "norm-unused",
-        "norm-at-rest",
         "norm-twice",
         "in-place",
         "in-place-in-evaluation",
@@ -278,6 +277,12 @@ def test_a_buffer_that_cannot_be_overwritten_is_refused_by_name(kind: str, fix: 
         built(f"{HERE}:network", options={"kind": kind})
     assert "the buffer other of" in str(refused.value)
     assert fix in str(refused.value)
+
+
+def test_a_norm_that_stays_in_evaluation_mode_is_refused_with_what_to_use_instead() -> None:
+    with raises(UsageError, code="plugin-result") as refused:
+        built(f"{HERE}:network", options={"kind": "norm-at-rest"})
+    assert "nn.BatchNorm2d" in str(refused.value)
 
 
 def test_buffers_may_get_their_size_from_the_first_images() -> None:
