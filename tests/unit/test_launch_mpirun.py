@@ -85,9 +85,9 @@ def test_ranks_start_on_a_terminal_without_a_name(tmp_path: Path) -> None:
     (tmp_path / "tty").chmod(0o755)
     terminal, end = pty.openpty()
     try:
-        command = f'. {ROOT}/launch/common.sh; set_rank_environment 1; echo "${{rank_environment[*]}}" >{tmp_path}/out'
+        command = f'. launch/common.sh; set_rank_environment 1; echo "${{rank_environment[*]}}" >{tmp_path}/out'
         variables = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-        ended = subprocess.run(["bash", "-euc", command], env=variables, stdout=end, timeout=PATIENCE)
+        ended = subprocess.run(["bash", "-euc", command], cwd=ROOT, env=variables, stdout=end, timeout=PATIENCE)
     finally:
         os.close(terminal)
         os.close(end)
@@ -101,9 +101,9 @@ def test_advice_for_another_python_fits_the_installation(is_checkout: bool, tmp_
         (tmp_path / "Makefile").touch()
     (tmp_path / "python3").write_text("#!/bin/sh\nexit 1\n")
     (tmp_path / "python3").chmod(0o755)
-    command = ["bash", "-c", f". {ROOT}/launch/common.sh && root={tmp_path} && find_programs"]
+    command = ["bash", "-c", f". launch/common.sh && root={tmp_path} && find_programs"]
     variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    ended = subprocess.run(command, env=variables, capture_output=True, text=True)
+    ended = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
     assert ended.returncode == 1
     assert ("make setup" in ended.stderr, "set DIST_TRAIN_PYTHON" in ended.stderr) == (is_checkout, not is_checkout)
 
@@ -113,8 +113,9 @@ def test_ranks_share_the_cores_that_python_counts(ranks: int, threads: int, tmp_
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\necho 6\n")
     python.chmod(0o755)
-    command = ["bash", "-euc", f". {ROOT}/launch/common.sh; python={python}; threads_each {ranks}"]
-    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() == [str(threads)]
+    command = ["bash", "-euc", f". launch/common.sh; python={python}; threads_each {ranks}"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ended.stdout.split() == [str(threads)]
 
 
 @pytest.mark.parametrize("option", [("--plugin", "mine.py"), ("--plugin=mine.py",)], ids=len)
