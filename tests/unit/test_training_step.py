@@ -27,6 +27,7 @@ from tests.raising import raises
 from tests.unit.plain_step import noise_of, sam_gradients, scaled, smoothout_gradients
 from tests.unit.simulated_ranks import SimulatedRanks, on_ranks, results
 from tests.unit.small_trainers import build_trainer, gradient_bits, small_config, state_bits
+from tests.unit.weights_in_force import in_force
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -251,6 +252,7 @@ def test_promise_4_with_a_rate_of_zero_the_weights_stay_bit_identically(tmp_path
         for step in range(3):
             take(trainer, step, rate=0.0)
         assert torch.equal(trainer.take_step.weights.values, before)
+        assert torch.equal(in_force(trainer.take_step.weights), before)
 
 
 def test_loss_and_accuracy_are_means_over_the_global_batch(tmp_path: Path) -> None:

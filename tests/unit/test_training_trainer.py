@@ -216,6 +216,8 @@ def test_a_checkpoint_holds_the_clean_weights_the_progress_and_the_settings(tmp_
     contents = read_checkpoint(list_checkpoints(tmp_path / "checkpoints")[-1].path)
     assert (contents.step, contents.epoch) == (6, 2.0)
     assert {name: tensor.numpy().tobytes() for name, tensor in contents.model.items()} == state
+    clean = trainer.take_step.weights
+    assert all(torch.equal(contents.model[name], value) for name, value in clean.named(clean.values).items())
     assert contents.config == trainer.config.model_dump(mode="json")
     assert contents.metrics == trainer.progress.metrics()
     assert contents.metrics["best_accuracy"] is not None
