@@ -211,7 +211,8 @@ def run_folder(name: Path, code: str = "run-missing", suits: Callable[[Path], bo
     Raises UsageError with `code`, and the nearest run, if any.
     """
     below = Path("runs") / name
-    folders = [folder for folder in (name, below) if folder.is_dir()]
+    # A `runs` that this user may not enter, such as another's, does not hide `name`.
+    folders = [*filter(Path.is_dir, [name]), *filter(os.path.isdir, [below])]
     if folders:
         return next(filter(suits, folders), folders[0])
     if name.is_file():

@@ -203,6 +203,20 @@ def test_root_s_own_folders_are_fine() -> None:
     assert ended.returncode == 0, ended.stderr
 
 
+def test_a_closed_folder_of_runs_does_not_hide_a_run_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tmp_path.chmod(0o755)
+    name, missing = Path("cats"), Path("dogs")
+    make_run(name)
+    for folder, mode in ((name, 0o755), (Path("runs"), 0)):
+        folder.mkdir(exist_ok=True)
+        folder.chmod(mode)
+    with without_root():
+        assert run_folder(name) == name
+        with raises(UsageError, "run-missing"):
+            run_folder(missing)
+
+
 def test_a_folder_above_runs_does_not_hide_the_run_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("mnist/project/checkpoints").mkdir(parents=True)
