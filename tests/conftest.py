@@ -76,6 +76,7 @@ def _session_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     # Not below pytest's own folder: paths of sockets, such as Open MPI's, have at most 107 characters.
     with tempfile.TemporaryDirectory(prefix="dt-", ignore_cleanup_errors=True) as name, _isolated_in(Path(name)):
         folder = Path(name)
+        umask = os.umask(0o022)  # some tests look at permissions, or read as another user what this one wrote
         for variable in filter(_CALLER_VARIABLES.fullmatch, list(os.environ)):
             if variable not in _FOLDERS:
                 del os.environ[variable]
@@ -94,6 +95,7 @@ def _session_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
         for number in ignored:
             signal.signal(number, signal.SIG_IGN)
+        os.umask(umask)
 
 
 @pytest.fixture(autouse=True)
