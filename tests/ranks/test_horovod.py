@@ -52,19 +52,23 @@ def test_precision_layout_clipping_augmentation_and_schedules_are_bit_identical(
 def test_ranks_wait_for_the_lock_of_a_dead_node_beyond_the_stall_timeout(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    config = write_config(tmp_path, small_settings(run={"max_steps": 2}, comm={"timeout": 6}))
+    timeout = 6
+    config = write_config(tmp_path, small_settings(run={"max_steps": 2}, comm={"timeout": timeout}))
     lock = LockRequest(RunDirectory(run)).wait(0)
     assert lock is not None
     # What a file server shows for a while after a node of the same job has died.
     (run / "run.lock").write_text('{"host": "node9", "pid": 1, "since": "then", "slurm_job": "7"}')
     process = start(2, "mpi", "train", config, "--run-dir", str(run), extra={"SLURM_JOB_ID": "7"})
-    release = threading.Timer(20, lock.release)
-    release.start()
+    release = threading.Timer(timeout + 2, lock.release)
     try:
+        assert process.stdout is not None
+        assert any("waiting up to" in line for line in process.stdout), "the ranks ended without waiting"
+        release.start()
         output, _ = process.communicate(timeout=PATIENCE)
     finally:
         kill(process)
-        release.join()
+        if release.ident is not None:
+            release.join()
     assert process.returncode == 0, output
     assert status(run)["state"] == "finished"
 
