@@ -23,7 +23,7 @@ import torch
 import yaml
 
 from dist_train.cli.main import main
-from tests.waiting import PATIENCE, lines_of, wait_for_lines
+from tests.waiting import PATIENCE, lines_of, wait_for, wait_for_lines
 
 _BIN = Path(sys.executable).parent
 
@@ -160,12 +160,15 @@ def kill(process: subprocess.Popen[Any]) -> None:
 
 
 def kill_while_training(process: subprocess.Popen[str], run: Path, random: Random) -> None:
-    """Kill a launch that trains in `run`, at a random moment after it has recorded up to 20 more lines."""
-    # Not before it trains, or all kills would fall into imports.
-    wait_for_lines(run / "metrics.jsonl", lines_of(run / "metrics.jsonl") + random.randint(1, 20))
-    time.sleep(random.uniform(0.0, 0.02))
-    assert process.poll() is None, "the run ended before it could be killed; make it longer"
-    kill(process)
+    """Kill a launch that trains in `run`, at a random moment after a checkpoint and up to 20 more recorded lines."""
+    try:
+        wait_for(lambda: list((run / "checkpoints").glob("*.json")), "a checkpoint")
+        # Not before it trains, or all kills would fall into imports.
+        wait_for_lines(run / "metrics.jsonl", lines_of(run / "metrics.jsonl") + random.randint(1, 20))
+        time.sleep(random.uniform(0.0, 0.02))
+        assert process.poll() is None, "the run ended before it could be killed; make it longer"
+    finally:
+        kill(process)
 
 
 def process_of_rank(launcher: int, rank: int) -> int:

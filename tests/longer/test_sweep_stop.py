@@ -33,7 +33,11 @@ class Sweep:
             text=True,
             start_new_session=True,
         )
-        wait_for(lambda: all(self.is_training(run) for run in self.runs))
+        try:
+            wait_for(lambda: all(self.is_training(run) for run in self.runs))
+        except BaseException:
+            kill(self.process)
+            raise
 
     def is_training(self, run: Path) -> bool:
         status = read_status(run / "status.json")

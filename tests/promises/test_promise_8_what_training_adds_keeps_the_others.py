@@ -14,7 +14,7 @@ from tests.launching import (
     digest_of,
     events,
     final_checkpoint,
-    kill,
+    kill_while_training,
     mostly_lengthy,
     results,
     small_settings,
@@ -24,7 +24,6 @@ from tests.launching import (
     train_ranks,
     write_config,
 )
-from tests.waiting import lines_of, wait_for_lines
 
 pytestmark = pytest.mark.ranks
 
@@ -68,14 +67,13 @@ def average_digests(run: Path) -> list[str]:
 
 @pytest.mark.parametrize("features", mostly_lengthy(FEATURES))
 def test_killed_run_on_two_ranks_resumes_on_three_bit_identically_to_one(tmp_path: Path, features: str) -> None:
-    config = write_config(tmp_path, settings_of(FEATURES[features]))
+    config = write_config(tmp_path, settings_of({"run": {"epochs": 12}, **FEATURES[features]}))
     whole, run = tmp_path / "whole", tmp_path / "run"
     train_alone(config, whole)
     process = start(2, "torch", "train", config, "--run-dir", str(run))
-    seen = lines_of(run / "metrics.jsonl")
-    wait_for_lines(run / "metrics.jsonl", seen + random.Random(features).randint(4, 10))
-    kill(process)
+    kill_while_training(process, run, random.Random(features))
     train_ranks(3, "torch", config, run)
+    assert events(run, "resumed")
     assert_same_run(run, whole)
     assert average_digests(run) == average_digests(whole)
     assert {"test", "test-averaged"} <= {record["split"] for record in results(run, ["eval"])}

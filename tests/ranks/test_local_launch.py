@@ -93,9 +93,12 @@ def test_launcher_that_cannot_print_saves_and_stops_ranks(tmp_path: Path) -> Non
 
 def test_signal_during_start_up_stops_the_ranks(tmp_path: Path) -> None:
     process = start(2, "torch", "train", write_config(tmp_path, ENDLESS), "--run-dir", str(tmp_path / "run"))
-    wait_for(lambda: process.poll() is not None or len(descendants(process.pid)) >= 2)
-    process.send_signal(signal.SIGTERM)
-    code, output = wait_for_end(process)
+    try:
+        wait_for(lambda: process.poll() is not None or len(descendants(process.pid)) >= 2)
+        process.send_signal(signal.SIGTERM)
+        code, output = wait_for_end(process)
+    finally:
+        kill(process)
     assert code == ExitCode.STOPPED, output
 
 
@@ -125,9 +128,12 @@ def test_plugin_threads_do_not_receive_the_launcher_signals(tmp_path: Path) -> N
     settings = {**ENDLESS, "noise": {**ENDLESS["noise"], "method": f"{plugin}:Method"}}
     words = "train", write_config(tmp_path, settings), "--run-dir", str(tmp_path / "run")
     process = start(1, "torch", "--restarts", "1", *words)
-    wait_for_lines(tmp_path / "run/metrics.jsonl", 4)
-    process.send_signal(signal.SIGUSR2)
-    code, output = wait_for_end(process)
+    try:
+        wait_for_lines(tmp_path / "run/metrics.jsonl", 4)
+        process.send_signal(signal.SIGUSR2)
+        code, output = wait_for_end(process)
+    finally:
+        kill(process)
     assert code == ExitCode.STOPPED, output
 
 
