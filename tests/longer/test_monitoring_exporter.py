@@ -26,6 +26,7 @@ from dist_train.monitoring.observers import Observers
 from dist_train.monitoring.prometheus import exporter as exporter_module
 from dist_train.monitoring.prometheus.exporter import Exporter
 from dist_train.rundir.records import EvaluationRecord, EventRecord, Outcome, Record, to_json
+from tests.ipv6 import needs_ipv6
 from tests.unit.exporting import FACTS, LEFT, OUTCOME, STOPPED, get, measurement, port_of, read, scrape, serving, train
 from tests.waiting import PATIENCE, is_alive, wait_for
 
@@ -461,10 +462,7 @@ def test_concurrent_scrapes_get_complete_pages() -> None:
     assert all(page.rstrip().rpartition("\n")[2] == last for page in pages)
 
 
+@needs_ipv6
 def test_ipv6_loopback_address_works() -> None:
-    try:
-        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
-    except OSError:
-        pytest.xfail("this machine has no IPv6 loopback")
     with serving(host="::1") as exporter:
         assert "dist_train_step" in get(exporter)

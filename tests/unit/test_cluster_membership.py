@@ -36,6 +36,7 @@ from dist_train.cluster.messages import MessageServer, answer_to
 from dist_train.outcome import ExitCode, UsageError
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.status import LAUNCH_VARIABLE, StatusFile, read_status
+from tests.ipv6 import needs_ipv6
 from tests.waiting import wait_for
 
 
@@ -386,11 +387,8 @@ def joining(server: MembershipServer, count: int, token: str | None = None) -> R
     return RemoteCoordinator(Entry(*server.address, server.token if token is None else token), count)
 
 
+@needs_ipv6
 def test_launchers_and_ranks_join_over_ipv6(tmp_path: Path) -> None:
-    try:
-        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
-    except OSError:
-        pytest.skip("this machine has no IPv6")
     with training_alone(most=2, host="::1") as server, _admitting_others(server, tmp_path, "launch"):
         entry = entry_of(str(tmp_path / "join-launch.json"))
         assert entry.host == "::1"

@@ -15,6 +15,7 @@ import pytest
 from dist_train.cluster import nodes
 from dist_train.cluster.heartbeats import resolve
 from dist_train.cluster.nodes import NodeReport, as_line, report_node, survey_nodes
+from tests.ipv6 import needs_ipv6
 
 
 def meet(folder: Path, names: list[str], late: dict[str, float], over: threading.Event) -> dict[str, NodeReport]:
@@ -52,7 +53,7 @@ def test_nodes_whose_names_the_others_do_not_know_are_reached_at_their_addresses
     assert meet_by_name(tmp_path) == [(1, {}), (1, {})]
 
 
-@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
+@needs_ipv6
 def test_nodes_whose_names_have_only_ipv6_addresses_are_reached(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
