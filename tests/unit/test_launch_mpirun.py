@@ -24,7 +24,8 @@ def with_programs(folder: Path, launcher: str) -> dict[str, str]:
     for name, line in (("python", f'exec "{sys.executable}" "$@"'), ("mpirun", launcher), ("horovodrun", launcher)):
         (programs / name).write_text(f"#!/bin/sh\n{line}\n")
         (programs / name).chmod(0o755)
-    return {"PATH": os.environ["PATH"], "DIST_TRAIN_PYTHON": str(programs / "python")}
+    kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
+    return {**kept, "DIST_TRAIN_PYTHON": str(programs / "python")}
 
 
 def command_of(folder: Path, *arguments: str, **variables: str) -> list[str]:

@@ -23,7 +23,7 @@ TWO_NODES = {"SLURM_JOB_ID": "17", "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_ON_NO
 
 
 def start(script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    kept = {name: os.environ[name] for name in ("PATH", "HOME", "LD_LIBRARY_PATH") if name in os.environ}
     return subprocess.run(
         [str(ROOT / "slurm" / script), *arguments],
         env={**kept, "DIST_TRAIN_PYTHON": sys.executable, **variables},

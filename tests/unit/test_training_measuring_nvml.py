@@ -35,7 +35,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def ask(folder: Path, uuid: str) -> tuple[list[dict[str, float]], list[str]]:
     """Return what is read twice in a process that finds NVML in `folder`, and the lines of its log."""
-    environment = {**os.environ, "LD_LIBRARY_PATH": str(folder)}
+    libraries = ":".join([str(folder), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])])
+    environment = {**os.environ, "LD_LIBRARY_PATH": libraries}
     command = [sys.executable, "-c", ASK, uuid]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     return json.loads(done.stdout), done.stderr.splitlines()
