@@ -21,8 +21,8 @@ from torch._dynamo import config as dynamo_settings
 from torch.fx import GraphModule
 
 from dist_train import start_up
-from dist_train.cluster import devices
 from dist_train.api import export, load_run
+from dist_train.cluster import devices
 from dist_train.cluster.communicator import Alone, GroupBrokenError
 from dist_train.cluster.devices import TorchGpus, choose_device
 from dist_train.config import PrecisionSettings
@@ -224,6 +224,8 @@ def test_the_caller_s_gpu_is_current_again_after_a_run_and_hides_no_error_of_it(
     with raises(UsageError, "out-of-memory"):
         run()
     assert current == [3 if fails else 1]
+
+
 @pytest.mark.usefixtures("_callers_own")
 def test_the_model_of_a_run_does_not_depend_on_the_caller_s_torch(tmp_path: Path) -> None:
     before = settings_of_torch()
