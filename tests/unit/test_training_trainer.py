@@ -186,7 +186,7 @@ def test_the_pace_of_records_evaluations_and_checkpoints_follows_the_settings(tm
 
 
 def test_the_status_moves_during_an_evaluation(tmp_path: Path) -> None:
-    seen = []
+    seen: list[tuple[str, int | None]] = []
 
     class Looking(Notebook):
         def record(self, record: Record) -> None:
