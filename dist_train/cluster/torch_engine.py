@@ -259,7 +259,7 @@ def nccl_options(timeout: timedelta) -> Any:
     """Return the options of an NCCL group that leaves the reaction to a lost rank to us."""
     for name in _TORCH_WATCHDOGS:
         os.environ.setdefault(name, "0")
-    # torchrun sets it to 1 for every worker, unless the user has set it.
+    # torchrun sets it to 1 for every rank, unless the user has set it.
     if "TORCHELASTIC_RUN_ID" in os.environ and os.environ[_TORCH_WATCHDOGS[0]] == "1":
         os.environ[_TORCH_WATCHDOGS[0]] = "0"
     options = dist.ProcessGroupNCCL.Options()
