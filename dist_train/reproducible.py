@@ -106,11 +106,11 @@ def seeded_generators(seed: int) -> Iterator[None]:
 
 
 class LayerRng:
-    """Seeds torch's global generators, from which dropout and other layers draw, for each micro-batch.
+    """Seeds torch's global generators, from which dropout and other layers draw, for each micro-batch or batch.
 
     So draws do not depend on which rank computes a micro-batch, and all passes over it in an update, also in a repeated
     one, have the same masks. A plug-in's own code may draw from Python's and NumPy's global generators as well. To
-    restore those takes 0.1 ms for each update, which built-in models do not need.
+    restore those takes 0.1 ms for each update, which built-in models do not need; evaluations seed all of them.
     """
 
     def __init__(self, seed: int, device: torch.device, *, of_plugin: bool = False) -> None:

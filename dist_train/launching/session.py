@@ -101,7 +101,7 @@ class Session:
     def note_generation(self, nodes: tuple[str, ...]) -> None:
         """Report that the ranks, on `nodes`, have met again. All ranks call it."""
         self._show_facts(nodes)
-        devices = self._compare_devices()
+        devices = self._compare_devices(self.status.current.environment.get("device", "") if self.status else "")
         if self.status:
             fields = self._running.status_fields()
             environment = {**self.status.current.environment, "device": devices}
@@ -123,16 +123,15 @@ class Session:
         self._observers_have_begun = True
         return code
 
-    def _compare_devices(self, before: str = "") -> str:
+    def _compare_devices(self, before: str) -> str:
         """Return the names of the ranks' devices; warn if they differ, also from those `before`. All ranks call it."""
         trainer = self._running
         names = {*gather_str(self.comm, device_name(trainer.take_step.compute.device), "device names")}
         devices = ", ".join(sorted(names))
-        is_new = before not in ("", devices)
-        if self.status and trainer.config.comm.is_exact and (is_new or len(names) > 1):
+        if self.status and trainer.config.comm.is_exact and devices != before and (before or len(names) > 1):
             _logger.warning(
                 "devices differ (%s): they may round differently, so that the bits depend on which computes what",
-                f"{devices}; before: {before}" if is_new else devices,
+                f"{devices}; before: {before}" if before else devices,
             )
         return devices
 

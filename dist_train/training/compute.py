@@ -57,9 +57,10 @@ def set_up_compute(settings: PrecisionSettings, device: torch.device) -> Compute
     assert settings.threads != "auto", "decided when the run starts"
     if settings.compute == "float16" and device.type != "cuda":
         raise UsageError("precision.compute: float16 needs a GPU; use bfloat16", code="float16-on-cpu")
+    uses_triton = device.type == "cuda" and operators.has_triton()
     # torch emulates it there, but our kernels do not compile: ptxas has no .bf16 before sm_80.
-    is_nvidia = device.type == "cuda" and not torch.version.hip
-    if settings.compute == "bfloat16" and is_nvidia and torch.cuda.get_device_capability(device) < (8, 0):
+    compiles_bfloat16 = settings.compute == "bfloat16" and uses_triton and not torch.version.hip
+    if compiles_bfloat16 and torch.cuda.get_device_capability(device) < (8, 0):
         raise UsageError("precision.compute: this GPU has no bfloat16; use float16", code="bfloat16-on-old-gpu")
     if settings.cuda_graphs and device.type != "cuda":
         raise UsageError("precision.cuda_graphs: CUDA graphs need a GPU; set it to false", code="cuda-graphs-on-cpu")
@@ -74,7 +75,7 @@ def set_up_compute(settings: PrecisionSettings, device: torch.device) -> Compute
     torch.backends.cuda.matmul.allow_tf32 = settings.tf32
     torch.backends.cudnn.allow_tf32 = settings.tf32
     _set_deterministic(settings.deterministic is True)
-    if device.type == "cuda" and operators.has_triton():
+    if uses_triton:
         _check_triton(device)
     return Compute(device, _PRECISIONS[settings.compute])
 

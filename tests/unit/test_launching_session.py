@@ -195,7 +195,7 @@ def test_all_ranks_of_a_launch_know_when_it_began_and_a_rank_that_joins_learns_i
     assert before < first == joined
 
 
-@pytest.mark.parametrize(("reduction", "warnings"), [("exact", 1), ("float", 0)])
+@pytest.mark.parametrize(("reduction", "warnings"), [("exact", 2), ("float", 0)])
 def test_devices_of_different_models_are_warned_of_where_the_bits_are_to_be_the_same(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
@@ -210,6 +210,7 @@ def test_devices_of_different_models_are_warned_of_where_the_bits_are_to_be_the_
         device.name = ("this card", "that card")[comm.rank]
         session, _ = begun(tmp_path / "run", comm, comm={"reduction": reduction})
         recorded = [session.status.current.environment["device"]] if session.status else []
+        session.note_generation(("here", "here"))  # nothing new
         device.name = "this card"  # as if another rank had joined
         session.note_generation(("here", "here"))
         return recorded + ([session.status.current.environment["device"]] if session.status else [])

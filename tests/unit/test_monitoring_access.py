@@ -26,7 +26,7 @@ from dist_train.monitoring.prometheus.http_server import (
 )
 from dist_train.monitoring.prometheus.messages import plan_of
 from dist_train.outcome import UsageError
-from tests.waiting import PATIENCE
+from tests.waiting import PATIENCE, wait_for
 
 
 def well() -> bool:
@@ -84,7 +84,15 @@ def test_nothing_else_is_served(path: str) -> None:
 def test_a_scrape_of_another_run_is_not_answered(query: str, status: int) -> None:
     with serving() as server:
         assert ask(server, f"/metrics?{query}")[0] == status
-        assert (server.last_scrape is None) == (status == 404)
+        if status == 200:
+            wait_for(lambda: server.last_scrape is not None, "the scrape to be noted")
+        assert status == 200 or server.last_scrape is None
+
+
+def test_only_those_who_may_read_metrics_learn_which_run_is_here(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("secret\n")
+    with serving(token_file=tmp_path / "token") as server:
+        assert [ask(server, f"/metrics?run_id={run_id}")[0] for run_id in ("1f", "2e")] == [401, 401]
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "TRACE", "OPTIONS", "CONNECT"])

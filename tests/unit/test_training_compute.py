@@ -31,6 +31,7 @@ from dist_train.launching.assembly import _with_micro_size
 from dist_train.launching.run import train
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import UsageError
+from dist_train.training import compute as compute_module
 from dist_train.training.compute import (
     Compute,
     compiled,
@@ -82,19 +83,26 @@ def test_what_needs_a_gpu_is_refused_on_a_cpu_with_the_fix(settings: dict[str, A
 
 
 @pytest.mark.parametrize(
-    ("compute", "capability", "hip", "refused"),
+    ("compute", "capability", "hip", "triton", "refused"),
     [
-        ("bfloat16", (7, 5), None, True),
-        ("bfloat16", (8, 0), None, False),
-        ("bfloat16", (12, 0), None, False),
-        ("bfloat16", (7, 5), "6.2", False),
-        ("float16", (7, 0), None, False),
+        ("bfloat16", (7, 5), None, True, True),
+        ("bfloat16", (7, 5), None, False, False),
+        ("bfloat16", (8, 0), None, True, False),
+        ("bfloat16", (12, 0), None, True, False),
+        ("bfloat16", (7, 5), "6.2", True, False),
+        ("float16", (7, 0), None, True, False),
     ],
 )
-def test_bfloat16_is_refused_on_a_gpu_that_lacks_it(
-    monkeypatch: pytest.MonkeyPatch, compute: str, capability: tuple[int, int], hip: str | None, refused: bool
+def test_bfloat16_is_refused_on_a_gpu_that_lacks_it_where_our_kernels_need_it(
+    monkeypatch: pytest.MonkeyPatch,
+    compute: str,
+    capability: tuple[int, int],
+    hip: str | None,
+    triton: bool,
+    refused: bool,
 ) -> None:
-    monkeypatch.setattr(operators, "has_triton", lambda: False)
+    monkeypatch.setattr(operators, "has_triton", lambda: triton)
+    monkeypatch.setattr(compute_module, "_check_triton", Mock())
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.cuda, "get_device_capability", {torch.device("cuda", 1): capability}.__getitem__)
     settings = PrecisionSettings.model_validate({"threads": 1, "compute": compute})

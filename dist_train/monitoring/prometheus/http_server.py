@@ -282,10 +282,10 @@ class _Handler(BaseHTTPRequestHandler):
         return True
 
     def do_GET(self) -> None:
-        url, own = urlsplit(self.path), self.server.site.run_id
+        url = urlsplit(self.path)
         match url.path:
-            case "/metrics" if own in parse_qs(url.query).get("run_id", [own]):
-                self._metrics()
+            case "/metrics":
+                self._metrics(parse_qs(url.query).get("run_id", []))
             case "/healthz":
                 is_well = self.server.site.health()
                 status = HTTPStatus.OK if is_well else HTTPStatus.SERVICE_UNAVAILABLE
@@ -295,11 +295,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET  # noqa: N815 (the name is the library's)
 
-    def _metrics(self) -> None:
+    def _metrics(self, asked: Sequence[str]) -> None:
+        """Answer with the page, unless other runs are `asked` for."""
         credentials = self.server.site.credentials
         if not is_admitted(self.headers.get("Authorization", ""), credentials):
             challenges = [("WWW-Authenticate", _CHALLENGES[scheme]) for scheme in credentials]
             self._answer(HTTPStatus.UNAUTHORIZED, b"authorization required\n", challenges)
+            return
+        if asked and self.server.site.run_id not in asked:
+            self._answer(HTTPStatus.NOT_FOUND, b"another run is here\n")
             return
         begun = time.monotonic()
         self._answer(HTTPStatus.OK, self.server.site.page(), content_type=CONTENT_TYPE)
