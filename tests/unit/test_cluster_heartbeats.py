@@ -21,6 +21,7 @@ from dist_train.cluster.heartbeats import (
 )
 
 TIMEOUT, BEAT = 60.0, 5.0
+EIGHTH = 8  # of a second: sums of such times are exact as floats, also where one equals a timeout
 PLACES = {rank: f"node{rank // 2}, process {4240 + rank}" for rank in range(40)}
 
 
@@ -46,7 +47,10 @@ def test_nobody_is_named_who_was_heard_within_the_timeout(looks: list[float], si
 
 
 @settings(deadline=None, max_examples=50)
-@given(last=st.floats(0.0, 100.0), pace=st.floats(0.2, BEAT))
+@given(
+    last=st.integers(0, 100 * EIGHTH).map(lambda time: time / EIGHTH),
+    pace=st.integers(2, int(BEAT) * EIGHTH).map(lambda time: time / EIGHTH),
+)
 def test_a_silent_rank_is_named_within_the_timeout_and_a_beat(last: float, pace: float) -> None:
     watched, now = monitor_of(1, 2), 0.0
     while True:
@@ -62,7 +66,7 @@ def test_a_silent_rank_is_named_within_the_timeout_and_a_beat(last: float, pace:
 
 
 @settings(deadline=None, max_examples=50)
-@given(sleep=st.floats(2.1 * BEAT, 1e6))
+@given(sleep=st.integers(int(2.1 * BEAT * EIGHTH), 10**7).map(lambda time: time / EIGHTH))
 def test_a_watcher_that_slept_gives_everybody_the_whole_timeout_anew(sleep: float) -> None:
     watched = monitor_of(1)
     watched.fail(2, 0.0)
