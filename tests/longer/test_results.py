@@ -273,6 +273,7 @@ def test_page_of_batch_8192_has_the_numbers_of_its_tables(batch_8192: dict[str, 
     studies = {
         "rivals-16384": "rivals_16384_confirm",
         "rivals-16384-strong": "rivals_16384_strong",
+        "rivals-16384-rivals": "rivals_16384_rivals",
         "rivals-50000": "rivals_50000",
     }
     for folder, name in studies.items():
@@ -280,7 +281,7 @@ def test_page_of_batch_8192_has_the_numbers_of_its_tables(batch_8192: dict[str, 
         assert len(batch_8192[folder].runs) == sum(len(each.seeds or study.seeds) for each in study.variants.values())
     subjects = [batch_8192[folder] for folder in studies]
     elsewhere = [ends for _, ends in differences_on_one_processor(batch_8192)]
-    assert_page_has_numbers_of("results_16384.md", *subjects, at_least=44, elsewhere=elsewhere)
+    assert_page_has_numbers_of("results_16384.md", *subjects, at_least=70, elsewhere=elsewhere)
 
 
 def differences_on_one_processor(batch_8192: dict[str, Subject]) -> list[tuple[str, str]]:
@@ -339,6 +340,21 @@ def test_the_strength_confirmed_at_batch_8192_is_the_best_of_its_search(batch_81
     assert f"With six seeds the lower end of its difference from SB was \u2212{-first.low:.4f}" in page
     assert f"{second.low:+.3f} when corrected for having looked twice" in page
     assert f"The lower end is \u2212{-more_passes.low:.4f} before it is rounded" in page
+
+
+def test_the_rates_confirmed_for_the_rivals_are_the_best_of_their_search(batch_8192: dict[str, Subject]) -> None:
+    found: dict[str, dict[float, float]] = {}
+    for run in batch_8192["rivals-16384-rivals-tune"].runs:
+        of_variant = found.setdefault(run.name.partition("-learning_rate")[0], {})
+        rate = run.settings["optimizer.learning_rate"]
+        assert isinstance(rate, float)
+        of_variant[rate] = 100 * run.split("validation")[-1].accuracy
+    study = load_study(ROOT / "studies/rivals_16384_rivals.yaml")
+    plan = " ".join((ROOT / "docs/study_plan.md").read_text().split())
+    assert len(found) == 4
+    for name, accuracies in found.items():
+        assert max(accuracies, key=accuracies.__getitem__) == study.settings_of(name)["optimizer.learning_rate"]
+        assert f"{accuracies[0.2]:.2f} and {accuracies[0.4]:.2f}" in plan
 
 
 def test_documented_correlation_without_the_runs_of_150_updates(batch_8192: dict[str, Subject]) -> None:
