@@ -145,7 +145,7 @@ class LayerRng:
         found = []
         for _ in range(2):
             draws = [float(torch.rand((), generator=each, device=each.device)) for each in self._generators]
-            found.append((draws, random.random(), numpy.random.random()))
+            found.append((draws, random.random(), numpy.random.random()))  # nosec B311
             self.seed(step, start)
         return found[0] != found[1]
 
