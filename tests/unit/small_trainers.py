@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -86,3 +88,15 @@ def gradient_bits(trainer: Trainer) -> bytes:
     """Return the flat gradient as bytes."""
     gradients: torch.Tensor = trainer.take_step.weights.gradients
     return gradients.numpy().tobytes()
+
+
+def seed_all(seed: int) -> None:
+    """Seed the global generators of torch, Python and NumPy."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+
+
+def drawn() -> tuple[float, float, float]:
+    """Draw from the three."""
+    return float(torch.rand(())), random.random(), float(np.random.random())

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable
 from functools import partial
 from itertools import chain
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -25,7 +23,7 @@ from dist_train.training.compute import Compute
 from dist_train.training.evaluation import Evaluation, evaluate, recompute_statistics, statistics_samples
 from tests.raising import raises
 from tests.unit.simulated_ranks import SimulatedRanks, on_ranks, results
-from tests.unit.small_trainers import small_config, state_bits
+from tests.unit.small_trainers import drawn, seed_all, small_config, state_bits
 
 CPU = Compute(torch.device("cpu"), torch.float32)
 COUNT = 53
@@ -120,16 +118,6 @@ class OneOfTwo(Alone):
 
 def drawing_model() -> nn.Module:
     return build_model(small_config(model={"name": "tests.unit.drawing_model:drawing", "width": 1.0}))
-
-
-def seed_all(seed: int) -> None:
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed)
-
-
-def drawn() -> tuple[float, float, float]:
-    return float(torch.rand(())), random.random(), float(np.random.random())
 
 
 def test_promise_3_draws_in_evaluation_mode_do_not_depend_on_the_rank() -> None:

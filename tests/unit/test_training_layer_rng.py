@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from dist_train.cluster.communicator import Alone
 from dist_train.training.trainer import Trainer
-from tests.unit.small_trainers import build_trainer, small_config, state_bits
+from tests.unit.small_trainers import build_trainer, drawn, seed_all, small_config, state_bits
 
 MODEL = {"name": "tests.unit.drawing_model:drawing"}
 
@@ -22,16 +20,6 @@ def trained(folder: Path, **sections: Any) -> Trainer:
     masks(trainer).clear()  # those of the trials when the model was built
     trainer.run()
     return trainer
-
-
-def seed_all(seed: int) -> None:
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed)
-
-
-def drawn() -> tuple[float, float, float]:
-    return float(torch.rand(())), random.random(), float(np.random.random())
 
 
 def test_runs_are_bit_identical_and_leave_the_global_generators_as_they_were(tmp_path: Path) -> None:
