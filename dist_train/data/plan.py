@@ -127,8 +127,8 @@ def stratified_choice(labels: Tensor, size: int, classes: int, seed: int) -> Ten
     """Return `size` samples to hold out, in proportion to the classes, ascending. Raises UsageError."""
     check_validation_size(size, labels.numel())
     shuffled, position, class_size = _shuffled_positions(labels, classes, seed, "validation split")
-    # Spread the samples of each class evenly over [0, 1): every prefix then has the proportions of the whole, as by
-    # Webster's method of distributing seats.
+    # Spread the samples of each class evenly over [0, 1): every prefix then has the proportions of the whole (Webster's
+    # method of apportionment).
     quantile = (position + 0.5) / class_size
     return shuffled[torch.argsort(quantile, stable=True)[:size]].sort().values
 

@@ -158,7 +158,7 @@ def test_what_is_held_out_has_the_shares_of_the_classes(labels: list[int], data:
     assert sorted([*chosen.tolist(), *others(chosen, len(labels)).tolist()]) == list(range(len(labels)))
     present = known.unique()
     taken, whole = torch.bincount(known[chosen], minlength=7)[present], torch.bincount(known, minlength=7)[present]
-    # One share of every class, rounded to whole samples, as seats are distributed by Webster's method.
+    # One share of every class, rounded to whole samples, by Webster's method of apportionment.
     assert float(((taken - 0.5) / whole).max()) <= float(((taken + 0.5) / whole).min()) + 1e-6
     assert torch.equal(stratified_choice(known, size, 7, seed), chosen)
 
