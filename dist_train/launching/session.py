@@ -140,8 +140,8 @@ class Session:
         trainer = self._running
         code = self._show_facts(gather_str(self.comm, socket.gethostname(), "nodes"))
         environment = self.status.current.environment if self.status else {}  # of the launch before
-        goes_on = resume_point.contents is not None and trainer.has_work
-        devices = self._compare_devices(environment.get("device", "") if goes_on else "")
+        resumes = resume_point.contents is not None and trainer.has_work
+        devices = self._compare_devices(environment.get("device", "") if resumes else "")
         if self.status is None:
             return
         parts = len(trainer.plan.micro_batches)
@@ -178,7 +178,7 @@ class Session:
         if job is not None and job.restarts:
             trainer.event("requeued", restart=job.restarts)
         if resume_point.contents is not None:
-            if goes_on:
+            if resumes:
                 trainer.event("resumed", ranks=self.comm.size)
             self._note_changed_plugins(resume_point.contents)
             if trainer.splits.differ_from(resume_point.contents.data):

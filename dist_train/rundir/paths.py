@@ -211,8 +211,9 @@ def run_folder(name: Path, code: str = "run-missing", suits: Callable[[Path], bo
     Raises UsageError with `code`, and the nearest run, if any.
     """
     below = Path("runs") / name
-    # A `runs` that this user may not enter, such as another's, does not hide `name`.
-    folders = [*filter(Path.is_dir, [name]), *filter(os.path.isdir, [below])]
+    folders = [name] if name.is_dir() else []
+    if os.path.isdir(below):  # not Path.is_dir, which raises where this user may not enter `runs`
+        folders.append(below)
     if folders:
         return next(filter(suits, folders), folders[0])
     if name.is_file():

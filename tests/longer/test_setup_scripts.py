@@ -140,7 +140,7 @@ def build_horovod(python: Path, cache: Path, **changes: str) -> subprocess.Compl
 
 @pytest.fixture(scope="module")
 def record() -> dict[str, str]:
-    """The record of the set-up of this checkout, whose `.venv` must run these tests: a set-up replaces others."""
+    """The record of this checkout's set-up; skips where another Python runs the tests: set-up would replace `.venv`."""
     if Path(sys.prefix).resolve() != (ROOT / ".venv").resolve():
         pytest.skip("these tests are not run by the .venv of this checkout")
     lines = (ROOT / ".venv" / "setup.env").read_text().splitlines()

@@ -127,9 +127,9 @@ def rules_file(folder: Path, shipped: Path) -> Path:
         group.pop("interval", None)
         for rule in group["rules"]:
             if rule.get("alert") == "DistTrainStalled":
-                patience = "max by (run, run_id) (dist_train_patience_seconds)"
-                assert patience in rule["expr"]
-                rule["expr"] = rule["expr"].replace(patience, f"clamp_max({patience}, 6)")
+                timeout = "max by (run, run_id) (dist_train_stall_timeout_seconds)"
+                assert timeout in rule["expr"]
+                rule["expr"] = rule["expr"].replace(timeout, f"clamp_max({timeout}, 6)")
                 rule["for"] = "0s"
     path = folder / shipped.name
     path.write_text(yaml.safe_dump(rules))

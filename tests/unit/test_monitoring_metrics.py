@@ -86,7 +86,7 @@ def test_a_page_reads_back_what_was_recorded() -> None:
         ("dist_train_samples", ()): 29 * 8192,
         ("dist_train_planned_samples", ()): 210 * 8192,
         ("dist_train_launch_timestamp_seconds", ()): 1_700_000_000.5,
-        ("dist_train_patience_seconds", ()): 120,
+        ("dist_train_stall_timeout_seconds", ()): 120,
         ("dist_train_loss", ("batch",)): 0.4321,
         ("dist_train_loss", ("test",)): 0.5,
         ("dist_train_loss", ("train",)): 0.4,
@@ -216,7 +216,7 @@ def test_a_larger_batch_has_longer_steps_until_it_stands_still() -> None:
     board = Board(replace(FACTS, start_step=0, stages=stages))
 
     def patience() -> float:
-        return values_of(board)["dist_train_patience_seconds", ()]
+        return values_of(board)["dist_train_stall_timeout_seconds", ()]
 
     assert patience() == 600
     for step in range(1, 101):

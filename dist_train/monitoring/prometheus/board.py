@@ -111,7 +111,7 @@ _LEAST_SECONDS = 120.0
 _FIRST_STEP_SECONDS = 600.0
 
 
-def patience_seconds(now: Snapshot) -> float:
+def stall_timeout_seconds(now: Snapshot) -> float:
     """Return the time without progress after which a run has stalled.
 
     It is two minutes or ten mean steps, whichever is longer; ten minutes before the first step. Where a schedule has
@@ -126,7 +126,7 @@ def patience_seconds(now: Snapshot) -> float:
 
 def is_stalled(now: Snapshot, moment: float) -> bool:
     """Return whether a running run has stalled at `moment` (seconds since 1970), as the alert DistTrainStalled does."""
-    return now.state == "running" and moment - now.last_progress > patience_seconds(now)
+    return now.state == "running" and moment - now.last_progress > stall_timeout_seconds(now)
 
 
 class Board:

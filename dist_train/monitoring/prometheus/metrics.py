@@ -19,7 +19,7 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
-from dist_train.monitoring.prometheus.board import OUTCOMES, STATES, Board, Buckets, Snapshot, patience_seconds
+from dist_train.monitoring.prometheus.board import OUTCOMES, STATES, Board, Buckets, Snapshot, stall_timeout_seconds
 from dist_train.rundir.records import EvaluationRecord, RankMeasurement, TrainRecord
 
 Kind: TypeAlias = Literal["gauge", "counter", "histogram", "info"]
@@ -251,7 +251,7 @@ METRICS: tuple[Metric, ...] = (
         "When a step, or a batch of an evaluation, was last done; before the first one, when training began.",
         "last_progress",
     ),
-    _gauge("patience_seconds", "Time without progress after which the run has stalled.", patience_seconds),
+    _gauge("stall_timeout_seconds", "Time without progress after which the run has stalled.", stall_timeout_seconds),
     _by_split(
         "loss",
         "Latest mean loss: of the global batch at the weights that it was trained at (batch), of a whole split at the "

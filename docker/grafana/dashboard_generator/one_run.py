@@ -180,7 +180,12 @@ def _status(built: dashboard.Dashboard) -> None:
         )
     )
     for title, description, unit, metric in (
-        ("Stalled after", "Time without a step after which the run has stalled.", "s", "dist_train_patience_seconds"),
+        (
+            "Stalled after",
+            "Time without a step after which the run has stalled.",
+            "s",
+            "dist_train_stall_timeout_seconds",
+        ),
         ("Ranks", "Ranks that train together.", "none", "dist_train_world_size"),
         ("Micro-batches", "Micro-batches of one step, over all ranks.", "none", "dist_train_micro_batches"),
         ("Micro-batch", "Samples of one micro-batch.", "none", "dist_train_micro_batch_size"),
