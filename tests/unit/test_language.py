@@ -18,9 +18,9 @@ FORMER = (Path(__file__), ROOT / "dist_train/config/resuming.py", ROOT / "tests/
 """Where the words of before must stand: the settings' former names, and a run that has them."""
 
 PRIVATE = {
-    "rank": r"(?i)workers?(?![a-z])",
+    "rank; of a data loader: loader process": r"(?i)workers?(?![a-z])",
     "layer": r"(?i)\brooms\b|\brooms? (?:knows?|below|above|of)\b",
-    "variant": r"(?i)\barms?\b",
+    "variant": r"\b[Aa]rms?\b",  # not the processors, ARM
     "fix": r"(?i)\bcures?\b",
     "resume, continue": r"(?i)\b(?:go|goes|went|going|gone) on\b(?! (?:the|a|its|GPUs|CPUs)\b)",
     "bit-identical": r"(?i)\bto the bit\b",
@@ -68,3 +68,16 @@ def test_no_private_word_stands_where_the_field_has_one(term: str, text: list[tu
     pattern = re.compile(PRIVATE[term])
     found = [f"{place}: {line.strip()}" for place, line in text if pattern.search(line)]
     assert not found, f"say {term}: {len(found)} lines\n" + "\n".join(found[:20])
+
+
+@pytest.mark.parametrize(
+    ("line", "term"),
+    [
+        ("an ARM Neoverse, or another processor", None),
+        ("Arms of a study", "variant"),
+        ("the arm with noise", "variant"),
+        ("Kubernetes' worker nodes", "rank; of a data loader: loader process"),
+    ],
+)
+def test_a_line_is_rejected_for_its_private_word_alone(line: str, term: str | None) -> None:
+    assert [each for each, pattern in PRIVATE.items() if re.search(pattern, line)] == ([] if term is None else [term])
