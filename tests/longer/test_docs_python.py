@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -59,14 +60,32 @@ def test_site_builds_without_warnings(tmp_path: Path) -> None:
     assert {page.stem for page in DOCS.glob("*.md")} <= {page.parent.name for page in tmp_path.rglob("index.html")}
 
 
-def test_notebook_runs_and_is_stored_without_outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def output_kinds(cell: nbformat.NotebookNode) -> set[str]:
+    """Return what a cell shows: the streams and the formats of its outputs."""
+    return {kind for output in cell.get("outputs", ()) for kind in output.get("data", (output.get("name", "error"),))}
+
+
+def test_notebook_is_stored_with_what_it_shows_when_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     notebook = nbformat.read(DOCS / "first_run.ipynb", as_version=4)
     nbformat.validate(notebook)
-    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in notebook.cells)
-    variables = environment(PYTHONPATH=str(DOCS.parent), MPLBACKEND="agg")
-    for variable, value in variables.items():
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == [*range(1, len(code) + 1)]
+    stored = [output_kinds(cell) for cell in code]
+    for variable, value in environment(PYTHONPATH=str(DOCS.parent), MPLBACKEND="agg").items():
         monkeypatch.setitem(os.environ, variable, value)
-    client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}})
-    client.execute()
-    shown = [kind for cell in notebook.cells for output in cell.get("outputs", ()) for kind in output.get("data", ())]
-    assert "image/png" in shown
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert [output_kinds(cell) for cell in code] == stored
+    assert "image/png" in set().union(*stored)
+
+
+def test_stored_notebook_is_small_without_warnings_or_paths_of_a_machine() -> None:
+    page = DOCS / "first_run.ipynb"
+    assert page.stat().st_size < 200_000
+    cells = [cell for cell in nbformat.read(page, as_version=4).cells if cell.cell_type == "code"]
+    assert not {"stderr", "error"} & set().union(*map(output_kinds, cells))
+    texts = [
+        output.get("text", "") + "".join(text for kind, text in output.get("data", {}).items() if kind != "image/png")
+        for cell in cells
+        for output in cell.outputs
+    ]
+    assert not [text for text in texts if re.search(r"(?<![\w./<])/\w", text)]
