@@ -41,7 +41,7 @@ def test_make_help_has_every_target_with_its_whole_text() -> None:
 
 def test_ci_runs_lint_and_tests_on_the_oldest_and_the_newest_python() -> None:
     [job] = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"].values()
-    assert [step["run"] for step in job["steps"] if "run" in step] == ["make lint", "make test"]
+    assert [step["run"] for step in job["steps"] if "run" in step] == ["make lint", "make docs", "make test"]
     named = re.findall(r"Python :: (3\.\d+)", (ROOT / "pyproject.toml").read_text())
     assert job["strategy"]["matrix"]["python"] == [named[0], named[-1]]
 
