@@ -47,6 +47,7 @@ from dist_train.training.consistency import check_same_data, setup_digests
 from dist_train.training.graphs import CudaGraphRecorder, GraphRecorder
 from dist_train.training.measuring import Measuring, Profiler, StepClock, WeightNorms, read_usage_of
 from dist_train.training.micro_batches import fewest_samples, find_micro_size, forward_and_backward, sum_over
+from dist_train.training.recovery import ElasticTrainer
 from dist_train.training.reduction import Tally, set_up_reduction
 from dist_train.training.step import TrainingStep
 from dist_train.training.stopping import EarlyStopping, StopRequests, job_time_limit
@@ -64,7 +65,7 @@ def assemble(
     stop: StopRequests,
     *,
     given: Config | None = None,
-    regroup: Callable[[Trainer, Generation], None] = lambda trainer, generation: None,
+    regroup: Callable[[ElasticTrainer, Generation], None] = lambda trainer, generation: None,
 ) -> Trainer:
     """Build the trainer of a run, at the beginning or where the checkpoint of rank 0's `resume_point` left off.
 
@@ -97,7 +98,11 @@ def assemble(
     step = build_step(config, model, state, splits.train, comm, compute, progress, clock, graph_recorder)
     step.fails_alone = comm.is_elastic and not may_shrink
     base_rate, profile_steps = config.optimizer.learning_rate, config.run.profile_steps
-    trainer = Trainer(
+    build: Callable[..., Trainer] = Trainer
+    if comm.is_elastic:
+        identity = (*setup_digests(given, splits.identity), is_measured) if given else ()
+        build = partial(ElasticTrainer, regroup=regroup, identity=identity)
+    trainer = build(
         config=config,
         comm=comm,
         splits=splits,
@@ -114,8 +119,6 @@ def assemble(
         profiler=Profiler(profile_steps, directory.profile, comm) if profile_steps else None,
         measuring=Measuring(comm, read_usage_of(compute.device)) if is_measured else None,
         may_shrink=may_shrink,
-        regroup=regroup,
-        identity=(*setup_digests(given, splits.identity), is_measured) if given and comm.is_elastic else (),
     )
     if comm.rank == 0:
         # The records and checkpoints of a run that is already longer than run.max_steps are of the earlier settings.

@@ -39,8 +39,8 @@ from dist_train.rundir.records import EventRecord, Observer, Outcome, read_last_
 from dist_train.start_up import without_collection
 from dist_train.training.compute import free_device_memory, is_out_of_memory, restoring_torch, share_of_threads
 from dist_train.training.consistency import check_consistent_across_ranks
+from dist_train.training.recovery import ElasticTrainer
 from dist_train.training.stopping import StopRequests
-from dist_train.training.trainer import Trainer
 
 _logger = logging.getLogger("dist_train.launching")
 
@@ -156,7 +156,7 @@ class Regrouping:
             self._logs.enter_context(open_logs(self.session.directory.logs, rank))
             self._logging_as = rank
 
-    def __call__(self, trainer: Trainer, generation: Generation) -> None:
+    def __call__(self, trainer: ElasticTrainer, generation: Generation) -> None:
         """Let a rank that has become rank 0 take over writing the run directory.
 
         If it cannot, it raises OSError, or FaultError if the lost rank keeps the lock. On the other ranks this breaks
@@ -172,7 +172,7 @@ class Regrouping:
             self._write_owed_records(trainer)
             self._owes_records = False
 
-    def _take_over(self, trainer: Trainer, request: LockRequest) -> bool:
+    def _take_over(self, trainer: ElasticTrainer, request: LockRequest) -> bool:
         """Take over if this rank has become rank 0; return False if the lost rank 0 still holds the lock."""
         if trainer.comm.rank != 0 or trainer.saving.writer is not None:
             return True
@@ -190,7 +190,7 @@ class Regrouping:
         let_write(trainer, self.session)
         return True
 
-    def _write_owed_records(self, trainer: Trainer) -> None:
+    def _write_owed_records(self, trainer: ElasticTrainer) -> None:
         written = {record_key(each): each for each in read_last_records(trainer.directory.metrics, _RECENT_BYTES)}
         for record in trainer.recent.all():
             if record_key(record) not in written:

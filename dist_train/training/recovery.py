@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 
 from pydantic import TypeAdapter
 
@@ -23,8 +23,10 @@ from dist_train.cluster.communicator import (
     broadcast_str,
     gather,
 )
-from dist_train.outcome import FaultError, UsageError
-from dist_train.rundir.records import Detail, Record, RecordKey, TrainRecord, from_json, record_key, to_json
+from dist_train.optim.noise import Noise
+from dist_train.outcome import FaultError, PeerFailedError, UsageError
+from dist_train.rundir.records import Detail, Record, RecordKey, from_json, record_key, to_json
+from dist_train.training.trainer import LastUpdate, Trainer
 
 _IDENTITY = ("code", "settings", "data", "observers")
 
@@ -91,16 +93,6 @@ def agree_on_recovery(comm: Communicator, mine: RankState) -> Recovery:
             code=f"ranks-differ-in-{differing[0]}",
         )
     return recovery
-
-
-@dataclass(frozen=True)
-class LastUpdate:
-    """The last update and its record; `progress` is a copy made right after it, before any evaluation."""
-
-    record: TrainRecord
-    stop_requested: bool
-    repeats: int
-    progress: Progress
 
 
 @dataclass(frozen=True)
@@ -185,14 +177,12 @@ class RecentRecords:
     """
 
     def __init__(self, limit: int) -> None:
-        """Keep at most `limit` records. With 0 none is kept, and each counts as new."""
+        """Keep at most `limit` records."""
         self._limit = limit
         self._kept: OrderedDict[RecordKey, Record] = OrderedDict()
 
     def add(self, record: Record) -> bool:
         """Keep `record`; return whether it is new."""
-        if self._limit == 0:
-            return True
         key = record_key(record)
         if key in self._kept:
             return False
@@ -212,3 +202,115 @@ class RecentRecords:
     def all(self) -> list[Record]:
         """Return the kept records in order."""
         return list(self._kept.values())
+
+
+@dataclass
+class ElasticTrainer(Trainer):
+    """Trains on the ranks of an elastic launch: when some are lost or join, it recovers and continues."""
+
+    regroup: Callable[[ElasticTrainer, Generation], None] = lambda trainer, generation: None
+    """Hands the role of rank 0 to another rank, if it was lost: see `launching/run.py`."""
+    identity: tuple[int, ...] = ()
+    """Digests of code, settings and data, and whether ranks measure; a rank that joins must have the same."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.recent = RecentRecords(MAX_RECORDS)
+        self._interruption = Interruption()
+        self._has_state = not self.comm.is_joining
+        self._last_update: LastUpdate | None = None
+        self._is_step_complete = True
+        """Whether the records, evaluation and checkpoint due after the last update are done."""
+        self._has_last_noise = True
+        """Whether this rank still holds the noise of the last update."""
+
+    def _train(self) -> None:
+        if self._has_state:
+            self.comm.note_working_group()
+        work = super()._train if self._has_state else self._recover_and_train
+        while True:
+            try:
+                return work()
+            except GroupBrokenError as error:
+                work = self._recover_and_train
+                self._interruption.note(error, update_is_redone=self._is_step_complete)
+
+    def _recover_and_train(self) -> None:
+        try:
+            self._recover()
+        except PeerFailedError as error:  # that rank ends with its own error
+            raise GroupBrokenError(str(error)) from error
+        if self._last_update is not None and not self._is_step_complete:
+            self._complete_step(self._last_update)
+        super()._train()
+
+    def advance(self) -> None:
+        """Make one update and what is due after it, as `Trainer` does; raise GroupBrokenError if ranks wait to join."""
+        if (update := self._make_update()) is not None:
+            self._complete_step(update)
+            if update.meeting_requested and self.has_work:
+                raise MeetingRequestedError("ranks join")
+
+    def _make_update(self) -> LastUpdate | None:
+        before = replace(self.progress)
+        try:
+            update = super()._make_update()
+        except GroupBrokenError:
+            # The interrupted update may have changed the loss scale or the grids of its sums.
+            assign_progress(self.progress, before)
+            raise
+        if update is not None:
+            self._last_update, self._is_step_complete, self._has_last_noise = update, False, True
+            for name, details in self._interruption.events(self.comm):
+                self.event(name, **details)
+                self.comm.note_working_group()
+        return update
+
+    def _complete_step(self, update: LastUpdate) -> None:
+        """Do the work due after the last update; again, if a rank was lost meanwhile."""
+        super()._complete_step(update)
+        self._is_step_complete = True
+
+    def _verify(self, noise: Noise | None) -> None:
+        super()._verify(noise if self._has_last_noise else None)
+
+    def _finish_saving(self) -> None:
+        for name, details in self._interruption.events(self.comm):
+            self.event(name, **details)
+        super()._finish_saving()
+
+    def _record(self, record: Record) -> None:
+        """Record on rank 0; the other ranks keep a copy in case they take over from it."""
+        if self.recent.add(record):
+            super()._record(record)
+
+    def _recover(self) -> None:
+        """Form a new group of the remaining and joining ranks; continue from the newest state that any of them has."""
+        self.time_limit.interrupt()
+        generation = self.comm.meet(self._interruption.why, self._interruption.add)
+        # What follows may replace the weights and, in an evaluation that is redone, the norms' statistics.
+        self.take_step.wait_for_checkpoint_copy()
+        if self.measuring:
+            self.measuring.drop()
+        is_writer = self.saving.writer is not None
+        mine = RankState(self._has_state, self.progress.step, self._is_step_complete, is_writer, self.identity)
+        recovery = agree_on_recovery(self.comm, mine)
+        own = SharedState(self.progress, self.plan.micro_size, self._last_update)
+        shared = broadcast_shared_state(self.comm, own, recovery.source)
+        if recovery.receivers:
+            # What is due after the last update rank 0 does again itself.
+            takes = self.comm.rank in recovery.receivers and not is_writer
+            self.recent.share(self.comm, recovery.source, takes=takes)
+            self.state.broadcast(self.comm, recovery.source)
+            self._has_state = True
+            self.comm.note_state()
+        last = self._last_update = shared.last_update
+        self._is_step_complete = recovery.is_step_complete or last is None
+        assign_progress(self.progress, shared.progress if last is None or self._is_step_complete else last.progress)
+        # Ranks that received the state, or had begun the next update, do not have the noise of the last one.
+        self._has_last_noise = False
+        self._statistics_step = self.saving.saved_step = None
+        self._averaged.forget()
+        self.take_step.noise.rank = self.comm.rank
+        self._divide_work(shared.micro_size)
+        self.regroup(self, generation)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -14,23 +13,17 @@ from torch import nn
 from dist_train.checkpoint.files import Contents
 from dist_train.checkpoint.state import Progress, TrainState
 from dist_train.checkpoint.writer import CheckpointWriter
-from dist_train.cluster.communicator import (
-    Communicator,
-    Generation,
-    GroupBrokenError,
-    MeetingRequestedError,
-    RankLostError,
-)
+from dist_train.cluster.communicator import Communicator, RankLostError
 from dist_train.config import Config
 from dist_train.config.plugins import plugin_files
 from dist_train.config.resuming import with_setting
-from dist_train.data.images import Split
 from dist_train.data.loader import Splits
 from dist_train.data.plan import BatchPlan
 from dist_train.monitoring.observers import Observers
 from dist_train.optim.averaging import AveragedModel
+from dist_train.optim.noise import Noise
 from dist_train.optim.schedules import LearningRate
-from dist_train.outcome import DisagreementError, DivergedError, OutOfMemoryError, PeerFailedError, StoppedError
+from dist_train.outcome import DisagreementError, DivergedError, OutOfMemoryError, StoppedError
 from dist_train.rundir.epochs import Epochs
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import Detail, EvaluationRecord, EventRecord, Record, TrainRecord
@@ -38,20 +31,9 @@ from dist_train.rundir.status import ProgressFields, StatusFile
 from dist_train.training.compute import free_device_memory
 from dist_train.training.consistency import verify_agreement
 from dist_train.training.dealing import Batches
-from dist_train.training.evaluation import Evaluation, evaluate, recompute_statistics, statistics_samples
+from dist_train.training.evaluation import Evaluation, evaluate_splits, recompute_statistics, statistics_samples
 from dist_train.training.measuring import Measuring, Profiler, WeightNorms
 from dist_train.training.micro_batches import fewest_samples, halve, sum_over
-from dist_train.training.recovery import (
-    MAX_RECORDS,
-    Interruption,
-    LastUpdate,
-    RankState,
-    RecentRecords,
-    SharedState,
-    agree_on_recovery,
-    assign_progress,
-    broadcast_shared_state,
-)
 from dist_train.training.reduction import set_up_reduction
 from dist_train.training.saving import Saving
 from dist_train.training.step import TrainingStep
@@ -60,9 +42,21 @@ from dist_train.training.stopping import EarlyStopping, StopRequests, TimeLimit
 _logger = logging.getLogger("dist_train.training")
 
 
+@dataclass(frozen=True)
+class LastUpdate:
+    """The last update and its record; `progress` is a copy made right after it, before any evaluation."""
+
+    record: TrainRecord
+    stop_requested: bool
+    repeats: int
+    progress: Progress
+    meeting_requested: bool = False
+    """Whether ranks wait to join, in an elastic launch."""
+
+
 @dataclass
 class Trainer:
-    """Trains until `last_step`. `launching/assembly.py` builds it."""
+    """Trains until `last_step`. `launching/assembly.py` builds it; for an elastic launch, `recovery.ElasticTrainer`."""
 
     config: Config
     comm: Communicator
@@ -85,10 +79,6 @@ class Trainer:
     """On all ranks or on none."""
     may_shrink: bool = False
     """Whether the micro-batch size may be halved when memory runs out."""
-    regroup: Callable[[Trainer, Generation], None] = lambda trainer, generation: None
-    """Hands the role of rank 0 to another rank of an elastic launch, if it was lost: see `launching/run.py`."""
-    identity: tuple[int, ...] = ()
-    """Digests of code, settings and data, and whether ranks measure; a rank that joins must have the same."""
 
     def __post_init__(self) -> None:
         assert self.config.batch.micro_size != "auto", "decided when the run starts"
@@ -103,15 +93,6 @@ class Trainer:
         self.saving = Saving(self.comm, self.event)
         self._busy_seconds = 0.0
         self._samples_done = 0
-        self._has_state = not self.comm.is_joining
-        self._last_update: LastUpdate | None = None
-        self._meeting_requested = False
-        self._is_step_complete = True
-        """Whether the records, evaluation and checkpoint due after the last update are done."""
-        self._has_last_noise = True
-        """Whether this rank still holds the noise of the last update."""
-        self._interruption = Interruption()
-        self.recent = RecentRecords(MAX_RECORDS if self.comm.is_elastic else 0)
 
     def become_writer(
         self,
@@ -169,29 +150,15 @@ class Trainer:
             OutOfMemoryError: a step or an evaluation does not fit the device of some rank.
             FaultError: the last checkpoint could not be written, or a rank was lost.
         """
-        if self._has_state:
-            self.comm.note_working_group()
-        work = self._train if self._has_state else self._recover_and_train
-        while True:
-            try:
-                return work()
-            except GroupBrokenError as error:
-                work = self._recover_and_train
-                self._interruption.note(error, update_is_redone=self._is_step_complete)
-            except (DivergedError, DisagreementError, OutOfMemoryError):  # on all ranks
-                with suppress(RankLostError):
-                    self.saving.wait()
-                raise
-
-    def _recover_and_train(self) -> None:
         try:
-            self._recover()
-        except PeerFailedError as error:  # that rank ends with its own error
-            raise GroupBrokenError(str(error)) from error
-        self._train()
+            self._train()
+        except (DivergedError, DisagreementError, OutOfMemoryError):  # on all ranks
+            with suppress(RankLostError):
+                self.saving.wait()
+            raise
 
     def _train(self) -> None:
-        while not self._is_step_complete or self.has_work:
+        while self.has_work:
             self.advance()
         self._publish_measurement()
         self._finish_saving()
@@ -220,20 +187,14 @@ class Trainer:
     def advance(self) -> None:
         """Make one update, then the records, evaluation and checkpoint due after it; raises what `run` raises.
 
-        If memory runs out and `may_shrink` is set, the micro-batch size is halved and no update is made. After a
-        recovery in which only the work after the last update is missing, that work is done and no update is made.
+        If memory runs out and `may_shrink` is set, the micro-batch size is halved and no update is made.
         """
-        if self._is_step_complete and not self._make_update():
-            return
-        assert self._last_update is not None
-        self._complete_step(self._last_update)
-        self._is_step_complete = True
-        if self._meeting_requested and self.has_work:
-            raise MeetingRequestedError("ranks join")
+        if (update := self._make_update()) is not None:
+            self._complete_step(update)
 
-    def _make_update(self) -> bool:
-        """Make one update; return False if the micro-batch size was halved instead."""
-        step, before = self.progress.step, replace(self.progress)
+    def _make_update(self) -> LastUpdate | None:
+        """Make one update; return None if the micro-batch size was halved instead."""
+        step = self.progress.step
         begun = time.perf_counter()
         self.splits.train.prefetch(self._batches.requests(step))
         try:
@@ -242,20 +203,14 @@ class Trainer:
             if not self.may_shrink:
                 raise
             update = None
-        except GroupBrokenError:
-            # The interrupted update may have changed the loss scale or the grids of its sums.
-            assign_progress(self.progress, before)
-            raise
         if update is None:  # here the error no longer holds what the step used
             self._shrink()
-            return False
+            return None
         seconds, total = time.perf_counter() - begun, update.total
         size = self._batches.plan(step).global_size
         if shares := self._batches.dealing(step).note(step, update.times, total.paces):
             self.event("dealing", step + 1, shares=" ".join(map(str, shares)))
         self.progress.step += 1
-        self._is_step_complete, self._has_last_noise = False, True
-        self._meeting_requested = total.meet > 0
         record = TrainRecord(
             step=step + 1,
             epoch=self.epoch,
@@ -268,15 +223,11 @@ class Trainer:
             samples_per_second=size / seconds,
             time=time.time(),
         )
-        self._last_update = LastUpdate(record, total.stop > 0, update.repeats, replace(self.progress))
         if self.profiler:
             self.profiler.after_update(self.progress.step)
         self._busy_seconds += seconds
         self._samples_done += size
-        for name, details in self._interruption.events(self.comm):
-            self.event(name, **details)
-            self.comm.note_working_group()
-        return True
+        return LastUpdate(record, total.stop > 0, update.repeats, replace(self.progress), total.meet > 0)
 
     def _shrink(self) -> None:
         sizes = [size for _, size in self.config.batch.sizes]
@@ -301,7 +252,7 @@ class Trainer:
         )
 
     def _complete_step(self, update: LastUpdate) -> None:
-        """Do the work due after the last update. Called again if a rank was lost meanwhile."""
+        """Do the work due after the last update."""
         step = self.progress.step
         self._publish_measurement()
         if (size_before := self._batches.changed(step - 1)) is not None:
@@ -314,8 +265,7 @@ class Trainer:
                 self.measuring.start(step, update.record.step_seconds, self.take_step.clock.times())
         every = self.config.comm.verify_every
         if every and (step % every == 0 or step == self.last_step):
-            noise = self.take_step.noise if self._has_last_noise else None
-            verify_agreement(self.comm, self.take_step.weights, noise, step - 1, self.take_step.averaging)
+            self._verify(self.take_step.noise)
         if self._is_due(self.config.evaluation.every_epochs):
             self._evaluate()
         every_steps = self.config.checkpoint.every_steps
@@ -328,6 +278,10 @@ class Trainer:
             self.stop.request("time limit")
         if update.stop_requested and step < self.last_step and not self.stopped_early:
             self._stop()
+
+    def _verify(self, noise: Noise | None) -> None:
+        """Check that all ranks hold the same state; `noise`: that of the last update, if they still hold it."""
+        verify_agreement(self.comm, self.take_step.weights, noise, self.progress.step - 1, self.take_step.averaging)
 
     def _note_progress(self) -> None:
         """Show observers and readers of the status that the run has just done something."""
@@ -375,26 +329,12 @@ class Trainer:
 
     def _evaluate_splits(self, suffix: str) -> dict[str, Evaluation]:
         """Evaluate the network on every split; record and return the results by the split's name plus `suffix`."""
-        settings, results = self.config.evaluation, {}
-        splits: tuple[Split, ...] = ("train", "validation", "test")
-        for split in splits:
-            if split == "validation" and self.splits.validation is None:
-                continue
-            samples = self.splits.of(split)
-            count = min(settings.train_samples, len(samples)) if split == "train" else len(samples)
-            if count == 0:
-                continue
-            result = evaluate(
-                self.network,
-                samples,
-                count,
-                batch_size=settings.batch_size,
-                compute=self.take_step.compute,
-                comm=self.comm,
-                after_batch=self._note_progress,
-            )
+        results, settings, compute = {}, self.config.evaluation, self.take_step.compute
+        for split, result in evaluate_splits(
+            self.network, self.splits, settings, compute=compute, comm=self.comm, after_batch=self._note_progress
+        ):
             results[f"{split}{suffix}"] = result
-            measured = result.loss, result.accuracy, count, time.time()
+            measured = result.loss, result.accuracy, result.samples, time.time()
             self._record(EvaluationRecord(self.progress.step, self.epoch, f"{split}{suffix}", *measured))
         return results
 
@@ -430,9 +370,7 @@ class Trainer:
         return self.state.contents(self.progress, self.epoch, self.config, self.plugins, self.splits.identity)
 
     def _finish_saving(self) -> None:
-        """Record what happened since the last update, and wait for the last checkpoint; raises what that raises."""
-        for name, details in self._interruption.events(self.comm):
-            self.event(name, **details)
+        """Wait for the last checkpoint; raises what that raises."""
         self.saving.finish()
 
     def _stop(self) -> None:
@@ -452,37 +390,6 @@ class Trainer:
         self._record(EventRecord(self.progress.step if step is None else step, name, time.time(), details))
 
     def _record(self, record: Record) -> None:
-        """Record on rank 0; the other ranks keep a copy in case they take over from it."""
-        if self.recent.add(record) and self.comm.rank == 0:
+        """Record on rank 0."""
+        if self.comm.rank == 0:
             self.observers.record(record)
-
-    def _recover(self) -> None:
-        """Form a new group of the remaining and joining ranks; continue from the newest state that any of them has."""
-        self.time_limit.interrupt()
-        generation = self.comm.meet(self._interruption.why, self._interruption.add)
-        # What follows may replace the weights and, in an evaluation that is redone, the norms' statistics.
-        self.take_step.wait_for_checkpoint_copy()
-        if self.measuring:
-            self.measuring.drop()
-        is_writer = self.saving.writer is not None
-        mine = RankState(self._has_state, self.progress.step, self._is_step_complete, is_writer, self.identity)
-        recovery = agree_on_recovery(self.comm, mine)
-        own = SharedState(self.progress, self.plan.micro_size, self._last_update)
-        shared = broadcast_shared_state(self.comm, own, recovery.source)
-        if recovery.receivers:
-            # What is due after the last update rank 0 does again itself.
-            takes = self.comm.rank in recovery.receivers and not is_writer
-            self.recent.share(self.comm, recovery.source, takes=takes)
-            self.state.broadcast(self.comm, recovery.source)
-            self._has_state = True
-            self.comm.note_state()
-        last = self._last_update = shared.last_update
-        self._is_step_complete = recovery.is_step_complete or last is None
-        assign_progress(self.progress, shared.progress if last is None or self._is_step_complete else last.progress)
-        # Ranks that received the state, or had begun the next update, do not have the noise of the last one.
-        self._has_last_noise = self._meeting_requested = False
-        self._statistics_step = self.saving.saved_step = None
-        self._averaged.forget()
-        self.take_step.noise.rank = self.comm.rank
-        self._divide_work(shared.micro_size)
-        self.regroup(self, generation)

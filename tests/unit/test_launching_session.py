@@ -56,6 +56,7 @@ from dist_train.rundir.records import (
     to_json,
 )
 from dist_train.rundir.status import Status, read_status
+from dist_train.training.recovery import ElasticTrainer
 from dist_train.training.stopping import StopRequests
 from dist_train.training.trainer import Trainer
 from tests.raising import raises
@@ -684,6 +685,7 @@ def test_a_loss_right_after_a_takeover_without_a_logger_s_server_loses_no_record
         (tmp_path / "server-is-down").touch()
         with raises(UsageError, "plugin-failed"):
             build_observers(config.metrics, directory, 0)
+        assert isinstance(trainer, ElasticTrainer)
         trainer.recent.add(written)
         trainer.recent.add(former)
         session.trainer = trainer
@@ -716,8 +718,10 @@ def test_a_rank_that_cannot_take_over_fails_alone(
     generation = Generation(2, 0, 2, ("", 0), ("here", "there"), ("rank 0 died",), "", ())
 
     def regroup(comm: SimulatedRanks) -> None:
+        comm.is_elastic = True
         session = Session(directory, comm, Observers())
         trainer = assemble(ResumePoint(small_config()), session, StopRequests())
+        assert isinstance(trainer, ElasticTrainer)
         trainer.saving.writer = None
         with ExitStack() as stack:
             Regrouping(session, stack)(trainer, generation)

@@ -28,6 +28,7 @@ from dist_train.optim.noise import SmoothOut
 from dist_train.outcome import UsageError
 from dist_train.rundir.epochs import Epochs
 from dist_train.rundir.records import EvaluationRecord, EventRecord
+from dist_train.training.recovery import ElasticTrainer
 from dist_train.training.saving import Saving
 from dist_train.training.step import GlobalBatch, TrainingStep
 from tests.raising import raises, raises_problems
@@ -77,6 +78,7 @@ def test_promise_6_rank_0_records_the_new_size_though_only_another_rank_made_the
 
     def job(comm: SimulatedRanks) -> list[list[tuple[int, str]]]:
         _, notebook, trainer = run(tmp_path, comm, **sections(run={"max_steps": 10}))
+        assert isinstance(trainer, ElasticTrainer)
         records = notebook.records, trainer.recent.all()
         return [[(each.step, each.event) for each in some if isinstance(each, EventRecord)] for some in records]
 

@@ -45,11 +45,11 @@ def train(trainer: Trainer, state: list[Tensor] | None = None) -> list[tuple[flo
     """Make the updates; return loss, accuracy and gradient norm of each. Add to `state` what `state_of` returns."""
     told: list[tuple[float, ...]] = []
     for _ in range(UPDATES):
-        trainer.advance()
+        update = trainer._make_update()
+        assert update is not None
+        trainer._complete_step(update)
         if state is not None:
             state += state_of(trainer)  # after its first update, exact32 sums in another tensor
-        update = trainer._last_update
-        assert update is not None
         record = update.record
         told.append((record.loss, record.accuracy, record.gradient_norm))
     return told

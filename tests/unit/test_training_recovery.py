@@ -12,7 +12,6 @@ from dist_train.outcome import FaultError, UsageError
 from dist_train.rundir.records import EventRecord, Record
 from dist_train.training.recovery import (
     Interruption,
-    LastUpdate,
     RankState,
     RecentRecords,
     Recovery,
@@ -22,6 +21,7 @@ from dist_train.training.recovery import (
     broadcast_shared_state,
     plan_recovery,
 )
+from dist_train.training.trainer import LastUpdate
 from tests.raising import raises
 from tests.unit.records import evaluation, train
 from tests.unit.simulated_ranks import SimulatedRanks, results

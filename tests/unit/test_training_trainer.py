@@ -36,6 +36,7 @@ from dist_train.rundir.records import (
 from dist_train.rundir.status import StatusFile, read_status
 from dist_train.training import saving
 from dist_train.training.evaluation import recompute_statistics, statistics_samples
+from dist_train.training.recovery import ElasticTrainer
 from dist_train.training.saving import Saving
 from dist_train.training.stopping import StopRequests
 from dist_train.training.trainer import Trainer
@@ -442,6 +443,7 @@ def test_promise_6_recovery_changes_nothing_before_the_checkpoint_is_copied(
     monkeypatch.setattr(CheckpointWriter, "_copy", copy_later)
     monkeypatch.setattr(Saving, "report", lose_one)
     trainer = build_trainer(small_config(run={"max_steps": 1}), tmp_path, LosesAnother())
+    assert isinstance(trainer, ElasticTrainer)
     trainer.regroup = lambda trainer, generation: copied.append(go.is_set())
     trainer.run()
     assert copied == [True]
@@ -450,6 +452,7 @@ def test_promise_6_recovery_changes_nothing_before_the_checkpoint_is_copied(
 def test_who_may_take_over_keeps_the_records_before_the_last_checkpoints(tmp_path: Path) -> None:
     """Whether they are on disk, rank 0 alone knows."""
     trainer = build_trainer(small_config(checkpoint={"every_steps": 1}), tmp_path, LeftAlone())
+    assert isinstance(trainer, ElasticTrainer)
     trainer.run()
     assert [record.step for record in trainer.recent.all() if isinstance(record, TrainRecord)] == [1, 2, 3, 4, 5, 6]
 
