@@ -228,7 +228,7 @@ class CommSettings(Section):
     op: Literal["average", "adasum"] = "average"
     """How the ranks' gradients are combined (adasum: only with reduction float)."""
     verify_every: NonNegativeInt = Field(100, examples=[10])
-    """Steps between checks that all ranks hold the same weights and noise; 0: none."""
+    """Steps between checks that ranks hold the same weights and noise, also made before each checkpoint; 0: none."""
     timeout: Annotated[float, Field(ge=5)] = Field(60.0, examples=[300.0])
     """Seconds of silence after which a rank counts as lost: the run then ends or, with launch.min_ranks, continues
     without it.

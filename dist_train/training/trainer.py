@@ -69,22 +69,20 @@ class Trainer:
     epochs: Epochs
     """The passes over the data, and the size of the global batch in each."""
     total_steps: int  # number of updates that the schedules span
-    last_step: int
-    """Number of updates after which the run ends."""
+    last_step: int  # number of updates after which the run ends
     observers: Observers
     stop: StopRequests
     progress: Progress
     profiler: Profiler | None = None
-    measuring: Measuring | None = None
-    """On all ranks or on none."""
-    may_shrink: bool = False
-    """Whether the micro-batch size may be halved when memory runs out."""
+    measuring: Measuring | None = None  # on all ranks or on none
+    may_shrink: bool = False  # whether the micro-batch size may be halved when memory runs out
 
     def __post_init__(self) -> None:
         assert self.config.batch.micro_size != "auto", "decided when the run starts"
         self._batches = Batches(self.config, self.epochs, len(self.splits.train), self.last_step)
         self._batches.deal(self.config.batch.micro_size, self.comm)
         self._statistics_step: int | None = None
+        self._verified_step: int | None = None
         self._averaged = AveragedModel(self.network, self.take_step.averaging, self._recompute_statistics)
         self._early_stopping = EarlyStopping(self.config.early_stopping, self.config.stopping_metric)
         self.plugins = plugin_files(self.config.model_dump(mode="json"))
@@ -280,8 +278,11 @@ class Trainer:
             self._stop()
 
     def _verify(self, noise: Noise | None) -> None:
-        """Check that all ranks hold the same state; `noise`: that of the last update, if they still hold it."""
-        verify_agreement(self.comm, self.take_step.weights, noise, self.progress.step - 1, self.take_step.averaging)
+        """Check, once per step, that all ranks agree; `noise`: that of the last update, if they still hold it."""
+        step = self.progress.step
+        if self.config.comm.verify_every and self._verified_step != step:
+            verify_agreement(self.comm, self.take_step.weights, noise, step - 1, self.take_step.averaging)
+            self._verified_step = step
 
     def _note_progress(self) -> None:
         """Show observers and readers of the status that the run has just done something."""
@@ -357,6 +358,7 @@ class Trainer:
         )
 
     def _save(self) -> None:
+        self._verify(self.take_step.noise)  # else an error of one rank would be in every checkpoint before it is found
         self._update_clean_statistics()
         self.progress.note_saved()
         average = self._averaged.contents(self.progress.step)

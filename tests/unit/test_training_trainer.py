@@ -38,6 +38,7 @@ from dist_train.training import saving
 from dist_train.training.evaluation import recompute_statistics, statistics_samples
 from dist_train.training.recovery import ElasticTrainer
 from dist_train.training.saving import Saving
+from dist_train.training.step import GlobalBatch, TrainingStep, Update
 from dist_train.training.stopping import StopRequests
 from dist_train.training.trainer import Trainer
 from tests.raising import raises
@@ -555,3 +556,50 @@ def test_promise_5_what_a_plugin_s_optimizer_draws_depends_on_seed_and_step_alon
     resumed, _, _ = run(tmp_path / "run", Alone(), going_on=True, optimizer=optimizer)
     assert resumed == expected
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def flip_a_bit(monkeypatch: pytest.MonkeyPatch, rank: int, step: int) -> None:
+    """Let a bit of the weights of `rank` change after update `step`."""
+    make = TrainingStep.__call__
+
+    def flipping(self: TrainingStep, batch: GlobalBatch, *rest: Any) -> Update:
+        update = make(self, batch, *rest)
+        if self.noise.rank == rank and batch.step + 1 == step:
+            self.weights.values.view(torch.int32)[7] ^= 1
+        return update
+
+    monkeypatch.setattr(TrainingStep, "__call__", flipping)
+
+
+@pytest.mark.parametrize("verify_every", [100, 0])
+@pytest.mark.parametrize("reason", ["", "SIGTERM"])
+def test_promise_4_ranks_that_disagree_save_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str, verify_every: int
+) -> None:
+    flip_a_bit(monkeypatch, 1, 2)
+    checkpoint = {"every_epochs": 0, "every_steps": None if reason else 1, "keep": 9}
+
+    def job(comm: SimulatedRanks) -> None:
+        config = small_config(comm={"verify_every": verify_every}, checkpoint=checkpoint, run={"max_steps": 3})
+        trainer = build_trainer(config, tmp_path, comm)
+        try:
+            trainer.advance()
+            if reason:
+                trainer.stop.request(reason)
+            trainer.advance()
+        finally:
+            trainer.close()
+
+    ended = on_ranks(2, job)
+    if verify_every:
+        assert [getattr(error, "code", None) for error in ended] == ["weights-differ"] * 2
+    before = [] if reason else [1]
+    assert [file.step for file in list_checkpoints(tmp_path / "checkpoints")] == before + [2] * (not verify_every)
+
+
+def test_ranks_compare_their_weights_once_a_step(tmp_path: Path) -> None:
+    def job(comm: SimulatedRanks) -> int:
+        run(tmp_path, comm, comm={"verify_every": 2}, checkpoint={"every_epochs": 0, "every_steps": 3})
+        return comm.names.count("agreement")
+
+    assert results(2, job) == [4] * 2  # after updates 2, 3, 4 and 6
