@@ -353,8 +353,6 @@ def newest_whole(directory: Path, damage: dict[str, str]) -> Contents | None:
         NoCompleteCheckpointError: all are damaged or without a record, now or when the run was started before.
         OSError: a file cannot be read at the moment; nothing is renamed for it.
     """
-    if not directory.is_dir():
-        return None
     without_record = 0
     for path in sorted(_step_files(directory), key=_step_of, reverse=True):
         try:
@@ -374,7 +372,7 @@ def newest_whole(directory: Path, damage: dict[str, str]) -> Contents | None:
             f"directory (run.name), or delete them to begin again",
             code="no-whole-checkpoint",
         )
-    if any(directory.glob(f"step-*.pt{_DAMAGED}")):
+    if any(name.endswith(f".pt{_DAMAGED}") for name in _names(directory)):
         raise NoCompleteCheckpointError(
             f"every checkpoint in {directory} is damaged (renamed to *{_DAMAGED}): copy an intact one and its "
             f"record there, start a new run in another directory (run.name), or delete them to begin again",
@@ -448,5 +446,18 @@ def _step_of(path: Path) -> int:
     return int(path.stem.removeprefix("step-"))
 
 
+def has_checkpoints(directory: Path) -> bool:
+    """Whether there are checkpoints in `directory`, whole or not. Raises OSError."""
+    return bool(_step_files(directory))
+
+
 def _step_files(directory: Path) -> list[Path]:
-    return [path for path in directory.glob("step-*.pt") if _NAME.fullmatch(path.name)]
+    return [directory / name for name in _names(directory) if _NAME.fullmatch(name)]
+
+
+def _names(directory: Path) -> list[str]:
+    """Return the names in `directory`, if it exists. Raises OSError, for which `Path.glob` may find nothing instead."""
+    try:
+        return os.listdir(directory)
+    except (FileNotFoundError, NotADirectoryError):
+        return []

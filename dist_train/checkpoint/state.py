@@ -23,6 +23,7 @@ from dist_train.checkpoint.files import (
     adopt,
     copy_newest,
     find_checkpoint,
+    has_checkpoints,
     newest_whole,
     read_checkpoint,
     read_record,
@@ -65,7 +66,7 @@ def find_resume_point(config: Config, directory: RunDirectory) -> ResumePoint:
     """Return where a launch of `config` in `directory` starts. Raises UsageError."""
     checkpoints = directory.checkpoints
     if config.run.resume == "never":
-        if any(checkpoints.glob("step-*.pt")):
+        if has_checkpoints(checkpoints):
             raise UsageError(
                 f"{directory.root} already holds a run: choose another run.name, or resume it with run.resume=auto",
                 code="run-exists",
@@ -76,14 +77,13 @@ def find_resume_point(config: Config, directory: RunDirectory) -> ResumePoint:
         for former in directory.other_fallbacks(other_disk):  # or of a copy that may have gone another way since
             copy_newest(former, checkpoints, partial(_may_continue, config))
     named = None if config.run.resume == "auto" else Path(config.run.resume)
-    is_missing = False
+    contents, source, is_missing = None, None, False
     if named is not None and not named.exists():
         try:
             named = find_checkpoint(named)
         except UsageError as error:  # it is needed only if the run has no checkpoint of its own
             is_missing = error.code in ("checkpoint-missing", "no-checkpoint", "target-missing")
     damage: dict[str, str] = {}
-    contents, source = None, None
     try:
         contents = newest_whole(checkpoints, damage)
     except NoCompleteCheckpointError:

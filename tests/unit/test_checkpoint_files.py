@@ -488,3 +488,23 @@ def test_atomic_is_what_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(atomic, "flush_directory", lambda folder: written.append(folder))
     write(tmp_path, 1)
     assert written == [tmp_path, tmp_path]
+
+
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.EIO, errno.EACCES])
+def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    write(tmp_path, 1)
+    for name in ("listdir", "scandir"):
+        monkeypatch.setattr(os, name, fail)
+    for read in (lambda: newest_whole(tmp_path, {}), lambda: list_checkpoints(tmp_path)):
+        with pytest.raises(OSError, match=os.strerror(code)):
+            read()
+
+
+def test_a_folder_that_does_not_exist_holds_no_checkpoint(tmp_path: Path) -> None:
+    assert newest_whole(tmp_path / "absent", {}) is None
+    assert list_checkpoints(tmp_path / "absent") == []
