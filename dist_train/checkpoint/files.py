@@ -366,7 +366,7 @@ def newest_whole(directory: Path, damage: dict[str, str]) -> Contents | None:
             for file in (path, record):
                 file.rename(f"{file}{_DAMAGED}")
     # A writer that is killed between its two renames leaves one checkpoint that was never published.
-    if without_record > 1 or (without_record and _has_published(directory)):
+    if without_record > 1 or (without_record and has_published(directory)):
         raise NoCompleteCheckpointError(
             f"{directory} holds checkpoints, but not their records: copy step-*.json, too, start a new run in another "
             f"directory (run.name), or delete them to begin again",
@@ -381,7 +381,7 @@ def newest_whole(directory: Path, damage: dict[str, str]) -> Contents | None:
     return None
 
 
-def _has_published(directory: Path) -> bool:
+def has_published(directory: Path) -> bool:
     """Whether the run of the folder `directory` has recorded that a checkpoint was written. Raises OSError."""
     metrics = RunDirectory(directory.parent).metrics
     records = read_records(metrics) if metrics.exists() else ()

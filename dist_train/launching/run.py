@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 import traceback
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,6 +14,7 @@ from pathlib import Path
 import yaml
 
 import dist_train
+from dist_train.checkpoint.files import has_published
 from dist_train.checkpoint.state import ResumePoint, find_resume_point
 from dist_train.cluster.communicator import (
     Communicator,
@@ -285,6 +287,11 @@ def _find_resume_point(config: Config, directory: RunDirectory, comm: Communicat
     directory.remove_partial_files(config.checkpoint.fallback_directory)
     directory.make_reserve()
     resume_point = find_resume_point(config, directory)
+    begins = resume_point.contents is None or resume_point.source is not None
+    if begins and has_published(directory.checkpoints):
+        kept = directory.metrics.with_name(f"metrics-{time.strftime('%Y%m%dT%H%M%S')}.jsonl")
+        directory.metrics.rename(kept)
+        resume_point = replace(resume_point, former_records=kept)
     rewind(directory.metrics, resume_point.contents.step if resume_point.contents else 0)
     return resume_point
 

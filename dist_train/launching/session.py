@@ -171,6 +171,11 @@ class Session:
                 resume_point.gone,
                 trainer.progress.step,
             )
+        if resume_point.former_records is not None:
+            _logger.warning(
+                "the run's checkpoints are gone, so it begins again: its records so far are in %s",
+                resume_point.former_records,
+            )
         for name, text in resume_point.damage.items():
             _logger.warning("%s; the checkpoint before it is used", text)
             trainer.event("corrupt_checkpoint", path=name)

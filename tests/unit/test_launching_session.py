@@ -772,6 +772,20 @@ def test_a_finished_run_started_again_keeps_its_records_and_the_versions_that_tr
     assert json.loads(file.read_text())["environment"]["torch"] == torch.__version__
 
 
+def test_a_run_whose_checkpoints_are_gone_begins_again_and_keeps_its_records(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = ["train", write_config(tmp_path), "--run-dir", str(run)]
+    assert main(words) == 0
+    records = (run / "metrics.jsonl").read_bytes()
+    for path in (run / "checkpoints").iterdir():
+        path.unlink()
+    assert main(words) == 0
+    (kept,) = run.glob("metrics-*.jsonl")
+    assert kept.read_bytes() == records
+    assert kept.name in (run / "logs" / "rank-0.log").read_text()
+    assert len(read_records(run / "metrics.jsonl")) == len(read_records(kept))
+
+
 @pytest.mark.parametrize(
     ("metrics", "first", "others"),
     [
