@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 import dist_train
@@ -22,7 +21,6 @@ from dist_train.checkpoint.files import CheckpointFile, Contents, list_checkpoin
 from dist_train.checkpoint.state import InitialWeights, Progress, ResumePoint
 from dist_train.cluster.communicator import Communicator, RankLostError, broadcast_str, gather_str
 from dist_train.cluster.devices import find_gpus, why_no_gpu
-from dist_train.cluster.inspection import installed_version, loaded_mpi_version
 from dist_train.cluster.launch import command_output, current_job
 from dist_train.config import Config
 from dist_train.config.plugins import call_plugin
@@ -45,6 +43,7 @@ from dist_train.outcome import (
 from dist_train.rundir.paths import RunDirectory, RunLock, check_of_run
 from dist_train.rundir.records import JsonLines, Observer, Outcome, RunFacts
 from dist_train.rundir.status import EventCounts, RanksFile, State, StatusFile, another_failed, read_status
+from dist_train.training.consistency import changed_versions, kernels_on, launch_environment
 
 if TYPE_CHECKING:
     from dist_train.training.trainer import Trainer
@@ -192,13 +191,17 @@ class Session:
                     "on other data, start a new run with run.init_from"
                 )
                 trainer.event("data_changed", before=resume_point.contents.data, now=trainer.splits.identity)
+        now = launch_environment(code, self.comm.backend, devices, kernels_on(trainer.take_step.compute.device.type))
+        if resumes and (changed := changed_versions(environment, now)):
+            before, here = changed
+            _logger.warning("the run resumes with %s; before: %s. They may round differently", here, before)
+            trainer.event("versions_changed", before=before, now=here)
         if resume_point.epochs_before is not None:
             self._record_lengthening(resume_point.epochs_before)
         if (initial := resume_point.initial) is not None:
             self._note_initial_weights(initial)
         if trainer.has_work or not environment:
-            environment = launch_environment(code, self.comm.backend, devices)
-            environment |= {f"plug-in {name}": digest for name, digest in trainer.plugins.items()}
+            environment = now | {f"plug-in {name}": digest for name, digest in trainer.plugins.items()}
         self.status.change("running", **trainer.status_fields(), environment=environment)
 
     def _note_initial_weights(self, initial: InitialWeights) -> None:
@@ -410,20 +413,6 @@ def revision(root: Path = Path(dist_train.__file__).parents[1]) -> str:
         kept = {name: value for name, value in os.environ.items() if not re.match("GIT_(?!CONFIG)", name)}
         commit = command_output(*git, *describe, seconds=_GIT_SECONDS, env=kept)
     return f"{dist_train.__version__} ({commit})" if commit else dist_train.__version__
-
-
-def launch_environment(revision: str, backend: str, devices: str) -> dict[str, str]:
-    """Return names and versions for `status.json`; `backend` and `devices`: those of the ranks."""
-    return {
-        "dist_train": revision,
-        "Python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": installed_version("torchvision") or "not installed",
-        "Horovod": installed_version("horovod") or "not installed",
-        "MPI": (loaded_mpi_version() or "unknown") if backend == "mpi" else f"not used ({backend})",
-        "NumPy": np.__version__,
-        "device": devices,
-    }
 
 
 def device_name(device: torch.device, processors: Path = Path("/proc/cpuinfo")) -> str:

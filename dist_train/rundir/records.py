@@ -89,6 +89,7 @@ EVENTS: Mapping[str, EventKind] = {
     "initialized": EventKind(begins_launch=True),
     "plugins_changed": EventKind(begins_launch=True),
     "data_changed": EventKind(begins_launch=True),
+    "versions_changed": EventKind(begins_launch=True),
     "corrupt_checkpoint": EventKind(is_bad=True, distinct_by="path"),
     "checkpoint": EventKind(),
     "checkpoint_failed": EventKind(is_bad=True),

@@ -1,4 +1,7 @@
-"""Checks that all ranks run the same code with the same settings and data, and hold the same weights and noise."""
+"""Checks that all ranks run the same code with the same settings and data, and hold the same weights and noise.
+
+And what computes, whose versions a run records, and compares with those of its last launch.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ import torch
 import dist_train
 from dist_train.cluster.communicator import Communicator, broadcast_str, gather, run_on_all_ranks, signed_digest
 from dist_train.cluster.devices import device_type
+from dist_train.cluster.inspection import installed_version, loaded_mpi_version
 from dist_train.config import Config
 from dist_train.config.loading import flat_settings
 from dist_train.config.plugins import plugin_files
@@ -81,12 +85,46 @@ def setup_digests(config: Config, data: str) -> tuple[int, ...]:
 
 def code_of(config: Config) -> Mapping[str, str]:
     """Return what `code_listing` does, digests of the plug-ins in `config`, and which kernels there are."""
-    listing = {**code_listing(), **plugin_files(config.model_dump(mode="json"))}
-    if device_type(config.run.device) == "cuda":
-        listing["Triton"] = triton_version()
-    else:
-        listing["CPU kernels"] = "compiled" if has_cpu_kernels() else "none"
-    return listing
+    plugins = plugin_files(config.model_dump(mode="json"))
+    return {**code_listing(), **plugins, **kernels_on(device_type(config.run.device))}
+
+
+def kernels_on(device_type: str) -> dict[str, str]:
+    """Return which of our kernels compute on devices of `device_type`, by name: Triton's version or the CPU's."""
+    if device_type == "cuda":
+        return {"Triton": triton_version()}
+    return {"CPU kernels": "compiled" if has_cpu_kernels() else "none"}
+
+
+def launch_environment(revision: str, backend: str, devices: str, kernels: Mapping[str, str]) -> dict[str, str]:
+    """Return names and versions for `status.json`; `backend`, `devices` and `kernels`: those of the ranks."""
+    return {
+        "dist_train": revision,
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": installed_version("torchvision") or "not installed",
+        "timm": installed_version("timm") or "not installed",
+        **kernels,
+        "Horovod": installed_version("horovod") or "not installed",
+        "MPI": (loaded_mpi_version() or "unknown") if backend == "mpi" else f"not used ({backend})",
+        "NumPy": np.__version__,
+        "device": devices,
+    }
+
+
+_COMPUTING = ("torch", "torchvision", "timm", "NumPy", "Triton", "CPU kernels")  # whose versions may change the bits
+
+
+def changed_versions(before: Mapping[str, str], now: Mapping[str, str]) -> tuple[str, str] | None:
+    """Return which of what computes `launch_environment` named in another version `before`, then and now; None: none.
+
+    What it did not name at all, as in an earlier version, counts as the same.
+    """
+    changed = [name for name in _COMPUTING if name in before and name in now and before[name] != now[name]]
+    if not changed:
+        return None
+    then, here = (", ".join(f"{name} {versions[name]}" for name in changed) for versions in (before, now))
+    return then, here
 
 
 def code_listing(folder: Path = Path(dist_train.__file__).parent) -> dict[str, str]:

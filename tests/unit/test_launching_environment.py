@@ -13,13 +13,15 @@ import torch
 
 from dist_train.cluster import inspection
 from dist_train.cluster.communicator import Alone, Communicator
-from dist_train.cluster.inspection import horovod_build, loaded_mpi_version, mpi_library
+from dist_train.cluster.inspection import horovod_build, installed_version, loaded_mpi_version, mpi_library
 from dist_train.launching.run import train
-from dist_train.launching.session import Session, device_name, launch_environment, revision
+from dist_train.launching.session import Session, device_name, revision
 from dist_train.monitoring.observers import Observers
 from dist_train.outcome import FaultError
 from dist_train.rundir.paths import RunDirectory
+from dist_train.rundir.records import EventRecord, read_records
 from dist_train.rundir.status import read_status
+from dist_train.training.consistency import kernels_on, launch_environment
 from tests.unit.simulated_ranks import results
 from tests.unit.small_trainers import small_config
 
@@ -28,11 +30,13 @@ CPU = torch.device("cpu")
 
 def test_the_versions_are_those_of_what_computes() -> None:
     horovod_build()  # loads MPI, as a launch over MPI does
-    assert launch_environment("1.0 (abc)", "mpi", "a card, another") == {
+    assert launch_environment("1.0 (abc)", "mpi", "a card, another", {"Triton": "3.1"}) == {
         "dist_train": "1.0 (abc)",
         "Python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": metadata.version("torchvision"),
+        "timm": installed_version("timm") or "not installed",
+        "Triton": "3.1",
         "Horovod": metadata.version("horovod"),
         "MPI": mpi_library(),
         "NumPy": np.__version__,
@@ -42,7 +46,7 @@ def test_the_versions_are_those_of_what_computes() -> None:
 
 @pytest.mark.parametrize("controller", ["gloo", "alone"])
 def test_mpi_that_does_not_carry_the_ranks_is_not_told_as_used(controller: str) -> None:
-    assert launch_environment("", controller, "")["MPI"] == f"not used ({controller})"
+    assert launch_environment("", controller, "", {})["MPI"] == f"not used ({controller})"
 
 
 def test_the_loaded_mpi_is_the_one_that_mpi4py_describes() -> None:
@@ -58,7 +62,7 @@ def test_an_mpi_that_does_not_tell_its_version_is_unknown_and_no_fault(
     files = frozenset({tmp_path / "libmpi.so.40 (deleted)", Path(_ctypes.__file__)})
     monkeypatch.setattr(inspection, "loaded_mpi_libraries", lambda: files)
     assert loaded_mpi_version() == ""
-    assert launch_environment("", "mpi", "")["MPI"] == "unknown"
+    assert launch_environment("", "mpi", "", {})["MPI"] == "unknown"
 
 
 def test_a_package_that_is_missing_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,7 +70,7 @@ def test_a_package_that_is_missing_is_told_so(monkeypatch: pytest.MonkeyPatch) -
         raise metadata.PackageNotFoundError(package)
 
     monkeypatch.setattr(metadata, "version", missing)
-    assert launch_environment("", "alone", "")["Horovod"] == "not installed"
+    assert launch_environment("", "alone", "", {})["Horovod"] == "not installed"
 
 
 def test_a_processor_has_its_name_or_else_its_architecture(tmp_path: Path) -> None:
@@ -85,7 +89,7 @@ def test_a_gpu_has_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_run_records_what_it_ran_on(tmp_path: Path) -> None:
     train(small_config(), tmp_path)
     recorded = json.loads((tmp_path / "status.json").read_text())["environment"]
-    assert recorded == launch_environment(revision(), "alone", device_name(CPU))
+    assert recorded == launch_environment(revision(), "alone", device_name(CPU), kernels_on("cpu"))
 
 
 def test_a_resume_on_a_device_of_another_model_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -98,6 +102,24 @@ def test_a_resume_on_a_device_of_another_model_is_warned_of(tmp_path: Path, capl
         assert train(small_config(run={"epochs": epochs}), tmp_path).state == "finished"
         assert caplog.text.count("devices differ") == warnings
     assert f"({device_name(CPU)}; before: another model)" in caplog.text
+
+
+def test_a_resume_with_other_versions_is_warned_of_and_recorded(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(small_config(), tmp_path)
+    path = tmp_path / "status.json"
+    status = json.loads(path.read_text())
+    del status["environment"]["timm"]  # as of an earlier version, which did not name it
+    status["environment"] |= {"torch": "1.2.3", "CPU kernels": "other", "MPI": "other"}
+    path.write_text(json.dumps(status))
+    for epochs, warnings in ((2, 0), (4, 1), (6, 1)):  # the first has nothing to do
+        assert train(small_config(run={"epochs": epochs}), tmp_path).state == "finished"
+        assert caplog.text.count("may round differently") == warnings
+    records = read_records(tmp_path / "metrics.jsonl")
+    (changed,) = [each for each in records if isinstance(each, EventRecord) and each.event == "versions_changed"]
+    assert changed.details["before"] == "torch 1.2.3, CPU kernels other"
+    assert changed.details["now"] == f"torch {torch.__version__}, CPU kernels {kernels_on('cpu')['CPU kernels']}"
 
 
 def test_a_launch_that_fails_before_it_trains_leaves_what_the_one_before_recorded(tmp_path: Path) -> None:
