@@ -157,6 +157,7 @@ def replay(path: Path | str, step: int) -> Replay:
         "run.resume": str(start.absolute()) if start else "never",
         "run.profile_steps": 0,
         "run.epochs": _epochs_at(run, step),
+        "batch.micro_size": begun.batch.micro_size if start else _first_micro_size(run),
     }
     config = parse_config(with_overrides(settings, overrides), source="the run")
     launch = current_launch()
@@ -187,13 +188,19 @@ def replay(path: Path | str, step: int) -> Replay:
     return Replay(step, begun_at, recorded, replayed, weights_agree)
 
 
-def _lengthened(run: Run) -> list[EventRecord]:
-    return [each for each in run.records if isinstance(each, EventRecord) and each.event == "lengthened"]
+def _events(run: Run, name: str) -> list[EventRecord]:
+    return [each for each in run.records if isinstance(each, EventRecord) and each.event == name]
+
+
+def _first_micro_size(run: Run) -> Any:
+    """Return the micro-batch size of the first update: it may have been halved since, when memory ran out."""
+    halved = (each.details["before"] for each in _events(run, "micro_size") if each.step > 0)
+    return next(halved, run.config.batch.micro_size)
 
 
 def _epochs_at(run: Run, step: int) -> Any:
     """Return the epochs that the schedules spanned at update `step`: the run may have been lengthened since."""
-    later = (each.details["before"] for each in _lengthened(run) if each.step >= step)
+    later = (each.details["before"] for each in _events(run, "lengthened") if each.step >= step)
     return next(later, run.config.run.epochs)
 
 
@@ -205,8 +212,10 @@ def _check_replayable(run: Run, step: int, begun_at: int) -> None:
     config, reason = run.config, ""
     is_stretched = (config.schedule.decay, config.noise.schedule.kind) != ("constant", "constant")
     # the checkpoint of an unfinished run cannot be lengthened
-    if (is_stretched or begun_at) and any(begun_at < each.step < step for each in _lengthened(run)):
+    if (is_stretched or begun_at) and any(begun_at < each.step < step for each in _events(run, "lengthened")):
         reason = "the run was lengthened since"
+    if any(max(begun_at, 1) <= each.step < step for each in _events(run, "micro_size")):
+        reason = "its micro-batches were halved since, when memory ran out"
     of_start = (each for each in run.records if not (isinstance(each, EventRecord) and each.event in _BEFORE_START))
     first = next(of_start, None)
     if not begun_at and isinstance(first, EventRecord) and first.event == "resumed":

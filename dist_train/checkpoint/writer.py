@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -89,6 +89,15 @@ class NotWritten:
             f"run the same command again",
             code="checkpoint-not-written",
         )
+
+
+@contextmanager
+def _warn_if_not_deleted(what: str) -> Iterator[None]:
+    """Warn of an OSError in the block, which deletes `what`: the checkpoint that was just written is good."""
+    try:
+        yield
+    except OSError as error:
+        _logger.warning("%s cannot be deleted: %s", what, error)
 
 
 @dataclass(eq=False)
@@ -176,10 +185,8 @@ class CheckpointWriter:
             if written is None:
                 return
             file, begun = written
-            try:
+            with _warn_if_not_deleted(f"checkpoints before that of step {contents.step}"):
                 prune(self.directory, keep=self.settings.keep, best_step=best_step)
-            except OSError as error:
-                _logger.warning("older checkpoints than that of step %d cannot be deleted: %s", contents.step, error)
         except Exception as error:
             self._results.put(NotWritten(contents.step, error))
             return
@@ -208,7 +215,8 @@ class CheckpointWriter:
                 begun = time.perf_counter()
                 continue
             if failed is not None and failed.fallback is not None:
-                remove_checkpoint(failed.fallback)
+                with _warn_if_not_deleted("the copy in the fallback directory"):
+                    remove_checkpoint(failed.fallback)
             return file, begun
 
     def _write_to_fallback(self, contents: Contents) -> Path | None:
@@ -223,12 +231,13 @@ class CheckpointWriter:
             self.fallback.mkdir(mode=0o700, parents=True, exist_ok=True)
             refuse_foreign(self.fallback, OTHER_FALLBACK)
             file = write_checkpoint(self.fallback, contents, before_publishing)
-            prune(self.fallback, keep=1, best_step=None)
         except (OSError, UsageError) as error:
             _logger.warning(
                 "the checkpoint of step %d cannot be written to %s either: %s", contents.step, self.fallback, error
             )
             return None
+        with _warn_if_not_deleted(f"checkpoints before that of step {contents.step} in {self.fallback}"):
+            prune(self.fallback, keep=1, best_step=None)
         return file.path
 
     def _copy(self, name: str, value: Any) -> Any:

@@ -29,7 +29,7 @@ from dist_train.data.images import BatchRequest
 from dist_train.data.loader import open_splits
 from dist_train.outcome import DivergedError, ExitCode, StoppedError, UsageError
 from dist_train.rundir.paths import RunDirectory
-from dist_train.rundir.records import EvaluationRecord, Record
+from dist_train.rundir.records import EvaluationRecord, EventRecord, Record, to_json
 from tests.launching import launch, small_settings, start, train_alone, write_config
 from tests.raising import raises
 from tests.waiting import PATIENCE
@@ -255,6 +255,23 @@ def test_an_update_before_which_the_run_was_lengthened_is_not_replayed_from_an_u
     for step in loaded.steps:
         remove_checkpoint(loaded.checkpoint(step))
     assert dist_train.replay(run, lengthened + 2).agrees
+
+
+def test_updates_of_a_run_whose_micro_batches_were_halved_are_replayed_with_those_of_their_time(tmp_path: Path) -> None:
+    config = small_settings(run={"epochs": 2}, checkpoint={"every_steps": 3, "every_epochs": 0, "keep": 100})
+    train_alone(write_config(tmp_path, config), tmp_path / "run")
+    run = dist_train.load_run(tmp_path / "run")
+    # As if memory had run out in update 14; the updates before it are those that are replayed.
+    run.directory.save_config(with_setting(run.config, "batch.micro_size", 8))
+    halved = EventRecord(13, "micro_size", 0.0, {"before": 16, "now": 8, "reason": "out of memory"})
+    with run.directory.metrics.open("a") as file:
+        file.write(f"{to_json(halved)}\n")
+    assert dist_train.replay(run.directory.root, 8).agrees
+    with raises(UsageError, code="step-not-replayable"):
+        dist_train.replay(run.directory.root, 14)
+    for step in run.steps:
+        remove_checkpoint(run.checkpoint(step))
+    assert dist_train.replay(run.directory.root, 3).agrees
 
 
 def test_updates_of_a_run_that_began_from_another_one_s_checkpoint_need_one_of_its_own(tmp_path: Path) -> None:
