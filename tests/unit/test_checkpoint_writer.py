@@ -251,6 +251,27 @@ def test_what_is_refused_lies_in_the_fallback_until_the_next_one_is_written(tmp_
     assert read_checkpoint(disk / result.fallback.name).step == 1
 
 
+@pytest.mark.parametrize("failing", ["remove_checkpoint", "prune"])
+def test_what_cannot_be_deleted_in_the_fallback_does_not_make_a_written_one_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, failing: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(f"dist_train.checkpoint.writer.{failing}", fail)
+    disk, fallback = tmp_path / "disk", tmp_path / "elsewhere"
+    disk.mkdir()
+    # Refused; in the fallback written all the same; written as the last try.
+    writer = CheckpointWriter(disk, CheckpointSettings(), refuse(2), fallback)
+    writer.submit(contents(1), None)
+    writer.close()
+    failed, written = writer.results()
+    assert isinstance(failed, NotWritten)
+    assert failed.fallback is not None
+    assert isinstance(written, Written)
+    assert "cannot be deleted: [Errno 5] Input/output error" in caplog.text
+
+
 def test_the_fallback_holds_the_last_one_alone_and_none_once_there_is_room(tmp_path: Path) -> None:
     disk, fallback, full = tmp_path / "disk", tmp_path / "elsewhere", threading.Event()
     disk.mkdir()
