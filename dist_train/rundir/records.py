@@ -358,8 +358,13 @@ class JsonLines(Observer):
         self._file: int | None = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
 
     def record(self, record: Record) -> None:
-        """Append `record`, unless the file has it."""
+        """Append `record`, unless the file has it, or JSON cannot hold it, of which the log warns."""
         key = record_key(record)
+        try:
+            line = f"{to_json(record)}\n".encode()
+        except (TypeError, ValueError) as error:
+            _logger.warning("%s lacks a record of step %d: %s", self._path, record.step, error)
+            return
         with self._lock:
             if key in self._written:
                 return
@@ -367,7 +372,7 @@ class JsonLines(Observer):
             if len(self._backlog) >= _BACKLOG_LIMIT:
                 self._write_backlog()
             if len(self._backlog) < _BACKLOG_LIMIT:
-                self._backlog.append(f"{to_json(record)}\n".encode())
+                self._backlog.append(line)
             self._write_backlog()
 
     def flush(self) -> None:

@@ -215,7 +215,7 @@ class Trainer:
             loss=total.loss,
             accuracy=total.accuracy,
             learning_rate=self.learning_rate.at(step),
-            noise_amplitude=self.take_step.noise.amplitude(step),
+            noise_amplitude=float(self.take_step.noise.amplitude(step)),  # a plug-in's may be NumPy's or a tensor
             gradient_norm=total.gradient_norm,
             step_seconds=seconds,
             samples_per_second=size / seconds,

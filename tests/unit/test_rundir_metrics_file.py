@@ -126,6 +126,15 @@ def test_events_of_one_step_that_differ_are_two_and_known_again_by_their_lines(
     assert read_records(path) == tuple(both)
 
 
+def test_a_record_that_json_cannot_hold_is_warned_of_and_the_others_are_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write(path, train(1), EventRecord(2, "signal", 2.0, {"value": Path()}), train(3))  # type: ignore[dict-item]
+    assert [record.step for record in read_records(path)] == [1, 3]
+    assert "step 2" in caplog.text
+
+
 @pytest.mark.parametrize("torn", [to_json(train(2))[:40], "[" * 100_000])
 def test_a_record_after_a_torn_line_is_whole(torn: str, tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"

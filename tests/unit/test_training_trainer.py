@@ -22,6 +22,7 @@ from dist_train.cluster.communicator import Alone, Communicator, Generation, Gro
 from dist_train.config import Config
 from dist_train.launching import assembly
 from dist_train.models import build_model
+from dist_train.optim.noise import SmoothOut
 from dist_train.outcome import FaultError, StoppedError, UsageError
 from dist_train.rundir.records import (
     EvaluationRecord,
@@ -556,6 +557,15 @@ def test_promise_5_what_a_plugin_s_optimizer_draws_depends_on_seed_and_step_alon
     resumed, _, _ = run(tmp_path / "run", Alone(), going_on=True, optimizer=optimizer)
     assert resumed == expected
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("kind", [numpy.float32, torch.tensor])
+def test_an_amplitude_may_be_a_number_of_numpy_or_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Callable[[float], Any]
+) -> None:
+    monkeypatch.setattr(SmoothOut, "amplitude", lambda noise, step: kind(0.5))
+    _, notebook, _ = run(tmp_path, Alone(), run={"max_steps": 1})
+    assert [type(record.noise_amplitude) for record in notebook.training] == [float]
 
 
 def flip_a_bit(monkeypatch: pytest.MonkeyPatch, rank: int, step: int) -> None:
