@@ -466,7 +466,7 @@ def rewind(path: Path, step: int) -> None:
         kept.append(line + b"\n")
     after = b"".join(kept)
     if after != before:
-        atomic.write_bytes(path, after)
+        atomic.write_bytes(path, after, is_shared=True)
 
 
 class RecordKey(NamedTuple):

@@ -245,6 +245,7 @@ def test_rewind_drops_what_the_checkpoint_has_not_seen(tmp_path: Path) -> None:
     ]
     dropped: list[Record] = [
         *(event(2, name) for name in ("resumed", "lengthened", "initialized", "plugins_changed", "data_changed")),
+        event(2, "versions_changed"),
         train(3),
         evaluation(3),
         event(3, "signal"),
@@ -254,6 +255,16 @@ def test_rewind_drops_what_the_checkpoint_has_not_seen(tmp_path: Path) -> None:
     rewind(path, 2)
     assert read_records(path) == tuple(kept)
     assert path.read_text() == "".join(to_json(record) + "\n" for record in kept)
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o660])
+def test_rewind_lets_those_read_the_file_who_could(tmp_path: Path, mode: int) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write(path, train(1), train(2))
+    path.chmod(mode)
+    rewind(path, 1)
+    assert [record.step for record in read_records(path)] == [1]
+    assert path.stat().st_mode & 0o777 == mode
 
 
 def test_rewind_leaves_a_file_that_needs_nothing_untouched(tmp_path: Path) -> None:
