@@ -52,7 +52,10 @@ class Noise:
     total_steps: int
     rank: int
 
-    kept: dict[str, Tensor] = field(default_factory=dict, init=False)  # checkpoints hold it, [n] by parameter
+    kept: dict[str, Tensor] = field(default_factory=dict, init=False)
+    """What checkpoints hold, [n] by parameter. Changes only in `before_update`, `after_update` and `adapt`: during the
+    rest of an update a thread may still copy it for the last checkpoint.
+    """
 
     def __post_init__(self) -> None:
         pass  # subclasses create their buffers
