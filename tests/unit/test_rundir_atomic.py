@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -82,6 +84,18 @@ def test_the_bytes_are_on_disk_before_the_name_is_and_the_name_before_the_call_r
     monkeypatch.setattr(os, "replace", noted_replace)
     atomic.write_bytes(tmp_path / "file", b"new")
     assert calls == [".part", "rename", "folder"]
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EBADF, errno.EIO])
+def test_a_file_system_that_cannot_flush_folders_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def fail(descriptor: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match=os.strerror(code)) if code == errno.EIO else nullcontext():
+        atomic.flush_directory(tmp_path)
 
 
 WRITER = """
