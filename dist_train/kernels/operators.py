@@ -78,6 +78,27 @@ def norm_kernels(inputs: Tensor) -> ModuleType:
     return cpu
 
 
+def _normalize(inputs: Tensor, weight: Tensor, bias: Tensor, *others: object) -> object:
+    _check_channels(inputs.shape[1], weight, bias)
+    return norm_kernels(inputs).normalize(inputs, weight, bias, *others)
+
+
+def _gradients(
+    upstream: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor, moments: Tensor, *others: object
+) -> object:
+    if upstream.shape != inputs.shape:
+        raise ValueError(f"the gradient of {list(inputs.shape)} has the shape {list(upstream.shape)}")
+    _check_channels(inputs.shape[1], weight, bias, moments[0, 0])
+    return norm_kernels(inputs).gradients(upstream, inputs, weight, bias, moments, *others)
+
+
+def _check_channels(channels: int, *vectors: Tensor) -> None:
+    """Raise ValueError unless each of `vectors` has as many values: kernels would read and write beyond their ends."""
+    for each in vectors:
+        if len(each) != channels:
+            raise ValueError(f"a norm of {len(each)} channels was given {channels}")
+
+
 def _of_flat(name: str) -> Callable[..., object]:
     def call(*arguments: object) -> object:
         from dist_train.kernels import flat
@@ -92,7 +113,7 @@ _OPERATORS: tuple[tuple[str, Callable[..., object], Callable[..., object]], ...]
     (
         "ghost_norm(Tensor inputs, Tensor weight, Tensor bias, float epsilon, int size, int groups, bool relu) "
         "-> (Tensor outputs, Tensor moments)",
-        lambda inputs, *others: norm_kernels(inputs).normalize(inputs, *others),
+        _normalize,
         lambda inputs, weight, bias, epsilon, size, groups, relu: (
             torch.empty_like(inputs),
             weight.new_empty(3, groups, len(weight)),
@@ -101,7 +122,7 @@ _OPERATORS: tuple[tuple[str, Callable[..., object], Callable[..., object]], ...]
     (
         "ghost_norm_backward(Tensor upstream, Tensor inputs, Tensor weight, Tensor bias, Tensor moments, int size, "
         "bool relu) -> (Tensor of_inputs, Tensor of_groups)",
-        lambda upstream, *others: norm_kernels(upstream).gradients(upstream, *others),
+        _gradients,
         lambda upstream, inputs, weight, bias, moments, size, relu: (
             torch.empty_like(inputs),
             torch.empty_like(moments[:2]),

@@ -63,7 +63,12 @@ class GroupedBatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(channels))
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Normalize by each group's statistics in training mode, by the running ones otherwise."""
+        """Normalize by each group's statistics in training mode, by the running ones otherwise.
+
+        Raises ValueError for another number of channels.
+        """
+        if inputs.dim() < 2 or inputs.shape[1] != len(self.weight):
+            raise ValueError(f"a norm of {len(self.weight)} channels was given {list(inputs.shape)}")
         if not self.training:
             normalized = functional.batch_norm(
                 inputs, self.running_mean, self.running_var, self.weight, self.bias, eps=self.epsilon

@@ -110,3 +110,20 @@ def test_groups_that_do_not_fit_the_rows_are_refused() -> None:
     inputs, _, weight, bias = tensors(4, 3, ())
     with pytest.raises(ValueError, match="a group has"):
         cpu.normalize(inputs, weight, bias, EPSILON, 3, 2, False)
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_another_number_of_channels_is_refused(channels: int) -> None:
+    inputs, upstream, weight, bias = tensors(4, 3, ())
+    other_weight, other_bias = torch.ones(2, channels)
+    operators = torch.ops.dist_train
+    with pytest.raises(ValueError, match="channels"):
+        operators.ghost_norm(inputs, other_weight, other_bias, EPSILON, 4, 1, False)
+    _, moments = operators.ghost_norm(inputs, weight, bias, EPSILON, 4, 1, False)
+    for given in (
+        (upstream, inputs, other_weight, other_bias, moments),
+        (upstream, inputs, weight, bias, torch.ones(3, 1, channels)),
+        (torch.ones(4, channels), inputs, weight, bias, moments),
+    ):
+        with pytest.raises(ValueError, match=r"channels|shape"):
+            operators.ghost_norm_backward(*given, 4, False)

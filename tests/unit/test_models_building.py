@@ -172,6 +172,7 @@ class Network(nn.Module):
             "complex": lambda: nn.ParameterList([torch.ones(2, dtype=torch.complex64)]),
             "empty": lambda: nn.ParameterList([torch.ones(0, 5)]),
             "norm-unused": lambda: norm(8),
+            "norm-of-fewer": lambda: norm(4),
             "layer-norm": lambda: nn.Sequential(nn.LayerNorm(8), nn.RMSNorm(8), nn.BatchNorm1d(8)),
             "view": lambda: nn.Conv2d(3, 3, 1),
             "narrow": lambda: nn.Sequential(nn.ReLU(), nn.Linear(5, 8)),
@@ -214,7 +215,7 @@ class Network(nn.Module):
             features = self.norm(features)
         if self.kind == "norm-twice":
             features = self.norm(features)
-        if self.kind in ("layer-norm", "narrow", "lazy"):
+        if self.kind in ("layer-norm", "narrow", "lazy", "norm-of-fewer"):
             features = self.extra(features)
         if self.kind == "norm-in-training" and self.training:
             features = self.extra(features)
@@ -299,6 +300,14 @@ def test_a_layer_of_torch_that_fails_is_named() -> None:
     with raises(UsageError, code="plugin-failed") as refused:
         built(f"{HERE}:network", options={"kind": "narrow"})
     assert "extra.1, Linear" in str(refused.value)
+
+
+@pytest.mark.parametrize("norm", ["batch", "ghost", "sync"])
+def test_a_norm_of_another_number_of_channels_is_refused(norm: str) -> None:
+    with raises(UsageError, code="plugin-failed") as refused:
+        built(f"{HERE}:network", norm=norm, options={"kind": "norm-of-fewer"})
+    assert "a norm of 4 channels was given [2, 8]" in str(refused.value)
+    assert "extra" in str(refused.value)
 
 
 def test_a_network_is_tried_in_the_layout_of_training() -> None:
