@@ -159,13 +159,16 @@ def load_plugin(name: str) -> Any:
 def call_plugin(name: str, options: Options, returns: type[Any], *arguments: Any, **keywords: Any) -> Any:
     """Call the plug-in `name`, with its checked `options` if it takes any, and return the result, of type `returns`.
 
-    Raises UsageError if there is no such plug-in, it rejects the options, raises, or returns another type.
+    It gets copies of options and settings, which it may change. Raises UsageError if there is no such plug-in, it
+    rejects the options, raises, or returns another type.
     """
     target = load_plugin(name)
     if (kind := _options_type(name, target)) is not None:
-        keywords["options"] = kind.model_validate(options) if issubclass(kind, BaseModel) else options
+        own = copy.deepcopy(options)
+        keywords["options"] = kind.model_validate(own) if issubclass(kind, BaseModel) else own
+    copies = (each.model_copy(deep=True) if isinstance(each, BaseModel) else each for each in arguments)
     with failing_clearly(name):
-        result = target(*arguments, **keywords)
+        result = target(*copies, **keywords)
     if not isinstance(result, returns):
         raise UsageError(
             f"{name} returned {type(result).__name__}, not {returns.__module__}.{returns.__qualname__}",

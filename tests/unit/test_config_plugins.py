@@ -247,3 +247,21 @@ def net(images, width, norm, options: %s): return options
     def test_any_other_type_gets_the_mapping(self, tmp_path: Path, annotation: str) -> None:
         name = f"{write(tmp_path / 'mine.py', self.SOURCE % annotation)}:net"
         assert call_plugin(name, {"depth": 3}, object, None, 1.0, None) == {"depth": 3}
+
+    @pytest.mark.parametrize("annotation", ["dict", "Options"])
+    def test_what_the_code_changes_is_its_own(self, tmp_path: Path, annotation: str) -> None:
+        source = """
+from pydantic import BaseModel
+class Options(BaseModel):
+    depths: dict
+def data(settings, split, seed, options: %s):
+    settings.options["depths"].clear()
+    (options if isinstance(options, dict) else vars(options))["depths"].pop("first")
+    return options
+"""
+        name = f"{write(tmp_path / 'mine.py', source % annotation)}:data"
+        settings = {"name": name, "shape": [1, 8, 8], "classes": 2, "options": {"depths": {"first": 1}}}
+        config = load_config({"data": settings})
+        for _ in range(2):
+            call_plugin(name, config.data.options, object, config.data, "train", 0)
+        assert config.data.options == {"depths": {"first": 1}}
