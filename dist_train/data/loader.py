@@ -354,15 +354,29 @@ def _open(
 
 
 def _try_samples(settings: DataSettings, listings: Mapping[Split, Listing], decoder: Decoder, seed: int) -> None:
-    """Read a few samples that plug-ins make, evenly spread over each split: mistakes show before the first step."""
+    """Read a few samples that plug-ins make, evenly spread over each split: mistakes show before the first step.
+
+    Warn of samples that differ when they are read once more.
+    """
     tried = {
         split: LoadedSamples(split, listing, decoder, settings, torch.device("cpu"), seed)
         for split, listing in listings.items()
     }
-    for samples in tried.values():
+    differing: list[str] = []
+    for split, samples in tried.items():
         chosen = evenly_spread(len(samples), min(_TRIED_SAMPLES, len(samples)))
-        for epoch in (None, 0):
-            samples.read(BatchRequest(chosen, epoch))
+        # The last two are the same samples, since the training split alone has epochs.
+        _, images, again = (samples.read(BatchRequest(chosen, epoch))[0] for epoch in (None, 0, 0))
+        if not torch.equal(images, again):
+            differing.append(split)
+    if differing:
+        _logger.warning(
+            "images of %s (%s) differ when they are read again: the code draws from a generator of its own, as "
+            "albumentations does, so that results depend on ranks and loaders, and those of a resumed run differ; draw "
+            "from the global generators of torch, NumPy or Python, which are seeded for each sample",
+            " or ".join(filter(is_plugin, (settings.name, settings.augment))),
+            ", ".join(differing),
+        )
     if not is_plugin(settings.name):
         return
     train, test = tried["train"], tried["test"]

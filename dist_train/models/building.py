@@ -36,7 +36,7 @@ from dist_train.models.norms import (
     replace_batch_norms,
 )
 from dist_train.outcome import UsageError, did_you_mean
-from dist_train.reproducible import generator, key, seeded_generators
+from dist_train.reproducible import generator, key, seed_generators, seeded_generators
 
 _logger = logging.getLogger("dist_train.models")
 _MAX_NAMES = 3  # of buffers in a message
@@ -250,7 +250,7 @@ def restoring_buffers(model: nn.Module) -> Iterator[list[str]]:
 
 
 def check_training(model: nn.Module, config: Config) -> None:
-    """Try a plug-in's `model` in training; warn of buffers that each rank changes by its own samples.
+    """Try a plug-in's `model` in training; warn of what would depend on ranks: buffers and draws of its own.
 
     The model stays as it was. Raises UsageError if a gradient is sparse or arrives in parts, if what checkpoints hold
     depends on the number of images, or if norms whose statistics are to be recomputed are not used in evaluations.
@@ -259,14 +259,19 @@ def check_training(model: nn.Module, config: Config) -> None:
     if name in _MODELS:
         return
     images = _blank(config.data.image_format, config.precision.channels_last)
-    with seeded_generators(key(config.run.seed, "model")), failing_clearly(name):
+    seed = key(config.run.seed, "model")
+    with seeded_generators(seed), failing_clearly(name):
         more = _blank(config.data.image_format, config.precision.channels_last, 2 * _TRIAL_SAMPLES)
+        more.uniform_(generator=generator(config.run.seed, "trial images"))  # of blank ones dropout leaves no trace
         shapes = {path: value.shape for path, value in model.state_dict().items()}
         with restoring_buffers(model) as changed:
             model.train()
             logits = model(more)
             _check_shapes(model, name, shapes)
             _check_gradients(model, name, logits)
+        with restoring_buffers(model):
+            seed_generators(seed)
+            is_repeatable = torch.allclose(model(more), logits, rtol=0.0, atol=0.0, equal_nan=True)
         with restoring_buffers(model), torch.no_grad():
             model.eval()
             model(more)
@@ -283,6 +288,13 @@ def check_training(model: nn.Module, config: Config) -> None:
             model.train()
     if (logits >= 0).all() and (logits.float().sum(1) - 1).abs().max() < _NEAR:
         _logger.warning("%s seems to end in softmax: leave it out, since the loss, cross entropy, contains it", name)
+    if not is_repeatable:
+        _logger.warning(
+            "a pass of %s in training, repeated from the same seed, gives other logits: it draws from a generator of "
+            "its own, or keeps something outside of its buffers, so that results depend on the number of ranks, and "
+            "those of a resumed run differ; draw from the global generators, which are seeded for each micro-batch",
+            name,
+        )
     if changed:
         _logger.warning(
             "%s changes buffers in training (%s), on each rank by its own samples: results depend on the number of "

@@ -69,6 +69,34 @@ def raised(images: Any) -> Any:
     return lambda image: image + added
 
 
+class OwnDraws:
+    """Mirrors images, drawn from a generator of its own, as albumentations does."""
+
+    def __init__(self) -> None:
+        self.generator = np.random.default_rng(0)
+
+    def __call__(self, image: Tensor) -> Tensor:
+        return image.flip(-1) if self.generator.random() < 0.5 else image
+
+
+def mirrored(images: Any) -> Any:
+    return OwnDraws()
+
+
+class Mirrored(Drawing):
+    """A data set that is augmented by draws of its own."""
+
+    mirror = OwnDraws()
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, label = super().__getitem__(index)
+        return self.mirror(image), label
+
+
+def mirroring(settings: Any, split: str, seed: int) -> Dataset[Any]:
+    return Mirrored(24) if split == "test" else Drawing(24)
+
+
 def erased(images: Any, options: dict[str, Any]) -> Any:
     """Crop to the size that is wanted, mirror, and erase a part: all drawn by torchvision."""
     from torchvision.transforms import v2

@@ -47,7 +47,7 @@ def test_a_data_set_is_read_when_samples_are_due() -> None:
     splits = opened(**OWN)
     source = splits.train._decoder._reader._opened["train"]  # type: ignore[attr-defined]
     before = source.readings
-    assert before <= 12, "those that are tried at the start"
+    assert before <= 16, "those that are tried at the start"
     read(splits, [3, 4, 5], 0)
     assert source.readings == before + 3
     images, labels = splits.test.read(BatchRequest(torch.arange(24)))
@@ -90,6 +90,20 @@ def test_the_program_s_own_draws_are_not_disturbed() -> None:
 def test_images_that_are_drawn_alike_for_both_splits_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     opened(5, **{**OWN, "name": f"{HERE}:generated"})
     assert [record.args for record in caplog.records] == [(f"{HERE}:generated",)]
+
+
+@pytest.mark.parametrize(
+    ("values", "names", "split"),
+    [
+        ({"augment": f"{HERE}:mirrored"}, f"{HERE}:drawing or {HERE}:mirrored", "train"),
+        ({"name": f"{HERE}:mirroring"}, f"{HERE}:mirroring", "test"),
+    ],
+)
+def test_draws_from_a_generator_of_the_code_s_own_are_warned_of(
+    values: dict[str, str], names: str, split: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    opened(**{**OWN, **values})
+    assert [record.args for record in caplog.records] == [(names, split)]
 
 
 def test_promise_2_a_data_set_is_divided_by_the_seed_alone_into_parts_without_a_common_sample(

@@ -165,6 +165,7 @@ class Network(nn.Module):
         self.kind = kind
         self.stem, self.norm, self.head = nn.Linear(3 * 32 * 32, 8), norm(8), nn.Linear(8, classes)
         self.register_buffer("random", torch.randn(8))
+        self.own = torch.Generator() if kind == "own-dropout" else None
         self.order = (random.random(), float(np.random.random()))
         self.register_buffer("passes", torch.zeros(()))
         extra: dict[str, Callable[[], nn.Module]] = {
@@ -229,6 +230,10 @@ class Network(nn.Module):
             self.mask = torch.ones(len(images), 1)
         if self.kind == "assigned" and self.training:
             self.random = 0.9 * self.random
+        if self.kind == "dropout" and self.training:
+            features = functional.dropout(features)
+        if self.kind == "own-dropout" and self.training:
+            features = features * torch.rand(features.shape, generator=self.own)
         logits = self.head(features)
         if self.kind == "squeezed":
             logits = logits.squeeze()
@@ -432,6 +437,13 @@ def test_training_warns_of_probabilities_in_place_of_logits(caplog: pytest.LogCa
     assert "softmax" not in caplog.text
     tried("softmax")
     assert "softmax" in caplog.text
+
+
+def test_training_warns_of_draws_from_a_generator_of_the_model_s_own(caplog: pytest.LogCaptureFixture) -> None:
+    tried("dropout")
+    assert "repeated from the same seed" not in caplog.text
+    tried("own-dropout")
+    assert "repeated from the same seed" in caplog.text
 
 
 def test_a_trial_of_the_backward_pass_leaves_no_trace() -> None:
