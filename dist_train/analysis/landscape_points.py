@@ -190,8 +190,10 @@ class PointEvaluator:
     def _recompute_statistics(self) -> bool:
         """Recompute running statistics from training data; return False if they are out of range."""
 
+        samples = sum(len(labels) for _, labels in self._statistics_batches)
+
         def collect(model: nn.Module, batch: Batch) -> BatchStatistics:
-            statistics = BatchStatistics(norm_modules(model), self._compute.device)
+            statistics = BatchStatistics(norm_modules(model), self._compute.device, samples)
             with torch.inference_mode(), self._compute.autocast():
                 model(batch[0])
                 statistics.collect(len(batch[0]))
@@ -200,7 +202,6 @@ class PointEvaluator:
         for model in self._replicas.models:
             collect_statistics(model)
         found = self._replicas.map(collect, self._statistics_batches)
-        samples = sum(len(labels) for _, labels in self._statistics_batches)
         found[0].absorb(torch.stack([each.sums for each in found]).sum(dim=0), samples, momentum=1.0)
         for model in self._replicas.models:
             model.eval()

@@ -184,7 +184,8 @@ def build_step(
     Raises UsageError.
     """
     norms = tuple(norm_modules(model))
-    statistics = BatchStatistics(norms, compute.device)
+    passes = max(size for _, size in config.batch.sizes) * len(state.noise.points(0))
+    statistics = BatchStatistics(norms, compute.device, passes)
     plugin_rng = LayerRng(config.run.seed, compute.device, of_plugin=True)
     return TrainingStep(
         model=model,

@@ -231,16 +231,15 @@ def _apply_children(module: nn.Module, inputs: tuple[Tensor, ...], output: Tenso
     return output
 
 
-_LIMIT = STATISTICS.limit / 4096  # no sum of a global batch, of at most 4096 groups, leaves the range
-
-
 class BatchStatistics:
     """Adds up the statistics that norms see: `sums`, int64 [2 C of all norms], holds for each norm the means and then
     the variances, weighted by samples.
     """
 
-    def __init__(self, norms: Sequence[GroupedBatchNorm], device: torch.device) -> None:
+    def __init__(self, norms: Sequence[GroupedBatchNorm], device: torch.device, samples: int) -> None:
+        """`samples`: the most that are added up between two calls of `clear`, on all ranks."""
         self._norms = tuple(norms)
+        self._limit = STATISTICS.limit / samples  # no sum of values below it, weighted by samples, leaves the range
         self._running = [average for norm in norms for average in (norm.running_mean, norm.running_var)]
         self._lengths = [len(average) for average in self._running]
         self.sums = torch.zeros(sum(self._lengths), dtype=torch.int64, device=device)
@@ -275,13 +274,13 @@ class BatchStatistics:
             weighted = torch.cat([average for groups in seen for average in (groups.means, groups.variances)], dim=1)
             # Of a single group, norms may see different numbers of rows for the same samples.
             sizes = seen[0].sizes if len(seen[0].sizes) > 1 else (samples,)
+            # Written so that NaN, for which every comparison is false, is out of range.
+            self.out_of_range |= ~(weighted.abs().amax() < self._limit)
             start = 0
             for size, equal in groupby(sizes):
                 stop = start + len(list(equal))
                 weighted[start:stop].mul_(size)
                 start = stop
-            # Written so that NaN, for which every comparison is false, is out of range.
-            self.out_of_range |= ~(weighted.abs().amax() < _LIMIT)
             self.sums += STATISTICS.encode(weighted).sum(0)
         self.forget()
 

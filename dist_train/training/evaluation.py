@@ -166,7 +166,7 @@ def recompute_statistics(
         DivergedError: the statistics are not finite, or out of range.
         OutOfMemoryError: a micro-batch does not fit the device of some rank (in an elastic launch: UsageError, there).
     """
-    statistics = BatchStatistics(norm_modules(model), compute.device)
+    statistics = BatchStatistics(norm_modules(model), compute.device, len(indices))
     tally = Tally(comm, statistics, compute.device)
     was_training = model.training
     collect_statistics(model)

@@ -29,7 +29,7 @@ def batch(samples: int, shape: tuple[int, ...], seed: int = 0) -> Tensor:
 
 def see(norm: GroupedBatchNorm, inputs: Sequence[Tensor]) -> BatchStatistics:
     """Return the statistics of one norm after these forward passes."""
-    statistics = BatchStatistics([norm], CPU)
+    statistics = BatchStatistics([norm], CPU, max(1, sum(map(len, inputs))))
     for each in inputs:
         norm(each)
         statistics.collect(len(each))
@@ -94,7 +94,7 @@ def test_groups_count_by_their_number_of_samples() -> None:
 
 def test_norms_of_several_widths_get_their_own_averages() -> None:
     model = nn.Sequential(GroupedBatchNorm(3), nn.Linear(3, 5), GroupedBatchNorm(5))
-    statistics = BatchStatistics(norm_modules(model), CPU)
+    statistics = BatchStatistics(norm_modules(model), CPU, 12)
     inputs = batch(12, ())
     between = model[1](model[0](inputs))
     model[2](between)
@@ -107,7 +107,7 @@ def test_norms_of_several_widths_get_their_own_averages() -> None:
 
 def test_a_norm_over_several_rows_of_each_sample_has_the_mean_over_them() -> None:
     norms = [GroupedBatchNorm(CHANNELS) for _ in range(2)]
-    statistics = BatchStatistics(norms, CPU)
+    statistics = BatchStatistics(norms, CPU, 5)
     patches = batch(4 * 5, (3, 3))
     norms[0](patches)
     norms[1](patches[::4])
@@ -121,7 +121,7 @@ def test_a_norm_over_several_rows_of_each_sample_has_the_mean_over_them() -> Non
 @pytest.mark.parametrize("times", [0, 2])
 def test_a_pass_that_does_not_use_each_norm_once_is_refused(times: int) -> None:
     norms = [GroupedBatchNorm(CHANNELS) for _ in range(2)]
-    statistics = BatchStatistics(norms, CPU)
+    statistics = BatchStatistics(norms, CPU, 4)
     norms[0](batch(4, ()))
     for _ in range(times):
         norms[1](batch(4, ()))
@@ -141,7 +141,7 @@ def test_what_is_collected_is_counted_once_and_what_is_forgotten_never() -> None
     assert torch.equal(statistics.sums, 2 * once)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, 2.0**33])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 2.0**35])
 def test_statistics_that_are_not_finite_or_too_large_are_noted_until_cleared(bad: float) -> None:
     norm = GroupedBatchNorm(CHANNELS)
     statistics = see(norm, [batch(4, ()), torch.full((4, CHANNELS), bad), batch(4, ())])
@@ -152,6 +152,18 @@ def test_statistics_that_are_not_finite_or_too_large_are_noted_until_cleared(bad
     norm(batch(4, ()))
     statistics.collect(4)
     assert not statistics.out_of_range
+
+
+@PROPERTY
+@given(cuts=st.sets(st.integers(2, 4094), max_size=9), group_size=st.sampled_from([None, 2]))
+def test_the_range_does_not_depend_on_groups_and_no_sum_leaves_it(cuts: set[int], group_size: int | None) -> None:
+    limit = torch.tensor(STATISTICS.limit / 4096)
+    for value, is_out in ((limit.nextafter(torch.zeros(())), False), (limit, True)):
+        inputs = torch.tensor_split(value.expand(4096, 1), sorted(cuts))
+        statistics = see(GroupedBatchNorm(1, group_size), inputs)
+        assert bool(statistics.out_of_range) is is_out
+        mean = STATISTICS.decode(statistics.sums)[0] / 4096
+        assert is_out or mean == pytest.approx(float(value), rel=1e-6)
 
 
 def test_statistics_are_collected_without_the_dropout_of_the_model_and_its_norms() -> None:

@@ -281,7 +281,7 @@ class TestSyncBatchNorm:
         for name in ("weight", "bias"):
             gradients = [gradient for norm in norms if (gradient := norm.get_parameter(name).grad) is not None]
             assert_near(torch.stack(gradients).sum(dim=0), reference.get_parameter(name).grad)
-        gathered = [BatchStatistics([norm], torch.device("cpu")) for norm in norms]
+        gathered = [BatchStatistics([norm], torch.device("cpu"), samples) for norm in norms]
         for statistics, samples_here in zip(gathered, cuts, strict=True):
             statistics.collect(samples_here)
         sums = torch.stack([statistics.sums for statistics in gathered]).sum(dim=0)

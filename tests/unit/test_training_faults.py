@@ -41,7 +41,7 @@ def test_statistics_out_of_range_are_a_divergence(tmp_path: Path) -> None:
 
 
 def test_a_sum_of_losses_out_of_range_is_told() -> None:
-    tally = Tally(Alone(), BatchStatistics((), torch.device("cpu")), torch.device("cpu"))
+    tally = Tally(Alone(), BatchStatistics((), torch.device("cpu"), 12), torch.device("cpu"))
     for _ in range(4):
         tally.add(torch.tensor(2.0**29.9), torch.zeros(2, 2), torch.zeros(2, dtype=torch.int64))
     tally.send()

@@ -20,7 +20,7 @@ LABELS = torch.arange(23) % 4
 
 def count(comm: Communicator, size: int) -> TallyResult:
     """Tally micro-batches of `size` of the 23 samples, dealt out round robin."""
-    tally = Tally(comm, BatchStatistics((), CPU), CPU)
+    tally = Tally(comm, BatchStatistics((), CPU, 12), CPU)
     tally.clear()
     parts = list(zip(torch.split(LOGITS, size), torch.split(LABELS, size), strict=True))
     for logits, labels in parts[comm.rank :: comm.size]:
@@ -42,7 +42,7 @@ def test_promise_3_loss_and_accuracy_are_the_global_means_on_any_number_of_ranks
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf, 2.0**31])
 def test_a_loss_that_is_not_finite_or_too_large_is_told_by_the_rank_that_met_it(loss: float) -> None:
     def tell(comm: Communicator) -> TallyResult:
-        tally = Tally(comm, BatchStatistics((), CPU), CPU)
+        tally = Tally(comm, BatchStatistics((), CPU, 12), CPU)
         tally.add(torch.tensor(loss if comm.rank == 1 else 1.0), LOGITS[:2], LABELS[:2])
         tally.send()
         return tally.result()
@@ -54,7 +54,7 @@ def test_a_loss_that_is_not_finite_or_too_large_is_told_by_the_rank_that_met_it(
 
 def test_what_one_rank_has_to_say_reaches_all() -> None:
     def tell(comm: Communicator) -> TallyResult:
-        tally = Tally(comm, BatchStatistics((), CPU), CPU)
+        tally = Tally(comm, BatchStatistics((), CPU, 12), CPU)
         said = torch.tensor(comm.rank == 0)
         tally.send(out_of_range=said, out_of_memory=comm.rank > 0, stop=comm.rank == 2)
         return tally.result()
@@ -66,7 +66,7 @@ def test_what_one_rank_has_to_say_reaches_all() -> None:
 
 def test_it_begins_anew_with_the_norms_statistics() -> None:
     norm = GroupedBatchNorm(2)
-    statistics = BatchStatistics((norm,), CPU)
+    statistics = BatchStatistics((norm,), CPU, 12)
     tally = Tally(Alone(), statistics, CPU)
     norm(torch.ones(3, 2))
     statistics.collect(3)
@@ -84,7 +84,7 @@ def test_promise_3_statistics_of_all_norms_are_summed_over_the_ranks_and_absorbe
 
     def gather(comm: Communicator) -> list[torch.Tensor]:
         norms = (GroupedBatchNorm(3), GroupedBatchNorm(1))
-        statistics = BatchStatistics(norms, CPU)
+        statistics = BatchStatistics(norms, CPU, 12)
         tally = Tally(comm, statistics, CPU)
         for part in torch.split(inputs, 3)[comm.rank :: comm.size]:
             norms[0](part)
