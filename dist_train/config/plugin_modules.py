@@ -130,7 +130,7 @@ def source_digests(places: Collection[str]) -> dict[str, str]:
         for folder in folders:
             if file and file.endswith(".py") and Path(file).is_relative_to(folder):
                 name = Path(file).relative_to(folder.parent)
-                if not _INSTALLED & set(name.parts):  # the folder may hold a virtual environment
+                if not is_installed(name):  # the folder may hold a virtual environment
                     found[str(name)] = vars(module).get(_DIGEST) or _digest(Path(file))
     return dict(sorted(found.items()))
 
@@ -139,7 +139,12 @@ def _folder(module: ModuleType) -> Path | None:
     """Return the folder of a single-file module, or of its top-level package; None if it is installed."""
     top = sys.modules[module.__name__.partition(".")[0]]
     file = getattr(top, "__file__", None)
-    return None if file is None or _INSTALLED & set(Path(file).parts) else Path(file).parent
+    return None if file is None or is_installed(file) else Path(file).parent
+
+
+def is_installed(file: str | Path) -> bool:
+    """Whether `file` is of an installed package."""
+    return bool(_INSTALLED & set(Path(file).parts))
 
 
 def forget_edited() -> None:

@@ -11,6 +11,7 @@ import copy
 import inspect
 import os
 import sys
+import sysconfig
 import tomllib
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args
 
 from pydantic import BaseModel, Field, ValidationError
 
-from dist_train.config.plugin_modules import is_edited, plugin_module, source_digests
+from dist_train.config.plugin_modules import is_edited, is_installed, plugin_module, source_digests
 from dist_train.config.problems import ConfigError, Problem, choices_of, problems_of
 from dist_train.outcome import CodedError, UsageError, check_choice, refuse_nondeterministic
 
@@ -224,10 +225,20 @@ def failing_clearly(name: str) -> Iterator[None]:
 
 
 def place_of(error: Exception, target: Any) -> str:
-    """Return " at FILE:LINE", the last line that raised `error` in the file of a function or class; "" if none did."""
+    """Return " at FILE:LINE", the last line that raised `error` in the file of a function or class.
+
+    If none did, it is the last one of a file that neither this package nor Python or an installed package has; else "".
+    """
     file = getattr(inspect.getmodule(target), "__file__", None)
-    own = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if frame.filename == file] or [each for each in frames if _is_own(each.filename)]
     return "".join(f" at {Path(frame.filename).name}:{frame.lineno}" for frame in own[-1:])
+
+
+def _is_own(file: str) -> bool:
+    """Whether `file`, of a traceback, is a user's."""
+    others = Path(__file__).parents[1], Path(sysconfig.get_path("stdlib"))
+    return Path(file).is_file() and not is_installed(file) and not any(map(Path(file).is_relative_to, others))
 
 
 class _Named(NamedTuple):

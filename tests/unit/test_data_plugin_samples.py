@@ -278,6 +278,23 @@ def test_a_mistake_in_a_later_sample_names_it(how: str, code: str) -> None:
     assert f"sample 13 of {name} (train)" in str(error.value)
 
 
+def test_a_mistake_in_another_file_than_the_plug_in_s_has_a_line(tmp_path: Path) -> None:
+    (tmp_path / "pictures.py").write_text("""
+class Pictures:
+    def __len__(self): return 4
+    def __getitem__(self, index):
+        import json
+        return json.loads("{"), 0
+""")
+    (tmp_path / "mine.py").write_text("""
+from pictures import Pictures
+def data(settings, split, seed): return Pictures()
+""")
+    with raises(UsageError, "plugin-failed") as failed:
+        opened(**{**OWN, "name": f"{tmp_path / 'mine.py'}:data"})
+    assert "failed at pictures.py:6: JSONDecodeError" in str(failed.value)
+
+
 @pytest.mark.parametrize("image", [torch.zeros(3, SIZE, SIZE, dtype=torch.bfloat16), [[0], [0, 1]]])
 def test_an_image_that_is_no_array_is_refused(image: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Drawing, "__getitem__", lambda self, index: (image, 0))
