@@ -11,6 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -292,7 +293,8 @@ def _list_python_splits(
     listings: dict[Split, Listing] = {}
     for split, source in opened.items():
         labels = source.labels if isinstance(source, ImageSet) else None
-        name = source.identity if isinstance(source, ImageSet) else f"{settings.name} {split}"
+        # of a plug-in's file without its folder: it may move
+        name = source.identity if isinstance(source, ImageSet) else f"{Path(settings.name).name} {split}"
         listings[split] = Listing(int, torch.arange(len(source)), labels, name)
     train = opened["train"]
     if (settings.train_size, settings.validation_size) == (None, None):

@@ -244,6 +244,17 @@ def test_an_image_set_of_other_types_names_them() -> None:
         ImageSet(images, labels[:1], 2)
 
 
+def test_a_data_set_whose_file_has_moved_is_the_same(tmp_path: Path) -> None:
+    def identity(folder: str, name: str) -> str:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        file = tmp_path / folder / "mine.py"
+        file.write_text(f"from {HERE} import Drawing\none = two = lambda settings, split, seed: Drawing(24)")
+        return opened(**{**OWN, "name": f"{file}:{name}"}).identity
+
+    assert identity("before", "one") == identity("now", "one")
+    assert identity("before", "one") != identity("before", "two")
+
+
 def test_a_data_set_without_samples_is_refused() -> None:
     with raises(UsageError, "data-counts"):
         opened(**OWN, options={"test": 0})
