@@ -33,6 +33,9 @@ from dist_train.rundir.paths import refuse_foreign
 _LOGGER = logging.getLogger("dist_train.data")
 _TIMEOUT_SECONDS = 30
 _CHUNK = 1 << 20
+_IDLE_SECONDS = 3600
+"""After which nobody writes to a partial file. Where locks hold within a node only (Lustre with localflock), another
+node may be writing one."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,7 @@ def cached_arrays(
                 return mapped()
             except DamagedError as error:
                 _LOGGER.warning("the entry %s of the cache is damaged (%s): making it again", stem, error)
-        remove_partial_files(stem.parent, stem.name)  # only the holder of the lock writes them
+        remove_partial_files(stem.parent, stem.name, idle_seconds=_IDLE_SECONDS)
         digests = map(_write_array, files, make())
         write_text(record, json.dumps(dict(zip(names, digests, strict=True))))
         return mapped()
@@ -208,8 +211,7 @@ def fetch(url: str, path: Path, sha256: str) -> None:
             if path.exists():
                 return
             _LOGGER.info("downloading %s to %s", url, path)
-            # An hour: another node may be writing one, where locks hold within a node only (Lustre with localflock).
-            remove_partial_files(path.parent, path.name, idle_seconds=3600)
+            remove_partial_files(path.parent, path.name, idle_seconds=_IDLE_SECONDS)
             with replacing(path, is_shared=True) as file:
                 digest = hashlib.sha256()
                 for chunk in _chunks(url, path):

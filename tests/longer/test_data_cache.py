@@ -253,12 +253,16 @@ def test_process_killed_while_decoding_does_not_block_others(folder: Path, sourc
     wait_for(journal.exists, "the rank decodes")
     abandoned = folder / f".{source.key()}.images.npy.x1y2.part"
     abandoned.write_bytes(b"half")
+    os.utime(abandoned, (0, 0))
+    written = folder / f".{source.key()}.images.npy.z3.part"  # by another node, where locks hold within a node only
+    written.write_bytes(b"half")
     rank.send_signal(signal.SIGKILL)
     rank.communicate(timeout=PATIENCE)
     decode = Decoder()
     assert torch.equal(decoded_once(folder, source, decode).images, image_set().images)
     assert decode.calls == 1
     assert not abandoned.exists()
+    assert written.exists()
 
 
 def test_full_disk_disables_only_the_cache(folder: Path, source: Source, tmp_path: Path) -> None:
