@@ -25,7 +25,7 @@ from dist_train.config import DataSettings
 from dist_train.data.cache import cache_folder
 from dist_train.data.encoded import SPLIT_NAMES, Index, cached_index, split_files
 from dist_train.data.images import ImageSet, Split, channels_first, digest_of, evenly_spread
-from dist_train.outcome import UsageError, writing
+from dist_train.outcome import UsageError
 from dist_train.rundir.atomic import replacing
 
 _ROWS = 256
@@ -34,9 +34,15 @@ _ROWS = 256
 def parquet_index(path: Path, settings: DataSettings) -> tuple[Path, Index]:
     """Return the copy of a Parquet file's images in the cache, and its index. Raises UsageError."""
     image, label = _columns(settings)
-    fix = f"the images of {path} need as much space again: set DIST_TRAIN_CACHE to a folder with enough"
-    with writing(cache_folder(), fix, code="cache-unwritable"):
+    try:
         return cached_index("parquet", path, f"{image} {label}", partial(_unpack, path, image, label))
+    except OSError as error:
+        fix = "set DIST_TRAIN_CACHE to a folder on a local disk"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            fix = f"the images of {path} need as much space again: set DIST_TRAIN_CACHE to a folder with enough"
+        raise UsageError(
+            f"cannot write {cache_folder()} ({error.strerror or error}): {fix}", code="cache-unwritable"
+        ) from error
 
 
 def find_parquet(settings: DataSettings, split: Split) -> list[Path]:

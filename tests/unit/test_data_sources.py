@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import shutil
 import sys
@@ -9,6 +10,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow
@@ -17,6 +19,7 @@ import torch
 from pyarrow import parquet
 
 from dist_train.config import DataSettings, parse_config
+from dist_train.data import columns
 from dist_train.data.catalog import find_data
 from dist_train.data.images import BatchRequest
 from dist_train.data.loader import Samples, Splits, open_splits, training_labels
@@ -330,6 +333,20 @@ def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
         parquet.write_table(pyarrow.table(columns, ["image", "label", "label"]), tmp_path / f"{split}.parquet")
     with raises(UsageError, "column-missing"):
         find_data(data("parquet", tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("number", "fix"),
+    [(errno.ENOSPC, "as much space again"), (errno.EDQUOT, "as much space again"), (errno.ENOSYS, "on a local disk")],
+)
+def test_a_cache_that_cannot_be_used_has_advice_for_the_reason(
+    number: int, fix: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(columns, "cached_index", Mock(side_effect=OSError(number, "the reason")))
+    with raises(UsageError, "cache-unwritable") as refused:
+        training_labels(data("parquet", folders["parquet"]), SEED)
+    assert "(the reason)" in str(refused.value)
+    assert ("as much space again" in str(refused.value), fix in str(refused.value)) == (number != errno.ENOSYS, True)
 
 
 def test_a_parquet_file_without_rows_among_others_is_read(folders: dict[str, Path], tmp_path: Path) -> None:
