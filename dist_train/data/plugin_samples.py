@@ -62,7 +62,7 @@ class PluginSamples:
                     image, labels[index] = self._sample(split, reference)
                     name = f"sample {reference} of {self._settings.name} ({split})"
                     if augment is not None:  # it may write to the image, a view of the data set's memory
-                        image = image.clone() if isinstance(image, Tensor) else copy.copy(image)
+                        image = image.clone() if isinstance(image, Tensor) else self._copied(image, name)
                 else:
                     path = reference if isinstance(reference, str) else reference[3]
                     image, name = self._files.image(reference), f"the image {path}"
@@ -73,6 +73,11 @@ class PluginSamples:
                     with _naming(name), failing_clearly(self._settings.augment):
                         image = augment(image)
                 pixels[index] = self._checked_pixels(image, name)
+
+    def _copied(self, image: Any, name: str) -> Any:
+        """Return a copy of a plug-in's image, which Pillow may have to read from its file for that."""
+        with _naming(name), failing_clearly(self._settings.name):
+            return copy.copy(image)
 
     def _sample(self, split: Split, index: int) -> tuple[Any, int]:
         if split not in self._opened:

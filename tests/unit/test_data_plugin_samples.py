@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 import re
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 
 from dist_train.config import DataSettings
+from dist_train.data import loader
 from dist_train.data.decoding import Work
 from dist_train.data.images import BatchRequest, ImageSet, Split
 from dist_train.data.loader import Splits, open_splits, training_labels
@@ -356,3 +358,16 @@ def test_the_documented_transform_works(root: Path, tmp_path: Path) -> None:
     augment: dict[str, Any] = {"augment": f"{tmp_path / 'transforms.py'}:strong", "augment_options": {"magnitude": 7}}
     splits = opened(**folder, **augment)
     assert not torch.equal(read(splits, [1, 2], 0), read(splits, [1, 2], 1))
+
+
+def test_a_damaged_image_that_pillow_reads_late_names_its_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(256, size=(SIZE, SIZE, 3), dtype=np.uint8)).save(file, "PNG")
+    half = file.getvalue()[: file.tell() // 2]
+    monkeypatch.setattr(Drawing, "__getitem__", lambda self, index: (Image.open(io.BytesIO(half)), 0))
+    monkeypatch.setattr(loader, "_try_samples", lambda *_: None)
+    splits = opened(**OWN, augment=f"{HERE}:erased")
+    with raises(UsageError, "plugin-failed") as failed:
+        read(splits, [3], 0)
+    assert f"sample 3 of {HERE}:drawing (train)" in str(failed.value)
+    assert "truncated" in str(failed.value)
