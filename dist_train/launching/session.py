@@ -145,7 +145,7 @@ class Session:
             return
         parts = len(trainer.plan.micro_batches)
         ghost, micro = trainer.config.model.ghost_size, trainer.plan.micro_size
-        is_ghost = trainer.config.model.norm == "ghost"
+        is_ghost = trainer.config.model.norm == "ghost" and bool(trainer.take_step.norms)
         if self.comm.size > parts and trainer.config.model.norm != "sync":  # of which every rank computes a part
             _logger.warning(
                 "a batch of %d micro-batches of %d samples leaves %d of the %d ranks without work: %s",

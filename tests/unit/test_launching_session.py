@@ -248,6 +248,19 @@ def test_micro_batches_smaller_than_the_ghost_size_are_warned_of_once(
     assert sum("model.ghost_size" in message for message in caplog.messages) == warnings
 
 
+NORMLESS = """
+from torch import nn
+def net(images, width, norm): return nn.Sequential(nn.Flatten(), nn.Linear(64, images.classes))
+"""
+
+
+def test_a_model_without_norms_is_not_warned_of_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "mine.py").write_text(NORMLESS)
+    model = {"name": f"{tmp_path / 'mine.py'}:net", "width": 1.0, "norm": "ghost", "ghost_size": 8}
+    begun(tmp_path / "run", Alone(), model=model, batch={"global_size": 26, "micro_size": 6})
+    assert "ghost norm" not in caplog.text
+
+
 @pytest.mark.parametrize(
     ("keeps_logger", "before", "folder", "changed"),
     [
