@@ -346,7 +346,9 @@ class Trainer:
             self._statistics_step = self.progress.step
 
     def _recompute_statistics(self) -> None:
-        """Recompute the norm statistics at the weights that the network currently uses."""
+        """Recompute the norm statistics, if there are norms, at the weights that the network currently uses."""
+        if not self.take_step.norms:
+            return
         count, micro_size = len(self.splits.train), self.plan.micro_size
         recompute_statistics(
             self.network,

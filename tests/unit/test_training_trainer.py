@@ -36,6 +36,7 @@ from dist_train.rundir.records import (
 )
 from dist_train.rundir.status import StatusFile, read_status
 from dist_train.training import saving
+from dist_train.training import trainer as training_loop
 from dist_train.training.evaluation import recompute_statistics, statistics_samples
 from dist_train.training.recovery import ElasticTrainer
 from dist_train.training.saving import Saving
@@ -464,6 +465,14 @@ def with_torchs_norm(images: Any, width: float, norm: object) -> nn.Module:
     return nn.Sequential(
         convolution, nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, images.classes)
     )
+
+
+def test_a_model_without_norms_of_ours_makes_no_passes_for_their_statistics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training_loop, "recompute_statistics", lambda *_, **__: pytest.fail("passes were made"))
+    model = {"name": f"{__name__}:with_torchs_norm", "width": 1.0, "norm_statistics": "recomputed"}
+    run(tmp_path, Alone(), model=model, run={"max_steps": 2}, averaging={"kind": "ema"})
 
 
 def test_promise_6_a_slow_copy_holds_the_buffers_of_its_step_though_a_forward_pass_changes_them(
