@@ -27,6 +27,9 @@ Part = tuple[str, int, int, str]  # an image in a file: the file, offset and len
 
 _OPEN_FILES = 64
 
+_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP", "JPEG2000")
+"""Of which Pillow's code decodes images by itself: for PostScript it would start Ghostscript."""
+
 
 def fitted(image: Image.Image, size: int, draws: Sequence[float] | None) -> NDArray[np.uint8]:
     """Return an RGB image as uint8 [3, size, size].
@@ -117,7 +120,7 @@ class EncodedImages:
         """
         name = os.fsencode(reference if isinstance(reference, str) else reference[3]).decode(errors="replace")
         try:
-            with Image.open(io.BytesIO(self._content(reference))) as image:
+            with Image.open(io.BytesIO(self._content(reference)), formats=_FORMATS) as image:
                 if image.mode.startswith(("I", "F")):
                     # Pillow would clip their values to 0..255.
                     raise UsageError(
@@ -133,7 +136,7 @@ class EncodedImages:
             # Damaged files raise errors of many types: OSError, SyntaxError, ValueError, struct.error, ...
             reason = " ".join(str(error).split()) or type(error).__name__
             if isinstance(error, UnidentifiedImageError):
-                reason = "it is not an image"
+                reason = f"it is none of {', '.join(_FORMATS)}"
             elif isinstance(error, OSError) and error.strerror:
                 reason = error.strerror
             raise FaultError(

@@ -3,13 +3,14 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from torchvision import transforms
 from torchvision.transforms import functional
 
@@ -146,6 +147,21 @@ def outcome(path: Path) -> str:
     except CodedError as error:
         return error.code
     return "an image" if decoded.shape == (3, 4, 4) else f"{decoded.shape}"
+
+
+def test_a_file_that_ghostscript_would_draw_is_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.jpg", "EPS")
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", Mock(side_effect=AssertionError))
+    with raises(FaultError, "image-unreadable") as fault:
+        decode(str(tmp_path / "a.jpg"), 8, None)
+    assert "it is none of JPEG, PNG" in str(fault.value)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "MPO", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP", "JPEG2000"])
+def test_the_format_is_that_of_the_content(tmp_path: Path, form: str) -> None:
+    more = {"save_all": True, "append_images": [Image.new("RGB", (9, 9))]} if form == "MPO" else {}
+    Image.new("RGB", (9, 9), (9, 8, 7)).save(tmp_path / "a.jpg", form, **more)
+    assert np.abs(decode(str(tmp_path / "a.jpg"), 4, None)[:, 0, 0].astype(int) - [9, 8, 7]).max() <= 2
 
 
 def test_files_that_are_no_images_missing_or_folders_are_named(tmp_path: Path) -> None:
