@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrizations import _WeightNorm
@@ -409,7 +410,7 @@ def initialize(model: nn.Module, seed: int) -> None:
                 parameter.fill_(1.0 if name.endswith("weight") else 0.0)
             elif parameter.dim() < 2 and "bias" in name.rpartition(".")[2]:
                 parameter.zero_()
-            elif parameter.dim() >= 2 and not _is_gain(parameter):
+            elif parameter.dim() >= 2 and not _is_gain(parameter, model.get_submodule(name.rpartition(".")[0])):
                 fan_in = parameter[0].numel()
                 sample = torch.empty(parameter.shape).normal_(generator=generator(seed, "initial weights", name))
                 parameter.copy_(sample.mul_((2.0 / fan_in) ** 0.5))
@@ -425,9 +426,14 @@ def initialize(model: nn.Module, seed: int) -> None:
                         gain.copy_(torch.norm_except_dim(direction, 2, hook.dim))
 
 
-def _is_gain(parameter: Tensor) -> bool:
-    """Whether all of several elements are equal, and not 0: weights that are to be random would differ."""
-    return parameter.numel() > 1 and bool(parameter.all()) and bool((parameter == parameter.flatten()[0]).all())
+def _is_gain(parameter: Tensor, module: nn.Module) -> bool:
+    """Whether all of several elements are equal, and not 0: weights that are to be random would differ.
+
+    A single element is a gain unless it is of a linear layer or a convolution.
+    """
+    if parameter.numel() == 1:
+        return not isinstance(module, nn.Linear | _ConvNd)
+    return bool(parameter.all()) and bool((parameter == parameter.flatten()[0]).all())
 
 
 Builder = Callable[..., nn.Module]
