@@ -593,6 +593,21 @@ def test_a_job_that_is_stopped_during_its_set_up_is_requeued(
     assert f"requeue {job}" in (tmp_path / "calls").read_text().splitlines()
 
 
+@pytest.mark.parametrize("messages", ["dist-train: ä" + "é" * 1400, "-" * 76], ids=["long", "dashed"])
+def test_any_messages_of_the_launcher_let_a_job_be_requeued(programs: str, tmp_path: Path, messages: str) -> None:
+    log = tmp_path / "errors"
+    log.write_text(f"{messages}\n" * 100)
+    lines = f"""
+        find_our_program
+        run_directory={tmp_path}/run launch_id=x launcher_status=1 error_log={log}
+        decide_what_follows 0
+        echo "$verdict"
+    """
+    script = script_of(tmp_path, f"gpus=0\n{lines}")
+    ended = start(script, PATH=programs, PYTHONPATH=str(ROOT), **TWO_NODES)
+    assert (ended.returncode, ended.stdout) == (0, "requeue\n"), ended.stderr
+
+
 @pytest.mark.parametrize("state", ["CANCELLED", "COMPLETING"])
 def test_an_array_s_task_that_is_cancelled_during_its_set_up_is_not_requeued(
     programs: str, tmp_path: Path, state: str
