@@ -22,12 +22,16 @@ def end_process() -> None:
 _HEAD_START_SECONDS = 2.0  # rank 0 reports for all; the others later, in case it is the one that hangs
 
 
-def meeting_within(seconds: float, end: Callable[[], None] = end_process) -> AbstractContextManager[None]:
+def meeting_within(
+    seconds: float,
+    end: Callable[[], None] = end_process,
+    advice: str = "start again, or raise comm.timeout if starting takes that long",
+) -> AbstractContextManager[None]:
     """End this process with a message if the ranks have not all met in the block after `seconds`."""
     return ending_after(
         seconds,
         f"the {current_launch().size} ranks have not all met within {seconds:g} s: one has not started, hangs, or "
-        f"cannot be reached; start again, or raise comm.timeout if starting takes that long [ranks-cannot-meet]",
+        f"cannot be reached; {advice} [ranks-cannot-meet]",
         end,
     )
 
@@ -86,6 +90,15 @@ def join_ranks(
     )
 
 
+_MEASURING_SECONDS = 300.0  # for the ranks to meet where no comm.timeout is known
+
+
+def join_to_measure(*, timeout: float, device_type: str, engine: Engine = "auto") -> Communicator:
+    """As `join_ranks`, but end this process with a message if the ranks have not all met after five minutes."""
+    with meeting_within(_MEASURING_SECONDS, advice="start again"):
+        return join_ranks(timeout=timeout, device_type=device_type, engine=engine)
+
+
 _POINTS_TIMEOUT = 8 * 3600.0  # seconds; a rank that is done waits for those that still evaluate
 
 
@@ -99,7 +112,7 @@ def join_points() -> Communicator:
         return Alone()
     is_srun_without_mpi = launch.launcher == "srun" and launch.store is not None and not is_installed("mpi4py")
     if launch.launcher not in ("mpirun", "srun", "horovodrun") or is_srun_without_mpi:
-        return join_ranks(timeout=_POINTS_TIMEOUT, device_type="cpu", engine="torch")
+        return join_to_measure(timeout=_POINTS_TIMEOUT, device_type="cpu", engine="torch")
     if launch.launcher == "horovodrun":
         raise UsageError(
             "points are not distributed by Horovod: start with dist-train launch, mpirun or srun",

@@ -19,7 +19,7 @@ from dist_train.checkpoint.files import Contents, find_checkpoint, read_same
 from dist_train.checkpoint.state import Weights, load_model, stored_state
 from dist_train.cluster.communicator import Communicator, run_on_all_ranks
 from dist_train.cluster.devices import device_type, share_out_devices
-from dist_train.cluster.rendezvous import join_ranks
+from dist_train.cluster.rendezvous import join_to_measure
 from dist_train.config import Config, differences, dump_config, parse_config
 from dist_train.config.loading import with_overrides
 from dist_train.config.resuming import with_setting
@@ -208,7 +208,7 @@ def evaluate_stored(
     check_choice("split", split, Split)
     with restoring_torch(), ExitStack() as stack:
         timeout = 60.0
-        comm = join_ranks(timeout=timeout, device_type=device_type())
+        comm = join_to_measure(timeout=timeout, device_type=device_type())
         stack.push(lambda kind, error, traceback: comm.close(error))
         [stored] = read_same(comm, lambda: [find_checkpoint(target)])
         contents = stored.contents

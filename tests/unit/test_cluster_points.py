@@ -69,3 +69,24 @@ def test_ranks_of_srun_without_mpi4py_meet_by_torch() -> None:
         for rank in ranks:
             rank.kill()
     assert [words[:2] for words in said] == [["0", "2"], ["1", "2"]]
+
+
+@pytest.mark.parametrize("join", ["join_points()", 'evaluate_stored(Path("run"), "test", [])'])
+def test_ranks_that_evaluate_do_not_wait_for_ever_for_one_that_is_missing(join: str) -> None:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("OMPI_", "SLURM_"))}
+    launch = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    lines = f"""
+from pathlib import Path
+from dist_train.cluster import rendezvous
+from dist_train.cluster.rendezvous import join_points
+from dist_train.training.evaluation import evaluate_stored
+rendezvous._MEASURING_SECONDS = 0.5
+{join}
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", lines], env={**kept, **launch}, capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert (ended.returncode, "have not all met within 0.5 s" in ended.stderr) == (1, True), ended.stderr

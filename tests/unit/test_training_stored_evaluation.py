@@ -223,7 +223,7 @@ def test_promise_3_it_has_the_same_bits_on_any_number_of_ranks(run: Path, monkey
     group: dict[int, Communicator] = {}
     threads: dict[int, threading.Thread] = {}
     ready = threading.Barrier(3)
-    monkeypatch.setattr(evaluation, "join_ranks", joined)
+    monkeypatch.setattr(evaluation, "join_to_measure", joined)
     looks = Mock(side_effect=find_checkpoint)
     monkeypatch.setattr(evaluation, "find_checkpoint", looks)
 
