@@ -791,7 +791,9 @@ prepare_restart() {
     ((!${#fit_nodes[@]})) ||
         mapfile -t living < <(printf '%s\n' "${living[@]}" | grep -xFf <(printf '%s\n' "${fit_nodes[@]}"))
     ((${#living[@]})) || requeue_instead
-    [[ -z ${guard_step:-} ]] || kill -0 "$guard_step" 2>/dev/null || guard_batch_host "${living[@]}"
+    # The srun of a step on a lost node may still run.
+    [[ -z ${guard_step:-} ]] || { kill -0 "$guard_step" 2>/dev/null && [[ " ${living[*]} " == *" $guard_node "* ]]; } ||
+        guard_batch_host "${living[@]}"
     use_nodes "${living[@]}"
     ((rank_count >= ${MIN_RANKS:-1})) || requeue_instead
     set_rank_environment "$threads"

@@ -488,6 +488,21 @@ def test_a_restart_leaves_out_nodes_that_the_check_has_refused(programs: str, tm
     assert ended.stdout.split() == ["n1,n3", "requeued"], ended.stderr
 
 
+@pytest.mark.parametrize(("living", "guards"), [("n1 n3", "on n1 n3\n"), ("n1 n2", "")])
+def test_a_restart_without_the_node_of_the_guard_guards_the_batch_host_anew(
+    programs: str, tmp_path: Path, living: str, guards: str
+) -> None:
+    lines = f"""
+        prepare_ranks
+        guard_step=$$ guard_node=n2 error_log=/dev/null
+        living_nodes() {{ printf '%s\\n' {living}; }}
+        guard_batch_host() {{ echo "on $*"; }}
+        prepare_restart
+    """
+    ended = start(script_of(tmp_path, lines), PATH=programs, RANKS_PER_NODE="1", **TWO_NODES)
+    assert (ended.returncode, ended.stdout) == (0, guards), ended.stderr
+
+
 def test_the_check_of_the_nodes_requests_the_gpus_that_the_run_uses(programs: str, tmp_path: Path) -> None:
     with_scontrol(tmp_path, *(f"Nodes=n{count} CPU_IDs=0-3 Mem=0 GRES=gpu:{count}(IDX:0-1)" for count in (4, 2)))
     lines = """
