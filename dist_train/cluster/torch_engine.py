@@ -35,7 +35,7 @@ from dist_train.cluster.communicator import (
 )
 from dist_train.cluster.heartbeats import is_loopback, longest_wait, own_addresses
 from dist_train.cluster.launch import Launch, StoreAddress
-from dist_train.outcome import UsageError
+from dist_train.outcome import FaultError, UsageError
 
 _INTERFACE = "GLOO_SOCKET_IFNAME"
 _ANSWER_SECONDS = 5.0  # for an address of rank 0 to answer
@@ -183,7 +183,9 @@ def _open_store(launch: Launch, address: StoreAddress) -> dist.Store:
     try:
         store = _serve_store(address) if serves else _connect_to(address)
     except RuntimeError as error:
-        raise UsageError(
+        # The next step of a Slurm job has another port.
+        kind = FaultError if launch.launcher == "srun" and "EADDRINUSE" in str(error) else UsageError
+        raise kind(
             f"the ranks cannot meet at {address.host}:{address.port}: {' '.join(str(error).split())}. "
             f"Set another address by MASTER_ADDR and MASTER_PORT",
             code="ranks-cannot-meet",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,9 +16,10 @@ import torch.distributed as dist
 from dist_train.cluster import torch_engine
 from dist_train.cluster.communicator import Communicator
 from dist_train.cluster.elastic import abortable_nccl
-from dist_train.cluster.launch import StoreAddress
+from dist_train.cluster.launch import Launch, StoreAddress
 from dist_train.cluster.torch_engine import nccl_options, open_counters_at_rank_0
-from dist_train.outcome import PeerFailedError, UsageError
+from dist_train.outcome import FaultError, PeerFailedError, UsageError
+from tests.raising import raises
 from tests.unit.simulated_ranks import on_ranks, results
 
 FIRST, SECOND = ("127.0.1.1", "127.0.1.1"), ("10.0.0.2", "10.0.0.1")  # the route to the store on the first node
@@ -59,6 +61,16 @@ def test_a_usable_name_and_a_chosen_interface_are_kept(chosen: dict[str, str], m
 
 def test_the_route_to_this_machine_is_within_it() -> None:
     assert torch_engine._route_to(StoreAddress("127.0.0.1", 9)) == ("127.0.0.1", "127.0.0.1")
+
+
+@pytest.mark.parametrize(("launcher", "error"), [("srun", FaultError), ("env://", UsageError)])
+def test_a_port_in_use_is_a_fault_where_the_next_start_has_another(
+    launcher: str, error: type[FaultError | UsageError]
+) -> None:
+    with socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True) as other:
+        place = StoreAddress("127.0.0.1", other.getsockname()[1])
+        with raises(error, "ranks-cannot-meet"):
+            torch_engine._open_store(Launch(launcher, 2, 0, place), place)
 
 
 def test_ranks_of_an_engine_without_a_store_count_together_at_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
