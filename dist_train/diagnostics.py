@@ -23,7 +23,7 @@ from dist_train.config.loading import with_overrides
 from dist_train.config.resuming import with_setting
 from dist_train.data.plan import BatchPlan
 from dist_train.launching.run import train
-from dist_train.outcome import DivergedError, ExitCode, UsageError
+from dist_train.outcome import CodedError, DivergedError, ExitCode, UsageError
 from dist_train.report.drawing import RangeTest, read_range_test, write_range_test
 from dist_train.rundir.paths import RANGE_TEST, RunDirectory
 from dist_train.rundir.records import EventRecord, TrainRecord
@@ -179,7 +179,7 @@ def replay(path: Path | str, step: int) -> Replay:
         weights_agree = None
         if step in run.steps and step in again.steps:
             weights_agree = _same_weights(run.checkpoint(step), again.checkpoint(step))
-    except UsageError as error:
+    except CodedError as error:
         is_ours = is_ours and error.code != "run-in-use"  # another launch replays the same update
         raise
     finally:

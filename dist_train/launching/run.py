@@ -180,7 +180,7 @@ class Regrouping:
             return True
         try:
             lock = request.wait(trainer.config.comm.timeout / _POLLS_IN_TIMEOUT)
-        except UsageError as error:
+        except CodedError as error:
             raise FaultError(f"the lost rank 0 keeps its lock: {error}", code="lock-not-released") from error
         if lock is None:
             return False

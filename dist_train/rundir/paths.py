@@ -380,8 +380,8 @@ class LockRequest:
     def wait(self, seconds: float) -> RunLock | None:
         """Return the lock; None if its holder has not ended after `seconds`, but may still do so in time.
 
-        Raises UsageError if another launch uses the directory; the message names it; OSError if the lock file cannot be
-        made.
+        Raises UsageError if another launch uses the directory, FaultError if an earlier start of this job does; the
+        message names it; OSError if the lock file cannot be made.
         """
         until = time.monotonic() + seconds
         path = self.directory.lock
@@ -404,7 +404,8 @@ class LockRequest:
     def _refuse_or_announce(self, holder: Holder | None, waited: float) -> None:
         is_predecessor = _is_predecessor(holder)
         if waited >= (self.lease if is_predecessor else self.patience):
-            raise UsageError(
+            kind = FaultError if is_predecessor else UsageError  # the lock of a lost node is free at a later start
+            raise kind(
                 f"{self.directory.root} is in use by {_holder_name(holder)}: two launches must not write into one run "
                 f"directory; wait for it or end it, or choose another by run.name or --run-dir",
                 code="run-in-use",

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_train.outcome import UsageError
+from dist_train.outcome import FaultError, UsageError
 from dist_train.rundir.paths import LockRequest, RunDirectory, RunLock
 from tests.raising import raises
 
@@ -98,7 +98,7 @@ def test_a_requeued_job_waits_for_the_lease_of_the_node_that_it_ran_on(
     try:
         monkeypatch.setenv("SLURM_JOB_ID", "77")
         begun = time.monotonic()
-        with raises(UsageError, "run-in-use"):
+        with raises(FaultError, "run-in-use"):  # the job is requeued
             lock(tmp_path, lease=0.4)
         assert time.monotonic() - begun >= 0.4
         monkeypatch.setenv("SLURM_JOB_ID", "78")
