@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum
-from ipaddress import IPv6Address
+from ipaddress import IPv6Address, ip_address
 from pathlib import Path
 
 _SIOCGIFADDR = 0x8915
@@ -31,6 +31,11 @@ def own_addresses() -> list[str]:
 def is_loopback(address: str) -> bool:
     """Whether only this node reaches `address`, IPv4 or IPv6."""
     return address.startswith("127.") or address == "::1"
+
+
+def is_link_local(address: str) -> bool:
+    """Whether only neighbours on one link, of which a node may have several, reach `address`, IPv4 or IPv6."""
+    return ip_address(address).is_link_local
 
 
 def resolve(name: str) -> str:

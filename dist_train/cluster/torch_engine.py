@@ -33,7 +33,7 @@ from dist_train.cluster.communicator import (
     run_on_all_ranks,
     signed_digest,
 )
-from dist_train.cluster.heartbeats import is_loopback, longest_wait, own_addresses
+from dist_train.cluster.heartbeats import is_link_local, is_loopback, longest_wait, own_addresses
 from dist_train.cluster.launch import Launch, StoreAddress
 from dist_train.outcome import FaultError, UsageError
 
@@ -232,7 +232,8 @@ def _address_for_others(store: dist.Store, place: StoreAddress, size: int) -> st
         store.set("store_node", there)
     if store.add("met", 1) == size:
         store.set("all_met", "yes")
-    if os.environ.get(_INTERFACE) or not is_loopback(_own_address()):
+    own = _own_address()
+    if os.environ.get(_INTERFACE) or not (is_loopback(own) or is_link_local(own)):
         return ""
     if here and not is_loopback(here):
         return here

@@ -43,11 +43,12 @@ def addresses(
         return list(pool.map(address, routes))
 
 
-def test_ranks_on_nodes_whose_own_name_is_loopback_listen_where_the_others_reach_them(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("own", ["127.0.1.1", "169.254.7.1", "fe80::1", "fe80::1%eth0"])
+def test_ranks_on_nodes_whose_own_name_others_may_not_reach_listen_where_they_do(
+    own: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = ["10.0.0.1", "10.0.0.1", "10.0.0.2", "10.0.0.2"]
-    assert addresses(monkeypatch, FIRST, FIRST, SECOND, SECOND) == expected
+    assert addresses(monkeypatch, FIRST, FIRST, SECOND, SECOND, own=own) == expected
 
 
 def test_on_one_node_they_listen_at_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
