@@ -6,6 +6,7 @@ import ctypes
 import gc
 import mmap
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -24,6 +25,12 @@ def usable_cores() -> int:
             if quota > 0:  # microseconds in each period
                 cores = min(cores, max(1, quota // period))
     return cores
+
+
+def learn_how_children_end() -> None:
+    """Undo an ignored SIGCHLD, which programs inherit: without it every child process seems to end with code 0."""
+    if signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from dist_train.cluster.launch import LISTEN_FD, without_launcher
 from dist_train.outcome import ExitCode, say_on_stderr
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.status import LAUNCH_VARIABLE, record_lost
-from dist_train.start_up import usable_cores
+from dist_train.start_up import learn_how_children_end, usable_cores
 
 _STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP}
 SIGNALS = _STOP_SIGNALS | {signal.SIGCHLD}
@@ -174,6 +174,7 @@ def blocked_signals() -> Iterator[set[int | signal.Signals]]:
 
     SIGINT and SIGHUP that are ignored, as under nohup, stay so: blocked, they would arrive.
     """
+    learn_how_children_end()
     ignored = {each for each in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(each) == signal.SIG_IGN}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS - ignored)
     try:

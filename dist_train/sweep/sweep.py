@@ -18,7 +18,7 @@ from dist_train.monitoring import wording
 from dist_train.outcome import ExitCode
 from dist_train.rundir.paths import try_to_lock
 from dist_train.rundir.status import read_status
-from dist_train.start_up import usable_cores
+from dist_train.start_up import learn_how_children_end, usable_cores
 from dist_train.sweep.planned_runs import Plan, PlannedRun
 from dist_train.sweep.standing import Standing, standing_of
 
@@ -151,6 +151,7 @@ class StopSignals:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
+        learn_how_children_end()
         handled = [number for number in self._SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
         self._before = {number: signal.signal(number, self._handle) for number in handled}
         return self

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from dist_train.outcome import ExitCode
 from dist_train.rundir.status import read_status
+from dist_train.sweep.sweep import StopSignals
 from tests.launching import environment, kill, launch
 from tests.unit.studies import write_study
 from tests.waiting import PATIENCE, wait_for
@@ -66,6 +67,15 @@ def test_stopped_sweep_saves_its_runs_and_the_same_command_continues(tmp_path: P
     for run, step in zip(sweep.runs, saved, strict=True):
         records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         assert [record["step"] for record in records if record.get("event") == "resumed"] == [step]
+
+
+def test_sweep_learns_how_runs_end_where_sigchld_is_ignored() -> None:
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        with StopSignals():
+            assert subprocess.run(["false"]).returncode == 1
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 def test_killed_sweep_stops_its_runs(tmp_path: Path) -> None:
