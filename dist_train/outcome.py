@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import signal
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -137,6 +138,11 @@ def text_with_code(error: CodedError) -> str:
 def exit_code_of(error: BaseException) -> ExitCode:
     """Return the exit code that `error` leads to."""
     return error.exit_code if isinstance(error, CodedError) else ExitCode.FAULT
+
+
+def signal_name(number: int) -> str:
+    """Return the name of a signal, such as SIGKILL; a real-time one has only its number."""
+    return signal.Signals(number).name if number in {*signal.Signals} else f"signal {number}"
 
 
 def escaped(text: str) -> str:

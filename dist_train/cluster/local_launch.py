@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dist_train.cluster.launch import LISTEN_FD, without_launcher
-from dist_train.outcome import ExitCode, say_on_stderr
+from dist_train.outcome import ExitCode, say_on_stderr, signal_name
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.status import LAUNCH_VARIABLE, record_lost
 from dist_train.start_up import learn_how_children_end, usable_cores
@@ -128,7 +128,7 @@ class Ranks:
             if code is None or rank in self._ended:
                 continue
             self._ended.add(rank)
-            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+            how = f"was killed by {signal_name(-code)}" if code < 0 else f"ended with code {code}"
             end = f"{self._name(rank)} {how}"
             self._first_end = self._first_end or (end if code else "")
             if code < 0 and not self._is_terminating:

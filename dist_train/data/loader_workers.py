@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_train.data.decoding import DRAWS, EncodedImages, Work
-from dist_train.outcome import CodedError, FaultError, UsageError
+from dist_train.outcome import CodedError, FaultError, UsageError, signal_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -272,7 +272,7 @@ class LoaderProcesses(Decoder):
             code = process.wait() if all_gone else process.poll()
             if code is None:
                 continue
-            how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            how = f"was ended by {signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
             fix = ": if the machine ran out of memory, set fewer data.loader_workers" if code < 0 else ""
             raise FaultError(f"the loader process {process.pid}, which makes samples, {how}{fix}", code="loader-ended")
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from dist_train.cluster.launch import command_output, without_launcher
 from dist_train.monitoring import wording
-from dist_train.outcome import ExitCode
+from dist_train.outcome import ExitCode, signal_name
 from dist_train.rundir.paths import try_to_lock
 from dist_train.rundir.status import read_status
 from dist_train.start_up import learn_how_children_end, usable_cores
@@ -104,7 +104,7 @@ class RunProcess:
             return status.reason
         if code < 0:
             where = f" at step {status.step}" if status is not None and status != self._before else ""
-            return f"ended by {signal.Signals(-code).name}{where}"
+            return f"ended by {signal_name(-code)}{where}"
         if code == ExitCode.STOPPED:
             return "stopped before it started"
         return self._last_message() or f"ended with code {code}"

@@ -160,7 +160,7 @@ def test_killed_rank_is_named_and_ends_the_launch_with_1(running: subprocess.Pop
     assert "SIGKILL" in output
 
 
-@pytest.mark.parametrize("ending", ["kill -KILL $$", "exit 1"])
+@pytest.mark.parametrize("ending", ["kill -KILL $$", "kill -35 $$", "exit 1"])
 def test_launcher_learns_how_ranks_end_where_sigchld_is_ignored(ending: str) -> None:
     lines = f"""
 import signal
@@ -170,6 +170,8 @@ raise SystemExit(launch_ranks(["sh", "-c", {ending!r}], 2))
 """
     ended = subprocess.run([sys.executable, "-c", lines], env=environment(), capture_output=True, text=True)
     assert ended.returncode == 1
+    assert "Traceback" not in ended.stderr
+    assert ("was killed by signal 35" in ended.stderr) is ("35" in ending)
 
 
 def test_stopped_rank_does_not_delay_the_end_of_the_launch(running: subprocess.Popen[str]) -> None:
