@@ -97,8 +97,9 @@ fi
 job=${SLURM_JOB_ID:-}
 [[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 
-# Variables with the job's own requests, which srun would add to those of a step.
-job_requests=(SLURM_GPUS SLURM_GPUS_PER_TASK SLURM_NTASKS_PER_GPU SLURM_TRES_PER_TASK SLURM_TRES_BIND SLURM_GPU_BIND)
+# Variables with the job's own requests, which srun, mpirun's own included, would add to those of a step.
+job_requests=(SLURM_GPUS SLURM_GPUS_PER_SOCKET SLURM_GPUS_PER_TASK SLURM_NTASKS_PER_GPU SLURM_TRES_PER_TASK
+    SLURM_TRES_BIND SLURM_GPU_BIND)
 without_requests=(env "${job_requests[@]/#/--unset=}")
 
 say() {
@@ -239,6 +240,7 @@ compose() {
 compose_command() {
     local more name
     read_words more LAUNCHER_OPTIONS "${LAUNCHER_OPTIONS:-}"
+    unset "${job_requests[@]}"
     case $by in
         srun)
             command -v srun >/dev/null || fail "srun is missing on $(uname -n)"
@@ -248,7 +250,6 @@ compose_command() {
             # A step gets the GPUs that it requests. All ranks of a node see all of these, without --gpu-bind=none, which
             # Slurm knows since 21.08 only, and each uses the one of its local rank: NCCL uses NVLink only between GPUs
             # that a process can see.
-            unset "${job_requests[@]}"
             ((gpus == 0)) || command+=("--gpus-per-node=$gpus")
             ((node_cores >= ranks_here * cores_each)) || command+=(--overcommit)
             command+=("${placed[@]}")

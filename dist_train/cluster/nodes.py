@@ -35,6 +35,7 @@ INTERFACE_VARIABLE = "NETWORK_INTERFACE"  # for the ranks; slurm/prologue.sh pas
 _JOB_REQUESTS = frozenset(
     {
         "SLURM_GPUS",
+        "SLURM_GPUS_PER_SOCKET",
         "SLURM_GPUS_PER_TASK",
         "SLURM_NTASKS_PER_GPU",
         "SLURM_TRES_PER_TASK",

@@ -110,6 +110,20 @@ def test_steps_see_all_gpus_of_a_node_with_any_slurm(programs: str, tmp_path: Pa
     assert "_BIND=" not in (tmp_path / "variables").read_text()
 
 
+@pytest.mark.parametrize("launcher", ["srun", "mpirun"])
+def test_what_the_job_requests_does_not_reach_the_srun_of_the_launcher(
+    programs: str, tmp_path: Path, launcher: str
+) -> None:
+    (tmp_path / launcher).write_text(f"#!/bin/sh\nenv >{tmp_path}/variables\n")
+    asked = {"SLURM_GPUS": "4", "SLURM_GPUS_PER_SOCKET": "1", "SLURM_GPUS_PER_TASK": "1", "SLURM_TRES_BIND": "gpu:1"}
+    job = {**TWO_NODES, "SLURM_GPUS_ON_NODE": "2", "SLURM_NTASKS": "4", **asked}
+    lines = f'need_mpirun() {{ mpirun={tmp_path}/mpirun; }}\nprepare_ranks\n"${{command[@]}}"'
+    ended = start(script_of(tmp_path, lines), PATH=programs, LAUNCHER=launcher, **job)
+    assert ended.returncode == 0, ended.stderr
+    variables = (tmp_path / "variables").read_text()
+    assert not [name for name in asked if f"{name}=" in variables]
+
+
 def test_without_gpus_one_rank_for_each_task(programs: str) -> None:
     command = command_of(PATH=programs, SLURM_NTASKS="4", SLURM_TASKS_PER_NODE="2(x2)")
     assert " --ntasks=4 --ntasks-per-node=2 --cpus-per-task=16 " in command
