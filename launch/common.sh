@@ -205,17 +205,28 @@ stop_local_ranks() {
     ((count > 0 && ${#signalled[@]} >= rank_count))
 }
 
-# If there are ranks on other machines, mpirun forwards SIGUSR2 to all, once they are ready for it.
+# If there are ranks on other machines, mpirun forwards SIGUSR2 to all, once they are ready for it: those of a run have
+# met, as its status says. Whether those of other commands are ready, the ranks on this machine must show.
 stop_through_mpirun() {
     local process count=0
-    for process in $(local_ranks); do
-        catches_stop "$process" || return 1
-        count=$((count + 1))
-    done
-    if ((count == 0)); then
-        grep -q "$launch_id" "$run_directory/status.json" 2>/dev/null || return 1
+    if [[ -n $run_directory ]]; then
+        has_begun || return 1
+    else
+        for process in $(local_ranks); do
+            catches_stop "$process" || return 1
+            count=$((count + 1))
+        done
+        if ((count == 0)); then
+            stop_at_once
+            return
+        fi
     fi
     kill -USR2 "$launcher"
+}
+
+# Whether the ranks of this launch have begun the run, so that they handle SIGUSR2.
+has_begun() {
+    grep -q "\"$launch_id\"" "$run_directory/status.json" 2>/dev/null
 }
 
 # For commands that do not save on request.

@@ -110,12 +110,18 @@ fi
 # The ranks agree on a stop, so signalling one is enough. horovodrun itself does not forward signals.
 # shellcheck disable=SC2329  # `launch` calls it
 stop_one_rank() {
-    local process
+    local process count=0
     for process in $(local_ranks); do
         catches_stop "$process" && kill -USR2 "$process" 2>/dev/null && return 0
+        count=$((count + 1))
     done
     ((${#remote_names[@]})) || return 1
-    grep -q "\"$launch_id\"" "$run_directory/status.json" 2>/dev/null || return 1
+    if [[ -z $run_directory ]]; then
+        ((count == 0)) || return 1
+        stop_at_once
+        return
+    fi
+    has_begun || return 1
     on_remote_machine "${remote_names[0]}" stop_local_ranks
 }
 

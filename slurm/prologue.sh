@@ -291,7 +291,7 @@ name_meeting_address() {
 
 # srun and mpirun forward SIGUSR2 to all ranks, which handle it once the run has a status.
 stop_through_launcher() {
-    grep -q "\"$launch_id\"" "$run_directory/status.json" 2>/dev/null || return 1
+    has_begun || return 1
     kill -USR2 "$launcher"
 }
 

@@ -186,3 +186,58 @@ def test_output_after_a_traceback_is_shown_at_once_and_that_of_horovodrun_is_lef
         sed.stdin.write(f"{traceback}{end}\nProcess name: 1\nExit code: 3\n\n[0]<stdout>:step 2\n")
         sed.stdin.close()
     assert shown.read_text() == f"{traceback}ValueError: harmless\nstep 1\nstep 2\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "launch_in_status", "outcome"),
+    [
+        ("lr-range", "", "TERM"),
+        ("replay", "", "TERM"),
+        ("train", "", "not yet"),
+        ("train", "another", "not yet"),
+        ("train", "this", "USR2"),
+    ],
+)
+def test_a_stop_request_reaches_ranks_that_are_all_on_other_machines(
+    tmp_path: Path, command: str, launch_in_status: str, outcome: str
+) -> None:
+    if launch_in_status:
+        (tmp_path / "status.json").write_text(f'{{"launch": "{launch_in_status}"}}')
+    lines = f"""
+        . launch/common.sh
+        dist_train=(echo)
+        check_run {command} config.yaml
+        run_directory=${{run_directory:+{tmp_path}}}
+        launch_id=this
+        exec {{output}}< <(
+            trap 'echo USR2; exit' USR2
+            trap 'echo TERM; exit' TERM
+            echo ready
+            while sleep 0.05; do :; done
+        )
+        launcher=$!
+        read -r <&"$output"
+        if stop_through_mpirun; then
+            read -r signal <&"$output"
+        else
+            signal='not yet'
+            kill -KILL "$launcher"
+        fi
+        echo "$signal"
+    """
+    ended = subprocess.run(["bash", "-euc", lines], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+    assert ended.stdout == f"{outcome}\n", ended.stderr
+
+
+@pytest.mark.parametrize("command", ["lr-range", "replay"])
+def test_a_stop_request_ends_horovodrun_where_all_ranks_are_on_other_machines(tmp_path: Path, command: str) -> None:
+    (tmp_path / "ssh").write_text("#!/bin/sh\nexit 0\n")
+    (tmp_path / "ssh").chmod(0o755)
+    environment = with_programs(tmp_path, f"touch {tmp_path}/started; exec sleep 600")
+    environment["PATH"] = f"{tmp_path}:{environment['PATH']}"
+    script = [str(ROOT / "launch/horovodrun.sh"), "-H", "elsewhere:2", command, "config.yaml"]
+    with subprocess.Popen(script, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        wait_for((tmp_path / "started").exists)
+        process.send_signal(signal.SIGUSR2)
+        _, errors = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 1, errors
