@@ -588,7 +588,7 @@ own_address() {
 # run. If one ends, or its node is lost, it is started again when the node answers, or on a spare node. A node is given
 # up once its launcher has ended within ten minutes of joining more than MAX_RESTARTS times in a row.
 supervise_nodes() {
-    local node connected living next_look=0 entrance=$run_directory/join-$launch_id.json
+    local node connected living wait next_look=0 ended_at=$SECONDS entrance=$run_directory/join-$launch_id.json
     local restarts=${MAX_RESTARTS:-${MAX_REQUEUES:-3}}
     local -A steps=() joined_at=() missing=() due=() pause=() short_stays=()
     until [[ -s $entrance ]]; do
@@ -612,11 +612,14 @@ supervise_nodes() {
                     due[$node]=$((1 << 60))
                 fi
                 unset "steps[$node]" "joined_at[$node]"
+                ended_at=$SECONDS
                 [[ ${guard_node:-} != "$node" ]] || guard_step=0
             fi
         done
         if ((${#steps[@]} < wanted_nodes && SECONDS >= next_look)); then
-            next_look=$((SECONDS + 5))
+            # The longer a node has been away, the less often Slurm's controller is asked.
+            wait=$(((SECONDS - ended_at) / 10))
+            next_look=$((SECONDS + (wait < 5 ? 5 : wait > 60 ? 60 : wait)))
             mapfile -t living < <(living_nodes)
             for node in "${living[@]}"; do
                 ((${#steps[@]} < wanted_nodes)) || break
@@ -654,7 +657,8 @@ living_nodes() {
     [[ -n $names ]] || return 0
     {
         answering_nodes
-        sinfo --noheader --Node --responding "--nodes=$names" --format %N 2>/dev/null | grep -xF "$silent_nodes"
+        [[ -z $silent_nodes ]] ||
+            sinfo --noheader --Node --responding "--nodes=$names" --format %N 2>/dev/null | grep -xF "$silent_nodes"
     } | grep -xFf <(scontrol show hostnames "$names") | sort -Vu
 }
 

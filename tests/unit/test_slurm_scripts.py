@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -572,6 +573,41 @@ def test_a_node_whose_ranks_always_end_soon_is_given_up(
     ended = start(script_of(tmp_path, lines), PATH=programs, **limit, **TWO_NODES)
     assert ended.stdout.split() == ["n1"] * starts, ended.stderr
     assert ("n1 is given up" in ended.stderr) is (starts < 6)
+
+
+def test_the_longer_a_node_is_away_the_less_often_it_is_looked_for(programs: str, tmp_path: Path) -> None:
+    lines = f"""
+        unset SECONDS # the clock
+        run_directory={tmp_path} launch_id=x wanted_nodes=1 fit_nodes=() SECONDS=0
+        echo '{{"nodes": []}}' >"$run_directory/join-x.json"
+        living_nodes() {{ echo "$SECONDS" >>{tmp_path}/looks; }}
+        sleep() {{ (((SECONDS += 5) < 1200)) || exit 0; }}
+        supervise_nodes
+    """
+    ended = start(script_of(tmp_path, lines), PATH=programs, **TWO_NODES)
+    assert ended.returncode == 0, ended.stderr
+    looks = [int(moment) for moment in (tmp_path / "looks").read_text().split()]
+    pauses = [later - earlier for earlier, later in pairwise(looks)]
+    assert pauses[:9] == [5] * 9
+    assert pauses[-1] == 60
+    assert sum(pauses) > 1100
+
+
+@pytest.mark.parametrize(("silent", "calls"), [("", 0), ("n2", 1)])
+def test_slurm_is_asked_whether_nodes_answer_only_if_their_ports_do_not_say(
+    programs: str, tmp_path: Path, silent: str, calls: int
+) -> None:
+    for name, body in {
+        "sinfo": f"echo called >>{tmp_path}/calls; echo n2",
+        "squeue": "echo n[1-2]",
+        "scontrol": "printf '%s\\n' n1 n2",
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    lines = f"silent_nodes={silent}\nanswering_nodes() {{ echo n1; }}\nliving_nodes"
+    ended = start(script_of(tmp_path, lines), PATH=programs, **TWO_NODES)
+    assert ended.stdout.split() == ["n1", silent][: 1 + calls], ended.stderr
+    assert (tmp_path / "calls").exists() is bool(calls)
 
 
 @pytest.mark.parametrize(
