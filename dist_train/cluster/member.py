@@ -22,7 +22,8 @@ from dist_train.outcome import say_on_stderr
 
 _GENERATION = TypeAdapter(Generation)
 _CONNECT_SECONDS = 10.0
-_LONGEST_BEAT_SECONDS = 0.5
+_LONGEST_BEAT_SECONDS = 5.0  # as for the watchdog: the launcher hears all ranks
+_LONGEST_CHECK_SECONDS = 0.5
 _SLACK_SECONDS = 1.0  # the thread that beats may have to wait for the interpreter
 
 
@@ -76,7 +77,8 @@ class Member:
         """Connect, and beat often enough for `timeout`; `end` ends this process if expelled. Raises RankLostError."""
         host, _, port = environment[MEMBERSHIP_VARIABLE].rpartition(":")
         self._beat = min(_LONGEST_BEAT_SECONDS, timeout / BEATS_IN_TIMEOUT)
-        self.pulse = Pulse(timeout, self._beat)  # of the main thread
+        self._check = min(_LONGEST_CHECK_SECONDS, self._beat)
+        self.pulse = Pulse(timeout, self._check)  # of the main thread
         self._end = end
         self._changed = threading.Condition()
         self._next: Generation | None = None
@@ -137,11 +139,15 @@ class Member:
     def _run(self) -> None:
         poll = select.poll()
         poll.register(self._connection.socket, select.POLLIN)
-        due = time.monotonic()
+        due = beat_due = time.monotonic()
         while True:
-            if time.monotonic() >= due:
-                due = time.monotonic() + self._beat
-                self._connection.send({"kind": "hangs" if self.pulse.hangs() else "beat"})
+            if (now := time.monotonic()) >= due:
+                due = now + self._check
+                if self.pulse.hangs():
+                    self._connection.send({"kind": "hangs"})
+                elif now >= beat_due:
+                    beat_due = now + self._beat
+                    self._connection.send({"kind": "beat"})
             if not poll.poll(max(0.0, due - time.monotonic()) * 1000):
                 continue
             try:

@@ -101,6 +101,7 @@ class MembershipServer:
         self._own_slots = range(self._here)
         self._nodes: dict[int, JoinedNode] = {}  # the launchers of other nodes, by connection
         self._codes: list[int] = []
+        self._viewed: tuple[Membership, int, View] | None = None  # the last view, and what it was made from
         self._survived = 0  # how many of them are of ranks without which the run continued
         self._alone_since = time.monotonic()
         self._server = MessageServer((self.host, self.port), self.token, self._handle, self._lose)
@@ -130,6 +131,11 @@ class MembershipServer:
     @property
     def view(self) -> View:
         """What launchers know of the run."""
+        if self._viewed is None or self._viewed[0] is not self.state or self._viewed[1] != len(self._codes):
+            self._viewed = self.state, len(self._codes), self._make_view()
+        return self._viewed[2]
+
+    def _make_view(self) -> View:
         return View(
             members=frozenset(peer.slot for peer in self.state.members),
             joiners=frozenset(peer.slot for peer in self.state.joiners),

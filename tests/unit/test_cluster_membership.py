@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -269,6 +270,26 @@ def test_who_beats_but_does_not_move_on_is_expelled() -> None:
         assert [each.slot for each in server.expelled] == [1]
         for each in members:
             each.leave("")
+
+
+def test_a_large_launch_hears_each_rank_rarely_where_its_timeout_is_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    beats: list[object] = []
+    with serving(1, 60.0) as server:
+        rank = member(server, 0)
+        monkeypatch.setattr(rank._connection, "send", beats.append)
+        time.sleep(2.5)
+        assert len(beats) <= 1
+        rank.leave("")
+
+
+def test_what_launchers_know_is_made_anew_only_when_it_changes() -> None:
+    with closing(MembershipServer(limits(2))) as server:
+        before = server.view
+        assert server.view is before
+        server.note_code(ExitCode.DIVERGED)
+        assert server.view.code == ExitCode.DIVERGED
+        server.ask_to_stop()
+        assert server.view.stop_requested
 
 
 class Clock:
