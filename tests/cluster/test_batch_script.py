@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from tests.cluster.cluster import ROOT, Cluster
 from tests.cluster.runs import Undisturbed
 from tests.cluster.submitted import SubmittedRun, assert_finished_like, train_with
 from tests.launching import status
+from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.ranks, pytest.mark.services]
 
@@ -35,6 +37,38 @@ def test_two_nodes_are_bit_identical_to_one_rank(
     ended = submitted.wait_for_weights_of(large_batch)
     assert status(submitted.run)["world_size"] == 4, ended.output
     assert "2 nodes (node[1-2]) x 2 ranks" in ended.output
+
+
+@pytest.mark.lengthy
+def test_documented_script_saves_on_request_and_resumes(
+    cluster: Cluster, tmp_path: Path, long_run: Undisturbed
+) -> None:
+    block = re.search(r"^```sh\n(#!.*?)^```", (ROOT / "docs" / "cluster.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert block is not None
+    text = block[1]
+    # The cluster's GPUs are null devices, which torch cannot use.
+    for documented, small in {
+        "--ntasks-per-node=4 --gpus-per-node=4 --cpus-per-task=8": "--ntasks-per-node=2 --cpus-per-task=2",
+        "configs/lb_8192.yaml": f"{long_run.config} --run-dir {tmp_path}/run",
+        ".venv/bin/dist-train": f"{sys.executable} -m dist_train",
+    }.items():
+        assert documented in text
+        text = text.replace(documented, small)
+    script = tmp_path / "job.sh"
+    script.write_text(text)
+
+    def submit() -> int:
+        submitted = cluster.run("sbatch", "--parsable", str(script), folder=tmp_path, PYTHONPATH=str(ROOT))
+        assert submitted.returncode == 0, submitted.stderr
+        return int(submitted.stdout)
+
+    job = submit()
+    wait_for(lambda: status(tmp_path / "run").get("step", 0) >= 20, lambda: cluster.job(job).output)
+    cluster.run("scancel", "--signal=USR2", str(job), folder=tmp_path)
+    stopped = cluster.wait(job)
+    assert (stopped.state, stopped.code) == ("FAILED", ExitCode.STOPPED), stopped.output
+    assert status(tmp_path / "run")["world_size"] == 4
+    assert_finished_like(cluster.wait(submit()), tmp_path / "run", long_run)
 
 
 @pytest.mark.lengthy

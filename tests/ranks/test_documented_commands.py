@@ -22,6 +22,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 TESTED_ELSEWHERE = {
     r"\b(sbatch|dist-train submit (?!.*--dry-run))": "cluster/test_submit.py",
+    r"^#!|^#SBATCH |SLURM_CPUS_PER_TASK": "cluster/test_batch_script.py",
     r"--hostfile | -H \w": "cluster/test_launch_over_ssh.py",
     r"--listen|--join": "ranks/test_elastic_launch.py",
     r"slurm/lb_8192.sh|analyses.txt": "cluster/test_batch_script.py",
