@@ -228,7 +228,7 @@ def choose_device(asked: Device, *, local_rank: int, local_size: int = 1) -> tor
     return device
 
 
-def share_out_devices(comm: Communicator, asked: Device, timeout: float) -> torch.device:
+def assign_devices(comm: Communicator, asked: Device, timeout: float) -> torch.device:
     """Return this rank's device; raise UsageError on all ranks if they mix CPUs and GPUs or share a GPU.
 
     If GPUs do not connect within a multiple of `timeout`, the process ends.

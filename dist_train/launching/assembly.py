@@ -22,7 +22,7 @@ from dist_train.checkpoint.state import (
 )
 from dist_train.checkpoint.writer import CheckpointWriter
 from dist_train.cluster.communicator import Alone, Communicator, Generation, gather_int, run_on_all_ranks
-from dist_train.cluster.devices import share_out_devices
+from dist_train.cluster.devices import assign_devices
 from dist_train.config import Config
 from dist_train.config.plugins import is_plugin
 from dist_train.config.resuming import with_device, with_setting
@@ -131,7 +131,7 @@ def assemble(
 
 def _set_up_device(config: Config, comm: Communicator) -> tuple[Config, Compute]:
     """Return `config` with the device that it leaves to `auto`, and what this rank computes with. Raises UsageError."""
-    device = share_out_devices(comm, config.run.device, config.comm.timeout)
+    device = assign_devices(comm, config.run.device, config.comm.timeout)
     if config.batch.dealing == "dynamic" and device.type != "cpu":
         raise UsageError(
             "batch.dealing=dynamic works on CPUs: a process queues its GPU's work long before the GPU is ready for it, "

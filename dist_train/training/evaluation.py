@@ -18,7 +18,7 @@ from torch.nn import functional
 from dist_train.checkpoint.files import Contents, find_checkpoint, read_same
 from dist_train.checkpoint.state import Weights, load_model, stored_state
 from dist_train.cluster.communicator import Communicator, run_on_all_ranks
-from dist_train.cluster.devices import device_type, share_out_devices
+from dist_train.cluster.devices import assign_devices, device_type
 from dist_train.cluster.rendezvous import join_to_measure
 from dist_train.config import Config, differences, dump_config, parse_config
 from dist_train.config.loading import with_overrides
@@ -215,7 +215,7 @@ def evaluate_stored(
         config = stored_config(contents, overrides)
         if config.precision.threads == "auto":
             config = with_setting(config, "precision.threads", share_of_threads(comm.local_size))
-        compute = set_up_compute(config.precision, share_out_devices(comm, config.run.device, timeout))
+        compute = set_up_compute(config.precision, assign_devices(comm, config.run.device, timeout))
         open_data = partial(open_splits, config.data, config.run.seed, compute.device, config.precision.channels_last)
         splits = run_on_all_ranks(comm, open_data, "load the data")
         stack.callback(splits.close)

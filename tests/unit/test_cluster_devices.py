@@ -16,6 +16,7 @@ from dist_train.cluster.devices import (
     GpuSigns,
     Placement,
     TorchGpus,
+    assign_devices,
     check_own_gpu,
     check_placements,
     choose_device,
@@ -24,7 +25,6 @@ from dist_train.cluster.devices import (
     find_gpus,
     kind_of_device,
     obstacle,
-    share_out_devices,
     torch_gpus,
     why_no_gpu,
 )
@@ -184,7 +184,7 @@ def test_several_ranks_on_gpus_need_nccl() -> None:
 
 
 def test_ranks_agree_on_their_devices_and_are_refused_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert results(3, lambda each: share_out_devices(each, "cpu", 60.0).type) == ["cpu"] * 3
+    assert results(3, lambda each: assign_devices(each, "cpu", 60.0).type) == ["cpu"] * 3
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     if torch_gpus().count:
         pytest.skip("torch was using a GPU before the variable hid it")
@@ -192,7 +192,7 @@ def test_ranks_agree_on_their_devices_and_are_refused_together(monkeypatch: pyte
 
     def refused(each: object) -> None:
         try:
-            share_out_devices(each, "cuda", 60.0)  # type: ignore[arg-type]  # `results` gives its own ranks
+            assign_devices(each, "cuda", 60.0)  # type: ignore[arg-type]  # `results` gives its own ranks
         except UsageError as error:
             errors.append(type(error))
 
@@ -205,7 +205,7 @@ def test_ranks_on_mig_slices_of_a_node_are_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(devices, "torch_gpus", lambda: TorchGpus("2.15.0+cu132", "CUDA 13.2", 1))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-4f2c,MIG-9a31")
     with raises(UsageError, "gpu-shared"):
-        results(2, lambda each: share_out_devices(each, "cuda", 60.0))
+        results(2, lambda each: assign_devices(each, "cuda", 60.0))
 
 
 def test_devices_connect_by_a_small_sum_and_one_of_a_bucket_of_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
