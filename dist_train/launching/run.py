@@ -47,7 +47,7 @@ from dist_train.training.stopping import StopRequests
 _logger = logging.getLogger("dist_train.launching")
 
 _SILENCE_SHARE = 2 / 3  # part of `comm.timeout` in silence; the rest is for the launcher, to end the others
-_MEETING_SHARE = 2.0  # multiple of `comm.timeout` for the ranks to meet: on a large launch some start late
+_RENDEZVOUS_TIMEOUTS = 2.0  # in units of `comm.timeout`: on a large launch some ranks start late
 _POLLS_IN_TIMEOUT = 4  # how often within `comm.timeout` ranks that wait for the run directory synchronize
 
 
@@ -211,7 +211,7 @@ def _meet(config: Config, stack: ExitStack) -> tuple[Communicator, Watchdog | No
     Raises UsageError on all ranks if their code or settings differ.
     """
     timeout, micro_size = config.comm.timeout, config.batch.micro_size
-    with without_collection(), meeting_within(timeout * _MEETING_SHARE):
+    with without_collection(), meeting_within(timeout * _RENDEZVOUS_TIMEOUTS):
         comm = join_ranks(
             timeout=timeout,
             device_type=device_type(config.run.device),
