@@ -19,7 +19,7 @@ from benchmarks.launching import measure, module, on_ranks, tell
 from benchmarks.shared_folder import shared_folder
 from benchmarks.subject import QUIET, open_trainer, settings
 from benchmarks.timing import Ratio, compare, ratio_of, timed
-from dist_train.cluster.communicator import Alone
+from dist_train.cluster.communicator import SingleProcess
 from dist_train.cluster.devices import device_type
 from dist_train.cluster.rendezvous import join_ranks
 from dist_train.training.compute import share_of_threads
@@ -89,9 +89,9 @@ def setting_rows(pairs: int) -> Iterator[Ratio]:
         with tempfile.TemporaryDirectory() as folder:
             without = {"threads": 1, "channels_last": False}
             changed = settings(_WIDTH, _GLOBAL_SIZE, precision={**without, **precision}, **QUIET)
-            ours = open_trainer(changed, Alone(), Path(folder) / "changed")
+            ours = open_trainer(changed, SingleProcess(), Path(folder) / "changed")
             plain = settings(_WIDTH, _GLOBAL_SIZE, precision=without, **QUIET)
-            theirs = open_trainer(plain, Alone(), Path(folder) / "plain")
+            theirs = open_trainer(plain, SingleProcess(), Path(folder) / "plain")
             sides = (name, ours.advance), ("without", theirs.advance)
             yield compare(_title(name), *sides, pairs=pairs, bar=None, warm_up=3, images=_GLOBAL_SIZE)
             ours.close()

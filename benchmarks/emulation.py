@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import dist_train
 from benchmarks.bare_loop import bare_vgg9
 from dist_train.checkpoint.state import Progress, TrainState
-from dist_train.cluster.communicator import Alone
+from dist_train.cluster.communicator import SingleProcess
 from dist_train.config import Config, parse_config
 from dist_train.data.images import BatchRequest
 from dist_train.data.loader import open_splits
@@ -298,7 +298,7 @@ class _Compute(Compute):
             torch.set_autocast_enabled("cuda", False)
 
 
-class _Rank0(Alone):
+class _Rank0(SingleProcess):
     """Rank 0 of `size` ranks; the others contribute nothing."""
 
     def __init__(self, size: int) -> None:
@@ -337,7 +337,7 @@ def _our_step(config: Config, network: nn.Module, ranks: int, recorder: GraphRec
         compute,
         # exact32's grids; without them this would be the first update, which sums in 64 bits.
         Progress(grid_exponents=[30] * len(weights.segments)),
-        clock=StepClock(Alone()),
+        clock=StepClock(SingleProcess()),
         graph_recorder=recorder if config.precision.cuda_graphs else None,
     )
     assert config.batch.micro_size != "auto", "to be named"

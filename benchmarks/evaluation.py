@@ -11,7 +11,7 @@ from torch import Tensor
 from benchmarks.plain_evaluation import in_memory, through_loader
 from benchmarks.subject import settings
 from benchmarks.timing import Ratio, compare
-from dist_train.cluster.communicator import Alone
+from dist_train.cluster.communicator import SingleProcess
 from dist_train.cluster.devices import choose_device
 from dist_train.data.augmentation import PixelFormat
 from dist_train.data.images import ImageSet
@@ -56,7 +56,7 @@ def rows_of(subject: Subject, pairs: int) -> Iterator[Ratio]:
     count = len(subject.images)
 
     def ours() -> None:
-        evaluate(model, samples, count, batch_size=subject.batch_size, compute=compute, comm=Alone())
+        evaluate(model, samples, count, batch_size=subject.batch_size, compute=compute, comm=SingleProcess())
 
     there = subject.images.to(compute.device), subject.labels.to(compute.device)
     loader = through_loader(model, subject.images, subject.labels, batch_size=subject.batch_size)

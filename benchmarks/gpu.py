@@ -36,7 +36,7 @@ from benchmarks.subject import QUIET, open_trainer, settings
 from benchmarks.timing import compare, timed
 from dist_train.checkpoint.files import find_checkpoint, list_checkpoints, read_checkpoint
 from dist_train.checkpoint.state import Progress
-from dist_train.cluster.communicator import Alone
+from dist_train.cluster.communicator import SingleProcess
 from dist_train.cluster.devices import find_gpus
 from dist_train.cluster.elastic import DeviceGroup, abortable_nccl
 from dist_train.config import NoiseSettings, dump_config
@@ -255,7 +255,7 @@ def same_sums(device: Device, folder: Path) -> Finding:
             progress = Progress(grid_exponents=[exponent] * len(weights.segments))
             config = settings(1.0, 256, comm={"reduction": name})
             noise = build_noise(config.noise, weights, seed=0, total_steps=1, rank=0)
-            reduction = set_up_reduction(config, weights, noise, Alone(), progress)
+            reduction = set_up_reduction(config, weights, noise, SingleProcess(), progress)
             reduction.start()
             for seed in range(2):
                 drawn = torch.randn(len(weights.values), generator=torch.Generator().manual_seed(seed)).to(place)
@@ -325,7 +325,7 @@ def graphs(device: Device, folder: Path) -> Finding:
                 settings(
                     1.0, 1024, noise=_NOISE, precision={"compute": compute, "cuda_graphs": has_graphs}, **sections
                 ),
-                Alone(),
+                SingleProcess(),
                 folder / f"{reduction} {compute} {has_graphs}",
             )
             for has_graphs in (True, False)
@@ -386,7 +386,7 @@ def step_profile(device: Device, folder: Path) -> Finding:
 def _updates(device: Device, folder: Path, width: float, size: int) -> Iterator[None]:
     """Make three updates of `size` samples in one pass; yield after each."""
     sections = {**QUIET, "run": {"device": device}, "batch": {"micro_size": size}, "data": {"synthetic_samples": 4096}}
-    trainer = open_trainer(settings(width, size, noise=_NOISE, **sections), Alone(), folder)
+    trainer = open_trainer(settings(width, size, noise=_NOISE, **sections), SingleProcess(), folder)
     try:
         for _ in range(3):
             trainer.advance()

@@ -14,7 +14,7 @@ from benchmarks.noise_cost import SCALES
 from benchmarks.perturbation import BY_TENSOR, perturb_by_tensor, perturb_ours
 from benchmarks.subject import QUIET, open_trainer, settings
 from benchmarks.timing import Ratio, ratio_of
-from dist_train.cluster.communicator import Alone
+from dist_train.cluster.communicator import SingleProcess
 from dist_train.cluster.devices import device_type
 
 _NO_KERNEL = frozenset(
@@ -50,7 +50,7 @@ def started_by_step(width: float, method: str, scale: str) -> int:
     """Return the number of kernels or operators of one update of VGG9 of `width` with the noise."""
     noise = {"method": method, "scale": scale, "amplitude": 1e-4}
     with tempfile.TemporaryDirectory() as folder:
-        trainer = open_trainer(settings(width, 128, noise=noise, **QUIET), Alone(), Path(folder) / "run")
+        trainer = open_trainer(settings(width, 128, noise=noise, **QUIET), SingleProcess(), Path(folder) / "run")
         for _ in range(2):
             trainer.advance()
         count = started(trainer.advance)

@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.subject import QUIET, open_trainer, settings
 from benchmarks.timing import Ratio, compare, ratio_of, timed
-from dist_train.cluster.communicator import Alone
+from dist_train.cluster.communicator import SingleProcess
 from dist_train.monitoring.prometheus.board import Board
 from dist_train.monitoring.prometheus.metrics import MetricsPage
 from dist_train.rundir.records import Measurement, Outcome, RankMeasurement, RunFacts, StepParts
@@ -34,8 +34,8 @@ _TURN_SECONDS = 1.0
 def on_off_row(pairs: int) -> Ratio:
     """Return the step time with all metrics at every step over that without metrics."""
     with tempfile.TemporaryDirectory() as folder:
-        watched = open_trainer(settings(_WIDTH, 128, **_MEASURED), Alone(), Path(folder) / "watched")
-        alone = open_trainer(settings(_WIDTH, 128, **QUIET), Alone(), Path(folder) / "alone")
+        watched = open_trainer(settings(_WIDTH, 128, **_MEASURED), SingleProcess(), Path(folder) / "watched")
+        alone = open_trainer(settings(_WIDTH, 128, **QUIET), SingleProcess(), Path(folder) / "alone")
         row = compare(
             f"metrics on/off, width {_WIDTH:g}, batch 128",
             ("metrics at every step", watched.advance),
@@ -54,7 +54,7 @@ def scrapes_row() -> Ratio:
         targets = Path(folder) / "targets"
         metrics = {**_MEASURED["metrics"], "targets_directory": str(targets)}
         config = settings(_WIDTH, 128, **{**_MEASURED, "metrics": metrics})
-        trainer = open_trainer(config, Alone(), Path(folder) / "run")
+        trainer = open_trainer(config, SingleProcess(), Path(folder) / "run")
         [target] = json.loads(next(targets.glob("*.json")).read_text())
         pairs, answers = [], 0
         load = _Load(f"http://{target['targets'][0]}/metrics")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.subject import QUIET, open_trainer, settings
 from benchmarks.timing import Ratio, compare
-from dist_train.cluster.communicator import Alone
+from dist_train.cluster.communicator import SingleProcess
 
 SHARINGS = ("global", "micro_batch")
 SCALES = ("absolute", "weight", "filter")
@@ -31,8 +31,8 @@ def _row(words: str, pairs: int, **noise: str) -> Ratio:
     """Return the step time with SmoothOut and the settings `noise` over that without, VGG9 width 1, batch 128."""
     smoothout = {"method": "smoothout", "amplitude": 1e-4, **noise}
     with tempfile.TemporaryDirectory() as folder:
-        noisy = open_trainer(settings(1.0, 128, noise=smoothout, **QUIET), Alone(), Path(folder) / "noisy")
-        plain = open_trainer(settings(1.0, 128, **QUIET), Alone(), Path(folder) / "plain")
+        noisy = open_trainer(settings(1.0, 128, noise=smoothout, **QUIET), SingleProcess(), Path(folder) / "noisy")
+        plain = open_trainer(settings(1.0, 128, **QUIET), SingleProcess(), Path(folder) / "plain")
         return compare(
             f"noise on/off, width 1, batch 128, {words}",
             ("SmoothOut", noisy.advance),

@@ -16,7 +16,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.subject import QUIET, open_trainer, settings
-from dist_train.cluster.communicator import Alone
+from dist_train.cluster.communicator import SingleProcess
 from dist_train.training.evaluation import Evaluation, evaluate, recompute_statistics, statistics_samples
 from dist_train.training.trainer import Trainer
 
@@ -61,7 +61,7 @@ def follow(amplitude: float) -> list[Point]:
     }
     config = settings(0.125, 512, **sections)
     with TemporaryDirectory() as folder:
-        trainer = open_trainer(config, Alone(), Path(folder))
+        trainer = open_trainer(config, SingleProcess(), Path(folder))
         points = []
         for step in range(1, _STEPS + 1):
             trainer.advance()

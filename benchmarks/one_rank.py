@@ -13,7 +13,7 @@ from benchmarks.bare_loop import bare_loop
 from benchmarks.subject import QUIET, open_trainer, settings
 from benchmarks.timing import Ratio, compare, ratio_of, timed
 from dist_train.checkpoint.writer import CheckpointWriter, Written
-from dist_train.cluster.communicator import Alone
+from dist_train.cluster.communicator import SingleProcess
 from dist_train.cluster.devices import device_type
 from dist_train.data.catalog import load_data
 from dist_train.data.images import ImageSet
@@ -43,7 +43,7 @@ def throughput_rows(width: float, pairs: int) -> Iterator[Ratio]:
                 precision=dtype,
             )
             with tempfile.TemporaryDirectory() as folder:
-                trainer = open_trainer(config, Alone(), Path(folder) / "run")
+                trainer = open_trainer(config, SingleProcess(), Path(folder) / "run")
                 yield compare(
                     f"train, {name}, width {width:g}, batch 128, {compute} channels_last",
                     ("dist-train", trainer.advance),
@@ -59,7 +59,7 @@ def checkpoint_row(pairs: int) -> Ratio:
     """Return the stall of a background checkpoint over a blocking torch.save of the same state."""
     with tempfile.TemporaryDirectory() as folder:
         config = settings(1.0, 128, **QUIET)
-        trainer = open_trainer(config, Alone(), Path(folder) / "run")
+        trainer = open_trainer(config, SingleProcess(), Path(folder) / "run")
         trainer.advance()
         writer = CheckpointWriter(Path(folder), config.checkpoint, lambda: None)
         path = Path(folder) / "blocking.pt"

@@ -16,7 +16,7 @@ from benchmarks.overlap import print_rows
 from benchmarks.shared_folder import shared_folder
 from benchmarks.subject import QUIET, open_trainer, settings
 from benchmarks.timing import Ratio, ratio_of, timed
-from dist_train.cluster.communicator import Alone, Communicator, gather
+from dist_train.cluster.communicator import Communicator, SingleProcess, gather
 from dist_train.training.trainer import Trainer
 
 _BAR = 1.03
@@ -52,7 +52,7 @@ def rows_on(comm: Communicator, width: float, global_size: int, pairs: int) -> I
             )
             for dealing in _DEALINGS
         }
-        apart = open_trainer(settings(width, share, **QUIET), Alone(), folder / f"apart-{comm.rank}")
+        apart = open_trainer(settings(width, share, **QUIET), SingleProcess(), folder / f"apart-{comm.rank}")
         measured = [_round(comm, together, apart, turn) for turn in range(_WARM_UP + pairs)][_WARM_UP:]
         even, dynamic = (trainer.take_step.weights.values for trainer in together.values())
         assert even.equal(dynamic), "results must not depend on the shares"

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from benchmarks.subject import QUIET, open_trainer, settings
 from benchmarks.timing import Ratio, ratio_of
-from dist_train.cluster.communicator import Alone, Pending
+from dist_train.cluster.communicator import Pending, SingleProcess
 
 _MB = 1e6
 _BAR = 1.01
 
 
-class CountingCommunicator(Alone):
+class CountingCommunicator(SingleProcess):
     """One rank that counts the bytes of all allreduces."""
 
     def __init__(self) -> None:

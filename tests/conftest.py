@@ -118,11 +118,11 @@ def cache(_test_folder: None) -> Path:
 def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a tiny finished run, shared by the tests of a module."""
     # imported here, since tests of scripts and containers do without torch
-    from dist_train.cluster.communicator import Alone
+    from dist_train.cluster.communicator import SingleProcess
     from tests.unit.small_trainers import build_trainer, small_config
 
     folder = tmp_path_factory.mktemp("trained") / "run"
-    build_trainer(small_config(), folder, Alone()).run()
+    build_trainer(small_config(), folder, SingleProcess()).run()
     return folder
 
 

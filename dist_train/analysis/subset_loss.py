@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dist_train.analysis.landscape_points import Batch, Replicas, Result, cross_entropy_sum, digest
 from dist_train.analysis.sharpness_record import MeasuredCheckpoint, MeasuredData, SharpnessSettings
 from dist_train.checkpoint.files import Stored
-from dist_train.cluster.communicator import Alone
+from dist_train.cluster.communicator import SingleProcess
 from dist_train.cluster.devices import choose_device
 from dist_train.config import Config
 from dist_train.data.loader import SampleSource, open_splits, training_labels
@@ -240,6 +240,6 @@ def _recompute(model: nn.Module, samples: SampleSource, config: Config, compute:
     assert size != "auto", "a run resolves it before it saves"
     indices = statistics_samples(len(samples), config.model.norm_samples, size, config.run.seed)
     try:
-        recompute_statistics(model, samples, indices, micro_size=size, compute=compute, comm=Alone())
+        recompute_statistics(model, samples, indices, micro_size=size, compute=compute, comm=SingleProcess())
     except DivergedError as error:
         raise DivergedError(f"there is nothing to measure: {error}", code="statistics-not-finite") from error

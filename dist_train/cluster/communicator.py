@@ -189,7 +189,7 @@ class Communicator:
         """Leave the group, in order or because of an `error` of this rank."""
 
 
-class Alone(Communicator):
+class SingleProcess(Communicator):
     """The only rank."""
 
 

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
-from dist_train.cluster.communicator import Alone, Communicator, MpiCommunicator
+from dist_train.cluster.communicator import Communicator, MpiCommunicator, SingleProcess
 from dist_train.cluster.inspection import check_recovery
 from dist_train.cluster.launch import IN_CALLBACK, current_launch, engine_of, is_elastic, is_installed
 from dist_train.config.sections import Engine
@@ -78,7 +78,7 @@ def join_ranks(
         check_recovery(lambda: device_type)
         return ElasticCommunicator(timeout=timeout, device_type=device_type)
     if launch.size == 1 and launch.launcher not in ("horovodrun", "mpirun"):
-        return Alone()
+        return SingleProcess()
     if engine_of(launch.launcher, engine, is_installed("horovod")) == "torch":
         from dist_train.cluster.torch_engine import TorchCommunicator
 
@@ -109,7 +109,7 @@ def join_points() -> Communicator:
     """
     launch = current_launch()
     if launch.size == 1:
-        return Alone()
+        return SingleProcess()
     is_srun_without_mpi = launch.launcher == "srun" and launch.store is not None and not is_installed("mpi4py")
     if launch.launcher not in ("mpirun", "srun", "horovodrun") or is_srun_without_mpi:
         return join_to_measure(timeout=_POINTS_TIMEOUT, device_type="cpu", engine="torch")

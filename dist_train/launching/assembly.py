@@ -21,7 +21,7 @@ from dist_train.checkpoint.state import (
     shared_progress,
 )
 from dist_train.checkpoint.writer import CheckpointWriter
-from dist_train.cluster.communicator import Alone, Communicator, Generation, gather_int, run_on_all_ranks
+from dist_train.cluster.communicator import Communicator, Generation, SingleProcess, gather_int, run_on_all_ranks
 from dist_train.cluster.devices import assign_devices
 from dist_train.config import Config
 from dist_train.config.plugins import is_plugin
@@ -93,7 +93,9 @@ def assemble(
     config = _with_micro_size(config, comm, model, state.weights, compute)
     may_shrink = given is not None and given.batch.micro_size == "auto"
     # With torch.compile any pass may compile again for minutes: no progress is reported then.
-    clock = StepClock(Alone() if config.precision.compile else comm, on_gpu=has_clock and compute.device.type == "cuda")
+    clock = StepClock(
+        SingleProcess() if config.precision.compile else comm, on_gpu=has_clock and compute.device.type == "cuda"
+    )
     graph_recorder = CudaGraphRecorder() if config.precision.cuda_graphs else None
     step = build_step(config, model, state, splits.train, comm, compute, progress, clock, graph_recorder)
     step.fails_alone = comm.is_elastic and not may_shrink

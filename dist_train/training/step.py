@@ -19,7 +19,7 @@ from torch.nn import functional
 from torch.optim import Optimizer
 from torch.profiler import record_function
 
-from dist_train.cluster.communicator import Alone
+from dist_train.cluster.communicator import SingleProcess
 from dist_train.data.augmentation import Mix, Target, unmixed
 from dist_train.data.images import BatchRequest
 from dist_train.data.loader import SampleSource
@@ -113,7 +113,7 @@ class TrainingStep:
     loss_scale: LossScale = field(default_factory=LossScale)
     sum_over_ranks: SumOverRanks | None = None
     """Set for sync norm, where all ranks share every micro-batch: sums the norms' statistics over the ranks."""
-    clock: StepClock = field(default_factory=lambda: StepClock(Alone()))
+    clock: StepClock = field(default_factory=lambda: StepClock(SingleProcess()))
     wait_for_checkpoint_copy: Callable[[], None] = lambda: None
     """Returns once the checkpoint writer has copied the weights and the optimizer's state, so that they may change."""
     graph_recorder: GraphRecorder | None = None

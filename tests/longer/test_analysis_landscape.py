@@ -15,7 +15,7 @@ import torch
 from dist_train.analysis.landscape import Finished, Report, make_landscape
 from dist_train.analysis.landscape_files import LandscapeSettings, PointRow, Statistics, read_landscape
 from dist_train.analysis.landscape_points import PointEvaluator
-from dist_train.cluster.communicator import Alone
+from dist_train.cluster.communicator import SingleProcess
 from dist_train.data.images import Split
 from dist_train.outcome import UsageError
 from dist_train.training.evaluation import evaluate_stored
@@ -36,7 +36,7 @@ class KilledError(BaseException):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained") / "run"
-    build_trainer(small_config(run={"epochs": 4}, checkpoint={"keep": 9}), folder, Alone()).run()
+    build_trainer(small_config(run={"epochs": 4}, checkpoint={"keep": 9}), folder, SingleProcess()).run()
     return folder
 
 
@@ -70,7 +70,7 @@ def ignore_progress(done: int, total: int) -> None:
 def compute(
     targets: Sequence[Path], settings: LandscapeSettings, report: Report = ignore_progress, output: Path | None = None
 ) -> Finished:
-    finished = make_landscape(targets, settings, Alone(), report, output=output, threads=1)
+    finished = make_landscape(targets, settings, SingleProcess(), report, output=output, threads=1)
     assert finished is not None
     return finished
 
@@ -216,7 +216,7 @@ def test_settings_file_has_checkpoints_settings_and_results(run: Path) -> None:
 
 
 def test_network_without_running_statistics_has_a_landscape(tmp_path: Path) -> None:
-    build_trainer(small_config(run={"epochs": 1}, model={"norm": "group"}), tmp_path / "run", Alone()).run()
+    build_trainer(small_config(run={"epochs": 1}, model={"norm": "group"}), tmp_path / "run", SingleProcess()).run()
     finished = compute([tmp_path / "run"], DIRECTION)
     assert read_landscape(finished.folder).settings["statistics"] == "none"
 
@@ -227,12 +227,14 @@ class TestRefusals:
             compute([run, checkpoint(run, 12)], LINE)
 
     def test_line_between_networks_of_different_shapes_is_refused(self, run: Path, tmp_path: Path) -> None:
-        build_trainer(small_config(run={"epochs": 1}, model={"width": 0.0625}), tmp_path / "wide", Alone()).run()
+        build_trainer(
+            small_config(run={"epochs": 1}, model={"width": 0.0625}), tmp_path / "wide", SingleProcess()
+        ).run()
         with raises(UsageError, "another-network"):
             compute([run, tmp_path / "wide"], LINE)
 
     def test_line_between_networks_of_different_data_is_refused(self, run: Path, tmp_path: Path) -> None:
-        build_trainer(small_config(run={"epochs": 1, "seed": 1}), tmp_path / "other", Alone()).run()
+        build_trainer(small_config(run={"epochs": 1, "seed": 1}), tmp_path / "other", SingleProcess()).run()
         with raises(UsageError, "other-data"):
             compute([run, tmp_path / "other"], LINE)
 

@@ -16,7 +16,7 @@ from dist_train.analysis.sharpness_record import SharpnessSettings, read_record
 from dist_train.analysis.subset_loss import choose_samples, cut
 from dist_train.checkpoint.files import read_checkpoint, remove_checkpoint, write_checkpoint
 from dist_train.cli.main import main
-from dist_train.cluster.communicator import Alone
+from dist_train.cluster.communicator import SingleProcess
 from dist_train.outcome import ExitCode, UsageError
 from dist_train.training.evaluation import evaluate_stored
 from tests.raising import raises
@@ -36,7 +36,7 @@ QUICK = SharpnessSettings(samples=50, batch_size=20, amplitudes=(0.01,), draws=2
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
-    build_trainer(small_config(), folder, Alone()).run()
+    build_trainer(small_config(), folder, SingleProcess()).run()
     return folder
 
 
@@ -157,7 +157,7 @@ def test_statistics_are_recomputed_like_in_the_run(run: Path, tmp_path: Path) ->
     recomputed = QUICK.model_copy(update={"statistics": "recomputed"})
     with_noise = [measure_sharpness(run, settings, ["rise"])[0].loss for settings in (QUICK, recomputed)]
     assert with_noise[0] == with_noise[1], "a run with noise stores recomputed statistics"
-    build_trainer(small_config(noise={"method": "none"}), tmp_path / "base", Alone()).run()
+    build_trainer(small_config(noise={"method": "none"}), tmp_path / "base", SingleProcess()).run()
     base = [measure_sharpness(tmp_path / "base", settings, ["rise"])[0].loss for settings in (QUICK, recomputed)]
     assert base[0] != base[1]
 
@@ -174,7 +174,7 @@ def test_run_on_an_image_folder_is_measured(tmp_path: Path) -> None:
     root = write_folder(tmp_path / "images")
     data = {"name": "imagefolder", "root": str(root), "image_size": 8, "classes": 3}
     config = small_config(data=data, batch={"global_size": 12, "micro_size": 6})
-    build_trainer(config, tmp_path / "run", Alone()).run()
+    build_trainer(config, tmp_path / "run", SingleProcess()).run()
     record, _ = measure_sharpness(tmp_path / "run", QUICK.model_copy(update={"samples": 24}), ["rise"])
     evaluated = evaluate_stored(tmp_path / "run", "train", [])
     assert record.loss == pytest.approx(evaluated["loss"], rel=1e-6)
@@ -189,7 +189,7 @@ def test_measures_are_deterministic(run: Path) -> None:
 
 def test_dropout_is_off_with_each_pass_s_statistics(tmp_path: Path) -> None:
     config = small_config(run={"epochs": 1}, model={"name": "tests.unit.drawing_model:drawing", "width": 1.0})
-    build_trainer(config, tmp_path, Alone()).run()
+    build_trainer(config, tmp_path, SingleProcess()).run()
     settings = QUICK.model_copy(update={"statistics": "batch"})
     first, second = (measure_sharpness(tmp_path, settings, ["rise"], folder=tmp_path / name)[0] for name in "ab")
     assert (first.loss, first.accuracy, first.expected_rise) == (second.loss, second.accuracy, second.expected_rise)

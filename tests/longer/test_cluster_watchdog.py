@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_train.cluster import watchdog
-from dist_train.cluster.communicator import Alone, Communicator, RankLostError
+from dist_train.cluster.communicator import Communicator, RankLostError, SingleProcess
 from dist_train.cluster.heartbeats import (
     TOKEN_BYTES,
     Datagram,
@@ -184,7 +184,7 @@ def test_unreachable_ranks_are_named_and_not_monitored(
 
 
 def test_single_rank_is_not_watched() -> None:
-    assert start_watchdog(Alone(), timeout=TIMEOUT, on_loss=print) is None
+    assert start_watchdog(SingleProcess(), timeout=TIMEOUT, on_loss=print) is None
 
 
 def test_ranks_that_are_lost_at_the_start_leave_no_watchdog_behind(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_train.cluster.communicator import Alone
+from dist_train.cluster.communicator import SingleProcess
 from dist_train.training.accumulators import Bucket, GridAccumulator
 from dist_train.training.reduction import GradientReduction, buckets_of
 from dist_train.training.trainer import Trainer
@@ -103,7 +103,7 @@ def tiny_trainer(folder: Path, model: str, reduction: str) -> Trainer:
         "batch": {"global_size": 4 * MICRO_BATCHES, "micro_size": 4},
         "comm": {"reduction": reduction},
     }
-    return build_trainer(small_config(**sections), folder, Alone())
+    return build_trainer(small_config(**sections), folder, SingleProcess())
 
 
 @pytest.mark.parametrize("model", ["vgg9", pytest.param("resnet18", marks=pytest.mark.lengthy)])

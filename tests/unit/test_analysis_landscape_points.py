@@ -29,7 +29,7 @@ from dist_train.analysis.landscape_points import (
 )
 from dist_train.analysis.subset_loss import SubsetLoss
 from dist_train.checkpoint.files import Contents, Stored
-from dist_train.cluster.communicator import Alone
+from dist_train.cluster.communicator import SingleProcess
 from dist_train.config import Config, dump_config
 from dist_train.data.images import BatchRequest, ImageSet
 from dist_train.data.loader import Samples
@@ -121,7 +121,7 @@ def test_the_loss_of_a_confident_network_is_that_of_an_evaluation() -> None:
     evaluator = PointEvaluator(model, [[(inputs, labels)]], [], COMPUTE)
     [measured] = evaluator.evaluate(place_of(model))
     samples = Mock(read_all=lambda parts: [(inputs, labels)])
-    evaluation = evaluate(model, samples, 16, batch_size=16, compute=COMPUTE, comm=Alone())
+    evaluation = evaluate(model, samples, 16, batch_size=16, compute=COMPUTE, comm=SingleProcess())
     assert 0 < measured.loss < 1e-9
     assert measured.loss == pytest.approx(evaluation.loss, rel=1e-12, abs=0)
 
@@ -162,7 +162,7 @@ def test_recomputed_statistics_are_those_that_training_recomputes() -> None:
     recomputed = evaluator.evaluate(place_of(model))
     assert evaluator.evaluate(place_of(model)) == recomputed, "nothing is left of an evaluation"
     reference = Samples(images(30), torch.device("cpu"))
-    recompute_statistics(model, reference, torch.arange(30), micro_size=6, compute=COMPUTE, comm=Alone())
+    recompute_statistics(model, reference, torch.arange(30), micro_size=6, compute=COMPUTE, comm=SingleProcess())
     evaluator = PointEvaluator(model, [train], [], COMPUTE)
     assert evaluator.evaluate(place_of(model)) == recomputed
 

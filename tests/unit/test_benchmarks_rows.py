@@ -19,7 +19,7 @@ from benchmarks.peers.work import Work
 from benchmarks.plain_evaluation import in_memory, through_loader
 from benchmarks.process_memory import Memory, memory_in
 from benchmarks.subject import settings
-from dist_train.cluster.communicator import Alone, Communicator
+from dist_train.cluster.communicator import Communicator, SingleProcess
 from dist_train.models import build_model
 from dist_train.training.trainer import Trainer
 from tests.unit.simulated_ranks import results
@@ -92,7 +92,7 @@ def test_summing_after_the_backward_pass_gives_the_same_weights(tmp_path: Path, 
 
 
 def test_the_share_of_the_wait_is_told_for_both_ways() -> None:
-    rows = list(overlap.rows_on(Alone(), 0.0625, 8, 2))
+    rows = list(overlap.rows_on(SingleProcess(), 0.0625, 8, 2))
     assert [row.pairs for row in rows] == [2, 2, 2, 2]
     assert all(0 <= row.median < 1 for row in rows[2:])
 

@@ -26,7 +26,7 @@ from dist_train.checkpoint.state import (
     saved_config,
     shared_progress,
 )
-from dist_train.cluster.communicator import Alone, Communicator
+from dist_train.cluster.communicator import Communicator, SingleProcess
 from dist_train.config import Config, load_config, parse_config
 from dist_train.models import build_model
 from dist_train.optim.flat_weights import FlatWeights
@@ -385,7 +385,7 @@ def test_a_run_of_an_earlier_version_is_resumed(tmp_path: Path, caplog: pytest.L
     assert (config.noise.sharing, config.metrics.ranks) == ("rank", "first")
     assert len(caplog.records) == 2
     point = find_resume_point(config, RunDirectory(tmp_path / "run"))
-    trainer = build_trainer(point.config, tmp_path / "run", Alone(), contents=point.contents)
+    trainer = build_trainer(point.config, tmp_path / "run", SingleProcess(), contents=point.contents)
     trainer.run()
     ended = torch.load(former / "undisturbed.pt", weights_only=True)
     assert trainer.progress.step == ended["step"] == 16

@@ -13,7 +13,7 @@ from unittest.mock import Mock
 import pytest
 
 from dist_train.cluster import horovod, inspection, rendezvous
-from dist_train.cluster.communicator import Alone
+from dist_train.cluster.communicator import SingleProcess
 from dist_train.cluster.launch import MEMBERSHIP_VARIABLE, Launch, StoreAddress, current_launch, engine_of
 from dist_train.cluster.torch_engine import TorchCommunicator
 from dist_train.config.sections import Engine
@@ -184,7 +184,7 @@ def test_a_single_process_is_alone_without_horovod(
 ) -> None:
     monkeypatch.setattr(rendezvous, "current_launch", lambda: current_launch(environment))
     comm = rendezvous.join_ranks(timeout=1.0, device_type="cpu")
-    assert isinstance(comm, Alone)
+    assert isinstance(comm, SingleProcess)
     assert (comm.rank, comm.size, comm.backend) == (0, 1, "alone")
 
 

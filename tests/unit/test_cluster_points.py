@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from dist_train.cluster.communicator import Alone
+from dist_train.cluster.communicator import SingleProcess
 from dist_train.cluster.rendezvous import join_points
 from dist_train.outcome import UsageError
 from tests.raising import raises
@@ -20,7 +20,7 @@ def test_alone_no_mpi_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("OMPI_COMM_WORLD_SIZE", "SLURM_STEP_ID", "HOROVOD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setitem(sys.modules, "mpi4py", None)
-    assert isinstance(join_points(), Alone)
+    assert isinstance(join_points(), SingleProcess)
 
 
 def test_gloo_is_refused_with_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:

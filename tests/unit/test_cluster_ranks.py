@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_train.cluster.communicator import Alone, broadcast_str, gather, gather_str, run_on_all_ranks
+from dist_train.cluster.communicator import SingleProcess, broadcast_str, gather, gather_str, run_on_all_ranks
 from dist_train.outcome import ExitCode, PeerFailedError, exit_code_of
 from tests.unit.simulated_ranks import SimulatedRanks, on_ranks, results
 
@@ -64,7 +64,7 @@ def test_what_fails_somewhere_fails_everywhere_and_is_told_once(failing: list[in
 
 def test_alone_a_sum_is_the_value_itself_and_an_error_its_own() -> None:
     values = torch.tensor([1, 2, 3])
-    comm = Alone()
+    comm = SingleProcess()
     for start in (comm.allreduce_async, comm.adasum_async):
         start(values, "test").wait()
     comm.broadcast(values, "test")

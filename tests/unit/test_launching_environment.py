@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dist_train.cluster import inspection
-from dist_train.cluster.communicator import Alone, Communicator
+from dist_train.cluster.communicator import SingleProcess, Communicator
 from dist_train.cluster.inspection import horovod_build, installed_version, loaded_mpi_version, mpi_library
 from dist_train.launching.run import train
 from dist_train.launching.session import Session, device_name, revision
@@ -126,7 +126,7 @@ def test_a_launch_that_fails_before_it_trains_leaves_what_the_one_before_recorde
     train(small_config(), tmp_path)
     before = read_status(tmp_path / "status.json")
 
-    session = Session(RunDirectory(tmp_path), Alone(), Observers())
+    session = Session(RunDirectory(tmp_path), SingleProcess(), Observers())
     session.fail(FaultError("no data"))
     after = read_status(tmp_path / "status.json")
     assert before is not None

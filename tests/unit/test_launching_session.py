@@ -29,7 +29,7 @@ import dist_train
 from dist_train.checkpoint.files import newest_whole, write_checkpoint
 from dist_train.checkpoint.state import ResumePoint
 from dist_train.cli.main import main
-from dist_train.cluster.communicator import Alone, Generation, GroupBrokenError, RankLostError
+from dist_train.cluster.communicator import Generation, GroupBrokenError, RankLostError, SingleProcess
 from dist_train.launching import run
 from dist_train.launching.assembly import assemble
 from dist_train.launching.run import Regrouping, _leave, train
@@ -104,7 +104,7 @@ class Told(Observer):
 
 
 def begun(
-    folder: Path, comm: SimulatedRanks | Alone, /, *, going_on: bool = False, **settings: Any
+    folder: Path, comm: SimulatedRanks | SingleProcess, /, *, going_on: bool = False, **settings: Any
 ) -> tuple[Session, Told]:
     told, config, directory = Told(), small_config(**settings), RunDirectory(folder)
     if comm.rank == 0:
@@ -157,7 +157,7 @@ def test_status_has_the_address_of_the_metrics_while_they_are_served(tmp_path: P
 def test_the_interval_of_checkpoints_is_the_shorter_planned_one(
     tmp_path: Path, checkpoint: dict[str, int], interval: int
 ) -> None:
-    session, told = begun(tmp_path / "run", Alone(), checkpoint=checkpoint)
+    session, told = begun(tmp_path / "run", SingleProcess(), checkpoint=checkpoint)
     session.finish()
     assert [facts.checkpoint_interval for facts in told.facts] == [interval]
 
@@ -282,7 +282,7 @@ def test_plugins_have_changed_if_they_could_change_the_result(
         "schedule": {"decay": f"{tmp_path}/mine/mine.py:half"},
         "metrics": {"loggers": [{"name": f"{tmp_path}/logs/logs.py:silent"}]},
     }
-    session, _ = begun(tmp_path / "run", Alone(), **settings)
+    session, _ = begun(tmp_path / "run", SingleProcess(), **settings)
     trainer = session.trainer
     assert trainer is not None
     assert [*trainer.plugins] == ["logs/logs.py", "mine/mine.py"]
@@ -293,7 +293,7 @@ def test_plugins_have_changed_if_they_could_change_the_result(
         del settings["metrics"]
     (tmp_path / "mine").rename(tmp_path / folder)
     settings["schedule"] = {"decay": f"{tmp_path}/{folder}/mine.py:half"}
-    _, told = begun(tmp_path / "run", Alone(), going_on=True, **settings)
+    _, told = begun(tmp_path / "run", SingleProcess(), going_on=True, **settings)
     events = [event.details["files"] for event in told.events if event.event == "plugins_changed"]
     assert events == ([f"mine/{changed}"] if changed else [])
 
@@ -303,7 +303,7 @@ def test_outside_of_slurm_there_is_no_job_and_nothing_was_requeued(
 ) -> None:
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
-    _, told = begun(tmp_path, Alone())
+    _, told = begun(tmp_path, SingleProcess())
     assert told.facts[0].slurm_job == ""
     assert told.events == []
 
@@ -314,7 +314,7 @@ def test_a_job_that_slurm_has_started_anew_says_so(
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     monkeypatch.setenv("SLURM_RESTART_COUNT", count)
-    _, told = begun(tmp_path, Alone())
+    _, told = begun(tmp_path, SingleProcess())
     assert [(event.event, dict(event.details)) for event in told.events] == events
 
 
@@ -382,7 +382,7 @@ def test_records_that_cannot_be_flushed_keep_the_checkpoint_back_and_are_recorde
     def fail(descriptor: int) -> None:
         raise OSError(errno.EDQUOT, "Disk quota exceeded")
 
-    session = Session(directory, Alone(), build_observers(small_config().metrics, directory, 0))
+    session = Session(directory, SingleProcess(), build_observers(small_config().metrics, directory, 0))
     session.observers.record(first)
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fail)
@@ -395,11 +395,11 @@ def test_records_that_cannot_be_flushed_keep_the_checkpoint_back_and_are_recorde
 
 
 def test_a_run_directory_that_was_replaced_gets_no_checkpoint(tmp_path: Path) -> None:
-    session, _ = begun(tmp_path / "run", Alone())
+    session, _ = begun(tmp_path / "run", SingleProcess())
     session.lock = LockRequest(session.directory).wait(0)
     session.before_publishing()
     (tmp_path / "run").rename(tmp_path / "moved")
-    begun(tmp_path / "run", Alone())
+    begun(tmp_path / "run", SingleProcess())
     LockRequest(session.directory).wait(0)
     with pytest.raises(OSError, match="replaced"):
         session.before_publishing()
@@ -410,7 +410,7 @@ def test_a_resume_with_other_data_records_it(tmp_path: Path, caplog: pytest.LogC
 
     def events_at_beginning(root: Path) -> list[str]:
         data = {"name": "imagefolder", "root": root, "classes": 3, "image_size": 16}
-        session, told = begun(tmp_path / "run", Alone(), going_on=True, data=data)
+        session, told = begun(tmp_path / "run", SingleProcess(), going_on=True, data=data)
         if not list((tmp_path / "run" / "checkpoints").glob("*.pt")):
             session._running.run()
         session._running.close()
@@ -433,7 +433,7 @@ def test_a_resume_with_other_data_records_it(tmp_path: Path, caplog: pytest.LogC
 
 
 def test_the_last_good_checkpoint_is_not_one_whose_evaluation_was_not_finite(tmp_path: Path) -> None:
-    session, told = begun(tmp_path, Alone())
+    session, told = begun(tmp_path, SingleProcess())
     for step, non_finite in ((1, None), (2, 2)):
         write(session.directory.checkpoints, step, metrics={"non_finite_step": non_finite})
     session.fail(DivergedError("the loss is not finite"))
@@ -446,7 +446,7 @@ def test_the_last_good_checkpoint_is_not_one_whose_evaluation_was_not_finite(tmp
 def test_a_record_that_cannot_be_read_does_not_change_how_a_launch_ends(
     tmp_path: Path, error: StoppedError | DivergedError | None
 ) -> None:
-    session, told = begun(tmp_path, Alone())
+    session, told = begun(tmp_path, SingleProcess())
     write(session.directory.checkpoints, 1)
     record = session.directory.checkpoint(1).with_suffix(".json")
     record.unlink()
@@ -488,7 +488,7 @@ def test_a_finished_run_stays_finished_if_a_later_launch_is_refused(tmp_path: Pa
 
 @pytest.mark.parametrize("by", ["lose", "fail"])
 def test_what_a_failed_rank_has_recorded_of_itself_is_kept(tmp_path: Path, by: str) -> None:
-    session, _ = begun(tmp_path, Alone())
+    session, _ = begun(tmp_path, SingleProcess())
     path = session.directory.status
     fields = json.loads(path.read_text())
     path.write_text(
@@ -617,8 +617,8 @@ def test_a_run_that_is_left_at_once_has_ended(
 
 
 def test_a_gpu_without_memory_for_nccl_is_recorded_by_its_rank_alone(tmp_path: Path) -> None:
-    begun(tmp_path, Alone())
-    other = Alone()
+    begun(tmp_path, SingleProcess())
+    other = SingleProcess()
     other.rank, other.size = 1, 2
     Session(RunDirectory(tmp_path), other, Observers()).fail(UsageError("no memory for NCCL", code="out-of-memory"))
     status = read_status(tmp_path / "status.json")
@@ -630,15 +630,15 @@ def test_a_gpu_without_memory_for_nccl_is_recorded_by_its_rank_alone(tmp_path: P
 def test_a_rank_that_fails_before_it_has_joined_leaves_the_status_to_the_others(
     tmp_path: Path, error: Exception
 ) -> None:
-    begun(tmp_path, Alone())[0].finish()
+    begun(tmp_path, SingleProcess())[0].finish()
     before = read_status(tmp_path / "status.json")
-    joining = Alone()
+    joining = SingleProcess()
     joining.rank, joining.size, joining.is_elastic, joining.is_joining = 1, 2, True, True
     Session(RunDirectory(tmp_path), joining, Observers()).fail(error)
     assert read_status(tmp_path / "status.json") == before
 
 
-class LosesOneWhileItMeets(Alone):
+class LosesOneWhileItMeets(SingleProcess):
     """The only rank left, which learns of a loss once it has taken over the run directory."""
 
     is_elastic = True
@@ -745,10 +745,10 @@ def test_a_rank_that_cannot_take_over_fails_alone(
 
 
 def test_a_launch_that_begins_again_keeps_in_the_status_how_far_the_run_was(tmp_path: Path) -> None:
-    session, _ = begun(tmp_path, Alone())
+    session, _ = begun(tmp_path, SingleProcess())
     assert session.status is not None
     session.status.change("running", step=4, epoch=1.5, total_steps=6, best_accuracy=0.5)
-    Session(RunDirectory(tmp_path), Alone(), Observers([]))
+    Session(RunDirectory(tmp_path), SingleProcess(), Observers([]))
     status = read_status(RunDirectory(tmp_path).status)
     assert status is not None
     assert (status.state, status.step, status.epoch, status.total_steps) == ("starting", 4, 1.5, 6)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from dist_train.cluster.communicator import Alone
+from dist_train.cluster.communicator import SingleProcess
 from dist_train.config import ImageFormat, ModelSettings
 from dist_train.models import runs_sequentials_whole
 from dist_train.models.norms import (
@@ -165,7 +165,7 @@ def tapped(images: ImageFormat, width: float, norm: NormFactory) -> nn.Module:
 def test_relus_are_joined_in_models_known_to_run_their_sequentials_whole(
     tmp_path: Path, name: str, joined: bool
 ) -> None:
-    network = build_trainer(small_config(model={"name": name, "width": 0.03125}), tmp_path, Alone()).network
+    network = build_trainer(small_config(model={"name": name, "width": 0.03125}), tmp_path, SingleProcess()).network
     assert {norm.has_relu for norm in norm_modules(network)} == {joined}
     assert any(isinstance(module, nn.ReLU) for module in network.modules()) != joined
     assert runs_sequentials_whole("torchvision:resnet18")

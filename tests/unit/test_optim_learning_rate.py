@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_train.cluster.communicator import Alone
+from dist_train.cluster.communicator import SingleProcess
 from dist_train.config import ScheduleSettings
 from dist_train.optim.schedules import LearningRate
 from dist_train.outcome import UsageError
@@ -142,8 +142,8 @@ def test_it_stays_between_zero_and_the_larger_of_base_and_peak(
 def test_a_run_with_kept_updates_has_those_of_base_batch_training(tmp_path: Path) -> None:
     """100 samples are 7 updates of 13 an epoch, but 3 of 26."""
     kept = small_config(schedule={"keep_updates": True, "base_batch": 13, "decay": "step", "milestones": [1.0]})
-    trainer = build_trainer(kept, tmp_path / "kept", Alone())
+    trainer = build_trainer(kept, tmp_path / "kept", SingleProcess())
     assert trainer.total_steps == trainer.last_step == 2 * 7
     assert [trainer.learning_rate.at(step) for step in (0, 6, 7, 13)] == pytest.approx([0.05, 0.05, 0.005, 0.005])
-    plain = build_trainer(small_config(schedule={"base_batch": 13}), tmp_path / "plain", Alone())
+    plain = build_trainer(small_config(schedule={"base_batch": 13}), tmp_path / "plain", SingleProcess())
     assert plain.total_steps == 2 * 3

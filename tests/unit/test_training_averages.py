@@ -10,7 +10,7 @@ import torch
 
 from dist_train.checkpoint.files import find_checkpoint, read_checkpoint
 from dist_train.checkpoint.state import Weights, stored_state
-from dist_train.cluster.communicator import Alone, Communicator
+from dist_train.cluster.communicator import Communicator, SingleProcess
 from dist_train.data.loader import open_splits
 from dist_train.models import build_model
 from dist_train.models.norms import running_statistics
@@ -79,23 +79,25 @@ def test_with_sync_norm_the_partner_is_the_same_on_any_number_of_ranks(tmp_path:
 
 
 def test_an_average_leaves_the_run_itself_as_it_is(tmp_path: Path) -> None:
-    plain = run(tmp_path / "plain", Alone(), {})
-    averaged = run(tmp_path / "averaged", Alone(), {"averaging": {"kind": "lawa", "every_steps": 1}})
+    plain = run(tmp_path / "plain", SingleProcess(), {})
+    averaged = run(tmp_path / "averaged", SingleProcess(), {"averaging": {"kind": "lawa", "every_steps": 1}})
     assert averaged[0] == plain[0]
     assert [entry for entry in averaged[1] if not str(entry[1]).endswith("-averaged")] == plain[1]
 
 
 def test_averaged_weights_have_norm_statistics_of_their_own(tmp_path: Path) -> None:
     config = small_config(averaging={"kind": "ema", "decay": 0.5}, noise={"method": "none"})
-    run(tmp_path, Alone(), {"averaging": {"kind": "ema", "decay": 0.5}, "noise": {"method": "none"}})
+    run(tmp_path, SingleProcess(), {"averaging": {"kind": "ema", "decay": 0.5}, "noise": {"method": "none"}})
     contents = read_checkpoint(find_checkpoint(tmp_path))
     model = build_model(config)
     model.load_state_dict(stored_state(contents, "averaged"))
     stored = {name: value.clone() for name, value in running_statistics(model).items()}
     splits = open_splits(config.data, 0, torch.device("cpu"), channels_last=True)
-    trainer = build_trainer(config, tmp_path / "other", Alone())
+    trainer = build_trainer(config, tmp_path / "other", SingleProcess())
     indices = statistics_samples(len(splits.train), config.model.norm_samples, 6, 0)
-    recompute_statistics(model, splits.train, indices, micro_size=6, compute=trainer.take_step.compute, comm=Alone())
+    recompute_statistics(
+        model, splits.train, indices, micro_size=6, compute=trainer.take_step.compute, comm=SingleProcess()
+    )
     for name, value in running_statistics(model).items():
         assert torch.equal(value, stored[name]), name
         assert not torch.equal(value, contents.model[name]), name

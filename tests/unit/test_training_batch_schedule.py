@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from dist_train.checkpoint.files import list_checkpoints, read_checkpoint
-from dist_train.cluster.communicator import Alone, Generation, GroupBrokenError
+from dist_train.cluster.communicator import Generation, GroupBrokenError, SingleProcess
 from dist_train.config import ConfigError
 from dist_train.data.images import BatchRequest
 from dist_train.data.plan import epoch_order
@@ -101,7 +101,7 @@ def test_every_epoch_has_its_own_batches_and_no_sample_twice(tmp_path: Path, mon
         return make(self, batch, *rest)
 
     monkeypatch.setattr(TrainingStep, "__call__", noting)
-    _, _, trainer = run(tmp_path, Alone(), **SECTIONS)
+    _, _, trainer = run(tmp_path, SingleProcess(), **SECTIONS)
     assert [step for step, _, _ in seen] == list(range(18))
     assert [len(indices) for _, _, indices in seen] == SIZES
     assert trainer.total_steps == trainer.last_step == 18
@@ -115,7 +115,7 @@ def test_every_epoch_has_its_own_batches_and_no_sample_twice(tmp_path: Path, mon
 
 
 def test_rates_epochs_evaluations_and_checkpoints_are_those_of_the_passes(tmp_path: Path) -> None:
-    _, notebook, trainer = run(tmp_path, Alone(), **sections(checkpoint={"keep": 9}))
+    _, notebook, trainer = run(tmp_path, SingleProcess(), **sections(checkpoint={"keep": 9}))
     done = [step / 8 for step in range(8)] + [1 + step / 3 for step in range(6)] + [3 + step / 2 for step in range(4)]
     assert [record.epoch for record in notebook.training] == pytest.approx([*done[1:], 5.0])
     base, peak = 0.05, 0.05 * 12 / 6
@@ -173,7 +173,7 @@ def test_updates_are_those_of_plain_pytorch(tmp_path: Path) -> None:
         optimizer={"momentum": 0.0, "nesterov": False},
         batch={"global_size": 40, "micro_size": 16, "schedule": [{"epoch": 1, "global_size": 100}]},
     )
-    trainer, plain, samples = build_trainer(config, tmp_path, Alone()), build_model(config), samples_of(config)
+    trainer, plain, samples = build_trainer(config, tmp_path, SingleProcess()), build_model(config), samples_of(config)
     optimizer = torch.optim.SGD(plain.parameters(), 0.05)
     for epoch, start, size in [(0, 0, 40), (0, 40, 40), (1, 0, 100)]:
         inputs, labels = samples.read(BatchRequest(epoch_order(100, 0, epoch)[start : start + size], epoch))
@@ -189,10 +189,10 @@ def test_updates_are_those_of_plain_pytorch(tmp_path: Path) -> None:
 @pytest.mark.parametrize("micro_size", [4, 7])
 def test_without_a_schedule_nothing_changes(tmp_path: Path, micro_size: int) -> None:
     batch: dict[str, Any] = {"global_size": 26, "micro_size": micro_size}
-    _, one, _ = run(tmp_path / "one", Alone(), batch=batch)
+    _, one, _ = run(tmp_path / "one", SingleProcess(), batch=batch)
     # the same batch as before, from the second epoch on
     batch = {**batch, "schedule": [{"epoch": 1, "global_size": 26}]}
-    _, other, _ = run(tmp_path / "other", Alone(), batch=batch)
+    _, other, _ = run(tmp_path / "other", SingleProcess(), batch=batch)
     assert one.measured() == other.measured()
     assert [it.learning_rate for it in one.training] == [it.learning_rate for it in other.training]
 
@@ -221,7 +221,7 @@ def test_epochs_are_those_that_counting_gives(samples: int, first: int, changes:
 
 
 def test_metrics_count_the_samples_and_epochs_and_the_batch_in_force(tmp_path: Path) -> None:
-    trainer = build_trainer(small_config(**SECTIONS), tmp_path, Alone())
+    trainer = build_trainer(small_config(**SECTIONS), tmp_path, SingleProcess())
     facts = run_facts(trainer, 0.0, "", "", ("here",))
     assert (facts.global_size, facts.micro_batches, facts.epochs, facts.total_steps) == (12, 2, 5.0, 18)
     assert [facts.passes.samples(step) for step in (8, 9, 18)] == [96, 126, 96 + 180 + 200]
@@ -272,5 +272,5 @@ def test_a_change_has_an_epoch_after_the_first_and_a_size(change: dict[str, int]
 def test_a_batch_above_the_training_samples_is_refused(tmp_path: Path) -> None:
     with raises(UsageError, "too-few-samples"):
         build_trainer(
-            small_config(**sections(batch={"schedule": [{"epoch": 1, "global_size": 102}]})), tmp_path, Alone()
+            small_config(**sections(batch={"schedule": [{"epoch": 1, "global_size": 102}]})), tmp_path, SingleProcess()
         )

@@ -23,7 +23,7 @@ from torch.fx import GraphModule
 from dist_train import start_up
 from dist_train.api import export, load_run
 from dist_train.cluster import devices
-from dist_train.cluster.communicator import Alone, GroupBrokenError
+from dist_train.cluster.communicator import GroupBrokenError, SingleProcess
 from dist_train.cluster.devices import TorchGpus, choose_device
 from dist_train.config import PrecisionSettings
 from dist_train.kernels import operators
@@ -444,7 +444,7 @@ def test_sizes_that_were_tried_leave_no_compiled_kernels(compiler: Compiler) -> 
     config = small_config(batch={"global_size": 16, "micro_size": "auto"}, precision={"compile": True})
     network = nn.Sequential(nn.Conv2d(1, 1, 1), nn.Flatten(), nn.Linear(64, 10))
     model = compiled(network, sizes=2)
-    assert _with_micro_size(config, Alone(), model, FlatWeights(network), Compute(CPU, torch.float32)) != config
+    assert _with_micro_size(config, SingleProcess(), model, FlatWeights(network), Compute(CPU, torch.float32)) != config
     model(torch.zeros(16, 1, 8, 8))
     assert compiler.sizes == [2, 4, 8, 16, 16]
 
@@ -452,6 +452,6 @@ def test_sizes_that_were_tried_leave_no_compiled_kernels(compiler: Compiler) -> 
 def test_sizes_that_were_tried_leave_no_trace_in_buffers() -> None:
     config = small_config(batch={"global_size": 16, "micro_size": "auto"})
     model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(64, 10))
-    assert _with_micro_size(config, Alone(), model, FlatWeights(model), Compute(CPU, torch.float32)) != config
+    assert _with_micro_size(config, SingleProcess(), model, FlatWeights(model), Compute(CPU, torch.float32)) != config
     buffers = dict(model.named_buffers())
     assert [buffers[f"1.{name}"].item() for name in ("running_var", "num_batches_tracked")] == [1, 0]

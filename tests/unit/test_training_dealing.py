@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_train.cluster.communicator import Alone, Communicator, Counters
+from dist_train.cluster.communicator import Communicator, Counters, SingleProcess
 from dist_train.data.images import BatchRequest
 from dist_train.data.plan import BatchPlan, MicroBatch
 from dist_train.launching import assembly
@@ -267,8 +267,8 @@ def test_claimed_micro_batches_change_no_bit(tmp_path: Path, reduction: str) -> 
         trainer.run()
         return state_bits(trainer.network)
 
-    alone = train(Alone(), "alone", "even")
-    assert train(Alone(), "one", "dynamic") == alone
+    alone = train(SingleProcess(), "alone", "even")
+    assert train(SingleProcess(), "one", "dynamic") == alone
     for size in (2, 3):
         assert results(size, lambda comm: train(comm, f"{comm.size}", "dynamic")) == [alone] * size
 
@@ -323,6 +323,6 @@ def test_ranks_claim_where_that_changes_no_bit_and_they_wait_little(
 
 
 def test_a_process_does_not_know_when_its_gpu_is_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(assembly, "share_out_devices", lambda *_: torch.device("cuda"))
+    monkeypatch.setattr(assembly, "assign_devices", lambda *_: torch.device("cuda"))
     with raises(UsageError, code="dealing-device"):
-        build_trainer(small_config(batch={"dealing": "dynamic"}), tmp_path, Alone())
+        build_trainer(small_config(batch={"dealing": "dynamic"}), tmp_path, SingleProcess())

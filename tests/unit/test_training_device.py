@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from dist_train.cluster.communicator import Alone
+from dist_train.cluster.communicator import SingleProcess
 from dist_train.training.measuring import Part, StepClock
 from dist_train.training.trainer import Trainer
 from tests.unit.small_trainers import build_trainer, small_config
@@ -36,7 +36,7 @@ class StrictClock(StepClock):
     """Forbids the host to wait for the device, but where the step reads its result: from the sum to the update."""
 
     def __init__(self, set_mode: SetMode) -> None:
-        super().__init__(Alone())
+        super().__init__(SingleProcess())
         self._set_mode = set_mode
 
     def start(self) -> None:
@@ -57,7 +57,7 @@ class StrictClock(StepClock):
 
 def strict_trainer(folder: Path, set_mode: SetMode, **sections: dict[str, Any]) -> Trainer:
     """Return a trainer that has made two updates, and from then on may not wait."""
-    trainer = build_trainer(small_config(**sections), folder, Alone())
+    trainer = build_trainer(small_config(**sections), folder, SingleProcess())
     for _ in range(2):
         trainer.advance()
     trainer.take_step = replace(trainer.take_step, clock=StrictClock(set_mode))

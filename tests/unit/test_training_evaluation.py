@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dist_train.cluster.communicator import Alone, RankLostError
+from dist_train.cluster.communicator import RankLostError, SingleProcess
 from dist_train.data.catalog import make_synthetic
 from dist_train.data.images import BatchRequest, ImageSet
 from dist_train.data.loader import Samples
@@ -38,7 +38,7 @@ def samples() -> Samples:
     return Samples(IMAGES, CPU.device)
 
 
-def evaluated(comm: SimulatedRanks | Alone, batch_size: int, model: nn.Module | None = None) -> Evaluation:
+def evaluated(comm: SimulatedRanks | SingleProcess, batch_size: int, model: nn.Module | None = None) -> Evaluation:
     return evaluate(model or a_model(), samples(), COUNT, batch_size=batch_size, compute=CPU, comm=comm)
 
 
@@ -104,12 +104,12 @@ class Keeping(nn.Module):
 
 def test_what_a_model_keeps_of_an_evaluation_may_be_trained_with() -> None:
     model = Keeping()
-    evaluated(Alone(), 7, model)
+    evaluated(SingleProcess(), 7, model)
     model(samples().read(BatchRequest(torch.arange(0, 7)))[0]).sum().backward()
     assert model.layer.weight.grad is not None
 
 
-class OneOfTwo(Alone):
+class OneOfTwo(SingleProcess):
     """A rank that finds in every sum its own part alone: threads would share the generators, which processes do not."""
 
     def __init__(self, rank: int) -> None:
@@ -125,7 +125,7 @@ def test_promise_3_draws_in_evaluation_mode_do_not_depend_on_the_rank() -> None:
     seed_all(1)
     expected = drawn()
     seed_all(1)
-    whole, first, second = (evaluated(comm, 7, model).loss for comm in (Alone(), OneOfTwo(0), OneOfTwo(1)))
+    whole, first, second = (evaluated(comm, 7, model).loss for comm in (SingleProcess(), OneOfTwo(0), OneOfTwo(1)))
     assert first + second == pytest.approx(whole, rel=1e-12)
     assert drawn() == expected, "the program's own draws are not disturbed"
 
@@ -133,14 +133,14 @@ def test_promise_3_draws_in_evaluation_mode_do_not_depend_on_the_rank() -> None:
 def test_promise_3_draws_of_the_passes_that_recompute_statistics_do_not_depend_on_the_rank() -> None:
     model, indices = drawing_model(), statistics_samples(60, 40, 16, 0)
 
-    def recomputed(comm: Alone) -> Tensor:
+    def recomputed(comm: SingleProcess) -> Tensor:
         recompute_statistics(model, samples(), indices, micro_size=9, compute=CPU, comm=comm)
         return torch.cat([norm.running_var for norm in norm_modules(model)])
 
     seed_all(1)
     expected = drawn()
     seed_all(1)
-    whole, first, second = (recomputed(comm) for comm in (Alone(), OneOfTwo(0), OneOfTwo(1)))
+    whole, first, second = (recomputed(comm) for comm in (SingleProcess(), OneOfTwo(0), OneOfTwo(1)))
     torch.testing.assert_close(first + second, whole, rtol=1e-6, atol=1e-7)
     assert drawn() == expected
 
@@ -149,7 +149,7 @@ def test_it_leaves_the_model_as_it_was() -> None:
     for training in (True, False):
         model = a_model().train(training)
         before = state_bits(model)
-        evaluated(Alone(), 7, model)
+        evaluated(SingleProcess(), 7, model)
         assert model.training is training
         assert all(module.training is training for module in model.modules())
         assert state_bits(model) == before
@@ -232,7 +232,7 @@ def test_a_loss_is_a_number_wherever_the_outputs_are(scale: float) -> None:
 
 
 class TestRecomputedStatistics:
-    def recompute(self, comm: SimulatedRanks | Alone, micro_size: int = 9, seed: int = 0) -> nn.Module:
+    def recompute(self, comm: SimulatedRanks | SingleProcess, micro_size: int = 9, seed: int = 0) -> nn.Module:
         model = a_model()
         norms = norm_modules(model)
         for norm in norms:
@@ -256,7 +256,7 @@ class TestRecomputedStatistics:
         assert ended == [alone] * ranks
 
     def test_promise_4_they_replace_the_old_ones_by_those_of_the_weights_as_they_are(self) -> None:
-        model = self.recompute(Alone(), micro_size=40)
+        model = self.recompute(SingleProcess(), micro_size=40)
         first = norm_modules(model)[0]
         inputs, _ = samples().read(BatchRequest(statistics_samples(60, 40, 16, 0)))
         with torch.no_grad():
@@ -267,7 +267,7 @@ class TestRecomputedStatistics:
         torch.testing.assert_close(first.running_var, groups.var(dim=(1, 3, 4)).mean(dim=0))
 
     def test_weights_stay_and_the_model_goes_on_training(self) -> None:
-        model, fresh = self.recompute(Alone()), a_model()
+        model, fresh = self.recompute(SingleProcess()), a_model()
         assert model.training
         for (_, parameter), (_, before) in zip(model.named_parameters(), fresh.named_parameters(), strict=True):
             assert torch.equal(parameter, before)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dist_train.checkpoint.files import Contents
 from dist_train.checkpoint.state import Progress, restored_progress, shared_progress
-from dist_train.cluster.communicator import Alone, Communicator, Pending
+from dist_train.cluster.communicator import Communicator, Pending, SingleProcess
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import DivergedError, UsageError
 from dist_train.training.accumulators import GridAccumulator, Grids, pack_halves, unpack_halves
@@ -150,7 +150,7 @@ def test_promise_3_any_split_over_ranks_and_any_order_give_the_same_integers(
             made.append((reduced.gradient.numpy().tobytes(), reduced.largest, reduced.repeats, [*updates.exponents]))
         return made
 
-    alone = train(Alone(), in_order=True)
+    alone = train(SingleProcess(), in_order=True)
     assert results(ranks, lambda comm: train(comm, in_order=False)) == [alone] * ranks
 
 
@@ -159,7 +159,7 @@ def test_promise_3_any_split_over_ranks_and_any_order_give_the_same_integers(
 def test_wherever_the_bound_holds_the_sum_is_that_in_64_bits(
     bits: Bits, seed: int, count: int, spread: float, finer: int
 ) -> None:
-    updates = Updates(Alone(), count, bits)
+    updates = Updates(SingleProcess(), count, bits)
     updates.make(some_gradients(count, seed, spread))
     updates.leap(finer)
     start = updates.exponents
@@ -181,7 +181,7 @@ def test_wherever_the_bound_holds_the_sum_is_that_in_64_bits(
 def test_an_update_is_within_half_a_grid_for_each_micro_batch_of_the_true_sum(
     bits: Bits, seed: int, count: int, spread: float, finer: int
 ) -> None:
-    updates = Updates(Alone(), count, bits)
+    updates = Updates(SingleProcess(), count, bits)
     updates.make(some_gradients(count, seed, spread))
     updates.leap(finer)
     gradients = some_gradients(count, seed + 1, spread)
@@ -195,7 +195,7 @@ def test_an_update_is_within_half_a_grid_for_each_micro_batch_of_the_true_sum(
 @PROPERTY
 @given(st.sampled_from(BITS), st.integers(0, 2**30), st.integers(1, 64))
 def test_the_second_update_of_the_same_gradients_uses_the_bits_it_may(bits: Bits, seed: int, terms: int) -> None:
-    updates = Updates(Alone(), terms, bits)
+    updates = Updates(SingleProcess(), terms, bits)
     gradients = some_gradients(terms, seed, 0.2)
     updates.make(gradients)
     reduced = updates.make(gradients)
@@ -208,7 +208,7 @@ def test_the_second_update_of_the_same_gradients_uses_the_bits_it_may(bits: Bits
 @pytest.mark.parametrize("bits", BITS)
 def test_where_the_integers_leave_their_bits_the_update_is_made_again_once(bits: Bits) -> None:
     gradients = some_gradients(8, 0)
-    calm, leaping = Updates(Alone(), 8, bits), Updates(Alone(), 8, bits)
+    calm, leaping = Updates(SingleProcess(), 8, bits), Updates(SingleProcess(), 8, bits)
     for updates in (calm, leaping):
         updates.make(gradients)
     leap = [gradient * 1000 for gradient in gradients]
@@ -266,7 +266,7 @@ def test_a_gradient_that_is_not_finite_is_noted_by_the_rank_that_meets_it(bad: f
 
 @pytest.mark.parametrize("bits", BITS)
 def test_all_updates_but_the_first_send_the_bytes_of_a_float_of_as_many_bits(bits: Bits) -> None:
-    class Noting(Alone):
+    class Noting(SingleProcess):
         def __init__(self) -> None:
             self.sent: list[tuple[torch.dtype, int]] = []
 
@@ -297,10 +297,10 @@ def test_sums_of_packed_integers_come_apart_wherever_they_fit_16_bits(pairs: lis
 
 
 def test_16_bits_are_refused_to_more_gradients_than_they_can_sum_accurately() -> None:
-    weights = Updates(Alone(), 2).weights
-    build_reduction(weights, Alone(), 256, reduction="exact16")
+    weights = Updates(SingleProcess(), 2).weights
+    build_reduction(weights, SingleProcess(), 256, reduction="exact16")
     with raises(UsageError, "exact16-micro-batches"):
-        build_reduction(weights, Alone(), 257, reduction="exact16")
+        build_reduction(weights, SingleProcess(), 257, reduction="exact16")
 
 
 @pytest.mark.parametrize(
@@ -373,7 +373,7 @@ def test_an_update_made_again_is_that_of_the_coarser_grids_and_is_recorded(tmp_p
             return lambda *arguments: None
 
     observers: Any = (Keeping(),)
-    trainer = build_trainer(small_config(**CONFIGS[reduction]), tmp_path, Alone(), observers=observers)
+    trainer = build_trainer(small_config(**CONFIGS[reduction]), tmp_path, SingleProcess(), observers=observers)
     trainer.advance()
     fitting = trainer.progress.grid_exponents or ()
     trainer.progress.grid_exponents = [each + 12 for each in fitting]
@@ -384,7 +384,7 @@ def test_an_update_made_again_is_that_of_the_coarser_grids_and_is_recorded(tmp_p
 
 
 def test_a_checkpoint_without_grids_begins_in_64_bits_on_any_number_of_ranks(tmp_path: Path) -> None:
-    older = replace(train(Alone(), tmp_path / "half", 2).contents(), grid_exponents=None)
+    older = replace(train(SingleProcess(), tmp_path / "half", 2).contents(), grid_exponents=None)
 
     def resumed(comm: Communicator) -> tuple[dict[str, bytes], bytes, object]:
         trainer = build_trainer(small_config(**CONFIG), tmp_path / f"{comm.size}", comm, contents=deepcopy(older))
@@ -404,7 +404,7 @@ def test_the_grids_come_back_from_a_checkpoint_and_every_rank_has_rank_0_s() -> 
 
 
 def test_a_loss_that_is_not_finite_is_a_divergence_and_leaves_the_grids(tmp_path: Path) -> None:
-    trainer = build_trainer(small_config(**CONFIG), tmp_path, Alone())
+    trainer = build_trainer(small_config(**CONFIG), tmp_path, SingleProcess())
     trainer.advance()
     before = trainer.progress.grid_exponents
     trainer.take_step.weights.parameters[0].register_hook(lambda gradient: gradient * math.nan)

@@ -17,7 +17,7 @@ from torch import nn
 from dist_train.checkpoint import writer
 from dist_train.checkpoint.files import list_checkpoints, read_checkpoint, write_checkpoint
 from dist_train.cli.main import main
-from dist_train.cluster.communicator import Alone
+from dist_train.cluster.communicator import SingleProcess
 from dist_train.models.norms import BatchStatistics
 from dist_train.outcome import DivergedError, ExitCode, FaultError, PeerFailedError, StoppedError, UsageError
 from dist_train.rundir.records import EventRecord, read_records
@@ -32,7 +32,7 @@ from tests.unit.test_training_step import Limited, take
 
 
 def test_statistics_out_of_range_are_a_divergence(tmp_path: Path) -> None:
-    trainer = build_trainer(small_config(), tmp_path, Alone())
+    trainer = build_trainer(small_config(), tmp_path, SingleProcess())
     with torch.no_grad():
         trainer.network.get_parameter("convolution1_1.weight").mul_(1e7)
     with raises(DivergedError, "step-not-finite"):
@@ -41,7 +41,7 @@ def test_statistics_out_of_range_are_a_divergence(tmp_path: Path) -> None:
 
 
 def test_a_sum_of_losses_out_of_range_is_told() -> None:
-    tally = Tally(Alone(), BatchStatistics((), torch.device("cpu"), 12), torch.device("cpu"))
+    tally = Tally(SingleProcess(), BatchStatistics((), torch.device("cpu"), 12), torch.device("cpu"))
     for _ in range(4):
         tally.add(torch.tensor(2.0**29.9), torch.zeros(2, 2), torch.zeros(2, dtype=torch.int64))
     tally.send()
@@ -70,7 +70,7 @@ def sizes_in_training(network: nn.Module) -> list[int]:
     ],
 )
 def test_no_micro_batch_of_one_sample_reaches_a_norm(tmp_path: Path, sections: dict[str, Any]) -> None:
-    trainer = build_trainer(small_config(run={"max_steps": 2}, **sections), tmp_path, Alone())
+    trainer = build_trainer(small_config(run={"max_steps": 2}, **sections), tmp_path, SingleProcess())
     sizes = sizes_in_training(trainer.network)
     trainer.run()
     assert min(sizes) >= 2
@@ -80,7 +80,7 @@ def test_shrinking_leaves_no_single_sample(tmp_path: Path) -> None:
     trainer = build_trainer(
         small_config(batch={"global_size": 34, "micro_size": 22}),
         tmp_path,
-        Alone(),
+        SingleProcess(),
     )
     trainer.take_step = replace(trainer.take_step, model=Limited(trainer.network, 12))
     trainer.may_shrink = True
@@ -107,7 +107,7 @@ def test_a_last_checkpoint_that_fails_is_a_fault(
 
     monkeypatch.setattr(writer, "write_checkpoint", fail)
     settings = {"background": background, "every_steps": every_steps}
-    trainer = build_trainer(small_config(checkpoint=settings), tmp_path, Alone())
+    trainer = build_trainer(small_config(checkpoint=settings), tmp_path, SingleProcess())
     if every_steps:
         trainer.stop.request("SIGTERM")
     with pytest.raises((OSError, FaultError)):
@@ -165,7 +165,7 @@ def test_overrides_may_follow_an_option(tmp_path: Path) -> None:
 def test_keep_best_keeps_the_best_of_what_was_saved(tmp_path: Path) -> None:
     config = small_config(run={"epochs": 8}, checkpoint={"every_epochs": 2, "keep": 1})
     accuracies = iter([0.1, 0.8, 0.9, 0.2, 0.1, 0.3, 0.1, 0.1])
-    trainer = build_trainer(config, tmp_path, Alone())
+    trainer = build_trainer(config, tmp_path, SingleProcess())
     note = trainer.progress.note_accuracy
 
     def told(split: str, accuracy: float) -> None:
@@ -177,13 +177,13 @@ def test_keep_best_keeps_the_best_of_what_was_saved(tmp_path: Path) -> None:
 
 
 def test_an_evaluation_decides_its_own_threads(tmp_path: Path) -> None:
-    build_trainer(small_config(), tmp_path, Alone()).run()
+    build_trainer(small_config(), tmp_path, SingleProcess()).run()
     evaluate_stored(tmp_path, "test", ["precision.threads=auto"])
 
 
 @pytest.mark.parametrize("override", ["model.width=0.5", "data.synthetic_shape=[1,20,20]", "model.norm=none"])
 def test_an_evaluation_of_another_model_is_refused(tmp_path: Path, override: str) -> None:
-    build_trainer(small_config(), tmp_path, Alone()).run()
+    build_trainer(small_config(), tmp_path, SingleProcess()).run()
     with raises(UsageError, "settings-changed"):
         evaluate_stored(tmp_path, "test", [override])
 
@@ -205,7 +205,7 @@ def test_another_run_s_checkpoint_with_other_settings_is_refused(tmp_path: Path)
 
 
 def test_checkpoint_config_after_shrinking(tmp_path: Path) -> None:
-    trainer = build_trainer(small_config(), tmp_path, Alone())
+    trainer = build_trainer(small_config(), tmp_path, SingleProcess())
     trainer.take_step = replace(trainer.take_step, model=Limited(trainer.network, 3))
     trainer.may_shrink = True
     trainer.run()
@@ -215,7 +215,7 @@ def test_checkpoint_config_after_shrinking(tmp_path: Path) -> None:
 def test_shrinking_does_not_need_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    trainer = build_trainer(small_config(), tmp_path, Alone())
+    trainer = build_trainer(small_config(), tmp_path, SingleProcess())
     trainer.take_step = replace(trainer.take_step, model=Limited(trainer.network, 3))
     trainer.may_shrink = True
     with monkeypatch.context() as patch:

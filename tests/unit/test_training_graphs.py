@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_train.cluster.communicator import Alone, Communicator
+from dist_train.cluster.communicator import Communicator, SingleProcess
 from dist_train.data.augmentation import Target
 from dist_train.data.images import BatchRequest
 from dist_train.outcome import DivergedError, UsageError
@@ -82,9 +82,9 @@ CASES: list[Sections] = [
 
 @pytest.mark.parametrize("sections", CASES, ids=str)
 def test_graphs_give_the_same_bits_and_read_what_changes_from_their_buffers(tmp_path: Path, sections: Sections) -> None:
-    plain = trainer_of(tmp_path / "plain", sections, None, Alone())
+    plain = trainer_of(tmp_path / "plain", sections, None, SingleProcess())
     recorder = OperatorRecorder()
-    graphed = trainer_of(tmp_path / "graphed", sections, recorder, Alone())
+    graphed = trainer_of(tmp_path / "graphed", sections, recorder, SingleProcess())
     state: list[Tensor] = []
     assert train(graphed, state) == train(plain)
     assert state_bits(graphed.network) == state_bits(plain.network)
@@ -98,13 +98,13 @@ def test_graphs_give_the_same_bits_and_read_what_changes_from_their_buffers(tmp_
 
 def test_each_kind_of_pass_is_made_once_then_recorded_then_replayed(tmp_path: Path) -> None:
     recorder = OperatorRecorder()
-    train(trainer_of(tmp_path, {}, recorder, Alone()))
+    train(trainer_of(tmp_path, {}, recorder, SingleProcess()))
     assert (recorder.warm_ups, recorder.recordings, recorder.replays) == (1, 1, UPDATES * PASSES - 1)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_graphs_give_the_same_bits_on_several_ranks(tmp_path: Path, ranks: int) -> None:
-    alone = trainer_of(tmp_path / "alone", {}, None, Alone())
+    alone = trainer_of(tmp_path / "alone", {}, None, SingleProcess())
     train(alone)
 
     def bits(comm: Communicator) -> dict[str, bytes]:
@@ -118,7 +118,7 @@ def test_graphs_give_the_same_bits_on_several_ranks(tmp_path: Path, ranks: int) 
 def test_a_gradient_out_of_range_within_a_graph_ends_the_run_with_clean_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = trainer_of(tmp_path, {}, OperatorRecorder(), Alone())
+    trainer = trainer_of(tmp_path, {}, OperatorRecorder(), SingleProcess())
     trainer.advance()
     step = trainer.take_step
     before, read = step.weights.values.clone(), step.samples.read
@@ -157,7 +157,7 @@ def test_a_graph_is_replayed_only_with_the_constants_and_the_layout_of_its_recor
 
 def test_a_step_with_another_reduction_records_anew(tmp_path: Path) -> None:
     recorder = OperatorRecorder()
-    trainer = trainer_of(tmp_path, {}, recorder, Alone())
+    trainer = trainer_of(tmp_path, {}, recorder, SingleProcess())
     trainer.advance()
     step = trainer.take_step
     trainer.take_step = replace(step, clock=step.clock)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from dist_train.cluster.communicator import Alone
+from dist_train.cluster.communicator import SingleProcess
 from dist_train.training.trainer import Trainer
 from tests.unit.small_trainers import build_trainer, drawn, seed_all, small_config, state_bits
 
@@ -16,7 +16,7 @@ MODEL = {"name": "tests.unit.drawing_model:drawing"}
 
 
 def trained(folder: Path, **sections: Any) -> Trainer:
-    trainer = build_trainer(small_config(model=MODEL, **sections), folder, Alone())
+    trainer = build_trainer(small_config(model=MODEL, **sections), folder, SingleProcess())
     masks(trainer).clear()  # those of the trials when the model was built
     trainer.run()
     return trainer

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dist_train.checkpoint.state import Progress, restored_progress
-from dist_train.cluster.communicator import Alone, Communicator
+from dist_train.cluster.communicator import Communicator, SingleProcess
 from dist_train.outcome import DivergedError
 from dist_train.training.compute import (
     FIRST,
@@ -74,7 +74,7 @@ def test_it_doubles_after_many_updates_without_an_overflow_up_to_a_ceiling() -> 
 
 
 def test_it_goes_on_with_what_a_checkpoint_holds(tmp_path: Path) -> None:
-    trainer = in_half(build_trainer(small_config(), tmp_path, Alone()))
+    trainer = in_half(build_trainer(small_config(), tmp_path, SingleProcess()))
     trainer.take_step.loss_scale.lower()
     for _ in range(5):
         trainer.take_step.loss_scale.note_update()
@@ -84,7 +84,7 @@ def test_it_goes_on_with_what_a_checkpoint_holds(tmp_path: Path) -> None:
 
 
 def test_without_float16_there_is_none(tmp_path: Path) -> None:
-    trainer = build_trainer(small_config(), tmp_path, Alone())
+    trainer = build_trainer(small_config(), tmp_path, SingleProcess())
     assert trainer.take_step.loss_scale.value == 1.0
     assert not trainer.take_step.loss_scale.lower()
     trainer.advance()
@@ -93,8 +93,8 @@ def test_without_float16_there_is_none(tmp_path: Path) -> None:
 
 def test_in_float32_a_scale_changes_no_bit_of_the_gradient(tmp_path: Path) -> None:
     """A power of two is exact: what is multiplied and divided by it is what it was."""
-    plain = build_trainer(small_config(), tmp_path / "plain", Alone())
-    scaled = in_half(build_trainer(small_config(), tmp_path / "scaled", Alone()), torch.float32)
+    plain = build_trainer(small_config(), tmp_path / "plain", SingleProcess())
+    scaled = in_half(build_trainer(small_config(), tmp_path / "scaled", SingleProcess()), torch.float32)
     for trainer in (plain, scaled):
         trainer.advance()
     assert gradient_bits(plain) == gradient_bits(scaled)
@@ -104,8 +104,8 @@ def test_in_float32_a_scale_changes_no_bit_of_the_gradient(tmp_path: Path) -> No
 def test_half_precision_finds_about_the_gradient_of_float32(tmp_path: Path) -> None:
     """With group norm: ghost norm over four samples is so ill-conditioned that any rounding shows, scaled or not."""
     config = small_config(model={"norm": "group"})
-    half = in_half(build_trainer(config, tmp_path / "half", Alone()))
-    full = build_trainer(config, tmp_path / "full", Alone())
+    half = in_half(build_trainer(config, tmp_path / "half", SingleProcess()))
+    full = build_trainer(config, tmp_path / "full", SingleProcess())
     for trainer in (half, full):
         trainer.advance()
     ours, theirs = half.take_step.weights.gradients, full.take_step.weights.gradients
@@ -116,8 +116,8 @@ def test_half_precision_finds_about_the_gradient_of_float32(tmp_path: Path) -> N
 
 def test_gradients_too_small_for_float16_survive_through_the_scale(tmp_path: Path) -> None:
     config = small_config(model={"norm": "group"})
-    scaled = in_half(build_trainer(config, tmp_path / "scaled", Alone()))
-    bare = in_half(build_trainer(config, tmp_path / "bare", Alone()))
+    scaled = in_half(build_trainer(config, tmp_path / "scaled", SingleProcess()))
+    bare = in_half(build_trainer(config, tmp_path / "bare", SingleProcess()))
     bare.take_step = replace(bare.take_step, loss_scale=LossScale())
     for trainer in (scaled, bare):
         trainer.network.register_forward_hook(lambda module, inputs, logits: logits.float() * 2.0**-24)
@@ -129,14 +129,14 @@ def test_gradients_too_small_for_float16_survive_through_the_scale(tmp_path: Pat
 
 def test_an_overflow_repeats_the_step_and_skips_no_update(tmp_path: Path) -> None:
     """The update is the one that the smaller scale would have made from the beginning."""
-    overflowing = in_half(build_trainer(small_config(), tmp_path / "high", Alone()))
+    overflowing = in_half(build_trainer(small_config(), tmp_path / "high", SingleProcess()))
     overflowing.progress.loss_scale = 2.0**40
     overflowing.advance()
     settled = overflowing.progress.loss_scale
     assert settled is not None
     assert settled < 2.0**40
     assert overflowing.progress.step == 1
-    calm = in_half(build_trainer(small_config(), tmp_path / "low", Alone()))
+    calm = in_half(build_trainer(small_config(), tmp_path / "low", SingleProcess()))
     calm.progress.loss_scale = settled
     calm.advance()
     assert calm.progress.loss_scale == settled
@@ -165,7 +165,7 @@ def test_all_ranks_lower_it_when_one_overflows(tmp_path: Path) -> None:
 
 
 def test_an_overflow_at_the_lowest_scale_is_a_divergence(tmp_path: Path) -> None:
-    trainer = in_half(build_trainer(small_config(), tmp_path, Alone()))
+    trainer = in_half(build_trainer(small_config(), tmp_path, SingleProcess()))
     before = trainer.take_step.weights.values.clone()
     trainer.take_step.weights.parameters[0].register_hook(lambda gradient: gradient * float("inf"))
     with raises(DivergedError, "step-not-finite"):

@@ -14,7 +14,7 @@ import torch
 
 from dist_train.checkpoint.files import newest_whole
 from dist_train.checkpoint.state import ResumePoint
-from dist_train.cluster.communicator import Alone, Communicator
+from dist_train.cluster.communicator import Communicator, SingleProcess
 from dist_train.launching.assembly import assemble
 from dist_train.launching.run import train
 from dist_train.launching.session import Session
@@ -115,8 +115,8 @@ def test_steps_are_measured_at_the_pace_of_the_records_and_at_the_end(tmp_path: 
 
 
 def test_measuring_changes_no_bit_of_the_run(tmp_path: Path) -> None:
-    _, measured = run(tmp_path / "on", Alone(), metrics=ON)
-    _, plain = run(tmp_path / "off", Alone())
+    _, measured = run(tmp_path / "on", SingleProcess(), metrics=ON)
+    _, plain = run(tmp_path / "off", SingleProcess())
     assert state_bits(measured.network) == state_bits(plain.network)
 
 
@@ -132,8 +132,8 @@ def test_norm_and_distance_are_of_the_clean_weights_after_the_step_and_from_the_
     tmp_path: Path,
 ) -> None:
     noise = {"amplitude": 0.5}
-    first, trainer = run(tmp_path, Alone(), metrics=ON, noise=noise, run={"max_steps": 3})
-    second, _ = run(tmp_path, Alone(), going_on=True, metrics=ON, noise=noise)
+    first, trainer = run(tmp_path, SingleProcess(), metrics=ON, noise=noise, run={"max_steps": 3})
+    second, _ = run(tmp_path, SingleProcess(), going_on=True, metrics=ON, noise=noise)
     assert (first.steps, second.steps) == ([1, 2, 3], [4, 5, 6])
     initial = FlatWeights(build_model(trainer.config)).values
     assert_norms(first, initial)
@@ -216,7 +216,9 @@ def test_norms_are_taken_when_they_are_asked_for_over_any_number_of_pieces(monke
 def test_a_checkpoint_s_stall_counts_to_the_next_measured_step_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sheet, trainer = prepare(tmp_path, Alone(), metrics={**ON, "every_steps": 2}, checkpoint={"every_epochs": 1})
+    sheet, trainer = prepare(
+        tmp_path, SingleProcess(), metrics={**ON, "every_steps": 2}, checkpoint={"every_epochs": 1}
+    )
     assert trainer.saving.writer is not None
     submit = trainer.saving.writer.submit
 
@@ -289,7 +291,7 @@ def test_a_gpu_s_usage_is_what_torch_holds_of_it_and_a_share_read_every_other_se
 @pytest.mark.usefixtures("gpu")
 def test_what_nvml_knows_of_it_is_part_of_what_the_rank_measures() -> None:
     usage = UsageReader(torch.device("cuda", 1), lambda: {"device_power_watts": 700.0})
-    measuring = Measuring(Alone(), usage)
+    measuring = Measuring(SingleProcess(), usage)
     measuring.start(1, 0.5, StepTimes([]))
     measured = measuring.result()
     assert measured is not None

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_train.cluster.communicator import Alone, Communicator
+from dist_train.cluster.communicator import Communicator, SingleProcess
 from dist_train.launching.assembly import _with_micro_size
 from dist_train.models import build_model
 from dist_train.optim.flat_weights import FlatWeights
@@ -53,7 +53,7 @@ def found(largest: int, global_size: int, comm: Communicator, device: str = "cpu
     ],
 )
 def test_it_is_the_largest_power_of_two_that_fits(largest: int, global_size: int, device: str, size: int) -> None:
-    assert found(largest, global_size, Alone(), device) == size
+    assert found(largest, global_size, SingleProcess(), device) == size
 
 
 def test_it_is_what_fits_every_rank_and_no_more_than_an_even_share() -> None:
@@ -64,14 +64,18 @@ def test_it_is_what_fits_every_rank_and_no_more_than_an_even_share() -> None:
 @pytest.mark.parametrize(("global_size", "fewest", "size"), [(98, 2, 32), (98, 3, 31), (8192, 5, 128), (129, 2, 127)])
 def test_no_micro_batch_has_fewer_samples_than_must_share_it(global_size: int, fewest: int, size: int) -> None:
     found = find_micro_size(
-        room_for(32 if global_size == 98 else 1000), global_sizes=[global_size], device=CPU, comm=Alone(), fewest=fewest
+        room_for(32 if global_size == 98 else 1000),
+        global_sizes=[global_size],
+        device=CPU,
+        comm=SingleProcess(),
+        fewest=fewest,
     )
     assert found == size
     assert global_size % found == 0 or global_size % found >= fewest
 
 
 def test_with_sync_norm_every_micro_batch_has_a_sample_for_each_rank_that_may_join(tmp_path: Path) -> None:
-    class MayGrow(Alone):
+    class MayGrow(SingleProcess):
         most_ranks = 12
 
     def found_by(comm: SimulatedRanks) -> int:
@@ -87,13 +91,13 @@ def test_what_a_trial_leaves_in_the_allocator_is_given_back_before_the_next(monk
     tried: list[int] = []
     emptied: list[list[int]] = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append([*tried]))
-    find_micro_size(room_for(5, tried), global_sizes=[1024], device=torch.device("cuda"), comm=Alone())
+    find_micro_size(room_for(5, tried), global_sizes=[1024], device=torch.device("cuda"), comm=SingleProcess())
     assert emptied == [[2], [2, 4], [2, 4, 8]]
 
 
 def test_nothing_larger_is_tried_once_one_does_not_fit() -> None:
     tried: list[int] = []
-    find_micro_size(room_for(5, tried), global_sizes=[1024], device=torch.device("cuda"), comm=Alone())
+    find_micro_size(room_for(5, tried), global_sizes=[1024], device=torch.device("cuda"), comm=SingleProcess())
     assert tried == [2, 4, 8]
 
 
@@ -110,7 +114,7 @@ def test_a_cpu_s_lack_of_memory_counts_too(error: Exception) -> None:
         if size > 8:
             raise error
 
-    assert find_micro_size(try_size, global_sizes=[1024], device=CPU, comm=Alone()) == 8
+    assert find_micro_size(try_size, global_sizes=[1024], device=CPU, comm=SingleProcess()) == 8
 
 
 def test_a_size_for_which_a_convolution_takes_another_algorithm_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +125,7 @@ def test_a_size_for_which_a_convolution_takes_another_algorithm_does_not_fit(mon
     def try_size(size: int) -> None:
         counted["num_ooms"] += size > 8
 
-    assert find_micro_size(try_size, global_sizes=[1024], device=CPU, comm=Alone()) == 8
+    assert find_micro_size(try_size, global_sizes=[1024], device=CPU, comm=SingleProcess()) == 8
 
 
 def test_the_tensors_of_a_pass_that_does_not_fit_are_freed_at_once() -> None:
@@ -145,16 +149,16 @@ def test_other_errors_are_not_swallowed() -> None:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     with pytest.raises(RuntimeError, match="shapes"):
-        find_micro_size(try_size, global_sizes=[1024], device=CPU, comm=Alone())
+        find_micro_size(try_size, global_sizes=[1024], device=CPU, comm=SingleProcess())
 
 
 def test_each_batch_of_a_schedule_leaves_enough_samples() -> None:
-    assert find_micro_size(room_for(32), global_sizes=[96, 129], device=CPU, comm=Alone()) == 31
+    assert find_micro_size(room_for(32), global_sizes=[96, 129], device=CPU, comm=SingleProcess()) == 31
 
 
 def test_batch_that_no_size_divides_is_refused() -> None:
     with raises(UsageError, "one-sample-left"):
-        find_micro_size(room_for(2), global_sizes=[3], device=CPU, comm=Alone())
+        find_micro_size(room_for(2), global_sizes=[3], device=CPU, comm=SingleProcess())
 
 
 @pytest.mark.parametrize(("before", "fewest", "after"), [(128, 2, 64), (7, 2, 4), (3, 2, 2), (2, 1, 1)])
@@ -191,4 +195,6 @@ def test_micro_batches_leave_room_for_the_graphs_of_the_others(cuda_graphs: bool
             raise torch.OutOfMemoryError
 
     model.register_forward_pre_hook(take_memory)
-    assert _with_micro_size(config, Alone(), model, weights, Compute(CPU, torch.float32)).batch.micro_size == found
+    assert (
+        _with_micro_size(config, SingleProcess(), model, weights, Compute(CPU, torch.float32)).batch.micro_size == found
+    )

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from dist_train.cluster.communicator import Alone
+from dist_train.cluster.communicator import SingleProcess
 from dist_train.training.measuring import Profiler
 from tests.unit.small_trainers import build_trainer, small_config, state_bits
 
 PHASES = ("perturb", "forward-backward", "restore", "allreduce", "update")
 
 
-class Recorder(Alone):
+class Recorder(SingleProcess):
     """A rank that notes when its timeline starts and stops."""
 
     def __init__(self) -> None:
@@ -38,13 +38,13 @@ def ranges(folder: Path) -> dict[str, dict[str, int]]:
 
 
 def test_a_run_leaves_a_trace_that_names_each_phase_of_each_profiled_update(tmp_path: Path) -> None:
-    trainer = build_trainer(small_config(run={"profile_steps": 2}), tmp_path / "profiled", Alone())
+    trainer = build_trainer(small_config(run={"profile_steps": 2}), tmp_path / "profiled", SingleProcess())
     trainer.run()
     trainer.close()
     assert ranges(tmp_path / "profiled" / "profile") == {
         "trace-step-00000003-rank-0.json": dict.fromkeys(PHASES, 2),
     }
-    plain = build_trainer(small_config(), tmp_path / "plain", Alone())
+    plain = build_trainer(small_config(), tmp_path / "plain", SingleProcess())
     plain.run()
     plain.close()
     assert not (tmp_path / "plain" / "profile").exists()
@@ -63,7 +63,7 @@ def test_a_run_that_ends_before_leaves_what_was_seen(tmp_path: Path) -> None:
 
 
 def test_a_run_that_ends_before_it_begins_leaves_nothing(tmp_path: Path) -> None:
-    profiler = Profiler(9, tmp_path / "profile", Alone())
+    profiler = Profiler(9, tmp_path / "profile", SingleProcess())
     profiler.after_update(1)
     profiler.close()
     assert list(tmp_path.iterdir()) == []

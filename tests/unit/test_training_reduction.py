@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dist_train.cluster.communicator import Alone, Communicator
+from dist_train.cluster.communicator import Communicator, SingleProcess
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import UsageError
 from dist_train.training.accumulators import (
@@ -100,7 +100,7 @@ def test_promise_3_the_float_sum_has_not() -> None:
 @given(st.integers(1, 16), st.integers(0, 2**30), st.floats(1e-6, 100.0))
 def test_the_exact_sum_is_within_one_rounding_of_the_true_one(count: int, seed: int, scale: float) -> None:
     gradients = some_gradients(count, scale, seed)
-    reduced, _ = reduce(Alone(), gradients, exact)
+    reduced, _ = reduce(SingleProcess(), gradients, exact)
     true = torch.stack([gradient.double() for gradient in gradients]).sum(dim=0)
     allowed = count * 2.0**-48 + true.abs() * 2.0**-23
     assert ((reduced.double() - true).abs() <= allowed).all()
@@ -132,14 +132,14 @@ def test_a_gradient_too_large_for_the_integers_is_noted(sign: int) -> None:
     limit = 2.0**14 / 16
     for value, expected in ((limit * 1.001, True), (limit * 0.999, False)):
         gradients = [torch.full((COUNT,), sign * value)]
-        reduced, out_of_range = reduce(Alone(), gradients, exact)
+        reduced, out_of_range = reduce(SingleProcess(), gradients, exact)
         assert out_of_range is expected
         assert expected or torch.equal(reduced, gradients[0])
 
 
 def test_as_many_terms_as_were_promised_fit_without_overflow() -> None:
     gradients = [torch.full((COUNT,), 2.0**14 / 16 * 0.999)] * 16
-    reduced, out_of_range = reduce(Alone(), gradients, exact)
+    reduced, out_of_range = reduce(SingleProcess(), gradients, exact)
     assert not out_of_range
     torch.testing.assert_close(reduced, gradients[0] * 16)
 
@@ -156,7 +156,7 @@ def test_parameters_that_a_micro_batch_does_not_use_count_as_zero(build: Build, 
     gradients = some_gradients(2)
     torch.split(gradients[1], SIZES)[unused].fill_(math.nan)
     expected = gradients[0] + gradients[1].nan_to_num()
-    reduced, out_of_range = reduce(Alone(), gradients, build)
+    reduced, out_of_range = reduce(SingleProcess(), gradients, build)
     torch.testing.assert_close(reduced, expected)
     assert not out_of_range
 
@@ -164,7 +164,7 @@ def test_parameters_that_a_micro_batch_does_not_use_count_as_zero(build: Build, 
 def test_a_reduction_begins_anew_at_every_step() -> None:
     model = Given()
     weights = FlatWeights(model)
-    reduction = GradientReduction(weights, exact(weights, Alone()), buckets_of(weights, 20))
+    reduction = GradientReduction(weights, exact(weights, SingleProcess()), buckets_of(weights, 20))
     for gradient, out_of_range in ((torch.full((COUNT,), 1e9), True), (torch.ones(COUNT), False)):
         reduction.start()
         with reduction.last_micro_batch():
@@ -277,7 +277,7 @@ class TestAdasum:
 
     def test_alone_it_is_the_mean_gradient(self) -> None:
         gradients = [gradient / 3 for gradient in some_gradients(3)]
-        reduced = torch.cat(self.reduce(Alone(), gradients))
+        reduced = torch.cat(self.reduce(SingleProcess(), gradients))
         torch.testing.assert_close(reduced, torch.stack(gradients).sum(dim=0))
 
     def test_two_ranks_mean_gradients_are_combined_parameter_by_parameter(self) -> None:
@@ -300,7 +300,7 @@ class TestAdasum:
     ],
 )
 def test_the_settings_choose_what_is_sent(settings: dict[str, str], sent: torch.dtype) -> None:
-    class Noting(Alone):
+    class Noting(SingleProcess):
         def __init__(self) -> None:
             self.sent: list[torch.dtype] = []
 

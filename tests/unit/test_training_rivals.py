@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dist_train.cluster.communicator import Alone
+from dist_train.cluster.communicator import SingleProcess
 from dist_train.config import Config
 from dist_train.data.images import BatchRequest
 from dist_train.data.plan import BatchPlan, epoch_order
@@ -273,7 +273,7 @@ def test_three_updates_are_those_of_its_formula_in_plain_pytorch(
 ) -> None:
     # Norms over few samples magnify roundings; this one has none of them.
     config = config_of(rival, "group")
-    plain, trainer = Plain(config), build_trainer(config, tmp_path, Alone())
+    plain, trainer = Plain(config), build_trainer(config, tmp_path, SingleProcess())
     for step, rate in enumerate(RATES):
         rival(plain, step, rate)
         take(trainer, step, rate)

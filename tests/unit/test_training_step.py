@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from dist_train.cluster.communicator import Alone, Communicator, RankLostError
+from dist_train.cluster.communicator import Communicator, RankLostError, SingleProcess
 from dist_train.config import ImageFormat
 from dist_train.data.images import BatchRequest
 from dist_train.data.plan import batch_indices, epoch_order
@@ -139,7 +139,7 @@ def test_an_optimizer_may_replace_the_tensors_of_parameters(tmp_path: Path, nois
     trained = []
     for name in ("in_place", "replacing"):
         config = small_config(optimizer={"name": f"{__name__}:{name}"}, noise=noise, averaging={"kind": "ema"})
-        trainer = build_trainer(config, tmp_path / name, Alone())
+        trainer = build_trainer(config, tmp_path / name, SingleProcess())
         before = trainer.take_step.weights.values.clone()
         take(trainer, 0)
         take(trainer, 1)
@@ -149,10 +149,10 @@ def test_an_optimizer_may_replace_the_tensors_of_parameters(tmp_path: Path, nois
 
 
 def test_sam_s_statistics_count_each_sample_once(tmp_path: Path) -> None:
-    trainer = build_trainer(small_config(noise={**SAM, "amplitude": 1e-6}), tmp_path, Alone())
+    trainer = build_trainer(small_config(noise={**SAM, "amplitude": 1e-6}), tmp_path, SingleProcess())
     take(trainer)
     sam = {name: buffer.clone() for name, buffer in trainer.network.named_buffers() if name.endswith("running_var")}
-    plain = build_trainer(small_config(noise={"method": "none"}), tmp_path, Alone())
+    plain = build_trainer(small_config(noise={"method": "none"}), tmp_path, SingleProcess())
     take(plain)
     for name, buffer in sam.items():
         torch.testing.assert_close(buffer, plain.network.get_buffer(name), rtol=1e-4, atol=0)
@@ -160,9 +160,9 @@ def test_sam_s_statistics_count_each_sample_once(tmp_path: Path) -> None:
 
 def test_statistics_over_several_points_are_means_over_them(tmp_path: Path) -> None:
     noise = {"amplitude": 1e-6, "draws": 2, "antithetic": True}
-    trainer = build_trainer(small_config(noise=noise), tmp_path, Alone())
+    trainer = build_trainer(small_config(noise=noise), tmp_path, SingleProcess())
     take(trainer)
-    plain = build_trainer(small_config(noise={"method": "none"}), tmp_path, Alone())
+    plain = build_trainer(small_config(noise={"method": "none"}), tmp_path, SingleProcess())
     take(plain)
     for name, buffer in running_statistics(trainer.network).items():
         torch.testing.assert_close(buffer, plain.network.get_buffer(name), rtol=1e-4, atol=1e-5)
@@ -175,7 +175,7 @@ def test_langevin_s_updates_are_equation_1_and_its_momentum_has_no_noise(
 ) -> None:
     noise = {"method": "langevin", "amplitude": 0.05, "scale": scale, "schedule": {"kind": "linear"}}
     config = small_config(noise=noise, optimizer={"momentum": 0.9, "nesterov": nesterov})
-    trainer = build_trainer(config, tmp_path, Alone())
+    trainer = build_trainer(config, tmp_path, SingleProcess())
     segments = trainer.take_step.weights.segments
     parameters = list(trainer.network.parameters())
     buffers = [torch.zeros_like(parameter) for parameter in parameters]
@@ -215,7 +215,7 @@ def test_norms_do_not_count_what_activation_checkpointing_computes_again(tmp_pat
     for checkpoints in (False, True):
         model = {"name": f"{__name__}:convolutions", "options": {"checkpoints": checkpoints}, "width": 1.0}
         trainer = build_trainer(
-            small_config(model=model, noise={"method": "none"}), tmp_path / str(checkpoints), Alone()
+            small_config(model=model, noise={"method": "none"}), tmp_path / str(checkpoints), SingleProcess()
         )
         take(trainer)
         states.append(state_bits(trainer.network))
@@ -227,7 +227,7 @@ def test_langevin_s_gradient_is_taken_at_the_weights_themselves_and_a_rate_of_ze
 ) -> None:
     config = small_config(noise={"method": "langevin", "amplitude": 0.05})
     plain, _ = smoothout_gradients(small_config(noise={"method": "none", "amplitude": 0.0}), 0)
-    trainer = build_trainer(config, tmp_path, Alone())
+    trainer = build_trainer(config, tmp_path, SingleProcess())
     start = [parameter.detach().clone() for parameter in trainer.network.parameters()]
     take(trainer, 0, rate=0.0)
     assert_equal_gradients(gradients_of(trainer), plain)
@@ -247,7 +247,7 @@ def test_the_noise_matters_to_the_reference() -> None:
 def test_promise_4_with_a_rate_of_zero_the_weights_stay_bit_identically(tmp_path: Path) -> None:
     shared: list[dict[str, Any]] = [{"sharing": sharing} for sharing in ("global", "rank", "micro_batch")]
     for noise in (*shared, {"scale": "filter", "distribution": "normal"}, SAM):
-        trainer = build_trainer(small_config(noise=noise), tmp_path, Alone())
+        trainer = build_trainer(small_config(noise=noise), tmp_path, SingleProcess())
         before = trainer.take_step.weights.values.clone()
         for step in range(3):
             take(trainer, step, rate=0.0)
@@ -257,7 +257,7 @@ def test_promise_4_with_a_rate_of_zero_the_weights_stay_bit_identically(tmp_path
 
 def test_loss_and_accuracy_are_means_over_the_global_batch(tmp_path: Path) -> None:
     config = small_config(noise={"method": "none"}, model={"norm": "none", "width": 0.0625})
-    trainer = build_trainer(config, tmp_path, Alone())
+    trainer = build_trainer(config, tmp_path, SingleProcess())
     inputs, labels = trainer.splits.train.read(BatchRequest(epoch_order(100, 0, 0)[:26], 0))
     with torch.no_grad():
         logits = trainer.network(inputs)
@@ -338,7 +338,7 @@ def test_a_gradient_out_of_the_integers_range_is_a_divergence_said_so(tmp_path: 
         trainer.take_step = replace(trainer.take_step, samples=large)
         return take(trainer)
 
-    assert step(Alone(), "float").total.gradient_norm > 16384
+    assert step(SingleProcess(), "float").total.gradient_norm > 16384
     for error in on_ranks(2, lambda comm: step(comm, "exact")):
         assert isinstance(error, DivergedError)
         assert error.code == "step-not-finite"
@@ -347,7 +347,7 @@ def test_a_gradient_out_of_the_integers_range_is_a_divergence_said_so(tmp_path: 
 def test_a_gradient_that_float16_cannot_hold_on_its_way_is_a_divergence_and_leaves_the_weights(tmp_path: Path) -> None:
     comm = {"reduction": "float", "compression": "fp16"}
     config = small_config(model={"norm": "none", "width": 0.0625}, comm=comm)
-    trainer = build_trainer(config, tmp_path, Alone())
+    trainer = build_trainer(config, tmp_path, SingleProcess())
 
     def steepen(module: nn.Module, inputs: object, outputs: Tensor) -> None:
         outputs.register_hook(lambda gradient: gradient * 1e7)
@@ -449,7 +449,7 @@ def test_an_exact_run_does_not_go_on_with_another_algorithm_of_a_convolution(
     counted = {"num_ooms": 2, "num_alloc_retries": 0}
     monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", lambda: counted)
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
-    trainer = build_trainer(small_config(), tmp_path, Alone())
+    trainer = build_trainer(small_config(), tmp_path, SingleProcess())
     trainer.may_shrink = True
 
     def run_out(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -463,7 +463,7 @@ def test_an_exact_run_does_not_go_on_with_another_algorithm_of_a_convolution(
 
 
 def test_a_size_that_was_asked_for_is_not_changed_and_the_weights_are_as_before(tmp_path: Path) -> None:
-    trainer = build_trainer(small_config(), tmp_path, Alone())
+    trainer = build_trainer(small_config(), tmp_path, SingleProcess())
     trainer.take_step = replace(trainer.take_step, model=Limited(trainer.network, 3))
     before = trainer.take_step.weights.values.clone()
     with raises(UsageError, "out-of-memory"):
@@ -487,7 +487,7 @@ def test_a_rank_of_an_elastic_launch_that_runs_out_of_memory_fails_alone(tmp_pat
 
 
 def test_an_error_of_another_kind_is_not_taken_for_a_lack_of_memory(tmp_path: Path) -> None:
-    trainer = build_trainer(small_config(), tmp_path, Alone())
+    trainer = build_trainer(small_config(), tmp_path, SingleProcess())
     trainer.take_step = replace(trainer.take_step, model=nn.Unflatten(0, (5,)))
     trainer.may_shrink = True
     before = trainer.take_step.weights.values.clone()
@@ -518,7 +518,9 @@ def test_an_operator_without_a_deterministic_kernel_is_named(
     try:
         with raises(UsageError, "kernel-not-deterministic") as caught:
             build_trainer(
-                small_config(batch={"micro_size": micro_size}, precision={"deterministic": True}), tmp_path, Alone()
+                small_config(batch={"micro_size": micro_size}, precision={"deterministic": True}),
+                tmp_path,
+                SingleProcess(),
             ).run()
     finally:
         torch.use_deterministic_algorithms(mode=False)
@@ -545,5 +547,5 @@ def test_a_run_warns_of_noise_that_its_precision_rounds_away(
     warned: bool,
 ) -> None:
     config = small_config(noise={"amplitude": amplitude, "schedule": schedule}, precision={"compute": compute})
-    build_trainer(config, tmp_path, Alone())
+    build_trainer(config, tmp_path, SingleProcess())
     assert ("precision.compute" in caplog.text) == warned

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from dist_train.cluster.communicator import Alone, Communicator
+from dist_train.cluster.communicator import Communicator, SingleProcess
 from dist_train.rundir.records import StepParts
 from dist_train.training.measuring import StepClock
 from dist_train.training.step import GlobalBatch
@@ -25,7 +25,7 @@ class SetClock(StepClock):
     """A clock whose time a test sets."""
 
     def __init__(self) -> None:
-        super().__init__(Alone())
+        super().__init__(SingleProcess())
         self.time = 0.0
 
     def _now(self) -> float:
@@ -76,7 +76,7 @@ def test_a_step_that_broke_off_leaves_nothing_for_the_next() -> None:
     "noise", [{}, {"sharing": "micro_batch"}, {"method": "langevin"}, SAM], ids=["smoothout", "each", "langevin", "sam"]
 )
 def test_the_parts_of_a_step_are_there_and_add_up_to_at_most_the_step(tmp_path: Path, noise: dict[str, object]) -> None:
-    trainer = build_trainer(small_config(noise=noise), tmp_path, Alone())
+    trainer = build_trainer(small_config(noise=noise), tmp_path, SingleProcess())
     steps = itertools.count()
 
     def most_is_in_its_parts() -> bool:
@@ -168,7 +168,7 @@ def test_moments_of_a_stream_are_read_as_seconds_after_the_later_one_has_come(
             return 1500.0
 
     monkeypatch.setattr("torch.cuda.Event", Event)
-    clock = StepClock(Alone(), on_gpu=True)
+    clock = StepClock(SingleProcess(), on_gpu=True)
     clock.start()
     with clock.part("optimizer"):
         pass

@@ -16,7 +16,7 @@ from torch.nn import functional
 from dist_train.analysis.landscape_points import PointEvaluator, place_of
 from dist_train.api import Format, Run, export
 from dist_train.checkpoint.files import find_checkpoint, list_checkpoints, read_checkpoint
-from dist_train.cluster.communicator import Alone, Communicator
+from dist_train.cluster.communicator import Communicator, SingleProcess
 from dist_train.config import Config, ImageFormat
 from dist_train.data.images import BatchRequest
 from dist_train.data.loader import open_splits
@@ -41,7 +41,7 @@ pytestmark = pytest.mark.usefixtures("threads_as_before")
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
-    build_trainer(small_config(data={"normalize": True}), folder, Alone()).run()
+    build_trainer(small_config(data={"normalize": True}), folder, SingleProcess()).run()
     return folder
 
 
@@ -115,7 +115,7 @@ def test_a_model_that_does_not_fit_the_memory_is_told(run: Path, monkeypatch: py
 def test_other_data_than_those_of_the_run_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root = write_folder(tmp_path / "data", per_class=10)
     data = {"name": "imagefolder", "root": root, "classes": 3, "image_size": 16}
-    with closing(build_trainer(small_config(data=data), tmp_path / "run", Alone())) as trainer:
+    with closing(build_trainer(small_config(data=data), tmp_path / "run", SingleProcess())) as trainer:
         trainer.run()
     moved = root.rename(tmp_path / "elsewhere")
     evaluate_stored(tmp_path / "run", "test", [f"data.root={moved}"])
@@ -141,7 +141,9 @@ def test_tied_parameters_are_averaged_and_exported_under_both_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     averaging = {"kind": "lawa", "every_steps": 2}
-    build_trainer(small_config(model={"name": f"{__name__}:tied"}, averaging=averaging), tmp_path, Alone()).run()
+    build_trainer(
+        small_config(model={"name": f"{__name__}:tied"}, averaging=averaging), tmp_path, SingleProcess()
+    ).run()
     contents = read_checkpoint(find_checkpoint(tmp_path))
     model = stored_model(contents, stored_config(contents, []), "averaged")
     expected = mean_of([row["2.weight"] for row in contents.average["kept"]])
@@ -167,7 +169,7 @@ def silent(images: ImageFormat, width: float, norm: object) -> nn.Module:
 
 
 def test_a_model_whose_method_train_returns_nothing_is_trained_exported_and_moved(tmp_path: Path) -> None:
-    build_trainer(small_config(model={"name": f"{__name__}:silent"}), tmp_path, Alone()).run()
+    build_trainer(small_config(model={"name": f"{__name__}:silent"}), tmp_path, SingleProcess()).run()
     assert export(tmp_path, "safetensors", tmp_path / "model").difference == 0
     model = Run(RunDirectory(tmp_path)).model()
     assert not any(module.training for module in model.modules())
@@ -197,7 +199,7 @@ def halved(images: ImageFormat, width: float, norm: object) -> nn.Module:
 
 
 def test_an_export_compares_the_file_with_the_model_before(tmp_path: Path) -> None:
-    build_trainer(small_config(model={"name": f"{__name__}:halved"}), tmp_path, Alone()).run()
+    build_trainer(small_config(model={"name": f"{__name__}:halved"}), tmp_path, SingleProcess()).run()
     assert export(tmp_path, "safetensors", tmp_path / "model").difference > 0
 
 

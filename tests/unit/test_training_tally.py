@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from dist_train.cluster.communicator import Alone, Communicator
+from dist_train.cluster.communicator import SingleProcess, Communicator
 from dist_train.models.norms import BatchStatistics, GroupedBatchNorm
 from dist_train.training.reduction import Tally, TallyResult
 from tests.unit.simulated_ranks import results
@@ -31,7 +31,7 @@ def count(comm: Communicator, size: int) -> TallyResult:
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7])
 def test_promise_3_loss_and_accuracy_are_the_global_means_on_any_number_of_ranks(ranks: int) -> None:
-    alone = count(Alone(), 5)
+    alone = count(SingleProcess(), 5)
     assert alone.loss == pytest.approx(functional.cross_entropy(LOGITS, LABELS).item(), rel=1e-6)
     assert alone.accuracy == (LOGITS.argmax(1) == LABELS).sum().item() / 23
     assert (alone.samples, alone.out_of_range, alone.out_of_memory, alone.stop) == (23, 0, 0, 0)
@@ -67,7 +67,7 @@ def test_what_one_rank_has_to_say_reaches_all() -> None:
 def test_it_begins_anew_with_the_norms_statistics() -> None:
     norm = GroupedBatchNorm(2)
     statistics = BatchStatistics((norm,), CPU, 12)
-    tally = Tally(Alone(), statistics, CPU)
+    tally = Tally(SingleProcess(), statistics, CPU)
     norm(torch.ones(3, 2))
     statistics.collect(3)
     tally.add(torch.tensor(1.0), LOGITS[:2], LABELS[:2])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dist_train.checkpoint.files import list_checkpoints
-from dist_train.cluster.communicator import Alone, Generation, GroupBrokenError, Pending
+from dist_train.cluster.communicator import Generation, GroupBrokenError, Pending, SingleProcess
 from dist_train.outcome import StoppedError
 from dist_train.training import trainer
 from dist_train.training.stopping import TimeLimit, job_time_limit
@@ -39,7 +39,7 @@ def test_a_step_and_a_save_fit_in_what_is_left(seconds_a_step: float, seconds_a_
 
 
 def test_a_rank_that_takes_over_knows_how_long_steps_take(tmp_path: Path) -> None:
-    heir = build_trainer(small_config(), tmp_path, Alone())
+    heir = build_trainer(small_config(), tmp_path, SingleProcess())
     assert heir.saving.writer is not None
     assert not any(heir.time_limit.check(now, now) for now in (0.0, 60.0, 120.0))
     heir.become_writer(heir.observers, None, heir.saving.writer, TimeLimit(1000.0), None)
@@ -58,7 +58,7 @@ def test_a_clock_that_is_set_is_no_long_step() -> None:
     assert limit.check(990.0, 3.0)
 
 
-class BreaksOnce(Alone):
+class BreaksOnce(SingleProcess):
     """A rank that loses another in the second update, and waits `pause` seconds of `clock` for one in its place."""
 
     is_elastic = True
@@ -116,7 +116,7 @@ def test_slurm_is_asked_for_the_end_of_the_job(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_a_run_near_its_limit_is_saved_and_stopped(tmp_path: Path) -> None:
-    limited = build_trainer(small_config(), tmp_path, Alone())
+    limited = build_trainer(small_config(), tmp_path, SingleProcess())
     limited.time_limit = TimeLimit(1.0)
     with pytest.raises(StoppedError):
         limited.run()

@@ -18,7 +18,7 @@ from dist_train.checkpoint import writer
 from dist_train.checkpoint.files import list_checkpoints, newest_whole, read_checkpoint, write_checkpoint
 from dist_train.checkpoint.writer import CheckpointWriter
 from dist_train.cluster import communicator
-from dist_train.cluster.communicator import Alone, Communicator, Generation, GroupBrokenError
+from dist_train.cluster.communicator import Communicator, Generation, GroupBrokenError, SingleProcess
 from dist_train.config import Config
 from dist_train.launching import assembly
 from dist_train.models import build_model
@@ -92,7 +92,7 @@ class Notebook(Observer):
 
 
 def run(
-    folder: Path, comm: SimulatedRanks | Alone, /, *, going_on: bool = False, **sections: Any
+    folder: Path, comm: SimulatedRanks | SingleProcess, /, *, going_on: bool = False, **sections: Any
 ) -> tuple[dict[str, bytes], Notebook, Trainer]:
     notebook = Notebook()
     contents = None
@@ -153,7 +153,7 @@ def test_promise_5_a_run_that_is_broken_off_and_gone_on_with_ends_with_the_same_
 def test_every_step_is_recorded_once_with_the_rate_and_the_noise_that_it_was_made_with(tmp_path: Path) -> None:
     _, notebook, trainer = run(
         tmp_path,
-        Alone(),
+        SingleProcess(),
         schedule={"scaling": "linear", "base_batch": 13, "warmup_epochs": 1},
         noise={"schedule": {"kind": "cosine"}},
     )
@@ -171,7 +171,7 @@ def test_every_step_is_recorded_once_with_the_rate_and_the_noise_that_it_was_mad
 def test_the_pace_of_records_evaluations_and_checkpoints_follows_the_settings(tmp_path: Path) -> None:
     _, notebook, _ = run(
         tmp_path,
-        Alone(),
+        SingleProcess(),
         run={"epochs": 4},
         metrics={"every_steps": 5, "enabled": False},
         evaluation={"every_epochs": 2},
@@ -200,7 +200,7 @@ def test_the_status_moves_during_an_evaluation(tmp_path: Path) -> None:
             super().record(record)
 
     looking = Looking()
-    trainer = build_trainer(small_config(run={"max_steps": 1}), tmp_path, Alone(), observers=[looking])
+    trainer = build_trainer(small_config(run={"max_steps": 1}), tmp_path, SingleProcess(), observers=[looking])
     trainer.status = StatusFile(trainer.directory.status, 1, check=lambda: None)
     trainer.run()
     assert seen == [("train", 1), ("test", 1)]
@@ -208,15 +208,15 @@ def test_the_status_moves_during_an_evaluation(tmp_path: Path) -> None:
 
 def test_schedules_stay_laid_out_over_the_epochs_when_a_run_stops_earlier(tmp_path: Path) -> None:
     schedule = {"decay": "cosine"}
-    _, whole, _ = run(tmp_path / "whole", Alone(), schedule=schedule)
-    _, part, trainer = run(tmp_path / "part", Alone(), schedule=schedule, run={"max_steps": 4})
+    _, whole, _ = run(tmp_path / "whole", SingleProcess(), schedule=schedule)
+    _, part, trainer = run(tmp_path / "part", SingleProcess(), schedule=schedule, run={"max_steps": 4})
     assert (trainer.total_steps, trainer.last_step) == (6, 4)
     rates = [record.learning_rate for record in whole.training]
     assert [record.learning_rate for record in part.training] == rates[:4]
 
 
 def test_a_checkpoint_holds_the_clean_weights_the_progress_and_the_settings(tmp_path: Path) -> None:
-    state, _, trainer = run(tmp_path, Alone(), noise={"amplitude": 10.0})
+    state, _, trainer = run(tmp_path, SingleProcess(), noise={"amplitude": 10.0})
     contents = read_checkpoint(list_checkpoints(tmp_path / "checkpoints")[-1].path)
     assert (contents.step, contents.epoch) == (6, 2.0)
     assert {name: tensor.numpy().tobytes() for name, tensor in contents.model.items()} == state
@@ -256,7 +256,7 @@ def test_promise_7_a_request_to_stop_on_one_rank_saves_once_and_stops_all(tmp_pa
 
 
 def test_a_request_to_stop_at_the_last_step_lets_the_run_finish(tmp_path: Path) -> None:
-    trainer = build_trainer(small_config(run={"max_steps": 1}), tmp_path, Alone())
+    trainer = build_trainer(small_config(run={"max_steps": 1}), tmp_path, SingleProcess())
     trainer.stop.request("SIGTERM")
     trainer.run()
     assert [file.step for file in list_checkpoints(tmp_path / "checkpoints")] == [1]
@@ -273,14 +273,14 @@ def test_promise_6_a_checkpoint_that_cannot_be_written_is_told_and_the_run_goes_
         return write(directory, contents, before)
 
     monkeypatch.setattr(writer, "write_checkpoint", fail_at_3)
-    _, notebook, trainer = run(tmp_path, Alone())
+    _, notebook, trainer = run(tmp_path, SingleProcess())
     assert trainer.progress.step == 6
     [failed] = [event for event in notebook.events if event.event == "checkpoint_failed"]
     assert (failed.step, failed.details["error"]) == (3, "No space left on device")
     assert [file.step for file in list_checkpoints(tmp_path / "checkpoints")] == [6]
 
 
-class LeftAlone(Alone):
+class LeftAlone(SingleProcess):
     """The rank of an elastic launch that is left when another one is lost."""
 
     is_elastic = True
@@ -345,7 +345,7 @@ def test_a_rank_lost_while_the_others_meet_is_recorded(tmp_path: Path) -> None:
 
 def test_fewer_samples_than_one_batch_are_refused(tmp_path: Path) -> None:
     with raises(UsageError, "too-few-samples"):
-        build_trainer(small_config(batch={"global_size": 101}), tmp_path, Alone())
+        build_trainer(small_config(batch={"global_size": 101}), tmp_path, SingleProcess())
 
 
 def test_a_model_that_does_not_fit_the_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -354,12 +354,12 @@ def test_a_model_that_does_not_fit_the_memory_is_refused(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(assembly, "build_model", build)
     with raises(UsageError, "out-of-memory"):
-        build_trainer(small_config(), tmp_path, Alone())
+        build_trainer(small_config(), tmp_path, SingleProcess())
 
 
 def test_a_trainer_at_its_end_does_nothing(tmp_path: Path) -> None:
-    first, _, _ = run(tmp_path, Alone())
-    again, notebook, _ = run(tmp_path, Alone(), going_on=True)
+    first, _, _ = run(tmp_path, SingleProcess())
+    again, notebook, _ = run(tmp_path, SingleProcess(), going_on=True)
     assert again == first
     assert notebook.measured() == []
 
@@ -373,7 +373,7 @@ def test_a_trainer_at_its_end_does_nothing(tmp_path: Path) -> None:
     ],
 )
 def test_no_micro_batch_of_a_single_sample_reaches_a_norm(tmp_path: Path, sections: Sections) -> None:
-    _, _, trainer = run(tmp_path, Alone(), run={"max_steps": 2}, **sections)
+    _, _, trainer = run(tmp_path, SingleProcess(), run={"max_steps": 2}, **sections)
     assert trainer.progress.step == 2
     assert min(part.size for part in trainer.plan.micro_batches) > 1
 
@@ -383,7 +383,7 @@ def test_promise_4_what_is_evaluated_and_saved_has_statistics_of_the_clean_weigh
     tmp_path: Path, statistics: str
 ) -> None:
     _, _, trainer = run(
-        tmp_path, Alone(), model={"norm_statistics": statistics}, checkpoint={"every_steps": 2, "keep": 9}
+        tmp_path, SingleProcess(), model={"norm_statistics": statistics}, checkpoint={"every_steps": 2, "keep": 9}
     )
     for file in list_checkpoints(tmp_path / "checkpoints"):
         saved = read_checkpoint(file.path).model
@@ -395,7 +395,7 @@ def test_promise_4_what_is_evaluated_and_saved_has_statistics_of_the_clean_weigh
             statistics_samples(100, 30, 6, 0),
             micro_size=6,
             compute=trainer.take_step.compute,
-            comm=Alone(),
+            comm=SingleProcess(),
         )
         recomputed = model.state_dict()
         same = [torch.equal(saved[name], recomputed[name]) for name in saved if "running" in name]
@@ -409,7 +409,7 @@ def test_promise_6_a_slow_copy_still_holds_the_weights_of_its_step(
     monkeypatch.setattr(writer, "_YIELD_SECONDS", 0.2)
     noise = {"method": method, **({"sharing": "micro_batch"} if method == "sam" else {})}
     config = small_config(noise=noise, checkpoint={"every_steps": 1, "keep": 9})
-    trainer = build_trainer(config, tmp_path, Alone())
+    trainer = build_trainer(config, tmp_path, SingleProcess())
     after: dict[int, dict[str, torch.Tensor]] = {}
     for _ in range(3):
         trainer.advance()
@@ -480,7 +480,7 @@ def test_promise_6_a_slow_copy_holds_the_buffers_of_its_step_though_a_forward_pa
 ) -> None:
     monkeypatch.setattr(writer, "_YIELD_SECONDS", 0.2)
     model = {"name": f"{__name__}:with_torchs_norm", "norm_statistics": "running"}
-    _, _, trainer = run(tmp_path, Alone(), model=model, checkpoint={"every_steps": 1, "keep": 9})
+    _, _, trainer = run(tmp_path, SingleProcess(), model=model, checkpoint={"every_steps": 1, "keep": 9})
     trainer.close()
     files = list_checkpoints(tmp_path / "checkpoints")
     passes = {file.step: int(read_checkpoint(file.path).model["1.num_batches_tracked"]) for file in files}
@@ -536,8 +536,8 @@ def with_a_tensor_as_rate(settings: Any, groups: Sequence[Any]) -> torch.optim.O
 @pytest.mark.parametrize("name", ["slowing", "mixed", "with_a_tensor_as_rate"])
 def test_promise_5_more_ranks_go_on_with_the_state_of_a_plugin_s_optimizer(tmp_path: Path, name: str) -> None:
     optimizer = {"name": f"{__name__}:{name}"}
-    expected, _, _ = run(tmp_path / "whole", Alone(), optimizer=optimizer)
-    run(tmp_path / "run", Alone(), optimizer=optimizer, run={"max_steps": 3})
+    expected, _, _ = run(tmp_path / "whole", SingleProcess(), optimizer=optimizer)
+    run(tmp_path / "run", SingleProcess(), optimizer=optimizer, run={"max_steps": 3})
     resumed = results(2, lambda each: run(tmp_path / "run", each, going_on=True, optimizer=optimizer))
     assert [state for state, _, _ in resumed] == [expected] * 2
 
@@ -559,11 +559,11 @@ def drawing(settings: Any, groups: Sequence[Any]) -> torch.optim.Optimizer:
 def test_promise_5_what_a_plugin_s_optimizer_draws_depends_on_seed_and_step_alone(tmp_path: Path) -> None:
     optimizer = {"name": f"{__name__}:drawing"}
     torch.manual_seed(1)
-    expected, _, _ = run(tmp_path / "whole", Alone(), optimizer=optimizer)
+    expected, _, _ = run(tmp_path / "whole", SingleProcess(), optimizer=optimizer)
     torch.manual_seed(2)
     before = torch.get_rng_state()
-    run(tmp_path / "run", Alone(), optimizer=optimizer, run={"max_steps": 3})
-    resumed, _, _ = run(tmp_path / "run", Alone(), going_on=True, optimizer=optimizer)
+    run(tmp_path / "run", SingleProcess(), optimizer=optimizer, run={"max_steps": 3})
+    resumed, _, _ = run(tmp_path / "run", SingleProcess(), going_on=True, optimizer=optimizer)
     assert resumed == expected
     assert torch.equal(torch.get_rng_state(), before)
 
