@@ -30,7 +30,7 @@ class GroupBrokenError(RankLostError):
     """The current generation of an elastic launch has lost a rank; the remaining ranks can form the next one."""
 
 
-class MeetingRequestedError(GroupBrokenError):
+class RendezvousRequestedError(GroupBrokenError):
     """All ranks have agreed to form a new generation after this update; nothing is broken."""
 
 
@@ -121,7 +121,7 @@ class Communicator:
     backend: str = "alone"  # or Horovod's mpi or gloo, torch-gloo or torch-nccl, mpi4py
     has_nccl: bool = True  # whether the group can sum GPU tensors
     has_counters: bool = False  # whether `open_counters` needs no further connections
-    is_elastic: bool = False  # whether ranks may leave and join: after a GroupBrokenError `meet` continues
+    is_elastic: bool = False  # whether ranks may leave and join: after a GroupBrokenError `rendezvous` continues
     is_joining: bool = False  # whether this rank joins a run under way and has not met the others yet
     generation: int = 1  # number of the current process group, from 1
 
@@ -131,7 +131,7 @@ class Communicator:
         return self.size
 
     @property
-    def wants_meeting(self) -> bool:
+    def wants_rendezvous(self) -> bool:
         """Whether ranks are waiting to join, as far as this rank knows."""
         return False
 
@@ -176,7 +176,7 @@ class Communicator:
     def note_working_group(self) -> None:
         """Report the same, and that this generation works: it begins the run, or has made an update."""
 
-    def meet(self, why: str, on_begin: Callable[[Generation], None] = lambda generation: None) -> Generation:
+    def rendezvous(self, why: str, on_begin: Callable[[Generation], None] = lambda generation: None) -> Generation:
         """Leave this generation, wait for the next one, switch this object to it and return it.
 
         `why`: what broke this generation; empty if all ranks meet by agreement. `on_begin` is called with the next one

@@ -1,8 +1,8 @@
 """The ranks of an elastic launch over torch.distributed: each generation of ranks has its own process groups.
 
-One object serves the whole run; its rank and size change from one generation to the next (`meet`). A generation has a
-Gloo group, and an NCCL group beside it if the ranks compute on GPUs. A broken Gloo group cannot be aborted: a thread
-destroys it, however long that takes. Memory that it may still write to must not be used again.
+One object serves the whole run; its rank and size change from one generation to the next (`rendezvous`). A generation
+has a Gloo group, and an NCCL group beside it if the ranks compute on GPUs. A broken Gloo group cannot be aborted: a
+thread destroys it, however long that takes. Memory that it may still write to must not be used again.
 
 A broken NCCL group must be aborted: its kernels wait for a lost rank for ever, and so does every stream and thread that
 waits for them; within a node NCCL does not even notice. So no stream here waits for an operation that is not done, and
@@ -75,7 +75,7 @@ class ElasticCommunicator(TorchOperations):
             # It gets the GPU of the process that it replaces.
             self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         else:
-            self.meet("")
+            self.rendezvous("")
 
     @property
     def most_ranks(self) -> int:
@@ -83,9 +83,9 @@ class ElasticCommunicator(TorchOperations):
         return self._member.most_ranks
 
     @property
-    def wants_meeting(self) -> bool:
+    def wants_rendezvous(self) -> bool:
         """Whether ranks are waiting to join, as far as this rank knows."""
-        return self._member.wants_meeting
+        return self._member.wants_rendezvous
 
     def note_work(self) -> None:
         """Report progress; a rank that does not report again within `comm.timeout` is expelled."""
@@ -103,7 +103,7 @@ class ElasticCommunicator(TorchOperations):
         """Report the same, and that this generation works: it begins the run, or has made an update."""
         self._member.trains(works=True)
 
-    def meet(self, why: str, on_begin: Callable[[Generation], None] = lambda generation: None) -> Generation:
+    def rendezvous(self, why: str, on_begin: Callable[[Generation], None] = lambda generation: None) -> Generation:
         """Switch to the next generation; raise UsageError if this rank joins, and another rank has its GPU."""
         if not why and self._device_group is not None:
             # The first abort frees memory that another rank's kernel may still read.

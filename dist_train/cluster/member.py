@@ -86,7 +86,7 @@ class Member:
         self.interruption = ""  # why the current generation is over; empty while it is not
         self._end_reason = ""
         self._is_leaving = False
-        self.wants_meeting = False  # whether ranks are waiting to join
+        self.wants_rendezvous = False  # whether ranks are waiting to join
         self.on_break: Callable[[], None] = lambda: None  # called, from a thread not to be blocked, when it breaks
         try:
             self._connection = MessageConnection(host, int(port), _CONNECT_SECONDS)
@@ -170,12 +170,12 @@ class Member:
                     self.interruption = fields["why"]
                     self.on_break()
                 case "meet":
-                    self.wants_meeting = True
+                    self.wants_rendezvous = True
                 case "end":
                     self._end_reason = self.interruption = fields["why"]
                     self.on_break()
                 case "members":
-                    self.interruption, self.wants_meeting = "", False
+                    self.interruption, self.wants_rendezvous = "", False
                     self._generation = fields["generation"]
                     self._next = _GENERATION.validate_python(fields)
             self._changed.notify_all()

@@ -22,7 +22,7 @@ def end_process() -> None:
 _HEAD_START_SECONDS = 2.0  # rank 0 reports for all; the others later, in case it is the one that hangs
 
 
-def meeting_within(
+def rendezvous_within(
     seconds: float,
     end: Callable[[], None] = end_process,
     advice: str = "start again, or raise comm.timeout if starting takes that long",
@@ -95,7 +95,7 @@ _MEASURING_SECONDS = 300.0  # for the ranks to meet where no comm.timeout is kno
 
 def join_to_measure(*, timeout: float, device_type: str, engine: Engine = "auto") -> Communicator:
     """As `join_ranks`, but end this process with a message if the ranks have not all met after five minutes."""
-    with meeting_within(_MEASURING_SECONDS, advice="start again"):
+    with rendezvous_within(_MEASURING_SECONDS, advice="start again"):
         return join_ranks(timeout=timeout, device_type=device_type, engine=engine)
 
 

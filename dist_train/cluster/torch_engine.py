@@ -39,7 +39,7 @@ from dist_train.outcome import FaultError, UsageError
 
 _INTERFACE = "GLOO_SOCKET_IFNAME"
 _ANSWER_SECONDS = 5.0  # for an address of rank 0 to answer
-_STORE_TIMEOUT = timedelta(minutes=30)  # ranks that cannot meet give up much earlier (`meeting_within`)
+_STORE_TIMEOUT = timedelta(minutes=30)  # ranks that cannot meet give up much earlier (`rendezvous_within`)
 _TORCH_WATCHDOGS = (
     "TORCH_NCCL_ASYNC_ERROR_HANDLING",  # its watchdog would end the process before ours has written a message
     "TORCH_NCCL_ENABLE_MONITORING",  # its monitor would, minutes after an operation has timed out, or a watchdog stalls

@@ -25,7 +25,7 @@ from dist_train.cluster.communicator import (
     run_on_all_ranks,
 )
 from dist_train.cluster.devices import device_type
-from dist_train.cluster.rendezvous import join_ranks, meeting_within
+from dist_train.cluster.rendezvous import join_ranks, rendezvous_within
 from dist_train.cluster.watchdog import Watchdog, start_watchdog
 from dist_train.config import Config, dump_config, parse_config
 from dist_train.config.plugins import check_unedited
@@ -211,7 +211,7 @@ def _meet(config: Config, stack: ExitStack) -> tuple[Communicator, Watchdog | No
     Raises UsageError on all ranks if their code or settings differ.
     """
     timeout, micro_size = config.comm.timeout, config.batch.micro_size
-    with without_collection(), meeting_within(timeout * _RENDEZVOUS_TIMEOUTS):
+    with without_collection(), rendezvous_within(timeout * _RENDEZVOUS_TIMEOUTS):
         comm = join_ranks(
             timeout=timeout,
             device_type=device_type(config.run.device),

@@ -19,7 +19,7 @@ from dist_train.cluster.communicator import (
     Communicator,
     Generation,
     GroupBrokenError,
-    MeetingRequestedError,
+    RendezvousRequestedError,
     broadcast_str,
     gather,
 )
@@ -129,7 +129,7 @@ class Interruption:
 
     def note(self, error: GroupBrokenError, *, update_is_redone: bool) -> None:
         """Begin, or continue, with `error`; `update_is_redone`: an update was in progress."""
-        self.why = "" if isinstance(error, MeetingRequestedError) else str(error)
+        self.why = "" if isinstance(error, RendezvousRequestedError) else str(error)
         if self._since is None:
             self._since = time.monotonic()
             self._redone = int(update_is_redone and bool(self.why))
@@ -248,8 +248,8 @@ class ElasticTrainer(Trainer):
         """Make one update and what is due after it, as `Trainer` does; raise GroupBrokenError if ranks wait to join."""
         if (update := self._make_update()) is not None:
             self._complete_step(update)
-            if update.meeting_requested and self.has_work:
-                raise MeetingRequestedError("ranks join")
+            if update.rendezvous_requested and self.has_work:
+                raise RendezvousRequestedError("ranks join")
 
     def _make_update(self) -> LastUpdate | None:
         before = replace(self.progress)
@@ -287,7 +287,7 @@ class ElasticTrainer(Trainer):
     def _recover(self) -> None:
         """Form a new group of the remaining and joining ranks; continue from the newest state that any of them has."""
         self.time_limit.interrupt()
-        generation = self.comm.meet(self._interruption.why, self._interruption.add)
+        generation = self.comm.rendezvous(self._interruption.why, self._interruption.add)
         # What follows may replace the weights and, in an evaluation that is redone, the norms' statistics.
         self.take_step.wait_for_checkpoint_copy()
         if self.measuring:

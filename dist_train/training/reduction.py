@@ -205,7 +205,7 @@ def _check_adasum(comm: Communicator, share: float, device: torch.device) -> Non
         )
 
 
-_LOSS, _CORRECT, _SAMPLES, _RISE, _RISE_SAMPLES, _OUT_OF_RANGE, _OUT_OF_MEMORY, _STOP, _MEET, _SLOTS = range(10)
+_LOSS, _CORRECT, _SAMPLES, _RISE, _RISE_SAMPLES, _OUT_OF_RANGE, _OUT_OF_MEMORY, _STOP, _RENDEZVOUS, _SLOTS = range(10)
 
 _TERM_LIMIT = LOSSES.limit / 4096
 """As many micro-batches as any global batch or split in use has; their sum cannot leave the range."""
@@ -230,7 +230,7 @@ class TallyResult:
     """The sums that `GradientAccumulator.settle` takes."""
     paces: tuple[int, ...] = field(compare=False, repr=False)
     """The `GlobalBatch.pace` of every rank."""
-    meet: int
+    rendezvous: int
     """How many ranks know of others that wait to join."""
     statistics: torch.Tensor = field(compare=False, repr=False)
     """The sums of `BatchStatistics`."""
@@ -307,7 +307,7 @@ class Tally:
         # By `fill_`: an assignment to an element would copy the number from host memory, for which CUDA waits.
         self._counts[_OUT_OF_MEMORY].fill_(int(out_of_memory))
         self._counts[_STOP].fill_(int(stop))
-        self._counts[_MEET].fill_(int(self._comm.wants_meeting))
+        self._counts[_RENDEZVOUS].fill_(int(self._comm.wants_rendezvous))
         paces = self._counts.new_zeros(self._comm.size)
         if pace:
             paces[self._comm.rank].fill_(pace)
@@ -333,7 +333,7 @@ class Tally:
             out_of_range=counts[_OUT_OF_RANGE],
             out_of_memory=counts[_OUT_OF_MEMORY],
             stop=counts[_STOP],
-            meet=counts[_MEET],
+            rendezvous=counts[_RENDEZVOUS],
             largest=counts[ranks:read],
             paces=tuple(counts[_SLOTS:ranks]),
             statistics=self._sent[read:],

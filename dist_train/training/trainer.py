@@ -50,7 +50,7 @@ class LastUpdate:
     stop_requested: bool
     repeats: int
     progress: Progress
-    meeting_requested: bool = False
+    rendezvous_requested: bool = False
     """Whether ranks wait to join, in an elastic launch."""
 
 
@@ -225,7 +225,7 @@ class Trainer:
             self.profiler.after_update(self.progress.step)
         self._busy_seconds += seconds
         self._samples_done += size
-        return LastUpdate(record, total.stop > 0, update.repeats, replace(self.progress), total.meet > 0)
+        return LastUpdate(record, total.stop > 0, update.repeats, replace(self.progress), total.rendezvous > 0)
 
     def _shrink(self) -> None:
         sizes = [size for _, size in self.config.batch.sizes]

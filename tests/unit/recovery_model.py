@@ -43,7 +43,7 @@ class Rank(NamedTuple):
     step: int = 0
     has_state: bool = True
     is_interrupted: bool = False
-    wants_meeting: bool = False
+    wants_rendezvous: bool = False
     is_asked_to_stop: bool = False
     has_stopped: bool = False
     """Whether all ranks have agreed, in their last update, to stop after it."""
@@ -58,7 +58,7 @@ class Brought(NamedTuple):
     kind: Kind
     step: int
     has_state: bool
-    wants_meeting: bool
+    wants_rendezvous: bool
     is_asked_to_stop: bool
     has_stopped: bool
 
@@ -189,7 +189,9 @@ def _has_lost(world: World, rank: Rank) -> bool:
 
 def _bring(world: World, number: int) -> World:
     rank = world.ranks[number]
-    mine = Brought(*(rank.kind, rank.step, rank.has_state, rank.wants_meeting, rank.is_asked_to_stop, rank.has_stopped))
+    mine = Brought(
+        *(rank.kind, rank.step, rank.has_state, rank.wants_rendezvous, rank.is_asked_to_stop, rank.has_stopped)
+    )
     for other in _brought(world, rank).values():
         assert other.kind == mine.kind, f"operations are mixed up: {world}"
         assert mine.kind in ("standings", "state") or other.step == mine.step, f"updates are mixed up: {world}"
@@ -219,7 +221,7 @@ def _complete(world: World, number: int, limits: Limits) -> World:
             if limits.breaks:
                 made = made._replace(outbox=(*made.outbox, PeerTraining(number, works=True)))
             world = _with(world, number, made)
-            if made.kind == "sum" and any(b.wants_meeting for b in brought.values()):
+            if made.kind == "sum" and any(b.wants_rendezvous for b in brought.values()):
                 return _stop(world, number, "")
             return world
         case "barrier":
@@ -264,7 +266,7 @@ def _deliver_to_rank(world: World, number: int) -> World:
         case "break" if generation == rank.generation:
             rank = rank._replace(is_interrupted=True)
         case "meet":
-            rank = rank._replace(wants_meeting=True)
+            rank = rank._replace(wants_rendezvous=True)
         case "stop":
             rank = rank._replace(is_asked_to_stop=True)
         case "end" if rank.mode not in ("dead", "done"):

@@ -84,7 +84,7 @@ def test_a_generation_that_breaks_while_it_meets_is_reported(comm: Any) -> None:
     comm._store = SimpleNamespace(port=0)
     comm._group = comm._device_group = None
     with pytest.raises(GroupBrokenError, match="rank 1 was lost"):
-        comm.meet("rank 2 died", begun.append)
+        comm.rendezvous("rank 2 died", begun.append)
     assert begun == [third]
 
 

@@ -207,7 +207,7 @@ def test_ranks_that_do_not_meet_are_not_waited_for(
 ) -> None:
     monkeypatch.setattr(rendezvous, "current_launch", lambda: Launch("mpirun", 3, 0))
     ended = threading.Event()
-    with rendezvous.meeting_within(0.05, ended.set):
+    with rendezvous.rendezvous_within(0.05, ended.set):
         assert ended.wait(30)
     assert "[ranks-cannot-meet]" in capsys.readouterr().err
 
@@ -216,14 +216,14 @@ def test_ranks_that_do_not_meet_end_without_a_terminal_too(monkeypatch: pytest.M
     monkeypatch.setattr(rendezvous, "current_launch", lambda: Launch("mpirun", 3, 0))
     monkeypatch.setattr("sys.stderr", Mock(write=Mock(side_effect=OSError(errno.EIO, "Input/output error"))))
     ended = threading.Event()
-    with rendezvous.meeting_within(0.05, ended.set):
+    with rendezvous.rendezvous_within(0.05, ended.set):
         assert ended.wait(30)
 
 
 def test_ranks_that_have_met_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rendezvous, "current_launch", lambda: Launch("mpirun", 3, 0))
     ended = threading.Event()
-    with rendezvous.meeting_within(0.2, ended.set):
+    with rendezvous.rendezvous_within(0.2, ended.set):
         pass
     assert not ended.wait(0.5)
 

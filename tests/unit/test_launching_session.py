@@ -257,7 +257,7 @@ def net(images, width, norm): return nn.Sequential(nn.Flatten(), nn.Linear(64, i
 def test_a_model_without_norms_is_not_warned_of_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "mine.py").write_text(NORMLESS)
     model = {"name": f"{tmp_path / 'mine.py'}:net", "width": 1.0, "norm": "ghost", "ghost_size": 8}
-    begun(tmp_path / "run", Alone(), model=model, batch={"global_size": 26, "micro_size": 6})
+    begun(tmp_path / "run", SingleProcess(), model=model, batch={"global_size": 26, "micro_size": 6})
     assert "ghost norm" not in caplog.text
 
 

@@ -73,7 +73,7 @@ def test_promise_6_rank_0_records_the_new_size_though_only_another_rank_made_the
         if self.comm.rank == 1 and has_failed.is_set() and breaks:
             raise GroupBrokenError(breaks.pop())
 
-    def meet(self: SimulatedRanks, *_: object) -> Generation:
+    def rendezvous(self: SimulatedRanks, *_: object) -> Generation:
         return Generation(2, self.rank, self.size, ("", 0), ("a", "b"), (), "reset", ())
 
     def job(comm: SimulatedRanks) -> list[list[tuple[int, str]]]:
@@ -86,7 +86,7 @@ def test_promise_6_rank_0_records_the_new_size_though_only_another_rank_made_the
     monkeypatch.setattr(SmoothOut, "after_update", after_update)
     monkeypatch.setattr(Saving, "report", report)
     monkeypatch.setattr(SimulatedRanks, "is_elastic", True)
-    monkeypatch.setattr(SimulatedRanks, "meet", meet)
+    monkeypatch.setattr(SimulatedRanks, "rendezvous", rendezvous)
     (recorded, kept), (_, kept_elsewhere) = results(2, job)
     assert all((9, "batch_size") in events for events in (recorded, kept, kept_elsewhere))
     assert not breaks

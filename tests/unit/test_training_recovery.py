@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from dist_train.checkpoint.state import Progress
-from dist_train.cluster.communicator import Generation, GroupBrokenError, MeetingRequestedError
+from dist_train.cluster.communicator import Generation, GroupBrokenError, RendezvousRequestedError
 from dist_train.outcome import FaultError, UsageError
 from dist_train.rundir.records import EventRecord, Record
 from dist_train.training.recovery import (
@@ -136,7 +136,7 @@ def test_a_loss_over_several_generations_is_one_event() -> None:
     assert list(interruption.events(comm)) == []
 
 
-@pytest.mark.parametrize("error", [MeetingRequestedError("ranks join"), GroupBrokenError("a rank does not come")])
+@pytest.mark.parametrize("error", [RendezvousRequestedError("ranks join"), GroupBrokenError("a rank does not come")])
 def test_a_meeting_by_agreement_redoes_nothing(error: GroupBrokenError) -> None:
     comm = SimulatedRanks.__new__(SimulatedRanks)
     comm.size = 2

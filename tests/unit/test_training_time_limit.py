@@ -74,7 +74,7 @@ class BreaksOnce(SingleProcess):
             raise GroupBrokenError("rank 1 died")
         return Pending()
 
-    def meet(self, why: str, on_begin: Callable[[Generation], None] = lambda generation: None) -> Generation:
+    def rendezvous(self, why: str, on_begin: Callable[[Generation], None] = lambda generation: None) -> Generation:
         now = time.monotonic() + self.pause
         self._clock.monotonic = lambda: now
         return Generation(2, 0, 1, ("", 0), ("here",), ("rank 1 died",), "", ())

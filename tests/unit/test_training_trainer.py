@@ -288,7 +288,7 @@ class LeftAlone(SingleProcess):
     def __init__(self, losses_while_meeting: tuple[str, ...] = ()) -> None:
         self.losses_while_meeting = list(losses_while_meeting)
 
-    def meet(self, why: str, on_begin: Callable[[Generation], None] = lambda generation: None) -> Generation:
+    def rendezvous(self, why: str, on_begin: Callable[[Generation], None] = lambda generation: None) -> Generation:
         self.generation += 1
         new = Generation(self.generation, 0, 1, ("", 0), ("node",), (why,), why, ())
         on_begin(new)
@@ -432,9 +432,9 @@ def test_promise_6_recovery_changes_nothing_before_the_checkpoint_is_copied(
         return copy(self, name, value)
 
     class LosesAnother(LeftAlone):
-        def meet(self, why: str, on_begin: Callable[[Generation], None] = lambda generation: None) -> Generation:
+        def rendezvous(self, why: str, on_begin: Callable[[Generation], None] = lambda generation: None) -> Generation:
             threading.Timer(0.3, go.set).start()
-            return super().meet(why, on_begin)
+            return super().rendezvous(why, on_begin)
 
     report, losses, copied = Saving.report, ["rank 1 died"], []
 
@@ -472,7 +472,7 @@ def test_a_model_without_norms_of_ours_makes_no_passes_for_their_statistics(
 ) -> None:
     monkeypatch.setattr(training_loop, "recompute_statistics", lambda *_, **__: pytest.fail("passes were made"))
     model = {"name": f"{__name__}:with_torchs_norm", "width": 1.0, "norm_statistics": "recomputed"}
-    run(tmp_path, Alone(), model=model, run={"max_steps": 2}, averaging={"kind": "ema"})
+    run(tmp_path, SingleProcess(), model=model, run={"max_steps": 2}, averaging={"kind": "ema"})
 
 
 def test_promise_6_a_slow_copy_holds_the_buffers_of_its_step_though_a_forward_pass_changes_them(
@@ -573,7 +573,7 @@ def test_an_amplitude_may_be_a_number_of_numpy_or_torch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Callable[[float], Any]
 ) -> None:
     monkeypatch.setattr(SmoothOut, "amplitude", lambda noise, step: kind(0.5))
-    _, notebook, _ = run(tmp_path, Alone(), run={"max_steps": 1})
+    _, notebook, _ = run(tmp_path, SingleProcess(), run={"max_steps": 1})
     assert [type(record.noise_amplitude) for record in notebook.training] == [float]
 
 
