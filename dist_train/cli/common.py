@@ -29,7 +29,7 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     )
     add_overrides(parser, "settings to override")
     parser.add_argument(
-        "--run-dir", type=Path, metavar="DIR", help="the run's folder (default: by run.directory and run.name)"
+        "--run-dir", type=folder_path, metavar="DIR", help="the run's folder (default: by run.directory and run.name)"
     )
     parser.add_argument(
         "--plugin", action="append", default=[], metavar="FILE.py", help="a Python file of plug-ins; may be repeated"
@@ -76,6 +76,13 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights", choices=("raw", "averaged"), default="raw", help="averaged: see averaging.kind (default: raw)"
     )
+
+
+def folder_path(text: str) -> Path:
+    """Return the folder named `text`, which must not be empty."""
+    if not text:
+        raise argparse.ArgumentTypeError("takes a folder's name, not an empty one; the current folder is .")
+    return Path(text)
 
 
 def count(text: str, least: int = 1) -> int:

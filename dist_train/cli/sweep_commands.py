@@ -18,6 +18,7 @@ from dist_train.cli.common import (
     add_config,
     add_overrides,
     count,
+    folder_path,
     named_config,
     print_table,
     terminal_width,
@@ -45,7 +46,10 @@ def add_sweep(subparsers: Subparsers) -> None:
     parser.add_argument("--jobs", type=count, default=1, metavar="K", help="runs at a time (default: 1)")
     parser.add_argument("--ranks", type=count, default=1, metavar="W", help="ranks per run (default: 1)")
     parser.add_argument(
-        "--directory", type=Path, metavar="DIR", help="folder of studies (default: the base's run.directory, runs)"
+        "--directory",
+        type=folder_path,
+        metavar="DIR",
+        help="folder of studies (default: the base's run.directory, runs)",
     )
     actions = parser.add_mutually_exclusive_group()
     for option, action, text in (
@@ -275,7 +279,7 @@ def add_submit(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--directory",
         dest="run_dir",
-        type=Path,
+        type=folder_path,
         default=argparse.SUPPRESS,
         metavar="DIR",
         help="the same as --run-dir; sweep's name for the folder of studies",

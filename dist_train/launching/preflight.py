@@ -50,11 +50,20 @@ def refusals(config: Config, directory: Path | None = None) -> Iterator[UsageErr
 
 
 def check_folder(directory: RunDirectory) -> None:
-    """Check that a new run's folder is not that of a study. Raises UsageError."""
+    """Check that a new run's folder is not that of a study, and has no file that it would replace.
+
+    Raises UsageError.
+    """
     if StudyDirectory(directory.root).runs.exists() and not directory.has_begun:
         raise UsageError(
             f"{directory.root} is the folder of a study: choose another by run.name or --run-dir",
             code="folder-is-study",
+        )
+    if directory.config.exists() and not directory.has_begun:
+        raise UsageError(
+            f"{directory.config} is not that of a run, and would be replaced: choose another folder by run.name or "
+            f"--run-dir",
+            code="folder-foreign-file",
         )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from dist_train.config import Config, ConfigError, dump_config, parse_config
-from dist_train.config.loading import based_on, read_settings, with_overrides, write_override
+from dist_train.config.loading import based_on, located, read_settings, with_overrides, write_override
 from dist_train.config.plugins import is_plugin
 from dist_train.config.problems import Problem
 from dist_train.outcome import UsageError
@@ -121,7 +121,7 @@ def plan_study(
     run. Runs of `before`, an earlier plan of the same study, are not validated again.
 
     Raises ConfigError if the study, its base or one of its runs is invalid; every problem is listed once. Raises
-    UsageError if its folder is that of a run.
+    UsageError if its folder is that of a run, or has files that the plan would replace.
     """
     study = load_study(path)
     base_file = based_on(path, study.base)
@@ -134,11 +134,7 @@ def plan_study(
     if refused := list(problems_of_overrides(study, overrides)):
         raise ConfigError("command line", refused)
     folder = (directory or base.run.directory) / study.name
-    if RunDirectory(folder).has_begun and not StudyDirectory(folder).runs.exists():
-        raise UsageError(
-            f"{folder} is the folder of a run: give the study another name, or choose another folder with --directory",
-            code="folder-is-run",
-        )
+    _check_folder(folder, {path: _dumped(study), base_file: dump_config(base)})
     planned: list[PlannedRun] = []
     found: list[Problem] = []
     unasked: dict[int, str] = {}
@@ -171,6 +167,25 @@ def plan_study(
         # A problem of a variant recurs with every seed: list it once.
         raise ConfigError(str(path), list({str(fault): fault for fault in found}.values()))
     return Plan(study, path, base_file, base, folder, tuple(planned), tuple(overrides), unasked)
+
+
+def _check_folder(folder: Path, texts: Mapping[Path, str]) -> None:
+    """Raise UsageError if the plan must not be written into `folder`.
+
+    `texts`: what is written there, by the files that it comes from: the study and its base.
+    """
+    files = StudyDirectory(folder)
+    has_plan = files.runs.exists()
+    fix = "give the study another name, or choose another folder with --directory"
+    if RunDirectory(folder).has_begun and not has_plan:
+        raise UsageError(f"{folder} is the folder of a run: {fix}", code="folder-is-run")
+    for file, (source, text) in zip((files.study, files.base), texts.items(), strict=True):
+        if not file.is_file() or file.read_bytes() == text.encode():
+            continue
+        if file.samefile(located(source)):
+            raise UsageError(f"{file} is the study's own, and would be replaced: {fix}", code="folder-is-source")
+        if not has_plan:
+            raise UsageError(f"{file} is not that of a sweep, and would be replaced: {fix}", code="folder-foreign-file")
 
 
 def _points(study: Study, trials: OptunaTrials | None) -> Iterator[tuple[int, int, _Variant]]:

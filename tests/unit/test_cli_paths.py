@@ -128,3 +128,23 @@ def test_a_name_that_no_file_can_have_is_refused(
 ) -> None:
     assert main([word.format(stored) for word in words]) == ExitCode.USAGE
     assert f"[{code}]" in capsys.readouterr().err
+
+
+def test_a_configuration_in_the_folder_of_a_new_run_is_not_replaced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(tmp_path, run={"max_steps": 1})
+    before = Path(config).read_bytes()
+    words = [config, "--run-dir", str(tmp_path)]
+    assert main(["train", *words]) == ExitCode.USAGE
+    assert "[folder-foreign-file]" in capsys.readouterr().err
+    assert Path(config).read_bytes() == before
+    RunDirectory(tmp_path).create()  # as a run leaves its folder that has ended before its first checkpoint
+    assert main(["train", *words]) == ExitCode.FINISHED
+
+
+@pytest.mark.parametrize("words", ["train c.yaml --run-dir", "sweep s.yaml --directory", "submit c.yaml --directory"])
+def test_an_empty_name_is_no_folder(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match=str(ExitCode.USAGE)):
+        main([*words.split(), ""])
+    assert "not an empty one" in capsys.readouterr().err

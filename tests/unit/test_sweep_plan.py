@@ -260,6 +260,28 @@ class TestFaults:
         check_launch(plan.base, run)
         assert small_plan(tmp_path).runs == plan.runs
 
+    @pytest.mark.parametrize("own", ["study.yaml", "base.yaml"])
+    def test_no_file_of_the_user_s_in_the_study_s_folder_is_replaced(self, tmp_path: Path, own: str) -> None:
+        study = write_study(tmp_path, name=tmp_path.name)
+        with raises(UsageError, "folder-is-source"):
+            plan_study(study, tmp_path.parent)
+        (tmp_path / "elsewhere").mkdir()
+        study = write_study(tmp_path / "elsewhere")
+        folder = tmp_path / "elsewhere/runs/small"
+        folder.mkdir(parents=True)
+        (folder / own).write_text("run: {}\n")
+        with raises(UsageError, "folder-foreign-file"):
+            plan_study(study)
+        (folder / own).unlink()
+        write_plan(plan_study(study))
+        (folder / "base.yaml").write_text("run: {}\n")  # a plan replaces a former one
+        plan_study(study)
+
+    def test_what_a_sweep_has_written_can_be_swept(self, tmp_path: Path) -> None:
+        plan = small_plan(tmp_path)
+        write_plan(plan)
+        assert plan_study(plan.directory / "study.yaml").runs == plan.runs
+
     def test_a_base_above_a_folder_that_is_a_link_is_that_above_its_target(self, tmp_path: Path) -> None:
         studies = tmp_path / "project" / "studies"
         studies.mkdir(parents=True)
