@@ -47,7 +47,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
     from dist_train.launching.preflight import refusals
 
-    refused = list(refusals(config))
+    refused = list(refusals(config, arguments.run_dir))
     for error in refused:
         print(printable(f"dist-train: {arguments.config}: {text_with_code(error)}"), file=sys.stderr)
     if refused:

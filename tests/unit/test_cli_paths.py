@@ -136,8 +136,8 @@ def test_a_configuration_in_the_folder_of_a_new_run_is_not_replaced(
     config = write_config(tmp_path, run={"max_steps": 1})
     before = Path(config).read_bytes()
     words = [config, "--run-dir", str(tmp_path)]
-    assert main(["train", *words]) == ExitCode.USAGE
-    assert "[folder-foreign-file]" in capsys.readouterr().err
+    assert main(["train", *words]) == main(["config", "check", *words]) == ExitCode.USAGE
+    assert capsys.readouterr().err.count("[folder-foreign-file]") == 2
     assert Path(config).read_bytes() == before
     RunDirectory(tmp_path).create()  # as a run leaves its folder that has ended before its first checkpoint
     assert main(["train", *words]) == ExitCode.FINISHED
