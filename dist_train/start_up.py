@@ -1,4 +1,4 @@
-"""Settings of a rank's process: no garbage collection while it starts, a heap that suits large arrays; its cores."""
+"""How a process of this program is started, and a rank's set up: garbage collection, the heap, the cores."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import gc
 import mmap
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -14,6 +15,20 @@ from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup")  # in a container its own
 _LARGE_PAGE = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
+
+
+def own_command(*words: str) -> list[str]:
+    """Return the command line of another process that runs `dist-train WORDS`.
+
+    It runs this package: files of the current folder, such as a queue.py, replace none of its modules.
+    """
+    folder = Path(__file__).absolute().parents[1]
+    program = [sys.executable, "-P", "-m", "dist_train", *words]
+    if folder.name in ("site-packages", "dist-packages"):
+        return program
+    # a checkout, which Python may have found in its current folder
+    others = filter(None, [os.environ.get("PYTHONPATH")])
+    return ["/usr/bin/env", f"PYTHONPATH={os.pathsep.join([str(folder), *others])}", *program]
 
 
 def usable_cores() -> int:

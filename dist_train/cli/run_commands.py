@@ -25,7 +25,7 @@ from dist_train.cli.common import (
 )
 from dist_train.cluster.launch import current_launch
 from dist_train.outcome import ExitCode, UsageError, escaped, say_on_stderr
-from dist_train.start_up import without_collection
+from dist_train.start_up import own_command, without_collection
 
 if TYPE_CHECKING:
     from dist_train.cluster.membership import Elasticity
@@ -187,7 +187,7 @@ def _launch(arguments: argparse.Namespace) -> int:
                 code="elastic-command",
             )
         saves = words[0] in _TRAINING
-        return launch_ranks([sys.executable, "-m", "dist_train", *words], arguments.np, saves=saves)
+        return launch_ranks(own_command(*words), arguments.np, saves=saves)
     # Checked here, so that errors are reported once and not by each rank; a plug-in, or a check, may load torch.
     with blocked_signals():
         config = config_to_train(command)
@@ -200,7 +200,7 @@ def _launch(arguments: argparse.Namespace) -> int:
         )
     run = command.run_dir or config.run_directory
     if elasticity is None:
-        return launch_ranks([sys.executable, "-m", "dist_train", *words], arguments.np, run)
+        return launch_ranks(own_command(*words), arguments.np, run)
     from dist_train.cluster.elastic_launch import launch_elastic
     from dist_train.cluster.inspection import check_recovery
 

@@ -11,7 +11,6 @@ import json
 import os
 import secrets
 import signal
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -29,6 +28,7 @@ from dist_train.cluster.membership_server import SLOT_VARIABLE, START_TIMEOUTS, 
 from dist_train.outcome import ExitCode, UsageError
 from dist_train.rundir import atomic
 from dist_train.rundir.status import LAUNCH_VARIABLE
+from dist_train.start_up import own_command
 
 _POLL_SECONDS = 0.05
 _FIRST_PAUSE_SECONDS = 0.5
@@ -151,8 +151,9 @@ class LocalProcesses:
         slot = str(self.slots[index])
         variables = {**self.variables, "RANK": slot, SLOT_VARIABLE: slot, "MASTER_PORT": "0"}
         environment = {**os.environ, LAUNCH_VARIABLE: self.launch}
-        program = [sys.executable, "-m", "dist_train", *self.words]
-        return start_rank(program, rank_environment(environment, index, len(self.slots), variables), mask)
+        return start_rank(
+            own_command(*self.words), rank_environment(environment, index, len(self.slots), variables), mask
+        )
 
 
 def _run_ranks(local: LocalProcesses, coordinator: Coordinator, restarts: int, run: Path | None = None) -> int:

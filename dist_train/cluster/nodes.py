@@ -12,7 +12,6 @@ import platform
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -29,6 +28,7 @@ from dist_train.cluster.inspection import installed_version
 from dist_train.cluster.launch import command_output
 from dist_train.outcome import UsageError
 from dist_train.rundir.atomic import swap_text
+from dist_train.start_up import own_command
 
 INTERFACE_VARIABLE = "NETWORK_INTERFACE"  # for the ranks; slurm/prologue.sh passes it to MPI, NCCL and Gloo
 
@@ -181,7 +181,7 @@ def _command(nodes: Sequence[str], folder: Path, environment: Mapping[str, str])
     return [
         *("srun", "--mpi=none", "--overlap", f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1"),
         *("--export=ALL", "--input=none", "--kill-on-bad-exit=0", "--no-kill", "--cpus-per-task=1", *gpu_options),
-        *(sys.executable, "-m", "dist_train", "doctor", "--node", str(folder)),
+        *own_command("doctor", "--node", str(folder)),
     ]
 
 

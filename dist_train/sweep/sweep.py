@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -18,7 +17,7 @@ from dist_train.monitoring import wording
 from dist_train.outcome import ExitCode, signal_name
 from dist_train.rundir.paths import try_to_lock
 from dist_train.rundir.status import read_status
-from dist_train.start_up import learn_how_children_end, usable_cores
+from dist_train.start_up import learn_how_children_end, own_command, usable_cores
 from dist_train.sweep.planned_runs import Plan, PlannedRun
 from dist_train.sweep.standing import Standing, standing_of
 
@@ -39,7 +38,7 @@ class Launcher:
         if not command_output(*guard, "echo", "known"):
             guard = []
         launch = ["launch", "-np", str(self.ranks)] if self.ranks > 1 else []
-        return [*guard, sys.executable, "-m", "dist_train", *launch, *plan.train_arguments(run)]
+        return [*guard, *own_command(*launch, *plan.train_arguments(run))]
 
     def environment(self) -> Mapping[str, str]:
         """Return the run's environment variables: the sweep may be one of several tasks, but the run is not."""

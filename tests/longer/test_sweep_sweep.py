@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from dist_train.cluster.launch import Launch, current_launch
 from dist_train.config import dump_config
 from dist_train.outcome import ExitCode
 from dist_train.rundir.status import StatusFile
+from dist_train.start_up import own_command
 from dist_train.sweep.planned_runs import Plan, PlannedRun, plan_study
 from dist_train.sweep.standing import as_ranges, publish, standing_of
 from dist_train.sweep.sweep import Launcher, Tally, summary, sweep, take, threads_per_rank
@@ -120,8 +120,8 @@ class TestOrder:
     def test_several_ranks_are_started_by_launch(self, ranks: int, launch: list[str], tmp_path: Path) -> None:
         plan = small_plan(tmp_path)
         command = Launcher(ranks).command(plan, plan.runs[0])
-        program = [sys.executable, "-m", "dist_train", *launch, "train", str(plan.base_file)]
-        assert command[command.index(sys.executable) :][: len(program)] == program
+        program = own_command(*launch, "train", str(plan.base_file))
+        assert command[command.index(program[0]) :][: len(program)] == program
 
     def test_runs_start_where_setpriv_lacks_an_option(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         plan = small_plan(tmp_path)
@@ -129,7 +129,7 @@ class TestOrder:
         (tmp_path / "setpriv").write_text("#!/bin/sh\nexit 1\n")
         (tmp_path / "setpriv").chmod(0o755)
         monkeypatch.setenv("PATH", str(tmp_path))
-        assert Launcher().command(plan, plan.runs[0])[0] == sys.executable
+        assert Launcher().command(plan, plan.runs[0])[: len(own_command())] == own_command()
 
 
 class TestFailures:

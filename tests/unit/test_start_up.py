@@ -5,16 +5,18 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+import dist_train
 from dist_train import start_up
 from dist_train.cluster.local_launch import rank_environment
 from dist_train.launching.doctor import check_devices
-from dist_train.start_up import keep_freed_memory, usable_cores, use_large_pages, without_collection
+from dist_train.start_up import keep_freed_memory, own_command, usable_cores, use_large_pages, without_collection
 from dist_train.sweep.sweep import threads_per_rank
 from dist_train.training.compute import share_of_threads
 
@@ -27,6 +29,24 @@ def _collection_as_before() -> Iterator[None]:
         gc.enable()
     else:
         gc.disable()
+
+
+@pytest.mark.parametrize("others", ["", "/elsewhere"])
+def test_no_file_of_the_current_folder_replaces_the_program_or_one_of_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, others: str
+) -> None:
+    for name in ("dist_train", "queue"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit(7)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", others)
+    printed = subprocess.run(own_command("--version"), capture_output=True, text=True, check=True).stdout
+    assert printed == f"dist-train {dist_train.__version__}\n"
+
+
+def test_every_process_of_the_program_is_started_so() -> None:
+    package = Path(start_up.__file__).parent
+    starting = [path.name for path in package.rglob("*.py") if '"-m", "dist_train"' in path.read_text()]
+    assert starting == ["start_up.py"]
 
 
 def test_nothing_is_collected_in_the_block() -> None:
