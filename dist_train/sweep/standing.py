@@ -6,7 +6,7 @@ import math
 import shlex
 import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal
@@ -17,9 +17,11 @@ from rich.table import Table
 from rich.text import Text
 
 from dist_train.cluster.launch import JOB_WAITS, current_job, job_states
-from dist_train.config import Config, ConfigError, differences, differing_lengths, load_config
+from dist_train.config import Config, differences, differing_lengths, parse_config
+from dist_train.config.loading import read_mapping
+from dist_train.config.plugins import with_places_of
 from dist_train.monitoring import wording
-from dist_train.outcome import ExitCode, escaped, writing
+from dist_train.outcome import ExitCode, UsageError, escaped, writing
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import EvaluationRecord, read_last_records
 from dist_train.rundir.status import read_status
@@ -37,7 +39,7 @@ _ENOUGH = 1 << 20  # bytes at the end of metrics.jsonl, in which the last evalua
 class Standing:
     """The state of a run, its last test accuracy, and what a sweep does `then` (skip: it has finished).
 
-    A run that `has_other_settings` than the plan is unrecoverable.
+    A run that `has_other_settings` than the plan, or has finished with settings that cannot be read, is unrecoverable.
     """
 
     run: PlannedRun
@@ -150,9 +152,11 @@ def _next(run: PlannedRun, state: str, note: str, waits: bool) -> tuple[Next, st
     """
     if state in ALIVE:
         return "busy", note or "another process is running it", False
-    began = None
-    with suppress(ConfigError):
-        began = load_config(run.files.config)
+    began, fault = None, ""
+    try:
+        began = _settings_at_start(run)
+    except UsageError as error:
+        fault = " ".join(str(error).split())
     changed = differences(began, run.config) if began else []
     lengths = differing_lengths(began, run.config) if began else []
     if began and state == "finished" and _patience(run.config) < _patience(began):
@@ -171,6 +175,8 @@ def _next(run: PlannedRun, state: str, note: str, waits: bool) -> tuple[Next, st
         return "unrecoverable", f"it was started with other settings ({'; '.join(map(str, changed))}); {fix}", True
     if most is not None and trained > most:
         return "unrecoverable", f"it has trained {trained} steps, more than run.max_steps={most}; {fix}", True
+    if state == "finished" and fault:
+        return "unrecoverable", f"the settings that it was started with cannot be read: {fault}; {fix}", True
     if state == "finished":
         paths = " and ".join(each.path for each in lengths)
         changed_paths = f"{paths} {'have' if len(lengths) > 1 else 'has'} changed"
@@ -178,6 +184,13 @@ def _next(run: PlannedRun, state: str, note: str, waits: bool) -> tuple[Next, st
     if status is not None and status.exit_code == ExitCode.DIVERGED and not changed:
         return "unrecoverable", f"{note}; {fix}", False
     return "busy" if waits else "start", note, False
+
+
+def _settings_at_start(run: PlannedRun) -> Config:
+    """Return the settings in the run's directory, with plug-ins where the plan has them. Raises UsageError."""
+    given = run.config.model_dump(mode="json")
+    settings = {**read_mapping(run.files.config), "metrics": given["metrics"]}  # which may change
+    return parse_config(with_places_of(settings, given, Config), source=str(run.files.config))
 
 
 def _patience(config: Config) -> float:

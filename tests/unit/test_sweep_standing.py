@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+import yaml
 from rich.console import Console
 
 from dist_train.outcome import ExitCode
 from dist_train.rundir.status import State, StatusFile
+from dist_train.sweep.planned_runs import PlannedRun, plan_study
 from dist_train.sweep.standing import Standing, render, standing_of, standings_of
-from tests.unit.studies import small_plan
+from tests.unit.studies import small_plan, write_study
 
 
 @pytest.fixture
@@ -144,6 +146,37 @@ def test_a_run_that_began_with_another_length(
     status.end(state, ExitCode.FINISHED if state == "finished" else ExitCode.STOPPED, "")
     standing = standing_of(small_plan(tmp_path, settings={**settings, **changes}).runs[0])
     assert (standing.then, standing.has_other_settings) == (then, then == "unrecoverable")
+
+
+def _finish(run: PlannedRun) -> None:
+    run.files.create()
+    run.files.save_config(run.config)
+    StatusFile(run.files.status, 1).end("finished", ExitCode.FINISHED, "")
+
+
+@pytest.mark.parametrize("content", ["run: {no_such_setting: 1}\n", "model: {name: gone.py:net}\n", None])
+def test_a_finished_run_whose_settings_cannot_be_read_does_not_count(tmp_path: Path, content: str | None) -> None:
+    run = small_plan(tmp_path).runs[0]
+    _finish(run)
+    if content is None:
+        run.files.config.unlink()
+    else:
+        run.files.config.write_text(content)
+    standing = standing_of(run)
+    assert (standing.then, standing.has_other_settings) == ("unrecoverable", True)
+
+
+def test_a_run_counts_in_a_project_that_was_moved_with_its_plug_ins(tmp_path: Path) -> None:
+    (tmp_path / "before").mkdir()
+    (tmp_path / "before/nets.py").write_text("def net(images, width, norm): ...\n")
+    variants = {"a": {"settings": {"noise.method": "none"}}}
+    study = write_study(tmp_path / "before", variants=variants)
+    base = yaml.safe_load((tmp_path / "before/base.yaml").read_text())
+    base["run"].pop("directory")
+    (tmp_path / "before/base.yaml").write_text(yaml.safe_dump({**base, "model": {"name": "nets.py:net"}}))
+    _finish(plan_study(study, tmp_path / "before/runs").runs[0])
+    moved = (tmp_path / "before").rename(tmp_path / "after")
+    assert standing_of(plan_study(moved / study.name, moved / "runs").runs[0]).then == "skip"
 
 
 @pytest.mark.parametrize(
