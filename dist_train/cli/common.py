@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -69,6 +70,18 @@ def config_to_train(arguments: argparse.Namespace) -> Config:
             code="run-moved",
         )
     return config
+
+
+def check_readable_again(file: Path) -> None:
+    """Raise ConfigError if other processes, which read `file` again, would not find what this one has read."""
+    from dist_train.config.loading import located
+    from dist_train.config.problems import ConfigError
+
+    path = located(file)
+    is_descriptor = os.path.abspath(path).startswith(("/dev/stdin", "/dev/fd/", "/proc/"))
+    if is_descriptor or (path.exists() and not path.is_file()):
+        wrong = "not a regular file: other processes cannot read it again"
+        raise ConfigError.of(str(file), "(file)", wrong, code="unreadable")
 
 
 def add_weights(parser: argparse.ArgumentParser) -> None:

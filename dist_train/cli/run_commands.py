@@ -18,6 +18,7 @@ from dist_train.cli.common import (
     add_config,
     add_overrides,
     add_weights,
+    check_readable_again,
     config_to_train,
     count,
     named_config,
@@ -179,6 +180,8 @@ def _launch(arguments: argparse.Namespace) -> int:
             f"{words[0]} runs in one process: call it without launch{hint}. On ranks run: {', '.join(_ON_RANKS)}",
             code="not-on-ranks",
         )
+    if "config" in command:
+        check_readable_again(command.config)
     options = (arguments.min_ranks, arguments.max_ranks, arguments.restarts, arguments.start_with, arguments.listen)
     if words[0] != "train":
         if any(option is not None for option in options):

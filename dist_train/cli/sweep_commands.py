@@ -17,6 +17,7 @@ from dist_train.cli.common import (
     Subparsers,
     add_config,
     add_overrides,
+    check_readable_again,
     count,
     folder_path,
     named_config,
@@ -313,6 +314,7 @@ def _submit(arguments: argparse.Namespace) -> int:
     from dist_train.launching.preflight import refusals
     from dist_train.sweep.submission import describe_batch, submit_run, write_script
 
+    check_readable_again(arguments.config)
     config = named_config(arguments)
     directory = (arguments.run_dir or config.run_directory).absolute()
     submission = _submission(arguments, located(arguments.config).absolute(), directory, config.run.name)
@@ -344,6 +346,7 @@ def _submit_study(arguments: argparse.Namespace) -> int:
 
     if arguments.plugin:
         raise UsageError("--plugin: list the file under `plugins` in the study's base instead", code="option-alone")
+    check_readable_again(arguments.config)
     parent = arguments.run_dir.absolute() if arguments.run_dir else None
     plan = plan_study(located(arguments.config), parent, arguments.overrides)
     _check_analyses(plan)

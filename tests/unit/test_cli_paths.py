@@ -148,3 +148,14 @@ def test_an_empty_name_is_no_folder(words: str, capsys: pytest.CaptureFixture[st
     with pytest.raises(SystemExit, match=str(ExitCode.USAGE)):
         main([*words.split(), ""])
     assert "not an empty one" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["launch train", "launch lr-range", "submit --dry-run", "submit --study --dry-run"])
+@pytest.mark.parametrize("name", ["pipe", "/dev/stdin", "/dev/fd/0"])
+def test_what_other_processes_cannot_read_again_is_no_configuration(
+    command: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    assert main([*command.split(), name]) == ExitCode.USAGE
+    assert "[unreadable]" in capsys.readouterr().err
