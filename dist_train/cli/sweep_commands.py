@@ -316,6 +316,11 @@ def _submit(arguments: argparse.Namespace) -> int:
 
     check_readable_again(arguments.config)
     config = named_config(arguments)
+    if config.run.resume == "never":
+        raise UsageError(
+            "run.resume=never: the job could not resume the run when it is started again: leave it out",
+            code="resume-never",
+        )
     directory = (arguments.run_dir or config.run_directory).absolute()
     submission = _submission(arguments, located(arguments.config).absolute(), directory, config.run.name)
     plan = describe_batch(config, submission.ranks)

@@ -133,6 +133,9 @@ def plan_study(
     with_overrides(base_settings, overrides)  # raises if an override is invalid
     if refused := list(problems_of_overrides(study, overrides)):
         raise ConfigError("command line", refused)
+    if base.run.resume == "never":
+        wrong = "the runs of a study resume: leave it out"
+        raise ConfigError.of(str(base_file), "run.resume", wrong, code="set-by-study", value="never")
     folder = (directory or base.run.directory) / study.name
     _check_folder(folder, {path: _dumped(study), base_file: dump_config(base)})
     planned: list[PlannedRun] = []

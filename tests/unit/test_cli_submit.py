@@ -397,3 +397,8 @@ def test_the_plan_says_who_computes_what(
 def test_more_ranks_than_can_share_a_micro_batch_are_refused(config: Path) -> None:
     with raises(UsageError, "micro-batch-too-small"):
         describe_batch(load_config(config, ("model.norm=sync",)), 200)
+
+
+def test_a_job_that_could_not_resume_is_refused(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["submit", str(config), "run.resume=never", "--dry-run"]) == ExitCode.USAGE
+    assert "[resume-never]" in capsys.readouterr().err

@@ -277,6 +277,12 @@ class TestFaults:
         (folder / "base.yaml").write_text("run: {}\n")  # a plan replaces a former one
         plan_study(study)
 
+    def test_a_base_whose_runs_would_not_resume_is_refused(self, tmp_path: Path) -> None:
+        study = write_study(tmp_path, base="never.yaml")
+        (tmp_path / "never.yaml").write_text("base: base.yaml\nrun: {resume: never}\n")
+        with raises_problems(("run.resume", "set-by-study")):
+            plan_study(study)
+
     def test_what_a_sweep_has_written_can_be_swept(self, tmp_path: Path) -> None:
         plan = small_plan(tmp_path)
         write_plan(plan)
