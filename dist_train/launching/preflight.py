@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -17,14 +17,24 @@ from dist_train.monitoring.prometheus.http_server import check_access
 from dist_train.outcome import UsageError
 from dist_train.rundir.paths import RunDirectory, StudyDirectory
 
+_UNUSABLE = frozenset({errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP})  # names of folders
+
 
 def check_launch(config: Config, directory: RunDirectory) -> None:
     """Raise UsageError if a launch in `directory` is refused; an existing run's checkpoint and data are read later."""
-    with suppress(PermissionError):  # what may not be read is refused when the folders are made
+    try:
         check_folder(directory)
+        is_new = not directory.root.exists()
+    except OSError as error:
+        if error.errno not in _UNUSABLE:  # of a disk, which may come back
+            raise
+        raise UsageError(
+            f"cannot use {directory.root} ({error.strerror}): choose another by run.directory, run.name or --run-dir",
+            code="run-directory-unwritable",
+        ) from error
     check_metrics(config)
     check_batches(config)
-    if not directory.root.exists():  # a refused start leaves none
+    if is_new:  # a refused start leaves none
         check_sources(config, directory)
         # many images take long to list, which is done when they are read
         if config.data.name != "imagefolder" or not config.data.folder.is_dir():

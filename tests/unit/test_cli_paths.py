@@ -159,3 +159,14 @@ def test_what_other_processes_cannot_read_again_is_no_configuration(
     os.mkfifo("pipe")
     assert main([*command.split(), name]) == ExitCode.USAGE
     assert "[unreadable]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("folder", [f"{300 * 'a'}", f"runs/{300 * 'a'}/run", "file/run", "loop/run"])
+def test_a_folder_that_cannot_be_one_is_no_fault_of_the_disk(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    Path("loop").symlink_to("loop")
+    assert main(["train", write_config(tmp_path), "--run-dir", folder]) == ExitCode.USAGE
+    assert "[run-directory-unwritable]" in capsys.readouterr().err
