@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
+import operator
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +18,7 @@ import yaml
 
 from dist_train.config import Config, ConfigError, dump_config, parse_config
 from dist_train.config.loading import based_on, located, read_settings, with_overrides, write_override
-from dist_train.config.plugins import is_plugin
+from dist_train.config.plugins import from_folder, is_plugin
 from dist_train.config.problems import Problem
 from dist_train.outcome import UsageError
 from dist_train.rundir import atomic
@@ -144,7 +146,8 @@ def plan_study(
     checked = {run.overrides: run for run in before.runs} if before else {}
     for number, seed, variant in _points(study, optuna_trials(study, folder)):
         name = f"{variant.variant}-seed-{seed}"
-        settings = {**variant.settings, "run.name": name, "run.directory": str(folder), "run.seed": seed}
+        own = dict(_from_folder(variant.settings, located(path).parent))
+        settings = {**own, "run.name": name, "run.directory": str(folder), "run.seed": seed}
         arguments = (*(write_override(place, value) for place, value in settings.items()), *overrides)
         if not variant.is_asked:
             unasked[number] = variant.searched
@@ -170,6 +173,13 @@ def plan_study(
         # A problem of a variant recurs with every seed: list it once.
         raise ConfigError(str(path), list({str(fault): fault for fault in found}.values()))
     return Plan(study, path, base_file, base, folder, tuple(planned), tuple(overrides), unasked)
+
+
+def _from_folder(settings: Settings, folder: Path) -> Iterator[tuple[str, Any]]:
+    """Yield `settings` by dotted path, with absolute paths of plug-in files, which are relative to `folder`."""
+    for path, value in settings.items():
+        section: Any = from_folder(with_overrides({}, {path: value}), folder)
+        yield path, functools.reduce(operator.getitem, path.split("."), section)
 
 
 def _check_folder(folder: Path, texts: Mapping[Path, str]) -> None:

@@ -156,6 +156,15 @@ class TestRuns:
         [overrides, *_] = (run["overrides"] for run in json.loads((plan.directory / "runs.json").read_text()))
         assert load_config(plan.directory / "base.yaml", overrides) == plan.runs[0].config
 
+    def test_a_plugin_s_file_is_relative_to_the_study_s(self, tmp_path: Path) -> None:
+        names = ("first", "second", "third")
+        (tmp_path / "nets.py").write_text("".join(f"def {name}(images, width, norm): ...\n" for name in names))
+        settings = {"model.name": "nets.py:first"}
+        grid = {"model.name": ["nets.py:second", "nets.py:third"]}
+        runs = small_plan(tmp_path, seeds=[0], variants={"a": {"settings": settings}, "b": {"grid": grid}}).runs
+        assert [run.config.model.name for run in runs] == [f"{tmp_path}/nets.py:{name}" for name in names]
+        assert runs[-1].variant == "b-name-nets.py-third"
+
 
 class TestFaults:
     def test_all_are_told_at_once_each_with_its_place(self, tmp_path: Path) -> None:
