@@ -14,7 +14,7 @@ from pathlib import Path
 from dist_train.cluster.launch import JOB_IS_ALIVE, job_states, submit
 from dist_train.config import Config
 from dist_train.data.plan import BatchPlan
-from dist_train.outcome import UsageError
+from dist_train.outcome import UsageError, writing
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.status import read_status
 from dist_train.sweep.planned_runs import Plan
@@ -69,7 +69,7 @@ class Submission:
 def submit_run(submission: Submission) -> str:
     """Submit the batch script of `submission` and return the job's id; if sbatch refuses, new folders are removed.
 
-    Raises UsageError if another job runs or will run it, or sbatch is missing or refuses.
+    Raises UsageError if another job runs or will run it, its directory cannot be made, or sbatch is missing or refuses.
     """
     files = RunDirectory(submission.run_directory)
     waits = any(re.match(r"--dependency\b|-d", option) for option in submission.options)
@@ -82,7 +82,8 @@ def submit_run(submission: Submission) -> str:
             code="run-in-queue",
         )
     new = [folder for folder in (files.root, *files.root.parents) if not folder.exists()]
-    files.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with writing(files.root, "choose another by run.directory or --run-dir", code="run-directory-unwritable"):
+        files.root.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
         job = submit(write_script(submission), ())
     except UsageError:

@@ -402,3 +402,9 @@ def test_more_ranks_than_can_share_a_micro_batch_are_refused(config: Path) -> No
 def test_a_job_that_could_not_resume_is_refused(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["submit", str(config), "run.resume=never", "--dry-run"]) == ExitCode.USAGE
     assert "[resume-never]" in capsys.readouterr().err
+
+
+def test_a_run_directory_that_cannot_be_made_is_refused(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("file").touch()
+    assert main(["submit", str(config), "--run-dir", "file/run"]) == ExitCode.USAGE
+    assert "[run-directory-unwritable]" in capsys.readouterr().err
