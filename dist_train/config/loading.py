@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain
@@ -18,7 +19,7 @@ from pydantic import ValidationError
 from dist_train.config.combinations import conflicts
 from dist_train.config.plugin_modules import forget_edited
 from dist_train.config.plugins import from_folder, plugin_problems, short_names, with_long_names
-from dist_train.config.problems import ConfigError, Problem, problems_of
+from dist_train.config.problems import ConfigError, Problem, allowed_at, problems_of
 from dist_train.config.resuming import with_present_names
 from dist_train.config.sections import Config
 from dist_train.outcome import UsageError, did_you_mean
@@ -283,9 +284,25 @@ def _parsed(override: str) -> tuple[str, object]:
         fault = "not an override; it has the form section.key=value, as in run.seed=1"
         raise ConfigError.of(_COMMAND_LINE, override or "''", fault, code="override-form")
     try:
-        return path, parse_yaml(text)
+        value = parse_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError.of(_COMMAND_LINE, path, f"not YAML: {yaml_fault(error)}", code="not-yaml") from None
+    if value is None and text.strip() == "~" and "a path" in allowed_at(path, Config):
+        fault = "~ is YAML's null; the home folder is ~/"
+        raise ConfigError.of(_COMMAND_LINE, path, fault, code="override-form", value=text)
+    if _has_comment(text, value):
+        fault = f"# begins a comment here; to mean it write {shlex.quote(write_override(path, text))}"
+        raise ConfigError.of(_COMMAND_LINE, path, fault, code="override-form", value=text)
+    return path, value
+
+
+def _has_comment(text: str, value: object) -> bool:
+    """Whether the YAML `text` of `value` has the same value without a # and what follows."""
+    for mark in re.finditer(r"(?<!\S)#", text):
+        with suppress(yaml.YAMLError):  # within quotes
+            if parse_yaml(text[: mark.start()]) == value:
+                return True
+    return False
 
 
 def _set(settings: dict[str, Any], path: str, value: object) -> None:

@@ -223,6 +223,11 @@ def is_collection(field: FieldInfo | None) -> bool:
     return field is not None and get_origin(field.annotation) in (dict, list, tuple)
 
 
+def allowed_at(path: str, model: type[BaseModel]) -> str:
+    """Describe what the setting at the dotted `path` of `model` takes; empty if there is none."""
+    return _allowed(_locate(tuple(path.split(".")), model))
+
+
 def _allowed(location: _Location) -> str:
     """Describe what a setting takes, from its field: the choices, or the kind of number and its range."""
     if location.field is None:

@@ -358,6 +358,17 @@ class TestOverrides:
     def test_what_is_no_override_is_refused(self, tmp_path: Path, override: str) -> None:
         assert refusal(tmp_path, "", override) == [(override or "''", "override-form")]
 
+    @pytest.mark.parametrize("text", ["/data/set #2", "#2", "'/data/set' #", "~", " ~ "])
+    def test_what_would_lose_a_part_of_a_path_is_refused(self, tmp_path: Path, text: str) -> None:
+        assert refusal(tmp_path, "", f"data.root={text}") == [("data.root", "override-form")]
+
+    @pytest.mark.parametrize("text", ["/data/set#2", "'/data/set #2'", '"/data/#1 #2"', "~/#2", "|-\n  /data/set #2"])
+    def test_a_path_may_have_the_sign_of_a_comment(self, tmp_path: Path, text: str) -> None:
+        assert "#2" in str(load(tmp_path, "", f"data.root={text}").data.root)
+
+    def test_a_null_that_is_no_path_has_two_names(self, tmp_path: Path) -> None:
+        assert load(tmp_path, "run: {max_steps: 3}", "run.max_steps=~").run.max_steps is None
+
     def test_all_bad_overrides_are_told_at_once(self, tmp_path: Path) -> None:
         found = refusal(tmp_path, "run: {seed: 1}", "run.seed", "run.seed.deep=3", "run.name=[")
         assert found == [("run.seed", "override-form"), ("run.seed.deep", "wrong-type"), ("run.name", "not-yaml")]
