@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 import re
+import signal
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from statistics import fmean, median
+from types import FrameType
 
 import numpy
 from rich.box import ROUNDED, Box
@@ -166,7 +170,7 @@ def watch(run: WatchedRun, console: Console, interval: float) -> None:
         show_once(run, console)
         return
     try:
-        with Live(console=console, screen=True, auto_refresh=False) as live:
+        with _ending_in_order(), Live(console=console, screen=True, auto_refresh=False) as live:
             while not (seen := run.look()).is_over:
                 size, until = None, time.monotonic() + interval
                 while time.monotonic() < until:
@@ -178,6 +182,23 @@ def watch(run: WatchedRun, console: Console, interval: float) -> None:
     except KeyboardInterrupt:
         return
     console.print(summary(seen, box=ROUNDED))
+
+
+@contextmanager
+def _ending_in_order() -> Iterator[None]:
+    """End by an exception on SIGTERM and SIGHUP in the block, so that the terminal is as before; unless ignored."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    ending = [each for each in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) == signal.SIG_DFL]
+    for each in ending:
+        signal.signal(each, end)
+    try:
+        yield
+    finally:
+        for each in ending:
+            signal.signal(each, signal.SIG_DFL)
 
 
 def _header(run: Snapshot) -> Group:

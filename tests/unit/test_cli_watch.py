@@ -85,12 +85,15 @@ def watching(tmp_path: Path, environment: Mapping[str, str]) -> Iterator[tuple[S
     os.close(controlling)
 
 
-def test_control_c_ends_the_view_and_gives_the_terminal_back(watching: tuple[StatusFile, Watching]) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_ends_the_view_and_gives_the_terminal_back(
+    watching: tuple[StatusFile, Watching], number: signal.Signals, code: int
+) -> None:
     _, view = watching
     view.until("step 3/10")
     assert SCREEN in view.shown
-    view.process.send_signal(signal.SIGINT)
-    assert view.ends() == 0
+    view.process.send_signal(number)
+    assert view.ends() == code
     assert view.shown.rindex(BACK) > view.shown.rindex(SCREEN)
     assert view.shown.rindex(CURSOR) > view.shown.rindex("\x1b[?25l")
     assert "Traceback" not in view.shown
