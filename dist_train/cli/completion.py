@@ -42,7 +42,14 @@ _dist_train() {
   fi
   # shellcheck disable=SC2207 # none of these words holds a blank
   COMPREPLY=($(compgen -P "$prefix" -W "$words" -- "$cur"))
-  case "${COMPREPLY[*]}" in *=) compopt -o nospace 2>/dev/null ;; esac
+  # bash itself offers files only beside no words
+  if [ -n "$settings" ] && [ -z "$value" ] && [ -n "${COMPREPLY[*]}" ]; then
+    while IFS= read -r word; do
+      if [ -d "$word" ]; then word="$word/"; fi
+      COMPREPLY+=("$(printf %%q "$word")")
+    done < <(compgen -f -- "$cur")
+  fi
+  case "${COMPREPLY[*]}" in *=|*/) compopt -o nospace 2>/dev/null ;; esac
 }
 complete -o default -F _dist_train dist-train
 """

@@ -63,6 +63,19 @@ def test_bash_completes(script: Path, words: list[str], found: list[str]) -> Non
     assert completed(script, *words) == found
 
 
+def test_files_are_offered_beside_the_settings_that_begin_like_them(
+    script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("model.yaml", "model.name d.yaml", "other.yaml"):
+        (tmp_path / name).touch()
+    (tmp_path / "models").mkdir()
+    found = completed(script, "train", "mo")
+    assert {"model.name=", "model.yaml", "models/"} <= set(found)
+    assert completed(script, "train", "model.na") == ["model.name=", "model.name\\", "d.yaml"]
+    assert completed(script, "train", "configs/demo.yaml", "model.n", "=", "mo") == []
+
+
 def test_every_command_and_every_setting_is_offered(script: Path) -> None:
     assert {"train", "report", "completion"} <= set(completed(script, ""))
     assert len(completed(script, "train", "configs/demo.yaml", "m")) > 20
