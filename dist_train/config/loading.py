@@ -29,6 +29,7 @@ SHIPPED = "dist_train:"
 
 _FILE, _BASE = "(file)", "base"
 _COMMAND_LINE = "command line"
+_SCHEDULE = "noise.schedule"
 
 
 def shipped_folder() -> Path:
@@ -87,6 +88,9 @@ def load_config(
         source, settings = "settings", _with_base(from_folder(path, Path()), Path("settings"))
     else:
         source, settings = str(path), read_settings(Path(path))
+        if "variants" in settings:
+            wrong = "this is a study: train it by dist-train sweep, or submit --study"
+            raise ConfigError.of(source, "variants", wrong, code="unknown-key")
     return parse_config(
         with_overrides(settings, overrides), source=source, plugins=[os.fspath(each) for each in plugins]
     )
@@ -177,10 +181,14 @@ def with_overrides(settings: Mapping[str, Any], overrides: Sequence[str] | Mappi
     """
     changed = dict(settings)
     problems: list[Problem] = []
+    earlier: list[str] = []
     for override in [overrides] if isinstance(overrides, str) else overrides:
         try:
             path, value = (override, overrides[override]) if isinstance(overrides, Mapping) else _parsed(override)
+            if path == f"{_SCHEDULE}.kind":
+                _drop_other_kind(changed, value, earlier)
             _set(changed, path, value)
+            earlier.append(path)
         except ConfigError as error:
             problems.extend(error.problems)
     if problems:
@@ -316,6 +324,15 @@ def _set(settings: dict[str, Any], path: str, value: object) -> None:
     section.update(_merge(section, {names[-1]: value}))
 
 
+def _drop_other_kind(settings: dict[str, Any], kind: object, kept: Sequence[str]) -> None:
+    """Drop a noise schedule of another kind than `kind` from `settings`, but for parameters with paths in `kept`."""
+    noise = settings.get("noise")
+    schedule = noise.get("schedule") if isinstance(noise, Mapping) else None
+    if isinstance(schedule, Mapping) and schedule.get("kind") != kind:
+        left = {name: value for name, value in schedule.items() if f"{_SCHEDULE}.{name}" in kept}
+        settings["noise"] = {**noise, "schedule": left}
+
+
 def _nearest_file(path: Path) -> str:
     name = located(path).name
     for folder in ("configs", "studies"):
@@ -387,6 +404,8 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
         fault = None
         if not isinstance(key, yaml.ScalarNode):
             fault = "a key must be one word"
+        elif key.tag == "tag:yaml.org,2002:merge":
+            fault = "merge keys are not supported: name the file whose settings this one changes by base"
         elif key.value in values:
             fault = f"the key {key.value} occurs twice"
         if fault:

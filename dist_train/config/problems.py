@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
@@ -178,6 +179,10 @@ def _unknown_key(location: _Location, model: type[BaseModel], value: object) -> 
             name for name in _SELECTORS if name in known and location.section.model_fields[name].annotation is not str
         )
         namesakes = [f"{prefix}{name}" for name in own][:1]
+    first, *inner = key.split(".")
+    if inner and first in known:
+        nested = functools.reduce(lambda text, name: f"{{{name}: {text}}}", reversed(inner), "...")
+        return Problem(location.path, f"unknown key; write {first}: {nested}", code="unknown-key", value=value)
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     if close and not namesakes:
         return Problem(location.path, f"unknown key; did you mean {prefix}{close[0]}?", code="unknown-key", value=value)

@@ -334,6 +334,19 @@ class TestBase:
         assert refusal(tmp_path, "base: loop.yaml") == [("(file)", "unreadable")]
 
 
+def test_a_study_is_no_configuration(tmp_path: Path) -> None:
+    assert refusal(tmp_path, "name: a\nbase: dist_train:configs/smoke.yaml\nvariants: {a: {}}\n") == [
+        ("variants", "unknown-key")
+    ]
+
+
+def test_a_merge_key_is_refused_for_what_it_is(tmp_path: Path) -> None:
+    with raises_problems(("(file)", "not-yaml")) as refused:
+        load(tmp_path, "run: &a {seed: 3}\nnoise: {<<: *a}\n")
+    assert "merge keys are not supported" in str(refused.value)
+    assert parse_yaml('{"<<": 1}') == {"<<": 1}
+
+
 class TestOverrides:
     def test_the_later_one_wins_and_the_file_s_other_settings_stay(self, tmp_path: Path) -> None:
         text = "run: {seed: 1, epochs: 3}"
@@ -357,6 +370,14 @@ class TestOverrides:
     @pytest.mark.parametrize("override", ["run.seed", "=1", ".seed=1", "run.=1", "run..seed=1", ""])
     def test_what_is_no_override_is_refused(self, tmp_path: Path, override: str) -> None:
         assert refusal(tmp_path, "", override) == [(override or "''", "override-form")]
+
+    def test_another_kind_of_noise_schedule_leaves_the_base_s_parameters_out(self, tmp_path: Path) -> None:
+        base = "noise: {schedule: {kind: exponential, final_fraction: 0.1}}"
+        assert load(tmp_path, base, "noise.schedule.kind=cosine").noise.schedule.kind == "cosine"
+        own = ("noise.schedule.final_fraction=0.2", "noise.schedule.kind=exponential")
+        for text in (base, "noise: {schedule: {kind: cosine}}"):
+            assert load(tmp_path, text, *own).noise.schedule.model_dump()["final_fraction"] == 0.2
+            assert load(tmp_path, text, *reversed(own)).noise.schedule.model_dump()["final_fraction"] == 0.2
 
     @pytest.mark.parametrize("text", ["/data/set #2", "#2", "'/data/set' #", "~", " ~ "])
     def test_what_would_lose_a_part_of_a_path_is_refused(self, tmp_path: Path, text: str) -> None:

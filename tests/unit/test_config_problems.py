@@ -158,6 +158,18 @@ def test_an_unknown_key_suggests_the_nearest_here_else_elsewhere(settings: dict[
 
 
 @pytest.mark.parametrize(
+    ("settings", "fix"),
+    [
+        ({"run.seed": 3}, "write run: {seed: ...}"),
+        ({"noise": {"schedule.kind": "cosine"}}, "write schedule: {kind: ...}"),
+        ({"noise.schedule.kind": "cosine"}, "write noise: {schedule: {kind: ...}}"),
+    ],
+)
+def test_a_dotted_key_is_written_as_a_section(settings: dict[str, Any], fix: str) -> None:
+    assert fix in only_problem(settings).wrong
+
+
+@pytest.mark.parametrize(
     ("settings", "suggestion"),
     [
         ({"optimizer": {"name": "sdg"}}, "sgd"),
