@@ -1,12 +1,8 @@
 """`dist-train`, and `python -m dist_train`."""
 
 import os
+import signal
 import sys
-import traceback
-
-from dist_train.cli.main import main
-from dist_train.cluster.launch import is_elastic
-from dist_train.outcome import ExitCode, say_on_stderr
 
 
 def run() -> int:
@@ -15,6 +11,23 @@ def run() -> int:
     A group that is broken, or that this rank has left because of an error, still has threads of torch's: at the
     interpreter's own end they may abort the process, and the exit code is lost.
     """
+    try:
+        # imported here, for Ctrl-C while they are
+        return _run()
+    except KeyboardInterrupt:
+        # As Python ends, but without a traceback; shells must see that the signal ended this process.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGINT)
+        raise
+
+
+def _run() -> int:
+    import traceback
+
+    from dist_train.cli.main import main
+    from dist_train.cluster.launch import is_elastic
+    from dist_train.outcome import ExitCode, say_on_stderr
+
     try:
         code = main()
     except Exception:

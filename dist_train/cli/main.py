@@ -7,7 +7,6 @@ import errno
 import io
 import os
 import re
-import signal
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stderr, suppress
@@ -117,11 +116,6 @@ def _run(words: list[str]) -> int:
             return _report(UsageError(f"permission denied: {error.filename}", code="permission-denied"))
         if error.errno == errno.ENAMETOOLONG:
             return _report(UsageError(f"the name is too long: {error.filename}", code="name-too-long"))
-        raise
-    except KeyboardInterrupt:
-        # As Python ends, but without a traceback; shells must see that the signal ended this process.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.raise_signal(signal.SIGINT)
         raise
 
 

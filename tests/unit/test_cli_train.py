@@ -72,7 +72,7 @@ def test_the_exit_code_is_that_of_the_error_also_where_nothing_can_be_printed(va
 def test_an_interrupted_command_ends_by_the_signal_without_a_traceback() -> None:
     script = (
         "import signal, dist_train.cli.main as it; it.parse = lambda words: signal.raise_signal(signal.SIGINT); "
-        "it.main()"
+        "from dist_train.__main__ import run; run()"
     )
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=PATIENCE, cwd=ROOT)
     assert (ended.returncode, ended.stderr) == (-signal.SIGINT, "")

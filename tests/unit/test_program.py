@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -20,13 +21,14 @@ import atexit
 import sys
 from types import ModuleType
 from dist_train import __main__ as program
+from dist_train.cli import main as commands
 
 def main():
     for name in sys.argv[2:]:
         sys.modules[f"dist_train.cluster.{name}"] = ModuleType(name)
     return int(sys.argv[1])
 
-program.main = main
+commands.main = main
 atexit.register(print, "in order")
 raise SystemExit(program.run())
 """
@@ -52,3 +54,26 @@ def test_a_rank_of_torch_that_fails_ends_at_once(
     ended = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=PATIENCE)
     assert (ended.returncode, ended.stdout) == (code, end), ended.stderr
     assert ("ValueError" in ended.stderr) is (result == "no number")
+
+
+_INTERRUPTED = """
+import sys
+from dist_train import __main__ as program
+
+interrupted = sys.argv.pop(1)
+
+class Interrupting:
+    def find_spec(self, name, path, target=None):
+        if name == interrupted:
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupting())
+raise SystemExit(program.run())
+"""
+
+
+@pytest.mark.parametrize("module", ["dist_train.cli.main", "dist_train.config", "dist_train.sweep.planned_runs"])
+def test_control_c_at_the_start_ends_the_program_by_its_signal(module: str) -> None:
+    command = [sys.executable, "-c", _INTERRUPTED, module, "sweep", "nowhere.yaml"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    assert (ended.returncode, ended.stderr) == (-signal.SIGINT, "")
