@@ -206,14 +206,12 @@ class MpiCommunicator(Communicator):
         self.local_size = local.Get_size()
 
     def allreduce_async(self, tensor: torch.Tensor, name: str) -> Pending:
-        """Sum the contiguous `tensor` over all ranks, in place."""
         from mpi4py import MPI
 
         self._communicator.Allreduce(MPI.IN_PLACE, tensor.numpy())
         return Pending()
 
     def broadcast(self, tensor: torch.Tensor, name: str, root: int = 0) -> None:
-        """Overwrite `tensor` with that of rank `root`."""
         self._communicator.Bcast(tensor.numpy(), root=root)
 
 

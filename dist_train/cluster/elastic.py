@@ -79,28 +79,22 @@ class ElasticCommunicator(TorchOperations):
 
     @property
     def most_ranks(self) -> int:
-        """How many ranks there may be, counting those that may still join."""
         return self._member.most_ranks
 
     @property
     def wants_rendezvous(self) -> bool:
-        """Whether ranks are waiting to join, as far as this rank knows."""
         return self._member.wants_rendezvous
 
     def note_work(self) -> None:
-        """Report progress; a rank that does not report again within `comm.timeout` is expelled."""
         self._member.pulse.move()
 
     def note_rest(self) -> None:
-        """Report that what follows may take any time, until the next `note_work`."""
         self._member.pulse.rest()
 
     def note_state(self) -> None:
-        """Report that the run can continue from this rank's state."""
         self._member.trains(works=False)
 
     def note_working_group(self) -> None:
-        """Report the same, and that this generation works: it begins the run, or has made an update."""
         self._member.trains(works=True)
 
     def rendezvous(self, why: str, on_begin: Callable[[Generation], None] = lambda generation: None) -> Generation:

@@ -50,15 +50,12 @@ class HorovodCommunicator(Communicator):
         self.has_nccl = bool(hvd.nccl_built())
 
     def allreduce_async(self, tensor: torch.Tensor, name: str) -> Pending:
-        """Start to sum the contiguous `tensor` over all ranks, in place."""
         return self._start(lambda: self._hvd.allreduce_async_(tensor, name=name, op=self._hvd.Sum))
 
     def adasum_async(self, tensor: torch.Tensor, name: str) -> Pending:
-        """Start to combine `tensor` over all ranks by Adasum, in place."""
         return self._start(lambda: self._hvd.allreduce_async_(tensor, name=name, op=self._hvd.Adasum))
 
     def broadcast(self, tensor: torch.Tensor, name: str, root: int = 0) -> None:
-        """Overwrite `tensor` with that of rank `root`."""
         self._start(lambda: self._hvd.broadcast_async_(tensor, root_rank=root, name=name)).wait()
 
     def open_counters(self) -> Counters:
@@ -75,12 +72,10 @@ class HorovodCommunicator(Communicator):
             self._hvd.start_timeline(str(path))
 
     def stop_timeline(self) -> None:
-        """Stop writing the timeline."""
         if _timeline_is_ours():
             self._hvd.stop_timeline()
 
     def close(self, error: BaseException | None = None) -> None:
-        """Leave the group."""
         self._hvd.shutdown()
 
     def _start(self, operation: Callable[[], int]) -> Pending:

@@ -62,11 +62,9 @@ class StoreCounters(Counters):
         self._call = call
 
     def fetch_and_add(self, name: str) -> int:
-        """Return the value of the counter `name`, and add 1 to it. Raises RankLostError."""
         return int(self._call(lambda: self._store.add(name, 1), name)) - 1
 
     def delete(self, name: str) -> None:
-        """Delete the counter `name`."""
         self._call(lambda: self._store.delete_key(name), name)
 
 
@@ -102,11 +100,9 @@ class TorchOperations(Communicator, ABC):
     has_counters = True
 
     def allreduce_async(self, tensor: torch.Tensor, name: str) -> Pending:
-        """Start to sum the contiguous `tensor` over all ranks, in place."""
         return self._start(tensor, lambda group: group.allreduce([tensor], sum_options()), name)
 
     def broadcast(self, tensor: torch.Tensor, name: str, root: int = 0) -> None:
-        """Overwrite `tensor` with that of rank `root`."""
         options = dist.BroadcastOptions()
         options.rootRank = root
         self._start(tensor, lambda group: group.broadcast([tensor], options), name).wait()
@@ -153,11 +149,9 @@ class TorchCommunicator(TorchOperations):
         self.local_size = nodes.count(nodes[self.rank])
 
     def open_counters(self) -> Counters:
-        """Return counters that all ranks share."""
         return StoreCounters(self._store)
 
     def close(self, error: BaseException | None = None) -> None:
-        """Leave the group, in order or because of an `error` of this rank."""
         if self._device is not None:
             abort_nccl(self._device)
             self._device = None

@@ -243,7 +243,6 @@ class LoadedSamples(SampleSource):
         return images.to(self._device, non_blocking=True), move(labels, self._device)
 
     def prefetch(self, batches: Iterable[BatchRequest]) -> None:
-        """Let the loader processes begin to make the batches that will be read next."""
         self._decoder.prefetch(map(self._job, batches))
 
     def close(self) -> None:

@@ -130,7 +130,6 @@ class LoaderProcesses(Decoder):
         self._dispatch()
 
     def fetch(self, job: BatchJob, images: Tensor, labels: Tensor) -> None:
-        """Wait for a batch and copy it to `images` and `labels`."""
         if not any(batch.job.key == job.key for batch in self._batches):
             self.prefetch([job])
         while self._batches[0].job.key != job.key:

@@ -50,7 +50,6 @@ class PlainLines(Observer):
         self._facts: RunFacts | None = None
 
     def begin(self, facts: RunFacts) -> None:
-        """Print the introduction."""
         self._facts = facts
         self._write("\n".join(wording.introduction(facts)))
 
@@ -70,7 +69,6 @@ class PlainLines(Observer):
                 self._write(wording.event(record))
 
     def end(self, outcome: Outcome) -> None:
-        """Write the summary if the run has begun."""
         if self._facts is None:
             return
         page = io.StringIO()
@@ -119,7 +117,6 @@ class TerminalBar(Observer):
         self._best: float | None = None
 
     def begin(self, facts: RunFacts) -> None:
-        """Print the introduction and draw the bar."""
         self._facts = facts
         self._step = facts.start_step
         self._best = facts.best_accuracy

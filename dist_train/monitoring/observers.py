@@ -65,31 +65,24 @@ class Observers(Observer):
         return iter(self._observers)
 
     def begin(self, facts: RunFacts) -> None:
-        """Forward `begin`."""
         self._call_each(lambda observer: observer.begin(facts))
 
     def regroup(self, facts: RunFacts) -> None:
-        """Forward `regroup`."""
         self._call_each(lambda observer: observer.regroup(facts))
 
     def record(self, record: Record) -> None:
-        """Forward `record`."""
         self._call_each(lambda observer: observer.record(record))
 
     def measurement(self, measurement: Measurement) -> None:
-        """Forward `measurement`."""
         self._call_each(lambda observer: observer.measurement(measurement))
 
     def progress(self, step: int) -> None:
-        """Forward `progress`."""
         self._call_each(lambda observer: observer.progress(step))
 
     def sync(self) -> None:
-        """Make every observer flush to disk. May be called from any thread."""
         self._call_each(lambda observer: observer.sync())
 
     def end(self, outcome: Outcome) -> None:
-        """Forward `end`."""
         self._call_each(lambda observer: observer.end(outcome))
 
     def _call_each(self, call: Callable[[Observer], None]) -> None:
@@ -166,7 +159,6 @@ class TensorBoard(Observer):
         self._writer = SummaryWriter(self._directory, purge_step=facts.start_step + 1)
 
     def record(self, record: Record) -> None:
-        """Add the numbers of `record`."""
         self._add(numbers_of(record), record.step, record.time)
         if isinstance(record, EvaluationRecord):
             self.sync()
@@ -178,12 +170,10 @@ class TensorBoard(Observer):
         self._add(norms | parts, measurement.step, measurement.time)
 
     def sync(self) -> None:
-        """Flush. May be called from any thread."""
         if self._writer is not None:
             self._writer.flush()
 
     def end(self, outcome: Outcome) -> None:
-        """Flush and close."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None
@@ -287,7 +277,6 @@ class Wandb(Tracker):
         self._options = options
 
     def open(self, facts: RunFacts, settings: Mapping[str, Any]) -> None:
-        """Open this launch's W&B run."""
         import wandb
 
         self._run = wandb.init(
@@ -375,7 +364,6 @@ class Mlflow(Tracker):
             self.sync()
 
     def sync(self) -> None:
-        """Write the waiting numbers. May be called from any thread."""
         with self._lock:
             waiting, self._waiting, self._flushed = self._waiting, [], time.monotonic()
             for start in range(0, len(waiting), _METRICS):

@@ -200,7 +200,6 @@ class SmoothOut(_Perturbing):
             self._move_to(self._points[0], 0, self.rank)
 
     def perturb_for(self, micro_batch: int, ascend: Ascend, point: Point = Point()) -> None:
-        """Move to `point` of `micro_batch`, unless all micro-batches share one point."""
         if not self._has_one_point:
             self._move_to(point, micro_batch, self.rank)
 
@@ -288,11 +287,9 @@ class Langevin(_Scheduled):
         self._draws.draw(self.weights.values, self.amplitude(step), step)
 
     def after_update(self, step: int) -> None:
-        """Add delta(t)."""
         self.weights.values.add_(self._draws.values)
 
     def digest(self, step: int) -> int:
-        """Return a digest of the draw."""
         return digest(self._draws.values)
 
 
@@ -322,7 +319,6 @@ class FlatLangevin(SmoothOut):
         self._draws.draw(self.weights.values, deviation * _AMPLITUDE_PER_DEVIATION, step, "stays")
 
     def after_update(self, step: int) -> None:
-        """Add the noise that stays."""
         self.weights.values.add_(self._perturbed)
 
 
@@ -392,7 +388,6 @@ class VariationalNewton(_Perturbing):
         return 1.0
 
     def perturb(self, step: int) -> None:
-        """Let the model compute with a sample of the Gaussian."""
         super().perturb(step)
         deviations = (self.kept["curvature"] + self.settings.damping).mul_(self.settings.sample_size).rsqrt_()
         noise = self._draws.draw(self.weights.values, _AMPLITUDE_PER_DEVIATION, step).mul_(deviations)
@@ -412,7 +407,6 @@ class VariationalNewton(_Perturbing):
         gradient.mul_(self.settings.curvature + damping).div_(curvature + damping)
 
     def digest(self, step: int) -> int:
-        """Return a digest of the sample."""
         return digest(self._perturbed)
 
 

@@ -388,7 +388,6 @@ class JsonLines(Observer):
                 self._directory_flushed = True
 
     def end(self, outcome: Outcome) -> None:
-        """Flush to disk and close."""
         try:
             self.flush()
         except OSError as error:

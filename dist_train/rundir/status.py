@@ -244,7 +244,6 @@ class EventCounts(Observer):
             self._write()
 
     def record(self, record: Record) -> None:
-        """Count an event, in memory and in the file."""
         if isinstance(record, EventRecord):
             self._counts[record.event] += 1
             self._write()

@@ -117,7 +117,6 @@ class ExactAccumulator(GradientAccumulator):
         self._total = torch.zeros_like(self._gradients, dtype=torch.int64)
 
     def add(self, bucket: Bucket) -> None:
-        """Add the gradients of one micro-batch as integers."""
         gradients, total = self._gradients[bucket.part], self._total[bucket.part]
         begun = bucket.index in self._begun
         self._begun.add(bucket.index)
@@ -133,7 +132,6 @@ class ExactAccumulator(GradientAccumulator):
             total.copy_(gradients)
 
     def receive(self, bucket: Bucket) -> None:
-        """Turn the sum back into floats, once."""
         torch.mul(self._total[bucket.part], 2.0**-GRADIENTS.bits, out=self._gradients[bucket.part])
 
 
@@ -238,7 +236,6 @@ class GridAccumulator(GradientAccumulator):
         """2^exponent of each tensor: always in the same memory, so that a CUDA graph of `add` sees each step's."""
 
     def clear(self) -> None:
-        """Begin a step."""
         super().clear()
         self.largest.zero_()
         exponents = self._grids.exponents
@@ -255,7 +252,6 @@ class GridAccumulator(GradientAccumulator):
                 each.index_fill_(0, self._padding, 0)
 
     def add(self, bucket: Bucket) -> None:
-        """Add the gradients of one micro-batch as integers."""
         gradients, total = self._gradients[bucket.part], self._total[bucket.part]
         filters = slice(self._filters[bucket.first], self._filters[bucket.last])
         begun = bucket.index in self._begun
@@ -282,7 +278,6 @@ class GridAccumulator(GradientAccumulator):
         return pack_halves(total) if self._travel_in_pairs else total
 
     def receive(self, bucket: Bucket) -> None:
-        """Turn the sum back into floats, once."""
         total = self._total[bucket.part]
         if self._travel_in_pairs:
             unpack_halves(total)
@@ -336,7 +331,6 @@ class FloatAccumulator(GradientAccumulator):
         self._sent = self._total if sent_as == torch.float32 else torch.zeros_like(self._total, dtype=sent_as)
 
     def clear(self) -> None:
-        """Begin a step."""
         super().clear()
         self._total.zero_()
 
@@ -344,7 +338,6 @@ class FloatAccumulator(GradientAccumulator):
         """Do nothing: all sums begin at zero."""
 
     def add(self, bucket: Bucket) -> None:
-        """Add the gradients of one micro-batch."""
         gradients = self._gradients[bucket.part]
         self._range_checks.append(gradients.sum())
         self._total[bucket.part] += gradients
@@ -356,7 +349,6 @@ class FloatAccumulator(GradientAccumulator):
         return sent
 
     def receive(self, bucket: Bucket) -> None:
-        """Leave the sum where the gradients are."""
         self._gradients[bucket.part].copy_(self._sent[bucket.part])
 
 

@@ -129,7 +129,6 @@ class MeasuredDealing(Dealing):
         self.pace = 0
 
     def share(self, step: int) -> tuple[MicroBatch, ...]:
-        """Return the micro-batches of this rank in `step`: the next update or the one after it."""
         return self._plan.dealt(self._dealt.get(step, self._counts), self._rank)
 
     def note(self, step: int, times: StepTimes, paces: Sequence[int]) -> tuple[int, ...] | None:

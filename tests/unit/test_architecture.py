@@ -140,6 +140,26 @@ def test_a_file_has_at_most_500_lines() -> None:
     assert not [path for path in FILES if len(path.read_text(encoding="utf-8").splitlines()) > 500]
 
 
+def test_a_public_method_has_a_docstring_unless_a_base_of_ours_has_one() -> None:
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in FILES]
+    classes = {node.name: node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+
+    def explained(cls: ast.ClassDef) -> set[str]:
+        bases = {ast.unparse(base).partition("[")[0].rpartition(".")[2] for base in cls.bases}
+        own = {method.name for method in methods(cls) if ast.get_docstring(method)}
+        return own.union(*(explained(classes[name]) for name in bases & set(classes)))
+
+    public = [node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef) and node.name[0] != "_"]
+    missing = [
+        (cls.name, {each.name for each in methods(cls) if each.name[0] != "_"} - explained(cls)) for cls in public
+    ]
+    assert not [each for each in missing if each[1]]
+
+
+def methods(cls: ast.ClassDef) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+    return [node for node in cls.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+
+
 @pytest.mark.parametrize(
     "module",
     [

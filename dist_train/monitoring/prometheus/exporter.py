@@ -113,19 +113,16 @@ class Exporter(Observer):
             _logger.warning("metrics are not served yet, after %g s; training continues", _START_SECONDS)
 
     def regroup(self, facts: RunFacts) -> None:
-        """Send the facts of the new generation of ranks."""
         self._facts = facts
         self._send_begin(facts)
 
     def record(self, record: Record) -> None:
-        """Send `record`."""
         if isinstance(record, TrainRecord):
             self._step_sent = record.step
         self._send(record)
         self._listen(0)
 
     def measurement(self, measurement: Measurement) -> None:
-        """Send `measurement`."""
         self._send(measurement)
 
     def progress(self, step: int) -> None:
