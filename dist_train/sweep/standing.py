@@ -11,10 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal
 
-from rich.box import SIMPLE_HEAD
-from rich.cells import cell_len
 from rich.table import Table
-from rich.text import Text
 
 from dist_train.cluster.launch import JOB_WAITS, current_job, job_states
 from dist_train.config import Config, differences, differing_lengths, parse_config
@@ -28,7 +25,7 @@ from dist_train.rundir.status import read_status
 from dist_train.sweep.planned_runs import Plan, PlannedRun, optuna_trials, plan_study, write_plan
 from dist_train.sweep.study_file import OptunaTrials
 from dist_train.watch.run_state import ALIVE, beside_job
-from dist_train.watch.run_table import COLOURS, RunSummary, read_runs
+from dist_train.watch.run_table import COLOURS, Column, RunSummary, read_runs, table_of
 
 Next = Literal["start", "skip", "busy", "unrecoverable"]
 _LENGTH = ["run.epochs"]
@@ -80,53 +77,20 @@ def _standing(run: PlannedRun, summary: RunSummary | None, states: Mapping[str, 
     return Standing(run, state, why, then, done, tested.accuracy if tested else None, has_other_settings)
 
 
-_LEFT = ("run", "variant", "state", "note")  # columns that are aligned left
-_GAP = 2  # characters between two columns
-_LEAST_NOTE = 16
-"""Columns are left out before notes become narrower than this many characters."""
-
-
 def render(standings: Sequence[Standing], width: int | None = None) -> Table:
-    """Return the runs as a table.
-
-    If it exceeds `width` characters, columns are left out: first seeds, variants and empty ones. Notes are folded,
-    names only where no other column is left.
-    """
-    columns = {
-        "number": [str(each.run.number) for each in standings],
-        "run": [escaped(each.run.name) for each in standings],
-        "variant": [escaped(each.run.variant) for each in standings],
-        "seed": [str(each.run.seed) for each in standings],
-        "state": [each.state for each in standings],
-        "done": ["" if each.done is None else f"{each.done:.0%}" for each in standings],
-        "accuracy": ["" if each.accuracy is None else wording.percent(each.accuracy) for each in standings],
-        "note": [escaped(each.note) for each in standings],
-    }
-    widths = {heading: max(map(cell_len, (heading, *cells))) for heading, cells in columns.items()}
-    if width is not None:
-        note = widths["note"]
-        widths["note"] = min(note, _LEAST_NOTE)
-        empty = [heading for heading, cells in columns.items() if not any(cells)]
-        for heading in ("seed", "variant", *empty, "done", "accuracy", "number"):
-            if sum(widths[each] + _GAP for each in columns) - _GAP > width:
-                columns.pop(heading, None)
-        for heading, most in (("run", widths["run"]), ("note", note)):
-            others = sum(widths[each] + _GAP for each in columns if each != heading)
-            widths[heading] = min(most, max(1, width - others))
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-    for heading in columns:
-        table.add_column(
-            heading,
-            justify="left" if heading in _LEFT else "right",
-            overflow="fold",
-            no_wrap=heading not in ("run", "note"),
-            min_width=widths[heading],
-            max_width=widths[heading],
-        )
-    for standing, *cells in zip(standings, *columns.values(), strict=True):
-        styles = (COLOURS.get(standing.state, "") if heading == "state" else "" for heading in columns)
-        table.add_row(*map(Text, cells, styles))
-    return table
+    """Return the runs as a table of at most `width` characters, in which notes are folded; names are complete."""
+    accuracies = ["" if each.accuracy is None else wording.percent(each.accuracy) for each in standings]
+    styles = [COLOURS.get(each.state, "") for each in standings]
+    columns = [
+        Column("number", [str(each.run.number) for each in standings], 4),
+        Column("variant", [escaped(each.run.variant) for each in standings], 1, "left"),
+        Column("seed", [str(each.run.seed) for each in standings], 0),
+        Column("state", [each.state for each in standings], 5, "left", styles),
+        Column("done", ["" if each.done is None else f"{each.done:.0%}" for each in standings], 2),
+        Column("accuracy", accuracies, 3),
+    ]
+    names, notes = [escaped(each.run.name) for each in standings], [escaped(each.note) for each in standings]
+    return table_of(names, columns, notes, width, "fold")
 
 
 def numbers_left(runs: Sequence[PlannedRun], unasked: Iterable[int]) -> str:

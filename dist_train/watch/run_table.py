@@ -7,11 +7,13 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import reduce
+from itertools import repeat
 from pathlib import Path
 from typing import Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len
+from rich.console import OverflowMethod
 from rich.table import Table
 from rich.text import Text
 
@@ -74,36 +76,55 @@ def beside_slurm(summaries: Sequence[RunSummary], job_states: Mapping[str, str])
 
 
 @dataclass(frozen=True)
-class _Column:
-    """A column of the table. In a narrow terminal, columns of low `rank` are left out first."""
+class Column:
+    """A column of a table of runs. If the table is too wide, empty ones and those of low `rank` are left out first."""
 
     heading: str
+    cells: Sequence[str]
     rank: int
-    text: Callable[[RunSummary], str]
     justify: Literal["left", "right"] = "right"
+    styles: Sequence[str] = ()
 
-    def cell(self, run: RunSummary) -> str:
-        return escaped(self.text(run))
+    @property
+    def width(self) -> int:
+        """Characters of the widest cell, or of the heading."""
+        return max(map(cell_len, (self.heading, *self.cells)))
 
 
-_STATE = _Column("state", 9, lambda run: run.state, "left")
-_COLUMNS = (
-    _STATE,
-    _Column("model", 1, lambda run: run.model or "", "left"),
-    _Column("data", 0, lambda run: run.data or "", "left"),
-    _Column("batch", 4, lambda run: "" if run.global_size is None else f"{run.global_size:,}"),
-    _Column("ranks", 2, lambda run: "" if run.world_size is None else str(run.world_size)),
-    _Column("epoch", 6, lambda run: "" if run.epoch is None else f"{run.epoch:.4g}"),
-    _Column("step", 3, lambda run: _steps(run)),
-    _Column("done", 8, lambda run: _done(run)),
-    _Column("best", 7, lambda run: "" if run.best_accuracy is None else wording.percent(run.best_accuracy)),
-    _Column("images/s", 5, lambda run: "" if run.samples_per_second is None else wording.rate(run.samples_per_second)),
-    _Column("left", 7, lambda run: "" if run.seconds_left is None else wording.duration(run.seconds_left)),
-)
 _GAP = 2  # characters between two columns
 _LONGEST_NOTE = 600
 _LEAST_NOTE = 16
 """Columns are left out, and then long names folded, before notes become shorter than this many characters."""
+
+
+def table_of(
+    names: Sequence[str], columns: Sequence[Column], notes: Sequence[str], width: int | None, overflow: OverflowMethod
+) -> Table:
+    """Return a table of the runs `names`; the column of the highest rank is always shown.
+
+    If it exceeds `width` characters, the others are left out one by one; notes are folded or cut, as `overflow` says.
+    """
+    columns = list(columns)
+    last_kept = max(columns, key=lambda column: column.rank)
+    name_width = max(map(cell_len, ("run", *names)))
+    note_width = min(_LONGEST_NOTE, max(map(cell_len, notes), default=0))
+    if width is not None:
+        least_note = min(note_width, _LEAST_NOTE)
+        room = width - (_GAP + least_note if note_width else 0)
+        name_width = min(name_width, max(1, room - _GAP - last_kept.width))
+        while name_width + sum(_GAP + column.width for column in columns) > room and len(columns) > 1:
+            columns.remove(min(columns, key=lambda column: (any(column.cells), column.rank)))
+        note_width = max(least_note, width - name_width - sum(_GAP + column.width for column in columns) - _GAP)
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    table.add_column("run", overflow="fold", min_width=name_width, max_width=name_width)
+    for column in columns:
+        table.add_column(column.heading, justify=column.justify, no_wrap=True)
+    if any(notes):
+        table.add_column("note", overflow=overflow, no_wrap=overflow != "fold", max_width=note_width)
+    styled = [map(Text, column.cells, column.styles or repeat("")) for column in columns]
+    for row in zip(map(Text, names), *styled, *([map(Text, notes)] if any(notes) else []), strict=True):
+        table.add_row(*row)
+    return table
 
 
 def render(
@@ -114,33 +135,34 @@ def render(
     If it exceeds `width` characters, less important columns are left out and notes are truncated to one line; names
     and states are always complete.
     """
-    columns = list(_COLUMNS)
+
+    def column(
+        heading: str,
+        rank: int,
+        text: Callable[[RunSummary], object],
+        justify: Literal["left", "right"] = "right",
+        styles: Sequence[str] = (),
+    ) -> Column:
+        cells = [escaped("" if (cell := text(run)) is None else str(cell)) for run in summaries]
+        return Column(heading, cells, rank, justify, styles)
+
+    columns = [
+        column("state", 9, lambda run: run.state, "left", [COLOURS.get(run.state, "") for run in summaries]),
+        column("model", 1, lambda run: run.model, "left"),
+        column("data", 0, lambda run: run.data, "left"),
+        column("batch", 4, lambda run: None if run.global_size is None else f"{run.global_size:,}"),
+        column("ranks", 2, lambda run: run.world_size),
+        column("epoch", 6, lambda run: None if run.epoch is None else f"{run.epoch:.4g}"),
+        column("step", 3, _steps),
+        column("done", 8, _done),
+        column("best", 7, lambda run: None if run.best_accuracy is None else wording.percent(run.best_accuracy)),
+        column("images/s", 5, lambda run: None if (rate := run.samples_per_second) is None else wording.rate(rate)),
+        column("left", 7, lambda run: None if run.seconds_left is None else wording.duration(run.seconds_left)),
+    ]
     if job_states:
-        columns.append(_Column("slurm", 6, lambda run: f"{run.slurm_job} {job_states.get(run.slurm_job, '')}".strip()))
+        columns.append(column("slurm", 6, lambda run: f"{run.slurm_job} {job_states.get(run.slurm_job, '')}".strip()))
     names = [escaped(run.name) for run in summaries]
-    notes = [escaped(" ".join(run.note.split())) for run in summaries]
-    widths = {column: max(map(cell_len, _cells(column, summaries))) for column in columns}
-    name_width = max(map(cell_len, ("run", *names)))
-    note_width = min(_LONGEST_NOTE, max(map(cell_len, notes), default=0))
-    if width is not None:
-        least_note = min(note_width, _LEAST_NOTE)
-        room = width - (_GAP + least_note if note_width else 0)
-        name_width = min(name_width, max(1, room - _GAP - widths[_STATE]))
-        while name_width + sum(_GAP + widths[column] for column in columns) > room and len(columns) > 1:
-            columns.remove(min(columns, key=lambda column: (any(_cells(column, summaries)[1:]), column.rank)))
-        note_width = max(least_note, width - name_width - sum(_GAP + widths[column] for column in columns) - _GAP)
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-    table.add_column("run", overflow="fold", min_width=name_width, max_width=name_width)
-    for column in columns:
-        table.add_column(column.heading, justify=column.justify, no_wrap=True)
-    if any(notes):
-        table.add_column("note", overflow="ellipsis", no_wrap=True, max_width=note_width)
-    for run, name, note in zip(summaries, names, notes, strict=True):
-        cells = [
-            Text(column.cell(run), style=COLOURS.get(run.state, "") if column is _STATE else "") for column in columns
-        ]
-        table.add_row(Text(name), *cells, *([Text(note)] if any(notes) else []))
-    return table
+    return table_of(names, columns, [escaped(" ".join(run.note.split())) for run in summaries], width, "ellipsis")
 
 
 def as_json(summaries: Sequence[RunSummary], job_states: Mapping[str, str]) -> str:
@@ -150,10 +172,6 @@ def as_json(summaries: Sequence[RunSummary], job_states: Mapping[str, str]) -> s
         for run in summaries
     ]
     return json_text({"runs": runs}, indent=2)
-
-
-def _cells(column: _Column, summaries: Sequence[RunSummary]) -> list[str]:
-    return [column.heading, *map(column.cell, summaries)]
 
 
 def _steps(run: RunSummary) -> str:

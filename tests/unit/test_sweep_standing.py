@@ -182,9 +182,9 @@ def test_a_run_counts_in_a_project_that_was_moved_with_its_plug_ins(tmp_path: Pa
 @pytest.mark.parametrize(
     ("width", "headings"),
     [
-        (200, ["number", "run", "variant", "seed", "state", "done", "accuracy", "note"]),
-        (80, ["number", "run", "state", "done", "accuracy", "note"]),
-        (70, ["number", "run", "state", "done", "note"]),
+        (200, ["run", "number", "variant", "seed", "state", "done", "accuracy", "note"]),
+        (80, ["run", "number", "state", "done", "note"]),
+        (70, ["run", "number", "state", "done", "note"]),
         (60, ["run", "state", "note"]),
     ],
 )
