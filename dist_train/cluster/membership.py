@@ -7,10 +7,11 @@ all stop between two updates to let others join. The next one begins when every 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeAlias
+from typing import Any, Concatenate, Literal, ParamSpec, TypeAlias
 
+P = ParamSpec("P")
 Kind = Literal["break", "meet", "members", "end"]
 
 _TRIES_OF_JOINERS = 2
@@ -96,54 +97,6 @@ class Membership:
 
 
 @dataclass(frozen=True)
-class PeerConnected:
-    """A process has connected and proved that it belongs to this launch."""
-
-    peer: Peer
-
-
-@dataclass(frozen=True)
-class PeerReady:
-    """A process has stopped work on `generation` and waits for the next; `why`: what broke, empty if nothing did."""
-
-    id: int
-    generation: int
-    store: tuple[str, int] = ("", 0)
-    why: str = ""
-
-
-@dataclass(frozen=True)
-class PeerTraining:
-    """A process holds the run's state from now on; `works`: its generation has made an update."""
-
-    id: int
-    works: bool = False
-
-
-@dataclass(frozen=True)
-class PeerLost:
-    """A process died, hangs or failed (`why`), or left because the run has ended in order (`why` is empty)."""
-
-    id: int
-    why: str = ""
-
-
-@dataclass(frozen=True)
-class MayGrow:
-    """Whether launchers may still start ranks has changed to `value`."""
-
-    value: bool
-
-
-@dataclass(frozen=True)
-class StopRequested:
-    """All ranks are to save and stop."""
-
-
-Event: TypeAlias = PeerConnected | PeerReady | PeerTraining | PeerLost | MayGrow | StopRequested
-
-
-@dataclass(frozen=True)
 class Message:
     """A message to a peer: `break` (stop, this generation is over), `meet` (stop after this update, ranks want to
     join), `members` (the next generation), `end` (the run cannot continue).
@@ -157,53 +110,67 @@ class Message:
 Decision: TypeAlias = tuple[Membership, tuple[Message, ...]]
 
 
-def decide(state: Membership, event: Event) -> Decision:
-    """Return the state after `event`, and the messages to send."""
-    if state.has_ended:
-        return state, ()
-    match event:
-        case PeerConnected(peer):
-            return replace(state, peers=(*state.peers, peer)), ()
-        case PeerTraining(peer_id, works):
-            state = _with_peer(state, peer_id, has_state=True)
-            if works:
-                peers = tuple(replace(peer, is_new=peer.is_new and peer.rank is None) for peer in state.peers)
-                state = replace(state, peers=peers, tries=0)
-            return state, ()
-        case MayGrow(value):
-            return _begin_if_ready(replace(state, may_grow=value))
-        case StopRequested():
-            return _begin_if_ready(replace(state, stop_requested=True))
-        case PeerLost():
-            return _remove(state, event)
-        case PeerReady():
-            return _mark_ready(state, event)
+Event: TypeAlias = Callable[Concatenate[Membership, P], Decision]
+"""A function below: what happened, by its arguments, to the decision about it."""
 
 
-def _remove(state: Membership, event: PeerLost) -> Decision:
-    gone = state.find(event.id)
+def decide(state: Membership, event: Event[P], *args: P.args, **kwargs: P.kwargs) -> Decision:
+    """Return the state after `event`, and the messages to send; after the end, nothing changes any more."""
+    return (state, ()) if state.has_ended else event(state, *args, **kwargs)
+
+
+def connect(state: Membership, peer: Peer) -> Decision:
+    """A process has connected and proved that it belongs to this launch."""
+    return replace(state, peers=(*state.peers, peer)), ()
+
+
+def note_training(state: Membership, peer_id: int, works: bool) -> Decision:
+    """A process holds the run's state from now on; `works`: its generation has made an update."""
+    state = _with_peer(state, peer_id, has_state=True)
+    if works:
+        peers = tuple(replace(peer, is_new=peer.is_new and peer.rank is None) for peer in state.peers)
+        state = replace(state, peers=peers, tries=0)
+    return state, ()
+
+
+def set_may_grow(state: Membership, value: bool) -> Decision:
+    """Whether launchers may still start ranks has changed to `value`."""
+    return _begin_if_ready(replace(state, may_grow=value))
+
+
+def request_stop(state: Membership) -> Decision:
+    """All ranks are to save and stop."""
+    return _begin_if_ready(replace(state, stop_requested=True))
+
+
+def remove(state: Membership, peer_id: int, why: str = "") -> Decision:
+    """A process died, hangs or failed (`why`), or left because the run has ended in order (`why` is empty)."""
+    gone = state.find(peer_id)
     if gone is None:
         return state, ()
     state = replace(state, peers=tuple(peer for peer in state.peers if peer is not gone))
     if gone.rank is None and state.generation > 0:
         return _begin_if_ready(state)
     state = replace(state, tries=0)
-    if not event.why:
+    if not why:
         refusals = tuple(_refuse(peer) for peer in state.joiners if peer.is_ready)
         return _begin_if_ready(replace(state, is_over=True), refusals)
-    reason = f"{gone.name} {event.why}"
+    reason = f"{gone.name} {why}"
     if not (state.has_state or gone.has_state):
         return _end(state, f"{reason} before training began")
-    # Only the launcher knows whether it restarts the process: it sends MayGrow.
+    # Only the launcher knows whether it restarts the process: `set_may_grow` follows.
     state = replace(state, is_forming=True, may_grow=True, lost=(*state.lost, reason))
     return _begin_if_ready(state, _break(state, reason))
 
 
-def _mark_ready(state: Membership, event: PeerReady) -> Decision:
-    peer = state.find(event.id)
-    if peer is None or (peer.rank is not None and event.generation != state.generation):
+def mark_ready(
+    state: Membership, peer_id: int, generation: int, why: str = "", store: tuple[str, int] = ("", 0)
+) -> Decision:
+    """A process has stopped work on `generation` and waits for the next; `why`: what broke, empty if nothing did."""
+    peer = state.find(peer_id)
+    if peer is None or (peer.rank is not None and generation != state.generation):
         return state, ()
-    state = _with_peer(state, event.id, is_ready=True, store=event.store)
+    state = _with_peer(state, peer_id, is_ready=True, store=store)
     if peer.rank is None and state.is_over:
         return state, (_refuse(peer),)
     if peer.rank is None:
@@ -212,9 +179,9 @@ def _mark_ready(state: Membership, event: PeerReady) -> Decision:
         # The ranks agree on the update after which they all stop.
         return state, tuple(Message(member.id, "meet") for member in state.members)
     messages: tuple[Message, ...] = ()
-    if event.why:
-        state = replace(state, report=state.report or f"{peer.name} reports: {event.why}")
-        messages = _break(state, event.why)
+    if why:
+        state = replace(state, report=state.report or f"{peer.name} reports: {why}")
+        messages = _break(state, why)
     return _begin_if_ready(replace(state, is_forming=True), messages)
 
 

@@ -15,21 +15,10 @@ from dataclasses import asdict, dataclass, field
 from itertools import count, islice
 from typing import Any
 
+from dist_train.cluster import membership
 from dist_train.cluster.heartbeats import BEATS_IN_TIMEOUT, SuspensionDetector, longest_wait
 from dist_train.cluster.launch import MEMBERSHIP_VARIABLE
-from dist_train.cluster.membership import (
-    Elasticity,
-    Event,
-    MayGrow,
-    Membership,
-    Peer,
-    PeerConnected,
-    PeerLost,
-    PeerReady,
-    PeerTraining,
-    StopRequested,
-    decide,
-)
+from dist_train.cluster.membership import Elasticity, Event, Membership, P, Peer, decide
 from dist_train.cluster.messages import MessageServer, answer_of_coordinator
 from dist_train.outcome import ExitCode
 
@@ -169,7 +158,7 @@ class MembershipServer:
         self._here = processes
         may_grow = self.expected > len(self.state.members)
         if may_grow != self.state.may_grow:
-            self._apply(MayGrow(may_grow))
+            self._apply(membership.set_may_grow, may_grow)
 
     def note_code(self, code: int) -> None:
         """Record the exit code of a process, of this launcher or that of another node."""
@@ -184,7 +173,7 @@ class MembershipServer:
 
     def ask_to_stop(self) -> None:
         """Make all launchers ask their ranks to save and stop; a run that has not begun just ends."""
-        self._apply(StopRequested())
+        self._apply(membership.request_stop)
         if self.state.generation == 0:
             self.note_code(ExitCode.STOPPED)
 
@@ -213,9 +202,9 @@ class MembershipServer:
             case "ready" if node is None:
                 host, port = fields["store"]
                 store = (str(host), int(port))
-                self._apply(PeerReady(peer_id, int(fields["generation"]), store, str(fields["why"])))
+                self._apply(membership.mark_ready, peer_id, int(fields["generation"]), str(fields["why"]), store)
             case "trains" if node is None:
-                self._apply(PeerTraining(peer_id, bool(fields["works"])))
+                self._apply(membership.note_training, peer_id, bool(fields["works"]))
             case "hangs" if node is None:
                 self._expel(peer_id, f"has not moved on for {self.timeout:g} s")
 
@@ -229,7 +218,7 @@ class MembershipServer:
             self._server.drop(peer_id)  # its launcher is gone
             return
         joins = self.state.generation > 0
-        self._apply(PeerConnected(Peer(peer_id, slot, node, process)))
+        self._apply(membership.connect, Peer(peer_id, slot, node, process))
         self._server.send(peer_id, {"kind": "welcome", "joins": joins, "most": self.limits.max_ranks})
 
     def _admit_node(self, peer_id: int, node: JoinedNode, challenge: str) -> None:
@@ -289,9 +278,9 @@ class MembershipServer:
                 node.sent_view, node.sent_at = view, now
                 self._server.send(connection, {"kind": "view", **fields})
 
-    def _apply(self, event: Event) -> None:
+    def _apply(self, event: Event[P], *args: P.args, **kwargs: P.kwargs) -> None:
         before = self.state
-        self.state, messages = decide(before, event)
+        self.state, messages = decide(before, event, *args, **kwargs)
         for message in messages:
             self._server.send(message.to, {"kind": message.kind, **message.fields})
         for message in {each.kind: each for each in messages}.values():
@@ -346,7 +335,7 @@ class MembershipServer:
         self._stopping_since.pop(peer_id, None)
         node = self._nodes.pop(peer_id, None)
         if node is None:
-            self._apply(PeerLost(peer_id, why))
+            self._apply(membership.remove, peer_id, why)
             return
         if why:
             self.say(f"{node.name} {why}")

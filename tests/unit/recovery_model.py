@@ -9,26 +9,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from dist_train.cluster.membership import (
     Elasticity,
-    Event,
-    MayGrow,
     Membership,
     Message,
     Peer,
-    PeerConnected,
-    PeerLost,
-    PeerReady,
-    PeerTraining,
-    StopRequested,
+    connect,
     decide,
+    mark_ready,
+    note_training,
+    remove,
+    request_stop,
+    set_may_grow,
 )
 from dist_train.training.recovery import RankState, plan_recovery
 
 Mode = Literal["works", "waits", "stopped", "done", "ended", "dead"]
 Kind = Literal["standings", "state", "sum", "barrier"]
+Event = tuple[Any, ...]
+"""A function of `membership.py`, and its arguments after the state."""
 
 
 class Rank(NamedTuple):
@@ -101,7 +102,7 @@ def steps(world: World, limits: Limits) -> Iterator[World]:
     """Yield what can happen next of itself."""
     processes = sum(rank.mode not in ("done", "ended", "dead") for rank in world.ranks)
     if limits.min_ranks > 1 and world.coordinator.may_grow and processes <= len(world.coordinator.members):
-        yield _decide(world, MayGrow(False))  # the launcher restarts none
+        yield _decide(world, (set_may_grow, False))  # the launcher restarts none
     for number, rank in enumerate(world.ranks):
         if rank.outbox:
             yield _deliver_to_coordinator(world, number)
@@ -123,7 +124,7 @@ def faults(world: World, limits: Limits) -> Iterator[World]:
             if rank.mode in ("works", "waits", "stopped"):
                 # What it has sent last may arrive or not.
                 for kept in {rank.outbox, ()}:
-                    dead = rank._replace(mode="dead", inbox=(), outbox=(*kept, PeerLost(number, "died")))
+                    dead = rank._replace(mode="dead", inbox=(), outbox=(*kept, (remove, number, "died")))
                     yield _with(world, number, dead)._replace(deaths=world.deaths + 1)
     if world.breaks < limits.breaks:
         for number, rank in enumerate(world.ranks):
@@ -131,11 +132,11 @@ def faults(world: World, limits: Limits) -> Iterator[World]:
                 yield _stop(world, number, "broken")._replace(breaks=world.breaks + 1)
     if limits.stops and not (world.coordinator.stop_requested or world.coordinator.has_ended):
         signalled = (rank._replace(inbox=(*rank.inbox, ("stop", 0, 0, 0))) for rank in world.ranks)
-        yield _decide(world._replace(ranks=tuple(signalled)), StopRequested())
+        yield _decide(world._replace(ranks=tuple(signalled)), (request_stop,))
     if world.joins < limits.joins and world.coordinator.may_grow and not world.coordinator.stop_requested:
         number = len(world.ranks)
         joiner = Rank(
-            "stopped", generation=0, has_state=False, outbox=(PeerConnected(Peer(number, number)), PeerReady(number, 0))
+            "stopped", generation=0, has_state=False, outbox=((connect, Peer(number, number)), (mark_ready, number, 0))
         )
         yield world._replace(ranks=(*world.ranks, joiner), joins=world.joins + 1)
 
@@ -213,19 +214,19 @@ def _complete(world: World, number: int, limits: Limits) -> World:
             assert newest >= rank.step, f"an update is lost: {world}"
             work = _work(newest, has_stopped, limits)
             taken = following._replace(step=newest, has_state=True, has_stopped=has_stopped, kind=work)
-            return _with(world, number, taken._replace(outbox=(*taken.outbox, PeerTraining(number))))
+            return _with(world, number, taken._replace(outbox=(*taken.outbox, (note_training, number, False))))
         case "sum":
             step = rank.step + 1
             has_stopped = any(b.is_asked_to_stop for b in brought.values())
             made = following._replace(step=step, has_stopped=has_stopped, kind=_work(step, has_stopped, limits))
             if limits.breaks:
-                made = made._replace(outbox=(*made.outbox, PeerTraining(number, works=True)))
+                made = made._replace(outbox=(*made.outbox, (note_training, number, True)))
             world = _with(world, number, made)
             if made.kind == "sum" and any(b.wants_rendezvous for b in brought.values()):
                 return _stop(world, number, "")
             return world
         case "barrier":
-            return _with(world, number, rank._replace(mode="done", outbox=(*rank.outbox, PeerLost(number))))
+            return _with(world, number, rank._replace(mode="done", outbox=(*rank.outbox, (remove, number))))
 
 
 def _work(step: int, has_stopped: bool, limits: Limits) -> Kind:
@@ -234,7 +235,7 @@ def _work(step: int, has_stopped: bool, limits: Limits) -> Kind:
 
 def _stop(world: World, number: int, why: str) -> World:
     rank = world.ranks[number]
-    ready = PeerReady(number, rank.generation, why=why)
+    ready: Event = (mark_ready, number, rank.generation, why)
     return _with(world, number, rank._replace(mode="stopped", outbox=(*rank.outbox, ready)))
 
 
@@ -244,7 +245,7 @@ def _deliver_to_coordinator(world: World, number: int) -> World:
 
 
 def _decide(world: World, event: Event) -> World:
-    coordinator, messages = decide(world.coordinator, event)
+    coordinator, messages = decide(world.coordinator, *event)
     world = world._replace(coordinator=coordinator)
     for message in messages:
         receiver = world.ranks[message.to]

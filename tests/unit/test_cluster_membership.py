@@ -11,6 +11,7 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,17 +21,16 @@ from dist_train.cluster.joined_launch import Entry, RemoteCoordinator, entry_of
 from dist_train.cluster.member import Member, Pulse
 from dist_train.cluster.membership import (
     Elasticity,
-    Event,
-    MayGrow,
     Membership,
     Message,
     Peer,
-    PeerConnected,
-    PeerLost,
-    PeerReady,
-    PeerTraining,
-    StopRequested,
+    connect,
     decide,
+    mark_ready,
+    note_training,
+    remove,
+    request_stop,
+    set_may_grow,
 )
 from dist_train.cluster.membership_server import SLOT_VARIABLE, TOKEN_VARIABLE, MembershipServer
 from dist_train.cluster.messages import MessageServer, answer_to
@@ -40,13 +40,16 @@ from dist_train.rundir.status import LAUNCH_VARIABLE, StatusFile, read_status
 from tests.ipv6 import needs_ipv6
 from tests.waiting import wait_for
 
+Event = tuple[Any, ...]
+"""A function of `membership.py`, and its arguments after the state."""
+
 
 def after(state: Membership, *events: Event) -> Membership:
-    return reduce(lambda before, event: decide(before, event)[0], events, state)
+    return reduce(lambda before, event: decide(before, *event)[0], events, state)
 
 
 def said(state: Membership, event: Event) -> dict[int, Message]:
-    return {message.to: message for message in decide(state, event)[1]}
+    return {message.to: message for message in decide(state, *event)[1]}
 
 
 def limits(size: int, fewest: int = 1, most: int | None = None, timeout: float = 5.0) -> Elasticity:
@@ -57,13 +60,15 @@ def met(size: int, fewest: int = 1) -> Membership:
     """Return ranks 0, 1, ... with the ids 10, 11, ..., which train."""
     arrivals: list[Event] = []
     for slot in range(size):
-        arrivals += [PeerConnected(Peer(10 + slot, slot)), PeerReady(10 + slot, 0, ("host", 1000 + slot))]
-    return after(Membership(limits(size, fewest)), *arrivals, *(PeerTraining(10 + slot, True) for slot in range(size)))
+        arrivals += [(connect, Peer(10 + slot, slot)), (mark_ready, 10 + slot, 0, "", ("host", 1000 + slot))]
+    return after(
+        Membership(limits(size, fewest)), *arrivals, *((note_training, 10 + slot, True) for slot in range(size))
+    )
 
 
 def test_the_first_generation_begins_when_all_are_there_in_the_order_of_their_slots() -> None:
-    state = after(Membership(limits(2)), PeerConnected(Peer(7, 1)), PeerConnected(Peer(8, 0)), PeerReady(7, 0))
-    told = said(state, PeerReady(8, 0, ("host", 99)))
+    state = after(Membership(limits(2)), (connect, Peer(7, 1)), (connect, Peer(8, 0)), (mark_ready, 7, 0))
+    told = said(state, (mark_ready, 8, 0, "", ("host", 99)))
     assert {to: message.fields["rank"] for to, message in told.items()} == {7: 1, 8: 0}
     assert told[7].fields["store"] == ("host", 99)
     assert told[7].fields["joined"] == []
@@ -71,74 +76,74 @@ def test_the_first_generation_begins_when_all_are_there_in_the_order_of_their_sl
 
 def test_a_death_stops_the_others_and_the_next_generation_keeps_their_order() -> None:
     state = met(4)
-    told = said(state, PeerLost(11, "died"))
+    told = said(state, (remove, 11, "died"))
     assert {to: message.kind for to, message in told.items()} == {10: "break", 12: "break", 13: "break"}
-    state = after(state, PeerLost(11, "died"), PeerReady(13, 1, why="gradient.0"), PeerReady(12, 1))
-    told = said(state, PeerReady(10, 1))
+    state = after(state, (remove, 11, "died"), (mark_ready, 13, 1, "gradient.0"), (mark_ready, 12, 1))
+    told = said(state, (mark_ready, 10, 1))
     assert {to: message.fields["rank"] for to, message in told.items()} == {10: 0, 12: 1, 13: 2}
     assert told[10].fields["lost"] == ["rank 1 (, process 0) died"]
 
 
 def test_who_joins_is_let_in_after_an_update_behind_the_others() -> None:
-    state = after(met(2), PeerLost(10, "died"), PeerReady(11, 1), PeerConnected(Peer(20, 0)))
-    told = said(state, PeerReady(20, 0))
+    state = after(met(2), (remove, 10, "died"), (mark_ready, 11, 1), (connect, Peer(20, 0)))
+    told = said(state, (mark_ready, 20, 0))
     assert {to: message.kind for to, message in told.items()} == {11: "meet"}
-    state = after(state, PeerReady(20, 0))
-    told = said(state, PeerReady(11, 2))
+    state = after(state, (mark_ready, 20, 0))
+    told = said(state, (mark_ready, 11, 2))
     assert {to: message.fields["rank"] for to, message in told.items()} == {11: 0, 20: 1}
     assert told[11].fields["joined"] == ["rank 1 (, process 0)"]
 
 
 def test_too_few_ranks_wait_for_others_and_end_when_none_can_come() -> None:
-    state = after(met(2, fewest=2), PeerLost(10, "died"), PeerReady(11, 1))
+    state = after(met(2, fewest=2), (remove, 10, "died"), (mark_ready, 11, 1))
     assert state.is_forming
-    assert said(state, MayGrow(False))[11].kind == "end"
-    assert said(after(state, PeerConnected(Peer(20, 0))), PeerReady(20, 0))[11].kind == "members"
+    assert said(state, (set_may_grow, False))[11].kind == "end"
+    assert said(after(state, (connect, Peer(20, 0))), (mark_ready, 20, 0))[11].kind == "members"
 
 
 def test_the_ranks_that_are_left_begin_at_once_when_all_are_to_stop() -> None:
-    state = after(met(2, fewest=2), PeerLost(10, "died"), PeerReady(11, 1))
-    assert said(state, StopRequested())[11].kind == "members"
-    state = after(met(2, fewest=2), StopRequested(), PeerLost(10, "died"), MayGrow(False))
-    assert said(state, PeerReady(11, 1))[11].kind == "members"
+    state = after(met(2, fewest=2), (remove, 10, "died"), (mark_ready, 11, 1))
+    assert said(state, (request_stop,))[11].kind == "members"
+    state = after(met(2, fewest=2), (request_stop,), (remove, 10, "died"), (set_may_grow, False))
+    assert said(state, (mark_ready, 11, 1))[11].kind == "members"
 
 
 def test_the_ranks_that_are_left_of_a_run_that_is_over_finish_it() -> None:
-    state = after(met(3, fewest=3), PeerLost(12, "died"), PeerLost(11), MayGrow(False))
-    assert said(state, PeerReady(10, 1, why="barrier: reset"))[10].kind == "members"
+    state = after(met(3, fewest=3), (remove, 12, "died"), (remove, 11), (set_may_grow, False))
+    assert said(state, (mark_ready, 10, 1, "barrier: reset"))[10].kind == "members"
 
 
 def test_nobody_is_let_in_once_a_rank_has_finished() -> None:
-    state = after(met(2), PeerConnected(Peer(20, 2)), PeerLost(10))
-    assert said(state, PeerReady(20, 0))[20].kind == "end"
-    assert not decide(state, PeerLost(11))[1]
+    state = after(met(2), (connect, Peer(20, 2)), (remove, 10))
+    assert said(state, (mark_ready, 20, 0))[20].kind == "end"
+    assert not decide(state, remove, 11)[1]
 
 
 def test_no_process_joins_once_a_rank_has_finished_even_after_a_loss() -> None:
-    state = after(met(3), PeerConnected(Peer(20, 3)), PeerReady(20, 0), PeerLost(10), PeerLost(11, "died"))
-    told = said(state, PeerReady(12, 1))
+    state = after(met(3), (connect, Peer(20, 3)), (mark_ready, 20, 0), (remove, 10), (remove, 11, "died"))
+    told = said(state, (mark_ready, 12, 1))
     assert {to: message.fields["size"] for to, message in told.items()} == {12: 1}
 
 
 def test_no_more_than_max_ranks_join_and_the_others_keep_waiting() -> None:
-    state = after(met(2), PeerLost(10, "died"), PeerReady(11, 1))
+    state = after(met(2), (remove, 10, "died"), (mark_ready, 11, 1))
     state = after(
-        state, *(event for each in (20, 21) for event in (PeerConnected(Peer(each, each)), PeerReady(each, 0)))
+        state, *(event for each in (20, 21) for event in ((connect, Peer(each, each)), (mark_ready, each, 0)))
     )
-    told = said(state, PeerReady(11, 2))
+    told = said(state, (mark_ready, 11, 2))
     assert {to: message.fields["rank"] for to, message in told.items()} == {11: 0, 20: 1}
-    state = after(state, PeerReady(11, 2))
+    state = after(state, (mark_ready, 11, 2))
     assert {peer.id: (peer.rank, peer.is_ready) for peer in state.joiners} == {21: (None, True)}
 
 
 def test_a_report_about_a_past_generation_stops_nobody() -> None:
-    state = after(met(3), PeerLost(11, "died"), PeerReady(10, 1), PeerReady(12, 1))
-    assert decide(state, PeerReady(12, 1, why="gradient.0")) == (state, ())
+    state = after(met(3), (remove, 11, "died"), (mark_ready, 10, 1), (mark_ready, 12, 1))
+    assert decide(state, mark_ready, 12, 1, "gradient.0") == (state, ())
 
 
 def broken(state: Membership, generation: int, *ids: int) -> Membership:
     """Let the group of that generation break, as its ranks `ids` report."""
-    return after(state, *(PeerReady(each, generation, why="meeting: no route to host") for each in ids))
+    return after(state, *((mark_ready, each, generation, "meeting: no route to host") for each in ids))
 
 
 def test_ranks_that_cannot_connect_though_nobody_is_lost_end_the_run() -> None:
@@ -146,35 +151,38 @@ def test_ranks_that_cannot_connect_though_nobody_is_lost_end_the_run() -> None:
     for generation in (1, 2, 3):
         state = broken(state, generation, 10, 11)
     assert not state.has_ended
-    assert not after(state, PeerLost(11, "died")).has_ended
-    told = said(broken(state, 4, 10), PeerReady(11, 4))
+    assert not after(state, (remove, 11, "died")).has_ended
+    told = said(broken(state, 4, 10), (mark_ready, 11, 4))
     assert {to: message.kind for to, message in told.items()} == {10: "end", 11: "end"}
     assert "no route to host" in told[10].fields["why"]
-    state = broken(after(state, PeerTraining(10, True)), 4, 10, 11)  # after an update
+    state = broken(after(state, (note_training, 10, True)), 4, 10, 11)  # after an update
     assert state.generation == 5
 
 
 def test_a_process_that_joins_but_cannot_connect_is_sent_away() -> None:
-    state = after(met(2, fewest=2), PeerLost(11, "died"), PeerReady(10, 1))
-    state = after(state, PeerConnected(Peer(20, 1)), PeerReady(20, 0))
+    state = after(met(2, fewest=2), (remove, 11, "died"), (mark_ready, 10, 1))
+    state = after(state, (connect, Peer(20, 1)), (mark_ready, 20, 0))
     state = broken(state, 2, 20, 10)
     assert [peer.id for peer in state.members] == [10, 20]
     state = broken(state, 3, 20)
-    told = said(state, PeerReady(10, 3))
+    told = said(state, (mark_ready, 10, 3))
     assert {to: message.kind for to, message in told.items()} == {20: "end"}, "the rank that is left waits for another"
-    state = after(state, PeerReady(10, 3), PeerConnected(Peer(21, 1)))
-    assert {to: message.kind for to, message in said(state, PeerReady(21, 0)).items()} == {10: "members", 21: "members"}
-    assert said(state, MayGrow(False))[10].kind == "end"
+    state = after(state, (mark_ready, 10, 3), (connect, Peer(21, 1)))
+    assert {to: message.kind for to, message in said(state, (mark_ready, 21, 0)).items()} == {
+        10: "members",
+        21: "members",
+    }
+    assert said(state, (set_may_grow, False))[10].kind == "end"
 
 
 def test_a_loss_before_anybody_trains_ends_the_launch() -> None:
-    state = after(Membership(limits(2)), PeerConnected(Peer(7, 0)), PeerConnected(Peer(8, 1)))
-    assert said(state, PeerLost(7, "died"))[8].kind == "end"
+    state = after(Membership(limits(2)), (connect, Peer(7, 0)), (connect, Peer(8, 1)))
+    assert said(state, (remove, 7, "died"))[8].kind == "end"
 
 
 def test_the_end_of_all_that_held_the_state_ends_those_who_join() -> None:
-    state = after(met(1), PeerConnected(Peer(20, 0)), PeerReady(20, 0))
-    assert said(state, PeerLost(10, "died"))[20].kind == "end"
+    state = after(met(1), (connect, Peer(20, 0)), (mark_ready, 20, 0))
+    assert said(state, (remove, 10, "died"))[20].kind == "end"
 
 
 @contextmanager
@@ -507,10 +515,10 @@ def test_the_exit_code_is_not_that_of_a_rank_without_which_the_run_continued() -
         server.state = met(2)
         server.note_code(ExitCode.USAGE)  # of a process that could not join
         assert server.first_failure() == ExitCode.USAGE
-        server._apply(PeerLost(10, "failed: a damaged file"))
+        server._apply(remove, 10, "failed: a damaged file")
         server.note_code(ExitCode.USAGE)
-        server._apply(PeerReady(11, 1, why="gradient.0: reset"))
-        server._apply(PeerLost(11, "died"))
+        server._apply(mark_ready, 11, 1, why="gradient.0: reset")
+        server._apply(remove, 11, "died")
         server.note_code(-9)
         server.note_code(ExitCode.USAGE)
         assert server.first_failure() == ExitCode.FAULT
@@ -519,10 +527,10 @@ def test_the_exit_code_is_not_that_of_a_rank_without_which_the_run_continued() -
 def test_the_exit_code_is_that_of_the_rank_whose_loss_left_too_few() -> None:
     with closing(MembershipServer(limits(2, fewest=2))) as server:
         server.state = met(2, fewest=2)
-        server._apply(PeerLost(10, "failed: a damaged file"))
+        server._apply(remove, 10, "failed: a damaged file")
         server.note_code(ExitCode.USAGE)
-        server._apply(PeerReady(11, 1, why="gradient.0: reset"))
-        server._apply(MayGrow(False))
+        server._apply(mark_ready, 11, 1, why="gradient.0: reset")
+        server._apply(set_may_grow, False)
         server.note_code(ExitCode.FAULT)
         assert server.first_failure() == ExitCode.USAGE
 

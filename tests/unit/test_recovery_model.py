@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dist_train.cluster.membership import Decision, Event, Membership, decide
+from dist_train.cluster.membership import Decision, Event, Membership, P, decide
 from tests.unit import recovery_model
 from tests.unit.recovery_model import Limits, explore
 
@@ -29,8 +29,8 @@ def test_groups_that_break_though_nobody_is_lost_end_a_run_only_after_the_third(
 
 
 def test_the_model_finds_a_rank_that_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    def forgetful(state: Membership, event: Event) -> Decision:
-        state, messages = decide(state, event)
+    def forgetful(state: Membership, event: Event[P], *args: P.args, **kwargs: P.kwargs) -> Decision:
+        state, messages = decide(state, event, *args, **kwargs)
         return state, tuple(message for message in messages if message.kind != "end")
 
     monkeypatch.setattr(recovery_model, "decide", forgetful)
