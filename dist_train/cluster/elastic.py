@@ -148,9 +148,8 @@ class ElasticCommunicator(TorchOperations):
         deadline = time.monotonic() + self._operation_timeout.total_seconds()
         device_group = self._device_group if self._is_on_device(tensor) else None
         with _naming_breaks(name):
-            if device_group is not None:
-                return _DeviceWork(self, device_group.start(operation), name, deadline, device_group)
-            return _Work(self, operation(self._group), name, deadline)
+            work = operation(self._group) if device_group is None else device_group.start(operation)
+        return _Work(self, work, name, deadline, device_group)
 
     def _is_on_device(self, tensor: torch.Tensor) -> bool:
         return tensor.is_cuda
@@ -217,54 +216,38 @@ class ElasticCommunicator(TorchOperations):
 
 @dataclass
 class _Work(Pending):
-    """An operation on CPU tensors."""
+    """An operation on CPU tensors or, with their `group`, on those of GPUs."""
 
     comm: ElasticCommunicator
     work: Any
     name: str
     deadline: float
+    group: DeviceGroup | None
 
     def wait(self) -> None:
-        while True:
-            with suppress(RuntimeError):  # the operation failed, or the interval is over
-                self.work.wait(_POLL_INTERVAL)
-                return
-            if self._is_completed():
-                break
-            self._check()
-        self._finish()
-
-    def _check(self) -> None:
-        """Raise GroupBrokenError if there is no point in waiting longer."""
-        self.comm.check()
-        if time.monotonic() > self.deadline:
-            raise GroupBrokenError(f"{self.name}: a rank does not come")
-
-    def _is_completed(self) -> bool:
-        with _naming_breaks(self.name):
-            return bool(self.work.is_completed())
-
-    def _finish(self) -> None:
+        """Return once the result is there, for which no GPU's stream waits earlier; else raise GroupBrokenError."""
+        while not self._has_ended():
+            self.comm.check()
+            if time.monotonic() > self.deadline:
+                raise GroupBrokenError(f"{self.name}: a rank does not come")
+        # Aborted operations count as completed, too. An abort that begins only now cannot affect this one.
+        if self.group is not None and self.group.is_over:
+            self.comm.check()
+            raise GroupBrokenError(f"{self.name}: the group was aborted")
         with _naming_breaks(self.name):
             self.work.wait()
 
-
-@dataclass
-class _DeviceWork(_Work):
-    """An operation on GPU tensors."""
-
-    group: DeviceGroup
-
-    def wait(self) -> None:
-        """Return once the result is there, for which no stream waits earlier; else raise GroupBrokenError."""
-        while not self._is_completed():
-            self._check()
+    def _has_ended(self) -> bool:
+        """Whether the operation has ended; waits a moment if it has not."""
+        if self.group is None:
+            with suppress(RuntimeError):  # the operation failed, or the interval is over
+                self.work.wait(_POLL_INTERVAL)
+                return True
+        with _naming_breaks(self.name):
+            has_ended = bool(self.work.is_completed())
+        if self.group is not None and not has_ended:
             time.sleep(_DEVICE_POLL_SECONDS)
-        # Aborted operations count as completed, too. An abort that begins only now cannot affect this one.
-        if self.group.is_over:
-            self.comm.check()
-            raise GroupBrokenError(f"{self.name}: the group was aborted")
-        self._finish()
+        return has_ended
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 
 from dist_train.cluster.communicator import GroupBrokenError
 from dist_train.cluster.devices import FIRST_SUMS
-from dist_train.cluster.elastic import DeviceGroup, ElasticCommunicator, _DeviceWork
+from dist_train.cluster.elastic import DeviceGroup, ElasticCommunicator, _Work
 from dist_train.cluster.torch_engine import abort_nccl
 from tests.waiting import PATIENCE, wait_for
 
@@ -80,9 +80,9 @@ def in_thread(action: Callable[[], object]) -> tuple[threading.Thread, list[Base
     return thread, errors
 
 
-def work_in(group: DeviceGroup, comm: Comm, patience: float = 60.0) -> tuple[Work, _DeviceWork]:
+def work_in(group: DeviceGroup, comm: Comm, patience: float = 60.0) -> tuple[Work, _Work]:
     work = group.start(lambda made: made.allreduce([], None))
-    return work, _DeviceWork(comm, work, "gradient.0", time.monotonic() + patience, group)  # type: ignore[arg-type]
+    return work, _Work(comm, work, "gradient.0", time.monotonic() + patience, group)  # type: ignore[arg-type]
 
 
 def test_it_connects_by_first_sums_and_is_aborted_once(monkeypatch: pytest.MonkeyPatch) -> None:
