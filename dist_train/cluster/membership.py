@@ -36,7 +36,7 @@ class Peer:
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """Its identifier in messages."""
         return self.named("a rank that was joining" if self.rank is None else f"rank {self.rank}")
 
     def named(self, who: str) -> str:

@@ -66,7 +66,7 @@ class JoinedNode:
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """Its identifier in messages."""
         return f"the launcher on {self.node} (process {self.process})"
 
 

@@ -189,9 +189,10 @@ _HEADROOM_OF_MANY = 1.75
 """By what factor a bound may grow before an update is made again; with 64 micro-batches the sum is then as accurate as
 in float32, which a test shows."""
 _HEADROOM = 4.0
-"""Of a few micro-batches; the sum of a single one gets twice that."""
+"""Factor by which a tensor's gradients may grow between updates before the update is repeated, with fewer than `_MANY`
+micro-batches; twice that with a single one."""
 _UNUSED_BITS = 4
-"""At most so many bits are left unused above it."""
+"""A grid is refined at once if more than this many bits above the headroom are unused."""
 _UPDATES_UNTIL_FINER = 16
 
 

@@ -222,14 +222,14 @@ class TallyResult:
     accuracy: float
     samples: int
     rise: float
-    """Mean of what `Tally.add_rise` was given, per sample; 0 if nothing was."""
+    """Mean over samples of the loss with noise minus the loss without; 0 if not measured."""
     out_of_range: int
     out_of_memory: int
     stop: int
     largest: list[int] = field(compare=False)
-    """The sums that `GradientAccumulator.settle` takes."""
+    """Upper bound of each filter's integer sum, from which the next grids are chosen; empty without grids."""
     paces: tuple[int, ...] = field(compare=False, repr=False)
-    """The `GlobalBatch.pace` of every rank."""
+    """Microseconds per micro-batch, by rank; 0 where not reported."""
     rendezvous: int
     """How many ranks know of others that wait to join."""
     statistics: torch.Tensor = field(compare=False, repr=False)

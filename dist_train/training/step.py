@@ -48,7 +48,7 @@ class Update:
     repeats: int
     """How often the gradient was computed again because numbers left their range."""
     times: StepTimes = field(compare=False, repr=False)
-    """This rank's."""
+    """Times of the phases of this rank's update."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class TrainingStep:
     tally: Tally
     compute: Compute
     layer_rng: LayerRng
-    """Of the model's own layers, such as dropout."""
+    """Random generator of the model's stochastic layers, such as dropout."""
     clip_norm: float | None
     averaging: Averaging
     optimizer_draws: Callable[[int], AbstractContextManager[object]] = nullcontext
