@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -34,7 +34,7 @@ from dist_train.outcome import DivergedError, OutOfMemoryError, UsageError
 from dist_train.reproducible import LayerRng
 from dist_train.training.compute import Compute, LossScale, fitting_memory, runs_in_memory
 from dist_train.training.graphs import GraphRecorder, MicroBatchGraphs
-from dist_train.training.measuring import StepClock, StepTimes
+from dist_train.training.measuring import Part, StepClock, StepTimes
 from dist_train.training.reduction import GradientReduction, Tally, TallyResult
 
 _STATISTICS_MOMENTUM = 0.1
@@ -136,10 +136,10 @@ class TrainingStep:
         """
         self.clock.start()
         repeats = 0
-        while self._prepare_repeat(total := self._compute_gradient(batch, stop_requested)):
+        while self._must_repeat(total := self._compute_gradient(batch, stop_requested)):
             repeats += 1
         _check(total, batch, len(self.noise.points(0)))
-        with record_function("update"), self.clock.part("optimizer"):
+        with self._phase("optimizer"):
             clip_gradient(self.weights.gradients, total.gradient_norm, self.clip_norm)
             with self.clock.part("checkpoint_stall"):
                 self.wait_for_checkpoint_copy()
@@ -154,28 +154,35 @@ class TrainingStep:
             self.loss_scale.note_update()
         return Update(total, repeats, self.clock.times())
 
-    def _prepare_repeat(self, total: TallyResult) -> bool:
-        """Lower the loss scale, or choose coarser grids, if the gradient must be computed again; return whether."""
+    def _must_repeat(self, total: TallyResult) -> bool:
+        """Return whether to compute the gradient again: at a lower loss scale, or on coarser grids, chosen here."""
         if total.out_of_memory:
             return False
-        return self.loss_scale.lower() if total.out_of_range else not self.reduction.accumulator.settle(total.largest)
+        if total.out_of_range:
+            return self.loss_scale.lower()
+        return not self.reduction.accumulator.settle(total.largest)
+
+    @contextmanager
+    def _phase(self, part: Part) -> Iterator[None]:
+        """Count the block's time to `part`, and name it in profiles."""
+        with record_function(part), self.clock.part(part):
+            yield
 
     def _compute_gradient(self, batch: GlobalBatch, stop_requested: Callable[[], bool]) -> TallyResult:
         """Compute the global gradient at the perturbed weights into `weights.gradients`; restore the clean weights."""
         self.tally.clear()
         self.reduction.start(self.loss_scale.value, at_zero=self._graphs is not None)
         try:
-            with record_function("perturb"), self.clock.part("perturb_restore"):
+            with self._phase("perturb_restore"):
                 self.noise.perturb(batch.step)
             with (
-                record_function("forward-backward"),
-                self.clock.part("forward_backward"),
+                self._phase("forward_backward"),
                 sync_batch_norm(self.norms, self.sum_over_ranks),
                 self.layer_rng.preserved(),
             ):
                 fits = self._add_gradients(batch)
         finally:
-            with record_function("restore"), self.clock.part("perturb_restore"):
+            with self._phase("perturb_restore"):
                 self.noise.restore()
         self.reduction.send()
         self.tally.send(
@@ -185,7 +192,7 @@ class TrainingStep:
             largest=self.reduction.accumulator.largest,
             pace=batch.pace,
         )
-        with record_function("allreduce"), self.clock.part("allreduce_wait"):
+        with self._phase("allreduce_wait"):
             self.reduction.finish()
             return self.tally.result(norm(self.weights.gradients))
 
