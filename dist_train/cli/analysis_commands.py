@@ -22,8 +22,7 @@ _REPORT_SECONDS = 10.0
 _PLANE = (-1.0, 1.0)  # the default range of a plane
 
 
-def add_landscape(subparsers: Subparsers) -> None:
-    """Add the command `landscape`."""
+def _add_landscape(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "landscape",
         help="measure loss and accuracy along a line or over a plane in weight space",
@@ -198,8 +197,8 @@ class _Progress:
             print(text, file=sys.stderr, flush=True)
 
 
-def add_sharpness(subparsers: Subparsers) -> None:
-    """Add the command `sharpness`. Omitted options are not set, so that the settings' defaults apply."""
+def _add_sharpness(subparsers: Subparsers) -> None:
+    # Omitted options are not set, so that the settings' defaults apply.
     parser = subparsers.add_parser(
         "sharpness",
         help="measure the sharpness of the minimum at a checkpoint",
@@ -351,8 +350,7 @@ def _number(value: float | None, error: float | None = None) -> str:
     return f"{value:.4g}" if error is None else f"{value:.4g} \u00b1 {error:.2g}"
 
 
-def add_export(subparsers: Subparsers) -> None:
-    """Add the command `export`."""
+def _add_export(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "export",
         help="export a model for other programs: safetensors, torch-export or onnx",
@@ -376,8 +374,7 @@ def _export(arguments: argparse.Namespace) -> int:
     return ExitCode.FINISHED
 
 
-def add_replay(subparsers: Subparsers) -> None:
-    """Add the command `replay`."""
+def _add_replay(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "replay",
         help="repeat one update of a run, and compare it with the record",
@@ -407,3 +404,6 @@ def _replay(arguments: argparse.Namespace) -> int:
         weights = {None: "no checkpoint to compare with", True: "the same", False: "different"}[result.weights_agree]
         print(f"  {'weights':<16} {weights}")
     return ExitCode.FINISHED if result.agrees else ExitCode.DISAGREEMENT
+
+
+COMMANDS = (_add_landscape, _add_sharpness, _add_export, _add_replay)

@@ -56,8 +56,7 @@ complete -o default -F _dist_train dist-train
 _FOR_ZSH = "autoload -U +X compinit && compinit\nautoload -U +X bashcompinit && bashcompinit\n"
 
 
-def add_completion(subparsers: Subparsers) -> None:
-    """Add the command `completion`."""
+def _add_completion(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "completion",
         help="print a script that completes commands, options and settings in bash or zsh",
@@ -113,3 +112,6 @@ def _nodes(parser: argparse.ArgumentParser, name: str) -> Iterator[tuple[str, ar
         if isinstance(action, argparse._SubParsersAction):
             for word, inner in action.choices.items():
                 yield from _nodes(inner, f"{name}/{word}" if name else word)
+
+
+COMMANDS = (_add_completion,)

@@ -12,8 +12,7 @@ from dist_train.outcome import ExitCode, UsageError, printable, text_with_code
 from dist_train.rundir.paths import in_utf8
 
 
-def add_config_command(subparsers: Subparsers) -> None:
-    """Add the command `config`."""
+def _add_config_command(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser("config", help="check a configuration, or show it resolved")
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     for name, text, action in (
@@ -98,8 +97,7 @@ def _schema(arguments: argparse.Namespace) -> int:
     return ExitCode.FINISHED
 
 
-def add_doctor(subparsers: Subparsers) -> None:
-    """Add the command `doctor`."""
+def _add_doctor(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "doctor",
         help="report what this machine has and lacks for training",
@@ -165,3 +163,6 @@ def _doctor(arguments: argparse.Namespace) -> int:
     else:
         doctor.render(checks, Console(highlight=False, soft_wrap=False))
     return ExitCode.FINISHED if doctor.can_train(checks) else ExitCode.FAULT
+
+
+COMMANDS = (_add_doctor, _add_config_command)

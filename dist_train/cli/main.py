@@ -13,12 +13,14 @@ from contextlib import nullcontext, redirect_stderr, suppress
 from typing import Any, NoReturn
 
 from dist_train import __version__
-from dist_train.cli.analysis_commands import add_export, add_landscape, add_replay, add_sharpness
-from dist_train.cli.completion import add_completion
-from dist_train.cli.config_commands import add_config_command, add_doctor
-from dist_train.cli.run_commands import add_evaluate, add_launch, add_lr_range, add_outcome, add_requeue, add_train
-from dist_train.cli.sweep_commands import add_submit, add_sweep
-from dist_train.cli.view_commands import add_curve, add_report, add_runs, add_watch
+from dist_train.cli import (
+    analysis_commands,
+    completion,
+    config_commands,
+    run_commands,
+    sweep_commands,
+    view_commands,
+)
 from dist_train.cluster.launch import current_launch
 from dist_train.outcome import (
     SHARED_ERRORS,
@@ -35,27 +37,7 @@ from dist_train.outcome import (
 )
 from dist_train.rundir.paths import DISK_FULL
 
-_COMMANDS = (
-    add_train,
-    add_launch,
-    add_submit,
-    add_sweep,
-    add_lr_range,
-    add_evaluate,
-    add_landscape,
-    add_sharpness,
-    add_export,
-    add_replay,
-    add_runs,
-    add_watch,
-    add_curve,
-    add_report,
-    add_doctor,
-    add_config_command,
-    add_outcome,
-    add_requeue,
-    add_completion,
-)
+_MODULES = (run_commands, sweep_commands, analysis_commands, view_commands, config_commands, completion)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -150,8 +132,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"dist-train {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add_command in _COMMANDS:
-        add_command(subparsers)
+    for module in _MODULES:
+        for add_command in module.COMMANDS:
+            add_command(subparsers)
     return parser
 
 

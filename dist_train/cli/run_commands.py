@@ -38,8 +38,7 @@ _limit = partial(count, least=0)
 _STANDARD_ERROR = 2  # the descriptor itself: `sys.stderr` may be replaced by an object that has none
 
 
-def add_train(subparsers: Subparsers) -> None:
-    """Add the command `train`."""
+def _add_train(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "train",
         help="train one run, alone or under torchrun, horovodrun, mpirun or srun",
@@ -65,8 +64,7 @@ def _train(arguments: argparse.Namespace) -> int:
     return ExitCode.FINISHED
 
 
-def add_lr_range(subparsers: Subparsers) -> None:
-    """Add the command `lr-range`."""
+def _add_lr_range(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "lr-range",
         help="suggest a learning rate, by a range test: loss against a rising rate",
@@ -99,8 +97,7 @@ def _lr_range(arguments: argparse.Namespace) -> int:
     return ExitCode.FINISHED
 
 
-def add_launch(subparsers: Subparsers) -> None:
-    """Add the command `launch`."""
+def _add_launch(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "launch",
         help="run a command on several ranks of this machine, without MPI or Horovod",
@@ -280,8 +277,7 @@ def _address(text: str) -> tuple[str, int]:
     return host, port
 
 
-def add_evaluate(subparsers: Subparsers) -> None:
-    """Add the command `evaluate`."""
+def _add_evaluate(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "evaluate",
         help="print loss and accuracy of a checkpoint",
@@ -312,8 +308,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     return ExitCode.FINISHED if is_finite else ExitCode.DIVERGED
 
 
-def add_outcome(subparsers: Subparsers) -> None:
-    """Add the command `outcome`."""
+def _add_outcome(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "outcome",
         help="for scripts: exit with the code of a run's last launch",
@@ -347,8 +342,7 @@ def _outcome(arguments: argparse.Namespace) -> int:
     return status.exit_code
 
 
-def add_requeue(subparsers: Subparsers) -> None:
-    """Add the command `requeue`."""
+def _add_requeue(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "requeue",
         help="for batch scripts: decide whether to start an unfinished run again",
@@ -387,3 +381,6 @@ def _requeue(arguments: argparse.Namespace) -> int:
     say_on_stderr(f"dist-train: {decision.action}: {escaped(decision.why)}")
     print(decision.action)
     return ExitCode.FINISHED
+
+
+COMMANDS = (_add_train, _add_launch, _add_lr_range, _add_evaluate, _add_outcome, _add_requeue)

@@ -32,8 +32,7 @@ if TYPE_CHECKING:
     from dist_train.sweep.submission import Submission
 
 
-def add_sweep(subparsers: Subparsers) -> None:
-    """Add the command `sweep`."""
+def _add_sweep(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "sweep",
         help="train every run of a study: skip finished runs, resume unfinished ones",
@@ -248,8 +247,7 @@ def _say(text: str) -> None:
     print(f"{datetime.now():%H:%M:%S}  {escaped(text)}", flush=True)
 
 
-def add_submit(subparsers: Subparsers) -> None:
-    """Add the command `submit`."""
+def _add_submit(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "submit",
         help="check a run and submit it to Slurm",
@@ -389,3 +387,6 @@ def _nodes(text: str) -> str:
     if match is None or (match[2] and int(match[2]) < int(match[1])):
         raise argparse.ArgumentTypeError(f"takes a number of nodes, or a range such as 1-4, not {text!r}")
     return text
+
+
+COMMANDS = (_add_submit, _add_sweep)

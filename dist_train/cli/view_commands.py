@@ -15,8 +15,7 @@ from dist_train.outcome import ExitCode, UsageError, escaped, writing
 _VIEW = (100, 36)  # columns and rows of a view that is not printed on a terminal
 
 
-def add_runs(subparsers: Subparsers) -> None:
-    """Add the command `runs`."""
+def _add_runs(subparsers: Subparsers) -> None:
     text = "list runs: state, progress, best accuracy, images/s, time left"
     parser = subparsers.add_parser(
         "runs",
@@ -81,8 +80,7 @@ def _clean(arguments: argparse.Namespace) -> int:
     return ExitCode.FINISHED
 
 
-def add_watch(subparsers: Subparsers) -> None:
-    """Add the command `watch`."""
+def _add_watch(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "watch",
         help="watch a run live, from any machine that sees its directory",
@@ -123,8 +121,7 @@ def _seconds(text: str) -> float:
     raise argparse.ArgumentTypeError(f"takes a number of seconds above 0, not {text!r}")
 
 
-def add_curve(subparsers: Subparsers) -> None:
-    """Add the command `curve`."""
+def _add_curve(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "curve",
         help="draw the learning curve of a run",
@@ -154,8 +151,7 @@ def _curve(arguments: argparse.Namespace) -> int:
     return ExitCode.FINISHED
 
 
-def add_report(subparsers: Subparsers) -> None:
-    """Add the command `report`."""
+def _add_report(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "report",
         help="write one HTML page about a run, a study, or a folder of runs",
@@ -196,3 +192,6 @@ def _report(arguments: argparse.Namespace) -> int:
     write_report(directory, output)
     print(output)
     return ExitCode.FINISHED
+
+
+COMMANDS = (_add_runs, _add_watch, _add_curve, _add_report)
