@@ -25,7 +25,7 @@ from pydantic import TypeAdapter
 from dist_train.cluster.heartbeats import BEATS_IN_TIMEOUT, SuspensionDetector
 from dist_train.cluster.local_launch import say
 from dist_train.cluster.membership_server import ENDS_OF_A_RUN, TOKEN_VARIABLE, Expelled, View
-from dist_train.cluster.messages import MessageConnection, answer_of_coordinator, answer_to
+from dist_train.cluster.messages import MessageConnection, answer_of_coordinator
 from dist_train.outcome import FaultError, UsageError
 from dist_train.rundir import atomic
 
@@ -110,11 +110,8 @@ class RemoteCoordinator:
 
     def _prove(self, token: str, count: int) -> None:
         challenge = secrets.token_hex(16)
-        proof = answer_to(token, str(self._connection.next_message()["text"]))
         node = os.environ.get("SLURMD_NODENAME", "") or socket.gethostname()
-        hello = {"kind": "hello", "proof": proof, "challenge": challenge, "node": node}
-        self._connection.send({**hello, "process": os.getpid(), "ranks": count})
-        fields = self._connection.next_message()
+        fields = self._connection.introduce(token, {"challenge": challenge, "node": node, "ranks": count})
         if not hmac.compare_digest(str(fields["proof"]), answer_of_coordinator(token, challenge)):
             raise ValueError("the proof is wrong")
         self.timeout = float(fields["timeout"])

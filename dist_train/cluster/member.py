@@ -16,7 +16,7 @@ from dist_train.cluster.communicator import Generation, RankLostError
 from dist_train.cluster.heartbeats import BEATS_IN_TIMEOUT, SuspensionDetector
 from dist_train.cluster.launch import MEMBERSHIP_VARIABLE
 from dist_train.cluster.membership_server import SLOT_VARIABLE, TOKEN_VARIABLE
-from dist_train.cluster.messages import MessageConnection, answer_to
+from dist_train.cluster.messages import MessageConnection
 from dist_train.cluster.rendezvous import end_process
 from dist_train.outcome import say_on_stderr
 
@@ -93,10 +93,8 @@ class Member:
         except OSError as error:
             raise RankLostError(f"the launcher does not answer at {host}:{port}: {error}") from error
         try:
-            proof = answer_to(environment[TOKEN_VARIABLE], self._connection.next_message()["text"])
-            slot, node = int(environment[SLOT_VARIABLE]), socket.gethostname()
-            self._connection.send({"kind": "hello", "proof": proof, "slot": slot, "node": node, "process": os.getpid()})
-            welcome = self._connection.next_message()
+            fields = {"slot": int(environment[SLOT_VARIABLE]), "node": socket.gethostname()}
+            welcome = self._connection.introduce(environment[TOKEN_VARIABLE], fields)
             self.joins = bool(welcome["joins"])  # a run that is under way
             self.most_ranks = int(welcome["most"])  # that there may be at a time
         except (OSError, ValueError, KeyError) as error:

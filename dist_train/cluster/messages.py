@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import json
+import os
 import secrets
 import selectors
 import socket
@@ -38,6 +39,15 @@ class MessageConnection:
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._received = b""
         self._sending = threading.Lock()
+
+    def introduce(self, token: str, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Prove that this process knows `token`, describe it by `fields`, and return the answer.
+
+        Raises OSError, or ValueError, KeyError or TypeError if the other end is no coordinator.
+        """
+        proof = answer_to(token, str(self.next_message()["text"]))
+        self.send({"kind": "hello", "proof": proof, "process": os.getpid(), **fields})
+        return self.next_message()
 
     def send(self, fields: Mapping[str, Any]) -> None:
         """Send a message; a broken connection is noticed by the thread that receives."""
