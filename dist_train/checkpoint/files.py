@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from dist_train.cluster.communicator import (
+    Alone,
     Communicator,
     broadcast_str,
     gather_int,
@@ -279,15 +280,8 @@ class Stored:
 
 def read_stored(target: Path) -> Stored:
     """Read the checkpoint that `find_checkpoint` finds for `target`. Raises UsageError or OSError."""
-    for _ in range(_LOOKS - 1):
-        path = find_checkpoint(target)
-        try:
-            return _read_verified(path)
-        except (UsageError, FileNotFoundError):
-            # The run, which trains meanwhile, may have deleted it for a newer one.
-            if path == target or path.with_suffix(".json").exists():
-                raise
-    return _read_verified(find_checkpoint(target))
+    [stored] = read_same(Alone(), lambda: [find_checkpoint(target)])
+    return stored
 
 
 def read_same(comm: Communicator, choose: Callable[[], Sequence[Path]]) -> Sequence[Stored]:
