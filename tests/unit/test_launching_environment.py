@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dist_train.cluster import inspection
-from dist_train.cluster.communicator import SingleProcess, Communicator
+from dist_train.cluster.communicator import Communicator, SingleProcess
 from dist_train.cluster.inspection import horovod_build, installed_version, loaded_mpi_version, mpi_library
 from dist_train.launching.run import train
 from dist_train.launching.session import Session, device_name, revision

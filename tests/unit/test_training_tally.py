@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from dist_train.cluster.communicator import SingleProcess, Communicator
+from dist_train.cluster.communicator import Communicator, SingleProcess
 from dist_train.models.norms import BatchStatistics, GroupedBatchNorm
 from dist_train.training.reduction import Tally, TallyResult
 from tests.unit.simulated_ranks import results
