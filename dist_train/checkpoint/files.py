@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from dist_train.cluster.communicator import (
-    Alone,
     Communicator,
+    SingleProcess,
     broadcast_str,
     gather_int,
     run_on_all_ranks,
@@ -280,7 +280,7 @@ class Stored:
 
 def read_stored(target: Path) -> Stored:
     """Read the checkpoint that `find_checkpoint` finds for `target`. Raises UsageError or OSError."""
-    [stored] = read_same(Alone(), lambda: [find_checkpoint(target)])
+    [stored] = read_same(SingleProcess(), lambda: [find_checkpoint(target)])
     return stored
 
 

@@ -328,7 +328,7 @@ def _drop_other_kind(settings: dict[str, Any], kind: object, kept: Sequence[str]
     """Drop a noise schedule of another kind than `kind` from `settings`, but for parameters with paths in `kept`."""
     noise = settings.get("noise")
     schedule = noise.get("schedule") if isinstance(noise, Mapping) else None
-    if isinstance(schedule, Mapping) and schedule.get("kind") != kind:
+    if isinstance(noise, Mapping) and isinstance(schedule, Mapping) and schedule.get("kind") != kind:
         left = {name: value for name, value in schedule.items() if f"{_SCHEDULE}.{name}" in kept}
         settings["noise"] = {**noise, "schedule": left}
 

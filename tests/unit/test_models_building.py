@@ -354,7 +354,7 @@ def test_gains_and_frozen_parameters_keep_the_values_with_which_they_were_built(
     model.register_parameter("positions", nn.Parameter(torch.arange(6.0).view(2, 3), requires_grad=False))
     model.register_parameter("in_proj_bias", nn.Parameter(torch.ones(4)))
     model.register_parameter("token", nn.Parameter(torch.zeros(1, 4)))
-    single = {"linear": nn.Linear(1, 1), "convolution": nn.Conv2d(1, 1, 1)}
+    single: dict[str, nn.Linear | nn.Conv2d] = {"linear": nn.Linear(1, 1), "convolution": nn.Conv2d(1, 1, 1)}
     for name, layer in single.items():
         nn.init.ones_(layer.weight)
         model.add_module(name, layer)

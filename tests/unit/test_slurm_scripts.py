@@ -449,9 +449,10 @@ class TestSweep:
 
     def test_a_task_whose_run_has_finished_ends_at_once(self, programs: str, tmp_path: Path) -> None:
         plan = small_plan(tmp_path)
-        run = plan.runs[1].directory
-        run.mkdir(parents=True)
-        StatusFile(run / "status.json", 1).end("finished", ExitCode.FINISHED, "")
+        run = plan.runs[1]
+        run.files.create()
+        run.files.save_config(run.config)
+        StatusFile(run.files.status, 1).end("finished", ExitCode.FINISHED, "")
         ended = start("sweep.sh", PATH=programs, STUDY=str(plan.file), **self.TASK)
         assert (ended.returncode, ended.stdout) == (0, "")
         assert "run 2, noisy-seed-0, has finished" in ended.stderr
