@@ -612,7 +612,7 @@ supervise_nodes() {
                     due[$node]=$((1 << 60))
                 fi
                 unset "steps[$node]" "joined_at[$node]"
-                ended_at=$SECONDS
+                ended_at=$SECONDS next_look=$((next_look < SECONDS + 5 ? next_look : SECONDS + 5))
                 [[ ${guard_node:-} != "$node" ]] || guard_step=0
             fi
         done

@@ -181,14 +181,12 @@ def with_overrides(settings: Mapping[str, Any], overrides: Sequence[str] | Mappi
     """
     changed = dict(settings)
     problems: list[Problem] = []
-    earlier: list[str] = []
     for override in [overrides] if isinstance(overrides, str) else overrides:
         try:
             path, value = (override, overrides[override]) if isinstance(overrides, Mapping) else _parsed(override)
             if path == f"{_SCHEDULE}.kind":
-                _drop_other_kind(changed, value, earlier)
+                _drop_other_kind(changed, value, settings)
             _set(changed, path, value)
-            earlier.append(path)
         except ConfigError as error:
             problems.extend(error.problems)
     if problems:
@@ -299,7 +297,8 @@ def _parsed(override: str) -> tuple[str, object]:
         fault = "~ is YAML's null; the home folder is ~/"
         raise ConfigError.of(_COMMAND_LINE, path, fault, code="override-form", value=text)
     if _has_comment(text, value):
-        fault = f"# begins a comment here; to mean it write {shlex.quote(write_override(path, text))}"
+        whole = shlex.quote(write_override(path, text))
+        fault = f"# begins a comment here: leave it out, or for a text with # write {whole}"
         raise ConfigError.of(_COMMAND_LINE, path, fault, code="override-form", value=text)
     return path, value
 
@@ -324,13 +323,18 @@ def _set(settings: dict[str, Any], path: str, value: object) -> None:
     section.update(_merge(section, {names[-1]: value}))
 
 
-def _drop_other_kind(settings: dict[str, Any], kind: object, kept: Sequence[str]) -> None:
-    """Drop a noise schedule of another kind than `kind` from `settings`, but for parameters with paths in `kept`."""
+def _drop_other_kind(settings: dict[str, Any], kind: object, base: Mapping[str, Any]) -> None:
+    """Drop from `settings` what they have of the noise schedule of `base`, if it is of another kind than `kind`."""
+    schedule, former = _schedule_of(settings), _schedule_of(base)
+    if schedule and schedule.get("kind") != kind:
+        left = {name: value for name, value in schedule.items() if name not in former or former[name] != value}
+        settings["noise"] = {**settings["noise"], "schedule": left}
+
+
+def _schedule_of(settings: Mapping[str, Any]) -> Mapping[str, Any]:
     noise = settings.get("noise")
     schedule = noise.get("schedule") if isinstance(noise, Mapping) else None
-    if isinstance(noise, Mapping) and isinstance(schedule, Mapping) and schedule.get("kind") != kind:
-        left = {name: value for name, value in schedule.items() if f"{_SCHEDULE}.{name}" in kept}
-        settings["noise"] = {**noise, "schedule": left}
+    return schedule if isinstance(schedule, Mapping) else {}
 
 
 def _nearest_file(path: Path) -> str:

@@ -193,12 +193,11 @@ def _check_folder(folder: Path, texts: Mapping[Path, str]) -> None:
     if RunDirectory(folder).has_begun and not has_plan:
         raise UsageError(f"{folder} is the folder of a run: {fix}", code="folder-is-run")
     for file, (source, text) in zip((files.study, files.base), texts.items(), strict=True):
-        if not file.is_file() or file.read_bytes() == text.encode():
+        if has_plan or not file.is_file() or file.read_bytes() == text.encode():
             continue
         if file.samefile(located(source)):
             raise UsageError(f"{file} is the study's own, and would be replaced: {fix}", code="folder-is-source")
-        if not has_plan:
-            raise UsageError(f"{file} is not that of a sweep, and would be replaced: {fix}", code="folder-foreign-file")
+        raise UsageError(f"{file} is not that of a sweep, and would be replaced: {fix}", code="folder-foreign-file")
 
 
 def _points(study: Study, trials: OptunaTrials | None) -> Iterator[tuple[int, int, _Variant]]:

@@ -378,6 +378,11 @@ class TestOverrides:
         for text in (base, "noise: {schedule: {kind: cosine}}"):
             assert load(tmp_path, text, *own).noise.schedule.model_dump()["final_fraction"] == 0.2
             assert load(tmp_path, text, *reversed(own)).noise.schedule.model_dump()["final_fraction"] == 0.2
+        for own in (
+            ("noise.schedule={final_fraction: 0.2}", "noise.schedule.kind=exponential"),
+            ("noise={schedule: {final_fraction: 0.2}}", "noise.schedule.kind=exponential"),
+        ):
+            assert load(tmp_path, "", *own).noise.schedule.model_dump()["final_fraction"] == 0.2
 
     @pytest.mark.parametrize("text", ["/data/set #2", "#2", "'/data/set' #", "~", " ~ "])
     def test_what_would_lose_a_part_of_a_path_is_refused(self, tmp_path: Path, text: str) -> None:
