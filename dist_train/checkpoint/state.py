@@ -60,7 +60,7 @@ class ResumePoint:
     initial: InitialWeights | None = None  # of a new run, if its weights do not come from the seed
     gone: Path | None = None  # what `run.resume` names, if it is no longer there, and not needed
     source: Path | None = None  # the other run's checkpoint with which a new run begins
-    former_records: Path | None = None  # those of the run so far, if it begins again since its checkpoints are gone
+    former_records: Path | None = None  # those of the run so far, if it has no whole checkpoint any more
 
 
 def find_resume_point(config: Config, directory: RunDirectory) -> ResumePoint:

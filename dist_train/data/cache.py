@@ -132,7 +132,7 @@ def cached_arrays(
                 return mapped()
             except DamagedError as error:
                 _LOGGER.warning("the entry %s of the cache is damaged (%s): making it again", stem, error)
-        remove_partial_files(stem.parent, stem.name, idle_seconds=_IDLE_SECONDS)
+        remove_partial_files(stem.parent, "*", idle_seconds=_IDLE_SECONDS)  # of other entries, too: those made since
         digests = map(_write_array, files, make())
         write_text(record, json.dumps(dict(zip(names, digests, strict=True))))
         return mapped()
@@ -211,7 +211,7 @@ def fetch(url: str, path: Path, sha256: str) -> None:
             if path.exists():
                 return
             _LOGGER.info("downloading %s to %s", url, path)
-            remove_partial_files(path.parent, path.name, idle_seconds=_IDLE_SECONDS)
+            remove_partial_files(path.parent, "*", idle_seconds=_IDLE_SECONDS)
             with replacing(path, is_shared=True) as file:
                 digest = hashlib.sha256()
                 for chunk in _chunks(url, path):

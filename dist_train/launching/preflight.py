@@ -17,7 +17,7 @@ from dist_train.monitoring.prometheus.http_server import check_access
 from dist_train.outcome import UsageError
 from dist_train.rundir.paths import RunDirectory, StudyDirectory
 
-_UNUSABLE = frozenset({errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP})  # names of folders
+_UNUSABLE = frozenset({errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP})  # not the disk's
 
 
 def check_launch(config: Config, directory: RunDirectory) -> None:

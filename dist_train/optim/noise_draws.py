@@ -36,7 +36,7 @@ class NoiseDraws:
         self._distribution = _DISTRIBUTIONS[settings.distribution](weights.values.device)
         self._scale = _SCALES.get(settings.scale) or partial(_plugin_parts, settings)
         self._seed = seed
-        # Apart from torch, which has no values of an emulated GPU, and is slower.
+        # In NumPy, not torch: torch is slower, and an emulated GPU's tensors hold no values.
         self._excluded = np.concatenate(
             [np.arange(each.start, each.stop) for each in weights.masked_ranges(settings.exclude)]
         )

@@ -89,7 +89,7 @@ EVENTS: Mapping[str, EventKind] = {
     "initialized": EventKind(begins_launch=True),
     "plugins_changed": EventKind(begins_launch=True),
     "data_changed": EventKind(begins_launch=True),
-    "versions_changed": EventKind(begins_launch=True),
+    "versions_changed": EventKind(distinct_by="now"),  # not begins_launch: the next launch compares with this one's
     "corrupt_checkpoint": EventKind(is_bad=True, distinct_by="path"),
     "checkpoint": EventKind(),
     "checkpoint_failed": EventKind(is_bad=True),

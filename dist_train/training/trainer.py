@@ -360,7 +360,7 @@ class Trainer:
         )
 
     def _save(self) -> None:
-        self._verify(self.take_step.noise)  # else an error of one rank would be in every checkpoint before it is found
+        self._verify(self.take_step.noise)  # else checkpoints would hold weights that differ, until that is found
         self._update_clean_statistics()
         self.progress.note_saved()
         average = self._averaged.contents(self.progress.step)
