@@ -172,7 +172,7 @@ class Session:
             )
         if resume_point.former_records is not None:
             _logger.warning(
-                "the run has no whole checkpoint of its own any more, so its records begin anew: those so far are in %s",
+                "the run has no whole checkpoint of its own any more, so its records begin anew: the former are in %s",
                 resume_point.former_records,
             )
         for name, text in resume_point.damage.items():
