@@ -38,6 +38,7 @@ OMITTED = "Time and speed"
 """Not in the documentation, since other work ran on the same cores."""
 SHARPNESS, WIDTH = "Basin width and sharpness", "basin width, loss under 2 x"
 WITH_LOSS = "Rank correlation with final train loss"
+SIX = range(100, 106)  # seeds
 DIFFERENCE = re.compile(r"([+\u2212]\S+)(?: points)? \(([+\u2212]\S+ to [+\u2212][^ ;)]+)\)")
 
 
@@ -274,40 +275,95 @@ def test_page_of_batch_8192_has_the_numbers_of_its_tables(batch_8192: dict[str, 
         "rivals-16384": "rivals_16384_confirm",
         "rivals-16384-strong": "rivals_16384_strong",
         "rivals-16384-rivals": "rivals_16384_rivals",
+        "rivals-16384-rates": "rivals_16384_rates",
         "rivals-50000": "rivals_50000",
     }
     for folder, name in studies.items():
         study = load_study(ROOT / f"studies/{name}.yaml")
         assert len(batch_8192[folder].runs) == sum(len(each.seeds or study.seeds) for each in study.variants.values())
     subjects = [batch_8192[folder] for folder in studies]
-    elsewhere = [ends for _, ends in differences_on_one_processor(batch_8192)]
-    assert_page_has_numbers_of("results_16384.md", *subjects, at_least=70, elsewhere=elsewhere)
+    across = [*differences_on_one_processor(batch_8192), *differences_from_former_rates(batch_8192)]
+    elsewhere = [ends for _, ends in across]
+    assert_page_has_numbers_of("results_16384.md", *subjects, at_least=85, elsewhere=elsewhere)
 
 
 def differences_on_one_processor(batch_8192: dict[str, Subject]) -> list[tuple[str, str]]:
     """Return what the processor changes of SB, and SmoothOut's difference from SB beside it; means and ends."""
-    before, now = (
-        {run.name: 100 * (FINAL_ACCURACY.take(run) or math.nan) for run in batch_8192[folder].runs}
-        for folder in ("rivals-16384", "rivals-16384-strong")
-    )
-    seeds = range(100, 106)
-    beside = {seed: before if seed < 104 else now for seed in seeds}
-    found = []
-    for pairs in (
-        [(before[f"sb-seed-{seed}"], now[f"sb-seed-{seed}"]) for seed in seeds],
-        [(beside[seed][f"sb-seed-{seed}"], before[f"lb-smoothout-600-seed-{seed}"]) for seed in seeds],
-    ):
-        interval = paired_difference(pairs)
-        assert interval is not None
-        words = (f"{each:+.2f}".replace("-", "\u2212") for each in (interval.difference, interval.low, interval.high))
-        mean, low, high = words
-        found.append((mean, f"{low} to {high}"))
-    return found
+    before, now = (accuracies(batch_8192[folder]) for folder in ("rivals-16384", "rivals-16384-strong"))
+    beside = {seed: before if seed < 104 else now for seed in SIX}
+    return [
+        in_words([(before[f"sb-seed-{seed}"], now[f"sb-seed-{seed}"]) for seed in SIX]),
+        in_words([(beside[seed][f"sb-seed-{seed}"], before[f"lb-smoothout-600-seed-{seed}"]) for seed in SIX]),
+    ]
 
 
-def test_documented_differences_on_one_processor(batch_8192: dict[str, Subject]) -> None:
+def differences_from_former_rates(batch_8192: dict[str, Subject]) -> list[tuple[str, str]]:
+    """Return what higher rates bring LB, SmoothOut's difference from that LB, and what they bring SmoothOut."""
+    before, now = (accuracies(batch_8192[folder]) for folder in ("rivals-16384", "rivals-16384-rates"))
+    assert all(before[f"sb-seed-{seed}"] == now[f"sb-seed-{seed}"] for seed in SIX)
+    plain, noisy = "lb-300-seed-{}", "lb-smoothout-300-seed-{}"
+    return [
+        in_words([(one[name.format(seed)], other[against.format(seed)]) for seed in SIX])
+        for one, name, other, against in (
+            (before, plain, now, plain),
+            (now, plain, before, noisy),
+            (before, noisy, now, noisy),
+        )
+    ]
+
+
+def accuracies(subject: Subject) -> dict[str, float]:
+    """Return the final test accuracy of each run, in percent."""
+    return {run.name: 100 * (FINAL_ACCURACY.take(run) or math.nan) for run in subject.runs}
+
+
+def in_words(pairs: Sequence[tuple[float, float]]) -> tuple[str, str]:
+    """Return the mean paired difference and the ends of its interval as pages have them."""
+    interval = paired_difference(pairs)
+    assert interval is not None
+    ends = (interval.difference, interval.low, interval.high)
+    mean, low, high = (f"{each:+.2f}".replace("-", "\u2212") for each in ends)
+    return mean, f"{low} to {high}"
+
+
+def test_documented_differences_across_studies(batch_8192: dict[str, Subject]) -> None:
     text = " ".join((ROOT / "docs/results_16384.md").read_text().split())
-    assert all(f"{mean} points ({ends})" in text for mean, ends in differences_on_one_processor(batch_8192))
+    found = [*differences_on_one_processor(batch_8192), *differences_from_former_rates(batch_8192)]
+    assert all(f"{mean} points ({ends})" in text for mean, ends in found)
+
+
+def test_the_higher_rates_confirmed_at_batch_8192_are_the_best_of_their_search(batch_8192: dict[str, Subject]) -> None:
+    trials = {run.name.partition("-seed-")[0]: run for run in batch_8192["rivals-16384-rates-tune"].runs}
+    assert len(trials) == 11
+    diverged = trials.pop("lb-300-learning_rate-3.2")
+    assert not diverged.split("validation")
+    found = {name: f"{100 * run.split('validation')[-1].accuracy:.2f}" for name, run in trials.items()}
+    study = load_study(ROOT / "studies/rivals_16384_rates.yaml")
+    for variant, family in (("lb-300", "lb-"), ("lb-smoothout-300", "lb-smoothout-")):
+        of_family = [name for name in found if name.startswith(family) and (family != "lb-" or "smooth" not in name)]
+        best = trials[max(of_family, key=found.__getitem__)].settings
+        chosen = dict(flat_settings(study.settings_of(variant)))
+        assert {path: best[path] for path in chosen if path != "metrics.every_steps"} == {
+            path: value for path, value in chosen.items() if path != "metrics.every_steps"
+        }
+    text = " ".join((ROOT / "docs/results_16384.md").read_text().split())
+    plain, warmed = "{}-300-learning_rate-{}", "{}-warmup-300-learning_rate-{}"
+    for quoted, names in (
+        (
+            "was {} % with 0.4, {} % with 0.8 and {} % with 1.6, while 3.2 diverged",
+            [plain.format("lb", rate) for rate in (0.4, 0.8, 1.6)],
+        ),
+        (
+            "it was {} % with 0.8, {} % with 1.6 and {} % with 3.2",
+            [warmed.format("lb", rate) for rate in (0.1, 0.2, 0.4)],
+        ),
+        ("was {} % with 0.2 and {} % with 0.4", [plain.format("lb-smoothout", rate) for rate in (0.2, 0.4)]),
+        ("warm-up {} % with 0.8 and {} % with 1.6", [warmed.format("lb-smoothout", rate) for rate in (0.1, 0.2)]),
+    ):
+        assert quoted.format(*(found[name] for name in names)) in text
+    runs = batch_8192["rivals-16384-rates"]
+    for name in ("lb-smoothout-300-seed-101", "lb-300-seed-103"):
+        assert f"({100 * run_of(runs, name).split('train')[-1].accuracy:.2f} %" in text
 
 
 def test_the_strength_confirmed_at_batch_8192_is_the_best_of_its_search(batch_8192: dict[str, Subject]) -> None:
@@ -392,7 +448,7 @@ def test_readme_has_the_numbers_of_the_pages() -> None:
     pages = ("results.md", "results_updates.md", "results_16384.md")
     detail = "".join((ROOT / "docs" / page).read_text().partition("## The tables")[2] for page in pages)
     found = re.findall(r"([+\u2212][\d.]+)\*{0,2} \((\S+ to \S+), n = (\d+)\)", (ROOT / "README.md").read_text())
-    assert len(found) == 7
+    assert len(found) == 8
     for mean, ends, count in found:
         assert re.search(rf"{re.escape(f'{mean} ({ends};')}[^|]*n = {count}\b", detail.replace("*", "")), mean
 
