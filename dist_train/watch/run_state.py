@@ -16,8 +16,9 @@ from dist_train.config.loading import flat_settings, parse_yaml, yaml_fault
 from dist_train.monitoring import wording
 from dist_train.rundir.atomic import read_regular
 from dist_train.rundir.paths import BrokenFileError, RunDirectory
+from dist_train.rundir.processes import process_runs
 from dist_train.rundir.records import Record, read_records
-from dist_train.rundir.status import Status, load_status, process_runs
+from dist_train.rundir.status import Status, load_status
 
 ALIVE = frozenset({"starting", "running", "stopping"})
 _STALE_AFTER = 600.0  # seconds of silence after which a run on another host counts as lost

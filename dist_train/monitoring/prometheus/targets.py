@@ -22,8 +22,8 @@ from typing import BinaryIO
 from dist_train.monitoring.prometheus.board import KILLED
 from dist_train.monitoring.prometheus.messages import ServingPlan
 from dist_train.rundir import atomic
+from dist_train.rundir.processes import process_start
 from dist_train.rundir.records import RunFacts
-from dist_train.rundir.status import process_start
 
 HEARTBEAT_SECONDS = 60.0  # interval at which a run touches its file
 STALE_SECONDS = 300.0  # a file not touched for this long is stale
