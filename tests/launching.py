@@ -180,7 +180,8 @@ def process_of_rank(launcher: int, rank: int) -> int:
             arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
         except OSError:
             continue
-        if variables & set(environment) and arguments[1:3] == [b"-m", b"dist_train"]:
+        words = [each for each in arguments[1:4] if each != b"-P"]
+        if variables & set(environment) and words[:2] == [b"-m", b"dist_train"]:
             return pid
     raise AssertionError(f"no rank {rank}")
 

@@ -263,7 +263,8 @@ def check_training(model: nn.Module, config: Config) -> None:
     seed = key(config.run.seed, "model")
     with seeded_generators(seed), failing_clearly(name):
         more = _blank(config.data.image_format, config.precision.channels_last, 2 * _TRIAL_SAMPLES)
-        more.uniform_(generator=generator(config.run.seed, "trial images"))  # of blank ones dropout leaves no trace
+        # Of blank images dropout leaves no trace; these have values of 0 and 1 where a model counts in 255 steps.
+        more.uniform_(0.0, 1 / 255, generator=generator(config.run.seed, "trial images"))
         shapes = {path: value.shape for path, value in model.state_dict().items()}
         with restoring_buffers(model) as changed:
             model.train()

@@ -76,7 +76,7 @@ def test_hanging_rank_of_the_last_task_does_not_disturb_the_others(cluster: Clus
         wait_for(lambda: all(status(run).get("step", 0) >= 1 for run in runs), lambda: cluster.job(f"{array}_2").output)
         # Rank 0 reports that rank 1 is silent, and ends; the batch script must kill rank 1.
         stop = """
-            for rank in $(pgrep -f '^[^ ]*python[0-9.]* -m dist_train train .*one-seed-1'); do
+            for rank in $(pgrep -f '^[^ ]*python[0-9.]* (-P )?-m dist_train train .*one-seed-1'); do
                 ! grep -qzx SLURM_PROCID=1 /proc/$rank/environ || kill -STOP $rank
             done
         """

@@ -337,8 +337,8 @@ class TestCommand:
         assert main(["sweep", study, "--list"]) == 0
         rows = [line.split() for line in capfd.readouterr().out.splitlines() if "seed-0" in line]
         assert [row[:5] for row in rows] == [
-            ["1", "plain-seed-0", "plain", "0", "finished"],
-            ["2", "diverges-seed-0", "diverges", "0", "failed"],
+            ["plain-seed-0", "1", "plain", "0", "finished"],
+            ["diverges-seed-0", "2", "diverges", "0", "failed"],
         ]
         records = [json.loads(line) for line in (runs / "plain-seed-0" / "metrics.jsonl").read_text().splitlines()]
         accuracy = [record["accuracy"] for record in records if record.get("split") == "test"][-1]

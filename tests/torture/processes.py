@@ -120,7 +120,7 @@ def _arguments(pid: int) -> list[bytes]:
 
 
 def _is_training(pid: int) -> bool:
-    return _arguments(pid)[1:4] == [b"-m", b"dist_train", b"train"]
+    return [each for each in _arguments(pid)[1:5] if each != b"-P"][:3] == [b"-m", b"dist_train", b"train"]
 
 
 def _rank(pid: int) -> int:
