@@ -132,9 +132,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"dist-train {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in _MODULES:
-        for add_command in module.COMMANDS:
-            add_command(subparsers)
+    commands = (add_command for module in _MODULES for add_command in module.COMMANDS)
+    for add_command in (*commands, *run_commands.FOR_SCRIPTS):
+        add_command(subparsers)
     return parser
 
 

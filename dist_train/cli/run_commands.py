@@ -383,4 +383,5 @@ def _requeue(arguments: argparse.Namespace) -> int:
     return ExitCode.FINISHED
 
 
-COMMANDS = (_add_train, _add_launch, _add_lr_range, _add_evaluate, _add_outcome, _add_requeue)
+COMMANDS = (_add_train, _add_launch, _add_lr_range, _add_evaluate)
+FOR_SCRIPTS = (_add_outcome, _add_requeue)
