@@ -73,7 +73,7 @@ class Section(BaseModel):
 
 def options_of(setting: str) -> Any:
     """Return the field for the settings of the plug-in that `setting` names."""
-    return Field(default_factory=dict, description=f"Settings of the plug-in in {setting}.", examples=[{"depth": 3}])
+    return Field({}, description=f"Settings of the plug-in in {setting}.", examples=[{"depth": 3}])
 
 
 class DataSettings(Section):
@@ -216,7 +216,7 @@ class PluginSchedule(Section):
     kind: Literal["plugin"]
     function: PluginName = Field(examples=["mine.py:hold"])
     """`package.module:name`, `FILE.py:name`, or a name from `plugins`."""
-    options: Options = Field(default_factory=dict, examples=[{"until": 0.5}])
+    options: Options = Field({}, examples=[{"until": 0.5}])
     """Settings of `function`."""
 
 

@@ -179,17 +179,18 @@ def _unknown_key(location: _Location, model: type[BaseModel], value: object) -> 
             name for name in _SELECTORS if name in known and location.section.model_fields[name].annotation is not str
         )
         namesakes = [f"{prefix}{name}" for name in own][:1]
+    allowed = ", ".join(known)
+    if not namesakes and (close := difflib.get_close_matches(key, known, n=1)):
+        namesakes, allowed = [f"{prefix}{close[0]}"], ""
+    elif not namesakes:
+        close = difflib.get_close_matches(key, [path.rpartition(".")[2] for path in paths], n=1, cutoff=0.8)
+        namesakes = [path for path in paths if path.rpartition(".")[2] in close]
+    hint = f"; did you mean {' or '.join(namesakes)}?" if namesakes else ""
     first, *inner = key.split(".")
     if inner and first in known:
         nested = functools.reduce(lambda text, name: f"{{{name}: {text}}}", reversed(inner), "...")
-        return Problem(location.path, f"unknown key; write {first}: {nested}", code="unknown-key", value=value)
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    if close and not namesakes:
-        return Problem(location.path, f"unknown key; did you mean {prefix}{close[0]}?", code="unknown-key", value=value)
-    elsewhere = difflib.get_close_matches(key, [path.rpartition(".")[2] for path in paths], n=1, cutoff=0.8)
-    namesakes = namesakes or [path for path in paths if elsewhere and path.rpartition(".")[2] == elsewhere[0]]
-    hint = f"; did you mean {' or '.join(namesakes)}?" if namesakes else ""
-    return Problem(location.path, f"unknown key{hint}", code="unknown-key", value=value, allowed=", ".join(known))
+        hint, allowed = f"; write {first}: {nested}", ""
+    return Problem(location.path, f"unknown key{hint}", code="unknown-key", value=value, allowed=allowed)
 
 
 def _all_paths(model: type[BaseModel], prefix: str = "") -> list[str]:
@@ -244,23 +245,16 @@ def _allowed(location: _Location) -> str:
         if location.is_item or not is_collection(location.field):
             return section
         return f"{'names, each with' if get_origin(location.field.annotation) is dict else 'a list, each'} {section}"
-    schema = leaf_schema(location.field)
+    schema = schema_of(location.field)
     if isinstance(index := location.names[-1], int):
         items = schema.get("prefixItems")
         schema = items[index] if items and index < len(items) else schema.get("items", schema)
-    return in_words(schema)
-
-
-def in_words(schema: Mapping[str, Any]) -> str:
-    """Describe what a setting with the JSON `schema` takes: the choices, or the kind of value and its range."""
     return " or ".join(filter(None, map(_in_words, schema.get("anyOf", [schema]))))
 
 
-def leaf_schema(field: FieldInfo) -> Mapping[str, Any]:
+def schema_of(field: FieldInfo) -> Mapping[str, Any]:
     """Return the JSON schema of a field that is not a section."""
-    annotated: Any = field.annotation
-    for constraint in field.metadata:
-        annotated = Annotated[annotated, constraint]
+    annotated: Any = Annotated[field.annotation, field]
     return TypeAdapter(annotated).json_schema()
 
 

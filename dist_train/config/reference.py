@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import inspect
-import json
 import shlex
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from dist_train.config.loading import write_override
-from dist_train.config.problems import in_words, is_collection, leaf_schema, models_of
+from dist_train.config.problems import allowed_at, is_collection, models_of, schema_of
 
 
 @dataclass(frozen=True)
@@ -32,35 +31,25 @@ def settings_of(model: type[BaseModel], prefix: str = "") -> Iterator[Setting]:
     """Yield the settings of `model` in their order, including those of its sections and of the kinds of a union."""
     for name, field in model.model_fields.items():
         path, models = f"{prefix}{name}", models_of(field)
-        if models and is_collection(field):
-            keys = ", ".join(models[0].model_fields)
-            example = shlex.quote(write_override(path, _example(field, {}, ())))
-            yield Setting(path, f"a list, each a mapping with the keys {keys}", "[]", _meaning(field), example)
-        elif len(models) > 1:
+        if len(models) > 1:
             yield from _settings_of_kinds(path, field, models)
-        elif models:
+        elif models and not is_collection(field):
             yield from settings_of(models[0], f"{path}.")
-        else:
-            yield _setting(path, field, _meaning(field))
+        elif "const" not in (schema := schema_of(field)):  # as the kind of a member of a union
+            yield Setting(
+                path,
+                allowed_at(name, model),
+                write_override(path, schema.get("default")).partition("=")[2],
+                _meaning(field),
+                shlex.quote(write_override(path, _example(schema))),
+                tuple(_choices(schema)),
+            )
 
 
 def _meaning(field: FieldInfo) -> str:
     """Return the text below a setting in its section's source, on one line."""
     assert field.description is not None
     return " ".join(field.description.split())
-
-
-def _setting(path: str, field: FieldInfo, meaning: str) -> Setting:
-    schema = leaf_schema(field)
-    default = None if field.is_required() else field.get_default(call_default_factory=True)
-    return Setting(
-        path,
-        in_words(schema),
-        write_override(path, json.loads(json.dumps(default, default=str))).partition("=")[2],
-        meaning,
-        shlex.quote(write_override(path, _example(field, schema, default))),
-        tuple(_choices(schema)),
-    )
 
 
 def _settings_of_kinds(path: str, field: FieldInfo, models: tuple[type[BaseModel], ...]) -> Iterator[Setting]:
@@ -76,20 +65,19 @@ def _settings_of_kinds(path: str, field: FieldInfo, models: tuple[type[BaseModel
         tuple(by_kind),
     )
     for kind, model in by_kind.items():
-        for name, parameter in model.model_fields.items():
-            if name != "kind":
-                yield _setting(f"{path}.{name}", parameter, f"With kind {kind}: {_meaning(parameter)}")
+        for setting in settings_of(model, f"{path}."):
+            yield replace(setting, meaning=f"With kind {kind}: {setting.meaning}")
 
 
-def _example(field: FieldInfo, schema: Any, default: object) -> object:
-    """Return a value other than the default: the field's own example, or else the next choice."""
-    if field.examples:
-        return field.examples[0]
+def _example(schema: Mapping[str, Any]) -> object:
+    """Return a value other than the default: the setting's own example, or else the next choice."""
+    if "examples" in schema:
+        return schema["examples"][0]
     choices = list(_choices(schema)) if "anyOf" in schema else schema.get("enum", (True, False))
-    return next(choice for choice in choices if choice != default)
+    return next(choice for choice in choices if choice != schema.get("default"))
 
 
-def _choices(schema: Any) -> Iterator[str]:
+def _choices(schema: Mapping[str, Any]) -> Iterator[str]:
     for each in schema.get("anyOf", (schema,)):
         yield from ("true", "false") if each.get("type") == "boolean" else each.get("enum", ())
         if "const" in each:

@@ -286,7 +286,7 @@ class LoggerSettings(Section):
 
     name: Literal["tensorboard", "trackio", "wandb", "mlflow"] | PluginName
     """A library, or an `Observer` of your own: `package.module:name`, `FILE.py:name`."""
-    options: Options = Field(default_factory=dict, examples=[{"project": "large-batch"}])
+    options: Options = Field({}, examples=[{"project": "large-batch"}])
     """Settings of the logger."""
 
 

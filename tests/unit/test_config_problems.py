@@ -101,6 +101,11 @@ def test_a_fault_inside_a_list_is_told_with_its_place() -> None:
     }
 
 
+def test_a_setting_that_takes_plugins_alone_says_so() -> None:
+    problem = only_problem({"noise": {"schedule": {"kind": "plugin", "function": "hold"}}})
+    assert (problem.code, problem.allowed) == ("wrong-form", PLUGIN)
+
+
 def test_an_unknown_kind_is_told_with_the_kinds() -> None:
     problem = only_problem({"noise": {"schedule": {"kind": "step"}}})
     assert (problem.path, problem.code) == ("noise.schedule.kind", "unknown-kind")
