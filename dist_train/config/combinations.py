@@ -11,6 +11,8 @@ from dist_train.config.plugins import OPTION_KEYS, is_plugin
 from dist_train.config.problems import Problem
 from dist_train.config.sections import Config
 
+NOT_MEASURED = "no evaluation measures it: see data.validation_size, evaluation.train_samples, averaging.kind"
+
 
 def conflicts(config: Config) -> Iterator[Problem]:
     """Yield a problem for every invalid combination of settings."""
@@ -55,10 +57,7 @@ def _reduction(config: Config) -> Iterator[Problem]:
         wrong = "torch.compile may compile a pass again while it is recorded; set precision.compile or this to false"
         yield Problem("precision.cuda_graphs", wrong, code="cuda-graphs-compile", allowed="false")
     if config.precision.cuda_graphs and config.model.norm == "sync":
-        wrong = (
-            "sync norm waits for the other ranks within each pass, which a graph cannot record; "
-            "set it to false, or model.norm to ghost"
-        )
+        wrong = "a graph cannot record how sync norm waits for other ranks; set it to false, or model.norm to ghost"
         yield Problem("precision.cuda_graphs", wrong, code="cuda-graphs-sync", allowed="false")
     if config.comm.compression != "none" and config.comm.is_exact:
         wrong = "an exact reduction cannot be compressed; set comm.reduction to float"
@@ -68,21 +67,13 @@ def _reduction(config: Config) -> Iterator[Problem]:
     if config.comm.is_exact:
         yield Problem("comm.op", "adasum is not a sum; set comm.reduction to float", code="adasum-exact")
     if config.noise.method != "none":
-        wrong = (
-            "adasum weighs each rank's gradient at its own point, but noise moves that point; "
-            "set comm.op to average or noise.method to none"
-        )
+        wrong = "adasum weighs gradients at one point, which noise moves; set it to average or noise.method to none"
         yield Problem("comm.op", wrong, code="adasum-with-noise")
     if config.model.norm == "sync":
-        wrong = (
-            "adasum combines gradients that ranks compute independently, but sync norm couples them; "
-            "set comm.op to average or model.norm to ghost"
-        )
+        wrong = "sync norm couples the gradients that adasum combines; set comm.op to average or model.norm to ghost"
         yield Problem("comm.op", wrong, code="sync-adasum")
     if config.batch.schedule:
-        wrong = (
-            "adasum weighs by a rank's share of one global batch; set comm.op to average, or leave batch.schedule out"
-        )
+        wrong = "adasum weighs by shares of one global batch; set comm.op to average, or leave batch.schedule out"
         yield Problem("comm.op", wrong, code="batch-schedule-adasum", allowed="average")
 
 
@@ -112,10 +103,7 @@ def _batch_schedule(config: Config) -> Iterator[Problem]:
         return
     epochs = [epoch for epoch, _ in config.batch.sizes]
     if epochs != sorted(set(epochs)) or epochs[-1] >= config.run.epochs:
-        wrong = (
-            "each batch begins at a later epoch than the one before it, and before the run's end at "
-            f"{config.run.epochs}"
-        )
+        wrong = f"each batch begins at a later epoch than the one before, and before run.epochs, {config.run.epochs}"
         yield Problem("batch.schedule", wrong, code="batch-schedule-order")
     if config.batch.micro_size == "auto":
         wrong = "auto chooses a size for one global batch only; with batch.schedule set a number"
@@ -138,22 +126,13 @@ def may_deal_unevenly(config: Config) -> bool:
 
 def _reasons_for_even_shares(config: Config) -> Iterator[Problem]:
     if config.model.norm == "sync":
-        wrong = (
-            "with sync norm every rank computes a part of every micro-batch, so none can compute more of them; "
-            "set batch.dealing to even or model.norm to ghost"
-        )
+        wrong = "sync norm splits every micro-batch over all ranks; set batch.dealing to even or model.norm to ghost"
         yield Problem("batch.dealing", wrong, code="dealing-sync", allowed="even")
     if config.comm.op == "adasum":
-        wrong = (
-            "adasum combines the ranks' own gradients, which would depend on which rank computes what; "
-            "set batch.dealing to even or comm.op to average"
-        )
+        wrong = "adasum's result depends on which rank computes what; set batch.dealing to even or comm.op to average"
         yield Problem("batch.dealing", wrong, code="dealing-adasum", allowed="even")
     if config.noise.method != "none" and config.noise.sharing == "rank":
-        wrong = (
-            "with noise.sharing rank a gradient depends on the rank that computes it, which would change with its "
-            "speed; set batch.dealing to even or noise.sharing to micro_batch"
-        )
+        wrong = "each rank has its own noise, so shares must not vary; set it to even or noise.sharing to micro_batch"
         yield Problem("batch.dealing", wrong, code="dealing-rank-noise", allowed="even")
 
 
@@ -186,19 +165,15 @@ def _noise(config: Config) -> Iterator[Problem]:
         yield Problem("noise.sharing", wrong, code="ivon-sharing", allowed="global")
     is_plain = optimizer.name == "sgd" and optimizer.momentum == optimizer.weight_decay == 0 and not optimizer.nesterov
     if noise.method == "ivon" and not is_plain:
-        wrong = (
-            "ivon has its own momentum and weight decay; "
-            "set optimizer={name: sgd, momentum: 0, nesterov: false, weight_decay: 0}"
-        )
+        plain = "optimizer={name: sgd, momentum: 0, nesterov: false, weight_decay: 0}"
+        wrong = f"ivon has its own momentum and weight decay; set {plain}"
         yield Problem("optimizer.name", wrong, code="ivon-optimizer")
     # Micro-batches that take turns at the points of the noise must be equal at all points.
     sizes = [size for _, size in config.batch.sizes]
     is_unequal = micro == "auto" or any(size % (micro * noise.points) for size in sizes)
     if _perturbs(config) and noise.passes == "one" and noise.points > 1 and is_unequal:
-        wrong = (
-            f"equal micro-batches take turns at {noise.points} points; choose batch.micro_size so that "
-            f"batch.global_size is a multiple of {noise.points} micro-batches, or set noise.passes to all"
-        )
+        many = f"{noise.points} equal micro-batches"
+        wrong = f"with batch.micro_size, batch.global_size must be a multiple of {many}; or set noise.passes to all"
         yield Problem("noise.passes", wrong, code="passes-unequal", allowed="all")
     if noise.target_rise is not None and noise.schedule.kind != "constant":
         wrong = "the amplitude follows either a schedule or the measured rise; set noise.schedule to {kind: constant}"
@@ -207,10 +182,7 @@ def _noise(config: Config) -> Iterator[Problem]:
         wrong = "the amplitude is multiplied until the rise is reached, and must begin above 0"
         yield Problem("noise.amplitude", wrong, code="target-rise-amplitude", allowed="above 0")
     if config.model.norm == "sync" and _perturbs(config) and noise.sharing == "rank":
-        wrong = (
-            "sync norm takes its statistics over all ranks, which must then hold the same weights; "
-            "set noise.sharing to global or micro_batch"
-        )
+        wrong = "sync norm needs the same weights on all ranks; set noise.sharing to global or micro_batch"
         yield Problem("noise.sharing", wrong, code="sync-rank-noise", allowed="global, micro_batch")
 
 
@@ -218,11 +190,7 @@ def _evaluation(config: Config) -> Iterator[Problem]:
     if config.early_stopping.patience is None:
         return
     if not config.measures(config.stopping_metric):
-        wrong = (
-            "no evaluation measures it: validation needs data.validation_size, train needs evaluation.train_samples, "
-            "-averaged needs averaging.kind"
-        )
-        yield Problem("early_stopping.metric", wrong, code="metric-not-measured")
+        yield Problem("early_stopping.metric", NOT_MEASURED, code="metric-not-measured")
     if config.evaluation.every_epochs == 0:
         wrong = "there are no evaluations during the run to wait for; set evaluation.every_epochs"
         yield Problem("early_stopping.patience", wrong, code="stopping-without-evaluations")
