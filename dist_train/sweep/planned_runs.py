@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from dist_train.config import Config, ConfigError, dump_config, parse_config
+from dist_train.config.combinations import NOT_MEASURED
 from dist_train.config.loading import based_on, located, read_settings, with_overrides, write_override
 from dist_train.config.plugins import from_folder, is_plugin
 from dist_train.config.problems import Problem
@@ -162,8 +163,8 @@ def plan_study(
             found += (_located(fault, variant, overrides) for fault in error.problems)
             continue
         if study.search is not None and not config.measures(study.search.objective):
-            wrong = "no evaluation measures it: see data.validation_size, evaluation.train_samples, averaging.kind"
-            found.append(Problem("search.objective", wrong, code="metric-not-measured", value=study.search.objective))
+            objective = study.search.objective
+            found.append(Problem("search.objective", NOT_MEASURED, code="metric-not-measured", value=objective))
         if variant.is_asked:
             planned.append(
                 PlannedRun(**vars(variant), number=number, name=name, seed=seed, overrides=arguments, config=config)
@@ -270,10 +271,7 @@ def _dumped(study: Study) -> str:
 def variants_of(study: Study) -> Iterator[_Variant]:
     """Yield the variants of `study`, of a grid each combination by itself, without the settings of a search."""
     for variant, described in study.variants.items():
-        settings = study.settings_of(variant)
-        origins = dict.fromkeys(study.settings, "settings")
-        for name in _ancestry(study, variant):
-            origins = overlaid(origins, dict.fromkeys(study.variants[name].settings, f"variants.{name}.settings"))
+        settings, origins = study.settings_of(variant), _origins(study, variant)
         grid = {**described.grid, **study.grid}
         of_grid = dict.fromkeys(described.grid, f"variants.{variant}.grid") | dict.fromkeys(study.grid, "grid")
         shorts = _short_names(list(grid))
@@ -290,10 +288,11 @@ def variants_of(study: Study) -> Iterator[_Variant]:
             )
 
 
-def _ancestry(study: Study, variant: str) -> list[str]:
-    """Return the chain of variants that `variant` inherits from by `like`, oldest first, then `variant`."""
-    like = study.variants[variant].like
-    return [*(_ancestry(study, like) if like else []), variant]
+def _origins(study: Study, variant: str) -> dict[str, str]:
+    """Return the place in the study file of each of `study.settings_of(variant)`."""
+    described = study.variants[variant]
+    inherited = _origins(study, described.like) if described.like else dict.fromkeys(study.settings, "settings")
+    return overlaid(inherited, dict.fromkeys(described.settings, f"variants.{variant}.settings"))
 
 
 def _short_names(paths: Sequence[str]) -> dict[str, str]:

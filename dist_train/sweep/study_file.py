@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import itertools
 import json
@@ -22,7 +21,7 @@ from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, Validat
 from dist_train.config.loading import read_mapping
 from dist_train.config.parts import Metric, Section
 from dist_train.config.problems import ConfigError, Problem, problems_of
-from dist_train.outcome import UsageError
+from dist_train.outcome import UsageError, did_you_mean
 from dist_train.rundir.atomic import exclusive
 
 if TYPE_CHECKING:
@@ -166,7 +165,7 @@ def load_study(path: Path) -> Study:
     except ValidationError as error:
         raise ConfigError(str(path), problems_of(error, Study)) from None
     except (TypeError, ValueError, RecursionError) as error:
-        raise ConfigError(str(path), [Problem("(file)", str(error), code="wrong-type")]) from None
+        raise ConfigError.of(str(path), "(file)", str(error), code="wrong-type") from None
     found = [*_problems_of_settings(study), *_problems_of_variants(study)] or list(_without_runs(study))
     if found:
         raise ConfigError(str(path), found)
@@ -188,14 +187,13 @@ def _set_by_study(path: str, value: object) -> Problem:
 
 
 def _problems_of_settings(study: Study) -> Iterator[Problem]:
-    places = {"settings": study.settings}
+    space: dict[str, Any] = dict(study.search.space) if study.search else {}
+    places = {"settings": study.settings, "search.space": space}
     grids = {"grid": study.grid}
     for name, variant in study.variants.items():
         places[f"variants.{name}.settings"] = variant.settings
         grids[f"variants.{name}.grid"] = variant.grid
-    space: dict[str, Any] = dict(study.search.space) if study.search else {}
-    spaces = {"search.space": space}
-    for place, settings in (places | grids | spaces).items():
+    for place, settings in (places | grids).items():
         for path, value in settings.items():
             if path in _SET_BY_STUDY:
                 yield _set_by_study(f"{place}.{path}", value)
@@ -215,40 +213,48 @@ def _problems_of_settings(study: Study) -> Iterator[Problem]:
                 yield Problem(f"{place}.{path}", "the search has this setting already", code="grid-twice", value=values)
             if not values:
                 yield Problem(f"{place}.{path}", "an empty list would leave no run", code="empty-grid", value=values)
-    yield from _problems_of_seeds(study, "seeds", study.seeds)
 
 
 def _problems_of_variants(study: Study) -> Iterator[Problem]:
+    named: dict[str, Sequence[str]] = {}
+    seeds = {"seeds": study.seeds}
     for name, variant in study.variants.items():
+        seeds[f"variants.{name}.seeds"] = variant.seeds
         if variant.like is not None:
-            if variant.like not in study.variants:
-                yield _unknown_variant(study, f"variants.{name}.like", variant.like)
-            elif _is_like_itself(study, name):
+            named[f"variants.{name}.like"] = [variant.like]
+            if _is_like_itself(study, name):
                 wrong = "the variant inherits from itself, through others"
                 yield Problem(f"variants.{name}.like", wrong, code="like-itself", value=variant.like)
-        yield from _problems_of_seeds(study, f"variants.{name}.seeds", variant.seeds)
         for path in sorted(set(variant.grid) & set(study.grid)):
             wrong, place = "the study's grid has this setting already", f"variants.{name}.grid.{path}"
             yield Problem(place, wrong, code="grid-twice", value=variant.grid[path])
     for number, analysis in enumerate(study.analyse):
-        place, variants = (
-            ("between", analysis.between) if isinstance(analysis, Interpolation) else ("variants", analysis.variants)
-        )
-        for variant_name in variants:
-            if variant_name not in study.variants:
-                yield _unknown_variant(study, f"analyse.{number}.{place}", variant_name)
-        is_itself = isinstance(analysis, Interpolation) and len(set(variants)) == 1
-        if is_itself and not study.search and not _has_grid(study, variants[0]):
+        seeds[f"analyse.{number}.seeds"] = analysis.seeds
+        if isinstance(analysis, OfVariants):
+            named[f"analyse.{number}.variants"] = analysis.variants
+            continue
+        place, (first, second) = f"analyse.{number}.between", analysis.between
+        named[place] = analysis.between
+        if first == second and not study.search and not _has_grid(study, first):
             wrong = "there is no line from a run to itself: name two variants"
-            yield Problem(f"analyse.{number}.between", wrong, code="same-checkpoint", value=list(variants))
-        yield from _problems_of_seeds(study, f"analyse.{number}.seeds", analysis.seeds)
+            yield Problem(place, wrong, code="same-checkpoint", value=[first, second])
     for number, contrast in enumerate(study.contrasts):
-        for place, names in (("variants", contrast.variants), ("against", (contrast.against,))):
-            unknown = (name for name in names if name not in study.variants)
-            yield from (_unknown_variant(study, f"contrasts.{number}.{place}", name) for name in unknown)
+        place = f"contrasts.{number}.against"
+        named |= {f"contrasts.{number}.variants": contrast.variants, place: [contrast.against]}
         if _has_grid(study, contrast.against):
-            wrong, place = "a variant with a grid is several variants", f"contrasts.{number}.against"
+            wrong = "a variant with a grid is several variants"
             yield Problem(place, wrong, code="several-variants", value=contrast.against)
+    for path, names in named.items():
+        for name in names:
+            if name not in study.variants:
+                wrong, known = f"not a variant{did_you_mean(name, study.variants)}", ", ".join(study.variants)
+                yield Problem(path, wrong, code="unknown-variant", value=name, allowed=known)
+    for path, own in seeds.items():
+        if unknown := sorted(set(own) - set(study.seeds)):
+            known = ", ".join(map(str, study.seeds))
+            yield Problem(path, "not a seed of the study", code="unknown-seed", value=unknown[0], allowed=known)
+        if len(set(own)) < len(own):
+            yield Problem(path, "a seed is listed twice", code="seed-twice", value=list(own))
 
 
 def _without_runs(study: Study) -> Iterator[Problem]:
@@ -261,28 +267,17 @@ def _without_runs(study: Study) -> Iterator[Problem]:
         else:
             seeds &= {seed for name in analysis.variants or study.variants for seed in study.seeds_of(name)}
         if not seeds:
-            yield Problem(
-                f"analyse.{number}", wrong, code="no-such-runs", value=analysis.model_dump(exclude={"options"})
-            )
+            value = analysis.model_dump(exclude={"options"})
+            yield Problem(f"analyse.{number}", wrong, code="no-such-runs", value=value)
     for number, contrast in enumerate(study.contrasts):
         for name in contrast.variants:
             if not set(study.seeds_of(name)) & set(study.seeds_of(contrast.against)):
-                yield Problem(
-                    f"contrasts.{number}.variants", wrong, code="no-such-runs", value=[name, contrast.against]
-                )
+                value = [name, contrast.against]
+                yield Problem(f"contrasts.{number}.variants", wrong, code="no-such-runs", value=value)
 
 
 def _has_grid(study: Study, variant: str) -> bool:
     return bool(study.grid or (variant in study.variants and study.variants[variant].grid))
-
-
-def _problems_of_seeds(study: Study, path: str, seeds: tuple[int, ...]) -> Iterator[Problem]:
-    unknown = sorted(set(seeds) - set(study.seeds))
-    if unknown:
-        allowed = ", ".join(map(str, study.seeds))
-        yield Problem(path, "not a seed of the study", code="unknown-seed", value=unknown[0], allowed=allowed)
-    if len(set(seeds)) < len(seeds):
-        yield Problem(path, "a seed is listed twice", code="seed-twice", value=list(seeds))
 
 
 def _is_like_itself(study: Study, name: str) -> bool:
@@ -292,12 +287,6 @@ def _is_like_itself(study: Study, name: str) -> bool:
         seen.add(following)
         following = study.variants[following].like
     return following == name
-
-
-def _unknown_variant(study: Study, path: str, value: str) -> Problem:
-    close = difflib.get_close_matches(value, study.variants, n=1)
-    hint = f"; did you mean {close[0]}?" if close else ""
-    return Problem(path, f"not a variant{hint}", code="unknown-variant", value=value, allowed=", ".join(study.variants))
 
 
 def drawn_settings(search: Search, variant: str, trial: int) -> Settings:
@@ -340,10 +329,8 @@ class OptunaTrials:
         try:
             import optuna
         except ImportError as error:
-            raise UsageError(
-                "search.method is optuna, but Optuna is not installed: pip install 'dist_train[search]'",
-                code="optuna-missing",
-            ) from error
+            wrong = "search.method is optuna, but Optuna is not installed: pip install 'dist_train[search]'"
+            raise UsageError(wrong, code="optuna-missing") from error
         self._optuna = optuna
         self._search = search
         self._journal = journal
@@ -395,9 +382,8 @@ class OptunaTrials:
             # Optuna 4 warns about `constant_liar`, which concurrent jobs need.
             warnings.simplefilter("ignore", self._optuna.exceptions.ExperimentalWarning)
             sampler = self._optuna.samplers.TPESampler(seed=int.from_bytes(digest[:4], "little"), constant_liar=True)
-        direction: Literal["minimize", "maximize"] = (
-            "minimize" if self._search.objective.endswith(".loss") else "maximize"
-        )
+        directions = self._optuna.study.StudyDirection
+        direction = directions.MINIMIZE if self._search.objective.endswith(".loss") else directions.MAXIMIZE
         study = self._optuna.create_study(
             storage=self._storage, study_name=variant, direction=direction, load_if_exists=True
         )
