@@ -29,7 +29,6 @@ SHIPPED = "dist_train:"
 
 _FILE, _BASE = "(file)", "base"
 _COMMAND_LINE = "command line"
-_SCHEDULE = "noise.schedule"
 
 
 def shipped_folder() -> Path:
@@ -41,12 +40,10 @@ def shipped_folder() -> Path:
 
 def project_root() -> Path:
     """Return the folder of the launch and batch scripts. Raises UsageError if they have been removed."""
-    root = shipped_folder()
-    if not (root / "slurm" / "prologue.sh").is_file():
-        raise UsageError(
-            f"there are no batch scripts at {root / 'slurm'}: install dist_train again", code="scripts-missing"
-        )
-    return root
+    scripts = shipped_folder() / "slurm"
+    if not (scripts / "prologue.sh").is_file():
+        raise UsageError(f"there are no batch scripts at {scripts}: install dist_train again", code="scripts-missing")
+    return scripts.parent
 
 
 def located(path: Path) -> Path:
@@ -91,9 +88,7 @@ def load_config(
         if "variants" in settings:
             wrong = "this is a study: train it by dist-train sweep, or submit --study"
             raise ConfigError.of(source, "variants", wrong, code="unknown-key")
-    return parse_config(
-        with_overrides(settings, overrides), source=source, plugins=[os.fspath(each) for each in plugins]
-    )
+    return parse_config(with_overrides(settings, overrides), source=source, plugins=list(map(os.fspath, plugins)))
 
 
 def read_settings(path: Path, seen: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -157,9 +152,8 @@ def parse_yaml(text: str | bytes, *, is_dumped: bool = False) -> Any:
         if root is None:
             return None
         if _expanded_size(root, {}) > _LARGEST_EXPANDED:
-            raise yaml.composer.ComposerError(
-                None, None, "its aliases expand to too much, or contain themselves", root.start_mark
-            )
+            fault = "its aliases expand to too much, or contain themselves"
+            raise yaml.composer.ComposerError(None, None, fault, root.start_mark)
         return _Loader("").construct_document(root)
     except RecursionError:
         raise yaml.YAMLError("it nests too deeply") from None
@@ -179,13 +173,14 @@ def with_overrides(settings: Mapping[str, Any], overrides: Sequence[str] | Mappi
 
     Raises ConfigError.
     """
-    changed = dict(settings)
+    changed, own = dict(settings), dict[str, Any]()
     problems: list[Problem] = []
     for override in [overrides] if isinstance(overrides, str) else overrides:
         try:
             path, value = (override, overrides[override]) if isinstance(overrides, Mapping) else _parsed(override)
-            if path == f"{_SCHEDULE}.kind":
-                _drop_other_kind(changed, value, settings)
+            _set(own, path, value)
+            if path == "noise.schedule.kind":  # replaces a schedule of another kind, but not the parameters given here
+                path, value = "noise.schedule", own["noise"]["schedule"]
             _set(changed, path, value)
         except ConfigError as error:
             problems.extend(error.problems)
@@ -229,25 +224,20 @@ def parse_config(settings: Mapping[str, Any], *, source: str, plugins: Sequence[
         raise
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError.of(source, _FILE, str(error), code="wrong-type") from None
-    problems = [
-        # in options, as settings refuse them: the run's records, which are JSON, would have null instead
-        Problem(path, 'not finite: leave it out, or write it as text: "inf"', code="out-of-range", value=number)
-        for path, number in _nested(config.model_dump())
-        if isinstance(number, float) and not math.isfinite(number)
-    ]
-    if problems:
-        raise ConfigError(source, problems)
-    complete = config.model_dump(mode="json")
-    problems = [
-        # which names of files and hosts cannot contain
-        Problem(path, "holds a NUL character", code="nul-character", value=text.replace("\0", "\\0"))
-        for path, text in _nested(complete)
-        if isinstance(text, str) and "\0" in text
-    ]
-    problems += [*conflicts(config), *plugin_problems(complete)]
+    problems = list(_unusable(config)) or [*conflicts(config), *plugin_problems(config.model_dump(mode="json"))]
     if problems:
         raise ConfigError(source, problems)
     return config
+
+
+def _unusable(config: Config) -> Iterator[Problem]:
+    """Yield a problem for each number, in options, and each text that cannot be used anywhere."""
+    for path, value in _nested(config.model_dump()):
+        if isinstance(value, float) and not math.isfinite(value):  # the run's records, as JSON, would have null instead
+            wrong = 'not finite: leave it out, or write it as text: "inf"'
+            yield Problem(path, wrong, code="out-of-range", value=value)
+        if isinstance(value, str | Path) and "\0" in str(value):  # which names of files and hosts cannot contain
+            yield Problem(path, "holds a NUL character", code="nul-character", value=str(value).replace("\0", "\\0"))
 
 
 def dump_config(config: Config) -> str:
@@ -323,30 +313,15 @@ def _set(settings: dict[str, Any], path: str, value: object) -> None:
     section.update(_merge(section, {names[-1]: value}))
 
 
-def _drop_other_kind(settings: dict[str, Any], kind: object, base: Mapping[str, Any]) -> None:
-    """Drop from `settings` what they have of the noise schedule of `base`, if it is of another kind than `kind`."""
-    schedule, former = _schedule_of(settings), _schedule_of(base)
-    if schedule and schedule.get("kind") != kind:
-        left = {name: value for name, value in schedule.items() if name not in former or former[name] != value}
-        settings["noise"] = {**settings["noise"], "schedule": left}
-
-
-def _schedule_of(settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    noise = settings.get("noise")
-    schedule = noise.get("schedule") if isinstance(noise, Mapping) else None
-    return schedule if isinstance(schedule, Mapping) else {}
-
-
 def _nearest_file(path: Path) -> str:
     name = located(path).name
     for folder in ("configs", "studies"):
         if (shipped_folder() / folder / name).is_file():
             return f"; the package has {SHIPPED}{folder}/{name}"
-    try:
+    with suppress(OSError):
         names = [entry.name for entry in located(path).parent.glob("*.y*ml")]
-    except OSError:
-        return ""
-    return did_you_mean(path.name, names, str(path).removesuffix(path.name))
+        return did_you_mean(path.name, names, str(path).removesuffix(path.name))
+    return ""
 
 
 def _plain(value: Any, settings: Mapping[str, Any], source: str) -> object:
@@ -389,9 +364,8 @@ class _Loader(yaml.SafeLoader):
         try:
             return super().construct_object(node, deep)
         except (AttributeError, LookupError, TypeError, ValueError) as error:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"not a value of {node.tag.rpartition(':')[2]}", node.start_mark
-            ) from error
+            fault = f"not a value of {node.tag.rpartition(':')[2]}"
+            raise yaml.constructor.ConstructorError(None, None, fault, node.start_mark) from error
 
 
 class _DumpedLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc] # libyaml may be missing
