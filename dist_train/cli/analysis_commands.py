@@ -168,12 +168,9 @@ def _landscape_settings(arguments: argparse.Namespace) -> LandscapeSettings:
     given, (start, stop) = vars(arguments), arguments.range
     if given.get("trajectory"):
         usual = {"range": _PLANE, "seed": 0, "normalization": "filter"}
-        ignored = [f"--{name}" for name, value in usual.items() if given[name] != value]
-        if ignored:
-            raise UsageError(
-                f"--trajectory sets the directions and the range itself: leave out {', '.join(ignored)}",
-                code="option-alone",
-            )
+        if ignored := ", ".join(f"--{name}" for name, value in usual.items() if given[name] != value):
+            wrong = f"--trajectory sets the directions and the range itself: leave out {ignored}"
+            raise UsageError(wrong, code="option-alone")
     chosen = {field.name: given[field.name] for field in fields(LandscapeSettings) if field.name in given}
     return LandscapeSettings(start=start, stop=stop, **chosen)
 
@@ -297,10 +294,8 @@ def _measures(text: str) -> list[Measure]:
 
     named = _words(text)
     if not named or (unknown := [name for name in named if name not in MEASURES]):
-        raise UsageError(
-            f"--only takes {', '.join(MEASURES)}, not {', '.join(unknown) if named else 'nothing'}",
-            code="option-choice",
-        )
+        given = ", ".join(unknown) if named else "nothing"
+        raise UsageError(f"--only takes {', '.join(MEASURES)}, not {given}", code="option-choice")
     return [measure for measure in MEASURES if measure in named]
 
 
@@ -324,10 +319,8 @@ def _rows(record: SharpnessRecord) -> Iterator[tuple[str, str]]:
         yield f"Keskar, full space, {box}", _number(record.keskar.full)
         yield f"Keskar, {settings.keskar_dimensions} directions, {box}", _number(record.keskar.subspace)
     for rise in record.expected_rise or ():
-        yield (
-            f"expected rise, amplitude {rise.amplitude:g}, {settings.scale}",
-            _number(rise.mean, rise.standard_error),
-        )
+        name = f"expected rise, amplitude {rise.amplitude:g}, {settings.scale}"
+        yield name, _number(rise.mean, rise.standard_error)
     if record.hessian is not None:
         for index, eigenvalue in enumerate(record.hessian.eigenvalues, start=1):
             yield f"Hessian eigenvalue {index}", _number(eigenvalue)
@@ -338,10 +331,8 @@ def _rows(record: SharpnessRecord) -> Iterator[tuple[str, str]]:
         yield f"basin width, rise {width.rise:g}", f"{_number(width.mean, error)}{censored}"
     if (scale := record.noise_scale) is not None:
         beyond = "unknown: more than these samples can show"
-        yield (
-            "gradient noise scale, samples",
-            beyond if scale.value is None else _number(scale.value, scale.standard_error),
-        )
+        value = beyond if scale.value is None else _number(scale.value, scale.standard_error)
+        yield "gradient noise scale, samples", value
 
 
 def _number(value: float | None, error: float | None = None) -> str:

@@ -7,7 +7,6 @@ import faulthandler
 import gc
 import json
 import re
-import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -157,47 +156,35 @@ def _launch(arguments: argparse.Namespace) -> int:
     if arguments.join is not None:
         return _join(arguments)
     if not words:
-        raise UsageError(
-            "no command given, for example: dist-train launch -np 2 train configs/demo.yaml", code="no-command"
-        )
+        raise UsageError("no command given, for example: dist-train launch -np 2 train CONFIG", code="no-command")
     _check_range("-np", arguments.np, 0 if arguments.listen else 1, None)
     if words[0].isdecimal():
         raise UsageError(f"{words[0]} is no command; the number of ranks is -np {words[0]}", code="no-command")
     is_python = Path(words[0]).name.startswith("python")
     if is_python or words[0].endswith(".py"):
         script = " ".join(words[1:] if is_python else words)
-        raise UsageError(
-            f"launch runs commands of dist-train; a script: torchrun --nproc-per-node {arguments.np} {script}",
-            code="not-on-ranks",
-        )
+        wrong = f"launch runs commands of dist-train; a script: torchrun --nproc-per-node {arguments.np} {script}"
+        raise UsageError(wrong, code="not-on-ranks")
     command = parse(words)
     if words[0] not in _ON_RANKS:
         hint = "; its option --ranks gives each run several ranks" if words[0] == "sweep" else ""
-        raise UsageError(
-            f"{words[0]} runs in one process: call it without launch{hint}. On ranks run: {', '.join(_ON_RANKS)}",
-            code="not-on-ranks",
-        )
+        wrong = f"{words[0]} runs in one process: call it without launch{hint}"
+        raise UsageError(f"{wrong}. On ranks run: {', '.join(_ON_RANKS)}", code="not-on-ranks")
     if "config" in command:
         check_readable_again(command.config)
     options = (arguments.min_ranks, arguments.max_ranks, arguments.restarts, arguments.start_with, arguments.listen)
     if words[0] != "train":
         if any(option is not None for option in options):
-            raise UsageError(
-                "--min-ranks, --max-ranks, --start-with, --restarts and --listen are for the command train",
-                code="elastic-command",
-            )
-        saves = words[0] in _TRAINING
-        return launch_ranks(own_command(*words), arguments.np, saves=saves)
+            wrong = "--min-ranks, --max-ranks, --start-with, --restarts and --listen are for the command train"
+            raise UsageError(wrong, code="elastic-command")
+        return launch_ranks(own_command(*words), arguments.np, saves=words[0] in _TRAINING)
     # Checked here, so that errors are reported once and not by each rank; a plug-in, or a check, may load torch.
     with blocked_signals():
         config = config_to_train(command)
         elasticity = _elasticity(arguments, config)
     if config.comm.engine == "horovod":
-        raise UsageError(
-            "dist-train launch connects its ranks by torch.distributed: leave comm.engine=horovod out, or start with "
-            "horovodrun or mpirun",
-            code="launcher-unsupported",
-        )
+        fix = "leave comm.engine=horovod out, or start with horovodrun or mpirun"
+        raise UsageError(f"launch connects its ranks by torch.distributed: {fix}", code="launcher-unsupported")
     run = command.run_dir or config.run_directory
     if elasticity is None:
         return launch_ranks(own_command(*words), arguments.np, run)
@@ -232,11 +219,8 @@ def _elasticity(arguments: argparse.Namespace, config: Config) -> Elasticity | N
     _check_range("--min-ranks" if arguments.min_ranks is not None else "launch.min_ranks", min_ranks, 1, start_with)
     _check_range("--max-ranks" if arguments.max_ranks is not None else "launch.max_ranks", max_ranks, start_with, None)
     if arguments.listen is None and max_ranks > arguments.np:
-        raise UsageError(
-            f"--max-ranks (launch.max_ranks) and --start-with above the {arguments.np} ranks of -np need --listen: "
-            f"the others come from other nodes",
-            code="elastic-without-listen",
-        )
+        wrong = f"--max-ranks (launch.max_ranks) or --start-with above -np, {arguments.np}, are ranks of other nodes"
+        raise UsageError(f"{wrong}: add --listen", code="elastic-without-listen")
     if config.model.norm == "sync":  # now, and not when the last of them joins, which would end the run
         from dist_train.data.plan import check_shared_micro_batches  # loads torch
 
@@ -250,11 +234,8 @@ def _join(arguments: argparse.Namespace) -> int:
 
     others = (arguments.min_ranks, arguments.max_ranks, arguments.start_with, arguments.listen)
     if arguments.command or arguments.restarts or any(option is not None for option in others):
-        raise UsageError(
-            "--join can be combined with -np only: command, restarts and limits are those of the launcher that began "
-            "the run",
-            code="join-options",
-        )
+        wrong = "--join can be combined with -np only: the launcher that began the run decides all else"
+        raise UsageError(wrong, code="join-options")
     _check_range("-np", arguments.np, 1, None)
     return launch_joining(entry_of(arguments.join), arguments.np)
 
@@ -271,9 +252,8 @@ def _address(text: str) -> tuple[str, int]:
     found = re.fullmatch(r"(?:\[([\dA-Fa-f:.]+)\]|([^][:]+))(?::(\d*))?", bracketed)
     host, port = (found[1] or found[2], int(found[3] or 0)) if found else ("", 0)
     if host in ("", "0.0.0.0", "::") or port >= 2**16:  # nosec B104
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no address that other nodes can reach: HOST, HOST:PORT or [IPV6]:PORT"
-        )
+        forms = "HOST, HOST:PORT or [IPV6]:PORT"
+        raise argparse.ArgumentTypeError(f"{text!r} is no address that other nodes can reach: {forms}")
     return host, port
 
 
@@ -300,11 +280,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if current_launch().rank == 0:
         print(json.dumps(result, allow_nan=False), flush=True)
         if not is_finite:
-            checkpoint = escaped(str(result["checkpoint"]))
-            print(
-                f"dist-train: the {arguments.split} loss of {checkpoint} is not finite [loss-not-finite]",
-                file=sys.stderr,
-            )
+            place = f"the {arguments.split} loss of {escaped(str(result['checkpoint']))}"
+            say_on_stderr(f"dist-train: {place} is not finite [loss-not-finite]")
     return ExitCode.FINISHED if is_finite else ExitCode.DIVERGED
 
 

@@ -87,10 +87,8 @@ def _study(arguments: argparse.Namespace) -> int:
         only = plan.run(arguments.only)
         if only is None:
             asked = " yet" if arguments.only in plan.unasked else ""
-            raise UsageError(
-                f"the study {plan.study.name} has the runs 1 to {plan.total}, not {arguments.only}{asked}",
-                code="no-such-run-number",
-            )
+            wrong = f"the study {plan.study.name} has the runs 1 to {plan.total}, not {arguments.only}{asked}"
+            raise UsageError(wrong, code="no-such-run-number")
         runs = (only,)
     action: Callable[[argparse.Namespace, Plan, tuple[PlannedRun, ...]], int] = arguments.action
     return action(arguments, plan, runs)
@@ -315,10 +313,7 @@ def _submit(arguments: argparse.Namespace) -> int:
     check_readable_again(arguments.config)
     config = named_config(arguments)
     if config.run.resume == "never":
-        raise UsageError(
-            "run.resume=never: the job could not resume the run when it is started again: leave it out",
-            code="resume-never",
-        )
+        raise UsageError("run.resume=never: a job that is started again must resume: leave it out", code="resume-never")
     directory = (arguments.run_dir or config.run_directory).absolute()
     submission = _submission(arguments, located(arguments.config).absolute(), directory, config.run.name)
     plan = describe_batch(config, submission.ranks)

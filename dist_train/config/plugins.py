@@ -171,10 +171,8 @@ def call_plugin(name: str, options: Options, returns: type[Any], *arguments: Any
     with failing_clearly(name):
         result = target(*copies, **keywords)
     if not isinstance(result, returns):
-        raise UsageError(
-            f"{name} returned {type(result).__name__}, not {returns.__module__}.{returns.__qualname__}",
-            code="plugin-result",
-        )
+        wrong = f"{name} returned {type(result).__name__}, not {returns.__module__}.{returns.__qualname__}"
+        raise UsageError(wrong, code="plugin-result")
     return _iterate(name, result) if inspect.isgenerator(result) else result
 
 
@@ -192,11 +190,9 @@ def _options_type(name: str, target: Any) -> type[Any] | None:
         function = inspect.unwrap(target.__init__ if inspect.isclass(target) else target)
         hint = get_type_hints(only, getattr(function, "__globals__", {})).get("options")
     except (NameError, TypeError, ValueError, AttributeError) as error:
-        raise UsageError(
-            f"the parameters of the plug-in {name} cannot be found ({error}): write it as a function or class, and "
-            f"import the type of its options outside of TYPE_CHECKING",
-            code="plugin-import",
-        ) from error
+        fix = "write it as a function or class, and import the type of its options outside of TYPE_CHECKING"
+        wrong = f"the parameters of the plug-in {name} cannot be found ({error}): {fix}"
+        raise UsageError(wrong, code="plugin-import") from error
     types = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     models = [each for each in types if inspect.isclass(each) and issubclass(each, BaseModel)]
     if len(models) > 1 or any(map(is_dataclass, types)):

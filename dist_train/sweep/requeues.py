@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from dist_train.cluster.launch import current_job
+from dist_train.monitoring import wording
 from dist_train.outcome import ExitCode
 from dist_train.rundir import atomic
 from dist_train.rundir.paths import DISK_FULL, RunDirectory, StudyDirectory, read_holder
@@ -113,19 +114,17 @@ def decide(run: Path, limit: int, launch: EndedLaunch = EndedLaunch(), restarts:
         if count >= limit:
             _write_requeues(files, Requeues(0, step))
             if limit > 0:
-                reason = (
-                    f"given up after {count} requeue{'s' if count != 1 else ''} in a row without a checkpoint after "
-                    f"step {step}; the last time: {reason}"
-                )
+                times = wording.plural(count, "requeue")
+                place = f"in a row without a checkpoint after step {step}"
+                reason = f"given up after {times} {place}; the last time: {reason}"
             return _give_up(files, status, reason, ExitCode.FAULT)
         _write_requeues(files, Requeues(count + 1, step))
     except OSError as error:
         why = f"{reason}; not started again, since {files.requeues} cannot be written: {error.strerror}"
         return _give_up(files, status, why, ExitCode.FAULT)
     _write_end(files, status, "stopped", f"{reason}; to be started again", ExitCode.STOPPED)
-    return Decision(
-        "requeue", f"continues {place}, requeue {count + 1} of at most {limit} without a new checkpoint; {reason}"
-    )
+    number = f"requeue {count + 1} of at most {limit} without a new checkpoint"
+    return Decision("requeue", f"continues {place}, {number}; {reason}")
 
 
 def read_requeues(files: RunDirectory) -> Requeues:

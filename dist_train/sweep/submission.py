@@ -166,10 +166,8 @@ def submit_study(jobs: Sequence[Job], folder: Path) -> dict[str, str]:
             if not ids:
                 raise
             queued = " ".join(ids.values())
-            raise UsageError(
-                f"{error}; in the queue already: {queued} (to start over, first scancel {queued})",
-                code=error.code,
-            ) from None
+            text = f"{error}; in the queue already: {queued} (to start over, first scancel {queued})"
+            raise UsageError(text, code=error.code) from None
     return ids
 
 
