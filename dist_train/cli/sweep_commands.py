@@ -18,9 +18,9 @@ from dist_train.cli.common import (
     add_config,
     add_overrides,
     check_readable_again,
+    config_to_train,
     count,
     folder_path,
-    named_config,
     print_table,
     terminal_width,
     warn_of_unused,
@@ -311,7 +311,7 @@ def _submit(arguments: argparse.Namespace) -> int:
     from dist_train.sweep.submission import describe_batch, submit_run, write_script
 
     check_readable_again(arguments.config)
-    config = named_config(arguments)
+    config = config_to_train(arguments)
     if config.run.resume == "never":
         raise UsageError("run.resume=never: a job that is started again must resume: leave it out", code="resume-never")
     directory = (arguments.run_dir or config.run_directory).absolute()

@@ -637,8 +637,9 @@ def test_configuration_of_a_copied_run_does_not_train_elsewhere(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = shutil.copytree(trained, tmp_path / "copy")
-    assert main(["train", str(run / "config.yaml")]) == ExitCode.USAGE
-    assert "[run-moved]" in capsys.readouterr().err
+    for command in (["train"], ["submit", "--dry-run"]):
+        assert main([*command, str(run / "config.yaml")]) == ExitCode.USAGE
+        assert "[run-moved]" in capsys.readouterr().err
     assert main(["train", str(run / "config.yaml"), "--run-dir", str(run)]) == ExitCode.FINISHED
     assert main(["train", str(run / "config.yaml"), "run.name=new", f"run.directory={tmp_path}"]) == ExitCode.FINISHED
     assert (tmp_path / "new" / "status.json").is_file()
