@@ -228,7 +228,10 @@ def test_a_setting_without_effect_is_told(settings: str, why: str) -> None:
 
 def test_settings_with_effect_and_settings_not_given_are_not_told() -> None:
     assert unused_settings(Config()) == {}
-    assert unused_settings(parse(Config().model_dump(mode="json"))) == {}
+    recorded = Config().model_dump(mode="json")
+    assert unused_settings(parse(recorded)) == {}
+    del recorded["early_stopping"], recorded["noise"]["offset"]  # as by an older version
+    assert unused_settings(parse(recorded)) == {}
     used = {
         "noise": {**NOISE, "amplitude": 0.1, "sharing": "global", "schedule": {"kind": "cosine"}},
         "model": {"norm": "ghost", "ghost_size": 8, "norm_samples": 64, "norm_statistics": "auto"},
