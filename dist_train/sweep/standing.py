@@ -7,7 +7,7 @@ import shlex
 import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Literal
 
@@ -71,10 +71,47 @@ def _standing(run: PlannedRun, summary: RunSummary | None, states: Mapping[str, 
     if summary is None:
         return Standing(run, "waiting", "", "start")
     state, note, waits = _beside_job(summary, states)
-    then, why, has_other_settings = _next(run, state, note, waits)
     done = summary.step / summary.total_steps if summary.step is not None and summary.total_steps else None
     tested = _last_evaluation(run, "test")
-    return Standing(run, state, why, then, done, tested.accuracy if tested else None, has_other_settings)
+    standing = Standing(run, state, note, "busy" if waits else "start", done, tested.accuracy if tested else None)
+    if state in ALIVE:
+        return replace(standing, then="busy", note=note or "another process is running it")
+    began, fault = None, ""
+    try:
+        began = _settings_at_start(run)
+    except UsageError as error:
+        fault = " ".join(str(error).split())
+    changed = differences(began, run.config) if began else []
+    lengths = differing_lengths(began, run.config) if began else []
+    if began and state == "finished" and _patience(run.config) < _patience(began):
+        # with more it continues where it stopped, but with less it would have stopped earlier
+        changed += [each for each in lengths if each.path == "early_stopping.patience"]
+    status = read_status(run.files.status)
+    trained = max([0, *run.files.checkpoint_steps(), *([status.step] if status and state == "finished" else [])])
+    most = run.config.run.max_steps
+    fix = f"move {run.directory} away to run it from the start"
+    other_settings = ""
+    # Without a checkpoint there is nothing that the settings must match.
+    if changed and (state == "finished" or any(run.files.checkpoint_steps())):
+        longer = run.config.run.epochs
+        if began and state == "finished" and longer > began.run.epochs and [each.path for each in changed] == _LENGTH:
+            words = ["dist-train", "train", run.files.config, f"run.epochs={longer}", "--run-dir", run.directory]
+            fix += f"; or lengthen it: {shlex.join(map(str, words))}"
+        other_settings = f"it was started with other settings ({'; '.join(map(str, changed))})"
+    elif most is not None and trained > most:
+        other_settings = f"it has trained {trained} steps, more than run.max_steps={most}"
+    elif state == "finished" and fault:
+        other_settings = f"the settings that it was started with cannot be read: {fault}"
+    if other_settings:
+        return replace(standing, then="unrecoverable", note=f"{other_settings}; {fix}", has_other_settings=True)
+    if state == "finished" and lengths:
+        paths = " and ".join(each.path for each in lengths)
+        return replace(standing, note=f"{paths} {'have' if len(lengths) > 1 else 'has'} changed")
+    if state == "finished":
+        return replace(standing, then="skip")
+    if status is not None and status.exit_code == ExitCode.DIVERGED and not changed:
+        return replace(standing, then="unrecoverable", note=f"{note}; {fix}")
+    return standing
 
 
 def render(standings: Sequence[Standing], width: int | None = None) -> Table:
@@ -107,47 +144,6 @@ def as_ranges(numbers: Sequence[int]) -> str:
             ranges.append([number, number])
         ranges[-1][1] = number
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
-
-
-def _next(run: PlannedRun, state: str, note: str, waits: bool) -> tuple[Next, str, bool]:
-    """Return what a sweep does with a run in `state`, the note about it, and whether it has other settings.
-
-    `waits`: Slurm will start it.
-    """
-    if state in ALIVE:
-        return "busy", note or "another process is running it", False
-    began, fault = None, ""
-    try:
-        began = _settings_at_start(run)
-    except UsageError as error:
-        fault = " ".join(str(error).split())
-    changed = differences(began, run.config) if began else []
-    lengths = differing_lengths(began, run.config) if began else []
-    if began and state == "finished" and _patience(run.config) < _patience(began):
-        # with more it continues where it stopped, but with less it would have stopped earlier
-        changed += [each for each in lengths if each.path == "early_stopping.patience"]
-    status = read_status(run.files.status)
-    trained = max([0, *run.files.checkpoint_steps(), *([status.step] if status and state == "finished" else [])])
-    most = run.config.run.max_steps
-    fix = f"move {run.directory} away to run it from the start"
-    # Without a checkpoint there is nothing that the settings must match.
-    if changed and (state == "finished" or any(run.files.checkpoint_steps())):
-        longer = run.config.run.epochs
-        if began and state == "finished" and longer > began.run.epochs and [each.path for each in changed] == _LENGTH:
-            words = ["dist-train", "train", run.files.config, f"run.epochs={longer}", "--run-dir", run.directory]
-            fix += f"; or lengthen it: {shlex.join(map(str, words))}"
-        return "unrecoverable", f"it was started with other settings ({'; '.join(map(str, changed))}); {fix}", True
-    if most is not None and trained > most:
-        return "unrecoverable", f"it has trained {trained} steps, more than run.max_steps={most}; {fix}", True
-    if state == "finished" and fault:
-        return "unrecoverable", f"the settings that it was started with cannot be read: {fault}; {fix}", True
-    if state == "finished":
-        paths = " and ".join(each.path for each in lengths)
-        changed_paths = f"{paths} {'have' if len(lengths) > 1 else 'has'} changed"
-        return ("start", changed_paths, False) if lengths else ("skip", note, False)
-    if status is not None and status.exit_code == ExitCode.DIVERGED and not changed:
-        return "unrecoverable", f"{note}; {fix}", False
-    return "busy" if waits else "start", note, False
 
 
 def _settings_at_start(run: PlannedRun) -> Config:
