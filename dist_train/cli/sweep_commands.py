@@ -86,8 +86,9 @@ def _study(arguments: argparse.Namespace) -> int:
             plan = with_trials(plan, arguments.only)
         only = plan.run(arguments.only)
         if only is None:
-            asked = " yet" if arguments.only in plan.unasked else ""
-            wrong = f"the study {plan.study.name} has the runs 1 to {plan.total}, not {arguments.only}{asked}"
+            why = dict.fromkeys(plan.unasked, " yet") | dict.fromkeys(plan.left_out, ", which is left out")
+            number = f"{arguments.only}{why.get(arguments.only, '')}"
+            wrong = f"the study {plan.study.name} has the runs 1 to {plan.total}, not {number}"
             raise UsageError(wrong, code="no-such-run-number")
         runs = (only,)
     action: Callable[[argparse.Namespace, Plan, tuple[PlannedRun, ...]], int] = arguments.action
@@ -151,11 +152,11 @@ def _sweep(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ..
 
     def new_trials() -> list[PlannedRun]:
         nonlocal current
-        if is_single or not current.unasked:
-            return []
-        before = {run.number for run in current.runs}
-        current = with_trials(current)
-        return [run for run in current.runs if run.number not in before]
+        before, new = {run.number for run in current.runs}, list[PlannedRun]()
+        while current.unasked and not is_single and not new:
+            current = with_trials(current)
+            new = [run for run in current.runs if run.number not in before]
+        return new
 
     tally = sweep(plan, runs, jobs, launcher, _say, new_trials)
     tally.unasked = 0 if is_single else len(current.unasked)
@@ -174,6 +175,8 @@ def _list(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ...
     print_table(render(standings_of(runs), terminal_width()))
     if plan.unasked and arguments.only is None:
         print(f"and {len(plan.unasked)} runs of trials that Optuna has not suggested yet")
+    if plan.left_out and arguments.only is None:
+        print(f"left out, since Optuna suggested invalid settings: {', '.join(plan.left_out.values())}")
     planned = {run.name for run in plan.runs}
     if others := [name for name in finished_runs(plan.directory) if name not in planned]:
         print(f"finished runs in {plan.directory} that the study does not have: {escaped(', '.join(others))}")

@@ -44,7 +44,7 @@ class _Variant:
     `variant` is its name. The variants of a grid share a `family`; without a grid it is the variant itself. It
     `has_title` if the study gives it one. `settings` are the study's, keyed by dotted path; `origins` maps them to
     their place in the study file. As long as Optuna has not suggested a trial (`is_asked` is False), its settings are
-    random samples, so that they can be validated.
+    those with a random `sample`, so that they can be validated.
     """
 
     variant: str
@@ -56,6 +56,7 @@ class _Variant:
     searched: str = ""
     trial: int | None = None
     is_asked: bool = True
+    sample: Settings | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,14 +101,16 @@ class Plan:
     overrides: tuple[str, ...] = ()
     unasked: Mapping[int, str] = field(default_factory=dict)
     """In an Optuna search: maps the numbers of runs whose trials Optuna has not suggested yet to their variants."""
+    left_out: Mapping[int, str] = field(default_factory=dict)
+    """Likewise, to their names: the runs for which Optuna has suggested settings that are invalid together."""
 
     @property
     def total(self) -> int:
-        """Number of runs, including those not known yet."""
-        return len(self.runs) + len(self.unasked)
+        """Number of runs, including those not known yet and those left out."""
+        return len(self.runs) + len(self.unasked) + len(self.left_out)
 
     def run(self, number: int) -> PlannedRun | None:
-        """Return the run of this number; None if there is none, or if its trial has not been suggested yet."""
+        """Return the run of this number; None if there is none, or it is left out or not known yet."""
         return next((run for run in self.runs if run.number == number), None)
 
     def train_arguments(self, run: PlannedRun) -> tuple[str, ...]:
@@ -144,12 +147,17 @@ def plan_study(
     planned: list[PlannedRun] = []
     found: list[Problem] = []
     unasked: dict[int, str] = {}
+    left_out: dict[int, str] = {}
     checked = {run.overrides: run for run in before.runs} if before else {}
+
+    def arguments_of(settings: Settings, name: str, seed: int) -> tuple[str, ...]:
+        own = dict(_from_folder(settings, located(path).parent))
+        own |= {"run.name": name, "run.directory": str(folder), "run.seed": seed}
+        return (*(write_override(place, value) for place, value in own.items()), *overrides)
+
     for number, seed, variant in _points(study, optuna_trials(study, folder)):
         name = f"{variant.variant}-seed-{seed}"
-        own = dict(_from_folder(variant.settings, located(path).parent))
-        settings = {**own, "run.name": name, "run.directory": str(folder), "run.seed": seed}
-        arguments = (*(write_override(place, value) for place, value in settings.items()), *overrides)
+        arguments = arguments_of(variant.settings, name, seed)
         if not variant.is_asked:
             unasked[number] = variant.searched
             if before:
@@ -160,7 +168,11 @@ def plan_study(
         try:
             config = parse_config(with_overrides(base_settings, arguments), source=name)
         except ConfigError as error:
-            found += (_located(fault, variant, overrides) for fault in error.problems)
+            sampled = () if variant.sample is None else arguments_of(variant.sample, name, seed)
+            if variant.is_asked and sampled and _is_valid(with_overrides(base_settings, sampled)):
+                left_out[number] = name  # not the study's fault, but that of what Optuna put together
+            else:
+                found += (_located(fault, variant, overrides) for fault in error.problems)
             continue
         if study.search is not None and not config.measures(study.search.objective):
             objective = study.search.objective
@@ -173,7 +185,14 @@ def plan_study(
     if found:
         # A problem of a variant recurs with every seed: list it once.
         raise ConfigError(str(path), list({str(fault): fault for fault in found}.values()))
-    return Plan(study, path, base_file, base, folder, tuple(planned), tuple(overrides), unasked)
+    return Plan(study, path, base_file, base, folder, tuple(planned), tuple(overrides), unasked, left_out)
+
+
+def _is_valid(settings: Mapping[str, Any]) -> bool:
+    with suppress(ConfigError):
+        parse_config(settings, source="sample")
+        return True
+    return False
 
 
 def _from_folder(settings: Settings, folder: Path) -> Iterator[tuple[str, Any]]:
@@ -216,8 +235,8 @@ def _points(study: Study, trials: OptunaTrials | None) -> Iterator[tuple[int, in
         if study.search is None:
             yield number, seed, variant
             continue
-        known = asked.get(variant.variant, ())
-        chosen = known[trial] if trial < len(known) else drawn_settings(study.search, variant.variant, trial)
+        known, drawn = asked.get(variant.variant, ()), drawn_settings(study.search, variant.variant, trial)
+        chosen = known[trial] if trial < len(known) else drawn
         of_trial = replace(
             variant,
             variant=f"{variant.variant}-trial-{trial}",
@@ -227,6 +246,7 @@ def _points(study: Study, trials: OptunaTrials | None) -> Iterator[tuple[int, in
             searched=variant.variant,
             trial=trial,
             is_asked=trials is None or trial < len(known),
+            sample=overlaid(variant.settings, drawn) if trials else None,
         )
         yield number, seed, of_trial
 

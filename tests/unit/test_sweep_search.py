@@ -212,6 +212,29 @@ def test_a_trial_that_ended_without_all_settings_is_refused(tmp_path: Path) -> N
         with_trials(plan, 5)
 
 
+def test_a_trial_whose_settings_do_not_go_together_is_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # 61 would leave a micro-batch of one sample; among the random samples by which the study is checked there is none
+    space = {"batch.micro_size": {"kind": "integer", "low": 57, "high": 62}}
+    search = {"method": "optuna", "trials": 4, "seed": 2, "space": space}
+    settings = {"model.norm": "batch", "batch.global_size": 62}
+    plan = with_trials(small_plan(tmp_path, search=search, settings=settings, seeds=[0], variants={"plain": {}}))
+    trials = optuna_trials(plan.study, plan.directory)
+    assert trials is not None
+    trials._study("plain").enqueue_trial({"batch.micro_size": 61})
+    while plan.unasked:
+        plan = with_trials(plan)
+    assert plan.left_out[2] == "plain-trial-1-seed-0"
+    assert len(plan.runs) + len(plan.left_out) == plan.total == 4
+    assert main(["sweep", str(plan.file), "--list"]) == ExitCode.FINISHED
+    assert "invalid settings: plain-trial-1-seed-0" in capsys.readouterr().out
+    assert main(["sweep", str(plan.file), "--only", "2"]) == ExitCode.USAGE
+    assert "which is left out [no-such-run-number]" in capsys.readouterr().err
+    with pytest.raises(ConfigError):  # which is not Optuna's fault
+        plan_study(plan.file, overrides=["batch.global_size=8"])
+
+
 def test_a_task_of_an_array_asks_for_the_trials_up_to_its_own(tmp_path: Path) -> None:
     plan = searched(tmp_path, "optuna")
     with_task = with_trials(plan, 10)
