@@ -152,7 +152,8 @@ def _sweep(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ..
 
     def new_trials() -> list[PlannedRun]:
         nonlocal current
-        before, new = {run.number for run in current.runs}, list[PlannedRun]()
+        before = {run.number for run in current.runs}
+        new: list[PlannedRun] = []
         while current.unasked and not is_single and not new:
             current = with_trials(current)
             new = [run for run in current.runs if run.number not in before]

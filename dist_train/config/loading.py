@@ -88,7 +88,8 @@ def load_config(
         if "variants" in settings:
             wrong = "this is a study: train it by dist-train sweep, or submit --study"
             raise ConfigError.of(source, "variants", wrong, code="unknown-key")
-    return parse_config(with_overrides(settings, overrides), source=source, plugins=list(map(os.fspath, plugins)))
+    files = [os.fspath(each) for each in plugins]
+    return parse_config(with_overrides(settings, overrides), source=source, plugins=files)
 
 
 def read_settings(path: Path, seen: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -267,13 +267,13 @@ def _without_runs(study: Study) -> Iterator[Problem]:
         else:
             seeds &= {seed for name in analysis.variants or study.variants for seed in study.seeds_of(name)}
         if not seeds:
-            value = analysis.model_dump(exclude={"options"})
-            yield Problem(f"analyse.{number}", wrong, code="no-such-runs", value=value)
+            chosen = analysis.model_dump(exclude={"options"})
+            yield Problem(f"analyse.{number}", wrong, code="no-such-runs", value=chosen)
     for number, contrast in enumerate(study.contrasts):
         for name in contrast.variants:
             if not set(study.seeds_of(name)) & set(study.seeds_of(contrast.against)):
-                value = [name, contrast.against]
-                yield Problem(f"contrasts.{number}.variants", wrong, code="no-such-runs", value=value)
+                pair = [name, contrast.against]
+                yield Problem(f"contrasts.{number}.variants", wrong, code="no-such-runs", value=pair)
 
 
 def _has_grid(study: Study, variant: str) -> bool:
