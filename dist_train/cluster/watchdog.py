@@ -14,7 +14,6 @@ import logging
 import os
 import secrets
 import select
-import selectors
 import socket
 import sys
 import threading
@@ -131,28 +130,31 @@ class Watchdog:
         self.close(error)
 
     def _run(self) -> None:
-        with selectors.DefaultSelector() as selector:
-            selector.register(self.datagrams, selectors.EVENT_READ)
-            selector.register(self._wake, selectors.EVENT_READ)
-            self._watch(selector)
-            if self._parting is not None:
-                self._announce_leave(self._parting, selector)
+        self._watch()
+        if self._parting is not None:
+            self._announce_leave(self._parting)
 
-    def _watch(self, selector: selectors.BaseSelector) -> None:
+    def _watch(self) -> None:
         due = time.monotonic()
-        awakening = select.poll()
+        awakening, arrival = select.poll(), select.poll()
         awakening.register(self._wake, select.POLLIN)
+        arrival.register(self._wake, select.POLLIN)
+        arrival.register(self.datagrams, select.POLLIN)
         while self._parting is None:
-            awakening.poll(self._receive_pause() * 1000)
-            ready = selector.select(max(0.0, due - time.monotonic()))
-            if any(key.fd == self._wake for key, _ in ready):
+            awakening.poll(_RECEIVE_PAUSE_SECONDS * 1000 if self._have_met else 0)
+            ready = arrival.poll(max(0.0, due - time.monotonic()) * 1000)
+            if any(descriptor == self._wake for descriptor, _ in ready):
                 os.eventfd_read(self._wake)
             self._receive()
-            self._probe_peers()
+            if self._is_probing:
+                self._is_probing = False
+                self._send_to_peers(Kind.CALL if self._is_first else Kind.BEAT)
             message = self._loss_from_rank_0
             now = time.monotonic()
             if message is None and now >= due:
-                due = now + self._send_beat(now)
+                due = now + (self._beat if self._have_met else _SEARCH_SECONDS)
+                if not self._is_first:
+                    self._send_to_peers(Kind.BEAT)
                 message = self._loss(now)
             if message is not None and self._parting is None:
                 self._end_run(message)
@@ -164,7 +166,7 @@ class Watchdog:
         reporting.start()
         reporting.join(_REPORT_SECONDS)
         if self._is_first:  # which alone can reach the others
-            self._send_from_rank_0(Kind.LOST, message)
+            self._send_to_peers(Kind.LOST, message)
         self.end()
 
     def _report(self, message: str) -> None:
@@ -174,17 +176,10 @@ class Watchdog:
         sys.stdout.flush()
         sys.stderr.flush()
 
-    def _receive_pause(self) -> float:
-        """Return the seconds to wait before receiving again: none until the ranks have found each other."""
-        have_met = len(self._peers) == self.comm.size - 1 if self._is_first else self._path is not None
-        return _RECEIVE_PAUSE_SECONDS if have_met else 0.0
-
-    def _send_beat(self, now: float) -> float:
-        """Send a beat to rank 0, and return the seconds until the next one."""
-        if self._is_first:
-            return self._beat
-        self._send_to_rank_0(Kind.BEAT, now)
-        return _SEARCH_SECONDS if self._path is None else self._beat
+    @property
+    def _have_met(self) -> bool:
+        """Whether rank 0 and this rank, or all others, have found each other."""
+        return len(self._peers) == self.comm.size - 1 if self._is_first else self._path is not None
 
     def _loss(self, now: float) -> str | None:
         with self._changed:
@@ -196,26 +191,20 @@ class Watchdog:
             return deadline_message(past_deadline, self._peers, self.timeout)
         return None
 
-    def _send_to_rank_0(self, kind: Kind, now: float) -> None:
-        """Send to the address where rank 0 has answered, or else to all its addresses."""
-        searching = self._is_searching(now)
+    def _send_to_peers(self, kind: Kind, text: str | None = None) -> None:
+        """Send `text` (None: this node and process) from rank 0 to all others that are present, or to rank 0.
+
+        To rank 0 at the address where it has answered, or else at all its addresses.
+        """
+        text = self._node_and_process if text is None else text
+        if self._is_first:
+            for rank in self._monitor.present:
+                self._send(Datagram(kind, 0, text=text), self._addresses[rank])
+            return
+        searching = self._is_searching(time.monotonic())
         for number, path in enumerate(self.paths):
             if searching or number == self._path:
-                self._send(Datagram(kind, self.comm.rank, number, self._node_and_process), path)
-
-    def _send_from_rank_0(self, kind: Kind, text: str = "") -> None:
-        """Send to all other ranks that are present."""
-        for rank in self._monitor.present:
-            self._send(Datagram(kind, 0, text=text), self._addresses[rank])
-
-    def _probe_peers(self) -> None:
-        if not self._is_probing:
-            return
-        self._is_probing = False
-        if self._is_first:
-            self._send_from_rank_0(Kind.CALL, self._node_and_process)
-        else:
-            self._send_to_rank_0(Kind.BEAT, time.monotonic())
+                self._send(Datagram(kind, self.comm.rank, number, text), path)
 
     def _receive(self) -> None:
         with self._changed:
@@ -245,7 +234,7 @@ class Watchdog:
                 self._hear(datagram, now)
             case Kind.CALL:
                 self._hear(datagram, now)
-                self._send_to_rank_0(Kind.BEAT, now)
+                self._send_to_peers(Kind.BEAT)
             case Kind.LEAVE | Kind.FAIL:
                 if kind is Kind.FAIL and rank in self._peers:
                     self._monitor.fail(rank, now)
@@ -265,19 +254,17 @@ class Watchdog:
         node, _, process = datagram.text.rpartition(" ")
         self._peers[datagram.rank] = f"{node}, process {process}"
 
-    def _announce_leave(self, parting: Kind, selector: selectors.BaseSelector) -> None:
+    def _announce_leave(self, parting: Kind) -> None:
         """Announce that this rank leaves, until all others have acknowledged it or cannot be reached."""
-        selector.unregister(self._wake)
+        arrival = select.poll()
+        arrival.register(self.datagrams, select.POLLIN)
         for _ in range(_FAREWELLS):
-            if self._is_first:
-                self._send_from_rank_0(parting)
-            else:
-                self._send_to_rank_0(parting, time.monotonic())
+            self._send_to_peers(parting)
             if not self._monitor.present:
                 return
             until = time.monotonic() + _FAREWELL_SECONDS
             while self._monitor.present and (left := until - time.monotonic()) > 0:
-                selector.select(left)
+                arrival.poll(left * 1000)
                 self._receive()
 
     def _send(self, datagram: Datagram, address: Address) -> None:
