@@ -242,7 +242,12 @@ def submit(script: str, options: Sequence[str]) -> str:
         if not (is_in_job and name.startswith("SLURM_")) or name in _OF_SLURM_COMMANDS
     }
     ended = subprocess.run(
-        ["sbatch", "--parsable", *options], input=script, capture_output=True, text=True, env=environment
+        ["sbatch", "--parsable", *options],
+        input=script,
+        capture_output=True,
+        encoding="utf-8",
+        errors="surrogateescape",  # of what the site's plug-ins print: the job may have been submitted
+        env=environment,
     )
     if ended.returncode != 0:
         raise UsageError(f"sbatch refuses the job: {ended.stderr.strip()}", code="sbatch-refused")

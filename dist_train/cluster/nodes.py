@@ -190,7 +190,7 @@ def _output(command: Sequence[str], seconds: float) -> tuple[str, str]:
     none, pipe = subprocess.DEVNULL, subprocess.PIPE
     environment = {name: value for name, value in os.environ.items() if name not in _JOB_REQUESTS}
     try:
-        process = subprocess.Popen(command, stdin=none, stdout=pipe, stderr=pipe, text=True, env=environment)
+        process = subprocess.Popen(command, stdin=none, stdout=pipe, stderr=pipe, errors="replace", env=environment)
     except OSError as error:
         return "", f"{command[0]}: {error.strerror}"
     for patience, stop in (

@@ -80,6 +80,11 @@ def survey(folder: Path, reports: Sequence[NodeReport], monkeypatch: pytest.Monk
     return {node: fault.text for fault in found.faults for node in fault.nodes}
 
 
+def test_lines_of_a_node_s_shell_that_are_no_utf8_do_not_end_the_survey() -> None:
+    output, errors = nodes._output(["sh", "-c", "printf 'caf\\351\\n'; printf 'caf\\351\\n' >&2"], 30.0)
+    assert (output, errors) == ("caf\ufffd\n", "caf\ufffd\n")
+
+
 def test_node_that_reaches_no_other_is_named_among_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reports = [
         NodeReport(f"node{number}", time.time(), {}, f"10.0.0.{number}", {}, 0, reached=16) for number in range(20)

@@ -88,6 +88,14 @@ def test_a_job_does_not_inherit_what_describes_another(
     assert given.keys() & set((tmp_path / "names").read_text().split()) == passed_on
 
 
+def test_a_job_is_known_though_sbatch_prints_what_is_no_utf8(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text("#!/bin/sh\nprintf 'caf\\351\\n' >&2\necho 18\n")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert submit("#!/bin/bash", ()) == "18"
+
+
 def test_squeue_is_asked_once_for_all_jobs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     squeue = tmp_path / "squeue"
     # The last job is a task of an array with the id 17.
