@@ -85,7 +85,6 @@ class RemoteCoordinator:
         self.expelled: list[Expelled] = []  # processes of this node that are to be killed
         self._processes = count
         self._launch_spec: Mapping[str, Any] | None = None
-        self._refusal = ""
         place = f"{entry.host}:{entry.port}"
         try:
             self._connection = MessageConnection(entry.host, entry.port, _CONNECT_SECONDS)
@@ -116,7 +115,6 @@ class RemoteCoordinator:
             raise ValueError("the proof is wrong")
         self.timeout = float(fields["timeout"])
         self._connection.socket.settimeout(self.timeout)
-        self._handle_messages()
 
     @property
     def view(self) -> View:
@@ -126,9 +124,8 @@ class RemoteCoordinator:
     def await_start(self) -> Mapping[str, Any]:
         """Return what to launch, once the coordinator sends it. Raises UsageError or FaultError."""
         announced_at = time.monotonic() + _WAIT_SECONDS
+        self._handle_messages()  # which came with the proof
         while self._launch_spec is None:
-            if self._refusal:
-                raise UsageError(self._refusal, code="join-refused")
             self.poll(_WAIT_SECONDS)
             if time.monotonic() > announced_at:
                 announced_at = math.inf
@@ -189,7 +186,7 @@ class RemoteCoordinator:
                 case "welcome":
                     self._launch_spec = fields
                 case "refused":
-                    self._refusal = fields["why"]
+                    raise UsageError(fields["why"], code="join-refused")
                 case "expelled":
                     self.expelled.append(Expelled(fields["slot"], fields["process"]))
                 case "view":

@@ -118,8 +118,7 @@ class Member:
         store = [self.address, store_port]
         self._connection.send({"kind": "ready", "generation": self._generation, "store": store, "why": why})
         with self._changed:
-            while self._next is None and not self._end_reason:
-                self._changed.wait(1.0)
+            self._changed.wait_for(lambda: self._next is not None or self._end_reason)
             if self._end_reason:
                 raise RankLostError(self._end_reason)
             assert self._next is not None

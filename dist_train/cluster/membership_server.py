@@ -35,9 +35,9 @@ START_TIMEOUTS = 4  # timeouts that a process has to connect, once it is started
 class View:
     """What a launcher knows of the run."""
 
-    members: frozenset[int] = frozenset()  # slots whose processes are ranks
-    joiners: frozenset[int] = frozenset()  # slots whose processes wait to become ranks
-    holders: frozenset[int] = frozenset()  # slots whose processes hold the run's state, in a group that has worked
+    members: tuple[int, ...] = ()  # slots whose processes are ranks
+    joiners: tuple[int, ...] = ()  # slots whose processes wait to become ranks
+    holders: tuple[int, ...] = ()  # slots whose processes hold the run's state, in a group that has worked
     has_state: bool = False
     has_ended: bool = False  # the run cannot continue
     code: int | None = None  # the run's exit code, once a rank has ended with one that all ranks share
@@ -85,12 +85,12 @@ class MembershipServer:
 
     def __post_init__(self) -> None:
         self.state = Membership(self.limits)
+        self.view = View()  # what launchers know of it
         self.timeout = self.limits.timeout
         self._here = self.limits.start_with if self.here is None else self.here
         self._own_slots = range(self._here)
         self._nodes: dict[int, JoinedNode] = {}  # the launchers of other nodes, by connection
         self._codes: list[int] = []
-        self._viewed: tuple[Membership, int, View] | None = None  # the last view, and what it was made from
         self._survived = 0  # how many of them are of ranks without which the run continued
         self._alone_since = time.monotonic()
         self._server = MessageServer((self.host, self.port), self.token, self._handle, self._lose)
@@ -118,36 +118,14 @@ class MembershipServer:
         self._send_views(now)
 
     @property
-    def view(self) -> View:
-        """What launchers know of the run."""
-        if self._viewed is None or self._viewed[0] is not self.state or self._viewed[1] != len(self._codes):
-            self._viewed = self.state, len(self._codes), self._make_view()
-        return self._viewed[2]
-
-    def _make_view(self) -> View:
-        return View(
-            members=frozenset(peer.slot for peer in self.state.members),
-            joiners=frozenset(peer.slot for peer in self.state.joiners),
-            holders=frozenset(peer.slot for peer in self.state.peers if peer.has_state and not peer.is_new),
-            has_state=self.state.has_state,
-            has_ended=self.state.has_ended,
-            code=next((int(code) for code in ENDS_OF_A_RUN if code in self._codes), None),
-            stop_requested=self.state.stop_requested,
-        )
-
-    @property
     def expected(self) -> int:
         """How many processes are ranks or may become ranks, on all nodes."""
-        return self._here + self._processes_of_others
-
-    @property
-    def _processes_of_others(self) -> int:
-        return sum(node.processes for node in self._nodes.values())
+        return self._here + sum(node.processes for node in self._nodes.values())
 
     @property
     def awaits_others(self) -> bool:
         """Whether other nodes have ranks, or those that the run begins with may still come."""
-        if self._processes_of_others:
+        if self.expected > self._here:
             return True
         is_late = time.monotonic() - self._alone_since > START_TIMEOUTS * self.timeout
         may_begin = self.state.generation == 0 and not self.state.has_ended and self.view.code is None
@@ -165,6 +143,7 @@ class MembershipServer:
         self._codes.append(code)
         if self.state.has_state and not (self.state.is_forming or self.state.has_ended):
             self._survived = len(self._codes)
+        self._update_view()
 
     def first_failure(self) -> int | None:
         """Return the exit code of the first rank that failed and without which the run did not continue, if any."""
@@ -268,15 +247,10 @@ class MembershipServer:
 
     def _send_views(self, now: float) -> None:
         """Send the launchers of other nodes the view of the run when it changes, and regularly as a heartbeat."""
-        if not self._nodes:
-            return
-        view = self.view
-        slots = {name: sorted(getattr(view, name)) for name in ("members", "joiners", "holders")}
-        fields = {**asdict(view), **slots}
         for connection, node in self._nodes.items():
-            if node.sent_view != view or now - node.sent_at >= self.timeout / BEATS_IN_TIMEOUT:
-                node.sent_view, node.sent_at = view, now
-                self._server.send(connection, {"kind": "view", **fields})
+            if node.sent_view != self.view or now - node.sent_at >= self.timeout / BEATS_IN_TIMEOUT:
+                node.sent_view, node.sent_at = self.view, now
+                self._server.send(connection, {"kind": "view", **asdict(self.view)})
 
     def _apply(self, event: Event[P], *args: P.args, **kwargs: P.kwargs) -> None:
         before = self.state
@@ -296,6 +270,18 @@ class MembershipServer:
         if self.state.is_broken and not before.is_broken:
             self._stopping_since.clear()  # they had more time before
         self._note_stopping()
+        self._update_view()
+
+    def _update_view(self) -> None:
+        self.view = View(
+            members=tuple(peer.slot for peer in self.state.members),
+            joiners=tuple(peer.slot for peer in self.state.joiners),
+            holders=tuple(peer.slot for peer in self.state.peers if peer.has_state and not peer.is_new),
+            has_state=self.state.has_state,
+            has_ended=self.state.has_ended,
+            code=next((int(code) for code in ENDS_OF_A_RUN if code in self._codes), None),
+            stop_requested=self.state.stop_requested,
+        )
 
     def _note_stopping(self) -> None:
         """Record since when each rank of a generation that is over has been expected to stop."""
