@@ -37,27 +37,22 @@ class RendezvousRequestedError(GroupBrokenError):
 _FULL_GPU = ("out of memory", "Failed to CUDA")  # "malloc", "calloc", "calloc async"
 
 
-def refuse_full_gpu(error: Exception) -> None:
-    """Raise UsageError if `error` is the engine's, that NCCL's memory does not fit the GPU; else do nothing."""
-    text = " ".join(str(error).split())
-    if any(sign in text for sign in _FULL_GPU):
-        raise UsageError(
-            f"the GPU has no memory left for NCCL: begin with a smaller batch.micro_size, or end what else runs on the "
-            f"GPU ({text})",
-            code="out-of-memory",
-        ) from error
-
-
 @contextmanager
-def naming_lost_ranks(operation: str = "") -> Iterator[None]:
-    """Raise RankLostError, or UsageError if the GPU is full, in place of an engine's RuntimeError in the block."""
+def naming_lost_ranks(
+    operation: str = "", kind: type[RankLostError] = RankLostError, opening: str = "a rank was lost, so the others stop"
+) -> Iterator[None]:
+    """Raise `kind`, or UsageError if the GPU is full, in place of an engine's RuntimeError in the block."""
     try:
         yield
     except RuntimeError as error:  # HorovodInternalError is one, too
-        refuse_full_gpu(error)
-        where = f"{operation}: " if operation else ""
         text = " ".join(str(error).split())
-        raise RankLostError(f"a rank was lost, so the others stop: {where}{text}") from error
+        if any(sign in text for sign in _FULL_GPU):
+            raise UsageError(
+                f"the GPU has no memory left for NCCL: begin with a smaller batch.micro_size, or end what else runs on "
+                f"the GPU ({text})",
+                code="out-of-memory",
+            ) from error
+        raise kind(": ".join(filter(None, (opening, operation, text)))) from error
 
 
 @dataclass(frozen=True)

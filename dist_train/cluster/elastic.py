@@ -2,12 +2,12 @@
 
 One object serves the whole run; its rank and size change from one generation to the next (`rendezvous`). A generation
 has a Gloo group, and an NCCL group beside it if the ranks compute on GPUs. A broken Gloo group cannot be aborted: a
-thread destroys it, however long that takes. Memory that it may still write to must not be used again.
+thread destroys it, however long that takes.
 
 A broken NCCL group must be aborted: its kernels wait for a lost rank for ever, and so does every stream and thread that
 waits for them; within a node NCCL does not even notice. So no stream here waits for an operation that is not done, and
 once the generation is over, a separate thread aborts the group: its kernels end, everything that waited for them
-continues, and the results are discarded. Memory that it may still write to must not be used again either.
+continues, and the results are discarded. Memory that a broken group may still write to must not be used again.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, wait
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from dist_train.cluster.communicator import Counters, Generation, GroupBrokenError, Pending, Result, refuse_full_gpu
+from dist_train.cluster.communicator import Counters, Generation, GroupBrokenError, Pending, Result, naming_lost_ranks
 from dist_train.cluster.devices import FIRST_SUMS, check_own_gpu
 from dist_train.cluster.heartbeats import longest_wait
 from dist_train.cluster.member import Member
@@ -45,6 +46,8 @@ _DEVICE_POLL_SECONDS = 5e-5  # between checks of an operation on a GPU: the long
 _STORE_TIMEOUT = timedelta(seconds=60)
 _ABORT_SHARE = 0.5  # part of `comm.timeout` that aborting NCCL may take; after all of it, a rank is expelled
 _CLOSE_SECONDS = 5.0  # how long a rank that ends waits for its NCCL group to be aborted
+
+_naming_breaks = partial(naming_lost_ranks, kind=GroupBrokenError, opening="")
 
 
 class ElasticCommunicator(TorchOperations):
@@ -199,19 +202,17 @@ class ElasticCommunicator(TorchOperations):
             threading.Thread(target=discarded.clear, name="broken-group", daemon=True).start()
         self._abort_device_group()
         if self._device_group is not None and not self._device_group.await_end(self._timeout * _ABORT_SHARE):
-            self._give_up("NCCL does not let go of its GPU")
+            # The GPU may hang: the others continue without this rank.
+            why = "NCCL does not let go of its GPU"
+            say_on_stderr(f"dist-train: {why}; this rank ends [rank-lost]")
+            self._member.leave(f"failed: {why}")
+            end_process()
         self._device_group = None
 
     def _abort_device_group(self) -> None:
         """Start to abort the NCCL group, if there is one. From any thread; does not wait."""
         if (group := self._device_group) is not None:
             group.abort()
-
-    def _give_up(self, why: str) -> None:
-        """End this process, whose GPU may hang: the others continue without it."""
-        say_on_stderr(f"dist-train: {why}; this rank ends [rank-lost]")
-        self._member.leave(f"failed: {why}")
-        end_process()
 
 
 @dataclass
@@ -248,16 +249,6 @@ class _Work(Pending):
         if self.group is not None and not has_ended:
             time.sleep(_DEVICE_POLL_SECONDS)
         return has_ended
-
-
-@contextmanager
-def _naming_breaks(operation: str) -> Iterator[None]:
-    """Raise GroupBrokenError, or UsageError if the GPU is full, in place of torch's error within the block."""
-    try:
-        yield
-    except RuntimeError as error:
-        refuse_full_gpu(error)
-        raise GroupBrokenError(f"{operation}: {' '.join(str(error).split())}") from error
 
 
 class DeviceGroup:
