@@ -226,7 +226,7 @@ class MembershipServer:
         self.nodes_changed(sorted(node.node for node in self._nodes.values()))
 
     def _owner(self, slot: int) -> int | None:
-        """Return the connection to whose ranks `slot` belongs; None for a slot of this launcher."""
+        """Return the connection of the launcher whose `slot` it is; None if it is this launcher's, or that is gone."""
         return next((connection for connection, node in self._nodes.items() if slot in node.slots), None)
 
     def _start_nodes(self) -> None:
@@ -309,10 +309,9 @@ class MembershipServer:
         peer = self.state.find(peer_id)
         if peer is not None:
             self.say(f"{peer.name} {why}: it is expelled")
-            owner = self._owner(peer.slot)
-            if owner is None:
+            if peer.slot in self._own_slots:
                 self.expelled.append(Expelled(peer.slot, peer.process))
-            else:
+            elif (owner := self._owner(peer.slot)) is not None:
                 self._server.send(owner, {"kind": "expelled", "slot": peer.slot, "process": peer.process})
         self._lose(peer_id, why)
 

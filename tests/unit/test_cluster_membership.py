@@ -32,7 +32,7 @@ from dist_train.cluster.membership import (
     request_stop,
     set_may_grow,
 )
-from dist_train.cluster.membership_server import SLOT_VARIABLE, TOKEN_VARIABLE, MembershipServer
+from dist_train.cluster.membership_server import SLOT_VARIABLE, TOKEN_VARIABLE, JoinedNode, MembershipServer
 from dist_train.cluster.messages import MessageServer, answer_to
 from dist_train.outcome import ExitCode, UsageError
 from dist_train.rundir.paths import RunDirectory
@@ -494,6 +494,20 @@ def test_a_node_whose_launcher_is_gone_has_no_ranks_left() -> None:
             joined = member(server, slots_of(node)[0], ended)
         wait_for(lambda: ended == [1])
         joined.leave("")
+
+
+def test_a_node_that_is_lost_before_training_ends_the_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    launcher, *ranks = 1, 2, 3
+    with closing(MembershipServer(limits(3), here=1)) as server:
+        server._nodes[launcher] = JoinedNode("node2", 7, 2, slots=(1, 2), processes=2)
+        for slot, peer_id in enumerate((4, *ranks)):
+            server._apply(connect, Peer(peer_id, slot))
+        heard = {launcher: -99.0, **dict.fromkeys(ranks, -99.0), 4: 0.0}
+        monkeypatch.setattr(MessageServer, "heard", heard)
+        server._suspensions.was_suspended(0.0)
+        server._expel_silent(0.0)
+        assert server.state.has_ended
+        assert not server.expelled, "of those processes this launcher can kill none"
 
 
 def test_launcher_without_ranks_records_why_those_of_other_nodes_are_lost(
