@@ -324,7 +324,7 @@ def check_shared_memory() -> Check:
 
 def check_disk(name: str, directory: Path) -> Check:
     """Check that `directory` can be made or written to, and has enough space for checkpoints."""
-    existing = next(folder for folder in (directory, *directory.resolve().parents) if os.path.exists(folder))
+    existing = next(folder for folder in (directory, *directory.absolute().parents) if os.path.lexists(folder))
     fix = "choose another place: run.directory=FOLDER or --run-dir DIR"
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         return Check(name, "fails", f"{existing} cannot be written to", fix)

@@ -159,6 +159,13 @@ def test_a_run_directory_below_a_file_fails(tmp_path: Path) -> None:
     assert "--run-dir" in check.fix
 
 
+@pytest.mark.parametrize("target", ["purged", "link"])
+def test_a_run_directory_below_a_link_that_leads_nowhere_fails(tmp_path: Path, target: str) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / target)
+    check = doctor.check_disk("run directory", tmp_path / "link" / "runs")
+    assert (check.state, str(tmp_path / "link") in check.detail) == ("fails", True)
+
+
 def test_a_run_directory_in_a_folder_that_may_not_be_entered_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
