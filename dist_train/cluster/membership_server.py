@@ -267,9 +267,10 @@ class MembershipServer:
                 ranks = f"{size} rank{'s' if size > 1 else ''}"
                 news = news or [f"formed anew{': ' if report else ''}{report}"]
                 self.say(f"generation {message.fields['generation']} of {ranks}: {'; '.join(news)}")
-        if self.state.is_broken and not before.is_broken:
-            self._stopping_since.clear()  # they had more time before
-        self._note_stopping()
+        # Who was to stop so that ranks could join had more time than after a break.
+        since = {} if self.state.is_broken and not before.is_broken else self._stopping_since
+        at_work = [peer.id for peer in self.state.members if self.state.is_forming and not peer.is_ready]
+        self._stopping_since = {peer_id: since.get(peer_id, time.monotonic()) for peer_id in at_work}
         self._update_view()
 
     def _update_view(self) -> None:
@@ -282,14 +283,6 @@ class MembershipServer:
             code=next((int(code) for code in ENDS_OF_A_RUN if code in self._codes), None),
             stop_requested=self.state.stop_requested,
         )
-
-    def _note_stopping(self) -> None:
-        """Record since when each rank of a generation that is over has been expected to stop."""
-        for peer in self.state.peers:
-            if peer.is_ready or peer.rank is None or not self.state.is_forming:
-                self._stopping_since.pop(peer.id, None)
-            else:
-                self._stopping_since.setdefault(peer.id, time.monotonic())
 
     def _expel_silent(self, now: float) -> None:
         if self._suspensions.was_suspended(now):
@@ -317,7 +310,6 @@ class MembershipServer:
 
     def _lose(self, peer_id: int, why: str) -> None:
         self._server.drop(peer_id)
-        self._stopping_since.pop(peer_id, None)
         node = self._nodes.pop(peer_id, None)
         if node is None:
             self._apply(membership.remove, peer_id, why)
