@@ -15,7 +15,7 @@ from dist_train.outcome import UsageError
 
 
 class HorovodCommunicator(Communicator):
-    """The launcher's ranks. Horovod runs until `close`."""
+    """The launcher's ranks."""
 
     def __init__(
         self, launch: Launch, *, timeout: float, device_type: str, timeline: bool, micro_batches: int = 1
@@ -31,7 +31,8 @@ class HorovodCommunicator(Communicator):
             ) from error
         self._hvd = hvd
         self._counters: Counters | None = None
-        hvd.init()
+        if not hvd.is_initialized():  # by an earlier run of this process
+            hvd.init()
         if hvd.size() != launch.size:
             seen = hvd.size()
             hvd.shutdown()
@@ -76,7 +77,9 @@ class HorovodCommunicator(Communicator):
             self._hvd.stop_timeline()
 
     def close(self, error: BaseException | None = None) -> None:
-        self._hvd.shutdown()
+        # MPI cannot start again in this process, which may join the ranks again: there Horovod ends with the process.
+        if error is not None or self.backend != "mpi":
+            self._hvd.shutdown()
 
     def _start(self, operation: Callable[[], int]) -> Pending:
         with naming_lost_ranks():

@@ -229,20 +229,20 @@ def test_its_variables_suffice_to_start_ranks(tmp_path: Path, launcher: str) -> 
     assert weights_digest(tmp_path / "run") == weights_digest(tmp_path / "alone")
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "env://"])
-def test_script_trains_and_evaluates_repeatedly(tmp_path: Path, launcher: str) -> None:
+@pytest.mark.parametrize(("launcher", "engine"), [("torchrun", "torch"), ("env://", "torch"), ("mpi", "horovod")])
+def test_script_trains_and_evaluates_repeatedly(tmp_path: Path, launcher: str, engine: str) -> None:
     config = write_config(tmp_path, small_settings(run={"max_steps": 2}, evaluation={"every_epochs": 0}))
     script = tmp_path / "script.py"
     script.write_text(f"""
 import dist_train
 if __name__ == "__main__":
     for number in range(3):
-        dist_train.train(dist_train.load_config({str(config)!r}, ["comm.engine=torch"]), f"{tmp_path}/run{{number}}")
+        dist_train.train(dist_train.load_config({str(config)!r}, ["comm.engine={engine}"]), f"{tmp_path}/run{{number}}")
         loss = dist_train.load_run(f"{tmp_path}/run{{number}}").evaluate()["loss"]
         print(f"final loss {{loss}};")
 """)
-    if launcher == "torchrun":
-        tasks = [start(2, "torchrun", program=[str(script)])]
+    if launcher != "env://":
+        tasks = [start(2, launcher, program=[str(script)])]
     else:
         shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
         tasks = [start(1, "alone", extra={**shared, "RANK": str(rank)}, program=[str(script)]) for rank in range(2)]
