@@ -13,7 +13,7 @@ import secrets
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import Popen, SubprocessError
@@ -64,16 +64,13 @@ def launch_elastic(
             f"other nodes can reach, and a free port or none",
             code="listen-address",
         ) from error
-    try:
-        with _admitting_others(server, run, launch) if listen else nullcontext():
-            variables = {**server.variables, "WORLD_SIZE": str(limits.start_with)}
-            local = LocalProcesses(words, range(count), launch, variables)
-            code = _run_ranks(local, server, limits.restarts, run)
-            if server.state.generation == 0 and not server.state.has_ended:
-                say(f"the run has not begun: there were fewer than the {limits.start_with} ranks that it begins with")
-            return code
-    finally:
-        server.close()
+    with closing(server), _admitting_others(server, run, launch) if listen else nullcontext():
+        variables = {**server.variables, "WORLD_SIZE": str(limits.start_with)}
+        local = LocalProcesses(words, range(count), launch, variables)
+        code = _run_ranks(local, server, limits.restarts, run)
+        if server.state.generation == 0 and not server.state.has_ended:
+            say(f"the run has not begun: there were fewer than the {limits.start_with} ranks that it begins with")
+        return code
 
 
 @contextmanager

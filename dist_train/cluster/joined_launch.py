@@ -30,7 +30,6 @@ from dist_train.outcome import FaultError, UsageError
 from dist_train.rundir import atomic
 
 _VIEW = TypeAdapter(View)
-_CONNECT_SECONDS = 10.0
 _WAIT_SECONDS = 1.0
 
 
@@ -81,13 +80,12 @@ class RemoteCoordinator:
         self.awaits_others = False
         self._view = View()
         self._code: int | None = None
-        self.timeout = _CONNECT_SECONDS
         self.expelled: list[Expelled] = []  # processes of this node that are to be killed
         self._processes = count
         self._launch_spec: Mapping[str, Any] | None = None
         place = f"{entry.host}:{entry.port}"
         try:
-            self._connection = MessageConnection(entry.host, entry.port, _CONNECT_SECONDS)
+            self._connection = MessageConnection(entry.host, entry.port)
         except (OSError, OverflowError) as error:
             raise UsageError(
                 f"no launcher answers at {place} ({error}): the run has ended, or this node cannot reach that address",

@@ -21,7 +21,6 @@ from dist_train.cluster.rendezvous import end_process
 from dist_train.outcome import say_on_stderr
 
 _GENERATION = TypeAdapter(Generation)
-_CONNECT_SECONDS = 10.0
 _LONGEST_BEAT_SECONDS = 5.0  # as for the watchdog: the launcher hears all ranks
 _LONGEST_CHECK_SECONDS = 0.5
 _SLACK_SECONDS = 1.0  # the thread that beats may have to wait for the interpreter
@@ -89,7 +88,7 @@ class Member:
         self.wants_rendezvous = False  # whether ranks are waiting to join
         self.on_break: Callable[[], None] = lambda: None  # called, from a thread not to be blocked, when it breaks
         try:
-            self._connection = MessageConnection(host, int(port), _CONNECT_SECONDS)
+            self._connection = MessageConnection(host, int(port))
         except OSError as error:
             raise RankLostError(f"the launcher does not answer at {host}:{port}: {error}") from error
         try:

@@ -18,6 +18,7 @@ from typing import Any
 from dist_train.cluster.heartbeats import resolve
 
 _LONGEST_LINE = 1 << 20
+_CONNECT_SECONDS = 10.0
 
 
 def answer_to(token: str, challenge: str) -> str:
@@ -33,9 +34,9 @@ def answer_of_coordinator(token: str, challenge: str) -> str:
 class MessageConnection:
     """A connection to the coordinator. Any thread may `send`; one thread at a time may receive."""
 
-    def __init__(self, host: str, port: int, seconds: float) -> None:
-        """Connect within `seconds`, which also limit each read. Raises OSError, or OverflowError for the port."""
-        self.socket = socket.create_connection((host, port), seconds)
+    def __init__(self, host: str, port: int) -> None:
+        """Connect within 10 s, which also limit each read. Raises OSError, or OverflowError for the port."""
+        self.socket = socket.create_connection((host, port), _CONNECT_SECONDS)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._received = b""
         self._sending = threading.Lock()

@@ -345,7 +345,6 @@ def _reach(folder: Path, peer: str, interface: str) -> str:
         return f"the name {peer} has no address"
     try:
         with socket.create_connection((address, port), _CONNECT_SECONDS) as connection:
-            connection.settimeout(_CONNECT_SECONDS)
             name = connection.recv(256).decode(errors="replace")
     except OSError as error:
         return f"{address}: {error.strerror or error}"
