@@ -74,7 +74,7 @@ def mpi_library() -> str:
 
 def loaded_mpi_libraries() -> frozenset[Path]:
     """Return the files of the MPI libraries that this process has loaded; more than one is a fault."""
-    lines = Path("/proc/self/maps").read_text().splitlines()
+    lines = Path("/proc/self/maps").read_text(errors="surrogateescape").splitlines()
     mapped = (line.split(maxsplit=5) for line in lines if "libmpi.so" in line)
     files = {Path(fields[5]).resolve() for fields in mapped if len(fields) == 6}
     return frozenset(file for file in files if file.name.startswith("libmpi.so"))

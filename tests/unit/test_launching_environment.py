@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import mmap
+import os
 import platform
 from importlib import metadata
 from pathlib import Path
@@ -52,6 +54,15 @@ def test_mpi_that_does_not_carry_the_ranks_is_not_told_as_used(controller: str) 
 def test_the_loaded_mpi_is_the_one_that_mpi4py_describes() -> None:
     horovod_build()
     assert loaded_mpi_version() == mpi_library()
+
+
+def test_a_mapped_file_whose_name_is_no_utf8_hides_no_mpi(tmp_path: Path) -> None:
+    horovod_build()
+    name = os.fsencode(tmp_path) + b"/caf\xe9"
+    with open(name, "wb+") as file:
+        file.truncate(1)
+        with mmap.mmap(file.fileno(), 1):
+            assert loaded_mpi_version() == mpi_library()
 
 
 def test_an_mpi_that_does_not_tell_its_version_is_unknown_and_no_fault(
