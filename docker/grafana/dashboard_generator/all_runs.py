@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from grafana_foundation_sdk.builders import dashboard
 from grafana_foundation_sdk.models import dashboard as model
 
-from dashboard_generator.frame import choice, event, frame, one_of, source_choice
+from dashboard_generator.frame import add_sections, choice, event, frame, one_of, source_choice
 from dashboard_generator.links import ALL_RUNS
 from dashboard_generator.one_run import STATES, run_ids, state_number
 from dashboard_generator.panels import (
     OF_RUNS,
     RED,
+    Panels,
     PanelSpec,
     Query,
     bars,
     curves,
     curves_over,
+    from_zero,
     logarithmic,
     number,
     states,
@@ -79,95 +80,80 @@ def build() -> model.Dashboard:
     built.with_variable(one_of("x", "Compare at equal", "The x axis of curves that are not drawn over time", _AXIS))
     firing = f'max by (run, run_id, alertname) (ALERTS{{{OF_RUNS}, alertstate="firing"}}) > 0'
     built.annotation(event("Alerts", RED, firing, "{{run}} {{run_id}}: {{alertname}}"))
-    for section in (_overview, _learning, _by_step, _cost):
-        section(built)
-    return built.build()
+    sections = {
+        "All runs": _overview(),
+        "Small batch, large batch, noise": _learning(),
+        "At equal ${x:text}, whenever the runs were": _by_step(),
+        "What it costs": _cost(),
+    }
+    return add_sections(built, sections)
 
 
-def _overview(built: dashboard.Dashboard) -> None:
-    built.with_row(dashboard.Row("All runs"))
-    built.with_panel(
-        states(
-            PanelSpec("State", "The state of each run over time; gaps are times without an exporter.", "none", 16, 9),
-            Query(state_number(OF_RUNS), "{{run}} {{run_id}}"),
-            STATES,
-        )
+def _overview() -> Panels:
+    yield states(
+        PanelSpec("State", "The state of each run over time; gaps are times without an exporter.", "none", 16, 9),
+        Query(state_number(OF_RUNS), "{{run}} {{run_id}}"),
+        STATES,
     )
-    built.with_panel(
-        number(
-            PanelSpec("At work", "Runs that are running or stopping.", "none", 4, 9),
-            Query(f"sum(run:dist_train_active:max{{{OF_RUNS}}}) or vector(0)", "runs"),
-        )
+    yield number(
+        PanelSpec("At work", "Runs that are running or stopping.", "none", 4, 9),
+        Query(f"sum(run:dist_train_active:max{{{OF_RUNS}}}) or vector(0)", "runs"),
     )
-    built.with_panel(
-        number(
-            PanelSpec("Firing alerts", "Currently firing alerts of these runs.", "none", 4, 9),
-            Query(f'count(ALERTS{{{OF_RUNS}, alertstate="firing"}}) or vector(0)', "alerts"),
-            "green",
-            (1, RED),
-        )
+    yield number(
+        PanelSpec("Firing alerts", "Currently firing alerts of these runs.", "none", 4, 9),
+        Query(f'count(ALERTS{{{OF_RUNS}, alertstate="firing"}}) or vector(0)', "alerts"),
+        "green",
+        (1, RED),
     )
 
 
-def _learning(built: dashboard.Dashboard) -> None:
-    built.with_row(dashboard.Row("Small batch, large batch, noise"))
-    built.with_panel(
-        curves(
-            PanelSpec(
-                "Accuracy",
-                "Share of correctly classified samples, by run and split.",
-                "percentunit",
-                12,
-                11,
-                "DistTrainAccuracyFalling",
-            ),
-            Query(_by_split("dist_train_accuracy_ratio"), f"{KIND} {{{{split}}}}"),
-        )
-        .min(0)
-        .max(1)
-    )
+def _learning() -> Panels:
+    yield from_zero(
+        PanelSpec(
+            "Accuracy",
+            "Share of correctly classified samples, by run and split.",
+            "percentunit",
+            12,
+            11,
+            "DistTrainAccuracyFalling",
+        ),
+        Query(_by_split("dist_train_accuracy_ratio"), f"{KIND} {{{{split}}}}"),
+    ).max(1)
     loss = PanelSpec("Loss", "Mean loss, by run and split.", "none", 12, 11, "DistTrainNotFinite")
-    built.with_panel(logarithmic(curves(loss, Query(_by_split("dist_train_loss"), f"{KIND} {{{{split}}}}"))))
-    built.with_panel(
-        bars(
-            PanelSpec(
-                "Best accuracy",
-                "On the test split: the large batch is less accurate, and noise should close the gap.",
-                "percentunit",
-                8,
-                10,
-            ),
-            Query(_last_of("dist_train_best_accuracy_ratio"), KIND),
-        ).max(1)
+    yield logarithmic(curves(loss, Query(_by_split("dist_train_loss"), f"{KIND} {{{{split}}}}")))
+    yield bars(
+        PanelSpec(
+            "Best accuracy",
+            "On the test split: the large batch is less accurate, and noise should close the gap.",
+            "percentunit",
+            8,
+            10,
+        ),
+        Query(_last_of("dist_train_best_accuracy_ratio"), KIND),
+    ).max(1)
+    yield bars(
+        PanelSpec("Epochs done", "Compare accuracies at equal epochs.", "none", 8, 10),
+        Query(_last_of("dist_train_epoch"), KIND),
     )
-    built.with_panel(
-        bars(
-            PanelSpec("Epochs done", "Compare accuracies at equal epochs.", "none", 8, 10),
-            Query(_last_of("dist_train_epoch"), KIND),
-        )
-    )
-    built.with_panel(
-        bars(
-            PanelSpec(
-                "Distance from the start",
-                "How far the weights have moved; with large batches they stay nearer.",
-                "none",
-                8,
-                10,
-            ),
-            Query(_last_of("dist_train_distance_from_initial"), KIND),
-        )
+    yield bars(
+        PanelSpec(
+            "Distance from the start",
+            "How far the weights have moved; with large batches they stay nearer.",
+            "none",
+            8,
+            10,
+        ),
+        Query(_last_of("dist_train_distance_from_initial"), KIND),
     )
     for title, description, metric in (
         ("Noise amplitude", "Of the weight noise in force; 0 without noise.", "dist_train_noise_amplitude"),
         ("Learning rate", "Of the latest step.", "dist_train_learning_rate"),
         ("Gradient norm", "Euclidean norm of the global gradient before clipping.", "dist_train_gradient_norm"),
     ):
-        built.with_panel(curves(PanelSpec(title, description, "none"), Query(_of(metric), KIND)))
+        yield curves(PanelSpec(title, description, "none"), Query(_of(metric), KIND))
 
 
-def _by_step(built: dashboard.Dashboard) -> None:
-    built.with_row(dashboard.Row("At equal ${x:text}, whenever the runs were"))
+def _by_step() -> Panels:
     for title, description, unit, expression in (
         ("Accuracy", "Share of correctly classified samples", "percentunit", _by_split("dist_train_accuracy_ratio")),
         ("Loss", "Mean loss", "none", _by_split("dist_train_loss")),
@@ -177,46 +163,39 @@ def _by_step(built: dashboard.Dashboard) -> None:
         spec = PanelSpec(f"{title} by ${{x:text}}", f"{description}, by run.", unit, 12, 11)
         x = f"0 * ({expression}) + on (run, run_id) group_left () max by (run, run_id) ($x{{{OF_RUNS}}})"
         panel = curves_over(x, "${x:text}", spec, Query(expression, KIND), _LABELS)
-        built.with_panel(logarithmic(panel) if title == "Loss" else panel)
+        yield logarithmic(panel) if title == "Loss" else panel
 
 
-def _cost(built: dashboard.Dashboard) -> None:
-    built.with_row(dashboard.Row("What it costs"))
-    built.with_panel(
-        curves(
-            PanelSpec("Samples per second", "All ranks of a run together.", "ops", 8, 9, "DistTrainThroughputDown"),
-            Query(_of("dist_train_samples_per_second"), KIND),
-        ).min(0)
+def _cost() -> Panels:
+    yield from_zero(
+        PanelSpec("Samples per second", "All ranks of a run together.", "ops", 8, 9, "DistTrainThroughputDown"),
+        Query(_of("dist_train_samples_per_second"), KIND),
     )
     p95 = f"run:dist_train_step_duration_seconds:p95_rate5m{{{OF_RUNS}}}"
-    built.with_panel(
-        curves(
-            PanelSpec(
-                "Duration of a step, 95 %",
-                "95 % of the steps of the last five minutes were no longer.",
-                "s",
-                8,
-                9,
-                "DistTrainStalled",
-            ),
-            Query(_with_kind(p95), KIND),
-        ).min(0)
+    yield from_zero(
+        PanelSpec(
+            "Duration of a step, 95 %",
+            "95 % of the steps of the last five minutes were no longer.",
+            "s",
+            8,
+            9,
+            "DistTrainStalled",
+        ),
+        Query(_with_kind(p95), KIND),
     )
-    built.with_panel(
-        curves(
-            PanelSpec(
-                "Share of the step spent waiting",
-                "Waiting for the other ranks' gradients.",
-                "percentunit",
-                8,
-                9,
-                "DistTrainRankSlow",
-            ),
-            Query(
-                f'run_part:dist_train_step_part_duration_seconds:share_rate5m{{{OF_RUNS}, part="allreduce_wait"}}',
-                "{{run}} {{run_id}}",
-            ),
-        ).min(0)
+    yield from_zero(
+        PanelSpec(
+            "Share of the step spent waiting",
+            "Waiting for the other ranks' gradients.",
+            "percentunit",
+            8,
+            9,
+            "DistTrainRankSlow",
+        ),
+        Query(
+            f'run_part:dist_train_step_part_duration_seconds:share_rate5m{{{OF_RUNS}, part="allreduce_wait"}}',
+            "{{run}} {{run_id}}",
+        ),
     )
     for title, description, unit, expression in (
         (
@@ -239,4 +218,4 @@ def _cost(built: dashboard.Dashboard) -> None:
             f"max by (run, run_id) (dist_train_requeues_total{{{OF_RUNS}}})",
         ),
     ):
-        built.with_panel(bars(PanelSpec(title, description, unit, 6), Query(expression, "{{run}} {{run_id}}")))
+        yield bars(PanelSpec(title, description, unit, 6), Query(expression, "{{run}} {{run_id}}"))

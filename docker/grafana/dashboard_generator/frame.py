@@ -12,7 +12,7 @@ from grafana_foundation_sdk.models import dashboard as model
 from grafana_foundation_sdk.models import prometheus as prometheus_model
 
 from dashboard_generator.links import TAG, runbook_address, siblings
-from dashboard_generator.panels import SOURCE
+from dashboard_generator.panels import SOURCE, Panels
 
 
 def frame(uid: str, title: str, description: str) -> dashboard.Dashboard:
@@ -30,6 +30,15 @@ def frame(uid: str, title: str, description: str) -> dashboard.Dashboard:
         .link(runbook_address())
         .link(siblings())
     )
+
+
+def add_sections(built: dashboard.Dashboard, sections: Mapping[str, Panels]) -> model.Dashboard:
+    """Return the dashboard with a row of each title above its panels."""
+    for title, panels in sections.items():
+        built.with_row(dashboard.Row(title))
+        for panel in panels:
+            built.with_panel(panel)
+    return built.build()
 
 
 def source_choice() -> dashboard.DatasourceVariable:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from grafana_foundation_sdk.builders import dashboard
+from grafana_foundation_sdk.builders import dashboard, stat
 from grafana_foundation_sdk.models import dashboard as model
 
-from dashboard_generator.frame import choice, event, frame, one_choice, source_choice
+from dashboard_generator.frame import add_sections, choice, event, frame, one_choice, source_choice
 from dashboard_generator.links import ONE_RUN
 from dashboard_generator.panels import (
     BLUE,
@@ -13,9 +13,11 @@ from dashboard_generator.panels import (
     OF_RUN,
     RED,
     YELLOW,
+    Panels,
     PanelSpec,
     Query,
     curves,
+    from_zero,
     limited,
     logarithmic,
     number,
@@ -78,9 +80,7 @@ def state_number(matchers: str) -> str:
 def build() -> model.Dashboard:
     """Return the dashboard."""
     built = frame(
-        ONE_RUN,
-        "dist-train: one run",
-        "One run in depth: progress, learning, speed, checkpoints, events, memory.",
+        ONE_RUN, "dist-train: one run", "One run in depth: progress, learning, speed, checkpoints, events, memory."
     )
     built.with_variable(source_choice())
     built.with_variable(one_choice("run", "Run", "The run to show", "label_values(dist_train_state, run)"))
@@ -94,9 +94,15 @@ def build() -> model.Dashboard:
         )
     )
     _events(built)
-    for section in (_status, _learning, _speed, _checkpoints, _incidents, _memory):
-        section(built)
-    return built.build()
+    sections = {
+        "Now": _status(),
+        "Learning": _learning(),
+        "Speed": _speed(),
+        "Checkpoints": _checkpoints(),
+        "Events": _incidents(),
+        "Memory, devices and limits": _memory(),
+    }
+    return add_sections(built, sections)
 
 
 def _events(built: dashboard.Dashboard) -> None:
@@ -118,39 +124,28 @@ def _of_changes(metric: str) -> str:
     return f"max by (run, run_id) (changes({metric}{{{OF_RUN}}}[$__rate_interval]))"
 
 
-def _status(built: dashboard.Dashboard) -> None:
-    built.with_row(dashboard.Row("Now"))
-    built.with_panel(
-        states(
-            PanelSpec("State", "The state of the run over time; gaps are times without an exporter.", "none", 9, 4),
-            Query(state_number(OF_RUN), "{{run}}"),
-            STATES,
-        )
+def _latest(title: str, description: str, unit: str, metric: str) -> stat.Panel:
+    return number(PanelSpec(title, description, unit, 3, 4), Query(_of(metric), "{{run}}"))
+
+
+def _status() -> Panels:
+    yield states(
+        PanelSpec("State", "The state of the run over time; gaps are times without an exporter.", "none", 9, 4),
+        Query(state_number(OF_RUN), "{{run}}"),
+        STATES,
     )
-    small = (
-        (
-            PanelSpec("Progress", "Steps done, as a share of the planned ones.", "percentunit", 3, 4),
-            "run:dist_train_progress:ratio",
-        ),
-        (PanelSpec("Epoch", "Epochs done, with their fraction.", "none", 3, 4), "dist_train_epoch"),
-        (
-            PanelSpec("Time left", "Until the last step, at the current pace.", "s", 3, 4),
-            "dist_train_time_left_seconds",
-        ),
-        (
-            PanelSpec("Best accuracy", "Best accuracy on the test split so far.", "percentunit", 3, 4),
-            "dist_train_best_accuracy_ratio",
-        ),
-    )
-    for spec, metric in small:
-        built.with_panel(number(spec, Query(_of(metric), "{{run}}")))
-    built.with_panel(
-        number(
-            PanelSpec("Firing alerts", "Currently firing alerts of this run.", "none", 3, 4),
-            Query(f'count(ALERTS{{{OF_RUN}, alertstate="firing"}}) or vector(0)', "alerts"),
-            GREEN,
-            (1, RED),
-        )
+    for title, description, unit, metric in (
+        ("Progress", "Steps done, as a share of the planned ones.", "percentunit", "run:dist_train_progress:ratio"),
+        ("Epoch", "Epochs done, with their fraction.", "none", "dist_train_epoch"),
+        ("Time left", "Until the last step, at the current pace.", "s", "dist_train_time_left_seconds"),
+        ("Best accuracy", "Best accuracy on the test split so far.", "percentunit", "dist_train_best_accuracy_ratio"),
+    ):
+        yield _latest(title, description, unit, metric)
+    yield number(
+        PanelSpec("Firing alerts", "Currently firing alerts of this run.", "none", 3, 4),
+        Query(f'count(ALERTS{{{OF_RUN}, alertstate="firing"}}) or vector(0)', "alerts"),
+        GREEN,
+        (1, RED),
     )
     # Also of a run that is lost, but not once its target file says how it ended.
     progress, heard, ended = (
@@ -161,23 +156,18 @@ def _status(built: dashboard.Dashboard) -> None:
             "run:dist_train_ended_timestamp_seconds:max",
         )
     )
-    built.with_panel(
-        number(
-            PanelSpec(
-                "Since the last step",
-                "If it is much longer than a step, the run has stalled, or is lost.",
-                "s",
-                3,
-                4,
-                "DistTrainStalled",
-            ),
-            Query(
-                f"time() - max by (run, run_id) ({progress}) unless on (run, run_id) {ended} > {heard}",
-                "{{run}}",
-            ),
-            GREEN,
-            (120, RED),
-        )
+    yield number(
+        PanelSpec(
+            "Since the last step",
+            "If it is much longer than a step, the run has stalled, or is lost.",
+            "s",
+            3,
+            4,
+            "DistTrainStalled",
+        ),
+        Query(f"time() - max by (run, run_id) ({progress}) unless on (run, run_id) {ended} > {heard}", "{{run}}"),
+        GREEN,
+        (120, RED),
     )
     for title, description, unit, metric in (
         (
@@ -193,11 +183,10 @@ def _status(built: dashboard.Dashboard) -> None:
         ("Samples", "Training samples used since the run's first step.", "short", "dist_train_samples"),
         ("Samples planned", "Training samples of the whole run.", "short", "dist_train_planned_samples"),
     ):
-        built.with_panel(number(PanelSpec(title, description, unit, 3, 4), Query(_of(metric), "{{run}}")))
+        yield _latest(title, description, unit, metric)
 
 
-def _learning(built: dashboard.Dashboard) -> None:
-    built.with_row(dashboard.Row("Learning"))
+def _learning() -> Panels:
     loss = PanelSpec(
         "Loss", "Mean loss by split; `batch` is measured at the perturbed weights.", "none", 12, 9, "DistTrainNotFinite"
     )
@@ -209,16 +198,12 @@ def _learning(built: dashboard.Dashboard) -> None:
         9,
         "DistTrainAccuracyFalling",
     )
-    built.with_panel(logarithmic(curves(loss, Query(_by_split("dist_train_loss"), "{{split}}"))))
-    built.with_panel(
-        curves(
-            accuracy,
-            Query(_by_split("dist_train_accuracy_ratio"), "{{split}}"),
-            Query(_of("dist_train_best_accuracy_ratio"), "best"),
-        )
-        .min(0)
-        .max(1)
-    )
+    yield logarithmic(curves(loss, Query(_by_split("dist_train_loss"), "{{split}}")))
+    yield from_zero(
+        accuracy,
+        Query(_by_split("dist_train_accuracy_ratio"), "{{split}}"),
+        Query(_of("dist_train_best_accuracy_ratio"), "best"),
+    ).max(1)
     for title, description, metric in (
         ("Learning rate", "Of the latest step.", "dist_train_learning_rate"),
         ("Noise amplitude", "Of the weight noise in force.", "dist_train_noise_amplitude"),
@@ -230,188 +215,146 @@ def _learning(built: dashboard.Dashboard) -> None:
             "dist_train_distance_from_initial",
         ),
     ):
-        built.with_panel(curves(PanelSpec(title, description, "none"), Query(_of(metric), "{{run}}")))
-    built.with_panel(
-        curves(
-            PanelSpec("Steps", "Optimizer updates done, planned, and in the last checkpoint.", "none"),
-            Query(_of("dist_train_step"), "done"),
-            Query(_of("dist_train_planned_steps"), "planned"),
-            Query(_of("dist_train_checkpoint_step"), "in the last checkpoint"),
-        ).min(0)
+        yield curves(PanelSpec(title, description, "none"), Query(_of(metric), "{{run}}"))
+    yield from_zero(
+        PanelSpec("Steps", "Optimizer updates done, planned, and in the last checkpoint.", "none"),
+        Query(_of("dist_train_step"), "done"),
+        Query(_of("dist_train_planned_steps"), "planned"),
+        Query(_of("dist_train_checkpoint_step"), "in the last checkpoint"),
     )
 
 
-def _speed(built: dashboard.Dashboard) -> None:
-    built.with_row(dashboard.Row("Speed"))
-    built.with_panel(
-        curves(
-            PanelSpec(
-                "Samples per second",
-                "All ranks together, and the run's mean of the last hour.",
-                "ops",
-                8,
-                9,
-                "DistTrainThroughputDown",
-            ),
-            Query(_of("dist_train_samples_per_second"), "now"),
-            Query(f"run:dist_train_samples_per_second:avg1h{{{OF_RUN}}}", "mean of the last hour"),
-        ).min(0)
+def _speed() -> Panels:
+    yield from_zero(
+        PanelSpec(
+            "Samples per second",
+            "All ranks together, and the run's mean of the last hour.",
+            "ops",
+            8,
+            9,
+            "DistTrainThroughputDown",
+        ),
+        Query(_of("dist_train_samples_per_second"), "now"),
+        Query(f"run:dist_train_samples_per_second:avg1h{{{OF_RUN}}}", "mean of the last hour"),
     )
     of_rank_0 = f'dist_train_step_duration_seconds_bucket{{{OF_RUN}, rank=~"0|"}}'
     buckets = f"sum by (le) (rate({of_rank_0}[$__rate_interval]))"
-    built.with_panel(
-        curves(
-            PanelSpec(
-                "Duration of a step", "Quantiles of rank 0; all ranks step together.", "s", 8, 9, "DistTrainStalled"
-            ),
-            *(
-                Query(f"histogram_quantile({share}, {buckets})", words)
-                for share, words in ((0.5, "median"), (0.95, "95 %"), (0.99, "99 %"))
-            ),
-        ).min(0)
+    yield from_zero(
+        PanelSpec("Duration of a step", "Quantiles of rank 0; all ranks step together.", "s", 8, 9, "DistTrainStalled"),
+        *(
+            Query(f"histogram_quantile({share}, {buckets})", words)
+            for share, words in ((0.5, "median"), (0.95, "95 %"), (0.99, "99 %"))
+        ),
     )
     parts = f"sum by (part) (rate(dist_train_step_part_duration_seconds_sum{{{OF_RUN}}}[$__rate_interval]))"
     steps = f"sum(rate(dist_train_step_duration_seconds_count{{{OF_RUN}}}[$__rate_interval]))"
-    built.with_panel(
-        stacked(
+    yield stacked(
+        PanelSpec(
+            "Parts of the step",
+            "Mean time of each part of a step. The rest of the step's duration belongs to none of them.",
+            "s",
+            8,
+            9,
+            "DistTrainThroughputDown",
+        ),
+        Query(f"{parts} / on () group_left () {steps}", "{{part}}"),
+    )
+    yield from_zero(
+        PanelSpec("Time at work, over the ranks", "Time of a step outside of allreduces.", "s", 6),
+        *_over_ranks("dist_train_rank_busy_seconds"),
+    )
+    yield from_zero(
+        PanelSpec(
+            "Time in allreduces, over the ranks",
+            "Time of a step spent in allreduces: for the sum itself, and waiting for slower ranks.",
+            "s",
+            6,
+            alert="DistTrainThroughputDown",
+        ),
+        *_over_ranks("dist_train_rank_wait_seconds"),
+        Query(_of("dist_train_allreduce_seconds"), "the sum itself"),
+    )
+    yield from_zero(
+        PanelSpec("Seconds for a micro-batch, over the ranks", "Mean of the last five minutes.", "s", 6),
+        *_over_ranks("run_rank:dist_train_rank_busy_seconds:per_micro_batch_avg5m"),
+    )
+    yield from_zero(
+        PanelSpec(
+            "Micro-batches, over the ranks",
+            "Micro-batches of a step per rank: equal, or by the rank's speed if batch.dealing is measured.",
+            "none",
+            6,
+        ),
+        *_over_ranks("dist_train_rank_micro_batches"),
+    )
+    yield limited(
+        curves(
             PanelSpec(
-                "Parts of the step",
-                "Mean time of each part of a step. The rest of the step's duration belongs to none of them.",
-                "s",
-                8,
-                9,
-                "DistTrainThroughputDown",
-            ),
-            Query(f"{parts} / on () group_left () {steps}", "{{part}}"),
-        )
-    )
-    built.with_panel(
-        curves(
-            PanelSpec("Time at work, over the ranks", "Time of a step outside of allreduces.", "s", 6),
-            *_over_ranks("dist_train_rank_busy_seconds"),
-        ).min(0)
-    )
-    built.with_panel(
-        curves(
-            PanelSpec(
-                "Time in allreduces, over the ranks",
-                "Time of a step spent in allreduces: for the sum itself, and waiting for slower ranks.",
-                "s",
-                6,
-                alert="DistTrainThroughputDown",
-            ),
-            *_over_ranks("dist_train_rank_wait_seconds"),
-            Query(_of("dist_train_allreduce_seconds"), "the sum itself"),
-        ).min(0)
-    )
-    built.with_panel(
-        curves(
-            PanelSpec("Seconds for a micro-batch, over the ranks", "Mean of the last five minutes.", "s", 6),
-            *_over_ranks("run_rank:dist_train_rank_busy_seconds:per_micro_batch_avg5m"),
-        ).min(0)
-    )
-    built.with_panel(
-        curves(
-            PanelSpec(
-                "Micro-batches, over the ranks",
-                "Micro-batches of a step per rank: equal, or by the rank's speed if batch.dealing is measured.",
+                "Slowest ranks: time for a micro-batch",
+                f"Of the {_FEW} ranks slowest at the end, over the median of the others; 1 means like the others.",
                 "none",
-                6,
-            ),
-            *_over_ranks("dist_train_rank_micro_batches"),
-        ).min(0)
-    )
-    built.with_panel(
-        limited(
-            curves(
-                PanelSpec(
-                    "Slowest ranks: time for a micro-batch",
-                    f"Of the {_FEW} ranks slowest at the end, over the median of the others; 1 means like the others.",
-                    "none",
-                    12,
-                    8,
-                    "DistTrainRankSlow",
-                ),
-                _ranks_with_most("run_rank:dist_train_rank_busy_ratio:avg5m"),
-            ),
-            GREEN,
-            (1.3, RED),
-        )
-    )
-    built.with_panel(
-        curves(
-            PanelSpec("Slowest rank: how slow", "Its busy time over the median of the others.", "none", 6),
-            Query(_of("dist_train_slowest_rank_ratio"), "{{run}}"),
-        )
-    )
-    built.with_panel(
-        curves(
-            PanelSpec(
-                "Slowest rank: which",
-                "Its number. A constant line is one slow rank; a comb is chance.",
-                "none",
-                6,
-            ),
-            Query(_of("dist_train_slowest_rank"), "{{run}}"),
-        )
-    )
-
-
-def _checkpoints(built: dashboard.Dashboard) -> None:
-    built.with_row(dashboard.Row("Checkpoints"))
-    built.with_panel(
-        curves(
-            PanelSpec(
-                "Age of the last checkpoint",
-                "The work that is lost if the run fails now: since the last checkpoint, or the launch if that is "
-                "later. The alert fires above the second line.",
-                "s",
-                6,
+                12,
                 8,
-                "DistTrainCheckpointOld",
+                "DistTrainRankSlow",
             ),
-            Query(f"run:dist_train_checkpoint_age_seconds:min{{{OF_RUN}}}", "{{run}}"),
-            Query(f"run:dist_train_checkpoint_age_seconds:limit{{{OF_RUN}}}", "alert"),
-        ).min(0)
+            _ranks_with_most("run_rank:dist_train_rank_busy_ratio:avg5m"),
+        ),
+        GREEN,
+        (1.3, RED),
     )
-    built.with_panel(
-        curves(
-            PanelSpec("Size", "Of the latest checkpoint.", "bytes", 6),
-            Query(_of("dist_train_checkpoint_size_bytes"), "{{run}}"),
-        ).min(0)
+    yield curves(
+        PanelSpec("Slowest rank: how slow", "Its busy time over the median of the others.", "none", 6),
+        Query(_of("dist_train_slowest_rank_ratio"), "{{run}}"),
     )
-    built.with_panel(
-        curves(
-            PanelSpec("Time to write", "Time until it was durable, and how long of it training stalled.", "s", 6),
-            Query(_of("dist_train_checkpoint_duration_seconds"), "until durable"),
-            Query(_of("dist_train_checkpoint_stall_seconds"), "training stalled"),
-        ).min(0)
-    )
-    built.with_panel(
-        number(
-            PanelSpec("Written", "Checkpoints written, over all launches.", "none", 3, 8),
-            Query(_of("dist_train_checkpoints_total"), "{{run}}"),
-        )
-    )
-    built.with_panel(
-        number(
-            PanelSpec(
-                "Failed checkpoints",
-                "Checkpoints that could not be written, over all launches.",
-                "none",
-                3,
-                8,
-                "DistTrainCheckpointFailing",
-            ),
-            Query(_of("dist_train_checkpoint_failures_total"), "{{run}}"),
-            GREEN,
-            (1, RED),
-        )
+    yield curves(
+        PanelSpec("Slowest rank: which", "Its number. A constant line is one slow rank; a comb is chance.", "none", 6),
+        Query(_of("dist_train_slowest_rank"), "{{run}}"),
     )
 
 
-def _incidents(built: dashboard.Dashboard) -> None:
-    built.with_row(dashboard.Row("Events"))
+def _checkpoints() -> Panels:
+    yield from_zero(
+        PanelSpec(
+            "Age of the last checkpoint",
+            "The work that is lost if the run fails now: since the last checkpoint, or the launch if that is "
+            "later. The alert fires above the second line.",
+            "s",
+            6,
+            8,
+            "DistTrainCheckpointOld",
+        ),
+        Query(f"run:dist_train_checkpoint_age_seconds:min{{{OF_RUN}}}", "{{run}}"),
+        Query(f"run:dist_train_checkpoint_age_seconds:limit{{{OF_RUN}}}", "alert"),
+    )
+    yield from_zero(
+        PanelSpec("Size", "Of the latest checkpoint.", "bytes", 6),
+        Query(_of("dist_train_checkpoint_size_bytes"), "{{run}}"),
+    )
+    yield from_zero(
+        PanelSpec("Time to write", "Time until it was durable, and how long of it training stalled.", "s", 6),
+        Query(_of("dist_train_checkpoint_duration_seconds"), "until durable"),
+        Query(_of("dist_train_checkpoint_stall_seconds"), "training stalled"),
+    )
+    yield number(
+        PanelSpec("Written", "Checkpoints written, over all launches.", "none", 3, 8),
+        Query(_of("dist_train_checkpoints_total"), "{{run}}"),
+    )
+    yield number(
+        PanelSpec(
+            "Failed checkpoints",
+            "Checkpoints that could not be written, over all launches.",
+            "none",
+            3,
+            8,
+            "DistTrainCheckpointFailing",
+        ),
+        Query(_of("dist_train_checkpoint_failures_total"), "{{run}}"),
+        GREEN,
+        (1, RED),
+    )
+
+
+def _incidents() -> Panels:
     for title, description, metric, alert, limit, colour in (
         ("Resumes", "Launches that resumed from a checkpoint.", "resumes", None, 1, BLUE),
         ("Requeues", "How often Slurm requeued the run.", "requeues", "DistTrainRequeued", 4, YELLOW),
@@ -441,128 +384,100 @@ def _incidents(built: dashboard.Dashboard) -> None:
             RED,
         ),
     ):
-        built.with_panel(
-            number(
-                PanelSpec(title, description, "none", 3, 7, alert),
-                Query(_of(f"dist_train_{metric}_total"), "{{run}}"),
-                GREEN,
-                (limit, colour),
-            )
+        yield number(
+            PanelSpec(title, description, "none", 3, 7, alert),
+            Query(_of(f"dist_train_{metric}_total"), "{{run}}"),
+            GREEN,
+            (limit, colour),
         )
-    built.with_panel(
-        curves(
-            PanelSpec(
-                "Events by kind",
-                "Events by kind, over all launches; and the generations of ranks in this launch.",
-                "none",
-                6,
-                7,
-            ),
-            Query(f"{_of('dist_train_events_total', 'event')} > 0", "{{event}}"),
-            Query(_of("dist_train_generation"), "generations of ranks"),
-        ).min(0)
+    yield from_zero(
+        PanelSpec(
+            "Events by kind",
+            "Events by kind, over all launches; and the generations of ranks in this launch.",
+            "none",
+            6,
+            7,
+        ),
+        Query(f"{_of('dist_train_events_total', 'event')} > 0", "{{event}}"),
+        Query(_of("dist_train_generation"), "generations of ranks"),
     )
 
 
-def _memory(built: dashboard.Dashboard) -> None:
-    built.with_row(dashboard.Row("Memory, devices and limits"))
-    built.with_panel(
-        curves(
-            PanelSpec("Resident memory, over the ranks", "Of each rank's process.", "bytes"),
-            *_over_ranks("dist_train_rank_resident_memory_bytes"),
-        ).min(0)
+def _memory() -> Panels:
+    yield from_zero(
+        PanelSpec("Resident memory, over the ranks", "Of each rank's process.", "bytes"),
+        *_over_ranks("dist_train_rank_resident_memory_bytes"),
     )
-    built.with_panel(
-        curves(
-            PanelSpec(
-                "Device memory, over the ranks",
-                "Held by each rank; the peak of any rank, and the most that all processes of a device hold. No data "
-                "without a device.",
-                "bytes",
-                alert="DistTrainDeviceMemory",
-            ),
-            *_over_ranks("dist_train_rank_device_memory_bytes"),
-            Query(_of("dist_train_rank_device_memory_peak_bytes"), "peak"),
-            Query(_of("dist_train_rank_device_memory_used_bytes"), "max, all processes"),
-            Query(f"min by (run, run_id) (dist_train_rank_device_memory_limit_bytes{{{OF_RUN}}})", "smallest device"),
-        ).min(0)
+    yield from_zero(
+        PanelSpec(
+            "Device memory, over the ranks",
+            "Held by each rank; the peak of any rank, and the most that all processes of a device hold. No data "
+            "without a device.",
+            "bytes",
+            alert="DistTrainDeviceMemory",
+        ),
+        *_over_ranks("dist_train_rank_device_memory_bytes"),
+        Query(_of("dist_train_rank_device_memory_peak_bytes"), "peak"),
+        Query(_of("dist_train_rank_device_memory_used_bytes"), "max, all processes"),
+        Query(f"min by (run, run_id) (dist_train_rank_device_memory_limit_bytes{{{OF_RUN}}})", "smallest device"),
     )
-    built.with_panel(
-        curves(
-            PanelSpec(
-                "Device utilization, over the ranks",
-                "Share of time that the device was busy. No data without NVML.",
-                "percentunit",
-            ),
-            *_over_ranks("dist_train_rank_device_utilization_ratio"),
-        )
-        .min(0)
-        .max(1)
+    yield from_zero(
+        PanelSpec(
+            "Device utilization, over the ranks",
+            "Share of time that the device was busy. No data without NVML.",
+            "percentunit",
+        ),
+        *_over_ranks("dist_train_rank_device_utilization_ratio"),
+    ).max(1)
+    yield from_zero(
+        PanelSpec("Device power, over the ranks", "Power draw of each rank's device. No data without NVML.", "watt"),
+        *_over_ranks("dist_train_rank_device_power_watts"),
     )
-    built.with_panel(
-        curves(
-            PanelSpec(
-                "Device power, over the ranks", "Power draw of each rank's device. No data without NVML.", "watt"
-            ),
-            *_over_ranks("dist_train_rank_device_power_watts"),
-        ).min(0)
+    yield from_zero(
+        PanelSpec(
+            "Device clocks, over the ranks",
+            "Of the cores and of the memory. No data without NVML.",
+            "hertz",
+            alert="DistTrainRankSlow",
+        ),
+        *(
+            query
+            for clock in ("core", "memory")
+            for query in _over_ranks("dist_train_rank_device_clock_hertz", f"{clock}, ", f', clock="{clock}"')[::3]
+        ),
     )
-    built.with_panel(
-        curves(
-            PanelSpec(
-                "Device clocks, over the ranks",
-                "Of the cores and of the memory. No data without NVML.",
-                "hertz",
-                alert="DistTrainRankSlow",
-            ),
-            *(
-                query
-                for clock in ("core", "memory")
-                for query in _over_ranks("dist_train_rank_device_clock_hertz", f"{clock}, ", f', clock="{clock}"')[::3]
-            ),
-        ).min(0)
+    yield from_zero(
+        PanelSpec(
+            "Devices that are clocked down",
+            "Ranks whose device is throttled by its power limit, its temperature, or its hardware.",
+            "none",
+            alert="DistTrainRankSlow",
+        ),
+        Query(
+            f"sum by (run, run_id, reason) ({_of('dist_train_rank_device_throttled', 'rank', 'reason')})", "{{reason}}"
+        ),
     )
-    built.with_panel(
-        curves(
-            PanelSpec(
-                "Devices that are clocked down",
-                "Ranks whose device is throttled by its power limit, its temperature, or its hardware.",
-                "none",
-                alert="DistTrainRankSlow",
-            ),
-            Query(
-                f"sum by (run, run_id, reason) ({_of('dist_train_rank_device_throttled', 'rank', 'reason')})",
-                "{{reason}}",
-            ),
-        ).min(0)
+    yield from_zero(
+        PanelSpec(
+            "Device memory errors",
+            f"ECC errors since the driver was loaded, of the {_FEW} ranks with most. Uncorrected ones end a run.",
+            "none",
+        ),
+        _ranks_with_most("dist_train_rank_device_memory_errors_total", f"{RANK}: {{{{kind}}}}"),
     )
-    built.with_panel(
-        curves(
-            PanelSpec(
-                "Device memory errors",
-                f"ECC errors since the driver was loaded, of the {_FEW} ranks with most. Uncorrected ones end a run.",
-                "none",
-            ),
-            _ranks_with_most("dist_train_rank_device_memory_errors_total", f"{RANK}: {{{{kind}}}}"),
-        ).min(0)
+    yield from_zero(
+        PanelSpec(
+            "Disk space", "Free space on the disk of the run directory.", "bytes", alert="DistTrainDiskNearlyFull"
+        ),
+        Query(_of("dist_train_disk_free_bytes"), "free"),
+        Query(_of("dist_train_checkpoint_size_bytes"), "a checkpoint"),
     )
-    built.with_panel(
-        curves(
-            PanelSpec(
-                "Disk space", "Free space on the disk of the run directory.", "bytes", alert="DistTrainDiskNearlyFull"
-            ),
-            Query(_of("dist_train_disk_free_bytes"), "free"),
-            Query(_of("dist_train_checkpoint_size_bytes"), "a checkpoint"),
-        ).min(0)
-    )
-    built.with_panel(
-        curves(
-            PanelSpec(
-                "Time to the limit",
-                "Until the batch system ends the job; compare it with the time left. No data without a time limit.",
-                "s",
-                alert="DistTrainTimeLimitNear",
-            ),
-            Query(f"{_of('dist_train_time_limit_timestamp_seconds')} - time()", "until the limit"),
-        ).min(0)
+    yield from_zero(
+        PanelSpec(
+            "Time to the limit",
+            "Until the batch system ends the job; compare it with the time left. No data without a time limit.",
+            "s",
+            alert="DistTrainTimeLimitNear",
+        ),
+        Query(f"{_of('dist_train_time_limit_timestamp_seconds')} - time()", "until the limit"),
     )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 from grafana_foundation_sdk.builders import (
     bargauge,
@@ -17,6 +17,7 @@ from grafana_foundation_sdk.builders import (
     xychart,
 )
 from grafana_foundation_sdk.builders import text as text_builder
+from grafana_foundation_sdk.cog import builder as cog
 from grafana_foundation_sdk.models import common as common_model
 from grafana_foundation_sdk.models import dashboard as model
 from grafana_foundation_sdk.models import prometheus as prometheus_model
@@ -31,6 +32,7 @@ OF_RUN = 'run="$run", run_id="$run_id"'
 """The label matchers that select the run of a dashboard, whose name Grafana does not escape as it does several."""
 OF_RUNS = 'run=~"$run", run_id=~"$run_id"'
 """The label matchers that select a dashboard's runs."""
+Panels: TypeAlias = Iterator[cog.Builder[model.Panel]]
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -120,6 +122,11 @@ def curves(spec: PanelSpec, *queries: Query) -> timeseries.Panel:
     )
 
 
+def from_zero(spec: PanelSpec, *queries: Query) -> timeseries.Panel:
+    """Return `curves` on an axis that begins at 0."""
+    return curves(spec, *queries).min(0)
+
+
 def curves_over(x: str, label: str, spec: PanelSpec, query: Query, names: Sequence[str]) -> xychart.Panel:
     """Return lines of `query` over the expression `x`, which has the same series, instead of over time.
 
@@ -164,7 +171,7 @@ def logarithmic(panel: _Lines) -> _Lines:
 def stacked(spec: PanelSpec, *queries: Query) -> timeseries.Panel:
     """Return filled areas on top of each other."""
     stacking = common.StackingConfig().mode(common_model.StackingMode.NORMAL).group("A")
-    return curves(spec, *queries).fill_opacity(40).line_width(0).stacking(stacking).min(0)
+    return from_zero(spec, *queries).fill_opacity(40).line_width(0).stacking(stacking)
 
 
 def number(spec: PanelSpec, query: Query, first: str = BLUE, *steps: tuple[float, str]) -> stat.Panel:
