@@ -131,6 +131,41 @@ def test_end_without_begin_leaves_no_process() -> None:
     assert not is_alive(process)
 
 
+def test_rank_that_becomes_rank_0_leaves_no_target_file_of_its_former_rank(tmp_path: Path) -> None:
+    with serving(replace(FACTS, rank=1), replace(OUTCOME, state="running"), targets_directory=tmp_path):
+        assert outcomes(tmp_path) == [None]
+    assert outcomes(tmp_path) == []
+
+
+def test_end_of_a_run_that_is_not_served_yet_is_in_its_target_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exporter_module, "_START_SECONDS", 0.0)
+    monkeypatch.setattr(exporter_module, "_END_SECONDS", PATIENCE)
+    with serving(targets_directory=tmp_path) as exporter:
+        assert exporter.address is None
+    assert outcomes(tmp_path) == ["finished"]
+
+
+def test_process_that_cannot_be_started_is_tried_again_for_days(monkeypatch: pytest.MonkeyPatch) -> None:
+    exporter = Exporter(MetricsSettings(port=0))
+    exporter.begin(FACTS)
+    assert exporter._link is not None
+    exporter._link.process.kill()
+    wait_for(lambda: exporter.record(train(20)) or exporter.address is None)
+
+    def refuse() -> None:
+        raise OSError("no memory")
+
+    clock = [time.monotonic()]
+    monkeypatch.setattr(exporter_module, "_Link", refuse)
+    monkeypatch.setattr(exporter_module.time, "monotonic", lambda: clock[0])
+    for _ in range(2000):
+        clock[0] += 65.0
+        exporter.progress(20)
+    assert exporter._restarts == 2000
+
+
 def test_killed_process_is_reported_once_and_keeps_its_target_file(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -284,7 +319,9 @@ def test_unreachable_pushgateway_is_reported_once(caplog: pytest.LogCaptureFixtu
     assert "[Errno 111]" in warning
 
 
-def test_last_values_replace_those_of_an_earlier_launch_in_the_group_of_the_run() -> None:
+@contextmanager
+def gateway() -> Iterator[tuple[str, list[tuple[str, str, str]]]]:
+    """Yield the URL of a Pushgateway, and the method, path and content of each request to it so far."""
     requests: list[tuple[str, str, str]] = []
 
     class Gateway(BaseHTTPRequestHandler):
@@ -294,24 +331,39 @@ def test_last_values_replace_those_of_an_earlier_launch_in_the_group_of_the_run(
             self.send_response(202)
             self.end_headers()
 
-        def do_DELETE(self) -> None:
-            self.do_PUT()
+        do_DELETE = do_PUT  # noqa: N815 (the name is the library's)
 
         def log_message(self, format: str, *args: object) -> None: ...
 
-    with HTTPServer(("127.0.0.1", 0), Gateway) as gateway:
-        thread = threading.Thread(target=gateway.serve_forever, args=(0.1,), daemon=True)
+    with HTTPServer(("127.0.0.1", 0), Gateway) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True)
         thread.start()
-        url = f"http://127.0.0.1:{gateway.server_port}"
-        with serving(replace(FACTS, name="demo"), STOPPED, pushgateway=url) as exporter:
-            exporter.record(train(20))
-        gateway.shutdown()
+        yield f"http://127.0.0.1:{server.server_port}", requests
+        server.shutdown()
         thread.join()
+
+
+def test_last_values_replace_those_of_an_earlier_launch_in_the_group_of_the_run() -> None:
+    with gateway() as (url, requests), serving(replace(FACTS, name="demo"), STOPPED, pushgateway=url) as exporter:
+        exporter.record(train(20))
     (deleted, group, _), (pushed, path, page) = requests
     assert (deleted, pushed) == ("DELETE", "PUT")
     assert group == path == "/metrics/job/dist_train/run/demo/run_id/0123456789abcdef"
     assert 'dist_train_state{state="stopped"} 1.0' in page
     assert "dist_train_step 210.0" in page
+
+
+def test_last_values_of_a_trainer_that_is_killed_as_it_ends_are_pushed() -> None:
+    with gateway() as (url, requests), serving(replace(FACTS, name="demo"), pushgateway=url) as exporter:
+        assert exporter._link is not None
+        os.kill(process_of(exporter), signal.SIGSTOP)
+        exporter._send(OUTCOME)
+        exporter._link.channel.close()
+        os.kill(process_of(exporter), signal.SIGCONT)
+        wait_for(lambda: [command for command, _, _ in requests] == ["DELETE", "PUT"])
+        exporter._link.close(PATIENCE)
+        exporter._link = None
+    assert 'dist_train_state{state="finished"} 1.0' in requests[1][2]
 
 
 def test_scraped_run_waits_for_a_scrape_of_its_last_values() -> None:

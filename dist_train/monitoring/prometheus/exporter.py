@@ -16,13 +16,13 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from signal import Signals
 from typing import TYPE_CHECKING
 
 from dist_train.monitoring.prometheus import messages
 from dist_train.monitoring.prometheus.board import outcome_label
 from dist_train.monitoring.prometheus.messages import Begin, Ending, Progress, Serving, Warned
 from dist_train.monitoring.prometheus.targets import process_identity, record_outcome
+from dist_train.outcome import signal_name
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import Measurement, Observer, Outcome, Record, RunFacts, TrainRecord
 from dist_train.rundir.status import read_counts
@@ -72,8 +72,7 @@ class _Link:
             _, errors = self.process.communicate()
         status = self.process.returncode
         if status < 0:
-            with suppress(ValueError):
-                return f"its process was ended by {Signals(-status).name}"
+            return f"its process was ended by {signal_name(-status)}"
         return errors.decode(errors="replace").strip().rpartition("\n")[2] or f"its process ended with code {status}"
 
 
@@ -89,7 +88,7 @@ class Exporter(Observer):
         self._plan = messages.plan_of(settings)
         self._target: Path | None = None
         self._ending: Ending | None = None
-        self._facts: RunFacts | None = None  # set once the run has been served
+        self._facts: RunFacts | None = None  # set once the run has begun
         self._restarts = 0
         self._restart_at = math.inf
         self._reason = ""
@@ -144,7 +143,7 @@ class Exporter(Observer):
     def end(self, outcome: Outcome) -> None:
         """Let the last values be pushed and scraped, as configured, and end the process."""
         seconds = _END_SECONDS
-        if self.address is not None:
+        if self._facts is not None:
             self._send(outcome)
             self._await_end()
             seconds = _END_SECONDS if self._ending else _HUNG_SECONDS
@@ -167,7 +166,7 @@ class Exporter(Observer):
         self._send(Begin(self._plan, facts, {**counts, "exporter_restarted": self._restarts}))
 
     def _schedule_restart(self) -> None:
-        self._restart_at = time.monotonic() + min(2.0**self._restarts, _LONGEST_PAUSE)
+        self._restart_at = time.monotonic() + min(2**self._restarts, _LONGEST_PAUSE)
 
     def _send(self, message: messages.ToExporter) -> None:
         if self._link is not None:

@@ -199,17 +199,16 @@ class _Service:
         facts = self._board.snapshot().facts
         if facts.rank != self._facts.rank:
             self._facts, before = facts, self._target
-            with suppress(OSError):  # the trainer, or the file, may be gone
-                self._announce()
-                if before is not None:
+            self._announce()
+            if before is not None:
+                with suppress(OSError):  # the file may be gone
                     before.remove()
 
     def _heartbeat(self) -> None:
         if time.monotonic() < self._heartbeat_due:
             return
         if self._target is None:
-            with suppress(OSError):  # the trainer may be gone
-                self._announce()
+            self._announce()
             return
         self._heartbeat_due = time.monotonic() + targets.HEARTBEAT_SECONDS
         with self._warning(f"Prometheus may lose sight of this run: {self._target.path} cannot be touched"):
@@ -279,12 +278,11 @@ class _Service:
             self._is_failing = False
 
     def _warn(self, text: str) -> None:
-        with suppress(OSError):  # the trainer may be gone
-            self._send(Warned(text))
+        self._send(Warned(text))
 
     def _send(self, message: FromExporter) -> None:
-        """Send `message` to the trainer. Raises OSError if it is gone."""
-        with self._sending:
+        """Send `message` to the trainer, if it still lives."""
+        with self._sending, suppress(OSError):
             self._channel.send(message)
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from dist_train.monitoring.prometheus.board import KILLED
+from dist_train.monitoring.prometheus.board import KILLED, OUTCOMES
 from dist_train.monitoring.prometheus.messages import ServingPlan
 from dist_train.rundir import atomic
 from dist_train.rundir.processes import process_start
@@ -112,7 +112,8 @@ def record_outcome(path: Path, process: str, outcome: str) -> None:
     """Record in the target file at `path` how the run of the trainer `process` ended.
 
     Alert rules read it there, since they cannot rely on a last scrape. Nothing changes if an outcome is recorded
-    already, or if a later launch of the run has taken the file over. Raises OSError, also if something else is there.
+    already, or if a later launch of the run has taken the file over. If the rank has become rank 0 instead, whose file
+    is another, it is removed. Raises OSError, also if something else is there.
     """
     try:
         with _open_ours(path) as file:
@@ -121,7 +122,10 @@ def record_outcome(path: Path, process: str, outcome: str) -> None:
         return
     match entry:
         case (address, labels) if labels[_PROCESS_LABEL] == process and _OUTCOME_LABEL not in labels:
-            _write(path, _content(_NOWHERE, {**labels, _OUTCOME_LABEL: outcome, "instance": address}))
+            if outcome in OUTCOMES:
+                _write(path, _content(_NOWHERE, {**labels, _OUTCOME_LABEL: outcome, "instance": address}))
+            else:
+                path.unlink()
 
 
 def _write(path: Path, content: str) -> None:
