@@ -113,15 +113,16 @@ _MODULES = MappingProxyType(
 
 
 def check_installed(name: str) -> None:
-    """Raise UsageError if the library of the logger `name` is not installed; called before training starts."""
+    """Raise UsageError if the library of the logger `name` cannot be imported; called before training starts."""
     if name not in _MODULES:
         return
     try:
         if importlib.import_module(_MODULES[name]).__file__ is None:  # such as wandb/, which runs leave behind
             raise ImportError(f"{_MODULES[name]} is only a folder without a module")
-    except ImportError as error:
+    except Exception as error:  # whatever a broken installation raises
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UsageError(
-            f"the logger {name} cannot be imported ({error}): pip install 'dist_train[{name}]', or leave it out",
+            f"the logger {name} cannot be imported ({reason}): pip install 'dist_train[{name}]', or leave it out",
             code=f"{name}-missing",
         ) from error
 

@@ -126,6 +126,15 @@ def test_without_the_package_the_error_names_the_fix(monkeypatch: pytest.MonkeyP
     assert f"pip install 'dist_train[{name}]'" in str(refused.value)
 
 
+def test_a_library_that_breaks_while_it_is_imported_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "trackio.py").write_text("raise AttributeError('module numpy has\\nno attribute float_')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "trackio", raising=False)
+    with raises(UsageError, "trackio-missing") as refused:
+        check_installed("trackio")
+    assert "(AttributeError: module numpy has no attribute float_)" in str(refused.value)
+
+
 def test_a_folder_with_the_name_of_a_package_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "wandb").mkdir()  # as runs with W&B leave it in the current folder
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
