@@ -161,20 +161,21 @@ def replay(path: Path | str, step: int) -> Replay:
     }
     config = parse_config(with_overrides(settings, overrides), source="the run")
     launch = current_launch()
-    # The same folder on all ranks; a single process has its own.
+    # The same folder on all ranks of a node; a single process has its own.
     own = f"-{os.getpid()}" if launch.size == 1 else ""
-    place = Path(tempfile.gettempdir()) / f"dist_train-replay-{run.directory.run_id()}-{step}{own}"
+    place = RunDirectory(Path(tempfile.gettempdir()) / f"dist_train-replay-{run.directory.run_id()}-{step}{own}")
     is_ours = launch.rank == 0
     try:
         try:
-            train(config, place)
+            place.create()  # nodes do not share it, and each rank has a log there
+            train(config, place.root)
         except DivergedError as error:
             # Otherwise the update is recorded: only the evaluation at the end is not finite.
             if error.code == "step-not-finite":
                 raise
-        if not is_ours:  # rank 0 may have removed the folder already, or another node has it
+        if not is_ours:  # rank 0 may have removed the folder already, or another node has its files
             return Replay(step, begun_at, {}, {}, None)
-        again = load_run(place)
+        again = load_run(place.root)
         replayed = _update(again, step)
         weights_agree = None
         if step in run.steps and step in again.steps:
@@ -183,8 +184,8 @@ def replay(path: Path | str, step: int) -> Replay:
         is_ours = is_ours and error.code != "run-in-use"  # another launch replays the same update
         raise
     finally:
-        if is_ours:
-            shutil.rmtree(place, ignore_errors=True)
+        if is_ours or not place.lock.exists():  # without the lock it is not the folder of a rank 0
+            shutil.rmtree(place.root, ignore_errors=True)
     return Replay(step, begun_at, recorded, replayed, weights_agree)
 
 

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from dist_train.api import load_run
-from tests.launching import launch, small_settings, train_alone, write_config
+from tests.launching import launch, small_settings, start, train_alone, write_config
+from tests.services.servers import free_port
+from tests.waiting import PATIENCE
 
 pytestmark = [pytest.mark.ranks, pytest.mark.lengthy]
 
@@ -49,3 +51,16 @@ def test_replayed_update_is_bit_identical(folder: Path, name: str, step: int, ra
     assert ended.code == 0, ended.output
     compared = ended.output.partition(f"update {step}, repeated from step ")[2].splitlines()
     assert [line.split()[-2:] for line in compared if line.startswith("  ")] == [["the", "same"]] * 6
+
+
+def test_nodes_need_not_share_a_folder_of_temporary_files(folder: Path, tmp_path: Path) -> None:
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    temporary = [tmp_path / str(rank) for rank in range(2)]
+    ranks = []
+    for rank, place in enumerate(temporary):
+        place.mkdir()
+        extra = {**shared, "RANK": str(rank), "TMPDIR": str(place)}
+        ranks.append(start(1, "alone", "replay", f"{folder / 'smoothout'}@4", extra=extra))
+    outputs = [rank.communicate(timeout=PATIENCE)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], outputs
+    assert not [left for place in temporary for left in place.glob("dist_train-replay-*")]
