@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-from grafana_foundation_sdk.builders import dashboard
-from grafana_foundation_sdk.cog import builder as cog
+from grafana_foundation_sdk.builders import dashboard, prometheus
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models import dashboard as model
-from grafana_foundation_sdk.models import prometheus as prometheus_model
 
 from dashboard_generator.links import TAG, runbook_address, siblings
 from dashboard_generator.panels import SOURCE, Panels
@@ -82,36 +80,11 @@ def one_of(name: str, label: str, description: str, values: Mapping[str, str]) -
     )
 
 
-class _Query(model.AnnotationTarget):
-    """A Prometheus query of annotations; the library supports only queries of Grafana's built-in annotations."""
-
-    def __init__(self, query: prometheus_model.Dataquery) -> None:
-        super().__init__()
-        self._query = query
-
-    def to_json(self) -> dict[str, object]:
-        return self._query.to_json()
-
-
-class _Built(cog.Builder[model.AnnotationTarget]):
-    def __init__(self, target: model.AnnotationTarget) -> None:
-        self._target = target
-
-    def build(self) -> model.AnnotationTarget:
-        return self._target
-
-
 def event(name: str, colour: str, expression: str, legend: str) -> dashboard.AnnotationQuery:
     """Return annotations wherever `expression` has a value."""
-    query = prometheus_model.Dataquery(expr=expression, legend_format=legend, ref_id="event", range_val=True)
-    return (
-        dashboard.AnnotationQuery()
-        .name(name)
-        .datasource(SOURCE)
-        .enable(True)
-        .icon_color(colour)
-        .target(_Built(_Query(query)))
-    )
+    query = prometheus.Dataquery().expr(expression).legend_format(legend).range().ref_id("event")
+    marks = dashboard.AnnotationQuery().name(name).datasource(SOURCE).enable(True).icon_color(colour)
+    return marks.target(query)  # type: ignore[arg-type]  # it is declared for Grafana's built-in queries alone
 
 
 def to_json(built: model.Dashboard) -> str:
