@@ -12,7 +12,7 @@ import pytest
 from benchmarks.metrics_table import metrics_markdown, with_table
 from dist_train.monitoring.prometheus.board import STEP_SECONDS, Board, bounds_around, is_stalled
 from dist_train.monitoring.prometheus.messages import Progress
-from dist_train.monitoring.prometheus.metrics import METRICS, MetricsPage, Scope
+from dist_train.monitoring.prometheus.metrics import METRICS, MetricsPage
 from dist_train.outcome import UsageError
 from dist_train.rundir.epochs import Stage
 from dist_train.rundir.records import (
@@ -368,10 +368,6 @@ def test_metric_names_follow_the_conventions() -> None:
         assert metric.meaning.endswith("."), metric.name
         assert "|" not in metric.meaning
     assert len({metric.name for metric in METRICS}) == len(METRICS)
-
-
-def test_only_the_run_itself_is_on_every_page() -> None:
-    assert [metric.name for metric in METRICS if metric.scope is Scope.RUN_EVERYWHERE] == ["dist_train_run_info"]
 
 
 def test_the_documentation_has_the_table_as_it_is() -> None:

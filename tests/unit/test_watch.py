@@ -356,12 +356,6 @@ class TestFollowing:
         assert len(run.history.train) == STEPS - 1
         assert run.problem == ""
 
-    def test_a_status_that_cannot_be_read_for_a_moment_leaves_the_last_one(self, directory: Path) -> None:
-        watched = WatchedRun(directory)
-        before = watched.look(NOW).status
-        (directory / "status.json").write_text("{")
-        assert watched.look(NOW).status == before
-
     def test_a_run_whose_directory_is_gone_stays_as_it_was_and_is_then_over(self, directory: Path) -> None:
         watched, later = WatchedRun(directory), NOW + PATIENCE
         watched.look(NOW)
