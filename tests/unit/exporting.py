@@ -15,14 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from dist_train.config.sections import MetricsSettings
 from dist_train.monitoring.prometheus.exporter import Exporter
 from dist_train.rundir.epochs import Stage
-from dist_train.rundir.records import (
-    Measurement,
-    Outcome,
-    RankMeasurement,
-    RunFacts,
-    StepParts,
-    TrainRecord,
-)
+from dist_train.rundir.records import Measurement, Outcome, RankMeasurement, RunFacts, StepParts, TrainRecord
 from tests.unit import records
 from tests.waiting import PATIENCE
 

@@ -129,16 +129,7 @@ def test_the_bar_shows_progress_and_leaves_the_summary(terminal: Terminal) -> No
     assert "saved at 15" in shown
     bar.end(OUTCOME)
     summary = words(terminal.read())
-    for fact in (
-        "finished",
-        "210 of 210",
-        "91.00 %",
-        "87.41 %",
-        "87.90 %",
-        "12,345",
-        "2:31",
-        "step-00000210.pt",
-    ):
+    for fact in ("finished", "210 of 210", "91.00 %", "87.41 %", "87.90 %", "12,345", "2:31", "step-00000210.pt"):
         assert fact in summary
 
 
@@ -168,9 +159,7 @@ def test_the_bar_is_redrawn_a_few_times_a_second_whatever_the_pace_of_steps(term
     assert redraws <= 1 + elapsed / 0.2
 
 
-def test_what_is_printed_during_the_run_stands_above_the_bar_and_streams_are_given_back(
-    terminal: Terminal,
-) -> None:
+def test_what_is_printed_during_the_run_stands_above_the_bar_and_streams_are_given_back(terminal: Terminal) -> None:
     streams = sys.stdout, sys.stderr
     bar = TerminalBar(terminal.screen)
     bar.begin(FACTS)

@@ -15,13 +15,7 @@ from dist_train.monitoring.prometheus.messages import Progress
 from dist_train.monitoring.prometheus.metrics import METRICS, MetricsPage
 from dist_train.outcome import UsageError
 from dist_train.rundir.epochs import Stage
-from dist_train.rundir.records import (
-    EVENTS,
-    Detail,
-    EvaluationRecord,
-    EventRecord,
-    RankMeasurement,
-)
+from dist_train.rundir.records import EVENTS, Detail, EvaluationRecord, EventRecord, RankMeasurement
 from tests.raising import raises
 from tests.unit.exporting import FACTS, GROWING, ON_A_DEVICE, OUTCOME, measurement, read, train
 
@@ -64,13 +58,7 @@ def test_a_page_reads_back_what_was_recorded() -> None:
     none = dict.fromkeys((*EVENTS, "exporter_restarted"), 0)
     assert events == {**none, "resumed": 1, "requeued": 1, "checkpoint": 6}
     states = {key[1][0]: value for key, value in values.items() if key[0] == "dist_train_state"}
-    assert states == {
-        "running": 1,
-        "stopping": 0,
-        "stopped": 0,
-        "finished": 0,
-        "failed": 0,
-    }
+    assert states == {"running": 1, "stopping": 0, "stopped": 0, "finished": 0, "failed": 0}
     outcomes = {key[1][0]: value for key, value in values.items() if key[0] == "dist_train_outcome"}
     assert outcomes == {"finished": 0, "stopped": 0, "failed": 0, "diverged": 0, "killed": 0}
     before = {key[1][0]: value for key, value in values.items() if key[0] == "dist_train_events_before_launch"}

@@ -18,14 +18,7 @@ import pytest
 from rich.console import Console
 
 from dist_train.outcome import ExitCode, UsageError
-from dist_train.rundir.records import (
-    EventRecord,
-    Measurement,
-    RankMeasurement,
-    Record,
-    StepParts,
-    to_json,
-)
+from dist_train.rundir.records import EventRecord, Measurement, RankMeasurement, Record, StepParts, to_json
 from dist_train.rundir.status import RanksFile, StatusFile
 from dist_train.watch.run import History, Snapshot, WatchedRun, find_run
 from dist_train.watch.run_table import seconds_left

@@ -323,12 +323,7 @@ def test_the_command_prints_one_whole_line_a_run_into_a_pipe(
 ) -> None:
     long_name = "a_study_with_a_long_name/learning_rate=0.4,noise=0.01,sharing=micro_batch/seed=3"
     make_run(
-        tmp_path / long_name,
-        state="finished",
-        step=210,
-        epoch=30,
-        best_accuracy=0.8812,
-        samples_per_second=1234.5,
+        tmp_path / long_name, state="finished", step=210, epoch=30, best_accuracy=0.8812, samples_per_second=1234.5
     )
     make_run(tmp_path / "z[bold]", state="failed", reason="the loss is not finite at step 80", exit_code=3)
     assert run_command(str(tmp_path)) == 0

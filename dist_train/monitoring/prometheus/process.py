@@ -30,15 +30,7 @@ from dist_train.monitoring.prometheus.messages import (
     await_input,
 )
 from dist_train.monitoring.prometheus.metrics import Families, MetricsPage
-from dist_train.rundir.records import (
-    TRAIN_LINE,
-    EvaluationRecord,
-    EventRecord,
-    Outcome,
-    Record,
-    RunFacts,
-    from_json,
-)
+from dist_train.rundir.records import TRAIN_LINE, EvaluationRecord, EventRecord, Outcome, Record, RunFacts, from_json
 
 PUSH_SECONDS = 5.0
 RECENT_SECONDS = 60.0  # who scraped so shortly before the end is waited for, to get the last values
