@@ -152,14 +152,18 @@ def test_process_that_cannot_be_started_is_tried_again_for_days(monkeypatch: pyt
     exporter.begin(FACTS)
     assert exporter._link is not None
     exporter._link.process.kill()
-    wait_for(lambda: exporter.record(train(20)) or exporter.address is None)
+
+    def is_noticed() -> bool:
+        exporter.record(train(20))
+        return exporter.address is None
 
     def refuse() -> None:
         raise OSError("no memory")
 
+    wait_for(is_noticed)
     clock = [time.monotonic()]
     monkeypatch.setattr(exporter_module, "_Link", refuse)
-    monkeypatch.setattr(exporter_module.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr("dist_train.monitoring.prometheus.exporter.time.monotonic", lambda: clock[0])
     for _ in range(2000):
         clock[0] += 65.0
         exporter.progress(20)

@@ -342,6 +342,9 @@ def test_a_foreign_thing_in_the_folder_is_skipped_with_a_warning_and_hangs_nobod
     assert all(name in printed.err for name in left - {"deep-0123abcd-0.json"})
     assert {path.name for path in folder.iterdir()} == left
     assert elsewhere.exists()
+    warning = remove_stale(folder, resumed="another").warning
+    assert "link-0123abcd-0.json" in warning
+    assert "of another user" not in warning, "runs of several users share the folder"
 
 
 @pytest.mark.parametrize(("number", "is_skipped"), [(errno.EPERM, True), (errno.EACCES, False)])

@@ -160,7 +160,7 @@ def remove_stale(directory: Path, ended_seconds: float = ENDED_SECONDS, resumed:
     A file with an outcome is kept for `ended_seconds`, or until its run resumes: `resumed` is the id of the run that
     starts now, if any. At such a start, the file of another run that has just died is not removed but marked as killed,
     unless that run's exporter still lives and will do so itself. Files whose name, owner or content are not ours are
-    left alone.
+    left alone; those of other users, whose own runs remove them, are then no reason for a warning.
     """
     removed = []
     skipped = {}
@@ -171,7 +171,8 @@ def remove_stale(directory: Path, ended_seconds: float = ENDED_SECONDS, resumed:
         except FileNotFoundError:
             continue
         except OSError as error:
-            skipped[path] = error.strerror or str(error)
+            if not (resumed and isinstance(error, PermissionError)):
+                skipped[path] = error.strerror or str(error)
             continue
         if entry is None:
             continue
@@ -207,8 +208,9 @@ def _open_ours(path: Path) -> BinaryIO:
     if is_ours and state.st_size <= _LARGEST:
         return file
     file.close()
-    why = f"larger than {_LARGEST} bytes" if is_ours else f"a file of another user, {state.st_uid}"
-    raise OSError(errno.EPERM, why, str(path))
+    if is_ours:
+        raise OSError(errno.EFBIG, f"larger than {_LARGEST} bytes", str(path))
+    raise PermissionError(errno.EPERM, f"a file of another user, {state.st_uid}", str(path))
 
 
 def _read(file: BinaryIO) -> tuple[str, Mapping[str, str]] | None:
