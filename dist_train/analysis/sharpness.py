@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Protocol
 
 import numpy as np
@@ -42,7 +43,7 @@ from dist_train.checkpoint.files import read_stored
 from dist_train.cluster.launch import current_launch
 from dist_train.config import NoiseSettings
 from dist_train.optim.noise_draws import NoiseDraws
-from dist_train.outcome import DivergedError, UsageError
+from dist_train.outcome import DivergedError, UsageError, writing
 from dist_train.reproducible import generator
 from dist_train.rundir.paths import RunDirectory
 
@@ -80,6 +81,9 @@ def measure_sharpness(
         return existing, file
     check_exclusions(loss.weights, settings.exclude)
     record = existing or _new_record(loss, checkpoint, data, settings)
+    with writing(file, "choose a folder with --output"):  # before measures that take long
+        folder.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()
     for measure in MEASURES:
         if measure in measures and not record.has(measure):
             record = _take(measure, loss, record, report)

@@ -109,10 +109,10 @@ class WidthResult(Section):
 class NoiseScaleResult(Section):
     """The gradient noise scale in samples, its jackknife error over batches, and the two terms of the ratio."""
 
-    value: float | None
-    standard_error: float | None
-    variance: float
-    squared_gradient: float
+    value: Finite
+    standard_error: Finite
+    variance: Finite
+    squared_gradient: Finite
     batches: int
 
 
@@ -179,5 +179,4 @@ def read_record(path: Path) -> SharpnessRecord:
 def write_record(path: Path, record: SharpnessRecord) -> None:
     """Write `record` to `path` atomically. Raises UsageError if its folder cannot be written."""
     with writing(path, "choose a folder with --output"):
-        path.parent.mkdir(parents=True, exist_ok=True)
         atomic.write_text(path, record.model_dump_json(indent=2) + "\n")

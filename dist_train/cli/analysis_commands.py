@@ -330,9 +330,9 @@ def _rows(record: SharpnessRecord) -> Iterator[tuple[str, str]]:
         error = None if width.censored else width.standard_error
         yield f"basin width, rise {width.rise:g}", f"{_number(width.mean, error)}{censored}"
     if (scale := record.noise_scale) is not None:
-        beyond = "unknown: more than these samples can show"
-        value = beyond if scale.value is None else _number(scale.value, scale.standard_error)
-        yield "gradient noise scale, samples", value
+        is_beyond = scale.value is None and scale.squared_gradient is not None
+        text = "unknown: more than these samples can show" if is_beyond else _number(scale.value, scale.standard_error)
+        yield "gradient noise scale, samples", text
 
 
 def _number(value: float | None, error: float | None = None) -> str:

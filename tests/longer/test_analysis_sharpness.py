@@ -91,6 +91,10 @@ def test_widths_and_noise_scale_are_measured(run: Path, capsys: pytest.CaptureFi
     next((run / "analysis").iterdir()).write_text(json.dumps(record))
     assert main(["sharpness", str(run), *OPTIONS, *more]) == 0
     assert "gradient noise scale, samples  unknown: more than these samples can show" in capsys.readouterr().out
+    record["noise_scale"].update(variance=None, squared_gradient=None)
+    next((run / "analysis").iterdir()).write_text(json.dumps(record))
+    assert main(["sharpness", str(run), *OPTIONS, *more]) == 0
+    assert "gradient noise scale, samples  not finite" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("batch_size", "ends_with"), [(25, 0), (26, 2), (49, 2)])
@@ -178,6 +182,14 @@ def test_run_on_an_image_folder_is_measured(tmp_path: Path) -> None:
     record, _ = measure_sharpness(tmp_path / "run", QUICK.model_copy(update={"samples": 24}), ["rise"])
     evaluated = evaluate_stored(tmp_path / "run", "train", [])
     assert record.loss == pytest.approx(evaluated["loss"], rel=1e-6)
+
+
+def test_folder_that_cannot_be_written_is_refused_before_the_measures(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    reported: list[str] = []
+    with raises(UsageError, "output-unwritable"):
+        measure_sharpness(run, QUICK, ["rise"], folder=tmp_path / "file", report=reported.append)
+    assert not reported
 
 
 def test_measures_are_deterministic(run: Path) -> None:

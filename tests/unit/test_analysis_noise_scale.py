@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_train.analysis.sharpness import noise_scale
+from dist_train.analysis.sharpness_record import NoiseScaleResult
 
 
 def test_estimate_for_known_gradients_is_unbiased() -> None:
@@ -45,6 +46,12 @@ def test_zero_gradient_has_no_noise_scale() -> None:
     gradient = np.array([1.0, 2.0])
     found = noise_scale([gradient, -gradient], [4, 4])
     assert (found.value, found.standard_error) == (None, None)
+
+
+def test_gradients_that_are_not_finite_have_no_noise_scale() -> None:
+    found = noise_scale([np.array([1.0, math.nan]), np.array([1.0, 2.0])], [4, 4])
+    assert (found.value, found.variance, found.squared_gradient) == (None, None, None)
+    assert NoiseScaleResult.model_validate_json(found.model_dump_json()) == found
 
 
 @given(
