@@ -79,7 +79,6 @@ NORMALIZATIONS: Mapping[str, Normalize] = {
 
 
 _MARGIN = 0.25  # how far the plane extends beyond the checkpoints, as a fraction of their extent
-_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -133,11 +132,14 @@ def trace(checkpoints: Sequence[Stored], subject: Subject, mask: torch.Tensor) -
 def principal_plane(displacements: torch.Tensor, steps: tuple[int, ...]) -> Trajectory:
     """Return the principal plane of `displacements` [k, n], one for each of `steps`; not centred, so it contains 0.
 
-    Raises UsageError if they do not span a plane.
+    Raises UsageError if they do not span a plane, or are not finite.
     """
-    chunks = (chunk.double() for chunk in displacements.split(_CHUNK, dim=1))
-    products = sum((chunk @ chunk.T for chunk in chunks), torch.zeros(()).double())
-    values, vectors = torch.linalg.eigh(products)
+    if not displacements.isfinite().all():
+        raise UsageError(
+            "a checkpoint's weights are not finite, so there is no plane: name an earlier checkpoint", code="no-plane"
+        )
+    displacements = displacements.double()
+    values, vectors = torch.linalg.eigh(displacements @ displacements.T)
     values, vectors = values.flip(0), vectors.flip(1)
     if not values[1] > 1e-12 * values[0]:
         raise UsageError(
@@ -149,8 +151,8 @@ def principal_plane(displacements: torch.Tensor, steps: tuple[int, ...]) -> Traj
         # An eigenvector's sign is arbitrary: choose the one that puts the first checkpoint on the positive side.
         if vector[vector.abs() > 1e-6][0] < 0:
             vector = -vector
-        directions.append(vector @ displacements.double() / values[index].sqrt())
-    projections = torch.stack([displacements.double() @ direction for direction in directions], dim=1).tolist()
+        directions.append(vector @ displacements / values[index].sqrt())
+    projections = torch.stack([displacements @ direction for direction in directions], dim=1).tolist()
     first, second = (values[:2] / values.sum()).tolist()
     coordinates = tuple((alpha, beta) for alpha, beta in projections)
     return Trajectory((directions[0], directions[1]), steps, coordinates, (first, second))
@@ -243,16 +245,15 @@ def ends(rise_at: Callable[[float], float], rises: Sequence[float], reach: float
         value = rise_at(distance) if distance > 0 else 0.0
         return value if math.isfinite(value) else _HUGE
 
-    found: list[float | None] = []
+    found: dict[float, float | None] = {}
     inside, outside = 0.0, reach * _FIRST_FRACTION
     for amount in sorted(rises):
         while rise(outside) <= amount and outside < reach:
             inside, outside = outside, min(reach, outside * _GROWTH)
-        if rise(outside) <= amount:
-            found.append(None)
-        else:
-            found.append(float(brentq(lambda at: rise(at) - amount, inside, outside, xtol=1e-12, rtol=_TOLERANCE)))  # noqa: B023
-    return [dict(zip(sorted(rises), found, strict=True))[amount] for amount in rises]
+        found[amount] = None
+        if rise(outside) > amount:
+            found[amount] = brentq(lambda at: rise(at) - amount, inside, outside, xtol=1e-12, rtol=_TOLERANCE)  # noqa: B023
+    return [found[amount] for amount in rises]
 
 
 def summarize(widths: Sequence[Width]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from dist_train.analysis.landscape_files import (
     Identity,
     LandscapeFolder,
     LandscapeSettings,
+    Measured,
     Point,
     PointRow,
     read_landscape,
@@ -154,8 +155,8 @@ def _measure_all(
     folder: LandscapeFolder, subject: Subject, plan: _Plan, comm: Communicator, threads: int | None, report: Report
 ) -> None:
     """Deal the unfinished points out to the ranks, evaluate them, and write all points."""
-    numbers = range(len(plan.points))
-    unfinished = sorted(set(numbers).difference(folder.finished())) if comm.rank == 0 else []
+    measured = folder.finished() if comm.rank == 0 else {}
+    unfinished = [number for number in range(len(plan.points)) if number not in measured]
     mine = json.loads(broadcast_str(comm, json.dumps(unfinished), "points"))[comm.rank :: comm.size]
 
     def measure() -> None:
@@ -168,11 +169,15 @@ def _measure_all(
         )
         for done, number in enumerate(mine):
             report(done, len(mine))
-            folder.keep(comm.rank, number, evaluator.evaluate(plan.walk(plan.points[number])))
+            measured[number] = evaluator.evaluate(plan.walk(plan.points[number]))
+            folder.keep(comm.rank, number, measured[number])
 
     run_on_all_ranks(comm, measure, "evaluate its points")
+    for root in range(1, comm.size):  # not by the ranks' files: NFS may show those of other nodes late
+        theirs = json.loads(broadcast_str(comm, json.dumps(list(measured.items())), "measured", root))
+        measured.update((number, [Measured(*pair) for pair in pairs]) for number, pairs in theirs)
     if comm.rank == 0:
-        folder.write_points(plan.points, folder.finished())
+        folder.write_points(plan.points, measured)
 
 
 def _widths(settings: LandscapeSettings, points: Sequence[Point], rows: Sequence[PointRow]) -> list[Width]:

@@ -13,13 +13,20 @@ import pytest
 import torch
 
 from dist_train.analysis.landscape import Finished, Report, make_landscape
-from dist_train.analysis.landscape_files import LandscapeSettings, PointRow, Statistics, read_landscape
+from dist_train.analysis.landscape_files import (
+    LandscapeFolder,
+    LandscapeSettings,
+    PointRow,
+    Statistics,
+    read_landscape,
+)
 from dist_train.analysis.landscape_points import PointEvaluator
 from dist_train.cluster.communicator import SingleProcess
 from dist_train.data.images import Split
 from dist_train.outcome import UsageError
 from dist_train.training.evaluation import evaluate_stored
 from tests.raising import raises
+from tests.unit.simulated_ranks import results
 from tests.unit.small_trainers import build_trainer, small_config
 
 pytestmark = pytest.mark.usefixtures("threads_as_before")
@@ -153,6 +160,16 @@ def test_killed_landscape_resumes_bit_identically(
     for path in folder.iterdir():
         assert path.read_bytes() == (undisturbed.folder / path.name).read_bytes(), path.name
     assert resumed.folder == folder
+
+
+def test_points_of_other_ranks_need_not_show_on_the_file_system_of_the_first(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = rows(compute([run], DIRECTION, output=tmp_path / "alone"))
+    monkeypatch.setattr(LandscapeFolder, "finished", lambda self: {})
+    both = results(2, lambda comm: make_landscape([run], DIRECTION, comm, ignore_progress, threads=1))
+    assert both[0] is not None
+    assert rows(both[0]) == expected
 
 
 def test_finished_result_is_not_evaluated_again(run: Path, evaluations: list[None]) -> None:

@@ -125,6 +125,14 @@ def test_a_straight_way_spans_no_plane() -> None:
         principal_plane(torch.arange(3.0).view(3, 1) * torch.ones(20), (1, 2, 3))
 
 
+@pytest.mark.parametrize("weight", [math.nan, math.inf])
+def test_weights_that_are_not_finite_span_no_plane(weight: float) -> None:
+    displacements = torch.eye(3, 20)
+    displacements[1, 5] = weight
+    with raises(UsageError, "no-plane"):
+        principal_plane(displacements, (1, 2, 3))
+
+
 def test_the_plane_reaches_beyond_all_checkpoints() -> None:
     unit = torch.ones(1).double()
     trajectory = Trajectory((unit, unit), (1, 2, 3), ((4.0, -1.0), (2.0, 1.0), (0.0, 0.0)), (0.9, 0.1))
