@@ -210,7 +210,9 @@ def export(target: Path | str, to: Format, output: Path | str | None = None, wei
             loaded = write(model, images, part)
             difference = float((loaded(images) - expected).abs().max())
     except ImportError as error:
-        reason = f"{to} needs {error.name}, which is not installed: pip install 'dist_train[onnx]'"
+        reason = f"{to}: {error}"
+        if isinstance(error, ModuleNotFoundError):
+            reason = f"{to} needs {error.name}, which is not installed: pip install 'dist_train[onnx]'"
         if str(error.name).startswith("onnxscript."):  # a part that each release adds for the next torch
             versions = f"onnxscript {installed_version('onnxscript')} is too old for torch {torch.__version__}"
             reason = f"{versions}: pip install --upgrade onnxscript onnx"

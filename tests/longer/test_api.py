@@ -113,6 +113,18 @@ def test_an_onnxscript_too_old_for_torch_is_told_from_a_missing_one(
     assert "pip install --upgrade onnxscript" in str(refused.value)
 
 
+def test_a_library_that_is_broken_is_told_from_a_missing_one(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "onnxruntime.py").write_text("raise ImportError('libcudart.so: cannot open shared object file')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "onnxruntime")
+    with raises(UsageError, code="export-missing") as refused:
+        dist_train.export(run, "onnx", tmp_path / "model.onnx")
+    assert "libcudart.so: cannot open" in str(refused.value)
+    assert "not installed" not in str(refused.value)
+
+
 @pytest.mark.parametrize(("to", "name"), [("safetensors", "folder"), ("torch-export", "file/model")])
 def test_export_to_an_unwritable_place_is_refused(run: Path, tmp_path: Path, to: Format, name: str) -> None:
     (tmp_path / "folder").mkdir()
