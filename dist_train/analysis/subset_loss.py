@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing
 
 import numpy as np
 import torch
@@ -72,8 +72,7 @@ class SubsetLoss:
             with torch.no_grad():
                 return float(self._loss_of(model, batch))
 
-        with self._at(values):
-            return sum(self._map_batches(work))
+        return sum(self._map_batches(work, values))
 
     def value_and_gradient(self, point: Vector) -> tuple[float, Vector]:
         """Return the loss at `point` and its gradient."""
@@ -83,8 +82,7 @@ class SubsetLoss:
             gradients = torch.autograd.grad(loss, self.weights.parameters, materialize_grads=True)
             return float(loss.detach()), _concatenated(gradients)
 
-        with self._at(self._flat(point)):
-            values, gradients = zip(*self._map_batches(work), strict=True)
+        values, gradients = zip(*self._map_batches(work, self._flat(point)), strict=True)
         return sum(values), self._sum(gradients)
 
     def batch_gradients(self) -> tuple[list[Vector], list[int]]:
@@ -96,8 +94,7 @@ class SubsetLoss:
             joined: Vector = _concatenated(gradients).cpu().numpy()
             return joined
 
-        with self._at(self.clean):
-            return self._map_batches(work), [len(labels) for _, labels in self._batches]
+        return self._map_batches(work, self.clean), [len(labels) for _, labels in self._batches]
 
     def hessian_product(self, direction: Vector) -> Vector:
         """Return the product of `direction` and the Hessian at the clean weights."""
@@ -111,8 +108,8 @@ class SubsetLoss:
             return _concatenated(torch.autograd.grad(gradients, weights, parts, materialize_grads=True))
 
         # torch's other kernels of attention have no second derivative
-        with self._at(self.clean), sdpa_kernel(SDPBackend.MATH):
-            return self._sum(self._map_batches(work))
+        with sdpa_kernel(SDPBackend.MATH):
+            return self._sum(self._map_batches(work, self.clean))
 
     def accuracy(self) -> float:
         """Return the fraction of the samples that the clean weights classify correctly."""
@@ -121,11 +118,14 @@ class SubsetLoss:
             with torch.no_grad():
                 return int((self._logits(model, batch[0]).argmax(1) == batch[1]).sum())
 
-        with self._at(self.clean):
-            return sum(self._map_batches(work)) / self._samples
+        return sum(self._map_batches(work, self.clean)) / self._samples
 
-    def _map_batches(self, work: Callable[[nn.Module, Batch], Result]) -> list[Result]:
-        """Return the result of `work` for each batch, in order. Raises UsageError if this device cannot do it."""
+    def _map_batches(self, work: Callable[[nn.Module, Batch], Result], values: Tensor) -> list[Result]:
+        """Return the result of `work` for each batch, in order, at the flat weights `values`; restore the clean ones.
+
+        Raises UsageError if this device cannot do it.
+        """
+        self.weights.values.copy_(values)
         try:
             return self._replicas.map(work, self._batches)
         except RuntimeError as error:
@@ -138,13 +138,6 @@ class SubsetLoss:
                     code="derivative-missing",
                 ) from error
             raise
-
-    @contextmanager
-    def _at(self, values: Tensor) -> Iterator[None]:
-        """Set the flat weights to `values` within the block, then restore the clean weights."""
-        try:
-            self.weights.values.copy_(values)
-            yield
         finally:
             self.weights.values.copy_(self.clean)
 

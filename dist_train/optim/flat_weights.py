@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import pairwise
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from dist_train.models.norms import norm_parameters
@@ -111,19 +113,15 @@ class FlatWeights:
     def mask(self, exclude: Sequence[str]) -> torch.Tensor:
         """Return 1.0 for each weight that `exclude` does not match, 0.0 for the others and for padding; [n]."""
         mask = torch.ones_like(self.values)
-        mask[self.masked_indices(exclude).to(mask.device)] = 0.0
+        mask[torch.tensor(self.masked_indices(exclude), device=mask.device)] = 0.0
         return mask
 
-    def masked_indices(self, exclude: Sequence[str]) -> torch.Tensor:
-        """Return the indices at which `mask` is 0.0, in order, int64 on the CPU."""
-        return torch.cat([torch.arange(each.start, each.stop) for each in self.masked_ranges(exclude)])
-
-    def masked_ranges(self, exclude: Sequence[str]) -> list[range]:
-        """Return the ranges of indices at which `mask` is 0.0, in order; some may be empty."""
+    def masked_indices(self, exclude: Sequence[str]) -> NDArray[np.int64]:
+        """Return the indices at which `mask` is 0.0, in order."""
         left_out = set(self.excluded(exclude))
         kept = [segment for segment in self.segments if segment not in left_out]
         edges = [(0, 0), *((segment.start, segment.stop) for segment in kept), (len(self.values), 0)]
-        return [range(stop, start) for (_, stop), (start, _) in pairwise(edges)]
+        return np.concatenate([np.arange(stop, start) for (_, stop), (start, _) in pairwise(edges)])
 
     @property
     def filter_lengths(self) -> torch.Tensor:

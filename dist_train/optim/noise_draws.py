@@ -36,11 +36,8 @@ class NoiseDraws:
         self._distribution = _DISTRIBUTIONS[settings.distribution](weights.values.device)
         self._scale = _SCALES.get(settings.scale) or partial(_plugin_parts, settings)
         self._seed = seed
-        # In NumPy, not torch: torch is slower, and an emulated GPU's tensors hold no values.
-        self._excluded = np.concatenate(
-            [np.arange(each.start, each.stop) for each in weights.masked_ranges(settings.exclude)]
-        )
-        self._excluded_on_device = weights.masked_indices(settings.exclude).to(weights.values.device)
+        self._excluded = weights.masked_indices(settings.exclude)
+        self._excluded_on_device = torch.tensor(self._excluded, device=weights.values.device)
         self._filters = Filters(weights.filter_lengths, len(weights.values))
         self.values = torch.zeros_like(weights.values) if values is None else values
 
@@ -54,6 +51,7 @@ class NoiseDraws:
         """Make the same draw; yield each part's slice of `values` as soon as it is filled."""
         drawn = self._integers(key(self._seed, "noise", step, *indices))
         for part in self._scale(self.values, weights, self._filters, drawn, amplitude, self._distribution.unit):
+            # By NumPy: torch is slower, and an emulated GPU's tensors hold no values.
             first, last = np.searchsorted(self._excluded, (part.start, part.stop))
             self.values.index_fill_(0, self._excluded_on_device[first:last], 0.0)
             yield part

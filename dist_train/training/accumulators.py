@@ -229,7 +229,7 @@ class GridAccumulator(GradientAccumulator):
             device=self._gradients.device,
         )
         """Of each filter where it begins, its length, and which parameter's it is."""
-        self._padding = weights.masked_indices(()).to(self._gradients.device)
+        self._padding = torch.tensor(weights.masked_indices(()), device=self._gradients.device)
         self._grids = Grids(progress, len(self._tensors), terms, bits)
         self.largest = torch.zeros(self._filters[-1], dtype=torch.int64, device=self._gradients.device)
         self._exponents: Sequence[int] = ()
