@@ -37,9 +37,7 @@ def weights() -> FlatWeights:
 
 
 def parts(weights: FlatWeights, flat: torch.Tensor) -> dict[str, torch.Tensor]:
-    return {
-        segment.name: flat[segment.start : segment.stop].view(segment.shape).double() for segment in weights.segments
-    }
+    return {name: view.double() for name, view in weights.named(flat).items()}
 
 
 def test_every_filter_has_the_norm_of_the_weights_filter(weights: FlatWeights) -> None:

@@ -26,12 +26,6 @@ def move(weights: FlatWeights, step: int) -> None:
         view.add_(torch.randn(view.shape, generator=source))
 
 
-def averages_of(averaging: Averaging, weights: FlatWeights, steps: int) -> dict[str, torch.Tensor]:
-    """Return each parameter's average after so many updates."""
-    views = weights.views_of(averaging.value(steps))
-    return {segment.name: view for segment, view in zip(weights.segments, views, strict=True)}
-
-
 @pytest.mark.parametrize("decay", [0.5, 0.99, 0.999])
 def test_the_moving_average_is_that_of_torch(decay: float) -> None:
     model = a_model()
@@ -43,7 +37,7 @@ def test_the_moving_average_is_that_of_torch(decay: float) -> None:
         averaging.after_update(step)
         expected.update_parameters(model)
     named = dict(expected.module.named_parameters())
-    for name, value in averages_of(averaging, weights, 30).items():
+    for name, value in weights.named(averaging.value(30)).items():
         assert torch.equal(value, named[name].detach()), name
 
 
@@ -78,7 +72,7 @@ def test_it_resumes_from_its_state_bit_identically(kind: str) -> None:
     assert torch.equal(twin.value(17), averaging.value(17))
     assert twin.digest() == averaging.digest()
     stored = averaged_state({"kept": averaging.state(17), "statistics": {}}, {})
-    assert all(torch.equal(stored[name], value) for name, value in averages_of(averaging, weights, 17).items())
+    assert all(torch.equal(stored[name], value) for name, value in weights.named(averaging.value(17)).items())
 
 
 def test_the_model_computes_with_the_average_within_the_block_alone() -> None:

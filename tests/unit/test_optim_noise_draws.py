@@ -80,8 +80,7 @@ def draw(distribution: Distribution, scale: Scale, step: int = STEP, index: int 
 
 
 def part(name: str, values: Tensor) -> Tensor:
-    [segment] = [segment for segment in weights().segments if segment.name == name]
-    return values[segment.start : segment.stop].view(segment.shape)
+    return weights().named(values)[name]
 
 
 def units(distribution: Distribution, scale: Scale) -> Tensor:
