@@ -6,12 +6,13 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from dist_train.models.norms import norm_parameters
 from dist_train.outcome import UsageError
@@ -36,10 +37,13 @@ class FlatWeights:
     """Moves a model's trainable parameters into one buffer `values` [n], and their gradients into `gradients` [n].
 
     The parameters become views of them. Between tensors there is padding, which is zero in both.
+
+    Raises UsageError if another tensor of the model has the memory of one that is moved.
     """
 
     def __init__(self, model: nn.Module) -> None:
         named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        _check_memory(model, named)
         self.parameters: tuple[nn.Parameter, ...] = tuple(parameter for _, parameter in named)
         of_norms = norm_parameters(model)
         segments: list[Segment] = []
@@ -153,6 +157,21 @@ class FlatWeights:
                 raise UsageError(f"{setting}: no weight is called {pattern}; {hint}", code="no-such-weight")
             matched.update(found)
         return [segment for segment in self.segments if segment in matched]
+
+
+def _check_memory(model: nn.Module, trained: Sequence[tuple[str, nn.Parameter]]) -> None:
+    places = {_place(parameter): name for name, parameter in trained}
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if not is_lazy(tensor) and (other := places.get(_place(tensor), name)) != name:
+            raise UsageError(
+                f"{name} and {other} have the same memory, but are two tensors, of which one would keep its old "
+                f"values: to share weights assign the parameter itself, not its .data",
+                code="plugin-result",
+            )
+
+
+def _place(tensor: torch.Tensor) -> tuple[int, int]:
+    return tensor.untyped_storage()._cdata, tensor.storage_offset()
 
 
 _NORM_PART = 1 << 16

@@ -107,6 +107,19 @@ def test_frozen_parameters_are_left_where_they_are() -> None:
     assert not views_of(weights.values, [model.get_parameter("0.weight").data])
 
 
+def test_tensors_that_share_memory_without_being_one_are_refused() -> None:
+    tied, shared, watched = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), a_model(), a_model()
+    tied[1].weight = tied[0].weight
+    assert FlatWeights(tied).count == 9 + 3 + 3
+    shared[0].bias.data = shared[1].weight.data
+    watched.register_buffer("kernel", watched[0].weight.detach())
+    for model in (shared, watched):
+        with raises(UsageError, "plugin-result"):
+            FlatWeights(model)
+    watched.requires_grad_(requires_grad=False)[3].requires_grad_()
+    assert FlatWeights(watched).count == 27 * 2 + 2
+
+
 @pytest.mark.parametrize(
     ("patterns", "names"),
     [
