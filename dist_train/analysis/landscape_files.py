@@ -231,8 +231,8 @@ class LandscapeFolder:
     def begin(self) -> bool:
         """Create folder and settings.json; return whether all points are finished. Raises UsageError."""
         with writing(self.path, "choose a folder with --output"):
-            self._finished_points.mkdir(parents=True, exist_ok=True)
             if not (is_finished := self.points.is_file()):
+                self._finished_points.mkdir(parents=True, exist_ok=True)
                 self.save_settings({})
             return is_finished
 

@@ -38,6 +38,7 @@ def test_numbers_are_read_back_bit_identically(tmp_path: Path) -> None:
     third = [Measured(1 / 3, 0.1 + 0.2), Measured(math.nan, math.inf)]
     folder.write_points([Point(0, -0.1), Point(2, 0.3, 0.7)], {0: measured(5e-324), 1: third})
     assert folder.begin()
+    assert not (folder.path / "partial").exists()
     rows = read_landscape(folder.path).rows
     assert [(row.direction, row.alpha, row.beta, row.split) for row in rows] == [
         (0, -0.1, 0.0, "train"),
