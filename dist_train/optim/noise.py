@@ -204,21 +204,17 @@ class SmoothOut(_Perturbing):
             self._move_to(point, micro_batch, self.rank)
 
     def _move_to(self, point: Point, micro_batch: int, rank: int) -> None:
-        sharing = self.settings.sharing
+        """Set the perturbed weights to `point` of `micro_batch`, at the step of the last `perturb`, on `rank`."""
+        clean, sharing = self.weights.values, self.settings.sharing
+        if point.sign == 0:
+            self._perturbed.copy_(clean)
+            return
         indices: tuple[int | str, ...] = (micro_batch // self._turns,) if sharing == "micro_batch" else ()
         if sharing == "rank":
             indices = STREAM_OF_A_RANK, rank
         if point.draw:
             indices = (*indices, "draw", point.draw)
-        self._move_by(self._step, *indices, sign=point.sign)
-
-    def _move_by(self, step: int, *indices: int | str, sign: int = 1) -> None:
-        """Set the perturbed weights to the clean ones plus `sign` times the draw of (`step`, `indices`)."""
-        clean = self.weights.values
-        if sign == 0:
-            self._perturbed.copy_(clean)
-            return
-        for part in self._draws.parts(clean, sign * self.amplitude(step), step, *indices):
+        for part in self._draws.parts(clean, point.sign * self.amplitude(self._step), self._step, *indices):
             self._add_clean(clean, part)
 
     def _add_clean(self, clean: Tensor, part: slice) -> None:
@@ -227,8 +223,8 @@ class SmoothOut(_Perturbing):
 
     def lost_in(self, precision: torch.dtype, step: int) -> float:
         """Return the share of the perturbed weights whose noise at `step` is rounded away by a cast to `precision`."""
-        clean = self.weights.values
-        self._move_by(step)
+        clean, self._step = self.weights.values, step
+        self._move_to(self._points[0], 0, self.rank)
         noisy = self._perturbed != clean
         lost = noisy & (self._perturbed.to(precision) == clean.to(precision))
         return float(lost.sum() / noisy.sum().clamp_(min=1))
