@@ -80,6 +80,11 @@ def measure_sharpness(
         report(f"measured before: delete {file} to measure again")
         return existing, file
     check_exclusions(loss.weights, settings.exclude)
+    if "keskar" in measures and settings.keskar_dimensions > loss.count:
+        raise UsageError(
+            f"--keskar-dimensions is {settings.keskar_dimensions}: there are {loss.count} weights, choose at most that",
+            code="option-range",
+        )
     record = existing or _new_record(loss, checkpoint, data, settings)
     with writing(file, "choose a folder with --output"):  # before measures that take long
         folder.mkdir(parents=True, exist_ok=True)
@@ -100,11 +105,6 @@ def _new_record(
     if not math.isfinite(value):
         raise DivergedError(
             f"{checkpoint.path}: the loss is not finite, so there is nothing to measure", code="loss-not-finite"
-        )
-    if settings.keskar_dimensions > loss.count:
-        raise UsageError(
-            f"--keskar-dimensions is {settings.keskar_dimensions}: there are {loss.count} weights, choose at most that",
-            code="option-range",
         )
     return SharpnessRecord(
         checkpoint=checkpoint,

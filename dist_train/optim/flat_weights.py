@@ -170,7 +170,7 @@ def _check_memory(model: nn.Module, trained: Sequence[tuple[str, nn.Parameter]])
             )
 
 
-def _place(tensor: torch.Tensor) -> tuple[int, int]:
+def _place(tensor: torch.Tensor) -> tuple[object, object]:
     return tensor.untyped_storage()._cdata, tensor.storage_offset()
 
 

@@ -184,6 +184,13 @@ def test_run_on_an_image_folder_is_measured(tmp_path: Path) -> None:
     assert record.loss == pytest.approx(evaluated["loss"], rel=1e-6)
 
 
+def test_dimensions_of_the_subspace_matter_to_keskar_s_measure_alone(run: Path) -> None:
+    settings = QUICK.model_copy(update={"keskar_dimensions": 10**6})
+    assert measure_sharpness(run, settings, ["rise"])[0].has("rise")
+    with raises(UsageError, "option-range"):
+        measure_sharpness(run, settings, ["rise", "keskar"])
+
+
 def test_folder_that_cannot_be_written_is_refused_before_the_measures(run: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     reported: list[str] = []

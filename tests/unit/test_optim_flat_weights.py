@@ -112,7 +112,7 @@ def test_tensors_that_share_memory_without_being_one_are_refused() -> None:
     tied[1].weight = tied[0].weight
     assert FlatWeights(tied).count == 9 + 3 + 3
     shared[0].bias.data = shared[1].weight.data
-    watched.register_buffer("kernel", watched[0].weight.detach())
+    watched.register_buffer("kernel", watched.get_parameter("0.weight").detach())
     for model in (shared, watched):
         with raises(UsageError, "plugin-result"):
             FlatWeights(model)
