@@ -29,7 +29,7 @@ class Averaging:
 
     def __init__(self, settings: AveragingSettings, weights: FlatWeights, steps_per_epoch: int) -> None:
         self.settings = settings
-        self._weights = weights
+        self.weights = weights
         self._every = settings.every_steps or (1 if settings.kind == "ema" else steps_per_epoch)
         rows = {"none": 0, "ema": 1, "lawa": settings.last}[settings.kind]
         self.kept = weights.values.new_zeros(rows, len(weights.values))
@@ -43,32 +43,23 @@ class Averaging:
         if rest or not self:
             return
         if self.settings.kind == "ema":
-            self.kept[0].lerp_(self._weights.values, 1.0 if number == 1 else 1.0 - self.settings.decay)
+            self.kept[0].lerp_(self.weights.values, 1.0 if number == 1 else 1.0 - self.settings.decay)
         else:
-            self.kept[(number - 1) % len(self.kept)].copy_(self._weights.values)
+            self.kept[(number - 1) % len(self.kept)].copy_(self.weights.values)
 
     def value(self, steps: int) -> Tensor:
         """Return the average after `steps` updates [n]; the weights themselves if it includes none yet."""
         rows = self.kept[: self._filled(steps)]
-        return mean_of(rows) if len(rows) else self._weights.values
-
-    @contextmanager
-    def in_force(self, steps: int) -> Iterator[None]:
-        """Within the block, let the model compute with the average after `steps` updates."""
-        self._weights.compute_with(self._weights.views_of(self.value(steps)))
-        try:
-            yield
-        finally:
-            self._weights.compute_with_values()
+        return mean_of(rows) if len(rows) else self.weights.values
 
     def state(self, steps: int) -> list[dict[str, Tensor]]:
         """Return what a checkpoint holds: for each row in use, tensors by the parameters' names."""
-        return [self._weights.named(row) for row in self.kept[: self._filled(steps)]]
+        return [self.weights.named(row) for row in self.kept[: self._filled(steps)]]
 
     def load(self, state: Sequence[Mapping[str, Tensor]]) -> None:
         """Restore what `state` returned."""
         for row, tensors in zip(self.kept, state, strict=False):
-            for name, view in self._weights.named(row).items():
+            for name, view in self.weights.named(row).items():
                 view.copy_(tensors[name])
 
     def digest(self) -> int:
@@ -103,16 +94,17 @@ class AveragedModel:
     @contextmanager
     def in_force(self, steps: int) -> Iterator[None]:
         """Within the block, let the network use the average after `steps` updates."""
-        original = _cloned(self._buffers)
+        weights, original = self.averaging.weights, _cloned(self._buffers)
+        weights.compute_with(weights.views_of(self.averaging.value(steps)))
         try:
-            with self.averaging.in_force(steps):
-                if self._statistics_step != steps and self._buffers:
-                    self.recompute()
-                    self._statistics, self._statistics_step = _cloned(self._buffers), steps
-                else:
-                    _copy(self._statistics, self._buffers)
-                yield
+            if self._statistics_step != steps and self._buffers:
+                self.recompute()
+                self._statistics, self._statistics_step = _cloned(self._buffers), steps
+            else:
+                _copy(self._statistics, self._buffers)
+            yield
         finally:
+            weights.compute_with_values()
             _copy(original, self._buffers)
 
     def forget(self) -> None:

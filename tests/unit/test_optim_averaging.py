@@ -7,10 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim import swa_utils
 
 from dist_train.config import AveragingSettings
-from dist_train.optim.averaging import Averaging, averaged_state
+from dist_train.optim.averaging import AveragedModel, Averaging, averaged_state
 from dist_train.optim.flat_weights import FlatWeights
 
 
@@ -31,7 +31,7 @@ def test_the_moving_average_is_that_of_torch(decay: float) -> None:
     model = a_model()
     weights = FlatWeights(model)
     averaging = Averaging(AveragingSettings(kind="ema", decay=decay), weights, 4)
-    expected = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+    expected = swa_utils.AveragedModel(model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(decay))
     for step in range(30):
         move(weights, step)
         averaging.after_update(step)
@@ -84,7 +84,7 @@ def test_the_model_computes_with_the_average_within_the_block_alone() -> None:
     averaging.after_update(0)
     weights.values.mul_(3)
     after = model(images)
-    with averaging.in_force(1):
+    with AveragedModel(model, averaging, lambda: None).in_force(1):
         assert torch.equal(model(images), before)
     assert torch.equal(model(images), after)
 
