@@ -16,7 +16,7 @@ from dist_train.config import DataSettings
 from dist_train.config.plugins import call_plugin, failing_clearly, is_plugin
 from dist_train.data.columns import find_arrays, find_parquet, find_saved, parquet_index, read_arrays, saved_index
 from dist_train.data.encoded import FileIndexer, find_shards, list_folder, packed_listing, shard_index
-from dist_train.data.images import ImageSet, Listing, MapDataset, Split
+from dist_train.data.images import DataSource, ImageSet, Listing, MapDataset, Split
 from dist_train.data.plan import divided
 from dist_train.data.published import find_cifar, find_fashion_mnist, read_cifar, read_fashion_mnist
 from dist_train.outcome import UsageError
@@ -31,14 +31,13 @@ class Reader:
     find: Callable[[DataSettings, Split], object] | None = None  # reads no image; None without files
 
 
-def load_data(settings: DataSettings, split: Split, seed: int) -> ImageSet | MapDataset:
-    """Return all images of train or test; a plug-in may return a map-style Dataset, of which no sample is read yet.
+def load_data(settings: DataSettings, split: Split, seed: int) -> DataSource:
+    """Return all images of train or test; encoded ones are listed, shuffled by the seed, and a Dataset is not read yet.
 
     `plan.divided` says which of the training images are trained on. Raises UsageError if files are missing or damaged,
     or hold no image.
     """
     images = (_plugin if is_plugin(settings.name) else READERS[settings.name].read)(settings, split, seed)
-    assert not isinstance(images, Listing), "encoded images are listed"
     if len(images) == 0:
         place = f" in {settings.root}" if settings.root is not None else ""
         raise UsageError(f"{settings.name} holds no {split} images{place}: both splits need some", code="data-counts")
@@ -46,13 +45,6 @@ def load_data(settings: DataSettings, split: Split, seed: int) -> ImageSet | Map
         assert images.shape == settings.image_format.shape
         assert images.classes == settings.image_format.classes
     return images
-
-
-def list_encoded(settings: DataSettings, split: Split, seed: int) -> Listing:
-    """Return all images of a split of encoded images, shuffled by the seed. Raises UsageError."""
-    listing = READERS[settings.name].read(settings, split, seed)
-    assert isinstance(listing, Listing)
-    return listing
 
 
 def find_data(settings: DataSettings) -> None:

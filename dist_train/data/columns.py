@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from dist_train.config import DataSettings
 from dist_train.data.cache import cache_folder
@@ -47,7 +46,7 @@ def parquet_index(path: Path, settings: DataSettings) -> tuple[Path, Index]:
 
 def find_parquet(settings: DataSettings, split: Split) -> list[Path]:
     """Return the Parquet files of a split after checking their columns. Raises UsageError."""
-    paths = split_files(settings.folder, split, (".parquet",))
+    paths = split_files(settings.folder, split, ".parquet")
     for path in paths:
         _check_columns(path, _parquet_file(path).schema_arrow, *_columns(settings))
     return paths
@@ -232,8 +231,10 @@ def read_arrays(settings: DataSettings, split: Split) -> ImageSet:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         tensors = torch.from_numpy(pixels), torch.from_numpy(labels.astype(np.int64))
-    is_mapped = images_file.suffix == ".npy"
-    return ImageSet(*tensors, image_format.classes, _identity(*tensors), is_mapped)
+    # Of the labels and of some images, since reading all of them takes as long as an epoch.
+    digested = evenly_spread(max(1, len(labels)), _DIGESTED)[: len(labels)]
+    identity = digest_of(f"{pixels.shape}", tensors[1], tensors[0][digested])
+    return ImageSet(*tensors, image_format.classes, identity, is_mapped=images_file.suffix == ".npy")
 
 
 def find_arrays(settings: DataSettings, split: Split) -> tuple[tuple[Path, str], tuple[Path, str]]:
@@ -285,9 +286,3 @@ def _array(path: Path, name: str) -> NDArray[Any]:
     except Exception as error:
         # Damaged files raise errors of nearly any type.
         raise UsageError(f"{path} is damaged or not a NumPy file: {error}", code="data-format") from error
-
-
-def _identity(images: Tensor, labels: Tensor) -> str:
-    """Return a digest of the labels and of some images, since reading all of them takes as long as an epoch."""
-    chosen = evenly_spread(max(1, len(labels)), _DIGESTED)[: len(labels)]
-    return digest_of(f"{tuple(images.shape)}", labels, images[chosen])

@@ -43,33 +43,44 @@ _LAYOUT = "an image folder holds train/CLASS/*.jpg and val/CLASS/*.jpg (or test/
 
 
 def list_folder(settings: DataSettings, split: Split, seed: int = 0) -> Listing:
-    """Return the images of a split of an image folder, shuffled by the seed. Raises UsageError."""
-    listing = list_split(settings.folder, split, settings.image_format.classes, seed)
-    if split == "test":
-        check_same_classes(settings.folder)
-    return listing
-
-
-def list_split(root: Path, split: Split, classes: int, seed: int) -> Listing:
-    """Return the files of `split` below `root`, shuffled by the seed, so that any prefix has images of all classes.
+    """Return the images of a split of an image folder, shuffled by the seed: any prefix has images of all classes.
 
     Classes are numbered by their sorted names. Nothing depends on the order in which the file system lists files.
-    Raises UsageError if a folder is missing, a class is empty, or the number of classes is not `classes`.
+    Raises UsageError if a folder is missing, a class is empty, the number of classes is not that of the settings, or
+    those of test are not those of train.
     """
-    return _shuffled(_scan(_folder(root, split), classes), split, seed)
+    folder, classes = _folder(settings.folder, split), settings.image_format.classes
+    class_names = _classes(folder)
+    with reading(folder, code="image-folder-unreadable"):
+        files = [_images_in(folder / name) for name in class_names]
+    if len(class_names) != classes:
+        fix = f"set data.classes to {len(class_names)}" if len(class_names) > 1 else _LAYOUT
+        raise UsageError(
+            f"{folder} holds {len(class_names)} class folders, but data.classes is {classes}: {fix}", code="class-count"
+        )
+    for name, images in zip(class_names, files, strict=True):
+        if not images:
+            raise UsageError(
+                f"the class folder {folder / name} holds no image ({', '.join(_SUFFIXES)}): "
+                "fill it, or remove it and lower data.classes",
+                code="class-empty",
+            )
+    if split == "test":
+        train = _folder(settings.folder, "train")
+        if differing := sorted(set(_classes(train)) ^ set(class_names)):
+            raise UsageError(
+                f"{train} and {folder} hold different classes: only one of them has {differing[0]}",
+                code="classes-differ",
+            )
+    counts = torch.tensor([len(images) for images in files])
+    paths = [os.path.join(name, image) for name, images in zip(class_names, files, strict=True) for image in images]
+    labels, source = torch.arange(classes).repeat_interleave(counts), digest_of("\0".join(paths))
+    whole = Listing(lambda number: os.path.join(folder, paths[number]), torch.arange(len(paths)), labels, source)
+    return _shuffled(whole, split, seed)
 
 
 def _shuffled(listing: Listing, split: Split, seed: int) -> Listing:
     return listing.select(torch.randperm(len(listing), generator=generator(seed, "image folder", split)))
-
-
-def check_same_classes(root: Path) -> None:
-    """Raise UsageError if the two splits below `root` have different class names."""
-    train, test = (_folder(root, split) for split in ("train", "test"))
-    if differing := sorted(set(_classes(train)) ^ set(_classes(test))):
-        raise UsageError(
-            f"{train} and {test} hold different classes: only one of them has {differing[0]}", code="classes-differ"
-        )
 
 
 def _folder(root: Path, split: Split) -> Path:
@@ -86,28 +97,6 @@ def _folder(root: Path, split: Split) -> Path:
 def _classes(folder: Path) -> list[str]:
     with reading(folder, code="image-folder-unreadable"), os.scandir(folder) as entries:
         return sorted(entry.name for entry in entries if _is_visible(entry) and entry.is_dir())
-
-
-def _scan(folder: Path, classes: int) -> Listing:
-    class_names = _classes(folder)
-    with reading(folder, code="image-folder-unreadable"):
-        files = [_images_in(folder / name) for name in class_names]
-    if len(class_names) != classes:
-        fix = f"set data.classes to {len(class_names)}" if len(class_names) > 1 else _LAYOUT
-        raise UsageError(
-            f"{folder} holds {len(class_names)} class folders, but data.classes is {classes}: {fix}", code="class-count"
-        )
-    for name, images in zip(class_names, files, strict=True):
-        if not images:
-            raise UsageError(
-                f"the class folder {folder / name} holds no image ({', '.join(_SUFFIXES)}): "
-                "fill it, or remove it and lower data.classes",
-                code="class-empty",
-            )
-    counts = torch.tensor([len(images) for images in files])
-    paths = [os.path.join(name, image) for name, images in zip(class_names, files, strict=True) for image in images]
-    labels, source = torch.arange(classes).repeat_interleave(counts), digest_of("\0".join(paths))
-    return Listing(lambda number: os.path.join(folder, paths[number]), torch.arange(len(paths)), labels, source)
 
 
 def _images_in(folder: Path) -> list[str]:
@@ -167,17 +156,14 @@ def packed_listing(
         file, offset, length, row = places[number].tolist()
         return files[file], offset, length, f"{origins[file]}, sample {row}"
 
-    whole = Listing(refer, torch.arange(len(places)), all_labels, source)
-    if not len(whole):
-        raise UsageError(f"{origins[0]} holds no image", code="data-counts")
-    return _shuffled(whole, split, seed)
+    return _shuffled(Listing(refer, torch.arange(len(places)), all_labels, source), split, seed)
 
 
-def split_files(root: Path, split: Split, suffixes: tuple[str, ...]) -> list[Path]:
+def split_files(root: Path, split: Split, suffix: str) -> list[Path]:
     """Return a split's files, sorted: those in a folder of its name, else with it in their names. Raises UsageError."""
     with reading(root, code="image-folder-unreadable"):
-        files = _files_of(root, split, suffixes)
-        in_both = set(files).intersection(_files_of(root, "train" if split == "test" else "test", suffixes))
+        files = _files_of(root, split, suffix)
+        in_both = set(files).intersection(_files_of(root, "train" if split == "test" else "test", suffix))
     if in_both:
         raise UsageError(
             f"{min(in_both)} is named as both train and test data: put the files into folders train/ and val/",
@@ -187,19 +173,19 @@ def split_files(root: Path, split: Split, suffixes: tuple[str, ...]) -> list[Pat
         return files
     name = SPLIT_NAMES[split][0]
     raise UsageError(
-        f"{root} holds no {split} data: {name}/*{suffixes[0]} or {name}-*{suffixes[0]} "
+        f"{root} holds no {split} data: {name}/*{suffix} or {name}-*{suffix} "
         f"(for test: {', '.join(SPLIT_NAMES['test'])}); set data.root",
         code="data-missing",
     )
 
 
-def _files_of(root: Path, split: Split, suffixes: tuple[str, ...]) -> list[Path]:
+def _files_of(root: Path, split: Split, suffix: str) -> list[Path]:
     for name in SPLIT_NAMES[split]:
         if (root / name).is_dir():
-            paths = [path for path in (root / name).iterdir() if path.name.endswith(suffixes)]
+            paths = [path for path in (root / name).iterdir() if path.name.endswith(suffix)]
         else:
             part = re.compile(rf"(^|[-_.]){name}[-_.]")
-            paths = [path for path in root.iterdir() if path.name.endswith(suffixes) and part.search(path.name)]
+            paths = [path for path in root.iterdir() if path.name.endswith(suffix) and part.search(path.name)]
         if visible := [path for path in paths if not path.name.startswith(".")]:
             return sorted(visible)
     return []
@@ -248,7 +234,7 @@ class _Member:
 
 def find_shards(settings: DataSettings, split: Split) -> list[Path]:
     """Return the shards of a split. Raises UsageError if there are none."""
-    return split_files(settings.folder, split, (".tar",))
+    return split_files(settings.folder, split, ".tar")
 
 
 def shard_index(shard: Path, settings: DataSettings) -> tuple[Path, Index]:
@@ -370,9 +356,8 @@ def _members_of_index(index: Path, shard: Path) -> Iterator[_Member]:
         ]
     except (ValueError, KeyError, IndexError) as error:
         raise not_an_index from error
-    if len(rows) != count or not members:
-        raise not_an_index
-    if any(each.offset < _HEADER or not 0 <= each.length <= size - each.offset for each in members):
+    is_within = all(each.offset >= _HEADER and 0 <= each.length <= size - each.offset for each in members)
+    if len(rows) != count or not members or not is_within:
         raise not_an_index
     with shard.open("rb") as file:
         for member in (members[0], members[len(members) // 2], members[-1]):

@@ -116,6 +116,9 @@ class MapDataset(Protocol):
     def __getitem__(self, index: int, /) -> tuple[Any, Any]: ...
 
 
+DataSource = ImageSet | Listing | MapDataset  # a split in memory, of encoded images, or of a plug-in
+
+
 @dataclass(frozen=True)
 class BatchRequest:
     """The samples of a batch, int64 [n] on the CPU, and the epoch that determines their augmentation; None: none."""

@@ -27,9 +27,9 @@ from dist_train.data.augmentation import (
     staging_buffer,
     statistics_of_parts,
 )
-from dist_train.data.catalog import list_encoded, load_data
+from dist_train.data.catalog import load_data
 from dist_train.data.decoding import DRAWS, EncodedImages, Work
-from dist_train.data.images import BatchRequest, ImageSet, Listing, MapDataset, Split, evenly_spread
+from dist_train.data.images import BatchRequest, DataSource, ImageSet, Listing, Split, evenly_spread
 from dist_train.data.loader_workers import BatchJob, Decoder, LoaderProcesses
 from dist_train.data.plan import divided
 from dist_train.data.plugin_samples import PluginSamples, Recipe, labels_of
@@ -45,7 +45,7 @@ class SampleSource(ABC):
     """The samples of one split, delivered on the device in the network's input format, without waiting for it."""
 
     def __init__(self, device: torch.device, seed: int, augment: str, pixels: PixelFormat | None) -> None:
-        """`augment`: none or crop-flip."""
+        """Only `augment` crop-flip is applied here."""
         self._device = device
         self._seed = seed
         self._crops_and_flips = augment == "crop-flip"
@@ -148,20 +148,13 @@ class Samples(SampleSource):
         return staging.to(self._device, non_blocking=True)
 
 
-def open_splits(
-    settings: DataSettings,
-    seed: int,
-    device: torch.device,
-    channels_last: bool = False,
-) -> Splits:
+def open_splits(settings: DataSettings, seed: int, device: torch.device, channels_last: bool = False) -> Splits:
     """Open the splits. Only training samples are augmented; all splits are normalized by the training images.
 
     Raises UsageError if files are missing or damaged, or do not match the settings; FaultError if a sample that is read
     at the start is damaged.
     """
     pixels = PixelFormat(torch.channels_last if channels_last else torch.contiguous_format)
-    if settings.data_set.is_encoded:
-        return _open(settings, _list_encoded_splits(settings, seed), {}, seed, device, pixels)
     names: tuple[Split, ...] = ("train", "test")
     opened = {split: load_data(settings, split, seed) for split in names}
     train, test = opened["train"], opened["test"]
@@ -182,17 +175,12 @@ def open_splits(
                 None if held_out is None else Samples(train, device, seed, pixels=pixels, numbers=held_out),
                 pixels.statistics,
             )
-    return _open(settings, _list_python_splits(settings, opened, seed), opened, seed, device, pixels)
+    return _open(settings, opened, seed, device, pixels)
 
 
 def training_labels(settings: DataSettings, seed: int) -> Tensor:
     """Return the labels of the training samples, int64 [n], in the order of `open_splits`. Raises UsageError."""
-    if settings.data_set.is_encoded:
-        labels = list_encoded(settings, "train", seed).labels
-        assert labels is not None
-    else:
-        source = load_data(settings, "train", seed)
-        labels = source.labels if isinstance(source, ImageSet) else labels_of(source, settings, seed)
+    labels = labels_of(load_data(settings, "train", seed), settings, seed)
     return labels[divided(labels, settings, seed)[0]]
 
 
@@ -224,7 +212,7 @@ class LoadedSamples(SampleSource):
     ) -> None:
         """Make the samples of `listing` by `decoder`, which other splits may share; only training is augmented."""
         is_encoded, augment = settings.data_set.is_encoded, settings.augment if split == "train" else "none"
-        super().__init__(device, seed, "none" if is_encoded or is_plugin(augment) else augment, pixels)
+        super().__init__(device, seed, "none" if is_encoded else augment, pixels)
         self._shape = settings.image_format.shape
         self._split = split
         self._source: Split = "train" if split == "validation" else split
@@ -233,14 +221,9 @@ class LoadedSamples(SampleSource):
         self._is_cropped = is_encoded and augment == "crop-flip"
         # a plug-in may draw random numbers in each epoch
         self._has_epochs = self._is_cropped or (split == "train" and _uses_plugin(settings))
-        self.is_shuffled = is_encoded  # whether the listing has been shuffled by the seed
 
     def __len__(self) -> int:
         return len(self._listing)
-
-    def _on_device(self, batch: BatchRequest) -> tuple[Tensor, Tensor]:
-        images, labels = self.staged(batch)
-        return images.to(self._device, non_blocking=True), move(labels, self._device)
 
     def prefetch(self, batches: Iterable[BatchRequest]) -> None:
         self._decoder.prefetch(map(self._job, batches))
@@ -249,13 +232,14 @@ class LoadedSamples(SampleSource):
         """End the loader processes, which other splits may share."""
         self._decoder.close()
 
-    def staged(self, batch: BatchRequest) -> tuple[Tensor, Tensor]:
-        """Return images, uint8 [n, C, H, W], in a buffer ready to be copied to the device, and labels, int64 [n]."""
+    def _on_device(self, batch: BatchRequest) -> tuple[Tensor, Tensor]:
         count = batch.indices.numel()
         images = staging_buffer((count, *self._shape), torch.uint8, self._device)
         labels = torch.zeros(count, dtype=torch.int64)
         self._decoder.fetch(self._job(batch), images, labels)
-        return images, labels if self._listing.labels is None else self._listing.labels[batch.indices]
+        if self._listing.labels is not None:
+            labels = self._listing.labels[batch.indices]
+        return images.to(self._device, non_blocking=True), move(labels, self._device)
 
     def _job(self, batch: BatchRequest) -> BatchJob:
         indices = batch.indices
@@ -265,8 +249,9 @@ class LoadedSamples(SampleSource):
             part = indices[start:stop]
             numbers = part.tolist()
             references = [self._listing.reference(sample) for sample in numbers]
-            is_cropped = self._is_cropped and epoch is not None
-            draws = augmentation_draws(part, self._seed, epoch or 0).tolist() if is_cropped else None
+            draws = None
+            if self._is_cropped and epoch is not None:
+                draws = augmentation_draws(part, self._seed, epoch).tolist()
             return Work(references, draws, self._source, numbers, epoch)
 
         return BatchJob((self._split, epoch, indices.numpy().tobytes()), indices.numel(), work)
@@ -277,42 +262,31 @@ def augmentation_draws(samples: Tensor, seed: int, epoch: int) -> Tensor:
     return uniform(key(seed, "random resized crop", epoch), samples.unsqueeze(1) * DRAWS + torch.arange(DRAWS))
 
 
-def _list_encoded_splits(settings: DataSettings, seed: int) -> dict[Split, Listing]:
-    """Return the splits of encoded images. Raises UsageError as `list_encoded` does."""
-    train, test = (list_encoded(settings, split, seed) for split in ("train", "test"))
-    assert train.labels is not None
-    listings: dict[Split, Listing] = {"train": train, "test": test}
-    return listings | _divided(train, train.labels, settings, seed)
-
-
-def _list_python_splits(
-    settings: DataSettings, opened: Mapping[Split, ImageSet | MapDataset], seed: int
-) -> dict[Split, Listing]:
-    """Return the splits of map-style Datasets, or of image sets that a plug-in augments."""
-    listings: dict[Split, Listing] = {}
-    for split, source in opened.items():
-        labels = source.labels if isinstance(source, ImageSet) else None
-        # of a plug-in's file without its folder: it may move
-        name = source.identity if isinstance(source, ImageSet) else f"{Path(settings.name).name} {split}"
-        listings[split] = Listing(int, torch.arange(len(source)), labels, name)
-    train = opened["train"]
+def _listings(settings: DataSettings, opened: Mapping[Split, DataSource], seed: int) -> dict[Split, Listing]:
+    """Return all splits, of which train is divided, as listings."""
+    listings = {split: _listing(settings, split, source) for split, source in opened.items()}
     if (settings.train_size, settings.validation_size) == (None, None):
         return listings
-    if not isinstance(train, ImageSet):
-        return listings | _divided(listings["train"], labels_of(train, settings, seed), settings, seed)
-    parts = _divided(listings["train"], train.labels, settings, seed)
-    # The digest is that of the images' source alone, as without a plug-in.
-    return listings | {
-        split: replace(part, refer=part.reference, numbers=torch.arange(len(part))) for split, part in parts.items()
-    }
-
-
-def _divided(whole: Listing, labels: Tensor, settings: DataSettings, seed: int) -> dict[Split, Listing]:
-    kept, held_out = divided(labels, settings, seed)
-    parts: dict[Split, Listing] = {"train": whole.select(kept)}
+    whole, source = listings["train"], opened["train"]
+    kept, held_out = divided(labels_of(source, settings, seed), settings, seed)
+    listings["train"] = whole.select(kept)
     if held_out is not None:
-        parts["validation"] = whole.select(held_out)
-    return parts
+        listings["validation"] = whole.select(held_out)
+    if isinstance(source, ImageSet):  # the digest is that of the images' source alone, as without a plug-in
+        for split in listings.keys() - {"test"}:
+            part = listings[split]
+            listings[split] = replace(part, refer=part.reference, numbers=torch.arange(len(part)))
+    return listings
+
+
+def _listing(settings: DataSettings, split: Split, source: DataSource) -> Listing:
+    if isinstance(source, Listing):
+        return source
+    samples = torch.arange(len(source))
+    if isinstance(source, ImageSet):
+        return Listing(int, samples, source.labels, source.identity)
+    # without the folder of a plug-in's file, which may move
+    return Listing(int, samples, None, f"{Path(settings.name).name} {split}")
 
 
 def _uses_plugin(settings: DataSettings) -> bool:
@@ -320,18 +294,10 @@ def _uses_plugin(settings: DataSettings) -> bool:
 
 
 def _open(
-    settings: DataSettings,
-    listings: dict[Split, Listing],
-    opened: Mapping[Split, ImageSet | MapDataset],
-    seed: int,
-    device: torch.device,
-    pixels: PixelFormat,
+    settings: DataSettings, opened: Mapping[Split, DataSource], seed: int, device: torch.device, pixels: PixelFormat
 ) -> Splits:
-    """Return the samples of `listings`; the splits share the loader processes.
-
-    Statistics for normalization are those of 1,000 training images, chosen by the seed and not augmented, unless
-    `pixels` has them.
-    """
+    """Return the splits of `opened`, made when needed; they share the loader processes."""
+    listings = _listings(settings, opened, seed)
     decoder, recipe, loaders = Decoder(EncodedImages()), "", settings.loader_workers
     if _uses_plugin(settings):
         decoder = Decoder(PluginSamples(settings, seed, opened))
@@ -340,12 +306,7 @@ def _open(
     if loaders:
         decoder = LoaderProcesses(loaders, settings.image_format.shape, recipe)
     if settings.normalize and pixels.statistics is None:
-        plain = LoadedSamples("train", listings["train"], decoder, settings, torch.device("cpu"), seed)
-        try:
-            pixels = replace(pixels, statistics=statistics_of_parts(_statistics_images(plain, seed)))
-        except CodedError:
-            decoder.close()
-            raise
+        pixels = replace(pixels, statistics=_statistics(settings, listings["train"], decoder, seed))
     samples = {
         split: LoadedSamples(split, listing, decoder, settings, device, seed, pixels)
         for split, listing in listings.items()
@@ -391,11 +352,16 @@ def _try_samples(settings: DataSettings, listings: Mapping[Split, Listing], deco
         )
 
 
-def _statistics_images(samples: LoadedSamples, seed: int) -> Iterator[Tensor]:
-    """Yield the images for normalization statistics, in parts: a random choice, which is the first ones if shuffled."""
+def _statistics(settings: DataSettings, listing: Listing, decoder: Decoder, seed: int) -> ChannelStatistics:
+    """Return the statistics of 1,000 training images, chosen by the seed and not augmented."""
+    samples = LoadedSamples("train", listing, decoder, settings, torch.device("cpu"), seed)
     order = torch.arange(len(samples))
-    if not samples.is_shuffled:
+    if not settings.data_set.is_encoded:  # otherwise the listing is shuffled
         order = torch.randperm(len(samples), generator=generator(seed, "statistics"))
     parts = [BatchRequest(part) for part in torch.split(order[:STATISTICS_SAMPLES], _STATISTICS_PART)]
-    samples.prefetch(parts)
-    return (samples.staged(part)[0] for part in parts)
+    try:
+        samples.prefetch(parts)
+        return statistics_of_parts(samples._on_device(part)[0] for part in parts)
+    except CodedError:
+        decoder.close()
+        raise

@@ -23,7 +23,7 @@ from dist_train.config import DataSettings
 from dist_train.config.plugins import call_plugin, failing_clearly, is_plugin
 from dist_train.data.catalog import load_data
 from dist_train.data.decoding import EncodedImages, Work, fitted
-from dist_train.data.images import ImageSet, MapDataset, Split, channels_first
+from dist_train.data.images import DataSource, ImageSet, Listing, Split, channels_first
 from dist_train.outcome import UsageError
 from dist_train.reproducible import key, preserved_generators, seed_generators, seeded_generators
 
@@ -42,7 +42,7 @@ class Recipe(BaseModel):
 class PluginSamples:
     """Makes samples with the plug-ins that `settings` name."""
 
-    def __init__(self, settings: DataSettings, seed: int, opened: Mapping[Split, ImageSet | MapDataset]) -> None:
+    def __init__(self, settings: DataSettings, seed: int, opened: Mapping[Split, DataSource]) -> None:
         self._settings = settings
         self._shape = settings.image_format.shape
         self._seed = seed
@@ -62,7 +62,8 @@ class PluginSamples:
                     image, labels[index] = self._sample(split, reference)
                     name = f"sample {reference} of {self._settings.name} ({split})"
                     if augment is not None:  # it may write to the image, a view of the data set's memory
-                        image = image.clone() if isinstance(image, Tensor) else self._copied(image, name)
+                        with _naming(name, self._settings.name):
+                            image = image.clone() if isinstance(image, Tensor) else copy.copy(image)
                 else:
                     path = reference if isinstance(reference, str) else reference[3]
                     image, name = self._files.image(reference), f"the image {path}"
@@ -70,14 +71,9 @@ class PluginSamples:
                         pixels[index] = fitted(image, self._shape[-1], draws)
                         continue
                 if augment is not None:
-                    with _naming(name), failing_clearly(self._settings.augment):
+                    with _naming(name, self._settings.augment):
                         image = augment(image)
                 pixels[index] = self._checked_pixels(image, name)
-
-    def _copied(self, image: Any, name: str) -> Any:
-        """Return a copy of a plug-in's image, which Pillow may have to read from its file for that."""
-        with _naming(name), failing_clearly(self._settings.name):
-            return copy.copy(image)
 
     def _sample(self, split: Split, index: int) -> tuple[Any, int]:
         if split not in self._opened:
@@ -85,8 +81,9 @@ class PluginSamples:
         source = self._opened[split]
         if isinstance(source, ImageSet):
             return source.images[index], int(source.labels[index])
+        assert not isinstance(source, Listing), "encoded images are decoded"
         name = f"sample {index} of {self._settings.name} ({split})"
-        with _naming(name), failing_clearly(self._settings.name):
+        with _naming(name, self._settings.name):
             match source[index]:
                 case (image, label):
                     number = _whole_number(label)
@@ -137,18 +134,21 @@ class PluginSamples:
         return pixels.reshape(self._shape)
 
 
-def labels_of(dataset: MapDataset, settings: DataSettings, seed: int) -> Tensor:
-    """Return all labels of the training set, int64 [n]: its `targets`, as in torchvision, or each sample's."""
+def labels_of(source: DataSource, settings: DataSettings, seed: int) -> Tensor:
+    """Return all labels of the training set, int64 [n]; a Dataset's are its `targets`, as in torchvision, or read."""
+    if isinstance(source, ImageSet | Listing):
+        assert source.labels is not None
+        return source.labels
     classes = settings.image_format.classes
     try:
-        labels = np.asarray(getattr(dataset, "targets", None))
+        labels = np.asarray(getattr(source, "targets", None))
     except Exception:  # of the Dataset's own code, or of targets that are no array: labels are then read
         labels = np.empty(0)
-    if labels.shape == (len(dataset),) and labels.dtype.kind in "iu" and 0 <= labels.min() <= labels.max() < classes:
+    if labels.shape == (len(source),) and labels.dtype.kind in "iu" and 0 <= labels.min() <= labels.max() < classes:
         return torch.from_numpy(labels.astype(np.int64))
-    reader = PluginSamples(settings.model_copy(update={"augment": "none"}), seed, {"train": dataset})
-    pixels, read = np.empty((1, *settings.image_format.shape), np.uint8), np.empty(len(dataset), np.int64)
-    for index in range(len(dataset)):
+    reader = PluginSamples(settings.model_copy(update={"augment": "none"}), seed, {"train": source})
+    pixels, read = np.empty((1, *settings.image_format.shape), np.uint8), np.empty(len(source), np.int64)
+    for index in range(len(source)):
         reader.read(Work([index], split="train", numbers=[index]), pixels, read[index : index + 1])
     return torch.from_numpy(read)
 
@@ -166,10 +166,11 @@ def _augment_of(settings: DataSettings, seed: int) -> Augment | None:
 
 
 @contextmanager
-def _naming(name: str) -> Iterator[None]:
-    """Prefix errors of the plug-in with the `name` of the sample."""
+def _naming(name: str, plugin: str) -> Iterator[None]:
+    """Turn errors of the `plugin` in the block into UsageErrors that begin with the `name` of the sample."""
     try:
-        yield
+        with failing_clearly(plugin):
+            yield
     except UsageError as error:
         raise UsageError(f"{name}: {error}", code=error.code) from error
 

@@ -7,6 +7,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from dist_train.config import DataSettings
+from dist_train.data.encoded import list_folder
+from dist_train.data.images import Listing, Split
+
 CLASSES = ("ant", "bee", "cat")
 
 
@@ -31,6 +35,11 @@ def write_folder(
                 width, height = 16 + 5 * (image % 4), 16 + 3 * (image % 5)
                 write_image(root / split / name / f"{image:04}{suffix}", width, height, seed)
     return root
+
+
+def listed(root: Path, split: Split, classes: int, seed: int) -> Listing:
+    """Return the images of a split of the image folder `root`."""
+    return list_folder(DataSettings(name="imagefolder", root=root, classes=classes), split, seed)
 
 
 def damage(path: Path) -> Path:

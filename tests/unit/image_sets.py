@@ -15,8 +15,8 @@ from pyarrow import parquet
 from dist_train.config import DataSettings
 from dist_train.data.catalog import load_data
 from dist_train.data.decoding import EncodedImages, Part, fitted
-from dist_train.data.encoded import list_split
 from dist_train.data.images import ImageSet, Split
+from tests.unit.image_folders import listed
 
 SPLITS: dict[Split, str] = {"train": "train", "test": "validation"}
 
@@ -35,7 +35,7 @@ def load_images(settings: DataSettings, split: Split, seed: int) -> ImageSet:
 
 def in_class_order(root: Path, split: Split, classes: int) -> list[tuple[bytes, int]]:
     """Return the files and labels of a split by class and name: what an image folder's listing shuffles."""
-    listing = list_split(root, split, classes, seed=0)
+    listing = listed(root, split, classes, seed=0)
     assert listing.labels is not None
     files = sorted((int(listing.labels[sample]), listing.reference(sample)) for sample in range(len(listing)))
     return [(Path(path).read_bytes(), label) for label, path in files]
@@ -72,7 +72,7 @@ def write_arrays(folder: Path, root: Path, classes: int, size: int, seed: int) -
     """Write the pixels of the image folder `root`, resized as without augmentation, in the order of the seed."""
     folder.mkdir()
     for split, name in SPLITS.items():
-        listing = list_split(root, split, classes, seed)
+        listing = listed(root, split, classes, seed)
         assert listing.labels is not None
         pixels = [decode(listing.reference(sample), size, None) for sample in range(len(listing))]
         np.save(folder / f"{name}_images.npy", np.stack(pixels).transpose(0, 2, 3, 1))
