@@ -75,14 +75,13 @@ def random_box(width: int, height: int, draws: Sequence[float]) -> Box:
         aspect = math.exp(log_aspect * (2 * draws[2 * attempt + 1] - 1))
         wide, high = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < wide <= width and 0 < high <= height:
-            return _box(int(left * (width - wide + 1)), int(top * (height - high + 1)), wide, high)
-    wide = min(width, max(1, round(height * _LARGEST_ASPECT)))
-    high = min(height, max(1, round(width * _LARGEST_ASPECT)))
-    return _box((width - wide) // 2, (height - high) // 2, wide, high)
-
-
-def _box(left: int, top: int, width: int, height: int) -> Box:
-    return left, top, left + width, top + height
+            x, y = int(left * (width - wide + 1)), int(top * (height - high + 1))
+            break
+    else:
+        wide = min(width, max(1, round(height * _LARGEST_ASPECT)))
+        high = min(height, max(1, round(width * _LARGEST_ASPECT)))
+        x, y = (width - wide) // 2, (height - high) // 2
+    return x, y, x + wide, y + high
 
 
 def _centre(image: Image.Image, size: int) -> Image.Image:

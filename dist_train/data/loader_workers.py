@@ -15,6 +15,7 @@ import mmap
 import os
 import select
 import signal
+import struct
 import subprocess
 import sys
 from collections import deque
@@ -40,6 +41,7 @@ _SLOT_BYTES = 1 << 20
 _MAX_IMAGES = 32  # of a slot
 _MEMORY_BYTES = 1 << 28
 _MAX_SLOTS = 256
+_RECORD = struct.Struct("i")  # a slot number in a pipe, which has room for all; written at once, so that none mix
 _WAIT_MILLISECONDS = 200
 _CLOSED_BY_EXEC = 1  # MFD_CLOEXEC, as os.memfd_create sets it
 _BLOCKED_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
@@ -145,10 +147,8 @@ class LoaderProcesses(Decoder):
             assert part.slot is not None
             # NumPy copies in this thread; torch would use further threads, and these need cores that loaders occupy.
             target, count = slice(part.start, part.stop), part.stop - part.start
-            pixels[target], numbers[target] = (
-                self._slots.pixels[part.slot, :count],
-                self._slots.labels[part.slot, :count],
-            )
+            pixels[target] = self._slots.pixels[part.slot, :count]
+            numbers[target] = self._slots.labels[part.slot, :count]
             self._free.append(part.slot)
             part.slot = None
         self._batches.popleft()
@@ -222,7 +222,7 @@ class LoaderProcesses(Decoder):
             slot = self._free.pop()
             self._slots.write_message(slot, json.dumps(job.work(part.start, part.stop)).encode())
             try:
-                os.write(self._requests, slot.to_bytes(RECORD, "little", signed=True))
+                os.write(self._requests, _RECORD.pack(slot))
             except BrokenPipeError:
                 self._check_alive()
                 raise
@@ -239,9 +239,9 @@ class LoaderProcesses(Decoder):
     def _receive(self) -> None:
         """Process the replies that have arrived."""
         with suppress(BlockingIOError):  # no more
-            while records := os.read(self._replies, RECORD * _MAX_SLOTS):
-                for place in range(0, len(records), RECORD):
-                    self._finish(int.from_bytes(records[place : place + RECORD], "little", signed=True))
+            while records := os.read(self._replies, _RECORD.size * _MAX_SLOTS):
+                for (record,) in _RECORD.iter_unpack(records):
+                    self._finish(record)
             self._check_alive(all_gone=True)
 
     def _finish(self, record: int) -> None:
@@ -275,8 +275,6 @@ class LoaderProcesses(Decoder):
             fix = ": if the machine ran out of memory, set fewer data.loader_workers" if code < 0 else ""
             raise FaultError(f"the loader process {process.pid}, which makes samples, {how}{fix}", code="loader-ended")
 
-
-RECORD = 4  # bytes of a slot number in a pipe, which has room for all; read and written atomically: records never mix
 
 _LONGEST_PATH = 4096
 _BYTES_PER_IMAGE = 2 * 6 * _LONGEST_PATH + 32 * DRAWS + 128  # an image's path, name, place and draws
@@ -320,8 +318,8 @@ class Slots:
 def serve(requests: int, replies: int, slots: Slots, recipe: str) -> None:
     """Make samples until the pipe of requests is closed; their source is opened at the first request."""
     reader: Reader | None = None
-    while record := os.read(requests, RECORD):
-        slot = int.from_bytes(record, "little", signed=True)
+    while record := os.read(requests, _RECORD.size):
+        [slot] = _RECORD.unpack(record)
         try:
             reader = reader or _reader(recipe)
             work = Work(*json.loads(slots.message(slot)))
@@ -333,7 +331,7 @@ def serve(requests: int, replies: int, slots: Slots, recipe: str) -> None:
             slots.write_message(slot, json.dumps(failure).encode())
             slot = ~slot
         try:
-            os.write(replies, slot.to_bytes(RECORD, "little", signed=True))
+            os.write(replies, _RECORD.pack(slot))
         except BrokenPipeError:
             return
 
