@@ -24,7 +24,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from dist_train.config import Config, ImageFormat, ModelSettings
+from dist_train.config import Config, ImageFormat
 from dist_train.config.plugins import call_plugin, failing_clearly
 from dist_train.models.norms import (
     VECTOR_GROUP,
@@ -150,7 +150,7 @@ def build_model(config: Config) -> nn.Module:
     """Return the network [n, C, H, W] -> logits [n, classes], on the CPU, with initial weights from `run.seed`."""
     # torch's layers draw initial values, which are overwritten, and what a plug-in keeps may be random, too
     with seeded_generators(key(config.run.seed, "model")):
-        model = _network(config.model, config.data.image_format, config.precision.channels_last)
+        model = _network(config)
     initialize(model, config.run.seed)
     return model
 
@@ -163,13 +163,14 @@ def runs_sequentials_whole(name: str) -> bool:
     return name in _MODELS or name.startswith("torchvision:")
 
 
-def _network(settings: ModelSettings, images: ImageFormat, channels_last: bool) -> nn.Module:
+def _network(config: Config) -> nn.Module:
+    settings, images = config.model, config.data.image_format
     norm = norm_factory(settings)
     if settings.name in _MODELS:
         return _MODELS[settings.name](images, settings.width, norm)
     model: nn.Module = call_plugin(settings.name, settings.options, nn.Module, images, settings.width, norm)
     _check_buffers(model, settings.name)
-    blank = _blank(images, channels_last)
+    blank = _blank(config)
     with failing_clearly(settings.name), _noting_layer(model):
         model.train()  # not to be chained: a method `train` of the model's own may return nothing
         with torch.enable_grad(), restoring_buffers(model):
@@ -226,10 +227,10 @@ def _noting_layer(model: nn.Module) -> Iterator[None]:
 _TRIAL_SAMPLES = 2
 
 
-def _blank(images: ImageFormat, channels_last: bool, samples: int = _TRIAL_SAMPLES) -> Tensor:
+def _blank(config: Config, samples: int = _TRIAL_SAMPLES) -> Tensor:
     """Return blank images in the layout of training, in which for example Tensor.view may fail."""
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.zeros(samples, *images.shape).to(memory_format=layout)
+    layout = torch.channels_last if config.precision.channels_last else torch.contiguous_format
+    return torch.zeros(samples, *config.data.image_format.shape).to(memory_format=layout)
 
 
 @contextmanager
@@ -259,10 +260,10 @@ def check_training(model: nn.Module, config: Config) -> None:
     name = config.model.name
     if name in _MODELS:
         return
-    images = _blank(config.data.image_format, config.precision.channels_last)
+    images = _blank(config)
     seed = key(config.run.seed, "model")
     with seeded_generators(seed), failing_clearly(name):
-        more = _blank(config.data.image_format, config.precision.channels_last, 2 * _TRIAL_SAMPLES)
+        more = _blank(config, 2 * _TRIAL_SAMPLES)
         # Of blank images dropout leaves no trace; these have values of 0 and 1 where a model counts in 255 steps.
         more.uniform_(0.0, 1 / 255, generator=generator(config.run.seed, "trial images"))
         shapes = {path: value.shape for path, value in model.state_dict().items()}

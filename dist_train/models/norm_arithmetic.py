@@ -40,7 +40,7 @@ def normalize(
     if torch.compiler.is_compiling() and across is None:
         # The compiler fuses plain operations, but does not handle kernels that write to parts of a tensor.
         groups = inputs.split(list(group_sizes))
-        outputs = _rectified(_plain_groups(inputs, weight, bias, epsilon, group_sizes), relu)
+        outputs = _plain(inputs, weight, bias, epsilon, group_sizes, relu)
         moments = [torch.var_mean(group.detach().float(), [0, *range(2, group.dim())]) for group in groups]
         variances, means = (torch.stack(kind) for kind in zip(*moments, strict=True))
         return outputs, means, variances
@@ -48,12 +48,12 @@ def normalize(
         # A compiled graph cannot wait for other ranks: break the graph here.
         sync: _Operation = torch.compiler.disable(_NormalizeAcrossRanks.apply)
         outputs, means, variances = sync(inputs, weight, bias, epsilon, across)
-        return _rectified(outputs, relu), means, variances
-    if _kernels_support(inputs, weight, group_sizes):
+    elif _kernels_support(inputs, weight, group_sizes):
         kernels: _Operation = _NormalizeByKernels.apply
         return kernels(inputs, weight, bias, epsilon, tuple(group_sizes), relu)
-    plain: _Operation = _NormalizeByTorch.apply
-    outputs, means, variances = plain(inputs, weight, bias, epsilon, tuple(group_sizes))
+    else:
+        plain: _Operation = _NormalizeByTorch.apply
+        outputs, means, variances = plain(inputs, weight, bias, epsilon, tuple(group_sizes))
     return _rectified(outputs, relu), means, variances
 
 
@@ -188,24 +188,24 @@ def _plain_gradients(ctx: Any, upstream: Tensor, relu: bool) -> tuple[Tensor | N
     """Return the gradients that are needed, by operations that can be differentiated once more, as for Hessians."""
     inputs, weight, bias = ctx.saved_tensors[:3]
     needed = ctx.needs_input_grad[:3]
-    outputs = _rectified(_plain_groups(inputs, weight, bias, ctx.epsilon, ctx.group_sizes), relu)
+    outputs = _plain(inputs, weight, bias, ctx.epsilon, ctx.group_sizes, relu)
     wanted = [leaf for leaf, is_needed in zip((inputs, weight, bias), needed, strict=True) if is_needed]
     found = iter(torch.autograd.grad(outputs, wanted, upstream, create_graph=True))
     return tuple(next(found) if is_needed else None for is_needed in needed)
 
 
-def _plain_groups(inputs: Tensor, weight: Tensor, bias: Tensor, epsilon: float, group_sizes: Sequence[int]) -> Tensor:
-    return torch.cat([_plain(group, weight, bias, epsilon) for group in inputs.split(list(group_sizes))])
-
-
-def _plain(group: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
-    """Return the normalized `group`, by operations that torch can differentiate repeatedly."""
-    dimensions = [0, *range(2, group.dim())]
-    values = group.float()
-    centered = values - values.mean(dimensions, keepdim=True)
-    scale = (centered.square().mean(dimensions, keepdim=True) + epsilon).rsqrt()
-    shape = (-1, *(1,) * (group.dim() - 2))
-    return (centered * (scale * weight.view(shape)) + bias.view(shape)).to(group.dtype)
+def _plain(
+    inputs: Tensor, weight: Tensor, bias: Tensor, epsilon: float, group_sizes: Sequence[int], relu: bool
+) -> Tensor:
+    """Return the outputs of `normalize`, by operations that torch can differentiate repeatedly."""
+    dimensions, shape = [0, *range(2, inputs.dim())], (-1, *(1,) * (inputs.dim() - 2))
+    outputs = []
+    for group in inputs.split(list(group_sizes)):
+        values = group.float()
+        centered = values - values.mean(dimensions, keepdim=True)
+        scale = (centered.square().mean(dimensions, keepdim=True) + epsilon).rsqrt()
+        outputs.append((centered * (scale * weight.view(shape)) + bias.view(shape)).to(group.dtype))
+    return _rectified(torch.cat(outputs), relu)
 
 
 def _torch_is_accurate(inputs: Tensor) -> bool:
