@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path
 from unittest.mock import Mock
@@ -183,9 +182,3 @@ def test_a_name_that_is_no_unicode_is_read_and_printed(tmp_path: Path) -> None:
         decode(strange, 4, None)
     assert "caf\N{REPLACEMENT CHARACTER}" in str(raised.value)
     str(raised.value).encode()
-
-
-def test_aspects_are_those_of_the_logarithm() -> None:
-    draws = [0.2, 1.0 - 2**-24] * ATTEMPTS + [0.0, 0.0, 0.9]
-    left, top, right, bottom = random_box(1000, 1000, draws)
-    assert math.isclose((right - left) / (bottom - top), 4 / 3, rel_tol=0.01)

@@ -20,7 +20,6 @@ from dist_train.models.norms import (
     join_relus,
     norm_factory,
     norm_modules,
-    norm_parameters,
     sync_batch_norm,
 )
 from tests.unit.simulated_ranks import SimulatedRanks, results
@@ -191,13 +190,6 @@ def test_a_relu_that_does_not_directly_follow_its_norm_stays() -> None:
 
 def test_the_state_dict_has_batch_norm_s_names_and_nothing_else() -> None:
     assert list(GroupedBatchNorm(2).state_dict()) == ["weight", "bias", "running_mean", "running_var"]
-
-
-def test_norm_modules_and_parameters_are_found_by_kind() -> None:
-    first, second = GroupedBatchNorm(3), GroupedBatchNorm(3, 4)
-    model = nn.Sequential(nn.Linear(2, 3), first, nn.Sequential(second))
-    assert norm_modules(model) == [first, second]
-    assert norm_parameters(model) == {"1.weight", "1.bias", "2.0.weight", "2.0.bias"}
 
 
 @pytest.mark.parametrize(("name", "group_size"), [("batch", None), ("ghost", 16), ("sync", None)])

@@ -39,16 +39,6 @@ def test_it_has_the_published_number_of_parameters(data: str, width: float, norm
     assert sum(parameter.numel() for parameter in model.parameters()) == count
 
 
-@pytest.mark.parametrize(
-    ("data", "shape", "classes"),
-    [("fashion-mnist", (1, 28, 28), 10), ("cifar10", (3, 32, 32), 10), ("cifar100", (3, 32, 32), 100)],
-)
-@pytest.mark.parametrize("width", [0.0625, 0.25])
-def test_images_become_one_logit_a_class(data: str, shape: tuple[int, int, int], classes: int, width: float) -> None:
-    model = build_model(config(data, width=width))
-    assert model(torch.zeros(4, *shape)).shape == (4, classes)
-
-
 def test_odd_sizes_are_pooled_up_and_narrow_widths_keep_a_channel() -> None:
     settings = {
         "data": {"name": "synthetic", "synthetic_shape": [2, 9, 13], "synthetic_classes": 3},
