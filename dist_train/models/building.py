@@ -13,13 +13,13 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
+from traceback import walk_tb
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -203,25 +203,15 @@ def _network(config: Config) -> nn.Module:
 @contextmanager
 def _noting_layer(model: nn.Module) -> Iterator[None]:
     """Note in an error the layer of `model` that raised it: one of torch's has no line in the plug-in's file."""
-    names = {layer: name for name, layer in model.named_modules()}
-    entered: list[nn.Module] = []
-
-    def leave(layer: nn.Module, inputs: object, output: object) -> None:
-        entered.pop()
-
-    hooks = [
-        register_module_forward_pre_hook(lambda layer, inputs: entered.append(layer)),
-        register_module_forward_hook(leave),
-    ]
     try:
         yield
     except Exception as error:
-        if entered and (name := names.get(entered[-1])):
-            error.add_note(f"(in its layer {name}, {type(entered[-1]).__name__})")
+        names = {layer: name for name, layer in model.named_modules() if name}
+        callers = [frame.f_locals.get("self") for frame, _ in walk_tb(error.__traceback__)]
+        layers = [each for each in callers if isinstance(each, nn.Module) and each in names]
+        for layer in layers[-1:]:
+            error.add_note(f"(in its layer {names[layer]}, {type(layer).__name__})")
         raise
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 _TRIAL_SAMPLES = 2
