@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import weakref
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -51,8 +52,8 @@ class _OpenFile:
     """A file from which parts are read; closed when it is garbage-collected."""
 
     def __init__(self, path: str) -> None:
-        self._descriptor = -1
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self._descriptor)
 
     def read(self, offset: int, length: int) -> bytes:
         """Return `length` bytes at `offset`. Raises OSError if the file is shorter."""
@@ -60,10 +61,6 @@ class _OpenFile:
         if len(content) != length:
             raise OSError(f"the file ends {length - len(content)} bytes too early")
         return content
-
-    def __del__(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
 
 
 def random_box(width: int, height: int, draws: Sequence[float]) -> Box:
