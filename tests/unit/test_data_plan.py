@@ -64,10 +64,6 @@ def test_a_share_is_dealt_round_robin() -> None:
     assert plan.share(2, 3) == (MicroBatch(2, 6, 9),)
 
 
-def test_more_ranks_than_micro_batches_leaves_some_without_work() -> None:
-    assert [len(BatchPlan(8, 4).share(rank, 5)) for rank in range(5)] == [1, 1, 0, 0, 0]
-
-
 def test_what_is_left_of_an_epoch_after_its_last_whole_batch_is_left_out() -> None:
     assert BatchPlan(8192, 256).steps_per_epoch(60000) == 7
     assert BatchPlan(60000, 256).steps_per_epoch(60000) == 1
