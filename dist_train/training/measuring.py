@@ -161,7 +161,7 @@ class GpuReader:
         for field, query in list(self._queries.items()):
             try:
                 values[field] = float(query(self._nvml, self._gpu))
-            except self._nvml.NVMLError as error:
+            except Exception as error:  # AttributeError: a pynvml without this function
                 del self._queries[field]
                 _logger.info("NVML does not report the GPU's %s: %s", field.removeprefix("device_"), error)
         return values

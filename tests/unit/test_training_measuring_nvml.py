@@ -8,10 +8,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from dist_train.rundir.records import RankMeasurement
+from dist_train.training.measuring import GpuReader
 
 ROOT = Path(__file__).parents[2]
 ASK = """
@@ -67,3 +69,11 @@ def test_without_the_gpu_or_without_nvml_nothing_is_known(has_library: bool, lib
     readings, log = ask(library if has_library else tmp_path, "GPU-2")
     assert readings == [{}, {}]
     assert len(log) == 1
+
+
+def test_a_pynvml_without_one_of_the_functions_costs_that_number_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a later one may be, which no longer has the older name of a function."""
+    own = {"nvmlDeviceGetPowerUsage": lambda gpu: 5000, "NVMLError": KeyError}
+    library = SimpleNamespace(nvmlInit=lambda: None, nvmlDeviceGetHandleByUUID=str, **own)
+    monkeypatch.setitem(sys.modules, "pynvml", library)
+    assert GpuReader("GPU-1").read() == {"device_power_watts": 5.0}
