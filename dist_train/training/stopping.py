@@ -43,7 +43,8 @@ class StopRequests:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            # None: a library's, from before Python began, which only the library could set again
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def requested(self) -> bool:
         """Whether this rank was asked to stop."""

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
+import subprocess
+import sys
+import textwrap
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from dist_train.outcome import UsageError
 from dist_train.training.stopping import StopRequests
 from tests.raising import raises
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP])
@@ -80,3 +88,26 @@ def test_the_signals_are_given_back_also_when_an_error_passes() -> None:
     with pytest.raises(ValueError, match="passes"):
         broken_off()
     assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_a_signal_that_a_library_in_c_handled_before_python_began_gets_its_default_back(tmp_path: Path) -> None:
+    """As a profiler does that is loaded by LD_PRELOAD: Python does not know its handler."""
+    source, made = tmp_path / "early.c", tmp_path / "early.so"
+    source.write_text("""
+        #include <signal.h>
+        static void note(int number) { (void) number; }
+        __attribute__((constructor)) static void begin(void) { signal(SIGUSR2, note); }
+    """)
+    if not shutil.which("gcc"):
+        pytest.skip("needs gcc")
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", str(made), str(source)], check=True)
+    script = """
+        import signal
+        from dist_train.training.stopping import StopRequests
+        with StopRequests() as stop:
+            signal.raise_signal(signal.SIGUSR2)
+        assert stop.reason == "SIGUSR2"
+        assert signal.getsignal(signal.SIGUSR2) == signal.SIG_DFL
+    """
+    environment = {**os.environ, "LD_PRELOAD": str(made)}
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], cwd=ROOT, env=environment, check=True)
