@@ -132,6 +132,7 @@ def code_listing(folder: Path = Path(dist_train.__file__).parent) -> dict[str, s
     files = {
         str(path.relative_to(folder.parent)): hashlib.sha256(path.read_bytes()).hexdigest()[:16]
         for path in sorted(folder.rglob("*.py"))
+        if path.is_file()  # an editor may mark a file with unsaved changes by a link to nowhere, as Emacs does
     }
     libraries = {"torch": torch.__version__, "numpy": np.__version__, "Python": platform.python_version()}
     for name in ("torchvision", "timm"):  # networks and optimizers

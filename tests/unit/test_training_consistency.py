@@ -76,6 +76,13 @@ def test_the_code_is_every_source_file_and_what_computes() -> None:
     assert {*files, "torch", "torchvision", "timm", "numpy", "Python"} <= set(listing)
 
 
+def test_a_link_to_nowhere_by_which_an_editor_marks_a_file_is_no_source_file(tmp_path: Path) -> None:
+    (tmp_path / "step.py").touch()
+    before = code_listing(tmp_path)
+    (tmp_path / ".#step.py").symlink_to("user@node.4711:1700000000")
+    assert code_listing(tmp_path) == before
+
+
 def test_a_script_beside_a_plug_in_is_no_part_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine.py").write_text("import beside_mine\n\n\ndef model(): ...\n")
     (tmp_path / "beside_mine.py").touch()
