@@ -122,7 +122,7 @@ def restoring_torch() -> Iterator[None]:
             stack.callback(setattr, owner, name, getattr(owner, name))
         for products in _precisions():
             # Restored last: the older settings below change them, also when they are restored.
-            stack.enter_context(_restoring_precision(products))
+            stack.callback(_set_precision, products, products.fp32_precision)
         with suppress(RuntimeError):  # torch's newer fp32_precision is in use
             stack.callback(setattr, cudnn, "allow_tf32", cudnn.allow_tf32)
             stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
@@ -132,7 +132,7 @@ def restoring_torch() -> Iterator[None]:
             stack.enter_context(torch.device("cpu"))
         stack.enter_context(torch.inference_mode(mode=False))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(_outside_autocast())
+        _leave_autocasts(stack)
         yield
 
 
@@ -141,28 +141,19 @@ def _set_gpu(index: int) -> None:
         torch.cuda.set_device(index)
 
 
-@contextmanager
-def _outside_autocast() -> Iterator[None]:
-    """Leave the autocasts around the block; another one, which disables them, would still count as one around it."""
-    with ExitStack() as stack:
-        for kind in ("cpu", "cuda"):
-            stack.callback(torch.set_autocast_enabled, kind, torch.is_autocast_enabled(kind))
-            torch.set_autocast_enabled(kind, False)
-        torch.autocast_increment_nesting()
-        while torch.autocast_decrement_nesting() > 0:
-            stack.callback(torch.autocast_increment_nesting)
-        yield
+def _leave_autocasts(stack: ExitStack) -> None:
+    """Leave the caller's autocasts until `stack` ends; another one, which disables them, would still count as one."""
+    for kind in ("cpu", "cuda"):
+        stack.callback(torch.set_autocast_enabled, kind, torch.is_autocast_enabled(kind))
+        torch.set_autocast_enabled(kind, False)
+    torch.autocast_increment_nesting()
+    while torch.autocast_decrement_nesting() > 0:
+        stack.callback(torch.autocast_increment_nesting)
 
 
-@contextmanager
-def _restoring_precision(products: Any) -> Iterator[None]:
-    """Restore the precision of `products`, one of `_precisions`, after the block."""
-    before = products.fp32_precision
-    try:
-        yield
-    finally:
-        if products.fp32_precision != before:
-            products.fp32_precision = before
+def _set_precision(products: Any, precision: str) -> None:
+    if products.fp32_precision != precision:
+        products.fp32_precision = precision
 
 
 def _precisions() -> list[Any]:
