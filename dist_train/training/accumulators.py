@@ -331,14 +331,9 @@ class FloatAccumulator(GradientAccumulator):
         self._total = torch.zeros_like(self._gradients)
         self._sent = self._total if sent_as == torch.float32 else torch.zeros_like(self._total, dtype=sent_as)
 
-    def clear(self) -> None:
-        super().clear()
-        self._total.zero_()
-
-    def begin(self, bucket: Bucket) -> None:
-        """Do nothing: all sums begin at zero."""
-
     def add(self, bucket: Bucket) -> None:
+        if bucket.index not in self._begun:
+            self.begin(bucket)
         gradients = self._gradients[bucket.part]
         self._range_checks.append(gradients.sum())
         self._total[bucket.part] += gradients
