@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from threading import Event
 from typing import Any
 
@@ -30,7 +30,6 @@ from dist_train.checkpoint.files import (
 from dist_train.config.sections import CheckpointSettings
 from dist_train.outcome import FaultError, UsageError
 from dist_train.rundir.paths import refuse_foreign
-from dist_train.rundir.records import Detail
 
 _YIELD_SECONDS = 0.001
 _FIRST_PAUSE_SECONDS = 1.0
@@ -47,16 +46,6 @@ class Written:
     file: CheckpointFile
     stall_seconds: float
     seconds: float
-
-    @property
-    def details(self) -> dict[str, Detail]:
-        """The fields of its event."""
-        return {
-            "path": self.file.path.name,
-            "bytes": self.file.size,
-            "seconds": round(self.seconds, 4),
-            "stall_seconds": round(self.stall_seconds, 4),
-        }
 
 
 @dataclass(frozen=True)
@@ -122,7 +111,7 @@ class CheckpointWriter:
         self._copied = Event()
         self._copied.set()
         self._pending: Future[None] | None = None
-        self._results: SimpleQueue[Written | NotWritten] = SimpleQueue()
+        self._results = deque[Written | NotWritten]()
         # Set when someone waits for the writer: ends the pauses between retries.
         self._awaited = Event()
 
@@ -149,11 +138,7 @@ class CheckpointWriter:
 
     def results(self) -> list[Written | NotWritten]:
         """Return the results since the last call, without waiting."""
-        done = []
-        with suppress(Empty):
-            while True:
-                done.append(self._results.get_nowait())
-        return done
+        return [self._results.popleft() for _ in range(len(self._results))]
 
     def wait(self, seconds: float | None = None) -> bool:
         """Wait, `seconds` at most, and return whether nothing is being written; what failed is retried once more."""
@@ -188,10 +173,10 @@ class CheckpointWriter:
             with _warn_if_not_deleted(f"checkpoints before that of step {contents.step}"):
                 prune(self.directory, keep=self.settings.keep, best_step=best_step)
         except Exception as error:
-            self._results.put(NotWritten(contents.step, error))
+            self._results.append(NotWritten(contents.step, error))
             return
         seconds = time.perf_counter() - begun
-        self._results.put(Written(file, stall if self.settings.background else seconds, seconds))
+        self._results.append(Written(file, stall if self.settings.background else seconds, seconds))
 
     def _write_with_retries(self, contents: Contents, begun: float) -> tuple[CheckpointFile, float] | None:
         """Write, and retry on failure until someone waits for the writer; None if every attempt has failed.
@@ -207,7 +192,7 @@ class CheckpointWriter:
             except OSError as error:
                 if failed is None:
                     failed = NotWritten(contents.step, error, self._write_to_fallback(contents))
-                    self._results.put(failed)
+                    self._results.append(failed)
                 if is_last_attempt:
                     return None
                 is_last_attempt = self._awaited.wait(pause)

@@ -53,7 +53,9 @@ class Saving:
             else:
                 self._not_written = None
                 self.time_limit.note_saved(result.seconds)
-                self.event("checkpoint", result.file.step, **result.details)
+                seconds, stall_seconds = round(result.seconds, 4), round(result.stall_seconds, 4)
+                what = {"path": result.file.path.name, "bytes": result.file.size}
+                self.event("checkpoint", result.file.step, **what, seconds=seconds, stall_seconds=stall_seconds)
 
     def settle(self) -> None:
         """Wait for the checkpoint being written, if any, and record whether it was."""
