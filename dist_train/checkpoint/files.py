@@ -147,7 +147,7 @@ def list_checkpoints(directory: Path) -> list[CheckpointFile]:
             files.append(read_record(path))
         except DamagedCheckpointError:
             _logger.debug("%s has no whole record", path)
-    return sorted(files, key=lambda file: file.step)
+    return files
 
 
 def read_record(path: Path) -> CheckpointFile:
@@ -193,13 +193,10 @@ def find_checkpoint(target: Path) -> Path:
     run = RunDirectory(in_utf8(run_folder(Path(name), code="target-missing")))
     if not run.has_begun:
         raise UsageError(f"{run.root} is not a run directory: nothing has been trained there", code="target-missing")
-    files = list_checkpoints(run.checkpoints)
-    if (found := _named(files, which)) is None:
-        # The run, which trains meanwhile, may have deleted what was being listed, for a newer one.
+    for _ in range(2):  # the run, which trains meanwhile, may delete what is being listed, for a newer one
         files = list_checkpoints(run.checkpoints)
-        found = _named(files, which)
-    if found is not None:
-        return found.path
+        if (found := _named(files, which)) is not None:
+            return found.path
     if not files:
         status = read_status(run.status)
         has_ended = status is not None and status.exit_code is not None
@@ -348,7 +345,7 @@ def newest_whole(directory: Path, damage: dict[str, str]) -> Contents | None:
         OSError: a file cannot be read at the moment; nothing is renamed for it.
     """
     without_record = 0
-    for path in sorted(_step_files(directory), key=_step_of, reverse=True):
+    for path in reversed(_step_files(directory)):
         try:
             return read_checkpoint(path)
         except DamagedCheckpointError as error:
@@ -446,7 +443,8 @@ def has_checkpoints(directory: Path) -> bool:
 
 
 def _step_files(directory: Path) -> list[Path]:
-    return [directory / name for name in _names(directory) if _NAME.fullmatch(name)]
+    """Return the checkpoints in `directory`, whole or not, by step. Raises OSError."""
+    return sorted((directory / name for name in _names(directory) if _NAME.fullmatch(name)), key=_step_of)
 
 
 def _names(directory: Path) -> list[str]:
