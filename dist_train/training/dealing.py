@@ -126,13 +126,11 @@ class MeasuredDealing(Dealing):
         self._counts = deal(self._averages, len(plan.micro_batches))
         self._dealt: dict[int, tuple[int, ...]] = {}
         self._is_warm = False
-        self.pace = 0
 
     def share(self, step: int) -> tuple[MicroBatch, ...]:
         return self._plan.dealt(self._dealt.get(step, self._counts), self._rank)
 
     def note(self, step: int, times: StepTimes, paces: Sequence[int]) -> tuple[int, ...] | None:
-        """Note the `times` and `paces` of `step`; return the counts if they change."""
         # The first update is not measured: it also allocates, tunes and compiles.
         samples = sum(micro_batch.size for micro_batch in self.share(step)) if self._is_warm else 0
         self._is_warm = True
@@ -161,7 +159,6 @@ class DynamicDealing(Dealing):
         self._micro_size = plan.micro_size
 
     def claim_in(self, step: int) -> Callable[[], MicroBatch | None] | None:
-        """Return how this rank claims further micro-batches in `step`, the next update; None if it never does."""
         return partial(self._claim, step) if self._common else None
 
     def _claim(self, step: int) -> MicroBatch | None:

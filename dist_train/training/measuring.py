@@ -57,10 +57,7 @@ class StepTimes:
 
         On a GPU, causes no wait after the device's next synchronization.
         """
-        seconds: dict[Part, float] = dict.fromkeys(get_args(Part), 0.0)
-        for (part, begun), (_, ended) in pairwise(self.marks):
-            if part is not None:
-                seconds[part] += _seconds(begun, ended)
+        seconds = {part: self.seconds_of(part) for part in get_args(Part)}
         seconds["checkpoint_stall"] += stall_seconds
         return StepParts(**seconds)
 

@@ -93,22 +93,15 @@ def find_micro_size(
 def _largest_that_fits(try_size: Callable[[int], None], largest: int) -> int:
     """Try powers of two from 2 up to `largest`; if that is 1, try 1."""
     fits, size = 0, min(2, largest)
-    while size <= largest and _fits(try_size, size):
+    while size <= largest and runs_in_memory(partial(try_size, size)):
+        torch.cuda.empty_cache()  # the blocks of this trial do not fit the next size
         fits, size = size, 2 * size
+    free_device_memory()  # of the trial that failed
     if fits == 0:
         raise UsageError(
             "not even the smallest micro-batch fits the device's memory: set a smaller model.width",
             code="out-of-memory",
         )
-    return fits
-
-
-def _fits(try_size: Callable[[int], None], size: int) -> bool:
-    fits = runs_in_memory(partial(try_size, size))
-    if fits:
-        torch.cuda.empty_cache()  # the blocks of this trial do not fit the next size
-    else:
-        free_device_memory()
     return fits
 
 
