@@ -47,7 +47,6 @@ from dist_train.outcome import (
 from dist_train.rundir.paths import LockRequest, RunDirectory
 from dist_train.rundir.records import (
     EventRecord,
-    Measurement,
     Observer,
     Outcome,
     Record,
@@ -92,12 +91,6 @@ class Told(Observer):
         assert not self.ends, "nothing comes after the end"
         if isinstance(record, EventRecord):
             self.events.append(record)
-
-    def measurement(self, measurement: Measurement) -> None: ...
-
-    def progress(self, step: int) -> None: ...
-
-    def sync(self) -> None: ...
 
     def end(self, outcome: Outcome) -> None:
         self.ends.append(outcome)

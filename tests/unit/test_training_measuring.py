@@ -23,7 +23,7 @@ from dist_train.monitoring.observers import Observers
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import DivergedError, StoppedError
 from dist_train.rundir.paths import RunDirectory
-from dist_train.rundir.records import Measurement, Observer, Outcome, Record, RunFacts
+from dist_train.rundir.records import Measurement, Observer, Record
 from dist_train.training.measuring import Measuring, StepTimes, UsageReader, WeightNorms
 from dist_train.training.stopping import StopRequests
 from dist_train.training.trainer import Trainer
@@ -42,8 +42,6 @@ class Sheet(Observer):
         self.weights: dict[int, torch.Tensor] = {}
         self.trainer: Trainer | None = None
 
-    def begin(self, facts: RunFacts) -> None: ...
-
     def record(self, record: Record) -> None:
         self.records.append(record)
 
@@ -53,10 +51,6 @@ class Sheet(Observer):
     def progress(self, step: int) -> None:
         assert self.trainer is not None
         self.weights[step] = self.trainer.take_step.weights.values.clone()
-
-    def sync(self) -> None: ...
-
-    def end(self, outcome: Outcome) -> None: ...
 
     @property
     def steps(self) -> list[int]:

@@ -27,11 +27,8 @@ from dist_train.outcome import FaultError, StoppedError, UsageError
 from dist_train.rundir.records import (
     EvaluationRecord,
     EventRecord,
-    Measurement,
     Observer,
-    Outcome,
     Record,
-    RunFacts,
     TrainRecord,
 )
 from dist_train.rundir.status import StatusFile, read_status
@@ -56,18 +53,8 @@ class Notebook(Observer):
     def __init__(self) -> None:
         self.records: list[Record] = []
 
-    def begin(self, facts: RunFacts) -> None: ...
-
     def record(self, record: Record) -> None:
         self.records.append(record)
-
-    def measurement(self, measurement: Measurement) -> None: ...
-
-    def progress(self, step: int) -> None: ...
-
-    def sync(self) -> None: ...
-
-    def end(self, outcome: Outcome) -> None: ...
 
     @property
     def training(self) -> list[TrainRecord]:
