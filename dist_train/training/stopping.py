@@ -23,22 +23,22 @@ class StopRequests:
     """Within the block, SIGTERM, SIGINT, SIGHUP and SIGUSR2 request a stop instead of ending the process.
 
     A second SIGINT ends the process as usual. SIGINT and SIGHUP stay ignored if they were: SIGINT in background jobs of
-    a shell script, SIGHUP under nohup.
+    a shell script, SIGHUP under nohup, unless it is the `stop_signal`.
     """
 
     def __init__(self, stop_signal: str = "SIGUSR2") -> None:
         """`stop_signal`: another signal, by which the site's scheduler requests a stop."""
         self.reason: str | None = None
         """The name of the signal, or the other reason for the stop."""
-        self._signals = {*_ALWAYS, signal.Signals[stop_signal]}
+        self._stop_signal = signal.Signals[stop_signal]
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequests:
         if threading.current_thread() is not threading.main_thread():
             raise UsageError("train() handles signals: call it in the main thread", code="not-the-main-thread")
-        for number in self._signals:
-            if number not in (signal.SIGINT, signal.SIGHUP) or signal.getsignal(number) != signal.SIG_IGN:
-                self._before[number] = signal.signal(number, self._note)
+        ignored = {each for each in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(each) == signal.SIG_IGN}
+        for number in {*_ALWAYS} - ignored | {self._stop_signal}:
+            self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -65,14 +65,15 @@ def test_a_signal_that_is_ignored_already_stays_so(number: signal.Signals) -> No
         signal.signal(number, before)
 
 
-def test_requested_stop_signal_is_obeyed_even_if_it_was_ignored() -> None:
-    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGHUP])
+def test_requested_stop_signal_is_obeyed_even_if_it_was_ignored(number: signal.Signals) -> None:
+    before = signal.signal(number, signal.SIG_IGN)
     try:
-        with StopRequests("SIGUSR1") as stop:
-            signal.raise_signal(signal.SIGUSR1)
-            assert stop.reason == "SIGUSR1"
+        with StopRequests(number.name) as stop:
+            signal.raise_signal(number)
+            assert stop.reason == number.name
     finally:
-        signal.signal(signal.SIGUSR1, before)
+        signal.signal(number, before)
 
 
 def test_the_signals_are_given_back_also_when_an_error_passes() -> None:
