@@ -207,10 +207,7 @@ class GridAccumulator(GradientAccumulator):
     def __init__(
         self, weights: FlatWeights, comm: Communicator, terms: int, progress: Progress, bits: Literal[16, 32] = 32
     ) -> None:
-        """Sum the gradients of `weights`; at most `terms` micro-batches make a global batch.
-
-        The grids are kept in `progress`.
-        """
+        """Sum the gradients of `weights`, of at most `terms` micro-batches a batch; keep the grids in `progress`."""
         super().__init__(weights, comm, 2.0**62 / terms)
         self._bits = bits
         self._tensors = [
