@@ -181,12 +181,13 @@ def read_record(path: Path) -> CheckpointFile:
 
 
 def find_checkpoint(target: Path) -> Path:
-    """Return `target` if it is a file, else a checkpoint of a run: the last one of RUN, or RUN@STEP, or RUN@best.
+    """Return `target` if it is a file (of a record, its checkpoint), else that of a run: the last one of RUN, or
+    RUN@STEP, or RUN@best.
 
     RUN is a directory, or the name of a run below runs/. Raises UsageError.
     """
     if target.is_file():
-        return in_utf8(target)
+        return in_utf8(target.with_suffix(".pt") if target.suffix == ".json" else target)
     name, _, which = str(target).rpartition("@")
     if target.is_dir() or not (which.isdecimal() or which == "best"):
         name, which = str(target), ""

@@ -83,6 +83,13 @@ def test_a_checkpoint_is_a_plain_dict_with_a_record_beside_it(tmp_path: Path) ->
     }
 
 
+def test_a_record_stands_for_its_checkpoint(tmp_path: Path) -> None:
+    """It is not told to be damaged where tab completion gave its name."""
+    file = write(tmp_path, 40)
+    stored = read_stored(file.path.with_suffix(".json"))
+    assert (stored.path, stored.contents.step) == (file.path, 40)
+
+
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
     folder = tmp_path_factory.mktemp("damage")
