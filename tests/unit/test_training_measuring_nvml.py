@@ -73,7 +73,7 @@ def test_without_the_gpu_or_without_nvml_nothing_is_known(has_library: bool, lib
 
 def test_a_pynvml_without_one_of_the_functions_costs_that_number_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a later one may be, which no longer has the older name of a function."""
-    own = {"nvmlDeviceGetPowerUsage": lambda gpu: 5000, "NVMLError": KeyError}
-    library = SimpleNamespace(nvmlInit=lambda: None, nvmlDeviceGetHandleByUUID=str, **own)
+    power = {"nvmlDeviceGetPowerUsage": lambda gpu: 5000}
+    library = SimpleNamespace(nvmlInit=lambda: None, nvmlDeviceGetHandleByUUID=str, **power)
     monkeypatch.setitem(sys.modules, "pynvml", library)
     assert GpuReader("GPU-1").read() == {"device_power_watts": 5.0}
