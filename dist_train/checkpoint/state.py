@@ -79,7 +79,7 @@ def find_resume_point(config: Config, directory: RunDirectory) -> ResumePoint:
             copy_newest(former, checkpoints, partial(_may_continue, config))
     named = None if config.run.resume == "auto" else Path(config.run.resume)
     contents, source, is_missing = None, None, False
-    if named is not None and not named.exists():
+    if named is not None and not named.is_dir():
         try:
             named = find_checkpoint(named)
         except UsageError as error:  # it is needed only if the run has no checkpoint of its own

@@ -299,7 +299,7 @@ def test_a_run_that_begins_at_another_run_s_checkpoint_keeps_a_best_one_of_its_o
     assert progress.best_accuracy == 0.9
 
 
-@pytest.mark.parametrize("name", ["run/checkpoints/step-00000002.pt", "run@2"])
+@pytest.mark.parametrize("name", ["run/checkpoints/step-00000002.pt", "run/checkpoints/step-00000002.json", "run@2"])
 def test_an_earlier_checkpoint_of_the_run_itself_is_refused(tmp_path: Path, name: str) -> None:
     directory = run_with(tmp_path / "run", 2, 4)
     config = parse(run={"resume": str(tmp_path / name)})
