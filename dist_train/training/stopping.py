@@ -16,7 +16,7 @@ from dist_train.config.parts import EarlyStoppingSettings
 from dist_train.monitoring.wording import percent
 from dist_train.outcome import UsageError
 
-_ALWAYS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
+_ALWAYS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2})
 
 
 class StopRequests:
@@ -37,7 +37,7 @@ class StopRequests:
         if threading.current_thread() is not threading.main_thread():
             raise UsageError("train() handles signals: call it in the main thread", code="not-the-main-thread")
         ignored = {each for each in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(each) == signal.SIG_IGN}
-        for number in {*_ALWAYS} - ignored | {self._stop_signal}:
+        for number in _ALWAYS - ignored | {self._stop_signal}:
             self._before[number] = signal.signal(number, self._note)
         return self
 
