@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import fmean, median, stdev
+from statistics import fmean, median, mode, stdev
 from typing import Literal, TypeVar
 
 from scipy import stats
@@ -151,8 +151,7 @@ def sharpness_measures(runs: Sequence[StoredRun]) -> tuple[Measure, ...]:
 
 def commonest_settings(results: Sequence[Landscape] | Sequence[Sharpness]) -> str | None:
     """Return the most common settings of `results`; only results with these settings are compared."""
-    texts = [result.shared_settings for result in results]
-    return max(texts, key=texts.count) if texts else None
+    return mode(result.shared_settings for result in results) if results else None
 
 
 def directions_of(runs: Sequence[StoredRun]) -> dict[str, Landscape]:
@@ -213,10 +212,13 @@ def _gap(run: StoredRun) -> float | None:
 
 
 def _seconds(run: StoredRun) -> float | None:
-    """Return the seconds spent in updates; a record stands for all updates since the previous record."""
-    before, total = 0, 0.0
+    """Return the seconds spent in the run's updates; a record stands for all updates since the previous record."""
     if run.is_diverged:
         return None
+    # A run that began from another one's checkpoint has recorded no event before this one.
+    first = next((event for event in run.events if event.event != "requeued"), None)
+    before = first.step if first is not None and first.event == "resumed" else 0
+    total = 0.0
     for record in run.train:
         if math.isfinite(record.step_seconds):
             total += record.step_seconds * (record.step - before)

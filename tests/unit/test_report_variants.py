@@ -21,10 +21,10 @@ from dist_train.report.page import render, tables_in_markdown
 from dist_train.report.stored_run import Subject, read_run, read_subject
 from dist_train.report.tables import contrast_tables, effect_tables, variant_cell
 from dist_train.report.variants import changes_between, panels_of, shown
-from dist_train.rundir.records import to_json
+from dist_train.rundir.records import EventRecord, to_json
 from tests.raising import raises
 from tests.unit.foreign_files import without_root
-from tests.unit.records import evaluation
+from tests.unit.records import evaluation, write_records
 from tests.unit.report_study import make_run, make_study, treatments, write_status
 
 
@@ -42,7 +42,8 @@ def test_runs_whose_rates_differ_in_the_seventh_digit_are_two_variants(tmp_path:
 
 
 @pytest.mark.parametrize(
-    "value", [None, True, 0.1, 1e-05, 1_000_000.0, 0.1234567, 0.1234568, 3, [0.9, 0.99999], "text"]
+    "value",
+    [None, True, 0.1, 1e-05, 1_000_000.0, 0.1234567, 0.1234568, 3, [0.9, 0.99999], "text", "", "true", "1e-3", "a: b"],
 )
 def test_shown_settings_are_overrides_of_the_same_value(value: object) -> None:
     assert parse_yaml(f"key: {shown(value)}") == {"key": value}
@@ -289,6 +290,17 @@ def test_diverged_run_counts_as_guessing_and_has_no_other_number(tmp_path: Path)
         tables_in_markdown(subject)
     )
     assert render(subject).count(counting) == 1
+
+
+def test_a_run_that_began_from_another_one_s_checkpoint_did_not_take_the_time_before(tmp_path: Path) -> None:
+    treatment = treatments()[0]
+    run = make_run(tmp_path / "run", treatment, 0, treatment.settings)
+    whole = read_run(run, "run")
+    later = [EventRecord(150, "resumed", 0.0, {}), *(record for record in whole.train if record.step > 150)]
+    write_records(run, [*later, *(record for record in whole.evaluations if record.step > 150)])
+    seconds = next(measure for measure in measures_of([whole]) if measure.key == "seconds")
+    own = sum(record.step_seconds for record in whole.train[150:])
+    assert seconds.take(read_run(run, "run")) == pytest.approx(own)
 
 
 def test_of_a_diverged_duplicate_it_is_not_said_that_it_counts(tmp_path: Path) -> None:
