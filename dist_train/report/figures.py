@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
-import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
+from string import ascii_lowercase
 
 from dist_train.analysis.landscape_files import Landscape
 from dist_train.monitoring import wording
@@ -39,7 +39,6 @@ from dist_train.watch.figure import (
     three_digits,
 )
 
-_LETTERS = string.ascii_lowercase * 4
 _MOST_LINEAR = 12.0
 LandscapeAxes = tuple[Axis, Axis, Axis]  # along the line; of the loss; of the accuracy
 
@@ -77,10 +76,11 @@ def landscape_figure(panels: Sequence[Panel]) -> LandscapeFigure:
     # The same axes for all, so that widths can be compared.
     axes = landscape_axes([item for group in drawn for item in group.landscapes])
     settings = json.loads(next(iter(chosen.values())).shared_settings) if chosen else {}
+    # Letters as in the paper: a and b for SB without and with noise, c and d for LB.
+    places = [2 * panels.index(item.panel) + (not item.variant.is_base) for item in first]
     as_in_the_paper = tuple(
-        # Letters as in the paper: a and b for SB without and with noise, c and d for LB.
-        _around(f"landscape-{at}", item, _LETTERS[2 * panels.index(item.panel) + (not item.variant.is_base)], axes)
-        for at, item in enumerate(first)
+        _around(f"landscape-{at}", item, ascii_lowercase[place % 26], axes)
+        for at, (item, place) in enumerate(zip(first, places, strict=True))
     )
     others = tuple(_around(f"landscape-other-{index}", item, "", axes) for index, item in enumerate(rest))
     return LandscapeFigure(
@@ -145,7 +145,7 @@ def _step(landscape: Landscape) -> str:
 
 def _paper_variants(drawn: Sequence[_Drawn]) -> list[_Drawn]:
     """Return the baselines and one noise variant: of those in every panel, the most accurate at the largest batch."""
-    noisy = [item for item in drawn if not item.variant.is_base]
+    noisy = [item for item in drawn if item.variant.has_noise and not item.variant.is_base]
     labels: dict[str, set[str]] = {}
     for item in noisy:
         labels.setdefault(item.panel.title, set()).add(item.variant.label)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+import yaml
+
 from dist_train.config import Config
-from dist_train.config.loading import flat_settings
+from dist_train.config.loading import flat_settings, parse_yaml
 from dist_train.config.resuming import may_change
 from dist_train.report.measures import Interval, Measure, Summary, paired_difference, summary
 from dist_train.report.stored_run import PLUGIN, StoredRun
@@ -68,9 +72,9 @@ class Variant:
         return finished or tuple(run for run in self.distinct if run.evaluations or run.train)
 
     @property
-    def seeds(self) -> int:
-        """Return the number of planned runs, each seed once."""
-        return len(self.runs) - len(self.repeated)
+    def has_noise(self) -> bool:
+        """Whether it trains with noise, as far as is known."""
+        return not _is_without_noise(_settings(self.runs))
 
     @property
     def is_provisional(self) -> bool:
@@ -79,7 +83,7 @@ class Variant:
 
     @property
     def distinct(self) -> tuple[StoredRun, ...]:
-        """Return the runs, each seed once."""
+        """Return the planned runs, each seed once."""
         return tuple(run for run in self.runs if run.name not in self.repeated)
 
     def has_data_of(self, other: Variant) -> bool:
@@ -281,6 +285,11 @@ def shown(value: object) -> str:
         return " ".join(f"{name} {shown(inner)}" for name, inner in value.items())
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(shown, value)) + "]"
+    if isinstance(value, str):
+        with suppress(yaml.YAMLError):
+            if parse_yaml(value) == value:
+                return value
+        return json.dumps(value, ensure_ascii=False)
     return short if isinstance(value, float) and float(short := f"{value:g}") == value else str(value)
 
 

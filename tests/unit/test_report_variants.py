@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import yaml
 
 from dist_train.config.loading import parse_yaml
 from dist_train.outcome import UsageError
-from dist_train.report.figures import lines_between, run_landscapes
+from dist_train.report.figures import landscape_figure, lines_between, run_landscapes
 from dist_train.report.measures import JUDGED_ACCURACY, JUDGED_LOSS, Measure, measures_of, sharpness_left_out
 from dist_train.report.page import render, tables_in_markdown
 from dist_train.report.stored_run import Subject, read_run, read_subject
@@ -301,6 +302,22 @@ def test_a_run_that_began_from_another_one_s_checkpoint_did_not_take_the_time_be
     seconds = next(measure for measure in measures_of([whole]) if measure.key == "seconds")
     own = sum(record.step_seconds for record in whole.train[150:])
     assert seconds.take(read_run(run, "run")) == pytest.approx(own)
+
+
+def test_the_noise_in_the_row_of_the_paper_is_noise(tmp_path: Path) -> None:
+    large, _, noisy, _ = treatments()[4:]
+    for name, treatment, changes in (
+        ("base", large, {}),
+        ("noisy", noisy, {}),
+        ("best", replace(large, accuracy=0.95), {"optimizer.learning_rate": 0.3}),
+    ):
+        make_run(tmp_path / name, treatment, 0, {**treatment.settings, **changes})
+    first, others = landscape_figure(panels_of(read_subject(tmp_path).runs)).rows
+    assert [(chart.letter, chart.title.partition(", ")[2]) for chart in first] == [
+        ("a", "baseline"),
+        ("b", "uniform 0.01"),
+    ]
+    assert [chart.title.partition(", ")[2] for chart in others] == ["learning rate 0.3"]
 
 
 def test_of_a_diverged_duplicate_it_is_not_said_that_it_counts(tmp_path: Path) -> None:
