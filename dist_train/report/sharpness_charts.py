@@ -129,10 +129,12 @@ class _Related:
 def sharpness_scatters(panels: Sequence[Panel]) -> tuple[Scatter, ...]:
     """Return a scatter for each sharpness measure that two or more finished runs have, without duplicate runs."""
     runs = [run for run in counted_runs(panels) if run.is_finished]
+    every = {panel.short: [run for variant in panel.variants for run in variant.runs] for panel in panels}
+    every["all runs"] = [run for found in every.values() for run in found]
     # Two studies in one folder may hold the same run.
-    distinct = {run.name for run in runs} - duplicates_of(runs).keys()
-    lost = {panel.short: _lost(panel.variants) for panel in panels}
-    lost["all runs"] = _lost([variant for panel in panels for variant in panel.variants])
+    repeated = duplicates_of(every["all runs"])
+    distinct = {run.name for run in runs} - repeated.keys()
+    lost = {among: lost_note([[run] for run in found if run.name not in repeated]) for among, found in every.items()}
     scatters: list[Scatter] = []
     for measure in sharpness_measures(runs):
         with_accuracy = _related(panels, distinct, measure, (FINAL_ACCURACY,))
@@ -161,11 +163,6 @@ def _related(
         if run.name in distinct
         and len(values := tuple(found for other in others if (found := other.take(run)) is not None)) == len(others)
     ]
-
-
-def _lost(variants: Sequence[Variant]) -> str:
-    runs = {run.name: run for variant in variants for run in variant.distinct}
-    return lost_note([[run] for run in runs.values()])
 
 
 def _correlations(

@@ -19,6 +19,7 @@ from dist_train.outcome import UsageError
 from dist_train.report.figures import landscape_figure, lines_between, run_landscapes
 from dist_train.report.measures import JUDGED_ACCURACY, JUDGED_LOSS, Measure, measures_of, sharpness_left_out
 from dist_train.report.page import render, tables_in_markdown
+from dist_train.report.sharpness_charts import sharpness_scatters
 from dist_train.report.stored_run import Subject, read_run, read_subject
 from dist_train.report.tables import contrast_tables, effect_tables, variant_cell
 from dist_train.report.variants import changes_between, panels_of, shown
@@ -291,6 +292,29 @@ def test_diverged_run_counts_as_guessing_and_has_no_other_number(tmp_path: Path)
         tables_in_markdown(subject)
     )
     assert render(subject).count(counting) == 1
+
+
+def test_texts_of_several_lines_stay_in_their_lines_of_the_tables(tmp_path: Path) -> None:
+    treatment = treatments()[0]
+    for number, name in enumerate(("base", "other", "failed")):
+        run = make_run(tmp_path / name, treatment, number, {**treatment.settings, "run.seed": number})
+        if name == "other":
+            settings = yaml.safe_load((run / "config.yaml").read_text())
+            settings["model"]["options"] = {"text": "two\nlines"}
+            (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    write_status(run, "failed", 100, "out of memory:\n  256 MiB")
+    tables = tables_in_markdown(read_subject(tmp_path))
+    assert "- failed: failed, out of memory: 256 MiB\n" in tables
+    assert '| batch 128, text "two\\nlines" | 1 |' in tables
+
+
+def test_a_run_in_two_studies_is_lost_once(tmp_path: Path) -> None:
+    make_study(tmp_path / "first", seeds=(0, 1))
+    write_status(tmp_path / "first" / "lb-seed-0", "failed", 40, "the loss is not finite", exit_code=3)
+    shutil.copytree(tmp_path / "first", tmp_path / "second")
+    [scatter, *_] = sharpness_scatters(panels_of(read_subject(tmp_path).runs))
+    notes = {found.among: found.note for found in scatter.correlations}
+    assert (notes["all runs"], notes["SB"], notes["LB"]) == ("n = 15, 1 diverged", "n = 8", "n = 7, 1 diverged")
 
 
 def test_a_run_that_began_from_another_one_s_checkpoint_did_not_take_the_time_before(tmp_path: Path) -> None:
