@@ -213,10 +213,7 @@ def _sections_of(settings: Mapping[str, object]) -> Sections:
 def _shared_settings(runs: Sequence[StoredRun]) -> Sections:
     """Return the settings that all `runs` share, by section."""
     first, *others = [run.settings for run in runs if run.settings] or [{}]
-    missing = object()
-    return _sections_of(
-        {path: value for path, value in first.items() if all(each.get(path, missing) == value for each in others)}
-    )
+    return _sections_of(dict(item for item in first.items() if all(item in each.items() for each in others)))
 
 
 def _launch_facts(runs: Sequence[StoredRun]) -> tuple[tuple[str, str], ...]:
