@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -14,7 +15,16 @@ from string import ascii_lowercase
 from dist_train.analysis.landscape_files import Landscape
 from dist_train.monitoring import wording
 from dist_train.report.chart import WIDTH
-from dist_train.report.measures import Measure, Summary, commonest_settings, directions_of, mean_points, spread, summary
+from dist_train.report.measures import (
+    FINAL_ACCURACY,
+    Measure,
+    Summary,
+    commonest_settings,
+    directions_of,
+    mean_points,
+    spread,
+    summary,
+)
 from dist_train.report.sharpness_charts import Scatter, sharpness_courses
 from dist_train.report.stored_run import StoredRun
 from dist_train.report.tables import limits, variant_cell
@@ -151,14 +161,13 @@ def _paper_variants(drawn: Sequence[_Drawn]) -> list[_Drawn]:
         labels.setdefault(item.panel.title, set()).add(item.variant.label)
     common = set.intersection(*labels.values()) if labels else set()
     candidates = [item for item in noisy if item.variant.label in common or not common]
-    best = max(candidates, key=lambda item: (item.panel.batch or 0, _test_accuracy(item.variant)), default=None)
-    label = best.variant.label if best else None
+
+    def rank(item: _Drawn) -> tuple[int, float]:
+        accuracy = item.variant.summary(FINAL_ACCURACY)
+        return item.panel.batch or 0, accuracy.mean if accuracy else 0.0
+
+    label = max(candidates, key=rank).variant.label if candidates else None
     return [item for item in drawn if item.variant.is_base or item.variant.label == label]
-
-
-def _test_accuracy(variant: Variant) -> float:
-    found = summary([last.accuracy for run in variant.counted if (last := run.last("test"))])
-    return found.mean if found else 0.0
 
 
 def landscape_axes(landscapes: Sequence[Landscape], scale: str = "auto") -> LandscapeAxes:
@@ -222,7 +231,7 @@ def lines_between(panels: Sequence[Panel]) -> tuple[Chart, ...]:
     """
     variants = [variant for panel in panels for variant in panel.variants]
     known = {os.path.abspath(run.directory): (each.title, run) for each in variants for run in each.runs}
-    pairs: dict[str, list[Landscape]] = {}
+    pairs = Counter[str]()
     drawn: dict[str, dict[tuple[frozenset[str], str], Landscape]] = {}
     for variant in variants:
         for run in variant.counted:
@@ -231,7 +240,7 @@ def lines_between(panels: Sequence[Panel]) -> tuple[Chart, ...]:
                 there = os.path.abspath(run.directory / os.path.relpath(item.roots[-1], item.roots[0]))
                 other, end = known.get(there, (f"{item.roots[-1].name} step {item.steps[-1]:,}", None))
                 pair = f"{variant.title} (0) to {other} (1)"
-                pairs.setdefault(pair, []).append(item)
+                pairs[pair] += 1
                 lasts = run.analyses.last_step, end.analyses.last_step if end else None
                 ends = frozenset((os.path.abspath(run.directory), there))
                 if len(ends) > 1 and all(last in (None, step) for last, step in zip(lasts, item.steps, strict=True)):
@@ -240,7 +249,7 @@ def lines_between(panels: Sequence[Panel]) -> tuple[Chart, ...]:
     for title, by_ends in drawn.items():
         settings = commonest_settings(list(by_ends.values()))
         comparable = [item for item in by_ends.values() if item.shared_settings == settings]
-        left_out = len(pairs[title]) - len(comparable)
+        left_out = pairs[title] - len(comparable)
         words = [f"{len(comparable)} lines"] if len(comparable) > 1 else []
         words += [f"{left_out} left out (earlier checkpoints, other settings or the way back)"] if left_out else []
         charts.append(landscape_chart(f"between-{len(charts)}", title, f". {title}", comparable, ", ".join(words)))
@@ -289,26 +298,15 @@ def study_curves(panels: Sequence[Panel]) -> tuple[tuple[Chart, ...], ...]:
     """Return rows of charts (test and train accuracy, test and train loss) with one chart per panel."""
     rows: list[tuple[Chart, ...]] = []
     for split, quantity in _ROWS:
-        found = [[_mean_curve(variant, split, quantity) for variant in panel.variants] for panel in panels]
-        drawn = [tuple(series for series in curves if series.points) for curves in found]
-        if any(drawn):
-            axis = quantity.axis(f"{split} {quantity.title}", [series.points for curves in drawn for series in curves])
-            numbered = enumerate(zip(panels, drawn, strict=True))
-            row = (
-                _curve_chart(f"curve-{len(rows)}-{at}", panel, axis, curves)
-                for at, (panel, curves) in numbered
-                if curves
+        found = [(panel, [_mean_curve(variant, split, quantity) for variant in panel.variants]) for panel in panels]
+        drawn = [(panel, curves) for panel, each in found if (curves := tuple(it for it in each if it.points))]
+        if drawn:
+            axis = quantity.axis(f"{split} {quantity.title}", [it.points for _, curves in drawn for it in curves])
+            charts = (
+                _curve_chart(f"curve-{len(rows)}-{panels.index(panel)}", panel, axis, curves) for panel, curves in drawn
             )
-            rows.append(tuple(row))
+            rows.append(tuple(charts))
     return tuple(rows)
-
-
-def run_curves(run: StoredRun) -> tuple[Chart, ...]:
-    """Return the charts of one run: accuracy, loss, learning rate and other rates."""
-    measured = measured_of(run.name, (*run.train, *run.evaluations))
-    charts = [learning_curve(quantity, measured, _MOST_POINTS) for quantity in (ACCURACY, LOSS)]
-    charts += [rate_curve(quantity, measured, _MOST_POINTS) for quantity in RATES]
-    return tuple(filter(None, charts))
 
 
 def _mean_curve(variant: Variant, split: str, quantity: Quantity) -> Series:
@@ -319,13 +317,13 @@ def _mean_curve(variant: Variant, split: str, quantity: Quantity) -> Series:
         for record in records:
             if math.isfinite(quantity.take(record)):
                 values.setdefault(record.step, []).append((record.epoch, quantity.take(record)))
+    every = max(1, math.ceil(len(values) / _MOST_POINTS))
+    # Thinned from the end: the last point is the result.
     points = mean_points(
-        ((measured[0][0], [value for _, value in measured]) for _, measured in sorted(values.items())),
+        ((values[step][0][0], [value for _, value in values[step]]) for step in sorted(values)[::-every][::-1]),
         lambda found: f"{quantity.text(found.mean, found.deviation)} (n = {found.count})",
     )
-    every = max(1, math.ceil(len(points) / _MOST_POINTS))
-    # Thinned from the end: the last point is the result.
-    return Series(variant.label, f"s{variant.colour}", points[::-every][::-1])
+    return Series(variant.label, f"s{variant.colour}", points)
 
 
 def _curve_chart(key: str, panel: Panel, axis: Axis, series: tuple[Series, ...]) -> Chart:
@@ -396,7 +394,9 @@ class NumberedFigure:
 
 def figures_of_run(run: StoredRun) -> dict[str, NumberedFigure]:
     """Return the non-empty figures of one run, by key."""
-    curves = run_curves(run)
+    measured = measured_of(run.name, (*run.train, *run.evaluations))
+    charts = [learning_curve(quantity, measured, _MOST_POINTS) for quantity in (ACCURACY, LOSS)]
+    curves = tuple(filter(None, [*charts, *(rate_curve(quantity, measured, _MOST_POINTS) for quantity in RATES)]))
     drawn = {series.style for chart in curves for series in chart.series}
     legend = {style: label for style, label in _SERIES_NAMES.items() if style in drawn}
     return _numbered(
