@@ -199,14 +199,16 @@ def _draw_series(axes: Axes, series: Series) -> None:
     points = [point for point in series.points if math.isfinite(point.x) and math.isfinite(point.y)]
     x, y, colour = [point.x for point in points], [point.y for point in points], LIGHT[look.colour]
     fill = _fill(look)
+    # matplotlib leaves what begins with an underscore out of legends.
+    label = f" {series.label}" if series.label.startswith("_") else series.label
     if series.form in _MARKS:
-        axes.plot(x, y, _MARKS[series.form], color=colour, markerfacecolor=fill, markersize=4, label=series.label)
+        axes.plot(x, y, _MARKS[series.form], color=colour, markerfacecolor=fill, markersize=4, label=label)
         return
     marked = len(points) == 1 or (series.form == "line" and look.dashes) or series.style == "test"
     axes.plot(
         x,
         y,
-        label=series.label,
+        label=label,
         color=colour,
         alpha=0.45 if series.form == "faint" else 1.0,
         linestyle=(0, look.dashes) if look.dashes else "--" if series.form == "dashed" else "-",

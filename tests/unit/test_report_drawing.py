@@ -163,11 +163,12 @@ def test_dollar_signs_of_a_name_are_drawn_as_they_are(tmp_path: Path) -> None:
     assert r"$\wrong$" in (tmp_path / "curve.svg").read_text()
 
 
-def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path: Path) -> None:
-    runs = [make_run(tmp_path / place / "demo", treatments()[0], 0, treatments()[0].settings) for place in ("a", "b")]
+@pytest.mark.parametrize("names", [("a/demo", "b/demo"), ("_a", "b")])
+def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path: Path, names: tuple[str, str]) -> None:
+    runs = [make_run(tmp_path / name, treatments()[0], 0, treatments()[0].settings) for name in names]
     draw_learning_curve(runs, tmp_path / "curve.svg")
     labels = (tmp_path / "curve.svg").read_text()
-    assert ["a/demo" in labels, "b/demo" in labels] == [True, True]
+    assert [f"{name} -->" in labels for name in names] == [True, True]
 
 
 def test_a_long_label_leaves_room_for_the_mean(tmp_path: Path) -> None:
