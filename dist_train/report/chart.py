@@ -140,22 +140,21 @@ class Frame:
         for series in self.chart.series:
             axis = self.chart.right if series.axis == "right" and self.chart.right else self.chart.left
             points = [point for point in series.points if math.isfinite(point.x) and math.isfinite(point.y)]
-            places = [(self.x(point.x), self.y(axis, point.y)) for point in points]
+            marks = [(round(self.x(point.x), 1), round(self.y(axis, point.y), 1), point.text) for point in points]
             band = [
                 (self.x(point.x), self.y(axis, point.low), self.y(axis, point.high))
                 for point in points
                 if point.low is not None and point.high is not None
             ]
             outline = [(x, high) for x, _, high in band] + [(x, low) for x, low, _ in reversed(band)]
-            marks = [(round(x, 1), round(y, 1), point.text) for (x, y), point in zip(places, points, strict=True)]
-            is_marked = self.is_scatter or (series.form == "line" and len(places) <= _MOST_MARKS)
+            is_marked = self.is_scatter or (series.form == "line" and len(marks) <= _MOST_MARKS)
             values = [
                 [*mark, round(point.x, 4), *([] if point.step is None else [point.step])]
                 for mark, point in zip(marks, points, strict=True)
             ]
             yield Drawn(
                 series,
-                "" if self.is_scatter else _path(places),
+                "" if self.is_scatter else _path([(x, y) for x, y, _ in marks]),
                 f"{_path(outline)}Z" if len(band) > 1 else "",
                 tuple(marks) if is_marked else (),
                 json.dumps(values, ensure_ascii=False, separators=(",", ":")),

@@ -51,7 +51,8 @@ def write_report(directory: Path, output: Path) -> Subject:
     """
     if not output.name or output.is_dir():
         raise UsageError(f"{output} is a folder: name a file in it, as with -o report.html", code="report-form")
-    if output.suffix not in (".html", ".htm", ".md"):
+    form = output.suffix.lower()
+    if form not in (".html", ".htm", ".md"):
         page = output.with_suffix(".html")
         raise UsageError(
             f"cannot write {output}: a report is a page (*.html) or its tables (*.md). For a PDF print the page: "
@@ -60,7 +61,7 @@ def write_report(directory: Path, output: Path) -> Subject:
             code="report-form",
         )
     subject = read_subject(directory)
-    text = tables_in_markdown(subject) if output.suffix == ".md" else render(subject)
+    text = tables_in_markdown(subject) if form == ".md" else render(subject)
     with writing(output, "choose another file with -o FILE"):
         # the name of a run in it may not be UTF-8
         atomic.write_bytes(output, text.encode(errors="backslashreplace"), is_shared=True)

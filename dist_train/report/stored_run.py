@@ -395,18 +395,15 @@ def read_subject(directory: Path) -> Subject:
     found = tuple(_runs_below(directory, faults.append))
     runs = tuple(run for run in found if not run.is_range_test)
     tests = tuple(run.name for run in found if run.is_range_test)
-    closed = tuple(_closed(directory, fault) for fault in faults)
+    # Folders that cannot be listed may be runs.
+    closed = tuple(
+        _unreadable(path := Path(fault.filename), escaped(str(path.relative_to(directory))), fault) for fault in faults
+    )
     if not runs:
         only = f" but learning-rate range tests ({', '.join(tests)})" if tests else ""
         rest = f" ({', '.join(run.name for run in closed)} cannot be read)" if closed else ""
         raise UsageError(f"there is no run at or below {directory}{only}{rest}: {fix}", code="no-run-here")
     return Subject(directory, "folder", runs + closed, tests)
-
-
-def _closed(directory: Path, fault: OSError) -> StoredRun:
-    """Return what is told of a folder below `directory` that cannot be listed, and may be a run."""
-    path = Path(fault.filename)
-    return _unreadable(path, escaped(str(path.relative_to(directory))), fault)
 
 
 def _runs_below(directory: Path, onerror: Callable[[OSError], object]) -> Iterator[StoredRun]:

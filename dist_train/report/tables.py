@@ -13,6 +13,7 @@ from dist_train.report.measures import (
     SHARPNESS,
     Measure,
     measures_of,
+    paired_difference,
     sharpness_measures,
     spread,
 )
@@ -190,13 +191,16 @@ def _effect_row(
 
 
 def _effect(variant: Variant, base: Variant, measure: Measure, comparisons: int) -> Effect | None:
+    pairs = variant.pairs(base, measure)
+    values = [(before, after) for (_, before), (_, after) in pairs]
+    bounds = [(measure.is_bound(first), measure.is_bound(second)) for (first, _), (second, _) in pairs]
     interval, corrected = (
-        variant.difference(base, measure, 1 - (1 - _CONFIDENCE) / count) for count in (1, comparisons)
+        paired_difference(values, bounds, 1 - (1 - _CONFIDENCE) / count) for count in (1, comparisons)
     )
     if interval is None or corrected is None:
         return None
-    pairs = [[run for run, _ in pair] for pair in variant.pairs(base, measure)]
-    note = measured_note(measure, pairs) + lost_note(variant.lacking(measure, base))
+    note = measured_note(measure, [[run for run, _ in pair] for pair in pairs])
+    note += lost_note(variant.lacking(measure, base))
     text, ends, wider = signed(measure, interval.difference), "", ""
     if interval.censored:
         text = f"{interval.sign} {text}" if interval.sign else ""

@@ -15,7 +15,7 @@ import yaml
 from dist_train.config import Config
 from dist_train.config.loading import flat_settings, parse_yaml
 from dist_train.config.resuming import may_change
-from dist_train.report.measures import Interval, Measure, Summary, paired_difference, summary
+from dist_train.report.measures import Measure, Summary, summary
 from dist_train.report.stored_run import PLUGIN, StoredRun
 from dist_train.rundir.records import EvaluationRecord, TrainRecord
 
@@ -102,15 +102,6 @@ class Variant:
         """Return the mean and the spread of `measure` over the counted runs that have it."""
         found = self.measured(measure)
         return summary([value for _, value in found], sum(measure.is_bound(run) for run, _ in found))
-
-    def difference(self, base: Variant, measure: Measure, confidence: float = 0.95) -> Interval | None:
-        """Return the mean difference of `measure` from `base`, over the seeds where both have it."""
-        pairs = self.pairs(base, measure)
-        return paired_difference(
-            [(before, after) for (_, before), (_, after) in pairs],
-            [(measure.is_bound(first), measure.is_bound(second)) for (first, _), (second, _) in pairs],
-            confidence,
-        )
 
     def pairs(self, base: Variant, measure: Measure) -> list[tuple[tuple[StoredRun, float], tuple[StoredRun, float]]]:
         """Return pairs, of `base` and this variant, of runs with equal seeds and their values, if both have one.

@@ -340,6 +340,8 @@ def test_command_writes_into_the_folder_and_prints_the_path(tmp_path: Path, caps
     assert arguments.run(arguments) == 0
     assert capsys.readouterr().out.strip() == str(run / "report.html")
     assert (run / "report.html").read_text().startswith("<!doctype html>")
+    write_report(run, tmp_path / "REPORT.HTML")
+    assert (tmp_path / "REPORT.HTML").read_text().startswith("<!doctype html>")
 
 
 def test_synthetic_settings_are_valid() -> None:

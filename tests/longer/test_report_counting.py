@@ -186,14 +186,6 @@ def test_finished_or_most_complete_duplicate_counts(
     assert ignored not in {run.name for run in variant.counted}
 
 
-def test_run_in_two_studies_is_one_point_of_a_correlation(tmp_path: Path) -> None:
-    make_study(tmp_path / "first", seeds=(0, 1))
-    shutil.copytree(tmp_path / "first", tmp_path / "second")
-    table = cells(tmp_path)
-    assert table[WITH_ACCURACY, TRACE, "all runs"].endswith("n = 16)")
-    assert table[WITH_LOSS, TRACE, "LB"].endswith("n = 8)")
-
-
 def test_censored_width_makes_mean_and_difference_lower_bounds(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study")
     change_width(study / f"{NOISY}-seed-1", open=1)

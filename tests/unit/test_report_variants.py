@@ -308,7 +308,7 @@ def test_texts_of_several_lines_stay_in_their_lines_of_the_tables(tmp_path: Path
     assert '| batch 128, text "two\\nlines" | 1 |' in tables
 
 
-def test_a_run_in_two_studies_is_lost_once(tmp_path: Path) -> None:
+def test_a_run_in_two_studies_is_one_point_of_a_correlation_or_lost_once(tmp_path: Path) -> None:
     make_study(tmp_path / "first", seeds=(0, 1))
     write_status(tmp_path / "first" / "lb-seed-0", "failed", 40, "the loss is not finite", exit_code=3)
     shutil.copytree(tmp_path / "first", tmp_path / "second")
