@@ -252,7 +252,8 @@ def contrast_tables(panels: Sequence[Panel], named: Sequence[Contrast]) -> tuple
             judged = _contrast_table(title, panel, reference, chosen, _JUDGED)
             tables.append(replace(judged, note=_left_out(judged, reference, chosen)))
             tables.append(_contrast_table(f"{title}, sharpness", panel, reference, chosen, sharpness))
-    for panel in {panel.title: panel for panel in (*panels[:1], *panels[-1:])}.values():
+    sized = [panel for panel in panels if panel.batch is not None]
+    for panel in {panel.title: panel for panel in (*sized[:1], *sized[-1:])}.values():
         if panel.base is not None:
             tables.append(_contrast_table("All variants", panel, panel.base, list(variants.values()), _JUDGED))
     return tuple(table for table in tables if table.measures or table.note)

@@ -581,6 +581,16 @@ def test_title_that_is_the_variant_s_name_is_a_title_and_that_of_the_panel_is_no
     assert labels == titles | {"sb": "baseline"}
 
 
+def test_a_run_of_unknown_batch_does_not_take_the_contrasts_with_the_largest_one(tmp_path: Path) -> None:
+    folder = make_study(tmp_path / "folder", seeds=(0, 1))
+    (folder / "runs.json").unlink()
+    (folder / "lb-noise-amplitude-0.03-seed-1" / "config.yaml").write_text("torn: [")
+    panels = panels_of(read_subject(folder).runs)
+    assert [panel.short for panel in panels] == ["SB", "LB", "batch unknown"]
+    titles = [table.title for table in contrast_tables(panels, ())]
+    assert titles == [f"All variants: difference from {short}, baseline" for short in ("SB", "LB")]
+
+
 def test_contrast_without_two_finished_pairs_keeps_its_heading(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study", seeds=(0, 1))
     contrasts = [{"title": "H1", "variants": ["sb", "lb-noise-amplitude-0.01"], "against": "lb"}]
