@@ -150,9 +150,7 @@ def effect_tables(panels: Sequence[Panel]) -> tuple[Table[Effect], ...]:
     basic = [replace(measure, unit="points") if measure.unit == "%" else measure for measure in basic]
     tables = []
     for title, group in _grouped([*basic, *sharpness_measures(runs)]):
-        by_panel = [
-            (panel, [row for row in _effect_rows(panel, panels[0], group) if any(row.cells)]) for panel in panels
-        ]
+        by_panel = [(panel, list(_effect_rows(panel, panels[0], group))) for panel in panels]
         tables.append(_without_empty_columns(title, group, [(panel, rows) for panel, rows in by_panel if rows]))
     return tuple(table for table in tables if table.measures)
 
@@ -176,8 +174,8 @@ def _effect_rows(panel: Panel, first: Panel, measures: Sequence[Measure]) -> Ite
         base, label = panel.base, variant.label
         if variant.is_base:
             base, label = first.base if panel is not first else None, f"{label}, from that of {first.short}"
-        if base is not None:
-            yield _effect_row(variant, base, label, measures)
+        if base is not None and any((row := _effect_row(variant, base, label, measures)).cells):
+            yield row
 
 
 def _effect_row(
