@@ -340,12 +340,11 @@ _LEAST_LABEL = 8
 class StripPlot:
     """The variants of a panel that have `measure`, one row each, along one axis in the measure's unit."""
 
+    width, rim = WIDTH, 10
     panel: Panel
     measure: Measure
     variants: tuple[Variant, ...]
     axis: Axis
-    width: int = WIDTH
-    rim: int = 10
 
     def x(self, value: float) -> float:
         """Return the horizontal SVG coordinate of a value of the measure."""

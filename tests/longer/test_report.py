@@ -18,7 +18,7 @@ from dist_train.report.stored_run import read_subject
 from dist_train.watch.run_table import as_json, read_runs
 from tests.longer.report_page import Page, evaluations, rendered, runs_of
 from tests.raising import raises
-from tests.unit.report_study import config_of, make_run, make_study, treatments, write_status
+from tests.unit.report_study import make_run, make_study, treatments, write_status
 
 
 def test_every_run_has_the_numbers_of_its_records(study: Path, page: Page) -> None:
@@ -342,10 +342,6 @@ def test_command_writes_into_the_folder_and_prints_the_path(tmp_path: Path, caps
     assert (run / "report.html").read_text().startswith("<!doctype html>")
     write_report(run, tmp_path / "REPORT.HTML")
     assert (tmp_path / "REPORT.HTML").read_text().startswith("<!doctype html>")
-
-
-def test_synthetic_settings_are_valid() -> None:
-    assert config_of(treatments()[5].settings).noise.amplitude == 0.03
 
 
 def test_width_beyond_the_line_is_a_lower_bound(tmp_path: Path) -> None:

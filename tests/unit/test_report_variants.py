@@ -23,7 +23,7 @@ from dist_train.report.sharpness_charts import sharpness_scatters
 from dist_train.report.stored_run import Subject, read_run, read_subject
 from dist_train.report.tables import contrast_tables, effect_tables, variant_cell
 from dist_train.report.variants import changes_between, panels_of, shown
-from dist_train.rundir.records import EventRecord, to_json
+from dist_train.rundir.records import EvaluationRecord, EventRecord, TrainRecord, to_json
 from tests.raising import raises
 from tests.unit.foreign_files import without_root
 from tests.unit.records import evaluation, write_records
@@ -321,8 +321,9 @@ def test_a_run_that_began_from_another_one_s_checkpoint_did_not_take_the_time_be
     treatment = treatments()[0]
     run = make_run(tmp_path / "run", treatment, 0, treatment.settings)
     whole = read_run(run, "run")
-    later = [EventRecord(150, "resumed", 0.0, {}), *(record for record in whole.train if record.step > 150)]
-    write_records(run, [*later, *(record for record in whole.evaluations if record.step > 150)])
+    measured: tuple[TrainRecord | EvaluationRecord, ...] = (*whole.train, *whole.evaluations)
+    later = (record for record in measured if record.step > 150)
+    write_records(run, [EventRecord(150, "resumed", 0.0, {}), *later])
     seconds = next(measure for measure in measures_of([whole]) if measure.key == "seconds")
     own = sum(record.step_seconds for record in whole.train[150:])
     assert seconds.take(read_run(run, "run")) == pytest.approx(own)
