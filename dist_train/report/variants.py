@@ -276,7 +276,7 @@ def shown(value: object) -> str:
         return " ".join(f"{name} {shown(inner)}" for name, inner in value.items())
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(shown, value)) + "]"
-    if isinstance(value, str):
+    if isinstance(value, str) and value != ABSENT:
         with suppress(yaml.YAMLError):
             if parse_yaml(value) == value:
                 return value
