@@ -19,13 +19,14 @@
 #SBATCH --output=%x-%j.log
 #
 #   KIND              interpolate, direction or plane (direction)
-#   TARGETS           run directories or checkpoints: two for interpolate, otherwise one (runs/lb_8192)
+#   TARGETS           runs, RUN@STEP, RUN@best or checkpoints: two for interpolate, otherwise one (runs/lb_8192)
 #   OPTIONS           additional options for `dist-train landscape KIND`: "--directions 10 --points 101"
 set -euo pipefail
 
 # Slurm runs a copy of this script in another place.
 submitted=$(scontrol show job "${SLURM_JOB_ID:-none}" 2>/dev/null | sed -n '0,/^ *Command=/s/^ *Command=\(.*\)/\1/p') || submitted=
-for root in "${DIST_TRAIN_ROOT:-}" "${SLURM_SUBMIT_DIR:-}" "${submitted%/*}/.." "${0%/*}/.."; do
+root=${DIST_TRAIN_ROOT:-}
+[[ -n $root ]] || for root in "${SLURM_SUBMIT_DIR:-}" "${submitted%/*}/.." "${0%/*}/.."; do
     [[ ! -r $root/slurm/prologue.sh ]] || break
 done
 . "$root/slurm/prologue.sh" || { echo "$0: set DIST_TRAIN_ROOT to the project's folder" >&2 && exit 2; }

@@ -337,19 +337,16 @@ meet_by_address() {
 # landscape_in_job DEFAULT_TARGETS: runs `landscape`, configured by the variables.
 landscape_in_job() {
     answer_help 'jobs with ranks'
-    local kind=${KIND:-direction} targets target count what options overrides
+    local kind=${KIND:-direction} targets count what options overrides
     read_words targets TARGETS "${TARGETS:-$1}"
     read_words options OPTIONS "${OPTIONS:-}"
     read_words overrides OVERRIDES "${OVERRIDES:-}"
     case $kind in
-        interpolate) count=2 what='run directories or checkpoints' ;;
-        direction | plane) count=1 what='run directory or checkpoint' ;;
+        interpolate) count=2 what='runs or checkpoints' ;;
+        direction | plane) count=1 what='run or checkpoint' ;;
         *) usage_error "KIND is interpolate, direction or plane, not '$kind'" ;;
     esac
     ((${#targets[@]} == count)) || usage_error "TARGETS takes $count $what for KIND=$kind, not '${targets[*]}'"
-    for target in "${targets[@]}"; do
-        [[ -e $target ]] || usage_error "TARGETS: there is no $target in $PWD"
-    done
     prepare_ranks
     meet_by_address
     launch_or_show landscape "$kind" "${targets[@]}" "${overrides[@]}" "${options[@]}"
@@ -575,11 +572,12 @@ own_address() {
     # shellcheck disable=SC2016  # awk's own fields
     local choose='$1 ~ /^(127\.|::1$|fe80:)/ { next } /:/ && !six { six = $1 } !/:/ && !four { four = $1 } END { print four ? four : six }'
     if [[ -n ${NETWORK_INTERFACE:-} ]]; then
-        address=$(ip -oneline address show dev "$NETWORK_INTERFACE" | sed -nE 's|.* inet6? ([^ /]+).*|\1|p' | awk "$choose") || address=
+        address=$(ip -oneline address show dev "$NETWORK_INTERFACE" | sed -nE 's|.* inet6? ([^ /]+).*|\1|p' | awk "$choose") || true
     else
         name=$(scontrol show node "$name" --oneliner 2>/dev/null | sed -n 's/.* NodeAddr=\([^ ]*\) .*/\1/p') || name=
         [[ -n $name ]] || name=$(uname -n)
-        address=$({ getent ahosts "$name"; hostname -I | tr ' ' '\n'; } | awk "$choose") || address=
+        # Minimal systems have no hostname, and some hostname has no -I.
+        address=$({ getent ahosts "$name"; hostname -I 2>/dev/null | tr ' ' '\n'; } | awk "$choose") || true
     fi
     echo "${address:-$name}"
 }
