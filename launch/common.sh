@@ -303,7 +303,10 @@ launch() {
     done
     [[ -z $watcher ]] || kill "$watcher" 2>/dev/null || true
     end_leftovers
-    wait "${filters[@]}" || true
+    # Before bash 5.1 wait knows only the last of them.
+    while kill -0 "${filters[@]}" 2>/dev/null; do
+        sleep 0.02
+    done
 }
 
 end_leftovers() {
