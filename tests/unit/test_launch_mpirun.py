@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.programs import write_programs
 from tests.waiting import PATIENCE, wait_for
 
 ROOT = Path(__file__).parents[2]
@@ -21,9 +22,7 @@ def with_programs(folder: Path, launcher: str) -> dict[str, str]:
     """Return an environment whose mpirun and horovodrun execute the line `launcher`."""
     programs = folder / "programs"
     programs.mkdir()
-    for name, line in (("python", f'exec "{sys.executable}" "$@"'), ("mpirun", launcher), ("horovodrun", launcher)):
-        (programs / name).write_text(f"#!/bin/sh\n{line}\n")
-        (programs / name).chmod(0o755)
+    write_programs(programs, python=f'exec "{sys.executable}" "$@"', mpirun=launcher, horovodrun=launcher)
     kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
     return {**kept, "DIST_TRAIN_PYTHON": str(programs / "python")}
 
@@ -60,8 +59,7 @@ def test_ranks_on_other_machines_get_the_variables_of_libraries_and_caches(tmp_p
 def test_ranks_start_where_setpriv_lacks_an_option(tmp_path: Path) -> None:
     old = tmp_path / "old"
     old.mkdir()
-    (old / "setpriv").write_text("#!/bin/sh\necho \"setpriv: unrecognized option '$1'\" >&2\nexit 1\n")
-    (old / "setpriv").chmod(0o755)
+    write_programs(old, setpriv="echo \"setpriv: unrecognized option '$1'\" >&2\nexit 1")
     assert command_of(tmp_path, "-np", "3", "runs", PATH=f"{old}:{os.environ['PATH']}")[:2] == ["-np", "3"]
 
 
@@ -82,8 +80,7 @@ def test_scripts_find_the_project_where_cd_prints_a_folder(command: str) -> None
 
 
 def test_ranks_start_on_a_terminal_without_a_name(tmp_path: Path) -> None:
-    (tmp_path / "tty").write_text("#!/bin/sh\necho not a tty\nexit 1\n")
-    (tmp_path / "tty").chmod(0o755)
+    write_programs(tmp_path, tty="echo not a tty\nexit 1")
     terminal, end = pty.openpty()
     try:
         command = f'. launch/common.sh; set_rank_environment 1; echo "${{rank_environment[*]}}" >{tmp_path}/out'
@@ -100,8 +97,7 @@ def test_ranks_start_on_a_terminal_without_a_name(tmp_path: Path) -> None:
 def test_advice_for_another_python_fits_the_installation(is_checkout: bool, tmp_path: Path) -> None:
     if is_checkout:
         (tmp_path / "Makefile").touch()
-    (tmp_path / "python3").write_text("#!/bin/sh\nexit 1\n")
-    (tmp_path / "python3").chmod(0o755)
+    write_programs(tmp_path, python3="exit 1")
     command = ["bash", "-c", f". launch/common.sh && root={tmp_path} && find_programs"]
     variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     ended = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
@@ -111,10 +107,8 @@ def test_advice_for_another_python_fits_the_installation(is_checkout: bool, tmp_
 
 @pytest.mark.parametrize(("ranks", "threads"), [(1, 6), (4, 1), (99, 1)])
 def test_ranks_share_the_cores_that_python_counts(ranks: int, threads: int, tmp_path: Path) -> None:
-    python = tmp_path / "python"
-    python.write_text("#!/bin/sh\necho 6\n")
-    python.chmod(0o755)
-    command = ["bash", "-euc", f". launch/common.sh; python={python}; threads_each {ranks}"]
+    write_programs(tmp_path, python="echo 6")
+    command = ["bash", "-euc", f". launch/common.sh; python={tmp_path}/python; threads_each {ranks}"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert ended.stdout.split() == [str(threads)]
 
@@ -161,14 +155,11 @@ def test_first_request_to_stop_ends_a_command_that_does_not_save(script: tuple[s
 @pytest.mark.parametrize("script", [("mpirun.sh",), ("local.sh",), ("local.sh", "--gloo")], ids=" ".join)
 @pytest.mark.parametrize("code", [0, 1])
 def test_a_request_to_stop_during_the_set_up_is_followed(script: tuple[str, ...], code: int, tmp_path: Path) -> None:
-    python, mpirun = tmp_path / "python", tmp_path / "mpirun"
     # A signal to the script alone, or also to the Python that it runs.
-    python.write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/calls\n[ "$1" != -c ] || kill -INT $PPID\nexit {code}\n')
-    mpirun.write_text("#!/bin/sh\n")
-    for program in (python, mpirun):
-        program.chmod(0o755)
+    python = f'echo "$@" >>{tmp_path}/calls\n[ "$1" != -c ] || kill -INT $PPID\nexit {code}'
+    write_programs(tmp_path, python=python, mpirun="")
     command = [str(ROOT / "launch" / script[0]), *script[1:], "landscape", "direction", "runs/demo"]
-    ended = subprocess.run(command, env={**os.environ, "DIST_TRAIN_PYTHON": str(python)}, capture_output=True)
+    ended = subprocess.run(command, env={**os.environ, "DIST_TRAIN_PYTHON": f"{tmp_path}/python"}, capture_output=True)
     assert (ended.returncode, ended.stderr) == (75, b"")
     assert "landscape" not in (tmp_path / "calls").read_text()
 
@@ -231,8 +222,7 @@ def test_a_stop_request_reaches_ranks_that_are_all_on_other_machines(
 
 @pytest.mark.parametrize("command", ["lr-range", "replay"])
 def test_a_stop_request_ends_horovodrun_where_all_ranks_are_on_other_machines(tmp_path: Path, command: str) -> None:
-    (tmp_path / "ssh").write_text("#!/bin/sh\nexit 0\n")
-    (tmp_path / "ssh").chmod(0o755)
+    write_programs(tmp_path, ssh="exit 0")
     environment = with_programs(tmp_path, f"touch {tmp_path}/started; exec sleep 600")
     environment["PATH"] = f"{tmp_path}:{environment['PATH']}"
     script = [str(ROOT / "launch/horovodrun.sh"), "-H", "elsewhere:2", command, "config.yaml"]

@@ -16,6 +16,7 @@ import pytest
 from dist_train.cli.main import main
 from dist_train.outcome import ExitCode
 from dist_train.rundir.status import StatusFile
+from tests.programs import write_programs
 from tests.unit.studies import small_plan, write_study
 
 ROOT = Path(__file__).parents[2]
@@ -48,9 +49,7 @@ def assert_contains(command: str, *words: str) -> None:
 @pytest.fixture
 def programs(tmp_path: Path) -> str:
     """A PATH with stand-ins for what this machine may lack; none of them is started."""
-    for name in ("srun", "apptainer", "mpirun"):
-        (tmp_path / name).write_text("#!/bin/sh\nexit 1\n")
-        (tmp_path / name).chmod(0o755)
+    write_programs(tmp_path, srun="exit 1", apptainer="exit 1", mpirun="exit 1")
     return f"{tmp_path}:{os.environ['PATH']}"
 
 
@@ -167,8 +166,7 @@ def test_of_a_whole_node_only_the_gpus_that_were_asked_for_are_used(programs: st
 def with_scontrol(folder: Path, *lines: str) -> None:
     """Write a stand-in that prints `lines`, of `scontrol show job`."""
     text = "".join(f"   {line}\n" for line in lines)
-    (folder / "scontrol").write_text(f"#!/bin/sh\ncat <<'END'\n{text}END\n")
-    (folder / "scontrol").chmod(0o755)
+    write_programs(folder, scontrol=f"cat <<'END'\n{text}END")
 
 
 @pytest.mark.parametrize(
@@ -232,16 +230,14 @@ def test_what_one_rank_for_each_gpu_is_not_is_refused(programs: str, asked: dict
 def test_a_job_submitted_by_an_array_s_task_does_not_take_its_name(
     programs: str, tmp_path: Path, facts: str, name: str
 ) -> None:
-    (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho '{facts} '\n")
-    (tmp_path / "scontrol").chmod(0o755)
+    write_programs(tmp_path, scontrol=f"echo '{facts} '")
     inherited = {"SLURM_ARRAY_JOB_ID": "19", "SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_COUNT": "9"}
     ended = start(script_of(tmp_path, 'echo "$job"'), PATH=programs, **{**TWO_NODES, "SLURM_JOB_ID": "20"}, **inherited)
     assert ended.stdout.split() == [name], ended.stderr
 
 
 def test_spare_nodes_stay_idle(programs: str, tmp_path: Path) -> None:
-    (tmp_path / "scontrol").write_text("#!/bin/sh\necho node1\necho node2\n")
-    (tmp_path / "scontrol").chmod(0o755)
+    write_programs(tmp_path, scontrol="echo node1\necho node2")
     command = command_of(PATH=programs, SPARE_NODES="1", SLURM_JOB_NODELIST="node[1-2]", RANKS_PER_NODE="2")
     assert " --nodes=1 --ntasks=2 " in command
     assert " --nodelist=node1 --overlap " in command
@@ -294,11 +290,9 @@ def test_a_run_that_continues_without_lost_nodes_begins_with_the_ranks_of_all(pr
 def test_a_node_has_an_address_that_others_reach(
     programs: str, tmp_path: Path, of_name: str, of_interfaces: str | None, expected: str
 ) -> None:
-    lines = f"printf '%s STREAM\\n' {of_name}" if of_name else "exit 2"
+    getent = f"printf '%s STREAM\\n' {of_name}" if of_name else "exit 2"
     hostname = "exit 1" if of_interfaces is None else f"echo '{of_interfaces}'"  # GNU's has no -I
-    for name, body in {"getent": lines, "hostname": hostname, "uname": "echo n1"}.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
-        (tmp_path / name).chmod(0o755)
+    write_programs(tmp_path, getent=getent, hostname=hostname, uname="echo n1")
     ended = start(script_of(tmp_path, "own_address"), PATH=programs, **TWO_NODES)
     assert ended.stdout.split() == [expected], ended.stderr
 
@@ -606,13 +600,8 @@ def test_the_longer_a_node_is_away_the_less_often_it_is_looked_for(programs: str
 def test_slurm_is_asked_whether_nodes_answer_only_if_their_ports_do_not_say(
     programs: str, tmp_path: Path, silent: str, calls: int
 ) -> None:
-    for name, body in {
-        "sinfo": f"echo called >>{tmp_path}/calls; echo n2",
-        "squeue": "echo n[1-2]",
-        "scontrol": "printf '%s\\n' n1 n2",
-    }.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
-        (tmp_path / name).chmod(0o755)
+    sinfo = f"echo called >>{tmp_path}/calls; echo n2"
+    write_programs(tmp_path, sinfo=sinfo, squeue="echo n[1-2]", scontrol="printf '%s\\n' n1 n2")
     lines = f"silent_nodes={silent}\nanswering_nodes() {{ echo n1; }}\nliving_nodes"
     ended = start(script_of(tmp_path, lines), PATH=programs, **TWO_NODES)
     assert ended.stdout.split() == ["n1", silent][: 1 + calls], ended.stderr
@@ -630,9 +619,7 @@ def test_slurm_is_asked_whether_nodes_answer_only_if_their_ports_do_not_say(
 def test_ranks_meet_at_an_address_where_nodes_do_not_know_each_other_by_name(
     programs: str, tmp_path: Path, variables: dict[str, str], begins: str
 ) -> None:
-    for name, body in {"getent": '[[ " $KNOWN " == *" $2 "* ]]', "scontrol": "printf '%s\\n' n1 n2"}.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
-        (tmp_path / name).chmod(0o755)
+    write_programs(tmp_path, getent='echo "$KNOWN" | grep -qw "$2"', scontrol="printf '%s\\n' n1 n2")
     lines = "node_addresses=$'n1 10.0.0.1\\nn2 10.0.0.2'\nprepare_ranks\necho \"${command[*]}\""
     job = {"RANKS_PER_NODE": "1", "SLURM_JOB_NODELIST": "n[1-2]", **TWO_NODES}
     ended = start(script_of(tmp_path, lines), PATH=programs, **job, **variables)
@@ -659,9 +646,7 @@ def test_the_step_that_guards_the_batch_script_s_node_holds_no_memory_nor_gpus(p
 def test_a_job_that_is_stopped_during_its_set_up_is_requeued(
     programs: str, tmp_path: Path, script: str, variables: dict[str, str], job: str
 ) -> None:
-    for name, text in {"scontrol": f'echo "$@" >>{tmp_path}/calls', "python": "kill -USR1 $PPID; exit 1"}.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
-        (tmp_path / name).chmod(0o755)
+    write_programs(tmp_path, scontrol=f'echo "$@" >>{tmp_path}/calls', python="kill -USR1 $PPID; exit 1")
     ended = start(script, **{"PATH": programs, "DIST_TRAIN_PYTHON": f"{tmp_path}/python", **TWO_NODES, **variables})
     assert ended.returncode == ExitCode.STOPPED, ended.stderr
     assert f"requeue {job}" in (tmp_path / "calls").read_text().splitlines()
@@ -686,14 +671,8 @@ def test_any_messages_of_the_launcher_let_a_job_be_requeued(programs: str, tmp_p
 def test_an_array_s_task_that_is_cancelled_during_its_set_up_is_not_requeued(
     programs: str, tmp_path: Path, state: str
 ) -> None:
-    answers = {
-        "scontrol": f'echo "$@" >>{tmp_path}/calls',
-        "squeue": f"echo {state}",
-        "python": "kill -TERM $PPID; exit 1",
-    }
-    for name, text in answers.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
-        (tmp_path / name).chmod(0o755)
+    scontrol = f'echo "$@" >>{tmp_path}/calls'
+    write_programs(tmp_path, scontrol=scontrol, squeue=f"echo {state}", python="kill -TERM $PPID; exit 1")
     variables = {"SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "1", "DIST_TRAIN_PYTHON": f"{tmp_path}/python"}
     ended = start("sweep.sh", PATH=f"{tmp_path}:{programs}", **variables, **TWO_NODES)
     assert ended.returncode == ExitCode.STOPPED, ended.stderr
