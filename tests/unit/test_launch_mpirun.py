@@ -63,6 +63,17 @@ def test_ranks_start_where_setpriv_lacks_an_option(tmp_path: Path) -> None:
     assert command_of(tmp_path, "-np", "3", "runs", PATH=f"{old}:{os.environ['PATH']}")[:2] == ["-np", "3"]
 
 
+def test_the_mpirun_of_mpich_is_refused(tmp_path: Path) -> None:
+    environment = with_programs(tmp_path, f"touch {tmp_path}/out")
+    mpirun = tmp_path / "programs" / "mpirun"
+    mpirun.rename(mpirun.with_name("mpiexec.hydra"))
+    mpirun.symlink_to("mpiexec.hydra")
+    ended = subprocess.run([str(ROOT / "launch/mpirun.sh"), "runs"], env=environment, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert f"{mpirun} is MPICH's" in ended.stderr
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "command",
     [
