@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-cluster test-containers test-lengthy test-cuda-build test-unit test-hermetic lint study-smoke bench gpu dashboards clean
+.PHONY: help setup demo test test-cluster test-containers test-lengthy test-cuda-build test-unit test-hermetic lint study-smoke bench gpu dashboards docs torture clean
 
 python := .venv/bin/python
 code := $(wildcard dist_train tests benchmarks docker/grafana/dashboard_generator)
@@ -77,11 +77,9 @@ clean: ## remove what was made here, except runs and the caches outside this fol
 	rm -rf .venv .venv-loggers .venv-peers build site dist *.egg-info dist_train/kernels/_cpu.abi3.so .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-.PHONY: docs
 docs: setup ## the documentation as a site, with the reference of the Python API, in site/; a dead link is an error
 	NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --strict
 
-.PHONY: torture
 torture: setup ## a campaign of 500 faults, and 10,000 broken inputs of each kind (FAULTS, SEED, INPUTS)
 	$(python) -m tests.torture --faults $(or $(FAULTS),500) --seed $(or $(SEED),0)
 	$(python) -m tests.torture.fuzz --inputs $(or $(INPUTS),10000) --seed $(or $(SEED),0)
