@@ -15,13 +15,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.launching import measure, module, on_ranks, tell
-from benchmarks.shared_folder import shared_folder
+from benchmarks.launching import measure, module, on_ranks
+from benchmarks.ranks import shared_folder, tell_measured
 from benchmarks.subject import QUIET, open_trainer, settings
 from benchmarks.timing import Ratio, compare, ratio_of, timed
-from dist_train.cluster.communicator import SingleProcess
+from dist_train.cluster.communicator import Communicator, SingleProcess
 from dist_train.cluster.devices import device_type
-from dist_train.cluster.rendezvous import join_ranks
 from dist_train.training.compute import share_of_threads
 
 _WIDTH, _GLOBAL_SIZE, _UPDATES = 0.25, 128, 10
@@ -121,10 +120,8 @@ def _title(name: str) -> str:
     return f"candidate {name}, width {_WIDTH:g}, batch {_GLOBAL_SIZE}"
 
 
-def main() -> None:
-    """Train as one of the ranks, with the environment's number of threads; rank 0 prints the time."""
-    width, global_size, updates = float(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    comm = join_ranks(timeout=600.0, device_type=device_type())
+def seconds_of_an_update(comm: Communicator, width: float, global_size: int, updates: int) -> float:
+    """Train as one of the ranks, with the environment's number of threads, and return the time."""
     precision = {"threads": share_of_threads(comm.local_size)}
     batch = {"micro_size": max(1, global_size // comm.size)}
     config = settings(width, global_size, precision=precision, batch=batch, **QUIET)
@@ -134,10 +131,9 @@ def main() -> None:
             trainer.advance()
         seconds = median(timed(trainer.advance) for _ in range(updates))
         trainer.close()
-    if comm.rank == 0:
-        tell(seconds)
-    comm.close()
+    return seconds
 
 
 if __name__ == "__main__":
-    main()
+    width, global_size, updates = sys.argv[1:]
+    tell_measured(lambda comm: seconds_of_an_update(comm, float(width), int(global_size), int(updates)), device_type())

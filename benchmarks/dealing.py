@@ -10,14 +10,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 
-from benchmarks.launching import measure, module, on_ranks, tell
-from benchmarks.shared_folder import shared_folder
+from benchmarks.ranks import rows_of_two_ranks, shared_folder, tell_rows
 from benchmarks.subject import QUIET, open_trainer, settings
 from benchmarks.timing import Ratio, compare
 from dist_train.cluster.communicator import Communicator
-from dist_train.cluster.rendezvous import join_ranks
 
 _BATCH = 1024
 _BUSY_PROCESSES = 2
@@ -66,18 +63,9 @@ def dealing_rows(comm: Communicator, pairs: int) -> Iterator[Ratio]:
 
 
 def rows(pairs: int) -> Iterator[Ratio]:
-    """Run this module on two ranks and yield its rows."""
-    yield from (Ratio(**row) for row in measure(on_ranks("torch", 2, module("benchmarks.dealing", pairs))))
-
-
-def main() -> None:
-    """Measure on every rank, print on the first."""
-    comm = join_ranks(timeout=600.0, device_type="cpu")
-    measured = [asdict(row) for row in dealing_rows(comm, int(sys.argv[1]))]
-    if comm.rank == 0:
-        tell(measured)
-    comm.close()
+    """Run this module on two ranks and return its rows."""
+    return rows_of_two_ranks("torch", "benchmarks.dealing", pairs)
 
 
 if __name__ == "__main__":
-    main()
+    tell_rows(lambda comm: dealing_rows(comm, int(sys.argv[1])))

@@ -17,11 +17,10 @@ import torch.distributed as dist
 
 from benchmarks.launched_run import seconds_to_step, write_settings
 from benchmarks.launching import measure, module, on_ranks, tell
-from benchmarks.shared_folder import shared_folder
+from benchmarks.ranks import shared_folder, tell_measured
 from benchmarks.subject import QUIET, open_trainer, settings
 from benchmarks.timing import Ratio, ratio_of, timed
 from dist_train.cluster.communicator import Communicator
-from dist_train.cluster.rendezvous import join_ranks
 
 _SUMS = 1000
 _STEPS = {128: 40, 8192: 2}
@@ -66,12 +65,10 @@ def main() -> None:
     what = sys.argv[1]
     if what in _BARE:
         _BARE[what]()
-        return
-    comm = join_ranks(timeout=600.0, device_type="cpu")
-    seconds = _seconds_of_a_sum(comm) if what == "sum" else _seconds_of_a_step(comm, int(what.removeprefix("step-")))
-    if comm.rank == 0:
-        tell(seconds)
-    comm.close()
+    elif what == "sum":
+        tell_measured(_seconds_of_a_sum)
+    else:
+        tell_measured(lambda comm: _seconds_of_a_step(comm, int(what.removeprefix("step-"))))
 
 
 def _seconds_of_a_sum(comm: Communicator) -> float:

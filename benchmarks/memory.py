@@ -15,12 +15,12 @@ from dataclasses import astuple
 from pathlib import Path
 
 from benchmarks.idx_files import write_unpacked
-from benchmarks.launching import measure, module, on_ranks, tell
+from benchmarks.launching import measure, module, on_ranks
 from benchmarks.process_memory import MICRO_SIZE, Memory, own_memory
+from benchmarks.ranks import tell_measured
 from benchmarks.subject import QUIET, open_trainer, settings
 from benchmarks.timing import Ratio, ratio_of
-from dist_train.cluster.communicator import gather
-from dist_train.cluster.rendezvous import join_ranks
+from dist_train.cluster.communicator import Communicator, gather
 from dist_train.config import Config
 
 _IMAGES, _FEW_IMAGES = 200_000, 1_000
@@ -73,20 +73,17 @@ def _settings(images: Path) -> Config:
     return settings(_WIDTH, _GLOBAL_SIZE, **{**QUIET, "data": data, "batch": batch})
 
 
-def _rank(images: Path) -> None:
-    """Train as one of the ranks; rank 0 prints the memory of all."""
-    comm = join_ranks(timeout=600.0, device_type="cpu")
+def _memory_of_ranks(comm: Communicator, images: Path) -> object:
+    """Train as one of the ranks, and return the memory of all."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = open_trainer(_settings(images), comm, Path(folder) / "run")
         for _ in range(_UPDATES):
             trainer.advance()
         comm.barrier()
         memories = gather(comm, astuple(own_memory()), "memory")
-        if comm.rank == 0:
-            tell(memories)
         trainer.close()
-    comm.close()
+    return memories
 
 
 if __name__ == "__main__":
-    _rank(Path(sys.argv[1]))
+    tell_measured(lambda comm: _memory_of_ranks(comm, Path(sys.argv[1])))

@@ -8,14 +8,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
-from benchmarks.launching import measure, module, on_ranks, tell
-from benchmarks.shared_folder import shared_folder
+from benchmarks.ranks import rows_of_two_ranks, shared_folder, tell_rows
 from benchmarks.subject import QUIET, open_trainer, settings
 from benchmarks.timing import Ratio, ratio_of, timed
 from dist_train.cluster.communicator import Communicator
-from dist_train.cluster.rendezvous import join_ranks
 from dist_train.training.accumulators import ExactAccumulator
 from dist_train.training.reduction import GradientReduction, buckets_of
 from dist_train.training.trainer import Trainer
@@ -59,9 +57,8 @@ def times_of(trainer: Trainer) -> Times:
 
 
 def rows(controller: str, width: float, global_size: int, pairs: int) -> Iterator[Ratio]:
-    """Yield the rows of two ranks over `controller`."""
-    program = module("benchmarks.overlap", width, global_size, pairs)
-    yield from (Ratio(**row) for row in measure(on_ranks(controller, 2, program)))
+    """Return the rows of two ranks over `controller`."""
+    return rows_of_two_ranks(controller, "benchmarks.overlap", width, global_size, pairs)
 
 
 def rows_on(comm: Communicator, width: float, global_size: int, pairs: int) -> Iterator[Ratio]:
@@ -97,11 +94,7 @@ def _pair(comm: Communicator, ours: Trainer, theirs: Trainer, turn: int) -> tupl
 def print_rows(rows_on: Callable[[Communicator, float, int, int], Iterable[Ratio]]) -> None:
     """Measure on every rank with the command line's WIDTH GLOBAL_SIZE PAIRS; rank 0 prints the rows."""
     width, global_size, pairs = float(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    comm = join_ranks(timeout=600.0, device_type="cpu")
-    measured = [asdict(row) for row in rows_on(comm, width, global_size, pairs)]
-    if comm.rank == 0:
-        tell(measured)
-    comm.close()
+    tell_rows(lambda comm: rows_on(comm, width, global_size, pairs))
 
 
 if __name__ == "__main__":

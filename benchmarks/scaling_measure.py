@@ -22,17 +22,16 @@ from typing import Any
 import torch
 
 from benchmarks.launching import measure as measure_launch
-from benchmarks.launching import module, on_ranks, tell
-from benchmarks.shared_folder import shared_folder
+from benchmarks.launching import module, on_ranks
+from benchmarks.ranks import shared_folder, tell_measured
 from benchmarks.subject import QUIET, open_trainer, settings
 from benchmarks.timing import timed
 from dist_train.cluster.communicator import Communicator
-from dist_train.cluster.rendezvous import join_ranks
 
 CONTROLLERS = ("mpi", "gloo", "torch")
 """Horovod over MPI, Horovod over Gloo, and torch.distributed over Gloo, started by torchrun."""
 CYCLE_MILLISECONDS = {"mpi": 1.0, "gloo": 5.0, "torch": 0.0}
-"""Horovod's cycle, as `launch/local.sh` sets it; torch.distributed has none."""
+"""Horovod's cycle; torch.distributed has none."""
 RANKS = (1, 2, 4, 8, 16)
 _MAX_REPEATED_RANKS = 4
 """Launches of up to this many ranks are repeated."""
@@ -178,9 +177,8 @@ def _launch(controller: str, ranks: int, *arguments: object) -> tuple[float, flo
     return record["met"] - started, time.time() - started, record["entries"]
 
 
-def main() -> None:
-    """Measure on every rank; rank 0 prints the result."""
-    comm = join_ranks(timeout=600.0, device_type="cpu")
+def _measured_on(comm: Communicator) -> Mapping[str, object]:
+    """Return what `_launch` asks for on the command line, and when the ranks were connected."""
     comm.barrier()
     met = time.time()
     torch.set_num_threads(1)
@@ -189,9 +187,7 @@ def main() -> None:
     else:
         entries = [_steps(comm, int(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4]))]
     comm.barrier()
-    if comm.rank == 0:
-        tell({"met": met, "entries": entries})
-    comm.close()
+    return {"met": met, "entries": entries}
 
 
 def _allreduces(comm: Communicator) -> Iterator[dict[str, object]]:
@@ -225,4 +221,4 @@ def _summary(seconds: list[float]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    tell_measured(_measured_on)

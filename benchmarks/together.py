@@ -11,9 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from statistics import fmean
 
-from benchmarks.launching import measure, module, on_ranks
 from benchmarks.overlap import print_rows
-from benchmarks.shared_folder import shared_folder
+from benchmarks.ranks import rows_of_two_ranks, shared_folder
 from benchmarks.subject import QUIET, open_trainer, settings
 from benchmarks.timing import Ratio, ratio_of, timed
 from dist_train.cluster.communicator import Communicator, SingleProcess, gather
@@ -22,8 +21,6 @@ from dist_train.training.trainer import Trainer
 _BAR = 1.03
 _WARM_UP = 1
 _NANO = 1e9
-
-
 _DEALINGS = ("even", "dynamic")
 
 
@@ -37,9 +34,8 @@ class Round:
 
 
 def rows(width: float, global_size: int, pairs: int) -> Iterator[Ratio]:
-    """Yield the rows, measured on two ranks over MPI."""
-    program = module("benchmarks.together", width, global_size, pairs)
-    yield from (Ratio(**row) for row in measure(on_ranks("mpi", 2, program)))
+    """Return the rows, measured on two ranks over MPI."""
+    return rows_of_two_ranks("mpi", "benchmarks.together", width, global_size, pairs)
 
 
 def rows_on(comm: Communicator, width: float, global_size: int, pairs: int) -> Iterator[Ratio]:

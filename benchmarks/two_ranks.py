@@ -6,14 +6,11 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
 
-from benchmarks.launching import measure, module, on_ranks, tell
-from benchmarks.shared_folder import shared_folder
+from benchmarks.ranks import rows_of_two_ranks, shared_folder, tell_rows
 from benchmarks.subject import QUIET, open_trainer, settings
 from benchmarks.timing import Ratio, compare
 from dist_train.cluster.communicator import Communicator
-from dist_train.cluster.rendezvous import join_ranks
 
 _BARS = {("exact", 8192): 1.03, ("exact32", 128): 1.02}
 
@@ -44,19 +41,9 @@ def reduction_row(comm: Communicator, which: str, global_size: int, pairs: int) 
 
 def launch(controller: str, reduction: str, global_size: int, pairs: int) -> Ratio:
     """Run this module on two ranks and return its row."""
-    return Ratio(**measure(on_ranks(controller, 2, module("benchmarks.two_ranks", reduction, global_size, pairs))))
-
-
-def main() -> None:
-    """Measure on every rank, print on the first."""
-    reduction = sys.argv[1]
-    global_size, pairs = map(int, sys.argv[2:])
-    comm = join_ranks(timeout=600.0, device_type="cpu")
-    row = reduction_row(comm, reduction, global_size, pairs)
-    if comm.rank == 0:
-        tell(asdict(row))
-    comm.close()
+    [row] = rows_of_two_ranks(controller, "benchmarks.two_ranks", reduction, global_size, pairs)
+    return row
 
 
 if __name__ == "__main__":
-    main()
+    tell_rows(lambda comm: [reduction_row(comm, sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))])

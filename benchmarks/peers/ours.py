@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.peers.work import Clock, Work, work_from_arguments
-from benchmarks.shared_folder import shared_folder
+from benchmarks.ranks import shared_folder
 from benchmarks.subject import QUIET, open_trainer, settings
 from dist_train.cluster.communicator import Communicator
 from dist_train.cluster.rendezvous import join_ranks
