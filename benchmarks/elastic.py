@@ -8,28 +8,27 @@ Gloo on this machine; one of them is killed, or stopped (SIGSTOP), or raises an 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
-import shutil
 import signal
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import torch
-import yaml
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.elastic_task import GLOBAL_SIZE, MICRO_SIZE, WIDTH
-from benchmarks.launching import children_of, descendants, running
+from benchmarks.launched_run import records_of, weights_digest
+from benchmarks.launching import beside_python, children_of, descendants, module, running
+from benchmarks.subject import settings
+from dist_train.config import dump_config
+from dist_train.rundir.records import TrainRecord
 
 _ROOT = Path(__file__).resolve().parent.parent
 _VARIABLES = {"HOROVOD_CYCLE_TIME": "5"}
@@ -59,6 +58,8 @@ class Loss:
     """Whether the final weights equal those of an undisturbed run."""
 
 
+_SIGNALS = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}
+
 Steps = Sequence[tuple[int, float]]
 """Finished updates with their times."""
 
@@ -80,7 +81,7 @@ def ours(what: str, every_steps: int, folder: Path) -> Loss:
         before = _wait_for_steps(lambda: _our_steps(run), LOST_AFTER, time.time() + PATIENCE)
         rank = _rank_of(process.pid, rank=1)
         lost_at = time.time()
-        os.kill(rank, {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}[what])
+        os.kill(rank, _SIGNALS[what])
         process.wait()
         before, ended = _our_steps(run), time.time()
     with running([_LAUNCH, "-np", "1", "train", config], _VARIABLES) as process:
@@ -92,12 +93,12 @@ def ours(what: str, every_steps: int, folder: Path) -> Loss:
 def in_place(what: str, folder: Path) -> Loss:
     """Run ours with recovery in place, and make it lose a rank by `what`."""
     run = folder / "run"
-    launch = [sys.executable, "-m", "dist_train", "launch", "-np", "2", "--min-ranks", "1"]
-    with running([*launch, "train", _write_config(folder, 20)], _VARIABLES) as process:
+    options = ("launch", "-np", 2, "--min-ranks", 1)
+    with running(module("dist_train", *options, "train", _write_config(folder, 20)), _VARIABLES) as process:
         _wait_for_steps(lambda: _our_steps(run), LOST_AFTER, time.time() + PATIENCE)
         rank = max(children_of(process.pid))
         before, lost_at = _our_steps(run), time.time()
-        os.kill(rank, {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}[what])
+        os.kill(rank, _SIGNALS[what])
         process.wait()
     return settle("recovery in place", what, before, lost_at, _our_steps(run)[len(before) :], None)
 
@@ -111,7 +112,7 @@ def elastic(what: str, folder: Path) -> Loss:
         if what != "exception":
             rank = int((folder / "rank-1").read_text())
             before, lost_at = _elastic_steps(folder), time.time()
-            os.kill(rank, {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}[what])
+            os.kill(rank, _SIGNALS[what])
         else:
             before, lost_at = before[:LOST_AFTER], before[LOST_AFTER - 1][1]
         done = len(before)
@@ -138,11 +139,7 @@ def undisturbed(folder: Path) -> tuple[str, str]:
 
 def our_digest(folder: Path) -> str:
     """Return the digest of the weights in the last checkpoint of our run."""
-    last = max((folder / "run" / "checkpoints").glob("step-*.pt"), default=None)
-    if last is None:
-        return "none"
-    state: Mapping[str, torch.Tensor] = torch.load(last, weights_only=True)["model"]
-    return hashlib.sha256(b"".join(tensor.contiguous().numpy().tobytes() for tensor in state.values())).hexdigest()
+    return weights_digest(folder / "run")
 
 
 def elastic_digest(folder: Path) -> str:
@@ -152,20 +149,20 @@ def elastic_digest(folder: Path) -> str:
 
 
 def _write_config(folder: Path, every_steps: int) -> str:
-    settings = {
-        "run": {"name": "run", "directory": str(folder), "epochs": 1000, "max_steps": STEPS},
-        "data": {"name": "synthetic", "synthetic_samples": 4 * GLOBAL_SIZE},
-        "model": {"name": "vgg9", "width": WIDTH, "ghost_size": MICRO_SIZE},
-        "batch": {"global_size": GLOBAL_SIZE, "micro_size": MICRO_SIZE},
-        "optimizer": {"learning_rate": 0.01},
-        "precision": {"threads": 1},
-        "evaluation": {"every_epochs": 0},
-        "checkpoint": {"every_epochs": 0, "every_steps": every_steps},
-        "comm": {"timeout": STOPPED_TIMEOUT},
-        "metrics": {"enabled": False},
-    }
+    config = settings(
+        WIDTH,
+        GLOBAL_SIZE,
+        run={"name": "run", "directory": str(folder), "max_steps": STEPS},
+        data={"synthetic_samples": 4 * GLOBAL_SIZE},
+        model={"ghost_size": MICRO_SIZE},
+        batch={"micro_size": MICRO_SIZE},
+        evaluation={"every_epochs": 0},
+        checkpoint={"every_epochs": 0, "every_steps": every_steps},
+        comm={"timeout": STOPPED_TIMEOUT},
+        metrics={"enabled": False},
+    )
     path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(settings))
+    path.write_text(dump_config(config))
     return str(path)
 
 
@@ -173,10 +170,9 @@ def _elastic_command(folder: Path, fail_at: int) -> list[str]:
     discovery = folder / "discover.sh"
     discovery.write_text("#!/bin/sh\necho localhost:1\necho 127.0.0.1:1\n")
     discovery.chmod(0o755)
-    launcher = [str(Path(sys.executable).parent / "horovodrun"), "-np", "2", "--min-np", "1", "--max-np", "2"]
+    launcher = [beside_python("horovodrun"), "-np", "2", "--min-np", "1", "--max-np", "2"]
     hosts = ["--host-discovery-script", str(discovery), "--network-interface", "lo"]
-    program = [sys.executable, "-m", "benchmarks.elastic_loop", str(folder), str(STEPS), str(fail_at)]
-    return [*launcher, *hosts, *program]
+    return [*launcher, *hosts, *module("benchmarks.elastic_loop", folder, STEPS, fail_at)]
 
 
 def _rank_of(pid: int, rank: int) -> int:
@@ -199,12 +195,7 @@ def _wait_for_steps(steps: Callable[[], Steps], count: int, deadline: float) -> 
 
 
 def _our_steps(run: Path) -> Steps:
-    path = run / "metrics.jsonl"
-    if not path.exists():
-        return []
-    lines = path.read_text().splitlines(keepends=True)
-    records = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [(record["step"], record["time"]) for record in records if record["kind"] == "train"]
+    return [(record.step, record.time) for record in records_of(run) if isinstance(record, TrainRecord)]
 
 
 def _elastic_steps(folder: Path) -> Steps:
@@ -214,20 +205,15 @@ def _elastic_steps(folder: Path) -> Steps:
 
 
 def _in_folder(run: Callable[[Path], Loss], digest: Callable[[Path], str], expected: str) -> Loss:
-    folder = Path(tempfile.mkdtemp(prefix="elastic-"))
-    try:
-        loss = run(folder)
-        same = None if loss.next_update is None else digest(folder) == expected
-        return Loss(loss.who, loss.what, loss.next_update, loss.ended, loss.updates_lost, same)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="elastic-", ignore_cleanup_errors=True) as name:
+        loss = run(Path(name))
+        return loss if loss.next_update is None else replace(loss, same_bits=digest(Path(name)) == expected)
 
 
 def measure(repeats: int) -> list[Loss]:
     """Measure all losses, both sides in turn, and return the results."""
-    folder = Path(tempfile.mkdtemp(prefix="elastic-"))
-    ours_expected, elastic_expected = undisturbed(folder)
-    shutil.rmtree(folder)
+    with tempfile.TemporaryDirectory(prefix="elastic-") as folder:
+        ours_expected, elastic_expected = undisturbed(Path(folder))
     losses = []
     for _ in range(repeats):
         losses.append(_in_folder(partial(elastic, "killed"), elastic_digest, elastic_expected))

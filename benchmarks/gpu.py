@@ -6,9 +6,7 @@ Each part runs in its own process. If one fails or exceeds its time, that is rec
 from __future__ import annotations
 
 import argparse
-import hashlib
 import itertools
-import json
 import os
 import resource
 import signal
@@ -30,11 +28,22 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.groups import Device, groups_on
-from benchmarks.launching import NotMeasuredError, children_of, environment, measure, module, on_ranks, tell
+from benchmarks.launched_run import records_of, weights_digest
+from benchmarks.launching import (
+    NotMeasuredError,
+    children_of,
+    environment,
+    finish,
+    measure,
+    module,
+    on_ranks,
+    run,
+    tell,
+)
 from benchmarks.machine import this_machine
 from benchmarks.subject import QUIET, open_trainer, settings
 from benchmarks.timing import compare, timed
-from dist_train.checkpoint.files import find_checkpoint, list_checkpoints, read_checkpoint
+from dist_train.checkpoint.files import list_checkpoints
 from dist_train.checkpoint.state import Progress
 from dist_train.cluster.communicator import SingleProcess
 from dist_train.cluster.devices import find_gpus
@@ -47,6 +56,7 @@ from dist_train.optim.flat_weights import FlatWeights
 from dist_train.optim.noise import build_noise
 from dist_train.optim.noise_draws import NoiseDraws
 from dist_train.outcome import ExitCode
+from dist_train.rundir.records import EventRecord
 from dist_train.training.compute import free_device_memory
 from dist_train.training.reduction import set_up_reduction
 
@@ -127,7 +137,7 @@ def _limited(seconds: float, command: Sequence[str]) -> list[str]:
 
 def _rows(group: str, device: Device, seconds: float) -> Finding:
     command = module("benchmarks", "--device", device, "--only", group, "--pairs", _PAIRS)
-    ended = subprocess.run(_limited(seconds, command), env=environment({}), capture_output=True, text=True)
+    ended = run(_limited(seconds, command))
     said = ended.stdout or f"Exit code {ended.returncode}.\n{ended.stderr[-2000:]}"
     # Exit code 1 with a table: a bar is missed, as it shows. The bars are those of CPUs, where a step computes; on a
     # GPU a small step waits for the host.
@@ -145,8 +155,8 @@ def same_bits(device: Device, folder: Path) -> Finding:
     _kill_at_checkpoint(command("killed"), folder / "killed", lambda process: process)
     digests = {}
     for name, controller in (("first", "alone"), ("second", "alone"), ("killed", "alone"), ("horovodrun", "gloo")):
-        _run(command(name, controller))
-        digests[name] = _digest(folder / name)
+        finish(command(name, controller))
+        digests[name] = weights_digest(folder / name)
     rows = [f"| {name} | {digest} |" for name, digest in digests.items()]
     return Finding("\n".join(["| run | weights |", "|---|---|", *rows]), len(set(digests.values())) == 1)
 
@@ -171,14 +181,16 @@ def recovery(device: Device, folder: Path) -> Finding:
     # Enough for the lost rank to come back.
     config = _write_config(device, folder, updates=1000)
     train = ["train", str(config), "--run-dir"]
-    _run(module("dist_train", *train, folder / "alone"))
+    finish(module("dist_train", *train, folder / "alone"))
     options = ["launch", "-np", 2, "--min-ranks", 1, "--restarts", 1]
     launch = module("dist_train", *options, *train, folder / "elastic")
     code = _kill_at_checkpoint(launch, folder / "elastic", lambda launcher: max(children_of(launcher)))
-    digests = {name: _digest(folder / name) for name in ("alone", "elastic")}
-    records = [json.loads(line) for line in (folder / "elastic/metrics.jsonl").read_text().splitlines()]
-    kinds = ("rank_lost", "rank_joined")
-    events = [f"{each['event']}: {each['seconds']} s" for each in records if each.get("event") in kinds]
+    digests = {name: weights_digest(folder / name) for name in ("alone", "elastic")}
+    events = [
+        f"{each.event}: {each.details['seconds']} s"
+        for each in records_of(folder / "elastic")
+        if isinstance(each, EventRecord) and each.event in ("rank_lost", "rank_joined")
+    ]
     lines += ["| run | weights |", "|---|---|", *(f"| {name} | {digest} |" for name, digest in digests.items())]
     lines += ["", f"Exit code {code}; {'; '.join(events)}."]
     holds = code == 0 and len(set(digests.values())) == 1 and any(each.startswith("rank_lost") for each in events)
@@ -199,12 +211,6 @@ def _aborts(device: torch.device) -> Iterator[str]:
         yield f"- made in {connected - started:.2f} s, aborted in {time.perf_counter() - connected:.2f} s"
 
 
-def _run(command: Sequence[str]) -> None:
-    ended = subprocess.run(command, env=environment({}), stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    if ended.returncode:
-        raise NotMeasuredError(f"exit code {ended.returncode} from {' '.join(command)}:\n{ended.stderr[-3000:]}")
-
-
 def _kill_at_checkpoint(command: Sequence[str], run: Path, choose: Callable[[int], int]) -> int:
     """Start `command` and return its exit code. As soon as `run` has a checkpoint, kill the process whose id `choose`
     returns, given the command's process id.
@@ -218,16 +224,6 @@ def _kill_at_checkpoint(command: Sequence[str], run: Path, choose: Callable[[int
         raise NotMeasuredError(f"exit code {process.returncode} before it could be killed: {' '.join(command)}")
     os.kill(choose(process.pid), signal.SIGKILL)
     return process.wait()
-
-
-def _digest(run: Path) -> str:
-    """Return a digest of the weights and statistics in the last checkpoint of `run`."""
-    contents = read_checkpoint(find_checkpoint(run))
-    digest = hashlib.blake2b(str(contents.step).encode(), digest_size=8)
-    for name, value in contents.model.items():
-        digest.update(name.encode())
-        digest.update(value.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def same_draws(device: Device, folder: Path) -> Finding:
@@ -346,10 +342,7 @@ def graphs(device: Device, folder: Path) -> Finding:
 def no_waits(device: Device, folder: Path) -> Finding:
     """Run the tests of a step under torch's sync debug mode; on a CPU only those that need no GPU."""
     variables = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {"DIST_TRAIN_TEST_GPU": "1"}
-    command = module("pytest", "-q", "-p", "no:cacheprovider", "tests/unit/test_training_device.py")
-    ended = subprocess.run(
-        command, cwd=Path(__file__).parents[1], env=environment(variables), capture_output=True, text=True
-    )
+    ended = run(module("pytest", "-q", "-p", "no:cacheprovider", "tests/unit/test_training_device.py"), variables)
     return Finding(f"```\n{ended.stdout[-3000:].rstrip()}\n```", ended.returncode == 0)
 
 

@@ -1,17 +1,19 @@
-"""Real runs of `dist-train train`, timed from the launcher's start."""
+"""Real runs of `dist-train train`: timed from the launcher's start, and what they leave behind."""
 
 from __future__ import annotations
 
-import json
-import subprocess
+import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.launching import NotMeasuredError, environment, module, on_ranks
+from benchmarks.launching import finish, module, on_ranks
 from benchmarks.subject import settings
+from dist_train.checkpoint.files import find_checkpoint, read_checkpoint
 from dist_train.config import dump_config
+from dist_train.rundir.paths import RunDirectory
+from dist_train.rundir.records import Record, TrainRecord, read_records
 
 _SECTIONS: Mapping[str, Mapping[str, Any]] = {
     "batch": {"micro_size": 64},
@@ -38,16 +40,22 @@ def seconds_to_step(step: int, config: Path, run: Path, *, controller: str, rank
     """
     program = module("dist_train", "train", config, f"run.max_steps={step}", "--run-dir", run)
     started = time.time()
-    _finish(on_ranks(controller, ranks, program))
-    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    [done] = [record["time"] for record in records if record["kind"] == "train" and record["step"] == step]
-    return float(done - started)
+    finish(on_ranks(controller, ranks, program))
+    [done] = [record.time for record in records_of(run) if isinstance(record, TrainRecord) and record.step == step]
+    return done - started
 
 
-def _finish(command: Sequence[str]) -> None:
-    ended = subprocess.run(
-        command, env=environment({}), stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-    )
-    if ended.returncode != 0:
-        output = f"{ended.stdout[-2000:]}{ended.stderr[-4000:]}"
-        raise NotMeasuredError(f"exit code {ended.returncode} from {' '.join(command)}:\n{output}")
+def records_of(run: Path) -> tuple[Record, ...]:
+    """Return the records of `run`; none before it begins."""
+    path = RunDirectory(run).metrics
+    return read_records(path) if path.exists() else ()
+
+
+def weights_digest(run: Path) -> str:
+    """Return a digest of the weights and statistics in the last checkpoint of `run`, and of its step."""
+    contents = read_checkpoint(find_checkpoint(run))
+    digest = hashlib.blake2b(str(contents.step).encode(), digest_size=8)
+    for name, value in contents.model.items():
+        digest.update(name.encode())
+        digest.update(value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -33,7 +33,27 @@ def measure(command: Sequence[str], variables: Mapping[str, str] | None = None) 
     Raises:
         NotMeasuredError: it printed no result.
     """
-    ended = subprocess.run(
+    ended = run(command, variables)
+    results = [line.split(_MARK, 1)[1] for line in ended.stdout.splitlines() if _MARK in line]
+    if len(results) != 1:
+        raise _without_result(ended)
+    return json.loads(results[0])
+
+
+def finish(command: Sequence[str]) -> None:
+    """Run `command` to its end.
+
+    Raises:
+        NotMeasuredError: its exit code is not 0.
+    """
+    ended = run(command)
+    if ended.returncode != 0:
+        raise _without_result(ended)
+
+
+def run(command: Sequence[str], variables: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run `command` in the project's folder with `variables` added to its environment."""
+    return subprocess.run(
         command,
         cwd=_ROOT,
         env=environment(variables or {}),
@@ -42,11 +62,11 @@ def measure(command: Sequence[str], variables: Mapping[str, str] | None = None) 
         text=True,
         check=False,
     )
-    results = [line.split(_MARK, 1)[1] for line in ended.stdout.splitlines() if _MARK in line]
-    if len(results) != 1:
-        output = f"{ended.stdout[-2000:]}{ended.stderr[-4000:]}"
-        raise NotMeasuredError(f"no result (exit code {ended.returncode}) from {' '.join(command)}:\n{output}")
-    return json.loads(results[0])
+
+
+def _without_result(ended: subprocess.CompletedProcess[str]) -> NotMeasuredError:
+    output = f"{ended.stdout[-2000:]}{ended.stderr[-4000:]}"
+    return NotMeasuredError(f"no result (exit code {ended.returncode}) from {' '.join(ended.args)}:\n{output}")
 
 
 @contextmanager

@@ -8,27 +8,26 @@ the launcher. Then the same run without faults, with and without `--min-ranks`, 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
-import shutil
 import signal
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.launching import children_of, running
+from benchmarks.launched_run import records_of
+from benchmarks.launching import children_of, module, running
+from benchmarks.subject import settings
+from dist_train.config import dump_config
+from dist_train.rundir.records import EventRecord, TrainRecord
 
 TIMEOUT = 5.0
 """`comm.timeout`: how long the ranks wait for a stopped one."""
@@ -51,7 +50,7 @@ def measure_faults(kills: int, stops: int, folder: Path) -> list[Row]:
     found: dict[str, list[float]] = {"killed": [], "stopped": [], "joined": []}
     run = folder / "run"
     with _launch(folder, ["-np", "3", "--min-ranks", "1", "--restarts", "1000"], epochs=100_000) as process:
-        _wait_for(lambda: len(_records(run)) > _WARM_UP)
+        _wait_for(lambda: len(records_of(run)) > _WARM_UP)
         for number in (signal.SIGKILL,) * kills + (signal.SIGSTOP,) * stops:
             time.sleep(chosen.uniform(0.5, 1.0))
             before = len(_events(run, "rank_lost"))
@@ -60,12 +59,12 @@ def measure_faults(kills: int, stops: int, folder: Path) -> list[Row]:
             os.kill(victim, number)
             _wait_for(lambda: len(_events(run, "rank_lost")) > before)  # noqa: B023  # called before the next turn
             lost = _events(run, "rank_lost")[before]
-            took = lost["time"] - hit - _update_seconds(run, lost["step"])
+            took = lost.time - hit - _update_seconds(run, lost.step)
             is_stop = number == signal.SIGSTOP
             found["stopped" if is_stop else "killed"].append(took - (TIMEOUT if is_stop else 0.0))
             _wait_for(lambda: len(_events(run, "rank_joined")) > before)  # noqa: B023
             joined = _events(run, "rank_joined")[before]
-            found["joined"].append(joined["seconds"] - _update_seconds(run, joined["step"]))
+            found["joined"].append(float(joined.details["seconds"] or 0) - _update_seconds(run, joined.step))
     names = {
         "killed": "SIGKILL to the next finished update, without the update",
         "stopped": f"SIGSTOP to the next finished update, without the update and comm.timeout ({TIMEOUT:g} s)",
@@ -85,8 +84,8 @@ def measure_pairs(pairs: int, folder: Path) -> Row:
             place.mkdir()
             with _launch(place, ["-np", "2", *options[name]], max_steps=_STEPS_OF_A_PAIR) as process:
                 process.wait()
-            seconds = [each["step_seconds"] for each in _records(place / "run") if each["kind"] == "train"]
-            medians[name] = statistics.median(seconds[_WARM_UP:])
+            updates = [each for each in records_of(place / "run") if isinstance(each, TrainRecord)]
+            medians[name] = statistics.median(each.step_seconds for each in updates[_WARM_UP:])
         ratios.append(medians["elastic"] / medians["plain"])
     return Row("no faults: median update with --min-ranks over without", tuple(ratios))
 
@@ -103,42 +102,33 @@ def table_of(rows: Sequence[Row]) -> Table:
 
 
 def _launch(folder: Path, options: Sequence[str], **run: int) -> AbstractContextManager[subprocess.Popen[bytes]]:
-    settings = {
-        "run": {"name": "run", "directory": str(folder), "epochs": 1000, **run},
-        "data": {"name": "synthetic", "synthetic_samples": 1024},
-        "model": {"name": "vgg9", "width": 0.25, "ghost_size": 16},
-        "batch": {"global_size": 96, "micro_size": 16},
-        "optimizer": {"learning_rate": 0.01},
-        "precision": {"threads": 1},
-        "evaluation": {"every_epochs": 0},
-        "checkpoint": {"every_epochs": 0, "every_steps": 50},
-        "comm": {"timeout": TIMEOUT},
-        "metrics": {"enabled": False},
-    }
+    written = settings(
+        0.25,
+        96,
+        run={"name": "run", "directory": str(folder), **run},
+        data={"synthetic_samples": 1024},
+        model={"ghost_size": 16},
+        batch={"micro_size": 16},
+        evaluation={"every_epochs": 0},
+        checkpoint={"every_epochs": 0, "every_steps": 50},
+        comm={"timeout": TIMEOUT},
+        metrics={"enabled": False},
+    )
     config = folder / "config.yaml"
-    config.write_text(yaml.safe_dump(settings))
-    command = [sys.executable, "-m", "dist_train", "launch", *options, "train", str(config)]
-    return running(command, {})
+    config.write_text(dump_config(written))
+    return running(module("dist_train", "launch", *options, "train", config), {})
 
 
-def _records(run: Path) -> list[dict[str, Any]]:
-    try:
-        lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
-    except FileNotFoundError:
-        return []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def _events(run: Path, name: str) -> list[dict[str, Any]]:
-    return [each for each in _records(run) if each.get("event") == name]
+def _events(run: Path, name: str) -> list[EventRecord]:
+    return [each for each in records_of(run) if isinstance(each, EventRecord) and each.event == name]
 
 
 def _update_seconds(run: Path, step: int) -> float:
     """Return the seconds of update `step`, once it is recorded."""
 
     def recorded_seconds() -> float:
-        seconds = [each["step_seconds"] for each in _records(run) if each["kind"] == "train" and each["step"] == step]
-        return float(seconds[0]) if seconds else 0.0
+        updates = (each for each in records_of(run) if isinstance(each, TrainRecord) and each.step == step)
+        return next((each.step_seconds for each in updates), 0.0)
 
     return _wait_for(recorded_seconds)
 
@@ -160,12 +150,10 @@ def main() -> None:
     parser.add_argument("--stops", type=int, default=5)
     parser.add_argument("--pairs", type=int, default=5)
     arguments = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="recovery-"))
-    try:
+    with tempfile.TemporaryDirectory(prefix="recovery-", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
         rows = measure_faults(arguments.kills, arguments.stops, folder) if arguments.kills + arguments.stops else []
         rows += [measure_pairs(arguments.pairs, folder)] if arguments.pairs else []
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     Console(width=120).print(table_of(rows))
 
 
