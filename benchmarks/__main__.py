@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.document import HEAD, cells
 from benchmarks.groups import GROUPS, Device, groups_on
 from benchmarks.machine import Machine, this_machine
 from benchmarks.record import Measured, keep, read_record
@@ -67,23 +68,9 @@ def _check(device: Device, names: Sequence[str]) -> None:
 
 
 def _table(machine: Machine, rows: Sequence[Ratio]) -> Table:
-    table = Table(title=machine.in_words(), title_justify="left", caption="Ours / theirs; quartiles of pairs.")
-    for column in ("row", "ours", "theirs", "ratio", "quartiles", "pairs", "ours", "images/s", "bar", ""):
-        table.add_column(column, justify="left" if len(table.columns) < 3 else "right")
+    table = Table(*HEAD, title=machine.in_words(), title_justify="left", caption="Ours / theirs; quartiles of pairs.")
     for row in rows:
-        images = row.images_per_second
-        table.add_row(
-            row.row,
-            row.ours,
-            row.theirs,
-            f"{row.median:.3f}",
-            f"{row.lower:.3f}-{row.upper:.3f}",
-            str(row.pairs),
-            f"{row.amount_ours:.4g} {row.unit}",
-            "" if images is None else f"{images:,.0f}",
-            "stated" if row.bar is None else f"{row.bar:.3f}",
-            "" if row.bar is None else "holds" if row.holds else "missed",
-        )
+        table.add_row(*cells(row))
     return table
 
 

@@ -13,7 +13,7 @@ from dist_train.outcome import UsageError
 
 BEGIN, END = "<!-- rows -->", "<!-- end of rows -->"
 
-_HEAD = ("row", "ours", "theirs", "ratio", "quartiles", "pairs", "ours takes", "bar")
+HEAD = ("row", "ours", "theirs", "ratio", "quartiles", "pairs", "ours takes", "bar")
 
 
 def tables(record: Mapping[str, Measured]) -> str:
@@ -22,7 +22,7 @@ def tables(record: Mapping[str, Measured]) -> str:
     for name in sorted(record, key=list(GROUPS).index):
         by_machine.setdefault(record[name].machine.in_words(), []).extend(record[name].rows)
     return "\n".join(
-        f"On {machine}:\n\n{markdown_table(_HEAD, map(_cells, rows))}" for machine, rows in by_machine.items()
+        f"On {machine}:\n\n{markdown_table(HEAD, map(cells, rows))}" for machine, rows in by_machine.items()
     )
 
 
@@ -43,7 +43,8 @@ def replaced_between(text: str, begin: str, end: str, content: str) -> str:
     return f"{before}{begin}\n\n{content}\n{end}{after}"
 
 
-def _cells(row: Ratio) -> tuple[str, ...]:
+def cells(row: Ratio) -> tuple[str, ...]:
+    """Return a row of a table under `HEAD`."""
     images = row.images_per_second
     taken = f"{row.amount_ours:,.0f}" if row.amount_ours >= 1000 else f"{row.amount_ours:.3g}"
     amount = f"{taken} {row.unit}" + ("" if images is None else f", {images:,.0f} images/s")

@@ -7,12 +7,12 @@ import platform
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import metadata
-from pathlib import Path
 
 import torch
 
 from dist_train.cluster.devices import device_type
+from dist_train.cluster.inspection import installed_version
+from dist_train.launching.session import device_name
 
 _PACKAGES = ("torch", "torchvision", "numpy", "horovod", "mpi4py")
 
@@ -37,29 +37,13 @@ class Machine:
 
 def this_machine() -> Machine:
     """Return the machine that this process runs on."""
-    installed = {name: version for name in _PACKAGES if (version := _version(name))}
+    installed = {name: version for name in _PACKAGES if (version := installed_version(name))}
     return Machine(
-        processor=_processor(),
+        processor=device_name(torch.device("cpu")),
         cores=len(os.sched_getaffinity(0)),
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        device=torch.cuda.get_device_name() if device_type() == "cuda" else "cpu",
+        device=device_name(torch.device("cuda")) if device_type() == "cuda" else "cpu",
         # Only torch.__version__ includes the CUDA version of PyPI's torch.
         versions={"Python": platform.python_version(), **installed, "torch": torch.__version__},
         date=time.strftime("%Y-%m-%d"),
     )
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return ""
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import nn
 
-from benchmarks.peers.noisy import AMPLITUDE, add_noise
 from benchmarks.peers.work import vgg9
 from benchmarks.timing import Ratio, compare
 from dist_train.cluster.devices import device_type
@@ -16,12 +16,13 @@ from dist_train.optim.noise import build_noise
 from dist_train.start_up import keep_freed_memory, use_large_pages
 
 BY_TENSOR = "a draw, an addition, a subtraction a tensor"
+_AMPLITUDE = 0.01
 
 
 def perturb_ours(width: float) -> Callable[[], object]:
     """Return a function that perturbs and restores the weights of VGG9 of `width` as we do."""
     weights = FlatWeights(vgg9(width).to(device_type()))
-    described = NoiseSettings(method="smoothout", amplitude=AMPLITUDE)
+    described = NoiseSettings(method="smoothout", amplitude=_AMPLITUDE)
     noise = build_noise(described, weights, seed=1, total_steps=1, rank=0)
 
     def perturb() -> None:
@@ -35,7 +36,18 @@ def perturb_ours(width: float) -> Callable[[], object]:
 def perturb_by_tensor(width: float) -> Callable[[], object]:
     """Return a function that perturbs and restores the weights of VGG9 of `width` as the reference does."""
     model = vgg9(width).to(device_type())
-    return lambda: add_noise(model)()
+    return lambda: _add_and_subtract_noise(model)
+
+
+@torch.no_grad()
+def _add_and_subtract_noise(model: nn.Module) -> None:
+    noises = []
+    for parameter in model.parameters():
+        noise = torch.empty_like(parameter).uniform_(-_AMPLITUDE, _AMPLITUDE)
+        parameter.add_(noise)
+        noises.append(noise)
+    for parameter, noise in zip(model.parameters(), noises, strict=True):
+        parameter.sub_(noise)
 
 
 def perturbation_row(pairs: int) -> Ratio:

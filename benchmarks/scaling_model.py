@@ -285,12 +285,6 @@ def step_seconds(job: Job, compute: Compute, network: Network, coordination: Coo
     )
 
 
-def efficiency(job: Job, compute: Compute, network: Network, coordination: Coordination, ranks: int) -> float:
-    """Return the speed-up over one rank for the same global batch, divided by the number of ranks."""
-    alone = step_seconds(job, compute, network, coordination, 1).total
-    return alone / (ranks * step_seconds(job, compute, network, coordination, ranks).total)
-
-
 def weak_efficiency(job: Job, compute: Compute, network: Network, coordination: Coordination, ranks: int) -> float:
     """Return the time of one rank over that of `ranks` ranks, with a batch of `job.global_size` per rank."""
     alone = step_seconds(job, compute, network, coordination, 1)
