@@ -556,7 +556,7 @@ def test_a_node_whose_ranks_always_end_soon_is_given_up(
         start_on_node() {{
             echo "$1"
             ((++starts < 6)) || exit 0
-            command sleep 1000 &
+            (exec sleep 1000) &
             launcher=$! started=$ticks
         }}
         sleep() {{ # drives the clock
