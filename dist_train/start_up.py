@@ -8,10 +8,11 @@ import mmap
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 _CGROUP = Path("/sys/fs/cgroup")  # in a container its own
 _LARGE_PAGE = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
@@ -46,6 +47,15 @@ def learn_how_children_end() -> None:
     """Undo an ignored SIGCHLD, which programs inherit: without it every child process seems to end with code 0."""
     if signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def restore_handlers(before: Mapping[int, Any]) -> None:
+    """Give signals the handlers that `signal.signal` returned for them.
+
+    None stands for a library's, from before Python began, which only the library could set again: they get the default.
+    """
+    for number, handler in before.items():
+        signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 @contextmanager

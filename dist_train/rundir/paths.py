@@ -113,7 +113,7 @@ class RunDirectory:
     def checkpoint_steps(self) -> tuple[int, ...]:
         """Return the steps of the complete checkpoints, in order."""
         steps = (path.stem.removeprefix("step-") for path in self.checkpoint_records())
-        return tuple(sorted(int(step) for step in steps if step.isdigit()))
+        return tuple(sorted(int(step) for step in steps if step.isdecimal()))
 
     def create(self) -> None:
         """Make the folders; new ones are accessible to the user alone. Raises UsageError."""

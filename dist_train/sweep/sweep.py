@@ -17,7 +17,7 @@ from dist_train.monitoring import wording
 from dist_train.outcome import ExitCode, signal_name
 from dist_train.rundir.paths import try_to_lock
 from dist_train.rundir.status import read_status
-from dist_train.start_up import learn_how_children_end, own_command, usable_cores
+from dist_train.start_up import learn_how_children_end, own_command, restore_handlers, usable_cores
 from dist_train.sweep.planned_runs import Plan, PlannedRun
 from dist_train.sweep.standing import Standing, standing_of
 
@@ -156,8 +156,7 @@ class StopSignals:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        restore_handlers(self._before)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self.is_asked:

@@ -15,6 +15,7 @@ from dist_train.cluster.launch import current_job, job_end
 from dist_train.config.parts import EarlyStoppingSettings
 from dist_train.monitoring.wording import percent
 from dist_train.outcome import UsageError
+from dist_train.start_up import restore_handlers
 
 _ALWAYS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2})
 
@@ -42,9 +43,7 @@ class StopRequests:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            # None: a library's, from before Python began, which only the library could set again
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        restore_handlers(self._before)
 
     def requested(self) -> bool:
         """Whether this rank was asked to stop."""

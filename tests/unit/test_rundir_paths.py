@@ -222,3 +222,10 @@ def test_a_folder_above_runs_does_not_hide_the_run_of_its_name(tmp_path: Path, m
     Path("mnist/project/checkpoints").mkdir(parents=True)
     make_run(Path("runs/mnist"))
     assert run_folder(Path("mnist")) == Path("runs/mnist")
+
+
+def test_names_that_are_not_those_of_steps_are_no_checkpoints(tmp_path: Path) -> None:
+    directory = begun(tmp_path, 3)
+    for name in ("step-best.json", "step-\u00b2.json"):
+        (directory.checkpoints / name).touch()
+    assert directory.checkpoint_steps() == (3,)
