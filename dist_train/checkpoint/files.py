@@ -187,7 +187,8 @@ def find_checkpoint(target: Path) -> Path:
     RUN is a directory, or the name of a run below runs/. Raises UsageError.
     """
     if target.is_file():
-        return in_utf8(target.with_suffix(".pt") if target.suffix == ".json" else target)
+        checkpoint = target.with_suffix(".pt")
+        return in_utf8(checkpoint if target.suffix == ".json" and checkpoint.is_file() else target)
     name, _, which = str(target).rpartition("@")
     if target.is_dir() or not (which.isdecimal() or which == "best"):
         name, which = str(target), ""

@@ -21,8 +21,6 @@ class HorovodCommunicator(Communicator):
         self, launch: Launch, *, timeout: float, device_type: str, timeline: bool, micro_batches: int = 1
     ) -> None:
         set_environment(timeout, device_type, launch.launcher, micro_batches)
-        if timeline:
-            os.environ.setdefault("HOROVOD_TIMELINE", "DYNAMIC")
         try:
             import horovod.torch as hvd
         except ImportError as error:
@@ -32,6 +30,8 @@ class HorovodCommunicator(Communicator):
         self._hvd = hvd
         self._counters: Counters | None = None
         if not hvd.is_initialized():  # by an earlier run of this process
+            if timeline:
+                os.environ.setdefault("HOROVOD_TIMELINE", "DYNAMIC")
             hvd.init()
         if hvd.size() != launch.size:
             seen = hvd.size()

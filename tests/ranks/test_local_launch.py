@@ -237,7 +237,8 @@ def test_script_trains_and_evaluates_repeatedly(tmp_path: Path, launcher: str, e
 import dist_train
 if __name__ == "__main__":
     for number in range(3):
-        dist_train.train(dist_train.load_config({str(config)!r}, ["comm.engine={engine}"]), f"{tmp_path}/run{{number}}")
+        overrides = ["comm.engine={engine}", f"run.profile_steps={{number // 2}}"]
+        dist_train.train(dist_train.load_config({str(config)!r}, overrides), f"{tmp_path}/run{{number}}")
         loss = dist_train.load_run(f"{tmp_path}/run{{number}}").evaluate()["loss"]
         print(f"final loss {{loss}};")
 """)

@@ -90,6 +90,12 @@ def test_a_record_stands_for_its_checkpoint(tmp_path: Path) -> None:
     assert (stored.path, stored.contents.step) == (file.path, 40)
 
 
+def test_a_file_that_is_no_record_is_named_itself(tmp_path: Path) -> None:
+    (tmp_path / "status.json").write_text("{}")
+    with pytest.raises(UsageError, match=r"status\.json"):
+        read_stored(tmp_path / "status.json")
+
+
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
     folder = tmp_path_factory.mktemp("damage")
