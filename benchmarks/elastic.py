@@ -28,6 +28,7 @@ from benchmarks.launched_run import records_of, weights_digest
 from benchmarks.launching import beside_python, children_of, descendants, module, running
 from benchmarks.subject import settings
 from dist_train.config import dump_config
+from dist_train.outcome import UsageError
 from dist_train.rundir.records import TrainRecord
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -138,8 +139,10 @@ def undisturbed(folder: Path) -> tuple[str, str]:
 
 
 def our_digest(folder: Path) -> str:
-    """Return the digest of the weights in the last checkpoint of our run."""
-    return weights_digest(folder / "run")
+    """Return the digest of the weights in the last checkpoint of our run; "none" without one."""
+    with suppress(UsageError):
+        return weights_digest(folder / "run")
+    return "none"
 
 
 def elastic_digest(folder: Path) -> str:

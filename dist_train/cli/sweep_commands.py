@@ -84,11 +84,14 @@ def _study(arguments: argparse.Namespace) -> int:
             from dist_train.sweep.standing import with_trials
 
             plan = with_trials(plan, arguments.only)
+        if arguments.only in plan.left_out:
+            name = plan.left_out[arguments.only]
+            say_on_stderr(f"dist-train: {name} is left out: Optuna suggested settings that do not go together")
+            return ExitCode.FINISHED
         only = plan.run(arguments.only)
         if only is None:
-            why = dict.fromkeys(plan.unasked, " yet") | dict.fromkeys(plan.left_out, ", which is left out")
-            number = f"{arguments.only}{why.get(arguments.only, '')}"
-            wrong = f"the study {plan.study.name} has the runs 1 to {plan.total}, not {number}"
+            asked = " yet" if arguments.only in plan.unasked else ""
+            wrong = f"the study {plan.study.name} has the runs 1 to {plan.total}, not {arguments.only}{asked}"
             raise UsageError(wrong, code="no-such-run-number")
         runs = (only,)
     action: Callable[[argparse.Namespace, Plan, tuple[PlannedRun, ...]], int] = arguments.action

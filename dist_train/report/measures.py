@@ -215,9 +215,10 @@ def _seconds(run: StoredRun) -> float | None:
     """Return the seconds spent in the run's updates; a record stands for all updates since the previous record."""
     if run.is_diverged:
         return None
-    # A run that began from another one's checkpoint has recorded no event before this one.
-    first = next((event for event in run.events if event.event != "requeued"), None)
-    before = first.step if first is not None and first.event == "resumed" else 0
+    # A run that began from another one's checkpoint has recorded nothing before this event.
+    first = next((event for event in run.events if event.event not in ("corrupt_checkpoint", "requeued")), None)
+    is_later = first is not None and first.event == "resumed" and (not run.train or run.train[0].step > first.step)
+    before = first.step if first is not None and is_later else 0
     total = 0.0
     for record in run.train:
         if math.isfinite(record.step_seconds):

@@ -322,11 +322,14 @@ def test_a_run_that_began_from_another_one_s_checkpoint_did_not_take_the_time_be
     run = make_run(tmp_path / "run", treatment, 0, treatment.settings)
     whole = read_run(run, "run")
     measured: tuple[TrainRecord | EvaluationRecord, ...] = (*whole.train, *whole.evaluations)
-    later = (record for record in measured if record.step > 150)
-    write_records(run, [EventRecord(150, "resumed", 0.0, {}), *later])
+    later = [record for record in measured if record.step > 150]
+    resumed = EventRecord(150, "resumed", 0.0, {})
     seconds = next(measure for measure in measures_of([whole]) if measure.key == "seconds")
     own = sum(record.step_seconds for record in whole.train[150:])
+    write_records(run, [EventRecord(150, "corrupt_checkpoint", 0.0, {}), resumed, *later])
     assert seconds.take(read_run(run, "run")) == pytest.approx(own)
+    write_records(run, [*whole.train[:150], resumed, *later])  # killed before its first checkpoint's event was written
+    assert seconds.take(read_run(run, "run")) == pytest.approx(seconds.take(whole))
 
 
 def test_the_noise_in_the_row_of_the_paper_is_noise(tmp_path: Path) -> None:
