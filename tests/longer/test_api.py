@@ -344,7 +344,7 @@ def test_refused_replay_leaves_the_other_launch_s_files(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(config: Config, place: Path) -> None:
-        place.mkdir()
+        RunDirectory(place).lock.touch()  # as the other launch does
         raise UsageError("another launch trains here", code="run-in-use")
 
     monkeypatch.setattr(diagnostics, "train", refuse)
