@@ -413,7 +413,7 @@ def test_the_rates_confirmed_for_the_rivals_are_the_best_of_their_search(batch_8
         assert f"{accuracies[0.2]:.2f} and {accuracies[0.4]:.2f}" in plan
 
 
-def test_runs_repeated_on_another_xeon_are_bit_identical(batch_8192: dict[str, Subject]) -> None:
+def test_runs_repeated_on_another_day_are_bit_identical(batch_8192: dict[str, Subject]) -> None:
     before, again = batch_8192["rivals-16384"], batch_8192["rivals-16384-rivals"]
     for seed in (104, 105):
         for name, now in (("sb", "sb"), ("lb-300", "lb"), ("lb-smoothout-300", "lb-smoothout")):
