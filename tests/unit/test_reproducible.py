@@ -150,6 +150,12 @@ def test_parts_of_random_bits_are_one_stream() -> None:
     assert torch.equal(torch.cat(parts), whole)
 
 
+def test_each_of_the_16_random_bits_is_set_half_the_time() -> None:
+    numbers = all_bits(7, 1 << 20).long() & 0xFFFF
+    shares = torch.tensor([((numbers >> place) & 1).double().mean() for place in range(16)])
+    assert (shares - 0.5).abs().max() < 4 * 0.5 / 2**10
+
+
 SUMS = settings(deadline=None, max_examples=60)
 REPRESENTATIONS = st.sampled_from([GRADIENTS, STATISTICS, LOSSES])
 FLOATS = st.lists(st.floats(-1000, 1000, width=32), min_size=1, max_size=40)
