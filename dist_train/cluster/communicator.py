@@ -35,13 +35,17 @@ class RendezvousRequestedError(GroupBrokenError):
 
 
 _FULL_GPU = ("out of memory", "Failed to CUDA")  # "malloc", "calloc", "calloc async"
+_FAILED_GPU = ("CUDA error", "HIP error")  # torch's: this process can use its GPU no more
 
 
 @contextmanager
 def naming_lost_ranks(
     operation: str = "", kind: type[RankLostError] = RankLostError, opening: str = "a rank was lost, so the others stop"
 ) -> Iterator[None]:
-    """Raise `kind`, or UsageError if the GPU is full, in place of an engine's RuntimeError in the block."""
+    """Raise `kind` in place of an engine's RuntimeError in the block.
+
+    Or UsageError if this rank's GPU is full, FaultError if it has failed: the others can continue without it.
+    """
     try:
         yield
     except RuntimeError as error:  # HorovodInternalError is one, too
@@ -52,6 +56,8 @@ def naming_lost_ranks(
                 f"the GPU ({text})",
                 code="out-of-memory",
             ) from error
+        if any(sign in text for sign in _FAILED_GPU):
+            raise FaultError(f"the GPU has failed: {text}", code="gpu-failed") from error
         raise kind(": ".join(filter(None, (opening, operation, text)))) from error
 
 

@@ -44,8 +44,9 @@ _TORCH_WATCHDOGS = (
     "TORCH_NCCL_ASYNC_ERROR_HANDLING",  # its watchdog would end the process before ours has written a message
     "TORCH_NCCL_ENABLE_MONITORING",  # its monitor would, minutes after an operation has timed out, or a watchdog stalls
     "TORCH_NCCL_DUMP_ON_TIMEOUT",  # ranks that join later would find the signal to dump in the store
+    "TORCH_NCCL_RETHROW_CUDA_ERRORS",  # its watchdog would end the process at a GPU's error, which our thread gets too
 )
-"""Variables that let torch react to a late NCCL operation."""
+"""Variables that let torch's own threads react to NCCL operations that are late or fail."""
 
 
 def _use_store(function: Callable[[], Result], name: str) -> Result:

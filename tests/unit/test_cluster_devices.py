@@ -35,7 +35,7 @@ from dist_train.config.resuming import with_device
 from dist_train.config.sections import Device
 from dist_train.launching import session
 from dist_train.launching.session import describe_device
-from dist_train.outcome import CodedError, PeerFailedError, UsageError
+from dist_train.outcome import CodedError, FaultError, PeerFailedError, UsageError
 from dist_train.training.reduction import _BUCKET
 from tests.raising import raises
 from tests.unit.simulated_ranks import SimulatedRanks, results
@@ -226,10 +226,11 @@ def test_devices_connect_by_a_small_sum_and_one_of_a_bucket_of_gradients(monkeyp
     [
         ("NCCL error: unhandled cuda error\nFailed to CUDA calloc async 608 bytes", UsageError, "out-of-memory"),
         ("NCCL error: unhandled cuda error\nCuda failure 2 'out of memory'", UsageError, "out-of-memory"),
+        ("CUDA error: uncorrectable ECC error encountered\nCUDA kernel errors might be", FaultError, "gpu-failed"),
         ("NCCL error: remote process exited or there was a network error", RankLostError, "rank-lost"),
     ],
 )
-def test_a_gpu_that_is_too_full_for_nccl_is_no_lost_rank(text: str, kind: type[CodedError], code: str) -> None:
+def test_a_gpu_that_fails_or_is_too_full_for_nccl_is_no_lost_rank(text: str, kind: type[CodedError], code: str) -> None:
     for naming in (naming_lost_ranks(), _naming_breaks("gradient.0")):
         with raises(kind, code), naming:
             raise RuntimeError(text)

@@ -112,6 +112,7 @@ def test_torch_neither_ends_a_rank_whose_nccl_operation_is_late_nor_overrides_th
     make(timedelta(seconds=60))
     assert environment["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "0"
     assert environment["TORCH_NCCL_ENABLE_MONITORING"] == "0"
+    assert environment["TORCH_NCCL_RETHROW_CUDA_ERRORS"] == "0"
     assert environment["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
 
 
