@@ -81,6 +81,10 @@ class Pending:
     def wait(self) -> None:
         """Return once the tensor holds the result; raise RankLostError if a rank is lost meanwhile."""
 
+    def wait_on_host(self) -> None:
+        """Do the same before the host reads the result: for a GPU's it would wait for ever if a rank does not come."""
+        self.wait()
+
 
 @dataclass(frozen=True)
 class Operation(Pending):

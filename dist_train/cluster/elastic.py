@@ -32,6 +32,7 @@ from dist_train.cluster.heartbeats import longest_wait
 from dist_train.cluster.member import Member
 from dist_train.cluster.rendezvous import end_process
 from dist_train.cluster.torch_engine import (
+    DEVICE_POLL_SECONDS,
     StoreCounters,
     TorchOperations,
     abort_nccl,
@@ -42,7 +43,6 @@ from dist_train.cluster.torch_engine import (
 from dist_train.outcome import say_on_stderr
 
 _POLL_INTERVAL = timedelta(milliseconds=100)  # between checks of a waiting operation, of ms each
-_DEVICE_POLL_SECONDS = 5e-5  # between checks of an operation on a GPU: the longest delay that this adds to it
 _STORE_TIMEOUT = timedelta(seconds=60)
 _ABORT_SHARE = 0.5  # part of `comm.timeout` that aborting NCCL may take; after all of it, a rank is expelled
 _CLOSE_SECONDS = 5.0  # how long a rank that ends waits for its NCCL group to be aborted
@@ -247,7 +247,7 @@ class _Work(Pending):
         with _naming_breaks(self.name):
             has_ended = bool(self.work.is_completed())
         if self.group is not None and not has_ended:
-            time.sleep(_DEVICE_POLL_SECONDS)
+            time.sleep(DEVICE_POLL_SECONDS)
         return has_ended
 
 
@@ -283,7 +283,7 @@ class DeviceGroup:
     def _sum(self, tensor: torch.Tensor) -> None:
         work = self.start(lambda group: group.allreduce([tensor], sum_options()))
         while not work.is_completed():
-            time.sleep(_DEVICE_POLL_SECONDS)
+            time.sleep(DEVICE_POLL_SECONDS)
         if self.is_over:
             raise RuntimeError("the group was aborted while it connected")
         work.wait()

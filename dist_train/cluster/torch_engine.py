@@ -11,9 +11,11 @@ import atexit
 import json
 import os
 import socket
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
 from typing import Any
@@ -39,6 +41,7 @@ from dist_train.outcome import FaultError, UsageError
 
 _INTERFACE = "GLOO_SOCKET_IFNAME"
 _ANSWER_SECONDS = 5.0  # for an address of rank 0 to answer
+DEVICE_POLL_SECONDS = 5e-5  # between checks of an operation on a GPU: the longest delay that this adds to it
 _STORE_TIMEOUT = timedelta(minutes=30)  # ranks that cannot meet give up much earlier (`rendezvous_within`)
 _TORCH_WATCHDOGS = (
     "TORCH_NCCL_ASYNC_ERROR_HANDLING",  # its watchdog would end the process before ours has written a message
@@ -106,11 +109,28 @@ class TorchOperations(Communicator, ABC):
     def broadcast(self, tensor: torch.Tensor, name: str, root: int = 0) -> None:
         options = dist.BroadcastOptions()
         options.rootRank = root
-        self._start(tensor, lambda group: group.broadcast([tensor], options), name).wait()
+        self._start(tensor, lambda group: group.broadcast([tensor], options), name).wait_on_host()
 
     @abstractmethod
     def _start(self, tensor: torch.Tensor, operation: Callable[[Any], Any], name: str) -> Pending:
         """Start `operation`, given the process group for `tensor`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OnGpu(Operation):
+    """An operation of NCCL: a stream waits for it without end, the host `seconds` at most."""
+
+    is_completed: Callable[[], bool]
+    seconds: float
+
+    def wait_on_host(self) -> None:
+        end = time.monotonic() + self.seconds
+        with naming_lost_ranks(self.name):
+            while not self.is_completed():
+                if time.monotonic() > end:
+                    raise RuntimeError(f"not done within {self.seconds:g} s: a rank does not come, or NCCL hangs")
+                time.sleep(DEVICE_POLL_SECONDS)
+        self.wait()
 
 
 class TorchCommunicator(TorchOperations):
@@ -127,7 +147,8 @@ class TorchCommunicator(TorchOperations):
         self.size = launch.size
         store = _open_store(launch, launch.store)
         # The watchdog, which knows which rank is lost, must time out first.
-        operation_timeout = timedelta(seconds=longest_wait(timeout))
+        self._longest_wait = longest_wait(timeout)
+        operation_timeout = timedelta(seconds=self._longest_wait)
         self._device: dist.ProcessGroupNCCL | None = None
         # A rank may be lost while the others meet, and with rank 0 the store.
         with naming_lost_ranks("meeting"):
@@ -163,6 +184,8 @@ class TorchCommunicator(TorchOperations):
     def _start(self, tensor: torch.Tensor, operation: Callable[[Any], Any], name: str) -> Pending:
         with naming_lost_ranks(name):
             work = operation(self._device if tensor.is_cuda else self._host)
+        if tensor.is_cuda:
+            return _OnGpu(work.wait, name, is_completed=work.is_completed, seconds=self._longest_wait)
         return Operation(work.wait, name)
 
 

@@ -130,7 +130,7 @@ def evaluate(
         sums[2, share[0].index] = 1.0
     model.train(was_training)
     # Each slot is zero on all ranks but one, so the float sum over the ranks is exact.
-    comm.allreduce_async(sums, "evaluation").wait()
+    comm.allreduce_async(sums, "evaluation").wait_on_host()
     losses_of_batches, correct, out_of_memory = sums.tolist()
     if short := sum(out_of_memory):
         raise OutOfMemoryError(

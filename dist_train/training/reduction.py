@@ -317,7 +317,7 @@ class Tally:
     def result(self, gradient_norm: torch.Tensor | None = None) -> TallyResult:
         """Wait for the sum and return it, together with `gradient_norm`, a float32: the host waits only once."""
         assert self._pending is not None, "nothing was sent"
-        self._pending.wait()
+        self._pending.wait_on_host()
         ranks = _SLOTS + self._comm.size
         read = ranks + len(self._largest)
         sent = self._sent[:read]

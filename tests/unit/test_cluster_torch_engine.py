@@ -11,13 +11,15 @@ from datetime import timedelta
 from unittest.mock import Mock
 
 import pytest
+import torch
 import torch.distributed as dist
+from torch._subclasses import FakeTensorMode
 
 from dist_train.cluster import torch_engine
-from dist_train.cluster.communicator import Communicator
+from dist_train.cluster.communicator import Communicator, RankLostError
 from dist_train.cluster.elastic import abortable_nccl
 from dist_train.cluster.launch import Launch, StoreAddress
-from dist_train.cluster.torch_engine import nccl_options, open_counters_at_rank_0
+from dist_train.cluster.torch_engine import TorchCommunicator, nccl_options, open_counters_at_rank_0
 from dist_train.outcome import FaultError, PeerFailedError, UsageError
 from tests.raising import raises
 from tests.unit.simulated_ranks import on_ranks, results
@@ -100,6 +102,40 @@ def test_a_rank_that_cannot_connect_to_rank_0_says_so(monkeypatch: pytest.Monkey
     ended = on_ranks(2, open_counters_at_rank_0)
     assert [type(each) for each in ended] == [PeerFailedError, UsageError]
     assert getattr(ended[1], "code", "") == "ranks-cannot-meet"
+
+
+@pytest.fixture
+def on_gpus(monkeypatch: pytest.MonkeyPatch) -> tuple[TorchCommunicator, Mock]:
+    """A rank, and the work of its group of GPUs."""
+    comm, work = object.__new__(TorchCommunicator), Mock()
+    monkeypatch.setattr(comm, "_device", Mock(allreduce=Mock(return_value=work)), raising=False)
+    monkeypatch.setattr(comm, "_longest_wait", 0.05, raising=False)
+    return comm, work
+
+
+def test_the_host_waits_for_a_sum_on_gpus_only_before_it_reads_it(on_gpus: tuple[TorchCommunicator, Mock]) -> None:
+    comm, work = on_gpus
+    with FakeTensorMode():
+        pending = comm.allreduce_async(torch.zeros(1, device="cuda"), "tally")
+    pending.wait()
+    work.is_completed.assert_not_called()
+    work.is_completed.side_effect = [False, False, True]
+    pending.wait_on_host()
+    assert (work.is_completed.call_count, work.wait.call_count) == (3, 2)
+
+
+def test_a_sum_on_gpus_that_does_not_end_ends_the_rank(on_gpus: tuple[TorchCommunicator, Mock]) -> None:
+    comm, work = on_gpus
+    with FakeTensorMode():
+        pending = comm.allreduce_async(torch.zeros(1, device="cuda"), "tally")
+    work.is_completed.return_value = False
+    with raises(RankLostError, "rank-lost") as caught:
+        pending.wait_on_host()
+    assert "tally: not done within 0.05 s" in str(caught.value)
+    work.wait.assert_not_called()
+    work.is_completed.side_effect = RuntimeError("CUDA error: an illegal memory access was encountered")
+    with raises(FaultError, "gpu-failed"):
+        pending.wait_on_host()
 
 
 @pytest.mark.parametrize("make", [nccl_options, lambda timeout: abortable_nccl(dist.HashStore(), 0, 1, timeout)])

@@ -6,10 +6,15 @@ import math
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
 
-from dist_train.cluster.communicator import Communicator, SingleProcess
+from dist_train.cluster.communicator import Communicator, Pending, SingleProcess
+from dist_train.data.images import ImageSet
+from dist_train.data.loader import Samples
 from dist_train.models.norms import BatchStatistics, GroupedBatchNorm
+from dist_train.training.compute import Compute
+from dist_train.training.evaluation import evaluate
 from dist_train.training.reduction import Tally, TallyResult
 from tests.unit.simulated_ranks import results
 
@@ -62,6 +67,24 @@ def test_what_one_rank_has_to_say_reaches_all() -> None:
     for total in results(3, tell):
         assert (total.out_of_range, total.out_of_memory, total.stop) == (1, 2, 1)
         assert (total.samples, total.loss, total.accuracy) == (0, 0.0, 0.0)
+
+
+class ReadByTheHost(Pending):
+    """A sum on a GPU, for which the host would wait without end where a stream does."""
+
+    def wait(self) -> None:
+        pytest.fail("a stream waits, then the host reads")
+
+    def wait_on_host(self) -> None:
+        pass
+
+
+def test_the_host_does_not_wait_without_end_for_what_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    comm = SingleProcess()
+    monkeypatch.setattr(comm, "allreduce_async", lambda tensor, name: ReadByTheHost())
+    assert count(comm, 5).samples == 23
+    images, model = ImageSet(torch.zeros(6, 3, 8, 8, dtype=torch.uint8), torch.zeros(6).long(), 4), nn.Flatten()
+    assert evaluate(model, Samples(images, CPU), 6, batch_size=2, compute=Compute(CPU, torch.float32), comm=comm)
 
 
 def test_it_begins_anew_with_the_norms_statistics() -> None:
