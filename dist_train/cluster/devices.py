@@ -17,7 +17,7 @@ from typing import Literal
 
 import torch
 
-from dist_train.cluster.communicator import Communicator, gather, run_on_all_ranks, signed_digest
+from dist_train.cluster.communicator import Communicator, RankLostError, gather, run_on_all_ranks, signed_digest
 from dist_train.cluster.rendezvous import end_process, ending_after
 from dist_train.config.sections import Device
 from dist_train.outcome import UsageError
@@ -247,18 +247,23 @@ def assign_devices(comm: Communicator, asked: Device, timeout: float) -> torch.d
 def connect(comm: Communicator, device: torch.device, seconds: float, end: Callable[[], None] = end_process) -> None:
     """Connect the ranks' devices by `FIRST_SUMS`, in which NCCL may hang; call `end` if it takes longer.
 
-    Raises UsageError if NCCL's memory does not fit.
+    Raises UsageError if NCCL's memory does not fit, RankLostError if NCCL fails otherwise.
     """
-    message = (
-        f"the GPUs of the {comm.size} ranks have not connected within {seconds:g} s: NCCL hangs. Start again with "
-        f"NCCL_DEBUG=INFO, which says where; NCCL_P2P_DISABLE=1, NCCL_NVLS_ENABLE=0 and NCCL_SOCKET_IFNAME avoid the "
-        f"usual reasons. Or raise comm.timeout if connecting takes that long [ranks-cannot-meet]"
+    gpus, code = f"the GPUs of the {comm.size} ranks", "ranks-cannot-meet"
+    fix = (
+        "Start again with NCCL_DEBUG=INFO, which says where; NCCL_P2P_DISABLE=1, NCCL_NVLS_ENABLE=0 and "
+        "NCCL_SOCKET_IFNAME avoid the usual reasons"
     )
-    with ending_after(seconds, message, end):
-        for count in FIRST_SUMS:
-            first = torch.zeros(count, dtype=torch.int64, device=device)
-            comm.allreduce_async(first, f"connecting.{count}").wait()
-            first[0].item()  # waits for the device
+    late = f"{gpus} have not connected within {seconds:g} s: NCCL hangs. {fix}"
+    with ending_after(seconds, f"{late}. Or raise comm.timeout if connecting takes that long [{code}]", end):
+        try:
+            for count in FIRST_SUMS:
+                first = torch.zeros(count, dtype=torch.int64, device=device)
+                comm.allreduce_async(first, f"connecting.{count}").wait()
+                first[0].item()  # waits for the device
+        except RankLostError as error:  # so far, mostly of the network or the driver
+            why = " ".join(str(error.__cause__).split())
+            raise RankLostError(f"{gpus} do not connect: {why}. {fix}", code=code) from error
 
 
 def check_own_gpu(comm: Communicator, device: torch.device) -> None:

@@ -6,12 +6,13 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from dist_train.cluster import devices, rendezvous
-from dist_train.cluster.communicator import Communicator, Pending, RankLostError, naming_lost_ranks
+from dist_train.cluster.communicator import Communicator, Operation, Pending, RankLostError, naming_lost_ranks
 from dist_train.cluster.devices import (
     GpuSigns,
     Placement,
@@ -252,6 +253,18 @@ def test_a_process_whose_gpu_does_not_connect_ends(
     monkeypatch.setattr(rendezvous, "_HEAD_START_SECONDS", 0.0)
     connect(Hanging(), torch.device("cpu"), 0.05, ended.set)
     assert "the 8 ranks have not connected" in capsys.readouterr().err
+
+
+def test_gpus_that_nccl_does_not_connect_are_no_lost_rank() -> None:
+    class Refusing(Communicator):
+        size = 8
+
+        def allreduce_async(self, tensor: torch.Tensor, name: str) -> Pending:
+            return Operation(Mock(side_effect=RuntimeError("NCCL error\nLast error:\nibv_create_qp failed")), name)
+
+    with raises(RankLostError, "ranks-cannot-meet") as caught:
+        connect(Refusing(), torch.device("cpu"), 30.0)
+    assert "8 ranks do not connect: NCCL error Last error: ibv_create_qp failed. Start again" in str(caught.value)
 
 
 def test_who_joins_with_another_rank_s_gpu_is_refused_alone(monkeypatch: pytest.MonkeyPatch) -> None:
