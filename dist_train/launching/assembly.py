@@ -33,7 +33,7 @@ from dist_train.launching.session import Session
 from dist_train.models import build_model, check_training, restoring_buffers, runs_sequentials_whole
 from dist_train.models.norms import BatchStatistics, join_relus, norm_modules
 from dist_train.optim.averaging import Averaging
-from dist_train.optim.flat_weights import FlatWeights
+from dist_train.optim.flat_weights import FlatWeights, check_memory
 from dist_train.optim.noise import Noise, SmoothOut, build_noise
 from dist_train.optim.optimizers import build_optimizer
 from dist_train.optim.schedules import LearningRate
@@ -228,6 +228,7 @@ def _build_network(config: Config, device: torch.device) -> tuple[nn.Module, Fla
     with fitting_memory("the model", "set a smaller model.width"):
         network = build_model(config)
         check_training(network, config)
+        check_memory(network)
         network = network.to(device)
         if runs_sequentials_whole(config.model.name):
             join_relus(network)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -36,14 +37,12 @@ class Segment:
 class FlatWeights:
     """Moves a model's trainable parameters into one buffer `values` [n], and their gradients into `gradients` [n].
 
-    The parameters become views of them. Between tensors there is padding, which is zero in both.
-
-    Raises UsageError if another tensor of the model has the memory of one that is moved.
+    The parameters become views of them. Between tensors there is padding, which is zero in both. Tensors that share
+    memory with others, which `check_memory` refuses, would lose that.
     """
 
     def __init__(self, model: nn.Module) -> None:
         named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-        _check_memory(model, named)
         self.parameters: tuple[nn.Parameter, ...] = tuple(parameter for _, parameter in named)
         of_norms = norm_parameters(model)
         segments: list[Segment] = []
@@ -159,19 +158,33 @@ class FlatWeights:
         return [segment for segment in self.segments if segment in matched]
 
 
-def _check_memory(model: nn.Module, trained: Sequence[tuple[str, nn.Parameter]]) -> None:
-    places = {_place(parameter): name for name, parameter in trained}
-    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
-        if not is_lazy(tensor) and (other := places.get(_place(tensor), name)) != name:
+def check_memory(model: nn.Module) -> None:
+    """Raise UsageError if two tensors of `model`, one of them to be trained, have memory in common.
+
+    Call it before the model changes its device, which gives each tensor memory of its own.
+    """
+    named = [each for each in chain(model.named_parameters(), model.named_buffers()) if not is_lazy(each[1])]
+    named.sort(key=lambda each: not each[1].requires_grad)  # overlaps of the others do not matter
+    sharing = Counter(map(_storage, (tensor for _, tensor in named)))
+    owners: dict[object, torch.Tensor] = {}  # of each element of a storage: one more than the place in `named`
+    for number, (name, tensor) in enumerate(named, start=1):
+        if sharing[storage := _storage(tensor)] == 1 or not tensor.numel():
+            continue
+        size = tensor.untyped_storage().nbytes() // tensor.element_size()
+        owner = owners.setdefault(storage, torch.zeros(size, dtype=torch.int32))
+        elements = owner.as_strided(tensor.shape, tensor.stride(), int(tensor.storage_offset()))
+        if other := int(elements.max()):
             raise UsageError(
-                f"{name} and {other} have the same memory, but are two tensors, of which one would keep its old "
-                f"values: to share weights assign the parameter itself, not its .data",
+                f"{name} and {named[other - 1][0]} have the same memory, but are two tensors, of which one would keep "
+                f"its old values: to share weights assign the parameter itself, not its .data",
                 code="plugin-result",
             )
+        if tensor.requires_grad:
+            elements.fill_(number)
 
 
-def _place(tensor: torch.Tensor) -> tuple[object, object]:
-    return tensor.untyped_storage()._cdata, tensor.storage_offset()
+def _storage(tensor: torch.Tensor) -> tuple[object, int]:
+    return tensor.untyped_storage()._cdata, tensor.element_size()
 
 
 _NORM_PART = 1 << 16

@@ -10,12 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from dist_train.config import OptimizerSettings
+from dist_train.config import ImageFormat, OptimizerSettings
+from dist_train.launching import assembly
 from dist_train.models.norms import GroupedBatchNorm
-from dist_train.optim.flat_weights import FlatWeights, digest, norm
+from dist_train.optim.flat_weights import FlatWeights, check_memory, digest, norm
 from dist_train.optim.optimizers import build_optimizer
 from dist_train.outcome import UsageError
 from tests.raising import raises
+from tests.unit.small_trainers import small_config
 
 PROPERTY = settings(deadline=None, max_examples=60)
 
@@ -108,16 +110,36 @@ def test_frozen_parameters_are_left_where_they_are() -> None:
 
 
 def test_tensors_that_share_memory_without_being_one_are_refused() -> None:
-    tied, shared, watched = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), a_model(), a_model()
+    tied, shared, watched, overlapping, parted = (
+        nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)),
+        *(a_model() for _ in range(4)),
+    )
     tied[1].weight = tied[0].weight
+    check_memory(tied)
     assert FlatWeights(tied).count == 9 + 3 + 3
     shared[0].bias.data = shared[1].weight.data
     watched.register_buffer("kernel", watched.get_parameter("0.weight").detach())
-    for model in (shared, watched):
+    memory = torch.arange(8.0)
+    overlapping[0].bias.data, overlapping[1].bias.data = memory[:3], memory[2:5]
+    for model in (shared, watched, overlapping):
         with raises(UsageError, "plugin-result"):
-            FlatWeights(model)
-    watched.requires_grad_(requires_grad=False)[3].requires_grad_()
-    assert FlatWeights(watched).count == 27 * 2 + 2
+            check_memory(model)
+    check_memory(watched.requires_grad_(requires_grad=False))
+    parted[0].bias.data, parted[1].bias.data = memory[:6:2], memory[1:6:2]
+    parted.register_buffer("none", memory[:0])
+    check_memory(parted)
+
+
+def shared_before_a_move(images: ImageFormat, width: float, norm: object) -> nn.Module:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, images.classes))
+    model[2].weight.data = model[1].weight.data
+    return model
+
+
+def test_shared_memory_is_found_before_the_model_moves_to_a_device_where_nothing_is_shared() -> None:
+    config = small_config(model={"name": f"{__name__}:shared_before_a_move", "norm": "none"})
+    with raises(UsageError, "plugin-result"):
+        assembly._build_network(config, torch.device("meta"))
 
 
 @pytest.mark.parametrize(
