@@ -143,8 +143,7 @@ def replay(path: Path | str, step: int) -> Replay:
     """
     run = load_run(path)
     recorded = _update(run, step)
-    every = run.config.metrics.every_steps
-    before = [each for each in run.steps if each <= step - every]
+    before = [each for each in run.steps if each < step]
     begun_at = before[-1] if before else 0
     start = run.directory.checkpoint(begun_at) if before else None
     _check_replayable(run, step, begun_at)

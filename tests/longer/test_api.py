@@ -236,6 +236,13 @@ def test_replayed_update_is_bit_identical(run: Path, ranks: int, step: int) -> N
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
+def test_an_update_is_replayed_from_the_checkpoint_before_it_whatever_updates_are_recorded(tmp_path: Path) -> None:
+    settings = small_settings(run={"epochs": 1}, metrics={"every_steps": 5}, checkpoint={"every_steps": 3, "keep": 100})
+    train_alone(write_config(tmp_path, settings), tmp_path / "run")
+    again = dist_train.replay(tmp_path / "run", 5)
+    assert (again.begun_at, again.agrees) == (3, True)
+
+
 def test_updates_of_a_lengthened_run_are_replayed_with_the_schedules_of_their_time(tmp_path: Path) -> None:
     config = write_config(tmp_path, small_settings(schedule={"decay": "cosine"}, checkpoint={"keep": 100}))
     run = tmp_path / "run"
