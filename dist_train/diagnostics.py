@@ -20,7 +20,7 @@ from dist_train.checkpoint.files import read_checkpoint
 from dist_train.cluster.launch import current_launch
 from dist_train.config import Config, ScheduleSettings, parse_config
 from dist_train.config.loading import with_overrides
-from dist_train.config.resuming import with_setting
+from dist_train.config.resuming import SAVED, with_setting
 from dist_train.data.plan import BatchPlan
 from dist_train.launching.run import train
 from dist_train.outcome import CodedError, DivergedError, ExitCode, UsageError
@@ -148,7 +148,7 @@ def replay(path: Path | str, step: int) -> Replay:
     start = run.directory.checkpoint(begun_at) if before else None
     _check_replayable(run, step, begun_at)
     # Read before the overrides, so that a setting's former name does not survive them.
-    begun = parse_config(dict(read_checkpoint(start).config), source="the checkpoint") if start else run.config
+    begun = parse_config(dict(read_checkpoint(start).config), source=SAVED) if start else run.config
     settings = begun.model_dump(mode="json")
     overrides = {
         **_ONLY_RECORDS,

@@ -39,7 +39,7 @@ from dist_train.cluster.communicator import (
 )
 from dist_train.config import Config, differences, parse_config
 from dist_train.config.plugins import with_places_of
-from dist_train.config.resuming import with_decisions
+from dist_train.config.resuming import SAVED, with_decisions
 from dist_train.optim.averaging import Averaging, averaged_state
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.optim.noise import Noise
@@ -129,7 +129,7 @@ def saved_config(contents: Contents, config: Config) -> Config:
     settings = dict(contents.config)
     if isinstance(settings.get("metrics"), Mapping):
         settings["metrics"] = given["metrics"]
-    saved = parse_config(with_places_of(settings, given, Config), source="the checkpoint")
+    saved = parse_config(with_places_of(settings, given, Config), source=SAVED)
     is_longer = config.run.epochs > saved.run.epochs
     changed = [each for each in differences(saved, config) if not (is_longer and each.path == "run.epochs")]
     if changed:

@@ -112,6 +112,9 @@ def _differences(before: BaseModel, after: BaseModel, prefix: str) -> Iterator[D
             yield Difference(path, old, new)
 
 
+SAVED = "the checkpoint, which another version of dist_train may have saved (status.json names it)"
+"""What settings in a checkpoint are called where they cannot be read."""
+
 STREAM_OF_A_RANK = "worker"
 """Name of the random stream of one rank's noise. Renaming it would change the noise, also that of resumed runs."""
 

@@ -22,7 +22,7 @@ from dist_train.cluster.devices import assign_devices, device_type
 from dist_train.cluster.rendezvous import join_to_measure
 from dist_train.config import Config, differences, dump_config, parse_config
 from dist_train.config.loading import with_overrides
-from dist_train.config.resuming import with_setting
+from dist_train.config.resuming import SAVED, with_setting
 from dist_train.config.sections import EvaluationSettings
 from dist_train.data.images import Split
 from dist_train.data.loader import SampleSource, Splits, open_splits
@@ -263,7 +263,7 @@ def stored_config(contents: Contents, overrides: Sequence[str]) -> Config:
     given = dict(contents.config)
     if isinstance(given.get("metrics"), Mapping):
         given["metrics"] = {**given["metrics"], "loggers": []}  # whose code may be gone
-    stored = parse_config(given, source="the checkpoint")
+    stored = parse_config(given, source=SAVED)
     settings = yaml.safe_load(dump_config(stored))
     settings["run"]["device"] = "auto"
     settings["precision"]["cuda_graphs"] = False  # they are for training, and refused on a CPU

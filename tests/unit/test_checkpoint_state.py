@@ -28,6 +28,7 @@ from dist_train.checkpoint.state import (
 )
 from dist_train.cluster.communicator import Communicator, SingleProcess
 from dist_train.config import Config, load_config, parse_config
+from dist_train.config.resuming import SAVED
 from dist_train.models import build_model
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import PeerFailedError, UsageError
@@ -392,6 +393,13 @@ def test_a_run_of_an_earlier_version_is_resumed(tmp_path: Path, caplog: pytest.L
     # Bit-identical on the kind of processor that it was made on; others round otherwise.
     for name, tensor in trainer.network.state_dict().items():
         torch.testing.assert_close(tensor, ended["model"][name], rtol=1e-3, atol=1e-5)
+
+
+def test_a_setting_of_a_later_version_is_reported_with_where_the_version_is() -> None:
+    for read in (partial(saved_config, config=Config()), partial(stored_config, overrides=())):
+        with raises_problems(("later", "unknown-key")) as refused:
+            read(contents(2, config={"later": {}}))
+        assert str(refused.value).startswith(SAVED)
 
 
 NAME = "torchvision:shufflenet_v2_x0_5"
