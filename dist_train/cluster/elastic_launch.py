@@ -27,6 +27,7 @@ from dist_train.cluster.membership import Elasticity
 from dist_train.cluster.membership_server import SLOT_VARIABLE, START_TIMEOUTS, TOKEN_VARIABLE, MembershipServer
 from dist_train.outcome import ExitCode, UsageError
 from dist_train.rundir import atomic
+from dist_train.rundir.paths import RunDirectory, oserror_to_fault, refusing_unusable
 from dist_train.rundir.status import LAUNCH_VARIABLE
 from dist_train.start_up import own_command
 
@@ -88,14 +89,9 @@ def _admitting_others(server: MembershipServer, run: Path, launch: str) -> Itera
         with suppress(OSError):  # the file has the address already
             write(nodes)
 
-    try:
+    with oserror_to_fault(RunDirectory(run)), refusing_unusable(run):
         run.mkdir(mode=0o700, parents=True, exist_ok=True)
         write(())
-    except OSError as error:
-        raise UsageError(
-            f"{path} cannot be written: {error.strerror or error}; choose another folder by --run-dir",
-            code="run-directory-unwritable",
-        ) from error
     if is_loopback(host):
         say(f"only this machine can reach {host}")
     say(f"listens at {place}; other nodes join by: dist-train launch -np N --join {path}")

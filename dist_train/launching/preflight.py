@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -15,23 +14,14 @@ from dist_train.data.plan import BatchPlan, check_validation_size
 from dist_train.monitoring.observers import check_installed
 from dist_train.monitoring.prometheus.http_server import check_access
 from dist_train.outcome import UsageError
-from dist_train.rundir.paths import RunDirectory, StudyDirectory
-
-_UNUSABLE = frozenset({errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP})  # not the disk's
+from dist_train.rundir.paths import RunDirectory, StudyDirectory, refusing_unusable
 
 
 def check_launch(config: Config, directory: RunDirectory) -> None:
     """Raise UsageError if a launch in `directory` is refused; an existing run's checkpoint and data are read later."""
-    try:
+    with refusing_unusable(directory.root):
         check_folder(directory)
         is_new = not directory.root.exists()
-    except OSError as error:
-        if error.errno not in _UNUSABLE:  # of a disk, which may come back
-            raise
-        raise UsageError(
-            f"cannot use {directory.root} ({error.strerror}): choose another by run.directory, run.name or --run-dir",
-            code="run-directory-unwritable",
-        ) from error
     check_metrics(config)
     check_batches(config)
     if is_new:  # a refused start leaves none

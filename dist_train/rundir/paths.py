@@ -30,7 +30,7 @@ from functools import partial
 from pathlib import Path
 
 from dist_train.config import Config, dump_config
-from dist_train.outcome import FaultError, UsageError, escaped, writing
+from dist_train.outcome import FaultError, UsageError, escaped
 from dist_train.rundir import atomic
 
 _RUN_ID = re.compile(r"[0-9a-f]{16}")
@@ -116,10 +116,10 @@ class RunDirectory:
         return tuple(sorted(int(step) for step in steps if step.isdecimal()))
 
     def create(self) -> None:
-        """Make the folders; new ones are accessible to the user alone. Raises UsageError."""
+        """Make the folders; new ones are accessible to the user alone. Raises UsageError; OSError if the disk fails."""
         otherwise = "choose another by run.directory or --run-dir"
         in_utf8(self.root)
-        with writing(self.root, otherwise, code="run-directory-unwritable"):
+        with refusing_unusable(self.root):
             for folder in (self.root, self.checkpoints, self.logs):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
                 refuse_foreign(folder, otherwise)
@@ -307,6 +307,27 @@ def oserror_to_fault(directory: RunDirectory) -> Iterator[None]:
             f"{error.strerror or error}{place}; the checkpoints in {directory.root} are as they were: "
             f"fix it, and start the same command again",
             code="disk-failed",
+        ) from error
+
+
+_UNUSABLE = frozenset(
+    {errno.EACCES, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EPERM, errno.EROFS}
+)
+
+
+@contextmanager
+def refusing_unusable(folder: Path) -> Iterator[None]:
+    """Turn an OSError in the block into a UsageError if `folder` cannot be a run's; one of a disk, which may come back,
+    is left.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _UNUSABLE:
+            raise
+        raise UsageError(
+            f"cannot use {folder} ({error.strerror}): choose another by run.directory, run.name or --run-dir",
+            code="run-directory-unwritable",
         ) from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import socket
 import threading
@@ -12,6 +13,7 @@ from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -34,10 +36,11 @@ from dist_train.cluster.membership import (
 )
 from dist_train.cluster.membership_server import SLOT_VARIABLE, TOKEN_VARIABLE, JoinedNode, MembershipServer
 from dist_train.cluster.messages import MessageServer, answer_to
-from dist_train.outcome import ExitCode, UsageError
+from dist_train.outcome import ExitCode, FaultError, UsageError
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.status import LAUNCH_VARIABLE, StatusFile, read_status
 from tests.ipv6 import needs_ipv6
+from tests.raising import raises
 from tests.waiting import wait_for
 
 Event = tuple[Any, ...]
@@ -423,6 +426,15 @@ def test_launchers_and_ranks_join_over_ipv6(tmp_path: Path) -> None:
         assert entry.host == "::1"
         with RemoteCoordinator(entry, 1) as coordinator:
             assert slots_of(coordinator) == [1]
+
+
+def test_a_disk_that_fails_is_no_mistake_of_the_user_who_lets_others_join(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "mkdir", Mock(side_effect=OSError(errno.ESTALE, "Stale file handle")))
+    server = Mock(address=("node1", 1), token="")
+    with raises(FaultError, "disk-failed"), _admitting_others(server, tmp_path, "launch"):
+        pass
 
 
 def slots_of(coordinator: RemoteCoordinator) -> Sequence[int]:

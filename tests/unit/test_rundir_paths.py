@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -111,6 +113,16 @@ def test_a_folder_that_cannot_be_made_is_one_clear_error(tmp_path: Path, blocked
     path.write_text("a file in the way")
     with raises(UsageError, "run-directory-unwritable"):
         RunDirectory(tmp_path / "run").create()
+
+
+@pytest.mark.parametrize("number", [errno.EDQUOT, errno.EIO, errno.ENOSPC, errno.ESTALE])
+def test_a_disk_that_fails_at_the_start_is_no_mistake_of_the_user(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    monkeypatch.setattr(Path, "touch", Mock(side_effect=OSError(number, os.strerror(number))))
+    with raises(FaultError, "disk-failed"), oserror_to_fault(directory):
+        directory.create()
 
 
 def test_saved_settings_are_read_back(tmp_path: Path) -> None:
