@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import re
 import signal
 import sys
@@ -103,16 +104,22 @@ def writing(place: Path, fix: str, code: str = "output-unwritable") -> Iterator[
         raise UsageError(f"cannot write {place} ({error.strerror or error}): {fix}", code=code) from error
 
 
+_OF_THE_DISK = frozenset(
+    {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ESHUTDOWN, errno.EHOSTDOWN, errno.EREMOTEIO}
+)
+
+
 @contextmanager
 def reading(place: Path, fix: str = "", code: str = "data-unreadable") -> Iterator[None]:
-    """Turn an OSError in the block into a UsageError that says which file or folder cannot be read, and the `fix`."""
+    """Turn an OSError in the block into a UsageError that says which file or folder cannot be read, and the `fix`; into
+    a FaultError if a disk or a file server fails, which may come back.
+    """
     try:
         yield
     except OSError as error:
         ending = f". {fix}" if fix else ""
-        raise UsageError(
-            f"cannot read {error.filename or place}: {error.strerror or error}{ending}", code=code
-        ) from error
+        kind = FaultError if error.errno in _OF_THE_DISK else UsageError
+        raise kind(f"cannot read {error.filename or place}: {error.strerror or error}{ending}", code=code) from error
 
 
 def check_choice(name: str, value: object, choices: object) -> None:

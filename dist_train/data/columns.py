@@ -24,7 +24,7 @@ from dist_train.config import DataSettings
 from dist_train.data.cache import cache_folder
 from dist_train.data.encoded import SPLIT_NAMES, Index, cached_index, split_files
 from dist_train.data.images import ImageSet, Split, channels_first, digest_of, evenly_spread
-from dist_train.outcome import UsageError
+from dist_train.outcome import UsageError, reading
 from dist_train.rundir.atomic import replacing
 
 _ROWS = 256
@@ -277,7 +277,8 @@ def _array(path: Path, name: str) -> NDArray[Any]:
     except OSError as error:
         if error.errno == errno.EINVAL:  # a place before the beginning, in a damaged archive
             raise UsageError(f"{path} is damaged or not a NumPy file: {error}", code="data-format") from error
-        raise UsageError(f"cannot read {path}: {error.strerror or error}", code="data-unreadable") from error
+        with reading(path):
+            raise
     except MemoryError as error:
         raise UsageError(
             f"{path} does not fit the memory: {error}. Save its arrays as .npy files, which are mapped",

@@ -37,7 +37,7 @@ from dist_train.optim.flat_weights import FlatWeights, check_memory
 from dist_train.optim.noise import Noise, SmoothOut, build_noise
 from dist_train.optim.optimizers import build_optimizer
 from dist_train.optim.schedules import LearningRate
-from dist_train.outcome import UsageError
+from dist_train.outcome import CodedError, UsageError
 from dist_train.reproducible import LayerRng
 from dist_train.rundir.epochs import Epochs
 from dist_train.rundir.paths import RunDirectory
@@ -338,7 +338,7 @@ def _initial_values(config: Config, directory: RunDirectory) -> torch.Tensor:
             if initial.sha256 != recorded_initial(directory.metrics):
                 raise UsageError(f"{initial.path} is no longer the file that the run began with", code="target-missing")
             _load_initial(initial, network, config)
-        except (OSError, UsageError) as error:
+        except (OSError, CodedError) as error:
             _logger.warning("the distance from the initial weights is not measured: %s", error)
             return torch.full_like(values, torch.nan)
     return values

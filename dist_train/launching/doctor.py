@@ -25,7 +25,7 @@ from dist_train.cluster.nodes import Survey
 from dist_train.config import Config, DataSettings
 from dist_train.config.sections import Device
 from dist_train.monitoring.prometheus.http_server import Site, bind
-from dist_train.outcome import UsageError
+from dist_train.outcome import CodedError, UsageError
 from dist_train.start_up import usable_cores
 
 State = Literal["fine", "note", "fails"]  # usable; training runs without it; training cannot run here
@@ -267,7 +267,7 @@ def check_data(settings: DataSettings) -> Check:
 
     try:
         find_data(settings)
-    except UsageError as error:
+    except CodedError as error:
         if settings.download and settings.data_set.can_download:
             return Check("data", "note", f"{settings.name} is not here; data.download fetches it when the run begins")
         detail, _, fix = str(error).partition(". ")

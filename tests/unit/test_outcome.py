@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import errno
+import os
 import pickle
 import re
 from collections.abc import Iterator
@@ -12,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from dist_train.cluster.communicator import RankLostError
-from dist_train.outcome import CodedError, FaultError, UsageError, escaped, printable, text_with_code
+from dist_train.outcome import CodedError, FaultError, UsageError, escaped, printable, reading, text_with_code
+from tests.raising import raises
 
 ROOT = Path(__file__).parents[2]
 
@@ -87,3 +90,12 @@ def test_a_text_does_nothing_to_a_terminal() -> None:
 )
 def test_a_message_shows_no_password(text: str, shown: str) -> None:
     assert printable(text) == shown
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [(errno.EIO, FaultError), (errno.ESTALE, FaultError), (errno.EACCES, UsageError), (errno.ENOENT, UsageError)],
+)
+def test_a_disk_that_fails_is_no_mistake_of_the_user(number: int, kind: type[CodedError]) -> None:
+    with raises(kind, "data-unreadable"), reading(Path("images")):
+        raise OSError(number, os.strerror(number))
