@@ -12,20 +12,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from dist_train.analysis.landscape_files import Landscape, read_landscape, shared_settings
 from dist_train.analysis.sharpness_record import SharpnessRecord, WidthResult, read_record
 from dist_train.config import DATA_SETS, Config, ConfigError, DataSet
 from dist_train.config.loading import flat_settings, parse_yaml, with_overrides
 from dist_train.config.plugins import may_name_one_plugin
+from dist_train.config.problems import problems_of
 from dist_train.config.resuming import LENGTHS, may_change
 from dist_train.outcome import ExitCode, UsageError, escaped
 from dist_train.rundir.atomic import read_regular
 from dist_train.rundir.paths import RANGE_TEST, BrokenFileError, RunDirectory, StudyDirectory
 from dist_train.rundir.records import EvaluationRecord, EventRecord, Record, TrainRecord
 from dist_train.rundir.status import Status, finished_runs, read_status
-from dist_train.sweep.study_file import Contrast, Title
+from dist_train.sweep.study_file import Contrast, Study, Title
 from dist_train.watch.run_state import read_measurements, read_settings, read_state, walk_runs
 
 _BATCH, _LOGGERS = "batch.global_size", "metrics.loggers"
@@ -346,8 +347,13 @@ class Subject:
     @property
     def title(self) -> str:
         """Return the study's title or name, or else the folder's name."""
-        study = self._study()
+        study, _ = self._study()
         return study.title or study.name or self.directory.resolve().name
+
+    @property
+    def fault(self) -> str:
+        """Return why the study's title and contrasts are missing; empty if they are not."""
+        return self._study()[1]
 
     @property
     def others(self) -> tuple[str, ...]:
@@ -358,7 +364,7 @@ class Subject:
     @property
     def contrasts(self) -> tuple[Contrast, ...]:
         """Return the study's named contrasts, as far as their variants exist; a grid is resolved to its variants."""
-        study = self._study()
+        study, _ = self._study()
         recorded = {run.planned.variant: run.planned.family for run in self.runs if run.planned}
         families = sorted(study.variants, key=len, reverse=True)
         members: dict[str, list[str]] = {}
@@ -368,18 +374,22 @@ class Subject:
         found = []
         for contrast in study.contrasts:
             if len(members.get(contrast.against, ())) == 1:
-                once = dict.fromkeys(contrast.variants)
-                chosen = tuple(name for variant in once for name in members.get(variant, ()))
-                resolved = {"variants": chosen, "against": members[contrast.against][0]}
+                chosen = (name for variant in dict.fromkeys(contrast.variants) for name in members.get(variant, ()))
+                resolved = {"variants": tuple(chosen), "against": members[contrast.against][0]}
                 found.append(contrast.model_copy(update=resolved))
         return tuple(found)
 
-    def _study(self) -> _Study:
-        """Return the content of study.yaml; empty if there is none."""
-        with suppress(OSError, ValueError, yaml.YAMLError):
-            if self.kind == "study":
-                return _STUDY.validate_python(parse_yaml(read_regular(StudyDirectory(self.directory).study)))
-        return _Study()
+    def _study(self) -> tuple[_Study, str]:
+        """Return the content of study.yaml, empty if there is none, and why it cannot be used."""
+        path = StudyDirectory(self.directory).study
+        try:
+            content = parse_yaml(read_regular(path)) if self.kind == "study" and path.exists() else {}
+            return _STUDY.validate_python(content), ""
+        except ValidationError as error:
+            wrong = "; ".join(f"{each.path}: {each.wrong}" for each in problems_of(error, Study))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            wrong = " ".join(str(error).split())
+        return _Study(), f"{path} is invalid ({wrong}): the study's title and contrasts are missing. Sweep it again."
 
 
 def read_subject(directory: Path) -> Subject:

@@ -8,6 +8,7 @@ import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -554,6 +555,18 @@ def test_contrast_counts_each_variant_once_and_not_its_reference(tmp_path: Path)
     subject = read_subject(study)
     [(_, rows)] = contrast_tables(panels_of(subject.runs), subject.contrasts)[0].groups
     assert [row.variant.name for row in rows] == names
+
+
+@pytest.mark.parametrize("text", ["title: T\ncontrasts: [{variants: [sb]}]", "title: [", "- title"])
+def test_report_says_that_an_invalid_study_file_has_taken_title_and_contrasts(tmp_path: Path, text: str) -> None:
+    study = make_study(tmp_path / "study", seeds=(0,))
+    assert read_subject(study).fault == ""
+    (study / "study.yaml").write_text(text)
+    subject = read_subject(study)
+    assert (subject.title, subject.contrasts) == ("study", ())
+    for report in (tables_in_markdown(subject), unescape(render(subject))):
+        assert f"{study / 'study.yaml'} is invalid (" in report
+        assert "the study's title and contrasts are missing" in report
 
 
 def record(study: Path, **fields: Mapping[str, object]) -> None:
