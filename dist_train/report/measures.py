@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -174,6 +175,25 @@ def sharpness_left_out(runs: Sequence[StoredRun]) -> int:
     chosen = [pair for by_run in sharpness_of(runs).values() for pair in by_run.items()]
     used = {(name, item.step, item.shared_settings) for name, item in chosen}
     return sum(len(run.analyses.sharpness) for run in runs) - len(used)
+
+
+def mixes_statistics(runs: Sequence[StoredRun]) -> bool:
+    """Whether sharpness is of norm statistics that are running averages in some of `runs`, recomputed in others."""
+    stored = {
+        name
+        for by_run in sharpness_of(runs).values()
+        for name, item in by_run.items()
+        if json.loads(item.shared_settings).get("statistics") == "checkpoint"
+    }
+    return len({_statistics(run.settings) for run in runs if run.name in stored} - {""}) > 1
+
+
+def _statistics(settings: Mapping[str, object]) -> str:
+    """Return where a checkpoint's norm statistics come from; empty if it has none, or that is unknown."""
+    kind, has_noise = str(settings.get("model.norm_statistics", "auto")), settings.get("noise.method") != "none"
+    if settings.get("model.norm") in (None, "group", "none"):
+        return ""
+    return kind if kind != "auto" else "recomputed" if has_noise else "running"
 
 
 def _at_the_end(run: StoredRun, results: Sequence[_Result]) -> list[_Result]:

@@ -21,7 +21,7 @@ from dist_train.monitoring import wording
 from dist_train.outcome import UsageError, writing
 from dist_train.report.chart import ROLES, Frame, style_rules, ticks
 from dist_train.report.figures import NumberedFigure, figures_of_run, figures_of_study, landscape_figure
-from dist_train.report.measures import measures_of, sharpness_left_out
+from dist_train.report.measures import measures_of, mixes_statistics, sharpness_left_out
 from dist_train.report.sharpness_charts import sharpness_scatters
 from dist_train.report.stored_run import StoredRun, Subject, read_subject
 from dist_train.report.tables import contrast_tables, effect_tables, evaluates_along_training, run_cells, variant_tables
@@ -127,14 +127,35 @@ def _content_of_tables(subject: Subject) -> dict[str, Any]:
     return {
         "panels": panels,
         "unfinished": [run for run in subject.runs if not run.is_finished],
+        "notices": tuple(_notices(subject, panels)),
         "repeated": [pair for panel in panels for variant in panel.variants for pair in variant.repeated.items()],
-        "data_sets": sorted({run.data for run in subject.runs} - {""}),
         "tables": variant_tables(panels),
         "effects": effect_tables(panels),
         "contrasts": contrast_tables(panels, subject.contrasts),
         "evaluates_along_training": evaluates_along_training(panels),
         "scatters": sharpness_scatters(panels),
     }
+
+
+def _notices(subject: Subject, panels: Sequence[Panel]) -> Iterator[str]:
+    """Yield what a reader of the tables must know about the runs as a whole."""
+    if subject.fault:
+        yield subject.fault
+    if subject.others:
+        names = ", ".join(subject.others)
+        yield f"Finished runs in this folder that the study does not have, and that do not count: {names}."
+    if subject.range_tests:
+        yield f"Learning-rate range tests in this folder, which do not count: {', '.join(subject.range_tests)}."
+    if len(names := sorted({run.data for run in subject.runs} - {""})) > 1:
+        yield (
+            f"The runs are of {len(names)} data sets ({', '.join(names)}). Runs of different ones are never paired, "
+            "but correlations and the axes of figures include all: report each data set on its own."
+        )
+    if mixes_statistics(counted_runs(panels)):
+        yield (
+            "Sharpness was measured with running averages of the norms' statistics in some runs, with recomputed ones "
+            "in others: do not compare it. Delete analysis/sharpness-*.json, and measure with --statistics recomputed."
+        )
 
 
 def _study_content(subject: Subject) -> dict[str, Any]:

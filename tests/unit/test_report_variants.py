@@ -569,6 +569,32 @@ def test_report_says_that_an_invalid_study_file_has_taken_title_and_contrasts(tm
         assert "the study's title and contrasts are missing" in report
 
 
+@pytest.mark.parametrize(
+    ("settings", "measured", "is_mixed"),
+    [
+        ({}, "checkpoint", True),  # auto: recomputed with noise, else running averages
+        ({"norm_statistics": "recomputed"}, "checkpoint", False),
+        ({"norm": "group"}, "checkpoint", False),
+        ({}, "recomputed", False),
+    ],
+)
+def test_report_says_that_sharpness_is_of_different_norm_statistics(
+    tmp_path: Path, settings: Mapping[str, object], measured: str, is_mixed: bool
+) -> None:
+    study = make_study(tmp_path / "study", seeds=(0,))
+    (study / "runs.json").unlink()
+    for run in study.iterdir():
+        if run.is_dir():
+            [path] = run.glob("analysis/sharpness-*.json")
+            fields = json.loads(path.read_text())
+            path.write_text(json.dumps({**fields, "settings": {"statistics": measured}}))
+            config = yaml.safe_load((run / "config.yaml").read_text())
+            (run / "config.yaml").write_text(yaml.safe_dump({**config, "model": {**config["model"], **settings}}))
+    subject = read_subject(study)
+    for report in (tables_in_markdown(subject), unescape(render(subject))):
+        assert ("--statistics recomputed" in report) == is_mixed
+
+
 def record(study: Path, **fields: Mapping[str, object]) -> None:
     """Add to the plan of `study` the fields of each variant, given by the variants' names."""
     plan = json.loads((study / "runs.json").read_text())
