@@ -20,7 +20,7 @@ import yaml
 
 from dist_train.config.loading import SHIPPED
 from dist_train.outcome import UsageError
-from dist_train.sweep.planned_runs import plan_study, variants_of
+from dist_train.sweep.planned_runs import plan_study, settings_from, variants_of
 from dist_train.sweep.study_file import Search, load_study, overlaid
 
 
@@ -56,6 +56,10 @@ def confirming(
     families: dict[str, list[str]] = {}
     for name, each in kept.items():
         families.setdefault(each.family, []).append(name)
+    chosen_settings = {name: overlaid(each.settings, trials[name]) for name, each in kept.items()}
+    if output.parent.resolve() != study.parent.resolve():
+        folder = study.parent.absolute()
+        chosen_settings = {name: dict(settings_from(folder, each)) for name, each in chosen_settings.items()}
     base = searched.base
     if not base.startswith(SHIPPED):
         base = os.path.relpath((study.parent / base).resolve(), output.parent.resolve())
@@ -68,7 +72,7 @@ def confirming(
         "variants": {
             name: {
                 **({"title": each.title} if each.has_title else {}),
-                "settings": overlaid(each.settings, trials[name]),
+                "settings": chosen_settings[name],
             }
             for name, each in kept.items()
         },

@@ -151,7 +151,7 @@ def plan_study(
     checked = {run.overrides: run for run in before.runs} if before else {}
 
     def arguments_of(settings: Settings, name: str, seed: int) -> tuple[str, ...]:
-        own = dict(_from_folder(settings, located(path).parent))
+        own = dict(settings_from(located(path).parent, settings))
         own |= {"run.name": name, "run.directory": str(folder), "run.seed": seed}
         return (*(write_override(place, value) for place, value in own.items()), *overrides)
 
@@ -195,7 +195,7 @@ def _is_valid(settings: Mapping[str, Any]) -> bool:
     return False
 
 
-def _from_folder(settings: Settings, folder: Path) -> Iterator[tuple[str, Any]]:
+def settings_from(folder: Path, settings: Settings) -> Iterator[tuple[str, Any]]:
     """Yield `settings` by dotted path, with absolute paths of plug-in files, which are relative to `folder`."""
     for path, value in settings.items():
         section: Any = from_folder(with_overrides({}, {path: value}), folder)

@@ -38,6 +38,23 @@ def test_it_is_a_study_of_the_same_runs_with_the_chosen_settings(tmp_path: Path)
         assert found.settings_of(name) == {**searched.settings_of(name), **CHOSEN}
 
 
+@pytest.mark.parametrize(("folder", "place"), [(".", "nets.py"), ("confirm", "{}/nets.py")])
+def test_the_file_of_a_plug_in_is_still_that_beside_the_search(tmp_path: Path, folder: str, place: str) -> None:
+    search = {"method": "random", "trials": 1, "space": {"optimizer.learning_rate": {"kind": "choice", "values": [1]}}}
+    named = {"model.name": "nets.py:net", "model.options": {"depth": 2}}
+    described = {
+        "name": "s",
+        "base": "dist_train:configs/smoke.yaml",
+        "search": search,
+        "variants": {"a": {"settings": named}},
+    }
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(described))
+    line = best("a", "test.accuracy", **{"optimizer.learning_rate": 1})
+    found = confirming(tmp_path / "s.yaml", [line], [1], tmp_path / folder / "c.yaml")
+    named = {**named, "model.name": f"{place.format(tmp_path)}:net", "optimizer.learning_rate": 1}
+    assert found["variants"]["a"]["settings"] == named
+
+
 @pytest.mark.parametrize(("left_out", "seeds"), [(1, [100]), (0, [0, 100]), (0, [100, 100])])
 def test_an_unfinished_search_and_its_own_seeds_are_refused(tmp_path: Path, left_out: int, seeds: list[int]) -> None:
     with pytest.raises(UsageError):
