@@ -356,9 +356,14 @@ def _submit_study(arguments: argparse.Namespace) -> int:
     plan = plan_study(located(arguments.config), parent, arguments.overrides)
     _check_analyses(plan)
     _warn_of_unused(plan)
+    directory = ["--directory", str(parent)] if parent else []
+    sweep = ["dist-train", "sweep", str(arguments.config), *arguments.overrides, *directory]
     left = numbers_left(plan.runs, plan.unasked)
     if not left:
-        print(f"dist-train: no run of {plan.study.name} is left to do", file=sys.stderr)
+        analyse = f"{shlex.join([*sweep, '--analyses'])} | sh"
+        report = shlex.join(["dist-train", "report", str(plan.directory)])
+        what = f"no run of {plan.study.name} is left to do; to analyse and report them: {analyse}; {report}"
+        print(f"dist-train: {what}", file=sys.stderr)
         return ExitCode.FAULT
     submission = _submission(arguments, plan.file, plan.directory.absolute(), plan.study.name)
     jobs = study_jobs(plan, left, submission)
@@ -371,9 +376,7 @@ def _submit_study(arguments: argparse.Namespace) -> int:
     for name, number in submit_study(jobs, submission.run_directory).items():
         print(f"{name:<14} {number}")
     print(f"study          {submission.run_directory}")
-    directory = ["--directory", str(parent)] if parent else []
-    watch = ["dist-train", "sweep", str(arguments.config), *arguments.overrides, *directory, "--list"]
-    print(f"watch it       {shlex.join(watch)}")
+    print(f"watch it       {shlex.join([*sweep, '--list'])}")
     return ExitCode.FINISHED
 
 

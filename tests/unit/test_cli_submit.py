@@ -18,10 +18,11 @@ from dist_train.cli.main import main, parse
 from dist_train.config import load_config
 from dist_train.config.loading import project_root
 from dist_train.outcome import ExitCode, UsageError
+from dist_train.rundir.status import StatusFile
 from dist_train.sweep.submission import describe_batch
 from tests.archives import write_fashion_mnist
 from tests.raising import raises
-from tests.unit.studies import write_study
+from tests.unit.studies import small_plan, write_study
 
 SCRIPT = """\
 #!/usr/bin/env bash
@@ -237,6 +238,19 @@ def test_a_study_is_submitted_as_runs_analyses_and_report(
     assert f"DIRECTORY={tmp_path}/runs/small\nOUTPUT=\nreport_in_job runs\n" in report
     assert all(f"export DIST_TRAIN_SETUP='{setup}'\n" in script for script in (runs, analyses, report))
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_commands_that_analyse_and_report_a_finished_study_are_named(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    plan = small_plan(tmp_path, analyse=[{"kind": "direction"}])
+    for run in plan.runs:
+        run.files.create()
+        run.files.save_config(run.config)
+        StatusFile(run.files.status, 1).end("finished", ExitCode.FINISHED, "")
+    assert main(["submit", "--study", str(plan.file), "--directory", str(tmp_path / "runs")]) == ExitCode.FAULT
+    analyse = f"dist-train sweep {plan.file} --directory {tmp_path}/runs --analyses | sh"
+    assert f"{analyse}; dist-train report {plan.directory}\n" in capsys.readouterr().err
 
 
 def test_each_of_a_study_s_jobs_has_the_options_that_concern_it(
