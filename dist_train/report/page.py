@@ -151,6 +151,13 @@ def _notices(subject: Subject, panels: Sequence[Panel]) -> Iterator[str]:
             f"The runs are of {len(names)} data sets ({', '.join(names)}). Runs of different ones are never paired, "
             "but correlations and the axes of figures include all: report each data set on its own."
         )
+    for variant in (each for panel in panels for each in panel.variants):
+        sizes = {shown(size) for run in variant.counted if (size := run.settings.get("batch.micro_size"))}
+        if len(sizes) > 1:
+            yield (
+                f"Runs of {variant.title} have micro-batches of {' and '.join(sorted(sizes))} samples, on which norms "
+                "and noise may depend: set batch.micro_size, which by default each run chooses for its ranks."
+            )
     if mixes_statistics(counted_runs(panels)):
         yield (
             "Sharpness was measured with running averages of the norms' statistics in some runs, with recomputed ones "

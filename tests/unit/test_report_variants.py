@@ -595,6 +595,20 @@ def test_report_says_that_sharpness_is_of_different_norm_statistics(
         assert ("--statistics recomputed" in report) == is_mixed
 
 
+def test_report_says_that_runs_of_a_variant_have_chosen_other_micro_batches(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "study", seeds=(0, 1))
+    notice = "Runs of LB, baseline have micro-batches of 128 and 64 samples"
+    for seed, size in enumerate((64, 128)):
+        assert notice not in tables_in_markdown(read_subject(study))
+        path = study / f"lb-seed-{seed}" / "config.yaml"
+        path.write_text(path.read_text().replace("micro_size: auto", f"micro_size: {size}"))
+        other = study / f"sb-seed-{seed}" / "config.yaml"
+        other.write_text(other.read_text().replace("micro_size: auto", "micro_size: 32"))
+    for report in (tables_in_markdown(read_subject(study)), render(read_subject(study))):
+        assert notice in report
+        assert report.count("have micro-batches of") == 1
+
+
 def record(study: Path, **fields: Mapping[str, object]) -> None:
     """Add to the plan of `study` the fields of each variant, given by the variants' names."""
     plan = json.loads((study / "runs.json").read_text())
