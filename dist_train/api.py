@@ -47,11 +47,12 @@ class Run:
     """
 
     directory: RunDirectory
+    overrides: Sequence[str] = ()
 
     @property
     def config(self) -> Config:
         """Every setting of the run. Raises ConfigError if they cannot be read."""
-        return load_config(self.directory.config)
+        return load_config(self.directory.config, self.overrides)
 
     @property
     def status(self) -> Status:
@@ -91,7 +92,7 @@ class Run:
             UsageError: there is no such checkpoint, it is damaged, or it holds no average.
         """
         contents = read_stored(self._target(step)).contents
-        model = stored_model(contents, stored_config(contents, ()), weights)
+        model = stored_model(contents, stored_config(contents, self.overrides), weights)
         model.eval()  # not to be chained: `train` of a model of one's own may return nothing
         return model
 
@@ -110,7 +111,7 @@ class Run:
 
         Every rank of a launch calls it, and gets the same result.
         """
-        return evaluate_stored(self.directory.root, split, overrides, weights)
+        return evaluate_stored(self.directory.root, split, overrides or self.overrides, weights)
 
     @restoring_torch()
     def normalization(self) -> ChannelStatistics | None:
@@ -127,8 +128,10 @@ class Run:
         return output
 
 
-def load_run(path: Path | str) -> Run:
+def load_run(path: Path | str, overrides: Sequence[str] = ()) -> Run:
     """Return the run in the directory `path`, or in runs/`path`.
+
+    `overrides`: where its data and plug-ins are by now, such as `data.root=DIR` and `model.name=FILE.py:NAME`.
 
     Examples:
         >>> run = dist_train.load_run("runs/demo")
@@ -141,7 +144,7 @@ def load_run(path: Path | str) -> Run:
     directory = RunDirectory(in_utf8(run_folder(Path(path), code="target-missing")))
     if not directory.config.is_file():
         raise UsageError(f"{path}: there is no such run", code="target-missing")
-    return Run(directory)
+    return Run(directory, overrides)
 
 
 def evaluate(
@@ -174,8 +177,16 @@ class Export:
 
 
 @restoring_torch()
-def export(target: Path | str, to: Format, output: Path | str | None = None, weights: Weights = "raw") -> Export:
-    """Write the model of a checkpoint with clean or averaged weights and norm statistics; `target` as in `evaluate`.
+def export(
+    target: Path | str,
+    to: Format,
+    output: Path | str | None = None,
+    weights: Weights = "raw",
+    overrides: Sequence[str] = (),
+) -> Export:
+    """Write the model of a checkpoint with clean or averaged weights and norm statistics.
+
+    `target` and `overrides` are those of `evaluate`.
 
     safetensors: the tensors by name. torch-export and onnx: also the network, for any number of images. The file is
     loaded back and compared with the model on four random images or, if your model takes none such, test images.
@@ -192,7 +203,7 @@ def export(target: Path | str, to: Format, output: Path | str | None = None, wei
     check_choice("to", to, Format)
     stored = read_stored(Path(target))
     contents = stored.contents
-    config = stored_config(contents, ())
+    config = stored_config(contents, overrides)
     model = stored_model(contents, config, weights)
     model.eval()
     suffix, write = _FORMATS[to]

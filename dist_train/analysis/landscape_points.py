@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain
 from queue import SimpleQueue
@@ -27,6 +27,7 @@ from dist_train.analysis.landscape_files import LandscapeSettings, Measured, Poi
 from dist_train.checkpoint.files import Stored
 from dist_train.cluster.devices import choose_device
 from dist_train.config import Config
+from dist_train.config.plugins import with_places_of
 from dist_train.data.loader import SampleSource, open_splits
 from dist_train.models.norms import BatchStatistics, GroupedBatchNorm, collect_statistics, norm_modules
 from dist_train.optim.flat_weights import FlatWeights
@@ -296,7 +297,9 @@ def open_subject(stored: Stored, overrides: Sequence[str], settings: LandscapeSe
 
 def place_in(other: Stored, subject: Subject) -> Place:
     """Return the place of `other` in the space of `subject`. Raises UsageError if its network or its data differ."""
-    config = stored_config(other.contents, [])
+    places = subject.config.model_dump(mode="json")  # where plug-ins are by now
+    contents = replace(other.contents, config=with_places_of(other.contents.config, places, Config))
+    config = stored_config(contents, [])
     ours = {name: tensor.shape for name, tensor in subject.model.state_dict().items()}
     theirs = {name: tensor.shape for name, tensor in other.contents.model.items()}
     if ours != theirs or config.model.name != subject.config.model.name:

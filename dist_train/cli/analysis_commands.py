@@ -349,6 +349,7 @@ def _add_export(subparsers: Subparsers) -> None:
         "compare its logits.",
     )
     parser.add_argument("target", type=Path, metavar="RUN_OR_CHECKPOINT", help=TARGET)
+    add_overrides(parser)
     parser.add_argument("--to", choices=("safetensors", "torch-export", "onnx"), required=True, help="the format")
     default = "RUN-STEP.SUFFIX, or RUN-STEP-averaged.SUFFIX"
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help=f"the file (default: {default})")
@@ -359,7 +360,7 @@ def _add_export(subparsers: Subparsers) -> None:
 def _export(arguments: argparse.Namespace) -> int:
     from dist_train.api import export
 
-    written = export(arguments.target, arguments.to, arguments.output, arguments.weights)
+    written = export(arguments.target, arguments.to, arguments.output, arguments.weights, arguments.overrides)
     path = escaped(str(written.path))
     print(f"{path}: step {written.step}; loaded back, its logits differ by at most {written.difference:g}")
     return ExitCode.FINISHED

@@ -53,7 +53,7 @@ def _import(place: str) -> ModuleType:
             raise ImportError('it names itself while it is imported: train below `if __name__ == "__main__":`')
         return sys.modules[name]
     if not os.path.isfile(path):
-        raise ImportError("there is no such file")
+        raise ImportError("there is no such file; if it has moved, set its new place")
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} is no Python file")

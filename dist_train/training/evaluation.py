@@ -22,6 +22,7 @@ from dist_train.cluster.devices import assign_devices, device_type
 from dist_train.cluster.rendezvous import join_to_measure
 from dist_train.config import Config, differences, dump_config, parse_config
 from dist_train.config.loading import with_overrides
+from dist_train.config.plugins import with_places_of
 from dist_train.config.resuming import SAVED, with_setting
 from dist_train.config.sections import EvaluationSettings
 from dist_train.data.images import Split
@@ -258,12 +259,13 @@ def stored_model(contents: Contents, config: Config, weights: Weights = "raw") -
 def stored_config(contents: Contents, overrides: Sequence[str]) -> Config:
     """Return a checkpoint's configuration with overrides, the device set to `auto`, and no CUDA graphs.
 
-    Raises UsageError if an override would change the model or its data.
+    Overrides may give plug-ins the places where they are now. Raises UsageError if an override would change the model
+    or its data.
     """
     given = dict(contents.config)
     if isinstance(given.get("metrics"), Mapping):
         given["metrics"] = {**given["metrics"], "loggers": []}  # whose code may be gone
-    stored = parse_config(given, source=SAVED)
+    stored = parse_config(with_places_of(given, with_overrides(given, overrides), Config), source=SAVED)
     settings = yaml.safe_load(dump_config(stored))
     settings["run"]["device"] = "auto"
     settings["precision"]["cuda_graphs"] = False  # they are for training, and refused on a CPU

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from contextlib import closing
 from pathlib import Path
 from unittest.mock import Mock, call
@@ -13,9 +14,9 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
 
-from dist_train.analysis.landscape_points import PointEvaluator, place_of
-from dist_train.api import Format, Run, export
-from dist_train.checkpoint.files import find_checkpoint, list_checkpoints, read_checkpoint
+from dist_train.analysis.landscape_points import PointEvaluator, place_in, place_of
+from dist_train.api import Format, Run, export, load_run
+from dist_train.checkpoint.files import find_checkpoint, list_checkpoints, read_checkpoint, read_stored
 from dist_train.cluster.communicator import Communicator, SingleProcess
 from dist_train.config import Config, ImageFormat
 from dist_train.data.images import BatchRequest
@@ -28,7 +29,7 @@ from dist_train.rundir.status import StatusFile
 from dist_train.training import evaluation
 from dist_train.training.compute import Compute, set_up_compute
 from dist_train.training.evaluation import evaluate_stored, stored_config, stored_model
-from tests.raising import raises
+from tests.raising import raises, raises_problems
 from tests.unit.checkpoint_files import write
 from tests.unit.image_folders import write_folder
 from tests.unit.simulated_ranks import results
@@ -252,6 +253,34 @@ def test_a_run_whose_logger_is_gone_can_be_evaluated(run: Path) -> None:
     contents = read_checkpoint(find_checkpoint(run))
     contents.config["metrics"]["loggers"] = [{"name": "/gone/logs.py:silent", "options": {}}]
     assert stored_config(contents, []).metrics.loggers == ()
+
+
+def test_a_run_whose_plug_in_has_moved_is_read_at_its_new_place(tmp_path: Path) -> None:
+    file, moved = tmp_path / "before" / "mine.py", tmp_path / "after" / "mine.py"
+    file.parent.mkdir()
+    file.write_text(f"from {__name__} import tied\n")
+    build_trainer(small_config(model={"name": f"{file}:tied"}), tmp_path / "run", SingleProcess()).run()
+    file.parent.rename(moved.parent)
+    forget(file)
+    with raises_problems(("model.name", "plugin-import")) as refused:
+        load_run(tmp_path / "run").model()
+    assert "if it has moved" in str(refused.value)
+    there = [f"model.name={moved}:tied"]
+    run = load_run(tmp_path / "run", there)
+    assert (run.config.model.name, run.evaluate()["step"]) == (f"{moved}:tied", 6)
+    assert evaluate_stored(tmp_path / "run", "test", there)["samples"] == 25
+    with torch.no_grad():
+        assert run.model()(torch.rand(3, *run.config.data.image_format.shape)).isfinite().all()
+    assert export(tmp_path / "run", "safetensors", tmp_path / "model", overrides=there).difference == 0
+    first, last = (read_stored(run.checkpoint(step)) for step in (3, 6))
+    subject = Mock(config=run.config, model=run.model())
+    assert not torch.equal(place_in(first, subject).weights, place_in(last, subject).weights)
+
+
+def forget(file: Path) -> None:
+    """Let the plug-in in `file` be unknown to this process."""
+    for name in [name for name, module in sys.modules.items() if getattr(module, "__file__", None) == str(file)]:
+        del sys.modules[name]
 
 
 def test_run_with_cuda_graphs_can_be_evaluated_on_a_cpu(run: Path) -> None:
