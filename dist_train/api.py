@@ -29,7 +29,7 @@ from dist_train.rundir.paths import RunDirectory, in_utf8, run_folder
 from dist_train.rundir.records import EvaluationRecord, Record, TrainRecord, read_records
 from dist_train.rundir.status import Status, load_status
 from dist_train.training.compute import restoring_torch
-from dist_train.training.evaluation import evaluate_stored, stored_config, stored_model
+from dist_train.training.evaluation import evaluate_stored, stored_config, stored_model, warn_of_edited_plugins
 
 Format = Literal["safetensors", "torch-export", "onnx"]
 
@@ -92,7 +92,9 @@ class Run:
             UsageError: there is no such checkpoint, it is damaged, or it holds no average.
         """
         contents = read_stored(self._target(step)).contents
-        model = stored_model(contents, stored_config(contents, self.overrides), weights)
+        config = stored_config(contents, self.overrides)
+        warn_of_edited_plugins(contents, config)
+        model = stored_model(contents, config, weights)
         model.eval()  # not to be chained: `train` of a model of one's own may return nothing
         return model
 
@@ -204,6 +206,7 @@ def export(
     stored = read_stored(Path(target))
     contents = stored.contents
     config = stored_config(contents, overrides)
+    warn_of_edited_plugins(contents, config)
     model = stored_model(contents, config, weights)
     model.eval()
     suffix, write = _FORMATS[to]

@@ -34,7 +34,12 @@ from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import UsageError
 from dist_train.reproducible import LayerRng, generator
 from dist_train.training.compute import Compute, fitting_memory, set_up_compute
-from dist_train.training.evaluation import statistics_samples, stored_config, stored_model
+from dist_train.training.evaluation import (
+    statistics_samples,
+    stored_config,
+    stored_model,
+    warn_of_edited_plugins,
+)
 
 
 @dataclass(frozen=True)
@@ -280,6 +285,8 @@ def open_subject(stored: Stored, overrides: Sequence[str], settings: LandscapeSe
     # On a CPU channels_last takes half the time, whatever the run used.
     channels_last = config.precision.channels_last or compute.device.type == "cpu"
     batch_size = settings.batch_size or _BATCH_SIZES[compute.device.type]
+    if local_rank == 0:
+        warn_of_edited_plugins(stored.contents, config)
     model = stored_model(stored.contents, config)
     with closing(open_splits(config.data, config.run.seed, compute.device, channels_last)) as splits:
         train, test = (

@@ -26,7 +26,13 @@ from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import DivergedError, UsageError, refuse_nondeterministic
 from dist_train.reproducible import generator
 from dist_train.training.compute import Compute, set_up_compute, share_of_threads
-from dist_train.training.evaluation import recompute_statistics, statistics_samples, stored_config, stored_model
+from dist_train.training.evaluation import (
+    recompute_statistics,
+    statistics_samples,
+    stored_config,
+    stored_model,
+    warn_of_edited_plugins,
+)
 
 Vector = NDArray[np.float64]
 """All trainable weights concatenated, or a direction in their space: [count], without padding."""
@@ -174,6 +180,7 @@ def open_stored_subset(
     Raises UsageError if the settings do not fit, or there are no data, or too few.
     """
     config = stored_config(stored.contents, overrides)
+    warn_of_edited_plugins(stored.contents, config)
     precision = config.precision
     # TF32's errors would look like curvature.
     exact = precision.model_copy(update={"compute": "float32", "tf32": False, "threads": 1})

@@ -387,6 +387,11 @@ def plugin_files(settings: Mapping[str, Any]) -> dict[str, str]:
     return source_digests(_modules_of(settings))
 
 
+def by_content(files: Mapping[str, str]) -> dict[tuple[str, str], str]:
+    """Return the names of plug-ins' `files` by their names within their folders, which may move, and their digests."""
+    return {(name.partition("/")[2], digest): name for name, digest in files.items()}
+
+
 def check_unedited(settings: Mapping[str, Any]) -> None:
     """Raise UsageError if the file of a plug-in in complete `settings` was edited since: loaders would import that."""
     for place in sorted(_modules_of(settings)):

@@ -8,7 +8,7 @@ import platform
 import re
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from dist_train.cluster.communicator import Communicator, RankLostError, broadca
 from dist_train.cluster.devices import find_gpus, why_no_gpu
 from dist_train.cluster.launch import command_output, current_job
 from dist_train.config import Config
-from dist_train.config.plugins import call_plugin
+from dist_train.config.plugins import by_content, call_plugin
 from dist_train.config.sections import MetricsSettings
 from dist_train.kernels.operators import why_no_triton
 from dist_train.monitoring.console import open_console
@@ -217,7 +217,7 @@ class Session:
     def _note_changed_plugins(self, contents: Contents) -> None:
         trainer = self._running
         before, now = contents.plugins, trainer.plugins
-        one, other = _by_content(before), _by_content(now)
+        one, other = by_content(before), by_content(now)
         different = one.keys() ^ other.keys()
         loggers = trainer.config.model_dump(mode="json")["metrics"]["loggers"]
         if contents.config.get("metrics", {}).get("loggers") != loggers:  # whose files, which change no result, differ
@@ -394,11 +394,6 @@ def _observers_of_rank_0(settings: MetricsSettings, directory: RunDirectory, mor
         RanksFile(directory.ranks),
     )
     return Observers([*files, *([Exporter(settings)] if settings.enabled else []), *more])
-
-
-def _by_content(files: Mapping[str, str]) -> dict[tuple[str, str], str]:
-    """Return the names of plug-ins' `files` by their names within their folders, which may move, and their digests."""
-    return {(name.partition("/")[2], digest): name for name, digest in files.items()}
 
 
 def revision(root: Path = Path(dist_train.__file__).parents[1]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from dist_train.cluster.devices import assign_devices, device_type
 from dist_train.cluster.rendezvous import join_to_measure
 from dist_train.config import Config, differences, dump_config, parse_config
 from dist_train.config.loading import with_overrides
-from dist_train.config.plugins import with_places_of
+from dist_train.config.plugins import by_content, plugin_files, with_places_of
 from dist_train.config.resuming import SAVED, with_setting
 from dist_train.config.sections import EvaluationSettings
 from dist_train.data.images import Split
@@ -222,6 +222,8 @@ def evaluate_stored(
         stack.callback(splits.close)
         if comm.rank == 0 and splits.differ_from(contents.data):
             _logger.warning("the data set is not that with which %s was trained: files or labels differ", stored.path)
+        if comm.rank == 0:
+            warn_of_edited_plugins(contents, config)
 
         def build() -> nn.Module:
             with fitting_memory("the model", "free some, or set run.device=cpu"):
@@ -254,6 +256,17 @@ def stored_model(contents: Contents, config: Config, weights: Weights = "raw") -
             # An average has only the first of a tied parameter's names.
             parameter.copy_(state[name])
     return model
+
+
+def warn_of_edited_plugins(contents: Contents, config: Config) -> None:
+    """Warn if the code of plug-ins that `config` names is not that with which the checkpoint was saved."""
+    with suppress(UsageError):  # another plug-in's module has taken the place of one that they had imported
+        saved, now = by_content(contents.plugins), by_content(plugin_files(config.model_dump(mode="json")))
+        known = {name for name, _ in saved}
+        if edited := sorted(now[each] for each in now.keys() - saved.keys() if each[0] in known):
+            _logger.warning(
+                "plug-ins have changed since the checkpoint of step %d was saved: %s", contents.step, ", ".join(edited)
+            )
 
 
 def stored_config(contents: Contents, overrides: Sequence[str]) -> Config:

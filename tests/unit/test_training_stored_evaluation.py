@@ -277,6 +277,22 @@ def test_a_run_whose_plug_in_has_moved_is_read_at_its_new_place(tmp_path: Path) 
     assert not torch.equal(place_in(first, subject).weights, place_in(last, subject).weights)
 
 
+def test_a_plug_in_that_was_edited_since_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(f"from {__name__} import tied\n")
+    build_trainer(small_config(model={"name": f"{file}:tied"}), tmp_path / "run", SingleProcess()).run()
+    run = load_run(tmp_path / "run")
+    run.model()
+    assert not caplog.records
+    file.write_text(f"from {__name__} import tied  # edited\n")
+    forget(file)
+    told = f"plug-ins have changed since the checkpoint of step 6 was saved: {tmp_path.name}/mine.py"
+    for read in (run.model, run.evaluate, lambda: export(tmp_path / "run", "safetensors", tmp_path / "model")):
+        caplog.clear()
+        read()
+        assert caplog.messages == [told]
+
+
 def forget(file: Path) -> None:
     """Let the plug-in in `file` be unknown to this process."""
     for name in [name for name, module in sys.modules.items() if getattr(module, "__file__", None) == str(file)]:
