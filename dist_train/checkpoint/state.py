@@ -357,11 +357,9 @@ class InitialWeights:
     def fitted(self, state: Mapping[str, Tensor], classes: int) -> dict[str, Tensor]:
         """Return the tensors to load into a model with `state`; `load_model` refuses them if they do not fit.
 
-        For a file of another program, norm buffers that the model does not have are left out, and heads for another
-        number of classes are replaced by the model's.
+        Norm buffers that the model does not have are left out, and heads for another number of classes are replaced by
+        the model's.
         """
-        if self.step is not None:
-            return dict(self.tensors)
         heads = set(self.other_heads(state, classes))
         return {
             name: state[name] if name in heads else tensor
@@ -376,7 +374,7 @@ class InitialWeights:
         tensors = self._named_as(state)
         for name, tensor in state.items():
             here, there = tensor.shape, tensors[name].shape if name in tensors else ()
-            if self.step is None and here and there and here[0] == classes != there[0] and here[1:] == there[1:]:
+            if here and there and here[0] == classes != there[0] and here[1:] == there[1:]:
                 yield name
 
     def _named_as(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -385,8 +383,6 @@ class InitialWeights:
         They are the attributes that hold the network, as in a LightningModule, DistributedDataParallel (`module`),
         torch.compile (`_orig_mod`), and AveragedModel, which also has a count.
         """
-        if self.step is not None:
-            return self.tensors
         named = tensors = dict(self.tensors)
         if "n_averaged" in tensors and "n_averaged" not in state and not tensors["n_averaged"].ndim:
             del tensors["n_averaged"]

@@ -357,6 +357,14 @@ def test_a_run_that_has_not_begun_takes_the_weights_it_is_to_begin_with(tmp_path
     assert find_resume_point(begun, RunDirectory.of_checkpoint(own.path)).initial is None
 
 
+def test_a_run_of_other_classes_gives_all_but_the_head(tmp_path: Path) -> None:
+    directory, five, three, seeded = run_with(tmp_path), model(5), model(3), model(3).state_dict()
+    write_checkpoint(directory.checkpoints, contents(2, model=five.state_dict()), lambda: None)
+    assert loaded(tmp_path, three, 3) == ["fc.weight", "fc.bias"]
+    for name, tensor in three.state_dict().items():
+        assert torch.equal(tensor, (seeded if name.startswith("fc.") else five.state_dict())[name])
+
+
 def test_a_damaged_checkpoint_is_told(tmp_path: Path) -> None:
     directory = run_with(tmp_path, 2, 4)
     (directory.checkpoints / "step-00000004.pt").write_bytes(b"")

@@ -537,7 +537,6 @@ class TestTrain:
         [
             ("model.width=0.0625", "checkpoint-of-another-model"),
             ("model.name=vgg16", "checkpoint-of-another-model"),
-            ("data.synthetic_classes=3", "checkpoint-of-another-model"),
             ("run.init_from=nowhere", "target-missing"),
         ],
     )
