@@ -85,10 +85,10 @@ need_horovodrun() {
 
 need_mpirun() {
     [[ -n $mpirun ]] || fail "mpirun is missing; install Open MPI (apt-get install openmpi-bin, or your cluster's module), or run 'make setup' in $root"
-    local program
-    program=$(realpath "$mpirun")
-    [[ ${program##*/} != *hydra* ]] ||
-        fail "$mpirun is MPICH's, which cannot start these ranks: put Open MPI's first on the PATH, or use torch.distributed (launch/local.sh; srun with comm.engine=torch)"
+    local kind
+    kind=$("$mpirun" --version 2>/dev/null </dev/null) || kind=
+    [[ $kind != *HYDRA* && $kind != *Intel* ]] ||
+        fail "$mpirun is that of MPICH or Intel MPI, which cannot start these ranks: put Open MPI's first on the PATH, or use torch.distributed (launch/local.sh; srun with comm.engine=torch)"
 }
 
 # threads_each N: this machine's cores divided by N ranks.

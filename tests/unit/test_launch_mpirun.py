@@ -18,10 +18,11 @@ from tests.waiting import PATIENCE, wait_for
 ROOT = Path(__file__).parents[2]
 
 
-def with_programs(folder: Path, launcher: str) -> dict[str, str]:
+def with_programs(folder: Path, launcher: str, version: str = "mpirun (Open MPI) 5.0.11") -> dict[str, str]:
     """Return an environment whose mpirun and horovodrun execute the line `launcher`."""
     programs = folder / "programs"
     programs.mkdir()
+    launcher = f'if [ "$1" = --version ]; then echo "{version}"; exit; fi\n{launcher}'
     write_programs(programs, python=f'exec "{sys.executable}" "$@"', mpirun=launcher, horovodrun=launcher)
     kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
     return {**kept, "DIST_TRAIN_PYTHON": str(programs / "python")}
@@ -63,14 +64,15 @@ def test_ranks_start_where_setpriv_lacks_an_option(tmp_path: Path) -> None:
     assert command_of(tmp_path, "-np", "3", "runs", PATH=f"{old}:{os.environ['PATH']}")[:2] == ["-np", "3"]
 
 
-def test_the_mpirun_of_mpich_is_refused(tmp_path: Path) -> None:
-    environment = with_programs(tmp_path, f"touch {tmp_path}/out")
-    mpirun = tmp_path / "programs" / "mpirun"
-    mpirun.rename(mpirun.with_name("mpiexec.hydra"))
-    mpirun.symlink_to("mpiexec.hydra")
+@pytest.mark.parametrize(
+    "version", ["HYDRA build details:\n    Version: 5.0.2", "Intel(R) MPI Library for Linux* OS, Version 2021.19.0"]
+)
+def test_the_mpirun_of_another_mpi_is_refused(version: str, tmp_path: Path) -> None:
+    # The file may be a link to mpiexec.hydra, a copy of it, or a script that runs it.
+    environment = with_programs(tmp_path, f"touch {tmp_path}/out", version)
     ended = subprocess.run([str(ROOT / "launch/mpirun.sh"), "runs"], env=environment, capture_output=True, text=True)
     assert ended.returncode == 1
-    assert f"{mpirun} is MPICH's" in ended.stderr
+    assert f"{tmp_path}/programs/mpirun is that of MPICH or Intel MPI" in ended.stderr
     assert not (tmp_path / "out").exists()
 
 
