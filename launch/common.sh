@@ -63,6 +63,9 @@ find_programs() {
         [[ -z ${DIST_TRAIN_PYTHON:-} ]] || fail "DIST_TRAIN_PYTHON is $python, which is not an executable"
         python=$(command -v python3) || fail "there is no .venv and no python3: $advice"
     fi
+    # Nothing from the current folder, which may hold a clone, or a queue.py; of a clone, its own package.
+    export PYTHONSAFEPATH=1
+    [[ ! -e $root/dist_train/__init__.py ]] || export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
     "$python" -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("dist_train"))' || {
         ((!stop_signals)) || stopped_before_launch # the signal may have ended Python
         fail "dist_train is not installed for $python: $advice"
@@ -131,7 +134,7 @@ passed_variables() {
         printf '%s\n' "${rank_environment[@]%%=*}"
         for name in $(compgen -e); do
             case $name in
-                PATH | LD_LIBRARY_PATH | PYTHONPATH | OMP_NUM_THREADS | MKL_NUM_THREADS) printf '%s\n' "$name" ;;
+                PATH | LD_LIBRARY_PATH | PYTHONPATH | PYTHONSAFEPATH | OMP_NUM_THREADS | MKL_NUM_THREADS) printf '%s\n' "$name" ;;
                 HOROVOD_* | NCCL_* | UCX_* | GLOO_* | TORCH_* | PYTORCH_*) printf '%s\n' "$name" ;;
                 DIST_TRAIN_SETUP | DIST_TRAIN_CACHE | DIST_TRAIN_TRITON | TRITON_CACHE_DIR | XDG_CACHE_HOME) printf '%s\n' "$name" ;;
                 # In a Slurm job the GPU numbers differ by node.

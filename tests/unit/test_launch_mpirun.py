@@ -92,6 +92,16 @@ def test_scripts_find_the_project_where_cd_prints_a_folder(command: str) -> None
     assert (ended.returncode, ended.stdout) == (0, f"{ROOT}\n"), ended.stderr
 
 
+def test_scripts_run_their_own_project_whatever_lies_in_the_current_folder(tmp_path: Path) -> None:
+    (tmp_path / "dist_train").mkdir()  # as where the project was cloned
+    (tmp_path / "argparse.py").write_text("raise SystemExit('not Python's own')")
+    lines = f'. {ROOT}/launch/common.sh; find_programs; "${{dist_train[@]}}" config path dist_train:configs/smoke.yaml'
+    variables = {**os.environ, "DIST_TRAIN_PYTHON": sys.executable}
+    variables.pop("PYTHONPATH", None)
+    ended = subprocess.run(["bash", "-euc", lines], cwd=tmp_path, env=variables, capture_output=True, text=True)
+    assert ended.stdout == f"{ROOT}/configs/smoke.yaml\n", ended.stderr
+
+
 def test_ranks_start_on_a_terminal_without_a_name(tmp_path: Path) -> None:
     write_programs(tmp_path, tty="echo not a tty\nexit 1")
     terminal, end = pty.openpty()
