@@ -244,7 +244,8 @@ def check_slurm() -> Check:
         reason = command_output("sh", "-c", "srun --version 2>&1; true").rpartition("\n")[2]
         return Check("Slurm", "note", f"srun fails: {reason or 'no answer'}", "use a node of the cluster for slurm/")
     if "pmix" not in command_output("srun", "--mpi=list", stderr=subprocess.STDOUT):
-        return Check("Slurm", "note", f"{version}, without PMIx", "use mpirun or horovodrun inside the job, not srun")
+        fix = "srun starts ranks with --mpi=none and comm.engine=torch, as the batch scripts do; Horovod needs mpirun"
+        return Check("Slurm", "note", f"{version}, without PMIx", fix)
     return Check("Slurm", "fine", f"{version}, with PMIx")
 
 

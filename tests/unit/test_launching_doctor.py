@@ -22,6 +22,7 @@ from dist_train.kernels import operators
 from dist_train.launching import doctor
 from dist_train.outcome import ExitCode
 from tests.archives import write_fashion_mnist
+from tests.programs import write_programs
 
 
 def settings(**sections: dict[str, object]) -> Config:
@@ -69,6 +70,14 @@ def test_slurm_that_does_not_work_is_told_with_its_reason(tmp_path: Path, monkey
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     check = doctor.check_slurm()
     assert (check.state, check.detail) == ("note", "srun fails: srun: fatal: no source")
+
+
+def test_where_srun_has_no_pmix_the_ranks_of_torch_need_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_programs(tmp_path, srun="echo slurm 24.11.5")
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    check = doctor.check_slurm()
+    assert (check.state, check.detail) == ("note", "slurm 24.11.5, without PMIx")
+    assert "comm.engine=torch" in check.fix
 
 
 def test_data_that_the_configuration_names_must_be_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
