@@ -37,7 +37,7 @@ class HorovodCommunicator(Communicator):
             seen = hvd.size()
             hvd.shutdown()
             fix = {
-                "srun": "start with srun --mpi=pmix, and build Horovod against that MPI",
+                "srun": "set comm.engine=torch, which needs no MPI; or srun --mpi=pmix and a Horovod built for it",
                 "mpirun": "Horovod must be built against the MPI of this mpirun: see dist-train doctor",
             }.get(launch.launcher, "see dist-train doctor")
             raise UsageError(
