@@ -187,7 +187,7 @@ def check_mpi() -> Check:
     try:
         detail = f"{mpi_library()}, mpi4py {metadata.version('mpi4py')}"
     except ImportError as error:
-        return Check("MPI", "note", f"cannot be loaded: {error}", f"for mpirun and srun, {_SET_UP}")
+        return Check("MPI", "note", f"cannot be loaded: {error}", f"for Horovod over MPI, {_SET_UP}")
     try:
         horovod_build()
     except ImportError:
@@ -222,7 +222,7 @@ def check_launchers() -> Check:
     detail = ", ".join(f"{name}: {path or 'missing'}" for name, path in found.items())
     if all(found.values()):
         return Check("launchers", "fine", detail)
-    return Check("launchers", "note", detail, f"for several ranks, {_SET_UP}")
+    return Check("launchers", "note", detail, f"dist-train launch and srun need neither; for these two, {_SET_UP}")
 
 
 def check_host_name() -> Check:

@@ -357,3 +357,11 @@ def test_the_launcher_is_the_one_that_the_set_up_recorded(tmp_path: Path, monkey
     program.chmod(0o755)
     (tmp_path / "setup.env").write_text(f"mpi=system\nmpirun={program}\n")
     assert inspection.launcher("mpirun") == program
+
+
+def test_several_ranks_need_no_launcher_of_mpi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    check = doctor.check_launchers()
+    assert (check.state, check.detail) == ("note", "horovodrun: missing, mpirun: missing")
+    assert "dist-train launch" in check.fix
