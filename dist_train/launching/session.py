@@ -303,12 +303,15 @@ class Session:
         Does not overwrite what a rank has recorded about its own failure, which says more.
         """
         _logger.info("%s", message)
-        if another_failed(self.directory.status):
-            return
-        if self.status:
-            self.status.end("failed", ExitCode.FAULT, message)
-        else:
-            self._record_fault(ExitCode.FAULT, message)
+        if not another_failed(self.directory.status):
+            if self.status:
+                self.status.end("failed", ExitCode.FAULT, message)
+            else:
+                self._record_fault(ExitCode.FAULT, message)
+        outcome = self._outcome("failed", ExitCode.FAULT, message)
+        for each in self.observers:
+            if isinstance(each, Exporter):  # whose process outlives this one; to end the others would take too long
+                each.send_outcome(outcome)
 
     def _record_fault(self, code: ExitCode, reason: str) -> None:
         """Record the fault in the status on the rank where it happened, not rank 0: no other may know of it."""

@@ -30,11 +30,13 @@ from dist_train.checkpoint.files import newest_whole, write_checkpoint
 from dist_train.checkpoint.state import ResumePoint
 from dist_train.cli.main import main
 from dist_train.cluster.communicator import Generation, GroupBrokenError, RankLostError, SingleProcess
+from dist_train.config.sections import MetricsSettings
 from dist_train.launching import run
 from dist_train.launching.assembly import assemble
 from dist_train.launching.run import Regrouping, _leave, train
 from dist_train.launching.session import Session, build_observers, revision
 from dist_train.monitoring.observers import Observers
+from dist_train.monitoring.prometheus.exporter import Exporter
 from dist_train.outcome import (
     DisagreementError,
     DivergedError,
@@ -60,10 +62,12 @@ from dist_train.training.stopping import StopRequests
 from dist_train.training.trainer import Trainer
 from tests.raising import raises
 from tests.unit.checkpoint_files import write
+from tests.unit.exporting import FACTS, OUTCOME
 from tests.unit.image_folders import write_folder
 from tests.unit.simulated_ranks import SimulatedRanks, on_ranks, results
 from tests.unit.small_trainers import small_config
 from tests.unit.test_cli_commands import write_config
+from tests.waiting import wait_for
 
 LOGGER = """
 from dist_train import Observer
@@ -494,6 +498,17 @@ def test_what_a_failed_rank_has_recorded_of_itself_is_kept(tmp_path: Path, by: s
     status = read_status(path)
     assert status is not None
     assert status.reason == "rank 1: no such device"
+
+
+def test_prometheus_learns_that_a_run_whose_ranks_are_lost_has_failed(tmp_path: Path) -> None:
+    session, _ = begun(tmp_path / "run", SingleProcess())
+    exporter = Exporter(MetricsSettings(port=0, targets_directory=tmp_path / "targets"))
+    session.observers = Observers([exporter])
+    exporter.begin(FACTS)
+    session.lose("rank 1 does not answer")
+    (target,) = (tmp_path / "targets").glob("*.json")
+    wait_for(lambda: '"outcome": "failed"' in target.read_text())
+    exporter.end(OUTCOME)
 
 
 FAILING = """

@@ -158,6 +158,11 @@ class Exporter(Observer):
                 _logger.warning("the outcome cannot be written to %s: %s", self._target, error.strerror or error)
             self._target = None
 
+    def send_outcome(self, outcome: Outcome) -> None:
+        """Send how the run ends, from any thread: its process records it once this one is gone."""
+        if self._facts is not None:
+            self._send(outcome)
+
     def _send_begin(self, facts: RunFacts) -> None:
         counts: Mapping[str, int] = {}
         # The file holds all events so far; errors in it are reported by the observer that counts them.
