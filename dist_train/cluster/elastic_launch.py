@@ -90,6 +90,7 @@ def _admitting_others(server: MembershipServer, run: Path, launch: str) -> Itera
             write(nodes)
 
     with oserror_to_fault(RunDirectory(run)), refusing_unusable(run):
+        is_new = not run.exists()
         run.mkdir(mode=0o700, parents=True, exist_ok=True)
         write(())
     if is_loopback(host):
@@ -102,6 +103,8 @@ def _admitting_others(server: MembershipServer, run: Path, launch: str) -> Itera
         server.nodes_changed = lambda nodes: None
         with suppress(OSError):
             path.unlink()
+            if is_new:
+                run.rmdir()  # of a run that was refused: otherwise it is not empty
 
 
 def launch_joining(entry: Entry, count: int) -> int:

@@ -21,7 +21,8 @@ def check_launch(config: Config, directory: RunDirectory) -> None:
     """Raise UsageError if a launch in `directory` is refused; an existing run's checkpoint and data are read later."""
     with refusing_unusable(directory.root):
         check_folder(directory)
-        is_new = not directory.root.exists()
+        root = directory.root
+        is_new = not root.exists() or all(path.match("join-*.json") for path in root.iterdir())  # of its launcher
     check_metrics(config)
     check_batches(config)
     if is_new:  # a refused start leaves none

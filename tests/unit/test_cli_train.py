@@ -9,10 +9,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from dist_train.cli.main import main
+from dist_train.cluster.elastic_launch import _admitting_others
 from dist_train.cluster.launch import MEMBERSHIP_VARIABLE
 from dist_train.config import load_config
 from dist_train.rundir.status import load_status
@@ -29,6 +31,13 @@ ROOT = Path(__file__).parents[2]
 def test_a_start_that_is_refused_leaves_no_run(tmp_path: Path, override: str) -> None:
     assert main(["train", write_config(tmp_path), override, "--run-dir", str(tmp_path / "run")]) == 2
     assert not (tmp_path / "run").exists()
+
+
+def test_a_start_that_is_refused_leaves_no_run_of_a_launcher_that_listens(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with _admitting_others(Mock(address=("127.0.0.1", 1), token=""), run, "launch"):
+        assert main(["train", write_config(tmp_path), "run.resume=nope", "--run-dir", str(run)]) == 2
+    assert not run.exists()
 
 
 def test_a_resume_with_other_settings_leaves_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
