@@ -24,7 +24,7 @@ from dist_train.cluster.launch import command_output
 from dist_train.cluster.nodes import Survey
 from dist_train.config import Config, DataSettings
 from dist_train.config.sections import Device
-from dist_train.monitoring.prometheus.http_server import Site, bind
+from dist_train.monitoring.prometheus.http_server import CANNOT_LISTEN, Site, bind
 from dist_train.outcome import CodedError, UsageError
 from dist_train.start_up import usable_cores
 
@@ -305,8 +305,7 @@ def check_metrics_port(config: Config) -> Check:
         with bind(settings.host, settings.port, Site(bytes, bool, {}, None, "")) as server:
             port = server.server_port
     except OSError as error:
-        fix = "set metrics.port to another (0: any free one), or metrics.host to an address of this machine"
-        return Check("metrics", "note", f"{listening} cannot be served: {error.strerror}", fix)
+        return Check("metrics", "note", f"{listening} cannot be served: {error.strerror}", CANNOT_LISTEN)
     free = "is free" if port == settings.port else f"is in use; metrics would be at port {port}"
     return Check("metrics", "fine", f"{listening} {free}" if settings.port else "at any free port")
 

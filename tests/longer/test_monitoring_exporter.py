@@ -110,6 +110,8 @@ def test_unusable_address_gives_one_warning(host: str, caplog: pytest.LogCapture
     observers.end(OUTCOME)
     (warning,) = warnings_of(caplog)
     assert "Exporter failed and is disabled" in warning
+    assert f"{host}:9810 cannot be served" in warning
+    assert "metrics.host" in warning
 
 
 def test_end_frees_the_port_and_leaves_no_process(tmp_path: Path) -> None:

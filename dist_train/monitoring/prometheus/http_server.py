@@ -168,6 +168,10 @@ class Site:
     run_id: str
 
 
+CANNOT_LISTEN = "set metrics.port to another (0: any free one), or metrics.host to an address of this machine"
+"""What to do if `bind` raises OSError."""
+
+
 def bind(host: str, port: int, site: Site) -> Server:
     """Return a server at `port` of `host`, or at the next free port above. Raises OSError if there is none."""
     ports = range(port, min(port + _PORTS, 65_536))

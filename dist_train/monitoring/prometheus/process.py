@@ -18,7 +18,7 @@ from prometheus_client import delete_from_gateway, push_to_gateway
 
 from dist_train.monitoring.prometheus import targets
 from dist_train.monitoring.prometheus.board import KILLED, Board, is_stalled, outcome_label
-from dist_train.monitoring.prometheus.http_server import Site, bind, read_credentials, tls_context
+from dist_train.monitoring.prometheus.http_server import CANNOT_LISTEN, Site, bind, read_credentials, tls_context
 from dist_train.monitoring.prometheus.messages import (
     Begin,
     Channel,
@@ -121,7 +121,10 @@ class _Service:
         # The configured port is rank 0's.
         port = plan.port if begin.facts.rank == 0 or plan.port == 0 else plan.port + 1
         site = Site(page, health, read_credentials(plan), tls_context(plan), begin.facts.run_id)
-        self._server = bind(plan.host, port, site)
+        try:
+            self._server = bind(plan.host, port, site)
+        except OSError as error:
+            raise OSError(f"{plan.host}:{port} cannot be served ({error.strerror}); {CANNOT_LISTEN}") from error
         if begin.facts.rank == 0 and port not in (0, self._server.server_port):
             self._warn(f"metrics port {port} is in use; metrics are at port {self._server.server_port}")
 
