@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
+
+
+def pid_namespace() -> str:
+    """Return the PID namespace of this process, which may be a container's; empty if it is unknown."""
+    with suppress(OSError):
+        return os.readlink("/proc/self/ns/pid")
+    return ""
 
 
 def process_start(pid: int) -> int | None:

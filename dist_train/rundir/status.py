@@ -25,6 +25,7 @@ from dist_train.outcome import ExitCode
 from dist_train.rundir import atomic
 from dist_train.rundir.atomic import RewrittenFile, json_text, read_regular
 from dist_train.rundir.paths import BrokenFileError, RunDirectory, check_of_run
+from dist_train.rundir.processes import pid_namespace
 from dist_train.rundir.records import EventRecord, Measurement, Observer, Outcome, RankMeasurement, Record, nan_for_null
 
 State = Literal["starting", "running", "stopping", "stopped", "finished", "failed"]
@@ -61,6 +62,12 @@ class Status:
     generation: _Count = 1  # how often the ranks of this launch have met: more than once if some were lost or joined
     environment: Mapping[str, str] = field(default_factory=dict)  # versions, and device, of the last launch
     metrics: str = ""  # the URL at which rank 0 serves the run's metrics; empty while it does not
+    pid_namespace: str = ""  # of `pid`: containers number their processes themselves; empty if unknown
+
+    @property
+    def is_here(self) -> bool:
+        """Whether `pid` names the same process to this one."""
+        return self.host == socket.gethostname() and self.pid_namespace in ("", pid_namespace())
 
     def ended(self, state: State, code: ExitCode, reason: str) -> Status:
         """Return the final status, in `state`, of a launch."""
@@ -131,6 +138,7 @@ class StatusFile:
             samples_per_second=None,
             slurm_job=os.environ.get("SLURM_JOB_ID", ""),
             environment=before.environment if before else {},
+            pid_namespace=pid_namespace(),
         )
         self._written = 0.0
 
@@ -222,8 +230,8 @@ def another_failed(path: Path) -> bool:
     status = read_status(path)
     if status is None or status.state != "failed" or status.launch != os.environ.get(LAUNCH_VARIABLE, ""):
         return False
-    # Processes of two nodes may have the same number.
-    return (status.host, status.pid) != (socket.gethostname(), os.getpid())
+    # Processes of two nodes, or of two containers, may have the same number.
+    return not status.is_here or status.pid != os.getpid()
 
 
 def _now() -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -16,10 +15,9 @@ from pathlib import Path
 from dist_train.outcome import UsageError
 from dist_train.rundir.atomic import open_regular
 from dist_train.rundir.paths import BrokenFileError, RunDirectory, run_folder
-from dist_train.rundir.processes import process_runs
 from dist_train.rundir.records import TRAIN_LINE, EvaluationRecord, EventRecord, Record, TrainRecord, better, from_json
 from dist_train.rundir.status import RanksReading, Status, read_ranks, read_status
-from dist_train.watch.run_state import ALIVE, process_is_gone, read_settings, seconds_of
+from dist_train.watch.run_state import ALIVE, has_gone, process_is_gone, read_settings, seconds_of
 from dist_train.watch.run_table import Settings, seconds_left
 
 _REMEMBERED = 256
@@ -149,8 +147,6 @@ class History:
 _SILENT_AFTER = 60.0  # silence shorter than this, in seconds, is never reported, however fast the run is
 _SILENT_GAPS = 5.0  # a run is silent after this many times the longest recent gap between records
 _SILENT_UNKNOWN = 180.0  # seconds of silence that are reported for a run whose pace is not known yet
-_GONE_AFTER = 10.0
-"""A process unknown to this host may run in a container, so it counts as gone only after this many silent seconds."""
 _MOST_MISSES = 5  # looks without the run's directory after which the run is lost: it may come back before
 
 
@@ -324,8 +320,6 @@ def _is_gone(folder: Path) -> bool:
 def _state(run: RunDirectory, status: Status | None, silence: float | None, now: float) -> tuple[str, str]:
     if status is None:
         return "unknown", f"{run.status.name} is missing or of another version"
-    is_here = status.state in ALIVE and status.host == socket.gethostname()
-    is_silent = silence is not None and silence > _GONE_AFTER
-    if is_here and is_silent and not process_runs(status.pid, now - (silence or 0.0)):
+    if status.state in ALIVE and has_gone(status, now - (silence or 0.0), now):
         return process_is_gone(status)
     return status.state, status.reason

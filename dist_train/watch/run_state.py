@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -21,7 +20,10 @@ from dist_train.rundir.records import Record, read_records
 from dist_train.rundir.status import Status, load_status
 
 ALIVE = frozenset({"starting", "running", "stopping"})
-_STALE_AFTER = 600.0  # seconds of silence after which a run on another host counts as lost
+_STALE_AFTER = 600.0  # seconds of silence after which a run on another host, or in a container, counts as lost
+_GONE_AFTER = 10.0  # seconds of silence after which a process that cannot be found has ended without a final status
+_LAUNCHED_GONE_AFTER = 60.0
+"""The same for one that was launched: another rank may take over from it, or the launcher records how the run ended."""
 
 
 def read_state(directory: RunDirectory) -> tuple[str, str]:
@@ -39,12 +41,18 @@ def state_of(status: Status, run: RunDirectory, now: float) -> tuple[str, str]:
     seen = max(seconds_of(status.updated), seconds_of(status.started))
     with suppress(OSError):
         seen = max(seen, run.metrics.stat().st_mtime)
-    if status.host == socket.gethostname():
-        return (status.state, status.reason) if process_runs(status.pid, seen) else process_is_gone(status)
-    if now - seen > _STALE_AFTER:
+    if has_gone(status, seen, now):
+        return process_is_gone(status)
+    if not status.is_here and now - seen > _STALE_AFTER:
         where = f" on {status.host}" if status.host else ""
         return "lost", f"silent for {wording.duration(now - seen)}{where}; start it again to resume"
     return status.state, status.reason
+
+
+def has_gone(status: Status, seen: float, now: float) -> bool:
+    """Whether the process of an active run, last seen at `seen`, has ended on this machine without a successor."""
+    patience = _LAUNCHED_GONE_AFTER if status.launch else _GONE_AFTER
+    return status.is_here and now - seen > patience and not process_runs(status.pid, seen)
 
 
 def process_is_gone(status: Status) -> tuple[str, str]:

@@ -208,18 +208,24 @@ def test_a_run_that_has_ended_keeps_its_state_however_old_and_has_no_time_left(s
     assert (run.state, run.note, run.seconds_left) == (state, "a reason", None)
 
 
-@pytest.mark.parametrize("state", ["starting", "running", "stopping"])
-def test_a_run_whose_process_was_killed_is_lost(state: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("state", "launch", "patience"), [("starting", "", 10.0), ("running", "4f1c", 60.0), ("stopping", "4f1c", 60.0)]
+)
+def test_a_run_whose_process_was_killed_is_lost_if_no_other_takes_over(
+    state: str, launch: str, patience: float, tmp_path: Path
+) -> None:
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     assert process.stdin is not None
-    make_run(tmp_path / "lb", state=state, pid=process.pid, updated=datetime.now(UTC).isoformat())
+    seen = datetime.now(UTC)
+    make_run(tmp_path / "lb", state=state, pid=process.pid, launch=launch, updated=seen.isoformat())
     try:
-        assert only_run(tmp_path).state == state
+        assert only_run(tmp_path, seen + timedelta(hours=1)).state == state
     finally:
         process.kill()
         process.stdin.close()
         process.wait()
-    run = only_run(tmp_path)
+    assert only_run(tmp_path, seen + timedelta(seconds=patience - 1)).state == state
+    run = only_run(tmp_path, seen + timedelta(seconds=patience + 1))
     assert run.state == "lost"
     assert run.note == f"its process {process.pid} is gone; start it again to resume"
     assert run.seconds_left is None
@@ -230,12 +236,16 @@ def test_another_process_that_has_got_the_number_is_not_taken_for_the_run(tmp_pa
     assert only_run(tmp_path).state == "lost"
 
 
-def test_a_run_on_another_host_is_lost_when_it_has_been_silent_for_long(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "lb", [train(1)], host="node7", pid=1)
+@pytest.mark.parametrize("place", [{"host": "node7"}, {"host": socket.gethostname(), "pid_namespace": "pid:[1]"}])
+@pytest.mark.parametrize("pid", [1, 2**22 + 1])
+def test_a_run_on_another_host_or_in_a_container_is_lost_when_it_has_been_silent_for_long(
+    pid: int, place: dict[str, str], tmp_path: Path
+) -> None:
+    run = make_run(tmp_path / "lb", [train(1)], pid=pid, **place)
     os.utime(run / "metrics.jsonl", (0, 0))
     assert only_run(tmp_path, NOW + timedelta(minutes=9)).state == "running"
     late = only_run(tmp_path, NOW + timedelta(minutes=11))
-    assert (late.state, late.note) == ("lost", "silent for 11:00 on node7; start it again to resume")
+    assert (late.state, late.note) == ("lost", f"silent for 11:00 on {place['host']}; start it again to resume")
 
 
 @pytest.mark.parametrize(
