@@ -179,9 +179,10 @@ def test_a_run_that_begins_says_that_one_that_has_just_died_was_killed(tmp_path:
     assert remove_stale(tmp_path, resumed=FACTS.run_id).removed == (dead.path,)
 
 
-def test_a_run_that_begins_leaves_it_to_a_living_exporter_to_say_how_its_run_ended(tmp_path: Path) -> None:
+@pytest.mark.parametrize("resumed", ["another", ""])
+def test_it_is_left_to_a_living_exporter_to_say_how_its_run_ended(resumed: str, tmp_path: Path) -> None:
     dead = gone(tmp_path, exporter=process_identity(os.getpid()))
-    assert remove_stale(tmp_path, resumed="another").removed == ()
+    assert remove_stale(tmp_path, resumed=resumed).removed == ()
     assert dead.path.read_text() == dead.content
 
 

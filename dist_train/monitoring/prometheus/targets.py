@@ -158,8 +158,8 @@ def remove_stale(directory: Path, ended_seconds: float = ENDED_SECONDS, resumed:
     """Remove the target files in `directory` whose runs are gone. Raises OSError.
 
     A file with an outcome is kept for `ended_seconds`, or until its run resumes: `resumed` is the id of the run that
-    starts now, if any. At such a start, the file of another run that has just died is not removed but marked as killed,
-    unless that run's exporter still lives and will do so itself. Files whose name, owner or content are not ours are
+    starts now, if any. At such a start, the file of another run that has just died is not removed but marked as killed.
+    While that run's exporter still lives, it will do so itself. Files whose name, owner or content are not ours are
     left alone; those of other users, whose own runs remove them, are then no reason for a warning.
     """
     removed = []
@@ -182,8 +182,9 @@ def remove_stale(directory: Path, ended_seconds: float = ENDED_SECONDS, resumed:
             is_stale = age > ended_seconds or is_back
         else:
             is_gone = _is_gone(process := labels[_PROCESS_LABEL])
-            is_stale = age > STALE_SECONDS or (is_gone and (is_back or not resumed))
-            if is_gone and not is_stale and _is_gone(labels[_EXPORTER_LABEL]):
+            is_unserved = is_gone and _is_gone(labels[_EXPORTER_LABEL])
+            is_stale = age > STALE_SECONDS or (is_gone and is_back) or (is_unserved and not resumed)
+            if is_unserved and not is_stale:
                 with suppress(OSError):
                     record_outcome(path, process, KILLED)
         if is_stale:
