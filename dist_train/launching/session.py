@@ -285,17 +285,21 @@ class Session:
         if self.status is None and not is_recorded and self._ends_launch_alone(error):
             self._record_fault(code, reason)
         state: State = "stopped" if isinstance(error, StoppedError) else "failed"
-        self._end(state, code, reason, is_recorded=is_recorded, is_left=is_exit)
+        self._end(state, code, reason, is_recorded=is_recorded, is_left=is_exit or self._others_may_continue(error))
 
     def _ends_launch_alone(self, error: BaseException) -> bool:
         """Whether `error` happened on this rank alone, and the others do not continue without it."""
-        if self.comm.is_joining or isinstance(error, (*SHARED_ERRORS, PeerFailedError)):
-            return False
-        if self.comm.is_elastic and self.trainer is not None and not isinstance(error, RankLostError):
+        is_shared = isinstance(error, (*SHARED_ERRORS, PeerFailedError))
+        if self.comm.is_joining or is_shared or self._others_may_continue(error):
             return False
         # A GPU without memory for NCCL is found by its rank alone, and so is a plug-in's error in training.
         codes = ("out-of-memory",) if self.trainer is None else ("out-of-memory", "plugin-failed")
         return exit_code_of(error) == ExitCode.FAULT or getattr(error, "code", "") in codes
+
+    def _others_may_continue(self, error: BaseException) -> bool:
+        """Whether the other ranks of an elastic launch, once this one has left with `error`, may train on."""
+        is_shared = isinstance(error, (*SHARED_ERRORS, PeerFailedError, RankLostError))
+        return self.comm.is_elastic and self.trainer is not None and not is_shared
 
     def lose(self, message: str) -> None:
         """Record that the launch ends because a rank is lost. From any thread; the process ends right after.

@@ -220,7 +220,7 @@ class Outcome:
     samples_per_second: float | None
     last_checkpoint: Path | None
     is_left: bool = False
-    """Whether it was left at once, by a second Ctrl-C or `sys.exit`: nothing may wait any more."""
+    """Whether nothing may wait any more: a second Ctrl-C or `sys.exit` ends it at once, or other ranks may train on."""
 
 
 _EVENTS_BEFORE_TRAINING = 100  # more than there are

@@ -396,15 +396,18 @@ def test_scraped_run_waits_for_a_scrape_of_its_last_values() -> None:
 @pytest.mark.parametrize(
     ("outcome", "scrapes", "waits"), [(OUTCOME, 1, True), (STOPPED, 1, False), (LEFT, 1, False), (OUTCOME, 0, False)]
 )
-def test_unscraped_stopped_or_left_run_does_not_wait(outcome: Outcome, scrapes: int, waits: bool) -> None:
+def test_unscraped_stopped_or_left_run_does_not_wait(
+    outcome: Outcome, scrapes: int, waits: bool, tmp_path: Path
+) -> None:
     seconds = 1.0 if waits else PATIENCE
-    exporter = Exporter(MetricsSettings(port=0, last_scrape_seconds=seconds))
+    exporter = Exporter(MetricsSettings(port=0, last_scrape_seconds=seconds, targets_directory=tmp_path))
     exporter.begin(FACTS)
     for _ in range(scrapes):
         get(exporter)
     started = time.monotonic()
     exporter.end(outcome)
     assert (time.monotonic() - started >= seconds) == waits
+    assert outcomes(tmp_path) == ["killed" if outcome.is_left else outcome.state]
 
 
 TRAINER = """

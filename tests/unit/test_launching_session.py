@@ -624,6 +624,18 @@ def test_a_run_that_is_left_at_once_has_ended(
     assert train(small_config(), tmp_path / "run").state == "finished"
 
 
+@pytest.mark.parametrize(
+    ("error", "is_left"), [(OSError("stale file handle"), True), (RankLostError("no rank is left"), False)]
+)
+def test_nothing_waits_for_a_rank_that_fails_where_others_may_continue(
+    tmp_path: Path, error: Exception, is_left: bool
+) -> None:
+    session, told = begun(tmp_path, SingleProcess())
+    session.comm.is_elastic = True
+    session.fail(error)
+    assert [outcome.is_left for outcome in told.ends] == [is_left]
+
+
 def test_a_gpu_without_memory_for_nccl_is_recorded_by_its_rank_alone(tmp_path: Path) -> None:
     begun(tmp_path, SingleProcess())
     other = SingleProcess()

@@ -29,7 +29,7 @@ from dist_train.monitoring.prometheus.targets import (
 )
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import Outcome
-from tests.unit.exporting import FACTS, OUTCOME, STOPPED, serving
+from tests.unit.exporting import FACTS, LEFT, OUTCOME, STOPPED, serving
 from tests.unit.foreign_files import give_away
 from tests.waiting import wait_for
 
@@ -228,6 +228,7 @@ def test_an_ended_run_has_the_labels_that_it_had_and_no_address_that_another_may
         (STOPPED, "stopped"),
         (replace(OUTCOME, state="failed", exit_code=1), "failed"),
         (replace(OUTCOME, state="failed", exit_code=3), "diverged"),
+        (LEFT, "killed"),
     ],
 )
 def test_the_label_says_how_the_run_ended(outcome: Outcome, label: str) -> None:

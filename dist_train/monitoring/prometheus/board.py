@@ -29,7 +29,7 @@ from dist_train.rundir.records import (
 )
 
 STATES = ("running", "stopping", "stopped", "finished", "failed")
-KILLED = "killed"  # outcome of a run that ended without reporting one
+KILLED = "killed"  # outcome of a run that ended without reporting one, or that another rank may take over
 OUTCOMES = ("finished", "stopped", "failed", "diverged", KILLED)
 COUNTED = (*EVENTS, "exporter_restarted")
 """Events whose counters exist from the start, at 0, so that an increase to 1 is seen; the exporter counts the last."""
@@ -103,8 +103,9 @@ class Snapshot:
 
 
 def outcome_label(outcome: Outcome) -> str:
-    """Return the value of the label `outcome`: the run's final state, or "diverged"."""
-    return "diverged" if outcome.exit_code == ExitCode.DIVERGED else outcome.state
+    """Return the value of the label `outcome`: the run's final state, "diverged", or `KILLED` for one that is left."""
+    state = KILLED if outcome.is_left else outcome.state
+    return "diverged" if outcome.exit_code == ExitCode.DIVERGED else state
 
 
 _LEAST_SECONDS = 120.0

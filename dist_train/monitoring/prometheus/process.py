@@ -147,7 +147,7 @@ class _Service:
         finally:
             if self._target is not None and (outcome := self._final_outcome()):
                 # Wait for the scrape first: Prometheus drops a target as soon as its file changes.
-                if outcome == KILLED:
+                if self._outcome is None:
                     self._board.killed()
                     self._await_scrape(time.monotonic(), self._patience())
                 with self._warning(f"the outcome cannot be written to the target file {self._target.path}"):
