@@ -23,7 +23,7 @@ from dist_train.start_up import keep_freed_memory, keep_small_objects_together, 
 _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _OUT_OF_MEMORY = (
     "can't allocate memory",
-    "CUDA error: out of memory",
+    ": out of memory",  # CUDA error, HIP error, Triton Error [CUDA]: a kernel's code takes memory when it is loaded
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUBLAS_STATUS_NOT_INITIALIZED",  # from cublasCreate if its workspace does not fit
     "CUDNN_STATUS_ALLOC_FAILED",
