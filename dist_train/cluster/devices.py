@@ -106,8 +106,9 @@ def find_gpus(
     named = tuple(f"{name}={environment[name]}" for name in (*counted, *listed))
     files = sorted(path for path in (root / "dev").glob("nvidia*") if path.name.removeprefix("nvidia").isdecimal())
     denied = [path for path in files if not may_open(path)]
-    # Every job sees the node's device files; a job without GPUs may not open them.
-    withheld = "SLURM_JOB_ID" in environment and not named and bool(files) and denied == files
+    # Every job sees the node's device files; a job without GPUs may not open them, or is told so by Slurm alone.
+    is_kept_out = "SLURM_JOB_ID" in environment and bool(files) and denied == files
+    withheld = not named and (is_kept_out or visible == _NO_GPUS_IN_SLURM)
     return GpuSigns(named, _names(files, root), _names(denied, root), _driver_version(root), withheld)
 
 
@@ -176,7 +177,7 @@ def obstacle(signs: GpuSigns, found: TorchGpus) -> Obstacle:
         )
     return Obstacle(
         f"the NVIDIA driver {signs.driver} is loaded, but gives no GPU{detail}",
-        "see nvidia-smi, and dmesg",
+        "see nvidia-smi, dmesg and, for error 802, whether nvidia-fabricmanager runs",
         code="gpu-silent",
     )
 

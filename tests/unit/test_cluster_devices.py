@@ -103,6 +103,8 @@ def test_a_job_without_gpus_on_a_node_that_has_some_computes_on_the_cpu(machine:
     assert not signs.present
     assert "has given this job none" in why_no_gpu(signs)
     assert kind_of_device("auto", signs, NO_DRIVER) == "cpu"
+    told = find_gpus({**job, "CUDA_VISIBLE_DEVICES": "NoDevFiles"}, machine, lambda path: True)
+    assert kind_of_device("auto", told, NO_DRIVER) == "cpu"
     # outside of a job nobody has said that there are none; nor does a job whose GPUs may be opened
     for environment, may_open in (({}, False), (job, True), ({**job, "SLURM_JOB_GPUS": "0"}, False)):
         answer: Callable[[Path], bool] = partial(_answer, may_open)
@@ -145,6 +147,13 @@ def test_gpus_that_torch_cannot_use_are_refused_with_the_reason(signs: GpuSigns,
         with raises(UsageError, code):
             kind_of_device(asked, signs, found)
     assert obstacle(signs, found).fix
+
+
+def test_gpus_that_nvidia_smi_lists_but_cuda_cannot_use_have_no_fabric_manager() -> None:
+    found = TorchGpus("2.15.0+cu132", "CUDA 13.2", 0, "Error 802: system not yet initialized")
+    why = obstacle(GpuSigns(files=("/dev/nvidia0",), driver="580"), found)
+    assert "Error 802" in why.reason
+    assert "nvidia-fabricmanager" in why.fix
 
 
 @pytest.mark.parametrize(("signs", "code"), [(NOTHING, "gpu-without-driver"), (HIDDEN, "gpu-hidden")])
