@@ -122,8 +122,9 @@ def check_torch() -> Check:
         import torch
     except Exception as error:  # whatever a broken installation raises
         return Check("torch", "fails", f"cannot be loaded: {error}", _SET_UP)
-    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
-    detail = f"{torch.__version__}, built for {built}"
+    from dist_train.cluster.devices import torch_gpus
+
+    detail = f"{torch.__version__}, built for {torch_gpus().built_for or 'CPU only'}"
     if torch.version.cuda and not recovers_on_gpus(torch.__version__):
         detail = f"{detail}: on GPUs a lost rank ends the run, --min-ranks and --restarts are refused"
         return Check("torch", "note", detail, "for these options, torch 2.10 or newer")

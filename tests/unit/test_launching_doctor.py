@@ -255,6 +255,12 @@ def test_a_torch_with_which_runs_on_gpus_do_not_outlive_a_rank_is_noted(
     assert (check.state, bool(check.fix)) == (state, state == "note")
 
 
+def test_a_torch_for_amd_s_gpus_is_not_called_one_for_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "hip", "7.2")
+    assert "built for ROCm 7.2" in doctor.check_torch().detail
+
+
 @pytest.mark.parametrize(("why", "state"), [("", "fine"), ("no compiler", "note")])
 def test_gpus_without_our_kernels_are_noted(why: str, state: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "torch_gpus", lambda: devices.TorchGpus("2.15.0", "CUDA 13.2", 1))
