@@ -270,8 +270,9 @@ def _without_runs(study: Study) -> Iterator[Problem]:
             chosen = analysis.model_dump(exclude={"options"})
             yield Problem(f"analyse.{number}", wrong, code="no-such-runs", value=chosen)
     for number, contrast in enumerate(study.contrasts):
+        is_with_itself = set(contrast.variants) == {contrast.against}
         for name in contrast.variants:
-            if not set(study.seeds_of(name)) & set(study.seeds_of(contrast.against)):
+            if is_with_itself or not set(study.seeds_of(name)) & set(study.seeds_of(contrast.against)):
                 pair = [name, contrast.against]
                 yield Problem(f"contrasts.{number}.variants", wrong, code="no-such-runs", value=pair)
 

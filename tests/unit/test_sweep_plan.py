@@ -220,6 +220,7 @@ class TestFaults:
                 {"variants": SEEDS_APART, "contrasts": [{"variants": ["a"], "against": "b"}]},
                 ("contrasts.0.variants", "no-such-runs"),
             ),
+            ({"contrasts": [{"variants": ["plain"], "against": "plain"}]}, ("contrasts.0.variants", "no-such-runs")),
             (
                 {"variants": SEEDS_APART, "analyse": [{"kind": "interpolate", "between": ["a", "b"]}]},
                 ("analyse.0", "no-such-runs"),
