@@ -177,6 +177,15 @@ def sharpness_left_out(runs: Sequence[StoredRun]) -> int:
     return sum(len(run.analyses.sharpness) for run in runs) - len(used)
 
 
+def sharpness_settings(runs: Sequence[StoredRun]) -> tuple[str, ...]:
+    """Return the settings of the sharpness that counts, as text; several if its measures differ in them."""
+    used = dict.fromkeys(item.shared_settings for by_run in sharpness_of(runs).values() for item in by_run.values())
+    return tuple(
+        "; ".join(f"{name.replace('_', ' ')}: {json.dumps(value)}" for name, value in json.loads(each).items())
+        for each in used
+    )
+
+
 def mixes_statistics(runs: Sequence[StoredRun]) -> bool:
     """Whether sharpness is of norm statistics that are running averages in some of `runs`, recomputed in others."""
     stored = {

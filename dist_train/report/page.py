@@ -21,7 +21,7 @@ from dist_train.monitoring import wording
 from dist_train.outcome import UsageError, writing
 from dist_train.report.chart import ROLES, Frame, style_rules, ticks
 from dist_train.report.figures import NumberedFigure, figures_of_run, figures_of_study, landscape_figure
-from dist_train.report.measures import measures_of, mixes_statistics, sharpness_left_out
+from dist_train.report.measures import measures_of, mixes_statistics, sharpness_left_out, sharpness_settings
 from dist_train.report.sharpness_charts import sharpness_scatters
 from dist_train.report.stored_run import StoredRun, Subject, read_subject
 from dist_train.report.tables import contrast_tables, effect_tables, evaluates_along_training, run_cells, variant_tables
@@ -180,6 +180,7 @@ def _study_content(subject: Subject) -> dict[str, Any]:
         "trained_noisily": any(run.train and not run.split("train") for run in counted),
         "landscape": landscape,
         "sharpness_left_out": sharpness_left_out(counted),
+        "sharpness_settings": sharpness_settings(counted),
         "measures": measures,
         "runs": [(run, variant, run_cells(run, measures)) for variant in variants for run in variant.runs],
         "problems": [(run, problem) for run in subject.runs for problem in run.analyses.problems],

@@ -759,6 +759,8 @@ def test_each_measure_of_sharpness_has_its_own_commonest_settings(tmp_path: Path
     for title in ("Hessian trace", "gradient noise scale"):
         assert all(found[f"sharpness-{title}"].take(run) is not None for run in subject.runs)
     assert sharpness_left_out(subject.runs) == len(subject.runs)
+    page = render(subject)
+    assert [page.count(f"samples: {number};") for number in (2000, 100, 50)] == [1, 1, 0]
     run = study / "sb-seed-0"
     assert "Sharpness results left out because of other settings or an earlier step: 1." in render(read_subject(run))
 
