@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from functools import partial
 
 import torch
@@ -66,11 +66,13 @@ def assemble(
     *,
     given: Config | None = None,
     regroup: Callable[[ElasticTrainer, Generation], None] = lambda trainer, generation: None,
+    stack: ExitStack | None = None,
 ) -> Trainer:
     """Build the trainer of a run, at the beginning or where the checkpoint of rank 0's `resume_point` left off.
 
     `resume_point`: with the same settings on all ranks.
     `given`: the settings before any was decided, by which ranks that join are compared, and `auto` may shrink.
+    `stack`: closes the data also if no trainer is built, since a notebook lives on.
 
     Raises UsageError if the device, the data, the model or the batch do not fit, or the checkpoint is from another
     model or from a run that cannot be lengthened yet.
@@ -78,6 +80,8 @@ def assemble(
     directory, comm = session.directory, session.comm
     config, compute = _set_up_device(resume_point.config, comm)
     splits = _open_data(config, compute.device, comm)
+    if stack is not None:
+        stack.callback(splits.close)
     epochs, scheduled = run_on_all_ranks(comm, partial(_plan_epochs, config, len(splits.train)), "plan the batches")
     total_steps = scheduled.steps(config.run.epochs)
 

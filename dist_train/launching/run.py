@@ -95,7 +95,7 @@ def train(config: Config, run_directory: Path | str | None = None, observers: Se
                 _logger.warning("%s", warning)
         try:
             with without_collection():
-                trainer = assemble(resume_point, session, stop, given=config, regroup=regroup)
+                trainer = assemble(resume_point, session, stop, given=config, regroup=regroup, stack=stack)
             stack.callback(trainer.close)
             session.trainer = trainer
             if not comm.is_joining:

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,10 +17,12 @@ from torch import Tensor
 from dist_train.data import loader_workers
 from dist_train.data.decoding import Work
 from dist_train.data.loader_workers import BatchJob, LoaderProcesses
-from dist_train.outcome import FaultError
+from dist_train.launching.run import train
+from dist_train.outcome import FaultError, UsageError
 from tests.raising import raises
-from tests.unit.image_folders import damage, write_image
+from tests.unit.image_folders import damage, write_folder, write_image
 from tests.unit.image_sets import decode
+from tests.unit.small_trainers import small_config
 from tests.waiting import is_alive, wait_for, wait_until_gone
 
 SIZE = 8
@@ -141,6 +144,25 @@ def test_close_ends_the_processes_and_can_be_repeated(folder: Path, loaders: Loa
     loaders.close()
     assert not any(map(is_alive, pids))
     assert torch.equal(fetch(loaders, job(folder, 3)), expected(folder, 3)), "they start again when needed"
+
+
+def test_a_run_that_is_refused_after_they_have_started_ends_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(*arguments: Any, **options: Any) -> subprocess.Popen[bytes]:
+        started.append(popen(*arguments, **options))
+        return started[-1]
+
+    popen = subprocess.Popen
+    monkeypatch.setattr(loader_workers.subprocess, "Popen", start)
+    images = {"name": "imagefolder", "root": write_folder(tmp_path / "images"), "classes": 3, "image_size": SIZE}
+    data = {**images, "normalize": True, "loader_workers": 1}
+    config = small_config(data=data, batch={"global_size": 8}, noise={"exclude": ["gone.*"]})
+    with raises(UsageError, code="no-such-weight"):
+        train(config, tmp_path / "run")
+    assert [process.poll() for process in started] == [-signal.SIGKILL]
 
 
 def test_damaged_image_is_reported_when_it_is_fetched(folder: Path, tmp_path: Path, loaders: LoaderProcesses) -> None:
