@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
 from dist_train.config import DataSettings
 from dist_train.config.plugins import call_plugin, failing_clearly, is_plugin
@@ -70,12 +71,14 @@ def _plugin(settings: DataSettings, split: Split, seed: int) -> ImageSet | MapDa
     with seeded_generators(key(seed, "data set")):
         images: ImageSet | MapDataset = call_plugin(settings.name, settings.options, object, settings, split, seed)
     if not isinstance(images, ImageSet):
-        if hasattr(images, "__len__") and hasattr(images, "__getitem__"):
+        has_both = hasattr(images, "__len__") and hasattr(images, "__getitem__")
+        if has_both and not isinstance(images, IterableDataset):  # whose __getitem__, torch's, raises
             with failing_clearly(settings.name):
                 len(images)
             return images
         raise UsageError(
-            f"{settings.name} returned {type(images).__name__} for {split}, neither an ImageSet nor a Dataset",
+            f"{settings.name} returned {type(images).__name__} for {split}, neither an ImageSet nor a map-style "
+            f"Dataset (with __len__ and __getitem__)",
             code="plugin-result",
         )
     if (images.shape, images.classes) != (settings.shape, settings.classes):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import IterableDataset
 
 from dist_train.config import DataSettings
 from dist_train.data import loader
@@ -234,6 +235,24 @@ def test_a_data_set_whose_length_fails_is_named(monkeypatch: pytest.MonkeyPatch)
     with raises(UsageError, "plugin-failed") as refused:
         opened(**OWN)
     assert "ZeroDivisionError" in str(refused.value)
+
+
+class Stream(IterableDataset[tuple[torch.Tensor, int]]):
+    def __len__(self) -> int:
+        return 24
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, int]]:
+        return iter(Drawing(24))
+
+
+def test_a_data_set_that_can_only_be_iterated_over_is_refused_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.unit import drawing_data
+
+    monkeypatch.setattr(drawing_data, "nothing", lambda settings, split, seed: Stream())
+    with raises(UsageError, "plugin-result") as refused:
+        opened(**{**OWN, "name": f"{HERE}:nothing"})
+    assert "returned Stream for train" in str(refused.value)
+    assert "map-style" in str(refused.value)
 
 
 def test_an_image_set_of_other_types_names_them() -> None:
