@@ -448,16 +448,19 @@ check_elastic() {
 # no PMIx, which Horovod and mpi4py need, the ranks use torch.distributed or are started by mpirun. Without a
 # configuration, the ranks share points (join_points of our program).
 choose_mpi() {
-    local kinds
+    local kinds engine
+    mpi=${MPI:-pmix}
+    # check_run reports errors in the configuration later; srun reports a wrong MPI.
+    [[ -z ${MPI:-} ]] && engine=$(engine_of_ranks "$@" 2>/dev/null) || return 0
+    if [[ $engine == torch ]]; then
+        mpi=none
+        return
+    fi
     kinds=$(srun --mpi=list 2>&1) || kinds=
     # A line each; before Slurm 22.05 after "srun: ".
     kinds=$(sed -nE 's/^(srun: |[[:space:]]*)([a-z0-9_]+)$/\2/p; s/^.*pmix plugin versions available: //p' <<<"$kinds" | tr -cs 'a-z0-9_' ' ')
-    mpi=${MPI:-pmix}
-    if [[ -z ${MPI:-} && $(engine_of_ranks "$@" 2>/dev/null) == torch ]]; then
-        mpi=none
-    fi
-    # check_run reports errors in the configuration later; srun reports a wrong MPI.
-    [[ -z ${MPI:-} && -n $kinds && " $kinds " != *" $mpi "* ]] || return 0
+    kinds=${kinds% }
+    [[ -n $kinds && " $kinds " != *' pmix '* ]] || return 0
     if (($#)) && "${dist_train[@]}" config show "$@" 2>/dev/null | grep -q '^  engine: auto$'; then
         say "srun has no pmix here, only $kinds: the ranks use torch.distributed (comm.engine=torch)"
         mpi=none

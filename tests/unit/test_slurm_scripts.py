@@ -254,6 +254,13 @@ def test_where_srun_has_no_pmix_others_carry_the_ranks(
     assert ("comm.engine=torch" in command) is (engine == "auto")
 
 
+def test_an_error_in_the_configuration_is_not_told_as_one_of_mpi(programs: str, tmp_path: Path) -> None:
+    write_programs(tmp_path, srun="printf 'MPI plugin types are...\\n\\tnone\\n'")
+    ended = start("lb_8192.sh", PATH=programs, OVERRIDES="noise.amplitud=1", **TWO_NODES)
+    assert (ended.returncode, "[unknown-key]" in ended.stderr) == (2, True)
+    assert "pmix" not in ended.stderr
+
+
 @pytest.mark.parametrize(
     "listed",
     [
