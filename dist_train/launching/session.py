@@ -285,7 +285,10 @@ class Session:
         if self.status is None and not is_recorded and self._ends_launch_alone(error):
             self._record_fault(code, reason)
         state: State = "stopped" if isinstance(error, StoppedError) else "failed"
-        self._end(state, code, reason, is_recorded=is_recorded, is_left=is_exit or self._others_may_continue(error))
+        others_may_continue = self._others_may_continue(error)
+        if code == ExitCode.FAULT and others_may_continue:  # if they do not, the launcher records it
+            is_recorded = True
+        self._end(state, code, reason, is_recorded=is_recorded, is_left=is_exit or others_may_continue)
 
     def _ends_launch_alone(self, error: BaseException) -> bool:
         """Whether `error` happened on this rank alone, and the others do not continue without it."""

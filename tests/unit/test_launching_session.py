@@ -625,15 +625,23 @@ def test_a_run_that_is_left_at_once_has_ended(
 
 
 @pytest.mark.parametrize(
-    ("error", "is_left"), [(OSError("stale file handle"), True), (RankLostError("no rank is left"), False)]
+    ("error", "is_left", "state"),
+    [
+        (OSError("stale file handle"), True, "running"),
+        (UsageError("a rank that is not restarted"), True, "failed"),
+        (RankLostError("no rank is left"), False, "failed"),
+    ],
 )
-def test_nothing_waits_for_a_rank_that_fails_where_others_may_continue(
-    tmp_path: Path, error: Exception, is_left: bool
+def test_a_rank_that_fails_where_others_may_continue_keeps_nobody_waiting_and_the_status(
+    tmp_path: Path, error: Exception, is_left: bool, state: str
 ) -> None:
     session, told = begun(tmp_path, SingleProcess())
     session.comm.is_elastic = True
     session.fail(error)
     assert [outcome.is_left for outcome in told.ends] == [is_left]
+    status = read_status(session.directory.status)
+    assert status is not None
+    assert status.state == state
 
 
 def test_a_gpu_without_memory_for_nccl_is_recorded_by_its_rank_alone(tmp_path: Path) -> None:
