@@ -158,7 +158,14 @@ def _notices(subject: Subject, panels: Sequence[Panel]) -> Iterator[str]:
                 f"Runs of {variant.title} have micro-batches of {' and '.join(sorted(sizes))} samples, on which norms "
                 "and noise may depend: set batch.micro_size, which by default each run chooses for its ranks."
             )
-    if mixes_statistics(counted_runs(panels)):
+    counted = counted_runs(panels)
+    lengthened = [run.name for run in counted if any(event.event == "lengthened" for event in run.events)]
+    if 0 < len(lengthened) < len(counted):
+        yield (
+            f"Runs that were lengthened ({', '.join(lengthened)}) are beside runs that were not: a schedule that spans "
+            "the run was stretched anew, so that they are not runs of this length from the beginning."
+        )
+    if mixes_statistics(counted):
         yield (
             "Sharpness was measured with running averages of the norms' statistics in some runs, with recomputed ones "
             "in others: do not compare it. Delete analysis/sharpness-*.json, and measure with --statistics recomputed."

@@ -609,6 +609,17 @@ def test_report_says_that_runs_of_a_variant_have_chosen_other_micro_batches(tmp_
         assert report.count("have micro-batches of") == 1
 
 
+def test_report_says_that_lengthened_runs_are_beside_others(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "study", seeds=(0,))
+    for number, run in enumerate(path for path in sorted(study.iterdir()) if path.is_dir()):
+        subject = read_subject(study)
+        for report in (tables_in_markdown(subject), render(subject)):
+            assert ("Runs that were lengthened (" in report) == (number > 0)
+        with (run / "metrics.jsonl").open("a") as metrics:
+            metrics.write(to_json(EventRecord(1, "lengthened", 0.0, {"before": 1, "now": 2})) + "\n")
+    assert "Runs that were lengthened (" not in tables_in_markdown(read_subject(study))
+
+
 def record(study: Path, **fields: Mapping[str, object]) -> None:
     """Add to the plan of `study` the fields of each variant, given by the variants' names."""
     plan = json.loads((study / "runs.json").read_text())
