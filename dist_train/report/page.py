@@ -142,14 +142,14 @@ def _notices(subject: Subject, panels: Sequence[Panel]) -> Iterator[str]:
     if subject.fault:
         yield subject.fault
     if subject.others:
-        names = ", ".join(subject.others)
-        yield f"Finished runs in this folder that the study does not have, and that do not count: {names}."
+        others = ", ".join(subject.others)
+        yield f"Finished runs in this folder that the study does not have, and that do not count: {others}."
     if subject.range_tests:
         yield f"Learning-rate range tests in this folder, which do not count: {', '.join(subject.range_tests)}."
-    if len(names := sorted({run.data for run in subject.runs} - {""})) > 1:
+    if len(data_sets := sorted({run.data for run in subject.runs} - {""})) > 1:
         yield (
-            f"The runs are of {len(names)} data sets ({', '.join(names)}). Runs of different ones are never paired, "
-            "but correlations and the axes of figures include all: report each data set on its own."
+            f"The runs are of {len(data_sets)} data sets ({', '.join(data_sets)}). Runs of different ones are never "
+            "paired, but correlations and the axes of figures include all: report each data set on its own."
         )
     for variant in (each for panel in panels for each in panel.variants):
         sizes = {shown(size) for run in variant.counted if (size := run.settings.get("batch.micro_size"))}

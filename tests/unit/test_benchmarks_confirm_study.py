@@ -51,8 +51,8 @@ def test_the_file_of_a_plug_in_is_still_that_beside_the_search(tmp_path: Path, f
     (tmp_path / "s.yaml").write_text(yaml.safe_dump(described))
     line = best("a", "test.accuracy", **{"optimizer.learning_rate": 1})
     found = confirming(tmp_path / "s.yaml", [line], [1], tmp_path / folder / "c.yaml")
-    named = {**named, "model.name": f"{place.format(tmp_path)}:net", "optimizer.learning_rate": 1}
-    assert found["variants"]["a"]["settings"] == named
+    placed = {**named, "model.name": f"{place.format(tmp_path)}:net", "optimizer.learning_rate": 1}
+    assert found["variants"]["a"]["settings"] == placed
 
 
 @pytest.mark.parametrize(("left_out", "seeds"), [(1, [100]), (0, [0, 100]), (0, [100, 100])])
