@@ -173,7 +173,7 @@ def _sweep(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ..
 
 
 def _list(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ...]) -> int:
-    from dist_train.rundir.status import finished_runs
+    from dist_train.rundir.status import runs_with_result
     from dist_train.sweep.standing import render, standings_of
 
     print_table(render(standings_of(runs), terminal_width()))
@@ -182,8 +182,9 @@ def _list(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ...
     if plan.left_out and arguments.only is None:
         print(f"left out, since Optuna suggested invalid settings: {', '.join(plan.left_out.values())}")
     planned = {run.name for run in plan.runs}
-    if others := [name for name in finished_runs(plan.directory) if name not in planned]:
-        print(f"finished runs in {plan.directory} that the study does not have: {escaped(', '.join(others))}")
+    if others := [name for name in runs_with_result(plan.directory) if name not in planned]:
+        names = escaped(", ".join(others))
+        print(f"finished or diverged runs in {plan.directory} that the study does not have: {names}")
     return ExitCode.FINISHED
 
 

@@ -143,7 +143,7 @@ def _notices(subject: Subject, panels: Sequence[Panel]) -> Iterator[str]:
         yield subject.fault
     if subject.others:
         others = ", ".join(subject.others)
-        yield f"Finished runs in this folder that the study does not have, and that do not count: {others}."
+        yield f"Finished or diverged runs in this folder that the study does not have, and that do not count: {others}."
     if subject.range_tests:
         yield f"Learning-rate range tests in this folder, which do not count: {', '.join(subject.range_tests)}."
     if len(data_sets := sorted({run.data for run in subject.runs} - {""})) > 1:

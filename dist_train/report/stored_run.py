@@ -25,7 +25,7 @@ from dist_train.outcome import ExitCode, UsageError, escaped
 from dist_train.rundir.atomic import read_regular
 from dist_train.rundir.paths import RANGE_TEST, BrokenFileError, RunDirectory, StudyDirectory
 from dist_train.rundir.records import EvaluationRecord, EventRecord, Record, TrainRecord
-from dist_train.rundir.status import Status, finished_runs, read_status
+from dist_train.rundir.status import Status, read_status, runs_with_result
 from dist_train.sweep.study_file import Contrast, Study, Title
 from dist_train.watch.run_state import read_measurements, read_settings, read_state, walk_runs
 
@@ -357,9 +357,9 @@ class Subject:
 
     @property
     def others(self) -> tuple[str, ...]:
-        """Return the names of the finished runs in a study's folder that the study does not have (any more)."""
-        finished = finished_runs(self.directory) if self.kind == "study" else ()
-        return tuple(name for name in finished if name not in {run.name for run in self.runs})
+        """Return the names of the runs with a result in a study's folder that the study does not have (any more)."""
+        ended = runs_with_result(self.directory) if self.kind == "study" else ()
+        return tuple(name for name in ended if name not in {run.name for run in self.runs})
 
     @property
     def contrasts(self) -> tuple[Contrast, ...]:

@@ -203,10 +203,11 @@ def read_status(path: Path) -> Status | None:
         return None
 
 
-def finished_runs(folder: Path) -> tuple[str, ...]:
-    """Return the names of the runs in `folder` that have finished, in order."""
+def runs_with_result(folder: Path) -> tuple[str, ...]:
+    """Return the names of the runs in `folder` that have finished or diverged, in order."""
     statuses = ((path.parent.name, read_status(path)) for path in folder.glob(f"*/{RunDirectory(folder).status.name}"))
-    return tuple(sorted(name for name, status in statuses if status is not None and status.state == "finished"))
+    ended = [(name, status) for name, status in statuses if status is not None]
+    return tuple(sorted(name for name, it in ended if it.state == "finished" or it.exit_code == ExitCode.DIVERGED))
 
 
 def record_lost(path: Path, launch: str, reason: str) -> None:

@@ -272,19 +272,22 @@ def test_a_batch_script_gets_the_numbers_and_the_arguments_of_runs_that_are_stil
     assert "[no-such-run-number]" in capsys.readouterr().err
 
 
-def test_finished_runs_that_the_study_does_not_have_are_listed(
+def test_finished_and_diverged_runs_that_the_study_does_not_have_are_listed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = small_plan(tmp_path, seeds=[0, 7])
     for run in before.runs[:3]:
         finish(run, 0.5)
+    before.runs[3].files.create()
+    StatusFile(before.runs[3].files.status, 1).end("failed", ExitCode.DIVERGED, "the loss is not finite")
     plan = small_plan(tmp_path, seeds=[0])
+    others = sorted(run.name for run in before.runs[2:])
     assert main(["sweep", str(plan.file), "--list"]) == ExitCode.FINISHED
-    assert capsys.readouterr().out.splitlines()[-1].endswith(f": {before.runs[2].name}")
+    assert capsys.readouterr().out.splitlines()[-1].endswith(f": {', '.join(others)}")
     publish(plan)
     subject = read_subject(plan.directory)
-    assert subject.others == (before.runs[2].name,)
-    assert all(before.runs[2].name in text for text in (tables_in_markdown(subject), render(subject)))
+    assert subject.others == tuple(others)
+    assert all(name in text for name in others for text in (tables_in_markdown(subject), render(subject)))
 
 
 def test_without_a_finished_trial_there_is_no_best(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
