@@ -162,8 +162,8 @@ def _notices(subject: Subject, panels: Sequence[Panel]) -> Iterator[str]:
     lengthened = [run.name for run in counted if any(event.event == "lengthened" for event in run.events)]
     if 0 < len(lengthened) < len(counted):
         yield (
-            f"Runs that were lengthened ({', '.join(lengthened)}) are beside runs that were not: a schedule that spans "
-            "the run was stretched anew, so that they are not runs of this length from the beginning."
+            f"Runs that were lengthened ({', '.join(lengthened)}) are beside runs that were not: unless their "
+            "schedules are constant, they are not runs of this length from the beginning."
         )
     if mixes_statistics(counted):
         yield (
