@@ -361,10 +361,10 @@ def _submit_study(arguments: argparse.Namespace) -> int:
     sweep = ["dist-train", "sweep", str(arguments.config), *arguments.overrides, *directory]
     left = numbers_left(plan.runs, plan.unasked)
     if not left:
-        analyse = f"{shlex.join([*sweep, '--analyses'])} | sh"
+        analyses = shlex.join([*sweep, "--analyses"])
         report = shlex.join(["dist-train", "report", str(plan.directory)])
-        what = f"no run of {plan.study.name} is left to do; to analyse and report them: {analyse}; {report}"
-        print(f"dist-train: {what}", file=sys.stderr)
+        what = f"commands of its analyses: {analyses}; of its report: {report}"
+        print(f"dist-train: no run of {plan.study.name} is left to do; {what}", file=sys.stderr)
         return ExitCode.FAULT
     submission = _submission(arguments, plan.file, plan.directory.absolute(), plan.study.name)
     jobs = study_jobs(plan, left, submission)

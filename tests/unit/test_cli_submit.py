@@ -249,8 +249,8 @@ def test_the_commands_that_analyse_and_report_a_finished_study_are_named(
         run.files.save_config(run.config)
         StatusFile(run.files.status, 1).end("finished", ExitCode.FINISHED, "")
     assert main(["submit", "--study", str(plan.file), "--directory", str(tmp_path / "runs")]) == ExitCode.FAULT
-    analyse = f"dist-train sweep {plan.file} --directory {tmp_path}/runs --analyses | sh"
-    assert f"{analyse}; dist-train report {plan.directory}\n" in capsys.readouterr().err
+    analyse = f"dist-train sweep {plan.file} --directory {tmp_path}/runs --analyses"
+    assert f"{analyse}; of its report: dist-train report {plan.directory}\n" in capsys.readouterr().err
 
 
 def test_each_of_a_study_s_jobs_has_the_options_that_concern_it(
