@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,8 +127,10 @@ class Replay:
         return self.recorded == self.replayed and self.weights_agree is not False
 
 
-def replay(path: Path | str, step: int) -> Replay:
+def replay(path: Path | str, step: int, overrides: Sequence[str] = ()) -> Replay:
     """Repeat update `step` of a run, from the checkpoint before it or from the beginning; the run is only read.
+
+    `overrides`: as for `load_run`.
 
     Every rank of a launch calls it, on any number of ranks. Only rank 0 compares: on the others `recorded` and
     `replayed` are empty.
@@ -141,16 +143,18 @@ def replay(path: Path | str, step: int) -> Replay:
     Raises:
         UsageError: the run has not recorded that update, or no longer has a checkpoint from which to repeat it.
     """
-    run = load_run(path)
+    run = load_run(path, overrides)
     recorded = _update(run, step)
     before = [each for each in run.steps if each < step]
     begun_at = before[-1] if before else 0
     start = run.directory.checkpoint(begun_at) if before else None
     _check_replayable(run, step, begun_at)
     # Read before the overrides, so that a setting's former name does not survive them.
-    begun = parse_config(dict(read_checkpoint(start).config), source=SAVED) if start else run.config
+    begun = run.config
+    if start:
+        begun = parse_config(with_overrides(read_checkpoint(start).config, overrides), source=SAVED)
     settings = begun.model_dump(mode="json")
-    overrides = {
+    changes = {
         **_ONLY_RECORDS,
         "run.max_steps": step,
         "run.resume": str(start.absolute()) if start else "never",
@@ -158,7 +162,7 @@ def replay(path: Path | str, step: int) -> Replay:
         "run.epochs": _epochs_at(run, step),
         "batch.micro_size": begun.batch.micro_size if start else _first_micro_size(run),
     }
-    config = parse_config(with_overrides(settings, overrides), source="the run")
+    config = parse_config(with_overrides(settings, changes), source="the run")
     launch = current_launch()
     # The same folder on all ranks of a node; a single process has its own.
     own = f"-{os.getpid()}" if launch.size == 1 else ""

@@ -377,6 +377,7 @@ def _add_replay(subparsers: Subparsers) -> None:
     parser.add_argument(
         "update", metavar="RUN@STEP", help="a run directory, or its name below runs/, and the number of an update"
     )
+    add_overrides(parser)
     parser.set_defaults(run=_replay)
 
 
@@ -387,7 +388,7 @@ def _replay(arguments: argparse.Namespace) -> int:
     run, _, step = arguments.update.rpartition("@")
     if not run or not step.isdecimal() or len(step) > 18:
         raise UsageError(f"takes RUN@STEP, such as runs/demo@40, not {arguments.update}", code="replay-form")
-    result = replay(run, int(step))
+    result = replay(run, int(step), arguments.overrides)
     if current_launch().rank == 0:
         print(f"update {result.step}, repeated from step {result.begun_at}:")
         for name, recorded in result.recorded.items():

@@ -32,6 +32,7 @@ from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import EvaluationRecord, EventRecord, Record, to_json
 from tests.launching import launch, small_settings, start, train_alone, write_config
 from tests.raising import raises
+from tests.unit.image_folders import write_folder
 from tests.waiting import PATIENCE
 
 
@@ -241,6 +242,24 @@ def test_an_update_is_replayed_from_the_checkpoint_before_it_whatever_updates_ar
     train_alone(write_config(tmp_path, settings), tmp_path / "run")
     again = dist_train.replay(tmp_path / "run", 5)
     assert (again.begun_at, again.agrees) == (3, True)
+
+
+def test_an_update_is_replayed_where_the_data_and_the_code_are_elsewhere(tmp_path: Path) -> None:
+    before, now = tmp_path / "before", tmp_path / "now"
+    images = write_folder(before / "images")
+    (before / "mine.py").write_text("def half(over):\n    return 1 - over / 2\n")
+    settings = small_settings(
+        data={"name": "imagefolder", "root": str(images), "classes": 3, "image_size": 8},
+        batch={"global_size": 8, "micro_size": 8},
+        schedule={"decay": f"{before}/mine.py:half"},
+        checkpoint={"every_steps": 2, "every_epochs": 0, "keep": 100},
+    )
+    config = write_config(tmp_path, settings)
+    assert launch(1, "alone", "train", config, "run.max_steps=4", "--run-dir", str(tmp_path / "run")).code == 0
+    before.rename(now)
+    there = f"data.root={now}/images", f"schedule.decay={now}/mine.py:half"
+    for step in (1, 4):  # from the beginning, and from a checkpoint
+        assert dist_train.replay(tmp_path / "run", step, there).agrees
 
 
 def test_updates_of_a_lengthened_run_are_replayed_with_the_schedules_of_their_time(tmp_path: Path) -> None:
