@@ -329,7 +329,7 @@ class Observer:
         """Flush records to disk. Called, from any thread, before a checkpoint becomes durable."""
 
     def end(self, outcome: Outcome) -> None:
-        """Called when the run has ended, successfully or not; release everything."""
+        """Called when the run has ended, in whatever way, also if it was refused before `begin`; release everything."""
 
 
 _BACKLOG_LIMIT = 100_000
