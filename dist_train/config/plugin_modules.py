@@ -26,8 +26,8 @@ _ELSEWHERE = "{} was imported from {}, not from {}, beside the plug-in: rename o
 _folders: list[str] = []
 """Those of the plug-ins imported from files, the latest first, as at the end of `sys.path`."""
 
-_DIGEST = "_dist_train_digest"
-"""Attribute of a module imported from a file: the digest of the file at that moment."""
+_DIGEST, _FOLDER = "_dist_train_digest", "_dist_train_folder"
+"""Attributes of a plug-in's module, and of those that it imported from its folder: the digest then, and the folder."""
 
 
 def plugin_module(place: str) -> ModuleType:
@@ -59,14 +59,25 @@ def _import(place: str) -> ModuleType:
         raise ImportError(f"{path} is no Python file")
     _let_import_beside(path)
     module = importlib.util.module_from_spec(spec)
+    before = set(sys.modules)
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[name]
         raise
-    setattr(module, _DIGEST, _digest(Path(path)))
+    finally:
+        _note_imported(sys.modules.keys() - before, os.path.dirname(path))
     return module
+
+
+def _note_imported(names: Collection[str], folder: str) -> None:
+    """Note the digests of those of the modules `names` that are in the `folder` of the plug-in that imported them."""
+    for name in names:
+        file = Path(getattr(sys.modules[name], "__file__", None) or "")
+        is_beside = file.suffix == ".py" and file.is_relative_to(folder) and not is_installed(file.relative_to(folder))
+        if is_beside and name.partition(".")[0] not in _NEVER_BESIDE:
+            vars(sys.modules[name]).update({_DIGEST: _digest(file), _FOLDER: folder})
 
 
 def _let_import_beside(path: str) -> None:
@@ -148,16 +159,23 @@ def is_installed(file: str | Path) -> bool:
 
 
 def forget_edited() -> None:
-    """Forget plug-in files edited since they were imported, so that they are imported again; not what they import."""
-    for name, module in list(sys.modules.items()):
-        if is_edited(module):
-            del sys.modules[name]
+    """Let the plug-ins of a folder in which they, or what they imported from it, were edited be imported again."""
+    folders = {folder for folder, _ in edited_files()}
+    forgotten = {name.partition(".")[0] for name, module in _noted() if vars(module)[_FOLDER] in folders}
+    for name in [each for each in sys.modules if each.partition(".")[0] in forgotten]:
+        del sys.modules[name]
 
 
-def is_edited(module: ModuleType) -> bool:
-    """Whether the file from which `module` was imported as a plug-in has been edited since."""
-    digest = vars(module).get(_DIGEST) if isinstance(module, ModuleType) else None  # others may be in sys.modules
-    return digest is not None and (file := Path(str(module.__file__))).is_file() and _digest(file) != digest
+def edited_files() -> Iterator[tuple[str, Path]]:
+    """Yield each file that a plug-in consists of, and the plug-in's folder, if it was edited since it was imported."""
+    for _, module in _noted():
+        if (file := Path(str(module.__file__))).is_file() and _digest(file) != vars(module)[_DIGEST]:
+            yield vars(module)[_FOLDER], file
+
+
+def _noted() -> list[tuple[str, ModuleType]]:
+    modules = ((name, each) for name, each in sys.modules.items() if isinstance(each, ModuleType))  # not all are
+    return [(name, each) for name, each in modules if _FOLDER in vars(each)]
 
 
 def _digest(file: Path) -> str:

@@ -25,7 +25,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args
 
 from pydantic import BaseModel, Field, ValidationError
 
-from dist_train.config.plugin_modules import is_edited, is_installed, plugin_module, source_digests
+from dist_train.config.plugin_modules import edited_files, is_installed, plugin_module, source_digests
 from dist_train.config.problems import ConfigError, Problem, choices_of, problems_of
 from dist_train.outcome import CodedError, UsageError, check_choice, refuse_nondeterministic
 
@@ -394,9 +394,10 @@ def by_content(files: Mapping[str, str]) -> dict[tuple[str, str], str]:
 
 def check_unedited(settings: Mapping[str, Any]) -> None:
     """Raise UsageError if the file of a plug-in in complete `settings` was edited since: loaders would import that."""
-    for place in sorted(_modules_of(settings)):
-        if place.endswith(".py") and is_edited(plugin_module(place)):
-            raise UsageError(f"{place} was edited after load_config: call load_config again", code="plugin-edited")
+    folders = {os.path.dirname(place) for place in _modules_of(settings) if place.endswith(".py")}
+    for folder, file in edited_files():
+        if folder in folders:
+            raise UsageError(f"{file} was edited after load_config: call load_config again", code="plugin-edited")
 
 
 def _modules_of(settings: Mapping[str, Any]) -> set[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dist_train.config import Config, load_config
-from dist_train.config.plugins import call_plugin, load_plugin, plugin_files
+from dist_train.config.plugins import call_plugin, check_unedited, load_plugin, plugin_files
 from dist_train.launching.run import train
 from dist_train.outcome import UsageError
 from tests.raising import raises, raises_problems
@@ -187,6 +187,22 @@ class TestEdits:
         status = json.loads((tmp_path / "run" / "status.json").read_text())
         digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
         assert status["environment"][f"plug-in {tmp_path.name}/mine.py"] == digest
+
+    def test_modules_beside_are_recorded_imported_anew_and_refused_likewise(self, tmp_path: Path) -> None:
+        helper = write(tmp_path / "folder_edited" / "helper_edited.py", "width = 1\n")
+        source = "from folder_edited import helper_edited\ndef net(images, width, norm): return helper_edited.width\n"
+        name = f"{write(tmp_path / 'mine.py', source)}:net"
+        settings = load_config({}, {"model.name": name}).model_dump()
+        recorded = plugin_files(settings)
+        write(helper, "width = 2\n")
+        assert plugin_files(settings) == recorded
+        with raises(UsageError, code="plugin-edited") as refused:
+            check_unedited(settings)
+        assert str(helper) in str(refused.value)
+        load_config({}, {"model.name": name})
+        check_unedited(settings)
+        assert load_plugin(name)(None, 1.0, None) == 2
+        assert plugin_files(settings) != recorded
 
 
 class TestFromPython:
