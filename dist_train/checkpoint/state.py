@@ -43,7 +43,7 @@ from dist_train.config.resuming import SAVED, with_decisions
 from dist_train.optim.averaging import Averaging, averaged_state
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.optim.noise import Noise
-from dist_train.optim.optimizers import load_state, packed_numbers, set_numbers, state_tensors
+from dist_train.optim.optimizers import create_missing, load_state, packed_numbers, set_numbers, state_tensors
 from dist_train.outcome import UsageError, check_choice, reading
 from dist_train.rundir.atomic import read_regular
 from dist_train.rundir.paths import RunDirectory, checkpoint_name
@@ -294,19 +294,22 @@ class TrainState:
         """Give every rank the state of rank `root`, with the buffers and frozen parameters of the network.
 
         Not Horovod's broadcast of the optimizer: on ranks without optimizer state it makes a step, which changes the
-        weights. Our optimizers have their whole state from the beginning. Tensors of one type and device are sent as
-        one, since each broadcast costs a round of all ranks. If a rank is lost meanwhile, nothing is changed.
+        weights. Our optimizers have their whole state from the beginning; of a plug-in's, what is missing is created.
+        Tensors of one type and device are sent as one, since each broadcast costs a round of all ranks. If a rank is
+        lost meanwhile, no value is changed.
 
-        Raises UsageError if the state does not fit that of another rank: of a plug-in's optimizer.
+        Raises UsageError if the state does not fit that of another rank: of a plug-in.
         """
+        numbers = packed_numbers(self.optimizer) if comm.rank == root else b""
+        numbers = broadcast_bytes(comm, numbers, "state.numbers", root)
+        if comm.rank != root:
+            create_missing(self.optimizer, numbers)
         groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
         for tensor in self._tensors():
             groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
         with torch.no_grad():
             received = [torch.cat([tensor.reshape(-1) for tensor in tensors]) for tensors in groups.values()]
             _check_same_layout(comm, [(str(flat.dtype), flat.device.type, len(flat)) for flat in received], root)
-            numbers = packed_numbers(self.optimizer) if comm.rank == root else b""
-            numbers = broadcast_bytes(comm, numbers, "state.numbers", root)
             for index, flat in enumerate(received):
                 comm.broadcast(flat if flat.dtype in _SENT else flat.view(torch.uint8), f"state.{index}", root)
             for flat, tensors in zip(received, groups.values(), strict=True):
@@ -331,8 +334,8 @@ def _check_same_layout(comm: Communicator, layout: Sequence[object], root: int) 
     def check() -> None:
         if digests[comm.rank] != digests[root]:
             raise UsageError(
-                "the run's state does not fit a new optimizer: a plug-in must create its whole state at once, as "
-                "docs/extending.md says; until then, resume on one rank",
+                "the run's state does not fit that of a new rank: a plug-in's noise must create what it keeps at once, "
+                "and its model have the same buffers on all ranks; until then, resume on one rank",
                 code="plugin-result",
             )
 

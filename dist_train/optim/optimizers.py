@@ -129,7 +129,7 @@ def state_tensors(optimizer: Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def packed_numbers(optimizer: Optimizer) -> bytes:
-    """Return what the optimizer's groups and state hold besides `state_tensors`, such as numbers."""
+    """Return what the optimizer's groups and state hold besides `state_tensors`, and the forms of these."""
     content = io.BytesIO()
     saved = optimizer.state_dict()["param_groups"]  # a plug-in's may leave out what no checkpoint can hold
     names = [*(group.keys() for group in saved), *(state.keys() for state in _states(optimizer))]
@@ -138,13 +138,26 @@ def packed_numbers(optimizer: Optimizer) -> bytes:
         for part, kept in zip((*optimizer.param_groups, *_states(optimizer)), names, strict=True)
     ]
     of_no_parameter = {key: value for key, value in optimizer.state.items() if not isinstance(key, torch.Tensor)}
-    torch.save((numbers, of_no_parameter), content)
+    forms = [
+        {name: (each.dtype, each.shape, each.device.type) for name, each in state.items() if torch.is_tensor(each)}
+        for state in _states(optimizer)
+    ]
+    torch.save((numbers, of_no_parameter, forms), content)
     return content.getvalue()
+
+
+def create_missing(optimizer: Optimizer, packed: bytes) -> None:
+    """Create the tensors of its state that another rank's has, which sent `packed`: most appear with an update."""
+    *_, forms = torch.load(io.BytesIO(packed), weights_only=True)
+    for state, others in zip(_states(optimizer), forms, strict=True):
+        for name, (dtype, shape, kind) in others.items():
+            if name not in state:
+                state[name] = torch.zeros(shape, dtype=dtype, device=kind)
 
 
 def set_numbers(optimizer: Optimizer, packed: bytes, device: torch.device) -> None:
     """Set what `packed_numbers` returned on another rank, with tensors on `device`."""
-    values, of_no_parameter = torch.load(io.BytesIO(packed), map_location=device, weights_only=True)
+    values, of_no_parameter, _ = torch.load(io.BytesIO(packed), map_location=device, weights_only=True)
     for part, numbers in zip((*optimizer.param_groups, *_states(optimizer)), values, strict=True):
         part.update(numbers)
     optimizer.state.update(of_no_parameter)

@@ -111,12 +111,28 @@ def test_every_rank_gets_the_numbers_of_an_optimizer_with_their_types() -> None:
     assert (group["k"], group["d"], group["betas"], state["step"]) == (3, 1e-6, (0.9, 0.99), 7)
 
 
-def test_a_state_that_only_one_rank_has_is_refused_on_all() -> None:
+def test_a_new_rank_gets_the_state_that_an_optimizer_of_torch_creates_at_its_first_update() -> None:
+    def job(comm: Communicator) -> str:
+        network = torch.nn.Linear(2, 3)
+        weights = FlatWeights(network)
+        optimizer = torch.optim.AdamW(weights.parameters)
+        if comm.rank == 0:
+            weights.gradients.fill_(0.5)
+            optimizer.step()
+        state_of(network, weights, optimizer).broadcast(comm)
+        return repr(optimizer.state_dict())
+
+    first, second = results(2, job)
+    assert "exp_avg" in first
+    assert first == second
+
+
+def test_a_state_that_only_other_ranks_have_is_refused_on_all() -> None:
     def job(comm: Communicator) -> None:
         network = torch.nn.Linear(2, 3)
         weights = FlatWeights(network)
         optimizer = torch.optim.RMSprop(weights.parameters)
-        if comm.rank == 0:
+        if comm.rank == 1:
             optimizer.state[network.weight]["square_avg"] = torch.ones(3, 2)
         state_of(network, weights, optimizer).broadcast(comm)
 
