@@ -31,8 +31,9 @@ note_gentle_stop_request() {
 trap note_stop_request TERM INT
 trap note_gentle_stop_request USR1 USR2 HUP
 
+# What cannot be printed, as on a full disk, must not end the script.
 say() {
-    printf '%s: %s\n' "$(basename "$0")" "$*" >&2
+    printf '%s: %s\n' "$(basename "$0")" "$*" >&2 || true
 }
 
 usage_error() {
@@ -244,15 +245,24 @@ stop_at_once() {
 error_log= # optional file: messages of dist-train, launch/rank.sh, srun and mpirun about the end of the launch
 tidy_output() {
     trap '' TERM INT USR1 USR2 HUP
-    exec sed -u -E -f "$root/launch/output.sed"
+    filter -f "$root/launch/output.sed"
 }
 tidy_errors() {
     if [[ -z $error_log ]]; then
         tidy_output
+        return
     fi
     trap '' TERM INT USR1 USR2 HUP
-    sed -u -E -e "/was killed by signal|^(srun|slurmstepd|mpirun|prterun): |^dist-train: /w $error_log" \
+    filter -e "/was killed by signal|^(srun|slurmstepd|mpirun|prterun): |^dist-train: /w $error_log" \
         -e "/^-{60,}\$/,/^-{60,}\$/w $error_log" | tidy_output
+}
+
+# filter EXPRESSION...: sed, started again for the next line if it cannot write, as on a full disk. A pipe without a
+# reader would end the ranks: srun kills them.
+filter() {
+    until sed -u -E "$@"; do
+        read -r || break
+    done
 }
 
 watch= # optional function to run in the background beside the launcher

@@ -187,6 +187,21 @@ def test_a_request_to_stop_during_the_set_up_is_followed(script: tuple[str, ...]
     assert "landscape" not in (tmp_path / "calls").read_text()
 
 
+def test_a_full_disk_of_the_output_ends_neither_script_nor_ranks(tmp_path: Path) -> None:
+    lines = f"for each in 1 2 3; do echo $each; echo $each >&2; sleep 0.1; done; echo written >{tmp_path}/out"
+    command = f"""
+        . launch/common.sh
+        say begins
+        rank_environment=(NAME=value) launch_id=none error_log={tmp_path}/errors saves=0
+        launch stop_at_once {tmp_path}/programs/mpirun
+        echo "$launcher_status" >>{tmp_path}/out
+    """
+    words, environment = ["bash", "-euo", "pipefail", "-c", command], with_programs(tmp_path, lines)
+    with open("/dev/full", "w") as full:
+        subprocess.run(words, cwd=ROOT, env=environment, stdout=full, stderr=full, timeout=PATIENCE)
+    assert (tmp_path / "out").read_text() == "written\n0\n"
+
+
 def test_output_after_a_traceback_is_shown_at_once_and_that_of_horovodrun_is_left_out(tmp_path: Path) -> None:
     traceback = 'Traceback (most recent call last):\n  File "program.py", line 1, in <module>\n    work()\n'
     shown = tmp_path / "shown"

@@ -492,6 +492,11 @@ def script_of(folder: Path, lines: str) -> str:
     return str(script)
 
 
+def test_a_message_that_cannot_be_written_does_not_end_the_job(programs: str, tmp_path: Path) -> None:
+    ended = start(script_of(tmp_path, "exec 2>/dev/full\nsay something\necho continues"), PATH=programs, **TWO_NODES)
+    assert (ended.returncode, ended.stdout) == (0, "continues\n")
+
+
 def test_a_node_that_answers_again_gets_its_ranks_back(programs: str, tmp_path: Path) -> None:
     lines = 'prepare_ranks\nuse_nodes n1\necho "$rank_count"\nuse_nodes n1 n2\necho "$rank_count"'
     ended = start(script_of(tmp_path, lines), PATH=programs, RANKS_PER_NODE="4", **TWO_NODES)
