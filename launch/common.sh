@@ -31,9 +31,9 @@ note_gentle_stop_request() {
 trap note_stop_request TERM INT
 trap note_gentle_stop_request USR1 USR2 HUP
 
-# What cannot be printed, as on a full disk, must not end the script.
+# What cannot be printed, on a full disk or after the end of tee, must not end the script.
 say() {
-    printf '%s: %s\n' "$(basename "$0")" "$*" >&2 || true
+    (printf '%s: %s\n' "$(basename "$0")" "$*" >&2) || true
 }
 
 usage_error() {
@@ -257,8 +257,8 @@ tidy_errors() {
         -e "/^-{60,}\$/,/^-{60,}\$/w $error_log" | tidy_output
 }
 
-# filter EXPRESSION...: sed, started again for the next line if it cannot write, as on a full disk. A pipe without a
-# reader would end the ranks: srun kills them.
+# filter EXPRESSION...: sed, started again for the next line where it cannot write, as on a full disk. A pipe without a
+# reader would end the ranks: srun then kills them.
 filter() {
     until sed -u -E "$@"; do
         read -r || break

@@ -103,7 +103,7 @@ job_requests=(SLURM_GPUS SLURM_GPUS_PER_SOCKET SLURM_GPUS_PER_TASK SLURM_NTASKS_
 without_requests=(env "${job_requests[@]/#/--unset=}")
 
 say() {
-    printf 'job %s: %s\n' "$job" "$*" >&2 || true
+    (printf 'job %s: %s\n' "$job" "$*" >&2) || true
 }
 
 # Only srun's tasks have a step: sizes of the allocation would be those of the job that the step belongs to. salloc's own

@@ -187,7 +187,8 @@ def test_a_request_to_stop_during_the_set_up_is_followed(script: tuple[str, ...]
     assert "landscape" not in (tmp_path / "calls").read_text()
 
 
-def test_a_full_disk_of_the_output_ends_neither_script_nor_ranks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_full", [True, False], ids=["full disk", "no reader"])
+def test_output_that_cannot_be_written_ends_neither_script_nor_ranks(is_full: bool, tmp_path: Path) -> None:
     lines = f"for each in 1 2 3; do echo $each; echo $each >&2; sleep 0.1; done; echo written >{tmp_path}/out"
     command = f"""
         . launch/common.sh
@@ -197,8 +198,11 @@ def test_a_full_disk_of_the_output_ends_neither_script_nor_ranks(tmp_path: Path)
         echo "$launcher_status" >>{tmp_path}/out
     """
     words, environment = ["bash", "-euo", "pipefail", "-c", command], with_programs(tmp_path, lines)
-    with open("/dev/full", "w") as full:
-        subprocess.run(words, cwd=ROOT, env=environment, stdout=full, stderr=full, timeout=PATIENCE)
+    reader, writer = os.pipe()
+    os.close(reader)  # as of tee, at a Ctrl-C
+    with open("/dev/full", "w") as full, os.fdopen(writer, "w") as pipe:
+        output = full if is_full else pipe
+        subprocess.run(words, cwd=ROOT, env=environment, stdout=output, stderr=output, timeout=PATIENCE)
     assert (tmp_path / "out").read_text() == "written\n0\n"
 
 
