@@ -314,6 +314,9 @@ _RUN_ID = "dist_train.run_id"
 _FLUSH_SECONDS = 5.0
 _PARAMS, _METRICS = 100, 1000  # MLflow's limits for one call
 _STATES = MappingProxyType({"finished": "FINISHED", "stopped": "KILLED"})
+_LIMITS = MappingProxyType({"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"})
+"""So that a call to a server that is away fails within a minute, before the other ranks give up; by MLflow's own limits
+it takes four minutes or more. The user's variables take precedence."""
 
 
 class Mlflow(Tracker):
@@ -349,6 +352,8 @@ class Mlflow(Tracker):
         from filelock import FileLock
         from mlflow import MlflowClient
 
+        for name, limit in _LIMITS.items():
+            os.environ.setdefault(name, limit)
         file = self._uri.removeprefix("sqlite:///")
         with FileLock(f"{file}.lock") if file != self._uri else nullcontext():
             client = MlflowClient(tracking_uri=self._uri)

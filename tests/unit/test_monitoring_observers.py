@@ -1,13 +1,18 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
+from dataclasses import replace
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 
 import pytest
 
 from dist_train.api import evaluate
-from dist_train.monitoring.observers import Observers
+from dist_train.config.sections import CommSettings
+from dist_train.monitoring.observers import Mlflow, MlflowOptions, Observers
 from dist_train.rundir.records import EventRecord, Measurement, Observer, Outcome, Record, RunFacts
 from tests.unit.exporting import FACTS, OUTCOME, measurement
 
@@ -49,6 +54,25 @@ class Failing(Notebook):
     def sync(self) -> None:
         super().sync()
         raise self.error
+
+
+def test_a_call_to_an_mlflow_server_that_is_away_fails_before_the_other_ranks_give_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def longest_call(tracking_uri: str) -> None:
+        """Raise TimeoutError with the seconds that a call may take, as urllib3 counts them."""
+        retries = int(os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"])
+        pauses = [2 * 2**count + 1 for count in range(1, retries)]  # with MLflow's factor and jitter
+        raise TimeoutError(sum(pauses) + (retries + 1) * float(os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"]))
+
+    entities = SimpleNamespace(Param=None)
+    monkeypatch.setitem(sys.modules, "mlflow", SimpleNamespace(MlflowClient=longest_call, entities=entities))
+    monkeypatch.setitem(sys.modules, "mlflow.entities", entities)
+    monkeypatch.setattr(os, "environ", {})
+    (tmp_path / "config.yaml").write_text("{}")
+    with pytest.raises(TimeoutError) as given_up:
+        Mlflow(tmp_path, MlflowOptions(tracking_uri="http://away")).begin(replace(FACTS, run_directory=tmp_path))
+    assert given_up.value.args[0] < CommSettings().timeout
 
 
 def test_an_observer_that_raises_is_reported_once_and_dropped_and_the_others_go_on(
