@@ -217,8 +217,9 @@ def record_lost(path: Path, launch: str, reason: str) -> None:
     status = read_status(path)
     if status is None or status.launch != launch or status.exit_code is not None:
         return
+    text = status.ended("failed", ExitCode.FAULT, reason).to_json()
     with suppress(OSError):  # the old status stays
-        atomic.swap_text(path, status.ended("failed", ExitCode.FAULT, reason).to_json())
+        RunDirectory(path.parent).spend_reserve(lambda: atomic.swap_text(path, text))
 
 
 def record_end(path: Path, state: State, exit_code: ExitCode, reason: str) -> None:

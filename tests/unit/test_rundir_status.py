@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from dist_train.outcome import ExitCode
+from dist_train.rundir import atomic
 from dist_train.rundir.paths import LockRequest, RunDirectory
 from dist_train.rundir.records import EventRecord, Measurement, Outcome, RankMeasurement, StepParts
 from dist_train.rundir.status import (
@@ -66,6 +68,25 @@ def test_lost_launch_is_recorded_unless_it_recorded_its_end_itself(path: Path, m
     file.end("stopped", ExitCode.STOPPED, "")
     record_lost(path, "abc", "no rank is left")
     assert read_status(path) == file.current
+
+
+def test_lost_launch_is_recorded_on_a_full_disk_in_the_reserved_space(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    StatusFile(path, 3).change("running")
+    reserve, swap = RunDirectory(path.parent).reserve, atomic.swap_text
+    reserve.touch()
+
+    def swap_on_full_disk(path: Path, content: str) -> None:
+        if reserve.exists():
+            raise OSError(errno.ENOSPC, "no space left on device")
+        swap(path, content)
+
+    monkeypatch.setattr(atomic, "swap_text", swap_on_full_disk)
+    record_lost(path, "", "no rank is left")
+    status = read_status(path)
+    assert status is not None
+    assert status.state == "failed"
 
 
 def test_progress_is_written_at_a_steady_pace_and_never_lost(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
