@@ -52,7 +52,8 @@ def state_of(status: Status, run: RunDirectory, now: float) -> tuple[str, str]:
 def has_gone(status: Status, seen: float, now: float) -> bool:
     """Whether the process of an active run, last seen at `seen`, has ended on this machine without a successor."""
     patience = _LAUNCHED_GONE_AFTER if status.launch else _GONE_AFTER
-    return status.is_here and now - seen > patience and not process_runs(status.pid, seen)
+    is_recent = 0 <= now - seen <= patience  # a clock that was ahead must not make a dead run live for long
+    return status.is_here and not is_recent and not process_runs(status.pid, seen)
 
 
 def process_is_gone(status: Status) -> tuple[str, str]:

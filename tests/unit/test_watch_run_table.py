@@ -224,6 +224,7 @@ def test_a_run_whose_process_was_killed_is_lost_if_no_other_takes_over(
         process.kill()
         process.stdin.close()
         process.wait()
+    assert only_run(tmp_path, seen - timedelta(hours=1)).state == "lost", "the clock was ahead"
     assert only_run(tmp_path, seen + timedelta(seconds=patience - 1)).state == state
     run = only_run(tmp_path, seen + timedelta(seconds=patience + 1))
     assert run.state == "lost"
