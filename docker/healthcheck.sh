@@ -14,8 +14,9 @@ started=$(sed 's/.*) //' /proc/1/stat | cut -d ' ' -f 20)
 age=$((${up%.*} - started / $(getconf CLK_TCK)))
 
 for file in "$runs"/*/status.json "$runs"/*/*/status.json; do
-    # Other containers may train in the same folder, and may have died in it.
+    # Other containers may train in the same folder, and may have died in it; with the host's network all have its name.
     grep -qs "\"host\": \"$(uname -n)\"" "$file" || continue
+    grep -qsF "\"pid_namespace\": \"$(readlink /proc/self/ns/pid)\"" "$file" || continue
     grep -q '"state": "\(starting\|running\|stopping\)"' "$file" || continue
     silent=$((now - $(stat -c %Y "$file")))
     if [ "$silent" -gt "$limit" ] && [ "$silent" -lt "$age" ]; then

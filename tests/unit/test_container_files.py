@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dist_train.rundir.processes import pid_namespace
+
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "docker" / "Dockerfile").read_text()
 DEFINITION = (ROOT / "docker" / "dist_train.def").read_text()
@@ -71,11 +73,12 @@ def test_compose_trains_with_two_ranks_where_prometheus_looks() -> None:
     assert "metrics.targets_directory=/targets" in train["command"]
 
 
-def write_status(runs: Path, state: str, seconds_ago: float, host: str = "") -> None:
+def write_status(runs: Path, state: str, seconds_ago: float, **place: str) -> None:
     folder = runs / "study" / "a_run"
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "status.json"
-    file.write_text(json.dumps({"state": state, "host": host or socket.gethostname()}, indent=2))
+    here = {"host": socket.gethostname(), "pid_namespace": pid_namespace()}
+    file.write_text(json.dumps({"state": state, **here, **place}, indent=2))
     os.utime(file, (time.time() - seconds_ago,) * 2)
 
 
@@ -97,8 +100,9 @@ def test_runs_that_are_over_or_of_others_are_no_illness(tmp_path: Path) -> None:
     assert health(tmp_path) == 0
     write_status(tmp_path, "finished", seconds_ago=5)
     assert health(tmp_path) == 0
-    write_status(tmp_path, "running", seconds_ago=5, host="elsewhere")
-    assert health(tmp_path) == 0
+    for place in ({"host": "elsewhere"}, {"pid_namespace": "pid:[1]"}):
+        write_status(tmp_path, "running", seconds_ago=5, **place)
+        assert health(tmp_path) == 0
 
 
 def test_a_run_that_broke_before_the_container_began_is_no_illness(tmp_path: Path) -> None:
