@@ -148,7 +148,7 @@ def packed_numbers(optimizer: Optimizer) -> bytes:
 
 def create_missing(optimizer: Optimizer, packed: bytes) -> None:
     """Create the tensors of its state that another rank's has, which sent `packed`: most appear with an update."""
-    *_, forms = torch.load(io.BytesIO(packed), weights_only=True)
+    *_, forms = torch.load(io.BytesIO(packed), map_location="meta", weights_only=True)
     for state, others in zip(_states(optimizer), forms, strict=True):
         for name, (dtype, shape, kind) in others.items():
             if name not in state:
