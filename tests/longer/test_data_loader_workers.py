@@ -156,7 +156,7 @@ def test_a_run_that_is_refused_after_they_have_started_ends_them(
         return started[-1]
 
     popen = subprocess.Popen
-    monkeypatch.setattr(loader_workers.subprocess, "Popen", start)
+    monkeypatch.setattr(subprocess, "Popen", start)
     images = {"name": "imagefolder", "root": write_folder(tmp_path / "images"), "classes": 3, "image_size": SIZE}
     data = {**images, "normalize": True, "loader_workers": 1}
     config = small_config(data=data, batch={"global_size": 8}, noise={"exclude": ["gone.*"]})
