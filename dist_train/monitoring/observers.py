@@ -280,6 +280,8 @@ class Wandb(Tracker):
     def open(self, facts: RunFacts, settings: Mapping[str, Any]) -> None:
         import wandb
 
+        # Without a limit (in seconds) `finish` waits for a server that is away, and so does the job that is to end.
+        os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")
         self._run = wandb.init(
             project=self._options.project,
             entity=self._options.entity,
@@ -298,7 +300,7 @@ class Wandb(Tracker):
         self._run.log({**numbers, "_timestamp": moment}, step=step)
 
     def end(self, outcome: Outcome) -> None:
-        """Wait until everything is written."""
+        """Wait until everything is written; what no server has taken stays on disk for `wandb sync`."""
         if self._run is not None:
             self._run.finish()
 

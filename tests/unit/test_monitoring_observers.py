@@ -12,7 +12,7 @@ import pytest
 
 from dist_train.api import evaluate
 from dist_train.config.sections import CommSettings
-from dist_train.monitoring.observers import Mlflow, MlflowOptions, Observers
+from dist_train.monitoring.observers import Mlflow, MlflowOptions, Observers, Wandb, WandbOptions
 from dist_train.rundir.records import EventRecord, Measurement, Observer, Outcome, Record, RunFacts
 from tests.unit.exporting import FACTS, OUTCOME, measurement
 
@@ -73,6 +73,19 @@ def test_a_call_to_an_mlflow_server_that_is_away_fails_before_the_other_ranks_gi
     with pytest.raises(TimeoutError) as given_up:
         Mlflow(tmp_path, MlflowOptions(tracking_uri="http://away")).begin(replace(FACTS, run_directory=tmp_path))
     assert given_up.value.args[0] < CommSettings().timeout
+
+
+def test_the_end_of_a_run_waits_a_minute_for_a_wandb_server_that_is_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[str | None] = []
+    wandb = SimpleNamespace(
+        init=lambda **_: limits.append(os.environ.get("WANDB_FINISH_TIMEOUT")), Settings=SimpleNamespace
+    )
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr(os, "environ", {})
+    Wandb(tmp_path, WandbOptions()).open(FACTS, {})
+    assert limits == ["60"]
 
 
 def test_an_observer_that_raises_is_reported_once_and_dropped_and_the_others_go_on(
