@@ -187,18 +187,12 @@ def sharpness_settings(runs: Sequence[StoredRun]) -> tuple[str, ...]:
 
 
 def mixes_statistics(runs: Sequence[StoredRun]) -> bool:
-    """Whether sharpness is of norm statistics that are running averages in some of `runs`, recomputed in others."""
-    stored = {
-        name
-        for by_run in sharpness_of(runs).values()
-        for name, item in by_run.items()
-        if json.loads(item.shared_settings).get("statistics") == "checkpoint"
-    }
-    return len({_statistics(run.settings) for run in runs if run.name in stored} - {""}) > 1
+    """Whether the norms' statistics in evaluations are running averages in some of `runs`, recomputed in others."""
+    return len({_statistics(run.settings) for run in runs} - {""}) > 1
 
 
 def _statistics(settings: Mapping[str, object]) -> str:
-    """Return where a checkpoint's norm statistics come from; empty if it has none, or that is unknown."""
+    """Return where the norm statistics of evaluations come from; empty if there are none, or that is unknown."""
     kind, has_noise = str(settings.get("model.norm_statistics", "auto")), settings.get("noise.method") != "none"
     if settings.get("model.norm") in (None, "group", "none"):
         return ""

@@ -167,8 +167,9 @@ def _notices(subject: Subject, panels: Sequence[Panel]) -> Iterator[str]:
         )
     if mixes_statistics(counted):
         yield (
-            "Sharpness was measured with running averages of the norms' statistics in some runs, with recomputed ones "
-            "in others: do not compare it. Delete analysis/sharpness-*.json, and measure with --statistics recomputed."
+            "The norms' statistics are running averages in some runs, recomputed in others (by default those with "
+            "noise). With few updates this alone changes accuracies and losses, and sharpness changes unless it was "
+            "measured with --statistics recomputed or batch. Set model.norm_statistics."
         )
 
 
