@@ -78,6 +78,7 @@ def _study(arguments: argparse.Namespace) -> int:
     _check_analyses(plan)
     if arguments.action in (_sweep, _list):
         _warn_of_unused(plan)
+        _warn_of_statistics(plan)
     runs: tuple[PlannedRun, ...] = plan.runs
     if arguments.only is not None:
         if arguments.only in plan.unasked and arguments.action in (_sweep, _arguments):
@@ -114,6 +115,15 @@ def _warn_of_unused(plan: Plan) -> None:
             is_own = any(f"{each}.".startswith(f"{path}.") for each in given[family] - shared)
             if is_own or len(found) == len(plan.runs):
                 print(f"dist-train: warning: variant {family}: {sentence}", file=sys.stderr)
+
+
+def _warn_of_statistics(plan: Plan) -> None:
+    """Warn if the norms' statistics are recomputed in some runs alone: that changes results, most of all short ones."""
+    kinds = {run.config.recomputes_statistics for run in plan.runs if run.config.model.norm not in ("group", "none")}
+    if len(kinds) > 1:
+        wrong = "the norms' statistics are running averages in some variants and recomputed in others, so that results"
+        fix = "differ by that, too: set model.norm_statistics for all"
+        print(f"dist-train: warning: {wrong} {fix}", file=sys.stderr)
 
 
 def _check_analyses(plan: Plan) -> None:
@@ -357,6 +367,7 @@ def _submit_study(arguments: argparse.Namespace) -> int:
     plan = plan_study(located(arguments.config), parent, arguments.overrides)
     _check_analyses(plan)
     _warn_of_unused(plan)
+    _warn_of_statistics(plan)
     directory = ["--directory", str(parent)] if parent else []
     sweep = ["dist-train", "sweep", str(arguments.config), *arguments.overrides, *directory]
     left = numbers_left(plan.runs, plan.unasked)

@@ -347,6 +347,19 @@ def test_settings_without_effect_are_named_with_their_variant(
 
 
 @pytest.mark.parametrize(
+    ("settings", "is_said"),
+    [({}, True), ({"model.norm_statistics": "recomputed"}, False), ({"model.norm": "group"}, False)],
+)
+def test_norm_statistics_that_differ_between_variants_are_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: dict[str, str], is_said: bool
+) -> None:
+    study = str(write_study(tmp_path, settings=settings))
+    for command in (["sweep", study, "--list"], ["submit", study, "--study", "--dry-run"]):
+        assert main(command) == 0
+        assert ("set model.norm_statistics for all" in capsys.readouterr().err) == is_said
+
+
+@pytest.mark.parametrize(
     "value", [1e-05, 0.1, 3, True, None, "cosine", "true", "1e-4", "2020-01-01", "...", [1, "a, b"], {"a": "#"}]
 )
 def test_an_override_is_read_back_as_it_was(value: object) -> None:
