@@ -21,6 +21,7 @@ NO_KNOBS = {
     r"OMPI_MCA_.*": "Open MPI's settings: where one is set, it is kept",
     r"NCCL_SOCKET_IFNAME": "NCCL's setting: where it is set, it is kept over NETWORK_INTERFACE",
     r"NVIDIA_VISIBLE_DEVICES": "the container runtime's setting: where it is set, it is kept",
+    r"PYTHONPATH": "Python's setting: the project goes before it",
     r"MASTER_ADDR": "torch's name for where the ranks meet: where it is set, it is kept",
 }
 """Names that scripts read, but that are not theirs to explain, and why."""
