@@ -31,7 +31,7 @@ note_gentle_stop_request() {
 trap note_stop_request TERM INT
 trap note_gentle_stop_request USR1 USR2 HUP
 
-# What cannot be printed, on a full disk or after the end of tee, must not end the script.
+# What cannot be printed, on a full disk, to a closed terminal or after the end of tee, must not end the script.
 say() {
     (printf '%s: %s\n' "$(basename "$0")" "$*" >&2) || true
 }

@@ -7,6 +7,7 @@ import pty
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -187,8 +188,20 @@ def test_a_request_to_stop_during_the_set_up_is_followed(script: tuple[str, ...]
     assert "landscape" not in (tmp_path / "calls").read_text()
 
 
-@pytest.mark.parametrize("is_full", [True, False], ids=["full disk", "no reader"])
-def test_output_that_cannot_be_written_ends_neither_script_nor_ranks(is_full: bool, tmp_path: Path) -> None:
+def other_end(pair: tuple[int, int]) -> int:
+    """Close one end of a pipe or a terminal, and return the other one."""
+    os.close(pair[0])
+    return pair[1]
+
+
+@pytest.mark.parametrize(
+    "open_output",
+    [lambda: os.open("/dev/full", os.O_WRONLY), lambda: other_end(os.pipe()), lambda: other_end(pty.openpty())],
+    ids=["full disk", "end of tee", "closed terminal"],
+)
+def test_output_that_cannot_be_written_ends_neither_script_nor_ranks(
+    open_output: Callable[[], int], tmp_path: Path
+) -> None:
     lines = f"for each in 1 2 3; do echo $each; echo $each >&2; sleep 0.1; done; echo written >{tmp_path}/out"
     command = f"""
         . launch/common.sh
@@ -198,10 +211,7 @@ def test_output_that_cannot_be_written_ends_neither_script_nor_ranks(is_full: bo
         echo "$launcher_status" >>{tmp_path}/out
     """
     words, environment = ["bash", "-euo", "pipefail", "-c", command], with_programs(tmp_path, lines)
-    reader, writer = os.pipe()
-    os.close(reader)  # as of tee, at a Ctrl-C
-    with open("/dev/full", "w") as full, os.fdopen(writer, "w") as pipe:
-        output = full if is_full else pipe
+    with os.fdopen(open_output(), "w") as output:
         subprocess.run(words, cwd=ROOT, env=environment, stdout=output, stderr=output, timeout=PATIENCE)
     assert (tmp_path / "out").read_text() == "written\n0\n"
 
