@@ -9,7 +9,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -260,7 +260,8 @@ def _best(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ...
 def _say(text: str) -> None:
     from datetime import datetime
 
-    print(f"{datetime.now():%H:%M:%S}  {escaped(text)}", flush=True)
+    with suppress(OSError):  # a full disk, or the end of tee at a Ctrl-C, is no reason to end the sweep
+        print(f"{datetime.now():%H:%M:%S}  {escaped(text)}", flush=True)
 
 
 def _add_submit(subparsers: Subparsers) -> None:

@@ -69,6 +69,15 @@ def test_stopped_sweep_saves_its_runs_and_the_same_command_continues(tmp_path: P
         assert [record["step"] for record in records if record.get("event") == "resumed"] == [step]
 
 
+def test_sweep_trains_though_the_disk_of_its_output_is_full(tmp_path: Path) -> None:
+    study = write_study(tmp_path, settings={"run.max_steps": 2}, seeds=[0])
+    command = [sys.executable, "-m", "dist_train", "sweep", str(study), "--jobs", "2"]
+    with open("/dev/full", "w") as full:
+        subprocess.run(command, env=environment(PYTHONUNBUFFERED=""), stdout=full, stderr=full, timeout=PATIENCE)
+    ends = [read_status(tmp_path / "runs/small" / f"{variant}-seed-0/status.json") for variant in ("plain", "noisy")]
+    assert [end.state for end in ends if end] == ["finished", "finished"]
+
+
 def test_sweep_learns_how_runs_end_where_sigchld_is_ignored() -> None:
     before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     try:
