@@ -747,7 +747,7 @@ decide_what_follows() {
     local messages
     # Linux limits an argument to 128 KiB.
     messages=$(tail -n 100 "$error_log" 2>/dev/null | cut -b 1-1000) || messages=
-    # The exit status is not 75 then, by which a site may requeue.
+    # The exit status of a run that is given up is not 75, by which a site may requeue.
     verdict=$("${dist_train[@]}" requeue "$run_directory" --launch "$launch_id" --code "${launcher_status:-0}" \
         --limit "${MAX_REQUEUES:-3}" --restarts "$1" "--messages=$messages") || exit
 }

@@ -327,7 +327,7 @@ def _add_requeue(subparsers: Subparsers) -> None:
         "Prints restart (within the job) or requeue, with exit code 0. Otherwise it prints nothing: the run has "
         "finished, would fail again (bad configuration, refused by the launcher, diverged, ranks disagree), or has "
         "used up its requeues without progress: then its status.json says failed, and the reason. The exit code is "
-        "then that of the job: 1, or 2 if the request can never succeed.",
+        "then that of the job: 1; 2 if the request can never succeed; 75 if it has saved and stopped, and N is 0.",
     )
     parser.add_argument("run_directory", type=Path, metavar="RUN", help="a run directory")
     parser.add_argument(

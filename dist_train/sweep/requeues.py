@@ -98,6 +98,8 @@ def decide(run: Path, limit: int, launch: EndedLaunch = EndedLaunch(), restarts:
         return Decision("end", "the run has finished", ExitCode.FAULT)
     if status is not None and status.exit_code in _UNRECOVERABLE:
         return Decision("end", f"the run would end the same way again: {status.reason}", ExitCode.FAULT)
+    if limit == 0 and status is not None and status.exit_code == ExitCode.STOPPED:
+        return Decision("end", reason, ExitCode.STOPPED)
     if not _has_room(files):
         why = f"{reason}; not started again, since the disk of {run} is full: free space, and submit it again"
         return _give_up(files, status, why, ExitCode.FAULT)

@@ -106,6 +106,14 @@ def test_without_requeues_the_reason_is_the_fault_itself_and_names_the_rank_that
     assert (status.state, status.reason) == ("failed", f"it died in state running at step 7: {death}")
 
 
+def test_without_requeues_a_run_that_has_saved_and_stopped_has_not_failed(run: Path) -> None:
+    end(run, ExitCode.STOPPED)
+    before = (run / "status.json").read_text()
+    decision = decide(run, limit=0)
+    assert (decision.action, decision.code) == ("end", ExitCode.STOPPED)
+    assert (run / "status.json").read_text() == before
+
+
 def test_the_outcome_of_an_earlier_launch_does_not_count(run: Path) -> None:
     end(run, ExitCode.DIVERGED, launch="one")
     assert decide(run, limit=3, launch=EndedLaunch("two")).action == "requeue"
