@@ -780,6 +780,7 @@ exit_if_slurm_ends_job() {
 }
 
 requeue_job() {
+    [[ ${MAX_REQUEUES:-} != 0 ]] || exit "$stopped_status"
     exit_if_slurm_ends_job "$stopped_status"
     if scontrol requeue "$job"; then
         say "requeued"
