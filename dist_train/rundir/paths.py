@@ -311,7 +311,7 @@ def oserror_to_fault(directory: RunDirectory) -> Iterator[None]:
 
 
 _UNUSABLE = frozenset(
-    {errno.EACCES, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EPERM, errno.EROFS}
+    {errno.EACCES, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EPERM, errno.EROFS}
 )
 
 
@@ -437,13 +437,22 @@ class LockRequest:
             _logger.warning("waiting up to %g s for the lock of %s, held by %s", self.lease, root, name)
 
 
+def is_locked(path: Path) -> bool | None:
+    """Whether a process holds the lock at `path`; None without such a file or on a file system without locks."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    return False
+
+
 def read_holder(path: Path) -> Holder | None:
     """Return the holder of the lock at `path`; None if nobody holds it, or the holder is unknown."""
     with suppress(OSError), path.open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return _read_holder(file.fileno())
+        return _read_holder(file.fileno()) if is_locked(path) else None
     return None
 
 

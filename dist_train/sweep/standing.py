@@ -19,7 +19,7 @@ from dist_train.config.loading import read_mapping
 from dist_train.config.plugins import with_places_of
 from dist_train.monitoring import wording
 from dist_train.outcome import ExitCode, UsageError, escaped, writing
-from dist_train.rundir.paths import RunDirectory
+from dist_train.rundir.paths import RunDirectory, is_locked
 from dist_train.rundir.records import EvaluationRecord, read_last_records
 from dist_train.rundir.status import read_status
 from dist_train.sweep.planned_runs import Plan, PlannedRun, optuna_trials, plan_study, write_plan
@@ -73,6 +73,8 @@ def _standing(run: PlannedRun, summary: RunSummary | None, states: Mapping[str, 
     state, note, waits = _beside_job(summary, states)
     done = summary.step / summary.total_steps if summary.step is not None and summary.total_steps else None
     tested = _last_evaluation(run, "test")
+    if state in ALIVE and _was_killed(run):  # tables wait for a rank that takes over; the next launch does not
+        state, note = "lost", "its process is gone; start it again to resume"
     standing = Standing(run, state, note, "busy" if waits else "start", done, tested.accuracy if tested else None)
     if state in ALIVE:
         return replace(standing, then="busy", note=note or "another process is running it")
@@ -151,6 +153,12 @@ def _settings_at_start(run: PlannedRun) -> Config:
     given = run.config.model_dump(mode="json")
     settings = {**read_mapping(run.files.config), "metrics": given["metrics"]}  # which may change
     return parse_config(with_places_of(settings, given, Config), source=str(run.files.config))
+
+
+def _was_killed(run: PlannedRun) -> bool:
+    """Whether the process of an active run of this host is gone, also one of a container's: nobody holds its lock."""
+    status = read_status(run.files.status)
+    return status is not None and status.host == socket.gethostname() and is_locked(run.files.lock) is False
 
 
 def _patience(config: Config) -> float:

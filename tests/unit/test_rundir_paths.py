@@ -115,6 +115,11 @@ def test_a_folder_that_cannot_be_made_is_one_clear_error(tmp_path: Path, blocked
         RunDirectory(tmp_path / "run").create()
 
 
+def test_a_folder_where_none_can_be_made_is_the_user_s_mistake() -> None:
+    with raises(UsageError, "run-directory-unwritable"):
+        RunDirectory(Path("/proc/runs/run")).create()
+
+
 @pytest.mark.parametrize("number", [errno.EDQUOT, errno.EIO, errno.ENOSPC, errno.ESTALE])
 def test_a_disk_that_fails_at_the_start_is_no_mistake_of_the_user(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +14,7 @@ import yaml
 from rich.console import Console
 
 from dist_train.outcome import ExitCode
+from dist_train.rundir.processes import pid_namespace
 from dist_train.rundir.status import State, StatusFile
 from dist_train.sweep.planned_runs import PlannedRun, plan_study
 from dist_train.sweep.standing import Standing, render, standing_of, standings_of
@@ -64,6 +66,20 @@ def test_a_run_is_judged_beside_its_job(
     monkeypatch.setenv("SLURM_JOB_ID", ours)
     standing = standing_of(run)
     assert (standing.state, standing.then) == expected
+
+
+@pytest.mark.parametrize("namespace", [pid_namespace(), "pid:[1]"], ids=["killed", "in a container that is gone"])
+def test_a_run_that_was_killed_is_started_at_once(tmp_path: Path, namespace: str) -> None:
+    run = small_plan(tmp_path).runs[0]
+    run.files.create()
+    run.files.save_config(run.config)
+    status = StatusFile(run.files.status, 1)
+    status.change("running")
+    run.files.status.write_text(replace(status.current, pid=2**22 + 1, pid_namespace=namespace).to_json())
+    with run.files.lock.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert standing_of(run).then == "busy"
+    assert (standing_of(run).state, standing_of(run).then) == ("lost", "start")
 
 
 def test_a_diverged_run_does_not_wait_for_its_job(
