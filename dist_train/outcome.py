@@ -157,6 +157,15 @@ def escaped(text: str) -> str:
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
+_LONGEST_REASON = 500  # characters; an error of a compiler may have 100,000
+
+
+def shortened(reason: str) -> str:
+    """Return `reason` as one line that is not too long for `status.json` and messages."""
+    line = " ".join(reason.split())
+    return line if len(line) <= _LONGEST_REASON else f"{line[:_LONGEST_REASON]}... (see the log)"
+
+
 def printable(message: str) -> str:
     """Return `message` with its lines escaped, and names, passwords and queries in URLs masked."""
     masked = _QUERY.sub(r"\1***", _LOGIN.sub("***", message))

@@ -40,7 +40,7 @@ from dist_train.cluster.torch_engine import (
     nccl_options,
     sum_options,
 )
-from dist_train.outcome import say_on_stderr
+from dist_train.outcome import say_on_stderr, shortened
 
 _POLL_INTERVAL = timedelta(milliseconds=100)  # between checks of a waiting operation, of ms each
 _STORE_TIMEOUT = timedelta(seconds=60)
@@ -133,7 +133,7 @@ class ElasticCommunicator(TorchOperations):
 
     def close(self, error: BaseException | None = None) -> None:
         """Leave; the others continue without this rank if the `error` is its own."""
-        self._member.leave("" if error is None else " ".join(f"failed: {error}".split()))
+        self._member.leave("" if error is None else f"failed: {shortened(str(error) or type(error).__name__)}")
         self._abort_device_group()
         if self._device_group is not None:
             self._device_group.await_end(_CLOSE_SECONDS)

@@ -39,6 +39,7 @@ from dist_train.outcome import (
     StoppedError,
     UsageError,
     exit_code_of,
+    shortened,
 )
 from dist_train.rundir.paths import RunDirectory, RunLock, check_of_run
 from dist_train.rundir.records import JsonLines, Observer, Outcome, RunFacts
@@ -51,7 +52,6 @@ if TYPE_CHECKING:
 _logger = logging.getLogger("dist_train.training")
 
 _GIT_SECONDS = 5.0
-_LONGEST_REASON = 500  # characters in `status.json`; an error of a compiler may have 100,000
 
 
 @dataclass(eq=False)
@@ -279,8 +279,7 @@ class Session:
         if not isinstance(error, StoppedError | PeerFailedError):
             is_bug = error.code == "plugin-failed" if isinstance(error, CodedError) else not is_exit
             _logger.info("%s", reason, exc_info=error if is_bug else None)
-        if len(reason) > _LONGEST_REASON:
-            reason = f"{reason[:_LONGEST_REASON]}... (see the log)"
+        reason = shortened(reason)
         code = exit_code_of(error)
         if self.status is None and not is_recorded and self._ends_launch_alone(error):
             self._record_fault(code, reason)

@@ -21,7 +21,7 @@ from typing import Annotated, Literal, TypedDict, Unpack
 
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
-from dist_train.outcome import ExitCode
+from dist_train.outcome import ExitCode, shortened
 from dist_train.rundir import atomic
 from dist_train.rundir.atomic import RewrittenFile, json_text, read_regular
 from dist_train.rundir.paths import BrokenFileError, RunDirectory, check_of_run
@@ -217,7 +217,7 @@ def record_lost(path: Path, launch: str, reason: str) -> None:
     status = read_status(path)
     if status is None or status.launch != launch or status.exit_code is not None:
         return
-    text = status.ended("failed", ExitCode.FAULT, reason).to_json()
+    text = status.ended("failed", ExitCode.FAULT, shortened(reason)).to_json()
     with suppress(OSError):  # the old status stays
         RunDirectory(path.parent).spend_reserve(lambda: atomic.swap_text(path, text))
 

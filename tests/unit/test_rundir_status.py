@@ -60,10 +60,11 @@ def test_lost_launch_is_recorded_unless_it_recorded_its_end_itself(path: Path, m
     file.change("running", step=4)
     record_lost(path, "another", "no rank is left")
     assert read_status(path) == file.current
-    record_lost(path, "abc", "no rank is left")
+    record_lost(path, "abc", f"no rank is left: {'x' * 100_000}")
     status = read_status(path)
     assert status is not None
-    assert (status.state, status.exit_code, status.reason, status.step) == ("failed", 1, "no rank is left", 4)
+    assert (status.state, status.exit_code, status.reason[:15], status.step) == ("failed", 1, "no rank is left", 4)
+    assert len(status.reason) < 600
     assert (status.finished is not None, status.metrics) == (True, "")
     file.end("stopped", ExitCode.STOPPED, "")
     record_lost(path, "abc", "no rank is left")
