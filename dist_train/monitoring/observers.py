@@ -281,7 +281,8 @@ class Wandb(Tracker):
         import wandb
 
         # Without a limit (in seconds) `finish` waits for a server that is away, and so does the job that is to end.
-        os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")
+        is_free = "finish_timeout" in wandb.Settings.model_fields and "WANDB_FINISH_TIMEOUT" not in os.environ
+        limit = {"finish_timeout": 60.0} if is_free else {}
         self._run = wandb.init(
             project=self._options.project,
             entity=self._options.entity,
@@ -290,7 +291,7 @@ class Wandb(Tracker):
             name=facts.name,
             group=f"{facts.name}-{facts.run_id}",
             config={"run_id": facts.run_id, "start_step": facts.start_step, **settings},
-            settings=wandb.Settings(console="off", silent=True),
+            settings=wandb.Settings(console="off", silent=True, **limit),
         )
         if self._options.mode == "online":
             _logger.info("logged to %s", self._run.url)
@@ -332,6 +333,7 @@ class Mlflow(Tracker):
         self._experiment = options.experiment
         self._uri = options.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
         self._client: Any = None
+        self._limited: list[str] = []  # variables that this logger has set
         self._waiting: list[Any] = []
         self._flushed = time.monotonic()
         self._lock = Lock()
@@ -354,8 +356,8 @@ class Mlflow(Tracker):
         from filelock import FileLock
         from mlflow import MlflowClient
 
-        for name, limit in _LIMITS.items():
-            os.environ.setdefault(name, limit)
+        self._limited = [name for name in _LIMITS if name not in os.environ]
+        os.environ.update({name: _LIMITS[name] for name in self._limited})
         file = self._uri.removeprefix("sqlite:///")
         with FileLock(f"{file}.lock") if file != self._uri else nullcontext():
             client = MlflowClient(tracking_uri=self._uri)
@@ -379,6 +381,10 @@ class Mlflow(Tracker):
 
     def end(self, outcome: Outcome) -> None:
         """Write the waiting numbers and set the run's final status."""
-        if self._run is not None:
-            self.sync()
-            self._client.set_terminated(self._run, status=_STATES.get(outcome.state, "FAILED"))
+        try:
+            if self._run is not None:
+                self.sync()
+                self._client.set_terminated(self._run, status=_STATES.get(outcome.state, "FAILED"))
+        finally:
+            for name in self._limited:  # what the user logs next, in a notebook, has MLflow's own
+                os.environ.pop(name, None)

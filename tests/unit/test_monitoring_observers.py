@@ -9,6 +9,7 @@ from threading import Thread
 from types import SimpleNamespace
 
 import pytest
+from pydantic import BaseModel
 
 from dist_train.api import evaluate
 from dist_train.config.sections import CommSettings
@@ -70,22 +71,27 @@ def test_a_call_to_an_mlflow_server_that_is_away_fails_before_the_other_ranks_gi
     monkeypatch.setitem(sys.modules, "mlflow.entities", entities)
     monkeypatch.setattr(os, "environ", {})
     (tmp_path / "config.yaml").write_text("{}")
+    logger = Mlflow(tmp_path, MlflowOptions(tracking_uri="http://away"))
     with pytest.raises(TimeoutError) as given_up:
-        Mlflow(tmp_path, MlflowOptions(tracking_uri="http://away")).begin(replace(FACTS, run_directory=tmp_path))
+        logger.begin(replace(FACTS, run_directory=tmp_path))
     assert given_up.value.args[0] < CommSettings().timeout
+    logger.end(OUTCOME)
+    assert os.environ == {}
 
 
 def test_the_end_of_a_run_waits_a_minute_for_a_wandb_server_that_is_away(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    limits: list[str | None] = []
-    wandb = SimpleNamespace(
-        init=lambda **_: limits.append(os.environ.get("WANDB_FINISH_TIMEOUT")), Settings=SimpleNamespace
-    )
+    class Settings(BaseModel, extra="allow"):
+        finish_timeout: float | None = None  # as wandb's
+
+    limits: list[float | None] = []
+    wandb = SimpleNamespace(init=lambda settings, **_: limits.append(settings.finish_timeout), Settings=Settings)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    monkeypatch.setattr(os, "environ", {})
-    Wandb(tmp_path, WandbOptions()).open(FACTS, {})
-    assert limits == ["60"]
+    for environment in ({}, {"WANDB_FINISH_TIMEOUT": "600"}):
+        monkeypatch.setattr(os, "environ", environment)
+        Wandb(tmp_path, WandbOptions()).open(FACTS, {})
+    assert limits == [60.0, None]
 
 
 def test_an_observer_that_raises_is_reported_once_and_dropped_and_the_others_go_on(
