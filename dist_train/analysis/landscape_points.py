@@ -307,6 +307,7 @@ def place_in(other: Stored, subject: Subject) -> Place:
     places = subject.config.model_dump(mode="json")  # where plug-ins are by now
     contents = replace(other.contents, config=with_places_of(other.contents.config, places, Config))
     config = stored_config(contents, [])
+    warn_of_edited_plugins(other.contents, config)  # a file of the same name may hold another network
     ours = {name: tensor.shape for name, tensor in subject.model.state_dict().items()}
     theirs = {name: tensor.shape for name, tensor in other.contents.model.items()}
     if ours != theirs or config.model.name != subject.config.model.name:
