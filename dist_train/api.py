@@ -113,7 +113,7 @@ class Run:
 
         Every rank of a launch calls it, and gets the same result.
         """
-        return evaluate_stored(self.directory.root, split, overrides or self.overrides, weights)
+        return evaluate_stored(self.directory.root, split, (*self.overrides, *overrides), weights)
 
     @restoring_torch()
     def normalization(self) -> ChannelStatistics | None:
@@ -146,7 +146,7 @@ def load_run(path: Path | str, overrides: Sequence[str] = ()) -> Run:
     directory = RunDirectory(in_utf8(run_folder(Path(path), code="target-missing")))
     if not directory.config.is_file():
         raise UsageError(f"{path}: there is no such run", code="target-missing")
-    return Run(directory, overrides)
+    return Run(directory, tuple(overrides))
 
 
 def evaluate(
