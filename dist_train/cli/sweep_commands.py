@@ -121,8 +121,8 @@ def _warn_of_statistics(plan: Plan) -> None:
     """Warn if the norms' statistics are recomputed in some runs alone: that changes results, most of all short ones."""
     kinds = {run.config.recomputes_statistics for run in plan.runs if run.config.model.norm not in ("group", "none")}
     if len(kinds) > 1:
-        wrong = "the norms' statistics are running averages in some variants and recomputed in others, so that results"
-        fix = "differ by that, too: set model.norm_statistics for all"
+        wrong = "the norms' statistics are running averages in some variants, recomputed in others, so that results of"
+        fix = "models with norms differ by that, too: set model.norm_statistics for all"
         print(f"dist-train: warning: {wrong} {fix}", file=sys.stderr)
 
 

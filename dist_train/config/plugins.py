@@ -394,7 +394,7 @@ def by_content(files: Mapping[str, str]) -> dict[tuple[str, str], str]:
 
 def check_unedited(settings: Mapping[str, Any]) -> None:
     """Raise UsageError if the file of a plug-in in complete `settings` was edited since: loaders would import that."""
-    folders = {os.path.dirname(place) for place in _modules_of(settings) if place.endswith(".py")}
+    folders = {os.path.dirname(os.path.abspath(place)) for place in _modules_of(settings) if place.endswith(".py")}
     for folder, file in edited_files():
         if folder in folders:
             raise UsageError(f"{file} was edited after load_config: call load_config again", code="plugin-edited")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset
+from torch.utils.data import Dataset
 
 from dist_train.config import DataSettings
 from dist_train.config.plugins import call_plugin, failing_clearly, is_plugin
@@ -72,7 +72,7 @@ def _plugin(settings: DataSettings, split: Split, seed: int) -> ImageSet | MapDa
         images: ImageSet | MapDataset = call_plugin(settings.name, settings.options, object, settings, split, seed)
     if not isinstance(images, ImageSet):
         has_both = hasattr(images, "__len__") and hasattr(images, "__getitem__")
-        if has_both and not isinstance(images, IterableDataset):  # whose __getitem__, torch's, raises
+        if has_both and getattr(type(images), "__getitem__", None) is not Dataset.__getitem__:  # torch's, which raises
             with failing_clearly(settings.name):
                 len(images)
             return images

@@ -168,8 +168,8 @@ def _notices(subject: Subject, panels: Sequence[Panel]) -> Iterator[str]:
     if mixes_statistics(counted):
         yield (
             "The norms' statistics are running averages in some runs, recomputed in others (by default those with "
-            "noise). With few updates this alone changes accuracies and losses, and sharpness changes unless it was "
-            "measured with --statistics recomputed or batch. Set model.norm_statistics."
+            "noise). In models with norms this alone changes accuracies and losses after few updates, and sharpness "
+            "unless it was measured with --statistics recomputed or batch. Set model.norm_statistics."
         )
 
 
