@@ -114,7 +114,7 @@ def _warn_of_unused(plan: Plan) -> None:
         for family, sentence in dict.fromkeys(found):
             is_own = any(f"{each}.".startswith(f"{path}.") for each in given[family] - shared)
             if is_own or len(found) == len(plan.runs):
-                print(f"dist-train: warning: variant {family}: {sentence}", file=sys.stderr)
+                say_on_stderr(f"dist-train: warning: variant {family}: {sentence}")
 
 
 def _warn_of_statistics(plan: Plan) -> None:
@@ -123,7 +123,7 @@ def _warn_of_statistics(plan: Plan) -> None:
     if len(kinds) > 1:
         wrong = "the norms' statistics are running averages in some variants, recomputed in others, so that results of"
         fix = "models with norms differ by that, too: set model.norm_statistics for all"
-        print(f"dist-train: warning: {wrong} {fix}", file=sys.stderr)
+        say_on_stderr(f"dist-train: warning: {wrong} {fix}")
 
 
 def _check_analyses(plan: Plan) -> None:
