@@ -27,8 +27,8 @@ def installed_version(package: str) -> str:
 def recovers_on_gpus(torch_version: str) -> bool:
     """Whether a run on GPUs can continue without a lost rank with this version of torch.
 
-    That needs non-blocking NCCL groups. Torch cannot connect them before 2.6. Before 2.10, its threads call NCCL for
-    the same group at the same time, which may hang (pytorch#169484).
+    That needs non-blocking NCCL groups. Before torch 2.10, its threads call NCCL for the same group at the same time,
+    which may hang (pytorch#169484).
     """
     return tuple(map(int, re.findall(r"\d+", torch_version)[:2])) >= (2, 10)
 

@@ -290,5 +290,4 @@ def nccl_options(timeout: timedelta) -> Any:
 
 def abort_nccl(group: Any) -> None:
     """Abort the group and its kernels, whatever they wait for; may raise RuntimeError, or take long."""
-    # Up to torch 2.5 `abort` has another name; since 2.6 `shutdown` waits for operations in flight.
-    (group.abort if hasattr(group, "abort") else group._shutdown)()
+    group.abort()  # `shutdown` waits for operations in flight

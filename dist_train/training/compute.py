@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -188,12 +187,7 @@ def compiled(network: nn.Module, sizes: int) -> nn.Module:
     """
     from torch._dynamo import config
 
-    # Beyond these limits torch compiles no more. Before torch 2.6 they have the second name.
-    for names in (
-        ("recompile_limit", "cache_size_limit"),
-        ("accumulated_recompile_limit", "accumulated_cache_size_limit"),
-    ):
-        name = next(filter(partial(hasattr, config), names))
+    for name in ("recompile_limit", "accumulated_recompile_limit"):  # beyond these torch compiles no more
         setattr(config, name, max(getattr(config, name), _GRAPHS_OF_A_SIZE * sizes))
     options = _untimed_kernels() if torch.are_deterministic_algorithms_enabled() else None
     return cast(nn.Module, torch.compile(network, dynamic=False, options=options))
