@@ -35,7 +35,6 @@ from dist_train.cluster.torch_engine import (
     DEVICE_POLL_SECONDS,
     StoreCounters,
     TorchOperations,
-    abort_nccl,
     gloo_options,
     nccl_options,
     sum_options,
@@ -273,7 +272,7 @@ class DeviceGroup:
             if not is_late:
                 self._group = made.pop()
         if is_late:
-            abort_nccl(made.pop())
+            made.pop().abort()
             raise RuntimeError("the group was aborted while it was made")
         # What training in an earlier generation has left in torch's cache, NCCL cannot use.
         torch.cuda.empty_cache()
@@ -308,7 +307,7 @@ class DeviceGroup:
 
         def end() -> None:
             with suppress(RuntimeError):  # it was broken already
-                abort_nccl(aborted[0])
+                aborted[0].abort()  # with its kernels; `shutdown` would wait for operations in flight
             self._is_aborted.set()
             # Not before: the group's end joins torch's watchdog, which sleeps a minute or more if it saw NCCL fail.
             aborted.clear()

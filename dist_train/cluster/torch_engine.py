@@ -175,7 +175,7 @@ class TorchCommunicator(TorchOperations):
 
     def close(self, error: BaseException | None = None) -> None:
         if self._device is not None:
-            abort_nccl(self._device)
+            self._device.abort()
             self._device = None
         if error is None:
             # Joins Gloo's threads. One that releases a tensor while the interpreter is taken down aborts the process.
@@ -286,8 +286,3 @@ def nccl_options(timeout: timedelta) -> Any:
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timeout
     return options
-
-
-def abort_nccl(group: Any) -> None:
-    """Abort the group and its kernels, whatever they wait for; may raise RuntimeError, or take long."""
-    group.abort()  # `shutdown` waits for operations in flight

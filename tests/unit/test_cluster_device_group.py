@@ -15,7 +15,6 @@ from torch._subclasses import FakeTensorMode
 from dist_train.cluster.communicator import GroupBrokenError
 from dist_train.cluster.devices import FIRST_SUMS
 from dist_train.cluster.elastic import DeviceGroup, ElasticCommunicator, _Work
-from dist_train.cluster.torch_engine import abort_nccl
 from tests.waiting import PATIENCE, wait_for
 
 CPU = torch.device("cpu")
@@ -223,16 +222,3 @@ def test_tensors_of_gpus_are_summed_by_nccl_and_those_of_the_host_by_gloo() -> N
     with FakeTensorMode():
         assert comm._is_on_device(torch.empty(1, device="cuda"))
         assert not comm._is_on_device(torch.empty(1))
-
-
-def test_the_abort_of_older_torch_is_found() -> None:
-    class Older:
-        ended = 0
-
-        def _shutdown(self) -> None:
-            self.ended += 1
-
-    older, newer = Older(), Group()
-    abort_nccl(older)
-    abort_nccl(newer)
-    assert (older.ended, newer.aborted) == (1, 1)
