@@ -82,7 +82,10 @@ class Pending:
         """Return once the tensor holds the result; raise RankLostError if a rank is lost meanwhile."""
 
     def wait_on_host(self) -> None:
-        """Do the same before the host reads the result: for a GPU's it would wait for ever if a rank does not come."""
+        """Wait as `wait` does, before the host reads the result.
+
+        For a tensor on a GPU `wait` lets only the GPU's stream wait, and reading would hang if a rank does not come.
+        """
         self.wait()
 
 

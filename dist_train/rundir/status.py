@@ -66,7 +66,7 @@ class Status:
 
     @property
     def is_here(self) -> bool:
-        """Whether `pid` names the same process to this one."""
+        """Whether `pid` is a number in the PID namespace of this process, on this host."""
         return self.host == socket.gethostname() and self.pid_namespace in ("", pid_namespace())
 
     def ended(self, state: State, code: ExitCode, reason: str) -> Status:
@@ -206,8 +206,13 @@ def read_status(path: Path) -> Status | None:
 def runs_with_result(folder: Path) -> tuple[str, ...]:
     """Return the names of the runs in `folder` that have finished or diverged, in order."""
     statuses = ((path.parent.name, read_status(path)) for path in folder.glob(f"*/{RunDirectory(folder).status.name}"))
-    ended = [(name, status) for name, status in statuses if status is not None]
-    return tuple(sorted(name for name, it in ended if it.state == "finished" or it.exit_code == ExitCode.DIVERGED))
+    return tuple(
+        sorted(
+            name
+            for name, status in statuses
+            if status is not None and (status.state == "finished" or status.exit_code == ExitCode.DIVERGED)
+        )
+    )
 
 
 def record_lost(path: Path, launch: str, reason: str) -> None:
