@@ -42,13 +42,16 @@ ALERTS = {"failed": "DistTrainFailed", "killed": "DistTrainFailed", "hung": "Dis
 """The expected alerts by outcome; the other outcomes are never reported."""
 DELAYS = {"failed": 0.0, "killed": 30.0, "hung": 120.0 + 60.0}
 """Own delays of the rules, in seconds: the time until a run counts as killed, or as stalled, and `for`."""
-FEW_SCRAPES = 2
-"""Scrape intervals: one until the scrape that shows the end, and one until the rules are evaluated."""
+FEW_SCRAPES = {"failed": 2, "killed": 3, "hung": 2}
+"""Scrape intervals: one until the scrape that shows the end, and one until the rules are evaluated; for a killed run,
+whose exporter does not say so, one more until the changed target file is read."""
 MOST_SCRAPES = 4
 """On a busy machine: one more until a scrape is answered, and one until a changed target file is read."""
 GONE_SECONDS = 120.0
 """The longest `for` of the rules about the end of runs."""
 LIFETIMES = (2.0, 40.0)
+MOST_AT_WORK = 12
+"""So many runs leave two cores time for Prometheus, whose delays are measured."""
 
 
 @dataclass
@@ -151,7 +154,8 @@ def test_failed_runs_are_reported_in_time_and_others_never(scrape: int, count: i
         with servers(tmp_path, targets, scrape, count) as started:
             while not last or time.time() < last + max(GONE_SECONDS, *DELAYS.values()) + 2 * scrape + 30:
                 started_at = time.time()
-                if len(watched) < len(kinds):
+                at_work = sum(not run.happened for run in watched)
+                if len(watched) < len(kinds) and at_work < MOST_AT_WORK:
                     number = len(watched)
                     watched.append(start_run(runs, tmp_path / f"{kinds[number]}{number}", targets, kinds[number]))
                 for run in watched:
@@ -183,14 +187,16 @@ def check(watched: list[MonitoredRun], scrape: int, count: int) -> None:
         if set(run.reported) != expected:
             wrong.append((run.folder.name, run.reported))
     intervals: Counter[int] = Counter()
+    few = 0
     for kind in dict.fromkeys(run.kind for run in watched):
         runs = [run for run in watched if run.kind == kind]
         seconds = [delay for run in runs for delay in run.delays()]
         spread = f"{min(seconds):.1f} / {median(seconds):.1f} / {max(seconds):.1f} s" if seconds else "-"
         counts = Counter(max(0, math.ceil(delay / scrape)) for delay in seconds)
         intervals += counts
+        few += sum(times for scrapes, times in counts.items() if scrapes <= FEW_SCRAPES.get(kind, 0))
         in_scrapes = ", ".join(f"{times} in {scrapes}" for scrapes, times in sorted(counts.items())) or "-"
         print(f"| {scrape} s | {count} | {kind} | {len(runs)} | {len(seconds)} | {in_scrapes} | {spread} |")
     assert not wrong
     assert max(intervals) <= MOST_SCRAPES
-    assert sum(times for scrapes, times in intervals.items() if scrapes <= FEW_SCRAPES) >= 0.9 * intervals.total()
+    assert few >= 0.9 * intervals.total()
