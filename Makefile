@@ -1,6 +1,9 @@
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-cluster test-containers test-lengthy test-cuda-build test-unit test-hermetic lint study-smoke bench gpu dashboards docs torture clean
 
+# Where it is set, as in many containers, each of the hundreds of processes that the tests start compiles the package anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 python := .venv/bin/python
 code := $(wildcard dist_train tests benchmarks docker/grafana/dashboard_generator)
 
