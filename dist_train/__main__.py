@@ -45,8 +45,4 @@ def _has_group_of_torch() -> bool:
 
 
 if __name__ == "__main__":
-    if getattr(sys.modules.get("dist_train"), "__file__", None) is None:
-        # In a folder that holds a folder of this name, as above a clone, python -m has taken that one for the package.
-        sys.modules.pop("dist_train", None)
-        sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     raise SystemExit(run())
