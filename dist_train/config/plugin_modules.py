@@ -163,7 +163,10 @@ def forget_edited() -> None:
     folders = {folder for folder, _ in edited_files()}
     forgotten = {name.partition(".")[0] for name, module in _noted() if vars(module)[_FOLDER] in folders}
     for name in [each for each in sys.modules if each.partition(".")[0] in forgotten]:
-        del sys.modules[name]
+        spec = sys.modules.pop(name).__spec__
+        with suppress(OSError):
+            # Python takes it for that of the edited file if that has the same size, and was edited within a second.
+            os.unlink((spec and spec.cached) or "")
 
 
 def edited_files() -> Iterator[tuple[str, Path]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -188,13 +190,18 @@ class TestEdits:
         digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
         assert status["environment"][f"plug-in {tmp_path.name}/mine.py"] == digest
 
-    def test_modules_beside_are_recorded_imported_anew_and_refused_likewise(self, tmp_path: Path) -> None:
+    def test_modules_beside_are_recorded_imported_anew_and_refused_likewise(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(sys, "dont_write_bytecode", False)
         helper = write(tmp_path / "folder_edited" / "helper_edited.py", "width = 1\n")
         source = "from folder_edited import helper_edited\ndef net(images, width, norm): return helper_edited.width\n"
         name = f"{write(tmp_path / 'mine.py', source)}:net"
         settings = load_config({}, {"model.name": name}).model_dump()
         recorded = plugin_files(settings)
+        times = helper.stat()
         write(helper, "width = 2\n")
+        os.utime(helper, (times.st_atime, times.st_mtime))  # as if at once, for which the bytecode looks up to date
         assert plugin_files(settings) == recorded
         with raises(UsageError, code="plugin-edited") as refused:
             check_unedited(settings)
