@@ -8,6 +8,7 @@ becomes a variant of its own. An analysis of some of the search's seeds is made 
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import json
 import os
@@ -72,7 +73,8 @@ def confirming(
         "variants": {
             name: {
                 **({"title": each.title} if each.has_title else {}),
-                "settings": chosen_settings[name],
+                # copies, for which YAML needs no anchors
+                "settings": copy.deepcopy(chosen_settings[name]),
             }
             for name, each in kept.items()
         },

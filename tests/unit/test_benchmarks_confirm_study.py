@@ -31,6 +31,7 @@ def best(variant: str, objective: str, **settings: float) -> str:
 def test_it_is_a_study_of_the_same_runs_with_the_chosen_settings(tmp_path: Path) -> None:
     output = tmp_path / "confirm.yaml"
     output.write_text(yaml.safe_dump(confirming(STUDY, lines(), [100, 101], output)))
+    assert "&id" not in output.read_text()
     searched, found = load_study(STUDY), load_study(output)
     assert (tmp_path / found.base).resolve() == (STUDY.parent / searched.base).resolve()
     assert (found.search, found.seeds, found.analyse) == (None, (100, 101), searched.analyse)
