@@ -185,9 +185,17 @@ def rivals(tmp_path_factory: pytest.TempPathFactory) -> Subject:
     return read_subject(runs / "rivals")
 
 
-def test_page_of_rivals_has_the_numbers_of_its_tables(rivals: Subject) -> None:
+@pytest.fixture(scope="module")
+def later_rivals(tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    """Unpack the trials and the rivals that were run later like docs/results.md, and read the latter."""
+    runs = tmp_path_factory.mktemp("later")
+    subprocess.run(["tar", "-C", str(runs), "-xJf", str(RESULTS / "rivals-tune.tar.xz")], check=True)
+    return read_subject(runs / "rivals-rest")
+
+
+def test_page_of_rivals_has_the_numbers_of_its_tables(rivals: Subject, later_rivals: Subject) -> None:
     page = (ROOT / "docs/results.md").read_text()
-    tables = tables_in_markdown(rivals)
+    tables = "\n".join(map(tables_in_markdown, (rivals, later_rivals)))
     detail = page.partition("## The tables")[2]
     missing = [line for line in detail.splitlines() if line.startswith("| ") and line not in tables.splitlines()]
     assert not missing
@@ -196,17 +204,18 @@ def test_page_of_rivals_has_the_numbers_of_its_tables(rivals: Subject) -> None:
     assert not [(mean, ends) for mean, ends in found if f" {mean} ({ends};" not in tables.replace("*", "")]
     summary = page.partition("## Limits")[0]
     others = re.findall(r"[0-9.]+ ± [0-9.]+", summary) + re.findall(r"[0-9.]+ \([0-9.]+ to [0-9.]+; n = \d+\)", summary)
-    assert len(others) == 34
+    assert len(others) == 50
     assert not [words for words in others if words not in tables]
 
 
-def test_each_variant_ran_with_the_settings_chosen_by_the_search(rivals: Subject) -> None:
-    study = load_study(ROOT / "studies/rivals_confirm.yaml")
-    assert len(rivals.runs) == len(study.variants) * len(study.seeds)
-    for run in rivals.runs:
-        variant = run.name.partition("-seed-")[0]
-        chosen = dict(flat_settings(study.settings_of(variant)))
-        assert {path: run.settings[path] for path in chosen} == chosen
+def test_each_variant_ran_with_the_settings_chosen_by_the_search(rivals: Subject, later_rivals: Subject) -> None:
+    for subject, name in ((rivals, "rivals_confirm"), (later_rivals, "rivals_rest")):
+        study = load_study(ROOT / f"studies/{name}.yaml")
+        assert len(subject.runs) == len(study.variants) * len(study.seeds)
+        for run in subject.runs:
+            variant = run.name.partition("-seed-")[0]
+            chosen = dict(flat_settings(study.settings_of(variant)))
+            assert {path: run.settings[path] for path in chosen} == chosen
 
 
 def test_documented_extent_of_low_loss_follows_from_the_lines(rivals: Subject) -> None:
@@ -226,9 +235,8 @@ def test_documented_extent_of_low_loss_follows_from_the_lines(rivals: Subject) -
     assert f"only from {enters_lb:.2f} to {leaves_lb:.2f} around LB" in text
 
 
-def test_documented_sharpness_along_training_is_that_of_the_runs(tmp_path: Path) -> None:
-    subprocess.run(["tar", "-C", str(tmp_path), "-xJf", str(RESULTS / "rivals-tune.tar.xz")], check=True)
-    subject = read_subject(tmp_path / "rivals-course")
+def test_documented_sharpness_along_training_is_that_of_the_runs(later_rivals: Subject) -> None:
+    subject = read_subject(later_rivals.directory.parent / "rivals-course")
     text = " ".join((ROOT / "docs/results.md").read_text().split())
 
     def at(variant: str, step: int) -> tuple[str, str, str]:
@@ -464,11 +472,11 @@ def test_readme_has_the_numbers_of_the_pages() -> None:
 
 
 def test_best_rates_and_strengths_near_the_ends_of_their_ranges_are_reported() -> None:
-    tuned, study = (load_study(ROOT / f"studies/rivals_{name}.yaml") for name in ("tune", "confirm"))
+    tuned, study, later = (load_study(ROOT / f"studies/rivals_{name}.yaml") for name in ("tune", "confirm", "rest"))
     assert tuned.search is not None
     near = {}
-    for name in tuned.variants.keys() & study.variants.keys():
-        chosen = study.settings_of(name)
+    for name in tuned.variants:
+        chosen = (study if name in study.variants else later).settings_of(name)
         has_strength = chosen["noise.method"] not in ("none", "ivon")
         for path in ("optimizer.learning_rate", *(["noise.amplitude"] if has_strength else [])):
             space = tuned.search.space[path]
@@ -476,7 +484,8 @@ def test_best_rates_and_strengths_near_the_ends_of_their_ranges_are_reported() -
             place = math.log(chosen[path] / space.low) / math.log(space.high / space.low)
             if not 0.1 < place < 0.9:
                 near[name, path] = f"{chosen[path]:.2f}"
-    rates = {name: near.pop((name, "optimizer.learning_rate")) for name in ("lb-smoothing", "lb-lawa")}
+    names = ("lb-smoothing", "lb-sgld", "lb-lawa")
+    smoothing, sgld, lawa = (near.pop((name, "optimizer.learning_rate")) for name in names)
     assert not near
     text = " ".join((ROOT / "docs/results.md").read_text().split())
-    assert f"label smoothing ({rates['lb-smoothing']}) and LAWA ({rates['lb-lawa']}) lie within a tenth" in text
+    assert f"label smoothing ({smoothing}), SGLD ({sgld}) and LAWA ({lawa}) lie within a tenth" in text
