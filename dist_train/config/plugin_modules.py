@@ -163,10 +163,11 @@ def forget_edited() -> None:
     folders = {folder for folder, _ in edited_files()}
     forgotten = {name.partition(".")[0] for name, module in _noted() if vars(module)[_FOLDER] in folders}
     for name in [each for each in sys.modules if each.partition(".")[0] in forgotten]:
-        spec = sys.modules.pop(name).__spec__
-        with suppress(OSError):
-            # Python takes it for that of the edited file if that has the same size, and was edited within a second.
-            os.unlink((spec and spec.cached) or "")
+        file = getattr(sys.modules.pop(name), "__file__", None) or ""
+        if file.endswith(".py"):  # not a module that is bytecode alone
+            # Python would take the old bytecode for that of a file of the same size edited within the same second.
+            with suppress(OSError):
+                os.unlink(importlib.util.cache_from_source(file))
 
 
 def edited_files() -> Iterator[tuple[str, Path]]:

@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import json
 import os
+import py_compile
 import sys
 from pathlib import Path
 
@@ -195,7 +196,12 @@ class TestEdits:
     ) -> None:
         monkeypatch.setattr(sys, "dont_write_bytecode", False)
         helper = write(tmp_path / "folder_edited" / "helper_edited.py", "width = 1\n")
-        source = "from folder_edited import helper_edited\ndef net(images, width, norm): return helper_edited.width\n"
+        without_source = tmp_path / "folder_edited" / "compiled_alone.pyc"
+        py_compile.compile(str(helper), cfile=str(without_source))
+        source = (
+            "from folder_edited import compiled_alone, helper_edited\n"
+            "def net(images, width, norm): return helper_edited.width\n"
+        )
         name = f"{write(tmp_path / 'mine.py', source)}:net"
         settings = load_config({}, {"model.name": name}).model_dump()
         recorded = plugin_files(settings)
@@ -210,6 +216,7 @@ class TestEdits:
         check_unedited(settings)
         assert load_plugin(name)(None, 1.0, None) == 2
         assert plugin_files(settings) != recorded
+        assert without_source.is_file()
 
 
 class TestFromPython:
