@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dist_train.cli.common import TARGET, Subparsers, add_overrides, add_weights, count
+from dist_train.cluster.launch import current_launch
 from dist_train.outcome import ExitCode, UsageError, escaped
 
 if TYPE_CHECKING:
@@ -382,7 +383,6 @@ def _add_replay(subparsers: Subparsers) -> None:
 
 
 def _replay(arguments: argparse.Namespace) -> int:
-    from dist_train.cluster.launch import current_launch
     from dist_train.diagnostics import replay
 
     run, _, step = arguments.update.rpartition("@")

@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from dist_train.config import Config, ConfigError, load_config
+from dist_train.config.combinations import unused_settings
+from dist_train.config.loading import located
 from dist_train.outcome import UsageError, say_on_stderr
+from dist_train.rundir.paths import RunDirectory
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-    from dist_train.config import Config
 
 TARGET = (
     "a run (its directory, or its name below runs/), which stands for its last checkpoint; another of its "
@@ -44,8 +46,6 @@ def add_overrides(parser: argparse.ArgumentParser, text: str = "data.root=DIR, f
 
 def named_config(arguments: argparse.Namespace) -> Config:
     """Return the configuration of CONFIG, its overrides and --plugin. Raises ConfigError."""
-    from dist_train.config import load_config
-
     return load_config(arguments.config, arguments.overrides, arguments.plugin)
 
 
@@ -54,9 +54,6 @@ def config_to_train(arguments: argparse.Namespace) -> Config:
 
     Without --run-dir, that configuration would train in the folder that it names.
     """
-    from dist_train.config.loading import located
-    from dist_train.rundir.paths import RunDirectory
-
     config = named_config(arguments)
     file = located(Path(arguments.config))
     is_named = any(each.startswith(("run.name=", "run.directory=")) for each in arguments.overrides)
@@ -74,9 +71,6 @@ def config_to_train(arguments: argparse.Namespace) -> Config:
 
 def check_readable_again(file: Path) -> None:
     """Raise ConfigError if other processes, which read `file` again, would not find what this one has read."""
-    from dist_train.config.loading import located
-    from dist_train.config.problems import ConfigError
-
     path = located(file)
     is_descriptor = os.path.abspath(path).startswith(("/dev/stdin", "/dev/fd/", "/proc/"))
     if is_descriptor or (path.exists() and not path.is_file()):
@@ -107,8 +101,6 @@ def count(text: str, least: int = 1) -> int:
 
 def warn_of_unused(config: Config) -> None:
     """Print a warning for each setting of `config` that has no effect."""
-    from dist_train.config.combinations import unused_settings
-
     for sentence in unused_settings(config).values():
         say_on_stderr(f"dist-train: warning: {sentence}")
 

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Iterator
 
 from dist_train.cli.common import Subparsers
+from dist_train.config import Config
 from dist_train.outcome import ExitCode
 
 _SCRIPT = """\
@@ -76,7 +77,6 @@ def _completion(arguments: argparse.Namespace) -> int:
 def completion_script(parser: argparse.ArgumentParser) -> str:
     """Return the bash script that completes the commands of `parser`."""
     from dist_train.config.reference import settings_of
-    from dist_train.config.sections import Config
 
     settings = {setting.path: setting.choices for setting in settings_of(Config)}
     nodes = list(_nodes(parser, ""))

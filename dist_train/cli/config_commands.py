@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 from dist_train.cli.common import Subparsers, add_config, add_overrides, named_config, warn_of_unused
+from dist_train.cluster.launch import engine_of, is_installed
+from dist_train.config import Config, dump_config, load_config
+from dist_train.config.loading import located
 from dist_train.outcome import ExitCode, UsageError, printable, text_with_code
 from dist_train.rundir.paths import in_utf8
 
@@ -56,8 +59,6 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    from dist_train.config import dump_config
-
     print(dump_config(named_config(arguments)), end="")
     return ExitCode.FINISHED
 
@@ -69,15 +70,11 @@ def _run_directory(arguments: argparse.Namespace) -> int:
 
 
 def _engine(arguments: argparse.Namespace) -> int:
-    from dist_train.cluster.launch import engine_of, is_installed
-
     print(engine_of("srun", named_config(arguments).comm.engine, is_installed("horovod")))
     return ExitCode.FINISHED
 
 
 def _path(arguments: argparse.Namespace) -> int:
-    from dist_train.config.loading import located
-
     path = located(arguments.file).absolute()
     if not path.is_file():
         raise UsageError(f"there is no file at {path}", code="file-missing")
@@ -86,8 +83,6 @@ def _path(arguments: argparse.Namespace) -> int:
 
 
 def _schema(arguments: argparse.Namespace) -> int:
-    from dist_train.config import Config
-
     schema = Config.model_json_schema()
     of_files = {
         "base": {"type": "string", "description": "Another file, whose settings this one starts from."},
@@ -149,7 +144,6 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from dist_train.cluster.nodes import survey_nodes
-    from dist_train.config import Config, load_config
     from dist_train.launching import doctor
 
     if arguments.cluster is not None:

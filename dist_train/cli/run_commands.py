@@ -23,13 +23,14 @@ from dist_train.cli.common import (
     named_config,
     warn_of_unused,
 )
-from dist_train.cluster.launch import current_launch
+from dist_train.cluster.launch import comment_on_job, current_launch
+from dist_train.config import Config
 from dist_train.outcome import ExitCode, UsageError, escaped, say_on_stderr
+from dist_train.rundir.paths import RANGE_TEST, RunDirectory
 from dist_train.start_up import own_command, without_collection
 
 if TYPE_CHECKING:
     from dist_train.cluster.membership import Elasticity
-    from dist_train.config import Config
 
 _TRAINING = ("train", "lr-range", "replay")  # on request these save and stop; as in launch/common.sh
 _ON_RANKS = (*_TRAINING, "evaluate", "landscape")
@@ -82,7 +83,6 @@ def _add_lr_range(subparsers: Subparsers) -> None:
 
 def _lr_range(arguments: argparse.Namespace) -> int:
     from dist_train.diagnostics import learning_rate_range
-    from dist_train.rundir.paths import RANGE_TEST
 
     config = named_config(arguments)
     run_directory = arguments.run_dir or config.run.directory / f"{config.run.name}{RANGE_TEST}"
@@ -301,7 +301,6 @@ def _add_outcome(subparsers: Subparsers) -> None:
 
 
 def _outcome(arguments: argparse.Namespace) -> int:
-    from dist_train.rundir.paths import RunDirectory
     from dist_train.rundir.status import read_status, record_lost
 
     path = RunDirectory(arguments.run_directory).status
@@ -345,7 +344,6 @@ def _add_requeue(subparsers: Subparsers) -> None:
 
 
 def _requeue(arguments: argparse.Namespace) -> int:
-    from dist_train.cluster.launch import comment_on_job
     from dist_train.sweep.requeues import EndedLaunch, decide
 
     launch = EndedLaunch(arguments.launch, arguments.code, tuple(filter(None, arguments.messages.splitlines())))

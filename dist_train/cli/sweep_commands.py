@@ -10,6 +10,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,11 @@ from dist_train.cli.common import (
     terminal_width,
     warn_of_unused,
 )
+from dist_train.config import ConfigError
+from dist_train.config.combinations import unused_settings
+from dist_train.config.loading import located, project_root
+from dist_train.config.plugins import from_folder
+from dist_train.config.problems import Problem
 from dist_train.outcome import ExitCode, UsageError, escaped, printable, say_on_stderr, text_with_code
 
 if TYPE_CHECKING:
@@ -101,8 +107,6 @@ def _study(arguments: argparse.Namespace) -> int:
 
 def _warn_of_unused(plan: Plan) -> None:
     """Warn of each setting that has no effect in a variant, unless every variant has it and it takes effect in one."""
-    from dist_train.config.combinations import unused_settings
-
     unused: dict[str, list[tuple[str, str]]] = {}
     for run in plan.runs:
         for path, sentence in unused_settings(run.config).items():
@@ -129,7 +133,6 @@ def _warn_of_statistics(plan: Plan) -> None:
 def _check_analyses(plan: Plan) -> None:
     """Raise ConfigError if the command of an analysis, hours later, would refuse the options that the study gives."""
     from dist_train.cli.main import parse
-    from dist_train.config.problems import ConfigError, Problem
     from dist_train.sweep.planned_runs import analysis_command
 
     refused = []
@@ -258,8 +261,6 @@ def _best(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ...
 
 
 def _say(text: str) -> None:
-    from datetime import datetime
-
     with suppress(OSError):  # a full disk, or the end of tee at a Ctrl-C, is no reason to end the sweep
         print(f"{datetime.now():%H:%M:%S}  {escaped(text)}", flush=True)
 
@@ -305,8 +306,6 @@ def _add_submit(subparsers: Subparsers) -> None:
 
 def _submission(arguments: argparse.Namespace, file: Path, directory: Path, name: str) -> Submission:
     """Return the submission for the run, or the study, of `file` in `directory`."""
-    from dist_train.config.loading import project_root
-    from dist_train.config.plugins import from_folder
     from dist_train.sweep.submission import Submission
 
     return Submission(
@@ -325,7 +324,6 @@ def _submission(arguments: argparse.Namespace, file: Path, directory: Path, name
 
 
 def _submit(arguments: argparse.Namespace) -> int:
-    from dist_train.config.loading import located
     from dist_train.launching.preflight import refusals
     from dist_train.sweep.submission import describe_batch, submit_run, write_script
 
@@ -356,7 +354,6 @@ def _submit(arguments: argparse.Namespace) -> int:
 
 
 def _submit_study(arguments: argparse.Namespace) -> int:
-    from dist_train.config.loading import located
     from dist_train.sweep.planned_runs import plan_study
     from dist_train.sweep.standing import numbers_left, publish
     from dist_train.sweep.submission import study_jobs, submit_study

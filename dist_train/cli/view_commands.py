@@ -10,7 +10,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from dist_train.cli.common import Subparsers, is_on_terminal, print_table, terminal_width
+from dist_train.cluster.launch import job_states
 from dist_train.outcome import ExitCode, UsageError, escaped, writing
+from dist_train.rundir.paths import RunDirectory, has_run_or_study, in_utf8, run_folder
 
 _VIEW = (100, 36)  # columns and rows of a view that is not printed on a terminal
 
@@ -39,7 +41,6 @@ def _add_runs(subparsers: Subparsers) -> None:
 
 
 def _runs(arguments: argparse.Namespace) -> int:
-    from dist_train.cluster.launch import job_states
     from dist_train.watch.run_table import as_json, beside_slurm, read_runs, render
 
     runs = read_runs(arguments.directory)
@@ -140,7 +141,6 @@ def _add_curve(subparsers: Subparsers) -> None:
 
 def _curve(arguments: argparse.Namespace) -> int:
     from dist_train.report.drawing import draw_learning_curve
-    from dist_train.rundir.paths import RunDirectory, in_utf8, run_folder
 
     if arguments.output is None and len(arguments.runs) > 1:
         raise UsageError("several runs are drawn into one picture: name its file by -o FILE", code="output-unset")
@@ -176,7 +176,6 @@ def _add_report(subparsers: Subparsers) -> None:
 
 def _report(arguments: argparse.Namespace) -> int:
     from dist_train.report.page import figures_of, write_report
-    from dist_train.rundir.paths import has_run_or_study, in_utf8, run_folder
 
     if arguments.figures is None and arguments.format is not None:
         raise UsageError("--format is that of the figures: add --figures FOLDER", code="option-alone")
