@@ -202,7 +202,7 @@ def find_run(name: Path) -> Path:
 
 
 class WatchedRun:
-    """Reads a run directory repeatedly, each time only what has changed."""
+    """Reads a run directory repeatedly; of its records each time only the new ones."""
 
     def __init__(self, directory: Path) -> None:
         self._run = RunDirectory(directory)
@@ -213,8 +213,8 @@ class WatchedRun:
         self._planned_epochs: float | None = None
         """Set if the run has a batch schedule, because then epochs cannot be computed from updates."""
         self._ranks: RanksReading | None = None
-        self._stamps: dict[Path, tuple[int, int, int] | None] = {}
-        self._misses = 0  # successive looks that have not found the directory
+        self._is_known = False  # whether a look has found the directory
+        self._misses = 0  # successive looks that have not found it
         self._first_look = time.monotonic()
         self._changed_at: float | None = None  # when a look other than the first last found something new (monotonic)
 
@@ -227,24 +227,19 @@ class WatchedRun:
         self._misses = self._misses + 1 if _is_gone(self._run.root) else 0
         if self._misses:
             return self._snapshot("the run's directory is gone", now)
-        is_first = not self._stamps
         problem, is_changed = self._follow()
-        if self._has_changed(self._run.status):
-            if (status := read_status(self._run.status)) is None:
-                self._stamps[self._run.status] = None  # read again with the next look: this may pass
-            else:
-                is_changed, self._status = True, status
-        if self._has_changed(self._run.ranks):
-            is_changed = True
-            self._ranks = read_ranks(self._run.ranks) or self._ranks
-        if self._has_changed(self._run.config):
-            with suppress(BrokenFileError):
-                settings = read_settings(self._run.config)
+        before = self._status, self._ranks and self._ranks.time
+        self._status = read_status(self._run.status) or self._status
+        self._ranks = read_ranks(self._run.ranks) or self._ranks
+        is_changed |= before != (self._status, self._ranks and self._ranks.time)
+        with suppress(BrokenFileError):
+            if settings := read_settings(self._run.config):
                 self._settings = Settings.of(settings)
                 epochs = settings.get("run.epochs") if settings.get("batch.schedule") else None
                 self._planned_epochs = epochs if isinstance(epochs, int) else None
-        if is_changed and not is_first:
+        if is_changed and self._is_known:
             self._changed_at = time.monotonic()
+        self._is_known = True
         return self._snapshot(problem, now)
 
     def _follow(self) -> tuple[str, bool]:
@@ -259,14 +254,6 @@ class WatchedRun:
         except OSError as error:
             return f"{self._run.metrics.name} cannot be read: {error.strerror}", is_changed
         return "", is_changed
-
-    def _has_changed(self, path: Path) -> bool:
-        stamp = None
-        with suppress(OSError):
-            state = path.stat()
-            stamp = (state.st_ino, state.st_size, state.st_mtime_ns)
-        before, self._stamps[path] = self._stamps.get(path), stamp
-        return stamp is not None and stamp != before
 
     def _snapshot(self, problem: str, now: float) -> Snapshot:
         status, history, ranks = self._status, self._history, self._ranks
