@@ -15,8 +15,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from dist_train import __version__
-from dist_train.config import Config
-from dist_train.config.loading import flat_settings
 from dist_train.monitoring import wording
 from dist_train.outcome import UsageError, writing
 from dist_train.report.chart import ROLES, Frame, style_rules, ticks
@@ -25,7 +23,7 @@ from dist_train.report.measures import measures_of, mixes_statistics, sharpness_
 from dist_train.report.sharpness_charts import sharpness_scatters
 from dist_train.report.stored_run import StoredRun, Subject, read_subject
 from dist_train.report.tables import contrast_tables, effect_tables, evaluates_along_training, run_cells, variant_tables
-from dist_train.report.variants import Panel, counted_runs, panels_of, shown
+from dist_train.report.variants import DEFAULTS, Panel, counted_runs, panels_of, shown
 from dist_train.rundir import atomic
 from dist_train.rundir.paths import RunDirectory, StudyDirectory
 
@@ -239,11 +237,10 @@ Sections = Mapping[str, Sequence[tuple[str, str, bool]]]
 
 def _sections_of(settings: Mapping[str, object]) -> Sections:
     """Return `settings`, keyed by dotted path, grouped by section."""
-    defaults = dict(flat_settings(Config().model_dump(mode="json")))
     sections: dict[str, list[tuple[str, str, bool]]] = {}
     for path, value in settings.items():
         section, _, name = path.partition(".")
-        is_default = path in defaults and defaults[path] == value
+        is_default = path in DEFAULTS and DEFAULTS[path] == value
         sections.setdefault(section, []).append((name or section, "-" if value is None else shown(value), is_default))
     return sections
 

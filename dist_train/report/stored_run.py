@@ -337,23 +337,22 @@ _STUDY, _PLAN = TypeAdapter(_Study), TypeAdapter(tuple[Planned, ...])
 
 @dataclass(frozen=True)
 class Subject:
-    """The subject of a report; its runs have different names. `range_tests` names those in a folder of runs."""
+    """The subject of a report; its runs have different names. `range_tests` names those in a folder of runs.
+
+    `fault` says why the study's title and contrasts are missing; it is empty if they are not.
+    """
 
     directory: Path
     kind: Literal["run", "study", "folder"]
     runs: tuple[StoredRun, ...]
     range_tests: tuple[str, ...] = ()
+    study: _Study = _Study()
+    fault: str = ""
 
     @property
     def title(self) -> str:
         """Return the study's title or name, or else the folder's name."""
-        study, _ = self._study()
-        return study.title or study.name or self.directory.resolve().name
-
-    @property
-    def fault(self) -> str:
-        """Return why the study's title and contrasts are missing; empty if they are not."""
-        return self._study()[1]
+        return self.study.title or self.study.name or self.directory.resolve().name
 
     @property
     def others(self) -> tuple[str, ...]:
@@ -364,32 +363,30 @@ class Subject:
     @property
     def contrasts(self) -> tuple[Contrast, ...]:
         """Return the study's named contrasts, as far as their variants exist; a grid is resolved to its variants."""
-        study, _ = self._study()
         recorded = {run.planned.variant: run.planned.family for run in self.runs if run.planned}
-        families = sorted(study.variants, key=len, reverse=True)
+        families = sorted(self.study.variants, key=len, reverse=True)
         members: dict[str, list[str]] = {}
         for name, family in recorded.items():
             guess = next((each for each in families if name == each or name.startswith(f"{each}-")), name)
             members.setdefault(family or guess, []).append(name)
         found = []
-        for contrast in study.contrasts:
+        for contrast in self.study.contrasts:
             if len(members.get(contrast.against, ())) == 1:
                 chosen = (name for variant in dict.fromkeys(contrast.variants) for name in members.get(variant, ()))
                 resolved = {"variants": tuple(chosen), "against": members[contrast.against][0]}
                 found.append(contrast.model_copy(update=resolved))
         return tuple(found)
 
-    def _study(self) -> tuple[_Study, str]:
-        """Return the content of study.yaml, empty if there is none, and why it cannot be used."""
-        path = StudyDirectory(self.directory).study
-        try:
-            content = parse_yaml(read_regular(path)) if self.kind == "study" and path.exists() else {}
-            return _STUDY.validate_python(content), ""
-        except ValidationError as error:
-            wrong = "; ".join(f"{each.path}: {each.wrong}" for each in problems_of(error, Study))
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            wrong = " ".join(str(error).split())
-        return _Study(), f"{path} is invalid ({wrong}): the study's title and contrasts are missing. Sweep it again."
+
+def _read_study(path: Path) -> tuple[_Study, str]:
+    """Return the content of the study file at `path`, empty if there is none, and why it cannot be used."""
+    try:
+        return _STUDY.validate_python(parse_yaml(read_regular(path)) if path.exists() else {}), ""
+    except ValidationError as error:
+        wrong = "; ".join(f"{each.path}: {each.wrong}" for each in problems_of(error, Study))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        wrong = " ".join(str(error).split())
+    return _Study(), f"{path} is invalid ({wrong}): the study's title and contrasts are missing. Sweep it again."
 
 
 def read_subject(directory: Path) -> Subject:
@@ -398,7 +395,8 @@ def read_subject(directory: Path) -> Subject:
     if not directory.is_dir():
         raise UsageError(f"there is no folder {directory}: {fix}", code="folder-missing")
     if StudyDirectory(directory).has_plan:
-        return Subject(directory, "study", tuple(_study_runs(directory, "")))
+        study, fault = _read_study(StudyDirectory(directory).study)
+        return Subject(directory, "study", tuple(_study_runs(directory, "")), study=study, fault=fault)
     if RunDirectory(directory).has_begun:
         return Subject(directory, "run", (read_run(directory, directory.resolve().name),))
     faults: list[OSError] = []

@@ -28,14 +28,14 @@ _MATTERS = (
 )
 """Settings that a resume may change although they change a run's results; of data.root only the name of one's own."""
 
-_DEFAULTS: Mapping[str, object] = dict(flat_settings(Config().model_dump(mode="json")))
-_USUAL_NOISE = {path: value for path, value in _DEFAULTS.items() if path.startswith("noise.")}
+DEFAULTS: Mapping[str, object] = dict(flat_settings(Config().model_dump(mode="json")))
+_USUAL_NOISE = {path: value for path, value in DEFAULTS.items() if path.startswith("noise.")}
 """The noise's default settings. Settings that only another kind of schedule has are not among them."""
 
 ABSENT = "-"
 """Shown as the value of a setting that there is not; null is a value."""
 _MOST_WORDS = 8
-_SECTIONS = Counter(path.rpartition(".")[2] for path in _DEFAULTS)
+_SECTIONS = Counter(path.rpartition(".")[2] for path in DEFAULTS)
 """In how many sections each setting's own name occurs."""
 
 
@@ -235,7 +235,7 @@ def _settings_of(run: StoredRun) -> Mapping[str, object]:
     """
     if not run.settings:
         return {}
-    newer = {path: value for path, value in _DEFAULTS.items() if path not in run.settings}
+    newer = {path: value for path, value in DEFAULTS.items() if path not in run.settings}
     return {**run.settings, **newer, "data.root": run.data_root, **run.plugins}
 
 
