@@ -29,6 +29,7 @@ from dist_train.monitoring.console import progress_bar, summary_table
 from dist_train.outcome import escaped
 from dist_train.rundir.records import EVENTS, EvaluationRecord, Outcome, RankMeasurement, TrainRecord
 from dist_train.rundir.status import RanksReading
+from dist_train.start_up import restore_handlers
 from dist_train.watch.figure import ACCURACY, BATCH, LOSS, Chart, Measured, Quantity, learning_curve
 from dist_train.watch.run import History, Snapshot, WatchedRun
 from dist_train.watch.run_state import seconds_of
@@ -192,13 +193,11 @@ def _ending_in_order() -> Iterator[None]:
         sys.exit(128 + number)
 
     ending = [each for each in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) == signal.SIG_DFL]
-    for each in ending:
-        signal.signal(each, end)
+    before = {int(each): signal.signal(each, end) for each in ending}
     try:
         yield
     finally:
-        for each in ending:
-            signal.signal(each, signal.SIG_DFL)
+        restore_handlers(before)
 
 
 def _header(run: Snapshot) -> Group:
