@@ -84,27 +84,27 @@ _MARKS = 61
 
 
 class Pace:
-    """Seconds per sample, or per step, over the last minute or more, including all that happens between steps."""
+    """Seconds per sample, or per epoch, over the last minute or more, including all that happens between steps."""
 
     def __init__(self) -> None:
-        self._marks: deque[tuple[float, int]] = deque(maxlen=_MARKS)
-        """Times, and samples or steps done, a second or more apart, but for the latest."""
+        self._marks: deque[tuple[float, float]] = deque(maxlen=_MARKS)
+        """Times, and samples or epochs done, a second or more apart, but for the latest."""
 
-    def mark(self, done: int, now: float) -> None:
-        """Note that `done` samples, or steps, were done at `now` (seconds, monotonic)."""
+    def mark(self, done: float, now: float) -> None:
+        """Note that `done` samples, or epochs, were done at `now` (seconds, monotonic)."""
         if len(self._marks) > 1 and self._marks[-1][0] - self._marks[-2][0] < _MARK_SECONDS:
             self._marks.pop()
         self._marks.append((now, done))
 
     def seconds_each(self) -> float | None:
-        """Return the seconds per sample, or per step; None before two different marks."""
+        """Return the seconds per sample, or per epoch; None before two different marks."""
         if not self._marks:
             return None
         (begun, first), (now, last) = self._marks[0], self._marks[-1]
         return (now - begun) / (last - first) if last > first else None
 
-    def seconds_left(self, total: int) -> float | None:
-        """Return the seconds until `total` samples, or steps, are done; None while the pace is unknown."""
+    def seconds_left(self, total: float) -> float | None:
+        """Return the seconds until `total` samples, or epochs, are done; None while the pace is unknown."""
         pace = self.seconds_each()
         return None if pace is None else max(0, total - self._marks[-1][1]) * pace
 

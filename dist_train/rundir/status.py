@@ -63,6 +63,7 @@ class Status:
     environment: Mapping[str, str] = field(default_factory=dict)  # versions, and device, of the last launch
     metrics: str = ""  # the URL at which rank 0 serves the run's metrics; empty while it does not
     pid_namespace: str = ""  # of `pid`: containers number their processes themselves; empty if unknown
+    total_epochs: _Finite | None = None  # at the end; not in proportion to updates if the batch grows
 
     @property
     def is_here(self) -> bool:
@@ -85,6 +86,7 @@ class ProgressFields(TypedDict, total=False):
     step: int
     epoch: float
     total_steps: int | None
+    total_epochs: float | None
     best_accuracy: float | None
     samples_per_second: float | None
 
@@ -125,6 +127,7 @@ class StatusFile:
             step=before.step if before else 0,
             epoch=before.epoch if before else 0.0,
             total_steps=before.total_steps if before else None,
+            total_epochs=before.total_epochs if before else None,
             world_size=world_size,
             reason="",
             exit_code=None,

@@ -71,11 +71,12 @@ def _standing(run: PlannedRun, summary: RunSummary | None, states: Mapping[str, 
     if summary is None:
         return Standing(run, "waiting", "", "start")
     state, note, waits = _beside_job(summary, states)
-    done = summary.step / summary.total_steps if summary.step is not None and summary.total_steps else None
     tested = _last_evaluation(run, "test")
     if state in ALIVE and _was_killed(run):  # tables wait for a rank that takes over; the next launch does not
         state, note = "lost", "its process is gone; start it again to resume"
-    standing = Standing(run, state, note, "busy" if waits else "start", done, tested.accuracy if tested else None)
+    standing = Standing(
+        run, state, note, "busy" if waits else "start", summary.done, tested.accuracy if tested else None
+    )
     if state in ALIVE:
         return replace(standing, then="busy", note=note or "another process is running it")
     began, fault = None, ""

@@ -134,6 +134,7 @@ class Trainer:
             "step": self.progress.step,
             "epoch": self.epoch,
             "total_steps": self.last_step,
+            "total_epochs": self.epochs.done(self.last_step),
             "best_accuracy": self.progress.best_accuracy,
             "samples_per_second": self.samples_per_second,
         }

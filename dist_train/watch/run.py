@@ -90,7 +90,6 @@ class History:
         self.latest: deque[TrainRecord] = deque(maxlen=_LATEST)
         self.events: deque[EventRecord] = deque(maxlen=_EVENTS)
         self.checkpoint: EventRecord | None = None  # the latest
-        self.steps_per_epoch: float | None = None
         self.moments: deque[float] = deque(maxlen=_LATEST)
         """Times of the latest records of the current launch, in seconds since 1970."""
 
@@ -122,8 +121,6 @@ class History:
         return max(later - earlier for earlier, later in pairwise(self.moments))
 
     def _add(self, record: Record, is_kept: bool) -> None:
-        if not isinstance(record, EventRecord) and record.step and record.epoch > 0:
-            self.steps_per_epoch = record.step / record.epoch
         match record:
             case TrainRecord():
                 self.latest.append(record)
@@ -169,7 +166,7 @@ class Snapshot:
     step: int
     total_steps: int | None
     epoch: float
-    epochs: float | None
+    total_epochs: float | None
     seconds_left: float | None
     silence: float | None
     silent: bool
@@ -210,8 +207,6 @@ class WatchedRun:
         self._history = History()
         self._status: Status | None = None
         self._settings = Settings()
-        self._planned_epochs: float | None = None
-        """Set if the run has a batch schedule, because then epochs cannot be computed from updates."""
         self._ranks: RanksReading | None = None
         self._is_known = False  # whether a look has found the directory
         self._misses = 0  # successive looks that have not found it
@@ -235,8 +230,6 @@ class WatchedRun:
         with suppress(BrokenFileError):
             if settings := read_settings(self._run.config):
                 self._settings = Settings.of(settings)
-                epochs = settings.get("run.epochs") if settings.get("batch.schedule") else None
-                self._planned_epochs = epochs if isinstance(epochs, int) else None
         if is_changed and self._is_known:
             self._changed_at = time.monotonic()
         self._is_known = True
@@ -260,8 +253,10 @@ class WatchedRun:
         silence = self._silence(now)
         is_lost = self._misses >= _MOST_MISSES
         state, reason = ("lost", problem) if is_lost else _state(self._run, status, silence, now)
-        total_steps, per_epoch = status.total_steps if status else None, history.steps_per_epoch
-        step = max(status.step if status else 0, history.latest[-1].step if history.latest else 0)
+        places = [(status.step, status.epoch)] if status else []
+        places += [(record.step, record.epoch) for record in (*history.latest,)[-1:]]
+        step, epoch = max(places, default=(0, 0.0))
+        total_epochs = status.total_epochs if status else None
         alive = state in ALIVE
         gap = history.longest_gap()
         patience = _SILENT_UNKNOWN if gap is None else max(_SILENT_AFTER, _SILENT_GAPS * gap)
@@ -275,10 +270,10 @@ class WatchedRun:
             history=history,
             ranks=ranks if of_this_launch else None,
             step=step,
-            total_steps=total_steps,
-            epoch=step / per_epoch if per_epoch else (status.epoch if status else 0.0),
-            epochs=self._planned_epochs or (total_steps / per_epoch if total_steps and per_epoch else None),
-            seconds_left=seconds_left(history.latest, total_steps) if alive and total_steps else None,
+            total_steps=status.total_steps if status else None,
+            epoch=epoch,
+            total_epochs=total_epochs,
+            seconds_left=seconds_left(history.latest, total_epochs) if alive and total_epochs else None,
             silence=silence,
             silent=alive and silence is not None and silence > patience,
             checkpoints=self._run.checkpoint_steps(),

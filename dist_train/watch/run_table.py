@@ -47,6 +47,7 @@ class RunSummary:
     step: int | None = None
     total_steps: int | None = None
     epoch: float | None = None
+    total_epochs: float | None = None
     world_size: int | None = None
     best_accuracy: float | None = None
     samples_per_second: float | None = None
@@ -56,6 +57,13 @@ class RunSummary:
     global_size: int | None = None
     noise: str | None = None
     slurm_job: str = ""  # ID of the last Slurm job of the run; empty outside of Slurm
+
+    @property
+    def done(self) -> float | None:
+        """The share of its epochs, or, if their total is unknown, of its updates that the run has done."""
+        if self.epoch is not None and self.total_epochs:
+            return self.epoch / self.total_epochs
+        return self.step / self.total_steps if self.step is not None and self.total_steps else None
 
 
 def read_runs(directory: Path, now: datetime | None = None) -> tuple[RunSummary, ...]:
@@ -180,7 +188,7 @@ def _steps(run: RunSummary) -> str:
 
 
 def _done(run: RunSummary) -> str:
-    return f"{run.step / run.total_steps:.0%}" if run.step is not None and run.total_steps else ""
+    return "" if run.done is None else f"{run.done:.0%}"
 
 
 def _runs_below(directory: Path) -> Iterator[RunDirectory]:
@@ -228,10 +236,11 @@ def _summary(run: RunDirectory, name: str, now: float) -> RunSummary:
         step=status.step,
         total_steps=status.total_steps,
         epoch=status.epoch,
+        total_epochs=status.total_epochs,
         world_size=status.world_size,
         best_accuracy=reduce(better, evaluations, None) if status.best_accuracy is None else status.best_accuracy,
         samples_per_second=pace if status.samples_per_second is None else status.samples_per_second,
-        seconds_left=seconds_left(latest, status.total_steps) if state in ALIVE and status.total_steps else None,
+        seconds_left=seconds_left(latest, status.total_epochs) if state in ALIVE and status.total_epochs else None,
         slurm_job=status.slurm_job,
         **asdict(settings),
     )
@@ -272,9 +281,12 @@ def targets_directories(directory: Path) -> tuple[Path, ...]:
     return tuple(folders)
 
 
-def seconds_left(latest: Iterable[TrainRecord], total_steps: int) -> float | None:
-    """Return the seconds until `total_steps` at the pace of the latest records; None if not known yet."""
+def seconds_left(latest: Iterable[TrainRecord], total_epochs: float) -> float | None:
+    """Return the seconds until `total_epochs` at the pace of the latest records; None if not known yet.
+
+    Epochs, like samples, take equally long; updates do not if the batch grows.
+    """
     pace = Pace()
     for record in latest:
-        pace.mark(record.step, record.time)
-    return pace.seconds_left(total_steps)
+        pace.mark(record.epoch, record.time)
+    return pace.seconds_left(total_epochs)

@@ -113,7 +113,7 @@ def summary(run: Snapshot, box: Box | None) -> Table:
         samples_per_second=status.samples_per_second if status else None,
         last_checkpoint=run.run.checkpoint(run.checkpoints[-1]) if run.checkpoints else None,
     )
-    steps, epochs = run.total_steps or run.step, run.epochs or run.epoch
+    steps, epochs = run.total_steps or run.step, run.total_epochs or run.epoch
     return summary_table(run.name, run.run.root, steps, epochs, outcome, box=box)
 
 
@@ -207,7 +207,7 @@ def _header(run: Snapshot) -> Group:
     state.append(run.state, style=f"bold {COLOURS.get(run.state, 'yellow')}")
     if run.reason:
         state.append(f": {escaped(run.reason)}")
-    epoch = f"{run.epoch:.4g} of {run.epochs:.4g}" if run.epochs else f"{run.epoch:.4g}"
+    epoch = f"{run.epoch:.4g} of {run.total_epochs:.4g}" if run.total_epochs else f"{run.epoch:.4g}"
     bar = progress_bar(epoch, run.step, run.total_steps, run.seconds_left)
     return Group(state, _facts_line(run), bar, _sign_of_life(run))
 

@@ -18,6 +18,7 @@ import pytest
 from rich.console import Console
 
 from dist_train.outcome import ExitCode, UsageError
+from dist_train.rundir.epochs import Epochs
 from dist_train.rundir.records import EventRecord, Measurement, RankMeasurement, Record, StepParts, to_json
 from dist_train.rundir.status import RanksFile, StatusFile
 from dist_train.watch.run import History, Snapshot, WatchedRun, find_run
@@ -65,6 +66,7 @@ def write_status(directory: Path, **changes: object) -> None:
         "step": STEPS,
         "epoch": STEPS / PER_EPOCH,
         "total_steps": 100,
+        "total_epochs": 100 / PER_EPOCH,
         "world_size": 4,
         "reason": "",
         "exit_code": None,
@@ -227,7 +229,9 @@ class TestFacts:
         (directory / "metrics.jsonl").unlink()
         (directory / "ranks.json").unlink()
         (directory / "checkpoints").rename(directory / "moved")
-        write_status(directory, state="starting", step=0, epoch=0.0, total_steps=None, samples_per_second=None)
+        write_status(
+            directory, state="starting", step=0, epoch=0.0, total_steps=None, total_epochs=None, samples_per_second=None
+        )
         shown = words(drawn(look(directory)))
         assert "demo starting" in shown
         assert "nothing measured yet" in shown
@@ -441,6 +445,24 @@ class TestFinding:
             find_run(Path("nowhere"))
         with raises(UsageError, "no-run-here"):
             find_run(tmp_path)
+
+
+class TestGrowingBatches:
+    @pytest.mark.parametrize("seen_later", ["record", "status"])
+    def test_epoch_is_that_of_the_last_update_not_in_proportion_to_updates(
+        self, seen_later: str, tmp_path: Path
+    ) -> None:
+        passes = Epochs.of([(0, 128), (5, 8192)], lambda size: 8192 // size)
+        run = tmp_path / "grown"
+        run.mkdir()
+        (run / "config.yaml").write_text(
+            "run: {epochs: 10}\nbatch: {global_size: 128, schedule: [{epoch: 5, global_size: 8192}]}\n"
+        )
+        at = {"record": 320, "status": 320, seen_later: 323}
+        write_records(run, [train(step, epoch=passes.done(step), time=NOW) for step in range(1, at["record"] + 1)])
+        write_status(run, step=at["status"], epoch=passes.done(at["status"]), total_steps=325, total_epochs=10)
+        seen = look(run)
+        assert (seen.step, seen.epoch, seen.total_epochs) == (323, 8.0, 10)
 
 
 class TestHistory:

@@ -25,6 +25,7 @@ from rich.table import Table
 from dist_train.cli.main import main, parse
 from dist_train.monitoring.prometheus.board import Board
 from dist_train.outcome import UsageError
+from dist_train.rundir.epochs import Epochs
 from dist_train.rundir.paths import BrokenFileError
 from dist_train.rundir.records import EventRecord, Record, from_json
 from dist_train.rundir.status import Status, load_status
@@ -32,7 +33,7 @@ from dist_train.watch.run import WatchedRun
 from dist_train.watch.run_table import RunSummary, as_json, beside_slurm, read_runs, render
 from tests.raising import raises
 from tests.unit.exporting import FACTS
-from tests.unit.records import evaluation, train, write_records
+from tests.unit.records import STEPS_PER_EPOCH, evaluation, train, write_records
 from tests.unit.test_config_loading import LAUGHS
 from tests.waiting import PATIENCE
 
@@ -54,7 +55,6 @@ def make_run(directory: Path, records: Sequence[Record] = (), config: str | None
     status: dict[str, object] = {
         "state": "running",
         "step": 80,
-        "epoch": 11,
         "total_steps": 210,
         "world_size": 2,
         "reason": "",
@@ -68,7 +68,10 @@ def make_run(directory: Path, records: Sequence[Record] = (), config: str | None
         "best_accuracy": None,
         "samples_per_second": None,
     }
-    (directory / "status.json").write_text(json.dumps({**status, **changes}))
+    status |= changes
+    for epochs, steps in (("epoch", status["step"]), ("total_epochs", status["total_steps"])):
+        status.setdefault(epochs, steps / STEPS_PER_EPOCH if isinstance(steps, int) else None)
+    (directory / "status.json").write_text(json.dumps(status))
     if config is not None:
         (directory / "config.yaml").write_text(config)
     if records:
@@ -93,11 +96,12 @@ def test_a_running_run_shows_progress_best_accuracy_throughput_and_time_left(tmp
         note="",
         step=80,
         total_steps=210,
-        epoch=11,
+        epoch=80 / STEPS_PER_EPOCH,
+        total_epochs=30,
         world_size=2,
         best_accuracy=0.793,
         samples_per_second=100.0,
-        seconds_left=220.0,
+        seconds_left=pytest.approx(220.0),
         model="vgg9",
         data="fashion-mnist",
         global_size=8192,
@@ -110,6 +114,31 @@ def test_time_left_does_not_count_the_pause_before_a_resume(tmp_path: Path) -> N
     after = [train(step, time=90_000.0 + step * 2.0) for step in range(41, 46)]
     make_run(tmp_path / "lb", [*before, EventRecord(40, "resumed", 90_080.0, {}), *after], step=45, total_steps=100)
     assert only_run(tmp_path).seconds_left == pytest.approx(2.0 * 55)
+
+
+GROWING = """\
+run: {epochs: 10}
+batch: {global_size: 128, micro_size: 128, schedule: [{epoch: 5, global_size: 8192}]}
+"""
+
+
+@pytest.mark.parametrize("step", [100, 319, 320, 321, 323])
+@pytest.mark.parametrize("most", [None, 322])
+def test_time_left_of_growing_batches_is_that_of_their_samples(step: int, most: int | None, tmp_path: Path) -> None:
+    passes = Epochs.of([(0, 128), (5, 8192)], lambda size: 8_200 // size)
+    total = min(passes.steps(10), most or passes.steps(10))
+    seconds = 0.001  # per sample
+    records = [
+        train(each, epoch=passes.done(each), time=passes.samples(each) * seconds)
+        for each in range(1, min(step, total) + 1)
+    ]
+    changes = {"step": records[-1].step, "epoch": records[-1].epoch, "total_steps": total, "host": "another-host"}
+    changes["total_epochs"] = passes.done(total)
+    run = make_run(tmp_path / "grown", records, GROWING, **changes)
+    left = (passes.samples(total) - passes.samples(records[-1].step)) * seconds
+    assert only_run(tmp_path).seconds_left == pytest.approx(left, rel=0.02)
+    watched = WatchedRun(run).look(NOW.timestamp())
+    assert watched.seconds_left == pytest.approx(left, rel=0.02)
 
 
 def test_what_status_json_knows_better_is_taken_from_it(tmp_path: Path) -> None:
@@ -138,7 +167,7 @@ def test_only_the_end_of_the_records_is_read(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr("dist_train.rundir.records.from_json", parse_line)
     run = only_run(path)
-    assert (run.samples_per_second, run.seconds_left) == (100.0, 200.0)
+    assert (run.samples_per_second, run.seconds_left) == (100.0, pytest.approx(200.0))
     assert len(parsed) < 1000
 
 
@@ -342,7 +371,7 @@ def test_the_command_prints_one_whole_line_a_run_into_a_pipe(
     assert lines[0] == "run  state  model  data  batch  ranks  epoch  step  done  best  images/s  left  note"
     assert lines[2] == (f"{long_name}  finished  vgg9  fashion-mnist  8,192  2  30  210/210  100%  88.12 %  1,234")
     assert lines[3] == (
-        "z[bold]  failed  vgg9  fashion-mnist  8,192  2  11  80/210  38%  the loss is not finite at step 80"
+        "z[bold]  failed  vgg9  fashion-mnist  8,192  2  11.43  80/210  38%  the loss is not finite at step 80"
     )
     assert len(lines) == 4
 
@@ -457,18 +486,13 @@ def thirty_runs(folder: Path) -> Path:
     """Write thirty runs of a study, three of which went wrong: failed, lost, and with a file cut short."""
     for index in range(30):
         variant = ("sb", "lb", "lb-noise-amplitude-0.01", "lb-noise-amplitude-0.1", "lb-sam")[index % 5]
-        changes: dict[str, object] = {
-            "state": "finished",
-            "step": 210,
-            "epoch": 30,
-            "best_accuracy": 0.85 + index / 500,
-        }
+        changes: dict[str, object] = {"state": "finished", "step": 210, "best_accuracy": 0.85 + index / 500}
         if index == 7:
-            changes = {"state": "failed", "step": 161, "epoch": 23, "reason": REASON, "best_accuracy": 0.8731}
+            changes = {"state": "failed", "step": 161, "reason": REASON, "best_accuracy": 0.8731}
         elif index == 12:
             changes = {"pid": 2**22 + 1, "updated": "2026-01-01T00:00:00Z"}
         elif index > 26:
-            changes = {"step": 31 + index, "epoch": 8, "best_accuracy": 0.79}
+            changes = {"step": 31 + index, "best_accuracy": 0.79}
         begun = [train(step, time=1000.0 + step * 2.0) for step in range(1, 60)] if index > 26 else []
         run = make_run(folder / f"{variant}-seed-{index // 5}", begun, samples_per_second=100.0, **changes)  # type: ignore[arg-type]  # CONFIG stays
         if index == 18:
