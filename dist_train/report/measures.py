@@ -83,7 +83,9 @@ def paired_difference(
     `bounds` says for each pair which of its values are lower bounds. Differences that are equal, and not 0, say nothing
     about their spread: the interval's ends are NaN.
     """
-    differences = [after - before for before, after in pairs]
+    # The same number may be computed as two that differ by rounding, such as a gap between two accuracies.
+    rounding = 1e-12 * max((abs(value) for pair in pairs for value in pair), default=0.0)
+    differences = [0.0 if abs(after - before) <= rounding else after - before for before, after in pairs]
     if len(differences) < 2:
         return None
     mean, count = fmean(differences), len(differences)
@@ -92,7 +94,6 @@ def paired_difference(
         at_most, at_least = (any(side) for side in zip(*bounds, strict=True))
         sign: Sign | None = None if at_most and at_least else "\u2265" if at_least else "\u2264"
         return Interval(mean, math.nan, math.nan, count, sum(map(any, bounds)), sign)
-    rounding = 1e-12 * max(abs(value) for pair in pairs for value in pair)
     if max(differences) - min(differences) <= rounding < abs(mean):
         return Interval(mean, math.nan, math.nan, count)
     half = float(stats.t.ppf((1 + confidence) / 2, count - 1)) * stdev(differences) / math.sqrt(count)

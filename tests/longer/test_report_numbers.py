@@ -46,6 +46,17 @@ def test_difference_is_paired() -> None:
     assert paired_difference([(1.0, 2.0)]) is None
 
 
+def test_equal_gaps_that_differ_by_rounding_are_no_difference() -> None:
+    first, second = 0.9 - 0.8, 0.8 - 0.7
+    assert first != second
+    found = paired_difference([(first, second), (first, second), (0.7 - 0.5, 0.7 - 0.5)])
+    assert found is not None
+    assert (found.difference, found.low, found.high) == (0.0, 0.0, 0.0)
+    found = paired_difference([(first, second), (first, second)])
+    assert found is not None
+    assert (found.difference, found.low, found.high) == (0.0, 0.0, 0.0)
+
+
 def test_mean_with_censored_values_has_no_deviation() -> None:
     found = summary([1.0, 2.0, 4.0], censored=1)
     assert found is not None
