@@ -289,15 +289,15 @@ def _record(path: Path, digests: Collection[str]) -> SharpnessRecord:
 
 
 def _sharpness(records: Iterable[SharpnessRecord]) -> tuple[Sharpness, ...]:
-    """Return the measures of each step with comparable settings; the record of the smallest passes has precedence."""
+    """Return the measures of each step and comparable settings: those by the smallest passes, even if they are None."""
     found: dict[tuple[int, str], Sharpness] = {}
     for record in sorted(records, key=lambda record: -record.settings.batch_size):
         key = (record.checkpoint.step, shared_settings(record.settings.model_dump(mode="json")))
-        measures = {name: value for name, value in _measures(record) if value is not None}
+        measured = dict(_measures(record))
         censored = {_width_title(width) for width in record.widths or () if width.censored}
         before = found.get(key, Sharpness(*key, {}))
-        bounds = (before.bounds - measures.keys()) | censored
-        found[key] = replace(before, measures={**before.measures, **measures}, bounds=bounds)
+        known = {name: value for name, value in {**before.measures, **measured}.items() if value is not None}
+        found[key] = Sharpness(*key, known, (before.bounds - measured.keys()) | censored)
     return tuple(found.values())
 
 

@@ -490,6 +490,20 @@ def test_records_by_passes_of_another_size_are_of_one_measurement(tmp_path: Path
     assert all(len(run.analyses.sharpness) == 1 for run in subject.runs)
 
 
+def test_a_noise_scale_beyond_the_samples_is_not_replaced_by_one_of_larger_passes(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "study", seeds=(0,))
+    [path] = (study / "sb-seed-0").glob("analysis/sharpness-*.json")
+    known = {"value": 5.0, "standard_error": 1.0, "variance": 5.0, "squared_gradient": 1.0, "batches": 4}
+    for size, scale in ((256, known), (32, {**known, "value": None, "standard_error": None, "squared_gradient": -1.0})):
+        fields = json.loads(path.read_text())
+        fields["settings"] |= {"batch_size": size}
+        path.with_name(f"sharpness-{size}.json").write_text(json.dumps({**fields, "noise_scale": scale}))
+    path.unlink()
+    [found] = read_run(study / "sb-seed-0", "run").analyses.sharpness
+    assert "Hessian trace" in found.measures
+    assert "gradient noise scale" not in found.measures
+
+
 def test_differences_of_percentages_are_in_points(tmp_path: Path) -> None:
     tables = effect_tables(panels_of(read_subject(make_study(tmp_path / "study")).runs))
     headings = [measure.heading for measure in tables[0].measures]
