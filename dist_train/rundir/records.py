@@ -46,7 +46,7 @@ class TrainRecord:
 
 @dataclass(frozen=True)
 class EvaluationRecord:
-    """Loss and accuracy (in [0, 1]) of the clean weights over a whole split."""
+    """Loss and accuracy (in [0, 1]) of the clean weights or their average, over the first `samples` of a split."""
 
     step: Count
     epoch: float

@@ -235,7 +235,7 @@ METRICS: tuple[Metric, ...] = (
     _gauge("step", "Optimizer updates done.", "step", "updates"),
     _gauge("planned_steps", "Optimizer updates at which the run ends.", "facts.total_steps", "updates"),
     _gauge("epoch", "Epochs done, with fraction.", lambda now: now.facts.passes.done(now.step), "epochs"),
-    _gauge("planned_epochs", "Epochs over which the schedules are laid out.", "facts.epochs", "epochs"),
+    _gauge("planned_epochs", "Epochs that the run will have done at its end.", "facts.epochs", "epochs"),
     _gauge("samples", "Training samples used by all ranks since the run's first step.", _samples, "samples"),
     _gauge(
         "planned_samples",
@@ -254,8 +254,9 @@ METRICS: tuple[Metric, ...] = (
     _gauge("stall_timeout_seconds", "Time without progress after which the run has stalled.", stall_timeout_seconds),
     _by_split(
         "loss",
-        "Latest mean loss: of the global batch at the weights that it was trained at (batch), of a whole split at the "
-        "clean weights (train, validation, test), or at their average (train-averaged, ...).",
+        "Latest mean loss: of the global batch at the weights that it was trained at (batch), of a split (of train the "
+        "first evaluation.train_samples) at the clean weights (train, validation, test), or at their average "
+        "(train-averaged, ...).",
         "loss",
         "nats",
     ),

@@ -89,7 +89,7 @@ def build() -> model.Dashboard:
         choice(
             "split",
             "Split",
-            "batch: training batches as trained; train, test: whole splits, clean weights",
+            "batch: training batches as trained; others: clean weights, of train the first evaluation.train_samples",
             f"label_values(dist_train_loss{{{OF_RUN}}}, split)",
         )
     )
