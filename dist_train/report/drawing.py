@@ -315,7 +315,8 @@ def _named(run: Measured, chart: Chart, style: str) -> Iterator[Series]:
 
 
 def _best(run: Measured) -> str:
-    tests = [record for record in run.evaluations["test"] if math.isfinite(record.accuracy)]
+    # as elsewhere, an evaluation whose loss is not finite is never the best
+    tests = [each for each in run.evaluations["test"] if math.isfinite(each.accuracy) and math.isfinite(each.loss)]
     if not tests:
         return ""
     best = max(tests, key=ACCURACY.take)

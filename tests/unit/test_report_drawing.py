@@ -26,6 +26,7 @@ from dist_train.report.figures import StripPlot
 from dist_train.report.page import figures_of
 from dist_train.report.stored_run import read_run, read_subject
 from tests.launching import write_config
+from tests.unit.records import evaluation, write_records
 from tests.unit.report_study import make_run, make_study, treatments
 from tests.unit.small_trainers import SETTINGS
 
@@ -161,6 +162,14 @@ def test_dollar_signs_of_a_name_are_drawn_as_they_are(tmp_path: Path) -> None:
     run = make_run(tmp_path / r"$\wrong$", treatments()[0], 0, treatments()[0].settings)
     draw_learning_curve([run], tmp_path / "curve.svg")
     assert r"$\wrong$" in (tmp_path / "curve.svg").read_text()
+
+
+def test_the_best_accuracy_of_a_curve_is_not_that_of_an_evaluation_that_is_not_finite(tmp_path: Path) -> None:
+    records = [evaluation(7, accuracy=0.8), evaluation(14, accuracy=0.9, loss=math.inf), evaluation(21, accuracy=0.7)]
+    (tmp_path / "run").mkdir()
+    write_records(tmp_path / "run", records)
+    draw_learning_curve([tmp_path / "run"], tmp_path / "curve.svg")
+    assert "best test accuracy 80.00 %, epoch 1 -->" in (tmp_path / "curve.svg").read_text()
 
 
 @pytest.mark.parametrize("names", [("a/demo", "b/demo"), ("_a", "b")])
