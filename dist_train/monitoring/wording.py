@@ -44,7 +44,8 @@ def current_epoch(facts: RunFacts, step: int) -> str:
 
 def introduction(facts: RunFacts) -> tuple[str, ...]:
     """Return the lines that introduce a run: model, data, batch and schedule."""
-    sizes = ", ".join(f"{stage.global_size:,} from epoch {stage.epoch + 1}" for stage in facts.stages[1:])
+    to_come = (stage for stage in facts.stages[1:] if stage.step > facts.start_step)
+    sizes = ", ".join(f"{stage.global_size:,} from epoch {stage.epoch + 1}" for stage in to_come)
     epochs = f"{facts.epochs:.4g} epoch{'' if facts.epochs == 1 else 's'}"
     lines = [
         f"{facts.name}: {facts.data}; {facts.model}, {plural(facts.parameters, 'parameter')}; noise {facts.noise}",

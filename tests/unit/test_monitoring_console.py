@@ -341,6 +341,15 @@ def test_the_time_left_is_that_of_larger_batches_to_come() -> None:
     assert page.getvalue().rstrip().endswith("  3:00 left"), "20 steps of 1 s, and 10 of 16 s"
 
 
+@pytest.mark.parametrize(("start_step", "is_to_come"), [(0, True), (39, True), (40, False), (45, False)])
+def test_a_resumed_run_does_not_say_that_batches_are_to_come_which_it_has_already(
+    start_step: int, is_to_come: bool
+) -> None:
+    told = wording.introduction(replace(FACTS, start_step=start_step, stages=GROWING))
+    assert ("then batches of 1,024 from epoch 2" in told) == is_to_come
+    assert any("then batches" in line for line in told) == is_to_come
+
+
 def test_the_reason_of_an_event_is_not_called_so() -> None:
     record = EventRecord(42, "stopped_early", 0.0, {"reason": "test.loss has not improved"})
     assert wording.event(record) == "step 42: stopped early (test.loss has not improved)"
