@@ -291,6 +291,18 @@ def test_time_left_is_that_of_larger_batches_to_come(monkeypatch: pytest.MonkeyP
     assert values_of(board)["dist_train_time_left_seconds", ()] == pytest.approx(20 * 0.1 + 10 * 1.6)
 
 
+def test_no_time_is_left_of_a_run_that_has_stopped_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("dist_train.monitoring.prometheus.board.time.monotonic", lambda: clock[0])
+    board = Board(replace(FACTS, start_step=0))
+    board.apply(Progress(10))
+    clock[0] += 1.0
+    board.apply(Progress(20))
+    assert values_of(board)["dist_train_time_left_seconds", ()] == pytest.approx(19.0)
+    board.apply(replace(OUTCOME, step=20))
+    assert values_of(board)["dist_train_time_left_seconds", ()] == 0
+
+
 def test_a_loss_that_is_not_finite_is_served_as_such() -> None:
     board = Board(FACTS)
     board.apply(replace(train(1), loss=math.nan, gradient_norm=math.inf, samples_per_second=-math.inf))

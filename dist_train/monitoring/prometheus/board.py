@@ -188,7 +188,9 @@ class Board:
                         part_seconds={part: before.plus(seconds[part]) for part, before in now.part_seconds.items()},
                     )
                 case Outcome(state=state, step=step):
-                    self._change(state=state, outcome=outcome_label(message), step=max(now.step, step))
+                    left = 0.0 if state == "finished" else now.seconds_left  # early stopping leaves steps
+                    step = max(now.step, step)
+                    self._change(state=state, outcome=outcome_label(message), step=step, seconds_left=left)
 
     def disk(self, free: int) -> None:
         """Set the free bytes on the run directory's file system."""
