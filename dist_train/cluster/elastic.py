@@ -37,7 +37,6 @@ from dist_train.cluster.torch_engine import (
     TorchOperations,
     gloo_options,
     nccl_options,
-    sum_options,
 )
 from dist_train.outcome import say_on_stderr, shortened
 
@@ -280,7 +279,7 @@ class DeviceGroup:
             self._sum(torch.zeros(count, dtype=torch.int64, device=device))
 
     def _sum(self, tensor: torch.Tensor) -> None:
-        work = self.start(lambda group: group.allreduce([tensor], sum_options()))
+        work = self.start(lambda group: group.allreduce([tensor]))
         while not work.is_completed():
             time.sleep(DEVICE_POLL_SECONDS)
         if self.is_over:

@@ -104,12 +104,10 @@ class TorchOperations(Communicator, ABC):
     has_counters = True
 
     def allreduce_async(self, tensor: torch.Tensor, name: str) -> Pending:
-        return self._start(tensor, lambda group: group.allreduce([tensor], sum_options()), name)
+        return self._start(tensor, lambda group: group.allreduce([tensor]), name)  # a sum, by default
 
     def broadcast(self, tensor: torch.Tensor, name: str, root: int = 0) -> None:
-        options = dist.BroadcastOptions()
-        options.rootRank = root
-        self._start(tensor, lambda group: group.broadcast([tensor], options), name).wait_on_host()
+        self._start(tensor, lambda group: group.broadcast(tensor, root), name).wait_on_host()
 
     @abstractmethod
     def _start(self, tensor: torch.Tensor, operation: Callable[[Any], Any], name: str) -> Pending:
@@ -187,13 +185,6 @@ class TorchCommunicator(TorchOperations):
         if tensor.is_cuda:
             return _OnGpu(work.wait, name, is_completed=work.is_completed, seconds=self._longest_wait)
         return Operation(work.wait, name)
-
-
-def sum_options() -> Any:
-    """Return torch's options for a sum over all ranks."""
-    options = dist.AllreduceOptions()
-    options.reduceOp = dist.ReduceOp(dist.ReduceOp.SUM)
-    return options
 
 
 def _open_store(launch: Launch, address: StoreAddress) -> dist.Store:

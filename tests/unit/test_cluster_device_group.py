@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
 import torch
@@ -47,7 +46,7 @@ class Group:
     aborted: int = 0
     works: list[Work] = field(default_factory=list)
 
-    def allreduce(self, tensors: list[torch.Tensor], options: Any) -> Work:
+    def allreduce(self, tensors: list[torch.Tensor]) -> Work:
         self.works.append(Work(self, completed=self.peers_come, size=sum(map(torch.numel, tensors))))
         return self.works[-1]
 
@@ -80,7 +79,7 @@ def in_thread(action: Callable[[], object]) -> tuple[threading.Thread, list[Base
 
 
 def work_in(group: DeviceGroup, comm: Comm, patience: float = 60.0) -> tuple[Work, _Work]:
-    work = group.start(lambda made: made.allreduce([], None))
+    work = group.start(lambda made: made.allreduce([]))
     return work, _Work(comm, work, "gradient.0", time.monotonic() + patience, group)  # type: ignore[arg-type]
 
 
@@ -97,7 +96,7 @@ def test_it_connects_by_first_sums_and_is_aborted_once(monkeypatch: pytest.Monke
     assert group.await_end(PATIENCE)
     assert made.aborted == 1
     with pytest.raises(RuntimeError, match="aborted"):
-        group.start(lambda made: made.allreduce([], None))
+        group.start(lambda made: made.allreduce([]))
 
 
 def test_what_was_never_made_has_ended() -> None:
@@ -189,7 +188,7 @@ def test_a_group_that_takes_long_to_disappear_is_aborted_before() -> None:
     may_disappear, disappeared = threading.Event(), threading.Event()
 
     class Lingering(Group):
-        def allreduce(self, tensors: list[torch.Tensor], options: Any) -> Work:
+        def allreduce(self, tensors: list[torch.Tensor]) -> Work:
             return Work(Group(), completed=True)  # no cycle that keeps this group
 
         def __del__(self) -> None:
