@@ -48,6 +48,12 @@ class UsageError(CodedError, ValueError):
     exit_code = ExitCode.USAGE
 
 
+class PluginResultError(UsageError):
+    """A plug-in returned something other than required, or something of which training would be wrong. Exit code 2."""
+
+    code = "plugin-result"
+
+
 class FaultError(CodedError, RuntimeError):
     """A failure that is neither the user's mistake nor a bug, such as a full disk. Exit code 1."""
 

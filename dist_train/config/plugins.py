@@ -27,7 +27,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from dist_train.config.plugin_modules import edited_files, is_installed, plugin_module, source_digests
 from dist_train.config.problems import ConfigError, Problem, choices_of, problems_of
-from dist_train.outcome import CodedError, UsageError, check_choice, refuse_nondeterministic
+from dist_train.outcome import CodedError, PluginResultError, UsageError, check_choice, refuse_nondeterministic
 
 Kind = Literal[
     "models",
@@ -172,7 +172,7 @@ def call_plugin(name: str, options: Options, returns: type[Any], *arguments: Any
         result = target(*copies, **keywords)
     if not isinstance(result, returns):
         wrong = f"{name} returned {type(result).__name__}, not {returns.__module__}.{returns.__qualname__}"
-        raise UsageError(wrong, code="plugin-result")
+        raise PluginResultError(wrong)
     return _iterate(name, result) if inspect.isgenerator(result) else result
 
 

@@ -20,7 +20,7 @@ from dist_train.data.encoded import FileIndexer, find_shards, list_folder, packe
 from dist_train.data.images import DataSource, ImageSet, Listing, MapDataset, Split
 from dist_train.data.plan import divided
 from dist_train.data.published import find_cifar, find_fashion_mnist, read_cifar, read_fashion_mnist
-from dist_train.outcome import UsageError
+from dist_train.outcome import PluginResultError, UsageError
 from dist_train.reproducible import generator, key, seeded_generators
 
 
@@ -76,10 +76,9 @@ def _plugin(settings: DataSettings, split: Split, seed: int) -> ImageSet | MapDa
             with failing_clearly(settings.name):
                 len(images)
             return images
-        raise UsageError(
+        raise PluginResultError(
             f"{settings.name} returned {type(images).__name__} for {split}, neither an ImageSet nor a map-style "
-            f"Dataset (with __len__ and __getitem__)",
-            code="plugin-result",
+            f"Dataset (with __len__ and __getitem__)"
         )
     if (images.shape, images.classes) != (settings.shape, settings.classes):
         raise UsageError(

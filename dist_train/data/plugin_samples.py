@@ -24,7 +24,7 @@ from dist_train.config.plugins import call_plugin, failing_clearly, is_plugin
 from dist_train.data.catalog import load_data
 from dist_train.data.decoding import EncodedImages, Work, fitted
 from dist_train.data.images import DataSource, ImageSet, Listing, Split, channels_first
-from dist_train.outcome import UsageError
+from dist_train.outcome import PluginResultError, UsageError
 from dist_train.reproducible import key, preserved_generators, seed_generators, seeded_generators
 
 _NOT_COLOURS = ("P", "PA", "1")  # modes of Pillow: numbers of colours in a palette, or one bit
@@ -159,9 +159,7 @@ def _augment_of(settings: DataSettings, seed: int) -> Augment | None:
     with seeded_generators(key(seed, "augmentation")):
         augment = call_plugin(settings.augment, settings.augment_options, object, settings.image_format)
     if not callable(augment):
-        raise UsageError(
-            f"{settings.augment} returned {type(augment).__name__}, not a function of an image", code="plugin-result"
-        )
+        raise PluginResultError(f"{settings.augment} returned {type(augment).__name__}, not a function of an image")
     return cast(Augment, augment)
 
 

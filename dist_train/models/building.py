@@ -36,7 +36,7 @@ from dist_train.models.norms import (
     norm_parameters,
     replace_batch_norms,
 )
-from dist_train.outcome import UsageError, did_you_mean
+from dist_train.outcome import PluginResultError, UsageError, did_you_mean
 from dist_train.reproducible import generator, key, seed_generators, seeded_generators
 
 _logger = logging.getLogger("dist_train.models")
@@ -181,22 +181,20 @@ def _network(config: Config) -> nn.Module:
             outputs[""] = model(blank)
         model.train()
     if blank._version:
-        raise UsageError(
+        raise PluginResultError(
             f"{settings.name} changes its input in place, though an update may use it several times: write for example "
-            f"x = x - mean, not x.sub_(mean)",
-            code="plugin-result",
+            f"x = x - mean, not x.sub_(mean)"
         )
     for mode, logits in outputs.items():
         is_tensor = isinstance(logits, Tensor)
         if not is_tensor or logits.shape != (_TRIAL_SAMPLES, images.classes) or not logits.is_floating_point():
             form = f"{logits.dtype} of {list(logits.shape)}" if is_tensor else type(logits).__name__
-            raise UsageError(
-                f"{settings.name} gives {form}, not real logits of [2, {images.classes}], for 2 images{mode}",
-                code="plugin-result",
+            raise PluginResultError(
+                f"{settings.name} gives {form}, not real logits of [2, {images.classes}], for 2 images{mode}"
             )
     _check_trainable(model, settings.name)
     if not outputs[" in training"].requires_grad:
-        raise UsageError(f"the logits of {settings.name} depend on no parameter that is trained", code="plugin-result")
+        raise PluginResultError(f"the logits of {settings.name} depend on no parameter that is trained")
     return model
 
 
@@ -305,10 +303,9 @@ def _check_single(model: nn.Module, name: str, classes: int, image: Tensor) -> N
         error.add_note("(given a single image)")
         raise
     if logits.shape != (1, classes):
-        raise UsageError(
+        raise PluginResultError(
             f"{name} gives logits of {list(logits.shape)}, not [1, {classes}], for a single image: write x.flatten(1) "
-            f"instead of x.squeeze()",
-            code="plugin-result",
+            f"instead of x.squeeze()"
         )
 
 
@@ -316,10 +313,9 @@ def _check_shapes(model: nn.Module, name: str, before: Mapping[str, torch.Size])
     """Raise UsageError if a pass over more images has changed shapes of the state dict, of which a checkpoint is."""
     for path, value in model.state_dict().items():
         if value.shape != before.get(path, value.shape):
-            raise UsageError(
+            raise PluginResultError(
                 f"the shape of the buffer {path} of {name} depends on the number of images, so no checkpoint would fit "
-                f"the model: register it with persistent=False, or make it a plain attribute",
-                code="plugin-result",
+                f"the model: register it with persistent=False, or make it a plain attribute"
             )
 
 
@@ -333,7 +329,7 @@ def _check_gradients(model: nn.Module, name: str, logits: Tensor) -> None:
         if parameter.grad.layout != torch.strided:
             problem = "is sparse: set sparse=False"
         if problem:
-            raise UsageError(f"the gradient of {path} of {name} {problem}", code="plugin-result")
+            raise PluginResultError(f"the gradient of {path} of {name} {problem}")
         arrived.add(path)
         parameter.grad = None
 
@@ -349,28 +345,25 @@ def _check_gradients(model: nn.Module, name: str, logits: Tensor) -> None:
 def _check_trainable(model: nn.Module, name: str) -> None:
     """Raise UsageError if a plug-in's `model`, after a forward pass in training, cannot be trained reproducibly."""
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise UsageError(f"{name} has no parameter to train", code="plugin-result")
+        raise PluginResultError(f"{name} has no parameter to train")
     for path, parameter in model.named_parameters():
         if not parameter.numel() or (parameter.requires_grad and parameter.dtype != torch.float32):
-            raise UsageError(
+            raise PluginResultError(
                 f"the parameter {path} of {name} is {str(parameter.dtype).removeprefix('torch.')} of "
-                f"{list(parameter.shape)}: what is trained is float32, and nothing is empty",
-                code="plugin-result",
+                f"{list(parameter.shape)}: what is trained is float32, and nothing is empty"
             )
     with failing_clearly(name):
         saved = model.state_dict().keys()
     if missing := [path for path, _ in model.named_parameters(remove_duplicate=False) if path not in saved]:
-        raise UsageError(
+        raise PluginResultError(
             f"the state dict of {name} has no {missing[0]}, so a checkpoint could not restore it: remove the hook, or "
-            f"the method state_dict, that leaves it out",
-            code="plugin-result",
+            f"the method state_dict, that leaves it out"
         )
     for path, module in model.named_modules():
         if type(module).get_extra_state is not nn.Module.get_extra_state:
-            raise UsageError(
+            raise PluginResultError(
                 f"{name} has a state outside its tensors ({path or 'itself'}, {type(module).__name__}, has "
-                f"get_extra_state): ranks and checkpoints share parameters and buffers; register it as a buffer",
-                code="plugin-result",
+                f"get_extra_state): ranks and checkpoints share parameters and buffers; register it as a buffer"
             )
     check_norms(model, name, "", samples=_TRIAL_SAMPLES)
 
@@ -384,7 +377,7 @@ def _check_buffers(model: nn.Module, name: str) -> None:
         elif not is_lazy(buffer) and any(n > 1 > step for n, step in zip(buffer.shape, buffer.stride(), strict=True)):
             form = "expanded, one value for many elements: register its .contiguous()"
         if form:
-            raise UsageError(f"the buffer {path} of {name} is {form}", code="plugin-result")
+            raise PluginResultError(f"the buffer {path} of {name} is {form}")
 
 
 def initialize(model: nn.Module, seed: int) -> None:

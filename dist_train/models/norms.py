@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from dist_train.config import ModelSettings
 from dist_train.models.norm_arithmetic import SumOverRanks, normalize
-from dist_train.outcome import UsageError
+from dist_train.outcome import PluginResultError
 from dist_train.reproducible import STATISTICS
 
 VECTOR_GROUP = 8  # fewest channels per group norm's group of single values: of two, only the order would be left
@@ -115,15 +115,13 @@ def check_norms(model: nn.Module, name: str, mode: str, *, samples: int) -> None
             fix = "build one for each use, or set model.norm=group"
             if not norm.seen:
                 fix = "use it in every pass or, in a part that stays in evaluation mode, nn.BatchNorm2d instead"
-            raise UsageError(
-                f"{name} uses its norm {path} {len(norm.seen)} times in a forward pass{mode}: {fix}",
-                code="plugin-result",
+            raise PluginResultError(
+                f"{name} uses its norm {path} {len(norm.seen)} times in a forward pass{mode}: {fix}"
             )
         if norm.group_size is not None and sum(norm.seen[0].sizes) != samples:
-            raise UsageError(
+            raise PluginResultError(
                 f"{name} has a norm over more than the samples, of which ghost norm cannot make groups: set "
-                f"model.norm=batch or group",
-                code="plugin-result",
+                f"model.norm=batch or group"
             )
         norm.seen.clear()
 
@@ -263,11 +261,10 @@ class BatchStatistics:
         """
         for index, norm in enumerate(self._norms, start=1):
             if len(norm.seen) != 1:
-                raise UsageError(
+                raise PluginResultError(
                     f"norm {index} of the model's {len(self._norms)} (of {len(norm.weight)} channels) was used "
                     f"{len(norm.seen)} times in a forward pass: use each norm once in every pass, in training and in "
-                    f"evaluations alike, or set model.norm=group",
-                    code="plugin-result",
+                    f"evaluations alike, or set model.norm=group"
                 )
         if self._norms:
             seen = [norm.seen[0] for norm in self._norms]

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from dist_train.models.norms import norm_parameters
-from dist_train.outcome import UsageError
+from dist_train.outcome import PluginResultError, UsageError
 
 _ALIGNMENT = 16  # floats (64 bytes) at which tensors begin: a cache line, and the widest vector register
 _FEW = 5  # names in a message
@@ -174,10 +174,9 @@ def check_memory(model: nn.Module) -> None:
         owner = owners.setdefault(storage, torch.zeros(size, dtype=torch.int32))
         elements = owner.as_strided(tensor.shape, tensor.stride(), int(tensor.storage_offset()))
         if other := int(elements.max()):
-            raise UsageError(
+            raise PluginResultError(
                 f"{name} and {named[other - 1][0]} have the same memory, but are two tensors, of which one would keep "
-                f"its old values: to share weights assign the parameter itself, not its .data",
-                code="plugin-result",
+                f"its old values: to share weights assign the parameter itself, not its .data"
             )
         if tensor.requires_grad:
             elements.fill_(number)

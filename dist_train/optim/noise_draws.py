@@ -14,7 +14,7 @@ from torch import Tensor
 from dist_train.config import NoiseSettings
 from dist_train.config.plugins import call_plugin
 from dist_train.optim.flat_weights import FlatWeights
-from dist_train.outcome import UsageError
+from dist_train.outcome import PluginResultError
 from dist_train.reproducible import bits, key
 
 _DEVIATION_OF_UNIFORM = 3.0**-0.5
@@ -147,13 +147,12 @@ def _plugin_parts(settings: NoiseSettings, noise: Tensor, *arguments: Any) -> Pa
     stop = 0
     for part in call_plugin(settings.scale, settings.scale_options, Iterator, noise, *arguments):
         if not isinstance(part, slice) or part.start != stop or not isinstance(part.stop, int):
-            raise UsageError(f"{settings.scale} yields {part} after {stop} weights", code="plugin-result")
+            raise PluginResultError(f"{settings.scale} yields {part} after {stop} weights")
         yield part
         stop = part.stop
     if stop != len(noise):
-        raise UsageError(
-            f"{settings.scale} yields parts of {stop} of the {len(noise)} weights: yield each part once it is scaled",
-            code="plugin-result",
+        raise PluginResultError(
+            f"{settings.scale} yields parts of {stop} of the {len(noise)} weights: yield each part once it is scaled"
         )
 
 

@@ -19,7 +19,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from dist_train.config import OptimizerSettings
 from dist_train.config.plugins import call_plugin, is_plugin
 from dist_train.optim.flat_weights import FlatWeights
-from dist_train.outcome import UsageError
+from dist_train.outcome import PluginResultError
 
 _DYNAMO_DISABLE = "__dynamo_disable"
 
@@ -52,11 +52,10 @@ def build_optimizer(settings: OptimizerSettings, weights: FlatWeights) -> Optimi
         first, *rates = (group["initial_lr"] for group in optimizer.param_groups)
         is_multiple = first != settings.learning_rate and settings.learning_rate in rates
         if is_multiple or (not first and any(rates)):
-            raise UsageError(
+            raise PluginResultError(
                 f"the schedule sets the rate of the first parameter group of {settings.name}, here {first:g}, and "
                 f"scales the others alike: begin with the group whose rate is optimizer.learning_rate; freeze "
-                f"parameters by requires_grad=False in the model",
-                code="plugin-result",
+                f"parameters by requires_grad=False in the model"
             )
         return optimizer
     return _OPTIMIZERS[settings.name](settings, groups)
@@ -68,14 +67,13 @@ def _check_usable(optimizer: Optimizer, name: str) -> None:
         each.default is each.empty and each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
         for each in inspect.signature(optimizer.step).parameters.values()
     ):
-        raise UsageError(f"the step of {name} needs arguments: it is called without any", code="plugin-result")
+        raise PluginResultError(f"the step of {name} needs arguments: it is called without any")
     try:
         torch.load(io.BytesIO(packed_numbers(optimizer)), weights_only=True)
     except Exception as error:  # of nearly any type
-        raise UsageError(
+        raise PluginResultError(
             f"the param_groups or the state of {name} hold more than numbers, texts and tensors, which checkpoints "
-            f"cannot give back ({type(error).__name__})",
-            code="plugin-result",
+            f"cannot give back ({type(error).__name__})"
         ) from error
 
 
@@ -84,13 +82,12 @@ def _check_parameters(optimizer: Optimizer, name: str, weights: FlatWeights) -> 
     held = Counter(id(parameter) for group in optimizer.param_groups for parameter in group["params"])
     for segment, parameter in zip(weights.segments, weights.parameters, strict=True):
         if (times := held[id(parameter)]) != 1:
-            raise UsageError(
+            raise PluginResultError(
                 f"{name} holds the parameter {segment.name} {times} times: give each parameter of all groups to the "
-                f"optimizer once; what is not to be trained has requires_grad=False in the model",
-                code="plugin-result",
+                f"optimizer once; what is not to be trained has requires_grad=False in the model"
             )
     if extra := held.total() - len(weights.parameters):
-        raise UsageError(f"{name} holds {extra} tensors that are no parameters of the model", code="plugin-result")
+        raise PluginResultError(f"{name} holds {extra} tensors that are no parameters of the model")
 
 
 def set_learning_rate(optimizer: Optimizer, rate: float) -> None:

@@ -9,7 +9,7 @@ from typing import Any, SupportsFloat
 
 from dist_train.config import NoiseSchedule, ScheduleSettings
 from dist_train.config.plugins import Options, call_plugin, failing_clearly, is_plugin
-from dist_train.outcome import UsageError
+from dist_train.outcome import PluginResultError
 from dist_train.rundir.epochs import Epochs
 
 
@@ -52,9 +52,8 @@ def _plugin_factor(name: str, options: Options, step: int, *arguments: float) ->
     with failing_clearly(name):
         factor = float(result)
     if not 0.0 <= factor < math.inf:
-        raise UsageError(
-            f"{name} returned {factor:g} for update {step + 1}: a factor is a finite number of at least 0",
-            code="plugin-result",
+        raise PluginResultError(
+            f"{name} returned {factor:g} for update {step + 1}: a factor is a finite number of at least 0"
         )
     return factor
 
