@@ -89,11 +89,8 @@ def decoded_once(folder: Path, source: Source, decode: Callable[[], ImageSet]) -
         return ImageSet(images, labels, source.classes, key, is_mapped=True)
     except OSError as error:
         _LOGGER.warning(
-            "the cache folder %s cannot be used (%s): decoding %s into this process's own memory. "
-            "Free space there, or set DIST_TRAIN_CACHE to a folder that can be written.",
-            folder,
-            error,
-            source.name,
+            f"the cache folder {folder} cannot be used ({error}): decoding {source.name} into this process's own "
+            f"memory. Free space there, or set DIST_TRAIN_CACHE to a folder that can be written."
         )
     return replace(decode(), identity=key)
 

@@ -323,12 +323,9 @@ def _warn_of_lost_noise(noise: Noise, precision: torch.dtype, step: int) -> None
     lost = noise.lost_in(precision, step)
     if lost > _LOST_NOISE:
         _logger.warning(
-            "precision.compute: %s rounds the noise away on %.0f %% of the weights (amplitude %g at step %d); "
-            "float32 keeps it, or raise noise.amplitude",
-            str(precision).removeprefix("torch."),
-            100 * lost,
-            noise.amplitude(step),
-            step,
+            f"precision.compute: {str(precision).removeprefix('torch.')} rounds the noise away on {100 * lost:.0f} % "
+            f"of the weights (amplitude {noise.amplitude(step):g} at step {step}); float32 keeps it, or raise "
+            f"noise.amplitude"
         )
 
 

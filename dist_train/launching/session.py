@@ -128,9 +128,9 @@ class Session:
         names = {*gather_str(self.comm, device_name(trainer.take_step.compute.device), "device names")}
         devices = ", ".join(sorted(names))
         if self.status and trainer.config.comm.is_exact and devices != before and (before or len(names) > 1):
+            which = f"{devices}; before: {before}" if before else devices
             _logger.warning(
-                "devices differ (%s): they may round differently, so that the bits depend on which computes what",
-                f"{devices}; before: {before}" if before else devices,
+                f"devices differ ({which}): they may round differently, so that the bits depend on which computes what"
             )
         return devices
 
@@ -147,33 +147,23 @@ class Session:
         ghost, micro = trainer.config.model.ghost_size, trainer.plan.micro_size
         is_ghost = trainer.config.model.norm == "ghost" and bool(trainer.take_step.norms)
         if self.comm.size > parts and trainer.config.model.norm != "sync":  # of which every rank computes a part
+            smaller = "" if is_ghost and micro <= ghost else "set a smaller batch.micro_size, or "
             _logger.warning(
-                "a batch of %d micro-batches of %d samples leaves %d of the %d ranks without work: %s",
-                parts,
-                micro,
-                self.comm.size - parts,
-                self.comm.size,
-                ("" if is_ghost and micro <= ghost else "set a smaller batch.micro_size, or ") + "use fewer ranks",
+                f"a batch of {parts} micro-batches of {micro} samples leaves {self.comm.size - parts} of the "
+                f"{self.comm.size} ranks without work: {smaller}use fewer ranks"
             )
         if is_ghost and micro < min(ghost, trainer.config.batch.global_size) and resume_point.contents is None:
             _logger.warning(
-                "ghost norm takes its statistics over micro-batches of %d samples, not over model.ghost_size, %d: set "
-                "batch.micro_size to %d or more, or model.ghost_size to %d",
-                micro,
-                ghost,
-                ghost,
-                micro,
+                f"ghost norm takes its statistics over micro-batches of {micro} samples, not over model.ghost_size, "
+                f"{ghost}: set batch.micro_size to {ghost} or more, or model.ghost_size to {micro}"
             )
         if resume_point.gone is not None:
-            _logger.warning(
-                "%s is gone: the run resumes from its own last checkpoint, step %d",
-                resume_point.gone,
-                trainer.progress.step,
-            )
+            step = trainer.progress.step
+            _logger.warning(f"{resume_point.gone} is gone: the run resumes from its own last checkpoint, step {step}")
         if resume_point.former_records is not None:
             _logger.warning(
-                "the run has no whole checkpoint of its own any more, so its records begin anew: the former are in %s",
-                resume_point.former_records,
+                f"the run has no whole checkpoint of its own any more, so its records begin anew: the former are in "
+                f"{resume_point.former_records}"
             )
         for name, text in resume_point.damage.items():
             _logger.warning("%s; the checkpoint before it is used", text)
@@ -230,14 +220,10 @@ class Session:
     def _record_lengthening(self, before: int) -> None:
         trainer = self._running
         now, step = trainer.config.run.epochs, trainer.progress.step
+        rate, amplitude = trainer.learning_rate.at(step), trainer.take_step.noise.amplitude(step)
         _logger.info(
-            "lengthened from %d to %d epochs: schedules are laid out anew over %d updates; the next one has learning "
-            "rate %g, noise amplitude %g",
-            before,
-            now,
-            trainer.total_steps,
-            trainer.learning_rate.at(step),
-            trainer.take_step.noise.amplitude(step),
+            f"lengthened from {before} to {now} epochs: schedules are laid out anew over {trainer.total_steps} "
+            f"updates; the next one has learning rate {rate:g}, noise amplitude {amplitude:g}"
         )
         trainer.event("lengthened", before=before, now=now)
 

@@ -281,17 +281,15 @@ def check_training(model: nn.Module, config: Config) -> None:
         _logger.warning("%s seems to end in softmax: leave it out, since the loss, cross entropy, contains it", name)
     if not is_repeatable:
         _logger.warning(
-            "a pass of %s in training, repeated from the same seed, gives other logits: it draws from a generator of "
-            "its own, or keeps something outside of its buffers, so that results depend on the number of ranks, and "
-            "those of a resumed run differ; draw from the global generators, which are seeded for each micro-batch",
-            name,
+            f"a pass of {name} in training, repeated from the same seed, gives other logits: it draws from a generator "
+            f"of its own, or keeps something outside of its buffers, so that results depend on the number of ranks, "
+            f"and those of a resumed run differ; draw from the global generators, which are seeded for each micro-batch"
         )
     if changed:
         _logger.warning(
-            "%s changes buffers in training (%s), on each rank by its own samples: results depend on the number of "
-            "ranks, and model.norm_statistics does not apply to them; build norms by norm(channels)",
-            name,
-            ", ".join(changed[:_MAX_NAMES]),
+            f"{name} changes buffers in training ({', '.join(changed[:_MAX_NAMES])}), on each rank by its own samples: "
+            f"results depend on the number of ranks, and model.norm_statistics does not apply to them; build norms by "
+            f"norm(channels)"
         )
 
 

@@ -188,11 +188,8 @@ def build_dealing(config: Config, plan: BatchPlan, comm: Communicator) -> Dealin
         return Dealing(share_of(config.model, plan, rank, size))
     if rank == 0 and size > 1 and count < _FEW * size:
         _logger.warning(
-            "batch.dealing: %d micro-batches are too few to deal to %d ranks by their speed: set a smaller "
-            "batch.micro_size, for at least %d of them",
-            count,
-            size,
-            _FEW * size,
+            f"batch.dealing: {count} micro-batches are too few to deal to {size} ranks by their speed: set a smaller "
+            f"batch.micro_size, for at least {_FEW * size} of them"
         )
     if dealing == "measured":
         return MeasuredDealing(plan, rank, size)
