@@ -245,9 +245,8 @@ class Tally:
         self._comm = comm
         self._statistics = statistics
         self._counts = torch.zeros(_SLOTS, dtype=torch.int64, device=device)
-        self._samples = 0
-        self._losses: list[torch.Tensor] = []
-        self._correct: list[torch.Tensor] = []
+        self._noted: list[tuple[torch.Tensor, torch.Tensor, int]] = []
+        """The summed loss of each micro-batch since the last `count`, which labels were right, and how many it has."""
         self._largest = self._counts[:0]
         self._sent = self._counts
         self._pending: Pending | None = None
@@ -255,16 +254,12 @@ class Tally:
     def clear(self) -> None:
         """Begin anew, the norms' statistics too."""
         self._counts.zero_()
-        self._samples = 0
-        self._losses.clear()
-        self._correct.clear()
+        self._noted.clear()
         self._statistics.clear()
 
     def add(self, loss_sum: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Count a micro-batch: the sum of its losses, and how many of its `labels` the `logits` get right."""
-        self._losses.append(loss_sum.detach())
-        self._correct.append(logits.argmax(dim=1) == labels)
-        self._samples += len(labels)
+        self._noted.append((loss_sum.detach(), logits.argmax(dim=1) == labels, len(labels)))
 
     def add_rise(self, loss_sum: torch.Tensor, clean_loss_sum: torch.Tensor, samples: int) -> None:
         """Count by how much the summed loss of `samples` samples is larger with the noise than without."""
@@ -277,19 +272,18 @@ class Tally:
 
         Within a CUDA graph, each replay adds its micro-batch's.
         """
-        if self._losses:
-            losses = torch.stack(self._losses).to(torch.float64)
+        if self._noted:
+            sums, correct, samples = zip(*self._noted, strict=True)
+            losses = torch.stack(sums).to(torch.float64)
             finite = losses.abs() < _TERM_LIMIT
             # An assignment to an element would copy it onto itself.
             self._counts[_LOSS].add_(LOSSES.encode(torch.where(finite, losses, 0.0)).sum())
             self._counts[_OUT_OF_RANGE].add_((~finite).sum())
-            self._counts[_CORRECT].add_(torch.cat(self._correct).sum())
+            self._counts[_CORRECT].add_(torch.cat(correct).sum())
+            self._counts[_SAMPLES].add_(sum(samples))
         if out_of_range is not None:
             self._counts[_OUT_OF_RANGE].add_(out_of_range)
-        self._counts[_SAMPLES].add_(self._samples)
-        self._samples = 0
-        self._losses.clear()
-        self._correct.clear()
+        self._noted.clear()
 
     def send(
         self,
