@@ -20,8 +20,6 @@ from dist_train.config import RegularizationSettings
 from dist_train.data.images import BatchRequest
 from dist_train.reproducible import generator, key, uniform
 
-_CHUNK = 4096
-
 
 @dataclass(frozen=True)
 class ChannelStatistics:
@@ -49,14 +47,7 @@ class PixelFormat:
         return pixels
 
 
-def channel_statistics(images: Tensor, samples: Tensor | None = None) -> ChannelStatistics:
-    """Return the statistics of uint8 images [N, C, H, W], or of the `samples` among them, int64 [n]."""
-    if samples is None:
-        return statistics_of_parts(torch.split(images, _CHUNK))
-    return statistics_of_parts(images[part] for part in torch.split(samples, _CHUNK))
-
-
-def statistics_of_parts(parts: Iterable[Tensor]) -> ChannelStatistics:
+def channel_statistics(parts: Iterable[Tensor]) -> ChannelStatistics:
     """Return the statistics of all images in `parts`, uint8 [n, C, H, W], from exact integer sums.
 
     They do not depend on the division. A deviation of 0 becomes 1.

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from dist_train.config import DataSettings
 from dist_train.config.plugins import call_plugin, failing_clearly, is_plugin
 from dist_train.data.columns import find_arrays, find_parquet, find_saved, parquet_index, read_arrays, saved_index
-from dist_train.data.encoded import FileIndexer, find_shards, list_folder, packed_listing, shard_index
+from dist_train.data.encoded import FileIndexer, list_folder, packed_listing, shard_index, split_files
 from dist_train.data.images import DataSource, ImageSet, Listing, MapDataset, Split
 from dist_train.data.plan import divided
 from dist_train.data.published import find_cifar, find_fashion_mnist, read_cifar, read_fashion_mnist
@@ -101,7 +101,7 @@ READERS: Mapping[str, Reader] = {
     **dict.fromkeys(("cifar10", "cifar100"), Reader(read_cifar, find_cifar)),
     "imagefolder": Reader(list_folder, list_folder),
     "parquet": _packed(find_parquet, parquet_index),
-    "webdataset": _packed(find_shards, shard_index),
+    "webdataset": _packed(lambda settings, split: split_files(settings.folder, split, ".tar"), shard_index),
     "huggingface": _packed(find_saved, saved_index),
     "numpy": Reader(lambda settings, split, seed: read_arrays(settings, split), find_arrays),
     "synthetic": Reader(_synthetic),

@@ -232,11 +232,6 @@ class _Member:
     length: int
 
 
-def find_shards(settings: DataSettings, split: Split) -> list[Path]:
-    """Return the shards of a split. Raises UsageError if there are none."""
-    return split_files(settings.folder, split, ".tar")
-
-
 def shard_index(shard: Path, settings: DataSettings) -> tuple[Path, Index]:
     """Return `shard` and its index, from the cache if possible; it is made from SHARD.idx if that exists.
 

@@ -25,7 +25,6 @@ from dist_train.data.augmentation import (
     crop_flip,
     move,
     staging_buffer,
-    statistics_of_parts,
 )
 from dist_train.data.catalog import load_data
 from dist_train.data.decoding import DRAWS, EncodedImages, Work
@@ -38,6 +37,7 @@ from dist_train.reproducible import generator, key, uniform
 
 _logger = logging.getLogger("dist_train.data")
 
+_STATISTICS_CHUNK = 4096  # images of which statistics are taken at once
 _RESIDENT_FRACTION = 4  # images stay on a GPU if they take less than one in so many parts of its free memory
 
 
@@ -162,7 +162,8 @@ def open_splits(settings: DataSettings, seed: int, device: torch.device, channel
         kept, held_out = divided(train.labels, settings, seed)
         numbers = kept if len(kept) < len(train) else None
         if settings.normalize:
-            pixels = replace(pixels, statistics=channel_statistics(train.images, numbers))
+            parts = (train.images[part] for part in torch.split(kept, _STATISTICS_CHUNK))
+            pixels = replace(pixels, statistics=channel_statistics(parts))
         if isinstance(test, ImageSet) and not is_plugin(settings.augment):
             used = kept if held_out is None else torch.cat((kept, held_out))
             if not train.is_mapped and 2 * len(used) <= len(train):  # copy a small part, and free the rest
@@ -361,7 +362,7 @@ def _statistics(settings: DataSettings, listing: Listing, decoder: Decoder, seed
     parts = [BatchRequest(part) for part in torch.split(order[:STATISTICS_SAMPLES], _STATISTICS_PART)]
     try:
         samples.prefetch(parts)
-        return statistics_of_parts(samples._on_device(part)[0] for part in parts)
+        return channel_statistics(samples._on_device(part)[0] for part in parts)
     except CodedError:
         decoder.close()
         raise

@@ -97,7 +97,7 @@ def test_statistics_are_those_of_the_pixels(count: int) -> None:
     source = torch.Generator().manual_seed(0)
     images = torch.randint(0, 200, (count, 3, 5, 4), dtype=torch.uint8, generator=source)
     images[:, 1] //= 3
-    statistics = channel_statistics(images)
+    statistics = channel_statistics([images])
     exact = images.double().div(255).transpose(0, 1).flatten(1)
     assert statistics.mean == pytest.approx(exact.mean(1).tolist(), rel=1e-12)
     assert statistics.deviation == pytest.approx(exact.std(1, correction=0).tolist(), rel=1e-9)
@@ -105,12 +105,12 @@ def test_statistics_are_those_of_the_pixels(count: int) -> None:
 
 def test_statistics_do_not_depend_on_the_order_of_the_images_bit_identically() -> None:
     images = torch.randint(0, 256, (9000, 2, 3, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    assert channel_statistics(images) == channel_statistics(images.flip(0))
+    assert channel_statistics([images]) == channel_statistics([images.flip(0)])
 
 
 def test_normalized_pixels_have_mean_0_and_deviation_1() -> None:
     images = torch.randint(0, 99, (500, 3, 6, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
-    pixels = PixelFormat(statistics=channel_statistics(images)).convert(images)
+    pixels = PixelFormat(statistics=channel_statistics([images])).convert(images)
     by_channel = pixels.double().transpose(0, 1).flatten(1)
     assert by_channel.mean(1).abs().max() < 1e-6
     assert (by_channel.std(1, correction=0) - 1).abs().max() < 1e-6
@@ -118,7 +118,7 @@ def test_normalized_pixels_have_mean_0_and_deviation_1() -> None:
 
 def test_a_constant_channel_can_be_normalized() -> None:
     images = torch.full((4, 1, 3, 3), 51, dtype=torch.uint8)
-    statistics = channel_statistics(images)
+    statistics = channel_statistics([images])
     assert statistics.deviation == (1.0,)
     assert math.isclose(statistics.mean[0], 0.2)
     assert PixelFormat(statistics=statistics).convert(images).abs().max() < 1e-7
@@ -126,7 +126,7 @@ def test_a_constant_channel_can_be_normalized() -> None:
 
 def test_channels_last_changes_the_layout_only() -> None:
     images = torch.randint(0, 256, (5, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
-    statistics = channel_statistics(images)
+    statistics = channel_statistics([images])
     plain = PixelFormat(statistics=statistics).convert(images)
     last = PixelFormat(torch.channels_last, statistics).convert(images)
     assert last.is_contiguous(memory_format=torch.channels_last)

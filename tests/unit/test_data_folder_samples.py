@@ -120,7 +120,7 @@ def test_both_splits_are_normalized_by_a_seeded_sample_of_the_training_images(
     monkeypatch.setattr(loader, "_STATISTICS_PART", 4)
     splits = open_splits(data(root, loaders, normalize=True), 5, CPU)
     images = torch.stack([bytes_of(root, "train", sample, None) for sample in range(10)])
-    statistics = channel_statistics(images)
+    statistics = channel_statistics([images])
     assert splits.normalization == statistics
     for split in ("train", "test"):
         expected = bytes_of(root, split, 7, None).to(torch.float32) / 255

@@ -57,7 +57,7 @@ def test_both_splits_are_normalized_by_the_training_images_in_use(tmp_path: Path
     whole = load_images(settings, "train", 1)
     train = whole.select(divided(whole.labels, settings, 1)[0])
     test = load_images(settings, "test", 1)
-    pixels = PixelFormat(statistics=channel_statistics(train.images))
+    pixels = PixelFormat(statistics=channel_statistics([train.images]))
     assert len(splits.train) == 50
     assert torch.equal(splits.train.read(BatchRequest(torch.arange(0, 50)))[0], pixels.convert(train.images))
     inputs, labels = splits.test.read(BatchRequest(torch.arange(50), epoch=0))
