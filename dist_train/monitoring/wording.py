@@ -97,17 +97,12 @@ class Pace:
             self._marks.pop()
         self._marks.append((now, done))
 
-    def seconds_each(self) -> float | None:
-        """Return the seconds per sample, or per epoch; None before two different marks."""
+    def seconds_left(self, total: float) -> float | None:
+        """Return the seconds until `total` samples, or epochs, are done; None before two different marks."""
         if not self._marks:
             return None
         (begun, first), (now, last) = self._marks[0], self._marks[-1]
-        return (now - begun) / (last - first) if last > first else None
-
-    def seconds_left(self, total: float) -> float | None:
-        """Return the seconds until `total` samples, or epochs, are done; None while the pace is unknown."""
-        pace = self.seconds_each()
-        return None if pace is None else max(0, total - self._marks[-1][1]) * pace
+        return max(0, total - last) * ((now - begun) / (last - first)) if last > first else None
 
 
 def update(facts: RunFacts, record: TrainRecord, pace: Pace) -> str:

@@ -11,8 +11,6 @@ import platform
 import socket
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -135,10 +133,9 @@ def code_listing(folder: Path = Path(dist_train.__file__).parent) -> dict[str, s
         if path.is_file()  # an editor may mark a file with unsaved changes by a link to nowhere, as Emacs does
     }
     libraries = {"torch": torch.__version__, "numpy": np.__version__, "Python": platform.python_version()}
-    for name in ("torchvision", "timm"):  # networks and optimizers
-        with suppress(PackageNotFoundError):  # a vendor's build may have no metadata
-            libraries[name] = version(name)
-    return files | libraries
+    others = {name: installed_version(name) for name in ("torchvision", "timm")}  # of networks and optimizers
+    # a vendor's build may have no metadata
+    return files | libraries | {name: version for name, version in others.items() if version}
 
 
 def settings_listing(config: Config) -> dict[str, str]:

@@ -324,7 +324,7 @@ def test_the_pace_is_that_of_the_last_minute() -> None:
     assert pace.seconds_left(100) is None
     for step in range(100):
         pace.mark(step, step * 10.0)
-    assert pace.seconds_each() == pytest.approx(10)
+    assert pace.seconds_left(100) == pytest.approx(10)
     for step in range(100, 2_000):
         pace.mark(step, 990 + (step - 99) * 0.5)
     assert pace.seconds_left(2_199) == pytest.approx(100, rel=0.01)
