@@ -88,12 +88,17 @@ class Splits:
     validation: SampleSource | None = None  # the part of the training set that is held out, if the settings ask for one
     normalization: ChannelStatistics | None = None  # by which inputs are normalized, with `data.normalize`
 
+    @property
+    def present(self) -> dict[Split, SampleSource]:
+        """The samples of each split that there is."""
+        held_out: dict[Split, SampleSource] = {} if self.validation is None else {"validation": self.validation}
+        return {"train": self.train, **held_out, "test": self.test}
+
     def of(self, split: Split) -> SampleSource:
         """Return the samples of `split`. Raises UsageError if there is no validation split."""
-        samples = {"train": self.train, "validation": self.validation, "test": self.test}[split]
-        if samples is None:
+        if split not in self.present:
             raise UsageError("the run has no validation split: data.validation_size is not set", code="no-validation")
-        return samples
+        return self.present[split]
 
     def differ_from(self, identity: str) -> bool:
         """Whether these are not the data with `identity`; False if either is unknown."""
@@ -101,9 +106,8 @@ class Splits:
 
     def close(self) -> None:
         """Close all splits."""
-        for samples in (self.train, self.test, self.validation):
-            if samples is not None:
-                samples.close()
+        for samples in self.present.values():
+            samples.close()
 
 
 class Samples(SampleSource):

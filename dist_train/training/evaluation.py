@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -24,9 +24,8 @@ from dist_train.config import Config, differences, dump_config, parse_config
 from dist_train.config.loading import with_overrides
 from dist_train.config.plugins import by_content, plugin_files, with_places_of
 from dist_train.config.resuming import SAVED, with_setting
-from dist_train.config.sections import EvaluationSettings
 from dist_train.data.images import Split
-from dist_train.data.loader import SampleSource, Splits, open_splits
+from dist_train.data.loader import SampleSource, open_splits
 from dist_train.data.plan import BatchPlan
 from dist_train.models import build_model
 from dist_train.models.norms import BatchStatistics, collect_statistics, norm_modules
@@ -60,29 +59,6 @@ class Evaluation:
     loss: float
     accuracy: float
     samples: int
-
-
-def evaluate_splits(
-    model: nn.Module,
-    splits: Splits,
-    settings: EvaluationSettings,
-    *,
-    compute: Compute,
-    comm: Communicator,
-    after_batch: Callable[[], None],
-) -> Iterator[tuple[Split, Evaluation]]:
-    """Evaluate `model` on every split, as `evaluate` does; yield the split's name and the result, split by split."""
-    names: tuple[Split, ...] = ("train", "validation", "test")
-    for name in names:
-        if name == "validation" and splits.validation is None:
-            continue
-        samples = splits.of(name)
-        if count := min(settings.train_samples, len(samples)) if name == "train" else len(samples):
-            size = settings.batch_size
-            yield (
-                name,
-                evaluate(model, samples, count, batch_size=size, compute=compute, comm=comm, after_batch=after_batch),
-            )
 
 
 def evaluate(

@@ -7,6 +7,7 @@ import math
 import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import nn
 
@@ -31,7 +32,7 @@ from dist_train.rundir.status import ProgressFields, StatusFile
 from dist_train.training.compute import free_device_memory
 from dist_train.training.consistency import verify_agreement
 from dist_train.training.dealing import Batches
-from dist_train.training.evaluation import Evaluation, evaluate_splits, recompute_statistics, statistics_samples
+from dist_train.training.evaluation import Evaluation, evaluate, recompute_statistics, statistics_samples
 from dist_train.training.measuring import Measuring, Profiler, WeightNorms
 from dist_train.training.micro_batches import fewest_samples, halve, sum_over
 from dist_train.training.reduction import set_up_reduction
@@ -332,12 +333,20 @@ class Trainer:
     def _evaluate_splits(self, suffix: str) -> dict[str, Evaluation]:
         """Evaluate the network on every split; record and return the results by the split's name plus `suffix`."""
         results, settings, compute = {}, self.config.evaluation, self.take_step.compute
-        for split, result in evaluate_splits(
-            self.network, self.splits, settings, compute=compute, comm=self.comm, after_batch=self._note_progress
-        ):
-            results[f"{split}{suffix}"] = result
-            measured = result.loss, result.accuracy, result.samples, time.time()
-            self._record(EvaluationRecord(self.progress.step, self.epoch, f"{split}{suffix}", *measured))
+        measure = partial(
+            evaluate,
+            self.network,
+            batch_size=settings.batch_size,
+            compute=compute,
+            comm=self.comm,
+            after_batch=self._note_progress,
+        )
+        for split, samples in self.splits.present.items():
+            count = min(settings.train_samples, len(samples)) if split == "train" else len(samples)
+            if count > 0:
+                result = results[f"{split}{suffix}"] = measure(samples, count)
+                measured = result.loss, result.accuracy, result.samples, time.time()
+                self._record(EvaluationRecord(self.progress.step, self.epoch, f"{split}{suffix}", *measured))
         return results
 
     def _update_clean_statistics(self) -> None:
