@@ -139,7 +139,28 @@ def build_mix(settings: RegularizationSettings, seed: int, samples: int) -> Mix:
     if not settings.mixes:
         return unmixed
     shares = lru_cache(4)(partial(beta_shares, samples, seed))
-    return partial(_mixed, settings=settings, seed=seed, shares=shares)
+
+    def mix(inputs: Tensor, labels: Tensor, batch: BatchRequest) -> tuple[Tensor, Target]:
+        assert batch.epoch is not None, "evaluations are not mixed"
+        indices, device = batch.indices[:-1], inputs.device
+        numbers = move(indices, device)
+        height, width = inputs.shape[2:]
+        weight, share = torch.ones(len(indices), 1, 1, 1, device=device), torch.ones(len(indices), device=device)
+        if settings.mixup:
+            share = move(shares(batch.epoch, "mixup", settings.mixup)[indices], device)
+            weight = share.view(-1, 1, 1, 1)
+        if settings.cutmix:
+            drawn = move(shares(batch.epoch, "cutmix", settings.cutmix)[indices], device)
+            stream = key(seed, "cutmix boxes", batch.epoch)
+            down, right, coin = (uniform(stream, numbers * _DRAWS + draw) for draw in range(_DRAWS))
+            kept = ~_boxes(drawn, down, right, height, width)
+            is_cut = coin < (0.5 if settings.mixup else 1.0)
+            weight = torch.where(is_cut.view(-1, 1, 1, 1), kept.to(torch.float32).unsqueeze(1), weight)
+            share = torch.where(is_cut, kept.sum((1, 2)) / (height * width), share)
+        mixed = torch.lerp(inputs[1:], inputs[:-1], weight.to(inputs.dtype))
+        return mixed, Target(labels[:-1], labels[1:], share)
+
+    return mix
 
 
 def beta_shares(samples: int, seed: int, epoch: int, kind: str, alpha: float) -> Tensor:
@@ -147,35 +168,6 @@ def beta_shares(samples: int, seed: int, epoch: int, kind: str, alpha: float) ->
     # This is what torch.distributions.Beta calls; it takes no generator itself.
     both = torch.full((samples, 2), alpha, dtype=torch.float64)
     return torch._sample_dirichlet(both, generator=generator(seed, kind, epoch))[:, 0].to(torch.float32)
-
-
-def _mixed(
-    inputs: Tensor,
-    labels: Tensor,
-    batch: BatchRequest,
-    *,
-    settings: RegularizationSettings,
-    seed: int,
-    shares: Callable[[int, str, float], Tensor],
-) -> tuple[Tensor, Target]:
-    assert batch.epoch is not None, "evaluations are not mixed"
-    indices, device = batch.indices[:-1], inputs.device
-    samples = move(indices, device)
-    height, width = inputs.shape[2:]
-    weight, share = torch.ones(len(indices), 1, 1, 1, device=device), torch.ones(len(indices), device=device)
-    if settings.mixup:
-        share = move(shares(batch.epoch, "mixup", settings.mixup)[indices], device)
-        weight = share.view(-1, 1, 1, 1)
-    if settings.cutmix:
-        drawn = move(shares(batch.epoch, "cutmix", settings.cutmix)[indices], device)
-        stream = key(seed, "cutmix boxes", batch.epoch)
-        down, right, coin = (uniform(stream, samples * _DRAWS + draw) for draw in range(_DRAWS))
-        kept = ~_boxes(drawn, down, right, height, width)
-        is_cut = coin < (0.5 if settings.mixup else 1.0)
-        weight = torch.where(is_cut.view(-1, 1, 1, 1), kept.to(torch.float32).unsqueeze(1), weight)
-        share = torch.where(is_cut, kept.sum((1, 2)) / (height * width), share)
-    mixed = torch.lerp(inputs[1:], inputs[:-1], weight.to(inputs.dtype))
-    return mixed, Target(labels[:-1], labels[1:], share)
 
 
 def _boxes(share: Tensor, down: Tensor, right: Tensor, height: int, width: int) -> Tensor:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from torch.utils.data import Dataset
 from dist_train.config import DataSettings
 from dist_train.config.plugins import call_plugin, failing_clearly, is_plugin
 from dist_train.data.columns import find_arrays, find_parquet, find_saved, parquet_index, read_arrays, saved_index
-from dist_train.data.encoded import FileIndexer, list_folder, packed_listing, shard_index, split_files
+from dist_train.data.encoded import FileFinder, FileIndexer, list_folder, packed_listing, shard_index, split_files
 from dist_train.data.images import DataSource, ImageSet, Listing, MapDataset, Split
 from dist_train.data.plan import divided
 from dist_train.data.published import find_cifar, find_fashion_mnist, read_cifar, read_fashion_mnist
@@ -57,7 +56,7 @@ def find_data(settings: DataSettings) -> None:
             divided(train.labels, settings, seed=0)
 
 
-def _packed(find: Callable[[DataSettings, Split], list[Path]], index_of: FileIndexer) -> Reader:
+def _packed(find: FileFinder, index_of: FileIndexer) -> Reader:
     return Reader(lambda settings, split, seed: packed_listing(settings, split, seed, find, index_of), find)
 
 

@@ -120,16 +120,11 @@ def _is_visible(entry: os.DirEntry[str]) -> bool:
 
 
 Index = NDArray[np.int64]  # offset, length and label of each sample in a file, int64 [samples, 3]
+FileFinder = Callable[[DataSettings, Split], list[Path]]
 FileIndexer = Callable[[Path, DataSettings], tuple[Path, Index]]
 
 
-def packed_listing(
-    settings: DataSettings,
-    split: Split,
-    seed: int,
-    find: Callable[[DataSettings, Split], list[Path]],
-    index_of: FileIndexer,
-) -> Listing:
+def packed_listing(settings: DataSettings, split: Split, seed: int, find: FileFinder, index_of: FileIndexer) -> Listing:
     """Return the images of a split of packed files, shuffled by the seed. Raises UsageError.
 
     `find` returns the split's files; `index_of` one of these, or a copy of its images in the cache, and the index.
