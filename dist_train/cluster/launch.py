@@ -70,7 +70,9 @@ def current_launch(environment: Mapping[str, str] = os.environ) -> Launch:
                     code="gloo-under-mpirun",
                 )
         return Launch("mpirun", int(environment["OMPI_COMM_WORLD_SIZE"]), int(environment["OMPI_COMM_WORLD_RANK"]))
-    of_other_mpis = _ranks_of_other_mpis(environment)
+    # of MPICH, Intel MPI, Cray PALS; of MVAPICH2's mpirun_rsh
+    counts = {name: environment.get(name, "") for name in ("PMI_SIZE", "MV2_COMM_WORLD_SIZE")}
+    of_other_mpis = {name: int(count) for name, count in counts.items() if count.isdecimal() and int(count) > 1}
     names_rank = "RANK" in environment and environment.get("WORLD_SIZE", "1") != "1"
     # A batch script has SLURM_NTASKS, too; only srun's tasks have a step of their own.
     if "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment and "HOROVOD_RANK" not in environment:
@@ -132,12 +134,6 @@ def is_installed(module: str) -> bool:
     """Whether `module` can be found, without loading it; a mere folder of that name is none."""
     spec = find_spec(module)
     return spec is not None and spec.origin is not None
-
-
-def _ranks_of_other_mpis(environment: Mapping[str, str]) -> dict[str, int]:
-    """Return the number of ranks by variable: of MPICH, Intel MPI, Cray PALS; of MVAPICH2's mpirun_rsh."""
-    found = {name: environment.get(name, "") for name in ("PMI_SIZE", "MV2_COMM_WORLD_SIZE")}
-    return {name: int(ranks) for name, ranks in found.items() if ranks.isdecimal() and int(ranks) > 1}
 
 
 def _store_of_torch(environment: Mapping[str, str]) -> StoreAddress:

@@ -164,19 +164,15 @@ def saved_index(path: Path, settings: DataSettings) -> tuple[Path, Index]:
     parts = []
     for images, labels in _columns_of(path, table.to_batches(), image, label):
         if len(images):
-            parts.append(_index_of(images, start, labels.to_numpy(zero_copy_only=False)))
+            _, offsets, data = images.buffers()
+            wide = np.int64 if arrow.types.is_large_binary(images.type) else np.int32
+            ends = np.frombuffer(offsets, wide)[images.offset : images.offset + len(images) + 1].astype(np.int64)
+            numbers = labels.to_numpy(zero_copy_only=False).astype(np.int64)
+            parts.append(np.stack([ends[:-1] + (data.address - start), np.diff(ends), numbers], axis=1))
     index = np.concatenate(parts) if parts else np.empty((0, 3), np.int64)
     if len(index) and not 0 <= np.min(index[:, 0]) <= np.max(index[:, 0] + index[:, 1]) <= size:
         raise UsageError(f"{path} is compressed: save the data set without compression", code="data-format")
     return path, index
-
-
-def _index_of(images: Any, start: int, labels: NDArray[Any]) -> Index:
-    """Return the index of binary values in a file that is mapped at the address `start`."""
-    wide = np.int64 if _pyarrow().types.is_large_binary(images.type) else np.int32
-    _, offsets, data = images.buffers()
-    ends = np.frombuffer(offsets, wide)[images.offset : images.offset + len(images) + 1].astype(np.int64)
-    return np.stack([ends[:-1] + (data.address - start), np.diff(ends), labels.astype(np.int64)], axis=1)
 
 
 def _columns_of(path: Path, batches: Iterable[Any], image: str, label: str) -> Iterator[tuple[Any, Any]]:

@@ -86,7 +86,9 @@ class PluginSamples:
         with _naming(name, self._settings.name):
             match source[index]:
                 case (image, label):
-                    number = _whole_number(label)
+                    given = label.numpy(force=True) if isinstance(label, Tensor) else np.asarray(label)
+                    # an integer, or one integer in an array or tensor, as in MedMNIST
+                    number = int(given.item()) if given.size == 1 and given.dtype.kind in "iu" else None
                 case other:
                     length = f" of length {len(other)}" if isinstance(other, tuple | list) else ""
                     raise UsageError(
@@ -171,9 +173,3 @@ def _naming(name: str, plugin: str) -> Iterator[None]:
             yield
     except UsageError as error:
         raise UsageError(f"{name}: {error}", code=error.code) from error
-
-
-def _whole_number(label: Any) -> int | None:
-    """Return a label that is an integer, or one integer in an array or tensor, as in MedMNIST; None for others."""
-    number = label.numpy(force=True) if isinstance(label, Tensor) else np.asarray(label)
-    return int(number.item()) if number.size == 1 and number.dtype.kind in "iu" else None

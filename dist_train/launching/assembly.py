@@ -353,10 +353,9 @@ def _with_micro_size(
         # Given, or chosen by an earlier launch, perhaps for fewer ranks: now, and not when the last of them joins.
         run_on_all_ranks(comm, partial(check_shared_micro_batches, config, comm.most_ranks), "divide the batch")
         return config
-    images = config.data.image_format
     # That of training, on which the kernels and their memory depend.
     layout = torch.channels_last if config.precision.channels_last else torch.contiguous_format
-    run_passes = partial(forward_and_backward, model, images.shape, images.classes, compute, layout)
+    run_passes = partial(forward_and_backward, model, config.data.image_format, compute, layout)
     # The graphs of a rank's micro-batches keep their memory, beside that of its last one, which is not replayed.
     kept = 2 if config.precision.cuda_graphs else 1
 

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from dist_train.cluster.communicator import Communicator, gather, run_on_all_ranks
-from dist_train.config import ModelSettings
+from dist_train.config import ImageFormat, ModelSettings
 from dist_train.data.plan import BatchPlan, MicroBatch
 from dist_train.models.norm_arithmetic import SumOverRanks
 from dist_train.outcome import OutOfMemoryError, UsageError
@@ -129,16 +129,11 @@ def halve(micro_size: int, global_sizes: Sequence[int], fewest: int) -> int:
 
 
 def forward_and_backward(
-    model: torch.nn.Module,
-    shape: tuple[int, int, int],
-    classes: int,
-    compute: Compute,
-    layout: torch.memory_format,
-    size: int,
+    model: torch.nn.Module, images: ImageFormat, compute: Compute, layout: torch.memory_format, size: int
 ) -> None:
     """Run a forward and a backward pass of `model` on a blank micro-batch of `size` images in `layout`."""
-    inputs = torch.empty(size, *shape, device=compute.device, memory_format=layout).zero_()
-    labels = torch.arange(size, device=compute.device) % classes
+    inputs = torch.empty(size, *images.shape, device=compute.device, memory_format=layout).zero_()
+    labels = torch.arange(size, device=compute.device) % images.classes
     with compute.autocast():
         logits = model(inputs)
     torch.autograd.backward(functional.cross_entropy(logits.float(), labels))

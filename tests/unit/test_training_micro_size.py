@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dist_train.cluster.communicator import Communicator, SingleProcess
+from dist_train.config import ImageFormat
 from dist_train.launching.assembly import _with_micro_size
 from dist_train.models import build_model
 from dist_train.optim.flat_weights import FlatWeights
@@ -176,7 +177,7 @@ def test_a_trial_runs_the_model_both_ways_in_the_layout_of_training() -> None:
     model = build_model(small_config(data={"synthetic_shape": [3, 8, 8]}))
     seen: list[Tensor] = []
     model.register_forward_pre_hook(lambda module, inputs: seen.extend(inputs))
-    forward_and_backward(model, (3, 8, 8), 10, Compute(CPU, torch.float32), torch.channels_last, 4)
+    forward_and_backward(model, ImageFormat((3, 8, 8), 10), Compute(CPU, torch.float32), torch.channels_last, 4)
     assert seen[0].is_contiguous(memory_format=torch.channels_last)
     assert not seen[0].any()
     assert all(parameter.grad is not None for parameter in model.parameters())
