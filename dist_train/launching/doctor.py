@@ -19,8 +19,9 @@ from rich.console import Console, Group
 from rich.table import Column, Table
 from rich.text import Text
 
+from dist_train.cluster import inspection
 from dist_train.cluster.heartbeats import resolve
-from dist_train.cluster.launch import command_output
+from dist_train.cluster.launch import command_output, is_installed
 from dist_train.cluster.nodes import Survey
 from dist_train.config import Config, DataSettings
 from dist_train.config.sections import Device
@@ -116,8 +117,6 @@ def as_json(checks: tuple[Check, ...]) -> str:
 
 def check_torch() -> Check:
     """Check that torch loads, and is new enough for everything."""
-    from dist_train.cluster.inspection import recovers_on_gpus
-
     try:
         import torch
     except Exception as error:  # whatever a broken installation raises
@@ -125,7 +124,7 @@ def check_torch() -> Check:
     from dist_train.cluster.devices import torch_gpus
 
     detail = f"{torch.__version__}, built for {torch_gpus().built_for or 'CPU only'}"
-    if torch.version.cuda and not recovers_on_gpus(torch.__version__):
+    if torch.version.cuda and not inspection.recovers_on_gpus(torch.__version__):
         detail = f"{detail}: on GPUs a lost rank ends the run, --min-ranks and --restarts are refused"
         return Check("torch", "note", detail, "for these options, torch 2.10 or newer")
     return Check("torch", "fine", detail)
@@ -160,17 +159,15 @@ def check_devices(asked: Device) -> Check:
 def check_horovod(asked: Device) -> Check:
     """Check that Horovod loads, and that its build suits the ranks' devices if run.device is `asked`."""
     from dist_train.cluster.devices import torch_gpus
-    from dist_train.cluster.inspection import horovod_build, installed_version
-    from dist_train.cluster.launch import is_installed
 
     rebuild = "build it for this torch and MPI: rm -r .venv, then make setup"
     try:
-        build = horovod_build()
+        build = inspection.horovod_build()
     except ImportError as error:
         detail = "not installed: ranks talk by torch.distributed" if not is_installed("horovod") else str(error)
         return Check("Horovod", "note", detail, f"for horovodrun and mpirun, {_SET_UP}")
     listed = ", ".join(name for name, built in build.items() if built)
-    detail = f"{installed_version('horovod')}, built with {listed or 'nothing'}"
+    detail = f"{inspection.installed_version('horovod')}, built with {listed or 'nothing'}"
     if not (build["MPI"] or build["Gloo"]):
         return Check("Horovod", "note", detail, rebuild)
     if not build["NCCL"] and asked != "cpu" and torch_gpus().built_for:
@@ -183,17 +180,15 @@ def check_horovod(asked: Device) -> Check:
 
 def check_mpi() -> Check:
     """Check that mpi4py loads the MPI library that Horovod uses."""
-    from dist_train.cluster.inspection import horovod_build, loaded_mpi_libraries, mpi_library
-
     try:
-        detail = f"{mpi_library()}, mpi4py {metadata.version('mpi4py')}"
+        detail = f"{inspection.mpi_library()}, mpi4py {metadata.version('mpi4py')}"
     except ImportError as error:
         return Check("MPI", "note", f"cannot be loaded: {error}", f"for Horovod over MPI, {_SET_UP}")
     try:
-        horovod_build()
+        inspection.horovod_build()
     except ImportError:
         return Check("MPI", "fine", detail)
-    files = loaded_mpi_libraries()
+    files = inspection.loaded_mpi_libraries()
     if len(files) > 1:
         listed = " and ".join(sorted(map(str, files)))
         fix = "unset LD_LIBRARY_PATH and MPI4PY_LIBMPI"
@@ -217,9 +212,7 @@ def check_libraries() -> Check:
 
 def check_launchers() -> Check:
     """Check the programs that start several ranks."""
-    from dist_train.cluster.inspection import launcher
-
-    found = {name: launcher(name) for name in ("horovodrun", "mpirun")}
+    found = {name: inspection.launcher(name) for name in ("horovodrun", "mpirun")}
     detail = ", ".join(f"{name}: {path or 'missing'}" for name, path in found.items())
     if all(found.values()):
         return Check("launchers", "fine", detail)
