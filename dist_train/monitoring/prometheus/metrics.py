@@ -13,7 +13,7 @@ from functools import partial
 from itertools import accumulate
 from operator import attrgetter
 from threading import Lock
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from prometheus_client.exposition import generate_latest
 from prometheus_client.metrics_core import Metric as Family
@@ -33,14 +33,7 @@ class Scope(StrEnum):
     RUN_EVERYWHERE = "every rank"  # describes the run; on every page
 
 
-class Reading(NamedTuple):
-    """A value, and the values of the metric's labels in order."""
-
-    value: float | Buckets
-    labels: tuple[str, ...] = ()
-
-
-_Take: TypeAlias = Callable[[Snapshot], Iterable[Reading]]
+Readings: TypeAlias = Mapping[tuple[str, ...], float | Buckets]  # by the values of the metric's labels, in order
 _Value: TypeAlias = Callable[[Snapshot], float | None]
 _OfRank: TypeAlias = Callable[[RankMeasurement], float]
 
@@ -56,7 +49,7 @@ class Metric:
     short_name: str
     kind: Kind
     meaning: str
-    take: _Take
+    take: Callable[[Snapshot], Readings]
     labels: tuple[str, ...] = ()
     scope: Scope = Scope.RUN
     unit_in_words: str = ""
@@ -92,9 +85,9 @@ def _single(kind: Kind, name: str, meaning: str, value: str | _Value, unit: str 
     """Return the metric of one value: the field at a path, or a function of the snapshot."""
     read = _field(value) if isinstance(value, str) else value
 
-    def take(now: Snapshot) -> Iterable[Reading]:
+    def take(now: Snapshot) -> Readings:
         number = read(now)
-        return () if number is None else (Reading(number),)
+        return {} if number is None else {(): number}
 
     return Metric(name, kind, meaning, take, unit_in_words=unit)
 
@@ -113,25 +106,26 @@ def _of_ranks(
     name: str, meaning: str, value: str | Mapping[str, _OfRank], label: str = "", kind: Kind = "gauge", unit: str = ""
 ) -> Metric:
     """Return the metric of a field of `RankMeasurement`, or of several values keyed by `label`; NaN has no reading."""
-    values = {"": attrgetter(value)} if isinstance(value, str) else value
+    values = [((), attrgetter(value))] if isinstance(value, str) else [((key,), read) for key, read in value.items()]
 
-    def take(now: Snapshot) -> Iterable[Reading]:
-        for rank, measured in enumerate(now.measured.ranks if now.measured else ()):
-            labels = _rank_labels(now, rank)
-            for of_label, read in values.items():
-                number = read(measured)
-                if not math.isnan(number):
-                    yield Reading(number, (*labels, of_label) if label else labels)
+    def take(now: Snapshot) -> Readings:
+        return {
+            (*_rank_labels(now, rank), *of_label): number
+            for rank, measured in enumerate(now.measured.ranks if now.measured else ())
+            for of_label, read in values
+            if not math.isnan(number := read(measured))
+        }
 
     return Metric(name, kind, meaning, take, (*_RANK, label) if label else _RANK, unit_in_words=unit)
 
 
 def _of_this_rank(name: str, meaning: str, field: str) -> Metric:
-    def take(now: Snapshot) -> Iterable[Reading]:
+    def take(now: Snapshot) -> Readings:
         ranks = now.measured.ranks if now.measured else ()
         # A rank other than 0 gets only its own measurement.
         own = ranks[now.facts.rank : now.facts.rank + 1] or ranks[:1]
-        return (Reading(number) for number in map(attrgetter(field), own) if not math.isnan(number))
+        number: float = getattr(own[0], field) if own else math.nan
+        return {} if math.isnan(number) else {(): number}
 
     return Metric(name, "gauge", meaning, take, scope=Scope.RANK)
 
@@ -139,15 +133,15 @@ def _of_this_rank(name: str, meaning: str, field: str) -> Metric:
 def _choice(name: str, meaning: str, choices: Sequence[str]) -> Metric:
     """Return the metric of a field of the snapshot that is one of `choices`: 1 for that one, 0 for the others."""
 
-    def take(now: Snapshot) -> Iterable[Reading]:
-        return (Reading(float(choice == getattr(now, name)), (choice,)) for choice in choices)
+    def take(now: Snapshot) -> Readings:
+        return {(choice,): float(choice == getattr(now, name)) for choice in choices}
 
     return Metric(name, "gauge", meaning, take, (name,))
 
 
 def _by_event(name: str, kind: Kind, meaning: str, field: str) -> Metric:
-    def take(now: Snapshot) -> Iterable[Reading]:
-        return (Reading(count, (event,)) for event, count in getattr(now, field).items())
+    def take(now: Snapshot) -> Readings:
+        return {(event,): count for event, count in getattr(now, field).items()}
 
     return Metric(name, kind, meaning, take, ("event",), unit_in_words="events")
 
@@ -156,10 +150,10 @@ BATCH = "batch"  # the value of the label `split` for measurements on training b
 
 
 def _by_split(name: str, meaning: str, field: str, unit: str = "") -> Metric:
-    def take(now: Snapshot) -> Iterable[Reading]:
+    def take(now: Snapshot) -> Readings:
         batch = {BATCH: now.train} if now.train else {}
         records: Mapping[str, TrainRecord | EvaluationRecord] = {**batch, **now.evaluations}
-        return (Reading(getattr(record, field), (split,)) for split, record in records.items())
+        return {(split,): getattr(record, field) for split, record in records.items()}
 
     return Metric(name, "gauge", meaning, take, ("split",), unit_in_words=unit)
 
@@ -174,8 +168,8 @@ _INFO: Mapping[str, Callable[[Snapshot], object]] = {
 """The labels of run_info."""
 
 
-def _run_info(now: Snapshot) -> Iterable[Reading]:
-    return (Reading(1, tuple(str(read(now)) for read in _INFO.values())),)
+def _run_info(now: Snapshot) -> Readings:
+    return {tuple(str(read(now)) for read in _INFO.values()): 1}
 
 
 def _samples(now: Snapshot) -> int:
@@ -219,13 +213,12 @@ def _slowest_ratio(now: Snapshot) -> float | None:
     return max((ratio for ratio in _over_median_of_others(_busy(now)) if not math.isnan(ratio)), default=None)
 
 
-def _busy_ratios(now: Snapshot) -> Iterable[Reading]:
+def _busy_ratios(now: Snapshot) -> Readings:
     ranks = now.measured.ranks if now.measured else ()
     # Per micro-batch: ranks may have one micro-batch more or less, or none.
     each = {rank: it.busy_seconds / it.micro_batches for rank, it in enumerate(ranks) if it.micro_batches > 0}
-    for rank, ratio in zip(each, _over_median_of_others(list(each.values())), strict=True):
-        if not math.isnan(ratio):
-            yield Reading(ratio, _rank_labels(now, rank))
+    ratios = zip(each, _over_median_of_others(list(each.values())), strict=True)
+    return {_rank_labels(now, rank): ratio for rank, ratio in ratios if not math.isnan(ratio)}
 
 
 METRICS: tuple[Metric, ...] = (
@@ -371,7 +364,7 @@ METRICS: tuple[Metric, ...] = (
         "step_duration_seconds",
         "histogram",
         "Time of each measured step (metrics.every_steps).",
-        lambda now: (Reading(now.step_seconds),),
+        lambda now: {(): now.step_seconds},
         scope=Scope.RANK,
     ),
     Metric(
@@ -379,7 +372,7 @@ METRICS: tuple[Metric, ...] = (
         "histogram",
         "Time of the parts of a measured step: data_wait, forward_backward, perturb_restore, allreduce_wait, "
         "optimizer, checkpoint_stall.",
-        lambda now: (Reading(buckets, (part,)) for part, buckets in now.part_seconds.items()),
+        lambda now: {(part,): buckets for part, buckets in now.part_seconds.items()},
         ("part",),
         Scope.RANK,
     ),
@@ -404,7 +397,7 @@ class Families(Collector):
             # The library appends these suffixes to a family's name.
             short = metric.name.removesuffix("_total").removesuffix("_info")
             family = Family(short, metric.meaning, metric.kind)
-            for value, label_values in metric.take(self._now):
+            for label_values, value in metric.take(self._now).items():
                 labels = dict(zip(metric.labels, label_values, strict=True))
                 if isinstance(value, Buckets):
                     for bound, count in zip((*value.bounds, "+Inf"), accumulate(value.counts), strict=True):
