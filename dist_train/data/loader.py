@@ -337,12 +337,12 @@ def _try_samples(settings: DataSettings, listings: Mapping[Split, Listing], deco
         if not torch.equal(images, again):
             differing.append(split)
     if differing:
+        plugins = " or ".join(filter(is_plugin, (settings.name, settings.augment)))
         _logger.warning(
-            "images of %s (%s) differ when they are read again: the code draws from a generator of its own, as "
-            "albumentations does, so that results depend on ranks and loaders, and those of a resumed run differ; draw "
-            "from the global generators of torch, NumPy or Python, which are seeded for each sample",
-            " or ".join(filter(is_plugin, (settings.name, settings.augment))),
-            ", ".join(differing),
+            f"images of {plugins} ({', '.join(differing)}) differ when they are read again: the code draws from a "
+            f"generator of its own, as albumentations does, so that results depend on ranks and loaders, and those of "
+            f"a resumed run differ; draw from the global generators of torch, NumPy or Python, which are seeded for "
+            f"each sample"
         )
     if not is_plugin(settings.name):
         return
@@ -351,9 +351,8 @@ def _try_samples(settings: DataSettings, listings: Mapping[Split, Listing], deco
     images = train.read(first)[0]
     if torch.equal(images, test.read(first)[0]) and not torch.equal(images, images[:1].expand_as(images)):
         _logger.warning(
-            "the splits train and test of %s begin with the same images: the global generators are seeded alike for "
-            "both, so draw images from a generator of your own, seeded from the seed and the split",
-            settings.name,
+            f"the splits train and test of {settings.name} begin with the same images: the global generators are "
+            f"seeded alike for both, so draw images from a generator of your own, seeded from the seed and the split"
         )
 
 

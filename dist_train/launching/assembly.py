@@ -27,7 +27,7 @@ from dist_train.config import Config
 from dist_train.config.plugins import is_plugin
 from dist_train.config.resuming import with_device, with_setting
 from dist_train.data.augmentation import build_mix
-from dist_train.data.loader import SampleSource, Splits, open_splits
+from dist_train.data.loader import SampleSource, open_splits
 from dist_train.data.plan import BatchPlan, check_shared_micro_batches
 from dist_train.launching.session import Session
 from dist_train.models import build_model, check_training, restoring_buffers, runs_sequentials_whole
@@ -79,7 +79,9 @@ def assemble(
     """
     directory, comm = session.directory, session.comm
     config, compute = _set_up_device(resume_point.config, comm)
-    splits = _open_data(config, compute.device, comm)
+    open_data = partial(open_splits, config.data, config.run.seed, compute.device, config.precision.channels_last)
+    splits = run_on_all_ranks(comm, open_data, "load the data")
+    check_same_data(comm, splits.identity, config.data.name)
     if stack is not None:
         stack.callback(splits.close)
     epochs, scheduled = run_on_all_ranks(comm, partial(_plan_epochs, config, len(splits.train)), "plan the batches")
@@ -147,14 +149,6 @@ def _set_up_device(config: Config, comm: Communicator) -> tuple[Config, Compute]
     config = with_device(config, "cuda" if device.type == "cuda" else "cpu")
     compute = run_on_all_ranks(comm, partial(set_up_compute, config.precision, device), "set up its device")
     return config, compute
-
-
-def _open_data(config: Config, device: torch.device, comm: Communicator) -> Splits:
-    """Open the splits of the data set on `device`. Raises UsageError, also if other ranks have other data."""
-    open_data = partial(open_splits, config.data, config.run.seed, device, config.precision.channels_last)
-    splits = run_on_all_ranks(comm, open_data, "load the data")
-    check_same_data(comm, splits.identity, config.data.name)
-    return splits
 
 
 def let_write(trainer: Trainer, session: Session, initial: torch.Tensor | None = None) -> None:
