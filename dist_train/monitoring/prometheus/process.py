@@ -16,19 +16,9 @@ from threading import Lock, Thread
 
 from prometheus_client import delete_from_gateway, push_to_gateway
 
-from dist_train.monitoring.prometheus import targets
+from dist_train.monitoring.prometheus import messages, targets
 from dist_train.monitoring.prometheus.board import KILLED, Board, is_stalled, outcome_label
 from dist_train.monitoring.prometheus.http_server import CANNOT_LISTEN, Site, bind, read_credentials, tls_context
-from dist_train.monitoring.prometheus.messages import (
-    Begin,
-    Channel,
-    Ending,
-    FromExporter,
-    Serving,
-    ToExporter,
-    Warned,
-    await_input,
-)
 from dist_train.monitoring.prometheus.metrics import Families, MetricsPage
 from dist_train.rundir.records import TRAIN_LINE, EvaluationRecord, EventRecord, Outcome, Record, RunFacts, from_json
 
@@ -52,7 +42,7 @@ def main(descriptor: int, trainer: int) -> None:
         os.nice(_NICENESS)
         # Leave the cores that a launcher bound the rank to; the kernel restricts the set to the allowed cores.
         os.sched_setaffinity(0, range(os.cpu_count() or 1))
-    channel = Channel(socket.socket(fileno=descriptor))
+    channel = messages.Channel(socket.socket(fileno=descriptor))
     try:
         begin = _await_begin(channel, trainer)
         if begin is not None:
@@ -64,12 +54,12 @@ def main(descriptor: int, trainer: int) -> None:
         raise SystemExit(str(error) if isinstance(error, OSError | ValueError) else repr(error)) from error
 
 
-def _await_begin(channel: Channel, trainer: int) -> Begin | None:
+def _await_begin(channel: messages.Channel, trainer: int) -> messages.Begin | None:
     while os.getppid() == trainer:
-        await_input(_LOOK_SECONDS, channel)
+        messages.await_input(_LOOK_SECONDS, channel)
         try:
             for message in channel.receive():
-                assert isinstance(message, Begin)
+                assert isinstance(message, messages.Begin)
                 return message
         except EOFError:
             break
@@ -91,7 +81,7 @@ def _failure(request: Callable[..., None], *arguments: object) -> str:
 
 
 class _Service:
-    def __init__(self, channel: Channel, trainer: int, begin: Begin) -> None:
+    def __init__(self, channel: messages.Channel, trainer: int, begin: messages.Begin) -> None:
         self._channel = channel
         self._lock = Lock()
         self._sending = Lock()
@@ -136,7 +126,7 @@ class _Service:
             self._announce()
             self._board.recall(_history(self._facts))
             while self._outcome is None and not self._is_over and os.getppid() == self._trainer:
-                await_input(_LOOK_SECONDS, self._channel, self._wake)
+                messages.await_input(_LOOK_SECONDS, self._channel, self._wake)
                 self._receive()
                 self._follow_rank()
                 self._heartbeat()
@@ -160,7 +150,7 @@ class _Service:
                 return
             try:
                 for message in self._channel.receive():
-                    assert isinstance(message, ToExporter), "the trainer sends nothing else"
+                    assert isinstance(message, messages.ToExporter), "the trainer sends nothing else"
                     self._board.apply(message)
                     if isinstance(message, Outcome):
                         self._outcome = message
@@ -187,7 +177,7 @@ class _Service:
                     self._warn(f"{directory}: {warning}")
         host = self._plan.host_for_others(self._facts.node)
         address = f"{self._plan.scheme}://{host}:{self._server.server_port}/metrics"
-        self._send(Serving(address, None if self._target is None else self._target.path))
+        self._send(messages.Serving(address, None if self._target is None else self._target.path))
 
     def _follow_rank(self) -> None:
         """Move the target file if the rank has another number since ranks were lost."""
@@ -231,7 +221,7 @@ class _Service:
         patience = self._patience() if waits else 0.0
         ended = time.monotonic()
         gateway = self._plan.pushgateway
-        self._send(Ending(max(patience, 2 * PUSH_SECONDS) if gateway else patience, patience))
+        self._send(messages.Ending(max(patience, 2 * PUSH_SECONDS) if gateway else patience, patience))
         if gateway:
             self._forgetting.join(PUSH_SECONDS)
             now = self._board.snapshot()
@@ -273,9 +263,9 @@ class _Service:
             self._is_failing = False
 
     def _warn(self, text: str) -> None:
-        self._send(Warned(text))
+        self._send(messages.Warned(text))
 
-    def _send(self, message: FromExporter) -> None:
+    def _send(self, message: messages.FromExporter) -> None:
         """Send `message` to the trainer, if it still lives."""
         with self._sending, suppress(OSError):
             self._channel.send(message)
