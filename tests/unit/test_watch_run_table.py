@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -89,7 +90,9 @@ def test_a_running_run_shows_progress_best_accuracy_throughput_and_time_left(tmp
     records += [evaluation(step, accuracy=0.8 - step / 1000) for step in (7, 14)]
     records.append(evaluation(14, "train", accuracy=0.99))
     make_run(tmp_path / "lb", records)
-    assert only_run(tmp_path) == RunSummary(
+    run = only_run(tmp_path)
+    assert run.seconds_left == pytest.approx(220.0)
+    assert replace(run, seconds_left=None) == RunSummary(
         directory=tmp_path / "lb",
         name="lb",
         state="running",
@@ -101,7 +104,6 @@ def test_a_running_run_shows_progress_best_accuracy_throughput_and_time_left(tmp
         world_size=2,
         best_accuracy=0.793,
         samples_per_second=100.0,
-        seconds_left=pytest.approx(220.0),
         model="vgg9",
         data="fashion-mnist",
         global_size=8192,
@@ -167,7 +169,8 @@ def test_only_the_end_of_the_records_is_read(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr("dist_train.rundir.records.from_json", parse_line)
     run = only_run(path)
-    assert (run.samples_per_second, run.seconds_left) == (100.0, pytest.approx(200.0))
+    assert run.samples_per_second == 100.0
+    assert run.seconds_left == pytest.approx(200.0)
     assert len(parsed) < 1000
 
 
