@@ -200,7 +200,7 @@ def _cost() -> Panels:
     for title, description, unit, expression in (
         (
             "Progress",
-            "Steps done, as a share of the planned ones.",
+            "Samples used, as a share of the planned ones.",
             "percentunit",
             f"run:dist_train_progress:ratio{{{OF_RUNS}}}",
         ),

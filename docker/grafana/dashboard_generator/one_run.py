@@ -135,7 +135,7 @@ def _status() -> Panels:
         STATES,
     )
     for title, description, unit, metric in (
-        ("Progress", "Steps done, as a share of the planned ones.", "percentunit", "run:dist_train_progress:ratio"),
+        ("Progress", "Samples used, as a share of the planned ones.", "percentunit", "run:dist_train_progress:ratio"),
         ("Epoch", "Epochs done, with their fraction.", "none", "dist_train_epoch"),
         ("Time left", "Until the last step, at the current pace.", "s", "dist_train_time_left_seconds"),
         ("Best accuracy", "Best accuracy on the test split so far.", "percentunit", "dist_train_best_accuracy_ratio"),
