@@ -396,6 +396,13 @@ def prune(directory: Path, *, keep: int, best_step: int | None) -> None:
             path.unlink()
 
 
+def remove_others(kept: Path) -> None:
+    """Delete all checkpoints beside `kept`, also later ones: no launch has resumed from those, so they are damaged."""
+    for path in _step_files(kept.parent):
+        if path != kept:
+            remove_checkpoint(path)
+
+
 def remove_checkpoint(path: Path) -> None:
     """Delete the checkpoint at `path`: its record first, without which the rest does not count as a checkpoint."""
     path.with_suffix(".json").unlink(missing_ok=True)

@@ -25,6 +25,7 @@ from dist_train.checkpoint.files import (
     Contents,
     prune,
     remove_checkpoint,
+    remove_others,
     write_checkpoint,
 )
 from dist_train.config.sections import CheckpointSettings
@@ -221,8 +222,8 @@ class CheckpointWriter:
                 "the checkpoint of step %d cannot be written to %s either: %s", contents.step, self.fallback, error
             )
             return None
-        with _warn_if_not_deleted(f"checkpoints before that of step {contents.step} in {self.fallback}"):
-            prune(self.fallback, keep=1, best_step=None)
+        with _warn_if_not_deleted(f"checkpoints beside that of step {contents.step} in {self.fallback}"):
+            remove_others(file.path)
         return file.path
 
     def _copy(self, name: str, value: Any) -> Any:

@@ -12,6 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dist_train.checkpoint.files import (
     CheckpointFile,
@@ -251,7 +253,7 @@ def test_what_is_refused_lies_in_the_fallback_until_the_next_one_is_written(tmp_
     assert read_checkpoint(disk / result.fallback.name).step == 1
 
 
-@pytest.mark.parametrize("failing", ["remove_checkpoint", "prune"])
+@pytest.mark.parametrize("failing", ["remove_checkpoint", "remove_others"])
 def test_what_cannot_be_deleted_in_the_fallback_does_not_make_a_written_one_fail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, failing: str
 ) -> None:
@@ -289,6 +291,32 @@ def test_the_fallback_holds_the_last_one_alone_and_none_once_there_is_room(tmp_p
     full.clear()
     writer.close()
     assert ([file.step for file in list_checkpoints(disk)], list_checkpoints(fallback)) == ([2], [])
+
+
+@given(st.lists(st.tuples(st.integers(1, 40), st.booleans()), max_size=4))
+def test_what_an_earlier_launch_has_left_in_the_fallback_does_not_cost_the_new_one(
+    tmp_path_factory: pytest.TempPathFactory, left: list[tuple[int, bool]]
+) -> None:
+    """A damaged one may be of a later step than the launch has resumed from."""
+    folder = tmp_path_factory.mktemp("fallback")
+    disk, fallback = folder / "disk", folder / "elsewhere"
+    for each in (disk, fallback):
+        each.mkdir()
+    write(disk, 8)
+    for step, is_damaged in left:
+        path = write(fallback, step).path
+        if is_damaged:
+            path.write_bytes(b"?")
+    adopt(fallback, disk)
+    step = list_checkpoints(disk)[-1].step + 1
+    writer = CheckpointWriter(disk, CheckpointSettings(background=False), refuse(1), fallback)
+    writer.submit(contents(step), None)
+    writer.close()
+    [result] = writer.results()
+    assert isinstance(result, NotWritten)
+    assert result.fallback is not None
+    assert read_checkpoint(result.fallback).step == step
+    assert [file.step for file in list_checkpoints(fallback)] == [step]
 
 
 def test_a_fallback_that_others_could_change_is_neither_written_nor_read(
