@@ -65,16 +65,17 @@ class ResumePoint:
 
 def find_resume_point(config: Config, directory: RunDirectory) -> ResumePoint:
     """Return where a launch of `config` in `directory` starts. Raises UsageError."""
-    checkpoints = directory.checkpoints
+    checkpoints, other_disk = directory.checkpoints, config.checkpoint.fallback_directory
+    folders = [checkpoints] if other_disk is None else [checkpoints, directory.fallback(other_disk)]
     if config.run.resume == "never":
-        if has_checkpoints(checkpoints):
+        if any(map(has_checkpoints, folders)):
             raise UsageError(
                 f"{directory.root} already holds a run: choose another run.name, or resume it with run.resume=auto",
                 code="run-exists",
             )
         return ResumePoint(config, initial=_initial_weights(config))
-    if (other_disk := config.checkpoint.fallback_directory) is not None:
-        adopt(directory.fallback(other_disk), checkpoints)
+    if other_disk is not None:
+        adopt(folders[-1], checkpoints)
         for former in directory.other_fallbacks(other_disk):  # or of a copy that may have gone another way since
             copy_newest(former, checkpoints, partial(_may_continue, config))
     named = None if config.run.resume == "auto" else Path(config.run.resume)

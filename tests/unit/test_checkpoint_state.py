@@ -288,6 +288,16 @@ def test_a_run_that_is_never_to_be_gone_on_with_is_refused_where_there_is_one(tm
         find_resume_point(never, run_with(tmp_path, 4))
 
 
+def test_a_run_whose_only_checkpoint_is_in_the_fallback_directory_is_there_too(tmp_path: Path) -> None:
+    """Else its records are erased, and the new run resumes from what the former has left."""
+    directory = run_with(tmp_path / "run")
+    fallback = with_fallback(directory, tmp_path / "spare")
+    settings = {"run": {"resume": "never"}, "checkpoint": {"fallback_directory": str(tmp_path / "spare")}}
+    with raises(UsageError, "run-exists"):
+        find_resume_point(parse(**settings), directory)
+    assert [file.step for file in list_checkpoints(fallback)] == [4]
+
+
 def test_another_run_s_checkpoint_is_only_a_beginning(tmp_path: Path) -> None:
     source = run_with(tmp_path / "source", 2, 4).checkpoints / "step-00000002.pt"
     config = parse(run={"resume": str(source)})
