@@ -32,9 +32,11 @@ from dist_train.cluster.heartbeats import longest_wait
 from dist_train.cluster.member import Member
 from dist_train.cluster.rendezvous import end_process
 from dist_train.cluster.torch_engine import (
+    CLOSE_SECONDS,
     DEVICE_POLL_SECONDS,
     StoreCounters,
     TorchOperations,
+    abort_in_thread,
     gloo_options,
     nccl_options,
 )
@@ -43,7 +45,6 @@ from dist_train.outcome import say_on_stderr, shortened
 _POLL_INTERVAL = timedelta(milliseconds=100)  # between checks of a waiting operation, of ms each
 _STORE_TIMEOUT = timedelta(seconds=60)
 _ABORT_SHARE = 0.5  # part of `comm.timeout` that aborting NCCL may take; after all of it, a rank is expelled
-_CLOSE_SECONDS = 5.0  # how long a rank that ends waits for its NCCL group to be aborted
 
 _naming_breaks = partial(naming_lost_ranks, kind=GroupBrokenError, opening="")
 
@@ -134,7 +135,7 @@ class ElasticCommunicator(TorchOperations):
         self._member.leave("" if error is None else f"failed: {shortened(str(error) or type(error).__name__)}")
         self._abort_device_group()
         if self._device_group is not None:
-            self._device_group.await_end(_CLOSE_SECONDS)
+            self._device_group.await_end(CLOSE_SECONDS)
 
     def check(self) -> None:
         """Raise GroupBrokenError if this generation is over. A call also counts as progress of this rank."""
@@ -302,16 +303,8 @@ class DeviceGroup:
             aborted, self._group = [self._group], None
         if aborted[0] is None:
             self._is_aborted.set()
-            return
-
-        def end() -> None:
-            with suppress(RuntimeError):  # it was broken already
-                aborted[0].abort()  # with its kernels; `shutdown` would wait for operations in flight
-            self._is_aborted.set()
-            # Not before: the group's end joins torch's watchdog, which sleeps a minute or more if it saw NCCL fail.
-            aborted.clear()
-
-        threading.Thread(target=end, name="aborted-group", daemon=True).start()
+        else:
+            abort_in_thread(aborted, self._is_aborted)
 
     def await_end(self, seconds: float) -> bool:
         """Wait up to `seconds` for the abort to complete, and return whether it has."""

@@ -11,6 +11,7 @@ import atexit
 import json
 import os
 import socket
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -37,11 +38,12 @@ from dist_train.cluster.communicator import (
 )
 from dist_train.cluster.heartbeats import is_link_local, is_loopback, longest_wait, own_addresses
 from dist_train.cluster.launch import Launch, StoreAddress
-from dist_train.outcome import FaultError, UsageError
+from dist_train.outcome import FaultError, UsageError, say_on_stderr
 
 _INTERFACE = "GLOO_SOCKET_IFNAME"
 _ANSWER_SECONDS = 5.0  # for an address of rank 0 to answer
 DEVICE_POLL_SECONDS = 5e-5  # between checks of an operation on a GPU: the longest delay that this adds to it
+CLOSE_SECONDS = 5.0  # how long a rank that ends waits for its NCCL group to be aborted
 _STORE_TIMEOUT = timedelta(minutes=30)  # ranks that cannot meet give up much earlier (`rendezvous_within`)
 _TORCH_WATCHDOGS = (
     "TORCH_NCCL_ASYNC_ERROR_HANDLING",  # its watchdog would end the process before ours has written a message
@@ -173,8 +175,11 @@ class TorchCommunicator(TorchOperations):
 
     def close(self, error: BaseException | None = None) -> None:
         if self._device is not None:
-            self._device.abort()
-            self._device = None
+            aborted, self._device = [self._device], None
+            is_aborted = threading.Event()
+            abort_in_thread(aborted, is_aborted)
+            if not is_aborted.wait(CLOSE_SECONDS):  # the watchdog, which would end a rank that hangs, has left already
+                say_on_stderr("dist-train: NCCL does not let go of its GPU; this rank ends without waiting for it")
         if error is None:
             # Joins Gloo's threads. One that releases a tensor while the interpreter is taken down aborts the process.
             self._host = None
@@ -185,6 +190,22 @@ class TorchCommunicator(TorchOperations):
         if tensor.is_cuda:
             return _OnGpu(work.wait, name, is_completed=work.is_completed, seconds=self._longest_wait)
         return Operation(work.wait, name)
+
+
+def abort_in_thread(aborted: list[Any], is_aborted: threading.Event) -> None:
+    """Abort the NCCL group in the list `aborted`, which holds its only reference, in a thread; then set `is_aborted`.
+
+    NCCL's abort itself may hang.
+    """
+
+    def end() -> None:
+        with suppress(RuntimeError):  # it was broken already
+            aborted[0].abort()  # with its kernels; `shutdown` would wait for operations in flight
+        is_aborted.set()
+        # Not before: the group's end joins torch's watchdog, which sleeps a minute or more if it saw NCCL fail.
+        aborted.clear()
+
+    threading.Thread(target=end, name="aborted-group", daemon=True).start()
 
 
 def _open_store(launch: Launch, address: StoreAddress) -> dist.Store:

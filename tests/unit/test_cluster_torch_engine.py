@@ -23,6 +23,7 @@ from dist_train.cluster.torch_engine import TorchCommunicator, nccl_options, ope
 from dist_train.outcome import FaultError, PeerFailedError, UsageError
 from tests.raising import raises
 from tests.unit.simulated_ranks import on_ranks, results
+from tests.waiting import PATIENCE
 
 FIRST, SECOND = ("127.0.1.1", "127.0.1.1"), ("10.0.0.2", "10.0.0.1")  # the route to the store on the first node
 
@@ -136,6 +137,38 @@ def test_a_sum_on_gpus_that_does_not_end_ends_the_rank(on_gpus: tuple[TorchCommu
     work.is_completed.side_effect = RuntimeError("CUDA error: an illegal memory access was encountered")
     with raises(FaultError, "gpu-failed"):
         pending.wait_on_host()
+
+
+@pytest.mark.parametrize("error", [None, RankLostError("a rank is gone")])
+def test_an_abort_of_nccl_that_hangs_does_not_keep_a_rank_that_ends(
+    error: RankLostError | None,
+    on_gpus: tuple[TorchCommunicator, Mock],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    comm, _ = on_gpus
+    released, closing = threading.Event(), threading.current_thread()
+
+    def abort() -> None:
+        assert threading.current_thread() is not closing, "it would wait without end"
+        released.wait(PATIENCE)
+
+    monkeypatch.setattr(comm, "_device", Mock(abort=abort), raising=False)
+    monkeypatch.setattr(torch_engine, "CLOSE_SECONDS", 0.05, raising=False)
+    comm.close(error)
+    released.set()
+    assert "NCCL does not let go" in capsys.readouterr().err
+
+
+def test_an_abort_of_nccl_that_fails_does_not_fail_a_run_that_has_finished(
+    on_gpus: tuple[TorchCommunicator, Mock], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comm, _ = on_gpus
+    group = Mock(abort=Mock(side_effect=RuntimeError("NCCL error: unhandled system error")))
+    monkeypatch.setattr(comm, "_device", group, raising=False)
+    comm.close()
+    comm.close()
+    group.abort.assert_called_once()
 
 
 @pytest.mark.parametrize("make", [nccl_options, lambda timeout: abortable_nccl(dist.HashStore(), 0, 1, timeout)])
