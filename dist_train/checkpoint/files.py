@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -340,24 +340,23 @@ def _contents(path: Path, fields: Mapping[str, Any]) -> Contents:
 
 
 def newest_whole(directory: Path, damage: dict[str, str]) -> Contents | None:
-    """Return the latest whole checkpoint, if any; rename damaged ones, and add to `damage` by name what is wrong.
+    """Return the latest whole checkpoint, if any, and add to `damage` by name what is wrong with later ones.
+
+    Call `set_aside` for these before training.
 
     Raises:
         NoCompleteCheckpointError: all are damaged or without a record, now or when the run was started before.
-        OSError: a file cannot be read at the moment; nothing is renamed for it.
+        OSError: a file cannot be read at the moment.
     """
     without_record = 0
     for path in reversed(_step_files(directory)):
         try:
             return read_checkpoint(path)
         except DamagedCheckpointError as error:
-            record = path.with_suffix(".json")
-            if not record.exists():
+            if path.with_suffix(".json").exists():
+                damage[path.name] = str(error)
+            else:
                 without_record += 1
-                continue
-            damage[path.name] = str(error)
-            for file in (path, record):
-                file.rename(f"{file}{_DAMAGED}")
     # A writer that is killed between its two renames leaves one checkpoint that was never published.
     if without_record > 1 or (without_record and has_published(directory)):
         raise NoCompleteCheckpointError(
@@ -365,13 +364,20 @@ def newest_whole(directory: Path, damage: dict[str, str]) -> Contents | None:
             f"directory (run.name), or delete them to begin again",
             code="no-whole-checkpoint",
         )
-    if any(name.endswith(f".pt{_DAMAGED}") for name in _names(directory)):
+    if damage or any(name.endswith(f".pt{_DAMAGED}") for name in _names(directory)):
         raise NoCompleteCheckpointError(
-            f"every checkpoint in {directory} is damaged (renamed to *{_DAMAGED}): copy an intact one and its "
-            f"record there, start a new run in another directory (run.name), or delete them to begin again",
+            f"every checkpoint in {directory} is damaged: copy an intact one and its record there, start a new run in "
+            f"another directory (run.name), or delete them to begin again",
             code="no-whole-checkpoint",
         )
     return None
+
+
+def set_aside(directory: Path, names: Iterable[str]) -> None:
+    """Rename the damaged checkpoints `names` and their records, so that none counts as the run's. Raises OSError."""
+    for path in (directory / name for name in names):
+        for file in (path, path.with_suffix(".json")):
+            file.rename(f"{file}{_DAMAGED}")
 
 
 def has_published(directory: Path) -> bool:

@@ -79,20 +79,20 @@ def find_resume_point(config: Config, directory: RunDirectory) -> ResumePoint:
         for former in directory.other_fallbacks(other_disk):  # or of a copy that may have gone another way since
             copy_newest(former, checkpoints, partial(_may_continue, config))
     named = None if config.run.resume == "auto" else Path(config.run.resume)
-    contents, source, is_missing = None, None, False
+    contents, source, is_missing, damage = None, None, False, dict[str, str]()
     if named is not None and not named.is_dir():
         try:
             named = find_checkpoint(named)
         except UsageError as error:  # it is needed only if the run has no checkpoint of its own
             is_missing = error.code in ("checkpoint-missing", "no-checkpoint", "target-missing")
-    damage: dict[str, str] = {}
     try:
         contents = newest_whole(checkpoints, damage)
     except NoCompleteCheckpointError:
         if named is None:
             raise
     is_own = named is not None and not is_missing and named.resolve().parent == checkpoints.resolve()
-    if contents is not None and named is not None and is_own and named.name != checkpoint_name(contents.step):
+    last = () if contents is None else (checkpoint_name(contents.step), *damage)
+    if contents is not None and named is not None and is_own and named.name not in last:
         # The later ones, and their records, would be lost, or undo this one at the next start.
         raise UsageError(
             f"run.resume names {named}, but the run's last checkpoint is that of step {contents.step}: start a new run "

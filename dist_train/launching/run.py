@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 
 import dist_train
-from dist_train.checkpoint.files import has_published
+from dist_train.checkpoint.files import has_published, set_aside
 from dist_train.checkpoint.state import ResumePoint, find_resume_point
 from dist_train.cluster.communicator import (
     Communicator,
@@ -100,6 +100,9 @@ def train(config: Config, run_directory: Path | str | None = None, observers: Se
             session.trainer = trainer
             if not comm.is_joining:
                 session.begin(resume_point)
+                # Not earlier: what a launch leaves that is refused, or killed, the next one finds and records.
+                put_away = partial(set_aside, directory.checkpoints, resume_point.damage)
+                run_on_all_ranks(comm, put_away, "set damaged checkpoints aside")
             # An elastic launch restarts a rank that fails alone, but not one that ends with exit code 2.
             with _naming_plugins(() if comm.is_elastic else trainer.plugins):
                 trainer.run()

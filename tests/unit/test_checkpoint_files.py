@@ -32,6 +32,7 @@ from dist_train.checkpoint.files import (
     read_same,
     read_stored,
     remove_checkpoint,
+    set_aside,
     write_checkpoint,
 )
 from dist_train.outcome import PeerFailedError, UsageError
@@ -179,10 +180,14 @@ class TestNewestWhole:
         for step in (2, 3):
             path = tmp_path / f"step-{step:08d}.pt"
             path.write_bytes(path.read_bytes()[:-1] + b"?")
-        found, damage = newest(tmp_path)
-        assert found is not None
-        assert found.step == 1
-        assert list(damage) == ["step-00000003.pt", "step-00000002.pt"]
+        before = names(tmp_path)
+        for _ in range(2):  # a launch that is refused leaves them to the next
+            found, damage = newest(tmp_path)
+            assert found is not None
+            assert found.step == 1
+            assert list(damage) == ["step-00000003.pt", "step-00000002.pt"]
+        assert names(tmp_path) == before
+        set_aside(tmp_path, damage)
         assert names(tmp_path) == [
             "step-00000001.json",
             "step-00000001.pt",
@@ -268,13 +273,16 @@ class TestNewestWhole:
         assert newest(tmp_path)[1] == {}
 
     def test_when_every_one_is_damaged_the_run_does_not_silently_start_anew(self, tmp_path: Path) -> None:
+        damage: dict[str, str] = {}
         for step in (1, 2):
             write(tmp_path, step).path.write_bytes(b"")
         for _ in range(2):  # nor when it is started once more
             with raises(NoCompleteCheckpointError, "no-whole-checkpoint"):
-                newest(tmp_path)
-        set_aside = [f"step-0000000{step}.{kind}.damaged" for step in (1, 2) for kind in ("json", "pt")]
-        assert names(tmp_path) == set_aside
+                newest_whole(tmp_path, damage)
+        set_aside(tmp_path, damage)
+        assert names(tmp_path) == [f"step-0000000{step}.{kind}.damaged" for step in (1, 2) for kind in ("json", "pt")]
+        with raises(NoCompleteCheckpointError, "no-whole-checkpoint"):
+            newest(tmp_path)
 
     def test_other_files_are_not_taken_for_checkpoints(self, tmp_path: Path) -> None:
         write(tmp_path, 1)

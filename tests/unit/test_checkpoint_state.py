@@ -400,6 +400,17 @@ def test_a_damaged_checkpoint_is_told(tmp_path: Path) -> None:
     assert list(resume_point.damage) == ["step-00000004.pt"]
 
 
+@pytest.mark.parametrize("name", ["run/checkpoints/step-00000004.pt", "run@4", "run"])
+def test_a_damaged_checkpoint_that_is_named_is_told_too(tmp_path: Path, name: str) -> None:
+    """The run's last one: there is none that could be moved away."""
+    directory = run_with(tmp_path / "run", 2, 4)
+    directory.checkpoint(4).write_bytes(b"")
+    resume_point = find_resume_point(parse(run={"resume": str(tmp_path / name)}), directory)
+    assert resume_point.contents is not None
+    assert resume_point.contents.step == 2
+    assert list(resume_point.damage) == ["step-00000004.pt"]
+
+
 def test_a_run_without_a_whole_checkpoint_starts_from_the_one_that_is_named(tmp_path: Path) -> None:
     directory, other = run_with(tmp_path / "damaged", 2), run_with(tmp_path / "other", 3)
     (directory.checkpoints / "step-00000002.pt").write_bytes(b"")

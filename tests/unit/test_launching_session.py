@@ -483,6 +483,28 @@ def test_a_finished_run_stays_finished_if_a_later_launch_is_refused(tmp_path: Pa
     assert str(root) in after.reason
 
 
+def test_a_damaged_checkpoint_that_a_refused_launch_finds_is_recorded_by_the_next(tmp_path: Path) -> None:
+    root, directory = write_folder(tmp_path / "data", per_class=10), RunDirectory(tmp_path / "run")
+    data = {"name": "imagefolder", "root": root, "classes": 3, "image_size": 16}
+    config = small_config(data=data, checkpoint={"every_steps": 1})
+    outcome = train(config, directory.root)
+    last = directory.checkpoint(outcome.step)
+    last.write_bytes(b"")
+    with raises(UsageError, "settings-changed"):
+        train(small_config(data=data, optimizer={"learning_rate": 0.5}), directory.root)
+    root.rename(tmp_path / "not mounted")
+    with raises(UsageError, "image-folder-missing"):
+        train(config, directory.root)
+    assert last.exists()
+    (tmp_path / "not mounted").rename(root)
+    train(config, directory.root)
+    events = [each for each in read_records(directory.metrics) if isinstance(each, EventRecord)]
+    damaged = [(each.step, each.details) for each in events if each.event == "corrupt_checkpoint"]
+    assert damaged == [(outcome.step - 1, {"path": last.name})]
+    assert last.with_name(f"{last.name}.damaged").exists()
+    assert newest_whole(directory.checkpoints, {}) is not None
+
+
 @pytest.mark.parametrize("by", ["lose", "fail"])
 def test_what_a_failed_rank_has_recorded_of_itself_is_kept(tmp_path: Path, by: str) -> None:
     session, _ = begun(tmp_path, SingleProcess())
