@@ -35,7 +35,7 @@ from dist_train.launching.preflight import check_launch
 from dist_train.launching.session import Session, build_observers
 from dist_train.monitoring.console import open_logs
 from dist_train.monitoring.prometheus.http_server import access_warnings
-from dist_train.outcome import SHARED_ERRORS, CodedError, FaultError, UsageError
+from dist_train.outcome import SHARED_ERRORS, CodedError, FaultError, UsageError, say_on_stderr
 from dist_train.rundir.paths import LEASE_SECONDS, LockRequest, RunDirectory, RunLock, oserror_to_fault
 from dist_train.rundir.records import EventRecord, Observer, Outcome, read_last_records, record_key, rewind
 from dist_train.start_up import without_collection
@@ -155,9 +155,10 @@ class Regrouping:
         self.stack.callback(self._logs.close)
 
     def open_logs(self, rank: int) -> None:
-        """Write this process's log to the file of `rank`."""
+        """Write this process's log to the file of `rank`. Raises OSError."""
         if rank != self._logging_as:
             self._logs.close()
+            self._logging_as = None
             self._logs.enter_context(open_logs(self.session.directory.logs, rank))
             self._logging_as = rank
 
@@ -167,7 +168,10 @@ class Regrouping:
         If it cannot, it raises OSError, or FaultError if the lost rank keeps the lock. On the other ranks this breaks
         the group: on another node, the next rank 0 may be able to.
         """
-        self.open_logs(trainer.comm.rank)
+        try:
+            self.open_logs(trainer.comm.rank)
+        except OSError as error:  # the disk may fail as the rank is lost; one that becomes rank 0 needs it below
+            say_on_stderr(f"dist-train: rank {trainer.comm.rank} continues without its log: {error}")
         # The lost rank's node may be cut off without having noticed, or the file server may still hold its lock.
         request = LockRequest(trainer.directory, patience=LEASE_SECONDS)
         while not all(gather_int(trainer.comm, self._take_over(trainer, request), "take over the run directory")):

@@ -794,6 +794,27 @@ def test_a_rank_that_cannot_take_over_fails_alone(
     assert isinstance(other, RankLostError)
 
 
+def test_a_rank_whose_new_log_cannot_be_opened_continues_without_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = RunDirectory(tmp_path)
+    directory.create()
+    (directory.logs / "rank-1.log").mkdir()
+    generation = Generation(2, 0, 2, ("", 0), ("here", "there"), ("rank 1 died",), "", ())
+
+    def regroup(comm: SimulatedRanks) -> None:
+        comm.is_elastic = True
+        session = Session(directory, comm, Observers())
+        trainer = assemble(ResumePoint(small_config()), session, StopRequests())
+        assert isinstance(trainer, ElasticTrainer)
+        session.trainer = trainer
+        with ExitStack() as stack:
+            Regrouping(session, stack)(trainer, generation)
+
+    results(2, regroup)
+    assert "rank 1 continues without its log" in capsys.readouterr().err
+
+
 def test_a_launch_that_begins_again_keeps_in_the_status_how_far_the_run_was(tmp_path: Path) -> None:
     session, _ = begun(tmp_path, SingleProcess())
     assert session.status is not None
