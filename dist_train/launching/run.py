@@ -88,12 +88,12 @@ def train(config: Config, run_directory: Path | str | None = None, observers: Se
         if watchdog is not None:
             watchdog.on_loss = session.lose
         regroup = Regrouping(session, stack)
-        if not comm.is_joining:
-            regroup.open_logs(comm.rank)
-        if comm.rank == 0 and metrics.enabled:
-            for warning in access_warnings(metrics):
-                _logger.warning("%s", warning)
         try:
+            if not comm.is_joining:
+                regroup.open_logs(comm.rank)
+            if comm.rank == 0 and metrics.enabled:
+                for warning in access_warnings(metrics):
+                    _logger.warning("%s", warning)
             with without_collection():
                 trainer = assemble(resume_point, session, stop, given=config, regroup=regroup, stack=stack)
             stack.callback(trainer.close)

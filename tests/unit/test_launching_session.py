@@ -794,6 +794,18 @@ def test_a_rank_that_cannot_take_over_fails_alone(
     assert isinstance(other, RankLostError)
 
 
+def test_a_launch_whose_log_cannot_be_opened_has_failed(tmp_path: Path) -> None:
+    """It was `starting` for ever."""
+    directory = RunDirectory(tmp_path)
+    (directory.logs / "rank-0.log").mkdir(parents=True)
+    with raises(FaultError, "disk-failed"):
+        train(small_config(), tmp_path)
+    status = read_status(directory.status)
+    assert status is not None
+    assert (status.state, status.exit_code) == ("failed", ExitCode.FAULT)
+    assert "rank-0.log" in status.reason
+
+
 def test_a_rank_whose_new_log_cannot_be_opened_continues_without_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
