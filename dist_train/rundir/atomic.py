@@ -172,6 +172,8 @@ def _plain(value: object) -> object:
     match value:
         case float():
             return finite(value)
+        case str():  # half a character, of a name or a message that is not UTF-8, most readers of JSON refuse
+            return value.encode(errors="backslashreplace").decode()
         case Mapping():
             return {key: _plain(inner) for key, inner in value.items()}
         case list() | tuple():

@@ -9,10 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dist_train.outcome import ExitCode
 from dist_train.rundir.paths import LockRequest, RunDirectory
-from dist_train.rundir.status import StatusFile, read_status
+from dist_train.rundir.status import StatusFile, load_status, read_status
 from dist_train.sweep.requeues import EndedLaunch, decide, read_requeues
 from tests.torture.disk import can_mount
 
@@ -158,6 +160,19 @@ def test_what_may_go_better_the_next_time_is_tried_again(tmp_path: Path) -> None
     assert status is not None
     assert status.state == "stopped"
     assert words[0] in status.reason
+
+
+@given(st.binary(min_size=1))
+def test_messages_in_any_encoding_leave_a_status_that_can_be_read(
+    tmp_path_factory: pytest.TempPathFactory, message: bytes
+) -> None:
+    """Those of the site's programs, or ours, cut within a character."""
+    run = tmp_path_factory.mktemp("run")
+    words = f"srun: error: {message.decode(errors='surrogateescape')}".splitlines()
+    assert decide(run, 1, EndedLaunch("one", 1, words)).action == "requeue"
+    assert read_status(run / "status.json") is not None
+    assert decide(run, 1, EndedLaunch("two", 1, words)).action == "end"
+    assert load_status(run / "status.json").reason.startswith("given up after 1 requeue")
 
 
 def test_restarts_within_the_job_come_before_requeues(run: Path) -> None:
