@@ -374,9 +374,9 @@ def newest_whole(directory: Path, damage: dict[str, str]) -> Contents | None:
 
 
 def set_aside(directory: Path, names: Iterable[str]) -> None:
-    """Rename the damaged checkpoints `names` and their records, so that none counts as the run's. Raises OSError."""
+    """Rename the damaged checkpoints `names`, the record of each first: none counts as the run's. Raises OSError."""
     for path in (directory / name for name in names):
-        for file in (path, path.with_suffix(".json")):
+        for file in (path.with_suffix(".json"), path):
             file.rename(f"{file}{_DAMAGED}")
 
 

@@ -200,6 +200,29 @@ class TestNewestWhole:
         assert again is not None
         assert (again.step, damage) == (1, {})
 
+    def test_a_launch_killed_while_it_sets_one_aside_leaves_no_record_of_it(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        directory = RunDirectory(tmp_path)
+        directory.create()
+        for step in (1, 2):
+            write(directory.checkpoints, step)
+        directory.checkpoint(2).write_bytes(b"")
+        rename = os.rename
+
+        def rename_and_end(*paths: Path) -> None:
+            rename(*paths)
+            raise KeyboardInterrupt
+
+        _, damage = newest(directory.checkpoints)
+        monkeypatch.setattr(os, "rename", rename_and_end)
+        with pytest.raises(KeyboardInterrupt):
+            set_aside(directory.checkpoints, damage)
+        assert directory.checkpoint_steps() == (1,)
+        found, damage = newest(directory.checkpoints)
+        assert found is not None
+        assert (found.step, damage) == (1, {})
+
     def test_promise_6_one_without_a_record_was_never_published(self, tmp_path: Path) -> None:
         write(tmp_path, 1)
         write(tmp_path, 2).path.with_suffix(".json").unlink()
