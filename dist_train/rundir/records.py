@@ -403,9 +403,9 @@ class JsonLines(Observer):
             try:
                 self._truncate(self._file)
                 self._is_torn = True
-                written = os.write(self._file, self._backlog[0])
-                if written < len(self._backlog[0]):
-                    raise OSError("the disk took only a part of a line")
+                line, written = self._backlog[0], 0
+                while written < len(line):  # a disk with room for a part takes that, and says at the rest what it lacks
+                    written += os.write(self._file, line[written:])
             except OSError as error:
                 with suppress(OSError):
                     self._truncate(self._file)

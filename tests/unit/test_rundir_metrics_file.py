@@ -153,8 +153,9 @@ def test_a_full_disk_tears_no_line_and_loses_no_record_when_there_is_room_again(
         with files_limited_to(path.stat().st_size + 50):
             lines.record(train(2))
             lines.record(train(3))
-            with pytest.raises(OSError, match=r"metrics\.jsonl"):  # a checkpoint must not count on these records
-                lines.flush()
+            with pytest.raises(OSError, match=r"metrics\.jsonl") as refused:
+                lines.flush()  # a checkpoint must not count on these records
+            assert refused.value.errno == errno.EFBIG, "what is wrong, though the disk took a part of a line"
             assert path.read_text() == to_json(train(1)) + "\n"
         lines.record(train(4))
     lines.end(OUTCOME)
