@@ -177,9 +177,11 @@ class TorchCommunicator(TorchOperations):
         if self._device is not None:
             aborted, self._device = [self._device], None
             is_aborted = threading.Event()
-            abort_in_thread(aborted, is_aborted)
+            thread = abort_in_thread(aborted, is_aborted)
             if not is_aborted.wait(CLOSE_SECONDS):  # the watchdog, which would end a rank that hangs, has left already
                 say_on_stderr("dist-train: NCCL does not let go of its GPU; this rank ends without waiting for it")
+            elif error is None:
+                thread.join(CLOSE_SECONDS)  # of NCCL's threads the same holds as of Gloo's, below
         if error is None:
             # Joins Gloo's threads. One that releases a tensor while the interpreter is taken down aborts the process.
             self._host = None
@@ -192,10 +194,10 @@ class TorchCommunicator(TorchOperations):
         return Operation(work.wait, name)
 
 
-def abort_in_thread(aborted: list[Any], is_aborted: threading.Event) -> None:
+def abort_in_thread(aborted: list[Any], is_aborted: threading.Event) -> threading.Thread:
     """Abort the NCCL group in the list `aborted`, which holds its only reference, in a thread; then set `is_aborted`.
 
-    NCCL's abort itself may hang.
+    NCCL's abort itself may hang. Returns the thread, which ends once the group is gone.
     """
 
     def end() -> None:
@@ -205,7 +207,9 @@ def abort_in_thread(aborted: list[Any], is_aborted: threading.Event) -> None:
         # Not before: the group's end joins torch's watchdog, which sleeps a minute or more if it saw NCCL fail.
         aborted.clear()
 
-    threading.Thread(target=end, name="aborted-group", daemon=True).start()
+    thread = threading.Thread(target=end, name="aborted-group", daemon=True)
+    thread.start()
+    return thread
 
 
 def _open_store(launch: Launch, address: StoreAddress) -> dist.Store:

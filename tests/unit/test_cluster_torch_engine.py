@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -154,7 +155,7 @@ def test_an_abort_of_nccl_that_hangs_does_not_keep_a_rank_that_ends(
         released.wait(PATIENCE)
 
     monkeypatch.setattr(comm, "_device", Mock(abort=abort), raising=False)
-    monkeypatch.setattr(torch_engine, "CLOSE_SECONDS", 0.05, raising=False)
+    monkeypatch.setattr(torch_engine, "CLOSE_SECONDS", 0.05)
     comm.close(error)
     released.set()
     assert "NCCL does not let go" in capsys.readouterr().err
@@ -169,6 +170,27 @@ def test_an_abort_of_nccl_that_fails_does_not_fail_a_run_that_has_finished(
     comm.close()
     comm.close()
     group.abort.assert_called_once()
+
+
+def test_a_rank_that_has_finished_ends_after_the_threads_of_its_group(
+    on_gpus: tuple[TorchCommunicator, Mock], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comm, _ = on_gpus
+    is_gone = threading.Event()
+
+    class Group:
+        def abort(self) -> None:
+            pass
+
+        def __del__(self) -> None:
+            time.sleep(0.2)
+            is_gone.set()
+
+    monkeypatch.setattr(torch_engine, "CLOSE_SECONDS", PATIENCE)
+    monkeypatch.setattr(comm, "_host", None, raising=False)
+    comm._device = Group()  # type: ignore[assignment]  # not by monkeypatch, which would keep it
+    comm.close()
+    assert is_gone.is_set()
 
 
 @pytest.mark.parametrize("make", [nccl_options, lambda timeout: abortable_nccl(dist.HashStore(), 0, 1, timeout)])
