@@ -402,10 +402,10 @@ def prune(directory: Path, *, keep: int, best_step: int | None) -> None:
             path.unlink()
 
 
-def remove_others(kept: Path) -> None:
-    """Delete all checkpoints beside `kept`, also later ones: no launch has resumed from those, so they are damaged."""
-    for path in _step_files(kept.parent):
-        if path != kept:
+def remove_others(kept: CheckpointFile) -> None:
+    """Delete all checkpoints beside `kept`, also damaged ones of later steps. Raises OSError."""
+    for path in _step_files(kept.path.parent):
+        if path != kept.path and (_step_of(path) < kept.step or _whole(path) is None):
             remove_checkpoint(path)
 
 

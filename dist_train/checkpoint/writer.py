@@ -223,7 +223,7 @@ class CheckpointWriter:
             )
             return None
         with _warn_if_not_deleted(f"checkpoints beside that of step {contents.step} in {self.fallback}"):
-            remove_others(file.path)
+            remove_others(file)
         return file.path
 
     def _copy(self, name: str, value: Any) -> Any:

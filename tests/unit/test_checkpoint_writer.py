@@ -319,6 +319,18 @@ def test_what_an_earlier_launch_has_left_in_the_fallback_does_not_cost_the_new_o
     assert [file.step for file in list_checkpoints(fallback)] == [step]
 
 
+def test_a_whole_one_of_a_later_step_stays_in_the_fallback(tmp_path: Path) -> None:
+    """The launch has not seen it, as in an old listing of a file server, or it is of a copy of the run."""
+    disk, fallback = tmp_path / "disk", tmp_path / "elsewhere"
+    for each in (disk, fallback):
+        each.mkdir()
+    write(fallback, 40)
+    writer = CheckpointWriter(disk, CheckpointSettings(background=False), refuse(1), fallback)
+    writer.submit(contents(9), None)
+    writer.close()
+    assert [file.step for file in list_checkpoints(fallback)] == [9, 40]
+
+
 def test_a_fallback_that_others_could_change_is_neither_written_nor_read(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
