@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from subprocess import Popen, SubprocessError
+from subprocess import Popen
 from typing import TypeAlias
 
 from dist_train.cluster.heartbeats import is_loopback
@@ -25,7 +25,7 @@ from dist_train.cluster.launch import MEMBERSHIP_VARIABLE
 from dist_train.cluster.local_launch import SIGNALS, Ranks, blocked_signals, rank_environment, say, start_rank
 from dist_train.cluster.membership import Elasticity
 from dist_train.cluster.membership_server import SLOT_VARIABLE, START_TIMEOUTS, TOKEN_VARIABLE, MembershipServer
-from dist_train.outcome import ExitCode, UsageError
+from dist_train.outcome import ExitCode, FaultError, UsageError
 from dist_train.rundir import atomic
 from dist_train.rundir.paths import RunDirectory, oserror_to_fault, refusing_unusable
 from dist_train.rundir.status import LAUNCH_VARIABLE
@@ -206,8 +206,8 @@ class _ElasticRanks(Ranks):
             del self._restart_due[index]
             try:
                 self._processes[index] = self._local.start(index, self._mask)
-            except (OSError, SubprocessError) as error:  # of this node: no memory, or a file system that is away
-                say(f"a lost rank cannot be restarted: {error}")
+            except FaultError as error:  # of this node: no memory, or a file system that is away
+                say(f"a lost rank is not restarted: {error}")
                 self._plan_restart(index)
                 continue
             self._ended.discard(index)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dist_train.cluster.launch import LISTEN_FD, without_launcher
-from dist_train.outcome import ExitCode, say_on_stderr, signal_name
+from dist_train.outcome import ExitCode, FaultError, say_on_stderr, signal_name
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.status import LAUNCH_VARIABLE, record_lost
 from dist_train.start_up import learn_how_children_end, usable_cores
@@ -200,7 +200,10 @@ def start_rank(
     mask: set[int | signal.Signals],
     listen_fd: int = -1,
 ) -> subprocess.Popen[bytes]:
-    """Start `command`, which is killed when this process ends; it gets the listening socket `listen_fd` (-1: none)."""
+    """Start `command`, which is killed when this process ends; it gets the listening socket `listen_fd` (-1: none).
+
+    Raises FaultError if the system starts no process.
+    """
     parent, libc = os.getpid(), ctypes.CDLL(None)
 
     def prepare() -> None:
@@ -209,14 +212,21 @@ def start_rank(
         if os.getppid() != parent:
             os._exit(ExitCode.FAULT)
 
-    return subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        env={**environment, LISTEN_FD: str(listen_fd)},
-        pass_fds=() if listen_fd < 0 else (listen_fd,),
-        start_new_session=True,  # Ctrl-C at a terminal reaches the launcher alone
-        preexec_fn=prepare,  # safe without threads
-    )
+    try:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            env={**environment, LISTEN_FD: str(listen_fd)},
+            pass_fds=() if listen_fd < 0 else (listen_fd,),
+            start_new_session=True,  # Ctrl-C at a terminal reaches the launcher alone
+            preexec_fn=prepare,  # safe without threads
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise FaultError(
+            f"the process of a rank cannot be started ({error}): start fewer ranks, end other programs, or raise this "
+            f"node's limits of memory and processes",
+            code="rank-not-started",
+        ) from error
 
 
 def _catches(process: int, name: signal.Signals) -> bool:

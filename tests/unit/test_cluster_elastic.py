@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import gc
 import signal
 import subprocess
@@ -20,8 +19,10 @@ import torch.distributed as dist
 from dist_train.cluster import elastic_launch
 from dist_train.cluster.communicator import Generation, GroupBrokenError
 from dist_train.cluster.elastic import DeviceGroup, ElasticCommunicator
-from dist_train.cluster.local_launch import blocked_signals
+from dist_train.cluster.local_launch import blocked_signals, start_rank
 from dist_train.cluster.member import Pulse
+from dist_train.outcome import FaultError
+from tests.raising import raises
 from tests.waiting import PATIENCE
 
 
@@ -88,13 +89,20 @@ def test_a_generation_that_breaks_while_it_meets_is_reported(comm: Any) -> None:
     assert begun == [third]
 
 
+def test_a_process_that_the_system_does_not_start_is_a_fault() -> None:
+    longer_than_linux_takes = "x" * (1 << 20)
+    with blocked_signals() as mask, raises(FaultError, "rank-not-started") as caught:
+        start_rank(["true", longer_than_linux_takes], {}, mask)
+    assert "Argument list too long" in str(caught.value)
+
+
 def test_a_restart_that_fails_is_tried_again_and_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(elastic_launch, "_FIRST_PAUSE_SECONDS", 0.0)
     no_memory = iter([False, True, False, False])
 
     def start(index: int, mask: object) -> subprocess.Popen[bytes]:
         if next(no_memory):
-            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+            raise FaultError("Cannot allocate memory", code="rank-not-started")
         return subprocess.Popen([sys.executable, "-c", "raise SystemExit(1)"])
 
     local: Any = SimpleNamespace(slots=(0,), start=start)
