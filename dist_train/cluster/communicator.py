@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from mpi4py.MPI import Comm
 
 Result = TypeVar("Result")
+
+_POLL_SECONDS = 1.0  # for which ranks wait in one operation for what may take long
 
 
 class RankLostError(FaultError):
@@ -291,3 +294,20 @@ def await_on_all_ranks(comm: Communicator, attempt: Callable[[], bool], name: st
     """
     while not all(gather_int(comm, run_on_all_ranks(comm, attempt, name), f"{name}: done")):
         pass
+
+
+def run_long_on_all_ranks(comm: Communicator, action: Callable[[], Result], name: str) -> Result:
+    """Do what `run_on_all_ranks` does, for an `action` that may take longer than an engine lets ranks wait."""
+    if comm.size == 1:
+        return action()
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        future = thread.submit(action)
+
+        def has_ended() -> bool:
+            if not wait([future], _POLL_SECONDS).done:
+                return False
+            future.result()  # raises its error
+            return True
+
+        await_on_all_ranks(comm, has_ended, name)
+        return future.result()

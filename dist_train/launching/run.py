@@ -22,6 +22,7 @@ from dist_train.cluster.communicator import (
     RankLostError,
     broadcast_str,
     gather_int,
+    run_long_on_all_ranks,
     run_on_all_ranks,
 )
 from dist_train.cluster.devices import device_type
@@ -253,7 +254,8 @@ def _open_run(
     if lock := _lock(config, directory, comm):
         stack.callback(lock.release)
     find = partial(_find_resume_point, config, directory, comm)
-    resume_point = run_on_all_ranks(comm, find, "open the run directory")
+    # A large checkpoint may be read for minutes.
+    resume_point = run_long_on_all_ranks(comm, find, "open the run directory")
     resume_point = replace(resume_point, config=_shared_config(comm, resume_point.config))
     return resume_point, broadcast_str(comm, directory.run_id() if comm.rank == 0 else "", "run id"), lock
 

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_train.cluster.communicator import SingleProcess, broadcast_str, gather, gather_str, run_on_all_ranks
+from dist_train.cluster.communicator import (
+    SingleProcess,
+    broadcast_str,
+    gather,
+    gather_str,
+    run_long_on_all_ranks,
+    run_on_all_ranks,
+)
 from dist_train.outcome import ExitCode, PeerFailedError, exit_code_of
 from tests.unit.simulated_ranks import SimulatedRanks, on_ranks, results
 
@@ -36,20 +45,27 @@ def test_rank_0_s_text_reaches_all(text: str, size: int) -> None:
     assert results(size, share) == [text] * size
 
 
+@pytest.mark.parametrize("run", [run_on_all_ranks, run_long_on_all_ranks])
 @pytest.mark.parametrize("size", SIZES)
-def test_what_succeeds_everywhere_gives_each_rank_its_own_result(size: int) -> None:
-    squares = results(size, lambda comm: run_on_all_ranks(comm, lambda: comm.rank**2, "square"))
+def test_what_succeeds_everywhere_gives_each_rank_its_own_result(size: int, run: Callable[..., int]) -> None:
+    squares = results(size, lambda comm: run(comm, lambda: comm.rank**2, "square"))
     assert squares == [rank**2 for rank in range(size)]
 
 
-@pytest.mark.parametrize("failing", [[0], [2], [1, 3], [0, 1, 2, 3]])
-def test_what_fails_somewhere_fails_everywhere_and_is_told_once(failing: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("run", "failing"),
+    [
+        *((run_on_all_ranks, failing) for failing in ([0], [2], [1, 3], [0, 1, 2, 3])),
+        *((run_long_on_all_ranks, failing) for failing in ([0], [2])),  # several may fail one after the other
+    ],
+)
+def test_what_fails_somewhere_fails_everywhere_and_is_told_once(run: Callable[..., None], failing: list[int]) -> None:
     def act(comm: SimulatedRanks) -> None:
         def action() -> None:
             if comm.rank in failing:
                 raise FileNotFoundError(f"on {comm.rank}")
 
-        run_on_all_ranks(comm, action, "open the data")
+        run(comm, action, "open the data")
 
     ended = on_ranks(4, act)
     for rank, error in enumerate(ended):

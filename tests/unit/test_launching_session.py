@@ -30,6 +30,7 @@ from dist_train.checkpoint.files import newest_whole, write_checkpoint
 from dist_train.checkpoint.state import ResumePoint
 from dist_train.cli.main import main
 from dist_train.cluster.communicator import Generation, GroupBrokenError, RankLostError, SingleProcess
+from dist_train.config import Config
 from dist_train.config.sections import MetricsSettings
 from dist_train.launching import run
 from dist_train.launching.assembly import assemble
@@ -792,6 +793,27 @@ def test_a_rank_that_cannot_take_over_fails_alone(
     failed, other = on_ranks(2, regroup)
     assert isinstance(failed, FaultError if is_held else OSError)
     assert isinstance(other, RankLostError)
+
+
+def test_ranks_do_not_wait_in_one_operation_while_rank_0_reads_a_large_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gloo ends an operation for which a rank does not come in time."""
+    comms: dict[int, SimulatedRanks] = {}
+
+    def find(config: Config, directory: RunDirectory) -> ResumePoint:
+        before = len(comms[1].names)
+        wait_for(lambda: len(comms[1].names) > before + 3, "rank 1 waits in one operation", seconds=30)
+        return ResumePoint(config)
+
+    def launch(comm: SimulatedRanks) -> None:
+        comms[comm.rank] = comm
+        comm.barrier()
+        with ExitStack() as stack:
+            run._open_run(small_config(), RunDirectory(tmp_path), comm, stack)
+
+    monkeypatch.setattr(run, "find_resume_point", find)
+    results(2, launch)
 
 
 def test_a_launch_whose_log_cannot_be_opened_has_failed(tmp_path: Path) -> None:
