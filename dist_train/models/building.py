@@ -35,6 +35,7 @@ from dist_train.models.norms import (
     norm_modules,
     norm_parameters,
     replace_batch_norms,
+    restoring_buffers,
 )
 from dist_train.outcome import PluginResultError, UsageError, did_you_mean
 from dist_train.reproducible import generator, key, seed_generators, seeded_generators
@@ -169,6 +170,9 @@ def _network(config: Config) -> nn.Module:
     if settings.name in _MODELS:
         return _MODELS[settings.name](images, settings.width, norm)
     model: nn.Module = call_plugin(settings.name, settings.options, nn.Module, images, settings.width, norm)
+    if isinstance(model, torch.jit.ScriptModule):
+        fix = "return the module from which it was made"
+        raise UsageError(f"{settings.name} returned a module of TorchScript: {fix}", code="plugin-result")
     _check_buffers(model, settings.name)
     blank = _blank(config)
     with failing_clearly(settings.name), _noting_layer(model):
@@ -192,6 +196,7 @@ def _network(config: Config) -> nn.Module:
             raise PluginResultError(
                 f"{settings.name} gives {form}, not real logits of [2, {images.classes}], for 2 images{mode}"
             )
+    _check_registered(model, settings.name, outputs[" in training"])
     _check_trainable(model, settings.name)
     if not outputs[" in training"].requires_grad:
         raise PluginResultError(f"the logits of {settings.name} depend on no parameter that is trained")
@@ -221,24 +226,6 @@ def _blank(config: Config, samples: int = _TRIAL_SAMPLES) -> Tensor:
     return torch.zeros(samples, *config.data.image_format.shape).to(memory_format=layout)
 
 
-@contextmanager
-def restoring_buffers(model: nn.Module) -> Iterator[list[str]]:
-    """Restore the buffers of `model` after the block; the list yielded then has the names of those that it changed."""
-    buffers = {name: each for name, each in model.named_buffers(remove_duplicate=False) if not is_lazy(each)}
-    before = {name: (buffer, buffer.clone()) for name, buffer in buffers.items()}
-    changed: list[str] = []
-    yield changed
-    after = dict(model.named_buffers(remove_duplicate=False))  # others, where the model has assigned new tensors
-    with torch.no_grad():
-        for name, (buffer, value) in before.items():
-            if name not in after or not torch.equal(after[name], value):
-                changed.append(name)
-            owner, _, last = name.rpartition(".")
-            setattr(model.get_submodule(owner), last, buffer)
-        for buffer, value in before.values():
-            buffer.copy_(value)
-
-
 def check_training(model: nn.Module, config: Config) -> None:
     """Try a plug-in's `model` in training; warn of what would depend on ranks: buffers and draws of its own.
 
@@ -265,7 +252,7 @@ def check_training(model: nn.Module, config: Config) -> None:
             is_repeatable = torch.allclose(model(more), logits, rtol=0.0, atol=0.0, equal_nan=True)
         with restoring_buffers(model), torch.no_grad():
             model.eval()
-            model(more)
+            evaluated = model(more)
             _check_shapes(model, name, shapes)
             _check_single(model, name, config.data.image_format.classes, images[:1])
             model.train()
@@ -277,8 +264,10 @@ def check_training(model: nn.Module, config: Config) -> None:
                 model(images)
             check_norms(model, name, " of an evaluation", samples=_TRIAL_SAMPLES)
             model.train()
-    if (logits >= 0).all() and (logits.float().sum(1) - 1).abs().max() < _NEAR:
-        _logger.warning("%s seems to end in softmax: leave it out, since the loss, cross entropy, contains it", name)
+    modes = [mode for mode, given in (("", logits), (" in evaluations", evaluated)) if _are_probabilities(given)]
+    for mode in modes[:1]:
+        fix = "leave it out, since the loss, cross entropy, contains it"
+        _logger.warning("%s seems to end in softmax%s: %s", name, mode, fix)
     if not is_repeatable:
         _logger.warning(
             f"a pass of {name} in training, repeated from the same seed, gives other logits: it draws from a generator "
@@ -291,6 +280,10 @@ def check_training(model: nn.Module, config: Config) -> None:
             f"results depend on the number of ranks, and model.norm_statistics does not apply to them; build norms by "
             f"norm(channels)"
         )
+
+
+def _are_probabilities(logits: Tensor) -> bool:
+    return bool((logits >= 0).all()) and bool((logits.float().sum(1) - 1).abs().max() < _NEAR)
 
 
 def _check_single(model: nn.Module, name: str, classes: int, image: Tensor) -> None:
@@ -338,6 +331,23 @@ def _check_gradients(model: nn.Module, name: str, logits: Tensor) -> None:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _check_registered(model: nn.Module, name: str, logits: Tensor) -> None:
+    """Raise UsageError if `logits` depend on a trained parameter that a plug-in's `model` does not know."""
+    known, seen, nodes = set(map(id, model.parameters())), set[Any](), [logits.grad_fn]
+    while nodes:
+        if (node := nodes.pop()) is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if isinstance(leaf, nn.Parameter) and id(leaf) not in known:
+            raise UsageError(
+                f"{name} computes with a parameter of {list(leaf.shape)} that is not registered in it, and would be "
+                f"neither trained nor saved: keep layers in nn.ModuleList or nn.ModuleDict, not in a list or dict",
+                code="plugin-result",
+            )
+        nodes += [each for each, _ in node.next_functions]
 
 
 def _check_trainable(model: nn.Module, name: str) -> None:

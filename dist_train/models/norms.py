@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.parameter import is_lazy
 
 from dist_train.config import ModelSettings
 from dist_train.models.norm_arithmetic import SumOverRanks, normalize
@@ -149,6 +150,24 @@ def running_statistics(model: nn.Module) -> dict[str, Tensor]:
         if isinstance(module, GroupedBatchNorm)
         for name, value in module.named_buffers(recurse=False)
     }
+
+
+@contextmanager
+def restoring_buffers(model: nn.Module) -> Iterator[list[str]]:
+    """Restore the buffers of `model` after the block; the list yielded then has the names of those that it changed."""
+    buffers = {name: each for name, each in model.named_buffers(remove_duplicate=False) if not is_lazy(each)}
+    before = {name: (buffer, buffer.clone()) for name, buffer in buffers.items()}
+    changed: list[str] = []
+    yield changed
+    after = dict(model.named_buffers(remove_duplicate=False))  # others, where the model has assigned new tensors
+    with torch.no_grad():
+        for name, (buffer, value) in before.items():
+            if name not in after or not torch.equal(after[name], value):
+                changed.append(name)
+            owner, _, last = name.rpartition(".")
+            setattr(model.get_submodule(owner), last, buffer)
+        for buffer, value in before.values():
+            buffer.copy_(value)
 
 
 @contextmanager

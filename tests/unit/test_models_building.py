@@ -185,6 +185,7 @@ class Network(nn.Module):
             "lazy": nn.LazyBatchNorm1d,
         }
         self.extra = extra.get(kind, nn.Identity)()
+        self.listed = [nn.Linear(8, 8).requires_grad_(kind == "listed")] if kind.startswith("listed") else []
         if kind == "frozen":
             self.requires_grad_(False)
         if kind == "unsaved":
@@ -234,13 +235,15 @@ class Network(nn.Module):
             features = functional.dropout(features)
         if self.kind == "own-dropout" and self.training:
             features = features * torch.rand(features.shape, generator=self.own)
+        for layer in self.listed:
+            features = layer(features)
         logits = self.head(features)
         if self.kind == "squeezed":
             logits = logits.squeeze()
         if self.kind == "standardized":
             features = features.squeeze()
             logits = logits - features.mean(1, keepdim=True)
-        if self.kind == "softmax":
+        if self.kind == "softmax" or (self.kind == "softmax-in-evaluation" and not self.training):
             return logits.softmax(1)
         if self.kind == "complex-logits":
             logits = torch.complex(logits, logits)
@@ -275,6 +278,24 @@ def network(images: ImageFormat, width: float, norm: NormFactory, options: dict[
 def test_what_cannot_be_trained_is_refused_before_the_run(kind: str) -> None:
     with raises(UsageError, code="plugin-result"):
         built(f"{HERE}:network", options={"kind": kind})
+
+
+def test_a_trained_layer_in_a_plain_list_is_refused_with_what_to_use_instead() -> None:
+    built(f"{HERE}:network", options={"kind": "listed-and-frozen"})
+    with raises(UsageError, code="plugin-result") as refused:
+        built(f"{HERE}:network", options={"kind": "listed"})
+    assert "nn.ModuleList" in str(refused.value)
+
+
+def scripted(images: ImageFormat, width: float, norm: NormFactory) -> nn.Module:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, images.classes))
+    return torch.jit.trace(network, torch.zeros(2, 3, 32, 32), check_trace=False)  # type: ignore[no-any-return]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_module_of_torchscript_is_refused() -> None:
+    with raises(UsageError, code="plugin-result"):
+        built(f"{HERE}:scripted")
 
 
 @pytest.mark.parametrize(("kind", "fix"), [("expanded", "contiguous"), ("sparse-buffer", "to_dense")])
@@ -442,8 +463,10 @@ def test_buffers_of_checkpoints_that_depend_on_the_number_of_images_are_refused(
 def test_training_warns_of_probabilities_in_place_of_logits(caplog: pytest.LogCaptureFixture) -> None:
     tried("checkpointed")
     assert "softmax" not in caplog.text
-    tried("softmax")
-    assert "softmax" in caplog.text
+    for kind in ("softmax", "softmax-in-evaluation"):
+        caplog.clear()
+        tried(kind)
+        assert "softmax" in caplog.text
 
 
 def test_training_warns_of_draws_from_a_generator_of_the_model_s_own(caplog: pytest.LogCaptureFixture) -> None:
