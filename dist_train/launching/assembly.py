@@ -35,7 +35,7 @@ from dist_train.models.norms import BatchStatistics, join_relus, norm_modules
 from dist_train.optim.averaging import Averaging
 from dist_train.optim.flat_weights import FlatWeights, check_memory
 from dist_train.optim.noise import Noise, SmoothOut, build_noise
-from dist_train.optim.optimizers import build_optimizer
+from dist_train.optim.optimizers import PluginUpdates, build_optimizer
 from dist_train.optim.schedules import LearningRate
 from dist_train.outcome import CodedError, UsageError
 from dist_train.reproducible import LayerRng
@@ -187,6 +187,7 @@ def build_step(
     passes = max(size for _, size in config.batch.sizes) * len(state.noise.points(0))
     statistics = BatchStatistics(norms, compute.device, passes)
     plugin_rng = LayerRng(config.run.seed, compute.device, of_plugin=True)
+    updates = PluginUpdates(state.optimizer, config.optimizer.name, plugin_rng.of_update)
     return TrainingStep(
         model=model,
         weights=state.weights,
@@ -201,7 +202,7 @@ def build_step(
         layer_rng=LayerRng(config.run.seed, compute.device, of_plugin=is_plugin(config.model.name)),
         clip_norm=config.optimizer.clip_norm,
         averaging=state.averaging,
-        optimizer_draws=plugin_rng.of_update if is_plugin(config.optimizer.name) else nullcontext,
+        optimizer_draws=updates if is_plugin(config.optimizer.name) else nullcontext,
         label_smoothing=config.regularization.label_smoothing,
         mix=build_mix(config.regularization, config.run.seed, len(samples)),
         loss_scale=LossScale(progress if compute.precision == torch.float16 else None),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import io
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import FunctionType
@@ -20,6 +22,8 @@ from dist_train.config import OptimizerSettings
 from dist_train.config.plugins import call_plugin, is_plugin
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import PluginResultError
+
+_logger = logging.getLogger("dist_train.optim")
 
 _DYNAMO_DISABLE = "__dynamo_disable"
 
@@ -68,13 +72,98 @@ def _check_usable(optimizer: Optimizer, name: str) -> None:
         for each in inspect.signature(optimizer.step).parameters.values()
     ):
         raise PluginResultError(f"the step of {name} needs arguments: it is called without any")
+    _check_storable(partial(packed_numbers, optimizer), name)
+
+
+def _check_storable(packed: Callable[[], bytes], name: str) -> None:
+    """Raise UsageError if what `packed` returns, of the optimizer `name`, cannot be loaded without running code."""
     try:
-        torch.load(io.BytesIO(packed_numbers(optimizer)), weights_only=True)
+        torch.load(io.BytesIO(packed()), weights_only=True)
     except Exception as error:  # of nearly any type
         raise PluginResultError(
             f"the param_groups or the state of {name} hold more than numbers, texts and tensors, which checkpoints "
-            f"cannot give back ({type(error).__name__})"
+            f"cannot give back ({type(error).__name__}): keep for example float(x), or a tensor, in place of a number "
+            f"of NumPy"
         ) from error
+
+
+@dataclass(eq=False)
+class PluginUpdates:
+    """The updates that a plug-in's `optimizer` makes, each within a call: checks what these leave in it.
+
+    Most optimizers create their state at the first update. One that no checkpoint could hold is refused at once, before
+    a resume misses it, and attributes that change are warned of: a resumed run would begin with other ones.
+    """
+
+    optimizer: Optimizer
+    name: str
+    seeded: Callable[[int], AbstractContextManager[object]]
+    """Seeds the global generators for the update whose number it takes."""
+
+    def __post_init__(self) -> None:
+        self._stored = frozenset[object]()
+        # one that saves more than torch does may well save these
+        self._attributes = {} if _saves_itself(self.optimizer) else _own_attributes(self.optimizer)
+
+    @contextmanager
+    def __call__(self, step: int) -> Iterator[None]:
+        """Raise UsageError after the update if its state cannot be stored."""
+        with self.seeded(step):
+            yield
+        if (stored := frozenset(_kinds(self.optimizer))) != self._stored:
+            _check_storable(partial(_saved_without_tensors, self.optimizer), self.name)
+            self._stored = stored
+        before, self._attributes = self._attributes, {}  # warned of once
+        if before:
+            now = _own_attributes(self.optimizer)
+            if changed := [name for name, value in before.items() if now.get(name) != value]:
+                _logger.warning(
+                    "%s changes its %s at an update, which checkpoints do not hold, so that a resumed run differs: "
+                    "keep it in self.state or in a parameter group",
+                    self.name,
+                    ", ".join(changed),
+                )
+
+
+def _kinds(optimizer: Optimizer) -> Iterator[object]:
+    for part in (*optimizer.param_groups, *optimizer.state.values()):
+        yield from ((name, type(value)) for name, value in part.items()) if isinstance(part, Mapping) else (type(part),)
+
+
+def _saved_without_tensors(optimizer: Optimizer) -> bytes:
+    content = io.BytesIO()
+    torch.save(_without_tensors(optimizer.state_dict()), content)
+    return content.getvalue()
+
+
+def _without_tensors(value: Any) -> Any:
+    """Return `value` without the tensors in it, in the containers of a checkpoint."""
+    if isinstance(value, Mapping):
+        return {key: _without_tensors(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_tensors(each) for each in value]
+    return None if isinstance(value, torch.Tensor) else value
+
+
+def _saves_itself(optimizer: Optimizer) -> bool:
+    return type(optimizer).state_dict is not Optimizer.state_dict
+
+
+def _own_attributes(optimizer: Optimizer) -> dict[str, object]:
+    """Return the attributes that are numbers, or tensors other than parameters, as values that show a change."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+
+    def shown(value: Any) -> object:
+        if isinstance(value, torch.Tensor):
+            return None if id(value) in held or value.is_inference() else (id(value), value._version)
+        if isinstance(value, Mapping):
+            return tuple(map(shown, value.values()))
+        if isinstance(value, list | tuple):
+            return tuple(map(shown, value))
+        return value if type(value) in (int, float) else None
+
+    others = {name: each for name, each in vars(optimizer).items() if name not in ("defaults", "state", "param_groups")}
+    return {name: shown(value) for name, value in others.items()}
 
 
 def _check_parameters(optimizer: Optimizer, name: str, weights: FlatWeights) -> None:

@@ -7,6 +7,7 @@ import io
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from dist_train.config import OptimizerSettings
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.optim.optimizers import (
     Group,
+    PluginUpdates,
     build_optimizer,
     optimizer_step,
     packed_numbers,
@@ -254,6 +256,69 @@ def test_a_plugin_whose_numbers_checkpoints_could_not_give_back_is_refused_at_on
     settings = OptimizerSettings(name=f"{__name__}:with_numpys_numbers", options={"part": part})
     with raises(UsageError, code="plugin-result"):
         build_optimizer(settings, FlatWeights(a_model()))
+
+
+class Descent(torch.optim.Optimizer):
+    """Gradient descent that keeps one more thing, of a kind, at each update."""
+
+    def __init__(self, settings: OptimizerSettings, groups: Sequence[Group], options: dict[str, Any]) -> None:
+        super().__init__([parameter for group in groups for parameter in group.parameters], {"lr": 0.1})
+        self.kind = options["kind"]
+        self.updates, self.moments, self.parameters = 0, [torch.zeros(1)], self.param_groups[0]["params"]
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]  # no closure
+        for parameter in self.parameters:
+            parameter.sub_(parameter.grad, alpha=0.1)
+        state = self.state[self.parameters[0]]
+        match self.kind:
+            case "numpy" | "numpy-later" if self.kind == "numpy" or "count" in state:
+                state["momentum"] = numpy.float64(0.9)
+            case "object":
+                self.state["shared"] = object()  # type: ignore[index]  # of no parameter
+            case "group":
+                self.param_groups[0]["update"] = lambda: None
+            case "number":
+                self.updates += 1
+            case "tensors":
+                self.moments[0] += 1
+        state["count"] = state.get("count", 0) + 1
+
+
+class Saving(Descent):
+    """Saves its own attributes, too."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "updates": self.updates}
+
+
+def updates_of(kind: str, name: str = "Descent") -> PluginUpdates:
+    """Return the updates of a plug-in's optimizer, after the first two."""
+    settings, model = OptimizerSettings(name=f"{__name__}:{name}", options={"kind": kind}), a_model()
+    optimizer = build_optimizer(settings, FlatWeights(model))
+    updates = PluginUpdates(optimizer, settings.name, lambda step: nullcontext())
+    for step in range(2):
+        set_gradients(model, step)
+        with updates(step):
+            optimizer_step(optimizer)
+    return updates
+
+
+@pytest.mark.parametrize("kind", ["numpy", "numpy-later", "object", "group"])
+def test_a_plugin_whose_state_of_an_update_checkpoints_could_not_give_back_is_refused(kind: str) -> None:
+    with raises(UsageError, code="plugin-result"):
+        updates_of(kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "warnings"),
+    [("nothing", "Descent", 0), ("number", "Descent", 1), ("tensors", "Descent", 1), ("number", "Saving", 0)],
+)
+def test_what_a_plugin_keeps_outside_of_its_state_is_warned_of_once(
+    kind: str, name: str, warnings: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    updates_of(kind, name)
+    assert len(caplog.messages) == warnings
 
 
 class Scheduled(torch.optim.SGD):
