@@ -273,6 +273,8 @@ class Session:
         others_may_continue = self._others_may_continue(error)
         if code == ExitCode.FAULT and others_may_continue:  # if they do not, the launcher records it
             is_recorded = True
+        elif is_recorded and (told := read_status(self.directory.status)) is not None and told.exit_code is not None:
+            reason, code = told.reason, ExitCode(told.exit_code)
         self._end(state, code, reason, is_recorded=is_recorded, is_left=is_exit or others_may_continue)
 
     def _ends_launch_alone(self, error: BaseException) -> bool:
@@ -280,9 +282,9 @@ class Session:
         is_shared = isinstance(error, (*SHARED_ERRORS, PeerFailedError))
         if self.comm.is_joining or is_shared or self._others_may_continue(error):
             return False
-        # A GPU without memory for NCCL is found by its rank alone, and so is a plug-in's error in training.
-        codes = ("out-of-memory",) if self.trainer is None else ("out-of-memory", "plugin-failed")
-        return exit_code_of(error) == ExitCode.FAULT or getattr(error, "code", "") in codes
+        # A GPU without memory for NCCL is found by its rank alone, and so is a mistake in its samples or in a plug-in.
+        is_own = getattr(error, "code", "") == "out-of-memory" or self.trainer is not None
+        return exit_code_of(error) == ExitCode.FAULT or (isinstance(error, UsageError) and is_own)
 
     def _others_may_continue(self, error: BaseException) -> bool:
         """Whether the other ranks of an elastic launch, once this one has left with `error`, may train on."""

@@ -508,11 +508,13 @@ def test_a_damaged_checkpoint_that_a_refused_launch_finds_is_recorded_by_the_nex
 
 @pytest.mark.parametrize("by", ["lose", "fail"])
 def test_what_a_failed_rank_has_recorded_of_itself_is_kept(tmp_path: Path, by: str) -> None:
-    session, _ = begun(tmp_path, SingleProcess())
+    session, told = begun(tmp_path, SingleProcess())
     path = session.directory.status
     fields = json.loads(path.read_text())
     path.write_text(
-        json.dumps({**fields, "pid": os.getpid() + 1, "state": "failed", "reason": "rank 1: no such device"})
+        json.dumps(
+            {**fields, "pid": os.getpid() + 1, "state": "failed", "exit_code": 2, "reason": "rank 1: no such device"}
+        )
     )
     if by == "lose":
         session.lose("rank 1 died")
@@ -521,6 +523,7 @@ def test_what_a_failed_rank_has_recorded_of_itself_is_kept(tmp_path: Path, by: s
     status = read_status(path)
     assert status is not None
     assert status.reason == "rank 1: no such device"
+    assert [(end.reason, end.exit_code) for end in told.ends] == [(status.reason, 2)] * (by == "fail")
 
 
 def test_prometheus_learns_that_a_run_whose_ranks_are_lost_has_failed(tmp_path: Path) -> None:
@@ -675,6 +678,20 @@ def test_a_gpu_without_memory_for_nccl_is_recorded_by_its_rank_alone(tmp_path: P
     status = read_status(tmp_path / "status.json")
     assert status is not None
     assert (status.state, status.exit_code, status.reason) == ("failed", ExitCode.USAGE, "rank 1: no memory for NCCL")
+
+
+@pytest.mark.parametrize("code", ["plugin-failed", "plugin-data-form", "image-depth"])
+def test_a_mistake_in_the_samples_of_a_rank_in_training_is_recorded_by_that_rank(tmp_path: Path, code: str) -> None:
+    first, _ = begun(tmp_path, SingleProcess())
+    other = SingleProcess()
+    other.rank, other.size = 1, 2
+    session = Session(RunDirectory(tmp_path), other, Observers())
+    session.trainer = first.trainer
+    session.fail(UsageError("sample 7 has the label 10", code=code))
+    status = read_status(tmp_path / "status.json")
+    assert status is not None
+    assert (status.state, status.exit_code) == ("failed", ExitCode.USAGE)
+    assert status.reason == "rank 1: sample 7 has the label 10"
 
 
 @pytest.mark.parametrize("error", [RankLostError("the run has ended meanwhile"), OSError("no such device")])
