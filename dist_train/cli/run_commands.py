@@ -21,7 +21,6 @@ from dist_train.cli.common import (
     config_to_train,
     count,
     named_config,
-    warn_of_unused,
 )
 from dist_train.cluster.launch import comment_on_job, current_launch
 from dist_train.config import Config
@@ -58,8 +57,6 @@ def _train(arguments: argparse.Namespace) -> int:
         from dist_train.launching.run import train
 
         gc.freeze()  # modules live as long as this process: later collections skip them
-    if current_launch().rank == 0:
-        warn_of_unused(config)
     train(config, arguments.run_dir)
     return ExitCode.FINISHED
 

@@ -29,6 +29,7 @@ from dist_train.cluster.devices import device_type
 from dist_train.cluster.rendezvous import join_ranks, rendezvous_within
 from dist_train.cluster.watchdog import Watchdog, start_watchdog
 from dist_train.config import Config, dump_config, parse_config
+from dist_train.config.combinations import unused_settings
 from dist_train.config.plugins import check_unedited
 from dist_train.config.resuming import with_setting
 from dist_train.launching.assembly import assemble, let_write
@@ -92,8 +93,9 @@ def train(config: Config, run_directory: Path | str | None = None, observers: Se
         try:
             if not comm.is_joining:
                 regroup.open_logs(comm.rank)
-            if comm.rank == 0 and metrics.enabled:
-                for warning in access_warnings(metrics):
+            if comm.rank == 0:
+                exposed = access_warnings(metrics) if metrics.enabled else ()
+                for warning in (*unused_settings(config).values(), *exposed):
                     _logger.warning("%s", warning)
             with without_collection():
                 trainer = assemble(resume_point, session, stop, given=config, regroup=regroup, stack=stack)

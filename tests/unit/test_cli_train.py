@@ -33,6 +33,11 @@ def test_a_start_that_is_refused_leaves_no_run(tmp_path: Path, override: str) ->
     assert not (tmp_path / "run").exists()
 
 
+def test_a_setting_without_effect_is_warned_of_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", write_config(tmp_path), "data.download=true", "--run-dir", str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().err.count("data.download has no effect") == 1
+
+
 def test_a_start_that_is_refused_leaves_no_run_of_a_launcher_that_listens(tmp_path: Path) -> None:
     run = tmp_path / "run"
     with _admitting_others(Mock(address=("127.0.0.1", 1), token=""), run, "launch"):

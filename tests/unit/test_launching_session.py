@@ -125,6 +125,14 @@ def test_a_run_that_cannot_begin_closes_its_data(tmp_path: Path, monkeypatch: py
     close.assert_called_once()
 
 
+def test_a_run_begun_from_python_warns_of_settings_without_effect(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(small_config(noise={"method": "none", "amplitude": 0.3}, run={"max_steps": 1}), tmp_path / "run")
+    assert capsys.readouterr().err.count("noise.amplitude has no effect") == 1
+    assert "noise.amplitude has no effect" in (tmp_path / "run/logs/rank-0.log").read_text()
+
+
 def test_status_has_the_address_of_the_metrics_while_they_are_served(tmp_path: Path) -> None:
     addresses: list[str] = []
 
