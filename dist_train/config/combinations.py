@@ -211,7 +211,8 @@ def _data(config: Config) -> Iterator[Problem]:
 def unused_settings(config: Config) -> dict[str, str]:
     """Return a sentence for each setting, by its path, that was given but has no effect in combination with the others.
 
-    None if most settings were given, as in a run's `config.yaml`, also of an older version: nobody chose each of them.
+    And for a shape of images that seems to have its channels last. None if most settings were given, as in a run's
+    `config.yaml`, also of an older version: nobody chose each of them.
     """
     sections: dict[str, Section] = {name: getattr(config, name) for name in type(config).model_fields}
     given = sum(len(section.model_fields_set) for section in sections.values())
@@ -219,13 +220,26 @@ def unused_settings(config: Config) -> dict[str, str]:
         return {}
     # a plug-in that is given its section may use all of it
     passed = {each.partition(".")[0] for each in _GIVEN_SECTIONS if is_plugin(config.value(each))}
-    return {
+    unused = {
         f"{section}.{name}": f"{section}.{name} has no effect: {why}"
         for section, names, is_unused, why in _unused(config)
         if is_unused and section not in passed
         for name in names.split()
         if name in sections[section].model_fields_set
     }
+    return {**_channels_last(config), **unused}
+
+
+def _channels_last(config: Config) -> dict[str, str]:
+    """Return a sentence for a shape that seems to be [H, W, C]: arrays of that form would be taken for H channels."""
+    found: dict[str, str] = {}
+    for name in ("shape", "synthetic_shape"):
+        channels, height, width = getattr(config.data, name) or (1, 1, 1)
+        if width in (1, 3, 4) and min(channels, height) > 4 and max(channels, height) <= 2 * min(channels, height):
+            given, meant = [channels, height, width], [width, channels, height]
+            what = f"{given} is {channels} channels of {height} x {width} pixels, not {meant}"
+            found[f"data.{name}"] = f"data.{name} holds channels, height and width: {what}"
+    return found
 
 
 _GIVEN_SECTIONS = ("data.name", "noise.method", "optimizer.name")

@@ -226,6 +226,26 @@ def test_a_setting_without_effect_is_told(settings: str, why: str) -> None:
     assert list(unused_settings(overridden(settings)).values()) == [f"{path} has no effect: {why}"]
 
 
+@pytest.mark.parametrize(
+    ("shape", "is_told"),
+    [
+        ([32, 32, 3], True),
+        ([28, 28, 1], True),
+        ([480, 640, 3], True),
+        ([3, 32, 32], False),
+        ([1, 28, 28], False),
+        ([12, 5000, 1], False),  # a signal of twelve channels
+        ([8, 8, 8], False),
+        ([4, 4, 4], False),
+    ],
+)
+def test_a_shape_that_seems_to_have_its_channels_last_is_told(shape: list[int], is_told: bool) -> None:
+    data = {"name": "numpy", "root": "here", "shape": shape, "classes": 2}
+    assert list(unused_settings(parse({"data": data}))) == (["data.shape"] if is_told else [])
+    synthetic = {"name": "synthetic", "synthetic_shape": shape}
+    assert list(unused_settings(parse({"data": synthetic}))) == (["data.synthetic_shape"] if is_told else [])
+
+
 def test_settings_with_effect_and_settings_not_given_are_not_told() -> None:
     assert unused_settings(Config()) == {}
     recorded = Config().model_dump(mode="json")
