@@ -19,6 +19,7 @@ from dist_train.checkpoint.files import find_checkpoint, list_checkpoints, read_
 from dist_train.checkpoint.state import Weights
 from dist_train.cluster.inspection import installed_version
 from dist_train.config import Config, load_config
+from dist_train.config.loading import override_texts
 from dist_train.config.plugins import is_plugin
 from dist_train.data.augmentation import ChannelStatistics
 from dist_train.data.images import Split
@@ -30,6 +31,9 @@ from dist_train.rundir.records import EvaluationRecord, Record, TrainRecord, rea
 from dist_train.rundir.status import Status, load_status
 from dist_train.training.compute import restoring_torch
 from dist_train.training.evaluation import evaluate_stored, stored_config, stored_model, warn_of_edited_plugins
+
+Overrides = Sequence[str] | Mapping[str, object]
+"""`section.key=value`, one or several, or a mapping of values by path, as for `load_config`."""
 
 Format = Literal["safetensors", "torch-export", "onnx"]
 
@@ -106,14 +110,12 @@ class Run:
         root = self.directory.root
         return root if step is None else Path(f"{root}@{step}")
 
-    def evaluate(
-        self, split: Split = "test", overrides: Sequence[str] = (), weights: Weights = "raw"
-    ) -> dict[str, object]:
+    def evaluate(self, split: Split = "test", overrides: Overrides = (), weights: Weights = "raw") -> dict[str, object]:
         """Return step, loss and accuracy of the last checkpoint on the whole of `split`. Raises UsageError.
 
         Every rank of a launch calls it, and gets the same result.
         """
-        return evaluate_stored(self.directory.root, split, (*self.overrides, *overrides), weights)
+        return evaluate_stored(self.directory.root, split, (*self.overrides, *override_texts(overrides)), weights)
 
     @restoring_torch()
     def normalization(self) -> ChannelStatistics | None:
@@ -130,7 +132,7 @@ class Run:
         return output
 
 
-def load_run(path: Path | str, overrides: Sequence[str] = ()) -> Run:
+def load_run(path: Path | str, overrides: Overrides = ()) -> Run:
     """Return the run in the directory `path`, or in runs/`path`.
 
     `overrides`: where its data and plug-ins are by now, such as `data.root=DIR` and `model.name=FILE.py:NAME`.
@@ -146,11 +148,11 @@ def load_run(path: Path | str, overrides: Sequence[str] = ()) -> Run:
     directory = RunDirectory(in_utf8(run_folder(Path(path), code="target-missing")))
     if not directory.config.is_file():
         raise UsageError(f"{path}: there is no such run", code="target-missing")
-    return Run(directory, tuple(overrides))
+    return Run(directory, override_texts(overrides))
 
 
 def evaluate(
-    target: Path | str, split: Split = "test", overrides: Sequence[str] = (), weights: Weights = "raw"
+    target: Path | str, split: Split = "test", overrides: Overrides = (), weights: Weights = "raw"
 ) -> dict[str, object]:
     """Return step, loss and accuracy of a checkpoint on the whole of `split`.
 
@@ -166,7 +168,7 @@ def evaluate(
     Raises:
         UsageError: there is no such checkpoint, or an override would change the model or its data.
     """
-    return evaluate_stored(Path(target), split, overrides, weights)
+    return evaluate_stored(Path(target), split, override_texts(overrides), weights)
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,7 @@ def export(
     to: Format,
     output: Path | str | None = None,
     weights: Weights = "raw",
-    overrides: Sequence[str] = (),
+    overrides: Overrides = (),
 ) -> Export:
     """Write the model of a checkpoint with clean or averaged weights and norm statistics.
 
@@ -205,7 +207,7 @@ def export(
     check_choice("to", to, Format)
     stored = read_stored(Path(target))
     contents = stored.contents
-    config = stored_config(contents, overrides)
+    config = stored_config(contents, override_texts(overrides))
     warn_of_edited_plugins(contents, config)
     model = stored_model(contents, config, weights)
     model.eval()

@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dist_train.api import Run, load_run, splits_of
+from dist_train.api import Overrides, Run, load_run, splits_of
 from dist_train.checkpoint.files import read_checkpoint
 from dist_train.cluster.launch import current_launch
 from dist_train.config import Config, ScheduleSettings, parse_config
@@ -127,7 +127,7 @@ class Replay:
         return self.recorded == self.replayed and self.weights_agree is not False
 
 
-def replay(path: Path | str, step: int, overrides: Sequence[str] = ()) -> Replay:
+def replay(path: Path | str, step: int, overrides: Overrides = ()) -> Replay:
     """Repeat update `step` of a run, from the checkpoint before it or from the beginning; the run is only read.
 
     `overrides`: as for `load_run`.

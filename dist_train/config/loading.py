@@ -59,13 +59,13 @@ def based_on(path: Path, name: str) -> Path:
 def load_config(
     path: Path | str | Mapping[str, Any],
     overrides: Sequence[str] | Mapping[str, object] = (),
-    plugins: Sequence[str | os.PathLike[str]] = (),
+    plugins: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
 ) -> Config:
     """Return the checked configuration of the YAML file at `path`, with `section.key=value` overrides.
 
     In place of a file, a mapping of sections may be given, and for the overrides a mapping `{"section.key": value}`.
     Values from Python may be paths and NumPy's scalars. A mapping changes only the settings of its section that it has.
-    `plugins`: files or modules whose registered names the configuration may use, besides those that it lists.
+    `plugins`: a file or module, or several, whose registered names the configuration may use, besides those it lists.
 
     A `path` such as `dist_train:configs/demo.yaml` means a file that comes with the program. The key `base` names
     another file, relative to this one, whose settings this one changes.
@@ -88,7 +88,7 @@ def load_config(
         if "variants" in settings:
             wrong = "this is a study: train it by dist-train sweep, or submit --study"
             raise ConfigError.of(source, "variants", wrong, code="unknown-key")
-    files = [os.fspath(each) for each in plugins]
+    files = [os.fspath(each) for each in ([plugins] if isinstance(plugins, str | os.PathLike) else plugins)]
     return parse_config(with_overrides(settings, overrides), source=source, plugins=files)
 
 
@@ -190,6 +190,14 @@ def with_overrides(settings: Mapping[str, Any], overrides: Sequence[str] | Mappi
     return changed
 
 
+def override_texts(overrides: Sequence[str] | Mapping[str, object]) -> tuple[str, ...]:
+    """Return `overrides`, in one of the forms that `load_config` takes, as texts `section.key=value`."""
+    if isinstance(overrides, Mapping):
+        values = {path: os.fspath(each) if isinstance(each, os.PathLike) else each for path, each in overrides.items()}
+        return tuple(write_override(path, value) for path, value in values.items())
+    return (overrides,) if isinstance(overrides, str) else tuple(overrides)
+
+
 def write_override(path: str, value: object) -> str:
     """Return the one-line override that sets the setting at `path` to `value`."""
     text = json.dumps(value)
@@ -276,10 +284,10 @@ def _merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _parsed(override: str) -> tuple[str, object]:
-    path, separator, text = override.partition("=")
+    path, separator, text = str(override).partition("=")  # from Python it may be anything
     if not separator or not all(path.split(".")):
         fault = "not an override; it has the form section.key=value, as in run.seed=1"
-        raise ConfigError.of(_COMMAND_LINE, override or "''", fault, code="override-form")
+        raise ConfigError.of(_COMMAND_LINE, str(override) or "''", fault, code="override-form")
     try:
         value = parse_yaml(text)
     except yaml.YAMLError as error:

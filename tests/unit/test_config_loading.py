@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -193,7 +194,8 @@ def test_names_of_a_relative_plugin_file_are_recorded_with_its_place(
     source = "import dist_train\n@dist_train.register('models', 'net')\ndef net(images, width, norm): ...\n"
     write(tmp_path, source, "mine.py")
     name = f"{tmp_path}/mine.py:net"
-    assert load_config({}, {"model.name": "net"}, ["mine.py"]).model.name == name
+    for files in (["mine.py"], "mine.py", Path("mine.py")):
+        assert load_config({}, {"model.name": "net"}, files).model.name == name
     assert load_config({}, {"model.name": "net", "plugins": ["mine.py"]}, [Path("mine.py")]).model.name == name
 
 
@@ -370,6 +372,11 @@ class TestOverrides:
     @pytest.mark.parametrize("override", ["run.seed", "=1", ".seed=1", "run.=1", "run..seed=1", ""])
     def test_what_is_no_override_is_refused(self, tmp_path: Path, override: str) -> None:
         assert refusal(tmp_path, "", override) == [(override or "''", "override-form")]
+
+    def test_an_override_that_is_no_text_is_refused(self) -> None:
+        pair: Any = ("run.seed", 1)
+        with raises_problems((str(pair), "override-form")):
+            load_config({}, [pair])
 
     def test_another_kind_of_noise_schedule_leaves_the_base_s_parameters_out(self, tmp_path: Path) -> None:
         base = "noise: {schedule: {kind: exponential, final_fraction: 0.1}}"

@@ -269,6 +269,10 @@ def test_a_run_whose_plug_in_has_moved_is_read_at_its_new_place(tmp_path: Path) 
     run = load_run(tmp_path / "run", there)
     assert (run.config.model.name, run.evaluate()["step"]) == (f"{moved}:tied", 6)
     assert run.evaluate(overrides=["evaluation.batch_size=8"])["samples"] == 25
+    for one in (there[0], {"model.name": f"{moved}:tied"}):  # as load_config takes them
+        again = load_run(tmp_path / "run", one)
+        assert again.config.model.name == f"{moved}:tied"
+        assert again.evaluate(overrides="evaluation.batch_size=8")["samples"] == 25
     with torch.no_grad():
         assert run.model()(torch.rand(3, *run.config.data.image_format.shape)).isfinite().all()
     assert export(tmp_path / "run", "safetensors", tmp_path / "model", overrides=there).difference == 0
