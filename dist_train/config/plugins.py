@@ -27,7 +27,14 @@ from pydantic import BaseModel, Field, ValidationError
 
 from dist_train.config.plugin_modules import edited_files, is_installed, plugin_module, source_digests
 from dist_train.config.problems import ConfigError, Problem, choices_of, problems_of
-from dist_train.outcome import CodedError, PluginResultError, UsageError, check_choice, refuse_nondeterministic
+from dist_train.outcome import (
+    CodedError,
+    PluginResultError,
+    UsageError,
+    check_choice,
+    did_you_mean,
+    refuse_nondeterministic,
+)
 
 Kind = Literal[
     "models",
@@ -153,7 +160,8 @@ def load_plugin(name: str) -> Any:
     module = plugin_module(place)
     target = getattr(module, attribute, None)
     if not callable(target):
-        raise UsageError(f"{place} has no function or class {attribute}", code="plugin-missing")
+        hint = did_you_mean(attribute, [name for name, each in vars(module).items() if callable(each)])
+        raise UsageError(f"{place} has no function or class {attribute}{hint}", code="plugin-missing")
     return target
 
 

@@ -351,8 +351,9 @@ def _try_samples(settings: DataSettings, listings: Mapping[Split, Listing], deco
     images = train.read(first)[0]
     if torch.equal(images, test.read(first)[0]) and not torch.equal(images, images[:1].expand_as(images)):
         _logger.warning(
-            f"the splits train and test of {settings.name} begin with the same images: the global generators are "
-            f"seeded alike for both, so draw images from a generator of your own, seeded from the seed and the split"
+            f"the splits train and test of {settings.name} begin with the same images: return others if its argument "
+            f"split is 'test', and draw random ones from a generator of your own, seeded from the seed and the split, "
+            f"since the global generators are seeded alike for both"
         )
 
 

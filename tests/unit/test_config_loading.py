@@ -187,6 +187,13 @@ def test_a_plugin_that_cannot_be_imported_has_its_own_code(tmp_path: Path) -> No
         load_config(tmp_path / "config.yaml")
 
 
+def test_a_missing_function_of_a_plugin_is_named_with_the_nearest_one(tmp_path: Path) -> None:
+    file = write(tmp_path, "def stripes(settings, split, seed): ...\nstriped = 3\n", "mine.py")
+    with raises_problems(("data.name", "plugin-missing")) as refused:
+        load_config({}, {"data": {"name": f"{file}:stripe", "shape": [1, 8, 8], "classes": 2}})
+    assert "did you mean stripes?" in str(refused.value)
+
+
 def test_names_of_a_relative_plugin_file_are_recorded_with_its_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
