@@ -142,17 +142,30 @@ def _filter_norm(
         yield part
 
 
-def _plugin_parts(settings: NoiseSettings, noise: Tensor, *arguments: Any) -> Parts:
-    """Scale as a plug-in does. Raises UsageError unless its parts follow each other, to the end of `noise`."""
-    stop = 0
-    for part in call_plugin(settings.scale, settings.scale_options, Iterator, noise, *arguments):
+def _plugin_parts(settings: NoiseSettings, noise: Tensor, weights: Tensor, *arguments: Any) -> Parts:
+    """Scale as a plug-in does.
+
+    Raises UsageError unless its parts follow each other, to the end of `noise`, and it leaves the weights alone.
+    """
+    stop, version = 0, weights._version
+    for part in call_plugin(settings.scale, settings.scale_options, Iterator, noise, weights, *arguments):
+        _check_unchanged(weights, version, settings.scale)
         if not isinstance(part, slice) or part.start != stop or not isinstance(part.stop, int):
             raise PluginResultError(f"{settings.scale} yields {part} after {stop} weights")
         yield part
-        stop = part.stop
+        stop, version = part.stop, weights._version  # whoever takes the parts may change the weights
+    _check_unchanged(weights, version, settings.scale)
     if stop != len(noise):
         raise PluginResultError(
             f"{settings.scale} yields parts of {stop} of the {len(noise)} weights: yield each part once it is scaled"
+        )
+
+
+def _check_unchanged(weights: Tensor, version: int, name: str) -> None:
+    if weights._version != version:
+        raise UsageError(
+            f"{name} changes the clean weights in place: write for example weights[part].abs(), not .abs_()",
+            code="plugin-result",
         )
 
 

@@ -211,12 +211,14 @@ PARTS = {
     "gap": "    parts = list(drawn)\n    yield slice(1, len(noise))\n",
     "nothing": "    yield from [part for part in drawn][:0]\n",
     "none": "    yield None\n",
+    "in-place": "    for part in drawn:\n        noise[part].mul_(weights[part].abs_())\n        yield part\n",
+    "in-place-last": "    yield from drawn\n    weights.mul_(0.5)\n",
     "whole": "    list(drawn)\n    noise.mul_(unit)\n    yield slice(0, len(noise))\n",
 }
 
 
 @pytest.mark.parametrize("kind", PARTS)
-def test_a_scale_of_a_plug_in_yields_all_parts_in_order(tmp_path: Path, kind: str) -> None:
+def test_a_scale_of_a_plug_in_yields_all_parts_in_order_and_leaves_the_weights_alone(tmp_path: Path, kind: str) -> None:
     file = tmp_path / "mine.py"
     file.write_text(f"def scale(noise, weights, filters, drawn, amplitude, unit):\n{PARTS[kind]}")
     weights = weights_of()
