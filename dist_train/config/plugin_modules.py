@@ -34,8 +34,12 @@ def plugin_module(place: str) -> ModuleType:
     """Return the module of a file or a dotted name. Raises UsageError if it cannot be imported."""
     try:
         return _import(place)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        if isinstance(error, SystemExit):  # of a script that parses the command line, or runs, as it is imported
+            reason = f'it ends the program ({reason}): put what it runs below `if __name__ == "__main__":`'
+        elif "no known parent package" in reason:
+            reason = f"{reason}: name it package.module:NAME, in the folder that holds the package"
         raise UsageError(f"the plug-in {place} cannot be imported: {reason}", code="plugin-import") from error
 
 

@@ -187,6 +187,22 @@ def test_a_plugin_that_cannot_be_imported_has_its_own_code(tmp_path: Path) -> No
         load_config(tmp_path / "config.yaml")
 
 
+@pytest.mark.parametrize(
+    ("source", "fix"),
+    [
+        ("import sys\nsys.exit('the end')\n", "__main__"),
+        ("import argparse\nargparse.ArgumentParser().parse_args(['--lr', '1'])\n", "__main__"),
+        ("from . import other\n", "package.module:NAME"),
+        ("from ..nets import other\n", "package.module:NAME"),
+    ],
+)
+def test_a_script_and_a_part_of_a_package_are_refused_with_what_to_do(tmp_path: Path, source: str, fix: str) -> None:
+    file = write(tmp_path, source, "mine.py")
+    with raises_problems(("model.name", "plugin-import")) as refused:
+        load_config({}, {"model.name": f"{file}:net"})
+    assert fix in str(refused.value)
+
+
 def test_a_missing_function_of_a_plugin_is_named_with_the_nearest_one(tmp_path: Path) -> None:
     file = write(tmp_path, "def stripes(settings, split, seed): ...\nstriped = 3\n", "mine.py")
     with raises_problems(("data.name", "plugin-missing")) as refused:
