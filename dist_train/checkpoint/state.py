@@ -44,7 +44,7 @@ from dist_train.optim.averaging import Averaging, averaged_state
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.optim.noise import Noise
 from dist_train.optim.optimizers import create_missing, load_state, packed_numbers, set_numbers, state_tensors
-from dist_train.outcome import UsageError, check_choice, reading
+from dist_train.outcome import PluginResultError, UsageError, check_choice, reading
 from dist_train.rundir.atomic import read_regular
 from dist_train.rundir.paths import RunDirectory, checkpoint_name
 
@@ -334,10 +334,9 @@ def _check_same_layout(comm: Communicator, layout: Sequence[object], root: int) 
 
     def check() -> None:
         if digests[comm.rank] != digests[root]:
-            raise UsageError(
+            raise PluginResultError(
                 "the run's state does not fit that of a new rank: a plug-in's noise must create what it keeps at once, "
-                "and its model have the same buffers on all ranks; until then, resume on one rank",
-                code="plugin-result",
+                "and its model have the same buffers on all ranks; until then, resume on one rank"
             )
 
     run_on_all_ranks(comm, check, "take over the run's state")

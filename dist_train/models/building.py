@@ -172,7 +172,7 @@ def _network(config: Config) -> nn.Module:
     model: nn.Module = call_plugin(settings.name, settings.options, nn.Module, images, settings.width, norm)
     if isinstance(model, torch.jit.ScriptModule):
         fix = "return the module from which it was made"
-        raise UsageError(f"{settings.name} returned a module of TorchScript: {fix}", code="plugin-result")
+        raise PluginResultError(f"{settings.name} returned a module of TorchScript: {fix}")
     _check_buffers(model, settings.name)
     blank = _blank(config)
     with failing_clearly(settings.name), _noting_layer(model):
@@ -342,10 +342,9 @@ def _check_registered(model: nn.Module, name: str, logits: Tensor) -> None:
         seen.add(node)
         leaf = getattr(node, "variable", None)
         if isinstance(leaf, nn.Parameter) and id(leaf) not in known:
-            raise UsageError(
+            raise PluginResultError(
                 f"{name} computes with a parameter of {list(leaf.shape)} that is not registered in it, and would be "
-                f"neither trained nor saved: keep layers in nn.ModuleList or nn.ModuleDict, not in a list or dict",
-                code="plugin-result",
+                f"neither trained nor saved: keep layers in nn.ModuleList or nn.ModuleDict, not in a list or dict"
             )
         nodes += [each for each, _ in node.next_functions]
 

@@ -163,9 +163,8 @@ def _plugin_parts(settings: NoiseSettings, noise: Tensor, weights: Tensor, *argu
 
 def _check_unchanged(weights: Tensor, version: int, name: str) -> None:
     if weights._version != version:
-        raise UsageError(
-            f"{name} changes the clean weights in place: write for example weights[part].abs(), not .abs_()",
-            code="plugin-result",
+        raise PluginResultError(
+            f"{name} changes the clean weights in place: write for example weights[part].abs(), not .abs_()"
         )
 
 
