@@ -292,7 +292,7 @@ def scripted(images: ImageFormat, width: float, norm: NormFactory) -> nn.Module:
     return torch.jit.trace(network, torch.zeros(2, 3, 32, 32), check_trace=False)  # type: ignore[no-any-return]
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace")
 def test_a_module_of_torchscript_is_refused() -> None:
     with raises(UsageError, code="plugin-result"):
         built(f"{HERE}:scripted")
