@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
-_POLL_SECONDS = 1.0  # for which ranks wait in one operation for what may take long
+_POLL_SECONDS = 1.0  # how long one wait of `run_long_on_all_ranks` lasts, far below the time limit of any engine
 
 
 class RankLostError(FaultError):
