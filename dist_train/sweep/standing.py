@@ -24,7 +24,7 @@ from dist_train.rundir.records import EvaluationRecord, read_last_records
 from dist_train.rundir.status import read_status
 from dist_train.sweep.planned_runs import Plan, PlannedRun, optuna_trials, plan_study, write_plan
 from dist_train.sweep.study_file import OptunaTrials
-from dist_train.watch.run_state import ALIVE, beside_job
+from dist_train.watch.run_state import ALIVE, beside_job, how_to_continue
 from dist_train.watch.run_table import COLOURS, Column, RunSummary, read_runs, table_of
 
 Next = Literal["start", "skip", "busy", "unrecoverable"]
@@ -46,6 +46,15 @@ class Standing:
     done: float | None = None
     accuracy: float | None = None
     has_other_settings: bool = False
+
+    @property
+    def start(self) -> str:
+        """How a sweep announces that it starts the run."""
+        if self.state == "waiting":
+            return "starts"
+        if not self.run.files.checkpoint_steps() and self.run.config.checkpoint.fallback_directory is None:
+            return f"starts again ({self.state}, without a checkpoint)"
+        return f"continues ({self.state}{f', {self.done:.0%} done' if self.done else ''})"
 
 
 def standings_of(runs: Sequence[PlannedRun]) -> list[Standing]:
@@ -73,7 +82,7 @@ def _standing(run: PlannedRun, summary: RunSummary | None, states: Mapping[str, 
     state, note, waits = _beside_job(summary, states)
     tested = _last_evaluation(run, "test")
     if state in ALIVE and _was_killed(run):  # tables wait for a rank that takes over; the next launch does not
-        state, note = "lost", "its process is gone; start it again to resume"
+        state, note = "lost", f"its process is gone; {how_to_continue(run.files)}"
     standing = Standing(
         run, state, note, "busy" if waits else "start", summary.done, tested.accuracy if tested else None
     )

@@ -211,8 +211,7 @@ class _StartedRuns:
                     self._say(run, f"{standing.state}, {standing.note}")
                 case "start":
                     assert lock is not None
-                    place = f", {standing.done:.0%} done" if standing.done else ""
-                    self._say(run, "starts" if standing.state == "waiting" else f"continues ({standing.state}{place})")
+                    self._say(run, standing.start)
                     self.active.append(RunProcess(self.plan, run, self.launcher, lock))
                     return
         except OSError as error:

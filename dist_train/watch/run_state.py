@@ -42,10 +42,10 @@ def state_of(status: Status, run: RunDirectory, now: float) -> tuple[str, str]:
     with suppress(OSError):
         seen = max(seen, run.metrics.stat().st_mtime)
     if has_gone(status, seen, now):
-        return process_is_gone(status)
+        return process_is_gone(status, run)
     if not status.is_here and now - seen > _STALE_AFTER:
         where = f" on {status.host}" if status.host else ""
-        return "lost", f"silent for {wording.duration(now - seen)}{where}; start it again to resume"
+        return "lost", f"silent for {wording.duration(now - seen)}{where}; {how_to_continue(run)}"
     return status.state, status.reason
 
 
@@ -56,9 +56,14 @@ def has_gone(status: Status, seen: float, now: float) -> bool:
     return status.is_here and not is_recent and not process_runs(status.pid, seen)
 
 
-def process_is_gone(status: Status) -> tuple[str, str]:
+def process_is_gone(status: Status, run: RunDirectory) -> tuple[str, str]:
     """Return the state of a run whose process has gone, and the reason."""
-    return "lost", f"its process {status.pid} is gone; start it again to resume"
+    return "lost", f"its process {status.pid} is gone; {how_to_continue(run)}"
+
+
+def how_to_continue(run: RunDirectory) -> str:
+    """Return what the note about a lost run advises; without a checkpoint it would begin anew."""
+    return "start it again to resume" if run.checkpoint_steps() else "start it again: it holds no checkpoint"
 
 
 def beside_job(state: str, note: str, job: str, job_state: str) -> tuple[str, str]:

@@ -82,6 +82,23 @@ def test_a_run_that_was_killed_is_started_at_once(tmp_path: Path, namespace: str
     assert (standing_of(run).state, standing_of(run).then) == ("lost", "start")
 
 
+def test_a_killed_run_without_a_checkpoint_is_not_said_to_continue(tmp_path: Path) -> None:
+    run = small_plan(tmp_path).runs[0]
+    assert standing_of(run).start == "starts"
+    run.files.create()
+    run.files.save_config(run.config)
+    status = StatusFile(run.files.status, 1)
+    status.change("running", step=98, epoch=0.98, total_epochs=1.0)
+    run.files.status.write_text(replace(status.current, pid=2**22 + 1).to_json())
+    run.files.lock.touch()
+    for steps, start, note in (((), "starts again", "no checkpoint"), ((49,), "continues (lost, 98% done)", "resume")):
+        for step in steps:
+            run.files.checkpoint(step).with_suffix(".json").touch()
+        standing = standing_of(run)
+        assert start in standing.start
+        assert standing.note.endswith(note)
+
+
 def test_a_diverged_run_does_not_wait_for_its_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, squeue: Callable[[str], Path]
 ) -> None:
