@@ -131,9 +131,7 @@ def _take(measure: Measure, loss: SubsetLoss, record: SharpnessRecord, report: R
                 for amplitude, mean, error in rises
             )
         case "hessian":
-            values, vectors = largest_eigenvalues(loss, settings)
-            trace, error = trace_with_error(loss, values, vectors, settings)
-            found = HessianResult(eigenvalues=values.tolist(), trace=trace, trace_standard_error=error)
+            found = spectrum(loss, settings)
         case "width":
             found = basin_widths(loss, settings)
         case "noise-scale":
@@ -164,6 +162,17 @@ def expected_rises(loss: SubsetLoss, settings: SharpnessSettings) -> tuple[Vecto
     return rises.mean(axis=1), rises.std(axis=1, ddof=1) / settings.draws**0.5
 
 
+def spectrum(loss: SubsetLoss, settings: SharpnessSettings) -> HessianResult:
+    """Return the Hessian's largest eigenvalues and its trace; no eigenvalues if only some converged.
+
+    A larger one may be among those that did not. For the trace any eigenvectors will do.
+    """
+    values, vectors = largest_eigenvalues(loss, settings)
+    trace, error = trace_with_error(loss, values, vectors, settings)
+    all_converged = len(values) == min(settings.hessian_eigenvalues, loss.count - 1)
+    return HessianResult(eigenvalues=values.tolist() if all_converged else (), trace=trace, trace_standard_error=error)
+
+
 def largest_eigenvalues(loss: SubsetLoss, settings: SharpnessSettings) -> tuple[Vector, NDArray[np.float64]]:
     """Return the Hessian's largest eigenvalues, descending, and their vectors as columns [weights, eigenvalues].
 
@@ -184,7 +193,13 @@ def largest_eigenvalues(loss: SubsetLoss, settings: SharpnessSettings) -> tuple[
         values, vectors = eigsh(operator, k=wanted, which="LA", v0=start, tol=tolerance, maxiter=_RESTARTS)
     except ArpackNoConvergence as error:
         values, vectors = error.eigenvalues, error.eigenvectors
-        _logger.warning("only %d of %d eigenvalues converged; request fewer", len(values), wanted)
+        _logger.warning(
+            "only %d of %d eigenvalues converged (%s), perhaps not the largest, so none is recorded: choose a smaller "
+            "--hessian-eigenvalues",
+            len(values),
+            wanted,
+            ", ".join(f"{value:.4g}" for value in values) or "none",
+        )
     order = np.argsort(values)[::-1]
     return values[order], vectors[:, order]
 

@@ -325,6 +325,8 @@ def _rows(record: SharpnessRecord) -> Iterator[tuple[str, str]]:
     if record.hessian is not None:
         for index, eigenvalue in enumerate(record.hessian.eigenvalues, start=1):
             yield f"Hessian eigenvalue {index}", _number(eigenvalue)
+        if not record.hessian.eigenvalues:
+            yield "Hessian eigenvalues", "unknown: not all converged; choose a smaller --hessian-eigenvalues"
         yield "Hessian trace", _number(record.hessian.trace, record.hessian.trace_standard_error)
     for width in record.widths or ():
         censored = f", at least: {width.censored} of {width.directions} end beyond the reach" if width.censored else ""

@@ -23,6 +23,7 @@ from dist_train.analysis.sharpness import (
     full_space,
     largest_eigenvalues,
     random_directions,
+    spectrum,
     subspace,
     trace_with_error,
 )
@@ -240,7 +241,30 @@ class TestExpectedRise:
         assert abs(mean - expected) < 3 * error
 
 
+class Diagonal(SubsetLoss):
+    """A loss whose Hessian has these `curvatures` on its diagonal, and zeros elsewhere."""
+
+    def __init__(self, curvatures: Vector) -> None:
+        self.curvatures, self.count = curvatures, len(curvatures)
+
+    def hessian_product(self, direction: Vector) -> Vector:
+        product: Vector = self.curvatures * direction
+        return product
+
+
 class TestHessian:
+    def test_of_eigenvalues_that_did_not_all_converge_none_counts_as_the_largest(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        loss = Diagonal(np.concatenate([[10.0, 8.0], np.linspace(0, 1, 5000) ** 0.5]))
+        settings = SharpnessSettings(hessian_eigenvalues=2, hessian_tolerance=1e-10, hessian_probes=2)
+        assert spectrum(loss, settings).eigenvalues == pytest.approx((10.0, 8.0))
+        assert not caplog.records
+        found = spectrum(loss, settings.model_copy(update={"hessian_eigenvalues": 5}))
+        assert found.eigenvalues == ()
+        assert found.trace == pytest.approx(loss.curvatures.sum(), rel=0.01)
+        assert len(caplog.records) == 1
+
     def test_eigenvalues_and_trace_of_a_linear_model_are_accurate_to_a_percent(self) -> None:
         model = linear_model()
         hessian = softmax_hessian(model)
