@@ -122,13 +122,18 @@ class EarlyStopping:
     def note(self, progress: Progress, values: Mapping[str, float]) -> None:
         """Update `progress`, which checkpoints hold, by an evaluation: its `values` by metric.
 
-        A non-finite value does not count as an improvement.
+        Without a finite loss on its split, a value does not count as an improvement: the accuracy is a mere guess then.
         """
         if self._settings.patience is None:
             return
         value, best = values.get(self._metric, math.nan), progress.stopping_best
+        loss = values.get(f"{self._metric.partition('.')[0]}.loss", value)
         sign = -1.0 if self._metric.endswith(".loss") else 1.0
-        if math.isfinite(value) and (best is None or sign * (value - best) > self._settings.min_delta):
+        if (
+            math.isfinite(value)
+            and math.isfinite(loss)
+            and (best is None or sign * (value - best) > self._settings.min_delta)
+        ):
             progress.stopping_best, progress.stopping_waited = value, 0
         else:
             progress.stopping_waited = (progress.stopping_waited or 0) + 1

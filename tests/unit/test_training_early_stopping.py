@@ -43,6 +43,18 @@ def test_it_ends_after_so_many_evaluations_without_an_improvement(
     assert stopped_at(values, patience) == expected
 
 
+@pytest.mark.parametrize("split", ["test", "validation-averaged"])
+def test_an_accuracy_beside_a_loss_that_is_not_finite_is_no_improvement(split: str) -> None:
+    early, progress = stopping(2, metric=f"{split}.accuracy"), Progress()
+    for loss in (math.nan, math.inf):
+        assert not early.reason(progress)
+        early.note(progress, {f"{split}.accuracy": 0.1, f"{split}.loss": loss, "train.loss": 0.0})
+    assert progress.stopping_best is None
+    assert early.reason(progress)
+    early.note(progress, {f"{split}.accuracy": 0.1, f"{split}.loss": 2.3, "train.loss": math.nan})
+    assert progress.stopping_best == 0.1
+
+
 def test_a_loss_improves_by_falling_and_only_by_more_than_min_delta() -> None:
     assert stopped_at([3.0, 2.0, 1.0, 1.0], 1, metric="validation.loss") == 4
     assert stopped_at([3.0, 2.0, 1.95, 1.91], 2, min_delta=0.1, metric="validation.loss") == 4
