@@ -73,6 +73,7 @@ def measure_sharpness(
         raise UsageError("sharpness is measured by one process: start it without a launcher", code="one-process-only")
     stored = read_stored(target)
     loss, checkpoint, data = open_stored_subset(stored, settings, overrides)
+    settings = settings.model_copy(update={"samples": data.samples})
     folder = folder or RunDirectory.of_checkpoint(stored.path.resolve()).analysis
     file = record_path(folder, checkpoint, data, settings)
     existing = read_record(file) if file.exists() else None

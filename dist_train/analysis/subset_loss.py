@@ -208,19 +208,21 @@ def open_stored_subset(
 
 
 def choose_samples(labels: Tensor, classes: int, settings: SharpnessSettings) -> Tensor:
-    """Return the indices of a seeded, shuffled choice in the proportions of the classes, int64.
+    """Return the indices of a seeded, shuffled choice in the proportions of the classes, int64: all if there are fewer
+    than the default.
 
-    Raises UsageError for too few.
+    Raises UsageError if there are fewer than `settings.samples` was set to.
     """
-    if settings.samples > len(labels):
+    samples = settings.samples if "samples" in settings.model_fields_set else min(settings.samples, len(labels))
+    if samples > len(labels):
         raise UsageError(
-            f"--samples is {settings.samples}: choose at most {len(labels)}, the number of training images",
+            f"--samples is {samples}: choose at most {len(labels)}, the number of training images",
             code="option-range",
         )
     of_class = torch.bincount(labels, minlength=classes)
-    are_equal = settings.samples == len(labels) or int(of_class.max() - of_class.min()) <= 1
+    are_equal = samples == len(labels) or int(of_class.max() - of_class.min()) <= 1
     choose = balanced_choice if are_equal else stratified_choice
-    chosen = choose(labels, settings.samples, classes, settings.seed)
+    chosen = choose(labels, samples, classes, settings.seed)
     return chosen[torch.randperm(len(chosen), generator=generator(settings.seed, "sharpness batches"))]
 
 

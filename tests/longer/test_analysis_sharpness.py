@@ -236,6 +236,13 @@ def test_invalid_options_are_refused(
     assert not (run / "analysis").exists()
 
 
+def test_all_images_are_measured_if_there_are_fewer_than_the_default(run: Path) -> None:
+    record, path = measure_sharpness(run, SharpnessSettings(draws=2, amplitudes=(0.01,)), ["rise"])
+    assert record.data.samples == record.settings.samples == 100
+    stated = SharpnessSettings(samples=100, draws=2, amplitudes=(0.01,))
+    assert measure_sharpness(run, stated, ["rise"]) == (record, path), "it is the same measurement"
+
+
 def test_missing_runs_and_damaged_records(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sharpness", str(tmp_path / "nowhere")]) == 2
     assert "[target-missing]" in capsys.readouterr().err
