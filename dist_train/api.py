@@ -35,6 +35,9 @@ from dist_train.training.evaluation import evaluate_stored, stored_config, store
 Overrides = Sequence[str] | Mapping[str, object]
 """`section.key=value`, one or several, or a mapping of values by path, as for `load_config`."""
 
+Target = str | os.PathLike[str]
+"""A path, or a `Run`, whose overrides come before those given."""
+
 Format = Literal["safetensors", "torch-export", "onnx"]
 
 
@@ -52,6 +55,12 @@ class Run:
 
     directory: RunDirectory
     overrides: Sequence[str] = ()
+
+    def __repr__(self) -> str:
+        return f"Run({', '.join(map(repr, (str(self.directory.root), *self.overrides)))})"
+
+    def __fspath__(self) -> str:
+        return str(self.directory.root)
 
     @property
     def config(self) -> Config:
@@ -132,7 +141,11 @@ class Run:
         return output
 
 
-def load_run(path: Path | str, overrides: Overrides = ()) -> Run:
+def _overrides_for(target: Target, overrides: Overrides) -> tuple[str, ...]:
+    return (*(target.overrides if isinstance(target, Run) else ()), *override_texts(overrides))
+
+
+def load_run(path: Target, overrides: Overrides = ()) -> Run:
     """Return the run in the directory `path`, or in runs/`path`.
 
     `overrides`: where its data and plug-ins are by now, such as `data.root=DIR` and `model.name=FILE.py:NAME`.
@@ -147,12 +160,12 @@ def load_run(path: Path | str, overrides: Overrides = ()) -> Run:
     """
     directory = RunDirectory(in_utf8(run_folder(Path(path), code="target-missing")))
     if not directory.config.is_file():
-        raise UsageError(f"{path}: there is no such run", code="target-missing")
-    return Run(directory, override_texts(overrides))
+        raise UsageError(f"{os.fspath(path)}: there is no such run", code="target-missing")
+    return Run(directory, _overrides_for(path, overrides))
 
 
 def evaluate(
-    target: Path | str, split: Split = "test", overrides: Overrides = (), weights: Weights = "raw"
+    target: Target, split: Split = "test", overrides: Overrides = (), weights: Weights = "raw"
 ) -> dict[str, object]:
     """Return step, loss and accuracy of a checkpoint on the whole of `split`.
 
@@ -168,7 +181,7 @@ def evaluate(
     Raises:
         UsageError: there is no such checkpoint, or an override would change the model or its data.
     """
-    return evaluate_stored(Path(target), split, override_texts(overrides), weights)
+    return evaluate_stored(Path(target), split, _overrides_for(target, overrides), weights)
 
 
 @dataclass(frozen=True)
@@ -182,7 +195,7 @@ class Export:
 
 @restoring_torch()
 def export(
-    target: Path | str,
+    target: Target,
     to: Format,
     output: Path | str | None = None,
     weights: Weights = "raw",
@@ -207,7 +220,7 @@ def export(
     check_choice("to", to, Format)
     stored = read_stored(Path(target))
     contents = stored.contents
-    config = stored_config(contents, override_texts(overrides))
+    config = stored_config(contents, _overrides_for(target, overrides))
     warn_of_edited_plugins(contents, config)
     model = stored_model(contents, config, weights)
     model.eval()

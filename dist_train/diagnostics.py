@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dist_train.api import Overrides, Run, load_run, splits_of
+from dist_train.api import Overrides, Run, Target, load_run, splits_of
 from dist_train.checkpoint.files import read_checkpoint
 from dist_train.cluster.launch import current_launch
 from dist_train.config import Config, ScheduleSettings, parse_config
@@ -127,7 +127,7 @@ class Replay:
         return self.recorded == self.replayed and self.weights_agree is not False
 
 
-def replay(path: Path | str, step: int, overrides: Overrides = ()) -> Replay:
+def replay(path: Target, step: int, overrides: Overrides = ()) -> Replay:
     """Repeat update `step` of a run, from the checkpoint before it or from the beginning; the run is only read.
 
     `overrides`: as for `load_run`.
@@ -152,7 +152,7 @@ def replay(path: Path | str, step: int, overrides: Overrides = ()) -> Replay:
     # Read before the overrides, so that a setting's former name does not survive them.
     begun = run.config
     if start:
-        begun = parse_config(with_overrides(read_checkpoint(start).config, overrides), source=SAVED)
+        begun = parse_config(with_overrides(read_checkpoint(start).config, run.overrides), source=SAVED)
     settings = begun.model_dump(mode="json")
     changes = {
         **_ONLY_RECORDS,

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 from dist_train.analysis.landscape_points import PointEvaluator, place_in, place_of
-from dist_train.api import Format, Run, export, load_run
+from dist_train.api import Format, Run, evaluate, export, load_run
 from dist_train.checkpoint.files import find_checkpoint, list_checkpoints, read_checkpoint, read_stored
 from dist_train.cluster.communicator import Communicator, SingleProcess
 from dist_train.config import Config, ImageFormat
@@ -273,6 +273,11 @@ def test_a_run_whose_plug_in_has_moved_is_read_at_its_new_place(tmp_path: Path) 
         again = load_run(tmp_path / "run", one)
         assert again.config.model.name == f"{moved}:tied"
         assert again.evaluate(overrides="evaluation.batch_size=8")["samples"] == 25
+    assert load_run(run, "evaluation.batch_size=8").config.evaluation.batch_size == 8
+    assert (
+        load_run(run).evaluate()["step"] == evaluate(run)["step"] == export(run, "safetensors", tmp_path / "one").step
+    )
+    assert repr(run) == f"Run({str(tmp_path / 'run')!r}, {there[0]!r})"
     with torch.no_grad():
         assert run.model()(torch.rand(3, *run.config.data.image_format.shape)).isfinite().all()
     assert export(tmp_path / "run", "safetensors", tmp_path / "model", overrides=there).difference == 0
