@@ -41,7 +41,7 @@ from dist_train.outcome import PluginResultError, UsageError, did_you_mean
 from dist_train.reproducible import generator, key, seed_generators, seeded_generators
 
 _logger = logging.getLogger("dist_train.models")
-_MAX_NAMES = 3  # of buffers in a message
+_MAX_NAMES = 3  # of buffers or parameters in a message
 _NEAR = 1e-3  # to 1, for a sum of probabilities, also in 16 bits
 
 _POOL = None
@@ -227,7 +227,8 @@ def _blank(config: Config, samples: int = _TRIAL_SAMPLES) -> Tensor:
 
 
 def check_training(model: nn.Module, config: Config) -> None:
-    """Try a plug-in's `model` in training; warn of what would depend on ranks: buffers and draws of its own.
+    """Try a plug-in's `model` in training; warn of what would depend on ranks, buffers and draws of its own, and of
+    parameters without a gradient.
 
     The model stays as it was. Raises UsageError if a gradient is sparse or arrives in parts, if what checkpoints hold
     depends on the number of images, or if norms whose statistics are to be recomputed are not used in evaluations.
@@ -246,7 +247,7 @@ def check_training(model: nn.Module, config: Config) -> None:
             model.train()
             logits = model(more)
             _check_shapes(model, name, shapes)
-            _check_gradients(model, name, logits)
+            unreached = _check_gradients(model, name, logits)
         with restoring_buffers(model):
             seed_generators(seed)
             is_repeatable = torch.allclose(model(more), logits, rtol=0.0, atol=0.0, equal_nan=True)
@@ -268,6 +269,11 @@ def check_training(model: nn.Module, config: Config) -> None:
     for mode in modes[:1]:
         fix = "leave it out, since the loss, cross entropy, contains it"
         _logger.warning("%s seems to end in softmax%s: %s", name, mode, fix)
+    if unreached:
+        _logger.warning(
+            f"in a trial pass of {name} {len(unreached)} of its parameters ({', '.join(unreached[:_MAX_NAMES])}) get "
+            f"no gradient: use them in the forward pass, or freeze them by requires_grad_(False)"
+        )
     if not is_repeatable:
         _logger.warning(
             f"a pass of {name} in training, repeated from the same seed, gives other logits: it draws from a generator "
@@ -310,8 +316,11 @@ def _check_shapes(model: nn.Module, name: str, before: Mapping[str, torch.Size])
             )
 
 
-def _check_gradients(model: nn.Module, name: str, logits: Tensor) -> None:
-    """Raise UsageError if the backward pass from `logits` completes a gradient more than once, or makes it sparse."""
+def _check_gradients(model: nn.Module, name: str, logits: Tensor) -> list[str]:
+    """Return the trained parameters that the backward pass from `logits` does not reach.
+
+    Raises UsageError if it completes a gradient more than once, or makes it sparse.
+    """
     arrived: set[str] = set()
 
     def note(path: str, parameter: nn.Parameter) -> None:
@@ -331,6 +340,7 @@ def _check_gradients(model: nn.Module, name: str, logits: Tensor) -> None:
     finally:
         for hook in hooks:
             hook.remove()
+    return [path for path, _ in trained if path not in arrived]
 
 
 def _check_registered(model: nn.Module, name: str, logits: Tensor) -> None:

@@ -180,6 +180,8 @@ class Network(nn.Module):
             "extra-state": Stateful,
             "reentrant": lambda: nn.Linear(8, 8),
             "checkpointed": lambda: nn.Linear(8, 8),
+            "unused": lambda: nn.Sequential(*[nn.Linear(8, 8) for _ in range(20)]),
+            "unused-and-frozen": lambda: nn.Linear(8, 8).requires_grad_(False),
             "sparse": lambda: nn.Embedding(2, 8, sparse=True),
             "norm-in-training": lambda: norm(8),
             "lazy": nn.LazyBatchNorm1d,
@@ -467,6 +469,15 @@ def test_training_warns_of_probabilities_in_place_of_logits(caplog: pytest.LogCa
         caplog.clear()
         tried(kind)
         assert "softmax" in caplog.text
+
+
+def test_training_warns_of_parameters_without_a_gradient(caplog: pytest.LogCaptureFixture) -> None:
+    for kind in ("checkpointed", "unused-and-frozen"):
+        tried(kind)
+        assert "no gradient" not in caplog.text
+    tried("unused")
+    [warning] = [message for message in caplog.messages if "no gradient" in message]
+    assert "40 of its parameters (extra.0.weight, extra.0.bias, extra.1.weight)" in warning
 
 
 def test_training_warns_of_draws_from_a_generator_of_the_model_s_own(caplog: pytest.LogCaptureFixture) -> None:
