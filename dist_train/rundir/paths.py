@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import errno
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -79,13 +80,12 @@ class RunDirectory:
 
     def fallback(self, folder: Path) -> Path:
         """Return this run's subfolder of `folder`, for checkpoints that cannot be written to the run directory."""
-        return folder / f"{self.root.resolve().name}-{self.run_id()}"
+        root = self.root.resolve()
+        parent = hashlib.sha256(bytes(root.parent)).hexdigest()[:8]  # a copy there may have the same name and id
+        return folder / f"{root.name}-{parent}-{self.run_id()}"
 
     def other_fallbacks(self, folder: Path) -> list[Path]:
-        """Return the subfolders of `folder` with this run's id and another name than `fallback`.
-
-        They were made before the run directory was renamed, or belong to the run of which this is a copy.
-        """
+        """Return those with this run's id made before it was moved, or of the run of which this is a copy."""
         found = set[Path]()
         with suppress(OSError):  # of a disk that is needed only if that of the run directory fails
             found = {path for path in folder.glob(f"*-{self.run_id()}") if path.is_dir()}

@@ -221,23 +221,26 @@ def test_the_fallback_directory_of_a_renamed_run_is_found(tmp_path: Path) -> Non
     assert found.step == 4
 
 
-def test_a_copy_of_a_run_leaves_it_its_fallback_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize("copy", ["copy", "elsewhere/run"])
+def test_a_copy_of_a_run_leaves_it_its_fallback_checkpoint(tmp_path: Path, copy: str) -> None:
     directory = run_with(tmp_path / "run", 2)
     config = parse(checkpoint={"fallback_directory": str(tmp_path / "spare")})
     with_fallback(directory, tmp_path / "spare")
-    shutil.copytree(directory.root, tmp_path / "copy")
-    for root in (tmp_path / "copy", directory.root):
+    shutil.copytree(directory.root, tmp_path / copy)
+    for root in (tmp_path / copy, directory.root):
         found = find_resume_point(config, RunDirectory(root)).contents
         assert found is not None
         assert found.step == 4
 
 
-def test_a_copy_s_fallback_checkpoint_is_left_to_it_once_it_has_other_settings(tmp_path: Path) -> None:
+@pytest.mark.parametrize("copy", ["copy", "elsewhere/run"])
+def test_a_copy_s_fallback_checkpoint_is_left_to_it_once_it_has_other_settings(tmp_path: Path, copy: str) -> None:
     directory = run_with(tmp_path / "run", 2)
     config = parse(checkpoint={"fallback_directory": str(tmp_path / "spare")})
-    shutil.copytree(directory.root, tmp_path / "copy")
+    directory.run_id()  # which the copy has, too
+    shutil.copytree(directory.root, tmp_path / copy)
     longer = DECIDED.model_copy(update={"run": DECIDED.run.model_copy(update={"epochs": DECIDED.run.epochs + 1})})
-    with_fallback(RunDirectory(tmp_path / "copy"), tmp_path / "spare", longer)
+    with_fallback(RunDirectory(tmp_path / copy), tmp_path / "spare", longer)
     found = find_resume_point(config, directory).contents
     assert found is not None
     assert found.step == 2
