@@ -237,7 +237,7 @@ def read_checkpoint(path: Path) -> Contents:
 
 
 def _read_verified(path: Path) -> Stored:
-    if not path.is_file():
+    if not (atomic.exists(path) and path.is_file()):
         raise UsageError(f"{path}: there is no such checkpoint", code="checkpoint-missing")
     record = read_record(path)
     content = path.read_bytes()
@@ -383,7 +383,7 @@ def set_aside(directory: Path, names: Iterable[str]) -> None:
 def has_published(directory: Path) -> bool:
     """Whether the run of the folder `directory` has recorded that a checkpoint was written. Raises OSError."""
     metrics = RunDirectory(directory.parent).metrics
-    records = read_records(metrics) if metrics.exists() else ()
+    records = read_records(metrics) if atomic.exists(metrics) else ()
     return any(isinstance(record, EventRecord) and record.event == "checkpoint" for record in records)
 
 
@@ -398,7 +398,7 @@ def prune(directory: Path, *, keep: int, best_step: int | None) -> None:
         if file != best:
             remove_checkpoint(file.path)
     for path in _step_files(directory):
-        if published and _step_of(path) < published[-1].step and not path.with_suffix(".json").exists():
+        if published and _step_of(path) < published[-1].step and not atomic.exists(path.with_suffix(".json")):
             path.unlink()
 
 

@@ -22,6 +22,17 @@ from typing import BinaryIO
 _logger = logging.getLogger(__name__)
 
 
+def exists(path: Path) -> bool:
+    """Whether `path` exists. Raises OSError if that cannot be told, where `Path.exists` says no since Python 3.14."""
+    try:
+        path.stat()
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            raise
+        return False
+    return True
+
+
 @contextmanager
 def replacing(path: Path, *, is_shared: bool = False) -> Iterator[BinaryIO]:
     """Open a temporary file beside `path`, which durably replaces `path` when the block ends without an error.

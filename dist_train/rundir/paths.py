@@ -94,7 +94,7 @@ class RunDirectory:
     @property
     def has_begun(self) -> bool:
         """Whether a run has left something here."""
-        return any(path.exists() for path in (self.status, self.metrics, self.checkpoints))
+        return any(map(atomic.exists, (self.status, self.metrics, self.checkpoints)))
 
     def checkpoint(self, step: int) -> Path:
         """Return the file of the checkpoint at `step`."""

@@ -344,7 +344,7 @@ class JsonLines(Observer):
 
     def __init__(self, path: Path) -> None:
         """Open or create `path`. For a resume call `rewind` first."""
-        content = path.read_bytes() if path.exists() else b""
+        content = path.read_bytes() if atomic.exists(path) else b""
         self._written = {key for line in content.split(b"\n") if (key := _key_of_line(line))}
         self._path = path
         self._lock = Lock()
@@ -450,7 +450,7 @@ def rewind(path: Path, step: int) -> None:
     Drops incomplete lines, records after `step`, duplicates by `RecordKey`, and events at `step` that say how a launch
     began, since this launch writes its own. Atomic; does nothing if there is no such file.
     """
-    if not path.exists():
+    if not atomic.exists(path):
         return
     before = path.read_bytes()
     seen: set[RecordKey] = set()

@@ -25,6 +25,7 @@ from dist_train.checkpoint.files import (
     DamagedCheckpointError,
     NoCompleteCheckpointError,
     find_checkpoint,
+    has_published,
     list_checkpoints,
     newest_whole,
     prune,
@@ -38,7 +39,7 @@ from dist_train.checkpoint.files import (
 from dist_train.outcome import PeerFailedError, UsageError
 from dist_train.rundir import atomic
 from dist_train.rundir.paths import RunDirectory
-from dist_train.rundir.records import EventRecord, JsonLines
+from dist_train.rundir.records import EventRecord, JsonLines, rewind
 from tests.raising import raises
 from tests.unit.checkpoint_files import contents, write
 from tests.unit.simulated_ranks import SimulatedRanks, on_ranks, results
@@ -547,6 +548,21 @@ def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(
     for read in (lambda: newest_whole(tmp_path, {}), lambda: list_checkpoints(tmp_path)):
         with pytest.raises(OSError, match=os.strerror(code)):
             read()
+
+
+def test_a_file_of_which_nobody_can_tell_whether_it_exists_is_not_taken_for_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "exists", os.path.exists)  # as in Python 3.14
+    run = RunDirectory(tmp_path / ("x" * 300))
+    for look in (
+        lambda: run.has_begun,
+        lambda: has_published(run.checkpoints),
+        lambda: rewind(run.metrics, 1),
+        lambda: read_checkpoint(run.checkpoint(1)),
+    ):
+        with pytest.raises(OSError, match=os.strerror(errno.ENAMETOOLONG)):
+            look()
 
 
 def test_a_folder_that_does_not_exist_holds_no_checkpoint(tmp_path: Path) -> None:
