@@ -15,9 +15,9 @@ import sysconfig
 import tomllib
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import is_dataclass, replace
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType, SimpleNamespace, UnionType
@@ -357,7 +357,7 @@ def with_long_names(settings: Mapping[str, Any], more: Sequence[str], model: typ
         for _, section, key in _sections_with(changed, path.split(".")):
             name = section.get(key)
             if isinstance(name, str) and not is_plugin(name) and name not in choices_of(model, path):
-                section[key] = registered.get((kind, name)) or _entry_point(kind, name) or name
+                section[key] = registered.get((kind, name)) or _entry_points(kind).get(name, name)
     return changed
 
 
@@ -371,7 +371,7 @@ def short_names(settings: Mapping[str, Any], more: Sequence[str]) -> dict[str, l
     marks += [(kind, f"{file}:{name}") for (kind, _), name, _ in _registered(script)]
     names = {path: [name for each, name in marks if each == kind] for path, kind in _PLACES.items()}
     for path, kind in _PLACES.items():
-        names[path].extend(sorted(metadata.entry_points(group=f"dist_train.{kind}").names))
+        names[path].extend(sorted(_entry_points(kind)))
     names["model.name"].extend(f"{library}:NAME" for library in _shipped("model_libraries"))
     return names
 
@@ -444,5 +444,22 @@ def _shipped(group: str) -> Mapping[str, str]:
     return table
 
 
-def _entry_point(kind: Kind, name: str) -> str | None:
-    return next((point.value for point in metadata.entry_points(group=f"dist_train.{kind}", name=name)), None)
+def _entry_points(kind: Kind) -> Mapping[str, str]:
+    """Return the plug-ins of `kind` that installed packages have, by short name."""
+    return _entry_points_in(tuple((path, _changed(path)) for path in map(os.path.abspath, sys.path)))[kind]
+
+
+def _changed(folder: str) -> int:
+    """Return when a file or folder was last put into `folder` or removed from it, in ns; 0 if it is not there."""
+    with suppress(OSError):
+        return os.stat(folder).st_mtime_ns
+    return 0
+
+
+@lru_cache(maxsize=1)  # reading the metadata of all packages takes as long as checking hundreds of configurations
+def _entry_points_in(folders: tuple[tuple[str, int], ...]) -> Mapping[str, Mapping[str, str]]:
+    """Return the plug-ins in `folders`, Python's path with the time of each folder's last change, by kind and name."""
+    points = metadata.entry_points()
+    of_kind = {kind: tuple(points.select(group=f"dist_train.{kind}")) for kind in _CALLS}
+    # of two packages with one name, that of the first folder counts
+    return {kind: {point.name: point.value for point in reversed(found)} for kind, found in of_kind.items()}

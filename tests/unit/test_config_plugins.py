@@ -8,7 +8,9 @@ import json
 import os
 import py_compile
 import sys
+from importlib import metadata
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -81,6 +83,23 @@ class TestShortNames:
         one = write(tmp_path / "one.py", source)
         with raises_problems(("plugins", "plugin-ambiguous")):
             load(one, write(tmp_path / "another.py", source), model__name="net")
+
+    def test_those_of_a_package_are_found_once_it_is_installed_without_reading_all_packages_for_each_configuration(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        source = "def installed_here(images, width, norm): ...\n"
+        write(tmp_path / "site" / "package_of_models.py", source)
+        monkeypatch.syspath_prepend(tmp_path / "site")
+        read = Mock(wraps=metadata.entry_points)
+        monkeypatch.setattr(metadata, "entry_points", read)
+        for _ in range(3):
+            with raises_problems(("model.name", "no-such-choice")):
+                load_config({"model": {"name": "installed"}})
+        assert read.call_count == 1
+        info = tmp_path / "site" / "package_of_models-1.0.dist-info"
+        write(info / "entry_points.txt", "[dist_train.models]\ninstalled = package_of_models:installed_here\n")
+        write(info / "METADATA", "Metadata-Version: 2.1\nName: package_of_models\nVersion: 1.0\n")
+        assert load_config({"model": {"name": "installed"}}).model.name == "package_of_models:installed_here"
 
     def test_a_file_that_another_one_imports_has_its_names_once(self, tmp_path: Path) -> None:
         source = f"{REGISTERED}@register('models', 'net')\ndef net(images, width, norm): ...\n"
