@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean, median, mode, stdev
 from typing import Literal, TypeVar
 
-from scipy import stats
+from scipy import special
 
 from dist_train.analysis.landscape_files import Landscape
 from dist_train.monitoring import wording
@@ -96,7 +96,7 @@ def paired_difference(
         return Interval(mean, math.nan, math.nan, count, sum(map(any, bounds)), sign)
     if max(differences) - min(differences) <= rounding < abs(mean):
         return Interval(mean, math.nan, math.nan, count)
-    half = float(stats.t.ppf((1 + confidence) / 2, count - 1)) * stdev(differences) / math.sqrt(count)
+    half = float(special.stdtrit(count - 1, (1 + confidence) / 2)) * stdev(differences) / math.sqrt(count)
     return Interval(mean, mean - half, mean + half, count)
 
 

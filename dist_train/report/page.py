@@ -8,6 +8,7 @@ import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,7 @@ def render(subject: Subject, now: datetime | None = None) -> str:
     )
 
 
+@cache  # compiling them takes a tenth of a second
 def _templates() -> Environment:
     # HTML is escaped; in the Markdown there is nothing to escape.
     environment = Environment(  # nosec B701

@@ -9,7 +9,8 @@ from statistics import fmean
 from typing import Literal
 
 import numpy
-from scipy import stats
+from numpy.typing import NDArray
+from scipy import special
 
 from dist_train.report.measures import (
     FINAL_ACCURACY,
@@ -50,7 +51,16 @@ def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
     """Return the rank correlation; None for fewer than three pairs, or if one side is constant."""
     if len(first) < 3 or len(set(first)) < 2 or len(set(second)) < 2:
         return None
-    return float(stats.spearmanr(first, second).statistic)
+    return float(numpy.corrcoef(_ranks(first), _ranks(second))[0, 1])
+
+
+def _ranks(values: Sequence[float]) -> NDArray[numpy.float64]:
+    """Return the rank of each value, from 1; equal values share the mean of their ranks."""
+    # importing scipy.stats, which has both, takes longer than making most reports
+    _, place, counts = numpy.unique(values, return_inverse=True, return_counts=True)
+    last = numpy.cumsum(counts)
+    ranks: NDArray[numpy.float64] = (last - (counts - 1) / 2)[place]
+    return ranks
 
 
 def partial_spearman(first: Sequence[float], second: Sequence[float], given: Sequence[float]) -> float | None:
@@ -83,7 +93,7 @@ def rank_correlation(
     freedom = len(first) - 3 - (given is not None)
     if freedom < 1 or abs(rho) >= 1 - 1e-12:
         return RankCorrelation(rho, math.nan, math.nan)
-    half = float(stats.norm.ppf(0.975)) * math.sqrt((1 + rho**2 / 2) / freedom)
+    half = float(special.ndtri(0.975)) * math.sqrt((1 + rho**2 / 2) / freedom)
     return RankCorrelation(rho, math.tanh(math.atanh(rho) - half), math.tanh(math.atanh(rho) + half))
 
 

@@ -6,8 +6,10 @@ import hashlib
 import json
 import math
 import random
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 
@@ -61,7 +63,26 @@ def treatments() -> tuple[Treatment, ...]:
 
 def make_study(directory: Path, seeds: tuple[int, ...] = (0, 1, 2)) -> Path:
     """Write the study's folder: every run finished, but for those that a test takes away or breaks."""
+    written_in, files = _files_of_study(seeds)
     directory.mkdir(parents=True)
+    for folder in sorted({path.parent for path in files}):
+        (directory / folder).mkdir(parents=True, exist_ok=True)
+    for path, text in files.items():
+        (directory / path).write_text(text.replace(str(written_in), str(directory)))
+    return directory
+
+
+@cache  # composing the settings and records takes ten times as long as writing them
+def _files_of_study(seeds: tuple[int, ...]) -> tuple[Path, Mapping[Path, str]]:
+    """Return the texts of the study's files by their paths in its folder, and the folder that these texts name."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name, "study")
+        _write_study(folder, seeds)
+        return folder, {path.relative_to(folder): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def _write_study(directory: Path, seeds: tuple[int, ...]) -> None:
+    directory.mkdir()
     planned: list[dict[str, object]] = []
     for seed in seeds:
         for treatment in treatments():
@@ -85,7 +106,6 @@ def make_study(directory: Path, seeds: tuple[int, ...] = (0, 1, 2)) -> Path:
     _write_plane(directory / "lb-seed-0")
     (directory / "runs.json").write_text(json.dumps(planned, indent=2))
     (directory / "study.yaml").write_text("name: fashion\ntitle: Weight noise at batch 128 and 8192\n")
-    return directory
 
 
 def make_run(directory: Path, treatment: Treatment, seed: int, settings: Mapping[str, object]) -> Path:
