@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 import traceback
@@ -10,8 +11,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-
-import yaml
 
 import dist_train
 from dist_train.checkpoint.files import has_published, set_aside
@@ -28,8 +27,9 @@ from dist_train.cluster.communicator import (
 from dist_train.cluster.devices import device_type
 from dist_train.cluster.rendezvous import join_ranks, rendezvous_within
 from dist_train.cluster.watchdog import Watchdog, start_watchdog
-from dist_train.config import Config, dump_config, parse_config
+from dist_train.config import Config, parse_config
 from dist_train.config.combinations import unused_settings
+from dist_train.config.loading import parse_yaml
 from dist_train.config.plugins import check_unedited
 from dist_train.config.resuming import with_setting
 from dist_train.launching.assembly import assemble, let_write
@@ -268,7 +268,7 @@ def _join(directory: RunDirectory) -> ResumePoint:
         text = directory.config.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise RankLostError(f"{directory.root} holds no run that this rank could join") from None
-    return ResumePoint(parse_config(yaml.safe_load(text), source=str(directory.config)))
+    return ResumePoint(parse_config(parse_yaml(text, is_dumped=True), source=str(directory.config)))
 
 
 def _lock(config: Config, directory: RunDirectory, comm: Communicator) -> RunLock | None:
@@ -311,7 +311,7 @@ def _shared_config(comm: Communicator, config: Config) -> Config:
     """Return rank 0's settings, with a number of threads that suits all ranks."""
     if (folder := config.metrics.targets_directory) is not None:  # other programs read it from config.yaml
         config = with_setting(config, "metrics.targets_directory", folder.absolute())
-    text = broadcast_str(comm, dump_config(config), "config")
-    config = parse_config(yaml.safe_load(text), source="rank 0")
+    text = broadcast_str(comm, json.dumps(config.model_dump(mode="json")), "config")
+    config = parse_config(json.loads(text), source="rank 0")
     threads = min(gather_int(comm, share_of_threads(comm.local_size), "threads"))
     return with_setting(config, "precision.threads", threads) if config.precision.threads == "auto" else config

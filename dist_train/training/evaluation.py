@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import yaml
 from torch import nn
 from torch.nn import functional
 
@@ -20,7 +19,7 @@ from dist_train.checkpoint.state import Weights, load_model, stored_state
 from dist_train.cluster.communicator import Communicator, run_on_all_ranks
 from dist_train.cluster.devices import assign_devices, device_type
 from dist_train.cluster.rendezvous import join_to_measure
-from dist_train.config import Config, differences, dump_config, parse_config
+from dist_train.config import Config, differences, parse_config
 from dist_train.config.loading import with_overrides
 from dist_train.config.plugins import by_content, plugin_files, with_places_of
 from dist_train.config.resuming import SAVED, with_setting
@@ -255,7 +254,7 @@ def stored_config(contents: Contents, overrides: Sequence[str]) -> Config:
     if isinstance(given.get("metrics"), Mapping):
         given["metrics"] = {**given["metrics"], "loggers": []}  # whose code may be gone
     stored = parse_config(with_places_of(given, with_overrides(given, overrides), Config), source=SAVED)
-    settings = yaml.safe_load(dump_config(stored))
+    settings = stored.model_dump(mode="json")
     settings["run"]["device"] = "auto"
     settings["precision"]["cuda_graphs"] = False  # they are for training, and refused on a CPU
     config = parse_config(with_overrides(settings, overrides), source="the checkpoint")
