@@ -433,13 +433,13 @@ check_elastic() {
     if [[ ! $MIN_RANKS =~ ^[1-9][0-9]*$ ]] || ((MIN_RANKS > rank_count)); then
         usage_error "MIN_RANKS takes a number, 1 to the run's $rank_count ranks, not '$MIN_RANKS'"
     fi
-    # check_run reports errors in the configuration later.
-    local settings
-    settings=$("${dist_train[@]}" config show "$@" 2>/dev/null) || settings=
     [[ $by == srun ]] || usage_error "MIN_RANKS needs LAUNCHER=srun, not $by"
     ((!${#container_options[@]})) || usage_error "MIN_RANKS does not work with Pyxis: set CONTAINER to a .sif file"
     ((rank_count == wanted_nodes * ranks_here)) ||
         usage_error "MIN_RANKS needs equally many ranks on each node, but $rank_count were requested on $wanted_nodes nodes: set RANKS_PER_NODE"
+    # check_run reports errors in the configuration later.
+    local settings
+    settings=$("${dist_train[@]}" config show "$@" 2>/dev/null) || settings=
     ! grep -q '^  engine: horovod$' <<<"$settings" ||
         usage_error "MIN_RANKS needs comm.engine=torch: Horovod cannot continue without a lost rank"
 }

@@ -22,6 +22,8 @@ from tests.unit.studies import small_plan, write_study
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(path.name for path in (ROOT / "slurm").glob("*.sh") if path.name != "prologue.sh")
 TWO_NODES = {"SLURM_JOB_ID": "17", "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_ON_NODE": "32"}
+SETTLED = {**TWO_NODES, "MPI": "pmix"}
+"""As `TWO_NODES`, and how srun starts the ranks, for which the scripts else start our program: it takes a while."""
 
 
 def start(script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -35,7 +37,7 @@ def start(script: str, *arguments: str, **variables: str) -> subprocess.Complete
 
 
 def command_of(**variables: str) -> str:
-    ended = start("lb_8192.sh", DRY_RUN="1", **{**TWO_NODES, **variables})
+    ended = start("lb_8192.sh", DRY_RUN="1", **{**SETTLED, **variables})
     assert ended.returncode == 0, ended.stderr
     return ended.stdout
 
@@ -54,7 +56,7 @@ def programs(tmp_path: Path) -> str:
 
 
 def test_one_rank_for_each_gpu(programs: str) -> None:
-    command = command_of(PATH=programs, SLURM_GPUS_ON_NODE="8")
+    command = command_of(PATH=programs, SLURM_GPUS_ON_NODE="8", MPI="")
     assert command.startswith("srun --mpi=pmix --nodes=2 --ntasks=16 --ntasks-per-node=8 --cpus-per-task=4 ")
     assert " --gpus-per-node=8 " in command
     program = (sys.executable, "-m", "dist_train", "train", f"{ROOT}/configs/lb_8192.yaml")
@@ -100,7 +102,7 @@ def test_launchers_of_an_elastic_run_have_the_cores_of_the_smallest_node(program
 def test_steps_see_all_gpus_of_a_node_with_any_slurm(programs: str, tmp_path: Path, start_ranks: str) -> None:
     # Slurm before 21.08 refuses --gpu-bind=none.
     (tmp_path / "srun").write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/words; env >{tmp_path}/variables\n')
-    job = {**TWO_NODES, "SLURM_GPUS_ON_NODE": "2", "SLURM_GPU_BIND": "single:1", "SLURM_TRES_BIND": "gpu:single:1"}
+    job = {**SETTLED, "SLURM_GPUS_ON_NODE": "2", "SLURM_GPU_BIND": "single:1", "SLURM_TRES_BIND": "gpu:single:1"}
     container = {"CONTAINER": "image"} if "doctor" in start_ranks else {}
     ended = start(script_of(tmp_path, f"prepare_ranks\n{start_ranks}"), PATH=programs, **job, **container)
     assert ended.returncode == 0, ended.stderr
@@ -116,7 +118,7 @@ def test_what_the_job_requests_does_not_reach_the_srun_of_the_launcher(
 ) -> None:
     (tmp_path / launcher).write_text(f"#!/bin/sh\nenv >{tmp_path}/variables\n")
     asked = {"SLURM_GPUS": "4", "SLURM_GPUS_PER_SOCKET": "1", "SLURM_GPUS_PER_TASK": "1", "SLURM_TRES_BIND": "gpu:1"}
-    job = {**TWO_NODES, "SLURM_GPUS_ON_NODE": "2", "SLURM_NTASKS": "4", **asked}
+    job = {**SETTLED, "SLURM_GPUS_ON_NODE": "2", "SLURM_NTASKS": "4", **asked}
     lines = f'need_mpirun() {{ mpirun={tmp_path}/mpirun; }}\nprepare_ranks\n"${{command[@]}}"'
     ended = start(script_of(tmp_path, lines), PATH=programs, LAUNCHER=launcher, **job)
     assert ended.returncode == 0, ended.stderr
@@ -199,7 +201,7 @@ def test_nodes_may_have_more_gpus_than_were_asked_for(
 ) -> None:
     nodes = (f"Nodes=n{node} CPU_IDs=0-3 Mem=0 GRES=gpu:{count}(IDX:0-1)" for node, count in enumerate(counts))
     with_scontrol(tmp_path, *nodes)
-    variables = {"PATH": programs, "DRY_RUN": "1", "SLURM_GPUS_ON_NODE": str(counts[0]), **TWO_NODES, **asked}
+    variables = {"PATH": programs, "DRY_RUN": "1", "SLURM_GPUS_ON_NODE": str(counts[0]), **SETTLED, **asked}
     ended = start("lb_8192.sh", **variables)
     assert ended.returncode == (2 if is_refused else 0), ended.stderr
 
@@ -221,7 +223,7 @@ def test_one_gpu_for_each_task_is_allowed_with_any_number_of_cores(programs: str
     ],
 )
 def test_what_one_rank_for_each_gpu_is_not_is_refused(programs: str, asked: dict[str, str]) -> None:
-    ended = start("lb_8192.sh", PATH=programs, DRY_RUN="1", SLURM_GPUS_ON_NODE="2", **TWO_NODES, **asked)
+    ended = start("lb_8192.sh", PATH=programs, DRY_RUN="1", SLURM_GPUS_ON_NODE="2", **SETTLED, **asked)
     assert (ended.returncode, ended.stdout) == (2, "")
     assert "each rank drives one GPU" in ended.stderr
 
@@ -249,7 +251,7 @@ def test_where_srun_has_no_pmix_others_carry_the_ranks(
 ) -> None:
     srun = tmp_path / "srun"
     srun.write_text("#!/bin/sh\nprintf 'MPI plugin types are...\\n\\tnone\\n\\tcray_shasta\\n\\tpmi2\\n'\n")
-    command = command_of(PATH=programs, OVERRIDES=f"comm.engine={engine}", PYTHONPATH=str(ROOT))
+    command = command_of(PATH=programs, MPI="", OVERRIDES=f"comm.engine={engine}", PYTHONPATH=str(ROOT))
     assert expected in command
     assert ("comm.engine=torch" in command) is (engine == "auto")
 
@@ -271,7 +273,7 @@ def test_an_error_in_the_configuration_is_not_told_as_one_of_mpi(programs: str, 
 )
 def test_pmix_is_found_in_the_list_of_any_slurm(programs: str, tmp_path: Path, listed: str) -> None:
     (tmp_path / "srun").write_text(f"#!/bin/sh\ncat >&2 <<'END'\n{listed}\nEND\n")
-    command = command_of(PATH=programs, OVERRIDES="comm.engine=horovod", PYTHONPATH=str(ROOT))
+    command = command_of(PATH=programs, MPI="", OVERRIDES="comm.engine=horovod", PYTHONPATH=str(ROOT))
     assert command.startswith("srun --mpi=pmix ")
 
 
@@ -499,7 +501,7 @@ def test_a_message_that_cannot_be_written_does_not_end_the_job(programs: str, tm
 
 def test_a_node_that_answers_again_gets_its_ranks_back(programs: str, tmp_path: Path) -> None:
     lines = 'prepare_ranks\nuse_nodes n1\necho "$rank_count"\nuse_nodes n1 n2\necho "$rank_count"'
-    ended = start(script_of(tmp_path, lines), PATH=programs, RANKS_PER_NODE="4", **TWO_NODES)
+    ended = start(script_of(tmp_path, lines), PATH=programs, RANKS_PER_NODE="4", **SETTLED)
     assert ended.stdout.split() == ["4", "8"], ended.stderr
 
 
@@ -514,7 +516,7 @@ def test_a_restart_leaves_out_nodes_that_the_check_has_refused(programs: str, tm
         requeue_instead() { echo requeued && exit; }
         prepare_restart
     """
-    ended = start(script_of(tmp_path, lines), PATH=programs, RANKS_PER_NODE="1", **TWO_NODES)
+    ended = start(script_of(tmp_path, lines), PATH=programs, RANKS_PER_NODE="1", **SETTLED)
     assert ended.stdout.split() == ["n1,n3", "requeued"], ended.stderr
 
 
@@ -529,7 +531,7 @@ def test_a_restart_without_the_node_of_the_guard_guards_the_batch_host_anew(
         guard_batch_host() {{ echo "on $*"; }}
         prepare_restart
     """
-    ended = start(script_of(tmp_path, lines), PATH=programs, RANKS_PER_NODE="1", **TWO_NODES)
+    ended = start(script_of(tmp_path, lines), PATH=programs, RANKS_PER_NODE="1", **SETTLED)
     assert (ended.returncode, ended.stdout) == (0, guards), ended.stderr
 
 
@@ -540,7 +542,7 @@ def test_the_check_of_the_nodes_requests_the_gpus_that_the_run_uses(programs: st
         run_directory=$PWD error_log=/dev/null dist_train=(bash -c 'echo "$SLURM_GPUS_ON_NODE GPUs" >&2')
         check_nodes
     """
-    job = {"SLURM_GPUS_ON_NODE": "4", "SLURM_GPUS_PER_NODE": "2", **TWO_NODES}
+    job = {"SLURM_GPUS_ON_NODE": "4", "SLURM_GPUS_PER_NODE": "2", **SETTLED}
     ended = start(script_of(tmp_path, lines), PATH=programs, **job)
     assert (ended.returncode, ended.stderr) == (0, "2 GPUs\n")
 
@@ -633,7 +635,7 @@ def test_ranks_meet_at_an_address_where_nodes_do_not_know_each_other_by_name(
 ) -> None:
     write_programs(tmp_path, getent='echo "$KNOWN" | grep -qw "$2"', scontrol="printf '%s\\n' n1 n2")
     lines = "node_addresses=$'n1 10.0.0.1\\nn2 10.0.0.2'\nprepare_ranks\necho \"${command[*]}\""
-    job = {"RANKS_PER_NODE": "1", "SLURM_JOB_NODELIST": "n[1-2]", **TWO_NODES}
+    job = {"RANKS_PER_NODE": "1", "SLURM_JOB_NODELIST": "n[1-2]", **SETTLED}
     ended = start(script_of(tmp_path, lines), PATH=programs, **job, **variables)
     assert ended.stdout.startswith(begins), ended.stderr
 
@@ -698,14 +700,14 @@ def test_analyses_leave_no_temporary_file(programs: str, tmp_path: Path) -> None
     lines = "prepare_ranks\nfor name in one two; do launch_or_show landscape direction $name; done"
     folder = tmp_path / "temporary"
     folder.mkdir()
-    ended = start(script_of(tmp_path, lines), PATH=programs, TMPDIR=str(folder), **TWO_NODES)
+    ended = start(script_of(tmp_path, lines), PATH=programs, TMPDIR=str(folder), **SETTLED)
     assert (ended.stderr.count("; landscape direction "), list(folder.iterdir())) == (2, [])
 
 
 def test_jobs_start_on_nodes_without_the_login_node_s_temporary_folder(programs: str, tmp_path: Path) -> None:
     (tmp_path / "srun").write_text("#!/bin/sh\nexit 0\n")
     script = script_of(tmp_path, 'prepare_ranks\nlaunch_or_show landscape direction one\nexit "$launcher_status"')
-    ended = start(script, PATH=programs, TMPDIR=str(tmp_path / "nowhere"), **TWO_NODES)
+    ended = start(script, PATH=programs, TMPDIR=str(tmp_path / "nowhere"), **SETTLED)
     assert ended.returncode == 0, ended.stderr
 
 
