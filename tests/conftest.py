@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import signal
@@ -47,6 +48,12 @@ def pytest_xdist_auto_num_workers() -> int | None:
     # xdist would count all cores of the machine where psutil is installed.
     asked = "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ
     return None if asked else min(16, len(os.sched_getaffinity(0)))
+
+
+def pytest_collection_finish() -> None:
+    """Exempt what has been imported from garbage collection, which every run in this process begins with."""
+    gc.collect()
+    gc.freeze()
 
 
 @contextmanager
