@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stderr, suppress
+from functools import cache
 from typing import Any, NoReturn
 
 from dist_train import __version__
@@ -123,6 +124,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     return parsed
 
 
+@cache  # with thirty parsers of commands it takes as long as the rest of a short command
 def build_parser() -> argparse.ArgumentParser:
     """Return the program's parser, with all commands."""
     parser: argparse.ArgumentParser = _Parser(

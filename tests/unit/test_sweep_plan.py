@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,19 @@ from dist_train.config.loading import with_overrides, write_override
 from dist_train.launching.preflight import check_launch, refusals
 from dist_train.outcome import UsageError
 from dist_train.rundir.paths import RunDirectory
-from dist_train.sweep.planned_runs import analysis_commands, plan_study, write_plan
+from dist_train.sweep.planned_runs import Plan, analysis_commands, plan_study, write_plan
 from tests.raising import raises, raises_problems
 from tests.unit.studies import small_plan, write_study
 
 SHIPPED = sorted((Path(__file__).parents[2] / "studies").glob("*.yaml"))
 
 SEEDS_APART = {"a": {"seeds": [0]}, "b": {"seeds": [1], "settings": {"optimizer.momentum": 0.5}}}
+
+
+@cache
+def planned(path: Path) -> Plan:
+    """Return the plan of a shipped study, which several tests look at."""
+    return plan_study(path)
 
 
 def faults(folder: Path, **changes: Any) -> list[tuple[str, str]]:
@@ -376,18 +383,18 @@ class TestShipped:
     def test_every_run_is_valid_and_the_documented_number_is_that_of_the_runs(self, path: Path) -> None:
         text = (path.parents[1] / "docs/studies.md").read_text()
         [number] = re.findall(rf"^\| `studies/{path.name}` \| .*?\b(\w+) (?:tiny )?runs\b", text, re.MULTILINE)
-        assert len(plan_study(path).runs) == (6 if number == "six" else int(number))
+        assert len(planned(path).runs) == (6 if number == "six" else int(number))
 
     def test_what_the_norm_averages_over_is_the_same_in_every_variant(self, path: Path) -> None:
         # but where the norm is what a variant is about
-        configs = [run.config for run in plan_study(path).runs if "ghost" not in run.variant]
+        configs = [run.config for run in planned(path).runs if "ghost" not in run.variant]
         assert len({(config.model.norm, config.model.ghost_size) for config in configs}) == 1
         assert all(config.recomputes_statistics for config in configs)
         assert all(config.batch.micro_size != "auto" for config in configs)
 
 
 def test_the_paper_s_study_has_the_paper_s_runs() -> None:
-    plan = plan_study(next(path for path in SHIPPED if path.stem == "paper"))
+    plan = planned(next(path for path in SHIPPED if path.stem == "paper"))
     for size in (128, 8192):
         plain = [run.config for run in plan.runs if run.config.batch.global_size == size]
         amplitudes = {
@@ -425,7 +432,7 @@ class TestAnalyses:
 
     @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
     def test_the_shipped_ones_are_commands_that_there_are(self, path: Path) -> None:
-        plan = plan_study(path)
+        plan = planned(path)
         commands = list(analysis_commands(plan.study, plan.runs))
         assert len(commands) >= len(plan.study.analyse)
         for command in commands:
