@@ -7,8 +7,7 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -59,12 +58,18 @@ def layer_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-@cache
-def imported(path: Path) -> frozenset[str]:
-    """Return the dotted name of every module that `path` imports, at its head or within a function."""
-    return frozenset(
-        name for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) for name in _imported_by(node, path)
-    )
+@pytest.fixture(scope="module")
+def nodes() -> Mapping[Path, Sequence[ast.AST]]:
+    """The nodes of each file's syntax tree, of which the first is the module."""
+    return {path: list(ast.walk(ast.parse(path.read_text(encoding="utf-8")))) for path in FILES}
+
+
+@pytest.fixture(scope="module")
+def imported(nodes: Mapping[Path, Sequence[ast.AST]]) -> Mapping[Path, frozenset[str]]:
+    """The dotted name of every module that a file imports, at its head or within a function."""
+    return {
+        path: frozenset(name for node in found for name in _imported_by(node, path)) for path, found in nodes.items()
+    }
 
 
 def _imported_by(node: ast.AST, path: Path) -> Iterator[str]:
@@ -78,37 +83,33 @@ def _imported_by(node: ast.AST, path: Path) -> Iterator[str]:
             yield from (f"dist_train.{name.name}" for name in node.names)
 
 
-def ours(path: Path) -> set[str]:
-    """Return the layers that `path` imports from."""
-    return {
-        name.split(".")[1]
-        for name in imported(path)
-        if name.startswith("dist_train.") and name.split(".")[1] != "__version__"
-    }
+def ours(imported: Iterable[str]) -> set[str]:
+    """Return the layers of the modules `imported`."""
+    names = (name.split(".") for name in imported)
+    return {parts[1] for parts in names if parts[0] == "dist_train" and len(parts) > 1} - {"__version__"}
 
 
-def test_a_layer_knows_only_layers_below_it() -> None:
+def test_a_layer_knows_only_layers_below_it(imported: Mapping[Path, frozenset[str]]) -> None:
     upwards = {}
     for path in FILES:
         layer = layer_of(path)
         allowed = set(BELOW) if layer in ("__init__", "__main__") else BELOW[layer] | {layer}
-        if beyond := ours(path) - allowed:
+        if beyond := ours(imported[path]) - allowed:
             upwards[str(path.relative_to(ROOT))] = beyond
     assert not upwards
 
 
-def named(path: Path) -> set[str]:
-    """Return the layers that the code of `path` names in a text as in `"dist_train.models.vgg:vgg"`."""
-    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+def named(nodes: Iterable[ast.AST]) -> set[str]:
+    """Return the layers that code names in a text as in `"dist_train.models.vgg:vgg"`."""
     texts = (node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str))
     found = {match[1] for text in texts for match in re.finditer(r"\bdist_train\.([a-z_]+)[.:][a-z_]", text)}
     return found & set(BELOW)
 
 
-def test_a_layer_names_no_layer_above_it_in_a_text_either() -> None:
+def test_a_layer_names_no_layer_above_it_in_a_text_either(nodes: Mapping[Path, Sequence[ast.AST]]) -> None:
     files = [path for path in FILES if layer_of(path) in BELOW]
     upwards = {
-        str(path): beyond for path in files if (beyond := named(path) - BELOW[layer_of(path)] - {layer_of(path)})
+        str(path): beyond for path in files if (beyond := named(nodes[path]) - BELOW[layer_of(path)] - {layer_of(path)})
     }
     assert not upwards
 
@@ -121,11 +122,11 @@ def test_what_comes_with_the_package_and_is_found_as_plugins_are_is_there() -> N
 
 
 @pytest.mark.parametrize("library", sorted(OWNERS))
-def test_a_library_is_known_to_its_layer_alone(library: str) -> None:
+def test_a_library_is_known_to_its_layer_alone(library: str, imported: Mapping[Path, frozenset[str]]) -> None:
     layers = {
         layer_of(path)
         for path in FILES
-        if any(name == library or name.startswith(f"{library}.") for name in imported(path))
+        if any(name == library or name.startswith(f"{library}.") for name in imported[path])
     }
     assert layers
     assert layers - _ASKS_WHAT_IS_INSTALLED <= OWNERS[library]
@@ -140,16 +141,19 @@ def test_a_file_has_at_most_500_lines() -> None:
     assert not [path for path in FILES if len(path.read_text(encoding="utf-8").splitlines()) > 500]
 
 
-def test_a_public_method_has_a_docstring_unless_a_base_of_ours_has_one() -> None:
-    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in FILES]
-    classes = {node.name: node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+def test_a_public_method_has_a_docstring_unless_a_base_of_ours_has_one(
+    nodes: Mapping[Path, Sequence[ast.AST]],
+) -> None:
+    trees = [found[0] for found in nodes.values()]
+    classes = {node.name: node for found in nodes.values() for node in found if isinstance(node, ast.ClassDef)}
 
     def explained(cls: ast.ClassDef) -> set[str]:
         bases = {ast.unparse(base).partition("[")[0].rpartition(".")[2] for base in cls.bases}
         own = {method.name for method in methods(cls) if ast.get_docstring(method)}
         return own.union(*(explained(classes[name]) for name in bases & set(classes)))
 
-    public = [node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef) and node.name[0] != "_"]
+    public = [node for tree in trees for node in ast.iter_child_nodes(tree) if isinstance(node, ast.ClassDef)]
+    public = [node for node in public if node.name[0] != "_"]
     missing = [
         (cls.name, {each.name for each in methods(cls) if each.name[0] != "_"} - explained(cls)) for cls in public
     ]
@@ -160,29 +164,47 @@ def methods(cls: ast.ClassDef) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
     return [node for node in cls.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
 
 
-@pytest.mark.parametrize(
-    "module",
-    [
-        "dist_train",
-        "dist_train.cli.main",
-        "dist_train.cluster.launch",
-        "dist_train.config",
-        "dist_train.outcome",
-        "dist_train.sweep.sweep",
-        "dist_train.__main__",
-    ],
+WITHOUT_TORCH = (
+    "dist_train",
+    "dist_train.cli.main",
+    "dist_train.cluster.launch",
+    "dist_train.config",
+    "dist_train.outcome",
+    "dist_train.sweep.sweep",
+    "dist_train.__main__",
 )
-def test_torch_and_horovod_are_imported_by_the_command_that_needs_them(module: str) -> None:
-    script = f"import sys, {module}; print(*sorted({{name.split('.')[0] for name in sys.modules}}))"
+
+
+def test_torch_and_horovod_are_imported_by_the_command_that_needs_them() -> None:
+    script = f"import sys, {', '.join(WITHOUT_TORCH)}; print(*sorted({{name.split('.')[0] for name in sys.modules}}))"
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
     slow = {"torch", "torchvision", "numpy", "horovod", "mpi4py", "matplotlib", "scipy", "prometheus_client"}
     assert not slow & set(loaded.stdout.split())
 
 
-def test_the_program_reads_no_global_generator() -> None:
+def test_torchvision_and_torch_s_compiler_are_imported_by_what_needs_them() -> None:
+    script = """
+import sys, torch
+import dist_train.models
+from dist_train.config import OptimizerSettings
+from dist_train.optim.flat_weights import FlatWeights
+from dist_train.optim.optimizers import build_optimizer, optimizer_step
+for name in ("sgd", "adam", "adamw"):
+    weights = FlatWeights(torch.nn.Linear(3, 2))
+    optimizer = build_optimizer(OptimizerSettings(name=name), weights)
+    optimizer.load_state_dict(optimizer.state_dict())
+    weights.gradients.fill_(1.0)
+    optimizer_step(optimizer, weights)
+print(*{"torchvision", "torch._dynamo"}.intersection(sys.modules))
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert ended.stdout.split() == []
+
+
+def test_the_program_reads_no_global_generator(nodes: Mapping[Path, Sequence[ast.AST]]) -> None:
     drawing = {"manual_seed", "seed", "rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial"}
-    for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for path, found in nodes.items():
+        for node in found:
             if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
                 continue
             from_torch = isinstance(node.func.value, ast.Name) and node.func.value.id == "torch"

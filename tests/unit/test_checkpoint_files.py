@@ -468,30 +468,38 @@ def test_promise_6_records_are_on_disk_before_the_checkpoint_has_its_name(tmp_pa
     assert [name for name in seen[0] if name.startswith("step")] == []
 
 
-@pytest.mark.parametrize("point", ["before", "between"])
-def test_promise_6_a_writer_that_is_killed_leaves_the_one_before(tmp_path: Path, point: str) -> None:
+def test_promise_6_a_writer_that_is_killed_leaves_the_one_before(tmp_path: Path) -> None:
+    points = ("before", "between")
     script = """
         import os, signal, sys
         from pathlib import Path
         from dist_train.rundir import atomic
         from tests.unit.checkpoint_files import contents, write
         from dist_train.checkpoint.files import write_checkpoint
-        folder, point = Path(sys.argv[1]), sys.argv[2]
-        write(folder, 1)
         die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-        if point == "between":
-            atomic.write_text = die
-        write_checkpoint(folder, contents(2), die if point == "before" else lambda: None)
+        for point in sys.argv[2:]:
+            folder = Path(sys.argv[1], point)
+            folder.mkdir()
+            write(folder, 1)
+            if os.fork() == 0:
+                if point == "between":
+                    atomic.write_text = die
+                write_checkpoint(folder, contents(2), die if point == "before" else lambda: None)
+                os._exit(0)
+            print(os.waitstatus_to_exitcode(os.wait()[1]))
     """
     ended = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), str(tmp_path), point],
+        [sys.executable, "-c", textwrap.dedent(script), str(tmp_path), *points],
         cwd=Path(__file__).parents[2],
-        check=False,
+        check=True,
+        capture_output=True,
+        text=True,
     )
-    assert ended.returncode == -signal.SIGKILL
-    found, damage = newest(tmp_path)
-    assert found is not None
-    assert (found.step, damage) == (1, {})
+    assert [int(code) for code in ended.stdout.split()] == [-signal.SIGKILL] * 2
+    for point in points:
+        found, damage = newest(tmp_path / point)
+        assert found is not None
+        assert (found.step, damage) == (1, {})
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])

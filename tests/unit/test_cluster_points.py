@@ -39,13 +39,20 @@ def test_a_missing_mpi4py_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         join_points()
 
 
-_RANK = """
-import sys
+_RANKS = """
+import os, sys, torch
 sys.modules["mpi4py"] = None
 from dist_train.cluster.rendezvous import join_points
-comm = join_points()
-print(comm.rank, comm.size, comm.backend)
+for rank in range(2):
+    if os.fork() == 0:
+        os.environ["SLURM_PROCID"] = str(rank)
+        comm = join_points()
+        print(comm.rank, comm.size, comm.backend, flush=True)
+        break
+else:
+    print(*(os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(2)))
 """
+"""Of the processes that this one becomes, each is a rank; they share the import of torch."""
 
 
 def test_ranks_of_srun_without_mpi4py_meet_by_torch() -> None:
@@ -54,40 +61,34 @@ def test_ranks_of_srun_without_mpi4py_meet_by_torch() -> None:
         port = found.getsockname()[1]
     kept = {name: value for name, value in os.environ.items() if not name.startswith("OMPI_")}
     step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", _RANK],
-            env={**kept, **step, "SLURM_PROCID": str(rank)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        # torch 2.8's Gloo prints a line, too
-        said = [rank.communicate(timeout=PATIENCE)[0].splitlines()[-1].split() for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [words[:2] for words in said] == [["0", "2"], ["1", "2"]]
+    lines = subprocess.run(
+        [sys.executable, "-c", _RANKS], env={**kept, **step}, stdout=subprocess.PIPE, text=True, timeout=PATIENCE
+    ).stdout.splitlines()
+    # torch 2.8's Gloo prints a line, too
+    assert sorted(line.rpartition(" ")[0] for line in lines if line[:1] in ("0", "1")) == ["0", "0 2", "1 2"]
 
 
-@pytest.mark.parametrize("join", ["join_points()", 'evaluate_stored(Path("run"), "test", [])'])
-def test_ranks_that_evaluate_do_not_wait_for_ever_for_one_that_is_missing(join: str) -> None:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+def test_ranks_that_evaluate_do_not_wait_for_ever_for_one_that_is_missing() -> None:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("OMPI_", "SLURM_"))}
-    launch = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    lines = f"""
+    launch = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    lines = """
+import os, socket
 from pathlib import Path
 from dist_train.cluster import rendezvous
 from dist_train.cluster.rendezvous import join_points
 from dist_train.training.evaluation import evaluate_stored
 rendezvous._MEASURING_SECONDS = 0.5
-{join}
+for join in (join_points, lambda: evaluate_stored(Path("run"), "test", [])):
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        os.environ["MASTER_PORT"] = str(found.getsockname()[1])
+    if os.fork() == 0:
+        join()
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.wait()[1]))
 """
     ended = subprocess.run(
         [sys.executable, "-c", lines], env={**kept, **launch}, capture_output=True, text=True, timeout=PATIENCE
     )
-    assert (ended.returncode, "have not all met within 0.5 s" in ended.stderr) == (1, True), ended.stderr
+    assert ended.stdout.split() == ["1", "1"], ended.stderr
+    assert ended.stderr.count("have not all met within 0.5 s") == 2, ended.stderr

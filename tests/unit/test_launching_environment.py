@@ -6,6 +6,7 @@ import json
 import mmap
 import os
 import platform
+import shutil
 from importlib import metadata
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 from dist_train.cluster import inspection
 from dist_train.cluster.communicator import Communicator, SingleProcess
 from dist_train.cluster.inspection import horovod_build, installed_version, loaded_mpi_version, mpi_library
+from dist_train.config import Config
 from dist_train.launching.run import train
 from dist_train.launching.session import Session, device_name, revision
 from dist_train.monitoring.observers import Observers
@@ -97,74 +99,82 @@ def test_a_gpu_has_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert device_name(torch.device("cuda", 1)) == "card 1"
 
 
-def test_a_run_records_what_it_ran_on(tmp_path: Path) -> None:
-    train(small_config(), tmp_path)
-    recorded = json.loads((tmp_path / "status.json").read_text())["environment"]
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run."""
+    folder = tmp_path_factory.mktemp("finished")
+    train(updates(1), folder)
+    return folder
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """The folder of a finished run that is the test's own."""
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def updates(number: int) -> Config:
+    return small_config(run={"max_steps": number})
+
+
+def test_a_run_records_what_it_ran_on(finished: Path) -> None:
+    recorded = json.loads((finished / "status.json").read_text())["environment"]
     assert recorded == launch_environment(revision(), "alone", device_name(CPU), kernels_on("cpu"))
 
 
-def test_a_resume_on_a_device_of_another_model_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    train(small_config(), tmp_path)
-    path = tmp_path / "status.json"
+def test_a_resume_on_a_device_of_another_model_is_warned_of(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = run / "status.json"
     status = json.loads(path.read_text())
     status["environment"]["device"] = "another model"
     path.write_text(json.dumps(status))
-    for epochs, warnings in ((2, 0), (4, 1), (6, 1)):  # the first has nothing to do
-        assert train(small_config(run={"epochs": epochs}), tmp_path).state == "finished"
+    for number, warnings in ((1, 0), (2, 1), (3, 1)):  # the first has nothing to do
+        assert train(updates(number), run).state == "finished"
         assert caplog.text.count("devices differ") == warnings
     assert f"({device_name(CPU)}; before: another model)" in caplog.text
 
 
-def test_a_resume_with_other_versions_is_warned_of_and_recorded(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    train(small_config(), tmp_path)
-    path = tmp_path / "status.json"
+def test_a_resume_with_other_versions_is_warned_of_and_recorded(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = run / "status.json"
     status = json.loads(path.read_text())
     del status["environment"]["timm"]  # as of an earlier version, which did not name it
     status["environment"] |= {"torch": "1.2.3", "CPU kernels": "other", "MPI": "other"}
     path.write_text(json.dumps(status))
-    for epochs, warnings in ((2, 0), (4, 1), (6, 1)):  # the first has nothing to do
-        assert train(small_config(run={"epochs": epochs}), tmp_path).state == "finished"
+    for number, warnings in ((1, 0), (2, 1), (3, 1)):  # the first has nothing to do
+        assert train(updates(number), run).state == "finished"
         assert caplog.text.count("may round differently") == warnings
-    records = read_records(tmp_path / "metrics.jsonl")
+    records = read_records(run / "metrics.jsonl")
     (changed,) = [each for each in records if isinstance(each, EventRecord) and each.event == "versions_changed"]
     assert changed.details["before"] == "torch 1.2.3, CPU kernels other"
     assert changed.details["now"] == f"torch {torch.__version__}, CPU kernels {kernels_on('cpu')['CPU kernels']}"
 
 
-def test_a_launch_that_fails_before_it_trains_leaves_what_the_one_before_recorded(tmp_path: Path) -> None:
-    train(small_config(), tmp_path)
-    before = read_status(tmp_path / "status.json")
-
-    session = Session(RunDirectory(tmp_path), SingleProcess(), Observers())
+def test_a_launch_that_fails_before_it_trains_leaves_what_the_one_before_recorded(run: Path) -> None:
+    before = read_status(run / "status.json")
+    session = Session(RunDirectory(run), SingleProcess(), Observers())
     session.fail(FaultError("no data"))
-    after = read_status(tmp_path / "status.json")
+    after = read_status(run / "status.json")
     assert before is not None
     assert after is not None
     assert (after.state, after.environment) == ("failed", before.environment)
     assert after.environment
 
 
-def test_another_rank_s_fault_leaves_what_rank_0_recorded(tmp_path: Path) -> None:
-    train(small_config(), tmp_path)
-
+def test_another_rank_s_fault_leaves_what_rank_0_recorded(run: Path) -> None:
     def launch(comm: Communicator) -> None:
-        session = Session(RunDirectory(tmp_path), comm, Observers())
+        session = Session(RunDirectory(run), comm, Observers())
         comm.barrier()
         if comm.rank == 1:
             session.fail(FaultError("its disk is gone"))
 
     results(2, launch)
-    after = read_status(tmp_path / "status.json")
+    after = read_status(run / "status.json")
     assert after is not None
     assert after.reason == "rank 1: its disk is gone"
     assert after.environment
 
 
-def test_a_status_whose_environment_is_none_is_no_status(tmp_path: Path) -> None:
-    train(small_config(), tmp_path)
-    path = tmp_path / "status.json"
+def test_a_status_whose_environment_is_none_is_no_status(run: Path) -> None:
+    path = run / "status.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "environment": 5}))
     assert read_status(path) is None
-    assert train(small_config(), tmp_path).state == "finished"
+    assert train(updates(1), run).state == "finished"

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import io
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -492,21 +490,3 @@ def test_a_step_that_a_plugin_has_replaced_is_called() -> None:
     vars(optimizer)["step"] = lambda: called.append(optimizer)
     optimizer_step(optimizer, weights)
     assert called == [optimizer]
-
-
-def test_an_update_does_not_load_torch_s_compiler() -> None:
-    script = """
-import sys, torch
-from dist_train.config import OptimizerSettings
-from dist_train.optim.flat_weights import FlatWeights
-from dist_train.optim.optimizers import build_optimizer, optimizer_step
-for name in ("sgd", "adam", "adamw"):
-    weights = FlatWeights(torch.nn.Linear(3, 2))
-    optimizer = build_optimizer(OptimizerSettings(name=name), weights)
-    optimizer.load_state_dict(optimizer.state_dict())
-    weights.gradients.fill_(1.0)
-    optimizer_step(optimizer, weights)
-print("torch._dynamo" in sys.modules)
-"""
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert ended.stdout.strip() == "False"

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,12 +17,15 @@ from dist_train.rundir.records import RankMeasurement
 from dist_train.training.measuring import GpuReader
 
 ROOT = Path(__file__).parents[2]
+Answer = tuple[list[dict[str, float]], list[str]]
 ASK = """
 import json, logging, sys
 from dist_train.training.measuring import GpuReader
 logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
-reader = GpuReader(sys.argv[1])
-print(json.dumps([reader.read(), reader.read()]))
+for uuid in sys.argv[1:]:
+    reader = GpuReader(uuid)
+    print(json.dumps([reader.read(), reader.read()]))
+    print("next", file=sys.stderr)
 """
 
 
@@ -35,19 +39,27 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def ask(folder: Path, uuid: str) -> tuple[list[dict[str, float]], list[str]]:
-    """Return what is read twice in a process that finds NVML in `folder`, and the lines of its log."""
+@pytest.fixture(scope="module")
+def answers(library: Path) -> Mapping[str, Answer]:
+    """What a process that finds NVML reads of a GPU and of one that is not there."""
+    gpus = ("GPU-1", "GPU-2")
+    return dict(zip(gpus, ask(library, *gpus), strict=True))
+
+
+def ask(folder: Path, *uuids: str) -> list[Answer]:
+    """Return for each GPU what is read twice in a process that finds NVML in `folder`, and the lines of its log."""
     libraries = ":".join([str(folder), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])])
     environment = {**os.environ, "LD_LIBRARY_PATH": libraries}
-    command = [sys.executable, "-c", ASK, uuid]
+    command = [sys.executable, "-c", ASK, *uuids]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout), done.stderr.splitlines()
+    logs = [log.splitlines() for log in done.stderr.split("next\n")]
+    return list(zip(map(json.loads, done.stdout.splitlines()), logs[:-1], strict=True))
 
 
 def test_memory_power_clocks_throttling_and_errors_are_read_and_what_is_not_supported_is_asked_for_once(
-    library: Path,
+    answers: Mapping[str, Answer],
 ) -> None:
-    (first, second), log = ask(library, "GPU-1")
+    (first, second), log = answers["GPU-1"]
     assert first == {
         "device_utilization": 0.42,
         "device_used_bytes": 74_000,
@@ -64,9 +76,14 @@ def test_memory_power_clocks_throttling_and_errors_are_read_and_what_is_not_supp
     assert set(first) < set(RankMeasurement._fields)
 
 
-@pytest.mark.parametrize("has_library", [True, False])
-def test_without_the_gpu_or_without_nvml_nothing_is_known(has_library: bool, library: Path, tmp_path: Path) -> None:
-    readings, log = ask(library if has_library else tmp_path, "GPU-2")
+def test_without_the_gpu_nothing_is_known(answers: Mapping[str, Answer]) -> None:
+    readings, log = answers["GPU-2"]
+    assert readings == [{}, {}]
+    assert len(log) == 1
+
+
+def test_without_nvml_nothing_is_known(tmp_path: Path) -> None:
+    [(readings, log)] = ask(tmp_path, "GPU-2")
     assert readings == [{}, {}]
     assert len(log) == 1
 
