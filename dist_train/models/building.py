@@ -36,6 +36,7 @@ from dist_train.models.norms import (
     norm_parameters,
     replace_batch_norms,
     restoring_buffers,
+    restoring_parameters,
 )
 from dist_train.outcome import PluginResultError, UsageError, did_you_mean
 from dist_train.reproducible import generator, key, seed_generators, seeded_generators
@@ -243,15 +244,15 @@ def check_training(model: nn.Module, config: Config) -> None:
         # Of blank images dropout leaves no trace; these have values of 0 and 1 where a model counts in 255 steps.
         more.uniform_(0.0, 1 / 255, generator=generator(config.run.seed, "trial images"))
         shapes = {path: value.shape for path, value in model.state_dict().items()}
-        with restoring_buffers(model) as changed:
+        with restoring_buffers(model) as changed, restoring_parameters(model) as moved:
             model.train()
             logits = model(more)
             _check_shapes(model, name, shapes)
             unreached = _check_gradients(model, name, logits)
-        with restoring_buffers(model):
+        with restoring_buffers(model), restoring_parameters(model):
             seed_generators(seed)
             is_repeatable = torch.allclose(model(more), logits, rtol=0.0, atol=0.0, equal_nan=True)
-        with restoring_buffers(model), torch.no_grad():
+        with restoring_buffers(model), restoring_parameters(model) as moved_at_rest, torch.no_grad():
             model.eval()
             evaluated = model(more)
             _check_shapes(model, name, shapes)
@@ -265,6 +266,12 @@ def check_training(model: nn.Module, config: Config) -> None:
                 model(images)
             check_norms(model, name, " of an evaluation", samples=_TRIAL_SAMPLES)
             model.train()
+    trained = {path for path, parameter in model.named_parameters() if parameter.requires_grad}
+    for path in filter(trained.__contains__, (*moved, *moved_at_rest)):
+        raise PluginResultError(
+            f"{name} changes its parameter {path} in a forward pass, as by max_norm or .data: ranks would differ, "
+            f"and averages and noise miss it; compute with a changed copy, such as functional.normalize(weight)"
+        )
     modes = [mode for mode, given in (("", logits), (" in evaluations", evaluated)) if _are_probabilities(given)]
     for mode in modes[:1]:
         fix = "leave it out, since the loss, cross entropy, contains it"
@@ -280,9 +287,10 @@ def check_training(model: nn.Module, config: Config) -> None:
             f"of its own, or keeps something outside of its buffers, so that results depend on the number of ranks, "
             f"and those of a resumed run differ; draw from the global generators, which are seeded for each micro-batch"
         )
-    if changed:
+    if changed or moved:
         _logger.warning(
-            f"{name} changes buffers in training ({', '.join(changed[:_MAX_NAMES])}), on each rank by its own samples: "
+            f"{name} changes {'frozen parameters' if moved else 'buffers'} in training "
+            f"({', '.join((moved or changed)[:_MAX_NAMES])}), on each rank by its own samples: "
             f"results depend on the number of ranks, and model.norm_statistics does not apply to them; build norms by "
             f"norm(channels)"
         )

@@ -171,6 +171,23 @@ def restoring_buffers(model: nn.Module) -> Iterator[list[str]]:
 
 
 @contextmanager
+def restoring_parameters(model: nn.Module) -> Iterator[list[str]]:
+    """Restore the parameters of `model` after the block; the list yielded then has the names of those that it changed.
+
+    Also of those that it gave another tensor, and of those on which it called an operator that may change them.
+    """
+    named = list(model.named_parameters())
+    before = [(each.data_ptr(), each._version, each.detach().clone()) for _, each in named]
+    changed: list[str] = []
+    yield changed
+    for (name, parameter), (place, version, value) in zip(named, before, strict=True):
+        is_same = (parameter.data_ptr(), parameter._version) == (place, version)
+        if not (is_same and torch.equal(parameter, value)):  # changes by way of `.data` do not count as a version
+            changed.append(name)
+            parameter.data = value
+
+
+@contextmanager
 def sync_batch_norm(norms: Sequence[GroupedBatchNorm], sum_over_ranks: SumOverRanks | None) -> Iterator[None]:
     """Within the block, normalize over the samples of all ranks, which must make the same passes. None: do nothing."""
     if sum_over_ranks is None:

@@ -179,6 +179,8 @@ class Network(nn.Module):
             "norm-in-training": lambda: norm(8),
             "lazy": nn.LazyBatchNorm1d,
         }
+        if kind.endswith("-moved"):
+            extra[kind] = lambda: nn.Linear(8, 8).requires_grad_(not kind.startswith("frozen"))
         self.extra = extra.get(kind, nn.Identity)()
         self.listed = [nn.Linear(8, 8).requires_grad_(kind == "listed")] if kind.startswith("listed") else []
         if kind == "frozen":
@@ -197,6 +199,25 @@ class Network(nn.Module):
         if self.kind == "norm-at-rest":
             self.norm.eval()
         return None if self.kind == "train-returns-nothing" else self  # type: ignore[return-value]  # a usual mistake
+
+    def moved(self, how: str) -> nn.Module:
+        """Return the extra layer, changed in this pass as usual in the code of papers."""
+        weight = self.extra.weight
+        assert isinstance(weight, nn.Parameter)
+        with torch.no_grad():
+            if how == "data":
+                weight.data = functional.normalize(weight.data)
+            if how == "data-unchanged":
+                weight.data = torch.renorm(weight.data, 2, 0, 100.0)
+            if how == "data-in-place":
+                weight.data.mul_(0.5)
+            if how == "copied" or (how == "copied-in-evaluation" and not self.training):
+                weight.copy_(functional.normalize(weight))
+            if how == "clamped-unchanged":
+                weight.clamp_(-100.0, 100.0)
+            if how == "frozen" and self.training:
+                weight.lerp_(torch.eye(8), 0.1)
+        return self.extra
 
     def forward(self, images: Tensor) -> object:
         if self.training:
@@ -230,6 +251,8 @@ class Network(nn.Module):
             features = functional.dropout(features)
         if self.kind == "own-dropout" and self.training:
             features = features * torch.rand(features.shape, generator=self.own)
+        if self.kind.endswith("-moved"):
+            features = self.moved(self.kind.removesuffix("-moved"))(features)
         for layer in self.listed:
             features = layer(features)
         logits = self.head(features)
@@ -478,6 +501,24 @@ def test_training_warns_of_draws_from_a_generator_of_the_model_s_own(caplog: pyt
     assert "repeated from the same seed" not in caplog.text
     tried("own-dropout")
     assert "repeated from the same seed" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "how", ["data", "data-unchanged", "data-in-place", "copied", "copied-in-evaluation", "clamped-unchanged"]
+)
+def test_a_trained_parameter_that_a_forward_pass_changes_is_refused(how: str) -> None:
+    """Each rank would change it for its own passes; averages and noise are computed from weights that miss it."""
+    with raises(UsageError, code="plugin-result") as refused:
+        tried(f"{how}-moved")
+    assert "extra.weight" in str(refused.value)
+
+
+def test_a_frozen_parameter_that_training_changes_is_warned_of_and_restored(caplog: pytest.LogCaptureFixture) -> None:
+    untouched = built(f"{HERE}:network", options={"kind": "frozen-moved"})
+    model = tried("frozen-moved")
+    assert "frozen parameters in training (extra.weight)" in caplog.text
+    assert "repeated from the same seed" not in caplog.text
+    assert torch.equal(model.get_parameter("extra.weight"), untouched.get_parameter("extra.weight"))
 
 
 def test_a_trial_of_the_backward_pass_leaves_no_trace() -> None:
