@@ -257,7 +257,6 @@ def check_training(model: nn.Module, config: Config) -> None:
             evaluated = model(more)
             _check_shapes(model, name, shapes)
             _check_single(model, name, config.data.image_format.classes, images[:1])
-            model.train()
         for norm in norm_modules(model):
             norm.seen.clear()
         if config.recomputes_statistics:
@@ -265,7 +264,7 @@ def check_training(model: nn.Module, config: Config) -> None:
             with torch.no_grad():
                 model(images)
             check_norms(model, name, " of an evaluation", samples=_TRIAL_SAMPLES)
-            model.train()
+        model.train()
     trained = {path for path, parameter in model.named_parameters() if parameter.requires_grad}
     for path in filter(trained.__contains__, (*moved, *moved_at_rest)):
         raise PluginResultError(
@@ -274,8 +273,7 @@ def check_training(model: nn.Module, config: Config) -> None:
         )
     modes = [mode for mode, given in (("", logits), (" in evaluations", evaluated)) if _are_probabilities(given)]
     for mode in modes[:1]:
-        fix = "leave it out, since the loss, cross entropy, contains it"
-        _logger.warning("%s seems to end in softmax%s: %s", name, mode, fix)
+        _logger.warning("%s seems to end in softmax%s: leave it out, since cross entropy contains it", name, mode)
     if unreached:
         _logger.warning(
             f"in a trial pass of {name} {len(unreached)} of its parameters ({', '.join(unreached[:_MAX_NAMES])}) get "
@@ -409,21 +407,25 @@ def initialize(model: nn.Module, seed: int) -> None:
     """Initialize weights after He et al. (arXiv 1502.01852), biases to 0, norms to the identity.
 
     Each parameter has its own random stream, drawn on the CPU, so that the device does not matter. Frozen parameters,
-    and the gains of layers, such as layer scales, keep the values with which the model was built.
+    gains, such as layer scales, and an embedding's row for padding keep the values with which the model was built.
     """
     of_norms = norm_parameters(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
                 continue
+            owner = model.get_submodule(name.rpartition(".")[0])
             if name in of_norms:
                 parameter.fill_(1.0 if name.endswith("weight") else 0.0)
             elif parameter.dim() < 2 and "bias" in name.rpartition(".")[2]:
                 parameter.zero_()
-            elif parameter.dim() >= 2 and not _is_gain(parameter, model.get_submodule(name.rpartition(".")[0])):
+            elif parameter.dim() >= 2 and not _is_gain(parameter, owner):
                 fan_in = parameter[0].numel()
                 sample = torch.empty(parameter.shape).normal_(generator=generator(seed, "initial weights", name))
-                parameter.copy_(sample.mul_((2.0 / fan_in) ** 0.5))
+                sample.mul_((2.0 / fan_in) ** 0.5)
+                if isinstance(owner, nn.Embedding | nn.EmbeddingBag) and (row := owner.padding_idx) is not None:
+                    sample[row] = parameter[row]  # zeros: torch does not train it
+                parameter.copy_(sample)
         for module in model.modules():
             for parts in getattr(module, "parametrizations", {}).values():
                 # Of weight_norm: with the norm of the direction as its gain, the weight is the direction as drawn.

@@ -414,6 +414,15 @@ def test_the_weight_of_a_layer_with_weight_norm_is_drawn_as_any_other() -> None:
     assert lengths.max() < 1.2 * 2**0.5
 
 
+@pytest.mark.parametrize("layer", [nn.Embedding(64, 8, padding_idx=-1), nn.EmbeddingBag(64, 8, padding_idx=3)])
+def test_the_row_of_an_embedding_for_padding_stays_zero(layer: nn.Embedding | nn.EmbeddingBag) -> None:
+    """torch makes it zero, and does not train it: drawn, each padding token would add the same random vector."""
+    initialize(layer, seed=0)
+    assert layer.padding_idx is not None
+    is_zero = (layer.weight == 0).all(1)
+    assert is_zero.nonzero().tolist() == [[layer.padding_idx]]
+
+
 def test_a_network_of_layer_norms_learns_from_every_weight() -> None:
     model = built("timm:convnext_atto")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
