@@ -81,6 +81,9 @@ _CALLS: Mapping[Kind, tuple[str, str]] = {
 }
 """The arguments of each kind, of which those with `=` are passed by name, and what it returns."""
 
+_LIBRARY_FORMS: Mapping[Kind, str] = {"optimizers": "params", "data_sets": "root"}
+"""The first parameter of torch's optimizers and torchvision's data sets, which would take our arguments for theirs."""
+
 OPTION_KEYS: Mapping[str, str] = {"noise.scale": "scale_options", "data.augment": "augment_options"}
 """The key of a plug-in's options, if it is not `options`: sections with more than one plug-in."""
 
@@ -305,6 +308,8 @@ def _problems_of_call(named: _Named, target: Any) -> Iterator[Problem]:
     except TypeError:
         wrong = f"takes {signature}"
     is_function = inspect.isroutine(target) or inspect.isclass(target) or isinstance(target, partial)
+    if (first := next(iter(signature.parameters), "")) == _LIBRARY_FORMS.get(named.kind):
+        wrong = f"takes `{first}` first"
     if named.kind == "augmentations" and not is_function:  # a transform itself would take any arguments
         wrong = f"is a {type(target).__name__}"
     if wrong:

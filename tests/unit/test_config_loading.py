@@ -269,6 +269,8 @@ CALLED = """
 import dist_train
 class Data:
     def __init__(self, root, train=True): ...
+class Images:
+    def __init__(self, root, train=True, transform=None, target_transform=None): ...
 class Net:
     def __init__(self, classes=10): ...
 class Transform:
@@ -283,6 +285,8 @@ def takes_anything(*_, **__): ...
     ("section", "path"),
     [
         ("data: {name: mine.py:Data, shape: [1, 8, 8], classes: 2}", "data.name"),
+        ("data: {name: mine.py:Images, shape: [1, 8, 8], classes: 2}", "data.name"),
+        ("optimizer: {name: torch.optim:RMSprop}", "optimizer.name"),
         ("model: {name: mine.py:Net}", "model.name"),
         ("data: {augment: mine.py:transform}", "data.augment"),
         ("metrics: {loggers: [{name: mine.py:takes_anything}, {name: mine.py:Mine}]}", "metrics.loggers.1.name"),
