@@ -172,8 +172,7 @@ def _network(config: Config) -> nn.Module:
         return _MODELS[settings.name](images, settings.width, norm)
     model: nn.Module = call_plugin(settings.name, settings.options, nn.Module, images, settings.width, norm)
     if isinstance(model, torch.jit.ScriptModule):
-        fix = "return the module from which it was made"
-        raise PluginResultError(f"{settings.name} returned a module of TorchScript: {fix}")
+        raise PluginResultError(f"{settings.name} returned a module of TorchScript: return that of which it was made")
     _check_buffers(model, settings.name)
     blank = _blank(config)
     with failing_clearly(settings.name), _noting_layer(model):
@@ -210,6 +209,7 @@ def _noting_layer(model: nn.Module) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        error.add_note("(given two images of zeros)")
         names = {layer: name for name, layer in model.named_modules() if name}
         callers = [frame.f_locals.get("self") for frame, _ in walk_tb(error.__traceback__)]
         layers = [each for each in callers if isinstance(each, nn.Module) and each in names]

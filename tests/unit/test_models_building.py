@@ -346,6 +346,25 @@ def test_a_layer_of_torch_that_fails_is_named() -> None:
     assert "extra.1, Linear" in str(refused.value)
 
 
+def packed(images: ImageFormat, width: float, norm: NormFactory) -> nn.Module:
+    """Return a network of tokens that needs one besides those for padding, which are 0."""
+
+    class Packed(nn.Linear):
+        def forward(self, inputs: Tensor) -> Tensor:
+            tokens = inputs.flatten(1)
+            lengths = (tokens != 0).sum(1)
+            rows = nn.utils.rnn.pack_padded_sequence(tokens[..., None], lengths, True, enforce_sorted=False)
+            return super().forward(rows.data[: len(inputs)])
+
+    return Packed(1, images.classes)
+
+
+def test_a_model_that_fails_on_images_of_zeros_is_told_what_it_was_given() -> None:
+    with raises(UsageError, code="plugin-failed") as refused:
+        built(f"{HERE}:packed")
+    assert "images of zeros" in str(refused.value)
+
+
 @pytest.mark.parametrize("norm", ["batch", "ghost", "sync"])
 def test_a_norm_of_another_number_of_channels_is_refused(norm: str) -> None:
     with raises(UsageError, code="plugin-failed") as refused:
