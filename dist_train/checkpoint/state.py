@@ -41,7 +41,7 @@ from dist_train.config import Config, differences, parse_config
 from dist_train.config.plugins import with_places_of
 from dist_train.config.resuming import SAVED, with_decisions
 from dist_train.optim.averaging import Averaging, averaged_state
-from dist_train.optim.flat_weights import FlatWeights
+from dist_train.optim.flat_weights import FlatWeights, with_tied
 from dist_train.optim.noise import Noise
 from dist_train.optim.optimizers import create_missing, load_state, packed_numbers, set_numbers, state_tensors
 from dist_train.outcome import PluginResultError, UsageError, check_choice, reading
@@ -394,7 +394,7 @@ class InitialWeights:
             if len({first for first, _, _ in parts}) != 1 or not all(rest for _, _, rest in parts):
                 return tensors
             named = {rest: tensor for (_, _, rest), tensor in zip(parts, named.values(), strict=True)}
-        return named
+        return with_tied(named, state)
 
 
 def find_initial(source: Path, model: str) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import chain, pairwise
@@ -180,6 +180,20 @@ def check_memory(model: nn.Module) -> None:
             )
         if tensor.requires_grad:
             elements.fill_(number)
+
+
+def with_tied(tensors: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return `tensors`, of a file, also by the other names that a tied parameter has in the model's `state`.
+
+    Files that Hugging Face's libraries write hold it by one of its names.
+    """
+    given = {_place(state[name]): tensor for name, tensor in tensors.items() if name in state}
+    missing = {name: given.get(_place(tensor)) for name, tensor in state.items() if name not in tensors}
+    return {**tensors, **{name: tensor for name, tensor in missing.items() if tensor is not None}}
+
+
+def _place(tensor: torch.Tensor) -> tuple[object, ...]:
+    return (*_storage(tensor), tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
 def _storage(tensor: torch.Tensor) -> tuple[object, int]:

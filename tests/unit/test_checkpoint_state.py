@@ -529,6 +529,23 @@ def test_weights_of_a_network_whose_attribute_has_a_wrappers_name_are_taken(tmp_
     assert torch.equal(network.module.weight, saved["module.weight"])
 
 
+@pytest.mark.parametrize("kept", ["first.weight", "second.weight"])
+def test_a_file_may_hold_a_tied_parameter_by_one_of_its_names(kept: str, tmp_path: Path) -> None:
+    """As `save_model` of safetensors and `save_pretrained` of Hugging Face write it."""
+    network = torch.nn.Module()
+    network.first, network.second, network.head = (torch.nn.Linear(3, 3) for _ in range(3))
+    network.second.weight = network.first.weight
+    FlatWeights(network)
+    saved = {name: torch.full_like(tensor, 4.0) for name, tensor in network.state_dict().items()}
+    left_out = {"first.weight", "second.weight"} - {kept}
+    save_file({name: tensor for name, tensor in saved.items() if name not in left_out}, tmp_path / "tied.safetensors")
+    assert loaded(tmp_path / "tied.safetensors", network, 2) == []
+    assert all(bool((tensor == 4.0).all()) for tensor in network.state_dict().values())
+    save_file({kept: saved[kept]}, tmp_path / "part.safetensors")
+    with raises(UsageError, "checkpoint-of-another-model"):
+        loaded(tmp_path / "part.safetensors", network, 2)
+
+
 def test_another_programs_file_may_have_a_json_file_beside_it(
     published: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
