@@ -30,21 +30,22 @@ _DYNAMO_DISABLE = "__dynamo_disable"
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters, and whether they are excluded from weight decay and layer-wise adaptation."""
+    """Parameters, whether they are excluded from weight decay and layer-wise adaptation, and their names."""
 
     parameters: tuple[nn.Parameter, ...]
     excluded: bool
+    names: tuple[str, ...] = ()
 
 
 def build_optimizer(settings: OptimizerSettings, weights: FlatWeights) -> Optimizer:
     """Return the optimizer that `settings` select, for `weights`. Raises UsageError if a plug-in's is of no use."""
     left_out = set(weights.excluded(settings.exclude, "optimizer.exclude"))
     named = list(zip(weights.segments, weights.parameters, strict=True))
-    groups = [
-        Group(tuple(parameter for segment, parameter in named if (segment in left_out) == excluded), excluded)
-        for excluded in (False, True)
-    ]
-    groups = [group for group in groups if group.parameters]
+    groups: list[Group] = []
+    for excluded in (False, True):
+        if part := [(parameter, segment.name) for segment, parameter in named if (segment in left_out) == excluded]:
+            parameters, names = zip(*part, strict=True)
+            groups.append(Group(parameters, excluded, names))
     _avoid_loading_the_compiler()
     if is_plugin(settings.name):
         optimizer = cast(Optimizer, call_plugin(settings.name, settings.options, Optimizer, settings, groups))

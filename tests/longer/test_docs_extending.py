@@ -71,6 +71,14 @@ def test_run_resumes_and_is_reported(folder: Path, monkeypatch: pytest.MonkeyPat
     assert "perceptron" in (folder / "report.html").read_text()
 
 
+def test_parts_of_a_model_have_rates_of_their_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    tuning = ("run.init_from=runs/mine", "optimizer.name=rates.py:slower_body", "metrics.enabled=false")
+    train_alone("mine.yaml", Path("runs/tuned"), *tuning, 'optimizer.options={"head": "4.", "factor": 0.1}')
+    rates = [group["lr"] for group in saved(folder, "tuned")["optimizer"]["param_groups"]]
+    assert rates == pytest.approx([0.00875] * 2 + [0.000875] * 4)
+
+
 def test_installed_package_provides_names_by_entry_points(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path
 ) -> None:

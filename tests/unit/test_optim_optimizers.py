@@ -385,6 +385,23 @@ def test_a_plugin_s_groups_keep_the_ratio_of_their_rates_over_a_resume() -> None
     assert [group["lr"] for group in resumed.param_groups] == pytest.approx([3.0, 0.3])
 
 
+def with_a_faster_head(settings: OptimizerSettings, groups: Sequence[Group]) -> torch.optim.Optimizer:
+    named = [pair for group in groups for pair in zip(group.names, group.parameters, strict=True)]
+    heads = [parameter for name, parameter in named if name.startswith("1.")]
+    others = [parameter for name, parameter in named if not name.startswith("1.")]
+    return torch.optim.SGD(
+        [{"params": heads}, {"params": others, "lr": 0.1 * settings.learning_rate}], lr=settings.learning_rate
+    )
+
+
+def test_a_plugin_may_give_rates_by_the_names_of_parameters() -> None:
+    weights = FlatWeights(a_model())
+    optimizer = build_optimizer(OptimizerSettings(name=f"{__name__}:with_a_faster_head", learning_rate=2.0), weights)
+    rates = {parameter: group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+    for segment, parameter in zip(weights.segments, weights.parameters, strict=True):
+        assert rates[parameter] == pytest.approx(2.0 if segment.name.startswith("1.") else 0.2), segment.name
+
+
 def with_a_first_group_of(
     settings: OptimizerSettings, groups: Sequence[Group], options: dict[str, float]
 ) -> torch.optim.Optimizer:
