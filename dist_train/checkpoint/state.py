@@ -136,7 +136,7 @@ def saved_config(contents: Contents, config: Config) -> Config:
     if changed:
         raise UsageError(
             f"the run that saved step {contents.step} began with other settings; restore them, "
-            f"or start a new run in another directory (run.name):\n"
+            f"or start a new run (another run.name), from these weights by run.init_from:\n"
             + "\n".join(f"  {difference}" for difference in changed),
             code="settings-changed",
         )
