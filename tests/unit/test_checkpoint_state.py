@@ -532,9 +532,9 @@ def test_weights_of_a_network_whose_attribute_has_a_wrappers_name_are_taken(tmp_
 @pytest.mark.parametrize("kept", ["first.weight", "second.weight"])
 def test_a_file_may_hold_a_tied_parameter_by_one_of_its_names(kept: str, tmp_path: Path) -> None:
     """As `save_model` of safetensors and `save_pretrained` of Hugging Face write it."""
-    network = torch.nn.Module()
-    network.first, network.second, network.head = (torch.nn.Linear(3, 3) for _ in range(3))
-    network.second.weight = network.first.weight
+    first, second, head = (torch.nn.Linear(3, 3) for _ in range(3))
+    second.weight = first.weight
+    network = torch.nn.ModuleDict({"first": first, "second": second, "head": head})
     FlatWeights(network)
     saved = {name: torch.full_like(tensor, 4.0) for name, tensor in network.state_dict().items()}
     left_out = {"first.weight", "second.weight"} - {kept}

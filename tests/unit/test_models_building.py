@@ -350,11 +350,11 @@ def packed(images: ImageFormat, width: float, norm: NormFactory) -> nn.Module:
     """Return a network of tokens that needs one besides those for padding, which are 0."""
 
     class Packed(nn.Linear):
-        def forward(self, inputs: Tensor) -> Tensor:
-            tokens = inputs.flatten(1)
+        def forward(self, input: Tensor) -> Tensor:
+            tokens = input.flatten(1)
             lengths = (tokens != 0).sum(1)
             rows = nn.utils.rnn.pack_padded_sequence(tokens[..., None], lengths, True, enforce_sorted=False)
-            return super().forward(rows.data[: len(inputs)])
+            return super().forward(rows.data[: len(input)])
 
     return Packed(1, images.classes)
 
