@@ -13,7 +13,7 @@ from torch import nn
 
 from dist_train.checkpoint.files import Contents
 from dist_train.checkpoint.state import Progress, TrainState
-from dist_train.checkpoint.writer import CheckpointWriter
+from dist_train.checkpoint.writer import CheckpointWriter, Saving
 from dist_train.cluster.communicator import Communicator, RankLostError
 from dist_train.config import Config
 from dist_train.config.plugins import plugin_files
@@ -36,7 +36,6 @@ from dist_train.training.evaluation import Evaluation, evaluate, recompute_stati
 from dist_train.training.measuring import Measuring, Profiler, WeightNorms
 from dist_train.training.micro_batches import fewest_samples, halve, sum_over
 from dist_train.training.reduction import set_up_reduction
-from dist_train.training.saving import Saving
 from dist_train.training.step import TrainingStep
 from dist_train.training.stopping import EarlyStopping, StopRequests, TimeLimit
 
@@ -104,7 +103,7 @@ class Trainer:
         """Write records, status and checkpoints from now on, and watch the time limit, as rank 0 does."""
         time_limit.take_over(self.time_limit)
         self.observers, self.status, self.time_limit = observers, status, time_limit
-        self.saving = Saving(self.comm, self.event, writer, time_limit)
+        self.saving = Saving(self.comm, self.event, writer, time_limit.note_saved)
         self.take_step.wait_for_checkpoint_copy = writer.wait_until_copied
         if self.measuring:
             self.measuring.norms = norms

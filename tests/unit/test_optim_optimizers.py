@@ -389,9 +389,8 @@ def with_a_faster_head(settings: OptimizerSettings, groups: Sequence[Group]) -> 
     named = [pair for group in groups for pair in zip(group.names, group.parameters, strict=True)]
     heads = [parameter for name, parameter in named if name.startswith("1.")]
     others = [parameter for name, parameter in named if not name.startswith("1.")]
-    return torch.optim.SGD(
-        [{"params": heads}, {"params": others, "lr": 0.1 * settings.learning_rate}], lr=settings.learning_rate
-    )
+    parts: list[dict[str, Any]] = [{"params": heads}, {"params": others, "lr": 0.1 * settings.learning_rate}]
+    return torch.optim.SGD(parts, lr=settings.learning_rate)
 
 
 def test_a_plugin_may_give_rates_by_the_names_of_parameters() -> None:

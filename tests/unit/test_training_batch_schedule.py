@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from dist_train.checkpoint.files import list_checkpoints, read_checkpoint
+from dist_train.checkpoint.writer import Saving
 from dist_train.cluster.communicator import Generation, GroupBrokenError, SingleProcess
 from dist_train.config import ConfigError
 from dist_train.data.images import BatchRequest
@@ -29,7 +30,6 @@ from dist_train.outcome import UsageError
 from dist_train.rundir.epochs import Epochs
 from dist_train.rundir.records import EvaluationRecord, EventRecord
 from dist_train.training.recovery import ElasticTrainer
-from dist_train.training.saving import Saving
 from dist_train.training.step import GlobalBatch, TrainingStep
 from tests.raising import raises, raises_problems
 from tests.unit.exporting import FACTS

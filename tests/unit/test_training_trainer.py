@@ -16,7 +16,7 @@ from torch import nn
 
 from dist_train.checkpoint import writer
 from dist_train.checkpoint.files import list_checkpoints, newest_whole, read_checkpoint, write_checkpoint
-from dist_train.checkpoint.writer import CheckpointWriter
+from dist_train.checkpoint.writer import CheckpointWriter, Saving
 from dist_train.cluster import communicator
 from dist_train.cluster.communicator import Communicator, Generation, GroupBrokenError, SingleProcess
 from dist_train.config import Config
@@ -32,11 +32,9 @@ from dist_train.rundir.records import (
     TrainRecord,
 )
 from dist_train.rundir.status import StatusFile, read_status
-from dist_train.training import saving
 from dist_train.training import trainer as training_loop
 from dist_train.training.evaluation import recompute_statistics, statistics_samples
 from dist_train.training.recovery import ElasticTrainer
-from dist_train.training.saving import Saving
 from dist_train.training.step import GlobalBatch, TrainingStep, Update
 from dist_train.training.stopping import StopRequests
 from dist_train.training.trainer import Trainer
@@ -294,7 +292,7 @@ def lost_while_saving(monkeypatch: pytest.MonkeyPatch) -> None:
         if losses:
             raise GroupBrokenError(losses.pop())
 
-    monkeypatch.setattr(saving, "await_on_all_ranks", lose_one)
+    monkeypatch.setattr(writer, "await_on_all_ranks", lose_one)
 
 
 @pytest.mark.usefixtures("lost_while_saving")
