@@ -9,7 +9,6 @@ from statistics import fmean
 from typing import Literal
 
 import numpy
-from numpy.typing import NDArray
 from scipy import special
 
 from dist_train.report.measures import (
@@ -51,16 +50,9 @@ def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
     """Return the rank correlation; None for fewer than three pairs, or if one side is constant."""
     if len(first) < 3 or len(set(first)) < 2 or len(set(second)) < 2:
         return None
-    return float(numpy.corrcoef(_ranks(first), _ranks(second))[0, 1])
+    from scipy.stats import spearmanr  # importing it takes longer than making most reports
 
-
-def _ranks(values: Sequence[float]) -> NDArray[numpy.float64]:
-    """Return the rank of each value, from 1; equal values share the mean of their ranks."""
-    # importing scipy.stats, which has both, takes longer than making most reports
-    _, place, counts = numpy.unique(values, return_inverse=True, return_counts=True)
-    last = numpy.cumsum(counts)
-    ranks: NDArray[numpy.float64] = (last - (counts - 1) / 2)[place]
-    return ranks
+    return float(spearmanr(first, second).statistic)
 
 
 def partial_spearman(first: Sequence[float], second: Sequence[float], given: Sequence[float]) -> float | None:

@@ -7,11 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from scipy.stats import spearmanr
 
-from dist_train.report.sharpness_charts import sharpness_courses, spearman, stability_factor
+from dist_train.report.sharpness_charts import sharpness_courses, stability_factor
 from dist_train.report.stored_run import read_subject
 from dist_train.report.variants import panels_of
 from tests.unit.report_study import make_run, treatments
@@ -37,18 +34,6 @@ def test_sgd_is_stable_up_to_the_limit(momentum: float, nesterov: bool, factor: 
     assert limit is not None
     assert largest_on_a_parabola(0.99 * limit, momentum, nesterov=nesterov) < 1e-3
     assert largest_on_a_parabola(1.01 * limit, momentum, nesterov=nesterov) > 1e3
-
-
-@given(
-    st.lists(st.tuples(st.integers(0, 9), st.floats(allow_nan=False, allow_infinity=False)), min_size=3, max_size=30)
-)
-def test_the_rank_correlation_is_spearman_s(pairs: list[tuple[int, float]]) -> None:
-    first, second = ([pair[at] for pair in pairs] for at in (0, 1))
-    found = spearman(first, second)
-    if len(set(first)) < 2 or len(set(second)) < 2:
-        assert found is None
-    else:
-        assert found == pytest.approx(spearmanr(first, second).statistic, abs=1e-12)
 
 
 def test_other_optimizers_have_no_such_limit() -> None:
