@@ -24,6 +24,7 @@ from dist_train.config.plugins import is_plugin
 from dist_train.data.augmentation import ChannelStatistics
 from dist_train.data.images import Split
 from dist_train.data.loader import Splits, open_splits
+from dist_train.data.plan import BatchPlan
 from dist_train.outcome import CodedError, UsageError, check_choice, writing
 from dist_train.report.drawing import draw_learning_curve
 from dist_train.rundir.paths import RunDirectory, in_utf8, run_folder
@@ -49,8 +50,11 @@ class Run:
         >>> run = dist_train.load_run("runs/demo")
         >>> rows = run.metrics()  # a DataFrame if pandas is installed
         >>> images = torch.rand(5, *run.config.data.image_format.shape)  # [n, C, H, W]
-        >>> run.model()(images).shape  # logits [n, classes]
+        >>> model = run.model()
+        >>> model(images).shape  # logits [n, classes]
         torch.Size([5, 10])
+        >>> with torch.no_grad():
+        ...     guesses = [(model(images).argmax(1), labels) for images, labels in run.batches("test")]
     """
 
     directory: RunDirectory
@@ -125,6 +129,17 @@ class Run:
         Every rank of a launch calls it, and gets the same result.
         """
         return evaluate_stored(self.directory.root, split, (*self.overrides, *override_texts(overrides)), weights)
+
+    @restoring_torch()
+    def batches(self, split: Split = "test") -> Iterator[tuple[Tensor, Tensor]]:
+        """Return an iterator over `split` in order: images as `model` takes them, [n, C, H, W], and labels int64 [n].
+
+        They are on the CPU, not augmented, in batches of `evaluation.batch_size`. Raises UsageError without the data,
+        or without that split.
+        """
+        samples = splits_of(self.config).of(split)
+        plan = BatchPlan(len(samples), self.config.evaluation.batch_size)
+        return samples.read_all(torch.arange(each.start, each.stop) for each in plan.micro_batches)
 
     @restoring_torch()
     def normalization(self) -> ChannelStatistics | None:

@@ -45,12 +45,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def test_the_example_of_the_page_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_examples_of_the_page_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (Path(__file__).parents[2] / "docs" / "python.md").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     exec(page.partition("```python\n")[2].partition("```")[0], names)
     assert names["model"](torch.rand(3, *names["config"].data.image_format.shape)).shape == (3, 10)
+    exec(page.partition("## A metric")[2].partition("```python\n")[2].partition("```")[0], names)
+    counts = names["confusion"].sum(), names["confusion"].diagonal().sum()
+    assert counts[1] / counts[0] == pytest.approx(names["run"].evaluate()["accuracy"])
 
 
 def test_public_names_are_listed_for_completion() -> None:
@@ -71,6 +74,20 @@ def test_load_run_gives_status_configuration_and_metrics(run: Path) -> None:
         loaded.model(step=1)
     with raises(UsageError, code="target-missing"):
         dist_train.load_run(run.parent / "nowhere")
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_metric_of_one_s_own_over_a_run_s_batches_is_that_of_the_evaluation(tmp_path: Path, normalize: bool) -> None:
+    settings = small_settings(data={"normalize": normalize}, evaluation={"batch_size": 7}, run={"max_steps": 3})
+    dist_train.train(dist_train.load_config(settings), tmp_path)
+    run = dist_train.load_run(tmp_path)
+    model = run.model()
+    with torch.no_grad():
+        hits = [model(images).argmax(1) == labels for images, labels in run.batches("test")]
+    assert {len(each) for each in hits[:-1]} == {7}
+    assert torch.cat(hits).double().mean().item() == pytest.approx(run.evaluate()["accuracy"], abs=1e-12)
+    with raises(UsageError, code="no-validation"):
+        run.batches("validation")
 
 
 def test_the_statistics_of_a_run_normalize_its_images(tmp_path: Path) -> None:
