@@ -271,7 +271,7 @@ def _words(text: str) -> list[str]:
 
 _METAVARS: Mapping[Callable[[str], object], str] = {int: "N", float: "X", _numbers: "LIST", _words: "LIST"}
 _SHARPNESS_OPTIONS: Mapping[str, tuple[Callable[[str], object], str]] = {
-    "samples": (int, "training images for the loss, in the proportions of the classes (default: 2048 or all if fewer)"),
+    "samples": (int, "training images used, in the proportions of the classes, or all if fewer (default: 2048)"),
     "seed": (int, "seed of images, starts, directions, draws and probes (default: 0)"),
     "batch-size": (int, "images per pass (default: 256)"),
     "keskar-epsilon": (float, "half the box's width, in units of |weight| + 1 (default: 0.001)"),
