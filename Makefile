@@ -43,7 +43,7 @@ test-lengthy: setup ## the tests that take long: every launcher, alerts, faults,
 test-cuda-build: setup ## set up against PyPI's torch for CUDA in a folder of its own, without a GPU: 3 GB to download, ten minutes
 	$(python) -m pytest tests/longer/test_cuda_build.py
 
-test-unit: setup ## the unit tests alone: three minutes on two cores
+test-unit: setup ## the unit tests alone: a few minutes on two cores
 	$(python) -m pytest -n auto tests/unit
 
 test-hermetic: setup ## the unit tests again in a copy of the checkout, after a demo, in a random order, from another folder

@@ -141,7 +141,7 @@ def _blank(config: Config, samples: int = _TRIAL_SAMPLES) -> Tensor:
 
 @contextmanager
 def _noting_layer(model: nn.Module) -> Iterator[None]:
-    """Note in an error the layer of `model` that raised it: one of torch's has no line in the plug-in's file."""
+    """Note in an error what `model` was given, and its layer: one of torch's has no line in the plug-in's file."""
     try:
         yield
     except Exception as error:

@@ -85,7 +85,7 @@ class RunDirectory:
         return folder / f"{root.name}-{parent}-{self.run_id()}"
 
     def other_fallbacks(self, folder: Path) -> list[Path]:
-        """Return those with this run's id made before it was moved, or of the run of which this is a copy."""
+        """Return other subfolders with this run's id: from before it was moved, or of the run it was copied from."""
         found = set[Path]()
         with suppress(OSError):  # of a disk that is needed only if that of the run directory fails
             found = {path for path in folder.glob(f"*-{self.run_id()}") if path.is_dir()}

@@ -48,7 +48,7 @@ class Standing:
     has_other_settings: bool = False
 
     @property
-    def start(self) -> str:
+    def announcement(self) -> str:
         """How a sweep announces that it starts the run."""
         if self.state == "waiting":
             return "starts"

@@ -211,7 +211,7 @@ class _StartedRuns:
                     self._say(run, f"{standing.state}, {standing.note}")
                 case "start":
                     assert lock is not None
-                    self._say(run, standing.start)
+                    self._say(run, standing.announcement)
                     self.active.append(RunProcess(self.plan, run, self.launcher, lock))
                     return
         except OSError as error:

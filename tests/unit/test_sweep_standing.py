@@ -84,7 +84,7 @@ def test_a_run_that_was_killed_is_started_at_once(tmp_path: Path, namespace: str
 
 def test_a_killed_run_without_a_checkpoint_is_not_said_to_continue(tmp_path: Path) -> None:
     run = small_plan(tmp_path).runs[0]
-    assert standing_of(run).start == "starts"
+    assert standing_of(run).announcement == "starts"
     run.files.create()
     run.files.save_config(run.config)
     status = StatusFile(run.files.status, 1)
@@ -95,7 +95,7 @@ def test_a_killed_run_without_a_checkpoint_is_not_said_to_continue(tmp_path: Pat
         for step in steps:
             run.files.checkpoint(step).with_suffix(".json").touch()
         standing = standing_of(run)
-        assert start in standing.start
+        assert start in standing.announcement
         assert standing.note.endswith(note)
 
 
