@@ -182,8 +182,11 @@ def say_on_stderr(text: str) -> None:
     """Print `text` to standard error, if that can be written."""
     # Its terminal or reader may be gone, or its disk full. There is no other place for the message, and what the
     # process does next, such as saving the run, matters more.
-    with suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
+    if sys.stderr is not None:
+        with suppress(OSError):
+            # In one piece: `print` writes the line's end apart where Python does not buffer, and ranks' lines then mix.
+            sys.stderr.write(f"{text}\n")
+            sys.stderr.flush()
 
 
 _NOT_DETERMINISTIC = re.compile(r"(\w+) does not have a deterministic implementation")

@@ -7,6 +7,9 @@ import errno
 import os
 import pickle
 import re
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -99,3 +102,12 @@ def test_a_message_shows_no_password(text: str, shown: str) -> None:
 def test_a_disk_that_fails_is_no_mistake_of_the_user(number: int, kind: type[CodedError]) -> None:
     with raises(kind, "data-unreadable"), reading(Path("images")):
         raise OSError(number, os.strerror(number))
+
+
+def test_messages_of_several_ranks_do_not_mix_in_a_line() -> None:
+    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # keeps each write apart
+    with ours, its:
+        program = "from dist_train.outcome import say_on_stderr; say_on_stderr('one'); say_on_stderr('two')"
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        subprocess.run([sys.executable, "-c", program], stderr=its, env=environment, check=True)
+        assert [ours.recv(100) for _ in range(2)] == [b"one\n", b"two\n"]
