@@ -31,7 +31,7 @@ from dist_train.checkpoint.files import (
 from dist_train.cluster.communicator import Communicator, await_on_all_ranks, run_on_all_ranks
 from dist_train.config.sections import CheckpointSettings
 from dist_train.outcome import FaultError, UsageError
-from dist_train.rundir.paths import refuse_foreign
+from dist_train.rundir.paths import DISK_FULL, refuse_foreign
 
 _YIELD_SECONDS = 0.001
 _FIRST_PAUSE_SECONDS = 1.0
@@ -75,9 +75,14 @@ class NotWritten:
     def fault(self) -> FaultError:
         """Return the error that ends a run whose last checkpoint this is."""
         untouched = "" if self.fallback else "; earlier ones are untouched"
+        fix = "Fix that"
+        if isinstance(self.error, OSError) and self.error.errno in DISK_FULL:
+            fix = "Free some space"
+        elif isinstance(self.error, FileNotFoundError):  # without it, the same command would begin a new run
+            fix = "Move the run directory back"
         return FaultError(
-            f"the last checkpoint (step {self.step}) could not be written: {self.why}{untouched}. Free some space and "
-            f"run the same command again",
+            f"the last checkpoint (step {self.step}) could not be written: {self.why}{untouched}. {fix} and run the "
+            f"same command again",
             code="checkpoint-not-written",
         )
 

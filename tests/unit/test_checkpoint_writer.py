@@ -231,6 +231,21 @@ def test_what_is_refused_to_the_end_is_reported_once(tmp_path: Path) -> None:
     assert [type(result) for result in writer.results()] == [NotWritten]
 
 
+@pytest.mark.parametrize(
+    ("number", "fix"), [(errno.ENOSPC, "space"), (errno.ENOENT, "back"), (errno.EROFS, "Fix that")]
+)
+def test_the_last_one_s_error_says_what_to_do(tmp_path: Path, number: int, fix: str) -> None:
+    def fail() -> None:
+        raise OSError(number, "refused")
+
+    writer = CheckpointWriter(tmp_path, CheckpointSettings(background=False), fail)
+    writer.submit(contents(1), None)
+    writer.close()
+    [result] = writer.results()
+    assert isinstance(result, NotWritten)
+    assert fix in str(result.fault())
+
+
 def test_what_is_refused_lies_in_the_fallback_until_the_next_one_is_written(tmp_path: Path) -> None:
     disk, fallback = tmp_path / "disk", tmp_path / "elsewhere" / "run"
     disk.mkdir()
