@@ -119,6 +119,7 @@ class CheckpointWriter:
         self._copied.set()
         self._pending: Future[None] | None = None
         self._results = deque[Written | NotWritten]()
+        self._in_fallback: Path | None = None  # until a checkpoint is written to `directory` again
         # Set when someone waits for the writer: ends the pauses between retries.
         self._awaited = Event()
 
@@ -206,9 +207,10 @@ class CheckpointWriter:
                 pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
                 begun = time.perf_counter()
                 continue
-            if failed is not None and failed.fallback is not None:
+            if self._in_fallback is not None:
                 with _warn_if_not_deleted("the copy in the fallback directory"):
-                    remove_checkpoint(failed.fallback)
+                    remove_checkpoint(self._in_fallback)
+                    self._in_fallback = None
             return file, begun
 
     def _write_to_fallback(self, contents: Contents) -> Path | None:
@@ -230,6 +232,7 @@ class CheckpointWriter:
             return None
         with _warn_if_not_deleted(f"checkpoints beside that of step {contents.step} in {self.fallback}"):
             remove_others(file)
+        self._in_fallback = file.path
         return file.path
 
     def _copy(self, name: str, value: Any) -> Any:

@@ -308,6 +308,17 @@ def test_the_fallback_holds_the_last_one_alone_and_none_once_there_is_room(tmp_p
     assert ([file.step for file in list_checkpoints(disk)], list_checkpoints(fallback)) == ([2], [])
 
 
+def test_the_fallback_holds_none_once_a_later_one_is_written_without_a_retry(tmp_path: Path) -> None:
+    disk, fallback = tmp_path / "disk", tmp_path / "elsewhere"
+    disk.mkdir()
+    writer = CheckpointWriter(disk, CheckpointSettings(background=False), refuse(1), fallback)
+    writer.submit(contents(1), None)
+    assert [file.step for file in list_checkpoints(fallback)] == [1]
+    writer.submit(contents(2), None)
+    writer.close()
+    assert ([file.step for file in list_checkpoints(disk)], list_checkpoints(fallback)) == ([2], [])
+
+
 @given(st.lists(st.tuples(st.integers(1, 40), st.booleans()), max_size=4))
 def test_what_an_earlier_launch_has_left_in_the_fallback_does_not_cost_the_new_one(
     tmp_path_factory: pytest.TempPathFactory, left: list[tuple[int, bool]]
