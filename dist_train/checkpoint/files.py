@@ -31,7 +31,7 @@ from dist_train.rundir import atomic
 from dist_train.rundir.atomic import json_text
 from dist_train.rundir.paths import RunDirectory, checkpoint_name, in_utf8, refuse_foreign, run_folder
 from dist_train.rundir.records import EventRecord, read_records
-from dist_train.rundir.status import read_status
+from dist_train.rundir.status import fallback_directory, read_status
 
 FORMAT = 1
 OTHER_FALLBACK = "choose another checkpoint.fallback_directory"
@@ -203,10 +203,10 @@ def find_checkpoint(target: Path) -> Path:
         status = read_status(run.status)
         has_ended = status is not None and status.exit_code is not None
         fix = "it has ended without one; start it again" if has_ended else "wait for its first"
-        raise UsageError(
-            f"{run.root} holds no checkpoint: {fix}, or train with checkpoint.every_epochs above 0",
-            code="no-checkpoint",
-        )
+        fix = f"{fix}, or train with checkpoint.every_epochs above 0"
+        if elsewhere := run.checkpoint_records(fallback_directory(run)):
+            fix = f"name that of its fallback directory, {elsewhere[-1].with_suffix('.pt')}"
+        raise UsageError(f"{run.root} holds no checkpoint: {fix}", code="no-checkpoint")
     wanted = "best checkpoint" if which == "best" else f"checkpoint of step {which}"
     steps = ", ".join(str(file.step) for file in files)
     raise UsageError(f"{run.root} has no {wanted}; it has those of steps {steps}", code="checkpoint-missing")

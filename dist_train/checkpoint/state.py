@@ -76,8 +76,9 @@ def find_resume_point(config: Config, directory: RunDirectory) -> ResumePoint:
         return ResumePoint(config, initial=_initial_weights(config))
     if other_disk is not None:
         adopt(folders[-1], checkpoints)
-        for former in directory.other_fallbacks(other_disk):  # or of a copy that may have gone another way since
-            copy_newest(former, checkpoints, partial(_may_continue, config))
+        for former in directory.fallbacks(other_disk):  # or of a copy that may have gone another way since
+            if former != folders[-1]:
+                copy_newest(former, checkpoints, partial(_may_continue, config))
     named = None if config.run.resume == "auto" else Path(config.run.resume)
     contents, source, is_missing, damage = None, None, False, dict[str, str]()
     if named is not None and not named.is_dir():

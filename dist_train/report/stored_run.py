@@ -25,9 +25,9 @@ from dist_train.outcome import ExitCode, UsageError, escaped
 from dist_train.rundir.atomic import read_regular
 from dist_train.rundir.paths import RANGE_TEST, BrokenFileError, RunDirectory, StudyDirectory
 from dist_train.rundir.records import EvaluationRecord, EventRecord, Record, TrainRecord
-from dist_train.rundir.status import Status, read_status, runs_with_result
+from dist_train.rundir.status import Status, read_settings, read_status, runs_with_result
 from dist_train.sweep.study_file import Contrast, Study, Title
-from dist_train.watch.run_state import read_measurements, read_settings, read_state, walk_runs
+from dist_train.watch.run_state import read_measurements, read_state, walk_runs
 
 _BATCH, _LOGGERS = "batch.global_size", "metrics.loggers"
 PLUGIN = "plug-in "

@@ -84,12 +84,11 @@ class RunDirectory:
         parent = hashlib.sha256(bytes(root.parent)).hexdigest()[:8]  # a copy there may have the same name and id
         return folder / f"{root.name}-{parent}-{self.run_id()}"
 
-    def other_fallbacks(self, folder: Path) -> list[Path]:
-        """Return other subfolders with this run's id: from before it was moved, or of the run it was copied from."""
-        found = set[Path]()
+    def fallbacks(self, folder: Path) -> list[Path]:
+        """Return the subfolders with this run's id, also from before it was moved, or of the run it was copied from."""
         with suppress(OSError):  # of a disk that is needed only if that of the run directory fails
-            found = {path for path in folder.glob(f"*-{self.run_id()}") if path.is_dir()}
-        return sorted(found - {self.fallback(folder)})
+            return sorted(filter(Path.is_dir, folder.glob(f"*-{self.run_id()}")))
+        return []
 
     @property
     def has_begun(self) -> bool:
@@ -106,13 +105,14 @@ class RunDirectory:
         folder = checkpoint.parent
         return cls(folder.parent if folder.name == "checkpoints" else folder)
 
-    def checkpoint_records(self) -> tuple[Path, ...]:
-        """Return the records beside the complete checkpoints, by step."""
-        return tuple(sorted(self.checkpoints.glob("step-*.json")))
+    def checkpoint_records(self, other_disk: Path | None = None) -> tuple[Path, ...]:
+        """Return the records beside the complete checkpoints, by step; with `other_disk` also those in `fallbacks`."""
+        folders = (self.checkpoints, *(self.fallbacks(other_disk) if other_disk and self.id.exists() else ()))
+        return tuple(sorted((path for each in folders for path in each.glob("step-*.json")), key=os.path.basename))
 
-    def checkpoint_steps(self) -> tuple[int, ...]:
-        """Return the steps of the complete checkpoints, in order."""
-        steps = (path.stem.removeprefix("step-") for path in self.checkpoint_records())
+    def checkpoint_steps(self, other_disk: Path | None = None) -> tuple[int, ...]:
+        """Return the steps of the complete checkpoints, in order; `other_disk` as for `checkpoint_records`."""
+        steps = (path.stem.removeprefix("step-") for path in self.checkpoint_records(other_disk))
         return tuple(sorted(int(step) for step in steps if step.isdecimal()))
 
     def create(self) -> None:

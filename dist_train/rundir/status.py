@@ -19,8 +19,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Literal, TypedDict, Unpack
 
+import yaml
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
+from dist_train.config.loading import flat_settings, parse_yaml, yaml_fault
 from dist_train.outcome import ExitCode, shortened
 from dist_train.rundir import atomic
 from dist_train.rundir.atomic import RewrittenFile, json_text, read_regular
@@ -246,6 +248,29 @@ def another_failed(path: Path) -> bool:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def read_settings(path: Path) -> Mapping[str, object]:
+    """Return a run's settings, of any version, by dotted path; empty without a file. Raises BrokenFileError."""
+    try:
+        sections = parse_yaml(read_regular(path), is_dumped=True)
+    except FileNotFoundError:
+        return {}  # the run has not written it yet
+    except OSError as error:
+        raise BrokenFileError(f"{path.name} cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise BrokenFileError(f"{path.name} is not YAML: {yaml_fault(error)}") from error
+    if not isinstance(sections, dict):
+        raise BrokenFileError(f"{path.name} holds no settings")
+    return dict(flat_settings(sections))
+
+
+def fallback_directory(run: RunDirectory) -> Path | None:
+    """Return the setting `checkpoint.fallback_directory` of `run`; None if it has none, or cannot be read."""
+    with suppress(BrokenFileError):
+        if isinstance(folder := read_settings(run.config).get("checkpoint.fallback_directory"), str):
+            return Path(folder)
+    return None
 
 
 class EventCounts(Observer):

@@ -19,7 +19,7 @@ from dist_train.monitoring import wording
 from dist_train.outcome import ExitCode
 from dist_train.rundir import atomic
 from dist_train.rundir.paths import DISK_FULL, RunDirectory, StudyDirectory, read_holder
-from dist_train.rundir.status import State, Status, StatusFile, read_status
+from dist_train.rundir.status import State, Status, StatusFile, fallback_directory, read_status
 
 _UNRECOVERABLE = frozenset({ExitCode.USAGE, ExitCode.DIVERGED, ExitCode.DISAGREEMENT})
 
@@ -103,7 +103,7 @@ def decide(run: Path, limit: int, launch: EndedLaunch = EndedLaunch(), restarts:
     if not _has_room(files):
         why = f"{reason}; not started again, since the disk of {run} is full: free space, and submit it again"
         return _give_up(files, status, why, ExitCode.FAULT)
-    step = max(files.checkpoint_steps(), default=0)
+    step = max(files.checkpoint_steps(fallback_directory(files)), default=0)
     before = read_requeues(files)
     if step > before.step:
         before = Requeues(step=step)
@@ -146,7 +146,9 @@ def _write_requeues(files: RunDirectory, requeues: Requeues) -> None:
 def _has_room(files: RunDirectory) -> bool:
     """Whether another checkpoint seems to fit; writes a probe, because a quota shows only on writing."""
     try:
-        size = max((path.stat().st_size for path in files.checkpoints.glob("step-*.pt")), default=0)
+        elsewhere = (path.with_suffix(".pt") for path in files.checkpoint_records(fallback_directory(files)))
+        paths = (*files.checkpoints.glob("step-*.pt"), *elsewhere)
+        size = max((path.stat().st_size for path in paths), default=0)
         if size == 0:
             return True
         with tempfile.TemporaryFile(dir=files.checkpoints) as probe:

@@ -52,7 +52,7 @@ class Standing:
         """How a sweep announces that it starts the run."""
         if self.state == "waiting":
             return "starts"
-        if not self.run.files.checkpoint_steps() and self.run.config.checkpoint.fallback_directory is None:
+        if not self.run.files.checkpoint_steps(self.run.config.checkpoint.fallback_directory):
             return f"starts again ({self.state}, without a checkpoint)"
         return f"continues ({self.state}{f', {self.done:.0%} done' if self.done else ''})"
 
@@ -99,12 +99,13 @@ def _standing(run: PlannedRun, summary: RunSummary | None, states: Mapping[str, 
         # with more it continues where it stopped, but with less it would have stopped earlier
         changed += [each for each in lengths if each.path == "early_stopping.patience"]
     status = read_status(run.files.status)
-    trained = max([0, *run.files.checkpoint_steps(), *([status.step] if status and state == "finished" else [])])
+    steps = run.files.checkpoint_steps(run.config.checkpoint.fallback_directory)
+    trained = max([0, *steps, *([status.step] if status and state == "finished" else [])])
     most = run.config.run.max_steps
     fix = f"move {run.directory} away to run it from the start"
     other_settings = ""
     # Without a checkpoint there is nothing that the settings must match.
-    if changed and (state == "finished" or any(run.files.checkpoint_steps())):
+    if changed and (state == "finished" or any(steps)):
         longer = run.config.run.epochs
         if began and state == "finished" and longer > began.run.epochs and [each.path for each in changed] == _LENGTH:
             words = ["dist-train", "train", run.files.config, f"run.epochs={longer}", "--run-dir", run.directory]

@@ -16,8 +16,8 @@ from dist_train.outcome import UsageError
 from dist_train.rundir.atomic import open_regular
 from dist_train.rundir.paths import BrokenFileError, RunDirectory, run_folder
 from dist_train.rundir.records import TRAIN_LINE, EvaluationRecord, EventRecord, Record, TrainRecord, better, from_json
-from dist_train.rundir.status import RanksReading, Status, read_ranks, read_status
-from dist_train.watch.run_state import ALIVE, has_gone, process_is_gone, read_settings, seconds_of
+from dist_train.rundir.status import RanksReading, Status, read_ranks, read_settings, read_status
+from dist_train.watch.run_state import ALIVE, has_gone, process_is_gone, seconds_of
 from dist_train.watch.run_table import Settings, seconds_left
 
 _REMEMBERED = 256

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-import yaml
-
 from dist_train.cluster.launch import JOB_IS_ALIVE, JOB_WAITS
-from dist_train.config.loading import flat_settings, parse_yaml, yaml_fault
 from dist_train.monitoring import wording
-from dist_train.rundir.atomic import read_regular
 from dist_train.rundir.paths import BrokenFileError, RunDirectory
 from dist_train.rundir.processes import process_runs
 from dist_train.rundir.records import Record, read_records
-from dist_train.rundir.status import Status, load_status
+from dist_train.rundir.status import Status, fallback_directory, load_status
 
 ALIVE = frozenset({"starting", "running", "stopping"})
 _STALE_AFTER = 600.0  # seconds of silence after which a run on another host, or in a container, counts as lost
@@ -63,7 +59,11 @@ def process_is_gone(status: Status, run: RunDirectory) -> tuple[str, str]:
 
 def how_to_continue(run: RunDirectory) -> str:
     """Return what the note about a lost run advises; without a checkpoint it would begin anew."""
-    return "start it again to resume" if run.checkpoint_steps() else "start it again: it holds no checkpoint"
+    other_disk = None if run.checkpoint_steps() else fallback_directory(run)
+    if run.checkpoint_steps(other_disk):
+        return "start it again to resume"
+    elsewhere = f", nor does {other_disk} on this machine" if other_disk else ""
+    return f"start it again: it holds no checkpoint{elsewhere}"
 
 
 def beside_job(state: str, note: str, job: str, job_state: str) -> tuple[str, str]:
@@ -88,21 +88,6 @@ def seconds_of(moment: str) -> float:
         return datetime.fromisoformat(moment).timestamp()
     except (ValueError, OverflowError):
         return 0.0
-
-
-def read_settings(path: Path) -> Mapping[str, object]:
-    """Return a run's settings, of any version, by dotted path; empty without a file. Raises BrokenFileError."""
-    try:
-        sections = parse_yaml(read_regular(path), is_dumped=True)
-    except FileNotFoundError:
-        return {}  # the run has not written it yet
-    except OSError as error:
-        raise BrokenFileError(f"{path.name} cannot be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise BrokenFileError(f"{path.name} is not YAML: {yaml_fault(error)}") from error
-    if not isinstance(sections, dict):
-        raise BrokenFileError(f"{path.name} holds no settings")
-    return dict(flat_settings(sections))
 
 
 def read_measurements(path: Path, read: Callable[[Path], tuple[Record, ...]] = read_records) -> tuple[Record, ...]:

@@ -23,8 +23,8 @@ from dist_train.outcome import UsageError, escaped
 from dist_train.rundir.atomic import json_text
 from dist_train.rundir.paths import BrokenFileError, RunDirectory
 from dist_train.rundir.records import EvaluationRecord, EventRecord, TrainRecord, better, read_last_records
-from dist_train.rundir.status import load_status
-from dist_train.watch.run_state import ALIVE, beside_job, read_measurements, read_settings, state_of, walk_runs
+from dist_train.rundir.status import load_status, read_settings
+from dist_train.watch.run_state import ALIVE, beside_job, read_measurements, state_of, walk_runs
 
 COLOURS = {
     **dict.fromkeys(ALIVE, "cyan"),

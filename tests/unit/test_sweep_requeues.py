@@ -17,6 +17,7 @@ from dist_train.rundir.paths import LockRequest, RunDirectory
 from dist_train.rundir.status import StatusFile, load_status, read_status
 from dist_train.sweep.requeues import EndedLaunch, decide, read_requeues
 from tests.torture.disk import can_mount
+from tests.unit.checkpoint_files import write
 
 _NOISE = "srun: error: node2: tasks 2-3: Killed"
 
@@ -82,6 +83,20 @@ def test_progress_begins_the_count_anew(run: Path) -> None:
         checkpoint(run, step)
         assert decide(run, limit=1).action == "requeue"
     assert read_requeues(RunDirectory(run)).without_progress == 1
+
+
+def test_a_checkpoint_in_the_fallback_directory_is_progress(tmp_path: Path) -> None:
+    files, spare = RunDirectory(tmp_path / "run"), tmp_path / "spare"
+    files.create()
+    files.config.write_text(f"checkpoint: {{fallback_directory: {spare}}}\n")
+    for step in (5, 10):
+        end(files.root, ExitCode.FAULT)
+        files.fallback(spare).mkdir(parents=True, exist_ok=True)
+        write(files.fallback(spare), step)
+        decision = decide(files.root, limit=1)
+        assert decision.action == "requeue"
+        assert f"from step {step}" in decision.why
+    assert decide(files.root, limit=1).action == "end"
 
 
 def test_a_run_that_was_given_up_has_all_its_tries_when_it_is_submitted_again(run: Path) -> None:
@@ -225,6 +240,16 @@ class TestFullDisk:
         assert status is not None
         assert status.state == "failed"
         assert status.reason.startswith("No space left on device; not started again")
+
+    def test_the_fallback_directory_says_how_much_space_a_checkpoint_takes(
+        self, full: Path, tmp_path_factory: pytest.TempPathFactory
+    ) -> None:
+        files, spare = RunDirectory(full), tmp_path_factory.mktemp("spare")
+        files.config.write_text(f"checkpoint: {{fallback_directory: {spare}}}\n")
+        files.fallback(spare).mkdir(parents=True)
+        write(files.fallback(spare), 5)
+        fill(full / "ballast")
+        assert decide(full, limit=3, restarts=3).action == "end"
 
     def test_without_any_space_the_decision_is_said_all_the_same(self, full: Path) -> None:
         RunDirectory(full).drop_reserve()

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from rich.console import Console
 
+from dist_train.config.resuming import with_setting
 from dist_train.outcome import ExitCode
 from dist_train.rundir.processes import pid_namespace
 from dist_train.rundir.status import State, StatusFile
@@ -97,6 +98,21 @@ def test_a_killed_run_without_a_checkpoint_is_not_said_to_continue(tmp_path: Pat
         standing = standing_of(run)
         assert start in standing.announcement
         assert standing.note.endswith(note)
+
+
+def test_a_run_whose_only_checkpoint_is_in_its_fallback_directory_continues(tmp_path: Path) -> None:
+    spare = tmp_path / "spare"
+    plain = {"settings": {"noise.method": "none", "checkpoint.fallback_directory": str(spare)}}
+    run = small_plan(tmp_path, variants={"plain": plain}).runs[0]
+    run.files.create()
+    run.files.save_config(run.config)
+    StatusFile(run.files.status, 1).end("failed", ExitCode.FAULT, "the disk is full")
+    assert "without a checkpoint" in standing_of(run).announcement
+    run.files.fallback(spare).mkdir(parents=True)
+    (run.files.fallback(spare) / "step-00000040.json").touch()
+    assert standing_of(run).announcement.startswith("continues")
+    run.files.save_config(with_setting(run.config, "run.seed", 7))
+    assert standing_of(run).then == "unrecoverable"
 
 
 def test_a_diverged_run_does_not_wait_for_its_job(

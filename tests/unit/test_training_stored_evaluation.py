@@ -84,6 +84,13 @@ class TestFinding:
         with raises(UsageError, "no-checkpoint") as refused:
             find_checkpoint(tmp_path)
         assert "has ended" in str(refused.value)
+        run = RunDirectory(tmp_path)
+        run.config.write_text(f"checkpoint: {{fallback_directory: {tmp_path / 'spare'}}}\n")
+        run.fallback(tmp_path / "spare").mkdir(parents=True)
+        written = write(run.fallback(tmp_path / "spare"), 3)
+        with raises(UsageError, "no-checkpoint") as refused:
+            find_checkpoint(tmp_path)
+        assert str(written.path) in str(refused.value)
 
 
 @pytest.mark.parametrize(("split", "samples"), [("train", 100), ("test", 25)])

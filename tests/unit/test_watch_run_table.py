@@ -27,7 +27,7 @@ from dist_train.cli.main import main, parse
 from dist_train.monitoring.prometheus.board import Board
 from dist_train.outcome import UsageError
 from dist_train.rundir.epochs import Epochs
-from dist_train.rundir.paths import BrokenFileError
+from dist_train.rundir.paths import BrokenFileError, RunDirectory
 from dist_train.rundir.records import EventRecord, Record, from_json
 from dist_train.rundir.status import Status, load_status
 from dist_train.watch.run import WatchedRun
@@ -271,6 +271,18 @@ def test_a_lost_run_is_said_to_resume_only_if_it_holds_a_checkpoint(host: str, t
     (run / "checkpoints").mkdir()
     (run / "checkpoints" / "step-00000040.json").touch()
     assert only_run(tmp_path, NOW + timedelta(hours=1)).note.endswith("start it again to resume")
+
+
+def test_a_lost_run_resumes_from_its_fallback_directory(tmp_path: Path) -> None:
+    spare = tmp_path / "spare"
+    settings = f"checkpoint: {{fallback_directory: {spare}}}"
+    run = RunDirectory(make_run(tmp_path / "runs" / "lb", pid=2**22 + 1, config=settings))
+    later = NOW + timedelta(hours=1)
+    assert str(spare) in only_run(run.root.parent, later).note, "one may be there, on another node"
+    assert not run.id.exists(), "a table changes no run"
+    run.fallback(spare).mkdir(parents=True)
+    (run.fallback(spare) / "step-00000040.json").touch()
+    assert only_run(run.root.parent, later).note.endswith("start it again to resume")
 
 
 def test_another_process_that_has_got_the_number_is_not_taken_for_the_run(tmp_path: Path) -> None:
