@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -139,7 +140,9 @@ class Run:
         """
         samples = splits_of(self.config).of(split)
         plan = BatchPlan(len(samples), self.config.evaluation.batch_size)
-        return samples.read_all(torch.arange(each.start, each.stop) for each in plan.micro_batches)
+        batches = samples.read_all(torch.arange(each.start, each.stop) for each in plan.micro_batches)
+        # each is read when it is asked for, and then, too, whatever the caller has set of torch by then
+        return iter(restoring_torch()(partial(next, batches, None)), None)
 
     @restoring_torch()
     def normalization(self) -> ChannelStatistics | None:

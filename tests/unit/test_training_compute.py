@@ -243,6 +243,9 @@ def test_the_model_of_a_run_does_not_depend_on_the_caller_s_torch(tmp_path: Path
         assert (tensor.dtype, tensor.device, tensor.is_inference()) == (torch.float32, CPU, False)
     assert export(tmp_path / "run", "safetensors", tmp_path / "model.safetensors").difference == 0.0
     found = run.normalization()
+    assert {(images.device, images.dtype, labels.device) for images, labels in run.batches()} == {
+        (CPU, torch.float32, CPU)
+    }
     assert settings_of_torch() == before
     with restoring_torch():
         assert found == run.normalization()
