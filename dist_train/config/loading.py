@@ -193,14 +193,14 @@ def with_overrides(settings: Mapping[str, Any], overrides: Sequence[str] | Mappi
 def override_texts(overrides: Sequence[str] | Mapping[str, object]) -> tuple[str, ...]:
     """Return `overrides`, in one of the forms that `load_config` takes, as texts `section.key=value`."""
     if isinstance(overrides, Mapping):
-        values = {path: os.fspath(each) if isinstance(each, os.PathLike) else each for path, each in overrides.items()}
-        return tuple(write_override(path, value) for path, value in values.items())
+        return tuple(write_override(path, value) for path, value in overrides.items())
     return (overrides,) if isinstance(overrides, str) else tuple(overrides)
 
 
 def write_override(path: str, value: object) -> str:
-    """Return the one-line override that sets the setting at `path` to `value`."""
-    text = json.dumps(value)
+    """Return the one-line override that sets the setting at `path` to `value`. Raises ConfigError if none can."""
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value
+    text = json.dumps(value, default=lambda each: _plain(each, {path: value}, _COMMAND_LINE))
     if isinstance(value, str) and re.fullmatch(r"[\w./-]*\w[\w./-]*", value) and parse_yaml(value) == value:
         text = value
     return f"{path}={text}"

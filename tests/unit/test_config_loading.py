@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from dist_train.config import Config, ConfigError, dump_config, load_config, parse_config
-from dist_train.config.loading import parse_yaml, with_overrides
+from dist_train.config.loading import override_texts, parse_yaml, with_overrides
 from dist_train.config.plugins import load_plugin, register
 from dist_train.outcome import UsageError
 from dist_train.sweep.study_file import load_study
@@ -486,8 +486,12 @@ class TestOverrides:
         for path, value in (("run.seed", object()), ("data.shape", np.ones(3))):
             with raises_problems((path, "wrong-type")):
                 load_config({}, {path: value})
+            with raises_problems((path, "wrong-type")):
+                override_texts({path: value})
         with raises_problems(("noise.exclude.0", "wrong-type")):
             load_config({}, {"noise.exclude": [{"bias"}]})
+        words = override_texts({"run.seed": np.int64(3), "data.root": Path("x"), "run.init_from": np.str_("y")})
+        assert words == ("run.seed=3", "data.root=x", "run.init_from=y")
 
     def test_the_mapping_that_is_overridden_stays_as_it_was(self) -> None:
         settings: dict[str, dict[str, int]] = {"run": {"seed": 1}}
