@@ -226,20 +226,20 @@ def packed_numbers(optimizer: Optimizer) -> bytes:
     ]
     of_no_parameter = {key: value for key, value in optimizer.state.items() if not isinstance(key, torch.Tensor)}
     forms = [
-        {name: (each.dtype, each.shape, each.device.type) for name, each in state.items() if torch.is_tensor(each)}
-        for state in _states(optimizer)
+        {name: (each.dtype, each.shape, each.device.type) for name, each in part.items() if torch.is_tensor(each)}
+        for part in (*optimizer.param_groups, *_states(optimizer))
     ]
     torch.save((numbers, of_no_parameter, forms), content)
     return content.getvalue()
 
 
 def create_missing(optimizer: Optimizer, packed: bytes) -> None:
-    """Create the tensors of its state that another rank's has, which sent `packed`: most appear with an update."""
+    """Create the tensors that another rank's has, which sent `packed`: most appear with an update."""
     *_, forms = torch.load(io.BytesIO(packed), map_location="meta", weights_only=True)
-    for state, others in zip(_states(optimizer), forms, strict=True):
+    for part, others in zip((*optimizer.param_groups, *_states(optimizer)), forms, strict=True):
         for name, (dtype, shape, kind) in others.items():
-            if name not in state:
-                state[name] = torch.zeros(shape, dtype=dtype, device=kind)
+            if name not in part:
+                part[name] = torch.zeros(shape, dtype=dtype, device=kind)
 
 
 def set_numbers(optimizer: Optimizer, packed: bytes, device: torch.device) -> None:

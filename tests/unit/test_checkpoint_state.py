@@ -6,6 +6,7 @@ import hashlib
 import logging
 import pickle
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from timm.optim.lamb import Lamb
 from torchvision import models
 
 from dist_train.checkpoint.files import find_checkpoint, list_checkpoints, prune, remove_checkpoint, write_checkpoint
@@ -111,11 +113,14 @@ def test_every_rank_gets_the_numbers_of_an_optimizer_with_their_types() -> None:
     assert (group["k"], group["d"], group["betas"], state["step"]) == (3, 1e-6, (0.9, 0.99), 7)
 
 
-def test_a_new_rank_gets_the_state_that_an_optimizer_of_torch_creates_at_its_first_update() -> None:
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, Lamb])  # of which the latter creates a tensor in its groups
+def test_a_new_rank_gets_the_state_that_an_optimizer_creates_at_its_first_update(
+    kind: Callable[..., torch.optim.Optimizer],
+) -> None:
     def job(comm: Communicator) -> str:
         network = torch.nn.Linear(2, 3)
         weights = FlatWeights(network)
-        optimizer = torch.optim.AdamW(weights.parameters)
+        optimizer = kind(weights.parameters)
         if comm.rank == 0:
             weights.gradients.fill_(0.5)
             optimizer.step()
