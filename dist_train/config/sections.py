@@ -169,8 +169,9 @@ class ScheduleSettings(Section):
     With scaling none it stays constant meanwhile; decay begins afterwards.
     """
     keep_updates: bool = False
-    """Make as many updates as with a global batch of `base_batch` (Hoffer et al., arXiv 1705.08741): an epoch, also
-    in warm-up and milestones, has the number of updates that it would have at that batch size.
+    """Make as many updates as with a global batch of `base_batch` (Hoffer et al., arXiv 1705.08741): an epoch of
+    `run.epochs`, of warm-up and of milestones has the number of updates that it would have at that batch size. An epoch
+    of records, evaluations, checkpoints and averaging stays a pass over the data, of which there are then more.
     """
     decay: Literal["constant", "step", "cosine", "poly", "exponential"] | PluginName = "constant"
     """How the learning rate decays after warm-up. step: by `factor` at `milestones`. cosine: to 0. poly: as (1 -
