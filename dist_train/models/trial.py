@@ -59,8 +59,9 @@ def check_outputs(model: nn.Module, config: Config) -> None:
         is_tensor = isinstance(logits, Tensor)
         if not is_tensor or logits.shape != (_TRIAL_SAMPLES, images.classes) or not logits.is_floating_point():
             form = f"{logits.dtype} of {list(logits.shape)}" if is_tensor else type(logits).__name__
+            fix = "" if is_tensor else ": return them alone, of torchvision's by model.options={aux_logits: false}"
             raise PluginResultError(
-                f"{name} gives {form}, not real logits of [2, {images.classes}], for 2 images{mode}"
+                f"{name} gives {form}, not real logits of [2, {images.classes}], for 2 images{mode}{fix}"
             )
     _check_registered(model, name, outputs[" in training"])
     _check_trainable(model, name)

@@ -129,6 +129,14 @@ def test_group_norm_in_place_of_a_norm_of_vectors_has_more_than_two_values_per_g
     assert [each.num_groups for each in model.modules() if isinstance(each, nn.GroupNorm)] == [16, 4]
 
 
+@pytest.mark.filterwarnings("ignore:The default weight initialization of GoogleNet")
+def test_auxiliary_logits_are_refused_with_how_to_leave_them_out() -> None:
+    with raises(UsageError, code="plugin-result") as refused:
+        built("torchvision:googlenet")
+    assert "model.options={aux_logits: false}" in str(refused.value)
+    assert built("torchvision:googlenet", options={"aux_logits": False})(torch.zeros(4, 3, 32, 32)).shape == (4, 5)
+
+
 def test_timm_takes_any_number_of_channels() -> None:
     one = {**IMAGES, "synthetic_shape": [1, 32, 32]}
     assert built("timm:resnet18", one)(torch.zeros(4, 1, 32, 32)).shape == (4, 5)
