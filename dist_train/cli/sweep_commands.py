@@ -143,7 +143,9 @@ def _check_analyses(plan: Plan) -> None:
             with redirect_stdout(printed), redirect_stderr(printed):
                 parsed = parse(list(words))
             parsed.check(parsed)
-            continue
+            if not parsed.overrides:
+                continue
+            wrong = f"too many values for an option: {' '.join(parsed.overrides)}"
         except SystemExit:
             wrong = printed.getvalue().rpartition("error: ")[2].strip()
         except UsageError as error:

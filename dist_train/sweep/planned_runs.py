@@ -394,6 +394,7 @@ def _options(analysis: Analysis) -> Iterator[str]:
             continue
         yield f"--{name}"
         if isinstance(value, list):
-            yield from map(str, value)
+            each = list(map(str, value))
+            yield from [",".join(each)] if analysis.kind == "sharpness" else each  # as each command takes a list
         elif value is not True:
             yield str(value)

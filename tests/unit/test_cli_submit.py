@@ -310,14 +310,16 @@ def test_options_that_an_analysis_refuses_are_refused_before_the_runs(
     }
     analyse: list[dict[str, object]] = [{"kind": kind, "options": options} for kind, options in refused.items()]
     analyse[0]["between"] = ["plain", "noisy"]
-    good = {"kind": "sharpness", "options": {"only": "width", "exclude": "norm,bias"}}
+    good = {"kind": "sharpness", "options": {"only": ["width", "hessian"], "exclude": "norm,bias"}}
     assert main([*command, str(write_study(tmp_path, analyse=[good]))]) == ExitCode.FINISHED
     capsys.readouterr()
-    study = write_study(tmp_path, analyse=[*analyse, {"kind": "sharpness", "options": {"only": "flatness"}}, good])
+    analyse.append({"kind": "sharpness", "options": {"only": "flatness"}})
+    analyse.append({"kind": "plane", "options": {"points": [5, 7]}})
+    study = write_study(tmp_path, analyse=[*analyse, good])
     assert main([*command, str(study)]) == ExitCode.USAGE
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert printed.err.count("[analysis-options]") == 5
+    assert printed.err.count("[analysis-options]") == 6
     for words in ("analyse.0.options: unrecognized arguments: --pionts; did you mean --points?", "--points is 4"):
         assert words in printed.err
 

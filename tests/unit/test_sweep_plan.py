@@ -415,6 +415,7 @@ class TestAnalyses:
             {"kind": "interpolate", "between": ["noisy", "noisy"], "seeds": [1]},
             {"kind": "direction", "variants": ["noisy"], "seeds": [1], "options": {"range": [-2, 2.5], "points": 5}},
             {"kind": "plane", "variants": ["plain"], "options": {"trajectory": True}},
+            {"kind": "sharpness", "variants": ["plain"], "options": {"only": ["width", "rise"], "width-rises": [1, 2]}},
         ]
         plan = small_plan(
             tmp_path, variants={"plain": {}, "noisy": {"grid": {"noise.amplitude": [1, 2]}}}, analyse=analyse
@@ -428,6 +429,7 @@ class TestAnalyses:
             "landscape direction noisy-amplitude-1-seed-1 --range -2 2.5 --points 5",
             "landscape direction noisy-amplitude-2-seed-1 --range -2 2.5 --points 5",
             "landscape plane plain-seed-1 --trajectory",
+            "sharpness plain-seed-1 --only width,rise --width-rises 1,2",
         ]
 
     @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
