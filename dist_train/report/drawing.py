@@ -53,6 +53,7 @@ _WIDTH = 7.0  # inches: the text width of a two-column page
 _LETTERS_PER_INCH = 17
 _LETTERS_OF_LABEL = 28  # in a line beside a strip
 _LETTERS_OF_TITLE = 76
+_AXIS_INCHES = 0.8  # of a panel, for the labels of its vertical axis
 _MARKS = {"dots": "o", "squares": "s"}
 _MOST_MARKS = 30
 STYLE: dict[Any, Any] = {
@@ -116,6 +117,7 @@ def _draw(numbered: NumberedFigure) -> Figure:
     heights = [max(map(_height, row)) for row in rows]
     figure = Figure(figsize=(_WIDTH if columns > 1 else _WIDTH / 2, 0.3 + sum(heights)), layout="constrained")
     grid = figure.subplots(len(rows), columns, squeeze=False, height_ratios=heights)
+    in_title = int((figure.get_figwidth() / columns - _AXIS_INCHES) * _LETTERS_PER_INCH)
     for panels, places in zip(rows, grid, strict=True):
         for axes in places[len(panels) :]:
             axes.remove()
@@ -124,6 +126,7 @@ def _draw(numbered: NumberedFigure) -> Figure:
                 _draw_chart(axes, replace(panel, note=""))
             else:
                 _draw_strip(axes, panel)
+            axes.set_title(textwrap.fill(axes.get_title(loc="left"), in_title), loc="left")
     handles = {}
     for axes in figure.axes:
         handles.update({label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)})

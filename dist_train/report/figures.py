@@ -366,7 +366,11 @@ class StripPlot:
 def strip_plots(panels: Sequence[Panel], measure: Measure) -> tuple[StripPlot, ...]:
     """Return a strip of `measure` for each panel, on a common axis."""
     shown = [(panel, tuple(each for each in panel.variants if each.measured(measure))) for panel in panels]
-    values = [value for _, variants in shown for each in variants for _, value in each.measured(measure)]
+    drawn = [each for _, variants in shown for each in variants]
+    values = [value for each in drawn for _, value in each.measured(measure)]
+    # the ends of the lines, too, of one standard deviation on both sides
+    spreads = [(found.mean, found.deviation or 0.0) for each in drawn if (found := each.summary(measure))]
+    values += [mean + sign * deviation for mean, deviation in spreads for sign in (-1, 1)]
     axis = linear_axis(measure.heading, [value * measure.factor for value in values], plain)
     return tuple(StripPlot(panel, measure, variants, axis) for panel, variants in shown if variants)
 

@@ -147,7 +147,9 @@ def test_long_names_of_variants_stay_within_the_figure(tmp_path: Path, monkeypat
     (study / "runs.json").write_text(plan.replace(", noise,", f", noise {'that is described at length, ' * 4}"))
     drawn: list[Figure] = []
     monkeypatch.setattr(drawing, "save", lambda figure, path: drawn.append(figure))
-    drawing.save_figures(figures_of(read_subject(study))[:2], tmp_path, "png")
+    figures = figures_of(read_subject(study))[:4]
+    assert [figure.key for figure in figures] == ["glance", "curves", "landscapes", "between"]
+    drawing.save_figures(figures, tmp_path, "png")
     for figure in drawn:
         figure.draw_without_rendering()
         boxes = [box for axes in figure.axes if (box := axes.get_tightbbox()) is not None]
@@ -190,3 +192,15 @@ def test_a_long_label_leaves_room_for_the_mean(tmp_path: Path) -> None:
         assert labels[0] == "baseline"
         assert [label.endswith(("0.03", "0.01", "0.001")) and "…" in label for label in labels[1:]] == [True] * 3
         assert all(len(strip.label(each)) + len(strip.words(each)) <= 54 for each in strip.variants)
+
+
+def test_the_axis_of_a_strip_holds_the_line_of_one_deviation(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        make_run(tmp_path / str(seed), treatments()[0], seed, {**treatments()[0].settings, "run.seed": seed})
+    [strip] = figures_of(read_subject(tmp_path))[0].rows[0]
+    assert isinstance(strip, StripPlot)
+    found = strip.variants[0].summary(strip.measure)
+    assert found is not None
+    assert found.deviation
+    low, high = (strip.x(found.mean + sign * found.deviation) for sign in (-1, 1))
+    assert strip.rim < low < high < strip.width - strip.rim
