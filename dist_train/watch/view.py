@@ -160,9 +160,11 @@ _LEAST_COLUMNS, _LEAST_ROWS = 60, 20
 
 
 def show_once(run: WatchedRun, console: Console) -> None:
-    """Print the current view once, as high as the terminal."""
-    columns, rows = max(_LEAST_COLUMNS, console.width), max(_LEAST_ROWS, console.height - 1)
-    console.print(frame(run.look(), columns, rows), width=columns, height=rows, crop=False)
+    """Print the current view once, as high as the terminal; below it the state's reason, if the view has cut it."""
+    seen, columns, rows = run.look(), max(_LEAST_COLUMNS, console.width), max(_LEAST_ROWS, console.height - 1)
+    console.print(frame(seen, columns, rows), width=columns, height=rows, crop=False)
+    if (state := _state(seen)).cell_len > columns:
+        console.print(Text(state.plain, overflow="fold"))
 
 
 def watch(run: WatchedRun, console: Console, interval: float) -> None:
@@ -202,14 +204,16 @@ def _ending_in_order() -> Iterator[None]:
 
 def _header(run: Snapshot) -> Group:
     """Return four lines: name and state, facts, progress bar, last activity."""
+    epoch = f"{run.epoch:.4g} of {run.total_epochs:.4g}" if run.total_epochs else f"{run.epoch:.4g}"
+    bar = progress_bar(epoch, run.step, run.total_steps, run.seconds_left)
+    return Group(_state(run), _facts_line(run), bar, _sign_of_life(run))
+
+
+def _state(run: Snapshot) -> Text:
     state = Text(no_wrap=True, overflow="ellipsis")
     state.append(escaped(run.name), style="bold").append("  ")
     state.append(run.state, style=f"bold {COLOURS.get(run.state, 'yellow')}")
-    if run.reason:
-        state.append(f": {escaped(run.reason)}")
-    epoch = f"{run.epoch:.4g} of {run.total_epochs:.4g}" if run.total_epochs else f"{run.epoch:.4g}"
-    bar = progress_bar(epoch, run.step, run.total_steps, run.seconds_left)
-    return Group(state, _facts_line(run), bar, _sign_of_life(run))
+    return state.append(f": {escaped(run.reason)}" if run.reason else "")
 
 
 def _rates(run: Snapshot) -> Table:

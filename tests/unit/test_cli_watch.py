@@ -133,6 +133,16 @@ def test_into_a_file_it_shows_the_run_once_even_in_colour(tmp_path: Path) -> Non
     assert SCREEN not in ended.stdout
 
 
+def test_the_reason_of_a_failed_run_is_shown_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    reason = " ".join(f"reason-{number}" for number in range(20))
+    StatusFile(tmp_path / "status.json", 1).end("failed", ExitCode.FAULT, reason)
+    assert main(["watch", str(tmp_path)]) == ExitCode.FINISHED
+    assert f"failed: {reason}" in " ".join(capsys.readouterr().out.split())
+
+
 def test_what_it_shows_of_a_real_run_are_its_numbers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
