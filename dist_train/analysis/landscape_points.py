@@ -340,7 +340,8 @@ def check_fixed(other: Stored, model: nn.Module) -> None:
     if differing:
         raise UsageError(
             f"{other.path} differs in weights or buffers that are not trained ({', '.join(differing)}), which a line "
-            f"would keep as in the first checkpoint: choose checkpoints that share them",
+            f"would keep as in the first checkpoint: choose checkpoints that share them, or, if they are statistics of "
+            f"norms, train a model that builds its norms by norm(channels)",
             code="another-network",
         )
 
