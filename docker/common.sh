@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Shared by the scripts in this folder; sourced, never run.
+# Shared by the scripts in this folder; to be sourced.
 
 # shellcheck disable=SC2034
 root=$(CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -10,30 +10,30 @@ if [[ -z $cache ]]; then # as dist_train/data/cache.py chooses it
     [[ -z $home && -z ${HOME+set} ]] && cache=${TMPDIR:-/tmp}/dist_train-$(id -u) || cache=$home/.cache/dist_train
 fi
 
-# say TEXT: progress, on stderr, so that a script's output stays what it promises to print.
+# say TEXT: prints progress on stderr, so that stdout holds only the script's result.
 say() {
     printf '%s\n' "$*" >&2
 }
 
-# fail TEXT: one message that says how to fix it, and the end.
+# fail TEXT: prints one message, which says how to fix the error, and exits.
 fail() {
     printf 'error: %s\n' "$*" >&2
     exit 1
 }
 
-# own_folders FOLDER...: the end where another user could exchange what is in one that is there.
+# own_folders FOLDER...: fails if one exists in which another user could replace files.
 own_folders() {
     local folder owner mode probe
     for folder in "$@"; do
         read -r owner mode < <(stat -Lc '%u %a' "$folder" 2>/dev/null) || continue
         [[ $owner == 0 || -O $folder ]] && ! ((0$mode & 0002 && !(0$mode & 01000))) && continue
-        # where a new file is not ours, the file system knows no owners
+        # if a new file is not ours, the file system has no owners
         if probe=$(mktemp "$folder/.owner-XXXXXX" 2>/dev/null); then
             [[ -O $probe && $(stat -c %a "$probe") == 600 ]] && owner=known || owner=
             rm -f "$probe"
             [[ $owner == known ]] || continue
         fi
-        fail "$folder is another user's, or everybody may write there, and what it holds would be run; make it your own" \
+        fail "$folder belongs to another user, or everybody may write there, and code in it would be run; make it your own" \
             "(chown -R, chmod o-w), or set DIST_TRAIN_CACHE to a folder of your own"
     done
 }
@@ -42,7 +42,7 @@ have() {
     command -v "$1" >/dev/null 2>&1
 }
 
-# new_log NAME: the path of an empty log file; /dev/null where no disk has room for one.
+# new_log NAME: prints the path of an empty log file; /dev/null if the disk is full.
 new_log() {
     mktemp "${TMPDIR:-/tmp}/dist_train-$1-XXXXXX.log" 2>/dev/null || echo /dev/null
 }
@@ -52,30 +52,30 @@ remove_log() {
     [[ $log == /dev/null ]] || rm -f "$log"
 }
 
-# logged COMMAND...: its output goes to $log, and its end into $ending, which no full disk can take away.
+# logged COMMAND...: writes its output to $log, and the last lines to $ending, which a full disk does not affect.
 ending=
 logged() {
     ending=$("$@" 2>&1 </dev/null | { tee -a "$log" 2>/dev/null || true; } | tail -n 2000)
 }
 
-# known_cause: what to do, where the log tells that a disk is full or that the network is at fault.
+# known_cause: prints what to do if the log shows that a disk is full or the network fails.
 known_cause() {
     case $ending in
         *"No space left on device"* | *"Disk quota exceeded"* | *"not enough free disk space"*)
-            printf '%s\n' "A disk is full. Free some space, or name folders on another disk: DIST_TRAIN_CACHE for Horovod," \
-                "TMPDIR for temporary files, PIP_CACHE_DIR for downloads; a clone elsewhere for .venv. Free now:"
+            printf '%s\n' "A disk is full. Free some space, or set folders on another disk: DIST_TRAIN_CACHE for Horovod," \
+                "TMPDIR for temporary files, PIP_CACHE_DIR for downloads; for .venv, clone elsewhere. Free now:"
             df -h --output=avail,target "$root" "${TMPDIR:-/tmp}" "${HOME:-/}" 2>/dev/null | sed 1d | sort -u
             ;;
         *"Failed to establish a new connection"* | *"Temporary failure in name resolution"* | *"Network is unreachable"* | \
             *"Connection refused"* | *"Could not fetch URL"* | *"Read timed out"* | *"ConnectTimeoutError"* | *"ProxyError"* | \
             *"NewConnectionError"* | *"CERTIFICATE_VERIFY_FAILED"* | *"from versions: none"*)
-            printf '%s\n' "The package index cannot be reached. Check the network; where a proxy, a mirror or a certificate of your own" \
-                "is needed, tell pip: HTTPS_PROXY, PIP_INDEX_URL, PIP_CERT. On a cluster, run it on a login node."
+            printf '%s\n' "The package index cannot be reached. Check the network; if it needs a proxy, a mirror or a certificate," \
+                "set HTTPS_PROXY, PIP_INDEX_URL or PIP_CERT. On a cluster, run this on a login node."
             ;;
     esac
 }
 
-# telling_lines: of the log's end, the first errors that it names and its last lines.
+# telling_lines: prints the first errors in $ending, and its last lines.
 telling_lines() {
     local last errors
     last=$(tail -n 6 <<<"$ending")
@@ -85,7 +85,7 @@ telling_lines() {
     printf '%s\n' ${errors:+"$errors" ...} "$last" | cut -c1-160 | sed 's/^/  | /'
 }
 
-# give_up WHAT [ADVICE...]: one screen: what failed, what to do, the end of the log, where the whole log is; and the end.
+# give_up WHAT [ADVICE...]: prints on one screen what failed, what to do, the end of the log and its path, and exits.
 give_up() {
     local what=$1 known
     shift
@@ -101,7 +101,7 @@ give_up() {
     exit 1
 }
 
-# chosen_device: cpu or cuda where DEVICE says so; nothing leaves it to what torch is built for.
+# chosen_device: prints DEVICE, cpu or cuda; nothing if torch's build decides.
 chosen_device() {
     case ${DEVICE:-} in
         "" | cpu | cuda) printf '%s\n' "${DEVICE:-}" ;;
@@ -109,7 +109,7 @@ chosen_device() {
     esac
 }
 
-# chosen_nvcc: system or wheel where DIST_TRAIN_NVCC says so; nothing takes system where one builds for torch's CUDA.
+# chosen_nvcc: prints DIST_TRAIN_NVCC, system or wheel; nothing for the default: system if that builds for torch's CUDA.
 chosen_nvcc() {
     case ${DIST_TRAIN_NVCC:-} in
         "" | system | wheel) printf '%s\n' "${DIST_TRAIN_NVCC:-}" ;;
@@ -118,19 +118,19 @@ chosen_nvcc() {
 }
 
 need_compiler() {
-    have g++ || fail "g++ is missing, Horovod cannot be built; install it: apt-get install g++ (or load your cluster's gcc module)"
-    have make || fail "make is missing, Horovod cannot be built; install it: apt-get install make"
+    have g++ || fail "g++ is missing, so Horovod cannot be built; install it: apt-get install g++ (or load your cluster's gcc module)"
+    have make || fail "make is missing, so Horovod cannot be built; install it: apt-get install make"
 }
 
-# need_headers PYTHON: Debian keeps them in a package of their own.
+# need_headers PYTHON: fails if Python's headers are missing, which Debian has in a separate package.
 need_headers() {
     local headers
     headers=$("$1" -c 'import sysconfig; print(sysconfig.get_paths()["include"])')
     [[ -f $headers/Python.h ]] ||
-        fail "the headers of $1 are missing, Horovod cannot be built; install them: apt-get install $(basename "$headers")-dev"
+        fail "the headers of $1 are missing, so Horovod cannot be built; install them: apt-get install $(basename "$headers")-dev"
 }
 
-# Whether programs can be built with the mpicxx on the PATH: Debian's openmpi-bin brings mpicxx without the header.
+# Whether the mpicxx on the PATH can build programs: Debian's openmpi-bin has mpicxx without the header.
 mpi_builds() {
     have mpicxx && printf '#include <mpi.h>\nint main() { return MPI_Finalize(); }\n' |
         mpicxx -x c++ -o /dev/null - >/dev/null 2>&1

@@ -1,14 +1,13 @@
 # shellcheck shell=bash
-# Where nvcc and NCCL come from when Horovod is built for GPUs; sourced, never run.
-# It wants common.sh sourced before.
+# Where nvcc and NCCL come from when Horovod is built for GPUs; to be sourced after common.sh.
 
-# nvcc_release NVCC: such as 13.0.88.
+# nvcc_release NVCC: prints its release, such as 13.0.88.
 nvcc_release() {
     "$1" --version 2>/dev/null | sed -n 's/.*, V\([0-9.]*\).*/\1/p'
 }
 
-# nvcc_builds NVCC STANDARD: whether it builds a program with the headers that torch's include. A toolkit may be there
-# in part, and every nvcc refuses compilers that are newer than itself.
+# nvcc_builds NVCC STANDARD: whether it builds a program with the headers that torch's include. A toolkit may be
+# incomplete, and every nvcc refuses compilers that are newer than itself.
 nvcc_builds() {
     local folder status=0
     folder=$(mktemp -d) || return 1
@@ -19,7 +18,8 @@ nvcc_builds() {
     return "$status"
 }
 
-# system_nvcc CUDA STANDARD: the path of this machine's nvcc when it can build for that CUDA; minor releases fit together.
+# system_nvcc CUDA STANDARD: prints the path of this machine's nvcc if it can build for that CUDA; minor releases are
+# compatible.
 system_nvcc() {
     local nvcc
     [[ ${DIST_TRAIN_NVCC:-system} == system ]] || return 1
@@ -32,15 +32,15 @@ system_nvcc() {
     return 1
 }
 
-# toolkit_of NVCC: its folder, also where the nvcc on the PATH is a link or a script.
+# toolkit_of NVCC: prints its toolkit's folder, even if the nvcc on the PATH is a link or a script.
 toolkit_of() {
     local top
     top=$("$1" --dryrun -c nothing.cu 2>&1 | sed -n 's/^#\$ TOP=//p')
     realpath -m "${top:-$(dirname "$(realpath "$1")")/..}"
 }
 
-# fetch_toolkit PYTHON CUDA FOLDER: installs nvcc and what it needs from PyPI below FOLDER; $toolkit is the toolkit's folder.
-# There are such packages from CUDA 13 on; those for CUDA 12 lack nvcc itself.
+# fetch_toolkit PYTHON CUDA FOLDER: installs nvcc and what it needs from PyPI below FOLDER; sets $toolkit to the folder
+# of the toolkit. PyPI has nvcc from CUDA 13 on.
 fetch_toolkit() {
     local name packages=()
     for name in nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm nvidia-cuda-runtime nvidia-cuda-cccl; do
@@ -53,8 +53,8 @@ fetch_toolkit() {
     ln -sf "$(basename "$(ls "$toolkit"/lib/libcudart.so.*)")" "$toolkit/lib/libcudart.so"
 }
 
-# find_nccl PACKAGES: "include-folder library" of NCCL: the one that HOROVOD_NCCL_HOME names, else torch's own in
-# PACKAGES (site-packages), else the system's.
+# find_nccl PACKAGES: prints NCCL's include folder and library: those of HOROVOD_NCCL_HOME, else torch's in PACKAGES
+# (site-packages), else the system's.
 find_nccl() {
     local home library
     for home in "${HOROVOD_NCCL_HOME:-}" "$1/nvidia/nccl" "${CUDA_HOME:-/usr/local/cuda}" /usr; do
@@ -68,7 +68,7 @@ find_nccl() {
     return 1
 }
 
-# nccl_release INCLUDE: such as 2.30.7.
+# nccl_release INCLUDE: prints its release, such as 2.30.7.
 nccl_release() {
     sed -nE 's/^#define NCCL_(MAJOR|MINOR|PATCH) +([0-9]+).*/\2/p' "$1/nccl.h" | paste -sd .
 }

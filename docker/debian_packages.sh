@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs the Debian packages that some tests need, when it may (root and apt); otherwise says which
-# are missing and which tests are left out.
+# Installs the Debian packages that some tests need, as root with apt; otherwise reports which are missing and which
+# tests are left out.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -25,7 +25,7 @@ needed=(
     "podman-compose: the test of docker/compose.yaml"
 )
 
-# find_missing: the lines of packages that are not installed, in $missing; the end where there is none.
+# find_missing: sets $missing to the lines of packages that are not installed; exits if there are none.
 find_missing() {
     missing=()
     local line
@@ -42,7 +42,7 @@ if have apt-get && [[ $(id -u) == 0 ]]; then
     policy=/usr/sbin/policy-rc.d
     made=()
     if [[ ! -e $policy ]]; then
-        # Debian starts what it installs; the tests start their own servers, with their own settings.
+        # Debian starts the servers that it installs; the tests start their own, with other settings.
         printf '#!/bin/sh\nexit 101\n' >"$policy"
         chmod +x "$policy"
         made=("$policy")
@@ -52,7 +52,7 @@ if have apt-get && [[ $(id -u) == 0 ]]; then
     apt-get update >"$log" 2>&1 </dev/null || tail -n 5 "$log" >&2
     packages=()
     for line in "${missing[@]}"; do
-        # One that this release lacks would make apt install none.
+        # If this release lacks one of them, apt would install none.
         if apt-cache show "${line%%:*}" >/dev/null 2>&1; then
             packages+=("${line%%:*}")
         fi

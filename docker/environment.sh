@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Makes .venv with everything in it; called by `make setup`. A second call takes a second.
+# Makes .venv with everything in it; `make setup` calls it. If nothing has changed it ends within a second.
 #
 #   PYTHON=python3.12 docker/environment.sh          another Python (3.11 or newer)
 #   DIST_TRAIN_MPI=wheel docker/environment.sh       system: the Open MPI whose mpicxx is on the PATH;
 #                                                    wheel: PyPI's Open MPI inside .venv (needs no root);
 #                                                    default: system where one can be built with, else wheel
-#   DEVICE=cpu docker/environment.sh                 cpu: Horovod without NCCL, also beside a torch with CUDA;
-#                                                    cuda: with NCCL, or refused;
-#                                                    default: with NCCL where torch has CUDA
+#   DEVICE=cpu docker/environment.sh                 cpu: Horovod without NCCL, even with a torch for CUDA;
+#                                                    cuda: with NCCL, or the set-up fails;
+#                                                    default: with NCCL if torch is built for CUDA
 #   DIST_TRAIN_NVCC=wheel docker/environment.sh      what builds Horovod's GPU code, see docker/horovod_wheel.sh
 #
-# The choice of MPI is made once, when .venv is made, and stays, whatever is installed on the machine
-# later: Horovod, mpi4py and mpirun must be of one MPI. DEVICE and DIST_TRAIN_NVCC stay until another is named.
-# .venv/setup.env records all three.
+# MPI is chosen when .venv is made and then kept, whatever is installed on the machine later: Horovod, mpi4py and mpirun
+# must belong to one MPI. DEVICE and DIST_TRAIN_NVCC are kept until you set another value. .venv/setup.env records all
+# three.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 . "$(dirname "${BASH_SOURCE[0]}")/cuda.sh"
@@ -21,12 +21,12 @@ cd "$root"
 venv=$root/.venv
 record=$venv/setup.env
 export PIP_DISABLE_PIP_VERSION_CHECK=1
-# A user's settings of pip must not lead packages out of .venv.
+# The user's pip settings must not install packages outside .venv.
 export PIP_USER=0
 unset PIP_TARGET PIP_PREFIX PIP_ROOT
 unset PYTHONPATH PYTHONHOME VIRTUAL_ENV
 PATH=:$PATH:
-PATH=${PATH//:"$venv/bin":/:} # an activated .venv must not choose the Python and the MPI of its successor
+PATH=${PATH//:"$venv/bin":/:} # an active .venv must not choose the Python and MPI of the new one
 PATH=${PATH#:} PATH=${PATH%:}
 
 new_enough() {
@@ -52,7 +52,7 @@ recorded() {
     [[ -f $record ]] && sed -n "s/^$1=//p" "$record"
 }
 
-# The nvcc that built Horovod, and its release: as recorded where another node lacks it.
+# Prints the nvcc that built Horovod, and its release; the recorded release if this node does not have that nvcc.
 builder() {
     local nvcc release
     nvcc=$(recorded nvcc || true)
@@ -60,7 +60,8 @@ builder() {
     printf '%s %s\n' "$nvcc" "${release:-$(recorded nvcc_release || true)}"
 }
 
-# digest PYTHON-VERSION: of all that .venv is made from, torch's version and CUDA, NCCL and nvcc among it.
+# digest PYTHON-VERSION: prints a digest of everything that .venv is made from, including torch's version and CUDA, NCCL
+# and nvcc.
 digest() {
     local packages
     packages=$(echo "$venv"/lib/python*/site-packages)
@@ -94,7 +95,7 @@ nvcc_choice=$(chosen_nvcc)
 nvcc_choice=${nvcc_choice:-$(recorded nvcc_choice || true)}
 export DEVICE=$device DIST_TRAIN_NVCC=$nvcc_choice
 
-# What stands: keep it unless it is broken, or another Python or MPI is asked for by name.
+# Keep an existing .venv unless it is broken, or the user has asked for another Python or MPI.
 standing=none
 if [[ -e $venv ]]; then
     standing=kept
@@ -116,11 +117,11 @@ if [[ -e $venv ]]; then
 fi
 
 need_compiler
-# mpicxx prints lists of paths, and horovod_wheel.sh reads them, with blanks between them.
+# horovod_wheel.sh reads lists of paths from mpicxx that are separated by blanks.
 [[ $root != *[[:space:]]* ]] ||
-    fail "the path $root has a blank in it, Horovod cannot be built; move the project (or install it without Horovod: pip install .)"
+    fail "the path $root contains a blank, so Horovod cannot be built; move the project (or install it without Horovod: pip install .)"
 
-# In two steps, because the first hides what the second says.
+# In two steps, because `python -m venv` hides ensurepip's messages.
 make_venv() {
     "$base" -m venv --without-pip "$venv" && "$venv/bin/python" -m ensurepip --default-pip
 }
@@ -131,7 +132,7 @@ trap '(($?)) || remove_log' EXIT
 if [[ $standing != kept ]]; then
     base=$(find_python)
     mpi=$(choose_mpi)
-    [[ $standing == none ]] || say "set-up: .venv is unfinished, or for another Python or MPI; making it anew"
+    [[ $standing == none ]] || say "set-up: .venv is incomplete, or for another Python or MPI; making it again"
     say "set-up: making .venv with Python $(version_of "$base") and $mpi MPI"
     need_headers "$base"
     rm -rf "$venv"
@@ -144,7 +145,7 @@ fi
 python=$venv/bin/python
 
 pip_install() {
-    logged "$python" -m pip install "$@" || give_up "pip could not install: $*" "Then run this again; what is installed stays."
+    logged "$python" -m pip install "$@" || give_up "pip could not install: $*" "Then run this again; what has been installed is kept."
 }
 
 requirements() {
@@ -157,7 +158,7 @@ print(*(r for r in every if any(r.startswith(name) for name in wanted)), sep="\n
 EOF
 }
 
-say "set-up: installing torch (minutes, where it is a build for CUDA: 3 GB)"
+say "set-up: installing torch (a build for CUDA takes minutes: 3 GB)"
 mapfile -t first < <(requirements torch numpy setuptools pyyaml)
 pip_install "${first[@]}" wheel packaging cffi cloudpickle psutil
 if [[ $mpi == wheel ]]; then
@@ -166,7 +167,7 @@ if [[ $mpi == wheel ]]; then
     mpirun=$venv/bin/mpirun
 else
     mpirun=$(command -v mpirun) || fail "mpirun is no longer on the PATH, but .venv was made with it: put it there, or remove .venv"
-    # mpi4py looks here first: the same library that Horovod is linked to, wherever it lies.
+    # mpi4py looks here first: it must load the library that Horovod is linked to.
     read -r libraries _ <<<"$(mpicxx --showme:libdirs)"
     ln -sfn "$libraries/libmpi.so" "$venv/lib/libmpi.so"
 fi
@@ -191,7 +192,7 @@ assert hvd.nccl_built() or torch.version.cuda is None or os.environ["DEVICE"] ==
 END
 }
 logged check || give_up "Horovod was built, but does not load" \
-    "Make it anew: rm -rf .venv, empty the wheel cache ($cache/wheels), 'make setup'."
+    "Make it again: remove .venv and the wheels in $cache/wheels, then run 'make setup'."
 
 nvcc=$(cat "$(dirname "$wheel")/nvcc" 2>/dev/null || true)
 write_record() {
@@ -200,5 +201,5 @@ write_record() {
     mv "$record.new" "$record"
 }
 write_record
-write_record "digest=$(digest "$(version_of "$python")")" # of the record, too
+write_record "digest=$(digest "$(version_of "$python")")" # which includes what was just recorded
 say "set-up: done; '. .venv/bin/activate' puts dist-train on your PATH"

