@@ -25,8 +25,8 @@ Environment variables (defaults in brackets):
   HOROVOD_GLOO_IFACE    network interface for the ranks (one that all machines have)
   DIST_TRAIN_PYTHON     Python to run, on all machines (the project's .venv/bin/python, else python3)
 
-SIGTERM, SIGINT (Ctrl-C) and SIGUSR2 ask ranks that train to save and stop, and end others; a second
-Ctrl-C or SIGTERM, two seconds or more after the first, ends them at once.
+SIGTERM, SIGINT (Ctrl-C), SIGHUP and SIGUSR2 ask ranks that train to save and stop, and end others; a
+second Ctrl-C or SIGTERM, two seconds or more after the first, ends them at once.
 
 Exit status of a training run: 0 finished, 2 bad usage or configuration, 3 diverged, 4 ranks
 disagree, 75 stopped on request after saving (start it again to resume), 1 anything else.

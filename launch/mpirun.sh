@@ -18,8 +18,8 @@ Starts N ranks with mpirun, each of them running 'dist-train COMMAND ARGUMENT ..
                    or on the nodes of the Slurm job
   -h, --help       this text
 
-SIGTERM, SIGINT (Ctrl-C) and SIGUSR2 ask ranks that train to save and stop, and end others; a second
-Ctrl-C or SIGTERM, two seconds or more after the first, ends them at once.
+SIGTERM, SIGINT (Ctrl-C), SIGHUP and SIGUSR2 ask ranks that train to save and stop, and end others; a
+second Ctrl-C or SIGTERM, two seconds or more after the first, ends them at once.
 
 Environment variables (defaults in brackets):
   OMP_NUM_THREADS    threads per rank (if all ranks run here: the cores divided by N)
