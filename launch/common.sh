@@ -253,7 +253,7 @@ tidy_errors() {
         return
     fi
     trap '' TERM INT USR1 USR2 HUP
-    filter -e "/was killed by signal|^(srun|slurmstepd|mpirun|prterun): |^dist-train: /w $error_log" \
+    filter -e "/was killed by signal|^(srun|slurmstepd|mpirun|prterun): |^dist-train: |^Exit code: /w $error_log" \
         -e "/^-{60,}\$/,/^-{60,}\$/w $error_log" | tidy_output
 }
 
@@ -326,6 +326,18 @@ launch() {
     done
 }
 
+# launch_horovodrun STOP COMMAND [ARGUMENT ...]: as launch, for a launcher that ends with 1 whatever its ranks end with,
+# and names the exit code of the first that failed in its last message.
+launch_horovodrun() {
+    local code
+    error_log=$(mktemp 2>/dev/null) || error_log=
+    launch "$@"
+    [[ -n $error_log ]] || return 0
+    code=$(sed -n 's/^Exit code: //p' "$error_log")
+    rm -f "$error_log"
+    [[ ! $code =~ ^[0-9]+$ ]] || launcher_status=$code
+}
+
 end_leftovers() {
     local tries processes
     for ((tries = 0; tries < 50; tries++)); do
@@ -344,7 +356,7 @@ end_leftovers() {
 # The end of a launch script: exits with the status that the run's status.json gives.
 finish() {
     if [[ -n $run_directory ]]; then
-        exec "${dist_train[@]}" outcome "$run_directory" --launch "$launch_id" --record-lost
+        exec "${dist_train[@]}" outcome "$run_directory" --launch "$launch_id" --record-lost --code "$launcher_status"
     fi
     ((launcher_status == 0)) || launcher_status=1
     exit "$launcher_status"

@@ -60,5 +60,5 @@ find_programs
 need_horovodrun
 check_run "$@"
 set_rank_environment "${OMP_NUM_THREADS:-$(threads_each "$rank_count")}"
-launch stop_local_ranks "$horovodrun" --gloo -np "$rank_count" "$python" -m dist_train "$@"
+launch_horovodrun stop_local_ranks "$horovodrun" --gloo -np "$rank_count" "$python" -m dist_train "$@"
 finish

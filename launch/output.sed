@@ -14,8 +14,8 @@
         d
     }
 }
-/^Process [0-9]+ exit with status code (2|3|4|75)\.$/d
-/^Terminating remaining ranks after failure of Process [0-9]+\.$/d
+# Its threads print at once, so that two notices may be on one line.
+/^(Process [0-9]+ exit with status code (2|3|4|75)\.|Terminating remaining workers after failure of Process [0-9]+\.)+$/d
 
 # mpirun's notice about the same, if the code is one of ours: status.json has the reason.
 /^-{60,}$/{

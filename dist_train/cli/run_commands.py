@@ -286,14 +286,15 @@ def _add_outcome(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "outcome",
         help="for scripts: exit with the code of a run's last launch",
-        description="Exit with the code that the run's last launch wrote into status.json; with 1 if it wrote none, or "
-        "if its id is not that of --launch.",
+        description="Exit with the code that the run's last launch wrote into status.json; if it wrote none, or its id "
+        "is not that of --launch, with 2 if --code says that its ranks were refused, else with 1.",
     )
     parser.add_argument("run_directory", type=Path, metavar="RUN", help="a run directory")
     parser.add_argument("--launch", metavar="ID", help="the launch's DIST_TRAIN_LAUNCH")
     parser.add_argument(
         "--record-lost", action="store_true", help="once the launch has ended: if it recorded no end, record a failure"
     )
+    parser.add_argument("--code", type=int, metavar="N", help="the launcher's exit status")
     parser.set_defaults(run=_outcome)
 
 
@@ -303,6 +304,8 @@ def _outcome(arguments: argparse.Namespace) -> int:
     path = RunDirectory(arguments.run_directory).status
     status = read_status(path)
     if status is None or (arguments.launch is not None and status.launch != arguments.launch):
+        if arguments.code == ExitCode.USAGE:  # the ranks were refused before they had a status, and have said why
+            return ExitCode.USAGE
         say_on_stderr(f"dist-train: the launch left no status in {escaped(str(arguments.run_directory))}")
         return ExitCode.FAULT
     if status.exit_code is None:

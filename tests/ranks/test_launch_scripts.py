@@ -219,6 +219,19 @@ def test_bad_configuration_is_reported_once_and_nothing_is_launched(
     assert not run.exists()
 
 
+@LAUNCHERS
+def test_what_the_ranks_refuse_is_reported_once_and_exits_with_2(
+    launcher: tuple[str, ...], configuration: str, tmp_path: Path, mark: str
+) -> None:
+    run = tmp_path / "run"
+    settings = (f"run.init_from={tmp_path / 'weights.pt'}", "--run-dir", str(run))
+    code, out, err = finish(start(mark, *launcher, "train", configuration, *settings))
+    assert code == ExitCode.USAGE, err
+    assert len([line for line in (out + err).splitlines() if line.strip()]) == 1, out + err
+    assert "weights.pt" in out + err
+    assert not run.exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

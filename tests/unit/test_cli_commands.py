@@ -671,5 +671,13 @@ class TestOutcome:
         assert main(["outcome", str(tmp_path), "--launch", "first"]) == 0
         assert main(["outcome", str(tmp_path), "--launch", "second"]) == 1
 
+    def test_a_launch_that_was_refused_before_it_wrote_a_status_ends_with_2(
+        self, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["outcome", str(tmp_path), "--launch", "first", "--code", "2"]) == ExitCode.USAGE
+        assert capfd.readouterr().err == "", "the ranks have said why"
+        StatusFile(tmp_path / "status.json", 2).end("failed", ExitCode.DIVERGED, "")
+        assert main(["outcome", str(tmp_path), "--code", "2"]) == ExitCode.DIVERGED
+
     def test_a_finished_run_s_is_0(self, trained: Path) -> None:
         assert main(["outcome", str(trained)]) == 0

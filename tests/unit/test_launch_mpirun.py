@@ -226,7 +226,9 @@ def test_output_after_a_traceback_is_shown_at_once_and_that_of_horovodrun_is_lef
         sed.stdin.flush()
         wait_for(lambda: "step 1" in shown.read_text())
         end = "RuntimeError: Horovod detected that one or more processes exited with non-zero status"
-        sed.stdin.write(f"{traceback}{end}\nProcess name: 1\nExit code: 3\n\n[0]<stdout>:step 2\n")
+        notices = "Process 0 exit with status code 3.Process 1 exit with status code 3.\n"  # of two of its threads
+        notices += "Terminating remaining workers after failure of Process 1.\n"
+        sed.stdin.write(f"{notices}{traceback}{end}\nProcess name: 1\nExit code: 3\n\n[0]<stdout>:step 2\n")
         sed.stdin.close()
     assert shown.read_text() == f"{traceback}ValueError: harmless\nstep 1\nstep 2\n"
 
