@@ -109,5 +109,5 @@ def test_messages_of_several_ranks_do_not_mix_in_a_line() -> None:
     with ours, its:
         program = "from dist_train.outcome import say_on_stderr; say_on_stderr('one'); say_on_stderr('two')"
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-        subprocess.run([sys.executable, "-c", program], stderr=its, env=environment, check=True)
+        subprocess.run([sys.executable, "-c", program], stderr=its.fileno(), env=environment, check=True)
         assert [ours.recv(100) for _ in range(2)] == [b"one\n", b"two\n"]
