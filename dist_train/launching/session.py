@@ -41,7 +41,8 @@ from dist_train.outcome import (
     exit_code_of,
     shortened,
 )
-from dist_train.rundir.paths import RunDirectory, RunLock, check_of_run
+from dist_train.rundir.lock import RunLock, check_of_run
+from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import JsonLines, Observer, Outcome, RunFacts
 from dist_train.rundir.status import EventCounts, RanksFile, State, StatusFile, another_failed, read_status
 from dist_train.training.consistency import changed_versions, kernels_on, launch_environment

@@ -26,8 +26,8 @@ from dist_train.config.loading import flat_settings, parse_yaml, yaml_fault
 from dist_train.outcome import ExitCode, shortened
 from dist_train.rundir import atomic
 from dist_train.rundir.atomic import RewrittenFile, json_text, read_regular
-from dist_train.rundir.paths import BrokenFileError, RunDirectory, check_of_run
-from dist_train.rundir.processes import pid_namespace
+from dist_train.rundir.lock import check_of_run, pid_namespace
+from dist_train.rundir.paths import BrokenFileError, RunDirectory
 from dist_train.rundir.records import EventRecord, Measurement, Observer, Outcome, RankMeasurement, Record, nan_for_null
 
 State = Literal["starting", "running", "stopping", "stopped", "finished", "failed"]

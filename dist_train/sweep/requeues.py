@@ -18,7 +18,8 @@ from dist_train.cluster.launch import current_job
 from dist_train.monitoring import wording
 from dist_train.outcome import ExitCode
 from dist_train.rundir import atomic
-from dist_train.rundir.paths import DISK_FULL, RunDirectory, StudyDirectory, read_holder
+from dist_train.rundir.lock import read_holder
+from dist_train.rundir.paths import DISK_FULL, RunDirectory, StudyDirectory
 from dist_train.rundir.status import State, Status, StatusFile, fallback_directory, read_status
 
 _UNRECOVERABLE = frozenset({ExitCode.USAGE, ExitCode.DIVERGED, ExitCode.DISAGREEMENT})

@@ -19,7 +19,8 @@ from dist_train.config.loading import read_mapping
 from dist_train.config.plugins import with_places_of
 from dist_train.monitoring import wording
 from dist_train.outcome import ExitCode, UsageError, escaped, writing
-from dist_train.rundir.paths import RunDirectory, is_locked
+from dist_train.rundir.lock import is_locked
+from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import EvaluationRecord, read_last_records
 from dist_train.rundir.status import read_status
 from dist_train.sweep.planned_runs import Plan, PlannedRun, optuna_trials, plan_study, write_plan

@@ -15,7 +15,7 @@ from typing import Any
 from dist_train.cluster.launch import command_output, without_launcher
 from dist_train.monitoring import wording
 from dist_train.outcome import ExitCode, signal_name
-from dist_train.rundir.paths import try_to_lock
+from dist_train.rundir.lock import try_to_lock
 from dist_train.rundir.status import read_status
 from dist_train.start_up import learn_how_children_end, own_command, restore_handlers, usable_cores
 from dist_train.sweep.planned_runs import Plan, PlannedRun

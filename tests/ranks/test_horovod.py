@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dist_train.rundir.paths import LockRequest, RunDirectory
+from dist_train.rundir.lock import LockRequest
+from dist_train.rundir.paths import RunDirectory
 from tests.launching import (
     assert_same_run,
     kill,

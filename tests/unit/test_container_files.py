@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dist_train.rundir.processes import pid_namespace
+from dist_train.rundir.lock import pid_namespace
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "docker" / "Dockerfile").read_text()

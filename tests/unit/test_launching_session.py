@@ -47,7 +47,8 @@ from dist_train.outcome import (
     UsageError,
     exit_code_of,
 )
-from dist_train.rundir.paths import LockRequest, RunDirectory
+from dist_train.rundir.lock import LockRequest
+from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import (
     EventRecord,
     Observer,

@@ -19,7 +19,8 @@ from pathlib import Path
 import pytest
 
 from dist_train.outcome import FaultError, UsageError
-from dist_train.rundir.paths import LockRequest, RunDirectory, RunLock
+from dist_train.rundir.lock import LockRequest, RunLock
+from dist_train.rundir.paths import RunDirectory
 from tests.raising import raises
 
 _HOLD = """

@@ -13,7 +13,8 @@ import pytest
 
 from dist_train.outcome import ExitCode
 from dist_train.rundir import atomic
-from dist_train.rundir.paths import LockRequest, RunDirectory
+from dist_train.rundir.lock import LockRequest
+from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import EventRecord, Measurement, Outcome, RankMeasurement, StepParts
 from dist_train.rundir.status import (
     LAUNCH_VARIABLE,

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_train.outcome import ExitCode
-from dist_train.rundir.paths import LockRequest, RunDirectory
+from dist_train.rundir.lock import LockRequest
+from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.status import StatusFile, load_status, read_status
 from dist_train.sweep.requeues import EndedLaunch, decide, read_requeues
 from tests.torture.disk import can_mount

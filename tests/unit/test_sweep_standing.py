@@ -15,7 +15,7 @@ from rich.console import Console
 
 from dist_train.config.resuming import with_setting
 from dist_train.outcome import ExitCode
-from dist_train.rundir.processes import pid_namespace
+from dist_train.rundir.lock import pid_namespace
 from dist_train.rundir.status import State, StatusFile
 from dist_train.sweep.planned_runs import PlannedRun, plan_study
 from dist_train.sweep.standing import Standing, render, standing_of, standings_of

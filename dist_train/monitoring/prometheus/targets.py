@@ -22,7 +22,7 @@ from typing import BinaryIO
 from dist_train.monitoring.prometheus.board import KILLED, OUTCOMES
 from dist_train.monitoring.prometheus.messages import ServingPlan
 from dist_train.rundir import atomic
-from dist_train.rundir.processes import pid_namespace, process_start
+from dist_train.rundir.lock import pid_namespace, process_start
 from dist_train.rundir.records import RunFacts
 
 HEARTBEAT_SECONDS = 60.0  # interval at which a run touches its file

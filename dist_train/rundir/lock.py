@@ -1,0 +1,225 @@
+"""Which process uses a run directory: the lock that lets only one launch at a time use it, and whether a process runs.
+
+The lock is a kernel lock (flock) on a file in the directory: it ends with its process, however that ends. Over NFS the
+server holds it, and releases a dead node's locks when its lease expires.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dist_train.outcome import FaultError, UsageError
+
+if TYPE_CHECKING:
+    from dist_train.rundir.paths import RunDirectory  # which loads pydantic; the exporter does without
+
+PATIENCE_SECONDS = 5.0  # a killed process may take a moment to end
+LEASE_SECONDS = 150.0  # how long an NFS server may keep the lock of a dead node: its lease, usually 90 s, and a margin
+
+_POLL_SECONDS = 0.05
+_WITHOUT_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL})
+_LONGEST_HOLDER = 4096
+_logger = logging.getLogger("dist_train.training")
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The process that holds the lock, and since when (ISO 8601, UTC)."""
+
+    host: str
+    pid: int
+    since: str
+    slurm_job: str = ""
+
+
+class RunLock:
+    """A run directory held by this process, until `release` or its end."""
+
+    def __init__(self, path: Path, descriptor: int) -> None:
+        self._path = path
+        self._descriptor = descriptor
+
+    def check(self) -> None:
+        """Raise OSError if the run directory is no longer the locked one: removed, moved or replaced."""
+        _check_same(self._path, os.fstat(self._descriptor))
+
+    def release(self) -> None:
+        """Release the lock; the file stays, since deleting it would let two processes in."""
+        os.close(self._descriptor)
+
+
+def check_of_run(directory: RunDirectory) -> Callable[[], None]:
+    """Return a function that does what `RunLock.check` does, for any process of the launch that holds the lock now.
+
+    If nobody has ever locked the directory, it does nothing.
+    """
+    try:
+        return partial(_check_same, directory.lock, os.stat(directory.lock))
+    except OSError:
+        return lambda: None
+
+
+def _check_same(lock: Path, before: os.stat_result) -> None:
+    if not os.path.samestat(os.stat(lock), before):
+        raise OSError(errno.ESTALE, "the run directory was moved away and replaced", str(lock.parent))
+
+
+@dataclass(eq=False)
+class LockRequest:
+    """A request for the lock of a run directory.
+
+    It waits `patience` seconds for the holder to end; `lease` seconds if that is an earlier start of the same Slurm job
+    on another node: Slurm has seen it end, but the file server may not know yet.
+    """
+
+    directory: RunDirectory
+    patience: float = PATIENCE_SECONDS
+    lease: float = LEASE_SECONDS
+
+    def __post_init__(self) -> None:
+        self._begun = time.monotonic()
+        self._is_announced = False
+
+    def wait(self, seconds: float) -> RunLock | None:
+        """Return the lock; None if its holder has not ended after `seconds`, but may still do so in time.
+
+        Raises UsageError if another launch uses the directory, FaultError if an earlier start of this job does; the
+        message names it; OSError if the lock file cannot be made.
+        """
+        until = time.monotonic() + seconds
+        path = self.directory.lock
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            while not try_to_lock(descriptor, path):
+                now = time.monotonic()
+                self._refuse_or_announce(_read_holder(descriptor), now - self._begun)
+                if now >= until:
+                    os.close(descriptor)
+                    return None
+                time.sleep(_POLL_SECONDS)
+            with suppress(OSError):  # on a full disk the lock holds without naming its holder
+                _write_holder(descriptor)
+            return RunLock(path, descriptor)
+        except BaseException:
+            os.close(descriptor)
+            raise
+
+    def _refuse_or_announce(self, holder: Holder | None, waited: float) -> None:
+        is_predecessor = _is_predecessor(holder)
+        if waited >= (self.lease if is_predecessor else self.patience):
+            kind = FaultError if is_predecessor else UsageError  # the lock of a lost node is free at a later start
+            raise kind(
+                f"{self.directory.root} is in use by {_holder_name(holder)}: two launches must not write into one run "
+                f"directory; wait for it or end it, or choose another by run.name or --run-dir",
+                code="run-in-use",
+            )
+        if is_predecessor and not self._is_announced:
+            self._is_announced = True
+            root, name = self.directory.root, _holder_name(holder)
+            _logger.warning("waiting up to %g s for the lock of %s, held by %s", self.lease, root, name)
+
+
+def is_locked(path: Path) -> bool | None:
+    """Whether a process holds the lock at `path`; None without such a file or on a file system without locks."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    return False
+
+
+def read_holder(path: Path) -> Holder | None:
+    """Return the holder of the lock at `path`; None if nobody holds it, or the holder is unknown."""
+    with suppress(OSError), path.open("rb") as file:
+        return _read_holder(file.fileno()) if is_locked(path) else None
+    return None
+
+
+def try_to_lock(descriptor: int, path: Path) -> bool:
+    """Lock the file; return False if another process holds it. Raises OSError. Without locks: warn, return True."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _WITHOUT_LOCKS:
+            raise
+        _logger.warning(
+            "%s: this file system has no locks (%s); nothing but you keeps a second job out of the run directory",
+            path,
+            error.strerror,
+        )
+    return True
+
+
+def _write_holder(descriptor: int) -> None:
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    holder = Holder(socket.gethostname(), os.getpid(), now, os.environ.get("SLURM_JOB_ID", ""))
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, json.dumps(asdict(holder)).encode() + b"\n", 0)
+
+
+def _read_holder(descriptor: int) -> Holder | None:
+    try:
+        fields = json.loads(os.pread(descriptor, _LONGEST_HOLDER, 0))
+        return Holder(str(fields["host"]), int(fields["pid"]), str(fields["since"]), str(fields["slurm_job"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _is_predecessor(holder: Holder | None) -> bool:
+    job = os.environ.get("SLURM_JOB_ID", "")
+    return holder is not None and job != "" and holder.slurm_job == job and holder.host != socket.gethostname()
+
+
+def _holder_name(holder: Holder | None) -> str:
+    if holder is None:
+        return "another process"
+    job = f", Slurm job {holder.slurm_job}" if holder.slurm_job else ""
+    return f"process {holder.pid} on {holder.host}{job}, since {holder.since}"
+
+
+def pid_namespace() -> str:
+    """Return the PID namespace of this process, which may be a container's; empty if it is unknown."""
+    with suppress(OSError):
+        return os.readlink("/proc/self/ns/pid")
+    return ""
+
+
+def process_start(pid: int) -> int | None:
+    """Return the start of process `pid` in clock ticks since boot; None if it is gone or a zombie."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return None
+    fields = stat.rpartition(b")")[2].split()
+    return None if fields[0] in b"ZX" else int(fields[19])
+
+
+def process_runs(pid: int, seen: float) -> bool:
+    """Whether process `pid` runs and is the one last seen at `seen` (seconds since 1970), not a reused PID."""
+    start = process_start(pid)
+    if start is None:
+        return False
+    try:
+        boot = next(line for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime"))
+    except OSError:
+        return False
+    # The boot time has a resolution of one second.
+    return int(boot.split()[1]) + start / os.sysconf("SC_CLK_TCK") <= seen + 2.0
