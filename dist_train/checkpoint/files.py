@@ -35,6 +35,7 @@ from dist_train.rundir.status import fallback_directory, read_status
 
 FORMAT = 1
 OTHER_FALLBACK = "choose another checkpoint.fallback_directory"
+WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 _DAMAGED = ".damaged"
 _LOOKS = 5  # for the last checkpoint of a run at work
 _NAME = re.compile(r"step-(\d{8,})\.pt")
@@ -189,6 +190,8 @@ def find_checkpoint(target: Path) -> Path:
     if target.is_file():
         checkpoint = target.with_suffix(".pt")
         return in_utf8(checkpoint if target.suffix == ".json" and checkpoint.is_file() else target)
+    if target.suffix in WEIGHT_FILES and not (target.exists() or Path("runs", target).exists()):
+        raise UsageError(f"there is no file {target.absolute()}", code="target-missing")
     name, _, which = str(target).rpartition("@")
     if target.is_dir() or not (which.isdecimal() or which == "best"):
         name, which = str(target), ""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dist_train.checkpoint.files import (
+    WEIGHT_FILES,
     Contents,
     NoCompleteCheckpointError,
     adopt,
@@ -343,7 +344,6 @@ def _check_same_layout(comm: Communicator, layout: Sequence[object], root: int) 
     run_on_all_ranks(comm, check, "take over the run's state")
 
 
-_FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 _TORCHVISION = "torchvision:"
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 _NORM_BUFFERS = (".num_batches_tracked", ".running_mean", ".running_var")
@@ -435,7 +435,7 @@ def read_initial(source: Path, model: str) -> InitialWeights:
 
 def _is_foreign(path: Path) -> bool:
     """Whether the file comes from another program: by its suffix, and because it lacks a checkpoint's record."""
-    return path.suffix in _FILES and not (path.suffix == ".pt" and _has_record(path))
+    return path.suffix in WEIGHT_FILES and not (path.suffix == ".pt" and _has_record(path))
 
 
 def _has_record(path: Path) -> bool:

@@ -74,6 +74,9 @@ class TestFinding:
     def test_what_is_not_there_is_told(self, tmp_path: Path) -> None:
         with raises(UsageError, "target-missing"):
             find_checkpoint(tmp_path / "nowhere")
+        with raises(UsageError, "target-missing") as refused:
+            find_checkpoint(tmp_path / "step-00000003.pt")
+        assert "no file" in str(refused.value)
         with raises(UsageError, "target-missing"):  # a folder, but not of a run
             find_checkpoint(tmp_path)
         (tmp_path / "status.json").touch()
