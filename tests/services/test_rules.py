@@ -150,7 +150,7 @@ def test_rules_without_run_ids_would_confuse_runs_of_one_name(written: str, repl
         ("on (run, run_id) max by (run, run_id) (dist_train_stall_timeout_seconds)", "120", "the first step compiles"),
         ("unless on (run, run_id) dist_train_state", "", "resumed in the next Slurm job"),
         ("and ignoring (state)", "or ignoring (state)", "resumed in the next Slurm job"),
-        ('finished|failed"}[1d]) == 1', 'finished|failed"}[1d]) == 2', "target file could not be taken away"),
+        ('finished|failed"}[1d]) == 1', 'finished|failed"}[1d]) == 2', "target file could not be removed"),
         ('{state="running"}) == 1', '{state="running"}) >= 0', "it is stopping"),
         ("[1d:1m] offset 15m", "[1m:1m] offset 15m", "events of an earlier launch"),
         ("dist_train_events_before_launch{", "missing{", "more than a day after events"),
