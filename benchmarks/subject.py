@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dist_train.checkpoint.state import ResumePoint
 from dist_train.cluster.communicator import Communicator
 from dist_train.config import Config, parse_config
 from dist_train.launching.assembly import assemble
+from dist_train.launching.preflight import ResumePoint
 from dist_train.launching.session import Session, build_observers
 from dist_train.rundir.paths import RunDirectory
 from dist_train.training.stopping import StopRequests

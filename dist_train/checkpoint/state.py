@@ -1,4 +1,4 @@
-"""A run's state and progress, and the checkpoint or weights from which a launch starts."""
+"""A run's state and progress, as checkpoints hold them, and weights of other runs and programs."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,13 +18,7 @@ from torch.optim import Optimizer
 from dist_train.checkpoint.files import (
     WEIGHT_FILES,
     Contents,
-    NoCompleteCheckpointError,
-    adopt,
-    copy_newest,
     find_checkpoint,
-    has_checkpoints,
-    newest_whole,
-    read_checkpoint,
     read_record,
     read_stored,
 )
@@ -38,111 +30,13 @@ from dist_train.cluster.communicator import (
     run_on_all_ranks,
     signed_digest,
 )
-from dist_train.config import Config, differences, parse_config
-from dist_train.config.plugins import with_places_of
-from dist_train.config.resuming import SAVED, with_decisions
+from dist_train.config import Config
 from dist_train.optim.averaging import Averaging, averaged_state
 from dist_train.optim.flat_weights import FlatWeights, with_tied
 from dist_train.optim.noise import Noise
 from dist_train.optim.optimizers import create_missing, load_state, packed_numbers, set_numbers, state_tensors
 from dist_train.outcome import PluginResultError, UsageError, check_choice, reading
 from dist_train.rundir.atomic import read_regular
-from dist_train.rundir.paths import RunDirectory, checkpoint_name
-
-
-@dataclass(frozen=True)
-class ResumePoint:
-    """Where a launch starts."""
-
-    config: Config  # with the decisions of earlier launches
-    contents: Contents | None = None  # the checkpoint to resume from
-    damage: Mapping[str, str] = field(default_factory=dict)  # what is wrong with damaged checkpoints, by file name
-    epochs_before: int | None = None  # if the run is lengthened: those that its schedules spanned so far
-    initial: InitialWeights | None = None  # of a new run, if its weights do not come from the seed
-    gone: Path | None = None  # what `run.resume` names, if it is no longer there, and not needed
-    source: Path | None = None  # the other run's checkpoint with which a new run begins
-    former_records: Path | None = None  # those of the run so far, if it has no whole checkpoint any more
-
-
-def find_resume_point(config: Config, directory: RunDirectory) -> ResumePoint:
-    """Return where a launch of `config` in `directory` starts. Raises UsageError."""
-    checkpoints, other_disk = directory.checkpoints, config.checkpoint.fallback_directory
-    folders = [checkpoints] if other_disk is None else [checkpoints, directory.fallback(other_disk)]
-    if config.run.resume == "never":
-        if any(map(has_checkpoints, folders)):
-            raise UsageError(
-                f"{directory.root} already holds a run: choose another run.name, or resume it with run.resume=auto",
-                code="run-exists",
-            )
-        return ResumePoint(config, initial=_initial_weights(config))
-    if other_disk is not None:
-        adopt(folders[-1], checkpoints)
-        for former in directory.fallbacks(other_disk):  # or of a copy that may have gone another way since
-            if former != folders[-1]:
-                copy_newest(former, checkpoints, partial(_may_continue, config))
-    named = None if config.run.resume == "auto" else Path(config.run.resume)
-    contents, source, is_missing, damage = None, None, False, dict[str, str]()
-    if named is not None and not named.is_dir():
-        try:
-            named = find_checkpoint(named)
-        except UsageError as error:  # it is needed only if the run has no checkpoint of its own
-            is_missing = error.code in ("checkpoint-missing", "no-checkpoint", "target-missing")
-    try:
-        contents = newest_whole(checkpoints, damage)
-    except NoCompleteCheckpointError:
-        if named is None:
-            raise
-    is_own = named is not None and not is_missing and named.resolve().parent == checkpoints.resolve()
-    last = () if contents is None else (checkpoint_name(contents.step), *damage)
-    if contents is not None and named is not None and is_own and named.name not in last:
-        # The later ones, and their records, would be lost, or undo this one at the next start.
-        raise UsageError(
-            f"run.resume names {named}, but the run's last checkpoint is that of step {contents.step}: start a new run "
-            f"from it (another run.name), or move the later ones away and leave run.resume out",
-            code="checkpoint-not-last",
-        )
-    if contents is None and named is not None:
-        # The run starts from another run's checkpoint; once it has its own, it resumes from that, as when requeued.
-        stored = read_stored(named)
-        contents, source = stored.contents, stored.path
-        no_best = {"best_saved_step": None, "best_saved_accuracy": None}  # that run's is not in this one's folder
-        contents = replace(contents, metrics={**contents.metrics, **no_best})
-    if contents is None:
-        return ResumePoint(config, None, damage, initial=_initial_weights(config))
-    saved = saved_config(contents, config)
-    epochs_before = saved.run.epochs if config.run.epochs > saved.run.epochs else None
-    gone = named if is_missing else None
-    return ResumePoint(with_decisions(config, saved), contents, damage, epochs_before, gone=gone, source=source)
-
-
-def _may_continue(config: Config, path: Path) -> bool:
-    with suppress(UsageError):
-        return bool(saved_config(read_checkpoint(path), config))
-    return False
-
-
-def _initial_weights(config: Config) -> InitialWeights | None:
-    return None if config.run.init_from is None else read_initial(config.run.init_from, config.model.name)
-
-
-def saved_config(contents: Contents, config: Config) -> Config:
-    """Return the settings in a checkpoint. Raises UsageError if a run with settings `config` may not resume from it."""
-    given = config.model_dump(mode="json")
-    # Loggers may change, and code may have moved: what is no longer there must not be imported.
-    settings = dict(contents.config)
-    if isinstance(settings.get("metrics"), Mapping):
-        settings["metrics"] = given["metrics"]
-    saved = parse_config(with_places_of(settings, given, Config), source=SAVED)
-    is_longer = config.run.epochs > saved.run.epochs
-    changed = [each for each in differences(saved, config) if not (is_longer and each.path == "run.epochs")]
-    if changed:
-        raise UsageError(
-            f"the run that saved step {contents.step} began with other settings; restore them, "
-            f"or start a new run (another run.name), from these weights by run.init_from:\n"
-            + "\n".join(f"  {difference}" for difference in changed),
-            code="settings-changed",
-        )
-    return saved
 
 
 @dataclass

@@ -13,7 +13,6 @@ from torch import nn
 from dist_train.checkpoint.state import (
     InitialWeights,
     Progress,
-    ResumePoint,
     TrainState,
     load_model,
     read_initial,
@@ -29,6 +28,7 @@ from dist_train.config.resuming import with_device, with_setting
 from dist_train.data.augmentation import build_mix
 from dist_train.data.loader import SampleSource, open_splits
 from dist_train.data.plan import BatchPlan, check_shared_micro_batches
+from dist_train.launching.preflight import ResumePoint
 from dist_train.launching.session import Session
 from dist_train.models import build_model, check_training, restoring_buffers, runs_sequentials_whole
 from dist_train.models.norms import BatchStatistics, join_relus, norm_modules

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import dist_train
 from dist_train.checkpoint.files import has_published, set_aside
-from dist_train.checkpoint.state import ResumePoint, find_resume_point
 from dist_train.cluster.communicator import (
     Communicator,
     Generation,
@@ -33,7 +32,7 @@ from dist_train.config.loading import parse_yaml
 from dist_train.config.plugins import check_unedited
 from dist_train.config.resuming import with_setting
 from dist_train.launching.assembly import assemble, let_write
-from dist_train.launching.preflight import check_launch
+from dist_train.launching.preflight import ResumePoint, check_launch, find_resume_point
 from dist_train.launching.session import Session, build_observers
 from dist_train.monitoring.console import open_logs
 from dist_train.monitoring.prometheus.http_server import access_warnings

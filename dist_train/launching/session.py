@@ -18,7 +18,7 @@ import torch
 
 import dist_train
 from dist_train.checkpoint.files import CheckpointFile, Contents, list_checkpoints
-from dist_train.checkpoint.state import InitialWeights, Progress, ResumePoint
+from dist_train.checkpoint.state import InitialWeights, Progress
 from dist_train.cluster.communicator import Communicator, RankLostError, broadcast_str, gather_str
 from dist_train.cluster.devices import find_gpus, why_no_gpu
 from dist_train.cluster.launch import command_output, current_job
@@ -26,6 +26,7 @@ from dist_train.config import Config
 from dist_train.config.plugins import by_content, call_plugin
 from dist_train.config.sections import MetricsSettings
 from dist_train.kernels.operators import why_no_triton
+from dist_train.launching.preflight import ResumePoint
 from dist_train.monitoring.console import open_console
 from dist_train.monitoring.observers import Observers
 from dist_train.monitoring.prometheus.exporter import Exporter

@@ -13,10 +13,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dist_train.checkpoint.files import Contents
-from dist_train.checkpoint.state import Progress, ResumePoint, TrainState
+from dist_train.checkpoint.state import Progress, TrainState
 from dist_train.cluster.communicator import Communicator
 from dist_train.config import AveragingSettings, Config, NoiseSettings, parse_config
 from dist_train.launching.assembly import assemble
+from dist_train.launching.preflight import ResumePoint
 from dist_train.launching.session import Session
 from dist_train.monitoring.observers import Observers
 from dist_train.optim.averaging import Averaging

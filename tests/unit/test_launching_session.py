@@ -27,13 +27,13 @@ import torch
 
 import dist_train
 from dist_train.checkpoint.files import newest_whole, write_checkpoint
-from dist_train.checkpoint.state import ResumePoint
 from dist_train.cli.main import main
 from dist_train.cluster.communicator import Generation, GroupBrokenError, RankLostError, SingleProcess
 from dist_train.config import Config
 from dist_train.config.sections import MetricsSettings
 from dist_train.launching import run
 from dist_train.launching.assembly import assemble
+from dist_train.launching.preflight import ResumePoint
 from dist_train.launching.run import Regrouping, _leave, train
 from dist_train.launching.session import Session, build_observers, revision
 from dist_train.monitoring.observers import Observers

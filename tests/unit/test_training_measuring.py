@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from dist_train.checkpoint.files import newest_whole
-from dist_train.checkpoint.state import ResumePoint
 from dist_train.cluster.communicator import Communicator, SingleProcess
 from dist_train.launching.assembly import assemble
+from dist_train.launching.preflight import ResumePoint
 from dist_train.launching.run import train
 from dist_train.launching.session import Session
 from dist_train.models import build_model
