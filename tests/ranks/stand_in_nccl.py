@@ -70,13 +70,13 @@ class StandInNccl:
         self._works: list[StandInWork] = []
         self.is_aborted = False
 
-    def allreduce(self, tensors: list[torch.Tensor], options: Any) -> StandInWork:
+    def allreduce(self, tensors: list[torch.Tensor]) -> StandInWork:
         """Start a sum."""
-        return self._track(self._gloo.allreduce(tensors, options), tensors[0])
+        return self._track(self._gloo.allreduce(tensors), tensors[0])
 
-    def broadcast(self, tensors: list[torch.Tensor], options: Any) -> StandInWork:
+    def broadcast(self, tensor: torch.Tensor, root: int) -> StandInWork:
         """Start a broadcast."""
-        return self._track(self._gloo.broadcast(tensors, options), tensors[0])
+        return self._track(self._gloo.broadcast(tensor, root), tensor)
 
     def abort(self) -> None:
         """End all operations, with a delay; their tensors are overwritten for a while after."""
