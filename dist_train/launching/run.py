@@ -67,7 +67,7 @@ def train(config: Config, run_directory: Path | str | None = None, observers: Se
 
     Raises:
         UsageError: something that the user can fix.
-        DivergedError: the loss or the gradient is not finite; on all ranks.
+        DivergedError: a loss, a gradient or the last evaluation is not finite; on all ranks.
         DisagreementError: ranks hold different weights or noise; on all ranks.
         StoppedError: asked to stop, and saved; on all ranks.
         RankLostError: a rank is gone.
