@@ -109,7 +109,7 @@ class BatchSettings(Section):
     micro_size: PositiveInt | Literal["auto"] = Field("auto", examples=[256])
     """Samples per forward and backward pass. auto: the largest power of two that fits the memory of every rank, at most
     128 on CPUs, 2048 on GPUs, and a rank's even share of the batch; a little less if a norm could not normalize the
-    last micro-batch.
+    last micro-batch. Decided when a run begins, and halved if an update runs out of memory.
     """
     dealing: Literal["auto", "even", "measured", "dynamic"] = "auto"
     """How micro-batches are distributed over ranks. even: equally. measured: by each rank's measured speed. dynamic:
