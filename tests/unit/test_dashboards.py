@@ -113,6 +113,13 @@ def test_links_lead_to_the_section_of_their_alert() -> None:
     assert len(linked) >= 8
 
 
+def test_the_runbook_names_panels_by_their_titles() -> None:
+    titles = {panel["title"] for name in SHIPPED for panel in panels(name)}
+    paragraphs = re.findall(r"\*\*Look at\.\*\*(.*?)\n\n", MARKDOWN, flags=re.DOTALL)
+    named = {text for each in paragraphs for text in re.findall(r"\*([^*]+)\*", " ".join(each.split()))}
+    assert named - titles == {"status"}  # what `dist-train runs` shows, as the page says
+
+
 def test_every_section_of_the_runbook_is_an_alert() -> None:
     assert [title for title in sections(MARKDOWN) if title] == list(ALERTS)
 
