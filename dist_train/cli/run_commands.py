@@ -139,7 +139,7 @@ def _add_launch(subparsers: Subparsers) -> None:
         help="instead of a COMMAND: start ranks that join the run of another launcher, given the file that it prints, "
         "or its address and the token in DIST_TRAIN_MEMBERSHIP_TOKEN",
     )
-    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND ...", help="such as train CONFIG")
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND ...", help=", ".join(_ON_RANKS))
     parser.set_defaults(run=_launch)
 
 
