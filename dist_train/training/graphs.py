@@ -74,8 +74,9 @@ class CudaGraphRecorder:
             first = error.__context__ or error
             if is_out_of_memory(first):
                 raise first from None
+            why = str(first).partition("\n")[0]  # CUDA's error has general advice below
             raise UsageError(
-                f"the model's passes cannot be recorded: {first}; set precision.cuda_graphs to false",
+                f"the model's passes cannot be recorded: {why}; set precision.cuda_graphs to false",
                 code="cuda-graphs-capture",
             ) from error
         return graph.replay

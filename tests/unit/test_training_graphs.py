@@ -215,9 +215,10 @@ def test_what_cannot_be_recorded_is_refused_and_named(
     cuda: Mock, recording: Callable[[], AbstractContextManager[None]]
 ) -> None:
     cuda.graph.return_value = recording()
+    error = RuntimeError("CUDA error: not permitted when stream is capturing\nCompile with TORCH_USE_CUDA_DSA")
     with raises(UsageError, "cuda-graphs-capture") as caught:
-        CudaGraphRecorder().record(Mock(side_effect=RuntimeError("not permitted when stream is capturing")))
-    assert "not permitted" in str(caught.value)
+        CudaGraphRecorder().record(Mock(side_effect=error))
+    assert "not permitted when stream is capturing; set precision.cuda_graphs" in str(caught.value)
     cuda.set_stream.assert_called_once_with(cuda.current_stream.return_value)
 
 
