@@ -67,12 +67,19 @@ def build_optimizer(settings: OptimizerSettings, weights: FlatWeights) -> Optimi
 
 
 def _check_usable(optimizer: Optimizer, name: str) -> None:
-    """Raise UsageError if `step` cannot be called, or checkpoints, loaded without running code, would lose settings."""
+    """Raise UsageError if `step` cannot be called, or checkpoints, or other ranks, would lose settings or state."""
     if any(
         each.default is each.empty and each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
         for each in inspect.signature(optimizer.step).parameters.values()
     ):
         raise PluginResultError(f"the step of {name} needs arguments: it is called without any")
+    for attribute, value in vars(optimizer).items():
+        held = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else (value,)
+        if any(isinstance(each, Optimizer) and each.state is not optimizer.state for each in held):
+            raise PluginResultError(
+                f"{name} holds another optimizer, in its attribute {attribute}, whose state a resume on several ranks "
+                f"would not share: return that one alone, or make one class that keeps all in its own self.state"
+            )
     _check_storable(partial(packed_numbers, optimizer), name)
 
 

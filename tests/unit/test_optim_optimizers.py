@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy
 import pytest
 import torch
+from timm.optim import Lookahead
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
@@ -254,6 +255,40 @@ def test_a_plugin_whose_numbers_checkpoints_could_not_give_back_is_refused_at_on
     settings = OptimizerSettings(name=f"{__name__}:with_numpys_numbers", options={"part": part})
     with raises(UsageError, code="plugin-result"):
         build_optimizer(settings, FlatWeights(a_model()))
+
+
+def by_timms_lookahead(settings: OptimizerSettings, groups: Sequence[Group]) -> torch.optim.Optimizer:
+    return Lookahead(torch.optim.SGD([parameter for group in groups for parameter in group.parameters], momentum=0.9))
+
+
+class Mixture(torch.optim.Optimizer):
+    """An optimizer for weights, and another one for all others, which keep their states themselves or share one."""
+
+    def __init__(self, settings: OptimizerSettings, groups: Sequence[Group], options: dict[str, Any]) -> None:
+        self.parts = [torch.optim.SGD(group.parameters, momentum=0.9) for group in groups]
+        super().__init__([parameter for group in groups for parameter in group.parameters], {"lr": 0.1})
+        for part in self.parts if options else ():
+            part.state = self.state
+
+    def step(self) -> None:  # type: ignore[override]  # no closure
+        for part in self.parts:
+            part.step()
+
+
+@pytest.mark.parametrize(("name", "holder"), [("by_timms_lookahead", "_base_optimizer"), ("Mixture", "parts")])
+def test_a_plugin_whose_state_another_optimizer_keeps_is_refused(name: str, holder: str) -> None:
+    with raises(UsageError, code="plugin-result") as refused:
+        build_optimizer(OptimizerSettings(name=f"{__name__}:{name}"), FlatWeights(a_model()))
+    assert holder in str(refused.value)
+
+
+def test_a_plugin_may_hold_other_optimizers_that_share_its_state() -> None:
+    optimizer = build_optimizer(
+        OptimizerSettings(name=f"{__name__}:Mixture", options={"shares": True}), FlatWeights(model := a_model())
+    )
+    set_gradients(model, 0)
+    optimizer_step(optimizer)
+    assert len(list(state_tensors(optimizer))) == 4
 
 
 class Descent(torch.optim.Optimizer):
