@@ -175,6 +175,9 @@ def _noise(config: Config) -> Iterator[Problem]:
         many = f"{noise.points} equal micro-batches"
         wrong = f"with batch.micro_size, batch.global_size must be a multiple of {many}; or set noise.passes to all"
         yield Problem("noise.passes", wrong, code="passes-unequal", allowed="all")
+    if _perturbs(config) and noise.passes == "one" and noise.points > 1 and noise.sharing == "rank":
+        wrong = "ranks would share a draw's micro-batches, but draw for themselves; set it to micro_batch or global"
+        yield Problem("noise.sharing", wrong, code="passes-rank-noise", allowed="global, micro_batch")
     if noise.target_rise is not None and noise.schedule.kind != "constant":
         wrong = "the amplitude follows either a schedule or the measured rise; set noise.schedule to {kind: constant}"
         yield Problem("noise.target_rise", wrong, code="target-rise-schedule", allowed="null")

@@ -118,6 +118,12 @@ PLAIN = "optimizer.momentum=0 optimizer.nesterov=false"
         (f"{PERTURBED} noise.draws=2 noise.passes=one", "noise.draws=1", "noise.passes", "passes-unequal"),
         (f"{PERTURBED} noise.antithetic=true noise.passes=one", "noise.passes=all", "noise.passes", "passes-unequal"),
         (
+            f"{PERTURBED} noise.antithetic=true noise.passes=one noise.sharing=rank batch.micro_size=32",
+            "noise.sharing=micro_batch",
+            "noise.sharing",
+            "passes-rank-noise",
+        ),
+        (
             f"{PERTURBED} noise.target_rise=0.05 noise.schedule.kind=cosine",
             "noise.schedule.kind=constant",
             "noise.target_rise",
