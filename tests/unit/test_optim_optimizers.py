@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy
 import pytest
 import torch
-from timm.optim import Lookahead
+from timm.optim.lookahead import Lookahead
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
@@ -258,7 +258,8 @@ def test_a_plugin_whose_numbers_checkpoints_could_not_give_back_is_refused_at_on
 
 
 def by_timms_lookahead(settings: OptimizerSettings, groups: Sequence[Group]) -> torch.optim.Optimizer:
-    return Lookahead(torch.optim.SGD([parameter for group in groups for parameter in group.parameters], momentum=0.9))
+    build: Callable[..., torch.optim.Optimizer] = Lookahead
+    return build(torch.optim.SGD([parameter for group in groups for parameter in group.parameters], momentum=0.9))
 
 
 class Mixture(torch.optim.Optimizer):
