@@ -110,9 +110,13 @@ def _problem(
             code, wrong = _FAULTS.get(kind, ("wrong-type", ""))
             message = fault["msg"].removeprefix("Input ")
             wrong = wrong or message[:1].lower() + message[1:]
-            return Problem(path, wrong, code=code, value=fault["input"], allowed=_allowed(location))
+            is_key = fault["loc"][-1:] == (_KEY,)
+            allowed = f"a name of the form {fault['ctx']['pattern']}" if is_key else _allowed(location)
+            return Problem(path, wrong, code=code, value=fault["input"], allowed=allowed)
 
 
+_KEY = "[key]"
+"""What pydantic's location of a fault in a key, instead of its value, ends with."""
 _NOT_TEXT = 'not text, unless quoted: "7", in a shell \'"7"\''
 _FAULTS: Mapping[str, tuple[str, str]] = {
     "missing": ("missing", "missing"),
@@ -120,7 +124,7 @@ _FAULTS: Mapping[str, tuple[str, str]] = {
     "string_pattern_mismatch": ("wrong-form", "not of this form"),
     "model_type": ("wrong-type", "not a mapping"),
     "dict_type": ("wrong-type", "not a mapping"),
-    "tuple_type": ("wrong-type", "not a list"),
+    **dict.fromkeys(("tuple_type", "list_type"), ("wrong-type", "not a list")),
     "int_type": ("wrong-type", "not a whole number"),
     "float_type": ("wrong-type", "not a number"),
     "bool_type": ("wrong-type", "not true or false"),
@@ -153,7 +157,7 @@ def _locate(parts: tuple[int | str, ...], model: type[BaseModel]) -> _Location:
     """Follow pydantic's location, which also contains the tags of unions and the names of their members."""
     location = _Location((), None, None)
     choices: tuple[type[BaseModel], ...] = (model,)
-    for part in parts:
+    for part in (part for part in parts if part != _KEY):
         if choices and is_collection(location.field) and not location.is_item:
             location = replace(location, names=(*location.names, part), is_item=True)
         elif len(choices) > 1:
@@ -164,6 +168,8 @@ def _locate(parts: tuple[int | str, ...], model: type[BaseModel]) -> _Location:
             choices = models_of(field)
         elif isinstance(part, int):
             location = replace(location, names=(*location.names, part))
+        elif location.field is not None and get_origin(location.field.annotation) is dict and not location.is_item:
+            location = replace(location, names=(*location.names, part), is_item=True)
     return location
 
 
@@ -249,6 +255,8 @@ def _allowed(location: _Location) -> str:
     if isinstance(index := location.names[-1], int):
         items = schema.get("prefixItems")
         schema = items[index] if items and index < len(items) else schema.get("items", schema)
+    elif location.is_item:
+        schema = next(iter(schema.get("patternProperties", {}).values()), schema.get("additionalProperties", schema))
     return " or ".join(filter(None, map(_in_words, schema.get("anyOf", [schema]))))
 
 
@@ -270,7 +278,8 @@ def _in_words(schema: Mapping[str, Any]) -> str:
         if "prefixItems" in schema:
             fixed = schema["prefixItems"]
             return f"a list of {len(fixed)}, each {_in_words(fixed[0])}"
-        return f"a list, each {_in_words(schema['items'])}"
+        items = _in_words(schema["items"])
+        return f"a list, each {items}" if items else "a list"
     words = {
         "integer": "a whole number",
         "number": "a number",

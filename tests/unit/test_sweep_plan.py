@@ -207,6 +207,7 @@ class TestFaults:
             ({"settings": {"run.seed": 3}}, ("settings.run.seed", "set-by-study")),
             ({"settings": {"noise": {"amplitude": 1}}}, ("settings.noise", "wrong-form")),
             ({"grid": {"noise.amplitude": []}}, ("grid.noise.amplitude", "empty-grid")),
+            ({"grid": {"noise.amplitude": 0.1}}, ("grid.noise.amplitude", "wrong-type")),
             ({"variants": {"a": {"like": "b"}, "bb": {}}}, ("variants.a.like", "unknown-variant")),
             ({"variants": {"a": {"like": "b"}, "b": {"like": "a"}}}, ("variants.a.like", "like-itself")),
             ({"variants": {"a": {}, "b": {"settings": {}}}}, ("variants.b", "same-settings")),
@@ -248,6 +249,26 @@ class TestFaults:
     )
     def test_each_is_named(self, tmp_path: Path, changes: dict[str, Any], fault: tuple[str, str]) -> None:
         assert fault in faults(tmp_path, **changes)
+
+    @pytest.mark.parametrize(
+        ("changes", "allowed"),
+        [
+            ({"grid": {"noise.amplitude": 0.1}}, "a list"),
+            ({"variants": {"a b": {}}}, "a name of the form ^[A-Za-z0-9][A-Za-z0-9._-]*$"),
+            (
+                {"analyse": [{"kind": "sharpness", "options": {"keskar_starts": 1}}]},
+                "a name of the form ^[a-z][a-z-]*$",
+            ),
+            (
+                {"analyse": [{"kind": "sharpness", "options": {"keskar-starts": {"a": 1}}}]},
+                "text or a whole number or a number or true or false or a list",
+            ),
+        ],
+    )
+    def test_what_a_key_of_a_mapping_takes_is_told(self, tmp_path: Path, changes: dict[str, Any], allowed: str) -> None:
+        with pytest.raises(ConfigError) as refused:
+            small_plan(tmp_path, **changes)
+        assert [fault.allowed for fault in refused.value.problems] == [allowed]
 
     @pytest.mark.parametrize("override", ["run.seed=5", "run.name=x", "run.directory=/x", "run.resume=never", "run={}"])
     def test_an_override_of_what_the_study_sets_itself_is_refused(self, tmp_path: Path, override: str) -> None:
