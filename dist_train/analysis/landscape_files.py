@@ -25,6 +25,7 @@ from dist_train.rundir.paths import RunDirectory
 Kind = Literal["interpolate", "direction", "plane"]
 Statistics = Literal["recomputed", "interpolated"]
 
+OTHER_OUTPUT = "choose a folder with --output"
 FORMAT = 2  # increased whenever the same settings start to give other numbers
 
 
@@ -230,18 +231,19 @@ class LandscapeFolder:
 
     def begin(self) -> bool:
         """Create folder and settings.json; return whether all points are finished. Raises UsageError."""
-        with writing(self.path, "choose a folder with --output"):
+        with writing(self.path, OTHER_OUTPUT):
             if not (is_finished := self.points.is_file()):
                 self._finished_points.mkdir(parents=True, exist_ok=True)
                 self.save_settings({})
             return is_finished
 
     def save_settings(self, found: Mapping[str, Any]) -> None:
-        """Write settings.json: the identity, and the results `found`."""
+        """Write settings.json: the identity, and the results `found`. Raises UsageError."""
         identity = self.identity
         fields = {"kind": identity.kind, "checkpoints": list(identity.checkpoints), "settings": dict(identity.settings)}
         text = json_text({**fields, "widths": {}, **found}, indent=2)
-        atomic.write_text(self.settings, text + "\n")
+        with writing(self.settings, OTHER_OUTPUT):
+            atomic.write_text(self.settings, text + "\n")
 
     def finished(self) -> dict[int, list[Measured]]:
         """Return the points that earlier launches finished, by number; a line truncated by a kill is skipped."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from dist_train.cli.common import TARGET, Subparsers, add_overrides, add_weights, count
 from dist_train.cluster.launch import current_launch
-from dist_train.outcome import ExitCode, UsageError, escaped
+from dist_train.outcome import ExitCode, UsageError, escaped, writing
 
 if TYPE_CHECKING:
     from dist_train.analysis.landscape_files import LandscapeSettings
@@ -59,7 +59,7 @@ def _add_landscape(subparsers: Subparsers) -> None:
 def _landscape(arguments: argparse.Namespace) -> int:
     from dist_train.analysis.directions import describe
     from dist_train.analysis.landscape import make_landscape
-    from dist_train.analysis.landscape_files import read_landscape
+    from dist_train.analysis.landscape_files import OTHER_OUTPUT, read_landscape
     from dist_train.cluster.communicator import run_on_all_ranks
     from dist_train.cluster.rendezvous import join_points
 
@@ -75,7 +75,8 @@ def _landscape(arguments: argparse.Namespace) -> int:
         from dist_train.report.landscape_figures import draw_landscape
 
         outputs = [finished.folder / f"figure.{form}" for form in ("svg", "pdf", "png")]
-        draw_landscape(read_landscape(finished.folder), outputs, arguments.scale)
+        with writing(finished.folder, OTHER_OUTPUT):  # that of a result which existed may be read-only by now
+            draw_landscape(read_landscape(finished.folder), outputs, arguments.scale)
         if finished.was_there:
             print("nothing to evaluate: this result existed already", file=sys.stderr)
         if finished.not_finite:

@@ -76,6 +76,10 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with raises(UsageError, "output-unwritable"):
         LandscapeFolder(tmp_path / "file", identity()).begin()
+    folder = LandscapeFolder(tmp_path, identity())
+    folder.settings.mkdir(parents=True)
+    with raises(UsageError, "output-unwritable"):
+        folder.save_settings({})
 
 
 def test_what_is_not_finished_or_damaged_is_told(tmp_path: Path) -> None:

@@ -25,6 +25,11 @@ def test_it_prints_widths_and_the_folder(trained_run: Path, capsys: pytest.Captu
     told = capsys.readouterr()
     assert told.out.splitlines() == [*widths, folder]
     assert "this result existed already" in told.err
+    (Path(folder) / "figure.svg").unlink()
+    (Path(folder) / "figure.svg").mkdir()
+    assert main(words) == 2
+    (Path(folder) / "figure.svg").rmdir()
+    assert "[output-unwritable]" in capsys.readouterr().err
 
 
 def test_points_whose_loss_is_not_finite_are_told(
