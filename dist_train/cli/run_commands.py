@@ -88,6 +88,8 @@ def _lr_range(arguments: argparse.Namespace) -> int:
         result = "the loss does not fall: no suggestion"
         if test.suggestion is not None:
             result = f"suggestion: {test.suggestion:.3g}, where the smoothed loss falls steepest; try it and half of it"
+            # the test's rates are not scaled, but the setting would be
+            result += "" if config.schedule.scaling == "none" else ", with schedule.scaling=none"
         print(f"{len(test.rates)} updates, rates {test.rates[0]:.3g} to {test.rates[-1]:.3g}; {result}")
         print(escaped(str(run_directory / "lr_range.png")))
     return ExitCode.FINISHED

@@ -56,7 +56,9 @@ def test_the_command_tries_the_rates_and_writes_what_it_found(
     place = tmp_path / "range"
     words = ["lr-range", config, "--from", "0.001", "--to", "1", "--updates", "7", "--run-dir", str(place)]
     assert main(words) == 0
-    assert "7 updates, rates 0.001 to 1" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "7 updates, rates 0.001 to 1" in told
+    assert "with schedule.scaling=none" in told, "the rates of the test are not scaled"
     with (place / "lr_range.csv").open() as file:
         rates = [float(row["learning_rate"]) for row in csv.DictReader(file)]
     assert rates == pytest.approx([10 ** (-3 + at / 2) for at in range(7)])
