@@ -53,7 +53,7 @@ def confirming(
     if foreign := trials.keys() - every.keys():
         raise _refused(f"--best is of another study: {study} has no variant {min(foreign)}")
     if missing := [name for name in kept if name not in trials]:
-        raise _refused(f"{missing[0]} has no finished trial: finish the search first")
+        raise _refused(f"{missing[0]} has no finished trial: finish the search, or leave it out by --variants")
     families: dict[str, list[str]] = {}
     for name, each in kept.items():
         families.setdefault(each.family, []).append(name)

@@ -297,7 +297,12 @@ def test_without_a_finished_trial_there_is_no_best(tmp_path: Path, capsys: pytes
     assert (printed.out, "see --list" in printed.err) == ("", True)
     finish(plan.runs[1], 0.5)
     assert main(["sweep", str(plan.file), "--best"]) == ExitCode.FINISHED
-    assert json.loads(capsys.readouterr().out)["runs"] == [plan.runs[1].name]
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["runs"] == [plan.runs[1].name]
+    assert "runs 1 have not finished" in printed.err
+    finish(plan.runs[0], 0.4)
+    assert main(["sweep", str(plan.file), "--best"]) == ExitCode.FINISHED
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("method", ["random", "optuna"])
