@@ -101,7 +101,7 @@ def variant_cell(variant: Variant, measure: Measure) -> Cell:
     mean = found.mean * measure.factor
     deviation = "" if found.deviation is None else spread(measure.write, mean, found.deviation * measure.factor)
     note = measured_note(measure, [[run] for run, _ in variant.measured(measure)]) + lost_note(variant.lacking(measure))
-    return Cell(found.mean, measure.write(mean), deviation, found.censored > 0, note)
+    return Cell(found.mean, _with_minus(measure, found.mean), deviation, found.censored > 0, note)
 
 
 def limits(count: int, censored: int, unresolved: int, guessed: int = 0) -> str:
@@ -133,7 +133,7 @@ def run_cells(run: StoredRun, measures: Sequence[Measure]) -> tuple[Cell, ...]:
         if (value := measure.take(run)) is None:
             return Cell()
         bound, note = measure.is_bound(run), measure.note(run)
-        return Cell(value, measure.write(value * measure.factor), is_bound=bound, note=note)
+        return Cell(value, _with_minus(measure, value), is_bound=bound, note=note)
 
     return tuple(map(cell, measures))
 
@@ -214,6 +214,11 @@ def signed(measure: Measure, value: float) -> str:
     """Return a difference as text with its sign."""
     sign = "" if value == 0 else "+" if value > 0 else "\u2212"
     return sign + measure.write(abs(value) * measure.factor)
+
+
+def _with_minus(measure: Measure, value: float) -> str:
+    """Return a value as text, with the minus that differences have."""
+    return signed(measure, value).removeprefix("+")
 
 
 def _grouped(measures: Sequence[Measure]) -> Iterator[tuple[str, tuple[Measure, ...]]]:

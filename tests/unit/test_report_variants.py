@@ -22,7 +22,7 @@ from dist_train.report.measures import JUDGED_ACCURACY, JUDGED_LOSS, Measure, me
 from dist_train.report.page import render, tables_in_markdown
 from dist_train.report.sharpness_charts import sharpness_scatters
 from dist_train.report.stored_run import Subject, read_run, read_subject
-from dist_train.report.tables import contrast_tables, effect_tables, variant_cell
+from dist_train.report.tables import contrast_tables, effect_tables, run_cells, variant_cell
 from dist_train.report.variants import changes_between, panels_of, shown
 from dist_train.rundir.records import EvaluationRecord, EventRecord, TrainRecord, to_json
 from tests.raising import raises
@@ -508,6 +508,15 @@ def test_differences_of_percentages_are_in_points(tmp_path: Path) -> None:
     tables = effect_tables(panels_of(read_subject(make_study(tmp_path / "study")).runs))
     headings = [measure.heading for measure in tables[0].measures]
     assert headings[:3] == ["final test accuracy, points", "final train accuracy, points", "generalization gap, points"]
+
+
+def test_negative_numbers_have_the_minus_of_differences(tmp_path: Path) -> None:
+    subject = read_subject(make_study(tmp_path / "study"))
+    base = panels_of(subject.runs)[0].variants[0]
+    negative = replace(measures(subject)["gap"], take=lambda run: -0.0035)
+    assert [cell.text for cell in (variant_cell(base, negative), *run_cells(base.runs[0], [negative]))] == [
+        "\u22120.35"
+    ] * 2
 
 
 @pytest.mark.parametrize("has_begun", [True, False])
