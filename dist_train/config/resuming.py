@@ -118,6 +118,9 @@ SAVED = "the checkpoint, which another version of dist_train may have saved (sta
 STREAM_OF_A_RANK = "worker"
 """Name of the random stream of one rank's noise. Renaming it would change the noise, also that of resumed runs."""
 
+FORMER_SHARING = "worker"
+"""The former name of noise.sharing=rank."""
+
 _logger = logging.getLogger("dist_train.config")
 
 
@@ -125,9 +128,9 @@ def with_present_names(settings: Mapping[str, Any], source: str) -> Mapping[str,
     """Return nested `settings` with former names and values replaced by present ones; logs each, found in `source`."""
     changed = dict(settings)
     noise, metrics = settings.get("noise"), settings.get("metrics")
-    if isinstance(noise, Mapping) and noise.get("sharing") == "worker":
+    if isinstance(noise, Mapping) and noise.get("sharing") == FORMER_SHARING:
         changed["noise"] = {**noise, "sharing": "rank"}
-        _logger.warning("%s: noise.sharing=worker is called rank now", source)
+        _logger.warning("%s: noise.sharing=%s is called rank now", source, FORMER_SHARING)
     if isinstance(metrics, Mapping):
         if "workers" in metrics and "ranks" not in metrics:
             metrics = {"ranks" if name == "workers" else name: value for name, value in metrics.items()}

@@ -20,7 +20,7 @@ from dist_train.config import DATA_SETS, Config, ConfigError, DataSet
 from dist_train.config.loading import flat_settings, parse_yaml, with_overrides
 from dist_train.config.plugins import may_name_one_plugin
 from dist_train.config.problems import problems_of
-from dist_train.config.resuming import LENGTHS, may_change
+from dist_train.config.resuming import FORMER_SHARING, LENGTHS, may_change
 from dist_train.outcome import ExitCode, UsageError, escaped
 from dist_train.rundir.atomic import read_regular
 from dist_train.rundir.paths import RANGE_TEST, BrokenFileError, RunDirectory, StudyDirectory
@@ -482,7 +482,9 @@ def _may_be_same(path: str, had: object, has: object) -> bool:
     homes = [each.partition("/")[2] for each in (had, has) if each.startswith("~")]
     if homes:
         return all(each.endswith(f"/{homes[0]}") for each in (had, has))
-    return may_name_one_plugin(path, had, has, Config)
+    # The plan has the study's own spelling, the run that of the program, such as runs/first for ./runs/first/.
+    is_former = path == "noise.sharing" and {had, has} == {"rank", FORMER_SHARING}
+    return is_former or Path(had) == Path(has) or may_name_one_plugin(path, had, has, Config)
 
 
 def _completed(planned: Planned, base: Mapping[str, object]) -> Planned:
