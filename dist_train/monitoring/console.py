@@ -250,7 +250,7 @@ def summary_table(
         steps = f"{outcome.step:,}, so run.max_steps={total_steps:,} left none to do"
     rows = {
         "steps": steps,
-        "epochs": f"{outcome.epoch:.4g} of {max(epochs, outcome.epoch):.4g}",
+        "epochs": f"{wording.epochs(outcome.epoch)} of {wording.epochs(max(epochs, outcome.epoch))}",
         **{f"{name} accuracy": wording.percent(share) for name, share in accuracies.items() if share is not None},
         "images/s": None if speed is None else wording.rate(speed),
         "time": wording.duration(outcome.seconds),

@@ -32,6 +32,11 @@ def rate(per_second: float) -> str:
     return f"{per_second:,.0f}" if per_second >= 100 else f"{per_second:.3g}"
 
 
+def epochs(number: float) -> str:
+    """Return a number of epochs with at least four digits: 2.125 or 19,500."""
+    return f"{number:.4g}" if number < 1000 else f"{number:,.0f}"
+
+
 def plural(number: int, word: str) -> str:
     """Return `number` with `word` in the singular or plural."""
     return f"{number:,} {word}" if number == 1 else f"{number:,} {word}{'es' if word.endswith('ch') else 's'}"
@@ -46,11 +51,11 @@ def introduction(facts: RunFacts) -> tuple[str, ...]:
     """Return the lines that introduce a run: model, data, batch and schedule."""
     to_come = (stage for stage in facts.stages[1:] if stage.step > facts.start_step)
     sizes = ", ".join(f"{stage.global_size:,} from epoch {stage.epoch + 1}" for stage in to_come)
-    epochs = f"{facts.epochs:.4g} epoch{'' if facts.epochs == 1 else 's'}"
     lines = [
         f"{facts.name}: {facts.data}; {facts.model}, {plural(facts.parameters, 'parameter')}; noise {facts.noise}",
         f"batch {facts.global_size:,} as {plural(facts.micro_batches, 'micro-batch')} of {facts.micro_size:,} on "
-        f"{plural(facts.world_size, 'rank')} ({facts.controller}), {epochs} of "
+        f"{plural(facts.world_size, 'rank')} ({facts.controller}), "
+        f"{epochs(facts.epochs)} epoch{'' if facts.epochs == 1 else 's'} of "
         f"{plural(facts.steps_per_epoch, 'step')}, {plural(facts.total_steps, 'step')} in all",
     ]
     if sizes:
@@ -64,9 +69,8 @@ def introduction(facts: RunFacts) -> tuple[str, ...]:
 
 def evaluation(facts: RunFacts, record: EvaluationRecord) -> str:
     """Return an evaluation as one line."""
-    epoch = f"{facts.passes.done(record.step):.4g}"
     return (
-        f"epoch {epoch:>4}  step {record.step:>6,}  {escaped(record.split):<5}  "
+        f"epoch {epochs(facts.passes.done(record.step)):>4}  step {record.step:>6,}  {escaped(record.split):<5}  "
         f"loss {record.loss:.4f}  accuracy {percent(record.accuracy)}"
     )
 

@@ -19,6 +19,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
+from dist_train.monitoring.wording import epochs
 from dist_train.outcome import UsageError, writing
 from dist_train.report.chart import LIGHT, SeriesStyle, style_of, ticks
 from dist_train.rundir import atomic
@@ -323,7 +324,7 @@ def _best(run: Measured) -> str:
     if not tests:
         return ""
     best = max(tests, key=ACCURACY.take)
-    return f"best test accuracy {ACCURACY.text(best.accuracy)}, epoch {best.epoch:.4g}"
+    return f"best test accuracy {ACCURACY.text(best.accuracy)}, epoch {epochs(best.epoch)}"
 
 
 def _schedule(runs: Sequence[Measured]) -> Chart:

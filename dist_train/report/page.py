@@ -102,6 +102,7 @@ def _templates() -> Environment:
     )
     environment.filters |= {
         "shown": shown,
+        "epochs": wording.epochs,
         "frame": Frame,
         "ticks": ticks,
         "sentence": lambda text: text[:1].upper() + text[1:],

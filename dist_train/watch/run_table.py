@@ -160,7 +160,7 @@ def render(
         column("data", 0, lambda run: run.data, "left"),
         column("batch", 4, lambda run: None if run.global_size is None else f"{run.global_size:,}"),
         column("ranks", 2, lambda run: run.world_size),
-        column("epoch", 6, lambda run: None if run.epoch is None else f"{run.epoch:.4g}"),
+        column("epoch", 6, lambda run: None if run.epoch is None else wording.epochs(run.epoch)),
         column("step", 3, _steps),
         column("done", 8, _done),
         column("best", 7, lambda run: None if run.best_accuracy is None else wording.percent(run.best_accuracy)),

@@ -204,7 +204,7 @@ def _ending_in_order() -> Iterator[None]:
 
 def _header(run: Snapshot) -> Group:
     """Return four lines: name and state, facts, progress bar, last activity."""
-    epoch = f"{run.epoch:.4g} of {run.total_epochs:.4g}" if run.total_epochs else f"{run.epoch:.4g}"
+    epoch = wording.epochs(run.epoch) + (f" of {wording.epochs(run.total_epochs)}" if run.total_epochs else "")
     bar = progress_bar(epoch, run.step, run.total_steps, run.seconds_left)
     return Group(_state(run), _facts_line(run), bar, _sign_of_life(run))
 

@@ -366,3 +366,9 @@ def test_the_reason_of_an_event_is_not_called_so() -> None:
 )
 def test_durations_read_as_people_write_them(seconds: float, text: str) -> None:
     assert wording.duration(seconds) == text
+
+
+@pytest.mark.parametrize(("number", "text"), [(0.125, "0.125"), (30.0, "30"), (199.96, "200"), (19_499.6, "19,500")])
+def test_epochs_are_never_in_scientific_notation(number: float, text: str) -> None:
+    assert wording.epochs(number) == text
+    assert wording.introduction(replace(FACTS, epochs=number))[1].count(f"{text} epoch") == 1
