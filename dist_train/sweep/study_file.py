@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, ValidationError
 
+from dist_train.config import Config
 from dist_train.config.loading import read_mapping
 from dist_train.config.parts import Metric, Section
 from dist_train.config.problems import ConfigError, Problem, problems_of
@@ -160,6 +161,9 @@ class Study(Section):
 def load_study(path: Path) -> Study:
     """Return the study in the YAML file at `path`, its runs' configurations unchecked. Raises ConfigError."""
     written = read_mapping(path)
+    if "variants" not in written and written.keys() & Config.model_fields:
+        wrong = "this is the configuration of a run, not a study: train it by dist-train train"
+        raise ConfigError.of(str(path), "variants", wrong, code="missing")
     try:
         study = Study.model_validate_json(json.dumps(written), strict=True)
     except ValidationError as error:

@@ -250,6 +250,10 @@ class TestFaults:
     def test_each_is_named(self, tmp_path: Path, changes: dict[str, Any], fault: tuple[str, str]) -> None:
         assert fault in faults(tmp_path, **changes)
 
+    def test_a_configuration_is_no_study_with_a_fault_for_each_section(self) -> None:
+        with raises_problems(("variants", "missing")):
+            plan_study(Path(__file__).parents[2] / "configs" / "demo.yaml")
+
     @pytest.mark.parametrize(
         ("changes", "allowed"),
         [
