@@ -111,6 +111,12 @@ class Watchdog:
             missing = self._monitor.unheard_since(moment)
             return name_ranks(missing, self._peers) if missing else ""
 
+    @property
+    def hears_rank_0(self) -> bool:
+        """Whether this is another rank than 0, which has answered and has not left."""
+        with self._changed:
+            return not self._is_first and 0 in self._monitor.present
+
     def close(self, error: BaseException | None = None) -> None:
         """Leave by LEAVE, or by FAIL where `error` is not a stop on request, and end the thread."""
         # a forked child has the object, but not the thread, and is no rank

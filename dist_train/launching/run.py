@@ -110,9 +110,12 @@ def train(config: Config, run_directory: Path | str | None = None, observers: Se
             with _naming_plugins(() if comm.is_elastic else trainer.plugins):
                 trainer.run()
         except BaseException as error:  # after a second Ctrl-C, or sys.exit in a callback, a notebook lives on
-            if isinstance(error, RankLostError) and watchdog is not None and (missing := watchdog.absent()):
-                error.args = (f"{missing} does not answer; {error}",)
-            session.fail(error)
+            is_reported = False
+            if isinstance(error, RankLostError) and watchdog is not None:
+                if missing := watchdog.absent():
+                    error.args = (f"{missing} does not answer; {error}",)
+                is_reported = not missing and watchdog.hears_rank_0  # which alone can tell who is lost
+            session.fail(error, is_reported=is_reported)
             raise
         return session.finish()
 

@@ -251,8 +251,11 @@ class Session:
                 self.directory.drop_reserve()
         return outcome
 
-    def fail(self, error: BaseException) -> None:
-        """Report that the launch ends with `error`, after the checkpoint being written is on disk."""
+    def fail(self, error: BaseException, *, is_reported: bool = False) -> None:
+        """Report that the launch ends with `error`, after the checkpoint being written is on disk.
+
+        `is_reported`: rank 0, which is another one, finds out why, and records it.
+        """
         if self.trainer is not None:
             self.trainer.saving.settle()
         # A rank that failed on its own knows why; the others know only that it is lost.
@@ -269,7 +272,7 @@ class Session:
             _logger.info("%s", reason, exc_info=error if is_bug else None)
         reason = shortened(reason)
         code = exit_code_of(error)
-        if self.status is None and not is_recorded and self._ends_launch_alone(error):
+        if self.status is None and not (is_recorded or is_reported) and self._ends_launch_alone(error):
             self._record_fault(code, reason)
         state: State = "stopped" if isinstance(error, StoppedError) else "failed"
         others_may_continue = self._others_may_continue(error)

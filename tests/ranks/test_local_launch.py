@@ -160,6 +160,18 @@ def test_killed_rank_is_named_and_ends_the_launch_with_1(running: subprocess.Pop
     assert "SIGKILL" in output
 
 
+def test_status_names_a_killed_rank_that_another_than_rank_0_notices_first(tmp_path: Path) -> None:
+    process = start(3, "torch", "train", write_config(tmp_path, ENDLESS), "--run-dir", str(tmp_path / "run"))
+    try:
+        wait_for_lines(tmp_path / "run/metrics.jsonl", 4)
+        os.kill(process_of_rank(process.pid, 2), signal.SIGKILL)
+        code, output = wait_for_end(process)
+    finally:
+        kill(process)
+    assert code == ExitCode.FAULT, output
+    assert status(tmp_path / "run")["reason"].startswith("rank 2 ("), output
+
+
 @pytest.mark.parametrize("ending", ["kill -KILL $$", "kill -35 $$", "exit 1"])
 def test_launcher_learns_how_ranks_end_where_sigchld_is_ignored(ending: str) -> None:
     lines = f"""
