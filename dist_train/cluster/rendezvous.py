@@ -26,12 +26,17 @@ def rendezvous_within(
     seconds: float,
     end: Callable[[], None] = end_process,
     advice: str = "start again, or raise comm.timeout if starting takes that long",
+    engine: Engine = "auto",
 ) -> AbstractContextManager[None]:
     """End this process with a message if the ranks have not all met in the block after `seconds`."""
+    launch, cut_off = current_launch(), "cannot be reached"
+    store = launch.store if launch.launcher in ("srun", "env://") else None  # the others have chosen or checked theirs
+    if store is not None and engine_of(launch.launcher, engine, is_installed("horovod")) == "torch":
+        cut_off = f"cannot reach rank 0 at {store.host}:{store.port} (MASTER_ADDR, MASTER_PORT)"
     return ending_after(
         seconds,
-        f"the {current_launch().size} ranks have not all met within {seconds:g} s: one has not started, hangs, or "
-        f"cannot be reached; {advice} [ranks-cannot-meet]",
+        f"the {launch.size} ranks have not all met within {seconds:g} s: one has not started, hangs, or {cut_off}; "
+        f"{advice} [ranks-cannot-meet]",
         end,
     )
 
@@ -95,7 +100,7 @@ _MEASURING_SECONDS = 300.0  # for the ranks to meet where no comm.timeout is kno
 
 def join_to_measure(*, timeout: float, device_type: str, engine: Engine = "auto") -> Communicator:
     """As `join_ranks`, but end this process with a message if the ranks have not all met after five minutes."""
-    with rendezvous_within(_MEASURING_SECONDS, advice="start again"):
+    with rendezvous_within(_MEASURING_SECONDS, advice="start again", engine=engine):
         return join_ranks(timeout=timeout, device_type=device_type, engine=engine)
 
 

@@ -224,7 +224,7 @@ def _meet(config: Config, stack: ExitStack) -> tuple[Communicator, Watchdog | No
     Raises UsageError on all ranks if their code or settings differ.
     """
     timeout, micro_size = config.comm.timeout, config.batch.micro_size
-    with without_collection(), rendezvous_within(timeout * _RENDEZVOUS_TIMEOUTS):
+    with without_collection(), rendezvous_within(timeout * _RENDEZVOUS_TIMEOUTS, engine=config.comm.engine):
         comm = join_ranks(
             timeout=timeout,
             device_type=device_type(config.run.device),

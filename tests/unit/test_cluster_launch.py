@@ -212,6 +212,18 @@ def test_ranks_that_do_not_meet_are_not_waited_for(
     assert "[ranks-cannot-meet]" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("launcher", "engine"), [("env://", "auto"), ("srun", "torch"), ("srun", "horovod")])
+def test_ranks_that_do_not_meet_name_the_place_where_those_of_torch_look_for_rank_0(
+    launcher: str, engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launch = Launch(launcher, 3, 0, StoreAddress("no-such-node", 29500))
+    monkeypatch.setattr(rendezvous, "current_launch", lambda: launch)
+    ended = threading.Event()
+    with rendezvous.rendezvous_within(0.05, ended.set, engine=engine):
+        assert ended.wait(30)
+    assert ("no-such-node:29500" in capsys.readouterr().err) is (engine != "horovod")
+
+
 def test_ranks_that_do_not_meet_end_without_a_terminal_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rendezvous, "current_launch", lambda: Launch("mpirun", 3, 0))
     monkeypatch.setattr("sys.stderr", Mock(write=Mock(side_effect=OSError(errno.EIO, "Input/output error"))))
