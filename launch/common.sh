@@ -338,6 +338,16 @@ launch_horovodrun() {
     [[ ! $code =~ ^[0-9]+$ ]] || launcher_status=$code
 }
 
+# launch_mpirun STOP COMMAND [ARGUMENT ...]: as launch, for a launcher that ends the other ranks before they can record
+# which one a signal has killed; sets `lost` to what it says of that one.
+launch_mpirun() {
+    error_log=$(mktemp 2>/dev/null) || error_log=
+    launch "$@"
+    [[ -n $error_log ]] || return 0
+    lost=$(tr -s '\n' ' ' <"$error_log" | sed -nE 's/.* (rank [0-9]+) with PID [0-9]+ on node ([^ ]+) exited on (signal [0-9]+).*/\1 (\2) was killed by \3/p')
+    rm -f "$error_log"
+}
+
 end_leftovers() {
     local tries processes
     for ((tries = 0; tries < 50; tries++)); do
@@ -354,9 +364,10 @@ end_leftovers() {
 }
 
 # The end of a launch script: exits with the status that the run's status.json gives.
+lost=
 finish() {
     if [[ -n $run_directory ]]; then
-        exec "${dist_train[@]}" outcome "$run_directory" --launch "$launch_id" --record-lost --code "$launcher_status"
+        exec "${dist_train[@]}" outcome "$run_directory" --launch "$launch_id" --record-lost "$lost" --code "$launcher_status"
     fi
     ((launcher_status == 0)) || launcher_status=1
     exit "$launcher_status"

@@ -81,5 +81,5 @@ while read -r name; do
     command+=(-x "$name")
 done < <(passed_variables)
 
-launch "$stop" "${command[@]}" "${dist_train[@]}" "$@"
+launch_mpirun "$stop" "${command[@]}" "${dist_train[@]}" "$@"
 finish

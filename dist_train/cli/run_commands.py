@@ -294,7 +294,7 @@ def _add_outcome(subparsers: Subparsers) -> None:
     parser.add_argument("run_directory", type=Path, metavar="RUN", help="a run directory")
     parser.add_argument("--launch", metavar="ID", help="the launch's DIST_TRAIN_LAUNCH")
     parser.add_argument(
-        "--record-lost", action="store_true", help="once the launch has ended: if it recorded no end, record a failure"
+        "--record-lost", metavar="WHO", help="once the launch has ended: if it recorded no end, record the loss of WHO"
     )
     parser.add_argument("--code", type=int, metavar="N", help="the launcher's exit status")
     parser.set_defaults(run=_outcome)
@@ -313,8 +313,10 @@ def _outcome(arguments: argparse.Namespace) -> int:
     if status.exit_code is None:
         # An mpirun may kill the other ranks before rank 0 can report the loss of one.
         reason = f"the launch died in state {status.state} at step {status.step}"
-        say_on_stderr(f"dist-train: {escaped(reason)} [rank-lost]")
         if arguments.record_lost:
+            reason = f"{arguments.record_lost}; {reason}"
+        say_on_stderr(f"dist-train: {escaped(reason)} [rank-lost]")
+        if arguments.record_lost is not None:
             record_lost(path, status.launch, reason)
         return ExitCode.FAULT
     return status.exit_code

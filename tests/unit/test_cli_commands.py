@@ -658,7 +658,7 @@ class TestOutcome:
     def test_a_launch_that_died_is_recorded_as_failed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("DIST_TRAIN_LAUNCH", "first")
         StatusFile(tmp_path / "status.json", 2).change("running", step=7)
-        assert main(["outcome", str(tmp_path), "--launch", "first", "--record-lost"]) == 1
+        assert main(["outcome", str(tmp_path), "--launch", "first", "--record-lost", ""]) == 1
         status = load_status(tmp_path / "status.json")
         assert (status.state, status.exit_code) == ("failed", 1)
 

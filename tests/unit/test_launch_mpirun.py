@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from dist_train.rundir.status import load_status
 from tests.programs import write_programs
 from tests.waiting import PATIENCE, wait_for
 
@@ -151,6 +152,26 @@ def test_a_run_is_checked_with_its_plugins_before_the_launch(option: tuple[str, 
     )
     assert (tmp_path / "out").read_text().splitlines()[-len(words) :] == words, ended.stderr
     assert f"no status in {tmp_path}/run\n" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    "notice",
+    [
+        "mpirun noticed that process rank 1 with PID 0 on node node2 exited on signal 9 (Killed).",
+        "prterun noticed that process rank 1 with PID 2 on node node2 exited on\nsignal 9 (Killed).",
+    ],
+    ids=["Open MPI 4", "Open MPI 5"],
+)
+def test_the_status_names_the_rank_that_mpirun_reports_as_killed(notice: str, tmp_path: Path) -> None:
+    run, line = tmp_path / "run", "-" * 74
+    record = f"from dist_train.rundir.status import *; StatusFile(Path('{run}/status.json'), 2).change('running')"
+    killed = f'mkdir {run}; "{sys.executable}" -c "{record}"; printf "%s\\n" {line} "{notice}" {line} >&2; exit 137'
+    environment = with_programs(tmp_path, killed) | {"PYTHONPATH": str(ROOT)}
+    command = [str(ROOT / "launch/mpirun.sh"), "train", str(ROOT / "configs/smoke.yaml"), f"--run-dir={run}"]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 1, ended.stderr
+    assert load_status(run / "status.json").reason.startswith("rank 1 (node2) was killed by signal 9; ")
+    assert notice in ended.stderr
 
 
 def test_the_help_of_train_is_printed_once_and_nothing_is_launched(tmp_path: Path) -> None:
