@@ -39,7 +39,8 @@ class HorovodCommunicator(Communicator):
             fix = {
                 "srun": "set comm.engine=torch, which needs no MPI; or srun --mpi=pmix and a Horovod built for it",
                 "mpirun": "Horovod must be built against the MPI of this mpirun: see dist-train doctor",
-            }.get(launch.launcher, "see dist-train doctor")
+                "horovodrun": "see dist-train doctor",
+            }.get(launch.launcher, "leave comm.engine=horovod out, or start with horovodrun or mpirun")
             raise UsageError(
                 f"{launch.launcher} started {launch.size} ranks, but Horovod sees {seen}: {fix}", code="rank-count"
             )

@@ -282,14 +282,24 @@ def test_the_engine_follows_the_launcher_unless_it_is_named(
     assert engine_of(launcher, asked, has_horovod) == engine
 
 
-def test_where_mpi_does_not_join_the_ranks_of_srun_torch_is_advised(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("launcher", "advice"),
+    [
+        ("srun", "set comm.engine=torch"),
+        ("torchrun", "leave comm.engine=horovod out"),
+        ("horovodrun", "dist-train doctor"),
+    ],
+)
+def test_where_horovod_does_not_see_the_ranks_the_advice_fits_the_launcher(
+    launcher: str, advice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     library = Mock(size=lambda: 1)
     for name, module in (("horovod", Mock(torch=library)), ("horovod.torch", library)):
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(horovod, "set_environment", Mock())
     with raises(UsageError, "rank-count") as caught:
-        horovod.HorovodCommunicator(Launch("srun", 8, 0), timeout=5.0, device_type="cpu", timeline=False)
-    assert "sees 1: set comm.engine=torch" in str(caught.value)
+        horovod.HorovodCommunicator(Launch(launcher, 8, 0), timeout=5.0, device_type="cpu", timeline=False)
+    assert advice in str(caught.value)
 
 
 @pytest.mark.parametrize("launcher", ["mpirun", "horovodrun"])
