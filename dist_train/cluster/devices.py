@@ -308,9 +308,9 @@ def check_placements(placements: Sequence[Placement], has_nccl: bool) -> None:
 
 def _shared_gpu(first: int, second: int, placement: Placement) -> UsageError:
     return UsageError(
-        f"ranks {first} and {second} would share a GPU: their node has {placement.ranks} ranks and "
-        f"{placement.visible} GPU{'s' if placement.visible > 1 else ''} for them. Start at most one rank for "
-        f"each GPU; or {_USE_CPU}",
+        f"ranks {first} and {second} would share a GPU: their node has {placement.ranks} ranks, and each sees "
+        f"{placement.visible} GPU{'s' if placement.visible > 1 else ''}. Start at most one rank for each GPU, with all "
+        f"GPUs of the node visible to each (srun --gpu-bind=none); or {_USE_CPU}",
         code="gpu-shared",
     )
 
