@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 import time
 import traceback
 from collections.abc import Collection, Iterator, Sequence
@@ -92,7 +93,7 @@ def train(config: Config, run_directory: Path | str | None = None, observers: Se
         regroup = Regrouping(session, stack)
         try:
             if not comm.is_joining:
-                regroup.open_logs(comm.rank)
+                run_on_all_ranks(comm, partial(regroup.open_first_logs, comm.rank), "open its log")
             if comm.rank == 0:
                 exposed = access_warnings(metrics) if metrics.enabled else ()
                 for warning in (*unused_settings(config).values(), *exposed):
@@ -167,6 +168,18 @@ class Regrouping:
             self._logging_as = None
             self._logs.enter_context(open_logs(self.session.directory.logs, rank))
             self._logging_as = rank
+
+    def open_first_logs(self, rank: int) -> None:
+        """Call `open_logs`, in the folder that rank 0 has just made. Raises OSError or FaultError."""
+        try:
+            self.open_logs(rank)
+        except FileNotFoundError as error:  # the file server may have been slow: a restart may succeed
+            raise FaultError(
+                f"rank {rank} on {socket.gethostname()} does not see {self.session.directory.logs.absolute()}, which "
+                f"rank 0 has made: the run directory must be on a file system that all ranks share (run.directory, "
+                f"--run-dir)",
+                code="run-directory-not-shared",
+            ) from error
 
     def __call__(self, trainer: ElasticTrainer, generation: Generation) -> None:
         """Let a rank that has become rank 0 take over writing the run directory.

@@ -241,6 +241,18 @@ def test_its_variables_suffice_to_start_ranks(tmp_path: Path, launcher: str) -> 
     assert weights_digest(tmp_path / "run") == weights_digest(tmp_path / "alone")
 
 
+def test_a_run_directory_on_the_disk_of_one_node_ends_all_ranks_with_its_name(tmp_path: Path) -> None:
+    command = ("train", write_config(tmp_path, small_settings()), "--run-dir")
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    folders = [tmp_path / f"disk{rank}/run" for rank in range(2)]
+    tasks = [start(1, "alone", *command, str(folders[rank]), extra={**shared, "RANK": str(rank)}) for rank in range(2)]
+    outputs = [task.communicate(timeout=PATIENCE)[0] for task in tasks]
+    assert [task.returncode for task in tasks] == [ExitCode.FAULT, ExitCode.FAULT], outputs
+    assert str(folders[1]) in outputs[1]
+    assert "[run-directory-not-shared]" in outputs[1]
+    assert "rank 1" in status(folders[0])["reason"]
+
+
 @pytest.mark.parametrize(("launcher", "engine"), [("torchrun", "torch"), ("env://", "torch"), ("mpi", "horovod")])
 def test_script_trains_and_evaluates_repeatedly(tmp_path: Path, launcher: str, engine: str) -> None:
     config = write_config(tmp_path, small_settings(run={"max_steps": 2}, evaluation={"every_epochs": 0}))
