@@ -25,7 +25,9 @@ class HorovodCommunicator(Communicator):
             import horovod.torch as hvd
         except ImportError as error:
             raise UsageError(
-                f"Horovod cannot be loaded ({error}): run make setup, or see dist-train doctor", code="horovod-missing"
+                f"Horovod cannot be loaded ({error}): run make setup (see dist-train doctor), or start with dist-train "
+                f"launch, torchrun or srun, which need none without comm.engine=horovod",
+                code="horovod-missing",
             ) from error
         self._hvd = hvd
         self._counters: Counters | None = None
