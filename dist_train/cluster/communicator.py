@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import socket
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -39,6 +40,7 @@ class RendezvousRequestedError(GroupBrokenError):
 
 _FULL_GPU = ("out of memory", "Failed to CUDA")  # "malloc", "calloc", "calloc async"
 _FAILED_GPU = ("CUDA error", "HIP error")  # torch's: this process can use its GPU no more
+_NO_INTERFACE = "Unable to find address for: "  # Gloo's
 
 
 @contextmanager
@@ -47,7 +49,8 @@ def naming_lost_ranks(
 ) -> Iterator[None]:
     """Raise `kind` in place of an engine's RuntimeError in the block.
 
-    Or UsageError if this rank's GPU is full, FaultError if it has failed: the others can continue without it.
+    Or UsageError if this rank's GPU is full, FaultError if it has failed: the others can continue without it. Also
+    UsageError if this node lacks the network interface that the user has named.
     """
     try:
         yield
@@ -61,6 +64,12 @@ def naming_lost_ranks(
             ) from error
         if any(sign in text for sign in _FAILED_GPU):
             raise FaultError(f"the GPU has failed: {text}", code="gpu-failed") from error
+        if _NO_INTERFACE in text:
+            raise UsageError(
+                f"{socket.gethostname()} has no address at the interface {text.partition(_NO_INTERFACE)[2]}: set "
+                f"GLOO_SOCKET_IFNAME to one that has (ip address lists them)",
+                code="ranks-cannot-meet",
+            ) from error
         raise kind(": ".join(filter(None, (opening, operation, text)))) from error
 
 

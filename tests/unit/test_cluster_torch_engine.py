@@ -23,6 +23,7 @@ from dist_train.cluster.launch import Launch, StoreAddress
 from dist_train.cluster.torch_engine import TorchCommunicator, nccl_options, open_counters_at_rank_0
 from dist_train.outcome import FaultError, PeerFailedError, UsageError
 from tests.raising import raises
+from tests.services.servers import free_port
 from tests.unit.simulated_ranks import on_ranks, results
 from tests.waiting import PATIENCE
 
@@ -62,6 +63,14 @@ def test_on_one_node_they_listen_at_loopback(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("chosen", [{"own": "10.0.0.1"}, {"interface": "ib0"}])
 def test_a_usable_name_and_a_chosen_interface_are_kept(chosen: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert addresses(monkeypatch, FIRST, SECOND, **chosen) == ["", ""]
+
+
+def test_an_interface_that_a_node_lacks_is_no_lost_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no-such-interface")
+    launch = Launch("env://", 2, 0, StoreAddress("localhost", free_port()))
+    with raises(UsageError, "ranks-cannot-meet") as caught:
+        TorchCommunicator(launch, timeout=5.0, device_type="cpu")
+    assert "no-such-interface" in str(caught.value)
 
 
 def test_the_route_to_this_machine_is_within_it() -> None:
