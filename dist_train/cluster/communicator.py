@@ -49,8 +49,8 @@ def naming_lost_ranks(
 ) -> Iterator[None]:
     """Raise `kind` in place of an engine's RuntimeError in the block.
 
-    Or UsageError if this rank's GPU is full, FaultError if it has failed: the others can continue without it. Also
-    UsageError if this node lacks the network interface that the user has named.
+    Or UsageError if this rank's GPU is full, FaultError if it has failed: the others can continue without it. The same
+    if this node lacks the network interface that the user has named, or that is down.
     """
     try:
         yield
@@ -65,9 +65,12 @@ def naming_lost_ranks(
         if any(sign in text for sign in _FAILED_GPU):
             raise FaultError(f"the GPU has failed: {text}", code="gpu-failed") from error
         if _NO_INTERFACE in text:
-            raise UsageError(
-                f"{socket.gethostname()} has no address at the interface {text.partition(_NO_INTERFACE)[2]}: set "
-                f"GLOO_SOCKET_IFNAME to one that has (ip address lists them)",
+            interface = text.partition(_NO_INTERFACE)[2]
+            # One that is down may be up at the next start, or on another node.
+            is_down = Path("/sys/class/net", interface).exists()
+            raise (FaultError if is_down else UsageError)(
+                f"{socket.gethostname()} has no address at the interface {interface}: set GLOO_SOCKET_IFNAME to one "
+                f"that has (ip address lists them)",
                 code="ranks-cannot-meet",
             ) from error
         raise kind(": ".join(filter(None, (opening, operation, text)))) from error

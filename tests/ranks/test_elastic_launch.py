@@ -291,7 +291,7 @@ def test_a_rank_that_cannot_connect_to_the_others_does_not_keep_them_from_traini
         wait_for(lambda: launch.step() > step + 8, lambda: launch.log.read_text()[-3000:])
         launch.process.send_signal(signal.SIGTERM)
         ended = launch.wait()
-    assert (refused.code, ended.code) == (ExitCode.FAULT, ExitCode.STOPPED), refused.output + ended.output
+    assert (refused.code, ended.code) == (ExitCode.USAGE, ExitCode.STOPPED), refused.output + ended.output
 
 
 def test_launcher_without_ranks_starts_with_those_that_join(tmp_path: Path) -> None:

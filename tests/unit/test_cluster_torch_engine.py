@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch._subclasses import FakeTensorMode
 
 from dist_train.cluster import torch_engine
-from dist_train.cluster.communicator import Communicator, RankLostError
+from dist_train.cluster.communicator import Communicator, RankLostError, naming_lost_ranks
 from dist_train.cluster.elastic import abortable_nccl
 from dist_train.cluster.launch import Launch, StoreAddress
 from dist_train.cluster.torch_engine import TorchCommunicator, nccl_options, open_counters_at_rank_0
@@ -71,6 +71,11 @@ def test_an_interface_that_a_node_lacks_is_no_lost_rank(monkeypatch: pytest.Monk
     with raises(UsageError, "ranks-cannot-meet") as caught:
         TorchCommunicator(launch, timeout=5.0, device_type="cpu")
     assert "no-such-interface" in str(caught.value)
+
+
+def test_an_interface_that_is_down_is_a_fault_of_the_node() -> None:
+    with raises(FaultError, "ranks-cannot-meet"), naming_lost_ranks():
+        raise RuntimeError("[enforce fail at device.cc:214] . Unable to find address for: lo")
 
 
 def test_the_route_to_this_machine_is_within_it() -> None:
