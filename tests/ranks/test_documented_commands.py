@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -35,6 +36,7 @@ TESTED_ELSEWHERE = {
     r"^python -m benchmarks( |$)": "unit/test_benchmarks_table.py",
     r"^python -m tests\.torture": "torture/test_campaign.py",
     r"doctor configs/|data\.download=true": "unit/test_launching_doctor.py",
+    r"train configs/lb_8192.*run\.name=li": "unit/test_docs_commands.py",
     r"^\. \.venv|^nvidia-smi|run\.device=cuda": "longer/test_cuda_build.py",
     r"^pip ": "longer/test_wheel.py",
     r"^trackio |name: trackio": "longer/test_loggers.py",
@@ -92,9 +94,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
         words = (f"run.name={name}", f"optimizer.learning_rate={rate}", "checkpoint.keep=9")
         train_alone(write_config(folder, sections), run, *words)
-    for suffix in (".pt", ".json"):
-        last = run / "checkpoints" / "step-00000008"
-        shutil.copyfile(last.with_suffix(suffix), last.with_name("step-00000160").with_suffix(suffix))
+    last, named = (run / "checkpoints" / f"step-{step:08}.pt" for step in (8, 160))
+    shutil.copyfile(last, named)
+    record = json.loads(last.with_suffix(".json").read_text())
+    named.with_suffix(".json").write_text(json.dumps({**record, "step": 160}))
     subprocess.run(["tar", "-C", folder / "runs", "-xzf", ROOT / "results" / "fashion.tar.gz"], check=True)
     (folder / "runs" / "paper").symlink_to("fashion")
     return folder
