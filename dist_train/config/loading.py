@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import re
@@ -28,6 +29,8 @@ SHIPPED = "dist_train:"
 """Prefix of the name of a file that comes with the program, as in `dist_train:configs/demo.yaml`."""
 
 _FILE, _BASE = "(file)", "base"
+_logger = logging.getLogger("dist_train.config")
+
 _COMMAND_LINE = "command line"
 
 
@@ -224,7 +227,8 @@ def parse_config(settings: Mapping[str, Any], *, source: str, plugins: Sequence[
         ]
         if problems:
             raise ConfigError(source, problems)
-        given = with_long_names(with_present_names(settings, source), plugins, Config)
+        present = with_present_names(settings, lambda text: _logger.warning("%s: %s", source, text))
+        given = with_long_names(present, plugins, Config)
         text = json.dumps(given, default=lambda value: _plain(value, given, source))
         config = Config.model_validate_json(text, strict=True)
     except ValidationError as error:

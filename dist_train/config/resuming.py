@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -118,28 +117,23 @@ SAVED = "the checkpoint, which another version of dist_train may have saved (sta
 STREAM_OF_A_RANK = "worker"
 """Name of the random stream of one rank's noise. Renaming it would change the noise, also that of resumed runs."""
 
-FORMER_SHARING = "worker"
-"""The former name of noise.sharing=rank."""
 
-_logger = logging.getLogger("dist_train.config")
-
-
-def with_present_names(settings: Mapping[str, Any], source: str) -> Mapping[str, Any]:
-    """Return nested `settings` with former names and values replaced by present ones; logs each, found in `source`."""
+def with_present_names(settings: Mapping[str, Any], note: Callable[[str], object]) -> Mapping[str, Any]:
+    """Return nested `settings` with former names and values replaced by present ones; `note` is told of each."""
     changed = dict(settings)
     noise, metrics = settings.get("noise"), settings.get("metrics")
-    if isinstance(noise, Mapping) and noise.get("sharing") == FORMER_SHARING:
+    if isinstance(noise, Mapping) and noise.get("sharing") == "worker":
         changed["noise"] = {**noise, "sharing": "rank"}
-        _logger.warning("%s: noise.sharing=%s is called rank now", source, FORMER_SHARING)
+        note("noise.sharing=worker is called rank now")
     if isinstance(metrics, Mapping):
         if "workers" in metrics and "ranks" not in metrics:
             metrics = {"ranks" if name == "workers" else name: value for name, value in metrics.items()}
-            _logger.warning("%s: metrics.workers is called metrics.ranks now", source)
-        changed["metrics"] = _with_tensorboard_as_logger(metrics, source)
+            note("metrics.workers is called metrics.ranks now")
+        changed["metrics"] = _with_tensorboard_as_logger(metrics, note)
     return changed
 
 
-def _with_tensorboard_as_logger(metrics: Mapping[str, Any], source: str) -> Mapping[str, Any]:
+def _with_tensorboard_as_logger(metrics: Mapping[str, Any], note: Callable[[str], object]) -> Mapping[str, Any]:
     """Return `metrics` with the former setting `tensorboard: true` as a logger."""
     others = {name: value for name, value in metrics.items() if name != "tensorboard"}
     loggers = metrics.get("loggers", [])
@@ -147,7 +141,7 @@ def _with_tensorboard_as_logger(metrics: Mapping[str, Any], source: str) -> Mapp
         return others
     if metrics.get("tensorboard") is not True or not isinstance(loggers, list | tuple):
         return metrics
-    _logger.warning("%s: metrics.tensorboard is metrics.loggers=[{name: tensorboard}] now", source)
+    note("metrics.tensorboard is metrics.loggers=[{name: tensorboard}] now")
     logger = {"name": "tensorboard"}
     is_named = any(isinstance(each, Mapping) and each.get("name") == "tensorboard" for each in loggers)
     return {**others, "loggers": [*loggers] if is_named else [logger, *loggers]}

@@ -87,7 +87,7 @@ def train(config: Config, run_directory: Path | str | None = None, observers: Se
         metrics = resume_point.config.metrics
         open_loggers = partial(build_observers, metrics, directory, comm.rank, observers)
         opened = run_on_all_ranks(comm, open_loggers, "open its loggers")
-        session = Session(directory, comm, opened, lock, run_id, observers)
+        session = Session(directory, comm, opened, lock, run_id, observers, watchdog)
         if watchdog is not None:
             watchdog.on_loss = session.lose
         regroup = Regrouping(session, stack)
@@ -111,12 +111,7 @@ def train(config: Config, run_directory: Path | str | None = None, observers: Se
             with _naming_plugins(() if comm.is_elastic else trainer.plugins):
                 trainer.run()
         except BaseException as error:  # after a second Ctrl-C, or sys.exit in a callback, a notebook lives on
-            is_reported = False
-            if isinstance(error, RankLostError) and watchdog is not None:
-                if missing := watchdog.absent():
-                    error.args = (f"{missing} does not answer; {error}",)
-                is_reported = not missing and watchdog.hears_rank_0  # which alone can tell who is lost
-            session.fail(error, is_reported=is_reported)
+            session.fail(error)
             raise
         return session.finish()
 

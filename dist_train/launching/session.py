@@ -22,6 +22,7 @@ from dist_train.checkpoint.state import InitialWeights, Progress
 from dist_train.cluster.communicator import Communicator, RankLostError, broadcast_str, gather_str
 from dist_train.cluster.devices import find_gpus, why_no_gpu
 from dist_train.cluster.launch import command_output, current_job
+from dist_train.cluster.watchdog import Watchdog
 from dist_train.config import Config
 from dist_train.config.plugins import by_content, call_plugin
 from dist_train.config.sections import MetricsSettings
@@ -66,6 +67,7 @@ class Session:
     lock: RunLock | None = None  # of the run directory, on rank 0
     run_id: str = ""
     more_observers: Sequence[Observer] = ()  # those that are not from the settings; rank 0 calls them
+    watchdog: Watchdog | None = None  # which can tell what ranks are lost
     trainer: Trainer | None = None  # whose run is reported, once there is one
 
     def __post_init__(self) -> None:
@@ -251,11 +253,13 @@ class Session:
                 self.directory.drop_reserve()
         return outcome
 
-    def fail(self, error: BaseException, *, is_reported: bool = False) -> None:
-        """Report that the launch ends with `error`, after the checkpoint being written is on disk.
-
-        `is_reported`: rank 0, which is another one, finds out why, and records it.
-        """
+    def fail(self, error: BaseException) -> None:
+        """Report that the launch ends with `error`, after the checkpoint being written is on disk."""
+        is_for_rank_0 = False
+        if isinstance(error, RankLostError) and self.watchdog is not None:
+            if missing := self.watchdog.absent():
+                error.args = (f"{missing} does not answer; {error}",)
+            is_for_rank_0 = not missing and self.watchdog.hears_rank_0  # which alone can tell who is lost
         if self.trainer is not None:
             self.trainer.saving.settle()
         # A rank that failed on its own knows why; the others know only that it is lost.
@@ -272,7 +276,7 @@ class Session:
             _logger.info("%s", reason, exc_info=error if is_bug else None)
         reason = shortened(reason)
         code = exit_code_of(error)
-        if self.status is None and not (is_recorded or is_reported) and self._ends_launch_alone(error):
+        if self.status is None and not (is_recorded or is_for_rank_0) and self._ends_launch_alone(error):
             self._record_fault(code, reason)
         state: State = "stopped" if isinstance(error, StoppedError) else "failed"
         others_may_continue = self._others_may_continue(error)

@@ -20,7 +20,7 @@ from dist_train.config import DATA_SETS, Config, ConfigError, DataSet
 from dist_train.config.loading import flat_settings, parse_yaml, with_overrides
 from dist_train.config.plugins import may_name_one_plugin
 from dist_train.config.problems import problems_of
-from dist_train.config.resuming import FORMER_SHARING, LENGTHS, may_change
+from dist_train.config.resuming import LENGTHS, may_change, with_present_names
 from dist_train.outcome import ExitCode, UsageError, escaped
 from dist_train.rundir.atomic import read_regular
 from dist_train.rundir.paths import RANGE_TEST, BrokenFileError, RunDirectory, StudyDirectory
@@ -464,7 +464,7 @@ def _changes(settings: Mapping[str, object], base: Mapping[str, Any], overrides:
     for override in overrides:
         with suppress(ConfigError):
             base = with_overrides(base, [override])
-    expected = dict(flat_settings(base))
+    expected = dict(flat_settings(with_present_names(base, lambda text: None)))
     for path in sorted(settings.keys() | expected.keys()):
         had, has = settings.get(path), expected.get(path)
         # Runs of older versions lack settings, and base.yaml may be missing; but options are the user's own.
@@ -482,9 +482,8 @@ def _may_be_same(path: str, had: object, has: object) -> bool:
     homes = [each.partition("/")[2] for each in (had, has) if each.startswith("~")]
     if homes:
         return all(each.endswith(f"/{homes[0]}") for each in (had, has))
-    # The plan has the study's own spelling, the run that of the program, such as runs/first for ./runs/first/.
-    is_former = path == "noise.sharing" and {had, has} == {"rank", FORMER_SHARING}
-    return is_former or Path(had) == Path(has) or may_name_one_plugin(path, had, has, Config)
+    # A path is spelled in the plan as in the study, such as ./runs/first/, and in the run as runs/first.
+    return Path(had) == Path(has) or may_name_one_plugin(path, had, has, Config)
 
 
 def _completed(planned: Planned, base: Mapping[str, object]) -> Planned:

@@ -16,7 +16,6 @@ import pytest
 import yaml
 
 from dist_train.config.loading import parse_yaml
-from dist_train.config.resuming import FORMER_SHARING
 from dist_train.outcome import UsageError
 from dist_train.report.figures import landscape_figure, lines_between, run_landscapes
 from dist_train.report.measures import JUDGED_ACCURACY, JUDGED_LOSS, Measure, measures_of, sharpness_left_out
@@ -413,6 +412,9 @@ def test_run_that_began_with_other_settings_than_its_study_has_now_does_not_coun
     assert [line.rpartition(" ")[2] for line in listed.splitlines()] == ["0.02)"] * 2
 
 
+FORMER = yaml.safe_load(Path(__file__).with_name("former_run").joinpath("config.yaml").read_text())
+
+
 @pytest.mark.parametrize(
     ("path", "had", "has", "is_changed"),
     [
@@ -427,7 +429,7 @@ def test_run_that_began_with_other_settings_than_its_study_has_now_does_not_coun
         ("run.init_from", "/home/me/first.pt", "~/second.pt", True),
         ("run.init_from", "torchvision:first", "torchvision:second", True),
         ("run.init_from", "runs/first", "./runs/first/", False),
-        ("noise.sharing", "rank", FORMER_SHARING, False),
+        ("noise.sharing", "rank", FORMER["noise"]["sharing"], False),
         ("noise.sharing", "rank", "global", True),
         ("model.options", {"depth": 3}, {"depth": 4}, True),
         ("model.options", {}, {"depth": 4}, True),
