@@ -294,7 +294,10 @@ def summary(tally: Tally) -> list[str]:
     for word, runs in (("failed", tally.failed), ("stopped", tally.stopped), ("left to others", tally.busy)):
         if runs:
             lines.append(f"{len(runs)} {word}:")
-            lines += [f"  {run.number} {run.name}: {reason or 'no reason given'}" for run, reason in runs]
+            same: dict[str, list[str]] = {}  # missing data stop every run
+            for run, reason in runs:
+                same.setdefault(reason or "no reason given", []).append(f"{run.number} {run.name}")
+            lines += [f"  {', '.join(names)}: {reason}" for reason, names in same.items()]
     if not_started := len(tally.left) + tally.unasked:
         lines.append(f"{wording.plural(not_started, 'run')} not started")
     if tally.exit_code == ExitCode.STOPPED:

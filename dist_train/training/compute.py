@@ -63,6 +63,9 @@ def set_up_compute(settings: PrecisionSettings, device: torch.device) -> Compute
         raise UsageError("precision.compute: this GPU has no bfloat16; use float16", code="bfloat16-on-old-gpu")
     if settings.cuda_graphs and device.type != "cuda":
         raise UsageError("precision.cuda_graphs: CUDA graphs need a GPU; set it to false", code="cuda-graphs-on-cpu")
+    lacks_bfloat16 = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"  # oneDNN needs AVX-512
+    if settings.compute == "bfloat16" and lacks_bfloat16:
+        _logger.warning("precision.compute: this processor has no AVX-512: bfloat16 is many times slower than float32")
     torch.set_num_threads(settings.threads)
     if keep_freed_memory() and device.type == "cpu":
         use_large_pages()

@@ -140,6 +140,12 @@ class TestFailures:
         assert "  2 noisy-seed-0: no data" in summary(tally)
         assert tally.exit_code == ExitCode.FAULT
 
+    def test_what_stops_every_run_is_said_once(self, tmp_path: Path) -> None:
+        plan = small_plan(tmp_path)
+        tally = run_all(plan, "echo 'dist-train: no data' >&2; exit 2")
+        same = "1 plain-seed-0, 2 noisy-seed-0, 3 plain-seed-1, 4 noisy-seed-1: no data"
+        assert summary(tally) == ["0 runs finished", "4 failed:", f"  {same}"]
+
     def test_killed_run_is_reported_with_its_signal(self, tmp_path: Path) -> None:
         plan = small_plan(tmp_path)
         tally = run_all(plan, "[ $NAME != plain-seed-1 ] || kill -KILL $$")

@@ -75,6 +75,18 @@ def test_settings_choose_threads_and_precision() -> None:
 
 
 @pytest.mark.parametrize(
+    ("compute", "instructions", "warnings"),
+    [("bfloat16", "AVX2", 1), ("bfloat16", "AVX512", 0), ("bfloat16", "SVE256", 0), ("float32", "AVX2", 0)],
+)
+def test_bfloat16_on_a_processor_that_emulates_it_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, compute: str, instructions: str, warnings: int
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: instructions)
+    set_up_compute(PrecisionSettings.model_validate({"threads": 1, "compute": compute}), CPU)
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * warnings
+
+
+@pytest.mark.parametrize(
     ("settings", "code"), [({"compute": "float16"}, "float16-on-cpu"), ({"cuda_graphs": True}, "cuda-graphs-on-cpu")]
 )
 def test_what_needs_a_gpu_is_refused_on_a_cpu_with_the_fix(settings: dict[str, Any], code: str) -> None:
