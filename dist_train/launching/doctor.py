@@ -139,7 +139,7 @@ def check_devices(asked: Device) -> Check:
 
     cores = usable_cores()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / _GIBIBYTE
-    processor = f"{cores} CPU cores, {memory:.0f} GiB of memory"
+    processor = f"{cores} CPU cores ({torch.backends.cpu.get_cpu_capability()}), {memory:.0f} GiB of memory"
     signs, found = devices.find_gpus(os.environ), devices.torch_gpus()
     if found.count:
         names = ", ".join(torch.cuda.get_device_name(index) for index in range(found.count))
