@@ -39,6 +39,7 @@ OMITTED = "Time and speed"
 SHARPNESS, WIDTH = "Basin width and sharpness", "basin width, loss under 2 x"
 WITH_LOSS = "Rank correlation with final train loss"
 SIX = range(100, 106)  # seeds
+Pairs = list[tuple[float, float]]
 DIFFERENCE = re.compile(r"([+\u2212]\S+)(?: points)? \(([+\u2212]\S+ to [+\u2212][^ ;)]+)\)")
 
 
@@ -195,7 +196,9 @@ def later_rivals(tmp_path_factory: pytest.TempPathFactory) -> Subject:
 
 def test_page_of_rivals_has_the_numbers_of_its_tables(rivals: Subject, later_rivals: Subject) -> None:
     page = (ROOT / "docs/results.md").read_text()
-    tables = "\n".join(map(tables_in_markdown, (rivals, later_rivals)))
+    pilot = pairs_of(rivals, "lb-smoothout", "lb-smoothout-pilot", range(100, 110))
+    computed = [" {} ({};".format(*in_words(pilot)), *correlations_without_ivon(rivals)]
+    tables = "\n".join([*map(tables_in_markdown, (rivals, later_rivals)), *computed])
     detail = page.partition("## The tables")[2]
     missing = [line for line in detail.splitlines() if line.startswith("| ") and line not in tables.splitlines()]
     assert not missing
@@ -204,8 +207,46 @@ def test_page_of_rivals_has_the_numbers_of_its_tables(rivals: Subject, later_riv
     assert not [(mean, ends) for mean, ends in found if f" {mean} ({ends};" not in tables.replace("*", "")]
     summary = page.partition("## Limits")[0]
     others = re.findall(r"[0-9.]+ ± [0-9.]+", summary) + re.findall(r"[0-9.]+ \([0-9.]+ to [0-9.]+; n = \d+\)", summary)
-    assert len(others) == 50
-    assert not [words for words in others if words not in tables]
+    assert len(others) == 52
+    assert not [
+        words for words in (*others, *computed[1:]) if words not in tables or words not in " ".join(page.split())
+    ]
+
+
+def correlations_without_ivon(rivals: Subject) -> list[str]:
+    """Return the rank correlations of sharpness with test accuracy over the means of all variants but IVON."""
+    by_title = {measure.title: measure for measure in sharpness_measures(rivals.runs)}
+    width = "basin width at a rise of "
+    found = []
+    for title in (f"{width}0.05", f"{width}0.5", "Hessian trace", "largest Hessian eigenvalue"):
+        groups: dict[str, list[tuple[float, float]]] = {}
+        for run in rivals.runs:
+            value, accuracy = by_title[title].take(run), FINAL_ACCURACY.take(run)
+            if value is not None and accuracy is not None and "ivon" not in run.name:
+                groups.setdefault(run.name.partition("-seed-")[0], []).append((value, accuracy))
+        means = [tuple(map(fmean, zip(*each, strict=True))) for each in groups.values()]
+        found.append(correlation_in_words(*zip(*means, strict=True)))
+    return found
+
+
+def correlation_in_words(*columns: Sequence[float]) -> str:
+    """Return the rank correlation of the first two columns, given the third if there is one, as pages have it."""
+    found = rank_correlation(*columns)
+    assert found is not None
+    words = f"{found.rho:.2f} ({found.low:.2f} to {found.high:.2f}; n = {len(columns[0])})"
+    return words.replace("-", "\u2212")
+
+
+def pairs_of(subject: Subject, against: str, variant: str, seeds: Sequence[int], split: str = "test") -> Pairs:
+    """Return the final accuracies on `split`, in percent, of both variants, for each seed."""
+    runs = {run.name: run for run in subject.runs}
+
+    def accuracy(name: str) -> float:
+        record = runs[name].last(split)
+        assert record is not None
+        return 100 * record.accuracy
+
+    return [(accuracy(f"{against}-seed-{seed}"), accuracy(f"{variant}-seed-{seed}")) for seed in seeds]
 
 
 def test_each_variant_ran_with_the_settings_chosen_by_the_search(rivals: Subject, later_rivals: Subject) -> None:
@@ -290,18 +331,35 @@ def test_page_of_batch_8192_has_the_numbers_of_its_tables(batch_8192: dict[str, 
         study = load_study(ROOT / f"studies/{name}.yaml")
         assert len(batch_8192[folder].runs) == sum(len(each.seeds or study.seeds) for each in study.variants.values())
     subjects = [batch_8192[folder] for folder in studies]
-    across = [*differences_on_one_processor(batch_8192), *differences_from_former_rates(batch_8192)]
-    elsewhere = [ends for _, ends in across]
+    elsewhere = [ends for _, ends in differences_across_studies(batch_8192)]
     assert_page_has_numbers_of("results_16384.md", *subjects, at_least=85, elsewhere=elsewhere)
 
 
+def differences_across_studies(batch_8192: dict[str, Subject]) -> list[tuple[str, str]]:
+    return [
+        *differences_on_one_processor(batch_8192),
+        *differences_from_former_rates(batch_8192),
+        *differences_in_validation(batch_8192["rivals-16384-strong"]),
+    ]
+
+
+def differences_in_validation(strong: Subject) -> list[tuple[str, str]]:
+    """Return how far strong noise is from SB with 16 and with 64 passes on the validation images."""
+    noisy = "lb-smoothout-1200"
+    return [
+        in_words(pairs_of(strong, against, noisy, seeds, "validation"))
+        for against, seeds in (("sb", range(100, 110)), ("sb-64", SIX))
+    ]
+
+
 def differences_on_one_processor(batch_8192: dict[str, Subject]) -> list[tuple[str, str]]:
-    """Return what the processor changes of SB, and SmoothOut's difference from SB beside it; means and ends."""
+    """Return what the processor changes of SB, SmoothOut's difference from SB beside it, and its gain from 300 on."""
     before, now = (accuracies(batch_8192[folder]) for folder in ("rivals-16384", "rivals-16384-strong"))
     beside = {seed: before if seed < 104 else now for seed in SIX}
     return [
         in_words([(before[f"sb-seed-{seed}"], now[f"sb-seed-{seed}"]) for seed in SIX]),
         in_words([(beside[seed][f"sb-seed-{seed}"], before[f"lb-smoothout-600-seed-{seed}"]) for seed in SIX]),
+        in_words(pairs_of(batch_8192["rivals-16384"], "lb-smoothout-300", "lb-smoothout-600", range(100, 104))),
     ]
 
 
@@ -336,8 +394,7 @@ def in_words(pairs: Sequence[tuple[float, float]]) -> tuple[str, str]:
 
 def test_documented_differences_across_studies(batch_8192: dict[str, Subject]) -> None:
     text = " ".join((ROOT / "docs/results_16384.md").read_text().split())
-    found = [*differences_on_one_processor(batch_8192), *differences_from_former_rates(batch_8192)]
-    assert all(f"{mean} points ({ends})" in text for mean, ends in found)
+    assert all(f"{mean} points ({ends})" in text for mean, ends in differences_across_studies(batch_8192))
 
 
 def test_the_higher_rates_confirmed_at_batch_8192_are_the_best_of_their_search(batch_8192: dict[str, Subject]) -> None:
@@ -387,7 +444,7 @@ def test_the_strength_confirmed_at_batch_8192_is_the_best_of_its_search(batch_81
     accuracy = {
         run.name: 100 * (FINAL_ACCURACY.take(run) or math.nan) for run in batch_8192["rivals-16384-strong"].runs
     }
-    first, second, more_passes = (
+    first, second, both, more_passes = (
         paired_difference(
             [(accuracy[f"{against}-seed-{seed}"], accuracy[f"lb-smoothout-1200-seed-{seed}"]) for seed in seeds],
             confidence=confidence,
@@ -395,14 +452,16 @@ def test_the_strength_confirmed_at_batch_8192_is_the_best_of_its_search(batch_81
         for against, seeds, confidence in (
             ("sb", range(100, 106), 0.95),
             ("sb", range(100, 110), 1 - 0.05 / 2),
+            ("sb", range(100, 110), 1 - 0.05 / 2 / 4),
             ("sb-64", range(100, 106), 0.95),
         )
     )
     assert first
     assert second
+    assert both
     assert more_passes
     assert f"With six seeds the lower end of its difference from SB was \u2212{-first.low:.4f}" in page
-    assert f"{second.low:+.3f} when corrected for having looked twice" in page
+    assert f"{second.low:+.3f} when corrected for having looked twice, and \u2212{-both.low:.2f} for both" in page
     assert f"The lower end is \u2212{-more_passes.low:.4f} before it is rounded" in page
 
 
@@ -434,14 +493,12 @@ def test_runs_repeated_on_another_day_are_bit_identical(batch_8192: dict[str, Su
 def test_documented_correlation_without_the_runs_of_150_updates(batch_8192: dict[str, Subject]) -> None:
     runs = batch_8192["rivals-16384"].runs
     fitted = [run for run in runs if re.match(r"sb-|lb-.*00-seed", run.name)]
-    [width] = [each for each in sharpness_measures(runs) if each.title == "basin width at a rise of 0.5"]
-    rows = [[measure.take(run) for measure in (width, GAP, TRAIN_LOSS)] for run in fitted]
-    values = [[value for value in row if value is not None] for row in rows]
-    widths, gaps, losses = zip(*(row for row in values if len(row) == 3), strict=True)
-    found = rank_correlation(widths, gaps, losses)
-    assert found is not None
-    words = f"{found.rho:.2f} ({found.low:.2f} to {found.high:.2f}; n = {len(widths)})".replace("-", "\u2212")
-    assert words in " ".join((ROOT / "docs/results_16384.md").read_text().split())
+    text = " ".join((ROOT / "docs/results_16384.md").read_text().split())
+    for title in ("basin width at a rise of 0.5", "Hessian trace"):
+        [sharpness] = [each for each in sharpness_measures(runs) if each.title == title]
+        rows = [[measure.take(run) for measure in (sharpness, GAP, TRAIN_LOSS)] for run in fitted]
+        values = [[value for value in row if value is not None] for row in rows]
+        assert correlation_in_words(*zip(*(row for row in values if len(row) == 3), strict=True)) in text
 
 
 def test_page_of_updates_enough_has_the_numbers_of_its_runs(tmp_path: Path) -> None:
@@ -453,7 +510,9 @@ def test_page_of_updates_enough_has_the_numbers_of_its_runs(tmp_path: Path) -> N
     for run in done:
         chosen = dict(flat_settings(study.settings_of(run.name.partition("-seed-")[0])))
         assert {path: run.settings[path] for path in chosen} == chosen
-    assert_page_has_numbers_of("results_updates.md", subject, at_least=16)
+    mean, ends = in_words(pairs_of(subject, "sb", "lb-smoothout-600", range(100, 110), "validation"))
+    assert f"{mean} points ({ends})" in " ".join((ROOT / "docs/results_updates.md").read_text().split())
+    assert_page_has_numbers_of("results_updates.md", subject, at_least=16, elsewhere=[ends])
     trials = read_subject(tmp_path / "rivals-updates-tune").runs
     found = {run.name.removesuffix("-seed-0"): run.split("validation")[-1].accuracy for run in trials}
     plan = " ".join((ROOT / "docs/study_plan.md").read_text().split())
@@ -489,3 +548,21 @@ def test_best_rates_and_strengths_near_the_ends_of_their_ranges_are_reported() -
     assert not near
     text = " ".join((ROOT / "docs/results.md").read_text().split())
     assert f"label smoothing ({smoothing}), SGLD ({sgld}) and LAWA ({lawa}) lie within a tenth" in text
+
+
+def test_best_rates_that_are_the_highest_of_their_trials_are_reported(later_rivals: Subject) -> None:
+    trials: dict[str, list[tuple[float, float]]] = {}
+    for run in read_subject(later_rivals.directory.parent / "rivals-tune").runs:
+        rate = run.settings["optimizer.learning_rate"]
+        assert isinstance(rate, float)
+        trials.setdefault(run.name.partition("-trial-")[0], []).append((run.split("validation")[-1].accuracy, rate))
+    highest = {name: rate for name, of in trials.items() if (rate := max(of)[1]) == max(each for _, each in of)}
+    names = ("lb", "lb-late", "lb-asam", "lb-ivon")
+    of_lb, of_late, of_asam, of_ivon = (highest.pop(name) for name in names)
+    assert sorted(highest) == ["lb-sgld", "lb-smoothing"]
+    text = " ".join((ROOT / "docs/results.md").read_text().split())
+    assert f"of LB ({of_lb:.2f}), late SmoothOut ({of_late:.2f}), ASAM ({of_asam:.2f}), IVON ({of_ivon:.2f})," in text
+    assert f"by chance not above {of_ivon:.3f}" in text
+    by_rate = [accuracy for accuracy, _ in sorted(trials["lb-ivon"], key=lambda trial: trial[1])]
+    assert by_rate == sorted(by_rate)
+    assert f"from {100 * by_rate[0]:.0f} to {100 * by_rate[-1]:.0f} %" in text
