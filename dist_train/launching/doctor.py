@@ -26,7 +26,7 @@ from dist_train.cluster.nodes import Survey
 from dist_train.config import Config, DataSettings
 from dist_train.config.sections import Device
 from dist_train.monitoring.prometheus.http_server import CANNOT_LISTEN, Site, bind
-from dist_train.outcome import CodedError, UsageError
+from dist_train.outcome import CodedError
 from dist_train.start_up import usable_cores
 
 State = Literal["fine", "note", "fails"]  # usable; training runs without it; training cannot run here
@@ -278,14 +278,11 @@ def check_known_data() -> tuple[Check, ...]:
 
 
 def check_configuration(config: Config) -> Check:
-    """Check everything else that `train` refuses before its first step."""
-    from dist_train.launching.preflight import check_batches, check_metrics
+    """Check what `train` would refuse besides the data set, which `check_data` checks."""
+    from dist_train.launching.preflight import refusals
 
-    try:
-        check_metrics(config)
-        check_batches(config)
-    except UsageError as error:
-        return Check("configuration", "fails", str(error), "dist-train config check lists all problems")
+    if (refusal := next(refusals(config, of_data=False), None)) is not None:
+        return Check("configuration", "fails", str(refusal), "dist-train config check lists all problems")
     return Check("configuration", "fine", "nothing in it is refused")
 
 

@@ -49,15 +49,18 @@ def check_launch(config: Config, directory: RunDirectory) -> None:
             check_data(config)
 
 
-def refusals(config: Config, directory: Path | None = None) -> Iterator[UsageError]:
-    """Yield every reason why `train` would refuse `config` here, in `directory` (default: that of the settings)."""
+def refusals(config: Config, directory: Path | None = None, *, of_data: bool = True) -> Iterator[UsageError]:
+    """Yield every reason why `train` would refuse `config` here, in `directory` (default: that of the settings).
+
+    Without `of_data`, the data set's files are not looked for.
+    """
     run = RunDirectory(directory or config.run_directory)
     for check in (
         partial(check_folder, run),
         partial(check_metrics, config),
         partial(check_batches, config),
         partial(check_sources, config, run),
-        partial(check_data, config),
+        *([partial(check_data, config)] if of_data else []),
     ):
         try:
             check()
