@@ -140,15 +140,18 @@ def assemble(
 def _set_up_device(config: Config, comm: Communicator) -> tuple[Config, Compute]:
     """Return `config` with the device that it leaves to `auto`, and what this rank computes with. Raises UsageError."""
     device = assign_devices(comm, config.run.device, config.comm.timeout)
-    if config.batch.dealing == "dynamic" and device.type != "cpu":
-        raise UsageError(
-            "batch.dealing=dynamic works on CPUs: a process queues its GPU's work long before the GPU is ready for it, "
-            "so it cannot tell when to take the next micro-batch; set batch.dealing to measured",
-            code="dealing-device",
-        )
     config = with_device(config, "cuda" if device.type == "cuda" else "cpu")
-    compute = run_on_all_ranks(comm, partial(set_up_compute, config.precision, device), "set up its device")
-    return config, compute
+
+    def set_up() -> Compute:
+        if config.batch.dealing == "dynamic" and device.type != "cpu":
+            raise UsageError(
+                "batch.dealing=dynamic works on CPUs: a process queues its GPU's work long before the GPU is ready for "
+                "it, so it cannot tell when to take the next micro-batch; set batch.dealing to measured",
+                code="dealing-device",
+            )
+        return set_up_compute(config.precision, device)
+
+    return config, run_on_all_ranks(comm, set_up, "set up its device")
 
 
 def let_write(trainer: Trainer, session: Session, initial: torch.Tensor | None = None) -> None:

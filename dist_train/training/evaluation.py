@@ -188,10 +188,11 @@ def evaluate_stored(
         stack.push(lambda kind, error, traceback: comm.close(error))
         [stored] = read_same(comm, lambda: [find_checkpoint(target)])
         contents = stored.contents
-        config = stored_config(contents, overrides)
+        config = run_on_all_ranks(comm, partial(stored_config, contents, overrides), "read the checkpoint's settings")
         if config.precision.threads == "auto":
             config = with_setting(config, "precision.threads", share_of_threads(comm.local_size))
-        compute = set_up_compute(config.precision, assign_devices(comm, config.run.device, timeout))
+        device = assign_devices(comm, config.run.device, timeout)
+        compute = run_on_all_ranks(comm, partial(set_up_compute, config.precision, device), "set up its device")
         open_data = partial(open_splits, config.data, config.run.seed, compute.device, config.precision.channels_last)
         splits = run_on_all_ranks(comm, open_data, "load the data")
         stack.callback(splits.close)
@@ -205,7 +206,7 @@ def evaluate_stored(
                 return stored_model(contents, config, weights).to(compute.device)
 
         model = run_on_all_ranks(comm, build, "build the model")
-        samples = splits.of(split)
+        samples = run_on_all_ranks(comm, partial(splits.of, split), f"find its {split} split")
         batch_size = config.evaluation.batch_size
         result = evaluate(model, samples, len(samples), batch_size=batch_size, compute=compute, comm=comm)
         comm.barrier()

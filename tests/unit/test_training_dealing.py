@@ -18,7 +18,7 @@ from dist_train.cluster.communicator import Communicator, Counters, SingleProces
 from dist_train.data.images import BatchRequest
 from dist_train.data.plan import BatchPlan, MicroBatch
 from dist_train.launching import assembly
-from dist_train.outcome import UsageError
+from dist_train.outcome import PeerFailedError
 from dist_train.training.dealing import (
     Dealing,
     DynamicDealing,
@@ -31,8 +31,7 @@ from dist_train.training.dealing import (
 )
 from dist_train.training.measuring import StepTimes
 from dist_train.training.step import GlobalBatch
-from tests.raising import raises
-from tests.unit.simulated_ranks import SimulatedRanks, results
+from tests.unit.simulated_ranks import SimulatedRanks, on_ranks, results
 from tests.unit.small_trainers import build_trainer, small_config, state_bits
 
 TIMES = st.lists(st.integers(1, 10**7), min_size=1, max_size=12)
@@ -315,5 +314,5 @@ def test_ranks_claim_where_that_changes_no_bit_and_they_wait_little(
 
 def test_a_process_does_not_know_when_its_gpu_is_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(assembly, "assign_devices", lambda *_: torch.device("cuda"))
-    with raises(UsageError, code="dealing-device"):
-        build_trainer(small_config(batch={"dealing": "dynamic"}), tmp_path, SingleProcess())
+    ended = on_ranks(2, partial(build_trainer, small_config(batch={"dealing": "dynamic"}), tmp_path))
+    assert [getattr(each, "code", "") for each in ended] == ["dealing-device", PeerFailedError.code]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
+import threading
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from unittest.mock import Mock, call
@@ -19,11 +21,11 @@ from dist_train.api import Format, Run, evaluate, export, load_run
 from dist_train.checkpoint.files import find_checkpoint, list_checkpoints, read_checkpoint, read_stored
 from dist_train.cluster.communicator import Communicator, SingleProcess
 from dist_train.config import Config, ImageFormat
-from dist_train.data.images import BatchRequest
+from dist_train.data.images import BatchRequest, Split
 from dist_train.data.loader import open_splits
 from dist_train.models import build_model
 from dist_train.optim.averaging import mean_of
-from dist_train.outcome import ExitCode, UsageError
+from dist_train.outcome import ExitCode, PeerFailedError, UsageError
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.status import StatusFile
 from dist_train.training import evaluation
@@ -32,7 +34,7 @@ from dist_train.training.evaluation import evaluate_stored, stored_config, store
 from tests.raising import raises, raises_problems
 from tests.unit.checkpoint_files import write
 from tests.unit.image_folders import write_folder
-from tests.unit.simulated_ranks import results
+from tests.unit.simulated_ranks import on_ranks
 from tests.unit.small_trainers import build_trainer, small_config
 from tests.unit.test_rundir_metrics_file import files_limited_to
 
@@ -221,31 +223,36 @@ def test_an_export_to_a_full_disk_is_refused(run: Path, tmp_path: Path, to: Form
     assert not any(tmp_path.iterdir())
 
 
-def test_promise_3_it_has_the_same_bits_on_any_number_of_ranks(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def evaluated_on_ranks(
+    size: int, monkeypatch: pytest.MonkeyPatch, run: Path, split: Split, overrides: Sequence[str] = ()
+) -> list[dict[str, object] | Exception]:
+    here = threading.local()
+    monkeypatch.setattr(evaluation, "join_to_measure", lambda **_: here.comm)
+
     def evaluated(comm: Communicator) -> dict[str, object]:
-        group[comm.rank] = comm
-        ready.wait()
-        return evaluate_stored(run, "test", [])
+        here.comm = comm
+        return evaluate_stored(run, split, overrides)
 
-    import threading
+    return on_ranks(size, evaluated)
 
-    def joined(**_: object) -> Communicator:
-        return next(w for w in group.values() if threads[w.rank] is threading.current_thread())
 
+def test_promise_3_it_has_the_same_bits_on_any_number_of_ranks(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = evaluate_stored(run, "test", [])
-    group: dict[int, Communicator] = {}
-    threads: dict[int, threading.Thread] = {}
-    ready = threading.Barrier(3)
-    monkeypatch.setattr(evaluation, "join_to_measure", joined)
     looks = Mock(side_effect=find_checkpoint)
     monkeypatch.setattr(evaluation, "find_checkpoint", looks)
-
-    def noted(comm: Communicator) -> dict[str, object]:
-        threads[comm.rank] = threading.current_thread()
-        return evaluated(comm)
-
-    assert results(3, noted) == [expected] * 3
+    assert evaluated_on_ranks(3, monkeypatch, run, "test") == [expected] * 3
     assert looks.call_args_list == [call(run)], "each rank alone could find another last checkpoint, if the run trains"
+
+
+@pytest.mark.parametrize(
+    ("split", "overrides", "code"),
+    [("validation", (), "no-validation"), ("test", ("optimizer.name=adam",), "settings-changed")],
+)
+def test_what_all_ranks_refuse_is_reported_once(
+    run: Path, monkeypatch: pytest.MonkeyPatch, split: Split, overrides: Sequence[str], code: str
+) -> None:
+    ended = evaluated_on_ranks(2, monkeypatch, run, split, overrides)
+    assert [getattr(each, "code", "") for each in ended] == [code, PeerFailedError.code]
 
 
 def test_settings_may_be_overridden_for_this_machine(run: Path) -> None:
