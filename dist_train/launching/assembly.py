@@ -128,12 +128,17 @@ def assemble(
         measuring=Measuring(comm, read_usage_of(compute.device)) if is_measured else None,
         may_shrink=may_shrink,
     )
-    if comm.rank == 0:
+
+    def begin_writing() -> None:
+        if comm.rank != 0:
+            return
         # The records and checkpoints of a run that is already longer than run.max_steps are of the earlier settings.
         if progress.step <= trainer.last_step or not directory.config.exists():
             directory.save_config(config)
         let_write(trainer, session, initial)
         _warn_of_lost_noise(state.noise, compute.precision, progress.step)
+
+    run_on_all_ranks(comm, begin_writing, "write the run directory")
     return trainer
 
 

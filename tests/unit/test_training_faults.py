@@ -6,6 +6,7 @@ import errno
 import os
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -20,6 +21,7 @@ from dist_train.cli.main import main
 from dist_train.cluster.communicator import SingleProcess
 from dist_train.models.norms import BatchStatistics
 from dist_train.outcome import DivergedError, ExitCode, FaultError, PeerFailedError, StoppedError, UsageError
+from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import EventRecord, read_records
 from dist_train.rundir.status import StatusFile
 from dist_train.training.evaluation import evaluate_stored
@@ -130,6 +132,15 @@ def test_a_last_checkpoint_that_fails_ends_all_ranks_with_one_message(
     assert isinstance(first, FaultError)
     assert isinstance(second, PeerFailedError)
     assert second.exit_code == ExitCode.FAULT
+
+
+def test_a_configuration_that_rank_0_cannot_write_ends_all_ranks_with_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RunDirectory, "save_config", Mock(side_effect=OSError(errno.ENOSPC, "no space")))
+    first, second = on_ranks(2, partial(build_trainer, small_config(), tmp_path))
+    assert isinstance(first, OSError)
+    assert isinstance(second, PeerFailedError), "not a lost rank, which it would report"
 
 
 @pytest.mark.parametrize("ending", [StoppedError, DivergedError])
