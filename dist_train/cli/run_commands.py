@@ -169,24 +169,24 @@ def _launch(arguments: argparse.Namespace) -> int:
         hint = "; its option --ranks gives each run several ranks" if words[0] == "sweep" else ""
         wrong = f"{words[0]} runs in one process: call it without launch{hint}"
         raise UsageError(f"{wrong}. On ranks run: {', '.join(_ON_RANKS)}", code="not-on-ranks")
-    if "config" in command:
-        check_readable_again(command.config)
+    is_training = words[0] == "train"
     options = (arguments.min_ranks, arguments.max_ranks, arguments.restarts, arguments.start_with, arguments.listen)
-    if words[0] != "train":
-        if any(option is not None for option in options):
-            wrong = "--min-ranks, --max-ranks, --start-with, --restarts and --listen are for the command train"
-            raise UsageError(wrong, code="elastic-command")
+    if not is_training and any(option is not None for option in options):
+        wrong = "--min-ranks, --max-ranks, --start-with, --restarts and --listen are for the command train"
+        raise UsageError(wrong, code="elastic-command")
+    if "config" not in command:
         return launch_ranks(own_command(*words), arguments.np, saves=words[0] in _TRAINING)
+    check_readable_again(command.config)
     # Checked here, so that errors are reported once and not by each rank; a plug-in, or a check, may load torch.
     with blocked_signals():
-        config = config_to_train(command)
-        elasticity = _elasticity(arguments, config)
+        config = config_to_train(command) if is_training else named_config(command)
+        elasticity = _elasticity(arguments, config) if is_training else None
     if config.comm.engine == "horovod":
         fix = "leave comm.engine=horovod out, or start with horovodrun or mpirun"
         raise UsageError(f"launch connects its ranks by torch.distributed: {fix}", code="launcher-unsupported")
     run = command.run_dir or config.run_directory
     if elasticity is None:
-        return launch_ranks(own_command(*words), arguments.np, run)
+        return launch_ranks(own_command(*words), arguments.np, run if is_training else None)
     from dist_train.cluster.elastic_launch import launch_elastic
     from dist_train.cluster.inspection import check_recovery
 

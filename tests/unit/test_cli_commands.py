@@ -130,6 +130,8 @@ class TestProgram:
             (["--restarts", "1", "evaluate", "x"], "elastic-command"),
             (["sweep", "x"], "not-on-ranks"),
             (["--min-ranks", "1", "train", SMOKE, "comm.engine=horovod"], "launcher-unsupported"),
+            (["lr-range", SMOKE, "comm.engine=horovod"], "launcher-unsupported"),
+            (["lr-range", SMOKE, "run.sed=1"], "unknown-key"),
             (["--max-ranks", "1", "--listen", "127.0.0.1", "train", SMOKE], "option-range"),
             (["--start-with", "1", "train", SMOKE], "option-range"),
             (["--max-ranks", "3", "train", SMOKE], "elastic-without-listen"),
@@ -242,7 +244,7 @@ class TestProgram:
     ) -> None:
         launched: list[bool] = []
 
-        def launch(command: list[str], count: int, *, saves: bool) -> int:
+        def launch(command: list[str], count: int, run: Path | None = None, *, saves: bool = True) -> int:
             launched.append(saves)
             return 0
 
