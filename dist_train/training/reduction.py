@@ -38,7 +38,7 @@ from dist_train.training.micro_batches import share_of, shares_micro_batches
 _BUCKET = 1 << 20
 """Gradients in a bucket, at the least: the last bucket's allreduce is what no backward pass hides."""
 _MOST_IN_16_BITS = 256
-"""Each is left about six bits; the error of their sum grows with their number."""
+"""Gradients of micro-batches: with so many, each is left about six bits of the sixteen."""
 
 
 class GradientReduction:
@@ -208,7 +208,7 @@ def _check_adasum(comm: Communicator, share: float, device: torch.device) -> Non
 _LOSS, _CORRECT, _SAMPLES, _RISE, _RISE_SAMPLES, _OUT_OF_RANGE, _OUT_OF_MEMORY, _STOP, _RENDEZVOUS, _SLOTS = range(10)
 
 _TERM_LIMIT = LOSSES.limit / 4096
-"""As many micro-batches as any global batch or split in use has; their sum cannot leave the range."""
+"""A micro-batch whose losses add up to more is out of range; the sum of 4,096 below it is not."""
 
 
 @dataclass(frozen=True)
