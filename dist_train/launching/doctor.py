@@ -279,9 +279,9 @@ def check_known_data() -> tuple[Check, ...]:
 
 def check_configuration(config: Config) -> Check:
     """Check what `train` would refuse besides the data set, which `check_data` checks."""
-    from dist_train.launching.preflight import refusals
+    from dist_train.launching.preflight import refusals_besides_data
 
-    if (refusal := next(refusals(config, of_data=False), None)) is not None:
+    if (refusal := next(refusals_besides_data(config), None)) is not None:
         return Check("configuration", "fails", str(refusal), "dist-train config check lists all problems")
     return Check("configuration", "fine", "nothing in it is refused")
 

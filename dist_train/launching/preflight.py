@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -49,25 +49,28 @@ def check_launch(config: Config, directory: RunDirectory) -> None:
             check_data(config)
 
 
-def refusals(config: Config, directory: Path | None = None, *, of_data: bool = True) -> Iterator[UsageError]:
-    """Yield every reason why `train` would refuse `config` here, in `directory` (default: that of the settings).
+def refusals(config: Config, directory: Path | None = None) -> Iterator[UsageError]:
+    """Yield every reason why `train` would refuse `config` here, in `directory` (default: that of the settings)."""
+    yield from refusals_besides_data(config, directory)
+    yield from _raised(partial(check_data, config))
 
-    Without `of_data`, the data set's files are not looked for.
-    """
+
+def refusals_besides_data(config: Config, directory: Path | None = None) -> Iterator[UsageError]:
+    """Yield the `refusals` for which the data set's files need not be looked for."""
     run = RunDirectory(directory or config.run_directory)
-    for check in (
-        partial(check_folder, run),
-        partial(check_metrics, config),
-        partial(check_batches, config),
-        partial(check_sources, config, run),
-        *([partial(check_data, config)] if of_data else []),
-    ):
-        try:
-            check()
-        except UsageError as error:
-            yield error
-        except PermissionError as error:
-            yield UsageError(f"{error.filename} may not be read", code="permission-denied")
+    yield from _raised(partial(check_folder, run))
+    yield from _raised(partial(check_metrics, config))
+    yield from _raised(partial(check_batches, config))
+    yield from _raised(partial(check_sources, config, run))
+
+
+def _raised(check: Callable[[], None]) -> Iterator[UsageError]:
+    try:
+        check()
+    except UsageError as error:
+        yield error
+    except PermissionError as error:
+        yield UsageError(f"{error.filename} may not be read", code="permission-denied")
 
 
 def check_folder(directory: RunDirectory) -> None:
