@@ -5,8 +5,11 @@
 # script, too: it therefore prepares its message beforehand, and starts no program at the end.
 # mpirun passes few variables, so the setup file is sourced again; srun passes all.
 if [[ -n ${OMPI_COMM_WORLD_RANK:-} && -n ${DIST_TRAIN_SETUP:-} ]]; then
+    rank_command=("$@")
+    set -- # what it sources, such as Intel's setvars.sh, would take our arguments for its own
     # shellcheck disable=SC1090
     . "$DIST_TRAIN_SETUP"
+    set -- "${rank_command[@]}"
 fi
 rank="${OMPI_COMM_WORLD_RANK:-${SLURM_PROCID:-?}} ($(uname -n)"
 # mpirun signals only this script; srun signals the rank too, for which a second signal is harmless.

@@ -317,6 +317,15 @@ def test_the_set_up_file_is_sourced_first_whatever_it_does(programs: str, tmp_pa
     assert " run.seed=7" in command_of(PATH=programs, DIST_TRAIN_SETUP=str(setup))
 
 
+def test_the_set_up_file_does_not_take_a_rank_s_arguments_for_its_own(tmp_path: Path) -> None:
+    setup = tmp_path / "setup.sh"
+    setup.write_text("echo $# arguments\nset -- others\n")
+    variables = {**os.environ, "OMPI_COMM_WORLD_RANK": "0", "DIST_TRAIN_SETUP": str(setup)}
+    command = [str(ROOT / "launch/rank.sh"), "printf", "%s\n", "two words"]
+    ended = subprocess.run(command, env=variables, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (0, "0 arguments\ntwo words\n"), ended.stderr
+
+
 def test_mpirun_gets_what_ranks_on_other_nodes_need(programs: str) -> None:
     given = {"NETWORK_INTERFACE": "ib0", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     command = command_of(PATH=programs, LAUNCHER="mpirun", RANKS_PER_NODE="2", **given)
