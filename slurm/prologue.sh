@@ -20,7 +20,7 @@
 #                     also used if there is no pmix and comm.engine is auto)
 #   RANKS_PER_NODE    ranks per node (one per GPU; without GPUs one per task of the job, else one)
 #   OMP_NUM_THREADS   threads per rank (its cores: --cpus-per-task, but at most an equal share of the node's)
-#   SPARE_NODES       nodes of the job that stay idle until another is lost (0)
+#   SPARE_NODES       nodes of the job that stay idle until another is lost (0); at most all but one
 #   LOSS_SECONDS      srun: seconds that the other ranks have to end once one has ended (40)
 #   NETWORK_INTERFACE network interface for the ranks, such as ib0 (chosen by MPI, NCCL and Gloo)
 #   CPU_BIND          srun --cpu-bind (Slurm's choice: each rank on its own cores)
@@ -395,15 +395,14 @@ prepare_ranks() {
     local names
     by=${LAUNCHER:-srun}
     read_allocation
-    local spare=${SPARE_NODES:-0}
-    if [[ ! $spare =~ ^[0-9]+$ ]] || ((spare >= nodes)); then
-        usage_error "SPARE_NODES takes a number below the job's $nodes nodes, not '$spare'"
-    fi
+    [[ ${SPARE_NODES:-0} =~ ^(0|[1-9][0-9]*)$ ]] || usage_error "SPARE_NODES takes a number, 0 or more, not '$SPARE_NODES'"
+    # After a loss Slurm may start the job on fewer nodes.
+    SPARE_NODES=$((${SPARE_NODES:-0} < nodes ? ${SPARE_NODES:-0} : nodes - 1))
     count_ranks
     asked_ranks=$rank_count
     placed=() fit_nodes=()
     job_nodes=${SLURM_JOB_NODELIST:-}
-    wanted_nodes=$((nodes - spare))
+    wanted_nodes=$((nodes - SPARE_NODES))
     if ((wanted_nodes < nodes)); then
         mapfile -t names < <(scontrol show hostnames "$job_nodes")
         use_nodes "${names[@]}"
@@ -538,7 +537,7 @@ requeue_once_lost() {
 # Before a run on several nodes, checks whether they can work together, leaves out spare nodes that cannot, and chooses
 # a network interface if not every one works.
 check_nodes() {
-    ((wanted_nodes + ${SPARE_NODES:-0} > 1)) && [[ -n $run_directory && -z ${CONTAINER:-} && ${PREFLIGHT:-1} != 0 ]] || return 0
+    ((wanted_nodes + SPARE_NODES > 1)) && [[ -n $run_directory && -z ${CONTAINER:-} && ${PREFLIGHT:-1} != 0 ]] || return 0
     local answer good=() interface
     # Of whole nodes the run may use fewer GPUs than this one has, and another may have no more than these.
     answer=$(SLURM_JOB_NODELIST=$job_nodes SLURM_GPUS_ON_NODE=$gpus "${dist_train[@]}" doctor --cluster "$(dirname "$run_directory")" --brief 2> >(tee "$error_log" >&2)) || true
@@ -556,7 +555,7 @@ check_nodes() {
     fi
     choose_network
     fit_nodes=("${good[@]}")
-    ((${#good[@]} == wanted_nodes + ${SPARE_NODES:-0})) || use_nodes "${good[@]}"
+    ((${#good[@]} == wanted_nodes + SPARE_NODES)) || use_nodes "${good[@]}"
     compose
 }
 

@@ -245,6 +245,12 @@ def test_spare_nodes_stay_idle(programs: str, tmp_path: Path) -> None:
     assert " --nodelist=node1 --overlap " in command
 
 
+def test_a_job_that_slurm_starts_again_on_one_node_has_no_spare_one(programs: str) -> None:
+    command = command_of(PATH=programs, SPARE_NODES="1", RANKS_PER_NODE="2", SLURM_JOB_NUM_NODES="1")
+    assert " --nodes=1 --ntasks=2 " in command
+    assert "--nodelist" not in command
+
+
 @pytest.mark.parametrize(("engine", "expected"), [("auto", "srun --mpi=none "), ("horovod", "mpirun -np 2 ")])
 def test_where_srun_has_no_pmix_others_carry_the_ranks(
     programs: str, tmp_path: Path, engine: str, expected: str
@@ -391,6 +397,7 @@ def test_the_shell_of_an_interactive_allocation_may_be_a_step_of_it(programs: st
         ({"MAX_RESTARTS": "three"}, "MAX_RESTARTS takes a number, 0 or more, not 'three'"),
         ({"MAX_REQUEUES": "-1"}, "MAX_REQUEUES takes a number, 0 or more, not '-1'"),
         ({"RANKS_PER_NODE": "all"}, "RANKS_PER_NODE takes a number, 1 or more, not 'all'"),
+        ({"SPARE_NODES": "one"}, "SPARE_NODES takes a number, 0 or more, not 'one'"),
         ({"LAUNCHER": "mpirun", "CONTAINER": "image"}, "Pyxis needs srun"),
         ({"CONTAINER": "/nowhere.sif"}, "CONTAINER /nowhere.sif cannot be read"),
         ({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "1"}, "another job's variables are set"),
