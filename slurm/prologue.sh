@@ -365,6 +365,7 @@ analyses_in_job() {
     meet_by_address
     lines=$("${dist_train[@]}" sweep "$@" --analyses) || exit
     [[ -n $lines ]] || exit 0
+    [[ ${DRY_RUN:-} != 1 ]] || { printf '%s\n' "$lines" && exit; }
     mapfile -t lines <<<"$lines"
     for line in "${lines[@]}"; do
         read_words measurement analyses "$line"

@@ -727,6 +727,16 @@ def test_jobs_start_on_nodes_without_the_login_node_s_temporary_folder(programs:
     assert ended.returncode == 0, ended.stderr
 
 
+def test_a_dry_run_of_analyses_only_prints_them(programs: str, tmp_path: Path) -> None:
+    analyses = "dist-train sharpness runs/one\ndist-train landscape direction runs/one"
+    write_programs(tmp_path, python=f"[ $3 = sweep ] || touch {tmp_path}/started\necho '{analyses}'")
+    variables = {"PATH": programs, "DRY_RUN": "1", **SETTLED}
+    lines = f"find_programs() {{ dist_train=({tmp_path}/python -m dist_train); }}\nanalyses_in_job study"
+    ended = start(script_of(tmp_path, lines), **variables)
+    assert (ended.returncode, ended.stdout) == (0, f"{analyses}\n"), ended.stderr
+    assert not (tmp_path / "started").exists()
+
+
 def test_analyses_of_an_unreadable_study_end_with_2(programs: str, tmp_path: Path) -> None:
     script = script_of(tmp_path, f"analyses_in_job {tmp_path}/study.yaml")
     ended = start(script, PATH=programs, PYTHONPATH=str(ROOT), **TWO_NODES)
