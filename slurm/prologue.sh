@@ -221,7 +221,8 @@ find_our_program() {
             container_options=("--container-image=$image" "--container-mounts=$PWD:$PWD,$root:$root" "--container-workdir=$PWD" "${words[@]}")
             local requests=(--nodes=1 --ntasks=1)
             ((gpus == 0)) || requests+=("--gpus-per-node=$gpus")
-            dist_train=("${without_requests[@]}" srun --mpi=none --overlap "${requests[@]}" --input=none
+            # Scripts read what it prints: without labels.
+            dist_train=("${without_requests[@]}" -u SLURM_LABELIO srun --mpi=none --overlap "${requests[@]}" --input=none
                 "${container_options[@]}" python3 -m dist_train)
             ;;
     esac

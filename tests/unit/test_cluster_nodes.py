@@ -85,6 +85,11 @@ def test_lines_of_a_node_s_shell_that_are_no_utf8_do_not_end_the_survey() -> Non
     assert (output, errors) == ("caf\ufffd\n", "caf\ufffd\n")
 
 
+def test_srun_is_not_told_to_label_the_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_LABELIO", "1")
+    assert nodes._output(["sh", "-c", "echo ${SLURM_LABELIO:-none}"], 30.0) == ("none\n", "")
+
+
 def test_node_that_reaches_no_other_is_named_among_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reports = [
         NodeReport(f"node{number}", time.time(), {}, f"10.0.0.{number}", {}, 0, reached=16) for number in range(20)

@@ -367,7 +367,7 @@ def test_our_program_in_pyxis_does_not_request_what_the_job_does(programs: str, 
     variables = {"CONTAINER": "image", "SLURM_GPUS": "8", "SLURM_GPUS_ON_NODE": "4", **TWO_NODES}
     ended = start(script_of(tmp_path, lines), PATH=programs, **variables)
     assert ended.stdout.startswith("env --unset=SLURM_GPUS "), ended.stderr
-    assert " srun --mpi=none --overlap --nodes=1 --ntasks=1 --gpus-per-node=4 " in ended.stdout
+    assert " -u SLURM_LABELIO srun --mpi=none --overlap --nodes=1 --ntasks=1 --gpus-per-node=4 " in ended.stdout
 
 
 @pytest.mark.parametrize(
