@@ -714,7 +714,7 @@ run_in_job() {
         guard_batch_host "${names[@]}"
     }
     local name
-    for name in MAX_RESTARTS MAX_REQUEUES; do
+    for name in MAX_RESTARTS MAX_REQUEUES GUARD_SECONDS LOSS_SECONDS; do
         [[ ${!name:-0} =~ ^[0-9]+$ ]] || usage_error "$name takes a number, 0 or more, not '${!name}'"
     done
     [[ -z ${MIN_RANKS:-} ]] || be_elastic
