@@ -26,7 +26,7 @@ from pathlib import Path
 from dist_train.cluster.heartbeats import interface_addresses, is_loopback, resolve
 from dist_train.cluster.inspection import installed_version
 from dist_train.cluster.launch import command_output
-from dist_train.outcome import UsageError
+from dist_train.outcome import UsageError, writing
 from dist_train.rundir.atomic import swap_text
 from dist_train.start_up import own_command
 
@@ -108,17 +108,18 @@ def survey_nodes(directory: Path, environment: Mapping[str, str] = os.environ) -
         )
     listed = command_output("scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"])
     nodes = listed.split() or [socket.gethostname()]
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".nodes-", dir=directory, ignore_cleanup_errors=True) as name:
-        folder = Path(name)
-        swap_text(folder / "nodes", "\n".join(nodes))
-        with (folder / "lock").open("w") as lock:
-            with suppress(OSError):  # a file system without locks is reported when the run begins
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            begun = time.time()
-            limit = _ANSWER_SECONDS + len(nodes)
-            output, errors = _output(_command(nodes, folder, environment), limit)
-            ended = time.time()
+    with writing(directory, "name a folder that all nodes share", code="run-directory-unwritable"):
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".nodes-", dir=directory, ignore_cleanup_errors=True) as name:
+            folder = Path(name)
+            swap_text(folder / "nodes", "\n".join(nodes))
+            with (folder / "lock").open("w") as lock:
+                with suppress(OSError):  # a file system without locks is reported when the run begins
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                begun = time.time()
+                limit = _ANSWER_SECONDS + len(nodes)
+                output, errors = _output(_command(nodes, folder, environment), limit)
+                ended = time.time()
     by_node: dict[str, NodeReport] = {}
     for line in output.splitlines():
         with suppress(ValueError, TypeError):  # of a line that srun, or the node's shell, has printed

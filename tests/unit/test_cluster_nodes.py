@@ -15,7 +15,9 @@ import pytest
 from dist_train.cluster import nodes
 from dist_train.cluster.heartbeats import resolve
 from dist_train.cluster.nodes import NodeReport, as_line, report_node, survey_nodes
+from dist_train.outcome import UsageError
 from tests.ipv6 import needs_ipv6
+from tests.raising import raises
 
 
 def meet(folder: Path, names: list[str], late: dict[str, float], over: threading.Event) -> dict[str, NodeReport]:
@@ -83,6 +85,12 @@ def survey(folder: Path, reports: Sequence[NodeReport], monkeypatch: pytest.Monk
 def test_lines_of_a_node_s_shell_that_are_no_utf8_do_not_end_the_survey() -> None:
     output, errors = nodes._output(["sh", "-c", "printf 'caf\\351\\n'; printf 'caf\\351\\n' >&2"], 30.0)
     assert (output, errors) == ("caf\ufffd\n", "caf\ufffd\n")
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with raises(UsageError, "run-directory-unwritable"):
+        survey_nodes(tmp_path / "file" / "runs", {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1"})
 
 
 def test_srun_is_not_told_to_label_the_reports(monkeypatch: pytest.MonkeyPatch) -> None:
