@@ -247,7 +247,8 @@ def submit(script: str, options: Sequence[str]) -> str:
     )
     if ended.returncode != 0:
         raise UsageError(f"sbatch refuses the job: {ended.stderr.strip()}", code="sbatch-refused")
-    return ended.stdout.strip().split(";")[0]
+    # A site's own sbatch may print a banner before the id.
+    return ended.stdout.strip().rpartition("\n")[2].split(";")[0]
 
 
 def command_output(

@@ -88,6 +88,16 @@ def test_a_job_does_not_inherit_what_describes_another(
     assert given.keys() & set((tmp_path / "names").read_text().split()) == passed_on
 
 
+def test_a_job_is_known_though_the_site_s_sbatch_prints_a_banner(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text("#!/bin/sh\necho '--> Verifying your quota; 3 jobs...OK'\necho\necho '18;cluster'\n")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert submit("#!/bin/bash", ()) == "18"
+
+
 def test_a_job_is_known_though_sbatch_prints_what_is_no_utf8(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     sbatch = tmp_path / "sbatch"
     sbatch.write_text("#!/bin/sh\nprintf 'caf\\351\\n' >&2\necho 18\n")
