@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import socket
-import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -19,32 +18,34 @@ from dist_train.outcome import UsageError
 from tests.ipv6 import needs_ipv6
 from tests.raising import raises
 
+Reached = tuple[int, Mapping[str, str]]
+"""How many of the other nodes one reaches, and why it does not reach some."""
 
-def meet(folder: Path, names: list[str], late: dict[str, float], over: threading.Event) -> dict[str, NodeReport]:
-    """Return the reports of the nodes that come, `late` by so many seconds."""
-    (folder / "nodes").write_text("\n".join(names))
+
+def meet(folder: Path, late: dict[str, float], is_over: Callable[[], bool] = lambda: False) -> list[Reached]:
+    """Let those of three nodes meet that come, `late` by so many seconds."""
+    (folder / "nodes").write_text("node1\nnode2\nnode3")
     (folder / "lock").touch()
 
     def report(node: str) -> NodeReport:
         time.sleep(late[node])
-        return report_node(folder, over.is_set, {"SLURMD_NODENAME": node, "NETWORK_INTERFACE": "lo"})
+        return report_node(folder, is_over, {"SLURMD_NODENAME": node, "NETWORK_INTERFACE": "lo"})
 
     with ThreadPoolExecutor(len(late)) as pool:
-        return dict(zip(late, pool.map(report, late), strict=True))
+        return [(report.reached, report.unreachable) for report in pool.map(report, late)]
 
 
 def test_nodes_wait_for_a_late_one(tmp_path: Path) -> None:
-    reports = meet(tmp_path, ["node1", "node2", "node3"], {"node1": 0, "node2": 1, "node3": 0}, threading.Event())
-    assert [report.unreachable for report in reports.values()] == [{}, {}, {}]
+    assert meet(tmp_path, {"node1": 0, "node2": 1, "node3": 0}) == [(2, {})] * 3
 
 
-def test_nodes_report_when_the_survey_is_over_though_one_never_comes(tmp_path: Path) -> None:
-    over = threading.Event()
-    timer = threading.Timer(1.0, over.set)
-    timer.start()
-    reports = meet(tmp_path, ["node1", "node2", "node3"], {"node1": 0, "node2": 0}, over)
-    assert [report.unreachable for report in reports.values()] == [{}, {}]
-    assert not timer.is_alive()
+def test_nodes_report_when_the_survey_is_over_though_one_never_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[object] = []
+    reach = nodes._reach
+    monkeypatch.setattr(nodes, "_reach", lambda *place: tried.append(place) or reach(*place))
+    assert meet(tmp_path, {"node1": 0, "node2": 0}, lambda: len(tried) == 2) == [(1, {})] * 2
 
 
 def test_nodes_whose_names_the_others_do_not_know_are_reached_at_their_addresses(
@@ -63,8 +64,8 @@ def test_nodes_whose_names_have_only_ipv6_addresses_are_reached(
     assert meet_by_name(tmp_path) == [(1, {}), (1, {})]
 
 
-def meet_by_name(folder: Path) -> list[tuple[int, Mapping[str, str]]]:
-    """Return how many of the others each of two nodes reaches, and which it does not."""
+def meet_by_name(folder: Path) -> list[Reached]:
+    """Let two nodes meet at the addresses of their names."""
     (folder / "nodes").write_text("node1 node2")
     (folder / "lock").touch()
     with ThreadPoolExecutor(2) as pool:
