@@ -19,7 +19,7 @@ from dist_train.checkpoint import writer
 from dist_train.checkpoint.files import list_checkpoints, read_checkpoint, write_checkpoint
 from dist_train.cli.main import main
 from dist_train.cluster.communicator import SingleProcess
-from dist_train.models.norms import BatchStatistics
+from dist_train.models.norms import BatchStatistics, norm_modules
 from dist_train.outcome import DivergedError, ExitCode, FaultError, PeerFailedError, StoppedError, UsageError
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import EventRecord, read_records
@@ -51,15 +51,16 @@ def test_a_sum_of_losses_out_of_range_is_told() -> None:
     assert total.out_of_range or total.loss > 0
 
 
-def sizes_in_training(network: nn.Module) -> list[int]:
-    """Return a list to which each forward pass in training adds the number of its samples."""
+def sizes_at_norms(network: nn.Module) -> list[int]:
+    """Return a list to which each pass that collects statistics adds, at each norm, the number of its samples."""
     sizes: list[int] = []
 
-    def note(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        if module.training:
+    def note(norm: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if norm.training:
             sizes.append(len(inputs[0]))
 
-    network.register_forward_pre_hook(note)
+    for norm in norm_modules(network):
+        norm.register_forward_pre_hook(note)
     return sizes
 
 
@@ -73,7 +74,7 @@ def sizes_in_training(network: nn.Module) -> list[int]:
 )
 def test_no_micro_batch_of_one_sample_reaches_a_norm(tmp_path: Path, sections: dict[str, Any]) -> None:
     trainer = build_trainer(small_config(run={"max_steps": 2}, **sections), tmp_path, SingleProcess())
-    sizes = sizes_in_training(trainer.network)
+    sizes = sizes_at_norms(trainer.network)
     trainer.run()
     assert min(sizes) >= 2
 
@@ -86,7 +87,7 @@ def test_shrinking_leaves_no_single_sample(tmp_path: Path) -> None:
     )
     trainer.take_step = replace(trainer.take_step, model=Limited(trainer.network, 12))
     trainer.may_shrink = True
-    sizes = sizes_in_training(trainer.network)
+    sizes = sizes_at_norms(trainer.network)
     trainer.run()
     assert min(sizes) >= 2
 
