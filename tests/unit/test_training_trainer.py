@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,6 @@ from dist_train.training.trainer import Trainer
 from tests.raising import raises
 from tests.unit.simulated_ranks import SimulatedRanks, on_ranks, results
 from tests.unit.small_trainers import build_trainer, small_config, state_bits
-
-Sections = Mapping[str, Any]
 
 
 class Notebook(Observer):
@@ -347,20 +345,6 @@ def test_a_trainer_at_its_end_does_nothing(tmp_path: Path) -> None:
     again, notebook, _ = run(tmp_path, SingleProcess(), going_on=True)
     assert again == first
     assert notebook.measured() == []
-
-
-@pytest.mark.parametrize(
-    "sections",
-    [
-        {"batch": {"global_size": 33, "micro_size": "auto"}},
-        {"batch": {"global_size": 2, "micro_size": "auto"}},
-        {"model": {"norm_samples": 31}},
-    ],
-)
-def test_no_micro_batch_of_a_single_sample_reaches_a_norm(tmp_path: Path, sections: Sections) -> None:
-    _, _, trainer = run(tmp_path, SingleProcess(), run={"max_steps": 2}, **sections)
-    assert trainer.progress.step == 2
-    assert min(part.size for part in trainer.plan.micro_batches) > 1
 
 
 @pytest.mark.parametrize("statistics", ["auto", "running"])
