@@ -5,7 +5,7 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from threading import Thread
+from threading import Barrier, Thread
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +16,7 @@ from dist_train.config.sections import CommSettings
 from dist_train.monitoring.observers import Mlflow, MlflowOptions, Observers, Wandb, WandbOptions
 from dist_train.rundir.records import EventRecord, Measurement, Observer, Outcome, Record, RunFacts
 from tests.unit.exporting import FACTS, OUTCOME, measurement
+from tests.waiting import PATIENCE
 
 EVENT = EventRecord(1, "signal", 0.0, {})
 
@@ -150,7 +151,18 @@ def test_what_is_meant_to_end_the_process_passes(error: BaseException) -> None:
 
 
 def test_two_threads_that_meet_the_same_failure_report_it_once(caplog: pytest.LogCaptureFixture) -> None:
-    observers = Observers([Failing(OSError("gone")) for _ in range(20)])
+    both = Barrier(2, timeout=PATIENCE)
+
+    class Meeting(Failing):
+        def record(self, record: Record) -> None:
+            both.wait()
+            super().record(record)
+
+        def sync(self) -> None:
+            both.wait()
+            super().sync()
+
+    observers = Observers([Meeting(OSError("gone")) for _ in range(20)])
     with caplog.at_level(logging.WARNING):
         threads = [Thread(target=observers.sync), Thread(target=observers.record, args=(EVENT,))]
         for thread in threads:
