@@ -83,12 +83,18 @@ def launch(
     program: Sequence[str] = _DIST_TRAIN,
 ) -> LaunchResult:
     """Run `dist-train ARGUMENTS` on so many ranks and wait for its end; no process is left behind."""
-    process = start(ranks, controller, *arguments, extra=extra, program=program)
+    [ended] = wait_for_ends(start(ranks, controller, *arguments, extra=extra, program=program), timeout=timeout)
+    return ended
+
+
+def wait_for_ends(*processes: subprocess.Popen[str], timeout: float = PATIENCE) -> list[LaunchResult]:
+    """Wait for the ends of `processes`; none of them, or of their descendants, is left behind."""
     try:
-        output, _ = process.communicate(timeout=timeout)
+        outputs = [process.communicate(timeout=timeout)[0] for process in processes]
     finally:
-        kill(process)
-    return LaunchResult(process.returncode, output)
+        for process in processes:
+            kill(process)
+    return [LaunchResult(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
 
 
 def train_ranks(

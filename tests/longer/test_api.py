@@ -30,10 +30,9 @@ from dist_train.data.loader import open_splits
 from dist_train.outcome import DivergedError, ExitCode, StoppedError, UsageError
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import EvaluationRecord, EventRecord, Record, to_json
-from tests.launching import launch, small_settings, start, train_alone, write_config
+from tests.launching import launch, small_settings, start, train_alone, wait_for_ends, write_config
 from tests.raising import raises
 from tests.unit.image_folders import write_folder
-from tests.waiting import PATIENCE
 
 
 @pytest.fixture(scope="module")
@@ -378,9 +377,8 @@ def test_last_update_before_a_divergence_is_replayed(tmp_path: Path) -> None:
 
 
 def test_replays_of_one_update_at_once_do_not_disturb_each_other(run: Path) -> None:
-    replays = [start(1, "alone", "replay", f"{run}@2") for _ in range(2)]
-    ended = [(replay.communicate(timeout=PATIENCE)[0], replay.returncode) for replay in replays]
-    assert [code for _, code in ended] == [0, 0], ended
+    ended = wait_for_ends(*(start(1, "alone", "replay", f"{run}@2") for _ in range(2)))
+    assert [each.code for each in ended] == [0, 0], ended
 
 
 def test_refused_replay_leaves_the_other_launch_s_files(

@@ -88,12 +88,14 @@ def test_promise_5_killed_run_leaves_no_loader_and_resumes_bit_identically(root:
 
     run = tmp_path / "run"
     process = start(2, "mpi", "train", config, "--run-dir", str(run))
-    wait_for(lambda: list((run / "checkpoints").glob("*.json")), "a checkpoint")
-    loaders = loaders_of(process.pid)
-    assert len(loaders) == 2
-    kill_all_but(process.pid, loaders)
-    assert process.poll() is None or process.returncode != 0
-    kill(process)
+    try:
+        wait_for(lambda: list((run / "checkpoints").glob("*.json")), "a checkpoint")
+        loaders = loaders_of(process.pid)
+        assert len(loaders) == 2
+        kill_all_but(process.pid, loaders)
+        assert process.poll() is None or process.returncode != 0
+    finally:
+        kill(process)
     wait_until_gone(loaders)  # they end with the process that started them
 
     config = write_config(tmp_path, folder_settings(root, 2, run={"epochs": 16}, checkpoint={"every_steps": 4}))

@@ -31,6 +31,7 @@ from tests.launching import (
     status,
     train_alone,
     train_ranks,
+    wait_for_ends,
     weights_digest,
     write_config,
 )
@@ -235,9 +236,8 @@ def test_its_variables_suffice_to_start_ranks(tmp_path: Path, launcher: str) -> 
     else:
         shared, of_rank = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}, "RANK"
     command = ("train", config, "comm.engine=torch", "--run-dir", str(tmp_path / "run"))
-    tasks = [start(1, "alone", *command, extra={**shared, of_rank: str(rank)}) for rank in range(2)]
-    outputs = [task.communicate(timeout=PATIENCE)[0] for task in tasks]
-    assert [task.returncode for task in tasks] == [0, 0], outputs
+    ended = wait_for_ends(*(start(1, "alone", *command, extra={**shared, of_rank: str(rank)}) for rank in range(2)))
+    assert [each.code for each in ended] == [0, 0], ended
     assert weights_digest(tmp_path / "run") == weights_digest(tmp_path / "alone")
 
 
@@ -246,10 +246,10 @@ def test_a_run_directory_on_the_disk_of_one_node_ends_all_ranks_with_its_name(tm
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
     folders = [tmp_path / f"disk{rank}/run" for rank in range(2)]
     tasks = [start(1, "alone", *command, str(folders[rank]), extra={**shared, "RANK": str(rank)}) for rank in range(2)]
-    outputs = [task.communicate(timeout=PATIENCE)[0] for task in tasks]
-    assert [task.returncode for task in tasks] == [ExitCode.FAULT, ExitCode.FAULT], outputs
-    assert str(folders[1]) in outputs[1]
-    assert "[run-directory-not-shared]" in outputs[1]
+    ended = wait_for_ends(*tasks)
+    assert [each.code for each in ended] == [ExitCode.FAULT, ExitCode.FAULT], ended
+    assert str(folders[1]) in ended[1].output
+    assert "[run-directory-not-shared]" in ended[1].output
     assert "rank 1" in status(folders[0])["reason"]
 
 
@@ -271,9 +271,9 @@ if __name__ == "__main__":
     else:
         shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
         tasks = [start(1, "alone", extra={**shared, "RANK": str(rank)}, program=[str(script)]) for rank in range(2)]
-    outputs = [task.communicate(timeout=PATIENCE)[0] for task in tasks]
-    assert [task.returncode for task in tasks] == [0] * len(tasks), outputs
-    losses = re.findall(r"final loss [0-9.]+;", "".join(outputs))  # lines of two ranks may be interleaved
+    ended = wait_for_ends(*tasks)
+    assert [each.code for each in ended] == [0] * len(tasks), ended
+    losses = re.findall(r"final loss [0-9.]+;", "".join(each.output for each in ended))  # two ranks' lines may be mixed
     assert len(losses) == 6
     assert len(set(losses)) == 1
 

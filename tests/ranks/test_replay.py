@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 from dist_train.api import load_run
-from tests.launching import launch, small_settings, start, train_alone, write_config
+from tests.launching import launch, small_settings, start, train_alone, wait_for_ends, write_config
 from tests.services.servers import free_port
-from tests.waiting import PATIENCE
 
 pytestmark = [pytest.mark.ranks, pytest.mark.lengthy]
 
@@ -61,6 +60,6 @@ def test_nodes_need_not_share_a_folder_of_temporary_files(folder: Path, tmp_path
         place.mkdir()
         extra = {**shared, "RANK": str(rank), "TMPDIR": str(place)}
         ranks.append(start(1, "alone", "replay", f"{folder / 'smoothout'}@4", extra=extra))
-    outputs = [rank.communicate(timeout=PATIENCE)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], outputs
+    ended = wait_for_ends(*ranks)
+    assert [each.code for each in ended] == [0, 0], ended
     assert not [left for place in temporary for left in place.glob("dist_train-replay-*")]

@@ -12,7 +12,7 @@ import pytest
 from dist_train.cli.main import main
 from dist_train.sweep.planned_runs import optuna_trials, plan_study
 from dist_train.sweep.standing import standing_of
-from tests.launching import environment, kill
+from tests.launching import environment, kill, wait_for_ends
 from tests.unit.studies import write_study
 from tests.waiting import PATIENCE, wait_for
 
@@ -41,9 +41,8 @@ def test_concurrent_sweeps_share_a_search_and_a_killed_one_loses_no_trial(
     finally:
         for each in sweeps:
             kill(each)
-    last = start_sweep(study)
-    output, _ = last.communicate(timeout=PATIENCE)
-    assert last.returncode == 0, output
+    [last] = wait_for_ends(start_sweep(study))
+    assert last.code == 0, last.output
     plan = plan_study(study)
     assert [run.name for run in plan.runs] == [f"plain-trial-{trial}-seed-0" for trial in range(TRIALS)]
     assert all(standing_of(run).then == "skip" for run in plan.runs)
