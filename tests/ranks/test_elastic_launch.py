@@ -23,7 +23,7 @@ from tests.launching import (
     write_config,
 )
 from tests.ranks.stand_in_nccl import stand_in_environment
-from tests.waiting import is_alive, wait_for, wait_for_lines, wait_until_gone
+from tests.waiting import PATIENCE, is_alive, wait_for, wait_for_lines, wait_until_gone
 
 pytestmark = pytest.mark.ranks
 
@@ -306,11 +306,12 @@ def test_launcher_without_ranks_starts_with_those_that_join(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("asked", [0, 1])
 def test_a_launch_that_waits_for_its_ranks_stops_at_once(tmp_path: Path, asked: int) -> None:
-    config, run = write_config(tmp_path, SETTINGS), tmp_path / "run"
+    # By itself the launch would wait longer than this test does.
+    config, run = write_config(tmp_path, small_settings(comm={"timeout": PATIENCE})), tmp_path / "run"
     with ElasticRun(config, run, 1, ("--start-with", "3", *LISTENING)) as launch, launch.join(1) as joined:
         wait_for(lambda: len(launch.slots()) == 2, lambda: launch.log.read_text())
         (launch, joined)[asked].process.send_signal((signal.SIGTERM, signal.SIGINT)[asked])
-        ended = [each.wait(SETTINGS["comm"]["timeout"]) for each in (launch, joined)]
+        ended = [each.wait() for each in (launch, joined)]
     assert [each.code for each in ended] == [ExitCode.STOPPED] * 2, [each.output for each in ended]
     assert not (run / "status.json").exists()
 

@@ -28,6 +28,7 @@ from dist_train.config.sections import CheckpointSettings
 from dist_train.outcome import UsageError
 from tests.raising import raises
 from tests.unit.checkpoint_files import contents, write
+from tests.waiting import PATIENCE
 from tests.waiting import wait_for as wait_until
 
 
@@ -36,7 +37,7 @@ def nothing() -> None:
 
 
 def wait_for(event: threading.Event) -> None:
-    assert event.wait(30)
+    assert event.wait(PATIENCE)
 
 
 @pytest.mark.parametrize("background", [True, False])
@@ -148,11 +149,11 @@ def test_submission_does_not_wait_for_the_disk_but_the_next_one_waits_for_its_tu
 
     def slow() -> None:
         writing.set()
-        assert go.wait(30)
+        wait_for(go)
 
     writer = CheckpointWriter(tmp_path, CheckpointSettings(), slow)
     writer.submit(contents(1), None)
-    assert writing.wait(30)
+    wait_for(writing)
     assert writer.results() == []
     threading.Timer(0.05, go.set).start()
     writer.submit(contents(2), None)

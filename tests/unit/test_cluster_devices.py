@@ -40,6 +40,7 @@ from dist_train.outcome import CodedError, FaultError, PeerFailedError, UsageErr
 from dist_train.training.reduction import _BUCKET
 from tests.raising import raises
 from tests.unit.simulated_ranks import SimulatedRanks, results
+from tests.waiting import PATIENCE
 
 CPU_BUILD = TorchGpus("2.13.0+cpu", "", 0)
 NO_DRIVER = TorchGpus("2.15.0+cu132", "CUDA 13.2", 0, "Found no NVIDIA driver on your system. Please check")
@@ -255,7 +256,7 @@ def test_a_process_whose_gpu_does_not_connect_ends(
         size = 8
 
         def allreduce_async(self, tensor: torch.Tensor, name: str) -> Pending:
-            assert ended.wait(30)
+            assert ended.wait(PATIENCE)
             return Pending()
 
     monkeypatch.setattr(rendezvous, "current_launch", lambda: Launch("torchrun", 8, 3))

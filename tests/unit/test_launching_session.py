@@ -829,7 +829,7 @@ def test_ranks_do_not_wait_in_one_operation_while_rank_0_reads_a_large_checkpoin
 
     def find(config: Config, directory: RunDirectory) -> ResumePoint:
         before = len(comms[1].names)
-        wait_for(lambda: len(comms[1].names) > before + 3, "rank 1 waits in one operation", seconds=30)
+        wait_for(lambda: len(comms[1].names) > before + 3, "rank 1 waits in one operation")
         return ResumePoint(config)
 
     def launch(comm: SimulatedRanks) -> None:

@@ -496,7 +496,7 @@ def test_a_pipe_where_a_file_should_be_keeps_nobody_waiting(name: str, tmp_path:
     path.unlink(missing_ok=True)
     os.mkfifo(path)
     program = [sys.executable, "-m", "dist_train", "runs", str(tmp_path)]
-    table = subprocess.run(program, capture_output=True, text=True, check=True, timeout=60).stdout
+    table = subprocess.run(program, capture_output=True, text=True, check=True, timeout=PATIENCE).stdout
     assert "good" in table
     assert re.search(r"odd +broken", table)
 
