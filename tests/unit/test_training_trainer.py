@@ -41,6 +41,7 @@ from dist_train.training.trainer import Trainer
 from tests.raising import raises
 from tests.unit.simulated_ranks import SimulatedRanks, on_ranks, results
 from tests.unit.small_trainers import build_trainer, small_config, state_bits
+from tests.waiting import PATIENCE
 
 
 class Notebook(Observer):
@@ -326,11 +327,6 @@ def test_a_rank_lost_while_the_others_meet_is_recorded(tmp_path: Path) -> None:
     assert (lost.details["who"], lost.details["generation"]) == ("rank 1 died; rank 2 died", 3)
 
 
-def test_fewer_samples_than_one_batch_are_refused(tmp_path: Path) -> None:
-    with raises(UsageError, "too-few-samples"):
-        build_trainer(small_config(batch={"global_size": 101}), tmp_path, SingleProcess())
-
-
 def test_a_model_that_does_not_fit_the_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def build(config: Config) -> nn.Module:
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried")
@@ -397,7 +393,7 @@ def test_promise_6_recovery_changes_nothing_before_the_checkpoint_is_copied(
     go, copy = threading.Event(), CheckpointWriter._copy
 
     def copy_later(self: CheckpointWriter, name: str, value: Any) -> Any:
-        assert go.wait(30)
+        assert go.wait(PATIENCE)
         return copy(self, name, value)
 
     class LosesAnother(LeftAlone):
