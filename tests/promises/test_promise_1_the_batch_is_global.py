@@ -59,9 +59,3 @@ def test_fewer_samples_than_a_batch_are_refused(tmp_path: Path) -> None:
     assert ended.code == 2
     assert "[too-few-samples]" in ended.output
     assert "Traceback" not in ended.output
-
-
-def test_each_epoch_omits_other_samples() -> None:
-    kept = [set(epoch_order(820, 0, epoch)[:800].tolist()) for epoch in range(3)]
-    assert all(len(samples) == 800 for samples in kept)
-    assert kept[0] != kept[1] != kept[2]
