@@ -189,6 +189,7 @@ def test_a_long_label_leaves_room_for_the_mean(tmp_path: Path) -> None:
     plan = (study / "runs.json").read_text()
     (study / "runs.json").write_text(plan.replace(", noise,", f", noise {'that is described at length, ' * 4}"))
     strips = [strip for strip in figures_of(read_subject(study))[0].rows[0] if isinstance(strip, StripPlot)]
+    assert strips
     for strip in strips:
         labels = [strip.label(variant) for variant in strip.variants]
         assert labels[0] == "baseline"
