@@ -118,12 +118,14 @@ def test_slow_data_a_slow_rank_and_slow_noise_show_in_their_own_parts(tmp_path: 
             trainer.splits.train.read = slow_data  # type: ignore[method-assign, assignment]
         return take(trainer, 1).times.parts()
 
-    quick, slow = results(2, step)
-    assert slow.data_wait >= 2 * 0.15
-    assert slow.perturb_restore >= 0.2
-    assert quick.allreduce_wait >= 0.25
-    assert slow.allreduce_wait < quick.allreduce_wait
-    assert quick.data_wait < slow.data_wait
+    def quick_rank_waits() -> bool:
+        quick, slow = results(2, step)
+        assert slow.data_wait >= 2 * 0.15
+        assert slow.perturb_restore >= 0.2
+        return quick.allreduce_wait >= max(0.25, slow.allreduce_wait) and quick.data_wait < slow.data_wait
+
+    # Other programs may delay the quick rank as well, but not in every step.
+    wait_for(quick_rank_waits, "a step in which the quick rank waits for the slow one")
 
 
 def test_with_sync_norm_the_wait_within_passes_is_a_wait_for_the_others(tmp_path: Path) -> None:
@@ -143,9 +145,12 @@ def test_with_sync_norm_the_wait_within_passes_is_a_wait_for_the_others(tmp_path
         order = torch.arange(trainer.plan.global_size)
         return trainer.take_step(GlobalBatch(0, 0, order, mine), 0.05, lambda: False).times.parts()
 
-    quick, slow = results(2, step)
-    assert slow.data_wait >= 5 * 0.05
-    assert quick.allreduce_wait >= 4 * 0.05
+    def quick_rank_waits() -> bool:
+        quick, slow = results(2, step)
+        assert slow.data_wait >= 5 * 0.05
+        return quick.allreduce_wait >= 4 * 0.05
+
+    wait_for(quick_rank_waits, "a step in which the quick rank waits for the slow one")
 
 
 def test_moments_of_a_stream_are_read_as_seconds_after_the_later_one_has_come(
