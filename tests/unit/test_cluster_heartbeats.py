@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
-
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dist_train.cluster.heartbeats import (
@@ -34,15 +32,14 @@ def monitor_of(*ranks: int) -> HeartbeatMonitor:
 
 @settings(deadline=None, max_examples=50)
 @given(
-    looks=st.lists(st.floats(0.01, 300.0), min_size=1, max_size=60),
-    silences=st.lists(st.floats(0.0, TIMEOUT - 0.01), min_size=60, max_size=60),
+    silence=st.integers(1, int(TIMEOUT) * EIGHTH - 1).map(lambda time: time / EIGHTH),
+    pace=st.integers(2, int(BEAT) * EIGHTH).map(lambda time: time / EIGHTH),
 )
-def test_nobody_is_named_who_was_heard_within_the_timeout(looks: list[float], silences: list[float]) -> None:
+@example(silence=TIMEOUT - 1 / EIGHTH, pace=0.25)
+def test_nobody_is_named_who_was_heard_within_the_timeout(silence: float, pace: float) -> None:
     watched = monitor_of(1)
-    heard = 0.0
-    for now, silence in zip(accumulate(looks), silences, strict=False):
-        heard = max(heard, now - silence)
-        watched.hear(1, heard)
+    for now in (number * pace for number in range(600)):
+        watched.hear(1, now - now % silence)
         assert watched.silent(now) == []
 
 
