@@ -42,9 +42,14 @@ def test_nodes_wait_for_a_late_one(tmp_path: Path) -> None:
 def test_nodes_report_when_the_survey_is_over_though_one_never_comes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tried: list[object] = []
+    tried: list[str] = []
     reach = nodes._reach
-    monkeypatch.setattr(nodes, "_reach", lambda *place: tried.append(place) or reach(*place))
+
+    def try_to_reach(folder: Path, peer: str, interface: str) -> str:
+        tried.append(peer)
+        return reach(folder, peer, interface)
+
+    monkeypatch.setattr(nodes, "_reach", try_to_reach)
     assert meet(tmp_path, {"node1": 0, "node2": 0}, lambda: len(tried) == 2) == [(1, {})] * 2
 
 
