@@ -32,7 +32,7 @@ from dist_train.start_up import own_command
 
 INTERFACE_VARIABLE = "NETWORK_INTERFACE"  # for the ranks; slurm/prologue.sh passes it to MPI, NCCL and Gloo
 
-_NOT_FOR_OURS = frozenset(
+_UNSET_FOR_SRUN = frozenset(
     {
         "SLURM_GPUS",
         "SLURM_GPUS_PER_SOCKET",
@@ -44,7 +44,7 @@ _NOT_FOR_OURS = frozenset(
         "SLURM_LABELIO",
     }
 )
-"""Variables with the job's own requests, which srun would add to ours, or by which it would label each line."""
+"""Variables with the job's own requests, which srun would add to these, or by which it would label each line."""
 _ANSWER_SECONDS = 30.0  # of a cluster's nodes, and then a second more for each: all load Python from one file system
 _CONNECT_SECONDS = 3.0
 _LINGER_SECONDS = 1.0  # how long nodes differ in when they learn that the survey is over
@@ -190,7 +190,7 @@ def _command(nodes: Sequence[str], folder: Path, environment: Mapping[str, str])
 def _output(command: Sequence[str], seconds: float) -> tuple[str, str]:
     """Return the command's standard output and error; after `seconds` it is asked to end by SIGUSR2."""
     none, pipe = subprocess.DEVNULL, subprocess.PIPE
-    environment = {name: value for name, value in os.environ.items() if name not in _NOT_FOR_OURS}
+    environment = {name: value for name, value in os.environ.items() if name not in _UNSET_FOR_SRUN}
     try:
         process = subprocess.Popen(command, stdin=none, stdout=pipe, stderr=pipe, errors="replace", env=environment)
     except OSError as error:

@@ -29,9 +29,8 @@ SHIPPED = "dist_train:"
 """Prefix of the name of a file that comes with the program, as in `dist_train:configs/demo.yaml`."""
 
 _FILE, _BASE = "(file)", "base"
-_logger = logging.getLogger("dist_train.config")
-
 _COMMAND_LINE = "command line"
+_logger = logging.getLogger("dist_train.config")
 
 
 def shipped_folder() -> Path:
