@@ -127,7 +127,12 @@ make_venv() {
 }
 
 log=$(new_log setup)
-trap '(($?)) || remove_log' EXIT
+rest=
+trap 'finish $?' EXIT
+finish() {
+    [[ -z $rest ]] || kill -- "-$rest" 2>/dev/null || true
+    (($1)) || remove_log
+}
 
 if [[ $standing != kept ]]; then
     base=$(find_python)
@@ -144,8 +149,9 @@ if [[ $standing != kept ]]; then
 fi
 python=$venv/bin/python
 
+# Compiled at the end, by all cores.
 pip_install() {
-    logged "$python" -m pip install "$@" || give_up "pip could not install: $*" "Then run this again; what has been installed is kept."
+    logged "$python" -m pip install --no-compile "$@" || give_up "pip could not install: $*" "Then run this again; what has been installed is kept."
 }
 
 requirements() {
@@ -173,13 +179,21 @@ else
 fi
 cmake_builds || pip_install 'cmake>=3.18,<4'
 
+say "set-up: installing dist_train and the rest"
+mapfile -t beside_horovod < <(requirements mpi4py)
+set -m # in a process group of its own, which ends as a whole if Horovod's build fails or is interrupted
+pip_install --no-build-isolation --editable '.[test,lint,docs]' "${beside_horovod[@]}" &
+rest=$!
+set +m
 wheel=$(docker/horovod_wheel.sh "$python")
+wait "$rest" || exit 1
+rest=
 if [[ $(recorded wheel || true) != "$wheel" ]]; then
     say "set-up: installing Horovod"
     pip_install --force-reinstall --no-deps "$wheel"
 fi
-say "set-up: installing dist_train and the rest"
-pip_install --no-build-isolation --editable '.[dev]'
+# It fails where a package has files that are no Python, such as templates.
+logged "$python" -m compileall -qq -j 0 "$venv"/lib/python*/site-packages || true
 
 check() {
     "$python" - <<'END'
