@@ -24,7 +24,9 @@ def test_missing_gpu_is_reported_in_one_line(tmp_path: Path, capsys: pytest.Capt
     assert not (tmp_path / "page.md").exists()
 
 
-@pytest.mark.parametrize("part", [*(part for part in PARTS if part not in ("same-bits", "recovery")), "kernels"])
+@pytest.mark.parametrize(
+    "part", mostly_lengthy([*(part for part in PARTS if part not in ("same-bits", "recovery")), "kernels"], keep=2)
+)
 def test_each_part_holds_on_a_cpu(tmp_path: Path, part: str) -> None:
     page = tmp_path / "page.md"
     code = main(["--device", "cpu", "--only", part, "--page", str(page), "--part-seconds", "500"])

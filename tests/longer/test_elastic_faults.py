@@ -98,11 +98,8 @@ def run_with_faults(folder: Path, ranks: int, seed: int, count: int, sections: S
         assert_equal(one[part], other[part])
 
 
-@pytest.mark.parametrize(
-    ("sections", "count"), [(STATEFUL, 6), ({"batch": {"dealing": "dynamic"}}, 3)], ids=["stateful", "dynamic"]
-)
-def test_random_faults_change_nothing(tmp_path: Path, sections: Sections, count: int) -> None:
-    run_with_faults(tmp_path, 3, seed=2, count=count, sections=sections)
+def test_random_faults_change_nothing(tmp_path: Path) -> None:
+    run_with_faults(tmp_path, 3, seed=2, count=5, sections={**STATEFUL, "batch": {"dealing": "dynamic"}})
 
 
 @pytest.mark.lengthy

@@ -41,7 +41,7 @@ def python() -> Path:
         venv.create(FOLDER, symlinks=True)
         packages = sysconfig.get_path("purelib", "venv", {"base": str(FOLDER), "platbase": str(FOLDER)})
         (Path(packages) / "ours.pth").write_text(f"import site; site.addsitedir({ours!r})\n")
-        pip = [sys.executable, "-m", "pip", "--python", str(executable), "install", "--quiet"]
+        pip = [sys.executable, "-m", "pip", "--python", str(executable), "install", "--quiet", "--no-compile"]
         ended = subprocess.run([*pip, *required], capture_output=True, text=True, timeout=2 * PATIENCE)
         if ended.returncode != 0 and "connection broken" in ended.stderr:
             pytest.skip(f"no package index can be reached, to install {', '.join(LOGGERS)} from")

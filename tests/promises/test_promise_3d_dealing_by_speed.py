@@ -10,6 +10,7 @@ from tests.launching import (
     assert_same_run,
     events,
     launch,
+    mostly_lengthy,
     small_settings,
     train_alone,
     write_config,
@@ -73,7 +74,7 @@ def test_resume_with_another_slow_rank_is_bit_identical(alone: tuple[str, Path],
     assert any(counts[2] < min(counts[:2]) for step, counts in changes if step > half)
 
 
-@pytest.mark.parametrize(("controller", "ranks"), [("torchrun", 3), ("mpi", 2)])
+@pytest.mark.parametrize(("controller", "ranks"), mostly_lengthy([("torchrun", 3), ("mpi", 2)]))
 def test_ranks_that_take_micro_batches_are_bit_identical_to_one(
     alone: tuple[str, Path], tmp_path: Path, controller: str, ranks: int
 ) -> None:

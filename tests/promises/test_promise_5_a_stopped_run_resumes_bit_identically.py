@@ -24,7 +24,7 @@ from tests.launching import (
     write_config,
 )
 
-KILLS = 3
+KILLS = 2
 
 
 @pytest.mark.ranks

@@ -253,7 +253,9 @@ def test_a_run_directory_on_the_disk_of_one_node_ends_all_ranks_with_its_name(tm
     assert "rank 1" in status(folders[0])["reason"]
 
 
-@pytest.mark.parametrize(("launcher", "engine"), [("torchrun", "torch"), ("env://", "torch"), ("mpi", "horovod")])
+@pytest.mark.parametrize(
+    ("launcher", "engine"), mostly_lengthy([("mpi", "horovod"), ("torchrun", "torch"), ("env://", "torch")])
+)
 def test_script_trains_and_evaluates_repeatedly(tmp_path: Path, launcher: str, engine: str) -> None:
     config = write_config(tmp_path, small_settings(run={"max_steps": 2}, evaluation={"every_epochs": 0}))
     script = tmp_path / "script.py"
