@@ -96,7 +96,9 @@ class Pace:
         """Times, and samples or epochs done, a second or more apart, but for the latest."""
 
     def mark(self, done: float, now: float) -> None:
-        """Note that `done` samples, or epochs, were done at `now` (seconds, monotonic)."""
+        """Note that `done` samples, or epochs, were done at `now`, in seconds."""
+        if self._marks and now < self._marks[-1][0]:  # the clock was set back
+            self._marks.clear()
         if len(self._marks) > 1 and self._marks[-1][0] - self._marks[-2][0] < _MARK_SECONDS:
             self._marks.pop()
         self._marks.append((now, done))

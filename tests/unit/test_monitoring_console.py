@@ -336,6 +336,16 @@ def test_the_pace_is_that_of_the_last_minute() -> None:
     assert pace.seconds_left(10) == 0
 
 
+def test_the_pace_is_measured_anew_once_the_clock_was_set_back() -> None:
+    pace = Pace()
+    for step in range(10):
+        pace.mark(step, 3_600.0 + step)
+    pace.mark(10, 10.0)
+    assert pace.seconds_left(100) is None
+    pace.mark(11, 11.0)
+    assert pace.seconds_left(100) == pytest.approx(89)
+
+
 def test_the_time_left_is_that_of_larger_batches_to_come() -> None:
     page, now = io.StringIO(), [0.0]
     lines = PlainLines(page, seconds=10, clock=lambda: now[0])

@@ -281,6 +281,22 @@ def test_time_left_is_the_pace_times_the_steps_left(monkeypatch: pytest.MonkeyPa
     assert left == pytest.approx(180 * 0.02)
 
 
+def test_time_left_outlasts_a_long_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("dist_train.monitoring.prometheus.board.time.monotonic", lambda: clock[0])
+    board = Board(replace(FACTS, start_step=0, total_steps=1_000))
+    for step in range(1, 101):
+        clock[0] += 5.0
+        board.apply(Progress(step))
+    for _ in range(120):
+        clock[0] += 1.1
+        board.apply(Progress(100))
+    assert values_of(board)["dist_train_time_left_seconds", ()] == pytest.approx(900 * 5.0)
+    clock[0] += 5.0
+    board.apply(Progress(101))
+    assert values_of(board)["dist_train_time_left_seconds", ()] < 2 * 899 * 5.0
+
+
 def test_time_left_is_that_of_larger_batches_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [100.0]
     monkeypatch.setattr("dist_train.monitoring.prometheus.board.time.monotonic", lambda: clock[0])

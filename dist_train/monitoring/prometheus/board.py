@@ -215,7 +215,8 @@ class Board:
 
     def _advance(self, step: int, **changes: Any) -> None:
         facts = self._now.facts
-        self._pace.mark(facts.passes.samples(step), time.monotonic())
+        if step > self._now.step:  # the batches of an evaluation would push the steps before it out of the last minute
+            self._pace.mark(facts.passes.samples(step), time.monotonic())
         self._change(
             step=max(self._now.step, step),
             last_progress=time.time(),
