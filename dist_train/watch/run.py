@@ -208,6 +208,7 @@ class WatchedRun:
         self._status: Status | None = None
         self._settings = Settings()
         self._ranks: RanksReading | None = None
+        self._checkpoints: tuple[int, ...] = ()
         self._is_known = False  # whether a look has found the directory
         self._misses = 0  # successive looks that have not found it
         self._first_look = time.monotonic()
@@ -230,6 +231,10 @@ class WatchedRun:
         with suppress(BrokenFileError):
             if settings := read_settings(self._run.config):
                 self._settings = Settings.of(settings)
+        try:
+            self._checkpoints = self._run.checkpoint_steps()
+        except OSError as error:
+            problem = problem or f"{self._run.checkpoints.name} cannot be read: {error.strerror}"
         if is_changed and self._is_known:
             self._changed_at = time.monotonic()
         self._is_known = True
@@ -276,7 +281,7 @@ class WatchedRun:
             seconds_left=seconds_left(history.latest, total_epochs) if alive and total_epochs else None,
             silence=silence,
             silent=alive and silence is not None and silence > patience,
-            checkpoints=self._run.checkpoint_steps(),
+            checkpoints=self._checkpoints,
             problem=problem,
             now=now,
         )

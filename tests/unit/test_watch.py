@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import itertools
 import json
@@ -19,6 +20,7 @@ from rich.console import Console
 
 from dist_train.outcome import ExitCode, UsageError
 from dist_train.rundir.epochs import Epochs
+from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import EventRecord, Measurement, RankMeasurement, Record, StepParts, to_json
 from dist_train.rundir.status import RanksFile, StatusFile
 from dist_train.watch.run import History, Snapshot, WatchedRun, find_run
@@ -360,6 +362,7 @@ class TestFollowing:
         run = watched.look(later)
         assert "directory is gone" in drawn(run)
         assert (run.state, run.step, run.silence) == ("running", STEPS, PATIENCE)
+        assert run.checkpoints == (30, 40)
         directory.with_name("moved").rename(directory)
         run = watched.look(later)
         assert (run.problem, run.step, run.silence) == ("", STEPS, PATIENCE)
@@ -367,6 +370,20 @@ class TestFollowing:
         looks = itertools.takewhile(lambda run: not run.is_over, (watched.look(later) for _ in range(100)))
         assert 2 <= len(list(looks)) <= 10
         assert watched.look(later).state == "lost"
+
+    def test_checkpoints_that_cannot_be_listed_for_a_moment_end_no_view(
+        self, directory: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        watched = WatchedRun(directory)
+        watched.look(NOW)
+
+        def fail(run: RunDirectory) -> tuple[int, ...]:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(run.checkpoints))
+
+        monkeypatch.setattr(RunDirectory, "checkpoint_steps", fail)
+        run = watched.look(NOW)
+        assert "checkpoints cannot be read" in drawn(run)
+        assert run.checkpoints == (30, 40)
 
     def test_a_run_without_a_readable_status_is_shown_and_said_so(self, directory: Path) -> None:
         (directory / "status.json").unlink()
