@@ -308,5 +308,6 @@ def _state(run: RunDirectory, status: Status | None, silence: float | None, now:
     if status is None:
         return "unknown", f"{run.status.name} is missing or of another version"
     if status.state in ALIVE and has_gone(status, now - (silence or 0.0), now):
-        return process_is_gone(status, run)
+        with suppress(OSError):  # `look` reports it
+            return process_is_gone(status, run)
     return status.state, status.reason

@@ -384,6 +384,8 @@ class TestFollowing:
         run = watched.look(NOW)
         assert "checkpoints cannot be read" in drawn(run)
         assert run.checkpoints == (30, 40)
+        write_status(directory, host=socket.gethostname(), pid=4_194_305)
+        assert look(directory, NOW + 100).state == "running", "that it is lost is said once its checkpoints are known"
 
     def test_a_run_without_a_readable_status_is_shown_and_said_so(self, directory: Path) -> None:
         (directory / "status.json").unlink()
