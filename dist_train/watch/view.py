@@ -247,7 +247,7 @@ def _rate_pairs(run: Snapshot) -> list[tuple[str, str]]:
         rate = fmean((record.samples_per_second for record in run.history.latest), times if any(times) else None)
         pairs = [
             ("images/s", wording.rate(rate)),
-            ("step time", f"{seconds * 1_000:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"),
+            ("step time", f"{wording.rate(seconds * 1_000)} ms" if seconds < 1 else f"{wording.rate(seconds)} s"),
             ("learning rate", f"{latest.learning_rate:.4g}"),
             ("noise", f"{latest.noise_amplitude:.3g}"),
             ("gradient norm", f"{latest.gradient_norm:.4g}" if math.isfinite(latest.gradient_norm) else "not finite"),

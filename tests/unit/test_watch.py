@@ -165,6 +165,13 @@ class TestFacts:
         write_records(directory, made)
         assert "images/s 60 " in words(drawn(look(directory)))
 
+    @pytest.mark.parametrize(("seconds", "text"), [(0.0005, "0.5 ms"), (0.9998, "1,000 ms"), (2_468.0, "2,468 s")])
+    def test_the_time_of_a_step_is_never_in_scientific_notation(
+        self, seconds: float, text: str, directory: Path
+    ) -> None:
+        write_records(directory, [train(1, step_seconds=seconds, time=NOW)])
+        assert f"step time {text} " in words(drawn(look(directory)))
+
     def test_the_slowest_rank_is_marked(self, directory: Path) -> None:
         shown = words(drawn(look(directory)))
         assert "ranks at step 40" in shown
