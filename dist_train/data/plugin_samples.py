@@ -28,6 +28,7 @@ from dist_train.outcome import PluginResultError, UsageError
 from dist_train.reproducible import key, preserved_generators, seed_generators, seeded_generators
 
 _NOT_COLOURS = ("P", "PA", "1")  # modes of Pillow: numbers of colours in a palette, or one bit
+_COLOURS = ("L", "LA", "RGB", "RGBA", "CMYK")
 
 Augment = Callable[[Any], Any]
 
@@ -110,12 +111,13 @@ class PluginSamples:
 
         Raises UsageError if their form is wrong.
         """
-        if isinstance(image, Image.Image) and image.mode in _NOT_COLOURS:
-            raise UsageError(
-                f"{name} is a PIL image of mode {image.mode}, whose values are not colours: return "
-                f"image.convert('RGB'), or convert('L')",
-                code="plugin-data-form",
-            )
+        if isinstance(image, Image.Image):
+            wanted = {1: "L", 3: "RGB"}.get(self._shape[0])
+            if image.mode in _NOT_COLOURS or (wanted and image.mode in _COLOURS and image.mode != wanted):
+                fix = f"convert({wanted!r})" if wanted else "convert('RGB'), or convert('L')"
+                raise UsageError(
+                    f"{name} is a PIL image of mode {image.mode}: return image.{fix}", code="plugin-data-form"
+                )
         try:
             returned = image.numpy(force=True) if isinstance(image, Tensor) else np.asarray(image)
         except Exception as error:  # of a type that NumPy lacks, of a ragged list, or of the image's own code

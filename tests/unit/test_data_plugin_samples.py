@@ -347,6 +347,17 @@ def test_an_image_whose_values_are_not_colours_is_refused(mode: str, monkeypatch
     assert "convert('L')" in str(refused.value)
 
 
+@pytest.mark.parametrize(("mode", "wanted"), [("L", "RGB"), ("RGBA", "RGB"), ("RGB", "L")])
+def test_a_pil_image_of_another_mode_is_refused_with_how_to_convert_it(
+    mode: str, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = Image.new(mode, (SIZE, SIZE))
+    monkeypatch.setattr(Drawing, "__getitem__", lambda self, index: (image, 0))
+    with raises(UsageError, "plugin-data-form") as refused:
+        opened(**{**OWN, "shape": (len(wanted), SIZE, SIZE)})
+    assert f"convert('{wanted}')" in str(refused.value)
+
+
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_arrays_and_tensors_may_have_their_channels_first_or_last(as_tensor: bool) -> None:
     shape = (3, SIZE, SIZE + 1)
