@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from traceback import walk_tb
 from typing import Any
 
@@ -42,6 +43,10 @@ def check_outputs(model: nn.Module, config: Config) -> None:
     _check_buffers(model, name)
     blank = _blank(config)
     with failing_clearly(name), _noting_layer(model):
+        if any(map(is_lazy, chain(model.parameters(), model.buffers()))):
+            model.eval()  # where new running statistics stay as they begin
+            with torch.no_grad():
+                model(blank)
         model.train()  # not to be chained: a method `train` of the model's own may return nothing
         with torch.enable_grad(), restoring_buffers(model):
             outputs = {" in training": model(blank)}
