@@ -29,6 +29,7 @@ from dist_train.reproducible import generator, key, seed_generators, seeded_gene
 _TRIAL_SAMPLES = 2
 _MAX_NAMES = 3  # of buffers or parameters in a message
 _NEAR = 1e-3  # to 1, for a sum of probabilities, also in 16 bits
+_NOTICEABLE = 0.01  # difference of logits in relation to the largest: beyond rounding, also in 16 bits
 _logger = logging.getLogger("dist_train.models")
 
 
@@ -102,7 +103,7 @@ def check_training(model: nn.Module, config: Config) -> None:
             model.eval()
             evaluated = model(more)
             _check_shapes(model, name, shapes)
-            _check_single(model, name, config.data.image_format.classes, images[:1])
+            alone = _single(model, name, config.data.image_format.classes, more[:1])
         for norm in norm_modules(model):
             norm.seen.clear()
         if config.recomputes_statistics:
@@ -119,6 +120,12 @@ def check_training(model: nn.Module, config: Config) -> None:
     modes = [mode for mode, given in (("", logits), (" in evaluations", evaluated)) if _are_probabilities(given)]
     for mode in modes[:1]:
         _logger.warning("%s seems to end in softmax%s: leave it out, since cross entropy contains it", name, mode)
+    if not torch.allclose(alone, evaluated[:1], atol=_NOTICEABLE * float(evaluated.abs().max()), equal_nan=True):
+        _logger.warning(
+            "in evaluations the logits of %s depend on the other images of a batch, and so on evaluation.batch_size: "
+            "use norms with running statistics, and no draws",
+            name,
+        )
     if unreached:
         _logger.warning(
             f"in a trial pass of {name} {len(unreached)} of its parameters ({', '.join(unreached[:_MAX_NAMES])}) get "
@@ -164,10 +171,10 @@ def _are_probabilities(logits: Tensor) -> bool:
     return bool((logits >= 0).all()) and bool((logits.float().sum(1) - 1).abs().max() < _NEAR)
 
 
-def _check_single(model: nn.Module, name: str, classes: int, image: Tensor) -> None:
-    """Raise UsageError unless a plug-in's `model` takes one `image`, as the last batch of an evaluation may be."""
+def _single(model: nn.Module, name: str, classes: int, image: Tensor) -> Tensor:
+    """Return the logits of one `image`, as the last batch of an evaluation may be; raise UsageError without such."""
     try:
-        logits = model(image)
+        logits: Tensor = model(image)
     except Exception as error:
         error.add_note("(given a single image)")
         raise
@@ -176,6 +183,7 @@ def _check_single(model: nn.Module, name: str, classes: int, image: Tensor) -> N
             f"{name} gives logits of {list(logits.shape)}, not [1, {classes}], for a single image: write x.flatten(1) "
             f"instead of x.squeeze()"
         )
+    return logits
 
 
 def _check_shapes(model: nn.Module, name: str, before: Mapping[str, torch.Size]) -> None:

@@ -187,6 +187,7 @@ class Network(nn.Module):
             "sparse": lambda: nn.Embedding(2, 8, sparse=True),
             "norm-in-training": lambda: norm(8),
             "lazy": nn.LazyBatchNorm1d,
+            "untracked": lambda: nn.BatchNorm2d(3, track_running_stats=False),
         }
         if kind.endswith("-moved"):
             extra[kind] = lambda: nn.Linear(8, 8).requires_grad_(not kind.startswith("frozen"))
@@ -235,6 +236,8 @@ class Network(nn.Module):
             images[:, 0].sub_(0.5)
         if self.kind == "view":
             images = self.extra(images).view(len(images), 3 * 32 * 32)
+        if self.kind == "untracked":
+            images = self.extra(images)
         features = self.stem(images.flatten(1)) * self.random
         if self.kind == "norm-of-tokens":
             features = self.norm(torch.cat([features, features]))[: len(images)]
@@ -524,6 +527,16 @@ def test_training_warns_of_probabilities_in_place_of_logits(caplog: pytest.LogCa
         caplog.clear()
         tried(kind)
         assert "softmax" in caplog.text
+
+
+def test_training_warns_of_logits_that_depend_on_the_other_images_of_an_evaluation(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for kind in ("dropout", "norm-in-training"):
+        tried(kind, norm_statistics="running")
+        assert "depend on the other images" not in caplog.text
+    tried("untracked")
+    assert "depend on the other images" in caplog.text
 
 
 def test_training_warns_of_parameters_without_a_gradient(caplog: pytest.LogCaptureFixture) -> None:
