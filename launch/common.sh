@@ -16,10 +16,14 @@ first_stop=0
 end_now=0
 
 note_stop_request() {
+    local now
+    # Not SECONDS, which counts the whole seconds of a clock that may be set: 1.1 s may be two of them.
+    read -r now _ </proc/uptime
+    now=$((10#${now/./})) # in hundredths
     stop_signals=$((stop_signals + 1))
     if ((stop_signals == 1)); then
-        first_stop=$SECONDS
-    elif ((SECONDS - first_stop >= escalate_after)); then
+        first_stop=$now
+    elif ((now - first_stop >= 100 * escalate_after)); then
         end_now=1
     fi
 }

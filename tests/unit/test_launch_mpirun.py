@@ -52,6 +52,22 @@ def test_options_are_understood_as_mpirun_understands_them(options: tuple[str, .
     assert command[-1] == "runs"
 
 
+def test_a_second_signal_ends_the_ranks_after_two_whole_seconds_alone() -> None:
+    # begins late in a second, since a clock of whole seconds would count two soon after it
+    script = """
+        . launch/common.sh
+        until [[ $(date +%N) == 9* ]]; do :; done
+        begun=$(date +%s%N)
+        until ((end_now)); do
+            note_stop_request
+            sleep 0.05
+        done
+        echo $((($(date +%s%N) - begun) / 1000000))
+    """
+    milliseconds = subprocess.check_output(["bash", "-euo", "pipefail", "-c", script], cwd=ROOT, timeout=PATIENCE)
+    assert int(milliseconds) >= 1990
+
+
 def test_ranks_on_other_machines_get_the_variables_of_libraries_and_caches(tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text("node1 slots=3\n")
     names = ("UCX_TLS", "GLOO_SOCKET_IFNAME", "TORCH_LOGS", "NCCL_DEBUG", "DIST_TRAIN_CACHE", "XDG_CACHE_HOME")
