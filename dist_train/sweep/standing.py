@@ -30,6 +30,7 @@ from dist_train.watch.run_table import COLOURS, Column, RunSummary, read_runs, t
 
 Next = Literal["start", "skip", "busy", "unrecoverable"]
 _LENGTH = ["run.epochs"]
+_OTHER_FOLDER = "choose another folder with --directory"
 _ENOUGH = 1 << 20  # bytes at the end of metrics.jsonl, in which the last evaluation is found
 
 
@@ -221,8 +222,7 @@ def publish(plan: Plan, only: int | None = None) -> None:
     Raises UsageError if the folder cannot be written.
     """
     trials = optuna_trials(plan.study, plan.directory)
-    fix = "choose another folder with --directory"
-    with writing(plan.directory, fix), trials.locked() if trials else nullcontext():
+    with writing(plan.directory, _OTHER_FOLDER), trials.locked() if trials else nullcontext():
         if trials:
             plan = renewed(plan)
             _report_results(plan, trials)
@@ -235,11 +235,13 @@ def with_trials(plan: Plan, number: int | None = None) -> Plan:
     """Report all results to Optuna and return `plan` with one more trial, if any are left.
 
     With the `number` of a run not known yet, ask for trials until that run is known.
+
+    Raises UsageError if the folder cannot be written.
     """
     trials = optuna_trials(plan.study, plan.directory)
     if trials is None:
         return plan
-    with trials.locked():
+    with writing(plan.directory, _OTHER_FOLDER), trials.locked():
         plan = renewed(plan)
         _report_results(plan, trials)
         wanted = min(plan.unasked, default=0) if number is None else number

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -19,6 +20,7 @@ from dist_train.rundir.records import EvaluationRecord, JsonLines
 from dist_train.rundir.status import StatusFile
 from dist_train.sweep.planned_runs import Plan, PlannedRun, optuna_trials, plan_study
 from dist_train.sweep.standing import best_trials, publish, with_trials
+from dist_train.sweep.study_file import OptunaTrials
 from tests.raising import raises, raises_problems
 from tests.unit.studies import small_plan, write_study
 
@@ -248,6 +250,18 @@ def test_a_task_of_an_array_asks_for_the_trials_up_to_its_own(tmp_path: Path) ->
         f"noisy-trial-{trial}-seed-{seed}" for trial in range(3) for seed in (0, 1)
     }
     assert with_trials(with_task, 10).runs == with_task.runs
+
+
+def test_a_journal_that_cannot_be_written_is_not_called_the_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ask(self: OptunaTrials, variant: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(OptunaTrials, "ask", ask)
+    plan = searched(tmp_path, "optuna")
+    assert main(["sweep", str(plan.file), "--only", "1", "--arguments"]) == ExitCode.USAGE
+    assert str(plan.directory) in capsys.readouterr().err
 
 
 def test_a_batch_script_gets_the_numbers_and_the_arguments_of_runs_that_are_still_to_be_asked(
