@@ -200,7 +200,8 @@ class _StartedRuns:
         try:
             lock = take(run)
             standing = standing_of(run)
-            if lock is None:
+            # While another sweep reads the state of a finished run, it has that one's lock, too.
+            if lock is None and standing.then != "skip":
                 standing = Standing(run, standing.state, "another sweep is running it", "busy")
             match standing.then:
                 case "skip":
@@ -278,9 +279,13 @@ def sweep(
                 started.wait_a_moment()
             if started.active:
                 say("asked again: ending the runs without waiting")
-                for process in started.active:
-                    process.end()
+            due = time.monotonic()
             while started.active:
+                if time.monotonic() >= due:
+                    for process in started.active:
+                        process.end()
+                    # A launcher takes one that comes too soon after the first for the same request.
+                    due = time.monotonic() + _INSIST_SECONDS
                 started.wait_a_moment()
         finally:
             for process in started.active:

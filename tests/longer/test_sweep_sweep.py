@@ -282,6 +282,18 @@ class TestContinuing:
         assert len(tally.finished) == 3
         assert tally.exit_code == ExitCode.STOPPED
 
+    def test_finished_run_whose_state_another_sweep_reads_counts_as_finished(self, tmp_path: Path) -> None:
+        plan = small_plan(tmp_path)
+        write_run(plan.runs[0], "finished", ExitCode.FINISHED)
+        lock = take(plan.runs[0])
+        assert lock is not None
+        try:
+            tally = run_all(plan, "exit 0")
+        finally:
+            os.close(lock)
+        assert names(tally.finished) == names(plan.runs)
+        assert tally.exit_code == ExitCode.FINISHED
+
     def test_lock_is_released_at_the_end_of_a_run(self, tmp_path: Path) -> None:
         plan = small_plan(tmp_path)
         for _ in range(2):
@@ -312,6 +324,16 @@ class TestStopping:
         tally = run_all(plan, line)
         assert time.monotonic() - started_at < PATIENCE
         assert tally.exit_code == ExitCode.STOPPED
+
+    def test_launcher_that_takes_the_second_signal_for_the_first_gets_another(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("dist_train.sweep.sweep._INSIST_SECONDS", 0.3)
+        plan, sweep_process = small_plan(tmp_path), os.getpid()
+        ask_twice = f"kill -INT {sweep_process}; sleep 0.6; kill -INT {sweep_process}"
+        line = f"n=0; trap 'n=$((n + 1))' TERM; {ask_twice}; while [ $n -lt 3 ]; do sleep 0.05; done; exit 1"
+        tally = sweep(plan, plan.runs, 1, Shell(ranks=2, line=line), Messages())
+        assert names([run for run, _ in tally.failed]) == names(plan.runs[:1])
 
 
 def test_numbers_are_written_as_slurm_ranges() -> None:
