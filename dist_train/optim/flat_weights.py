@@ -69,6 +69,23 @@ class FlatWeights:
         """Return the views of `values` [n] by the parameters' names."""
         return {segment.name: view for segment, view in zip(self.segments, self.views_of(values), strict=True)}
 
+    def check_in_place(self) -> None:
+        """Raise PluginResultError if the model has moved a parameter out of `values`.
+
+        On a GPU `flatten_parameters` of torch's recurrent layers does so; the trial pass, on a CPU, cannot see it.
+        """
+        place = _storage(self.values)
+        moved = [
+            each.name
+            for each, parameter in zip(self.segments, self.parameters, strict=True)
+            if _storage(parameter) != place
+        ]
+        if moved:
+            raise PluginResultError(
+                f"the model gives {moved[0]} other memory in its forward pass: leave out flatten_parameters(), and "
+                f"assignments to .data"
+            )
+
     def compute_with(self, views: Sequence[torch.Tensor]) -> None:
         """Let the model compute with `views`, one for each parameter, instead of `values`, which do not change."""
         for parameter, view in zip(self.parameters, views, strict=True):

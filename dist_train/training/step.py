@@ -184,6 +184,7 @@ class TrainingStep:
         finally:
             with self._phase("perturb_restore"):
                 self.noise.restore()
+        self.weights.check_in_place()
         self.reduction.send()
         self.tally.send(
             out_of_range=self.reduction.accumulator.out_of_range,

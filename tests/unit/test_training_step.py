@@ -20,7 +20,7 @@ from dist_train.data.images import BatchRequest
 from dist_train.data.plan import batch_indices, epoch_order
 from dist_train.models import build_model
 from dist_train.models.norms import NormFactory, running_statistics
-from dist_train.outcome import DivergedError, OutOfMemoryError, UsageError
+from dist_train.outcome import DivergedError, OutOfMemoryError, PluginResultError, UsageError
 from dist_train.training.step import GlobalBatch, Update, clip_gradient
 from dist_train.training.trainer import Trainer
 from tests.raising import raises
@@ -146,6 +146,21 @@ def test_an_optimizer_may_replace_the_tensors_of_parameters(tmp_path: Path, nois
         assert not torch.equal(before, trainer.take_step.weights.values)
         trained.append((state_bits(trainer.network), trainer.take_step.weights.values.tolist()))
     assert trained[0] == trained[1]
+
+
+def test_a_model_that_moves_its_weights_is_refused_before_they_are_updated(tmp_path: Path) -> None:
+    """As flatten_parameters of torch's recurrent layers does on a GPU."""
+    trainer = build_trainer(small_config(noise={"method": "none"}), tmp_path, SingleProcess())
+    weights = trainer.take_step.weights
+    before = weights.values.clone()
+
+    def move(*_: object) -> None:
+        weights.parameters[1].data = weights.parameters[1].data.clone()
+
+    trainer.take_step.model.register_forward_pre_hook(move)
+    with raises(PluginResultError, code="plugin-result"):
+        take(trainer, 1)
+    assert torch.equal(weights.values, before)
 
 
 def test_sam_s_statistics_count_each_sample_once(tmp_path: Path) -> None:
