@@ -192,7 +192,7 @@ if [[ $(recorded wheel || true) != "$wheel" ]]; then
     say "set-up: installing Horovod"
     pip_install --force-reinstall --no-deps "$wheel"
 fi
-# It fails where a package has files that are no Python, such as templates.
+# compileall's status is not 0 where a package has templates, which are no Python; pip ignores them, too.
 logged "$python" -m compileall -qq -j 0 "$venv"/lib/python*/site-packages || true
 
 check() {
