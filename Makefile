@@ -36,7 +36,7 @@ test-containers: setup ## build the images of docker/Dockerfile, for CPUs and fo
 	$(python) -m pytest tests/containers
 
 test-lengthy: setup ## the tests that take long: every launcher, alerts, faults, elastic ranks, GPU kernels in an interpreter, the wheel; downloads Triton and torch
-	$(python) -m pytest -m lengthy tests/ranks tests/promises tests/services tests/torture tests/longer/test_benchmarks_gpu.py tests/longer/test_benchmarks_loading.py tests/longer/test_training_exact32_error.py tests/longer/test_elastic_faults.py tests/longer/test_recovery_model.py tests/longer/test_wheel.py
+	$(python) -m pytest -m lengthy tests/ranks tests/promises tests/services tests/torture tests/longer $(addprefix --ignore=tests/longer/test_,cuda_build.py hermetic.py kernels.py)
 	@$(python) -c 'import triton' 2> /dev/null || test -d build/triton || $(python) -m pip install --quiet --no-deps --target build/triton triton
 	PYTHONPATH=build/triton TRITON_INTERPRET=1 $(python) -m pytest tests/longer/test_kernels.py
 

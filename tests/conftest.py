@@ -23,6 +23,10 @@ ROOT = Path(__file__).parents[1]
 if any(Path("/dev").glob("nvidia[0-9]*")) and "DIST_TRAIN_TEST_GPU" not in os.environ:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
+# Tests share the cores. By default an OpenMP thread spins while it waits, so that two of them take three times as long.
+# To be set before torch is loaded, and inherited by what the tests start.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 # No deadline and no database: results depend on neither the machine's speed nor earlier sessions.
 settings.register_profile(
     "hermetic", deadline=None, database=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]

@@ -161,6 +161,7 @@ def test_run_that_loses_a_node_resumes_with_half_the_ranks(
     assert status(submitted.run)["world_size"] == 2
 
 
+@pytest.mark.lengthy
 def test_cancelled_run_is_not_requeued(cluster: Cluster, tmp_path: Path, long_run: Undisturbed) -> None:
     submitted = SubmittedRun(cluster, tmp_path, long_run.config)
     submitted.wait_for_step(20)

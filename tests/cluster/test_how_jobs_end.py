@@ -36,6 +36,7 @@ def fill_disk(ballast: Path) -> None:
             file.write(b"x" * 4096)
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize(
     "problem",
     [next(iter(UNRECOVERABLE)), *(pytest.param(each, marks=pytest.mark.lengthy) for each in [*UNRECOVERABLE][1:])],

@@ -34,6 +34,7 @@ def test_submitted_run_finishes(cluster: Cluster, tmp_path: Path, large_batch: U
     assert f"tail -F '{run}/slurm-{found[1]}.log'" in submitted.stdout
 
 
+@pytest.mark.lengthy
 def test_run_submitted_within_a_job_has_all_its_ranks(
     cluster: Cluster, tmp_path: Path, large_batch: Undisturbed
 ) -> None:

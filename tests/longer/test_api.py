@@ -30,7 +30,7 @@ from dist_train.data.loader import open_splits
 from dist_train.outcome import DivergedError, ExitCode, StoppedError, UsageError
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import EvaluationRecord, EventRecord, Record, to_json
-from tests.launching import launch, small_settings, start, train_alone, wait_for_ends, write_config
+from tests.launching import launch, mostly_lengthy, small_settings, start, train_alone, wait_for_ends, write_config
 from tests.raising import raises
 from tests.unit.image_folders import write_folder
 
@@ -104,7 +104,7 @@ def test_the_statistics_of_a_run_normalize_its_images(tmp_path: Path) -> None:
     torch.testing.assert_close((plain - mean) / deviation, normalized)
 
 
-@pytest.mark.parametrize("to", ["safetensors", "torch-export", "onnx"])
+@pytest.mark.parametrize("to", mostly_lengthy(["safetensors", "torch-export", "onnx"], keep=2))
 def test_exported_model_gives_the_same_logits(run: Path, tmp_path: Path, to: str) -> None:
     ended = launch(1, "alone", "export", str(run), "--to", to, "-o", str(tmp_path / "model"))
     assert ended.code == 0, ended.output
@@ -245,7 +245,7 @@ def test_arguments_of_another_kind_are_refused_or_converted(run: Path, tmp_path:
     assert dist_train.load_run(run).learning_curve(str(tmp_path / "curve.png")) == tmp_path / "curve.png"
 
 
-@pytest.mark.parametrize(("ranks", "step"), [(1, 2), (2, 5), (1, 6)])
+@pytest.mark.parametrize(("ranks", "step"), mostly_lengthy([(2, 5), (1, 2), (1, 6)]))
 def test_replayed_update_is_bit_identical(run: Path, ranks: int, step: int) -> None:
     before = (run / "metrics.jsonl").read_bytes()
     ended = launch(ranks, "torch" if ranks > 1 else "alone", "replay", f"{run}@{step}")
@@ -376,6 +376,7 @@ def test_last_update_before_a_divergence_is_replayed(tmp_path: Path) -> None:
     assert again.weights_agree is None
 
 
+@pytest.mark.lengthy
 def test_replays_of_one_update_at_once_do_not_disturb_each_other(run: Path) -> None:
     ended = wait_for_ends(*(start(1, "alone", "replay", f"{run}@2") for _ in range(2)))
     assert [each.code for each in ended] == [0, 0], ended

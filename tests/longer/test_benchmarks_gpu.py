@@ -25,7 +25,7 @@ def test_missing_gpu_is_reported_in_one_line(tmp_path: Path, capsys: pytest.Capt
 
 
 @pytest.mark.parametrize(
-    "part", mostly_lengthy([*(part for part in PARTS if part not in ("same-bits", "recovery")), "kernels"], keep=2)
+    "part", mostly_lengthy([*(part for part in PARTS if part not in ("same-bits", "recovery")), "kernels"])
 )
 def test_each_part_holds_on_a_cpu(tmp_path: Path, part: str) -> None:
     page = tmp_path / "page.md"
@@ -34,7 +34,8 @@ def test_each_part_holds_on_a_cpu(tmp_path: Path, part: str) -> None:
     assert code == 0
 
 
-@pytest.mark.parametrize("part", mostly_lengthy([recovery, same_bits]))
+@pytest.mark.lengthy
+@pytest.mark.parametrize("part", [recovery, same_bits])
 def test_killed_resumed_and_launched_runs_are_bit_identical(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: Callable[[Device, Path], Finding]
 ) -> None:

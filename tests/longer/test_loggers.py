@@ -23,6 +23,8 @@ import pytest
 from tests.launching import environment, events, records, small_settings, write_config
 from tests.waiting import PATIENCE
 
+pytestmark = pytest.mark.lengthy
+
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / ".venv-loggers"
 LOGGERS = ("trackio", "wandb", "mlflow")

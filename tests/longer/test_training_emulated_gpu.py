@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks import traffic
 from benchmarks.emulation import KNOWN_WAITS, Emulated, Job, emulate
+from tests.launching import mostly_lengthy
 from tests.unit.small_trainers import SETTINGS
 
 Sections = dict[str, dict[str, Any]]
@@ -88,18 +89,28 @@ WITHOUT_TRITON = [NORMS[2], *REDUCTIONS[:3], *MODELS, GRAPHS[2]]
 CASES = [*((case, True) for case in WITH_TRITON), *((case, False) for case in WITHOUT_TRITON)]
 
 
+EVERY_THIRD = CASES[::3]
+
+
 @pytest.fixture(scope="module")
-def emulated() -> dict[tuple[str, bool], Emulated]:
+def emulated(request: pytest.FixtureRequest) -> dict[tuple[str, bool], Emulated]:
+    """The selected cases: one process emulates them all."""
+    selected = [item.callspec.params for item in request.session.items if "emulated" in item.fixturenames]
+    cases: list[tuple[Sections, bool]] = [(values["case"], values["triton"]) for values in selected]
     names = {*SETTINGS, *(name for case in WITH_TRITON for name in case)}
     small = {**SETTINGS, "batch": {"global_size": 16, "micro_size": 4}, "model": {"width": 0.03125, "ghost_size": 2}}
     jobs = [
         Job({name: {**small.get(name, {}), **case.get(name, {})} for name in names}, ranks=2, triton=triton)
-        for case, triton in CASES
+        for case, triton in cases
     ]
-    return {(str(case), triton): found for (case, triton), found in zip(CASES, emulate(jobs), strict=True)}
+    return {(str(case), triton): found for (case, triton), found in zip(cases, emulate(jobs), strict=True)}
 
 
-@pytest.mark.parametrize(("case", "triton"), CASES, ids=str)
+@pytest.mark.parametrize(
+    ("case", "triton"),
+    mostly_lengthy([*EVERY_THIRD, *(case for case in CASES if case not in EVERY_THIRD)], keep=len(EVERY_THIRD)),
+    ids=str,
+)
 def test_step_mixes_no_devices_and_waits_only_for_its_result(
     emulated: dict[tuple[str, bool], Emulated], case: Sections, triton: bool
 ) -> None:

@@ -77,6 +77,7 @@ def test_promise_3_and_5_user_data_and_augmentation_are_bit_identical(tmp_path: 
     assert_same_run(run, tmp_path / "alone", ["train"])
 
 
+@pytest.mark.lengthy
 def test_error_in_a_sample_ends_the_run_with_a_message_that_names_it(tmp_path: Path) -> None:
     name = f"{CODE}:broken"
     data = {"name": name, "options": {"index": 13, "how": "raises"}, "shape": [3, 12, 12], "classes": 2}

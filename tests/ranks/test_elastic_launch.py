@@ -106,6 +106,7 @@ def build(settings, groups):
 """An optimizer with a tensor in its state, on ranks that join, which the others do not have."""
 
 
+@pytest.mark.lengthy
 def test_a_rank_that_fails_while_the_ranks_regroup_does_not_end_the_others(tmp_path: Path) -> None:
     plugin = tmp_path / "own_state.py"
     plugin.write_text(OWN_STATE)
@@ -294,6 +295,7 @@ def test_a_rank_that_cannot_connect_to_the_others_does_not_keep_them_from_traini
     assert (refused.code, ended.code) == (ExitCode.USAGE, ExitCode.STOPPED), refused.output + ended.output
 
 
+@pytest.mark.lengthy
 def test_launcher_without_ranks_starts_with_those_that_join(tmp_path: Path) -> None:
     config, run = write_config(tmp_path, SETTINGS), tmp_path / "run"
     options = ("--start-with", "2", "--min-ranks", "1", *LISTENING)

@@ -50,6 +50,7 @@ def test_precision_layout_clipping_augmentation_and_schedules_are_bit_identical(
     assert_same_run(tmp_path / "two", tmp_path / "alone")
 
 
+@pytest.mark.lengthy
 def test_ranks_wait_for_the_lock_of_a_dead_node_beyond_the_stall_timeout(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()

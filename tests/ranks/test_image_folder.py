@@ -152,6 +152,7 @@ def test_ctrl_c_to_the_whole_process_group_saves_and_stops(root: Path, tmp_path:
     assert "Traceback" not in output
 
 
+@pytest.mark.lengthy
 def test_wrong_number_of_classes_is_refused(root: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, folder_settings(root, 1))
     ended = launch(2, "mpi", "train", config, "data.classes=4", "--run-dir", str(tmp_path / "run"))

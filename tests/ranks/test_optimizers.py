@@ -12,7 +12,6 @@ from tests.launching import (
     assert_same_run,
     events,
     kill_while_training,
-    mostly_lengthy,
     records,
     small_settings,
     start,
@@ -22,7 +21,7 @@ from tests.launching import (
     write_config,
 )
 
-pytestmark = pytest.mark.ranks
+pytestmark = [pytest.mark.ranks, pytest.mark.lengthy]
 
 RATES = {"sgd": 0.05, "adam": 1e-3, "adamw": 1e-3, "lars": 5.0, "lamb": 0.01}
 
@@ -31,7 +30,7 @@ def optimizer(name: str) -> dict[str, Any]:
     return {"name": name, "learning_rate": RATES[name], "weight_decay": 1e-3}
 
 
-@pytest.mark.parametrize("name", mostly_lengthy(["lamb", "adam", "adamw", "lars"]))
+@pytest.mark.parametrize("name", ["lamb", "adam", "adamw", "lars"])
 def test_promise_3_two_ranks_are_bit_identical_to_one_also_after_a_resume(tmp_path: Path, name: str) -> None:
     config = write_config(
         tmp_path,
@@ -46,7 +45,6 @@ def test_promise_3_two_ranks_are_bit_identical_to_one_also_after_a_resume(tmp_pa
     assert min(losses) < losses[0]
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("name", ["lars", "adamw"])
 def test_promise_5_killed_run_resumes_bit_identically(tmp_path: Path, name: str) -> None:
     """With augmentation, ghost norm and langevin noise."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -281,18 +282,15 @@ def test_three_updates_are_those_of_its_formula_in_plain_pytorch(
             torch.testing.assert_close(parameter.detach(), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("rival", RIVALS, ids=lambda rival: rival.__name__)
-def test_promises_3_and_5_the_same_bits_on_any_number_of_ranks_and_when_it_resumes(
-    tmp_path: Path, rival: Callable[[Plain, int, float], None]
-) -> None:
-    config = config_of(rival, "ghost")
+def check_promises_3_and_5(config: Config, tmp_path: Path) -> None:
+    """Take two updates on one, two and three ranks, the second one also after a resume."""
 
     def train(comm: SimulatedRanks) -> list[bytes]:
         folder = tmp_path / str(comm.size)
         trainer = build_trainer(config, folder, comm)
         take(trainer, 0, RATES[0])
         trainer.progress.step = 1
-        resumed = build_trainer(config, folder / "resumed", comm, contents=trainer.contents())
+        resumed = build_trainer(config, folder / "resumed", comm, contents=deepcopy(trainer.contents()))
         bits = []
         for each in (trainer, resumed):
             take(each, 1, RATES[1])
@@ -303,3 +301,16 @@ def test_promises_3_and_5_the_same_bits_on_any_number_of_ranks_and_when_it_resum
     assert alone[0] == alone[1]
     for ranks in (2, 3):
         assert results(ranks, train) == [alone] * ranks
+
+
+@pytest.mark.parametrize("rival", RIVALS, ids=lambda rival: rival.__name__)
+def test_promises_3_and_5_the_same_bits_on_any_number_of_ranks_and_when_it_resumes(
+    tmp_path: Path, rival: Callable[[Plain, int, float], None]
+) -> None:
+    check_promises_3_and_5(config_of(rival, "ghost"), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "lars", "lamb"])
+def test_promises_3_and_5_hold_with_each_optimizer(tmp_path: Path, name: str) -> None:
+    optimizer = {"name": name, "weight_decay": 1e-3, "clip_norm": 1.0}
+    check_promises_3_and_5(small_config(model={"width": 0.0625}, optimizer=optimizer), tmp_path)
