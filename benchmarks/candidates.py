@@ -9,13 +9,14 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from ctypes.util import find_library
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.launching import measure, module, on_ranks
+from benchmarks.launching import measure, module, on_ranks, running
 from benchmarks.ranks import shared_folder, tell_measured
 from benchmarks.subject import QUIET, open_trainer, settings
 from benchmarks.timing import Ratio, compare, ratio_of, timed
@@ -24,16 +25,21 @@ from dist_train.cluster.devices import device_type
 from dist_train.training.compute import share_of_threads
 
 _WIDTH, _GLOBAL_SIZE, _UPDATES = 0.25, 128, 10
+_ENDLESS = 1_000_000  # updates of a process that is killed once the other one has been measured
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Environment variables for our side, on `ranks` ranks over MPI; those in `both` are set on both sides."""
+    """Environment variables for our side, on `ranks` ranks over MPI; those in `both` are set on both sides.
+
+    With `is_shared` another process with the same variables trains on the same cores meanwhile.
+    """
 
     name: str
     variables: Mapping[str, str]
     ranks: int = 1
     both: Mapping[str, str] = field(default_factory=dict)
+    is_shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,9 @@ def from_environment(find: Callable[[str], str | None]) -> Iterator[Candidate | 
     yield _preloaded("jemalloc", find("jemalloc"))
     yield _preloaded("tcmalloc", find("tcmalloc_minimal") or find("tcmalloc"))
     yield Candidate("OMP_NUM_THREADS=2", TWO_THREADS)
-    yield Candidate("OMP_WAIT_POLICY=passive, 2 threads", {"OMP_WAIT_POLICY": "passive"}, both=TWO_THREADS)
+    passive = {"OMP_WAIT_POLICY": "passive"}
+    yield Candidate("OMP_WAIT_POLICY=passive, 2 threads", passive, both=TWO_THREADS)
+    yield Candidate("OMP_WAIT_POLICY=passive, 2 threads, shared cores", passive, both=TWO_THREADS, is_shared=True)
     if find("iomp5"):
         intel = {"LD_PRELOAD": str(find("iomp5")), **TWO_THREADS}
         yield Candidate("KMP_BLOCKTIME=0, 2 threads, preloaded OpenMP", {"KMP_BLOCKTIME": "0"}, both=intel)
@@ -104,16 +112,20 @@ def _preloaded(name: str, library: str | None) -> Candidate | Missing:
 
 
 def _environment_row(candidate: Candidate, pairs: int) -> Ratio:
-    command = on_ranks(
-        "mpi" if candidate.ranks > 1 else "alone",
-        candidate.ranks,
-        module("benchmarks.candidates", _WIDTH, _GLOBAL_SIZE, _UPDATES),
-    )
-    seconds = [
-        (float(measure(command, {**candidate.both, **candidate.variables})), float(measure(command, candidate.both)))
-        for _ in range(pairs)
-    ]
+    with_ours = {**candidate.both, **candidate.variables}
+    seconds = [(_seconds(candidate, with_ours), _seconds(candidate, candidate.both)) for _ in range(pairs)]
     return ratio_of(_title(candidate.name), candidate.name, "without", seconds, None, images=_GLOBAL_SIZE)
+
+
+def _seconds(candidate: Candidate, variables: Mapping[str, str]) -> float:
+    """Return the seconds of an update with `variables`."""
+
+    def program(updates: int) -> list[str]:
+        trained = module("benchmarks.candidates", _WIDTH, _GLOBAL_SIZE, updates)
+        return on_ranks("mpi" if candidate.ranks > 1 else "alone", candidate.ranks, trained)
+
+    with running(program(_ENDLESS), variables) if candidate.is_shared else nullcontext():
+        return float(measure(program(_UPDATES), variables))
 
 
 def _title(name: str) -> str:
