@@ -95,8 +95,10 @@ EVERY_THIRD = CASES[::3]
 @pytest.fixture(scope="module")
 def emulated(request: pytest.FixtureRequest) -> dict[tuple[str, bool], Emulated]:
     """The selected cases: one process emulates them all."""
-    selected = [item.callspec.params for item in request.session.items if "emulated" in item.fixturenames]
-    cases: list[tuple[Sections, bool]] = [(values["case"], values["triton"]) for values in selected]
+    tests = [item for item in request.session.items if isinstance(item, pytest.Function)]
+    values = [test.callspec.params for test in tests if "emulated" in test.fixturenames]
+    selected = [(each["case"], each["triton"]) for each in values]
+    cases = [case for case in CASES if case in selected]
     names = {*SETTINGS, *(name for case in WITH_TRITON for name in case)}
     small = {**SETTINGS, "batch": {"global_size": 16, "micro_size": 4}, "model": {"width": 0.03125, "ghost_size": 2}}
     jobs = [
