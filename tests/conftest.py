@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 if any(Path("/dev").glob("nvidia[0-9]*")) and "DIST_TRAIN_TEST_GPU" not in os.environ:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-# Tests share the cores. By default an OpenMP thread spins while it waits, so that two of them take three times as long.
+# Tests share the cores, and by default OpenMP's threads spin while they wait: some tests took three times as long.
 # To be set before torch is loaded, and inherited by what the tests start.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 

@@ -90,6 +90,7 @@ CASES = [*((case, True) for case in WITH_TRITON), *((case, False) for case in WI
 
 
 EVERY_THIRD = CASES[::3]
+"""Not lengthy: all 59 take a minute."""
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,7 @@
-"""The methods beside SmoothOut, Langevin and SAM: three updates by each one's formula, in plain PyTorch."""
+"""The methods beside SmoothOut, Langevin and SAM: three updates by each one's formula, in plain PyTorch.
+
+Promises 3 and 5 with these methods, and with the optimizers beside SGD, on simulated ranks.
+"""
 
 from __future__ import annotations
 
@@ -290,7 +293,8 @@ def check_promises_3_and_5(config: Config, tmp_path: Path) -> None:
         trainer = build_trainer(config, folder, comm)
         take(trainer, 0, RATES[0])
         trainer.progress.step = 1
-        resumed = build_trainer(config, folder / "resumed", comm, contents=deepcopy(trainer.contents()))
+        contents = deepcopy(trainer.contents())  # as a file: they share tensors with the optimizer
+        resumed = build_trainer(config, folder / "resumed", comm, contents=contents)
         bits = []
         for each in (trainer, resumed):
             take(each, 1, RATES[1])
