@@ -111,7 +111,9 @@ class SubsetLoss:
         def work(model: nn.Module, batch: Batch) -> Tensor:
             loss = self._loss_of(model, batch)
             gradients = torch.autograd.grad(loss, weights, create_graph=True, materialize_grads=True)
-            return _concatenated(torch.autograd.grad(gradients, weights, parts, materialize_grads=True))
+            # Not torch's `grad_outputs`, which gives the same bits but imports SymPy: a second of every start.
+            products = [(gradient * part).sum() for gradient, part in zip(gradients, parts, strict=True)]
+            return _concatenated(torch.autograd.grad(torch.stack(products).sum(), weights, materialize_grads=True))
 
         # torch's other kernels of attention have no second derivative
         with sdpa_kernel(SDPBackend.MATH):

@@ -104,7 +104,7 @@ def test_the_statistics_of_a_run_normalize_its_images(tmp_path: Path) -> None:
     torch.testing.assert_close((plain - mean) / deviation, normalized)
 
 
-@pytest.mark.parametrize("to", mostly_lengthy(["safetensors", "torch-export", "onnx"], keep=2))
+@pytest.mark.parametrize("to", mostly_lengthy(["safetensors", "torch-export", "onnx"]))
 def test_exported_model_gives_the_same_logits(run: Path, tmp_path: Path, to: str) -> None:
     ended = launch(1, "alone", "export", str(run), "--to", to, "-o", str(tmp_path / "model"))
     assert ended.code == 0, ended.output

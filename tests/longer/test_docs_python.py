@@ -65,6 +65,7 @@ def output_kinds(cell: nbformat.NotebookNode) -> set[str]:
     return {kind for output in cell.get("outputs", ()) for kind in output.get("data", (output.get("name", "error"),))}
 
 
+@pytest.mark.lengthy
 def test_notebook_is_stored_with_what_it_shows_when_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     notebook = nbformat.read(DOCS / "first_run.ipynb", as_version=4)
     nbformat.validate(notebook)

@@ -99,7 +99,7 @@ def run_with_faults(folder: Path, ranks: int, seed: int, count: int, sections: S
 
 
 def test_random_faults_change_nothing(tmp_path: Path) -> None:
-    run_with_faults(tmp_path, 3, seed=2, count=5, sections={**STATEFUL, "batch": {"dealing": "dynamic"}})
+    run_with_faults(tmp_path, 3, seed=2, count=3, sections={**STATEFUL, "batch": {"dealing": "dynamic"}})
 
 
 @pytest.mark.lengthy

@@ -30,6 +30,7 @@ def test_overlap_benchmark_has_four_rows_for_two_ranks() -> None:
 
 
 @pytest.mark.ranks
+@pytest.mark.lengthy
 def test_two_ranks_are_compared_with_two_programs() -> None:
     rows = [*together.rows(0.0625, 32, 2)]
     for mean, slower, wait in (rows[:3], rows[3:]):  # even shares, dynamic ones
