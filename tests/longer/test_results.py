@@ -17,6 +17,7 @@ from dist_train.report.measures import (
     FINAL_ACCURACY,
     GAP,
     TRAIN_LOSS,
+    Measure,
     commonest_settings,
     measures_of,
     paired_difference,
@@ -39,6 +40,8 @@ OMITTED = "Time and speed"
 SHARPNESS, WIDTH = "Basin width and sharpness", "basin width, loss under 2 x"
 WITH_LOSS = "Rank correlation with final train loss"
 SIX = range(100, 106)  # seeds
+_WIDTH_AT = "basin width at a rise of "
+_GIVEN: tuple[tuple[Measure, ...], ...] = ((), (TRAIN_LOSS,))
 Pairs = list[tuple[float, float]]
 DIFFERENCE = re.compile(r"([+\u2212]\S+)(?: points)? \(([+\u2212]\S+ to [+\u2212][^ ;)]+)\)")
 
@@ -194,11 +197,20 @@ def later_rivals(tmp_path_factory: pytest.TempPathFactory) -> Subject:
     return read_subject(runs / "rivals-rest")
 
 
-def test_page_of_rivals_has_the_numbers_of_its_tables(rivals: Subject, later_rivals: Subject) -> None:
+@pytest.fixture(scope="module")
+def measured_rivals(later_rivals: Subject) -> Subject:
+    """Read the later rivals' further runs, whose sharpness was measured."""
+    return read_subject(later_rivals.directory.parent / "rivals-sharpness")
+
+
+def test_page_of_rivals_has_the_numbers_of_its_tables(
+    rivals: Subject, later_rivals: Subject, measured_rivals: Subject
+) -> None:
     page = (ROOT / "docs/results.md").read_text()
     pilot = pairs_of(rivals, "lb-smoothout", "lb-smoothout-pilot", range(100, 110))
-    computed = [" {} ({};".format(*in_words(pilot)), *correlations_without_ivon(rivals)]
-    tables = "\n".join([*map(tables_in_markdown, (rivals, later_rivals)), *computed])
+    correlations = [*correlations_without_ivon(rivals), *correlations_of_later_methods(measured_rivals)]
+    computed = [" {} ({};".format(*in_words(pilot)), *correlations]
+    tables = "\n".join([*map(tables_in_markdown, (rivals, later_rivals, measured_rivals)), *computed])
     detail = page.partition("## The tables")[2]
     missing = [line for line in detail.splitlines() if line.startswith("| ") and line not in tables.splitlines()]
     assert not missing
@@ -207,7 +219,7 @@ def test_page_of_rivals_has_the_numbers_of_its_tables(rivals: Subject, later_riv
     assert not [(mean, ends) for mean, ends in found if f" {mean} ({ends};" not in tables.replace("*", "")]
     summary = page.partition("## Limits")[0]
     others = re.findall(r"[0-9.]+ ± [0-9.]+", summary) + re.findall(r"[0-9.]+ \([0-9.]+ to [0-9.]+; n = \d+\)", summary)
-    assert len(others) == 52
+    assert len(others) == 55
     assert not [
         words for words in (*others, *computed[1:]) if words not in tables or words not in " ".join(page.split())
     ]
@@ -215,18 +227,29 @@ def test_page_of_rivals_has_the_numbers_of_its_tables(rivals: Subject, later_riv
 
 def correlations_without_ivon(rivals: Subject) -> list[str]:
     """Return the rank correlations of sharpness with test accuracy over the means of all variants but IVON."""
-    by_title = {measure.title: measure for measure in sharpness_measures(rivals.runs)}
-    width = "basin width at a rise of "
-    found = []
-    for title in (f"{width}0.05", f"{width}0.5", "Hessian trace", "largest Hessian eigenvalue"):
-        groups: dict[str, list[tuple[float, float]]] = {}
-        for run in rivals.runs:
-            value, accuracy = by_title[title].take(run), FINAL_ACCURACY.take(run)
-            if value is not None and accuracy is not None and "ivon" not in run.name:
-                groups.setdefault(run.name.partition("-seed-")[0], []).append((value, accuracy))
-        means = [tuple(map(fmean, zip(*each, strict=True))) for each in groups.values()]
-        found.append(correlation_in_words(*zip(*means, strict=True)))
-    return found
+    runs = [run for run in rivals.runs if "ivon" not in run.name]
+    titles = (f"{_WIDTH_AT}0.05", f"{_WIDTH_AT}0.5", "Hessian trace", "largest Hessian eigenvalue")
+    return [correlation_of_means(runs, title, FINAL_ACCURACY) for title in titles]
+
+
+def correlations_of_later_methods(measured_rivals: Subject) -> list[str]:
+    """Return the rank correlations that the plan names for the later methods' sharpness, over the variants' means."""
+    titles, runs = (f"{_WIDTH_AT}0.5", "Hessian trace"), measured_rivals.runs
+    of_gap = [correlation_of_means(runs, title, GAP, TRAIN_LOSS) for title in titles]
+    of_accuracy = [correlation_of_means(runs, title, FINAL_ACCURACY, *given) for title in titles for given in _GIVEN]
+    return [*of_gap, *of_accuracy]
+
+
+def correlation_of_means(runs: Sequence[StoredRun], sharpness: str, *others: Measure) -> str:
+    """Return the rank correlation of the measure with that title and another, given a third, over variants' means."""
+    measures = [next(each for each in sharpness_measures(runs) if each.title == sharpness), *others]
+    groups: dict[str, list[list[float]]] = {}
+    for run in runs:
+        values = [value for measure in measures if (value := measure.take(run)) is not None]
+        if len(values) == len(measures):
+            groups.setdefault(run.name.partition("-seed-")[0], []).append(values)
+    means = [list(map(fmean, zip(*rows, strict=True))) for rows in groups.values()]
+    return correlation_in_words(*zip(*means, strict=True))
 
 
 def correlation_in_words(*columns: Sequence[float]) -> str:
@@ -249,8 +272,11 @@ def pairs_of(subject: Subject, against: str, variant: str, seeds: Sequence[int],
     return [(accuracy(f"{against}-seed-{seed}"), accuracy(f"{variant}-seed-{seed}")) for seed in seeds]
 
 
-def test_each_variant_ran_with_the_settings_chosen_by_the_search(rivals: Subject, later_rivals: Subject) -> None:
-    for subject, name in ((rivals, "rivals_confirm"), (later_rivals, "rivals_rest")):
+def test_each_variant_ran_with_the_settings_chosen_by_the_search(
+    rivals: Subject, later_rivals: Subject, measured_rivals: Subject
+) -> None:
+    chosen_by = {"rivals_confirm": rivals, "rivals_rest": later_rivals, "rivals_sharpness": measured_rivals}
+    for name, subject in chosen_by.items():
         study = load_study(ROOT / f"studies/{name}.yaml")
         assert len(subject.runs) == len(study.variants) * len(study.seeds)
         for run in subject.runs:
