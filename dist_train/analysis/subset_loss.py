@@ -111,7 +111,7 @@ class SubsetLoss:
         def work(model: nn.Module, batch: Batch) -> Tensor:
             loss = self._loss_of(model, batch)
             gradients = torch.autograd.grad(loss, weights, create_graph=True, materialize_grads=True)
-            # Not torch's `grad_outputs`, which gives the same bits but imports SymPy: a second of every start.
+            # Not torch's `grad_outputs`, which gives the same bits but imports SymPy, which takes most of a second.
             products = [(gradient * part).sum() for gradient, part in zip(gradients, parts, strict=True)]
             return _concatenated(torch.autograd.grad(torch.stack(products).sum(), weights, materialize_grads=True))
 
