@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import inspect
 import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import get_args
 
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from dist_train.cli.completion import choices_by_setting
 from dist_train.config import Config
-from dist_train.config.problems import models_of
-from dist_train.config.reference import Setting, settings_of
+from dist_train.config.loading import write_override
+from dist_train.config.problems import allowed_at, is_collection, models_of, schema_of
 
 _HEAD = """\
 # Settings
@@ -22,6 +30,20 @@ dist-train train configs/demo.yaml run.name=louder noise.amplitude=0.03 optimize
 In YAML a section is a mapping: `noise: {amplitude: 0.03}`. `null` is no value. This page is generated from
 `dist_train/config`: `make dashboards`.
 """
+
+
+_CHOICES = choices_by_setting(Config)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A setting: path, what it takes, default (YAML), meaning, an override that changes it."""
+
+    path: str
+    takes: str
+    default: str
+    meaning: str
+    example: str
 
 
 def settings_markdown() -> str:
@@ -46,6 +68,42 @@ def _row(setting: Setting) -> str:
     )
     row = " | ".join(cell.replace("|", "\\|") for cell in cells)
     return f"| {row} |"
+
+
+def settings_of(model: type[BaseModel], prefix: str = "") -> Iterator[Setting]:
+    """Yield the settings of `model` in their order, including those of its sections and of the kinds of a union."""
+    for name, field in model.model_fields.items():
+        path, models = f"{prefix}{name}", models_of(field)
+        if len(models) > 1:
+            yield from _settings_of_kinds(path, field, models)
+        elif models and not is_collection(field):
+            yield from settings_of(models[0], f"{path}.")
+        elif "const" not in (schema := schema_of(field)):  # as the kind of a member of a union
+            default = write_override(path, schema.get("default")).partition("=")[2]
+            example = write_override(path, schema["examples"][0]) if "examples" in schema else _other(path, default)
+            yield Setting(path, allowed_at(name, model), default, _meaning(field), shlex.quote(example))
+
+
+def _settings_of_kinds(path: str, field: FieldInfo, models: tuple[type[BaseModel], ...]) -> Iterator[Setting]:
+    """Yield the setting `kind` of a union, and the parameters of each kind."""
+    default = field.get_default(call_default_factory=True).kind
+    by_kind = {get_args(model.model_fields["kind"].annotation)[0]: model for model in models}
+    meaning = " ".join([_meaning(field), *(f"{kind}: {inspect.getdoc(model)}" for kind, model in by_kind.items())])
+    yield Setting(f"{path}.kind", ", ".join(by_kind), default, meaning, _other(f"{path}.kind", default))
+    for kind, model in by_kind.items():
+        for setting in settings_of(model, f"{path}."):
+            yield replace(setting, meaning=f"With kind {kind}: {setting.meaning}")
+
+
+def _meaning(field: FieldInfo) -> str:
+    """Return the text below a setting in its section's source, on one line."""
+    assert field.description is not None
+    return " ".join(field.description.split())
+
+
+def _other(path: str, default: str) -> str:
+    """Return an override with the first choice that is not the default."""
+    return f"{path}={next(choice for choice in _CHOICES[path] if choice != default)}"
 
 
 if __name__ == "__main__":

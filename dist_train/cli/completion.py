@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pydantic import BaseModel
 
 from dist_train.cli.common import Subparsers
 from dist_train.config import Config
+from dist_train.config.problems import is_collection, models_of, schema_of
 from dist_train.outcome import ExitCode
 
 _SCRIPT = """\
@@ -76,9 +80,7 @@ def _completion(arguments: argparse.Namespace) -> int:
 
 def completion_script(parser: argparse.ArgumentParser) -> str:
     """Return the bash script that completes the commands of `parser`."""
-    from dist_train.config.reference import settings_of
-
-    settings = {setting.path: setting.choices for setting in settings_of(Config)}
+    settings = choices_by_setting(Config)
     nodes = list(_nodes(parser, ""))
     commands, choices, words = [], [], []
     for name, node in nodes:
@@ -103,6 +105,27 @@ def completion_script(parser: argparse.ArgumentParser) -> str:
     cases = {"commands": commands, "choices": choices, "words": words, "values": values}
     parts = {name: "\n".join(f"      {line} ;;" for line in lines) for name, lines in cases.items()}
     return _SCRIPT % {**parts, "every": " ".join(f"{path}=" for path in settings)}
+
+
+def choices_by_setting(model: type[BaseModel], prefix: str = "") -> dict[str, list[str]]:
+    """Return the choices, if any, of each setting of `model`, by path; of the kinds of a union, those of all."""
+    found: dict[str, list[str]] = {}
+    for name, field in model.model_fields.items():
+        path, models = f"{prefix}{name}", models_of(field)
+        if not models or is_collection(field):
+            found[path] = list(_choices(schema_of(field)))
+            continue
+        for inner in models:
+            for setting, choices in choices_by_setting(inner, f"{path}.").items():
+                found.setdefault(setting, []).extend(choices)
+    return found
+
+
+def _choices(schema: Mapping[str, Any]) -> Iterator[str]:
+    for each in schema.get("anyOf", (schema,)):
+        yield from ("true", "false") if each.get("type") == "boolean" else each.get("enum", ())
+        if "const" in each:
+            yield each["const"]
 
 
 def _nodes(parser: argparse.ArgumentParser, name: str) -> Iterator[tuple[str, argparse.ArgumentParser]]:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.settings_page import settings_markdown
+from benchmarks.settings_page import Setting, settings_markdown, settings_of
+from dist_train.cli.completion import choices_by_setting
 from dist_train.config import DATA_SETS
 from dist_train.config.loading import with_overrides
-from dist_train.config.reference import Setting, settings_of
 from dist_train.config.resuming import _CHANGEABLE, _DECIDED_ONCE
 from dist_train.config.sections import Config
 from dist_train.models.building import _MODELS
@@ -69,5 +69,5 @@ def test_all_models_optimizers_data_sets_schedules_and_noise_methods_are_on_it()
         "noise.schedule.kind": _FACTORS,
         "data.name": DATA_SETS,
     }
-    choices = {setting.path: set(setting.choices) for setting in SETTINGS}
-    assert {path: choices[path] for path in tables} == {path: set(table) for path, table in tables.items()}
+    choices = choices_by_setting(Config)
+    assert {path: set(choices[path]) for path in tables} == {path: set(table) for path, table in tables.items()}
