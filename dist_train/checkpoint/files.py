@@ -131,9 +131,8 @@ def _whole(path: Path) -> CheckpointFile | None:
     """Return the checkpoint at `path` if its bytes are those of its record. Raises OSError if it cannot be read."""
     with suppress(DamagedCheckpointError, FileNotFoundError):
         known = read_record(path)
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() == known.sha256:
-                return known
+        if atomic.sha256_of(path) == known.sha256:
+            return known
     return None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -36,7 +35,7 @@ from dist_train.optim.flat_weights import FlatWeights, with_tied
 from dist_train.optim.noise import Noise
 from dist_train.optim.optimizers import create_missing, load_state, packed_numbers, set_numbers, state_tensors
 from dist_train.outcome import PluginResultError, UsageError, check_choice, reading
-from dist_train.rundir.atomic import read_regular
+from dist_train.rundir.atomic import read_regular, sha256_of
 
 
 @dataclass
@@ -315,8 +314,7 @@ def read_initial(source: Path, model: str) -> InitialWeights:
         stored = read_stored(source)
         return InitialWeights(stored.path, stored.sha256, stored.contents.model, stored.contents.step)
     with reading(path, code="weights-unreadable"):
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = sha256_of(path)
         tensors = _tensors(path)
     # File names of torch.hub end in the first digits of the digest.
     expected = re.search(r"-([0-9a-f]{8,})\.pth$", path.name) if str(source).startswith(_TORCHVISION) else None

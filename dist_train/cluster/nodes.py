@@ -28,6 +28,7 @@ from dist_train.cluster.inspection import installed_version
 from dist_train.cluster.launch import command_output
 from dist_train.outcome import UsageError, writing
 from dist_train.rundir.atomic import swap_text
+from dist_train.rundir.lock import is_locked
 from dist_train.start_up import own_command
 
 INTERFACE_VARIABLE = "NETWORK_INTERFACE"  # for the ranks; slurm/prologue.sh passes it to MPI, NCCL and Gloo
@@ -163,7 +164,8 @@ def report_node(folder: Path, is_over: Callable[[], bool], environment: Mapping[
     )
     try:
         nodes = (folder / "nodes").read_text().split()
-        has_locks = _is_refused(folder / "lock")
+        # None: the file system has no locks, which is reported when the run begins
+        has_locks = is_locked(folder / "lock") is not False
         met = _meet(folder, node, nodes, own, environment.get(INTERFACE_VARIABLE, ""), is_over)
     except OSError as error:
         return replace(report, directory_fault=f"{folder.parent}: {error.strerror}")
@@ -281,16 +283,6 @@ def _unreachable(reports: Sequence[NodeReport], interface: str, requested: str) 
         elif report.unreachable and not report.reached:
             text = next(iter(report.unreachable.values()))
             yield Fault((report.node,), f"reaches no other node: {text}", "check its network")
-
-
-def _is_refused(path: Path) -> bool:
-    """Whether the lock that the surveying process holds keeps this process out."""
-    with path.open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:  # or the file system has no locks, which is reported when the run begins
-            return True
-    return False
 
 
 def _meet(

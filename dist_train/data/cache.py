@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from dist_train.data.images import ImageSet, Split
 from dist_train.outcome import UsageError, reading, writing
-from dist_train.rundir.atomic import exclusive, remove_partial_files, replacing, write_text
+from dist_train.rundir.atomic import exclusive, remove_partial_files, replacing, sha256_of, write_text
 from dist_train.rundir.paths import refuse_foreign
 
 _LOGGER = logging.getLogger("dist_train.data")
@@ -53,7 +53,7 @@ class Source:
         digest = hashlib.sha256()
         for path in self.files:
             with reading(path):
-                digest.update(f"{path.stat().st_size}:{_file_digest(path)}\n".encode())
+                digest.update(f"{path.stat().st_size}:{sha256_of(path)}\n".encode())
         return f"{self.name}-{self.split}-v{self.reader_version}-{digest.hexdigest()[:16]}"
 
 
@@ -141,7 +141,7 @@ def _map_array(path: Path, sha256: str) -> NDArray[Any]:
     It is mapped copy-on-write: pages are shared with other ranks, and torch accepts the array as writable.
     """
     try:
-        digest = _file_digest(path)
+        digest = sha256_of(path)
     except FileNotFoundError as error:
         raise DamagedError(f"{path.name} is missing") from error
     if digest != sha256:
@@ -157,12 +157,7 @@ def _write_array(path: Path, array: NDArray[Any]) -> str:
     """Write `array` to `path`, whole or not at all, and return the SHA-256 of the file. Raises OSError."""
     with replacing(path) as file:
         np.lib.format.write_array(file, array, allow_pickle=False)
-    return _file_digest(path)
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_of(path)
 
 
 def cache_folder() -> Path:

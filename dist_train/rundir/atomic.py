@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import logging
 import math
@@ -167,6 +168,12 @@ def read_regular(path: Path) -> bytes:
     """Return the content of the regular file at `path`. Raises OSError as `open_regular` does."""
     with open_regular(path) as file:
         return file.read()
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of the file at `path`. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def finite(number: float) -> float | None:
