@@ -250,7 +250,7 @@ class Session:
         if self.status:
             with suppress(OSError):
                 self._check()
-                self.directory.drop_reserve()
+                self.directory.reserve.unlink(missing_ok=True)
         return outcome
 
     def fail(self, error: BaseException) -> None:

@@ -217,9 +217,6 @@ def process_runs(pid: int, seen: float) -> bool:
     start = process_start(pid)
     if start is None:
         return False
-    try:
-        boot = next(line for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime"))
-    except OSError:
-        return False
-    # The boot time has a resolution of one second.
-    return int(boot.split()[1]) + start / os.sysconf("SC_CLK_TCK") <= seen + 2.0
+    boot = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+    # 2 s, in case the clock was adjusted since
+    return boot + start / os.sysconf("SC_CLK_TCK") <= seen + 2.0

@@ -151,11 +151,6 @@ class RunDirectory:
                 # random bytes, since some file systems compress zeros away
                 atomic.write_bytes(self.reserve, secrets.token_bytes(_RESERVED_BYTES))
 
-    def drop_reserve(self) -> None:
-        """Free the reserved space."""
-        with suppress(OSError):
-            self.reserve.unlink(missing_ok=True)
-
     def spend_reserve(self, write: Callable[[], None]) -> None:
         """Call `write`, of a small file, and once more with the reserved space if the disk is full. Raises OSError."""
         try:

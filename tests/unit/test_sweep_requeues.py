@@ -253,7 +253,7 @@ class TestFullDisk:
         assert decide(full, limit=3, restarts=3).action == "end"
 
     def test_without_any_space_the_decision_is_said_all_the_same(self, full: Path) -> None:
-        RunDirectory(full).drop_reserve()
+        RunDirectory(full).reserve.unlink()
         fill(full / "ballast")
         decision = decide(full, limit=3)
         assert (decision.action, decision.code) == ("end", ExitCode.FAULT)
