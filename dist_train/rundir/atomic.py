@@ -15,7 +15,7 @@ import os
 import secrets
 import stat
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -125,34 +125,6 @@ def exclusive(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-class RewrittenFile:
-    """A small file that is rewritten as a run proceeds. A series of failed writes causes a single warning.
-
-    `check` raises OSError if the file may no longer be written.
-    """
-
-    def __init__(self, path: Path, check: Callable[[], None] = lambda: None) -> None:
-        self.path = path
-        self.is_refused = False
-        self._check = check
-
-    def swap(self, content: str) -> None:
-        """Write `content`, as `swap_text` does. Raises OSError."""
-        self._check()
-        swap_text(self.path, content)
-
-    def write(self, content: str) -> None:
-        """Write `content`, if that is possible."""
-        try:
-            self.swap(content)
-        except OSError as error:
-            if not self.is_refused:
-                _logger.warning("%s cannot be written; training continues: %s", self.path, error)
-            self.is_refused = True
-        else:
-            self.is_refused = False
 
 
 def open_regular(path: Path, flags: int = 0) -> BinaryIO:

@@ -25,7 +25,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from dist_train.config.loading import flat_settings, parse_yaml, yaml_fault
 from dist_train.outcome import ExitCode, shortened
 from dist_train.rundir import atomic
-from dist_train.rundir.atomic import RewrittenFile, json_text, read_regular
+from dist_train.rundir.atomic import json_text, read_regular
 from dist_train.rundir.lock import check_of_run, pid_namespace
 from dist_train.rundir.paths import BrokenFileError, RunDirectory
 from dist_train.rundir.records import EventRecord, Measurement, Observer, Outcome, RankMeasurement, Record, nan_for_null
@@ -105,6 +105,34 @@ class StatusFields(ProgressFields, total=False):
 _STATUS = TypeAdapter(Status)
 
 
+class RewrittenFile:
+    """A small file that is rewritten as a run proceeds. A series of failed writes causes a single warning.
+
+    `check` raises OSError if it may no longer be written (default: once another run has the folder than has it now).
+    """
+
+    def __init__(self, path: Path, check: Callable[[], None] | None = None) -> None:
+        self.path = path
+        self.is_refused = False
+        self._check = check or check_of_run(RunDirectory(path.parent))
+
+    def swap(self, content: str) -> None:
+        """Write `content`, as `swap_text` does. Raises OSError."""
+        self._check()
+        atomic.swap_text(self.path, content)
+
+    def write(self, content: str) -> None:
+        """Write `content`, if that is possible."""
+        try:
+            self.swap(content)
+        except OSError as error:
+            if not self.is_refused:
+                _logger.warning("%s cannot be written; training continues: %s", self.path, error)
+            self.is_refused = True
+        else:
+            self.is_refused = False
+
+
 class StatusFile:
     """The status of this launch, rewritten at every change of state, and otherwise at most once a second."""
 
@@ -118,10 +146,9 @@ class StatusFile:
     ) -> None:
         """Begin in state `starting`, with the progress of `before`; nothing is written yet.
 
-        `metrics` returns the URL of the metrics at the moment; `check` raises OSError once another run has the
-        directory (default: than has it now).
+        `metrics` returns the URL of the metrics at the moment; `check`: see `RewrittenFile`.
         """
-        self._file = RewrittenFile(path, check) if check else _of_run(path)
+        self._file = RewrittenFile(path, check)
         self._metrics = metrics
         now = _now()
         self.current = Status(  # as it is now, written or not
@@ -179,11 +206,6 @@ class StatusFile:
             with suppress(OSError):
                 directory = RunDirectory(self._file.path.parent)
                 directory.spend_reserve(lambda: self._file.swap(text))
-
-
-def _of_run(path: Path) -> RewrittenFile:
-    """Return a file of the run that is in the folder of `path` now: if another one replaces it, that one's is left."""
-    return RewrittenFile(path, check_of_run(RunDirectory(path.parent)))
 
 
 def load_status(path: Path) -> Status:
@@ -278,7 +300,7 @@ class EventCounts(Observer):
 
     def __init__(self, path: Path) -> None:
         """Read the counts so far; if the file is broken, report it and start from zero."""
-        self._file = _of_run(path)
+        self._file = RewrittenFile(path)
         try:
             self._counts = Counter(read_counts(path))
         except (OSError, ValueError) as error:
@@ -329,7 +351,7 @@ class RanksFile(Observer):
     """Writes the latest measurement to `ranks.json`, at most once a second, and at the end."""
 
     def __init__(self, path: Path) -> None:
-        self._file = _of_run(path)
+        self._file = RewrittenFile(path)
         self._due = -math.inf
         self._pending: Measurement | None = None
 
