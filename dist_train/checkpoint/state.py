@@ -304,10 +304,8 @@ def find_initial(source: Path, model: str) -> Path:
 def read_initial(source: Path, model: str) -> InitialWeights:
     """Return the weights of `source`: a run, a checkpoint, a file of weights, or `torchvision:NAME`.
 
-    A file of weights is a `.safetensors` file, or a state dict saved by `torch.save`, from which no code is run. The
-    state dict may be nested under `state_dict`, `model_state_dict` or `model`, and names may begin with those of the
-    attributes that hold the network, such as `module.` and `_orig_mod.` of DistributedDataParallel and torch.compile.
-    Raises UsageError if there is no such file, or it does not hold weights.
+    A file of weights is a `.safetensors` file, or a state dict saved by `torch.save`, from which no code is run, alone
+    or under one of `_WRAPPERS`. Raises UsageError if there is no such file, or it does not hold weights.
     """
     path = find_initial(source, model)
     if not _is_foreign(path):

@@ -64,13 +64,10 @@ class NotWritten:
     @property
     def why(self) -> str:
         """What failed, and where the checkpoint is instead."""
-        return f"{self._cause}; it was written to {self.fallback}" if self.fallback else self._cause
-
-    @property
-    def _cause(self) -> str:
+        cause = f"{type(self.error).__name__}: {self.error}"
         if isinstance(self.error, OSError) and self.error.strerror:
-            return f"{self.error.strerror}: {self.error.filename}" if self.error.filename else self.error.strerror
-        return f"{type(self.error).__name__}: {self.error}"
+            cause = f"{self.error.strerror}: {self.error.filename}" if self.error.filename else self.error.strerror
+        return f"{cause}; it was written to {self.fallback}" if self.fallback else cause
 
     def fault(self) -> FaultError:
         """Return the error that ends a run whose last checkpoint this is."""
