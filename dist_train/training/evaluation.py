@@ -133,10 +133,12 @@ def recompute_statistics(
     micro_size: int,
     compute: Compute,
     comm: Communicator,
+    after_batch: Callable[[], None] = lambda: None,
 ) -> None:
     """Replace the running statistics in the norms of `model` by those of the training samples `indices`, unaugmented.
 
     As in training, the samples are cut into micro-batches and dealt to ranks, and statistics are summed as integers.
+    `after_batch` is called after each micro-batch of this rank.
 
     Raises, on all ranks:
         DivergedError: the statistics are not finite, or out of range.
@@ -156,6 +158,7 @@ def recompute_statistics(
                 layer_rng.seed(0, batch.start)
                 model(inputs)
                 statistics.collect(len(inputs))
+                after_batch()
 
     fits = runs_in_memory(collect)
     if comm.is_elastic and not fits:  # the others continue without this rank

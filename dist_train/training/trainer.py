@@ -366,6 +366,7 @@ class Trainer:
             micro_size=micro_size,
             compute=self.take_step.compute,
             comm=self.comm,
+            after_batch=self._note_progress,
         )
 
     def _save(self) -> None:

@@ -367,6 +367,25 @@ def test_promise_4_what_is_evaluated_and_saved_has_statistics_of_the_clean_weigh
         assert all(same) if statistics == "auto" else not any(same), file.step
 
 
+def test_a_run_that_computes_norm_statistics_shows_that_it_is_alive(tmp_path: Path) -> None:
+    class Alive(Observer):
+        seen = 0
+
+        def progress(self, step: int) -> None:
+            self.seen += 1
+
+    seen = {}
+    for samples in (30, 90):
+        alive, folder = Alive(), tmp_path / str(samples)
+        trainer = build_trainer(
+            small_config(model={"norm_samples": samples}), folder, SingleProcess(), observers=[alive]
+        )
+        trainer.run()
+        trainer.close()
+        seen[samples] = alive.seen
+    assert seen[90] - seen[30] == 2 * 60 // 6, "once for each of its micro-batches, in both epochs"
+
+
 @pytest.mark.parametrize("method", ["smoothout", "langevin", "sam"])
 def test_promise_6_a_slow_copy_still_holds_the_weights_of_its_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
