@@ -267,6 +267,18 @@ def test_unwritable_targets_directory_is_reported_once(tmp_path: Path, caplog: p
     assert warning.startswith("Prometheus will not find this run: no target file in")
 
 
+def test_folder_that_cannot_be_listed_is_not_said_to_lack_the_target_file(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = "from pathlib import Path; Path.iterdir = lambda path: path.read_bytes(); main("  # an OSError
+    monkeypatch.setattr(exporter_module, "_CHILD", exporter_module._CHILD.replace("main(", program))
+    with serving(targets_directory=tmp_path):
+        assert outcomes(tmp_path) == [None]
+    assert outcomes(tmp_path) == ["finished"]
+    (warning,) = warnings_of(caplog)
+    assert "Prometheus" not in warning
+
+
 @pytest.fixture
 def fast_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let exporters' processes touch their target files all the time instead of each minute."""

@@ -173,8 +173,10 @@ class _Service:
                 self._target = target
                 # Another rank that starts now may have taken the file for one of an earlier launch, and removed it.
                 self._heartbeat_due = time.monotonic() + _RECHECK_SECONDS
-                if warning := targets.remove_stale(directory, resumed=self._facts.run_id).warning:
-                    self._warn(f"{directory}: {warning}")
+            if self._target is not None:
+                with self._warning(f"target files of runs that are gone may stay in {directory}"):
+                    if warning := targets.remove_stale(directory, resumed=self._facts.run_id).warning:
+                        self._warn(f"{directory}: {warning}")
         host = self._plan.host_for_others(self._facts.node)
         address = f"{self._plan.scheme}://{host}:{self._server.server_port}/metrics"
         self._send(messages.Serving(address, None if self._target is None else self._target.path))
