@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -159,8 +158,8 @@ def replay(path: Target, step: int, overrides: Overrides = ()) -> Replay:
         "run.max_steps": step,
         "run.resume": str(start.absolute()) if start else "never",
         "run.profile_steps": 0,
-        "run.epochs": _epochs_at(run, step),
-        "batch.micro_size": begun.batch.micro_size if start else _first_micro_size(run),
+        "run.epochs": _value_at(run, step, "run.epochs", "lengthened"),
+        "batch.micro_size": begun.batch.micro_size if start else _value_at(run, 1, "batch.micro_size", "micro_size"),
     }
     config = parse_config(with_overrides(settings, changes), source="the run")
     launch = current_launch()
@@ -196,16 +195,10 @@ def _events(run: Run, name: str) -> list[EventRecord]:
     return [each for each in run.records if isinstance(each, EventRecord) and each.event == name]
 
 
-def _first_micro_size(run: Run) -> Any:
-    """Return the micro-batch size of the first update: it may have been halved since, when memory ran out."""
-    halved = (each.details["before"] for each in _events(run, "micro_size") if each.step > 0)
-    return next(halved, run.config.batch.micro_size)
-
-
-def _epochs_at(run: Run, step: int) -> Any:
-    """Return the epochs that the schedules spanned at update `step`: the run may have been lengthened since."""
-    later = (each.details["before"] for each in _events(run, "lengthened") if each.step >= step)
-    return next(later, run.config.run.epochs)
+def _value_at(run: Run, step: int, setting: str, event: str) -> object:
+    """Return the value of `setting` at update `step`: the run has recorded an `event` where it has changed it since."""
+    later = (each.details["before"] for each in _events(run, event) if each.step >= step)
+    return next(later, run.config.value(setting))
 
 
 _BEFORE_START = ("corrupt_checkpoint", "requeued")  # events that may precede what a run begins with

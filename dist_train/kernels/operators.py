@@ -128,11 +128,7 @@ _OPERATORS: tuple[tuple[str, Callable[..., object], Callable[..., object]], ...]
             torch.empty_like(moments[:2]),
         ),
     ),
-    (
-        "random_bits_(Tensor(a!) out, int low, int high) -> ()",
-        _of_flat("random_bits"),
-        lambda out, low, high: None,
-    ),
+    ("random_bits_(Tensor(a!) out, int low, int high) -> ()", _of_flat("random_bits"), lambda out, low, high: None),
     (
         "accumulate_(Tensor gradients, Tensor(a!) total, float scale, bool begun) -> Tensor largest",
         _of_flat("accumulate"),

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from types import FunctionType
 from typing import Any, cast
 
@@ -110,8 +111,8 @@ class PluginUpdates:
 
     def __post_init__(self) -> None:
         self._stored = frozenset[object]()
-        # one that saves more than torch does may well save these
-        self._attributes = {} if _saves_itself(self.optimizer) else _own_attributes(self.optimizer)
+        saves_itself = type(self.optimizer).state_dict is not Optimizer.state_dict  # and so may well save these, too
+        self._attributes = {} if saves_itself else _own_attributes(self.optimizer)
 
     @contextmanager
     def __call__(self, step: int) -> Iterator[None]:
@@ -151,10 +152,6 @@ def _without_tensors(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_without_tensors(each) for each in value]
     return None if isinstance(value, torch.Tensor) else value
-
-
-def _saves_itself(optimizer: Optimizer) -> bool:
-    return type(optimizer).state_dict is not Optimizer.state_dict
 
 
 def _own_attributes(optimizer: Optimizer) -> dict[str, object]:
@@ -212,14 +209,12 @@ def optimizer_step(optimizer: Optimizer, weights: FlatWeights | None = None) -> 
 
 def state_tensors(optimizer: Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the name and value of every tensor of the optimizer's state, in the same order on all ranks."""
-    for index, group in enumerate(optimizer.param_groups):
-        for name, value in sorted(group.items()):
+    groups = ((f"group.{index}", group) for index, group in enumerate(optimizer.param_groups))
+    states = ((str(index), state) for index, state in enumerate(_states(optimizer)))
+    for place, part in chain(groups, states):
+        for name, value in sorted(part.items()):
             if isinstance(value, torch.Tensor):
-                yield f"group.{index}.{name}", value
-    for index, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-        for name, value in sorted(optimizer.state[parameter].items()):
-            if isinstance(value, torch.Tensor):
-                yield f"{index}.{name}", value
+                yield f"{place}.{name}", value
 
 
 def packed_numbers(optimizer: Optimizer) -> bytes:

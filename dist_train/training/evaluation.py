@@ -44,10 +44,7 @@ from dist_train.training.reduction import Tally
 _logger = logging.getLogger("dist_train.training")
 
 _MAY_CHANGE = frozenset(
-    {
-        "run.device",
-        *(f"precision.{name}" for name in ("compute", "channels_last", "compile", "threads", "tf32")),
-    }
+    {"run.device", *(f"precision.{name}" for name in ("compute", "channels_last", "compile", "threads", "tf32"))}
 )
 
 
