@@ -213,11 +213,7 @@ class Export:
 
 @restoring_torch()
 def export(
-    target: Target,
-    to: Format,
-    output: Path | str | None = None,
-    weights: Weights = "raw",
-    overrides: Overrides = (),
+    target: Target, to: Format, output: Path | str | None = None, weights: Weights = "raw", overrides: Overrides = ()
 ) -> Export:
     """Write the model of a checkpoint with clean or averaged weights and norm statistics.
 

@@ -51,12 +51,6 @@ def random_direction(
     return direction
 
 
-def check_exclusions(weights: FlatWeights, exclude: Sequence[str]) -> None:
-    """Raise UsageError if every weight is excluded, or a pattern matches none."""
-    if len(weights.excluded(exclude)) == len(weights.segments):
-        raise UsageError("--exclude leaves no weight to move: exclude fewer", code="nothing-to-move")
-
-
 def _by_filter(drawn: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Scale each filter (slice along dimension 0; a 1-D tensor is one filter) to the norm of the weights' filter."""
     if drawn.dim() < 2:

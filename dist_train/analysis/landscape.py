@@ -15,7 +15,6 @@ from dist_train.analysis.directions import (
     FACTORS,
     Width,
     basin_width,
-    check_exclusions,
     random_direction,
     run_checkpoints,
     summarize,
@@ -46,7 +45,7 @@ from dist_train.analysis.landscape_points import (
 )
 from dist_train.checkpoint.files import Stored, find_checkpoint, read_record, read_same
 from dist_train.cluster.communicator import Communicator, broadcast_str, run_on_all_ranks
-from dist_train.optim.flat_weights import FlatWeights
+from dist_train.optim.flat_weights import FlatWeights, check_movable
 from dist_train.outcome import UsageError
 from dist_train.rundir.paths import RunDirectory
 from dist_train.training.compute import share_of_threads
@@ -134,7 +133,7 @@ def _plan_points(settings: LandscapeSettings, stored: Sequence[Stored], subject:
         walk = interpolation(subject.place, there, variances_of(subject.model))
         return _Plan(points, walk, {"distances": [distance]})
     weights = FlatWeights(subject.model)
-    check_exclusions(weights, settings.exclude)
+    check_movable(weights, settings.exclude, "--exclude")
     if settings.trajectory:
         trajectory = trace(stored, subject, weights.mask(settings.exclude))
         alphas, betas = (axis(*reach, settings.points) for reach in trajectory.reaches)

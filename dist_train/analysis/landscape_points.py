@@ -34,12 +34,7 @@ from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import UsageError
 from dist_train.reproducible import LayerRng, generator
 from dist_train.training.compute import Compute, fitting_memory, set_up_compute
-from dist_train.training.evaluation import (
-    statistics_samples,
-    stored_config,
-    stored_model,
-    warn_of_edited_plugins,
-)
+from dist_train.training.evaluation import statistics_samples, stored_config, stored_model, warn_of_edited_plugins
 
 
 @dataclass(frozen=True)

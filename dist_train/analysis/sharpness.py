@@ -19,7 +19,7 @@ from scipy.optimize import Bounds, minimize
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
 from dist_train import __version__
-from dist_train.analysis.directions import check_exclusions, ends, random_direction
+from dist_train.analysis.directions import ends, random_direction
 from dist_train.analysis.sharpness_record import (
     MEASURES,
     USUAL,
@@ -42,6 +42,7 @@ from dist_train.analysis.subset_loss import SubsetLoss, Vector, open_stored_subs
 from dist_train.checkpoint.files import read_stored
 from dist_train.cluster.launch import current_launch
 from dist_train.config import NoiseSettings
+from dist_train.optim.flat_weights import check_movable
 from dist_train.optim.noise_draws import NoiseDraws
 from dist_train.outcome import DivergedError, UsageError, writing
 from dist_train.reproducible import generator
@@ -80,7 +81,7 @@ def measure_sharpness(
     if existing is not None and all(map(existing.has, measures)):
         report(f"measured before: delete {file} to measure again")
         return existing, file
-    check_exclusions(loss.weights, settings.exclude)
+    check_movable(loss.weights, settings.exclude, "--exclude")
     if "keskar" in measures and settings.keskar_dimensions > loss.count:
         raise UsageError(
             f"--keskar-dimensions is {settings.keskar_dimensions}: there are {loss.count} weights, choose at most that",

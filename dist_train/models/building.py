@@ -22,13 +22,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from dist_train.config import Config, ImageFormat
 from dist_train.config.plugins import call_plugin
-from dist_train.models.norms import (
-    VECTOR_GROUP,
-    NormFactory,
-    norm_factory,
-    norm_parameters,
-    replace_batch_norms,
-)
+from dist_train.models.norms import VECTOR_GROUP, NormFactory, norm_factory, norm_parameters, replace_batch_norms
 from dist_train.models.trial import check_outputs
 from dist_train.outcome import UsageError, did_you_mean
 from dist_train.reproducible import generator, key, seeded_generators

@@ -71,13 +71,7 @@ def _kernels_support(inputs: Tensor, weight: Tensor, group_sizes: Sequence[int])
 class _NormalizeByKernels(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        inputs: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        epsilon: float,
-        group_sizes: tuple[int, ...],
-        relu: bool,
+        ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor, epsilon: float, group_sizes: tuple[int, ...], relu: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         outputs, moments = torch.ops.dist_train.ghost_norm(
             _channels_last(inputs), weight, bias, epsilon, group_sizes[0], len(group_sizes), relu

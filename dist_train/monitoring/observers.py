@@ -20,7 +20,6 @@ from contextlib import nullcontext, redirect_stdout, suppress
 from dataclasses import asdict
 from pathlib import Path
 from threading import Lock
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
@@ -107,9 +106,7 @@ class Observers(Observer):
         _logger.info("where %s failed", name, exc_info=error)
 
 
-_MODULES = MappingProxyType(
-    {"tensorboard": "torch.utils.tensorboard", "trackio": "trackio", "wandb": "wandb", "mlflow": "mlflow"}
-)
+_MODULES = {"tensorboard": "torch.utils.tensorboard", "trackio": "trackio", "wandb": "wandb", "mlflow": "mlflow"}
 
 
 def check_installed(name: str) -> None:
@@ -316,8 +313,8 @@ class MlflowOptions(BaseModel, extra="forbid"):
 _RUN_ID = "dist_train.run_id"
 _FLUSH_SECONDS = 5.0
 _PARAMS, _METRICS = 100, 1000  # MLflow's limits for one call
-_STATES = MappingProxyType({"finished": "FINISHED", "stopped": "KILLED"})
-_LIMITS = MappingProxyType({"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"})
+_STATES = {"finished": "FINISHED", "stopped": "KILLED"}
+_LIMITS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 """So that a call to a server that is away fails within a minute, before the other ranks give up; by MLflow's own limits
 it takes four minutes or more. The user's variables take precedence."""
 

@@ -175,6 +175,12 @@ class FlatWeights:
         return [segment for segment in self.segments if segment in matched]
 
 
+def check_movable(weights: FlatWeights, exclude: Sequence[str], setting: str) -> None:
+    """Raise UsageError if `exclude`, the value of `setting`, leaves no weight, or a pattern in it matches none."""
+    if len(weights.excluded(exclude, setting)) == len(weights.segments):
+        raise UsageError(f"{setting} leaves no weight to move: exclude fewer", code="nothing-to-move")
+
+
 def check_memory(model: nn.Module) -> None:
     """Raise UsageError if two tensors of `model`, one of them to be trained, have memory in common.
 

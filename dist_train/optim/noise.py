@@ -19,10 +19,9 @@ from torch import Tensor
 from dist_train.config import NoiseSettings
 from dist_train.config.plugins import call_plugin, is_plugin
 from dist_train.config.resuming import STREAM_OF_A_RANK
-from dist_train.optim.flat_weights import FlatWeights, digest, norm
+from dist_train.optim.flat_weights import FlatWeights, check_movable, digest, norm
 from dist_train.optim.noise_draws import Filters, NoiseDraws
 from dist_train.optim.schedules import noise_factor
-from dist_train.outcome import UsageError
 
 Ascend = Callable[[], None]  # takes a micro-batch's gradient at the current weights into `FlatWeights.gradients`
 
@@ -426,8 +425,8 @@ def build_noise(settings: NoiseSettings, weights: FlatWeights, *, seed: int, tot
     """
     name, arguments = settings.method, {"seed": seed, "total_steps": total_steps, "rank": rank}
     moves_all = name in ("none", "ivon")  # whatever `exclude` says
-    if not moves_all and len(weights.excluded(settings.exclude, "noise.exclude")) == len(weights.segments):
-        raise UsageError("noise.exclude leaves no weight to move: exclude fewer", code="nothing-to-move")
+    if not moves_all:
+        check_movable(weights, settings.exclude, "noise.exclude")
     if is_plugin(name):
         return cast(Noise, call_plugin(name, settings.options, Noise, settings, weights, **arguments))
     return _METHODS[name](settings, weights, **arguments)

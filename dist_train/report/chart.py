@@ -22,7 +22,7 @@ DARK = ("#f0f1f2", "#4e55ff", "#cc2e29", "#64ef8c", "#ae4985", "#eac327")
 A search maximized the smallest distance between any two, for normal and for each kind of colour-blind vision.
 """
 
-_DASHES = ("", "7 3", "2 3", "9 3 2 3")
+_DASHES: Sequence[tuple[float, ...]] = ((), (7, 3), (2, 3), (9, 3, 2, 3))
 _FILLS = (1.0, 0.0, 0.4)
 
 
@@ -35,14 +35,13 @@ class SeriesStyle:
     fill: float = 1.0  # how much of the colour marks have within their outline; 0: none
 
 
-_AVERAGED = (7.0, 3.0)
 ROLES: Mapping[str, SeriesStyle] = {
     "train": SeriesStyle(1),
     "validation": SeriesStyle(4),
     "test": SeriesStyle(2),
-    "train-averaged": SeriesStyle(1, _AVERAGED),
-    "validation-averaged": SeriesStyle(4, _AVERAGED),
-    "test-averaged": SeriesStyle(2, _AVERAGED),
+    "train-averaged": SeriesStyle(1, _DASHES[1]),
+    "validation-averaged": SeriesStyle(4, _DASHES[1]),
+    "test-averaged": SeriesStyle(2, _DASHES[1]),
     "batch": SeriesStyle(3),
     "loss": SeriesStyle(1),
     "accuracy": SeriesStyle(2),
@@ -56,8 +55,7 @@ def style_of(style: str) -> SeriesStyle:
     if role in ROLES:
         return ROLES[role]
     turn, place = divmod(int(role[1:]) - 1, len(LIGHT) - 1) if role != "s0" else (0, -1)
-    dashes = _DASHES[turn % len(_DASHES)]
-    return SeriesStyle(place + 1, tuple(map(float, dashes.split())), _FILLS[turn % len(_FILLS)])
+    return SeriesStyle(place + 1, _DASHES[turn % len(_DASHES)], _FILLS[turn % len(_FILLS)])
 
 
 def style_rules(styles: Iterable[str]) -> Iterator[str]:

@@ -416,7 +416,7 @@ def read_subject(directory: Path) -> Subject:
 
 def _runs_below(directory: Path, onerror: Callable[[OSError], object]) -> Iterator[StoredRun]:
     """Yield the runs at or below `directory`; `onerror` gets the errors of folders that cannot be listed."""
-    for path, children, _ in walk_runs(directory, onerror):
+    for path, children in walk_runs(directory, onerror):
         name = escaped(str(path.relative_to(directory)))
         try:
             is_study = StudyDirectory(path).has_plan

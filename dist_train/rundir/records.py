@@ -127,9 +127,9 @@ class RankMeasurement(NamedTuple):
     busy_seconds: float  # time of the step without the wait for the other ranks
     wait_seconds: float
     resident_bytes: float
-    device_bytes: float  # device memory that the rank has allocated; NaN without a device
-    device_peak_bytes: float  # peak of `device_bytes`; NaN without a device
-    device_utilization: float  # share of the last second in which the device was busy, in [0, 1]; NaN without NVML
+    device_bytes: float = math.nan  # device memory that the rank has allocated; NaN without a device
+    device_peak_bytes: float = math.nan  # peak of `device_bytes`; NaN without a device
+    device_utilization: float = math.nan  # share of the last second in which it was busy, in [0, 1]; NaN without NVML
     micro_batches: float = math.nan  # that the rank computed in the step, or parts of them with sync norm
     device_total_bytes: float = math.nan  # the device's memory; NaN without a device
     device_used_bytes: float = math.nan  # of all processes. From here on: NaN if NVML does not report it

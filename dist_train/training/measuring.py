@@ -172,25 +172,18 @@ class UsageReader:
         self._device = device
         self._read_gpu = read_gpu
         self._read_at = -math.inf
-        self._usage: Mapping[str, float] = {}
+        self._usage: dict[str, float] = {}
 
     def read(self) -> Mapping[str, float]:
         """Return values by field of `RankMeasurement`, at most two seconds old; unknown ones are NaN or missing."""
         if time.monotonic() - self._read_at >= _PACE_SECONDS:
             self._read_at = time.monotonic()
-            reserved = peak = total = math.nan
+            self._usage = {"resident_bytes": _resident_bytes(), **self._read_gpu()}
             if self._device.type == "cuda":
-                reserved = float(torch.cuda.memory_reserved(self._device))
-                peak = float(torch.cuda.max_memory_reserved(self._device))
-                total = float(torch.cuda.get_device_properties(self._device).total_memory)
-            self._usage = {
-                "resident_bytes": _resident_bytes(),
-                "device_bytes": reserved,
-                "device_peak_bytes": peak,
-                "device_total_bytes": total,
-                "device_utilization": math.nan,
-                **self._read_gpu(),
-            }
+                self._usage["device_bytes"] = float(torch.cuda.memory_reserved(self._device))
+                self._usage["device_peak_bytes"] = float(torch.cuda.max_memory_reserved(self._device))
+                total = torch.cuda.get_device_properties(self._device).total_memory
+                self._usage["device_total_bytes"] = float(total)
         return self._usage
 
 

@@ -100,19 +100,17 @@ def read_measurements(path: Path, read: Callable[[Path], tuple[Record, ...]] = r
         raise BrokenFileError(f"{path.name} cannot be read: {error.strerror}") from error
 
 
-def walk_runs(
-    directory: Path, onerror: Callable[[OSError], object] | None = None
-) -> Iterator[tuple[Path, list[str], list[str]]]:
-    """Yield each folder at or below `directory` as os.walk does, sorted, and links to runs that lie elsewhere.
+def walk_runs(directory: Path, onerror: Callable[[OSError], object]) -> Iterator[tuple[Path, list[str]]]:
+    """Yield each folder at or below `directory`, sorted, with its subfolders, and links to runs that lie elsewhere.
 
-    The caller empties the list of subfolders of a folder that is not to be entered.
+    As of os.walk, the caller empties the list of subfolders of a folder that is not to be entered.
     """
-    for folder, children, files in os.walk(directory, onerror=onerror):
+    for folder, children, _ in os.walk(directory, onerror=onerror):
         children.sort()
-        yield Path(folder), children, files
+        yield Path(folder), children
         # Other links are not followed: they may lead in circles.
         for path in (Path(folder, child) for child in children):
             with suppress(OSError):
                 is_elsewhere = path.is_symlink() and not path.resolve().is_relative_to(directory.resolve())
                 if is_elsewhere and RunDirectory(path).has_begun:
-                    yield path, [], []
+                    yield path, []

@@ -162,7 +162,7 @@ def render(
         column("ranks", 2, lambda run: run.world_size),
         column("epoch", 6, lambda run: None if run.epoch is None else wording.epochs(run.epoch)),
         column("step", 3, _steps),
-        column("done", 8, _done),
+        column("done", 8, lambda run: None if run.done is None else f"{run.done:.0%}"),
         column("best", 7, lambda run: None if run.best_accuracy is None else wording.percent(run.best_accuracy)),
         column("images/s", 5, lambda run: None if (rate := run.samples_per_second) is None else wording.rate(rate)),
         column("left", 7, lambda run: None if run.seconds_left is None else wording.duration(run.seconds_left)),
@@ -187,15 +187,11 @@ def _steps(run: RunSummary) -> str:
     return f"{steps}/{run.total_steps:,}" if run.total_steps else steps
 
 
-def _done(run: RunSummary) -> str:
-    return "" if run.done is None else f"{run.done:.0%}"
-
-
 def _runs_below(directory: Path) -> Iterator[RunDirectory]:
     if not directory.is_dir():
         raise UsageError(f"there is no folder {directory}: name the folder that holds the runs", code="folder-missing")
     unreadable: list[OSError] = []
-    for folder, children, _ in walk_runs(directory, unreadable.append):
+    for folder, children in walk_runs(directory, unreadable.append):
         run = RunDirectory(folder)
         try:
             is_run = run.has_begun

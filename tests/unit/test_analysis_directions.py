@@ -11,7 +11,6 @@ from torch import nn
 from dist_train.analysis.directions import (
     Trajectory,
     basin_width,
-    check_exclusions,
     describe,
     ends,
     principal_plane,
@@ -19,7 +18,7 @@ from dist_train.analysis.directions import (
     summarize,
 )
 from dist_train.models.norms import GroupedBatchNorm
-from dist_train.optim.flat_weights import FlatWeights
+from dist_train.optim.flat_weights import FlatWeights, check_movable
 from dist_train.outcome import UsageError
 from tests.raising import raises
 
@@ -95,9 +94,9 @@ def test_a_direction_depends_on_seed_and_number_alone(weights: FlatWeights) -> N
 
 
 def test_exclusions_must_leave_a_weight(weights: FlatWeights) -> None:
-    check_exclusions(weights, ["norm", "bias", "3.*"])
+    check_movable(weights, ["norm", "bias", "3.*"], "--exclude")
     with raises(UsageError, "nothing-to-move"):
-        check_exclusions(weights, ["*"])
+        check_movable(weights, ["*"], "--exclude")
 
 
 def test_what_lies_on_a_plane_is_found_again() -> None:
