@@ -39,7 +39,7 @@ def load_data(settings: DataSettings, split: Split, seed: int) -> DataSource:
     """
     images = (_plugin if is_plugin(settings.name) else READERS[settings.name].read)(settings, split, seed)
     if len(images) == 0:
-        place = f" in {settings.root}" if settings.root is not None else ""
+        place = f" in {settings.folder}" if settings.root is not None else ""
         raise UsageError(f"{settings.name} holds no {split} images{place}: both splits need some", code="data-counts")
     if isinstance(images, ImageSet):
         assert images.shape == settings.image_format.shape

@@ -83,7 +83,7 @@ def read_fashion_mnist(settings: DataSettings, split: Split, seed: int) -> Image
 
 def find_fashion_mnist(root: Path | None, split: Split) -> tuple[Path, Path]:
     """Return the images' and labels' file, from `root`, or Debian's or the cache's folder. Raises UsageError."""
-    folders = [root] if root is not None else [DEBIAN_FOLDER, data_sets_folder() / "fashion-mnist"]
+    folders = [root.absolute()] if root is not None else [DEBIAN_FOLDER, data_sets_folder() / "fashion-mnist"]
     for folder in folders:
         images, labels = (_existing(folder, stem) for stem in _STEMS[split])
         if images is not None and labels is not None:
@@ -175,7 +175,7 @@ _ARCHIVES: Mapping[str, Archive] = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 
 def read_cifar(settings: DataSettings, split: Split, seed: int) -> ImageSet:
     """Return the images of a split, from the cache if possible; downloads them if so set. Raises UsageError."""
-    archive, root = _ARCHIVES[settings.name], settings.root or data_sets_folder()
+    archive, root = _ARCHIVES[settings.name], (settings.root or data_sets_folder()).absolute()
     if settings.download:
         download_archive(archive, root)
     files = find_archive(archive, root, split)
@@ -185,7 +185,7 @@ def read_cifar(settings: DataSettings, split: Split, seed: int) -> ImageSet:
 
 def find_cifar(settings: DataSettings, split: Split) -> tuple[Path, ...]:
     """Return the files of a split. Raises UsageError if they are missing."""
-    return find_archive(_ARCHIVES[settings.name], settings.root or data_sets_folder(), split)
+    return find_archive(_ARCHIVES[settings.name], (settings.root or data_sets_folder()).absolute(), split)
 
 
 def download_archive(archive: Archive, root: Path) -> None:

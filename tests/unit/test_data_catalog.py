@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
 
 from dist_train.config import DATA_SETS, DataSettings
-from dist_train.data.catalog import READERS, make_synthetic
+from dist_train.data.catalog import READERS, find_data, make_synthetic
 from dist_train.data.images import BatchRequest, ImageSet, Split
 from dist_train.data.loader import open_splits, training_labels
 from dist_train.data.published import CIFAR10, CIFAR100
@@ -50,6 +51,18 @@ def test_cifar_is_loaded_through_the_cache(tmp_path: Path, cache: Path, split: S
     assert np.array_equal(coarse.images.numpy(), sets[which].images)
     assert np.array_equal(fine.images.numpy(), finer_sets[which].images)
     assert len(list((cache / "decoded").glob(f"cifar10*-{split}-v2-*.json"))) == 2
+
+
+@pytest.mark.parametrize("name", ["fashion-mnist", "cifar10", "cifar100"])
+def test_messages_name_the_absolute_path_of_a_relative_root(
+    name: Literal["fashion-mnist", "cifar10", "cifar100"], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = DataSettings(name=name, root=Path("images"))
+    for check in (lambda: find_data(settings), lambda: load_images(settings, "train", 0)):
+        with raises(UsageError, "data-missing") as refused:
+            check()
+        assert str(tmp_path / "images") in str(refused.value)
 
 
 def test_without_a_root_cifar_is_sought_in_the_cache_folder(cache: Path) -> None:
