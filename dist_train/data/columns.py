@@ -259,7 +259,7 @@ def _array(path: Path, name: str) -> NDArray[Any]:
     try:
         if path.suffix == ".npy":
             # Read-only: writable pages of our own would count as memory, and more than the machine has are refused.
-            return np.load(path, mmap_mode="r", allow_pickle=False)  # type: ignore[no-any-return]
+            return np.lib.format.open_memmap(path, mode="r")  # np.load would also open an archive
         with np.load(path, allow_pickle=False) as archive:
             if name not in archive:
                 raise UsageError(

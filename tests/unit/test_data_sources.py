@@ -398,6 +398,15 @@ def test_a_small_part_of_unmapped_images_is_kept_without_the_rest(suffix: str, r
     assert len(found.train._images) == (len(open_splits(settings, SEED, CPU).train) if suffix == "npy" else 3)
 
 
+@pytest.mark.parametrize("name", ["train_images", "train_labels"])
+def test_an_archive_that_is_named_as_an_array_is_refused(name: str, root: Path, tmp_path: Path) -> None:
+    folder = write_arrays(tmp_path / "arrays", root, 3, SIZE, SEED)
+    np.savez(folder / "archive.npz", np.load(folder / f"{name}.npy"))
+    (folder / "archive.npz").replace(folder / f"{name}.npy")
+    with raises(UsageError, "data-format"):
+        open_splits(data("numpy", folder, shape=(3, SIZE, SIZE)), SEED, CPU)
+
+
 @pytest.mark.parametrize("suffix", ["npy", "npz"])
 def test_damaged_arrays_are_refused(suffix: str, root: Path, tmp_path: Path) -> None:
     folder = write_arrays(tmp_path / "arrays", root, 3, SIZE, SEED)
