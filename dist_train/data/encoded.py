@@ -268,7 +268,7 @@ def _rows(shard: Path, members: Iterable[_Member], settings: DataSettings) -> In
                 )
             image = next((by_suffix[suffix] for suffix in suffixes if suffix in by_suffix), None)
             if image is None or label not in by_suffix:
-                what, setting = ("label", f"label_column={label}") if image else ("image", "image_column")
+                what, setting = (f"label .{label}", "label_column") if image else ("image", "image_column")
                 raise UsageError(
                     f"sample {sample} of {shard} has no {what}: it has .{', .'.join(by_suffix)}; set data.{setting}, "
                     f"or let the members of each sample follow each other (tar --sort=name)",

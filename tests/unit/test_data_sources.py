@@ -244,6 +244,7 @@ def test_a_missing_column_is_refused_and_those_there_are_named(name: str, folder
         with raises(UsageError, "column-missing") as refused:
             open_splits(data(name, folders[name], **{column: "picture"}), SEED, CPU)
         assert f"data.{column}" in str(refused.value)
+        assert f"data.{column}=" not in str(refused.value)  # the value is what is missing
         assert ("png" if name == "webdataset" else "image") in str(refused.value)
 
 
