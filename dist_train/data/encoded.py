@@ -51,6 +51,13 @@ def list_folder(settings: DataSettings, split: Split, seed: int = 0) -> Listing:
     """
     folder, classes = _folder(settings.folder, split), settings.image_format.classes
     class_names = _classes(folder)
+    if split == "test":
+        train = _folder(settings.folder, "train")
+        if differing := sorted(set(_classes(train)) ^ set(class_names)):
+            raise UsageError(
+                f"{train} and {folder} hold different classes: only one of them has {differing[0]}",
+                code="classes-differ",
+            )
     with reading(folder, code="image-folder-unreadable"):
         files = [_images_in(folder / name) for name in class_names]
     if len(class_names) != classes:
@@ -62,15 +69,8 @@ def list_folder(settings: DataSettings, split: Split, seed: int = 0) -> Listing:
         if not images:
             raise UsageError(
                 f"the class folder {folder / name} holds no image ({', '.join(_SUFFIXES)}): "
-                "fill it, or remove it and lower data.classes",
+                "fill it, or remove the class from both splits and lower data.classes",
                 code="class-empty",
-            )
-    if split == "test":
-        train = _folder(settings.folder, "train")
-        if differing := sorted(set(_classes(train)) ^ set(class_names)):
-            raise UsageError(
-                f"{train} and {folder} hold different classes: only one of them has {differing[0]}",
-                code="classes-differ",
             )
     counts = torch.tensor([len(images) for images in files])
     paths = [os.path.join(name, image) for name, images in zip(class_names, files, strict=True) for image in images]

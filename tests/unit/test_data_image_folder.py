@@ -116,7 +116,11 @@ def test_an_empty_class_is_refused_and_named(root: Path) -> None:
         listed(root, "train", 4, 0)
 
 
-def test_splits_that_name_their_classes_differently_are_refused(root: Path) -> None:
-    (root / "val" / "cat").rename(root / "val" / "dog")
+@pytest.mark.parametrize("change", ["renamed", "missing", "added"])
+def test_splits_with_different_classes_are_refused_whatever_their_numbers(change: str, root: Path) -> None:
+    if change == "added":
+        (root / "val" / "dog").mkdir()
+    else:
+        (root / "val" / "cat").rename(root / "val" / ("dog" if change == "renamed" else ".cat"))
     with raises(UsageError, "classes-differ"):
         listed(root, "test", 3, 0)
