@@ -166,8 +166,12 @@ def build_mix(settings: RegularizationSettings, seed: int, samples: int) -> Mix:
 def beta_shares(samples: int, seed: int, epoch: int, kind: str, alpha: float) -> Tensor:
     """Return for each sample of an epoch the share of its own image, from Beta(alpha, alpha): float32 [samples]."""
     # This is what torch.distributions.Beta calls; it takes no generator itself.
-    both = torch.full((samples, 2), alpha, dtype=torch.float64)
-    return torch._sample_dirichlet(both, generator=generator(seed, kind, epoch))[:, 0].to(torch.float32)
+    both, source = torch.full((samples, 2), alpha, dtype=torch.float64), generator(seed, kind, epoch)
+    shares = torch._sample_dirichlet(both, generator=source)[:, 0]
+    if alpha < 1:  # with a small one both gamma variates may underflow: torch then returns 1/2 instead of about 0 or 1
+        coins = torch.randint(0, 2, (samples,), dtype=torch.float64, generator=source)
+        shares = torch.where(shares == 0.5, coins, shares)
+    return shares.to(torch.float32)
 
 
 def _boxes(share: Tensor, down: Tensor, right: Tensor, height: int, width: int) -> Tensor:

@@ -192,7 +192,9 @@ def test_each_epoch_mixes_otherwise() -> None:
     assert not torch.equal(first, second)
 
 
-@pytest.mark.parametrize(("alpha", "deviation"), [(0.01, 0.495), (0.2, 0.4226), (1.0, 0.2887), (5.0, 0.1508)])
+@pytest.mark.parametrize(
+    ("alpha", "deviation"), [(1e-6, 0.5), (0.001, 0.4995), (0.01, 0.495), (0.2, 0.4226), (1.0, 0.2887), (5.0, 0.1508)]
+)
 def test_shares_follow_the_beta_distribution(alpha: float, deviation: float) -> None:
     shares = beta_shares(20_000, 0, 0, "mixup", alpha)
     assert bool(((shares >= 0) & (shares <= 1)).all())
