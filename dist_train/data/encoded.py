@@ -14,6 +14,7 @@ import re
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -244,10 +245,16 @@ def shard_index(shard: Path, settings: DataSettings) -> tuple[Path, Index]:
     try:
         return cached_index("webdataset", shard, columns, lambda content: make(), content=shard)
     except OSError as error:
-        _LOGGER.warning(
-            "the index of %s cannot be cached (%s): set DIST_TRAIN_CACHE to a folder of your own", shard, error
-        )
+        _warn_of_no_cache(cache_folder(), error.strerror or str(error))
         return shard, make()
+
+
+@cache
+def _warn_of_no_cache(folder: Path, reason: str) -> None:
+    """Warn once, whatever the number of shards."""
+    _LOGGER.warning(
+        "indexes of shards cannot be kept in %s (%s): set DIST_TRAIN_CACHE to a folder of your own", folder, reason
+    )
 
 
 def _rows(shard: Path, members: Iterable[_Member], settings: DataSettings) -> Index:

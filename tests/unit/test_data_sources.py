@@ -350,6 +350,18 @@ def test_a_cache_that_cannot_be_used_has_advice_for_the_reason(
     assert ("as much space again" in str(refused.value), fix in str(refused.value)) == (number != errno.ENOSYS, True)
 
 
+def test_shards_need_no_cache_and_one_warning_says_that_it_cannot_be_used(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = data("webdataset", folders["webdataset"])
+    expected = training_labels(settings, SEED)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("DIST_TRAIN_CACHE", str(tmp_path / "file"))
+    assert torch.equal(training_labels(settings, SEED), expected)
+    assert len(list(folders["webdataset"].glob("train/*.tar"))) > 1
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
 def test_a_parquet_file_without_rows_among_others_is_read(folders: dict[str, Path], tmp_path: Path) -> None:
     folder = shutil.copytree(folders["parquet"], tmp_path / "copy")
     expected = training_labels(data("parquet", folder), SEED)
