@@ -297,6 +297,7 @@ def _unused(config: Config) -> Iterator[tuple[str, str, bool, str]]:
         ("averaging", "every_steps", config.averaging.kind == "none", "averaging.kind is none"),
         ("early_stopping", "min_delta metric", never_stops, "early_stopping.patience is not set"),
         ("precision", "tf32", config.run.device == "cpu", "run.device is cpu"),
+        ("data", "root", data.name == "synthetic", "synthetic images are generated"),
         ("data", "download", not data.data_set.can_download, "only CIFAR can be downloaded"),
         ("data", "loader_workers", not is_encoded and not is_plugin(data.augment), "this data set is held in memory"),
         ("data", "image_size", not is_encoded, "the images of this data set have a fixed size"),

@@ -219,6 +219,7 @@ def test_all_conflicts_are_told_at_once() -> None:
         ("schedule.factor=0.5", "schedule.decay is not step"),
         ("precision.tf32=true run.device=cpu", "run.device is cpu"),
         ("data.download=true", "only CIFAR can be downloaded"),
+        ("data.root=/data data.name=synthetic", "synthetic images are generated"),
         ("data.loader_workers=2", "this data set is held in memory"),
         ("data.synthetic_samples=9", "data.name is not synthetic"),
         ("data.synthetic_shape=[1,8,8]", "data.name is not synthetic"),
