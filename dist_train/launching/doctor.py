@@ -42,7 +42,7 @@ _MARKS = {"fine": ("ok", "green"), "note": ("note", "yellow"), "fails": ("FAILS"
 
 @dataclass(frozen=True)
 class Check:
-    """One finding; `fix` is empty where nothing needs one."""
+    """One finding; `fix` is empty where nothing needs one, or `detail` says it."""
 
     name: str
     state: State
@@ -266,7 +266,7 @@ def check_data(settings: DataSettings) -> Check:
         if settings.download and settings.data_set.can_download:
             return Check("data", "note", f"{settings.name} is not here; data.download fetches it when the run begins")
         detail, _, fix = str(error).partition(". ")
-        return Check("data", "fails", detail, fix or "name the folder by data.root")
+        return Check("data", "fails", detail, fix)
     return Check("data", "fine", f"{settings.name} is here")
 
 

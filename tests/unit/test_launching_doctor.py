@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from dist_train.launching import doctor
 from dist_train.outcome import ExitCode
 from tests.archives import write_fashion_mnist
 from tests.programs import write_programs
+from tests.unit.image_folders import write_folder
 
 
 def settings(**sections: dict[str, object]) -> Config:
@@ -90,10 +92,15 @@ def test_data_that_the_configuration_names_must_be_there(tmp_path: Path, capsys:
     assert "training cannot run here: 1 to fix" in printed
 
 
-def test_an_image_folder_that_is_not_there_fails(tmp_path: Path) -> None:
-    named = {"name": "imagefolder", "classes": 2, "root": str(tmp_path / "nowhere")}
-    check = doctor.check_data(settings(data=named).data)
-    assert (check.state, bool(check.fix)) == ("fails", True)
+@pytest.mark.parametrize(("folder", "named"), [("nowhere", "data.root"), ("images", "data.classes")])
+def test_data_that_do_not_fit_the_settings_fail_and_the_setting_alone_is_named(
+    folder: str, named: str, tmp_path: Path
+) -> None:
+    write_folder(tmp_path / "images")
+    data = {"name": "imagefolder", "classes": 2, "root": str(tmp_path / folder)}
+    check = doctor.check_data(settings(data=data).data)
+    assert check.state == "fails"
+    assert set(re.findall(r"data\.\w+", check.detail + check.fix)) == {named}
 
 
 @pytest.mark.parametrize("sections", [{"batch": {"global_size": 8192}}, {"run": {"init_from": "/no/weights.pth"}}])
