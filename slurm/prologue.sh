@@ -87,6 +87,9 @@ trap note_gentle_stop_request TERM INT USR1 USR2 HUP
 # libraries for mpirun's daemons.
 export SLURM_EXPORT_ENV=ALL
 
+# The user's filters, such as SQUEUE_PARTITION, would hide this job from us: a cancelled one would be requeued.
+unset "${!SQUEUE_@}" "${!SINFO_@}"
+
 # sbatch passes on the variables of the job in which it is called, and Slurm sets only some of them anew.
 if [[ -n ${SLURM_JOB_ID:-} && -n ${SLURM_ARRAY_TASK_ID:-} ]] &&
     facts=$(scontrol show job "$SLURM_JOB_ID" --oneliner 2>/dev/null) && [[ -n $facts && $facts != *' ArrayTaskId='* ]]; then

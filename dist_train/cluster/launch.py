@@ -201,19 +201,24 @@ def job_states(jobs: Sequence[str]) -> dict[str, str]:
         return {}
     # squeue accepts an unknown id among several, but not alone.
     # %A is an array task's own job id, as in its environment; %i is not. An array's id selects all of its tasks.
-    lines = command_output("squeue", "--noheader", "--states=all", "--format=%A %T", f"--jobs={','.join(jobs)}")
+    lines = _squeue("--states=all", "--format=%A %T", f"--jobs={','.join(jobs)}")
     states = dict(line.split(maxsplit=1) for line in lines.splitlines() if " " in line)
     return {job: state for job, state in states.items() if job in jobs}
 
 
 def job_end(job: str, seconds: float = 20.0) -> float | None:
     """Return when the time limit ends `job`, in seconds since 1970; None if Slurm does not say within `seconds`."""
-    query = ("squeue", "--noheader", "--format=%e", f"--jobs={job}")
     try:
-        ended = command_output(*query, seconds=seconds, env={**os.environ, "SLURM_TIME_FORMAT": "standard"})
-        return datetime.fromisoformat(ended).timestamp()
+        return datetime.fromisoformat(_squeue("--format=%e", f"--jobs={job}", seconds=seconds)).timestamp()
     except ValueError:
         return None
+
+
+def _squeue(*options: str, seconds: float = 20.0) -> str:
+    # The user's own SQUEUE_PARTITION, for example, would hide jobs.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
+    environment["SLURM_TIME_FORMAT"] = "standard"
+    return command_output("squeue", "--noheader", *options, seconds=seconds, env=environment)
 
 
 def comment_on_job(text: str, environment: Mapping[str, str] = os.environ) -> None:

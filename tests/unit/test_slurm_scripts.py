@@ -705,9 +705,10 @@ def test_an_array_s_task_that_is_cancelled_during_its_set_up_is_not_requeued(
     programs: str, tmp_path: Path, state: str
 ) -> None:
     scontrol = f'echo "$@" >>{tmp_path}/calls'
-    write_programs(tmp_path, scontrol=scontrol, squeue=f"echo {state}", python="kill -TERM $PPID; exit 1")
+    squeue = f'[ -n "$SQUEUE_STATES" ] || echo {state}'
+    write_programs(tmp_path, scontrol=scontrol, squeue=squeue, python="kill -TERM $PPID; exit 1")
     variables = {"SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "1", "DIST_TRAIN_PYTHON": f"{tmp_path}/python"}
-    ended = start("sweep.sh", PATH=f"{tmp_path}:{programs}", **variables, **TWO_NODES)
+    ended = start("sweep.sh", PATH=f"{tmp_path}:{programs}", SQUEUE_STATES="RUNNING", **variables, **TWO_NODES)
     assert ended.returncode == ExitCode.STOPPED, ended.stderr
     calls = tmp_path / "calls"
     assert not calls.exists() or "requeue" not in calls.read_text()
