@@ -58,15 +58,18 @@ esac
 
 . "$root/launch/common.sh"
 
-# The site's modules and variables. Module scripts often return errors and read unset variables: hence set +eu.
+# The site's modules and variables. Module scripts often return errors and read unset variables: hence set +eu. The file
+# may have a variable root of its own.
 if [[ -n ${DIST_TRAIN_SETUP:-} && $asked != --help ]]; then
     [[ -r $DIST_TRAIN_SETUP ]] || usage_error "DIST_TRAIN_SETUP $DIST_TRAIN_SETUP cannot be read on $(uname -n)"
     DIST_TRAIN_SETUP=$(realpath "$DIST_TRAIN_SETUP")
     export DIST_TRAIN_SETUP
+    our_root=$root
     set +eu
     # shellcheck disable=SC1090
     . "$DIST_TRAIN_SETUP"
     set -eu
+    root=$our_root
 fi
 
 # answer_help SECTION...: if the script was called with --help, prints its header and these sections of this file.

@@ -319,8 +319,10 @@ def test_a_run_that_continues_without_lost_nodes_may_compute_on_gpus(programs: s
 
 def test_the_set_up_file_is_sourced_first_whatever_it_does(programs: str, tmp_path: Path) -> None:
     setup = tmp_path / "set up.sh"
-    setup.write_text("false\necho $UNSET_BY_THE_SITE >/dev/null\nexport OVERRIDES=run.seed=7\n")
-    assert " run.seed=7" in command_of(PATH=programs, DIST_TRAIN_SETUP=str(setup))
+    setup.write_text("false\necho $UNSET_BY_THE_SITE >/dev/null\nroot=/elsewhere\nexport OVERRIDES=run.seed=7\n")
+    command = command_of(PATH=programs, DIST_TRAIN_SETUP=str(setup))
+    assert f" {ROOT}/launch/rank.sh " in command
+    assert " run.seed=7" in command
 
 
 def test_the_set_up_file_does_not_take_a_rank_s_arguments_for_its_own(tmp_path: Path) -> None:
