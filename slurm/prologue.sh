@@ -503,6 +503,7 @@ exit_if_dry_run() {
 launch_or_show() {
     exit_if_dry_run "${command[@]}" "$@"
     check_run "$@"
+    ((!stop_signals)) || stopped_before_launch # the check of the nodes may take half a minute
     # TMPDIR may name a folder of the login node.
     [[ -n $error_log ]] || error_log=$(mktemp 2>/dev/null) || error_log=$(TMPDIR=/tmp mktemp)
     [[ -z $run_directory ]] || watch=${watch:-end_lingering_ranks}

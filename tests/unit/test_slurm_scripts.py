@@ -687,6 +687,18 @@ def test_a_job_that_is_stopped_during_its_set_up_is_requeued(
     assert [call for call in calls if call.startswith("requeue")] == requeues
 
 
+def test_a_job_that_is_stopped_during_its_set_up_does_not_check_its_nodes(programs: str, tmp_path: Path) -> None:
+    python = """case "$3 $4" in
+        'config run-directory') kill -USR1 $PPID; echo runs/run ;;
+        outcome*) exit 1 ;;
+        requeue*) echo requeue ;;
+    esac"""
+    write_programs(tmp_path, squeue="echo RUNNING", scontrol="exit 0", python=f'echo "$3" >>{tmp_path}/calls\n{python}')
+    ended = start("lb_8192.sh", PATH=programs, **{**SETTLED, "DIST_TRAIN_PYTHON": f"{tmp_path}/python"})
+    assert ended.returncode == ExitCode.STOPPED, ended.stderr
+    assert "doctor" not in (tmp_path / "calls").read_text()
+
+
 @pytest.mark.parametrize("messages", ["dist-train: ä" + "é" * 1400, "-" * 76], ids=["long", "dashed"])
 def test_any_messages_of_the_launcher_let_a_job_be_requeued(programs: str, tmp_path: Path, messages: str) -> None:
     log = tmp_path / "errors"
