@@ -9,7 +9,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Collection, Iterator
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from itertools import accumulate
 from pathlib import Path
 from types import ModuleType
@@ -33,7 +33,8 @@ _DIGEST, _FOLDER = "_dist_train_digest", "_dist_train_folder"
 def plugin_module(place: str) -> ModuleType:
     """Return the module of a file or a dotted name. Raises UsageError if it cannot be imported."""
     try:
-        return _import(place)
+        with redirect_stdout(sys.stderr):  # scripts read what a command such as `config run-directory` prints
+            return _import(place)
     except (Exception, SystemExit) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         if isinstance(error, SystemExit):  # of a script that parses the command line, or runs, as it is imported

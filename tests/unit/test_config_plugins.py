@@ -249,6 +249,12 @@ class TestFromPython:
             with raises_problems(("model.name", "no-such-choice")):
                 load_config({"plugins": files}, {"model.name": "nett"})
 
+    def test_what_a_file_prints_is_no_part_of_a_command_s_answer(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        load(write(tmp_path / "talking.py", "print('hello')"))
+        assert capsys.readouterr() == ("", "hello\n")
+
     def test_a_key_that_is_not_text_is_refused(self, tmp_path: Path) -> None:
         file = write(tmp_path / "mine.py", "def net(images, width, norm, options): ...\n")
         model = {"name": f"{file}:net", "options": {"widths": [{1: 8}]}}
