@@ -721,9 +721,11 @@ run_in_job() {
         guard_batch_host "${names[@]}"
     }
     local name
-    for name in MAX_RESTARTS MAX_REQUEUES GUARD_SECONDS LOSS_SECONDS; do
+    for name in MAX_RESTARTS MAX_REQUEUES LOSS_SECONDS; do
         [[ ${!name:-0} =~ ^[0-9]+$ ]] || usage_error "$name takes a number, 0 or more, not '${!name}'"
     done
+    # Without a pause, Slurm's controller would be asked all the time.
+    [[ ${GUARD_SECONDS:-1} =~ ^[1-9][0-9]*$ ]] || usage_error "GUARD_SECONDS takes a number, 1 or more, not '$GUARD_SECONDS'"
     [[ -z ${MIN_RANKS:-} ]] || be_elastic
     prepare_ranks "${@:2}"
     launch_or_show "$@" "${more_overrides[@]}"
