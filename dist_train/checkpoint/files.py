@@ -122,7 +122,7 @@ def write_checkpoint(directory: Path, contents: Contents, before_publishing: Cal
     try:
         atomic.write_text(record, json_text(fields, indent=2) + "\n")
     except OSError:
-        path.unlink(missing_ok=True)
+        remove_checkpoint(path)
         raise
     return CheckpointFile(path, contents.step, contents.epoch, digest, len(content), contents.metrics)
 

@@ -462,6 +462,21 @@ def test_promise_6_a_full_disk_is_an_error_and_costs_nothing(tmp_path: Path, mon
     assert names(tmp_path) == ["step-00000001.json", "step-00000001.pt"]
 
 
+def test_promise_6_a_folder_that_cannot_be_flushed_keeps_no_record_without_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faults = iter([None, OSError(errno.EIO, "Input/output error")])
+
+    def flush(folder: Path) -> None:
+        if fault := next(faults):
+            raise fault
+
+    monkeypatch.setattr(atomic, "flush_directory", flush)
+    with pytest.raises(OSError, match="Input/output"):
+        write(tmp_path, 1)
+    assert names(tmp_path) == []
+
+
 def test_promise_6_records_are_on_disk_before_the_checkpoint_has_its_name(tmp_path: Path) -> None:
     seen: list[list[str]] = []
     write_checkpoint(tmp_path, contents(3), lambda: seen.append(names(tmp_path)))
