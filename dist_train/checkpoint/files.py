@@ -417,12 +417,23 @@ def remove_checkpoint(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
+def records_in(fallback: Path) -> Path:
+    """Return the file for the records that the disk of the run directory may lack."""
+    return fallback / "records.jsonl"
+
+
+def remove_from_fallback(path: Path) -> None:
+    """Delete the checkpoint at `path`, and the records beside it: the run directory has them now."""
+    remove_checkpoint(path)
+    records_in(path.parent).unlink(missing_ok=True)
+
+
 def adopt(fallback: Path, directory: Path) -> None:
     """Call `copy_newest`, then delete those of `fallback` that are not newer than a whole one in `directory`."""
     newest = copy_newest(fallback, directory)
     for file in list_checkpoints(fallback):
         if newest is not None and file.step <= newest.step:
-            remove_checkpoint(file.path)
+            remove_from_fallback(file.path)
 
 
 def copy_newest(
@@ -430,8 +441,9 @@ def copy_newest(
 ) -> CheckpointFile | None:
     """Copy the newest whole checkpoint of `fallback` to `directory` if that has none as new, and it `suits`.
 
-    Returns the newest whole one of `directory` then, or None if `fallback` is empty. Raises OSError; UsageError if
-    another user could have put them there.
+    The records beside it are appended to those of the run, from which `rewind` removes duplicates. Returns the newest
+    whole one of `directory` then, or None if `fallback` is empty. Raises OSError; UsageError if another user could have
+    put them there.
     """
     if not (in_fallback := list_checkpoints(fallback)):
         return None
@@ -441,6 +453,10 @@ def copy_newest(
         _logger.warning("%s is damaged", in_fallback[-1].path)
     if newest is None or (there is not None and there.step >= newest.step) or not suits(newest.path):
         return there
+    if atomic.exists(records := records_in(fallback)):
+        own = RunDirectory(directory.parent).metrics
+        before = own.read_bytes() if atomic.exists(own) else b""
+        atomic.write_bytes(own, before + b"\n" + records.read_bytes(), is_shared=True)
     for source in (newest.path, newest.path.with_suffix(".json")):
         atomic.write_bytes(directory / source.name, source.read_bytes())
     return _whole(directory / newest.path.name)

@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
@@ -24,13 +24,15 @@ from dist_train.checkpoint.files import (
     CheckpointFile,
     Contents,
     prune,
-    remove_checkpoint,
+    records_in,
+    remove_from_fallback,
     remove_others,
     write_checkpoint,
 )
 from dist_train.cluster.communicator import Communicator, await_on_all_ranks, run_on_all_ranks
 from dist_train.config.sections import CheckpointSettings
 from dist_train.outcome import FaultError, UsageError
+from dist_train.rundir import atomic
 from dist_train.rundir.paths import DISK_FULL, refuse_foreign
 
 _YIELD_SECONDS = 0.001
@@ -104,6 +106,8 @@ class CheckpointWriter:
     settings: CheckpointSettings
     before_publishing: Callable[[], None]
     fallback: Path | None = None
+    waiting_records: Callable[[], bytes] = bytes
+    """Returns the lines of `metrics.jsonl` that the disk may lack: `fallback` takes them, too."""
 
     def __post_init__(self) -> None:
         self._copies: dict[str, torch.Tensor] = {}
@@ -206,17 +210,20 @@ class CheckpointWriter:
                 continue
             if self._in_fallback is not None:
                 with _warn_if_not_deleted("the copy in the fallback directory"):
-                    remove_checkpoint(self._in_fallback)
+                    remove_from_fallback(self._in_fallback)
                     self._in_fallback = None
             return file, begun
 
     def _write_to_fallback(self, contents: Contents) -> Path | None:
         if self.fallback is None:
             return None
+        records = records_in(self.fallback)
 
         def before_publishing() -> None:
-            with suppress(OSError):  # of the run directory, which may be why this one goes elsewhere
+            try:
                 self.before_publishing()
+            except OSError:  # of the run directory, which may be why this one goes elsewhere
+                atomic.write_bytes(records, self.waiting_records())
 
         try:
             self.fallback.mkdir(mode=0o700, parents=True, exist_ok=True)

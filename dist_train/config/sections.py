@@ -277,8 +277,8 @@ class CheckpointSettings(Section):
     background: bool = True
     """Write checkpoints while training continues."""
     fallback_directory: UserPath | None = Field(None, examples=["/scratch/me"])
-    """Folder on another disk, for the last checkpoint if the run directory's disk is full or fails; a resume reads it
-    from there.
+    """Folder on another disk, for the last checkpoint and the latest records if the run directory's disk is full or
+    fails; a resume reads them from there.
     """
 
 

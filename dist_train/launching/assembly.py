@@ -167,7 +167,8 @@ def let_write(trainer: Trainer, session: Session, initial: torch.Tensor | None =
     config, directory = trainer.config, trainer.directory
     other_disk = config.checkpoint.fallback_directory
     fallback = directory.fallback(other_disk) if other_disk else None
-    writer = CheckpointWriter(directory.checkpoints, config.checkpoint, session.before_publishing, fallback)
+    hooks = session.before_publishing, fallback, session.waiting_records
+    writer = CheckpointWriter(directory.checkpoints, config.checkpoint, *hooks)
     norms = None
     if trainer.measuring:
         values = trainer.state.weights.values

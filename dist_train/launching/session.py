@@ -243,6 +243,10 @@ class Session:
                 each.flush()
         self.observers.sync()
 
+    def waiting_records(self) -> bytes:
+        """Return the last lines of `metrics.jsonl`, which the disk may lack, from any thread."""
+        return b"".join(each.waiting for each in self.observers if isinstance(each, JsonLines))
+
     def finish(self) -> Outcome:
         """Report that the run is done, and return how it ended."""
         reason = self.trainer.stopped_early if self.trainer else ""

@@ -137,7 +137,7 @@ class RunDirectory:
         for file in (self.config, self.metrics, self.event_counts, self.ranks, self.reserve):
             atomic.remove_partial_files(self.root, file.name)
         for folder in (self.checkpoints, *([self.fallback(fallback_directory)] if fallback_directory else [])):
-            atomic.remove_partial_files(folder, "step-*")
+            atomic.remove_partial_files(folder, "*")
 
     def make_reserve(self) -> None:
         """Reserve space for what is written when a run ends, if the disk has enough."""

@@ -203,10 +203,7 @@ class RunFacts:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended. `seconds` is the time of this launch; accuracies are in [0, 1].
-
-    `last_checkpoint` is known on rank 0, and None on the others.
-    """
+    """How a run ended. `seconds` is the time of this launch; accuracies are in [0, 1]."""
 
     state: str
     reason: str
@@ -218,12 +215,13 @@ class Outcome:
     test_accuracy: float | None
     best_accuracy: float | None
     samples_per_second: float | None
-    last_checkpoint: Path | None
+    last_checkpoint: Path | None  # None on all ranks but rank 0
     is_left: bool = False
     """Whether nothing may wait any more: a second Ctrl-C or `sys.exit` ends it at once, or other ranks may train on."""
 
 
 _EVENTS_BEFORE_TRAINING = 100  # more than there are
+_BACKLOG_LIMIT = 100_000
 _RESERVED = frozenset({"kind", "step", "event", "time"})
 TRAIN_LINE = b'{"kind": "train"'
 """How the line of a training record begins; most lines are such records, and readers need not parse them all."""
@@ -332,9 +330,6 @@ class Observer:
         """Called when the run has ended, in whatever way, also if it was refused before `begin`; release everything."""
 
 
-_BACKLOG_LIMIT = 100_000
-
-
 class JsonLines(Observer):
     """Appends each record to `path` in one write; `flush` flushes to disk.
 
@@ -387,11 +382,17 @@ class JsonLines(Observer):
                 atomic.flush_directory(self._path.parent)
                 self._directory_flushed = True
 
+    @property
+    def waiting(self) -> bytes:
+        """The last lines, which the disk may lack. From any thread."""
+        with self._lock:
+            return b"".join((*self._unflushed, *self._backlog))
+
     def end(self, outcome: Outcome) -> None:
         try:
             self.flush()
         except OSError as error:
-            _logger.warning("%s: the last %d records or more are lost: %s", self._path, len(self._backlog), error)
+            _logger.warning("%s lacks the last %d records or more: %s", self._path, len(self._backlog), error)
         with self._lock:
             if self._file is not None:
                 os.close(self._file)

@@ -129,6 +129,7 @@ def test_what_a_killed_process_has_left_of_a_checkpoint_is_deleted(tmp_path: Pat
         killed = subprocess.run([sys.executable, "-c", KILLED, str(folder)], cwd=Path(__file__).parents[2], check=False)
         assert killed.returncode == -signal.SIGKILL
         assert list(folder.glob(".*"))
+    (folders[1] / ".records.jsonl.0123456789abcdef.part").touch()
     train_alone(config, run.root, "run.max_steps=3")
     assert [list(folder.glob(".*")) for folder in folders] == [[], []]
     assert final_checkpoint(run.root)["step"] == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -26,8 +27,11 @@ from dist_train.checkpoint.files import (
 from dist_train.checkpoint.writer import CheckpointWriter, NotWritten, Written
 from dist_train.config.sections import CheckpointSettings
 from dist_train.outcome import UsageError
+from dist_train.rundir.paths import RunDirectory
+from dist_train.rundir.records import JsonLines, read_records, rewind
 from tests.raising import raises
 from tests.unit.checkpoint_files import contents, write
+from tests.unit.records import train
 from tests.waiting import PATIENCE
 from tests.waiting import wait_for as wait_until
 
@@ -269,7 +273,30 @@ def test_what_is_refused_lies_in_the_fallback_until_the_next_one_is_written(tmp_
     assert read_checkpoint(disk / result.fallback.name).step == 1
 
 
-@pytest.mark.parametrize("failing", ["remove_checkpoint", "remove_others"])
+def test_records_that_the_disk_refuses_lie_in_the_fallback_beside_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    run, fallback = RunDirectory(tmp_path / "run"), tmp_path / "elsewhere"
+    run.create()
+    lines = JsonLines(run.metrics)
+    writer = CheckpointWriter(run.checkpoints, CheckpointSettings(), lines.flush, fallback, lambda: lines.waiting)
+    lines.record(train(1))
+    monkeypatch.setattr(os, "write", fail)
+    lines.record(train(2))
+    writer.submit(contents(2), None)
+    writer.close()
+    monkeypatch.undo()
+    adopt(fallback, run.checkpoints)
+    rewind(run.metrics, 2)
+    assert read_records(run.metrics) == (train(1), train(2))
+    assert [file.step for file in list_checkpoints(run.checkpoints)] == [2]
+    assert list(fallback.iterdir()) == []
+
+
+@pytest.mark.parametrize("failing", ["remove_from_fallback", "remove_others"])
 def test_what_cannot_be_deleted_in_the_fallback_does_not_make_a_written_one_fail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, failing: str
 ) -> None:
