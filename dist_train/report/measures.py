@@ -172,10 +172,11 @@ def sharpness_of(runs: Sequence[StoredRun]) -> dict[str, dict[str, Sharpness]]:
 
 
 def sharpness_left_out(runs: Sequence[StoredRun]) -> int:
-    """Return how many sharpness results of `runs` give no measure: of other settings, or an earlier checkpoint."""
+    """Return how many sharpness results of `runs` are left out: of other settings, or an earlier checkpoint."""
     chosen = [pair for by_run in sharpness_of(runs).values() for pair in by_run.items()]
     used = {(name, item.step, item.shared_settings) for name, item in chosen}
-    return sum(len(run.analyses.sharpness) for run in runs) - len(used)
+    # One without any is of a noise scale that its samples cannot show.
+    return sum(bool(item.measures) for run in runs for item in run.analyses.sharpness) - len(used)
 
 
 def sharpness_settings(runs: Sequence[StoredRun]) -> tuple[str, ...]:

@@ -859,3 +859,14 @@ def test_a_line_that_names_one_checkpoint_is_unusable(tmp_path: Path) -> None:
     [found] = read_subject(run).runs
     assert not found.analyses.of_kind("interpolate")
     assert len(found.analyses.problems) == 1
+
+
+def test_a_noise_scale_beyond_its_samples_does_not_count_as_of_other_settings(tmp_path: Path) -> None:
+    run = make_study(tmp_path / "study", seeds=(0,)) / "sb-seed-0"
+    [path] = run.glob("analysis/sharpness-*.json")
+    beyond = {"value": None, "standard_error": None, "variance": 5.0, "squared_gradient": -1.0, "batches": 4}
+    fields = {**json.loads(path.read_text()), "keskar": None, "expected_rise": None, "hessian": None}
+    path.with_name("sharpness-scale.json").write_text(
+        json.dumps({**fields, "settings": {"samples": 100}, "noise_scale": beyond})
+    )
+    assert sharpness_left_out([read_run(run, "run")]) == 0
