@@ -125,6 +125,11 @@ class Frame:
         """Whether the pointer selects single points rather than a position along x."""
         return any(series.form in ("dots", "squares") for series in self.chart.series)
 
+    @property
+    def x_ticks(self) -> tuple[float, ...]:
+        """The ticks of the horizontal axis; the labels of a logarithmic one, unevenly spaced, need more room."""
+        return ticks(self.chart.x, 3 if self.chart.x.is_logarithmic else 6)
+
     def x(self, value: float) -> float:
         """Return the horizontal SVG coordinate of `value`."""
         return self.left + self.chart.x.share(value) * (self.right - self.left)

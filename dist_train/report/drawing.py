@@ -171,7 +171,9 @@ def _draw_chart(axes: Axes, chart: Chart) -> tuple[Axes, ...]:
     axes.set_title("" if chart.title == chart.x.title else f"{chart.letter}  {chart.title}".strip(), loc="left")
     if chart.note:
         axes.set_title(chart.note, loc="right", color="#606060")
-    _set_axis(axes, "x", chart.x)
+    # A logarithmic axis has uneven gaps. Only that of a range test, without dots, has the whole width of a page.
+    is_scatter = any(series.form in _MARKS for series in chart.series)
+    _set_axis(axes, "x", chart.x, 3 if is_scatter and chart.x.is_logarithmic else 6)
     _set_axis(axes, "y", chart.left)
     right = axes
     if chart.right:
@@ -186,13 +188,13 @@ def _draw_chart(axes: Axes, chart: Chart) -> tuple[Axes, ...]:
     return (axes, right) if chart.right else (axes,)
 
 
-def _set_axis(axes: Axes, which: str, axis: Axis) -> None:
+def _set_axis(axes: Axes, which: str, axis: Axis, most: int = 6) -> None:
     axes.set(**{f"{which}label": axis.title, f"{which}scale": "log" if axis.is_logarithmic else "linear"})
     axes.set(**{f"{which}lim": (axis.low, axis.high)})
     line = axes.xaxis if which == "x" else axes.yaxis
     place = axes.get_subplotspec()
     is_small = which == "x" and place is not None and place.get_gridspec().ncols > 2
-    line.set_major_locator(FixedLocator(ticks(axis, 4 if is_small else 6)))
+    line.set_major_locator(FixedLocator(ticks(axis, min(most, 4) if is_small else most)))
     line.set_minor_locator(NullLocator())
     line.set_major_formatter(FuncFormatter(lambda value, _: axis.write(value)))
     line.set_minor_formatter(NullFormatter())

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import dist_train.report
-from dist_train.report.chart import DARK, LIGHT, style_of, style_rules, ticks
-from dist_train.watch.figure import Axis, Point, Series, epochs_axis, loss_axis, plain
+from dist_train.report.chart import DARK, LIGHT, Frame, style_of, style_rules, ticks
+from dist_train.watch.figure import Axis, Chart, Point, Series, epochs_axis, loss_axis, plain
 
 Linear = Sequence[float]
 
@@ -85,6 +85,16 @@ def test_a_short_logarithmic_axis_has_ticks(low: float, high: float) -> None:
     found = ticks(Axis("x", low, high, plain, is_logarithmic=True))
     assert 2 <= len(found) <= 7
     assert all(low <= tick <= high for tick in found)
+
+
+@pytest.mark.parametrize(("low", "high"), [(1.2e-4, 0.04), (1.3e-7, 6e-4), (11.0, 8e6), (0.01, 0.6)])
+def test_labels_of_a_logarithmic_horizontal_axis_are_apart(low: float, high: float) -> None:
+    axis = Axis("x", low, high, plain, is_logarithmic=True)
+    frame = Frame(Chart("key", "", "", axis, Axis("y", 0.0, 1.0, plain), ()))
+    letter = 7.2  # the widest, of 12.5 px
+    labels = [(frame.x(tick), letter * len(plain(tick)) / 2) for tick in frame.x_ticks]
+    assert len(labels) > 1
+    assert all(left + half + letter < right - other for (left, half), (right, other) in itertools.pairwise(labels))
 
 
 def test_a_blow_up_does_not_hide_the_losses() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 import subprocess
@@ -22,9 +23,10 @@ from dist_train.data.images import ImageSet
 from dist_train.diagnostics import learning_rate_range
 from dist_train.report import drawing
 from dist_train.report.drawing import draw_learning_curve, range_test
-from dist_train.report.figures import StripPlot
+from dist_train.report.figures import NumberedFigure, StripPlot
 from dist_train.report.page import figures_of
 from dist_train.report.stored_run import read_run, read_subject
+from dist_train.watch.figure import Axis, Chart, Point, Series, percent_tick, plain
 from tests.launching import write_config
 from tests.unit.records import evaluation, write_records
 from tests.unit.report_study import make_run, make_study, treatments
@@ -160,6 +162,24 @@ def test_long_names_of_variants_stay_within_the_figure(tmp_path: Path, monkeypat
             assert box.x0 > -1
             assert box.x1 < figure.bbox.x1 + 1
             assert box.y0 > -1
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_labels_of_logarithmic_measures_do_not_overlap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    measure = Axis("expected rise", 1.2e-4, 0.04, plain, is_logarithmic=True)
+    dots = Series("baseline", "s0", (Point(0.01, 0.9),), "dots")
+    chart = Chart("scatter", "expected rise", "", measure, Axis("accuracy, %", 0.5, 1.0, percent_tick), (dots,))
+    drawn: list[Figure] = []
+    monkeypatch.setattr(drawing, "save", lambda figure, path: drawn.append(figure))
+    drawing.save_figures([NumberedFigure("sharpness", "Sharpness", ((chart,) * count,))], tmp_path, "png")
+    [figure] = drawn
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        boxes = [label.get_window_extent() for label in axes.get_xticklabels()]
+        assert len(boxes) > 1
+        assert all(left.x1 + 2 < right.x0 for left, right in itertools.pairwise(boxes))
 
 
 def test_dollar_signs_of_a_name_are_drawn_as_they_are(tmp_path: Path) -> None:
