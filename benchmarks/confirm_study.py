@@ -120,9 +120,10 @@ def _analyses_of(
 def _contrasts_of(
     contrasts: Iterable[dict[str, Any]], families: Mapping[str, Sequence[str]]
 ) -> Iterator[dict[str, Any]]:
-    """Yield the contrasts with a reference in `families`, restricted to variants in `families`."""
+    """Yield the contrasts with a reference in `families`, restricted to other variants in `families`."""
     for contrast in contrasts:
-        variants = [name for family in contrast["variants"] for name in families.get(family, ())]
+        others = (family for family in contrast["variants"] if family != contrast["against"])
+        variants = [name for family in others for name in families.get(family, ())]
         if variants and contrast["against"] in families:
             yield {**contrast, "variants": variants}
 

@@ -99,7 +99,7 @@ def write_search(folder: Path) -> Path:
             {"kind": "direction", "variants": ["plain"], "seeds": [0, 1, 2]},
             {"kind": "interpolate", "between": ["plain", "noisy"]},
         ],
-        contrasts=[{"variants": ["noisy"], "against": "plain"}],
+        contrasts=[{"variants": ["plain", "noisy"], "against": "plain"}],
     )
 
 
@@ -126,6 +126,8 @@ def test_members_of_a_grid_are_variants_and_analyses_are_of_fresh_seeds(
     assert confirm(monkeypatch, tmp_path / "study.yaml", lines, "--variants", names[2]) == 0
     found = load_study(tmp_path / "confirm.yaml")
     assert (tuple(found.variants), [part.kind for part in found.analyse]) == (names[2:], ["sharpness"])
+    assert confirm(monkeypatch, tmp_path / "study.yaml", lines, "--variants", names[0]) == 0
+    assert load_study(tmp_path / "confirm.yaml").contrasts == ()
 
 
 @pytest.mark.parametrize(
