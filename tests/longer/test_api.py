@@ -234,6 +234,8 @@ def test_arguments_of_another_kind_are_refused_or_converted(run: Path, tmp_path:
     with raises(UsageError, code="no-such-choice"):
         arguments.load_run(run).evaluate("foo")
     with raises(UsageError, code="no-such-choice"):
+        arguments.load_run(run).batches("foo")
+    with raises(UsageError, code="no-such-choice"):
         arguments.export(run, "foo")
     with raises(UsageError, code="wrong-type"):
         arguments.train("config.yaml", tmp_path / "run")
