@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 from itertools import chain, pairwise
 
 import numpy as np
@@ -82,8 +83,8 @@ class FlatWeights:
         ]
         if moved:
             raise PluginResultError(
-                f"the model gives {moved[0]} other memory in its forward pass: leave out flatten_parameters(), and "
-                f"assignments to .data"
+                f"the passes of an update leave {moved[0]} in other memory: leave out flatten_parameters(), and "
+                f"assignments to .data, in the model; a plug-in's noise calls compute_with_values() in `restore`"
             )
 
     def compute_with(self, views: Sequence[torch.Tensor]) -> None:
@@ -124,6 +125,14 @@ class FlatWeights:
             parameter.grad = view
         if computed:
             torch._foreach_copy_(views, computed)
+
+    def clear_padding(self) -> None:
+        """Make the padding of `gradients` zero again: no backward pass overwrites it, and so it would be summed up."""
+        self.gradients.index_fill_(0, self._padding, 0.0)
+
+    @cached_property
+    def _padding(self) -> torch.Tensor:
+        return torch.tensor(self.masked_indices(()), device=self.gradients.device)
 
     @property
     def count(self) -> int:

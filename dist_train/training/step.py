@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from torch.profiler import record_function
 
 from dist_train.cluster.communicator import SingleProcess
+from dist_train.config.plugins import is_plugin
 from dist_train.data.augmentation import Mix, Target, unmixed
 from dist_train.data.images import BatchRequest
 from dist_train.data.loader import SampleSource
@@ -145,6 +146,8 @@ class TrainingStep:
                 self.wait_for_checkpoint_copy()
             set_learning_rate(self.optimizer, learning_rate)
             self.noise.before_update(batch.step, learning_rate)
+            if is_plugin(self.noise.settings.method):
+                self.weights.clear_padding()
             with self.optimizer_draws(batch.step):
                 optimizer_step(self.optimizer, self.weights)
             self.noise.after_update(batch.step)

@@ -20,6 +20,7 @@ from dist_train.data.images import BatchRequest
 from dist_train.data.plan import batch_indices, epoch_order
 from dist_train.models import build_model
 from dist_train.models.norms import NormFactory, running_statistics
+from dist_train.optim.noise import Noise
 from dist_train.outcome import DivergedError, OutOfMemoryError, PluginResultError, UsageError
 from dist_train.training.step import GlobalBatch, Update, clip_gradient
 from dist_train.training.trainer import Trainer
@@ -132,6 +133,21 @@ def in_place(settings: Any, groups: Sequence[Any]) -> torch.optim.Optimizer:
 
 def replacing(settings: Any, groups: Sequence[Any]) -> torch.optim.Optimizer:
     return Replacing([parameter for group in groups for parameter in group.parameters])
+
+
+class OnAllGradients(Noise):
+    """Noise on the whole buffer of gradients, the padding between tensors included."""
+
+    def before_update(self, step: int, learning_rate: float) -> None:
+        self.weights.gradients.add_(1.0)
+
+
+@pytest.mark.parametrize("reduction", ["exact", "float"])
+def test_noise_of_a_plug_in_on_all_gradients_does_not_reach_the_next_update(tmp_path: Path, reduction: str) -> None:
+    noise = {"method": f"{__name__}:OnAllGradients"}
+    trainer = build_trainer(small_config(noise=noise, comm={"reduction": reduction}), tmp_path, SingleProcess())
+    first, second = (take(trainer, 1, rate=0.0).total.gradient_norm for _ in range(2))
+    assert first == second
 
 
 @pytest.mark.parametrize("noise", [SAM, {"method": "langevin"}])
