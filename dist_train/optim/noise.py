@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from dist_train.config import NoiseSettings
-from dist_train.config.plugins import call_plugin, is_plugin
+from dist_train.config.plugins import call_plugin, failing_clearly, is_plugin
 from dist_train.config.resuming import STREAM_OF_A_RANK
 from dist_train.optim.flat_weights import FlatWeights, check_movable, digest, norm
 from dist_train.optim.noise_draws import Filters, NoiseDraws
 from dist_train.optim.schedules import noise_factor
+from dist_train.outcome import PluginResultError
 
 Ascend = Callable[[], None]  # takes a micro-batch's gradient at the current weights into `FlatWeights.gradients`
 
@@ -428,5 +429,23 @@ def build_noise(settings: NoiseSettings, weights: FlatWeights, *, seed: int, tot
     if not moves_all:
         check_movable(weights, settings.exclude, "noise.exclude")
     if is_plugin(name):
-        return cast(Noise, call_plugin(name, settings.options, Noise, settings, weights, **arguments))
+        noise = cast(Noise, call_plugin(name, settings.options, Noise, settings, weights, **arguments))
+        _check_usable(noise, name)
+        return noise
     return _METHODS[name](settings, weights, **arguments)
+
+
+def _check_usable(noise: Noise, name: str) -> None:
+    """Raise UsageError if training would fail with the `noise` of a plug-in."""
+    if not hasattr(noise, "kept"):
+        raise PluginResultError(
+            f"the __init__ of {name} leaves out that of Noise: call super().__init__(settings, weights, seed=seed, "
+            f"total_steps=total_steps, rank=rank)"
+        )
+    for key, value in noise.kept.items():
+        if not isinstance(value, Tensor):
+            raise PluginResultError(f"kept[{key!r}] of {name} is {type(value).__name__}, not a tensor")
+    with failing_clearly(name):
+        float(noise.amplitude(0))
+        if not noise.points(0):
+            raise PluginResultError(f"{name} names no point: return (Point(),) for the weights as they are perturbed")

@@ -227,6 +227,22 @@ def test_a_scale_of_a_plug_in_yields_all_parts_in_order_and_leaves_the_weights_a
         assert drawn(noise, weights, 0).any()
 
 
+METHODS = {
+    "no-super": "def __init__(self, settings, weights, **keywords):\n        self.weights = weights",
+    "no-tensor": "def __post_init__(self):\n        self.kept['mean'] = 0.5",
+    "no-point": "def points(self, micro_batch):\n        return ()",
+    "no-amplitude": "def amplitude(self, step):\n        pass",
+}
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_a_method_of_a_plug_in_that_training_could_not_use_is_refused(tmp_path: Path, kind: str) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(f"from dist_train.optim.noise import Noise\n\nclass Mine(Noise):\n    {METHODS[kind]}\n")
+    with raises(UsageError, "plugin-failed" if kind == "no-amplitude" else "plugin-result"):
+        a_noise(weights_of(), method=f"{file}:Mine")
+
+
 @pytest.mark.parametrize("size", [0.0, 1e-37, 1e-30, 1e-25, 1e-20, 1.0, 1e15])
 def test_the_ascent_of_sam_is_never_longer_than_1(size: float) -> None:
     length = _normalized(torch.full((100_000,), size)).double().norm()
