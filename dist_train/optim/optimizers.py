@@ -69,7 +69,8 @@ def build_optimizer(settings: OptimizerSettings, weights: FlatWeights) -> Optimi
 
 def _check_usable(optimizer: Optimizer, name: str) -> None:
     """Raise UsageError if `step` cannot be called, or checkpoints, or other ranks, would lose settings or state."""
-    if any(
+    # one in its place, as torch's schedulers set, has the signature of the function that it wraps, with `self`
+    if "step" not in vars(optimizer) and any(
         each.default is each.empty and each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
         for each in inspect.signature(optimizer.step).parameters.values()
     ):

@@ -257,6 +257,23 @@ def test_a_plugin_whose_numbers_checkpoints_could_not_give_back_is_refused_at_on
         build_optimizer(settings, FlatWeights(a_model()))
 
 
+def with_a_schedule(settings: OptimizerSettings, groups: Sequence[Group]) -> torch.optim.Optimizer:
+    optimizer = torch.optim.SGD([parameter for group in groups for parameter in group.parameters], lr=0.1)
+    torch.optim.lr_scheduler.StepLR(optimizer, 2)
+    return optimizer
+
+
+def test_a_plugin_may_be_under_a_schedule_of_torch() -> None:
+    """Which replaces its `step` by one whose signature has `self`."""
+    settings = OptimizerSettings(name=f"{__name__}:with_a_schedule", learning_rate=0.1)
+    weights = FlatWeights(model := a_model())
+    optimizer = build_optimizer(settings, weights)
+    before = weights.values.clone()
+    set_gradients(model, 0)
+    optimizer_step(optimizer, weights)
+    assert not torch.equal(weights.values, before)
+
+
 def by_timms_lookahead(settings: OptimizerSettings, groups: Sequence[Group]) -> torch.optim.Optimizer:
     build: Callable[..., torch.optim.Optimizer] = Lookahead
     return build(torch.optim.SGD([parameter for group in groups for parameter in group.parameters], momentum=0.9))
