@@ -32,7 +32,7 @@ from dist_train.data.images import BatchRequest, DataSource, ImageSet, Listing, 
 from dist_train.data.loader_workers import BatchJob, Decoder, LoaderProcesses
 from dist_train.data.plan import divided
 from dist_train.data.plugin_samples import PluginSamples, Recipe, labels_of
-from dist_train.outcome import CodedError, UsageError
+from dist_train.outcome import CodedError, UsageError, check_choice
 from dist_train.reproducible import generator, key, uniform
 
 _logger = logging.getLogger("dist_train.data")
@@ -95,7 +95,8 @@ class Splits:
         return {"train": self.train, **held_out, "test": self.test}
 
     def of(self, split: Split) -> SampleSource:
-        """Return the samples of `split`. Raises UsageError if there is no validation split."""
+        """Return the samples of `split`. Raises UsageError if there is no such split, or no validation split."""
+        check_choice("split", split, Split)
         if split not in self.present:
             raise UsageError("the run has no validation split: data.validation_size is not set", code="no-validation")
         return self.present[split]

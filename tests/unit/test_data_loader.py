@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +13,18 @@ from dist_train.data.catalog import make_synthetic
 from dist_train.data.images import BatchRequest, ImageSet
 from dist_train.data.loader import Samples, open_splits
 from dist_train.data.plan import divided
+from dist_train.outcome import UsageError
+from tests.raising import raises
 from tests.unit.image_sets import load_images
 
 CPU = torch.device("cpu")
 INDICES = torch.tensor([31, 4, 4, 90, 0])
+
+
+def test_a_split_that_there_never_is_is_not_taken_for_one_of_validation() -> None:
+    split: Any = "val"
+    with raises(UsageError, "no-such-choice"):
+        open_splits(DataSettings(name="synthetic", synthetic_samples=8), 0, CPU).of(split)
 
 
 @pytest.fixture(params=["resident", "staged"])
