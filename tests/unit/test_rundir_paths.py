@@ -234,6 +234,14 @@ def test_a_closed_folder_of_runs_does_not_hide_a_run_beside_it(tmp_path: Path, m
             run_folder(missing)
 
 
+def test_the_name_of_no_checkpoint_of_a_run_leads_to_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_run(Path("runs/cp"))
+    with raises(UsageError, "run-missing") as refused:
+        run_folder(Path("cp@last"))
+    assert "did you mean runs/cp?" in str(refused.value)
+
+
 def test_a_folder_above_runs_does_not_hide_the_run_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("mnist/project/checkpoints").mkdir(parents=True)
