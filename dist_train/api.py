@@ -124,7 +124,7 @@ class Run:
         root = self.directory.root
         return root if step is None else Path(f"{root}@{step}")
 
-    def evaluate(self, split: Split = "test", overrides: Overrides = (), weights: Weights = "raw") -> dict[str, object]:
+    def evaluate(self, split: Split = "test", overrides: Overrides = (), weights: Weights = "raw") -> dict[str, Any]:
         """Return step, loss and accuracy of the last checkpoint on the whole of `split`. Raises UsageError.
 
         Every rank of a launch calls it, and gets the same result.
@@ -184,7 +184,7 @@ def load_run(path: Target, overrides: Overrides = ()) -> Run:
 
 def evaluate(
     target: Target, split: Split = "test", overrides: Overrides = (), weights: Weights = "raw"
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Return step, loss and accuracy of a checkpoint on the whole of `split`.
 
     `target` is a checkpoint's file, or a run: its last checkpoint, or with RUN@STEP or RUN@best another one.

@@ -9,6 +9,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -174,9 +175,7 @@ def recompute_statistics(
     statistics.absorb(total.statistics, len(indices), momentum=1.0)
 
 
-def evaluate_stored(
-    target: Path, split: Split, overrides: Sequence[str], weights: Weights = "raw"
-) -> dict[str, object]:
+def evaluate_stored(target: Path, split: Split, overrides: Sequence[str], weights: Weights = "raw") -> dict[str, Any]:
     """Return step, loss (None if not finite) and accuracy of a stored model on the whole of `split`, on all ranks.
 
     Norm statistics are the checkpoint's, computed at its clean or averaged weights.
