@@ -131,7 +131,7 @@ def reading(place: Path, fix: str = "", code: str = "data-unreadable") -> Iterat
 def check_choice(name: str, value: object, choices: object) -> None:
     """Raise UsageError if the argument `name` is not one of `choices`, a Literal."""
     if value not in get_args(choices):
-        raise UsageError(f"{name} is {', '.join(get_args(choices))}, not {value!r}", code="no-such-choice")
+        raise UsageError(f"{name} must be one of {', '.join(get_args(choices))}, not {value!r}", code="no-such-choice")
 
 
 def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
