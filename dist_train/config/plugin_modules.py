@@ -79,6 +79,8 @@ def _import(place: str) -> ModuleType:
 def _note_imported(names: Collection[str], folder: str) -> None:
     """Note the digests of those of the modules `names` that are in the `folder` of the plug-in that imported them."""
     for name in names:
+        if sys.modules[name] is sys.modules["__main__"]:  # as __mp_main__, which multiprocessing adds as it is imported
+            continue
         file = Path(getattr(sys.modules[name], "__file__", None) or "")
         is_beside = file.suffix == ".py" and file.is_relative_to(folder) and not is_installed(file.relative_to(folder))
         if is_beside and name.partition(".")[0] not in _NEVER_BESIDE:

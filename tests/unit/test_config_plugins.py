@@ -10,6 +10,7 @@ import py_compile
 import sys
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 from unittest.mock import Mock
 
 import pytest
@@ -236,6 +237,21 @@ class TestEdits:
         assert load_plugin(name)(None, 1.0, None) == 2
         assert plugin_files(settings) != recorded
         assert without_source.is_file()
+
+    def test_a_script_beside_is_no_part_of_a_plug_in_that_imports_multiprocessing(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        script = ModuleType("__main__")
+        script.__file__ = str(write(tmp_path / "script.py", ""))
+        monkeypatch.setitem(sys.modules, "__main__", script)
+        monkeypatch.delitem(sys.modules, "__mp_main__", raising=False)
+        source = "import sys\nsys.modules['__mp_main__'] = sys.modules['__main__']\ndef net(images, width, norm): ..."
+        name = f"{write(tmp_path / 'mine.py', source)}:net"
+        settings = load_config({}, {"model.name": name}).model_dump()
+        write(tmp_path / "script.py", "# edited while it trains\n")
+        check_unedited(settings)
+        load_config({}, {"model.name": name})
+        assert sys.modules["__main__"] is script
 
 
 class TestFromPython:
