@@ -94,7 +94,7 @@ def _reading_as(form: str, path: Path) -> Iterator[None]:
     """Turn errors of pyarrow in the block, of which some are OSErrors, into a UsageError."""
     try:
         yield
-    except (OSError, _pyarrow().ArrowException) as error:
+    except (OSError, UnicodeError, _pyarrow().ArrowException) as error:  # it opens no file whose name is not UTF-8
         raise UsageError(f"{path} cannot be read as {form}: {error}", code="data-format") from error
 
 

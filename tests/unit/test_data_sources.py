@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import os
 import shutil
 import sys
 import tarfile
@@ -326,6 +327,13 @@ def test_columns_of_other_types_and_empty_fields_are_refused(change: dict[str, A
         parquet.write_table(table, tmp_path / f"{split}.parquet")
     with raises(UsageError, code):
         open_splits(data("parquet", tmp_path), SEED, CPU)
+
+
+def test_a_parquet_file_whose_name_is_not_utf_8_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(folders["parquet"], tmp_path / "copy")
+    min(folder.glob("train*.parquet")).rename(folder / os.fsdecode(b"train-\xe4.parquet"))
+    with raises(UsageError, "data-format"):
+        find_data(data("parquet", folder))
 
 
 def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
