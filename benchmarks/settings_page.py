@@ -5,14 +5,14 @@ from __future__ import annotations
 import inspect
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import get_args
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from dist_train.cli.completion import choices_by_setting
+from dist_train.cli.completion import choices_of
 from dist_train.config import Config
 from dist_train.config.loading import write_override
 from dist_train.config.problems import allowed_at, is_collection, models_of, schema_of
@@ -30,9 +30,6 @@ dist-train train configs/demo.yaml run.name=louder noise.amplitude=0.03 optimize
 In YAML a section is a mapping: `noise: {amplitude: 0.03}`. `null` is no value. This page is generated from
 `dist_train/config`: `make dashboards`.
 """
-
-
-_CHOICES = choices_by_setting(Config)
 
 
 @dataclass(frozen=True)
@@ -80,7 +77,10 @@ def settings_of(model: type[BaseModel], prefix: str = "") -> Iterator[Setting]:
             yield from settings_of(models[0], f"{path}.")
         elif "const" not in (schema := schema_of(field)):  # as the kind of a member of a union
             default = write_override(path, schema.get("default")).partition("=")[2]
-            example = write_override(path, schema["examples"][0]) if "examples" in schema else _other(path, default)
+            if "examples" in schema:
+                example = write_override(path, schema["examples"][0])
+            else:
+                example = _other(path, choices_of(schema), default)
             yield Setting(path, allowed_at(name, model), default, _meaning(field), shlex.quote(example))
 
 
@@ -89,7 +89,7 @@ def _settings_of_kinds(path: str, field: FieldInfo, models: tuple[type[BaseModel
     default = field.get_default(call_default_factory=True).kind
     by_kind = {get_args(model.model_fields["kind"].annotation)[0]: model for model in models}
     meaning = " ".join([_meaning(field), *(f"{kind}: {inspect.getdoc(model)}" for kind, model in by_kind.items())])
-    yield Setting(f"{path}.kind", ", ".join(by_kind), default, meaning, _other(f"{path}.kind", default))
+    yield Setting(f"{path}.kind", ", ".join(by_kind), default, meaning, _other(f"{path}.kind", by_kind, default))
     for kind, model in by_kind.items():
         for setting in settings_of(model, f"{path}."):
             yield replace(setting, meaning=f"With kind {kind}: {setting.meaning}")
@@ -101,9 +101,9 @@ def _meaning(field: FieldInfo) -> str:
     return " ".join(field.description.split())
 
 
-def _other(path: str, default: str) -> str:
-    """Return an override with the first choice that is not the default."""
-    return f"{path}={next(choice for choice in _CHOICES[path] if choice != default)}"
+def _other(path: str, choices: Iterable[str], default: str) -> str:
+    """Return an override with the first of `choices` that is not the default."""
+    return f"{path}={next(choice for choice in choices if choice != default)}"
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ def choices_by_setting(model: type[BaseModel], prefix: str = "") -> dict[str, li
     for name, field in model.model_fields.items():
         path, models = f"{prefix}{name}", models_of(field)
         if not models or is_collection(field):
-            found[path] = list(_choices(schema_of(field)))
+            found[path] = list(choices_of(schema_of(field)))
             continue
         for inner in models:
             for setting, choices in choices_by_setting(inner, f"{path}.").items():
@@ -121,7 +121,8 @@ def choices_by_setting(model: type[BaseModel], prefix: str = "") -> dict[str, li
     return found
 
 
-def _choices(schema: Mapping[str, Any]) -> Iterator[str]:
+def choices_of(schema: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the choices, if any, of a setting, by its JSON schema."""
     for each in schema.get("anyOf", (schema,)):
         yield from ("true", "false") if each.get("type") == "boolean" else each.get("enum", ())
         if "const" in each:
