@@ -32,7 +32,13 @@ from dist_train.rundir.paths import RunDirectory, in_utf8, run_folder
 from dist_train.rundir.records import EvaluationRecord, Record, TrainRecord, read_records
 from dist_train.rundir.status import Status, load_status
 from dist_train.training.compute import restoring_torch
-from dist_train.training.evaluation import evaluate_stored, stored_config, stored_model, warn_of_edited_plugins
+from dist_train.training.evaluation import (
+    StoredEvaluation,
+    evaluate_stored,
+    stored_config,
+    stored_model,
+    warn_of_edited_plugins,
+)
 
 Overrides = Sequence[str] | Mapping[str, object]
 """`section.key=value`, one or several, or a mapping of values by path, as for `load_config`."""
@@ -124,7 +130,7 @@ class Run:
         root = self.directory.root
         return root if step is None else Path(f"{root}@{step}")
 
-    def evaluate(self, split: Split = "test", overrides: Overrides = (), weights: Weights = "raw") -> dict[str, Any]:
+    def evaluate(self, split: Split = "test", overrides: Overrides = (), weights: Weights = "raw") -> StoredEvaluation:
         """Return step, loss and accuracy of the last checkpoint on the whole of `split`. Raises UsageError.
 
         Every rank of a launch calls it, and gets the same result.
@@ -184,7 +190,7 @@ def load_run(path: Target, overrides: Overrides = ()) -> Run:
 
 def evaluate(
     target: Target, split: Split = "test", overrides: Overrides = (), weights: Weights = "raw"
-) -> dict[str, Any]:
+) -> StoredEvaluation:
     """Return step, loss and accuracy of a checkpoint on the whole of `split`.
 
     `target` is a checkpoint's file, or a run: its last checkpoint, or with RUN@STEP or RUN@best another one.

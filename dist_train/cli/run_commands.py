@@ -279,7 +279,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if current_launch().rank == 0:
         print(json.dumps(result, allow_nan=False), flush=True)
         if not is_finite:
-            place = f"the {arguments.split} loss of {escaped(str(result['checkpoint']))}"
+            place = f"the {arguments.split} loss of {escaped(result['checkpoint'])}"
             say_on_stderr(f"dist-train: {place} is not finite [loss-not-finite]")
     return ExitCode.FINISHED if is_finite else ExitCode.DIVERGED
 

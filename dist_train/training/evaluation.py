@@ -9,7 +9,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import nn
@@ -175,8 +175,22 @@ def recompute_statistics(
     statistics.absorb(total.statistics, len(indices), momentum=1.0)
 
 
-def evaluate_stored(target: Path, split: Split, overrides: Sequence[str], weights: Weights = "raw") -> dict[str, Any]:
-    """Return step, loss (None if not finite) and accuracy of a stored model on the whole of `split`, on all ranks.
+class StoredEvaluation(TypedDict):
+    """Loss and accuracy of a checkpoint's model on the whole of a split."""
+
+    checkpoint: str
+    step: int
+    epoch: float
+    split: Split
+    weights: Weights
+    loss: float | None
+    """None if it is not finite."""
+    accuracy: float
+    samples: int
+
+
+def evaluate_stored(target: Path, split: Split, overrides: Sequence[str], weights: Weights = "raw") -> StoredEvaluation:
+    """Return step, loss and accuracy of a stored model on the whole of `split`, on all ranks.
 
     Norm statistics are the checkpoint's, computed at its clean or averaged weights.
     """
