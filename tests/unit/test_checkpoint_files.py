@@ -477,10 +477,16 @@ def test_promise_6_a_folder_that_cannot_be_flushed_keeps_no_record_without_its_c
     assert names(tmp_path) == []
 
 
-def test_promise_6_records_are_on_disk_before_the_checkpoint_has_its_name(tmp_path: Path) -> None:
-    seen: list[list[str]] = []
-    write_checkpoint(tmp_path, contents(3), lambda: seen.append(names(tmp_path)))
-    assert [name for name in seen[0] if name.startswith("step")] == []
+def test_promise_6_its_bytes_and_the_records_are_on_disk_before_the_checkpoint_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[int] = []
+    seen: list[tuple[int, list[str]]] = []
+    monkeypatch.setattr(os, "fsync", flushed.append)
+    write_checkpoint(tmp_path, contents(3), lambda: seen.append((len(flushed), names(tmp_path))))
+    [(flushes, there)] = seen
+    assert flushes == 1
+    assert [name for name in there if name.startswith("step")] == []
 
 
 def test_promise_6_a_writer_that_is_killed_leaves_the_one_before(tmp_path: Path) -> None:
@@ -524,10 +530,13 @@ def test_promise_6_a_whole_one_is_never_written_again(
     known = write(tmp_path, 2)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     published: list[bool] = []
+    flushed: list[Path] = []
+    monkeypatch.setattr(atomic, "flush_directory", flushed.append)
     # As if a power failure, or a full disk, came between the two files.
     monkeypatch.setattr(atomic, "write_text", lambda *_: (_ for _ in ()).throw(error))
     assert write_checkpoint(tmp_path, contents(2), lambda: published.append(True)) == known
     assert published == [True]
+    assert flushed == [tmp_path], "its writer may have ended before it did this"
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
