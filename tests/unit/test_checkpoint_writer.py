@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,9 +25,10 @@ from dist_train.checkpoint.files import (
     read_checkpoint,
     write_checkpoint,
 )
-from dist_train.checkpoint.writer import CheckpointWriter, NotWritten, Written
+from dist_train.checkpoint.writer import CheckpointWriter, NotWritten, Saving, Written
+from dist_train.cluster.communicator import SingleProcess
 from dist_train.config.sections import CheckpointSettings
-from dist_train.outcome import UsageError
+from dist_train.outcome import FaultError, UsageError
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import JsonLines, read_records, rewind
 from tests.raising import raises
@@ -201,12 +203,22 @@ def test_promise_6_a_fault_is_reported_and_the_next_one_is_written(tmp_path: Pat
     assert [file.step for file in list_checkpoints(tmp_path)] == [2]
 
 
-def test_in_the_background_what_was_refused_is_tried_again_while_training_continues(tmp_path: Path) -> None:
-    writer = CheckpointWriter(tmp_path, CheckpointSettings(), refuse(1))
+def test_in_the_background_what_was_refused_is_tried_again_and_again_while_training_continues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dist_train.checkpoint.writer._FIRST_PAUSE_SECONDS", 0.01)
+    refusals = iter([False, True, True])
+
+    def fail() -> None:
+        if next(refusals, False):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    writer = CheckpointWriter(tmp_path, CheckpointSettings(), fail)
     writer.submit(contents(1), None)
-    results = wait_for_results(writer, 2)
-    assert [type(result) for result in results] == [NotWritten, Written]
-    assert [file.step for file in list_checkpoints(tmp_path)] == [1]
+    writer.submit(contents(2), None)  # waits for the first, which is not to end the pauses of this one
+    results = wait_for_results(writer, 3)
+    assert [type(result) for result in results] == [Written, NotWritten, Written]
+    assert [file.step for file in list_checkpoints(tmp_path)] == [1, 2]
 
 
 def test_the_time_of_writing_is_that_of_the_attempt_that_succeeded(
@@ -234,6 +246,17 @@ def test_what_is_refused_to_the_end_is_reported_once(tmp_path: Path) -> None:
     writer.submit(contents(1), None)
     writer.close()
     assert [type(result) for result in writer.results()] == [NotWritten]
+
+
+@pytest.mark.parametrize("times", [1, 100])
+def test_a_run_fails_by_its_last_one_unless_a_later_attempt_has_written_it(tmp_path: Path, times: int) -> None:
+    writer = CheckpointWriter(tmp_path, CheckpointSettings(), refuse(times))
+    events: list[str] = []
+    saving = Saving(SingleProcess(), lambda name, *_, **__: events.append(name), writer)
+    saving.save(1, lambda: contents(1), None)
+    with raises(FaultError, "checkpoint-not-written") if times > 1 else nullcontext():
+        saving.finish()
+    assert events == ["checkpoint_failed", "checkpoint"][: 1 if times > 1 else 2]
 
 
 @pytest.mark.parametrize(
