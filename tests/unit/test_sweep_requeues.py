@@ -86,6 +86,15 @@ def test_progress_begins_the_count_anew(run: Path) -> None:
     assert read_requeues(RunDirectory(run)).without_progress == 1
 
 
+def test_a_run_that_resumes_from_an_earlier_checkpoint_has_made_no_progress(run: Path) -> None:
+    for step in (5, 9):
+        checkpoint(run, step)
+    end(run, ExitCode.FAULT)
+    assert decide(run, limit=1).action == "requeue"
+    (run / "checkpoints" / "step-00000009.json").unlink()  # it was damaged
+    assert decide(run, limit=1).action == "end"
+
+
 def test_a_checkpoint_in_the_fallback_directory_is_progress(tmp_path: Path) -> None:
     files, spare = RunDirectory(tmp_path / "run"), tmp_path / "spare"
     files.create()
@@ -200,7 +209,7 @@ def test_restarts_within_the_job_come_before_requeues(run: Path) -> None:
     assert decide(run, limit=1, restarts=2).action == "restart"
 
 
-def test_the_status_of_another_job_at_work_stays(run: Path) -> None:
+def test_the_status_of_another_job_at_work_stays(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     end(run, ExitCode.FAULT, launch="theirs")
     lock = LockRequest(RunDirectory(run)).wait(60)
     assert lock is not None
@@ -209,6 +218,9 @@ def test_the_status_of_another_job_at_work_stays(run: Path) -> None:
     status = read_status(run / "status.json")
     assert status is not None
     assert (status.launch, status.reason) == ("theirs", "it broke")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")  # the lock is of a rank of the same job that has not ended yet
+    assert decide(run, 3, EndedLaunch("ours", ExitCode.USAGE, ("dist-train: in use [run-in-use]",))).action == "end"
+    assert load_status(run / "status.json").reason == "in use [run-in-use]"
     lock.release()
 
 
