@@ -217,6 +217,14 @@ def test_where_the_integers_leave_their_bits_the_update_is_made_again_once(bits:
     assert leaping.make(leap).repeats == 0
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_a_sum_fits_up_to_the_largest_integer_of_its_bits(bits: Bits) -> None:
+    updates, gradients = Updates(SingleProcess(), 2, bits), some_gradients(2, 0)
+    updates.make(gradients)
+    for bound, fits in ((2 ** (bits - 1) - 1, True), (2 ** (bits - 1), False)):
+        assert updates.reduction.accumulator.settle([bound] * len(updates.once(gradients))) is fits
+
+
 def test_a_grid_becomes_coarser_at_once_and_finer_by_degrees_but_never_finer_than_that_of_64_bits() -> None:
     progress = Progress(step=1)
     grids = Grids(progress, 1, terms=4)

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from dist_train.checkpoint.state import Progress
 from dist_train.cluster.communicator import Communicator, SingleProcess
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import UsageError
@@ -20,6 +21,7 @@ from dist_train.training.accumulators import (
     ExactAccumulator,
     FloatAccumulator,
     GradientAccumulator,
+    GridAccumulator,
 )
 from dist_train.training.reduction import GradientReduction, buckets_of
 from tests.raising import raises
@@ -65,6 +67,10 @@ def reduce(comm: Communicator, gradients: list[Tensor], build: Build, bucket: in
 
 def exact(weights: FlatWeights, comm: Communicator) -> GradientAccumulator:
     return ExactAccumulator(weights, comm, terms=16)
+
+
+def on_grids(weights: FlatWeights, comm: Communicator) -> GradientAccumulator:
+    return GridAccumulator(weights, comm, 16, Progress())
 
 
 def as_float32(weights: FlatWeights, comm: Communicator) -> GradientAccumulator:
@@ -127,12 +133,13 @@ def test_a_gradient_that_is_not_finite_is_noted_where_it_is_met(build: Build, ba
     assert noted == [rank == at for rank in range(3)]
 
 
+@pytest.mark.parametrize("build", [exact, on_grids])
 @pytest.mark.parametrize("sign", [1, -1])
-def test_a_gradient_too_large_for_the_integers_is_noted(sign: int) -> None:
+def test_a_gradient_too_large_for_the_integers_is_noted(build: Build, sign: int) -> None:
     limit = 2.0**14 / 16
     for value, expected in ((limit * 1.001, True), (limit * 0.999, False)):
         gradients = [torch.full((COUNT,), sign * value)]
-        reduced, out_of_range = reduce(SingleProcess(), gradients, exact)
+        reduced, out_of_range = reduce(SingleProcess(), gradients, build)
         assert out_of_range is expected
         assert expected or torch.equal(reduced, gradients[0])
 

@@ -13,6 +13,7 @@ from dist_train.cluster.communicator import Communicator, Pending, SingleProcess
 from dist_train.data.images import ImageSet
 from dist_train.data.loader import Samples
 from dist_train.models.norms import BatchStatistics, GroupedBatchNorm
+from dist_train.reproducible import LOSSES
 from dist_train.training.compute import Compute
 from dist_train.training.evaluation import evaluate
 from dist_train.training.reduction import Tally, TallyResult
@@ -55,6 +56,18 @@ def test_a_loss_that_is_not_finite_or_too_large_is_told_by_the_rank_that_met_it(
     for total in results(3, tell):
         assert total.out_of_range == 1
         assert math.isfinite(total.loss)
+
+
+def test_a_sum_of_losses_within_the_range_does_not_leave_it() -> None:
+    limit = torch.tensor(LOSSES.limit / 4096)
+    for loss, told in ((limit.nextafter(torch.zeros(())), 0), (limit, 4096)):
+        tally = Tally(SingleProcess(), BatchStatistics((), CPU, 12), CPU)
+        for _ in range(4096):
+            tally.add(loss, LOGITS[:2], LABELS[:2])
+        tally.send()
+        total = tally.result()
+        assert total.out_of_range == told
+        assert total.loss == pytest.approx(0.0 if told else float(loss) / 2)
 
 
 def test_what_one_rank_has_to_say_reaches_all() -> None:
