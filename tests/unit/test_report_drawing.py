@@ -154,6 +154,7 @@ def test_long_names_of_variants_stay_within_the_figure(tmp_path: Path, monkeypat
     figures = figures_of(read_subject(study))[:4]
     assert [figure.key for figure in figures] == ["glance", "curves", "landscapes", "between"]
     drawing.save_figures(figures, tmp_path, "png")
+    assert len(drawn) == 4
     for figure in drawn:
         figure.draw_without_rendering()
         boxes = [box for axes in figure.axes if (box := axes.get_tightbbox()) is not None]
