@@ -167,10 +167,8 @@ def test_foreign_datagrams_are_ignored() -> None:
             stranger.sendto(data, target)
         for rank in (0, 2, 2**31):
             stranger.sendto(encode(TOKEN, Datagram(Kind.BEAT, rank, text="node 1")), target)
-        time.sleep(0.3)
-        assert first._monitor.present == []
         stranger.sendto(encode(TOKEN, Datagram(Kind.BEAT, 1, text="node 1")), target)
-        wait_for(lambda: first._monitor.present == [1], "the heartbeat of rank 1")
+        assert wait_for(lambda: first._monitor.present, "a heartbeat") == [1]  # datagrams arrive in their order
         first.close()
 
 
