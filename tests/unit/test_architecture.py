@@ -201,12 +201,19 @@ print(*{"torchvision", "torch._dynamo"}.intersection(sys.modules))
     assert ended.stdout.split() == []
 
 
-def test_the_program_reads_no_global_generator(nodes: Mapping[Path, Sequence[ast.AST]]) -> None:
+def test_the_program_reads_no_global_generator(
+    nodes: Mapping[Path, Sequence[ast.AST]], imported: Mapping[Path, frozenset[str]]
+) -> None:
     drawing = {"manual_seed", "seed", "rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial"}
+    drawing |= {"rand_like", "randn_like", "randint_like"}
+    # the one seeds and restores the global ones, the other has a generator for each draw
+    assert {path.name for path, names in imported.items() if "random" in names} == {"reproducible.py", "study_file.py"}
     for path, found in nodes.items():
         for node in found:
             if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
                 continue
+            of_numpy = re.match(r"(np|numpy)\.random\.", ast.unparse(node.func))
+            assert not of_numpy or path.name == "reproducible.py", f"{path.relative_to(ROOT)}:{node.lineno}"
             from_torch = isinstance(node.func.value, ast.Name) and node.func.value.id == "torch"
             in_place = node.func.attr in {"uniform_", "normal_", "random_", "bernoulli_", "exponential_"}
             if (from_torch and node.func.attr in drawing) or in_place:
