@@ -436,6 +436,47 @@ def test_promise_6_recovery_changes_nothing_before_the_checkpoint_is_copied(
     assert copied == [True]
 
 
+@pytest.mark.parametrize("within", ["the comparison", "the next update"])
+def test_promise_4_after_a_recovery_ranks_compare_anew_what_all_of_them_still_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, within: str
+) -> None:
+    has_failed, late, report = threading.Event(), ["reset"], Saving.report
+    perturb, verify_agreement = SmoothOut.perturb, training_loop.verify_agreement
+
+    def fail_once(rank: int) -> None:
+        if rank == 1 and not has_failed.is_set():
+            has_failed.set()
+            raise GroupBrokenError("reset")
+
+    def compare(comm: Communicator, *rest: Any) -> None:
+        verify_agreement(comm, *rest)
+        fail_once(comm.rank)
+
+    def begin(self: SmoothOut, step: int) -> None:
+        perturb(self, step)
+        if step == 1:
+            fail_once(self.rank)
+
+    def lag_behind(self: Saving) -> None:
+        if self.comm.rank == 0 and late:
+            assert has_failed.wait(PATIENCE)
+            raise GroupBrokenError(late.pop())
+        report(self)
+
+    def rendezvous(self: SimulatedRanks, *_: object) -> Generation:
+        return Generation(2, self.rank, self.size, ("", 0), ("a", "b"), (), "reset", ())
+
+    if within == "the comparison":
+        monkeypatch.setattr(training_loop, "verify_agreement", compare)
+    else:
+        monkeypatch.setattr(SmoothOut, "perturb", begin)
+    monkeypatch.setattr(Saving, "report", lag_behind)
+    monkeypatch.setattr(SimulatedRanks, "is_elastic", True)
+    monkeypatch.setattr(SimulatedRanks, "rendezvous", rendezvous)
+    ended = results(2, lambda comm: run(tmp_path, comm, comm={"verify_every": 1}, run={"max_steps": 2}))
+    assert [trainer.progress.step for _, _, trainer in ended] == [2, 2]
+
+
 def test_who_may_take_over_keeps_the_records_before_the_last_checkpoints(tmp_path: Path) -> None:
     """Whether they are on disk, rank 0 alone knows."""
     trainer = build_trainer(small_config(checkpoint={"every_steps": 1}), tmp_path, LeftAlone())
