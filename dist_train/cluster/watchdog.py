@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import secrets
 import select
@@ -34,6 +35,7 @@ from dist_train.cluster.heartbeats import (
     deadline_message,
     decode,
     encode,
+    interval_of,
     loss_message,
     name_ranks,
     open_datagrams,
@@ -80,7 +82,8 @@ class Watchdog:
         self._answered_at = 0.0
         self._loss_from_rank_0: str | None = None
         self._parting: Kind | None = None
-        self._is_probing = False
+        self._is_probe_due = False
+        self._probed_since: float | None = None  # while `absent` waits for those unheard since then
         self._changed = threading.Condition()
         self._process = os.getpid()
         self._node_and_process = f"{socket.gethostname()} {self._process}"
@@ -99,16 +102,21 @@ class Watchdog:
         """Return the ranks that do not answer within `seconds`, as "rank 3 (node2, process 4242)"; empty if all do.
 
         For use after a collective has failed: its error does not say which rank is gone. Rank 0 probes all others,
-        which probe rank 0.
+        which probe rank 0. All do so at once, and rank 0's buffer may hold but a part: they try again, not at once.
         """
         if self._parting is not None:
             return ""
-        moment = time.monotonic()
+        moment, pause = time.monotonic(), _SEARCH_SECONDS * self._stagger
         with self._changed:
-            self._is_probing = True
-            os.eventfd_write(self._wake, 1)
-            self._changed.wait_for(lambda: not self._monitor.unheard_since(moment), seconds)
-            missing = self._monitor.unheard_since(moment)
+            self._probed_since = moment
+            while missing := self._monitor.unheard_since(moment):
+                left = moment + seconds - time.monotonic()
+                if left <= 0:
+                    break
+                self._is_probe_due = True
+                os.eventfd_write(self._wake, 1)
+                self._changed.wait_for(lambda: not self._monitor.unheard_since(moment), min(left, pause))
+            self._probed_since = None
             return name_ranks(missing, self._peers) if missing else ""
 
     @property
@@ -142,23 +150,24 @@ class Watchdog:
 
     def _watch(self) -> None:
         due = time.monotonic()
+        interval = interval_of(self.comm.rank, self.comm.size, self._beat)
         awakening, arrival = select.poll(), select.poll()
         awakening.register(self._wake, select.POLLIN)
         arrival.register(self._wake, select.POLLIN)
         arrival.register(self.datagrams, select.POLLIN)
         while self._parting is None:
-            awakening.poll(_RECEIVE_PAUSE_SECONDS * 1000 if self._have_met else 0)
+            awakening.poll(_RECEIVE_PAUSE_SECONDS * 1000 if self._may_pause else 0)
             ready = arrival.poll(max(0.0, due - time.monotonic()) * 1000)
             if any(descriptor == self._wake for descriptor, _ in ready):
                 os.eventfd_read(self._wake)
             self._receive()
-            if self._is_probing:
-                self._is_probing = False
-                self._send_to_peers(Kind.CALL if self._is_first else Kind.BEAT)
+            if self._is_probe_due:
+                self._is_probe_due = False
+                self._send_to_peers(Kind.CALL if self._is_first else Kind.BEAT, since=self._probed_since)
             message = self._loss_from_rank_0
             now = time.monotonic()
             if message is None and now >= due:
-                due = now + (self._beat if self._have_met else _SEARCH_SECONDS)
+                due = now + (interval if self._have_met else _SEARCH_SECONDS)
                 if not self._is_first:
                     self._send_to_peers(Kind.BEAT)
                 message = self._loss(now)
@@ -187,6 +196,16 @@ class Watchdog:
         """Whether rank 0 and this rank, or all others, have found each other."""
         return len(self._peers) == self.comm.size - 1 if self._is_first else self._path is not None
 
+    @property
+    def _may_pause(self) -> bool:
+        """Whether only beats are to be expected, which do not come all at once."""
+        return self._have_met and self._probed_since is None and not self._monitor.has_any_left
+
+    @property
+    def _stagger(self) -> float:
+        """A factor on pauses, 1 to 2, so that what ranks have sent at once they do not send again at once."""
+        return 1.0 + self.comm.rank / self.comm.size
+
     def _loss(self, now: float) -> str | None:
         with self._changed:
             silent = self._monitor.silent(now)
@@ -197,14 +216,15 @@ class Watchdog:
             return deadline_message(past_deadline, self._peers, self.timeout)
         return None
 
-    def _send_to_peers(self, kind: Kind, text: str | None = None) -> None:
+    def _send_to_peers(self, kind: Kind, text: str | None = None, since: float | None = None) -> None:
         """Send `text` (None: this node and process) from rank 0 to all others that are present, or to rank 0.
 
-        To rank 0 at the address where it has answered, or else at all its addresses.
+        To rank 0 at the address where it has answered, or else at all its addresses. `since`: rank 0 sends only to
+        those not heard since then.
         """
         text = self._node_and_process if text is None else text
         if self._is_first:
-            for rank in self._monitor.present:
+            for rank in self._monitor.unheard_since(math.inf if since is None else since):
                 self._send(Datagram(kind, 0, text=text), self._addresses[rank])
             return
         searching = self._is_searching(time.monotonic())
@@ -268,7 +288,7 @@ class Watchdog:
             self._send_to_peers(parting)
             if not self._monitor.present:
                 return
-            until = time.monotonic() + _FAREWELL_SECONDS
+            until = time.monotonic() + _FAREWELL_SECONDS * self._stagger
             while self._monitor.present and (left := until - time.monotonic()) > 0:
                 arrival.poll(left * 1000)
                 self._receive()

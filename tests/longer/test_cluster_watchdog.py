@@ -158,6 +158,30 @@ def test_probe_names_a_rank_that_does_not_answer_at_once(prober: int) -> None:
     run_members(act)
 
 
+@pytest.mark.parametrize("prober", [0, 1])
+def test_a_rank_whose_probe_is_lost_on_the_way_is_not_absent(prober: int) -> None:
+    def start(comm: SimulatedRanks) -> Watchdog:
+        dog = start_watchdog(comm, timeout=60.0)
+        assert dog is not None
+        return dog
+
+    dogs = results(3, start)
+    time.sleep(1.0)  # the first beat; the next comes seconds later
+    send, sent = dogs[prober]._send, list[Datagram]()
+
+    def lose_the_first(datagram: Datagram, address: tuple[str, int]) -> None:
+        sent.append(datagram)
+        if len(sent) > 2 - prober:  # rank 0 calls two
+            send(datagram, address)
+
+    dogs[prober]._send = lose_the_first  # type: ignore[method-assign]  # the fault under test
+    absent = dogs[prober].absent(2.0)
+    for dog in dogs:
+        dog.close()
+    assert absent == ""
+    assert len(sent) > 2 - prober
+
+
 def test_foreign_datagrams_are_ignored() -> None:
     with closing(open_datagrams()) as stranger:
         datagrams = open_datagrams()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -13,6 +15,7 @@ from dist_train.cluster.heartbeats import (
     deadline_message,
     decode,
     encode,
+    interval_of,
     loss_message,
     name_ranks,
     resolve,
@@ -121,6 +124,14 @@ def test_messages_name_ranks_node_and_process_and_the_fix() -> None:
         f"rank 1 (node0, process 4241) has failed, and the others have not ended within 60 s; {fix}"
     )
     assert name_ranks(list(range(40)), PLACES).endswith("7 (node3, process 4247) and 32 more")
+
+
+def test_beats_of_ranks_that_begin_together_do_not_keep_arriving_together() -> None:
+    ranks, window = 1024, 0.1  # seconds between rank 0's receptions
+    intervals = [interval_of(rank, ranks, BEAT) for rank in range(ranks)]
+    assert all(0.75 * BEAT < interval <= BEAT for interval in intervals)
+    arrivals = Counter(int(beat * interval / window) for interval in intervals for beat in range(5, 1000))
+    assert max(arrivals.values()) < 98  # what a buffer of Linux's default size may hold
 
 
 TOKEN = b"0123456789abcdef" * (TOKEN_BYTES // 16)
