@@ -1,4 +1,4 @@
-"""How a process of this program is started, and a rank's set up: garbage collection, the heap, the cores."""
+"""How a process of this program is started, and a rank's set up: garbage collection, heap, cores, open files."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ctypes
 import gc
 import mmap
 import os
+import resource
 import signal
 import sys
 from collections.abc import Iterator, Mapping
@@ -41,6 +42,20 @@ def usable_cores() -> int:
             if quota > 0:  # microseconds in each period
                 cores = min(cores, max(1, quota // period))
     return cores
+
+
+_MOST_FILES = 1 << 16
+
+
+def allow_open_files() -> None:
+    """Raise this process's soft limit of open files, as far as it may: it needs one for each rank, or two.
+
+    In a Slurm job it is that of the shell that submitted it, usually 1,024.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if resource.RLIM_INFINITY != soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def learn_how_children_end() -> None:

@@ -29,7 +29,7 @@ from dist_train.outcome import ExitCode, FaultError, UsageError
 from dist_train.rundir import atomic
 from dist_train.rundir.paths import RunDirectory, oserror_to_fault, refusing_unusable
 from dist_train.rundir.status import LAUNCH_VARIABLE
-from dist_train.start_up import own_command
+from dist_train.start_up import allow_open_files, own_command
 
 _POLL_SECONDS = 0.05
 _FIRST_PAUSE_SECONDS = 0.5
@@ -55,6 +55,7 @@ def launch_elastic(
     launch = os.environ.get(LAUNCH_VARIABLE, "") or secrets.token_hex(8)
     spec = {"words": list(words), "folder": os.getcwd(), "launch": launch, "restarts": limits.restarts}
     host, port = listen or ("127.0.0.1", 0)
+    allow_open_files()  # for a connection to each rank
     try:
         server = MembershipServer(limits, host, port, say, here=count, launch_spec=spec)
     except (OSError, OverflowError) as error:

@@ -12,6 +12,7 @@ from dist_train.cluster.inspection import check_recovery
 from dist_train.cluster.launch import IN_CALLBACK, current_launch, engine_of, is_elastic, is_installed
 from dist_train.config.sections import Engine
 from dist_train.outcome import ExitCode, UsageError, say_on_stderr
+from dist_train.start_up import allow_open_files
 
 
 def end_process() -> None:
@@ -77,6 +78,7 @@ def join_ranks(
             "a callback is called on rank 0 alone: call evaluate, replay and train on every rank, after training",
             code="in-a-callback",
         )
+    allow_open_files()
     if is_elastic():
         from dist_train.cluster.elastic import ElasticCommunicator
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -14,7 +17,9 @@ import pytest
 
 from dist_train.cluster import horovod, inspection, rendezvous
 from dist_train.cluster.communicator import SingleProcess
+from dist_train.cluster.elastic_launch import launch_elastic
 from dist_train.cluster.launch import MEMBERSHIP_VARIABLE, Launch, StoreAddress, current_launch, engine_of
+from dist_train.cluster.membership import Elasticity
 from dist_train.cluster.torch_engine import TorchCommunicator
 from dist_train.config.sections import Engine
 from dist_train.outcome import UsageError
@@ -186,6 +191,22 @@ def test_a_single_process_is_alone_without_horovod(
     comm = rendezvous.join_ranks(timeout=1.0, device_type="cpu")
     assert isinstance(comm, SingleProcess)
     assert (comm.rank, comm.size, comm.backend) == (0, 1, "alone")
+
+
+def _refused_launcher() -> None:
+    with suppress(UsageError):
+        launch_elastic(["train"], 0, Elasticity(1, 1, 1, 0, 1.0), Path("unused"), ("192.0.2.77", 0))
+
+
+@pytest.mark.parametrize("start", [lambda: rendezvous.join_ranks(timeout=1.0, device_type="cpu"), _refused_launcher])
+def test_connections_to_a_thousand_ranks_do_not_meet_a_shell_s_limit_of_open_files(start: Callable[[], object]) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (512, hard))
+    try:
+        start()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(hard, 1 << 16) if hard > 0 else 1 << 16, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_a_rank_on_a_gpu_joins_no_elastic_run_with_an_old_torch(monkeypatch: pytest.MonkeyPatch) -> None:
