@@ -120,19 +120,33 @@ def cached_arrays(
 
     stem.parent.mkdir(parents=True, exist_ok=True)
     refuse_foreign_cache(stem.parent)
-    with suppress(DamagedError):
-        if record.exists():
-            return mapped()  # without the lock, which a read-only file system does not give
-    with exclusive(stem.with_name(f"{stem.name}.lock")):
-        if record.exists():
+    while True:
+        before, damage = _version(record), None
+        if before is not None:
             try:
-                return mapped()
+                return mapped()  # without the lock, which a read-only file system does not give
             except DamagedError as error:
-                _LOGGER.warning("the entry %s of the cache is damaged (%s): making it again", stem, error)
-        remove_partial_files(stem.parent, "*", idle_seconds=_IDLE_SECONDS)  # of other entries, too: those made since
-        digests = map(_write_array, files, make())
-        write_text(record, json.dumps(dict(zip(names, digests, strict=True))))
-        return mapped()
+                damage = error
+        with exclusive(stem.with_name(f"{stem.name}.lock")):
+            with suppress(OSError):
+                os.utime(stem.parent)  # otherwise an NFS client may not show what another node has just made
+            if _version(record) != before:
+                continue  # made meanwhile: all ranks that waited for the lock verify it at once, not one by one
+            if damage is not None:
+                _LOGGER.warning("the entry %s of the cache is damaged (%s): making it again", stem, damage)
+            remove_partial_files(stem.parent, "*", idle_seconds=_IDLE_SECONDS)  # of other entries, too
+            digests = map(_write_array, files, make())
+            write_text(record, json.dumps(dict(zip(names, digests, strict=True))))
+            return mapped()
+
+
+def _version(record: Path) -> tuple[int, int] | None:
+    """Return what changes when the record is written anew; None without one."""
+    try:
+        state = record.stat()
+    except FileNotFoundError:
+        return None
+    return state.st_ino, state.st_mtime_ns
 
 
 def _map_array(path: Path, sha256: str) -> NDArray[Any]:

@@ -8,15 +8,19 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
+from dist_train.data import cache
 from dist_train.data.cache import Source, cache_folder, decoded_once
 from dist_train.data.images import ImageSet
 from dist_train.outcome import UsageError
+from dist_train.rundir.atomic import exclusive
+from dist_train.rundir.lock import is_locked
 from tests.raising import raises
 from tests.waiting import PATIENCE, wait_for
 
@@ -245,6 +249,30 @@ def test_one_of_several_processes_decodes_and_the_others_map(folder: Path, sourc
     assert len({output for output, _ in outputs}) == 1
     assert (tmp_path / "journal").read_text() == "decoded\n"
     assert entry_files(folder) == ["images.npy", "json", "labels.npy", "lock"]
+
+
+def test_who_waited_for_an_entry_verifies_it_without_the_lock_as_others_do_at_once(
+    folder: Path, source: Source, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    decode, locked, map_array = Decoder(), list[bool | None](), cache._map_array
+    decoded_once(folder, source, decode)
+    lock, record = (folder / f"{source.key()}.{end}" for end in ("lock", "json"))
+    content = record.read_bytes()
+    record.unlink()
+
+    def note(path: Path, sha256: str) -> object:
+        locked.append(is_locked(lock))
+        return map_array(path, sha256)
+
+    monkeypatch.setattr(cache, "_map_array", note)
+    waiting = threading.Thread(target=decoded_once, args=(folder, source, decode))
+    with caplog.at_level(logging.INFO), exclusive(lock):
+        waiting.start()
+        wait_for(lambda: str(lock) in caplog.text, "the other waits for the lock")
+        record.write_bytes(content)
+    waiting.join(PATIENCE)
+    assert decode.calls == 1
+    assert locked == [False, False]
 
 
 def test_process_killed_while_decoding_does_not_block_others(folder: Path, source: Source, tmp_path: Path) -> None:
