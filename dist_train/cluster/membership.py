@@ -128,7 +128,9 @@ def note_training(state: Membership, peer_id: int, works: bool) -> Decision:
     """A process holds the run's state from now on; `works`: its generation has made an update."""
     state = _with_peer(state, peer_id, has_state=True)
     if works:
-        peers = tuple(replace(peer, is_new=peer.is_new and peer.rank is None) for peer in state.peers)
+        peers = tuple(
+            replace(peer, is_new=False) if peer.is_new and peer.rank is not None else peer for peer in state.peers
+        )
         state = replace(state, peers=peers, tries=0)
     return state, ()
 
@@ -180,8 +182,8 @@ def mark_ready(
         return state, tuple(Message(member.id, "meet") for member in state.members)
     messages: tuple[Message, ...] = ()
     if why:
+        messages = () if state.is_broken else _break(state, why)  # once: every rank of a broken group reports it
         state = replace(state, report=state.report or f"{peer.name} reports: {why}")
-        messages = _break(state, why)
     return _begin_if_ready(replace(state, is_forming=True), messages)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import count, islice
 from typing import Any
 
@@ -250,7 +250,7 @@ class MembershipServer:
         for connection, node in self._nodes.items():
             if node.sent_view != self.view or now - node.sent_at >= self.timeout / BEATS_IN_TIMEOUT:
                 node.sent_view, node.sent_at = self.view, now
-                self._server.send(connection, {"kind": "view", **asdict(self.view)})
+                self._server.send(connection, {"kind": "view", **vars(self.view)})
 
     def _apply(self, event: Event[P], *args: P.args, **kwargs: P.kwargs) -> None:
         before = self.state

@@ -87,6 +87,13 @@ def test_a_death_stops_the_others_and_the_next_generation_keeps_their_order() ->
     assert told[10].fields["lost"] == ["rank 1 (, process 0) died"]
 
 
+@pytest.mark.parametrize("first", [(remove, 11, "died"), (mark_ready, 11, 1, "gradient.0")])
+def test_the_others_are_told_of_a_break_once_however_many_report_it(first: Event) -> None:
+    state = met(4)
+    assert said(state, first).keys() == {10, 12, 13}
+    assert said(after(state, first), (mark_ready, 12, 1, "gradient.1")) == {}
+
+
 def test_who_joins_is_let_in_after_an_update_behind_the_others() -> None:
     state = after(met(2), (remove, 10, "died"), (mark_ready, 11, 1), (connect, Peer(20, 0)))
     told = said(state, (mark_ready, 20, 0))
