@@ -169,6 +169,15 @@ def test_only_what_is_ours_and_gone_is_removed(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {living.path.name, far.path.name, *others}
 
 
+def test_the_first_rank_of_each_node_alone_removes_what_is_gone(tmp_path: Path) -> None:
+    silent, facts = mine(tmp_path, "silent"), replace(FACTS, nodes=("node1", "node1", "node2"))
+    age(silent.path, 301)
+    with serving(replace(facts, rank=1), targets_directory=tmp_path):
+        assert silent.path.exists()
+    with serving(replace(facts, rank=2, node="node2"), targets_directory=tmp_path):
+        assert not silent.path.exists()
+
+
 def test_a_run_that_begins_says_that_one_that_has_just_died_was_killed(tmp_path: Path) -> None:
     dead, before = gone(tmp_path), mine(tmp_path, "before", process=process_identity(os.getpid())[:-1])
     age(before.path, 301)

@@ -173,7 +173,9 @@ class _Service:
                 self._target = target
                 # Another rank that starts now may have taken the file for one of an earlier launch, and removed it.
                 self._heartbeat_due = time.monotonic() + _RECHECK_SECONDS
-            if self._target is not None:
+            # One rank of each node, which knows what runs there: each cleaner opens the files of all ranks.
+            is_cleaner = self._facts.node not in self._facts.nodes[: self._facts.rank]
+            if self._target is not None and is_cleaner:
                 with self._warning(f"target files of runs that are gone may stay in {directory}"):
                     if warning := targets.remove_stale(directory, resumed=self._facts.run_id).warning:
                         self._warn(f"{directory}: {warning}")
