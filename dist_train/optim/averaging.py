@@ -120,11 +120,12 @@ class AveragedModel:
 
 
 def mean_of(rows: Sequence[Tensor] | Tensor) -> Tensor:
-    """Return the mean of `rows`, summed in order, so that an element's bits do not depend on the other elements."""
+    """Return the mean of `rows`, summed in order: an element's bits depend neither on the others nor on the device."""
     total = rows[0].clone()
     for row in rows[1:]:
         total.add_(row)
-    return total.div_(len(rows))
+    # By a tensor: CUDA multiplies by the reciprocal of a number, and a checkpoint's mean is taken on the CPU.
+    return total.div_(total.new_full((), len(rows)))
 
 
 def averaged_state(average: Mapping[str, Any], model: Mapping[str, Tensor]) -> dict[str, Tensor]:

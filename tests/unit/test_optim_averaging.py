@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.optim import swa_utils
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_train.config import AveragingSettings
-from dist_train.optim.averaging import AveragedModel, Averaging, averaged_state
+from dist_train.optim.averaging import AveragedModel, Averaging, averaged_state, mean_of
 from dist_train.optim.flat_weights import FlatWeights
 
 
@@ -53,6 +56,25 @@ def test_the_latest_weights_are_averaged_however_many_there_are(last: int, every
             taken.append(weights.values.clone())
     expected = torch.stack(taken[-last:]).double().mean(0) if taken else weights.values.double()
     assert torch.allclose(averaging.value(steps).double(), expected, rtol=1e-6, atol=1e-6)
+
+
+class _Divisors(TorchDispatchMode):
+    """Notes the divisors of tensors, None for a number: by one, CUDA multiplies by its reciprocal, and CPUs divide."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch gives it no types
+        self.noted: list[torch.device | None] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._opname in ("div", "div_"):
+            self.noted.append(args[1].device if isinstance(args[1], torch.Tensor) else None)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_mean_has_the_same_bits_on_gpus_and_cpus() -> None:
+    with _Divisors() as divisors:
+        mean_of(torch.ones(3, 2, device="meta"))
+    assert divisors.noted == [torch.device("meta")]
 
 
 @pytest.mark.parametrize("kind", ["ema", "lawa"])
