@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dist_train.data.augmentation import Target
 from dist_train.outcome import UsageError
+from dist_train.start_up import without_collection
 from dist_train.training.compute import is_out_of_memory
 
 Pass = Callable[[Tensor, Target], object]
@@ -62,8 +63,12 @@ class CudaGraphRecorder:
             self._pool = torch.cuda.graph_pool_handle()
         self._graphs.add(graph)
         try:
-            # Other threads (checkpoints, NCCL's, the loader's) may call CUDA meanwhile.
-            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+            # Other threads (checkpoints, NCCL's, the loader's) may call CUDA meanwhile. A collection that destroyed an
+            # earlier step's graphs would break the recording; torch makes none before it (since 2.9).
+            with (
+                without_collection(),
+                torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"),
+            ):
                 launch()
         except RuntimeError as error:
             if is_out_of_memory(error):

@@ -188,6 +188,13 @@ def test_a_cuda_graph_is_recorded_on_the_stream_that_was_warm_and_other_threads_
     assert replay is graph.replay
 
 
+def test_no_garbage_is_collected_while_a_graph_is_recorded(cuda: Mock) -> None:
+    collects: list[bool] = []
+    CudaGraphRecorder().record(lambda: collects.append(gc.isenabled()))
+    assert collects == [False]
+    assert gc.isenabled()
+
+
 def test_graphs_share_a_pool_until_all_of_them_are_gone(cuda: Mock) -> None:
     cuda.CUDAGraph.side_effect = Mock
     cuda.graph_pool_handle.side_effect = ["first", "second"]
