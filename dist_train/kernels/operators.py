@@ -80,7 +80,8 @@ def norm_kernels(inputs: Tensor) -> ModuleType:
 
 def _normalize(inputs: Tensor, weight: Tensor, bias: Tensor, *others: object) -> object:
     _check_channels(inputs.shape[1], weight, bias)
-    return norm_kernels(inputs).normalize(inputs, weight, bias, *others)
+    with torch.cuda.device_of(inputs):  # Triton launches on the current device
+        return norm_kernels(inputs).normalize(inputs, weight, bias, *others)
 
 
 def _gradients(
@@ -89,7 +90,8 @@ def _gradients(
     if upstream.shape != inputs.shape:
         raise ValueError(f"the gradient of {list(inputs.shape)} has the shape {list(upstream.shape)}")
     _check_channels(inputs.shape[1], weight, bias, moments[0, 0])
-    return norm_kernels(inputs).gradients(upstream, inputs, weight, bias, moments, *others)
+    with torch.cuda.device_of(inputs):
+        return norm_kernels(inputs).gradients(upstream, inputs, weight, bias, moments, *others)
 
 
 def _check_channels(channels: int, *vectors: Tensor) -> None:
@@ -100,10 +102,11 @@ def _check_channels(channels: int, *vectors: Tensor) -> None:
 
 
 def _of_flat(name: str) -> Callable[..., object]:
-    def call(*arguments: object) -> object:
+    def call(tensor: Tensor, *others: object) -> object:
         from dist_train.kernels import flat
 
-        return getattr(flat, name)(*arguments)
+        with torch.cuda.device_of(tensor):
+            return getattr(flat, name)(tensor, *others)
 
     return call
 
