@@ -30,7 +30,7 @@ from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.status import StatusFile
 from dist_train.training import evaluation
 from dist_train.training.compute import Compute, set_up_compute
-from dist_train.training.evaluation import evaluate_stored, stored_config, stored_model
+from dist_train.training.evaluation import StoredEvaluation, evaluate_stored, stored_config, stored_model
 from tests.raising import raises, raises_problems
 from tests.unit.checkpoint_files import write
 from tests.unit.image_folders import write_folder
@@ -225,11 +225,11 @@ def test_an_export_to_a_full_disk_is_refused(run: Path, tmp_path: Path, to: Form
 
 def evaluated_on_ranks(
     size: int, monkeypatch: pytest.MonkeyPatch, run: Path, split: Split, overrides: Sequence[str] = ()
-) -> list[dict[str, object] | Exception]:
+) -> list[StoredEvaluation | Exception]:
     here = threading.local()
     monkeypatch.setattr(evaluation, "join_to_measure", lambda **_: here.comm)
 
-    def evaluated(comm: Communicator) -> dict[str, object]:
+    def evaluated(comm: Communicator) -> StoredEvaluation:
         here.comm = comm
         return evaluate_stored(run, split, overrides)
 

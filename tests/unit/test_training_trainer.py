@@ -33,6 +33,7 @@ from dist_train.rundir.records import (
 )
 from dist_train.rundir.status import StatusFile, read_status
 from dist_train.training import trainer as training_loop
+from dist_train.training.consistency import verify_agreement
 from dist_train.training.evaluation import recompute_statistics, statistics_samples
 from dist_train.training.recovery import ElasticTrainer
 from dist_train.training.step import GlobalBatch, TrainingStep, Update
@@ -440,8 +441,8 @@ def test_promise_6_recovery_changes_nothing_before_the_checkpoint_is_copied(
 def test_promise_4_after_a_recovery_ranks_compare_anew_what_all_of_them_still_hold(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, within: str
 ) -> None:
-    has_failed, late, report = threading.Event(), ["reset"], Saving.report
-    perturb, verify_agreement = SmoothOut.perturb, training_loop.verify_agreement
+    has_failed, late = threading.Event(), ["reset"]
+    perturb, report = SmoothOut.perturb, Saving.report
 
     def fail_once(rank: int) -> None:
         if rank == 1 and not has_failed.is_set():
