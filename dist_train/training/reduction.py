@@ -157,7 +157,7 @@ def _build_accumulator(
     shares = [share_of(config.model, each, comm.rank, comm.size) for each in plans]
     if settings.op == "adasum":
         share = sum(micro_batch.size for micro_batch in shares[plans.index(plan)]) / plan.global_size
-        _check_adasum(comm, share, weights.values.device)
+        _check_adasum(comm, share)
         return AdasumAccumulator(weights, comm, share)
     if settings.reduction == "float":
         return FloatAccumulator(weights, comm, torch.float16 if settings.compression == "fp16" else torch.float32)
@@ -186,7 +186,7 @@ def buckets_of(weights: FlatWeights, size: int) -> list[Bucket]:
     return buckets
 
 
-def _check_adasum(comm: Communicator, share: float, device: torch.device) -> None:
+def _check_adasum(comm: Communicator, share: float) -> None:
     if comm.backend.startswith("torch"):
         raise UsageError(
             "torch.distributed has no Adasum: set comm.engine=horovod, or comm.op=average", code="adasum-engine"
@@ -195,10 +195,8 @@ def _check_adasum(comm: Communicator, share: float, device: torch.device) -> Non
         raise UsageError(
             f"adasum needs a power of two of ranks, not {comm.size}: set comm.op to average", code="adasum-rank-count"
         )
-    if comm.backend == "gloo" and device.type == "cpu":
-        raise UsageError(
-            "adasum needs MPI on a CPU: start with mpirun, or set comm.op to average", code="adasum-without-mpi"
-        )
+    if comm.backend == "gloo":
+        raise UsageError("adasum needs MPI: start with mpirun, or set comm.op to average", code="adasum-without-mpi")
     if share == 0:
         raise UsageError(
             "adasum needs a micro-batch on every rank: set a smaller batch.micro_size", code="adasum-idle-rank"

@@ -258,9 +258,10 @@ class TestAdasum:
         with raises(UsageError, "adasum-rank-count"):
             results(3, self.build)
 
-    def test_it_needs_mpi_on_a_cpu(self) -> None:
+    @pytest.mark.parametrize("device", ["cpu", "meta"])  # any other stands for a GPU
+    def test_it_needs_mpi(self, device: str) -> None:
         with raises(UsageError, "adasum-without-mpi"):
-            results(2, self.build, backend="gloo")
+            results(2, lambda comm: self.build(comm, weights=FlatWeights(Given().to(device))), backend="gloo")
 
     def test_it_needs_a_micro_batch_on_every_rank(self) -> None:
         _, idle = on_ranks(2, lambda comm: self.build(comm, 1))
