@@ -27,7 +27,7 @@ from dist_train.cluster.communicator import GroupBrokenError, SingleProcess
 from dist_train.cluster.devices import TorchGpus, choose_device
 from dist_train.config import PrecisionSettings
 from dist_train.kernels import operators
-from dist_train.launching.assembly import _with_micro_size
+from dist_train.launching.assembly import _set_up_device, _with_micro_size
 from dist_train.launching.run import train
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import UsageError
@@ -149,6 +149,30 @@ def test_deterministic_sets_all_that_torch_offers() -> None:
     assert torch.backends.cudnn.deterministic
     assert not torch.backends.cudnn.benchmark
     assert torch.utils.deterministic.fill_uninitialized_memory is False  # type: ignore[attr-defined]  # set at run time
+
+
+@pytest.mark.usefixtures("_kernels_as_before")
+@pytest.mark.parametrize(
+    ("reduction", "deterministic", "given", "algorithms"),
+    [
+        ("float", True, {}, "^NVLS,NVLSTree"),
+        ("float", True, {"NCCL_ALGO": "NVLS"}, "NVLS"),
+        ("float", "auto", {}, None),
+        ("exact", True, {}, None),
+    ],
+)
+def test_only_where_floats_are_summed_deterministically_nccl_leaves_out_nvlink_s_switches(
+    reduction: str,
+    deterministic: object,
+    given: dict[str, str],
+    algorithms: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "environ", {**given})
+    precision = {"deterministic": deterministic}
+    config = small_config(run={"device": "cpu"}, comm={"reduction": reduction}, precision=precision)
+    _set_up_device(config, SingleProcess())
+    assert os.environ.get("NCCL_ALGO") == algorithms
 
 
 @pytest.mark.usefixtures("_kernels_as_before")
