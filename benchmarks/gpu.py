@@ -16,7 +16,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -206,7 +205,7 @@ def _aborts(device: torch.device) -> Iterator[str]:
     """Create a group, sum over it and abort it, twice; yield the times. Raises RuntimeError if an abort hangs."""
     for _ in range(2):
         started = time.perf_counter()
-        group = DeviceGroup(lambda: abortable_nccl(dist.HashStore(), 0, 1, timedelta(seconds=60)))
+        group = DeviceGroup(lambda: abortable_nccl(dist.HashStore(), 0, 1, 60.0))
         group.connect(device)
         connected = time.perf_counter()
         group.abort()

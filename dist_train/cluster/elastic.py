@@ -44,7 +44,9 @@ from dist_train.outcome import say_on_stderr, shortened
 
 _POLL_INTERVAL = timedelta(milliseconds=100)  # between checks of a waiting operation, of ms each
 _STORE_TIMEOUT = timedelta(seconds=60)
-_ABORT_SHARE = 0.5  # part of `comm.timeout` that aborting NCCL may take; after all of it, a rank is expelled
+# Parts of `comm.timeout`; after all of it, a rank is expelled.
+_CONNECTING_SHARE = 0.5  # that one call of NCCL may take: torch holds a lock meanwhile, for which an abort waits
+_ABORT_SHARE = 0.75  # that aborting NCCL may take
 
 _naming_breaks = partial(naming_lost_ranks, kind=GroupBrokenError, opening="")
 
@@ -170,9 +172,9 @@ class ElasticCommunicator(TorchOperations):
             return
         check_own_gpu(self, device)
         store, rank, size = dist.PrefixStore("device", self._group_store), self.rank, self.size
-        group = DeviceGroup(lambda: abortable_nccl(store, rank, size, self._operation_timeout))
+        group = DeviceGroup(lambda: abortable_nccl(store, rank, size, self._timeout))
         self._device_group = group
-        self.run_while_whole(lambda: group.connect(device), "connecting GPUs")
+        self.run_while_whole(lambda: group.connect(device), "connecting GPUs within half of comm.timeout")
 
     def run_while_whole(self, function: Callable[[], Result], name: str) -> Result:
         """Return `function()`, called in a thread that is abandoned if a rank is lost meanwhile."""
@@ -311,11 +313,14 @@ class DeviceGroup:
         return self._is_aborted.wait(seconds)
 
 
-def abortable_nccl(store: dist.Store, rank: int, size: int, timeout: timedelta) -> Any:
-    """Return an NCCL group whose calls never block for good: an abort from another thread ends them."""
-    # Torch reads it once per process, at the first use.
-    os.environ.setdefault("TORCH_NCCL_NONBLOCKING_TIMEOUT", f"{timeout.total_seconds():.0f}")
-    options = nccl_options(timeout)
+def abortable_nccl(store: dist.Store, rank: int, size: int, timeout: float) -> Any:
+    """Return an NCCL group whose calls never block for good: they end, or an abort from another thread ends them.
+
+    `timeout`: `comm.timeout`, in seconds.
+    """
+    # In whole seconds; torch reads it once per process, at the first use.
+    os.environ.setdefault("TORCH_NCCL_NONBLOCKING_TIMEOUT", str(int(timeout * _CONNECTING_SHARE)))
+    options = nccl_options(timedelta(seconds=longest_wait(timeout)))
     # As in torchft: otherwise an abort cannot reach a thread that is inside NCCL while ranks connect.
     options.config.blocking = False
     return dist.ProcessGroupNCCL(store, rank, size, options)

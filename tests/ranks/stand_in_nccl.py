@@ -1,12 +1,14 @@
 """A stand-in for NCCL, by which ranks on CPUs behave like ranks on GPUs.
 
 It is as bad as NCCL may be: an operation with a lost rank neither ends nor fails until the group is aborted; then it
-counts as completed, with arbitrary contents of its tensor. `stand_in_environment` installs it in all ranks of a launch.
+counts as completed, with arbitrary contents of its tensor. As in torch, the first operation waits for all ranks, and
+holds a lock meanwhile, for which an abort waits. `stand_in_environment` installs it in all ranks of a launch.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -19,19 +21,21 @@ import torch.distributed as dist
 
 from dist_train.cluster import elastic
 from dist_train.cluster.communicator import Pending
-from dist_train.cluster.elastic import DeviceGroup, ElasticCommunicator
+from dist_train.cluster.elastic import _CONNECTING_SHARE, DeviceGroup, ElasticCommunicator
+from dist_train.cluster.heartbeats import longest_wait
 from dist_train.cluster.membership_server import SLOT_VARIABLE
 
 _ON_DEVICE = ("gradient.", "tally", "evaluation", "state.")
 """Prefixes of the names of operations whose tensors would be on a GPU."""
 _ROOT = Path(__file__).parents[2]
+_ORDERS = "STAND_IN_ORDERS"  # a folder: of a file die-PID there, that process dies before it connects
 
 
 def stand_in_environment(folder: Path) -> dict[str, str]:
     """Return the environment of a launch whose ranks use the stand-in."""
     lines = ["import os", f"if {SLOT_VARIABLE!r} in os.environ:", "    from tests.ranks import stand_in_nccl"]
     (folder / "sitecustomize.py").write_text("\n".join([*lines, "    stand_in_nccl.install()", ""]))
-    return {"PYTHONPATH": f"{folder}:{_ROOT}"}
+    return {"PYTHONPATH": f"{folder}:{_ROOT}", _ORDERS: str(folder)}
 
 
 class StandInWork:
@@ -65,13 +69,19 @@ class StandInWork:
 class StandInNccl:
     """A process group like NCCL's, over Gloo."""
 
-    def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
-        self._gloo: Any = dist.ProcessGroupGloo(store, rank, size, timeout)
+    def __init__(self, store: dist.Store, rank: int, size: int, timeout: float) -> None:
+        self._arguments = store, rank, size
+        self._timeout = timeout
+        self._lock = threading.Lock()
+        self._gloo: Any = None
         self._works: list[StandInWork] = []
         self.is_aborted = False
 
     def allreduce(self, tensors: list[torch.Tensor]) -> StandInWork:
-        """Start a sum."""
+        """Start a sum; the first connects."""
+        with self._lock:
+            if self._gloo is None:
+                self._connect()
         return self._track(self._gloo.allreduce(tensors), tensors[0])
 
     def broadcast(self, tensor: torch.Tensor, root: int) -> StandInWork:
@@ -80,8 +90,9 @@ class StandInNccl:
 
     def abort(self) -> None:
         """End all operations, with a delay; their tensors are overwritten for a while after."""
-        time.sleep(0.02)
-        self.is_aborted = True
+        with self._lock:
+            time.sleep(0.02)
+            self.is_aborted = True
         works = [work for work in self._works if not work.is_completed() or not work.is_done]
 
         def corrupt() -> None:
@@ -91,6 +102,12 @@ class StandInNccl:
                 time.sleep(0.02)
 
         threading.Thread(target=corrupt, daemon=True).start()
+
+    def _connect(self) -> None:
+        if Path(os.environ[_ORDERS], f"die-{os.getpid()}").exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+        self._gloo = dist.ProcessGroupGloo(*self._arguments, timedelta(seconds=self._timeout * _CONNECTING_SHARE))
+        self._gloo._set_default_timeout(timedelta(seconds=longest_wait(self._timeout)))
 
     def _track(self, work: Any, tensor: torch.Tensor) -> StandInWork:
         self._works = [each for each in self._works if not each.is_done]

@@ -144,6 +144,22 @@ def test_ranks_on_gpus_abort_nccl_and_continue(tmp_path: Path) -> None:
     assert_same_run(run, tmp_path / "undisturbed", ["train"])
 
 
+@pytest.mark.lengthy
+def test_a_rank_lost_while_gpus_connect_does_not_end_the_others(tmp_path: Path) -> None:
+    config, run = write_config(tmp_path, ENDLESS), tmp_path / "run"
+    with ElasticRun(config, run, 3, ("--min-ranks", "1"), stand_in_environment(tmp_path)) as launch:
+        wait_for_lines(run / "metrics.jsonl", 4)
+        tmp_path.joinpath(f"die-{launch.slots()[2]}").touch()
+        launch.send(1, signal.SIGKILL)
+        wait_for(
+            lambda: status(run)["world_size"] == 1 or launch.process.poll() is not None,
+            lambda: launch.log.read_text()[-3000:],
+        )
+        launch.process.send_signal(signal.SIGTERM)
+        ended = launch.wait()
+    assert ended.code == ExitCode.STOPPED, ended.output
+
+
 HANGING = """
 import os
 import time

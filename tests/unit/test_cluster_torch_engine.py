@@ -18,7 +18,7 @@ from torch._subclasses import FakeTensorMode
 
 from dist_train.cluster import torch_engine
 from dist_train.cluster.communicator import Communicator, RankLostError, naming_lost_ranks
-from dist_train.cluster.elastic import abortable_nccl
+from dist_train.cluster.elastic import _ABORT_SHARE, abortable_nccl
 from dist_train.cluster.launch import Launch, StoreAddress
 from dist_train.cluster.torch_engine import TorchCommunicator, nccl_options, open_counters_at_rank_0
 from dist_train.outcome import FaultError, PeerFailedError, UsageError
@@ -207,7 +207,9 @@ def test_a_rank_that_has_finished_ends_after_the_threads_of_its_group(
     assert is_gone.is_set()
 
 
-@pytest.mark.parametrize("make", [nccl_options, lambda timeout: abortable_nccl(dist.HashStore(), 0, 1, timeout)])
+@pytest.mark.parametrize(
+    "make", [nccl_options, lambda timeout: abortable_nccl(dist.HashStore(), 0, 1, timeout.total_seconds())]
+)
 def test_torch_neither_ends_a_rank_whose_nccl_operation_is_late_nor_overrides_the_user(
     make: Callable[[timedelta], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -228,3 +230,13 @@ def test_what_torchrun_sets_is_not_the_user_s_choice(given: str, kept: str, monk
     monkeypatch.setattr(os, "environ", environment)
     nccl_options(timedelta(seconds=60))
     assert environment["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == kept
+
+
+@pytest.mark.parametrize("timeout", [5.0, 60.0, 300.0])
+def test_an_abort_may_wait_for_what_connects(timeout: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", Mock(), raising=False)
+    environment: dict[str, str] = {}
+    monkeypatch.setattr(os, "environ", environment)
+    abortable_nccl(dist.HashStore(), 0, 1, timeout)
+    # Torch gives up once this many whole seconds are over.
+    assert int(environment["TORCH_NCCL_NONBLOCKING_TIMEOUT"]) + 1 < timeout * _ABORT_SHARE
