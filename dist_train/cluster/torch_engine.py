@@ -204,7 +204,7 @@ def abort_in_thread(aborted: list[Any], is_aborted: threading.Event) -> threadin
         with suppress(RuntimeError):  # it was broken already
             aborted[0].abort()  # with its kernels; `shutdown` would wait for operations in flight
         is_aborted.set()
-        # Not before: the group's end joins torch's watchdog, which sleeps a minute or more if it saw NCCL fail.
+        # Not before: the group's end joins torch's watchdog, which may take long if it saw NCCL fail.
         aborted.clear()
 
     thread = threading.Thread(target=end, name="aborted-group", daemon=True)
@@ -299,6 +299,10 @@ def nccl_options(timeout: timedelta) -> Any:
     # torchrun sets it to 1 for every rank, unless the user has set it.
     if "TORCHELASTIC_RUN_ID" in os.environ and os.environ[_TORCH_WATCHDOGS[0]] == "1":
         os.environ[_TORCH_WATCHDOGS[0]] = "0"
+    if os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "0":
+        # Otherwise torch's watchdog waits a minute after a failure, for dumps that nobody makes, and holds a lock that
+        # this rank needs to start a sum: the others do not wait that long for it.
+        os.environ.setdefault("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", "0")
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timeout
     return options

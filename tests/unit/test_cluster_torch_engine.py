@@ -240,3 +240,12 @@ def test_an_abort_may_wait_for_what_connects(timeout: float, monkeypatch: pytest
     abortable_nccl(dist.HashStore(), 0, 1, timeout)
     # Torch gives up once this many whole seconds are over.
     assert int(environment["TORCH_NCCL_NONBLOCKING_TIMEOUT"]) + 1 < timeout * _ABORT_SHARE
+
+
+@pytest.mark.parametrize("dumps", ["0", "1"])
+def test_torch_waits_for_dumps_of_traces_only_if_there_are_any(dumps: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", Mock(), raising=False)
+    environment = {"TORCH_NCCL_DUMP_ON_TIMEOUT": dumps}
+    monkeypatch.setattr(os, "environ", environment)
+    nccl_options(timedelta(seconds=60))
+    assert environment.get("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC") == ("0" if dumps == "0" else None)
