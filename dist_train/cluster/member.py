@@ -96,7 +96,7 @@ class Member:
             welcome = self._connection.introduce(environment[TOKEN_VARIABLE], fields)
             self.joins = bool(welcome["joins"])  # a run that is under way
             self.most_ranks = int(welcome["most"])  # that there may be at a time
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             self._connection.socket.close()
             raise RankLostError(f"the launcher does not answer at {host}:{port}: {error}") from error
         self.address: str = self._connection.socket.getsockname()[0]  # this node's address on the network of the launch

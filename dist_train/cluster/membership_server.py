@@ -19,7 +19,7 @@ from dist_train.cluster import membership
 from dist_train.cluster.heartbeats import BEATS_IN_TIMEOUT, SuspensionDetector, longest_wait
 from dist_train.cluster.launch import MEMBERSHIP_VARIABLE
 from dist_train.cluster.membership import Elasticity, Event, Membership, P, Peer, decide
-from dist_train.cluster.messages import MessageServer, answer_of_coordinator
+from dist_train.cluster.messages import MessageServer
 from dist_train.outcome import ExitCode
 
 TOKEN_VARIABLE = "DIST_TRAIN_MEMBERSHIP_TOKEN"  # nosec B105  # the name of a variable
@@ -190,7 +190,7 @@ class MembershipServer:
     def _admit(self, peer_id: int, fields: Mapping[str, Any]) -> None:
         node, process = str(fields["node"]), int(fields["process"])
         if "ranks" in fields:
-            self._admit_node(peer_id, JoinedNode(node, process, int(fields["ranks"])), str(fields["challenge"]))
+            self._admit_node(peer_id, JoinedNode(node, process, int(fields["ranks"])))
             return
         slot = int(fields["slot"])
         if slot not in self._own_slots and self._owner(slot) is None:
@@ -200,9 +200,8 @@ class MembershipServer:
         self._apply(membership.connect, Peer(peer_id, slot, node, process))
         self._server.send(peer_id, {"kind": "welcome", "joins": joins, "most": self.limits.max_ranks})
 
-    def _admit_node(self, peer_id: int, node: JoinedNode, challenge: str) -> None:
-        proof = answer_of_coordinator(self.token, challenge)
-        self._server.send(peer_id, {"kind": "known", "proof": proof, "timeout": self.timeout})
+    def _admit_node(self, peer_id: int, node: JoinedNode) -> None:
+        self._server.send(peer_id, {"kind": "limits", "timeout": self.timeout})
         if why := self._refusal(node.wanted):
             self.say(f"{node.name} may not join: {why}")
             self._server.send(peer_id, {"kind": "refused", "why": why})

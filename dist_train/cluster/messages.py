@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from dist_train.cluster.heartbeats import resolve
 
@@ -21,14 +21,9 @@ _LONGEST_LINE = 1 << 20
 _CONNECT_SECONDS = 10.0
 
 
-def answer_to(token: str, challenge: str) -> str:
-    """Return the proof that its sender knows `token`."""
-    return hmac.new(token.encode(), challenge.encode(), "sha256").hexdigest()
-
-
-def answer_of_coordinator(token: str, challenge: str) -> str:
-    """Return the coordinator's own proof, which cannot be obtained by sending a challenge to a rank."""
-    return answer_to(token, f"coordinator {challenge}")
+def proof_of(sender: Literal["coordinator", "peer"], token: str, challenge: str) -> str:
+    """Return the proof that `sender` knows `token`; whatever the challenge, that of a peer is no coordinator's."""
+    return hmac.new(token.encode(), f"{sender} {challenge}".encode(), "sha256").hexdigest()
 
 
 class MessageConnection:
@@ -42,12 +37,14 @@ class MessageConnection:
         self._sending = threading.Lock()
 
     def introduce(self, token: str, fields: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Prove that this process knows `token`, describe it by `fields`, and return the answer.
+        """Prove that this process knows `token`, as the coordinator does; describe it by `fields`; return the answer.
 
-        Raises OSError, or ValueError, KeyError or TypeError if the other end is no coordinator.
+        Raises OSError, or ValueError, KeyError or TypeError if the other end is no coordinator that knows `token`.
         """
-        proof = answer_to(token, str(self.next_message()["text"]))
-        self.send({"kind": "hello", "proof": proof, "process": os.getpid(), **fields})
+        proof, challenge = proof_of("peer", token, str(self.next_message()["text"])), secrets.token_hex(16)
+        self.send({"kind": "hello", "proof": proof, "challenge": challenge, "process": os.getpid(), **fields})
+        if not hmac.compare_digest(str(self.next_message()["proof"]), proof_of("coordinator", token, challenge)):
+            raise ValueError("the proof is wrong")
         return self.next_message()
 
     def send(self, fields: Mapping[str, Any]) -> None:
@@ -91,7 +88,8 @@ class _Peer:
 class MessageServer:
     """The coordinator's end of the connections, by number; it has no thread and never blocks: call `poll` often.
 
-    A process that does not prove by its first message, `hello`, that it knows `token` is disconnected.
+    A process that does not prove by its first message, `hello`, that it knows `token` is disconnected. To the others it
+    proves that it knows `token`, too.
     """
 
     def __init__(
@@ -196,14 +194,17 @@ class MessageServer:
                     self.drop(peer_id)
                 if peer_id not in self._peers:
                     return
-                peer.is_known = True
+                if not peer.is_known:
+                    peer.is_known = True
+                    proof = proof_of("coordinator", self._token, str(fields["challenge"]))
+                    self.send(peer_id, {"kind": "known", "proof": proof})
                 self._handle(peer_id, fields)
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 self._lose(peer_id, "sent what is no message")
                 return
 
     def _knows_token(self, peer: _Peer, fields: Mapping[str, Any]) -> bool:
-        proof = answer_to(self._token, peer.challenge)
+        proof = proof_of("peer", self._token, peer.challenge)
         return fields["kind"] == "hello" and hmac.compare_digest(str(fields["proof"]), proof)
 
     def _flush(self, peer_id: int, peer: _Peer) -> None:

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import reduce
@@ -35,7 +36,7 @@ from dist_train.cluster.membership import (
     set_may_grow,
 )
 from dist_train.cluster.membership_server import SLOT_VARIABLE, TOKEN_VARIABLE, JoinedNode, MembershipServer
-from dist_train.cluster.messages import MessageServer, answer_to
+from dist_train.cluster.messages import MessageServer, proof_of
 from dist_train.outcome import ExitCode, FaultError, UsageError
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.status import LAUNCH_VARIABLE, StatusFile, read_status
@@ -488,7 +489,7 @@ def test_of_nodes_that_come_at_once_only_those_start_with_which_the_run_begins()
     while len(server._server.heard) < 2:
         server.poll(1.0)
     for number, launcher in enumerate(launchers, start=1):
-        proof = answer_to(server.token, json.loads(launcher.recv(1000))["text"])
+        proof = proof_of("peer", server.token, json.loads(launcher.recv(1000))["text"])
         hello = {"kind": "hello", "proof": proof, "challenge": "", "node": f"node{number}", "process": 1, "ranks": 2}
         launcher.sendall(json.dumps(hello).encode() + b"\n")
     server.poll(1.0)
@@ -577,6 +578,31 @@ def test_a_launcher_runs_nothing_for_a_coordinator_that_does_not_know_the_token(
     with serving(1, 5.0) as server, pytest.raises(UsageError) as refused:
         joining(server, 1, token="another")
     assert refused.value.code == "join-token"
+
+
+def test_a_launcher_is_not_deceived_by_what_another_one_proves() -> None:
+    def hello_of(launcher: socket.socket, challenge: str) -> dict[str, Any]:
+        launcher.sendall(json.dumps({"kind": "challenge", "text": challenge}).encode() + b"\n")
+        fields: dict[str, Any] = json.loads(launcher.recv(1 << 16))
+        return fields
+
+    with socket.create_server(("127.0.0.1", 0)) as impostor, ThreadPoolExecutor() as pool:
+        host, port = impostor.getsockname()
+        joins = [pool.submit(RemoteCoordinator, Entry(host, port, "token"), 1) for _ in range(2)]
+        (deceived, _), (other, _) = impostor.accept(), impostor.accept()
+        asked = hello_of(deceived, "")["challenge"]
+        proof = hello_of(other, f"coordinator {asked}")["proof"]
+        deceived.sendall(2 * (json.dumps({"kind": "known", "proof": proof, "timeout": 5}).encode() + b"\n"))
+        other.close()
+        refusals = [join.exception() for join in joins]
+        deceived.close()
+    assert [getattr(refusal, "code", None) for refusal in refusals] == ["join-token", "join-token"]
+
+
+def test_a_rank_obeys_no_coordinator_that_does_not_know_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MessageServer, "_knows_token", lambda *_: True)
+    with serving(1, 5.0) as server, pytest.raises(RankLostError):
+        Member(server.timeout, {**server.variables, SLOT_VARIABLE: "0", TOKEN_VARIABLE: "another"}, lambda: None)
 
 
 def test_nobody_runs_what_a_readable_file_names(tmp_path: Path) -> None:
