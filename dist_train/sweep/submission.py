@@ -259,4 +259,9 @@ def _gpus(options: Sequence[str]) -> int | None:
 
 
 def _quoted(option: str) -> str:
+    if "\n" in option:  # the shell would run what follows
+        raise UsageError(
+            f"an option for sbatch has a line break, {option!r}: give the folder another name, or write it on one line",
+            code="line-break",
+        )
     return option if re.fullmatch(r"[\w@%+=:,./-]+", option) else '"' + option.replace('"', '\\"') + '"'

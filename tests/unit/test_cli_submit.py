@@ -324,6 +324,18 @@ def test_options_that_an_analysis_refuses_are_refused_before_the_runs(
         assert words in printed.err
 
 
+@pytest.mark.parametrize(
+    "words", [('run.directory="x\\ntouch pwned\\n"', "--dry-run"), ("--dry-run", "--", "--comment=x\ntouch pwned")]
+)
+def test_no_line_of_an_option_becomes_a_command_of_the_script(
+    config: Path, words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["submit", str(config), *words]) == ExitCode.USAGE
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "[line-break]" in printed.err
+
+
 def test_a_bad_configuration_is_refused(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["submit", str(config), "noise.amplitud=1", "--dry-run"]) == ExitCode.USAGE
     printed = capsys.readouterr()
