@@ -287,7 +287,8 @@ def _commands(subject: Subject) -> tuple[str, ...]:
     if subject.kind != "run":
         return (report,)
     name, config = subject.runs[0].settings.get("run.name", "run"), RunDirectory(subject.directory).config
-    return (f"dist-train train {shlex.quote(str(config))} run.name={name}-again run.resume=never", report)
+    words = ["dist-train", "train", str(config), f"run.name={name}-again", "run.resume=never"]
+    return (shlex.join(words), report)
 
 
 def _command_of(run: StoredRun) -> str:

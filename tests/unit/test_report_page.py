@@ -71,6 +71,13 @@ def test_the_page_shows_the_runs_versions_and_none_of_this_machine_s(tmp_path: P
         assert version not in page
 
 
+def test_the_command_that_repeats_a_run_is_one_command_whatever_its_files_say(tmp_path: Path) -> None:
+    directory = make_run(tmp_path / "my run", treatment := treatments()[0], 0, dict(treatment.settings))
+    (directory / "config.yaml").write_text("run: {name: 'x; touch pwned #'}\n")
+    command = f"<code>dist-train train '{directory}/config.yaml' 'run.name=x; touch pwned #-again' run.resume=never<"
+    assert command in html.unescape(render(read_subject(directory)))
+
+
 def test_stored_titles_of_several_lines_give_the_same_tables(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study", seeds=(0,))
     tables = tables_in_markdown(read_subject(study))
