@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dist_train.cluster.launch import LISTEN_FD, without_launcher
-from dist_train.outcome import ExitCode, FaultError, say_on_stderr, signal_name
+from dist_train.outcome import ExitCode, FaultError, printable, say_on_stderr, signal_name
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.status import LAUNCH_VARIABLE, record_lost
 from dist_train.start_up import learn_how_children_end, usable_cores
@@ -244,4 +244,4 @@ def _status_field(process: int, name: str) -> str:
 
 def say(text: str) -> None:
     """Print a message of the launcher to standard error, if that can be written."""
-    say_on_stderr(f"dist-train launch: {text}")
+    say_on_stderr(f"dist-train launch: {printable(text)}")

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from dist_train.cli.main import main
+from dist_train.cluster.local_launch import say
 from dist_train.rundir.records import EvaluationRecord, EventRecord, Record
 from tests.unit.foreign_files import give_away
 from tests.unit.test_cli_commands import write_config
@@ -101,6 +102,12 @@ def test_what_is_printed_of_a_run_does_nothing_to_the_terminal(command: list[str
     printed = subprocess.run(program, capture_output=True, check=True, env={**os.environ, "COLUMNS": "200"}).stdout
     assert b"odd\\x1b[31m" in printed
     assert not [each for each in printed.decode() if each != "\n" and not each.isprintable()]
+
+
+def test_what_a_launcher_says_of_a_lost_rank_does_nothing_to_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    say("rank 1 failed: the image a\x1b]0;pwned\x07.png cannot be read")
+    said = "dist-train launch: rank 1 failed: the image a\\x1b]0;pwned\\x07.png cannot be read\n"
+    assert capsys.readouterr().err == said
 
 
 @pytest.mark.parametrize(
