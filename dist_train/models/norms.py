@@ -272,6 +272,7 @@ class BatchStatistics:
 
     def __init__(self, norms: Sequence[GroupedBatchNorm], device: torch.device, samples: int) -> None:
         """`samples`: the most that are added up between two calls of `clear`, on all ranks."""
+        self.samples = samples
         self._norms = tuple(norms)
         self._limit = STATISTICS.limit / samples  # no sum of values below it, weighted by samples, leaves the range
         self._running = [average for norm in norms for average in (norm.running_mean, norm.running_var)]

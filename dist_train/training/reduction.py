@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import takewhile
+from itertools import groupby, takewhile
 
 import torch
 from torch import nn
@@ -206,7 +206,7 @@ def _check_adasum(comm: Communicator, share: float) -> None:
 _LOSS, _CORRECT, _SAMPLES, _RISE, _RISE_SAMPLES, _OUT_OF_RANGE, _OUT_OF_MEMORY, _STOP, _RENDEZVOUS, _SLOTS = range(10)
 
 _TERM_LIMIT = LOSSES.limit / 4096
-"""A micro-batch whose losses add up to more is out of range; the sum of 4,096 below it is not."""
+"""A micro-batch whose losses add up to more is out of range."""
 
 
 @dataclass(frozen=True)
@@ -242,6 +242,8 @@ class Tally:
     def __init__(self, comm: Communicator, statistics: BatchStatistics, device: torch.device) -> None:
         self._comm = comm
         self._statistics = statistics
+        # However many micro-batches there are, no sum of losses whose means are below it leaves the range.
+        self._mean_limit = LOSSES.limit / statistics.samples
         self._counts = torch.zeros(_SLOTS, dtype=torch.int64, device=device)
         self._noted: list[tuple[torch.Tensor, torch.Tensor, int]] = []
         """The summed loss of each micro-batch since the last `count`, which labels were right, and how many it has."""
@@ -273,7 +275,11 @@ class Tally:
         if self._noted:
             sums, correct, samples = zip(*self._noted, strict=True)
             losses = torch.stack(sums).to(torch.float64)
-            finite = losses.abs() < _TERM_LIMIT
+            limits = [
+                losses.new_full((len(list(equal)),), min(_TERM_LIMIT, self._mean_limit * size))
+                for size, equal in groupby(samples)
+            ]
+            finite = losses.abs() < torch.cat(limits)
             # An assignment to an element would copy it onto itself.
             self._counts[_LOSS].add_(LOSSES.encode(torch.where(finite, losses, 0.0)).sum())
             self._counts[_OUT_OF_RANGE].add_((~finite).sum())

@@ -70,6 +70,21 @@ def test_a_sum_of_losses_within_the_range_does_not_leave_it() -> None:
         assert total.loss == pytest.approx(0.0 if told else float(loss) / 2)
 
 
+def test_losses_too_large_for_a_sum_over_many_micro_batches_are_out_of_range() -> None:
+    samples, many = 1 << 20, 1 << 14
+    tally = Tally(SingleProcess(), BatchStatistics((), CPU, samples), CPU)
+    labels = torch.zeros(samples // many, dtype=torch.int64)
+    logits = torch.zeros(len(labels), 1)
+    for mean, out_of_range in ((16_000.0, 0), (40_000.0, many)):
+        tally.clear()
+        for _ in range(many):
+            tally.add(torch.tensor(mean * len(labels)), logits, labels)
+        tally.send()
+        total = tally.result()
+        assert total.out_of_range == out_of_range
+        assert total.loss == (0.0 if out_of_range else mean)
+
+
 def test_what_one_rank_has_to_say_reaches_all() -> None:
     def tell(comm: Communicator) -> TallyResult:
         tally = Tally(comm, BatchStatistics((), CPU, 12), CPU)
