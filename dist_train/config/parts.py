@@ -344,6 +344,6 @@ class EarlyStoppingSettings(Section):
     patience: PositiveInt | None = Field(None, examples=[5])
     """Evaluations without improvement after which the run ends; null: never."""
     min_delta: NonNegativeFloat = Field(0.0, examples=[0.001])
-    """Smallest improvement of the metric that counts."""
+    """The metric must improve by more than this."""
     metric: Metric | None = Field(None, examples=["validation.loss"])
     """SPLIT.accuracy or SPLIT.loss; null: accuracy on the validation split, or else on the test split."""
