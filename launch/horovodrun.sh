@@ -130,7 +130,12 @@ on_remote_machine() {
     remote "$1" bash -c "$(printf %q ". $(printf %q "$root")/launch/common.sh; launch_id=$launch_id; $2")" </dev/null
 }
 
-launch_horovodrun stop_one_rank "$horovodrun" --gloo -np "$rank_count" -H "$hosts" "${dist_train[@]}" "$@"
+# horovodrun replaces the variable by the interface that it finds, or is given.
+interface=()
+if ((${#remote_names[@]})) && [[ -n ${HOROVOD_GLOO_IFACE:-} ]]; then
+    interface=(--network-interfaces "$HOROVOD_GLOO_IFACE")
+fi
+launch_horovodrun stop_one_rank "$horovodrun" --gloo "${interface[@]}" -np "$rank_count" -H "$hosts" "${dist_train[@]}" "$@"
 # A rank that hangs outlives the ssh that started it.
 for name in "${remote_names[@]}"; do
     on_remote_machine "$name" end_leftovers || say "$name does not answer; ranks may still be running there"

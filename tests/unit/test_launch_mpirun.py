@@ -333,3 +333,17 @@ def test_a_stop_request_ends_horovodrun_where_all_ranks_are_on_other_machines(tm
         process.send_signal(signal.SIGUSR2)
         _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1, errors
+
+
+@pytest.mark.parametrize(("host", "is_given"), [("elsewhere:2", True), ("localhost:2", False)])
+def test_horovodrun_is_given_the_network_interface_for_ranks_on_other_machines(
+    host: str, is_given: bool, tmp_path: Path
+) -> None:
+    # It sets HOROVOD_GLOO_IFACE itself, for ranks that are all on this machine to that of loopback.
+    write_programs(tmp_path, ssh="exit 0")
+    environment = with_programs(tmp_path, f"printf '%s\\n' \"$@\" >{tmp_path}/out")
+    environment |= {"PATH": f"{tmp_path}:{environment['PATH']}", "HOROVOD_GLOO_IFACE": "ib0"}
+    script = [str(ROOT / "launch/horovodrun.sh"), "-H", host, "runs"]
+    subprocess.run(script, cwd=tmp_path, env=environment, check=True)
+    options = (tmp_path / "out").read_text().splitlines()
+    assert (["--network-interfaces", "ib0"] in map(list, pairwise(options))) == is_given
