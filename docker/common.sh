@@ -64,7 +64,7 @@ known_cause() {
         *"No space left on device"* | *"Disk quota exceeded"* | *"not enough free disk space"*)
             printf '%s\n' "A disk is full. Free some space, or set folders on another disk: DIST_TRAIN_CACHE for Horovod," \
                 "TMPDIR for temporary files, PIP_CACHE_DIR for downloads; for .venv, clone elsewhere. Free now:"
-            df -h --output=avail,target "$root" "${TMPDIR:-/tmp}" "${HOME:-/}" 2>/dev/null | sed 1d | sort -u
+            { df -h --output=avail,target "$root" "${TMPDIR:-/tmp}" "${HOME:-/}" 2>/dev/null || true; } | sed 1d | sort -u
             ;;
         *"Failed to establish a new connection"* | *"Temporary failure in name resolution"* | *"Network is unreachable"* | \
             *"Connection refused"* | *"Could not fetch URL"* | *"Read timed out"* | *"ConnectTimeoutError"* | *"ProxyError"* | \

@@ -287,6 +287,12 @@ def test_full_disk_is_a_short_error(clone: Path) -> None:
     assert "disk is full" in short_error(run(*command, environment=clean_environment(PYTHON=sys.executable)))
 
 
+def test_a_full_disk_is_named_although_there_is_no_home_folder() -> None:
+    script = '. "$0"; ending="No space left on device"; false || give_up "pip failed"'
+    command = ("bash", "-euo", "pipefail", "-c", script, ROOT / "docker/common.sh")
+    assert "disk is full" in short_error(run(*command, environment=environment(HOME="/nowhere")))
+
+
 def test_missing_nvcc_is_an_error_instead_of_a_cpu_build(cuda_python: Path, tmp_path: Path) -> None:
     text = short_error(build_horovod(cuda_python, tmp_path / "cache"))
     assert text.startswith("error: nvcc for CUDA 13.2 cannot be fetched")
