@@ -54,7 +54,7 @@ lint: setup ## ruff, mypy, bandit, shellcheck and hadolint
 	$(python) -m ruff format --check .
 	$(python) -m mypy $(code)
 	$(python) -m bandit -q -c pyproject.toml -r dist_train
-	.venv/bin/shellcheck launch/*.sh slurm/*.sh docker/*.sh docker/grafana/*.sh tests/cluster/*.sh benchmarks/peers/*.sh .ci/run
+	PATH="$(CURDIR)/.venv/bin:$$PATH" shellcheck launch/*.sh slurm/*.sh docker/*.sh docker/grafana/*.sh tests/cluster/*.sh benchmarks/peers/*.sh .ci/run
 	.venv/bin/hadolint docker/Dockerfile
 
 study-smoke: setup ## a small study from its search to its report: tune, confirm on fresh seeds, measure, compare; a minute or two
