@@ -428,9 +428,12 @@ def device_name(device: torch.device, processors: Path = Path("/proc/cpuinfo")) 
         lines = processors.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         lines = []
-    # some architectures lack this line
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "") or platform.machine()
+
+    def first(field: str) -> str:
+        return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")
+
+    # ARM has a number instead of a name, which tells its processors apart; some architectures have neither
+    return first("model name") or f"{platform.machine()} {first('CPU part')}".rstrip()
 
 
 def run_facts(trainer: Trainer, launched: float, revision: str, run_id: str, nodes: tuple[str, ...]) -> RunFacts:
