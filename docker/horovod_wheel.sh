@@ -14,7 +14,7 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/cuda.sh"
 
 version=0.28.1
-recipe=3 # increase it when the build changes: cached wheels of another recipe are not used
+recipe=4 # increase it when the build changes: cached wheels of another recipe are not used
 device=$(chosen_device)
 nvcc_choice=$(chosen_nvcc)
 
@@ -160,6 +160,12 @@ set(CMAKE_SHARED_LINKER_FLAGS \"\${CMAKE_SHARED_LINKER_FLAGS} -Wl,--disable-new-
 set(CMAKE_MODULE_LINKER_FLAGS \"\${CMAKE_MODULE_LINKER_FLAGS} -Wl,--disable-new-dtags\")" "$source/CMakeLists.txt"
 grep -q CMAKE_INSTALL_RPATH "$source/CMakeLists.txt" || fail "Horovod's CMakeLists.txt is not the one that this script edits"
 
+# CMake prefers the MPI of MPI_HOME, of I_MPI_ROOT (set by Intel MPI's module) and of SUSE's folders to that on the PATH;
+# g++ prefers the headers of CPATH, where modules name other MPIs and CUDAs, to those that CMake calls the system's.
+MPI_HOME=$(dirname "$(dirname "$(command -v mpicxx)")")
+export MPI_HOME
+[[ -z ${CPATH:-} ]] || export CPLUS_INCLUDE_PATH="${CPLUS_INCLUDE_PATH:+$CPLUS_INCLUDE_PATH:}$CPATH"
+unset CPATH "${!HOROVOD_GPU@}" # the latter are the user's choices for another Horovod
 export HOROVOD_WITH_PYTORCH=1 HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_MXNET=1
 export HOROVOD_WITH_MPI=1 HOROVOD_WITH_GLOO=1
 # Horovod does not include these itself, and fewer headers of g++ 14's standard library include them.

@@ -333,6 +333,37 @@ def test_device_variable_chooses_the_build(cuda_python: Path, tmp_path: Path) ->
     assert "must be cpu or cuda" in short_error(build_horovod(cuda_python, tmp_path / "cache", DEVICE="cuda:0"))
 
 
+def test_modules_for_another_mpi_do_not_change_what_horovod_is_built_against(cuda_python: Path, tmp_path: Path) -> None:
+    source = tmp_path / "horovod-0.28.1"
+    for name in (
+        "CMakeLists.txt",
+        "horovod/torch/CMakeLists.txt",
+        "cmake/Modules/FindPytorch.cmake",
+        "third_party/flatbuffers/include/flatbuffers/stl_emulation.h",
+    ):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text("set(CMAKE_CXX_STANDARD_REQUIRED ON)\n")
+    python = f"""
+        case "$*" in
+            *"pip download"*) tar -czf "$9/$(basename "{source}").tar.gz" -C "{tmp_path}" "$(basename "{source}")" ;;
+            *"pip wheel"*) env -0 >"{tmp_path}/built-with"; exit 1 ;;
+            *) exec "{cuda_python}" "$@" ;;
+        esac
+    """
+    write_scripts(tmp_path / "programs", python=python)
+    intel = {"I_MPI_ROOT": "/intel", "MPI_HOME": "/intel", "CPATH": "/intel/include", "CPLUS_INCLUDE_PATH": "/own"}
+    result = build_horovod(
+        tmp_path / "programs/python", tmp_path / "cache", DEVICE="cpu", HOROVOD_GPU_OPERATIONS="NCCL", **intel
+    )
+    assert "Horovod did not build" in short_error(result)
+    used = dict(line.split("=", 1) for line in (tmp_path / "built-with").read_text().split("\0") if line)
+    compiler = shutil.which("mpicxx", path=used["PATH"])
+    assert compiler is not None
+    assert used["MPI_HOME"] == str(Path(compiler).parents[1])
+    assert used["CPLUS_INCLUDE_PATH"] == "/own:/intel/include"
+    assert not {"CPATH", "HOROVOD_GPU_OPERATIONS"} & used.keys()
+
+
 def test_torch_for_cpus_is_refused_for_a_gpu_build(tmp_path: Path) -> None:
     if torch.version.cuda is not None:
         pytest.skip("torch has CUDA")
