@@ -168,6 +168,15 @@ def test_ranks_whose_noise_differs_on_purpose_agree_by_their_digests() -> None:
     assert len(digests) == 1
 
 
+def test_the_noise_of_fsgld_that_stays_is_independent_of_that_at_which_its_gradient_is_taken() -> None:
+    weights = weights_of()
+    noise = a_noise(weights, method="fsgld")
+    taken, before = drawn(noise, weights, 4), weights.values.clone()
+    noise.before_update(4, 0.1)
+    noise.after_update(4)
+    assert torch.corrcoef(torch.stack([taken, weights.values - before]))[0, 1].abs() < 0.5
+
+
 def test_noise_of_micro_batches_is_one_draw_each_in_any_order() -> None:
     weights = weights_of()
     noise = a_noise(weights, sharing="micro_batch")

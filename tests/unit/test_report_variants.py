@@ -573,6 +573,20 @@ def test_equal_differences_have_no_interval_and_are_not_clear(tmp_path: Path) ->
     assert (none.text, none.ends, none.is_clear) == ("0.00", "0.00 to 0.00", False)
 
 
+def test_a_difference_is_clear_by_the_interval_that_is_corrected_for_all_comparisons(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "study")
+    name = "sb-noise-amplitude-0.01"
+    for seed, better in enumerate((0.01, 0.015, 0.02)):
+        for run, accuracy in (("sb", 0.5), (name, 0.5 + better)):
+            with (study / f"{run}-seed-{seed}" / "metrics.jsonl").open("a") as metrics:
+                metrics.write(to_json(evaluation(1000, accuracy=accuracy)) + "\n")
+    panels = panels_of(read_subject(study).runs)
+    for tables, is_clear in ((effect_tables(panels), True), (contrast_tables(panels, ()), False)):
+        [cell] = [row.cells[0] for _, rows in tables[0].groups for row in rows if row.variant.name == name]
+        assert cell is not None
+        assert (cell.ends, cell.is_clear) == ("+0.26 to +2.74", is_clear)
+
+
 def test_contrast_counts_each_variant_once_and_not_its_reference(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study")
     names = ["sb", "lb-noise-amplitude-0.01"]
