@@ -17,6 +17,9 @@ from typing import Any
 
 _CGROUP = Path("/sys/fs/cgroup")  # in a container its own
 _LARGE_PAGE = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
+# Where one of these is set, OpenMP binds the main thread to the first place, often one core, as torch is loaded.
+_OPENMP_BINDING = {"OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY"}
+_BOUND_TO = os.sched_getaffinity(0)  # before that: commands import this module first
 
 
 def own_command(*words: str) -> list[str]:
@@ -35,7 +38,7 @@ def own_command(*words: str) -> list[str]:
 
 def usable_cores() -> int:
     """Return how many cores this process may use: those that it is bound to, or a container's CPU quota."""
-    cores = len(os.sched_getaffinity(0))
+    cores = len(_BOUND_TO if os.environ.keys() & _OPENMP_BINDING else os.sched_getaffinity(0))
     for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # cgroups v2; v1
         with suppress(OSError, ValueError):  # no such file; "max", which is no number
             quota, period = map(int, " ".join((_CGROUP / name).read_text() for name in names).split())

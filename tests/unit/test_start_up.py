@@ -6,6 +6,7 @@ import ctypes
 import gc
 import os
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -95,6 +96,12 @@ def test_cores_are_those_of_a_container_s_quota(
     monkeypatch.setattr(start_up, "_CGROUP", tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
     assert usable_cores() == cores
+
+
+def test_cores_are_counted_before_openmp_binds_the_main_thread() -> None:
+    code = "from dist_train.start_up import usable_cores; before = usable_cores(); import torch"
+    code += "; assert usable_cores() == before"
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "OMP_PROC_BIND": "true"}, check=True)
 
 
 def test_threads_of_every_start_follow_the_quota(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
