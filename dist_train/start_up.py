@@ -9,7 +9,7 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -36,9 +36,14 @@ def own_command(*words: str) -> list[str]:
     return ["/usr/bin/env", f"PYTHONPATH={os.pathsep.join([str(folder), *others])}", *program]
 
 
+def bound_cores() -> Set[int]:
+    """Return the numbers of the cores that this process is bound to, by a launcher, Slurm or a container."""
+    return _BOUND_TO if os.environ.keys() & _OPENMP_BINDING else os.sched_getaffinity(0)
+
+
 def usable_cores() -> int:
     """Return how many cores this process may use: those that it is bound to, or a container's CPU quota."""
-    cores = len(_BOUND_TO if os.environ.keys() & _OPENMP_BINDING else os.sched_getaffinity(0))
+    cores = len(bound_cores())
     for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # cgroups v2; v1
         with suppress(OSError, ValueError):  # no such file; "max", which is no number
             quota, period = map(int, " ".join((_CGROUP / name).read_text() for name in names).split())

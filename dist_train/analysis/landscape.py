@@ -157,6 +157,7 @@ def _measure_all(
     measured = folder.finished() if comm.rank == 0 else {}
     unfinished = [number for number in range(len(plan.points)) if number not in measured]
     mine = json.loads(broadcast_str(comm, json.dumps(unfinished), "points"))[comm.rank :: comm.size]
+    threads_of_rank = threads or share_of_threads(comm)
 
     def measure() -> None:
         evaluator = PointEvaluator(
@@ -164,7 +165,7 @@ def _measure_all(
             [subject.train, subject.test],
             subject.statistics,
             subject.compute,
-            threads=threads or share_of_threads(comm.local_size),
+            threads=threads_of_rank,
         )
         for done, number in enumerate(mine):
             report(done, len(mine))

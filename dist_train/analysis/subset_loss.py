@@ -203,7 +203,7 @@ def open_stored_subset(
         layout="channels_last" if precision.channels_last else "contiguous",
         compute="float32",
     )
-    threads = share_of_threads(1) if precision.threads == "auto" else precision.threads
+    threads = share_of_threads(SingleProcess()) if precision.threads == "auto" else precision.threads
     # One thread keeps a GPU busy.
     loss = SubsetLoss(model, batches, threads=threads if compute.device.type == "cpu" else 1)
     return loss, checkpoint, data

@@ -324,5 +324,5 @@ def _shared_config(comm: Communicator, config: Config) -> Config:
         config = with_setting(config, "metrics.targets_directory", folder.absolute())
     text = broadcast_str(comm, json.dumps(config.model_dump(mode="json")), "config")
     config = parse_config(json.loads(text), source="rank 0")
-    threads = min(gather_int(comm, share_of_threads(comm.local_size), "threads"))
+    threads = min(gather_int(comm, share_of_threads(comm), "threads"))
     return with_setting(config, "precision.threads", threads) if config.precision.threads == "auto" else config

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -14,10 +15,17 @@ import torch
 from torch import nn
 
 from dist_train.checkpoint.state import Progress
+from dist_train.cluster.communicator import Communicator, gather_int, signed_digest
 from dist_train.config import PrecisionSettings
 from dist_train.kernels import operators
 from dist_train.outcome import CodedError, UsageError, refuse_nondeterministic
-from dist_train.start_up import keep_freed_memory, keep_small_objects_together, usable_cores, use_large_pages
+from dist_train.start_up import (
+    bound_cores,
+    keep_freed_memory,
+    keep_small_objects_together,
+    usable_cores,
+    use_large_pages,
+)
 
 _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _OUT_OF_MEMORY = (
@@ -204,12 +212,17 @@ def _untimed_kernels() -> dict[str, Any]:
     return {name: value for name, value in wanted.items() if hasattr(config, name)}
 
 
-def share_of_threads(local_size: int) -> int:
-    """Return the CPU threads of a rank: OMP_NUM_THREADS if set, else the node's cores divided by its ranks."""
+def share_of_threads(comm: Communicator) -> int:
+    """Return this rank's CPU threads: OMP_NUM_THREADS if set, else its cores divided by the ranks that share them.
+
+    All ranks call it. srun and mpirun may bind each rank to cores of its own.
+    """
+    cores = signed_digest(f"{socket.gethostname()} {sorted(bound_cores())}".encode())
+    sharing = gather_int(comm, cores, "cores").count(cores)
     requested = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
     if requested.isdecimal() and int(requested) > 0:
         return int(requested)
-    return max(1, usable_cores() // local_size)
+    return max(1, usable_cores() // sharing)
 
 
 def runs_in_memory(work: Callable[[], object]) -> bool:

@@ -203,7 +203,7 @@ def evaluate_stored(target: Path, split: Split, overrides: Sequence[str], weight
         contents = stored.contents
         config = run_on_all_ranks(comm, partial(stored_config, contents, overrides), "read the checkpoint's settings")
         if config.precision.threads == "auto":
-            config = with_setting(config, "precision.threads", share_of_threads(comm.local_size))
+            config = with_setting(config, "precision.threads", share_of_threads(comm))
         device = assign_devices(comm, config.run.device, timeout)
         compute = run_on_all_ranks(comm, partial(set_up_compute, config.precision, device), "set up its device")
         open_data = partial(open_splits, config.data, config.run.seed, compute.device, config.precision.channels_last)

@@ -20,6 +20,7 @@ from dist_train.launching.doctor import check_devices
 from dist_train.start_up import keep_freed_memory, own_command, usable_cores, use_large_pages, without_collection
 from dist_train.sweep.sweep import threads_per_rank
 from dist_train.training.compute import share_of_threads
+from tests.unit.simulated_ranks import results
 
 
 @pytest.fixture(autouse=True)
@@ -109,7 +110,7 @@ def test_threads_of_every_start_follow_the_quota(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(start_up, "_CGROUP", tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(64)))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert share_of_threads(2) == 2
+    assert results(2, share_of_threads) == [2, 2]
     assert threads_per_rank(jobs=2, ranks=1) == 2
     assert rank_environment({}, 0, 2, {})["OMP_NUM_THREADS"] == "2"
     assert "4 CPU cores" in check_devices("cpu").detail

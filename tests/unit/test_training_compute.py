@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from torch.fx import GraphModule
 from dist_train import start_up
 from dist_train.api import export, load_run
 from dist_train.cluster import devices
-from dist_train.cluster.communicator import GroupBrokenError, SingleProcess
+from dist_train.cluster.communicator import Communicator, GroupBrokenError, SingleProcess
 from dist_train.cluster.devices import TorchGpus, choose_device
 from dist_train.config import PrecisionSettings
 from dist_train.kernels import operators
@@ -44,6 +45,7 @@ from dist_train.training.compute import (
 from dist_train.training.evaluation import evaluate_stored
 from dist_train.training.trainer import Trainer
 from tests.raising import raises
+from tests.unit.simulated_ranks import results
 from tests.unit.small_trainers import small_config
 
 pytestmark = pytest.mark.usefixtures("threads_as_before")
@@ -61,7 +63,22 @@ def test_threads_are_what_is_asked_for_else_an_even_share_of_the_cores(
     monkeypatch.setenv("OMP_NUM_THREADS", variable)
     monkeypatch.setattr(start_up, "_CGROUP", tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)))
-    assert share_of_threads(local_size) == threads
+    assert results(local_size, share_of_threads) == [threads] * local_size
+
+
+def test_ranks_that_are_bound_to_cores_of_their_own_do_not_share_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    here = threading.local()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(start_up, "_CGROUP", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: here.cores)
+
+    def bound(comm: Communicator) -> int:
+        here.cores = set(range(6)) if comm.rank < 2 else {6, 7, 8, 9}
+        return share_of_threads(comm)
+
+    assert results(3, bound) == [3, 3, 4]
 
 
 def test_settings_choose_threads_and_precision() -> None:
