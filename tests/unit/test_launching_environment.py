@@ -89,9 +89,9 @@ def test_a_package_that_is_missing_is_told_so(monkeypatch: pytest.MonkeyPatch) -
 def test_a_processor_has_its_name_or_else_its_architecture(tmp_path: Path) -> None:
     (tmp_path / "x86").write_text("processor\t: 0\nmodel name\t: Abacus 9000: fast\n\nmodel name\t: another\n")
     (tmp_path / "variant").write_text("processor\t: 0\nBogoMIPS\t: 50.00\n")
-    (tmp_path / "arm").write_text("processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd4f\n")
+    (tmp_path / "graviton").write_text("processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd4f\n")
     assert device_name(CPU, tmp_path / "x86") == "Abacus 9000: fast"
-    assert device_name(CPU, tmp_path / "arm") == f"{platform.machine()} 0xd4f"
+    assert device_name(CPU, tmp_path / "graviton") == f"{platform.machine()} 0xd4f"
     assert device_name(CPU, tmp_path / "variant") == platform.machine()
     assert device_name(CPU, tmp_path / "missing") == platform.machine()
 
