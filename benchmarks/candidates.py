@@ -134,7 +134,7 @@ def _title(name: str) -> str:
 
 def seconds_of_an_update(comm: Communicator, width: float, global_size: int, updates: int) -> float:
     """Train as one of the ranks, with the environment's number of threads, and return the time."""
-    precision = {"threads": share_of_threads(comm.local_size)}
+    precision = {"threads": share_of_threads(comm)}
     batch = {"micro_size": max(1, global_size // comm.size)}
     config = settings(width, global_size, precision=precision, batch=batch, **QUIET)
     with shared_folder(comm) as folder:
