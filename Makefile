@@ -38,7 +38,7 @@ test-containers: setup ## build the images of docker/Dockerfile, for CPUs and fo
 test-lengthy: setup ## the tests that take long: every launcher, alerts, faults, elastic ranks, GPU kernels in an interpreter, the wheel; downloads Triton and torch
 	$(python) -m pytest -m lengthy tests/ranks tests/promises tests/services tests/torture tests/longer $(addprefix --ignore=tests/longer/test_,cuda_build.py hermetic.py kernels.py)
 	@$(python) -c 'import triton' 2> /dev/null || test -d build/triton || $(python) -m pip install --quiet --no-deps --target build/triton triton
-	PYTHONPATH=build/triton TRITON_INTERPRET=1 $(python) -m pytest tests/longer/test_kernels.py
+	PYTHONPATH="$(CURDIR)/build/triton" TRITON_INTERPRET=1 $(python) -m pytest tests/longer/test_kernels.py
 
 test-cuda-build: setup ## set up against PyPI's torch for CUDA in a folder of its own, without a GPU: 3 GB to download, ten minutes
 	$(python) -m pytest tests/longer/test_cuda_build.py
