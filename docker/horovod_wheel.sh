@@ -14,7 +14,7 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/cuda.sh"
 
 version=0.28.1
-recipe=4 # increase it when the build changes: cached wheels of another recipe are not used
+recipe=3 # increase it when the build changes: cached wheels of another recipe are not used
 device=$(chosen_device)
 nvcc_choice=$(chosen_nvcc)
 
