@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from dist_train.cluster import watchdog
 from dist_train.cluster.communicator import Communicator, RankLostError, SingleProcess
 from dist_train.cluster.heartbeats import (
+    BEATS_IN_TIMEOUT,
     TOKEN_BYTES,
     Datagram,
     Kind,
@@ -159,14 +160,16 @@ def test_probe_names_a_rank_that_does_not_answer_at_once(prober: int) -> None:
 
 
 @pytest.mark.parametrize("prober", [0, 1])
-def test_a_rank_whose_probe_is_lost_on_the_way_is_not_absent(prober: int) -> None:
+def test_a_rank_whose_probe_is_lost_on_the_way_is_not_absent(prober: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog, "_LONGEST_BEAT", 2 * PATIENCE)  # no regular beat makes up for the lost probe
+
     def start(comm: SimulatedRanks) -> Watchdog:
-        dog = start_watchdog(comm, timeout=60.0)
+        dog = start_watchdog(comm, timeout=2 * PATIENCE * BEATS_IN_TIMEOUT)
         assert dog is not None
         return dog
 
     dogs = results(3, start)
-    time.sleep(1.0)  # the first beat; the next comes seconds later
+    time.sleep(1.0)  # the last beat of the search; were it later, it would be lost in the probe's place
     send, sent = dogs[prober]._send, list[Datagram]()
 
     def lose_the_first(datagram: Datagram, address: tuple[str, int]) -> None:
@@ -175,7 +178,7 @@ def test_a_rank_whose_probe_is_lost_on_the_way_is_not_absent(prober: int) -> Non
             send(datagram, address)
 
     dogs[prober]._send = lose_the_first  # type: ignore[method-assign]  # the fault under test
-    absent = dogs[prober].absent(2.0)
+    absent = dogs[prober].absent(PATIENCE)
     for dog in dogs:
         dog.close()
     assert absent == ""
