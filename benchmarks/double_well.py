@@ -85,6 +85,7 @@ def descend(noise_settings: NoiseSettings, start: float, seed: int) -> float:
         weights.gradients.zero_()
         ascend()
         noise.restore()
+        noise.before_update(step, _RATE)
         optimizer.step()
         noise.after_update(step)
     return float(weights.values[0])

@@ -10,8 +10,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.double_well import AMPLITUDE, FLAT, INTERVAL, SHARP, barrier, draw, in_flat_minimum, loss, run, table
+from benchmarks.double_well import (
+    AMPLITUDE,
+    FLAT,
+    INTERVAL,
+    SHARP,
+    barrier,
+    descend,
+    draw,
+    in_flat_minimum,
+    loss,
+    run,
+    table,
+)
 from benchmarks.double_well import smoothed_loss as smoothed
+from dist_train.config import NoiseSettings
 
 
 def test_minima_are_equally_deep_and_have_half_of_the_starts_each() -> None:
@@ -49,6 +62,20 @@ def test_smoothout_finds_the_flat_minimum_for_almost_all_seeds(tmp_path: Path) -
     # Processors round differently, and SmoothOut never converges.
     printed = [int(count) for count in counts.findall(table(ends))]
     assert [int(count) for count in counts.findall(documented)] == pytest.approx(printed, abs=2)
+
+
+@pytest.mark.parametrize("method", ["none", "smoothout", "arwp", "langevin", "sgld", "fsgld", "sam", "asam", "ivon"])
+def test_the_loop_works_with_every_method(method: str) -> None:
+    settings = NoiseSettings.model_validate({"method": method, "amplitude": 0.01})
+    assert descend(settings, FLAT, 0) == pytest.approx(FLAT, abs=0.05)
+
+
+def test_the_loop_scales_the_noise_of_sgld_by_the_rate() -> None:
+    scaled, by_hand = (
+        NoiseSettings(method="sgld", amplitude=0.05),
+        NoiseSettings(method="langevin", amplitude=0.02236068),
+    )
+    assert descend(scaled, FLAT, 0) == pytest.approx(descend(by_hand, FLAT, 0), abs=1e-4)
 
 
 def test_figure_is_drawn_only_on_request(tmp_path: Path) -> None:
