@@ -227,7 +227,9 @@ class CommSettings(Section):
     compression: Literal["none", "fp16"] = "none"
     """Send gradients as float16 (only with reduction float)."""
     op: Literal["average", "adasum"] = "average"
-    """How the ranks' gradients are combined (adasum: only with reduction float; GPUs of one node are averaged)."""
+    """How the ranks' gradients are combined. adasum: only with reduction float; GPUs of one node are averaged.
+    Horovod's DistributedOptimizer combines the optimizer's updates instead.
+    """
     verify_every: NonNegativeInt = Field(100, examples=[10])
     """Steps between checks that ranks hold the same weights and noise, also made before each checkpoint; 0: none."""
     timeout: Annotated[float, Field(ge=5)] = Field(60.0, examples=[300.0])
