@@ -131,8 +131,8 @@ class OptimizerSettings(Section):
     """The update rule."""
 
     name: Literal["sgd", "adam", "adamw", "lars", "lamb"] | PluginName = "sgd"
-    """sgd: with momentum. adam: weight decay added to the gradient; adamw: decoupled from it. lars, lamb: layer-wise
-    adaptive rates, for large batches.
+    """sgd: with momentum. adam: weight decay added to the gradient; adamw: decoupled from it. lars, lamb: timm's, with
+    layer-wise adaptive rates for large batches; lamb clips by `clip_norm` alone.
     """
     options: Options = options_of("optimizer.name")
     learning_rate: NonNegativeFloat = Field(0.1, examples=[0.05])
