@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from dist_train.cli.common import TARGET, Subparsers, add_overrides, add_weights, count
 from dist_train.cluster.launch import current_launch
@@ -32,17 +32,17 @@ def _add_landscape(subparsers: Subparsers) -> None:
         "an interrupted one.",
     )
     kinds = parser.add_subparsers(title="kinds", metavar="KIND", dest="kind", required=True)
-    line = kinds.add_parser("interpolate", help="the line through two checkpoints")
+    # Omitted options are not set, so that the settings' defaults apply.
+    add_kind = partial(kinds.add_parser, argument_default=argparse.SUPPRESS)
+    line = add_kind("interpolate", help="the line through two checkpoints")
     line.add_argument("targets", nargs=2, type=Path, metavar="CHECKPOINT", help=f"A (0) and B (1): {TARGET}")
     _add_axis(line, (-0.5, 1.5), 41)
-    direction = kinds.add_parser("direction", help="random directions from one checkpoint")
+    direction = add_kind("direction", help="random directions from one checkpoint")
     direction.add_argument("targets", nargs=1, type=Path, metavar="CHECKPOINT", help=TARGET)
-    direction.add_argument(
-        "--directions", dest="lines", type=int, default=1, metavar="N", help="how many directions (default: 1)"
-    )
+    direction.add_argument("--directions", dest="lines", type=int, metavar="N", help="how many directions (default: 1)")
     _add_axis(direction, (-1.0, 1.0), 51)
     _add_directions(direction)
-    plane = kinds.add_parser("plane", help="the plane of two directions from one checkpoint")
+    plane = add_kind("plane", help="the plane of two directions from one checkpoint")
     plane.add_argument("targets", nargs=1, type=Path, metavar="CHECKPOINT", help=TARGET)
     plane.add_argument(
         "--trajectory",
@@ -105,55 +105,33 @@ def _add_directions(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--normalization",
         choices=("filter", "layer", "none"),
-        default="filter",
         help="rescale each filter, or each layer, of a direction to the norm of the weights'; none: as drawn",
     )
     parser.add_argument(
         "--exclude",
         nargs="*",
-        default=("norm", "bias"),
         metavar="WHAT",
         help="weights that do not move: norm, bias, or names with * and ? (default: norm bias; nothing: all move)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the directions (default: 0)")
+    parser.add_argument("--seed", type=int, help="seed of the directions (default: 0)")
 
 
 def _add_measure(parser: argparse.ArgumentParser) -> None:
     add_overrides(parser)
-    parser.add_argument(
-        "--samples",
-        type=_number_or_all,
-        default=10_000,
-        metavar="N",
-        help="number of training samples, chosen by seed, or all (default: 10000)",
-    )
-    parser.add_argument(
-        "--test-samples", type=_number_or_all, metavar="N", help="likewise, test samples (default: all)"
-    )
-    parser.add_argument("--subset-seed", type=int, default=0, metavar="SEED", help="seed of these choices (default: 0)")
+    _add_options(parser, _LANDSCAPE_OPTIONS)
     parser.add_argument(
         "--statistics",
         choices=("recomputed", "interpolated"),
-        default="recomputed",
         help="the norms' running statistics: recomputed at each point from training data, or interpolated like the "
         "weights; along directions, interpolated keeps those of the checkpoint",
     )
+    parser.add_argument("--precision", choices=("float32", "run"), help="run: the run's precision.compute")
     parser.add_argument(
-        "--statistics-samples",
-        type=int,
-        metavar="N",
-        help="training samples from which they are recomputed (default: the run's model.norm_samples)",
+        "--threads", type=count, default=None, metavar="N", help="CPU threads per rank (default: an equal share)"
     )
-    parser.add_argument(
-        "--batch-size", type=int, metavar="N", help="samples per pass (default: 100 on a CPU, 1000 on a GPU)"
-    )
-    parser.add_argument(
-        "--precision", choices=("float32", "run"), default="float32", help="run: the run's precision.compute"
-    )
-    parser.add_argument("--threads", type=count, metavar="N", help="CPU threads per rank (default: an equal share)")
     parser.add_argument("--scale", choices=("linear", "log"), default="linear", help="scale of the loss in the figures")
     parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="parent of the result's folder (default: RUN/analysis)"
+        "--output", type=Path, default=None, metavar="DIR", help="parent of the result's folder (default: RUN/analysis)"
     )
 
 
@@ -170,7 +148,7 @@ def _landscape_settings(arguments: argparse.Namespace) -> LandscapeSettings:
     given, (start, stop) = vars(arguments), arguments.range
     if given.get("trajectory"):
         usual = {"range": _PLANE, "seed": 0, "normalization": "filter"}
-        if ignored := ", ".join(f"--{name}" for name, value in usual.items() if given[name] != value):
+        if ignored := ", ".join(f"--{name}" for name, value in usual.items() if given.get(name, value) != value):
             wrong = f"--trajectory sets the directions and the range itself: leave out {ignored}"
             raise UsageError(wrong, code="option-alone")
     chosen = {field.name: given[field.name] for field in fields(LandscapeSettings) if field.name in given}
@@ -228,8 +206,7 @@ def _add_sharpness(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--output", type=Path, default=None, metavar="DIR", help="folder of the record (default: RUN/analysis)"
     )
-    for name, (kind, text) in _SHARPNESS_OPTIONS.items():
-        parser.add_argument(f"--{name}", type=kind, metavar=_METAVARS[kind], help=text)
+    _add_options(parser, _SHARPNESS_OPTIONS)
     parser.set_defaults(run=_sharpness, check=_sharpness_settings)
 
 
@@ -270,8 +247,16 @@ def _words(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-_METAVARS: Mapping[Callable[[str], object], str] = {int: "N", float: "X", _numbers: "LIST", _words: "LIST"}
-_SHARPNESS_OPTIONS: Mapping[str, tuple[Callable[[str], object], str]] = {
+_Kind: TypeAlias = Callable[[str], object]
+_METAVARS: Mapping[_Kind, str] = {int: "N", _number_or_all: "N", float: "X", _numbers: "LIST", _words: "LIST"}
+_LANDSCAPE_OPTIONS: Mapping[str, tuple[_Kind, str]] = {
+    "samples": (_number_or_all, "number of training samples, chosen by seed, or all (default: 10000)"),
+    "test-samples": (_number_or_all, "likewise, test samples (default: all)"),
+    "subset-seed": (int, "seed of these choices (default: 0)"),
+    "statistics-samples": (int, "training samples for recomputed statistics (default: the run's model.norm_samples)"),
+    "batch-size": (int, "samples per pass (default: 100 on a CPU, 1000 on a GPU)"),
+}
+_SHARPNESS_OPTIONS: Mapping[str, tuple[_Kind, str]] = {
     "samples": (int, "training images used, in the proportions of the classes, or all if fewer (default: 2048)"),
     "seed": (int, "seed of images, starts, directions, draws and probes (default: 0)"),
     "batch-size": (int, "images per pass (default: 256)"),
@@ -289,6 +274,11 @@ _SHARPNESS_OPTIONS: Mapping[str, tuple[Callable[[str], object], str]] = {
     "width-directions": (int, "random directions along which the width is measured (default: 5)"),
     "width-reach": (float, "largest distance on each side, in norms of the filters (default: 2)"),
 }
+
+
+def _add_options(parser: argparse.ArgumentParser, options: Mapping[str, tuple[_Kind, str]]) -> None:
+    for name, (kind, text) in options.items():
+        parser.add_argument(f"--{name}", type=kind, metavar=_METAVARS[kind], help=text)
 
 
 def _measures(text: str) -> list[Measure]:
