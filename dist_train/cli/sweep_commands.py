@@ -85,6 +85,8 @@ def _study(arguments: argparse.Namespace) -> int:
     if arguments.action in (_sweep, _list):
         _warn_of_unused(plan)
         _warn_of_statistics(plan)
+    if arguments.action in (_sweep, _list, _best):
+        _warn_of_objective(plan)
     runs: tuple[PlannedRun, ...] = plan.runs
     if arguments.only is not None:
         if arguments.only in plan.unasked and arguments.action in (_sweep, _arguments):
@@ -128,6 +130,17 @@ def _warn_of_statistics(plan: Plan) -> None:
         wrong = "the norms' statistics are running averages in some variants, recomputed in others, so that results of"
         fix = "models with norms differ by that, too: set model.norm_statistics for all"
         say_on_stderr(f"dist-train: warning: {wrong} {fix}")
+
+
+def _warn_of_objective(plan: Plan) -> None:
+    """Warn if a search compares its trials on the test split only by default, although runs have a validation split."""
+    search = plan.study.search
+    is_default = search is not None and "objective" not in search.model_fields_set
+    # The base's, too, since Optuna may not have suggested a run yet.
+    if is_default and any(config.data.validation_size for config in (plan.base, *(run.config for run in plan.runs))):
+        wrong = "the search compares its trials by test.accuracy, although there is a validation split"
+        fix = "set search.objective to validation.accuracy, or the best trial's test accuracy is partly luck"
+        say_on_stderr(f"dist-train: warning: {wrong}: {fix}")
 
 
 def _check_analyses(plan: Plan) -> None:
@@ -370,6 +383,7 @@ def _submit_study(arguments: argparse.Namespace) -> int:
     _check_analyses(plan)
     _warn_of_unused(plan)
     _warn_of_statistics(plan)
+    _warn_of_objective(plan)
     directory = ["--directory", str(parent)] if parent else []
     sweep = ["dist-train", "sweep", str(arguments.config), *arguments.overrides, *directory]
     left = numbers_left(plan.runs, plan.unasked)

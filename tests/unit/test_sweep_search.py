@@ -319,6 +319,25 @@ def test_without_a_finished_trial_there_is_no_best(tmp_path: Path, capsys: pytes
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize(
+    ("size", "objective", "is_said"),
+    [(10, {}, True), (10, {"objective": "test.accuracy"}, False), (None, {}, False)],
+)
+def test_a_validation_split_that_the_search_does_not_use_is_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], size: int | None, objective: dict[str, str], is_said: bool
+) -> None:
+    search = {"method": "random", "trials": 1, "space": SPACE, **objective}
+    study = str(write_study(tmp_path, search=search, settings={"data.validation_size": size}))
+    commands = {
+        ("sweep", study, "--list"): 0,
+        ("sweep", study, "--best"): 1,
+        ("submit", study, "--study", "--dry-run"): 0,
+    }
+    for command, code in commands.items():
+        assert main(list(command)) == code
+        assert ("set search.objective" in capsys.readouterr().err) == is_said
+
+
 @pytest.mark.parametrize("method", ["random", "optuna"])
 @pytest.mark.parametrize(
     ("changes", "code"),
