@@ -184,7 +184,8 @@ def _draw_chart(axes: Axes, chart: Chart) -> tuple[Axes, ...]:
     if chart.upright is not None:
         axes.axvline(chart.upright, color="#a0a0a0", linewidth=0.6, linestyle=":")
     for series in chart.series:
-        _draw_series(right if series.axis == "right" else axes, series)
+        axis = chart.right if series.axis == "right" and chart.right else chart.left
+        _draw_series(right if axis is chart.right else axes, series, axis)
     return (axes, right) if chart.right else (axes,)
 
 
@@ -200,10 +201,10 @@ def _set_axis(axes: Axes, which: str, axis: Axis, most: int = 6) -> None:
     line.set_minor_formatter(NullFormatter())
 
 
-def _draw_series(axes: Axes, series: Series) -> None:
+def _draw_series(axes: Axes, series: Series, axis: Axis) -> None:
     look = style_of(series.style)
     points = [point for point in series.points if math.isfinite(point.x) and math.isfinite(point.y)]
-    x, y, colour = [point.x for point in points], [point.y for point in points], LIGHT[look.colour]
+    x, y, colour = [point.x for point in points], [axis.drawn(point.y) for point in points], LIGHT[look.colour]
     fill = _fill(look)
     # matplotlib leaves what begins with an underscore out of legends.
     label = f" {series.label}" if series.label.startswith("_") else series.label
@@ -222,7 +223,11 @@ def _draw_series(axes: Axes, series: Series) -> None:
         markerfacecolor=fill,
         markevery=math.ceil(len(points) / _MOST_MARKS) or 1,
     )
-    band = [(point.x, point.low, point.high) for point in points if point.low is not None and point.high is not None]
+    band = [
+        (point.x, axis.drawn(point.low), axis.drawn(point.high))
+        for point in points
+        if point.low is not None and point.high is not None
+    ]
     if len(band) > 1:
         places, low, high = zip(*band, strict=True)
         axes.fill_between(places, low, high, color=colour, alpha=0.13, linewidth=0)

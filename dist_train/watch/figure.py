@@ -25,10 +25,14 @@ class Axis:
     write: Callable[[float], str]
     is_logarithmic: bool = False
 
+    def drawn(self, value: float) -> float:
+        """Return `value`; on a logarithmic axis, which has no 0, at least what lies three decades below its end."""
+        return max(value, self.low / 1e3) if self.is_logarithmic else value
+
     def share(self, value: float) -> float:
         """Return the position of `value`: 0 at `low`, 1 at `high`, beyond them for values outside."""
         if self.is_logarithmic:
-            return math.log(max(value, self.low / 1e3) / self.low) / math.log(self.high / self.low)
+            return math.log(self.drawn(value) / self.low) / math.log(self.high / self.low)
         return (value - self.low) / (self.high - self.low)
 
 

@@ -228,3 +228,13 @@ def test_the_axis_of_a_strip_holds_the_line_of_one_deviation(tmp_path: Path) -> 
     assert found.deviation
     low, high = (strip.x(found.mean + sign * found.deviation) for sign in (-1, 1))
     assert strip.rim < low < high < strip.width - strip.rim
+
+
+def test_a_band_below_0_does_not_fall_at_once_on_a_logarithmic_axis() -> None:
+    points = (Point(0.0, 2.0, low=1.0, high=3.0), Point(1.0, 1.0, low=-1.0, high=3.0), Point(2.0, 0.0))
+    height = Axis("loss", 0.1, 10.0, plain, is_logarithmic=True)
+    chart = Chart("key", "", "", Axis("epoch", 0.0, 2.0, plain), height, (Series("a", "s1", points),))
+    [axes] = drawing.stacked([chart], (3.0,), "").axes
+    [band], [line] = axes.collections, axes.lines
+    assert numpy.asarray(band.get_paths()[0].vertices)[:, 1].min() == pytest.approx(1e-4)
+    assert numpy.asarray(line.get_ydata())[-1] == pytest.approx(1e-4)
