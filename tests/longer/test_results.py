@@ -209,7 +209,11 @@ def test_page_of_rivals_has_the_numbers_of_its_tables(
     page = (ROOT / "docs/results.md").read_text()
     pilot = pairs_of(rivals, "lb-smoothout", "lb-smoothout-pilot", range(100, 110))
     correlations = [*correlations_without_ivon(rivals), *correlations_of_later_methods(measured_rivals)]
-    computed = [" {} ({};".format(*in_words(pilot)), *correlations]
+    differences = [
+        [after - before for before, after in pairs_of(each, "lb", "lb-smoothout", range(100, 110))]
+        for each in (rivals, later_rivals)
+    ]
+    computed = [" {} ({};".format(*in_words(pilot)), *correlations, correlation_in_words(*differences)]
     tables = "\n".join([*map(tables_in_markdown, (rivals, later_rivals, measured_rivals)), *computed])
     detail = page.partition("## The tables")[2]
     missing = [line for line in detail.splitlines() if line.startswith("| ") and line not in tables.splitlines()]
@@ -367,6 +371,7 @@ def differences_across_studies(batch_8192: dict[str, Subject]) -> list[tuple[str
         *differences_on_one_processor(batch_8192),
         *differences_from_former_rates(batch_8192),
         *differences_in_validation(batch_8192["rivals-16384-strong"]),
+        in_words(pairs_of(batch_8192["rivals-16384-strong"], "sb", "lb-smoothout-1200", range(106, 110))),
     ]
 
 
