@@ -152,21 +152,6 @@ class FlatWeights:
         edges = [(0, 0), *((segment.start, segment.stop) for segment in kept), (len(self.values), 0)]
         return np.concatenate([np.arange(stop, start) for (_, stop), (start, _) in pairwise(edges)])
 
-    @property
-    def filter_lengths(self) -> torch.Tensor:
-        """The number of weights of each filter, in order, int64 [filters and paddings].
-
-        A filter is a slice along dimension 0; a tensor of one dimension is a single filter. Each padding is one too.
-        """
-        lengths: list[int] = []
-        ends = [segment.start for segment in self.segments[1:]] + [len(self.values)]
-        for segment, end in zip(self.segments, ends, strict=True):
-            filters = segment.shape[0] if len(segment.shape) > 1 else 1
-            lengths += [(segment.stop - segment.start) // filters] * filters
-            if end > segment.stop:
-                lengths.append(end - segment.stop)
-        return torch.tensor(lengths, dtype=torch.int64, device=self.values.device)
-
     def excluded(self, patterns: Sequence[str], setting: str = "exclude") -> list[Segment]:
         """Return the segments whose kind or name matches one of `patterns` (names with `*` and `?` as in a shell).
 

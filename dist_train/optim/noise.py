@@ -246,7 +246,7 @@ class AdaptivePerturbation(SmoothOut):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._filters = Filters(self.weights.filter_lengths, len(self.weights.values))
+        self._filters = Filters(self.weights)
         self._damping = torch.ones_like(self.weights.values)
         self.kept["squares"] = torch.zeros_like(self.weights.values)
 

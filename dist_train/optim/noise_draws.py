@@ -38,7 +38,7 @@ class NoiseDraws:
         self._seed = seed
         self._excluded = weights.masked_indices(settings.exclude)
         self._excluded_on_device = torch.tensor(self._excluded, device=weights.values.device)
-        self._filters = Filters(weights.filter_lengths, len(weights.values))
+        self._filters = Filters(weights)
         self.values = torch.zeros_like(weights.values) if values is None else values
 
     def draw(self, weights: Tensor, amplitude: float, step: int, *indices: int | str) -> Tensor:
@@ -89,12 +89,22 @@ def _normal(device: torch.device) -> _Distribution:
 
 
 class Filters:
-    """The partition of `count` flat weights into filters of `lengths`."""
+    """The filters of flat `weights`: slices of a tensor along dimension 0; one of one dimension is a single filter.
 
-    def __init__(self, lengths: Tensor, count: int) -> None:
-        self._lengths = lengths
-        self._last = lengths.cumsum(0) - 1
-        self._count = count
+    Each padding is one too.
+    """
+
+    def __init__(self, weights: FlatWeights) -> None:
+        self._count = len(weights.values)
+        lengths: list[int] = []
+        ends = [segment.start for segment in weights.segments[1:]] + [self._count]
+        for segment, end in zip(weights.segments, ends, strict=True):
+            filters = segment.shape[0] if len(segment.shape) > 1 else 1
+            lengths += [(segment.stop - segment.start) // filters] * filters
+            if end > segment.stop:
+                lengths.append(end - segment.stop)
+        self._lengths = torch.tensor(lengths, dtype=torch.int64, device=weights.values.device)
+        self._last = self._lengths.cumsum(0) - 1
 
     def sum(self, integers: Tensor) -> Tensor:
         """Return the sums of int64 `integers` [n] over each filter, float64 [filters]."""
