@@ -89,8 +89,11 @@ class RemoteCoordinator:
                 f"no launcher answers at {place} ({error}): the run has ended, or this node cannot reach that address",
                 code="join-unanswered",
             ) from error
+        node = os.environ.get("SLURMD_NODENAME", "") or socket.gethostname()
         try:
-            self._prove(entry.token, count)
+            limits = self._connection.introduce(entry.token, {"node": node, "ranks": count})
+            self.timeout = float(limits["timeout"])
+            self._connection.socket.settimeout(self.timeout)
         except (OSError, ValueError, KeyError, TypeError) as error:
             self._connection.socket.close()
             raise UsageError(
@@ -102,11 +105,6 @@ class RemoteCoordinator:
         self._beat = self.timeout / BEATS_IN_TIMEOUT
         self._suspensions = SuspensionDetector(self._beat, self._heard)
         self._due = 0.0
-
-    def _prove(self, token: str, count: int) -> None:
-        node = os.environ.get("SLURMD_NODENAME", "") or socket.gethostname()
-        self.timeout = float(self._connection.introduce(token, {"node": node, "ranks": count})["timeout"])
-        self._connection.socket.settimeout(self.timeout)
 
     @property
     def view(self) -> View:
