@@ -25,7 +25,7 @@ from dist_train.cluster.communicator import (
     Communicator,
     broadcast_bytes,
     broadcast_str,
-    gather,
+    gather_int,
     run_on_all_ranks,
     signed_digest,
 )
@@ -225,7 +225,7 @@ class TrainState:
 
 
 def _check_same_layout(comm: Communicator, layout: Sequence[object], root: int) -> None:
-    digests = gather(comm, [signed_digest(repr(layout).encode())], "state.layout")
+    digests = gather_int(comm, signed_digest(repr(layout).encode()), "state.layout")
 
     def check() -> None:
         if digests[comm.rank] != digests[root]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from dist_train.models.norms import norm_parameters
-from dist_train.outcome import PluginResultError, UsageError
+from dist_train.outcome import PluginResultError, UsageError, did_you_mean
 
 _ALIGNMENT = 16  # floats (64 bytes) at which tensors begin: a cache line, and the widest vector register
 _FEW = 5  # names in a message
@@ -162,9 +161,8 @@ class FlatWeights:
             found = [each for each in self.segments if each.kind == pattern or fnmatchcase(each.name, pattern)]
             if not found and pattern not in KINDS:
                 names = [segment.name for segment in self.segments]
-                close = difflib.get_close_matches(pattern, names, n=1)
-                hint = f"did you mean {close[0]}?" if close else f"names are such as {', '.join(names[:_FEW])}"
-                raise UsageError(f"{setting}: no weight is called {pattern}; {hint}", code="no-such-weight")
+                hint = did_you_mean(pattern, names) or f"; names are such as {', '.join(names[:_FEW])}"
+                raise UsageError(f"{setting}: no weight is called {pattern}{hint}", code="no-such-weight")
             matched.update(found)
         return [segment for segment in self.segments if segment in matched]
 

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch.nn import functional
 
-from dist_train.cluster.communicator import Communicator, gather, run_on_all_ranks
+from dist_train.cluster.communicator import Communicator, gather_int, run_on_all_ranks
 from dist_train.config import ImageFormat, ModelSettings
 from dist_train.data.plan import BatchPlan, MicroBatch
 from dist_train.models.norm_arithmetic import SumOverRanks
@@ -75,7 +75,7 @@ def find_micro_size(
     enough = 1 << (fewest - 1).bit_length()
     largest = min(max(_LARGEST[device.type], enough), global_sizes[0], max(enough, global_sizes[0] // comm.size))
     fits = run_on_all_ranks(comm, lambda: _largest_that_fits(try_size, largest), "fit a micro-batch")
-    smallest = min(size for (size,) in gather(comm, [fits], "micro_size"))
+    smallest = min(gather_int(comm, fits, "micro_size"))
 
     def without_short_ones() -> int:
         size = avoid_short_last_micro_batch(smallest, global_sizes, fewest)
