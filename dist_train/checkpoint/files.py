@@ -137,10 +137,7 @@ def _whole(path: Path) -> CheckpointFile | None:
 
 
 def list_checkpoints(directory: Path) -> list[CheckpointFile]:
-    """Return the checkpoints in `directory` that have a whole record, earliest first, without verifying digests.
-
-    Raises OSError.
-    """
+    """Return the checkpoints in `directory` with a whole record, earliest first, digests unverified. Raises OSError."""
     files = []
     for path in _step_files(directory):
         try:

@@ -74,10 +74,7 @@ def _raised(check: Callable[[], None]) -> Iterator[UsageError]:
 
 
 def check_folder(directory: RunDirectory) -> None:
-    """Check that a new run's folder is not that of a study, and has no file that it would replace.
-
-    Raises UsageError.
-    """
+    """Check that a new run's folder is no study's, and has no file that it would replace. Raises UsageError."""
     if StudyDirectory(directory.root).runs.exists() and not directory.has_begun:
         raise UsageError(
             f"{directory.root} is the folder of a study: choose another by run.name or --run-dir",

@@ -227,10 +227,7 @@ class Regrouping:
 
 
 def _meet(config: Config, stack: ExitStack) -> tuple[Communicator, Watchdog | None]:
-    """Return the ranks of this launch, which `stack` leaves, and what watches them.
-
-    Raises UsageError on all ranks if their code or settings differ.
-    """
+    """Return the ranks of this launch, which `stack` leaves, and their watchdog. Raises UsageError if they differ."""
     timeout, micro_size = config.comm.timeout, config.batch.micro_size
     with without_collection(), rendezvous_within(timeout * _RENDEZVOUS_TIMEOUTS, engine=config.comm.engine):
         comm = join_ranks(

@@ -95,10 +95,7 @@ def norm_modules(model: nn.Module) -> list[GroupedBatchNorm]:
 
 
 def collect_statistics(model: nn.Module) -> None:
-    """Put `model` into evaluation mode except for its norms: a forward pass then collects their statistics.
-
-    In training mode, dropout would make them random.
-    """
+    """Put `model` into evaluation mode, without dropout, but let its norms collect statistics in forward passes."""
     model.eval()
     for norm in norm_modules(model):
         norm.training = True  # not train(), which would reach the dropout that a norm of timm contains

@@ -89,10 +89,7 @@ def _normal(device: torch.device) -> _Distribution:
 
 
 class Filters:
-    """The filters of flat `weights`: slices of a tensor along dimension 0; one of one dimension is a single filter.
-
-    Each padding is one too.
-    """
+    """The filters of flat `weights`: slices along dimension 0, tensors of one dimension, and each padding."""
 
     def __init__(self, weights: FlatWeights) -> None:
         self._count = len(weights.values)

@@ -106,10 +106,7 @@ def _largest_that_fits(try_size: Callable[[int], None], largest: int) -> int:
 
 
 def avoid_short_last_micro_batch(micro_size: int, global_sizes: Sequence[int], fewest: int) -> int | None:
-    """Return `micro_size`, or less if a global batch's last micro-batch would have fewer than `fewest` samples.
-
-    None if no size leaves every micro-batch so many.
-    """
+    """Return `micro_size`, or less, so that every micro-batch has `fewest` samples or more; None if no size does."""
     sizes = range(micro_size, fewest - 1, -1)
     return next((size for size in sizes if not any(0 < each % size < fewest for each in global_sizes)), None)
 

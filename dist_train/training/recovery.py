@@ -61,10 +61,7 @@ class Recovery:
 
 
 def plan_recovery(states: Sequence[RankState]) -> Recovery:
-    """Return how ranks with these states, by rank, continue; the same on all ranks.
-
-    Raises FaultError if no rank has a state.
-    """
+    """Return how ranks with these states, by rank, continue, the same on all. Raises FaultError if none has a state."""
     steps = [state.step for state in states if state.has_state]
     if not steps:
         raise FaultError("no rank is left that holds the state of the run", code="rank-lost")
