@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import chain
 from traceback import walk_tb
@@ -15,15 +15,16 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from dist_train.config import Config
-from dist_train.config.plugins import failing_clearly, is_plugin
+from dist_train.config.plugins import call_plugin, failing_clearly, is_plugin
 from dist_train.models.norms import (
     check_norms,
     collect_statistics,
+    norm_factory,
     norm_modules,
     restoring_buffers,
     restoring_parameters,
 )
-from dist_train.outcome import PluginResultError
+from dist_train.outcome import PluginResultError, UsageError
 from dist_train.reproducible import generator, key, seed_generators, seeded_generators
 
 _TRIAL_SAMPLES = 2
@@ -131,6 +132,12 @@ def check_training(model: nn.Module, config: Config) -> None:
             f"in a trial pass of {name} {len(unreached)} of its parameters ({', '.join(unreached[:_MAX_NAMES])}) get "
             f"no gradient: use them in the forward pass, or freeze them by requires_grad_(False)"
         )
+    if replaced := _replaced(model, config):
+        _logger.warning(
+            f"{name} builds {len(replaced)} of its parameters ({', '.join(replaced[:_MAX_NAMES])}) alike for any seed, "
+            f"as pretrained ones are, but a run replaces their values by its own initial weights: to begin with yours, "
+            f"save the model's state_dict(), and set run.init_from to the file"
+        )
     if not is_repeatable:
         _logger.warning(
             f"a pass of {name} in training, repeated from the same seed, gives other logits: it draws from a generator "
@@ -144,6 +151,28 @@ def check_training(model: nn.Module, config: Config) -> None:
             f"results depend on the number of ranks, and model.norm_statistics does not apply to them; build norms by "
             f"norm(channels)"
         )
+
+
+def _replaced(model: nn.Module, config: Config) -> list[str]:
+    """Return the trained parameters of `model` that have lost values, other than 0, which no seed determines."""
+    settings, builds = config.model, list[dict[str, nn.Parameter]]()
+    if config.run.init_from is not None:
+        return []
+    with suppress(UsageError):  # of code that can be called only once
+        for purpose in ("one seed", "another seed"):
+            with seeded_generators(key(config.run.seed, purpose)):
+                arguments = config.data.image_format, settings.width, norm_factory(settings)
+                built = call_plugin(settings.name, settings.options, nn.Module, *arguments)
+            builds.append({path: value for path, value in built.named_parameters() if not is_lazy(value)})
+    return [
+        path
+        for path, value in model.named_parameters()
+        if value.requires_grad
+        and len(builds) == 2
+        and all(path in built and torch.equal(built[path], builds[0][path]) for built in builds)
+        and builds[0][path].any()
+        and not torch.equal(builds[0][path], value)
+    ]
 
 
 def _blank(config: Config, samples: int = _TRIAL_SAMPLES) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Self, get_args
 
 import numpy as np
@@ -195,6 +196,11 @@ class Network(nn.Module):
         self.listed = [nn.Linear(8, 8).requires_grad_(kind == "listed")] if kind.startswith("listed") else []
         if kind == "frozen":
             self.requires_grad_(False)
+        if kind.startswith("pretrained"):
+            nn.init.eye_(self.head.weight)
+            self.head.requires_grad_(kind != "pretrained-and-frozen")
+        if kind == "from-zero":
+            nn.init.zeros_(self.head.weight)
         if kind == "unsaved":
             self.stem.requires_grad_(False)
             self.register_state_dict_post_hook(leave_out_stem)  # type: ignore[no-untyped-call]  # torch gives it no types
@@ -546,6 +552,19 @@ def test_training_warns_of_parameters_without_a_gradient(caplog: pytest.LogCaptu
     tried("unused")
     [warning] = [message for message in caplog.messages if "no gradient" in message]
     assert "40 of its parameters (extra.0.weight, extra.0.bias, extra.1.weight)" in warning
+
+
+def test_training_warns_of_values_of_the_model_s_code_that_initial_weights_replace(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    for kind in ("plain", "from-zero", "pretrained-and-frozen"):
+        tried(kind)
+        assert "alike for any seed" not in caplog.text
+    settings = {"data": IMAGES, "model": {"name": f"{HERE}:network", "options": {"kind": "pretrained"}}}
+    for source in (tmp_path / "weights.pth", None):
+        config = parse_config({**settings, "run": {"init_from": source}}, source="test")
+        check_training(build_model(config), config)
+        assert ("builds 1 of its parameters (head.weight) alike for any seed" in caplog.text) == (source is None)
 
 
 def test_training_warns_of_draws_from_a_generator_of_the_model_s_own(caplog: pytest.LogCaptureFixture) -> None:
