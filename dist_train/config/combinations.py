@@ -214,8 +214,8 @@ def _data(config: Config) -> Iterator[Problem]:
 def unused_settings(config: Config) -> dict[str, str]:
     """Return a sentence for each setting, by its path, that was given but has no effect in combination with the others.
 
-    And for a shape of images that seems to have its channels last. None if most settings were given, as in a run's
-    `config.yaml`, also of an older version: nobody chose each of them.
+    And for a shape of images that seems to have its channels last, and a warm-up without a rise. None if most settings
+    were given, as in a run's `config.yaml`, also of an older version: nobody chose each of them.
     """
     sections: dict[str, Section] = {name: getattr(config, name) for name in type(config).model_fields}
     given = sum(len(section.model_fields_set) for section in sections.values())
@@ -230,7 +230,7 @@ def unused_settings(config: Config) -> dict[str, str]:
         for name in names.split()
         if name in sections[section].model_fields_set
     }
-    return {**_channels_last(config), **unused}
+    return {**_channels_last(config), **_constant_warmup(config), **unused}
 
 
 def _channels_last(config: Config) -> dict[str, str]:
@@ -243,6 +243,15 @@ def _channels_last(config: Config) -> dict[str, str]:
             what = f"{given} is {channels} channels of {height} x {width} pixels, not {meant}"
             found[f"data.{name}"] = f"data.{name} holds channels, height and width: {what}"
     return found
+
+
+def _constant_warmup(config: Config) -> dict[str, str]:
+    """Return a sentence for a warm-up that delays the decay, though elsewhere the rate would rise from 0."""
+    schedule = config.schedule
+    if not schedule.warmup_epochs or schedule.scaling != "none" or schedule.decay in ("constant", "step"):
+        return {}
+    why = "since schedule.scaling is none; a rise from 0 is part of a schedule.decay of your own"
+    return {"schedule.warmup_epochs": f"schedule.warmup_epochs delays the decay, at a constant rate, {why}"}
 
 
 _GIVEN_SECTIONS = ("data.name", "noise.method", "optimizer.name")

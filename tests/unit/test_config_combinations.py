@@ -253,6 +253,17 @@ def test_a_shape_that_seems_to_have_its_channels_last_is_told(shape: list[int], 
     assert list(unused_settings(parse({"data": synthetic}))) == (["data.synthetic_shape"] if is_told else [])
 
 
+@pytest.mark.parametrize(
+    ("scaling", "decay", "is_told"),
+    [("none", "cosine", True), ("none", f"{__name__}:any_plugin", True), ("sqrt", "cosine", False)],
+)
+def test_a_warm_up_at_a_constant_rate_is_told(scaling: str, decay: str, is_told: bool) -> None:
+    schedule = {"warmup_epochs": 2, "scaling": scaling, "decay": decay}
+    told = unused_settings(parse({"schedule": schedule}))
+    assert list(told) == (["schedule.warmup_epochs"] if is_told else [])
+    assert "no effect" not in str(told)  # it delays the decay
+
+
 def test_settings_with_effect_and_settings_not_given_are_not_told() -> None:
     assert unused_settings(Config()) == {}
     recorded = Config().model_dump(mode="json")
@@ -303,7 +314,3 @@ def test_statistics_are_recomputed_where_noise_is_on_or_where_it_is_asked_for(
 ) -> None:
     model = {"norm": norm, "norm_statistics": statistics}
     assert parse({"model": model, "noise": {"method": method}}).recomputes_statistics is recomputed
-
-
-def test_a_warm_up_moves_the_beginning_of_a_decay_also_without_scaling() -> None:
-    assert unused_settings(parse({"schedule": {"warmup_epochs": 2, "decay": "cosine"}})) == {}
