@@ -344,6 +344,8 @@ def _plain(value: Any, settings: Mapping[str, Any], source: str) -> object:
         return value.item()
     found = (path for path, each in _nested(settings) if each is value)
     wrong = "not text, a number, true or false, a list or a mapping"
+    if callable(value):  # a class or function, which a resume and loader processes must find, too
+        wrong = "code itself is no setting: name it, as FILE.py:NAME or package.module:NAME"
     raise ConfigError.of(source, next(found, _FILE), wrong, code="wrong-type", value=repr(value))
 
 

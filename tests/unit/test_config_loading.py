@@ -490,6 +490,9 @@ class TestOverrides:
                 override_texts({path: value})
         with raises_problems(("noise.exclude.0", "wrong-type")):
             load_config({}, {"noise.exclude": [{"bias"}]})
+        with raises_problems(("model.name", "wrong-type")) as refused:
+            load_config({"model": {"name": override_texts}})
+        assert "FILE.py:NAME" in str(refused.value)
         words = override_texts({"run.seed": np.int64(3), "data.root": Path("x"), "run.init_from": np.str_("y")})
         assert words == ("run.seed=3", "data.root=x", "run.init_from=y")
 
