@@ -297,6 +297,11 @@ def find_initial(source: Path, model: str) -> Path:
         return _torchvision_file(str(source).removeprefix(_TORCHVISION), model.removeprefix(_TORCHVISION))
     path = find_checkpoint(source)
     if not _is_foreign(path):
+        if path.suffix not in WEIGHT_FILES and not path.with_suffix(".json").exists():
+            raise UsageError(
+                f"{path} is neither a run's checkpoint nor named as weights: let it end in {', '.join(WEIGHT_FILES)}",
+                code="weights-unreadable",
+            )
         read_record(path)
     return path
 

@@ -312,7 +312,8 @@ def test_what_holds_no_weights_by_name_is_refused_and_nothing_in_a_file_is_run(t
     (tmp_path / "code.pth").write_bytes(pickle.dumps({"weight": print}))
     torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pth")
     (tmp_path / "text.safetensors").write_text("no tensors")
-    for name in ("code.pth", "module.pth", "nested.pth", "text.safetensors"):
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "weights.pth.tar")
+    for name in ("code.pth", "module.pth", "nested.pth", "text.safetensors", "weights.pth.tar"):
         with raises(UsageError, "weights-unreadable"):
             read_initial(tmp_path / name, NAME)
 
