@@ -8,6 +8,7 @@ are they before the plug-in is called for its data set or transform, which each 
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
@@ -30,7 +31,10 @@ from dist_train.reproducible import key, preserved_generators, seed_generators, 
 _NOT_COLOURS = ("P", "PA", "1")  # modes of Pillow: numbers of colours in a palette, or one bit
 _COLOURS = ("L", "LA", "RGB", "RGBA", "CMYK")
 
+_MANY = 10_000  # samples, which may take minutes to hours to read
+
 Augment = Callable[[Any], Any]
+_logger = logging.getLogger("dist_train.data")
 
 
 class Recipe(BaseModel):
@@ -120,6 +124,8 @@ class PluginSamples:
                 )
         try:
             returned = image.numpy(force=True) if isinstance(image, Tensor) else np.asarray(image)
+            if returned.dtype == object:
+                raise TypeError("it is no array of numbers")
         except Exception as error:  # of a type that NumPy lacks, of a ragged list, or of the image's own code
             raise UsageError(
                 f"{name} is {type(image).__name__}, which cannot be converted to an array ({error}): return a PIL "
@@ -150,6 +156,10 @@ def labels_of(source: DataSource, settings: DataSettings, seed: int) -> Tensor:
         labels = np.empty(0)
     if labels.shape == (len(source),) and labels.dtype.kind in "iu" and 0 <= labels.min() <= labels.max() < classes:
         return torch.from_numpy(labels.astype(np.int64))
+    _logger.log(
+        logging.WARNING if len(source) > _MANY else logging.INFO,
+        f"all {len(source)} samples of {settings.name} are read for their labels: give it their list, `targets`",
+    )
     reader = PluginSamples(settings.model_copy(update={"augment": "none"}), seed, {"train": source})
     pixels, read = np.empty((1, *settings.image_format.shape), np.uint8), np.empty(len(source), np.int64)
     for index in range(len(source)):

@@ -172,15 +172,21 @@ def test_a_transform_that_writes_to_its_image_does_not_change_the_data_set(
     assert held[0, 0, 0] == 55
 
 
-def test_a_subset_is_balanced_by_the_labels_or_the_targets(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_subset_is_balanced_by_the_labels_or_the_targets(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     splits = opened(**OWN, train_size=8)
+    assert "all 24 samples" in caplog.text
     _, labels = splits.train.read(BatchRequest(torch.arange(8)))
     assert labels.bincount().tolist() == [4, 4]
     assert torch.equal(training_labels(DataSettings.model_validate({**OWN, "train_size": 8}), 5), labels)
     from tests.unit import drawing_data
 
     monkeypatch.setattr(drawing_data.Drawing, "targets", [1, 0] * 12, raising=False)
+    caplog.clear()
     assert training_labels(DataSettings.model_validate(OWN), 5).tolist() == [1, 0] * 12
+    assert not caplog.text
     unusable: tuple[object, ...] = (["cat", "dog"] * 12, [[0], [0, 1]] * 12, 24, property(lambda self: 1 / 0))
     for targets in unusable:
         monkeypatch.setattr(drawing_data.Drawing, "targets", targets)
@@ -327,12 +333,12 @@ def data(settings, split, seed): return Pictures()
     assert "failed at pictures.py:6: JSONDecodeError" in str(failed.value)
 
 
-@pytest.mark.parametrize("image", [torch.zeros(3, SIZE, SIZE, dtype=torch.bfloat16), [[0], [0, 1]]])
+@pytest.mark.parametrize("image", [torch.zeros(3, SIZE, SIZE, dtype=torch.bfloat16), [[0], [0, 1]], None])
 def test_an_image_that_is_no_array_is_refused(image: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Drawing, "__getitem__", lambda self, index: (image, 0))
     with raises(UsageError, "plugin-data-form") as refused:
         opened(**OWN)
-    assert f"sample 0 of {HERE}:drawing (train)" in str(refused.value)
+    assert f"sample 0 of {HERE}:drawing (train) is {type(image).__name__}" in str(refused.value)
 
 
 @pytest.mark.parametrize("mode", ["P", "1"])
