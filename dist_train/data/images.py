@@ -32,9 +32,9 @@ class ImageSet:
     is_mapped: bool = False  # whether local ranks share the images' pages, so that a copy of some takes more memory
 
     def __post_init__(self) -> None:
-        assert self.images.dtype == torch.uint8, f"images are {self.images.dtype}, not uint8"
+        assert self.images.dtype == torch.uint8, f"images are {self.images.dtype}, not torch.uint8"
         assert self.images.ndim == 4, f"images have the shape {list(self.images.shape)}, not [N, C, H, W]"
-        assert self.labels.dtype == torch.int64, f"labels are {self.labels.dtype}, not int64"
+        assert self.labels.dtype == torch.int64, f"labels are {self.labels.dtype}, not torch.int64"
         assert self.labels.shape == self.images.shape[:1], (
             f"{list(self.labels.shape)} labels, {len(self.images)} images"
         )

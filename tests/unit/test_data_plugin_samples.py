@@ -263,9 +263,10 @@ def test_a_data_set_that_can_only_be_iterated_over_is_refused_as_such(monkeypatc
 
 def test_an_image_set_of_other_types_names_them() -> None:
     images, labels = torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64)
-    with pytest.raises(AssertionError, match="float32, not uint8"):
-        ImageSet(images.float(), labels, 2)
-    with pytest.raises(AssertionError, match="int32, not int64"):
+    for wrong in (images.float(), images.numpy()):
+        with pytest.raises(AssertionError, match=r"not torch\.uint8"):
+            ImageSet(wrong, labels, 2)  # type: ignore[arg-type]  # a usual mistake
+    with pytest.raises(AssertionError, match=r"int32, not torch\.int64"):
         ImageSet(images, labels.int(), 2)
     with pytest.raises(AssertionError, match=r"\[1\] labels, 2 images"):
         ImageSet(images, labels[:1], 2)
