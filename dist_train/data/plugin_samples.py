@@ -101,7 +101,11 @@ class PluginSamples:
                         code="plugin-data-form",
                     )
         if number is None:
-            raise UsageError(f"{name} has the label {label!r:.60}, not a whole number", code="plugin-data-form")
+            raise UsageError(
+                f"{name} has the label {label!r:.60}, not a whole number: the loss is cross entropy, of one "
+                f"class for each image",
+                code="plugin-data-form",
+            )
         if not 0 <= number < self._settings.image_format.classes:
             raise UsageError(
                 f"{name} has the label {number}: data.classes is {self._settings.image_format.classes}, "
