@@ -155,24 +155,30 @@ def check_training(model: nn.Module, config: Config) -> None:
 
 def _replaced(model: nn.Module, config: Config) -> list[str]:
     """Return the trained parameters of `model` that have lost values, other than 0, which no seed determines."""
-    settings, builds = config.model, list[dict[str, nn.Parameter]]()
+    settings, builds = config.model, list[dict[str, tuple[float, float]]]()
     if config.run.init_from is not None:
         return []
     with suppress(UsageError):  # of code that can be called only once
         for purpose in ("one seed", "another seed"):
             with seeded_generators(key(config.run.seed, purpose)):
                 arguments = config.data.image_format, settings.width, norm_factory(settings)
-                built = call_plugin(settings.name, settings.options, nn.Module, *arguments)
-            builds.append({path: value for path, value in built.named_parameters() if not is_lazy(value)})
-    return [
-        path
-        for path, value in model.named_parameters()
-        if value.requires_grad
-        and len(builds) == 2
-        and all(path in built and torch.equal(built[path], builds[0][path]) for built in builds)
-        and builds[0][path].any()
-        and not torch.equal(builds[0][path], value)
-    ]
+                builds.append(_sums(call_plugin(settings.name, settings.options, nn.Module, *arguments)))
+    if len(builds) < 2:
+        return []
+    alike = dict(builds[0].items() & builds[1].items())
+    return [path for path, sums in _sums(model).items() if alike.get(path, sums) not in (sums, (0.0, 0.0))]
+
+
+def _sums(model: nn.Module) -> dict[str, tuple[float, float]]:
+    """Return the sums of the values and of their sizes for each trained parameter: by them, builds are compared without
+    keeping a second model in memory.
+    """
+    with torch.no_grad():
+        return {
+            path: (float(value.double().sum()), float(value.double().abs().sum()))
+            for path, value in model.named_parameters()
+            if value.requires_grad and not is_lazy(value)
+        }
 
 
 def _blank(config: Config, samples: int = _TRIAL_SAMPLES) -> Tensor:
