@@ -816,6 +816,7 @@ prepare_restart() {
     set_rank_environment "$threads"
     compose
     : >"$error_log"
+    unset SLURM_RESTART_COUNT # the run would count this restart as another requeue
     say "restarted on $nodes nodes (${living[*]})"
 }
 

@@ -539,6 +539,18 @@ def test_a_restart_leaves_out_nodes_that_the_check_has_refused(programs: str, tm
     assert ended.stdout.split() == ["n1,n3", "requeued"], ended.stderr
 
 
+def test_a_restart_within_the_job_is_not_counted_as_another_requeue(programs: str, tmp_path: Path) -> None:
+    lines = """
+        prepare_ranks
+        error_log=/dev/null
+        living_nodes() { echo n1; }
+        prepare_restart
+        env | grep SLURM_RESTART_COUNT || echo none
+    """
+    ended = start(script_of(tmp_path, lines), PATH=programs, SLURM_RESTART_COUNT="1", RANKS_PER_NODE="1", **SETTLED)
+    assert ended.stdout == "none\n", ended.stderr
+
+
 @pytest.mark.parametrize(("living", "guards"), [("n1 n3", "on n1 n3\n"), ("n1 n2", "")])
 def test_a_restart_without_the_node_of_the_guard_guards_the_batch_host_anew(
     programs: str, tmp_path: Path, living: str, guards: str
