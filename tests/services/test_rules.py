@@ -170,7 +170,7 @@ def test_rules_without_run_ids_would_confuse_runs_of_one_name(written: str, repl
                 "dist_train_micro_batches",
                 "the batch an eighth",
             ),
-            ("and on (run, run_id) run:dist_train_active:max == 1", "", "requeued often, and long over"),
+            ("and on (run, run_id) run:dist_train_active:max == 1", "", "requeued often, and over"),
         ],
         keep=3,
     ),
