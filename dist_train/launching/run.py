@@ -40,7 +40,15 @@ from dist_train.monitoring.prometheus.http_server import access_warnings
 from dist_train.outcome import SHARED_ERRORS, CodedError, FaultError, UsageError, say_on_stderr
 from dist_train.rundir.lock import LEASE_SECONDS, LockRequest, RunLock
 from dist_train.rundir.paths import RunDirectory, oserror_to_fault
-from dist_train.rundir.records import EventRecord, Observer, Outcome, read_last_records, record_key, rewind
+from dist_train.rundir.records import (
+    RECENT_BYTES,
+    EventRecord,
+    Observer,
+    Outcome,
+    read_last_records,
+    record_key,
+    rewind,
+)
 from dist_train.start_up import without_collection
 from dist_train.training.compute import free_device_memory, is_out_of_memory, restoring_torch, share_of_threads
 from dist_train.training.consistency import check_consistent_across_ranks
@@ -140,7 +148,6 @@ def _naming_plugins(files: Collection[str]) -> Iterator[None]:
 
 _PACKAGE = Path(dist_train.__file__).parent
 _KEEP_ALL_STEPS = 2**62
-_RECENT_BYTES = 1 << 23  # of metrics.jsonl: more than the records that a rank keeps for a takeover
 
 
 @dataclass
@@ -214,7 +221,7 @@ class Regrouping:
         return True
 
     def _write_owed_records(self, trainer: ElasticTrainer) -> None:
-        written = {record_key(each): each for each in read_last_records(trainer.directory.metrics, _RECENT_BYTES)}
+        written = {record_key(each): each for each in read_last_records(trainer.directory.metrics, RECENT_BYTES)}
         for record in trainer.recent.all():
             if record_key(record) not in written:
                 trainer.observers.record(record)

@@ -142,6 +142,14 @@ def read_regular(path: Path) -> bytes:
         return file.read()
 
 
+def read_end(path: Path, most: int) -> tuple[bytes, int]:
+    """Return the last `most` bytes of the regular file at `path`, and its size. Raises OSError as `open_regular`."""
+    with open_regular(path) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - most))
+        return file.read(), size
+
+
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of the file at `path`. Raises OSError."""
     with path.open("rb") as file:

@@ -18,7 +18,7 @@ from typing import Annotated, NamedTuple, TypeAlias
 import msgspec
 
 from dist_train.rundir import atomic
-from dist_train.rundir.atomic import json_text, open_regular, read_regular
+from dist_train.rundir.atomic import json_text, read_end, read_regular
 from dist_train.rundir.epochs import Epochs, Stage
 
 _logger = logging.getLogger(__name__)
@@ -221,7 +221,8 @@ class Outcome:
 
 
 _EVENTS_BEFORE_TRAINING = 100  # more than there are
-_BACKLOG_LIMIT = 100_000
+_BACKLOG_LIMIT = 100_000  # records: more than there are in RECENT_BYTES
+RECENT_BYTES = 1 << 23  # of metrics.jsonl: more than the records that a rank keeps for a takeover
 _RESERVED = frozenset({"kind", "step", "event", "time"})
 TRAIN_LINE = b'{"kind": "train"'
 """How the line of a training record begins; most lines are such records, and readers need not parse them all."""
@@ -278,10 +279,7 @@ def recorded_initial(path: Path) -> str:
 
 def read_last_records(path: Path, size: int = 1 << 16) -> tuple[Record, ...]:
     """Return the records in the last `size` bytes of `path`. Raises OSError if it cannot be read."""
-    with open_regular(path) as file:
-        end = file.seek(0, 2)
-        file.seek(max(0, end - size))
-        return _parse(file.read())
+    return _parse(read_end(path, size)[0])
 
 
 def _parse(content: bytes) -> tuple[Record, ...]:
@@ -333,20 +331,20 @@ class Observer:
 class JsonLines(Observer):
     """Appends each record to `path` in one write; `flush` flushes to disk.
 
-    A record whose `RecordKey` the file already has is not written again. While writes fail, records wait in memory; the
-    first failure is reported.
+    A record whose `RecordKey` the end of the file already has is not written again; all keys of a run of weeks would
+    take gigabytes. While writes fail, records wait in memory; the first failure is reported.
     """
 
     def __init__(self, path: Path) -> None:
         """Open or create `path`. For a resume call `rewind` first."""
-        content = path.read_bytes() if atomic.exists(path) else b""
-        self._written = {key for line in content.split(b"\n") if (key := _key_of_line(line))}
+        content, size = read_end(path, RECENT_BYTES) if atomic.exists(path) else (b"", 0)
+        self._written = dict.fromkeys(key for line in content.split(b"\n") if (key := _key_of_line(line)))
         self._path = path
         self._lock = Lock()
         self._backlog = deque[bytes]([] if content.endswith(b"\n") or not content else [b"\n"])
         # The last lines that the file has, but not yet for certain the disk.
         self._unflushed = deque[bytes](maxlen=_BACKLOG_LIMIT)
-        self._size = len(content)  # of the file with these lines
+        self._size = size  # of the file with these lines
         self._is_torn = False  # whether the file may end in bytes beyond `_size`
         self._is_refused = False
         self._directory_flushed = False
@@ -363,7 +361,9 @@ class JsonLines(Observer):
         with self._lock:
             if key in self._written:
                 return
-            self._written.add(key)
+            self._written[key] = None
+            if len(self._written) > _BACKLOG_LIMIT:
+                del self._written[next(iter(self._written))]
             if len(self._backlog) >= _BACKLOG_LIMIT:
                 self._write_backlog()
             if len(self._backlog) < _BACKLOG_LIMIT:

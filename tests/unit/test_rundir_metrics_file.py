@@ -105,6 +105,18 @@ def test_a_record_that_is_there_is_not_written_again(tmp_path: Path) -> None:
     ]
 
 
+def test_of_a_long_file_the_latest_records_alone_are_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    monkeypatch.setattr(records, "_BACKLOG_LIMIT", 3)
+    write(path, *map(train, (1, 2, 3, 4, 3, 1)))
+    assert [record.step for record in read_records(path)] == [1, 2, 3, 4, 1]
+    monkeypatch.setattr(records, "RECENT_BYTES", 2 * len(to_json(train(1))))
+    write(path, *map(train, (1, 2)))
+    assert [record.step for record in read_records(path)] == [1, 2, 3, 4, 1, 2]
+
+
 @pytest.mark.parametrize(
     ("name", "detail", "values"),
     [
