@@ -110,7 +110,7 @@ def writing(place: Path, fix: str, code: str = "output-unwritable") -> Iterator[
         raise UsageError(f"cannot write {place} ({error.strerror or error}): {fix}", code=code) from error
 
 
-_OF_THE_DISK = frozenset(
+OF_THE_DISK = frozenset(
     {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ESHUTDOWN, errno.EHOSTDOWN, errno.EREMOTEIO}
 )
 
@@ -124,7 +124,7 @@ def reading(place: Path, fix: str = "", code: str = "data-unreadable") -> Iterat
         yield
     except OSError as error:
         ending = f". {fix}" if fix else ""
-        kind = FaultError if error.errno in _OF_THE_DISK else UsageError
+        kind = FaultError if error.errno in OF_THE_DISK else UsageError
         raise kind(f"cannot read {error.filename or place}: {error.strerror or error}{ending}", code=code) from error
 
 

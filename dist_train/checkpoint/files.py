@@ -239,7 +239,7 @@ def _read_verified(path: Path) -> Stored:
     if not (atomic.exists(path) and path.is_file()):
         raise UsageError(f"{path}: there is no such checkpoint", code="checkpoint-missing")
     record = read_record(path)
-    content = path.read_bytes()
+    content = atomic.read_regular(path)
     if len(content) != record.size:
         raise DamagedCheckpointError(
             f"{path} is damaged: {len(content)} bytes instead of {record.size}", code="checkpoint-size"
@@ -308,7 +308,7 @@ def _read_unless_gone(paths: Sequence[Path]) -> Sequence[Stored] | None:
     """Return None if a checkpoint is gone: the run, which trains meanwhile, may have deleted it for a newer one."""
     try:
         return _read_all(paths)
-    except (UsageError, FileNotFoundError):
+    except (UsageError, OSError):  # a file server may have closed what was open
         if all(path.with_suffix(".json").exists() for path in paths):
             raise
         return None

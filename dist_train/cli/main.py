@@ -24,6 +24,7 @@ from dist_train.cli import (
 )
 from dist_train.cluster.launch import current_launch
 from dist_train.outcome import (
+    OF_THE_DISK,
     SHARED_ERRORS,
     CodedError,
     ExitCode,
@@ -99,6 +100,8 @@ def _run(words: list[str]) -> int:
             return _report(UsageError(f"permission denied: {error.filename}", code="permission-denied"))
         if error.errno == errno.ENAMETOOLONG:
             return _report(UsageError(f"the name is too long: {error.filename}", code="name-too-long"))
+        if error.filename is not None and error.errno in OF_THE_DISK:
+            return _report(FaultError(f"{error.strerror}: {error.filename}", code="disk-failed"))
         raise
 
 

@@ -137,9 +137,13 @@ def open_regular(path: Path, flags: int = 0) -> BinaryIO:
 
 
 def read_regular(path: Path) -> bytes:
-    """Return the content of the regular file at `path`. Raises OSError as `open_regular` does."""
+    """Return the content of the regular file at `path`. Raises OSError as `open_regular` does; it names the file."""
     with open_regular(path) as file:
-        return file.read()
+        try:
+            return file.read()
+        except OSError as error:
+            error.filename = str(path)
+            raise
 
 
 def read_end(path: Path, most: int) -> tuple[bytes, int]:

@@ -390,6 +390,21 @@ class TestReadingWhileTheRunTrains:
         monkeypatch.setattr(files, "find_checkpoint", find)
         assert read_stored(directory.root).contents.step == 8
 
+    def test_the_newer_one_is_read_where_a_file_server_deletes_the_open_one(
+        self, directory: RunDirectory, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        read = atomic.read_regular
+
+        def lose(path: Path) -> bytes:
+            if path == directory.checkpoint(4):
+                write(directory.checkpoints, 8)
+                remove_checkpoint(path)
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+            return read(path)
+
+        monkeypatch.setattr(atomic, "read_regular", lose)
+        assert read_stored(directory.root).contents.step == 8
+
     def test_it_is_read_although_all_that_were_being_listed_are_deleted(
         self, directory: RunDirectory, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -63,16 +63,27 @@ def test_the_same_command_with_a_relative_plugin_file_resumes(tmp_path: Path, mo
     assert [main(words), main(words)] == [0, 0]
 
 
-def test_denied_permission_is_told_without_a_traceback(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("number", "exit_code", "message"),
+    [
+        (errno.EACCES, 2, "permission denied: {} [permission-denied]"),
+        (errno.EIO, 1, "Input/output error: {} [disk-failed]"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_told_without_a_traceback(
+    number: int,
+    exit_code: int,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def refuse(name: Path) -> Path:
-        raise PermissionError(errno.EACCES, "Permission denied", str(name / "status.json"))
+        raise OSError(number, os.strerror(number), str(name / "status.json"))
 
     monkeypatch.setattr("dist_train.watch.run.find_run", refuse)
-    assert main(["watch", str(tmp_path)]) == 2
-    told = capsys.readouterr().err
-    assert told == f"dist-train: permission denied: {tmp_path}/status.json [permission-denied]\n"
+    assert main(["watch", str(tmp_path)]) == exit_code
+    assert capsys.readouterr().err == f"dist-train: {message.format(tmp_path / 'status.json')}\n"
 
 
 @pytest.mark.parametrize("variables", [{}, {MEMBERSHIP_VARIABLE: "127.0.0.1:1"}])
