@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -32,6 +33,9 @@ from dist_train.monitoring.observers import check_installed
 from dist_train.monitoring.prometheus.http_server import check_access
 from dist_train.outcome import UsageError
 from dist_train.rundir.paths import RunDirectory, StudyDirectory, checkpoint_name, refusing_unusable
+from dist_train.rundir.status import fallback_directory
+
+_logger = logging.getLogger("dist_train.training")
 
 
 def check_launch(config: Config, directory: RunDirectory) -> None:
@@ -144,19 +148,15 @@ class ResumePoint:
 def find_resume_point(config: Config, directory: RunDirectory) -> ResumePoint:
     """Return where a launch of `config` in `directory` starts. Raises UsageError."""
     checkpoints, other_disk = directory.checkpoints, config.checkpoint.fallback_directory
-    folders = [checkpoints] if other_disk is None else [checkpoints, directory.fallback(other_disk)]
     if config.run.resume == "never":
+        folders = [checkpoints] if other_disk is None else [checkpoints, directory.fallback(other_disk)]
         if any(map(has_checkpoints, folders)):
             raise UsageError(
                 f"{directory.root} already holds a run: choose another run.name, or resume it with run.resume=auto",
                 code="run-exists",
             )
         return ResumePoint(config, initial=_initial_weights(config))
-    if other_disk is not None:
-        adopt(folders[-1], checkpoints)
-        for former in directory.fallbacks(other_disk):  # or of a copy that may have gone another way since
-            if former != folders[-1]:
-                copy_newest(former, checkpoints, partial(_may_continue, config))
+    _adopt_from_fallbacks(config, directory)
     named = None if config.run.resume == "auto" else Path(config.run.resume)
     contents, source, is_missing, damage = None, None, False, dict[str, str]()
     if named is not None and not named.is_dir():
@@ -190,6 +190,25 @@ def find_resume_point(config: Config, directory: RunDirectory) -> ResumePoint:
     epochs_before = saved.run.epochs if config.run.epochs > saved.run.epochs else None
     gone = named if is_missing else None
     return ResumePoint(with_decisions(config, saved), contents, damage, epochs_before, gone=gone, source=source)
+
+
+def _adopt_from_fallbacks(config: Config, directory: RunDirectory) -> None:
+    """Copy the newest checkpoint to `directory` from the fallback directory: that of `config`, or of the last launch.
+
+    Raises UsageError or OSError if the former cannot be searched; of the latter, which may be gone for good, it warns.
+    """
+    now, before = config.checkpoint.fallback_directory, fallback_directory(directory)
+    for other_disk in dict.fromkeys(filter(None, (now, before))):
+        own = directory.fallback(other_disk)
+        try:
+            adopt(own, directory.checkpoints)
+            for former in directory.fallbacks(other_disk):  # or of a copy that may have gone another way since
+                if former != own:
+                    copy_newest(former, directory.checkpoints, partial(_may_continue, config))
+        except (OSError, UsageError) as error:
+            if other_disk == now:
+                raise
+            _logger.warning("later checkpoints in %s, the fallback directory until now, are not used: %s", own, error)
 
 
 def _may_continue(config: Config, path: Path) -> bool:

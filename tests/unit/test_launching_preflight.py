@@ -75,6 +75,32 @@ def test_the_fallback_directory_of_a_renamed_run_is_found(tmp_path: Path) -> Non
     assert found.step == 4
 
 
+@pytest.mark.parametrize("now", [None, "other"])
+def test_the_fallback_directory_of_the_last_launch_is_searched_too(tmp_path: Path, now: str | None) -> None:
+    directory = run_with(tmp_path / "run", 2)
+    directory.save_config(parse(checkpoint={"fallback_directory": str(tmp_path / "spare")}))
+    with_fallback(directory, tmp_path / "spare")
+    found = find_resume_point(parse(checkpoint={"fallback_directory": now and str(tmp_path / now)}), directory).contents
+    assert found is not None
+    assert found.step == 4
+
+
+def test_the_fallback_directory_of_the_last_launch_may_be_unusable(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = run_with(tmp_path / "run", 2)
+    before = parse(checkpoint={"fallback_directory": str(tmp_path / "spare")})
+    directory.save_config(before)
+    fallback = with_fallback(directory, tmp_path / "spare")
+    fallback.chmod(0o777)
+    with raises(UsageError, "folder-foreign"):
+        find_resume_point(before, directory)
+    found = find_resume_point(parse(), directory).contents
+    assert found is not None
+    assert found.step == 2
+    assert str(fallback) in caplog.text
+
+
 @pytest.mark.parametrize("copy", ["copy", "elsewhere/run"])
 def test_a_copy_of_a_run_leaves_it_its_fallback_checkpoint(tmp_path: Path, copy: str) -> None:
     directory = run_with(tmp_path / "run", 2)
