@@ -246,7 +246,7 @@ def export(
     model.eval()
     suffix, write = _FORMATS[to]
     # not run.name, which all runs with --run-dir may share
-    name = RunDirectory.of_checkpoint(stored.path.resolve()).root.name
+    name = RunDirectory.of_checkpoint(stored.path.absolute()).root.resolve().name
     which = "-averaged" if weights == "averaged" else ""
     output = in_utf8(Path(output or f"{name}-{contents.step:08d}{which}{suffix}"))
     named = next((other for other, (ending, _) in _FORMATS.items() if ending == output.suffix), to)

@@ -105,7 +105,7 @@ def make_landscape(
     subject, plan = run_on_all_ranks(comm, open_all, "open the checkpoints and their data")
     checkpoints = [checkpoint.record() for checkpoint in stored]
     identity = Identity(settings.kind, checkpoints, {**settings.record(), **subject.record()})
-    folder = LandscapeFolder(output or RunDirectory.of_checkpoint(first.path.resolve()).analysis, identity)
+    folder = LandscapeFolder(output or RunDirectory.of_checkpoint(first.path.absolute()).analysis, identity)
     was_there = run_on_all_ranks(comm, lambda: comm.rank == 0 and folder.begin(), "begin the result")
     if not json.loads(broadcast_str(comm, json.dumps(was_there), "result")):
         _measure_all(folder, subject, plan, comm, threads, report)

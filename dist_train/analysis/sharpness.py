@@ -75,7 +75,7 @@ def measure_sharpness(
     stored = read_stored(target)
     loss, checkpoint, data = open_stored_subset(stored, settings, overrides)
     settings = settings.model_copy(update={"samples": data.samples})
-    folder = folder or RunDirectory.of_checkpoint(stored.path.resolve()).analysis
+    folder = folder or RunDirectory.of_checkpoint(stored.path.absolute()).analysis
     file = record_path(folder, checkpoint, data, settings)
     existing = read_record(file) if file.exists() else None
     if existing is not None and all(map(existing.has, measures)):

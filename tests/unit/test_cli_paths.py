@@ -13,6 +13,7 @@ import pytest
 import dist_train
 from dist_train.cli.main import main
 from dist_train.outcome import ExitCode, UsageError
+from dist_train.report.stored_run import read_analyses
 from dist_train.rundir.paths import RunDirectory
 from tests.raising import raises
 from tests.unit.report_study import make_run, treatments
@@ -52,6 +53,19 @@ def test_an_export_to_a_link_is_written_where_that_leads(trained: Path, tmp_path
     assert dist_train.export(trained, "safetensors", tmp_path / "link").path == tmp_path / "link"
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "there").is_file()
+
+
+def test_results_are_of_the_run_whose_checkpoints_are_linked_to_another_disk(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = RunDirectory(shutil.copytree(trained, tmp_path / "linked"))
+    run.checkpoints.rename("disk")
+    run.checkpoints.symlink_to(tmp_path / "disk")
+    assert main(["landscape", "direction", "linked", "--points", "3", "--samples", "8"]) == 0
+    assert main(["sharpness", "linked", "--only", "rise", "--draws", "2", "--samples", "8"]) == 0
+    assert len(read_analyses(run).landscapes) == len(read_analyses(run).sharpness) == 1
+    assert dist_train.export("linked", "safetensors").path == Path("linked-00000001.safetensors")
 
 
 @pytest.mark.parametrize("below", ["", "/run"])
