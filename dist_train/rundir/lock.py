@@ -30,6 +30,7 @@ PATIENCE_SECONDS = 5.0  # a killed process may take a moment to end
 LEASE_SECONDS = 150.0  # how long an NFS server may keep the lock of a dead node: its lease, usually 90 s, and a margin
 
 _POLL_SECONDS = 0.05
+_FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
 _WITHOUT_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL})
 _LONGEST_HOLDER = 4096
 _logger = logging.getLogger("dist_train.training")
@@ -51,30 +52,56 @@ class RunLock:
     def __init__(self, path: Path, descriptor: int) -> None:
         self._path = path
         self._descriptor = descriptor
+        # open, so that no other folder gets its inode
+        self._folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def check(self) -> None:
-        """Raise OSError if the run directory is no longer the locked one: removed, moved or replaced."""
-        _check_same(self._path, os.fstat(self._descriptor))
+        """Raise OSError if the run directory is no longer the locked one: removed, moved, replaced or locked anew.
+
+        A lock file that was deleted by itself, by a person or where old files are purged, is made again.
+        """
+        _check_same(self._path.parent, os.fstat(self._folder))
+        try:
+            is_ours = os.path.samestat(os.stat(self._path), os.fstat(self._descriptor))
+        except FileNotFoundError:
+            is_ours = self._make_again()
+        if not is_ours:
+            raise OSError(errno.ESTALE, "another launch has locked the run directory", str(self._path.parent))
+        with suppress(OSError):
+            os.utime(self._descriptor)  # as young as the run's other files, for those who purge old ones
+
+    def _make_again(self) -> bool:
+        """Make and lock the file; return False if another process has locked it at once."""
+        descriptor = os.open(self._path, _FLAGS | os.O_EXCL, 0o600)
+        try:
+            if is_ours := try_to_lock(descriptor, self._path):
+                _logger.warning("%s was deleted, and is made again: it keeps other launches out", self._path)
+                with suppress(OSError):
+                    _write_holder(descriptor)
+                os.dup2(descriptor, self._descriptor, inheritable=False)
+            return is_ours
+        finally:
+            os.close(descriptor)
 
     def release(self) -> None:
         """Release the lock; the file stays, since deleting it would let two processes in."""
         os.close(self._descriptor)
+        os.close(self._folder)
 
 
 def check_of_run(directory: RunDirectory) -> Callable[[], None]:
-    """Return a function that does what `RunLock.check` does, for any process of the launch that holds the lock now.
-
-    If nobody has ever locked the directory, it does nothing.
+    """Return a function that raises OSError if the run directory is no longer the present one: removed, moved or
+    replaced. It is for any process of the launch that holds the lock now; if there is no directory, it does nothing.
     """
     try:
-        return partial(_check_same, directory.lock, os.stat(directory.lock))
+        return partial(_check_same, directory.root, os.stat(directory.root))
     except OSError:
         return lambda: None
 
 
-def _check_same(lock: Path, before: os.stat_result) -> None:
-    if not os.path.samestat(os.stat(lock), before):
-        raise OSError(errno.ESTALE, "the run directory was moved away and replaced", str(lock.parent))
+def _check_same(folder: Path, before: os.stat_result) -> None:
+    if not os.path.samestat(os.stat(folder), before):
+        raise OSError(errno.ESTALE, "the run directory was moved away and replaced", str(folder))
 
 
 @dataclass(eq=False)
@@ -101,7 +128,7 @@ class LockRequest:
         """
         until = time.monotonic() + seconds
         path = self.directory.lock
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(path, _FLAGS, 0o600)
         try:
             while not try_to_lock(descriptor, path):
                 now = time.monotonic()

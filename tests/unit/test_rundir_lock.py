@@ -146,6 +146,31 @@ def test_a_directory_made_anew_is_not_the_one_that_was_locked(tmp_path: Path) ->
     held.release()
 
 
+def test_a_file_that_was_deleted_by_itself_is_made_again(tmp_path: Path) -> None:
+    held, path = lock(tmp_path), tmp_path / "run.lock"
+    told = path.read_bytes()
+    path.unlink()
+    held.check()
+    assert json.loads(path.read_bytes())["pid"] == json.loads(told)["pid"]
+    with raises(UsageError, "run-in-use"):
+        lock(tmp_path)
+    path.unlink()
+    other = lock(tmp_path)
+    with pytest.raises(OSError, match="another launch"):
+        held.check()
+    other.release()
+    held.release()
+    lock(tmp_path).release()
+
+
+def test_it_does_not_become_an_old_file_that_is_purged(tmp_path: Path) -> None:
+    held, path = lock(tmp_path), tmp_path / "run.lock"
+    os.utime(path, (0, 0))
+    held.check()
+    assert path.stat().st_mtime > 0
+    held.release()
+
+
 def test_only_the_user_may_read_the_lock(tmp_path: Path) -> None:
     lock(tmp_path).release()
     assert (tmp_path / "run.lock").stat().st_mode & 0o777 == 0o600

@@ -237,6 +237,15 @@ def test_a_run_whose_directory_was_replaced_leaves_the_files_of_the_new_run_alon
     assert len(caplog.records) == 3
 
 
+def test_a_run_whose_lock_was_deleted_still_has_a_status(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path)
+    assert LockRequest(directory).wait(0)
+    status = StatusFile(directory.status, 1)
+    directory.lock.unlink()
+    status.change("running")
+    assert read_status(directory.status) is not None
+
+
 END = Outcome("finished", "", 0, 9, 1.0, 1.0, None, None, None, None, None)
 
 
