@@ -43,6 +43,7 @@ from dist_train.rundir.paths import RunDirectory, oserror_to_fault
 from dist_train.rundir.records import (
     RECENT_BYTES,
     EventRecord,
+    JsonLines,
     Observer,
     Outcome,
     read_last_records,
@@ -111,6 +112,7 @@ def train(config: Config, run_directory: Path | str | None = None, observers: Se
             stack.callback(trainer.close)
             session.trainer = trainer
             if not comm.is_joining:
+                run_on_all_ranks(comm, partial(_open_records, session, resume_point), "open its records")
                 session.begin(resume_point)
                 # Not earlier: what a launch leaves that is refused, or killed, the next one finds and records.
                 put_away = partial(set_aside, directory.checkpoints, resume_point.damage)
@@ -316,10 +318,22 @@ def _find_resume_point(config: Config, directory: RunDirectory, comm: Communicat
     begins = resume_point.contents is None or resume_point.source is not None
     if begins and has_published(directory.checkpoints):
         kept = directory.metrics.with_name(f"metrics-{time.strftime('%Y%m%dT%H%M%S')}.jsonl")
-        directory.metrics.rename(kept)
         resume_point = replace(resume_point, former_records=kept)
-    rewind(directory.metrics, resume_point.contents.step if resume_point.contents else 0)
     return resume_point
+
+
+def _open_records(session: Session, resume_point: ResumePoint) -> None:
+    """Rewind the records to where rank 0 begins to train, and write them from now on. Raises OSError.
+
+    Not earlier: after a launch that is refused, a later checkpoint may be there again, as when a copy is complete.
+    """
+    if session.comm.rank != 0:
+        return
+    metrics = session.directory.metrics
+    if resume_point.former_records is not None:
+        metrics.rename(resume_point.former_records)
+    rewind(metrics, resume_point.contents.step if resume_point.contents else 0)
+    session.observers.add_first(JsonLines(metrics))
 
 
 def _shared_config(comm: Communicator, config: Config) -> Config:

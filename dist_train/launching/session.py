@@ -92,6 +92,7 @@ class Session:
             except UsageError as error:
                 _logger.error("the run continues without the logger %s: %s", each.name, error)
         self.observers = _observers_of_rank_0(settings, self.directory, [*loggers, *self.more_observers])
+        self.observers.add_first(JsonLines(self.directory.metrics))
         self._observers_have_begun = False
         self.lock = lock
         self.status = self._status_file()
@@ -388,7 +389,10 @@ def build_observers(
     rank: int,
     more: Sequence[Observer] = (),
 ) -> Observers:
-    """Return the observers of `rank`; on rank 0 also `more`. Raises UsageError if a logger cannot be built."""
+    """Return the observers of `rank`, without its records; on rank 0 also `more`.
+
+    Raises UsageError if a logger cannot be built.
+    """
     if rank != 0:
         return Observers([Exporter(settings)] if settings.enabled and settings.ranks == "all" else [])
     loggers = [call_plugin(each.name, each.options, Observer, directory.root) for each in settings.loggers]
@@ -398,7 +402,6 @@ def build_observers(
 def _observers_of_rank_0(settings: MetricsSettings, directory: RunDirectory, more: Sequence[Observer]) -> Observers:
     """Return those that write files, the exporter, and `more`."""
     files = (
-        JsonLines(directory.metrics),
         EventCounts(directory.event_counts),
         open_console(),
         RanksFile(directory.ranks),

@@ -63,6 +63,10 @@ class Observers(Observer):
     def __iter__(self) -> Iterator[Observer]:
         return iter(self._observers)
 
+    def add_first(self, observer: Observer) -> None:
+        """Add an observer that is called before the others, before `begin`."""
+        self._observers = (observer, *self._observers)
+
     def begin(self, facts: RunFacts) -> None:
         self._call_each(lambda observer: observer.begin(facts))
 

@@ -51,6 +51,7 @@ from dist_train.rundir.lock import LockRequest
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import (
     EventRecord,
+    JsonLines,
     Observer,
     Outcome,
     Record,
@@ -389,7 +390,7 @@ def test_records_that_cannot_be_flushed_keep_the_checkpoint_back_and_are_recorde
     def fail(descriptor: int) -> None:
         raise OSError(errno.EDQUOT, "Disk quota exceeded")
 
-    session = Session(directory, SingleProcess(), build_observers(small_config().metrics, directory, 0))
+    session = Session(directory, SingleProcess(), Observers([JsonLines(directory.metrics)]))
     session.observers.record(first)
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fail)
@@ -930,6 +931,29 @@ def test_a_run_whose_checkpoints_are_gone_begins_again_and_keeps_its_records(tmp
     assert len(read_records(run / "metrics.jsonl")) == len(read_records(kept))
 
 
+@pytest.mark.parametrize("missing", ["step-*", "step-00000006.pt"])
+def test_a_refused_launch_leaves_the_records_to_one_that_finds_all_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    """As where a run is started before all of it has been copied, and its data are not there yet."""
+    directory = RunDirectory(tmp_path / "run")
+    train(small_config(), directory.root)
+    records = directory.metrics.read_bytes()
+    copied = {path: path.read_bytes() for path in directory.checkpoints.glob(missing)}
+    for path in copied:
+        path.unlink()
+        if missing.endswith(".pt"):
+            path.touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "assemble", Mock(side_effect=UsageError("no data")))
+        with raises(UsageError, "usage"):
+            train(small_config(), directory.root)
+    for path, content in copied.items():
+        path.write_bytes(content)
+    assert train(small_config(), directory.root).step == 6
+    assert directory.metrics.read_bytes() == records
+
+
 @pytest.mark.parametrize(
     ("metrics", "first", "others"),
     [
@@ -953,8 +977,8 @@ def test_who_watches_follows_the_settings(
         return observers
 
     opened = results(2, names)
-    assert opened[0][:2] == ["JsonLines", "EventCounts"]
-    assert opened[0][3:] == ["RanksFile", *first]
+    assert opened[0][0] == "EventCounts"
+    assert opened[0][2:] == ["RanksFile", *first]
     assert opened[1] == others
 
 
