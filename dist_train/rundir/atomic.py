@@ -138,20 +138,25 @@ def open_regular(path: Path, flags: int = 0) -> BinaryIO:
 
 def read_regular(path: Path) -> bytes:
     """Return the content of the regular file at `path`. Raises OSError as `open_regular` does; it names the file."""
-    with open_regular(path) as file:
-        try:
-            return file.read()
-        except OSError as error:
-            error.filename = str(path)
-            raise
+    with open_regular(path) as file, _naming(path):
+        return file.read()
 
 
 def read_end(path: Path, most: int) -> tuple[bytes, int]:
-    """Return the last `most` bytes of the regular file at `path`, and its size. Raises OSError as `open_regular`."""
-    with open_regular(path) as file:
+    """Return the last `most` bytes of the regular file at `path`, and its size. Raises OSError as `read_regular`."""
+    with open_regular(path) as file, _naming(path):
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - most))
         return file.read(), size
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:  # of a read, which names no file
+        error.filename = str(path)
+        raise
 
 
 def sha256_of(path: Path) -> str:

@@ -128,6 +128,8 @@ def test_promise_6_a_writer_that_is_killed_leaves_the_old_file(tmp_path: Path) -
 def test_an_error_of_the_disk_names_the_file() -> None:
     with pytest.raises(OSError, match="/proc/self/mem"):  # of which nothing is mapped at its beginning
         atomic.read_regular(Path("/proc/self/mem"))
+    with pytest.raises(OSError, match="/proc/self/mem"):
+        atomic.read_end(Path("/proc/self/mem"), 100)
 
 
 def test_a_folder_that_is_not_there_is_an_error_of_the_system(tmp_path: Path) -> None:
