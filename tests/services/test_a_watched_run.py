@@ -258,8 +258,9 @@ def test_panels_and_rules_distinguish_two_runs_of_one_name(watched: MonitoredRun
     config = write_config(tmp_path, watched_settings(watched.targets))
     job = start(2, "gloo", "train", config, "--run-dir", str(twin))
     try:
-        wait_for(lambda: (twin / "run_id").is_file(), "the second run")
-        first, second = ((run / "run_id").read_text().strip() for run in (watched.run, twin))
+        files = [run / "run_id" for run in (watched.run, twin)]
+        wait_for(lambda: all(file.is_file() for file in files), "both runs")
+        first, second = (file.read_text().strip() for file in files)
         assert first != second
         ids = {first, second}
         expressions = {**dashboard_expressions(RUN), **rule_expressions()}
