@@ -10,8 +10,8 @@ code := $(wildcard dist_train tests benchmarks docker/grafana/dashboard_generato
 help: ## show this list
 	@sed -nE 's/^([a-z-]+):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{ printf "make %-15s %s\n", $$1, $$2 }'
 
-# A file's tests share what they set up. Files that take minutes come first, so that all lanes end together. More lanes
-# than cores: these tests wait for other processes a third of the time.
+# A file's tests share what they set up. Files that take minutes come first, so that all of pytest's
+# processes end together. There may be more of them than cores: these tests also wait for other programs.
 by_file := -n 4 --dist loadfile --no-loadscope-reorder
 long_files := tests/torture/ tests/cluster/ tests/ranks/ tests/promises/
 slow_tests := $(long_files) $(filter-out $(long_files) tests/unit/,$(dir $(wildcard tests/*/__init__.py)))

@@ -246,11 +246,11 @@ def _channels_last(config: Config) -> dict[str, str]:
 
 
 def _constant_warmup(config: Config) -> dict[str, str]:
-    """Return a sentence for a warm-up that delays the decay, though elsewhere the rate would rise from 0."""
+    """Return a sentence for a warm-up that delays the decay, where many expect a rise of the rate from 0."""
     schedule = config.schedule
     if not schedule.warmup_epochs or schedule.scaling != "none" or schedule.decay in ("constant", "step"):
         return {}
-    why = "since schedule.scaling is none; a rise from 0 is part of a schedule.decay of your own"
+    why = "since schedule.scaling is none; for a rise from 0 write a schedule.decay of your own"
     return {"schedule.warmup_epochs": f"schedule.warmup_epochs delays the decay, at a constant rate, {why}"}
 
 

@@ -389,7 +389,7 @@ def build_observers(
     rank: int,
     more: Sequence[Observer] = (),
 ) -> Observers:
-    """Return the observers of `rank`, without its records; on rank 0 also `more`.
+    """Return the observers of `rank`, but for `JsonLines`, which is added when training begins; on rank 0 also `more`.
 
     Raises UsageError if a logger cannot be built.
     """

@@ -170,8 +170,9 @@ def _replaced(model: nn.Module, config: Config) -> list[str]:
 
 
 def _sums(model: nn.Module) -> dict[str, tuple[float, float]]:
-    """Return the sums of the values and of their sizes for each trained parameter: by them, builds are compared without
-    keeping a second model in memory.
+    """Return the sums of each trained parameter's values and absolute values, by path: to compare builds one by one.
+
+    Keeping the parameters themselves would take the memory of further models.
     """
     with torch.no_grad():
         return {

@@ -90,8 +90,9 @@ class RunLock:
 
 
 def check_of_run(directory: RunDirectory) -> Callable[[], None]:
-    """Return a function that raises OSError if the run directory is no longer the present one: removed, moved or
-    replaced. It is for any process of the launch that holds the lock now; if there is no directory, it does nothing.
+    """Return a function that raises OSError once the run directory has been removed, moved or replaced.
+
+    It is for any process of the launch that holds the lock now; if there is no directory, it does nothing.
     """
     try:
         return partial(_check_same, directory.root, os.stat(directory.root))

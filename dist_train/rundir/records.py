@@ -331,8 +331,8 @@ class Observer:
 class JsonLines(Observer):
     """Appends each record to `path` in one write; `flush` flushes to disk.
 
-    A record whose `RecordKey` the end of the file already has is not written again; all keys of a run of weeks would
-    take gigabytes. While writes fail, records wait in memory; the first failure is reported.
+    A record whose `RecordKey` the end of the file already has is not written again; after `rewind` no older one recurs.
+    While writes fail, records wait in memory; the first failure is reported.
     """
 
     def __init__(self, path: Path) -> None:
