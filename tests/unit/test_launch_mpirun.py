@@ -270,15 +270,32 @@ def test_output_after_a_traceback_is_shown_at_once_and_that_of_horovodrun_is_lef
     assert shown.read_text() == f"{traceback}ValueError: harmless\nstep 1\nstep 2\n"
 
 
-def test_notices_of_horovodrun_are_left_out_also_two_on_one_line() -> None:
+@pytest.mark.parametrize(
+    ("ends", "shown"),
+    [
+        pytest.param("{0:3}{1:3}\n{T}\nstep 1\n", "step 1\n", id="two on one line"),
+        pytest.param("{1:2}\n{T}\n{0:143}\nstep 1\n", "step 1\n", id="one still exiting"),
+        pytest.param("{1:2}{0:143}\n{T}\n", "", id="one still exiting, on one line"),
+        pytest.param("{0:143}\n{T}\n{1:2}\n", "{0:143}\n", id="one ended by another first"),
+        pytest.param("{0:1}\n{T}\n{1:143}\n", "{0:1}\n{1:143}\n", id="an error"),
+        pytest.param("{1:2}{0:1}\n", "{1:2}{0:1}\n", id="an error beside"),
+        pytest.param("Terminated\n[1]<stderr>:Terminated\n", "", id="what the shells say"),
+        pytest.param("sh: line 1: 812 Terminated   env A=1 python\n", "", id="what bash as sh says"),
+    ],
+)
+def test_notices_of_horovodrun_about_our_exit_codes_are_left_out(ends: str, shown: str) -> None:
     if (spec := find_spec("horovod")) is None or spec.origin is None:
         pytest.skip("Horovod is not installed")
     source = (Path(spec.origin).parent / "runner" / "gloo_run.py").read_text()
     ended, terminating = re.findall(r"'(Process \{idx\} exit .*|Terminating remaining .*)'\.format", source)
-    lines = [ended.format(idx=0, ec=3) + ended.format(idx=1, ec=3), terminating.format(idx=1), "step 1"]
+
+    def printed(text: str) -> str:
+        text = text.replace("{T}", terminating.format(idx=1))
+        return re.sub(r"\{(\d):(\d+)\}", lambda found: ended.format(idx=found[1], ec=found[2]), text)
+
     command = ["sed", "-u", "-E", "-f", str(ROOT / "launch/output.sed")]
-    shown = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, check=True)
-    assert shown.stdout == "step 1"
+    run = subprocess.run(command, input=printed(ends), capture_output=True, text=True, check=True)
+    assert run.stdout == printed(shown)
 
 
 @pytest.mark.parametrize(
