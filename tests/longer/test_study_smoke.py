@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=PATIENCE,
+            timeout=5 * PATIENCE,  # a line may stand for dozens of commands
             check=False,
         )
         assert ended.returncode == 0, f"{command}\n{ended.stdout}{ended.stderr}"
