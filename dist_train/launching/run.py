@@ -8,7 +8,7 @@ import socket
 import time
 import traceback
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -252,7 +252,19 @@ def _meet(config: Config, stack: ExitStack) -> tuple[Communicator, Watchdog | No
         watchdog = start_watchdog(comm, timeout=timeout * _SILENCE_SHARE)
         if watchdog is not None:
             stack.enter_context(watchdog)
+        stack.push(partial(_await_others, comm))
     return comm, watchdog
+
+
+def _await_others(comm: Communicator, kind: object, error: BaseException | None, traceback: object) -> None:
+    """Wait until all ranks are done, as an exit callback, with an error that all of them have.
+
+    Launchers end a rank that the others have left, and rank 0 may be waiting for a last scrape, or for a tracker.
+    """
+    is_shared = isinstance(error, SHARED_ERRORS) or (isinstance(error, Exception) and comm.is_failing)
+    if is_shared and not comm.is_elastic:  # whose launcher ends none
+        with suppress(RankLostError):
+            comm.barrier()
 
 
 def _leave(comm: Communicator, kind: object, error: BaseException | None, traceback: object) -> None:

@@ -308,9 +308,11 @@ class Session:
     def lose(self, message: str) -> None:
         """Record that the launch ends because a rank is lost. From any thread; the process ends right after.
 
-        Does not overwrite what a rank has recorded about its own failure, which says more.
+        Does not overwrite what a rank has recorded about its own failure, which says more, nor how this one has ended.
         """
         _logger.info("%s", message)
+        if self.status and self.status.current.exit_code is not None:  # its observers know, too
+            return
         if not another_failed(self.directory.status):
             if self.status:
                 self.status.end("failed", ExitCode.FAULT, message)

@@ -126,3 +126,41 @@ def test_diverged_run_exits_with_3_and_keeps_the_last_good_checkpoint(tmp_path: 
     assert "[step-not-finite]" in ended.output
     assert str(run / "checkpoints" / "step-00000003.pt") in after["reason"]
     assert weights_digest(run) != before
+
+
+SLOW = """
+import time
+from pathlib import Path
+from dist_train.rundir.records import Observer
+
+
+class Slow(Observer):
+    def __init__(self, directory):
+        self.directory = directory
+
+    def end(self, outcome):
+        time.sleep(8)
+        Path(self.directory, "uploaded").touch()
+"""
+"""A logger that takes its time at the end, as a tracker does, or the exporter that waits for a last scrape."""
+
+
+@pytest.mark.parametrize(
+    ("controller", "timeout"),
+    # horovodrun kills the others 5 s after the first has ended; the watchdog of rank 0 after two thirds of `timeout`
+    mostly_lengthy([("gloo", 60), ("torch", 9)]),
+)
+def test_a_rank_that_has_diverged_does_not_leave_before_rank_0_is_done(
+    tmp_path: Path, controller: str, timeout: int
+) -> None:
+    plugin, run = tmp_path / "slow.py", tmp_path / "run"
+    plugin.write_text(SLOW)
+    settings = small_settings(
+        optimizer={"learning_rate": 1e30},
+        comm={"timeout": timeout},
+        metrics={"loggers": [{"name": f"{plugin}:Slow"}]},
+    )
+    ended = launch(2, controller, "train", write_config(tmp_path, settings), "--run-dir", str(run))
+    assert (run / "uploaded").exists(), ended.output
+    assert "-not-finite]" in ended.output
+    assert status(run)["exit_code"] == 3

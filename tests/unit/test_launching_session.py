@@ -536,6 +536,15 @@ def test_what_a_failed_rank_has_recorded_of_itself_is_kept(tmp_path: Path, by: s
     assert [(end.reason, end.exit_code) for end in told.ends] == [(status.reason, 2)] * (by == "fail")
 
 
+def test_how_a_rank_has_ended_is_kept_if_another_is_lost_after_it(tmp_path: Path) -> None:
+    session, told = begun(tmp_path, SingleProcess())
+    session.fail(DivergedError("the loss is not finite"))
+    before = session.directory.status.read_text()
+    session.lose("rank 1 died")
+    assert session.directory.status.read_text() == before
+    assert [end.exit_code for end in told.ends] == [ExitCode.DIVERGED]
+
+
 def test_prometheus_learns_that_a_run_whose_ranks_are_lost_has_failed(tmp_path: Path) -> None:
     session, _ = begun(tmp_path / "run", SingleProcess())
     exporter = Exporter(MetricsSettings(port=0, targets_directory=tmp_path / "targets"))
