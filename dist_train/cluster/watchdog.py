@@ -106,9 +106,10 @@ class Watchdog:
         """
         if self._parting is not None:
             return ""
-        moment, pause = time.monotonic(), _SEARCH_SECONDS * self._stagger
+        pause = _SEARCH_SECONDS * self._stagger
         with self._changed:
-            self._probed_since = moment
+            self._receive()  # what has arrived, maybe from a rank that has died since, is no answer
+            self._probed_since = moment = time.monotonic()
             while missing := self._monitor.unheard_since(moment):
                 left = moment + seconds - time.monotonic()
                 if left <= 0:

@@ -185,6 +185,23 @@ def test_a_rank_whose_probe_is_lost_on_the_way_is_not_absent(prober: int, monkey
     assert len(sent) > 2 - prober
 
 
+@pytest.mark.parametrize("prober", [0, 1])
+def test_what_a_rank_has_sent_before_it_died_is_no_answer_to_a_probe(
+    prober: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watchdog, "_RECEIVE_PAUSE_SECONDS", 2 * PATIENCE)  # what arrives stays where it has arrived
+
+    def act(members: list[Member]) -> None:
+        asks, dies = members[prober].watchdog, members[1 - prober]
+        time.sleep(0.5)  # the pause begins once they have met
+        last = Datagram(Kind.BEAT if prober == 0 else Kind.ANSWER, dies.rank, text="node 1")
+        dies.watchdog._send(last, asks.datagrams.getsockname()[:2])
+        dies.fall_silent()
+        assert asks.absent(1.5).startswith(f"rank {dies.rank} (")
+
+    run_members(act, size=2)
+
+
 def test_foreign_datagrams_are_ignored() -> None:
     with closing(open_datagrams()) as stranger:
         datagrams = open_datagrams()
