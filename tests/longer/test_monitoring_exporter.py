@@ -27,6 +27,7 @@ from dist_train.monitoring.prometheus import exporter as exporter_module
 from dist_train.monitoring.prometheus.exporter import Exporter
 from dist_train.rundir.records import EvaluationRecord, EventRecord, Outcome, Record, to_json
 from tests.ipv6 import needs_ipv6
+from tests.services.servers import free_port
 from tests.unit.exporting import FACTS, LEFT, OUTCOME, STOPPED, get, measurement, port_of, read, scrape, serving, train
 from tests.waiting import PATIENCE, is_alive, wait_for
 
@@ -94,8 +95,7 @@ def test_busy_port_is_replaced_by_the_next_free_one_with_one_warning(caplog: pyt
 
 
 def test_configured_port_is_reserved_for_rank_0(caplog: pytest.LogCaptureFixture) -> None:
-    with busy_port() as port:
-        pass
+    port = free_port()
     with serving(replace(FACTS, rank=1), port=port) as other, serving(port=port) as first:
         assert port_of(first) == port < port_of(other)
         assert "dist_train_step " not in get(other)
@@ -144,8 +144,10 @@ def test_end_of_a_run_that_is_not_served_yet_is_in_its_target_file(
 ) -> None:
     monkeypatch.setattr(exporter_module, "_START_SECONDS", 0.0)
     monkeypatch.setattr(exporter_module, "_END_SECONDS", PATIENCE)
-    with serving(targets_directory=tmp_path) as exporter:
-        assert exporter.address is None
+    exporter = Exporter(MetricsSettings(port=0, last_scrape_seconds=0.0, targets_directory=tmp_path))
+    exporter.begin(FACTS)
+    assert exporter.address is None
+    exporter.end(OUTCOME)
     assert outcomes(tmp_path) == ["finished"]
 
 

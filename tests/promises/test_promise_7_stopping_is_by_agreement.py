@@ -41,7 +41,7 @@ def test_signal_to_one_rank_stops_all_at_the_same_step(
 ) -> None:
     config = write_config(
         tmp_path,
-        small_settings(run={"epochs": 500}, evaluation={"every_epochs": 0}, checkpoint={"every_epochs": 0}),
+        small_settings(run={"epochs": 50_000}, evaluation={"every_epochs": 0}, checkpoint={"every_epochs": 0}),
     )
     run = tmp_path / "run"
     process = start(ranks, controller, "train", config, "--run-dir", str(run))

@@ -123,7 +123,7 @@ def test_damaged_image_ends_the_run_with_a_message_that_names_it(tmp_path: Path)
 
 
 def test_killed_loader_ends_the_run_with_an_error(root: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path, folder_settings(root, 1, run={"epochs": 500}, evaluation={"every_epochs": 0}))
+    config = write_config(tmp_path, folder_settings(root, 1, run={"epochs": 50_000}, evaluation={"every_epochs": 0}))
     run = tmp_path / "run"
     process = start(1, "alone", "train", config, "--run-dir", str(run))
     try:
@@ -139,7 +139,7 @@ def test_killed_loader_ends_the_run_with_an_error(root: Path, tmp_path: Path) ->
 
 
 def test_ctrl_c_to_the_whole_process_group_saves_and_stops(root: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path, folder_settings(root, 2, run={"epochs": 500}, evaluation={"every_epochs": 0}))
+    config = write_config(tmp_path, folder_settings(root, 2, run={"epochs": 50_000}, evaluation={"every_epochs": 0}))
     run = tmp_path / "run"
     process = start(1, "alone", "train", config, "--run-dir", str(run))
     try:

@@ -10,9 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from dist_train.config.sections import MetricsSettings
+from dist_train.monitoring.prometheus import exporter as exporter_module
 from dist_train.monitoring.prometheus.exporter import Exporter
 from dist_train.rundir.epochs import Stage
 from dist_train.rundir.records import Measurement, Outcome, RankMeasurement, RunFacts, StepParts, TrainRecord
@@ -80,7 +82,9 @@ def measurement(step: int, seconds: float = 0.3, ranks: int = 2) -> Measurement:
 @contextmanager
 def serving(facts: RunFacts = FACTS, outcome: Outcome = OUTCOME, **settings: Any) -> Iterator[Exporter]:
     exporter = Exporter(MetricsSettings(**{"port": 0, "last_scrape_seconds": 0.0, **settings}))
-    exporter.begin(facts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exporter_module, "_START_SECONDS", PATIENCE)
+        exporter.begin(facts)
     try:
         yield exporter
     finally:

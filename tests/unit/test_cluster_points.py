@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 
@@ -13,6 +12,7 @@ from dist_train.cluster.communicator import SingleProcess
 from dist_train.cluster.rendezvous import join_points
 from dist_train.outcome import UsageError
 from tests.raising import raises
+from tests.services.servers import free_port
 from tests.waiting import PATIENCE
 
 
@@ -55,11 +55,9 @@ assert [os.wait()[1] for _ in range(2)] == [0, 0]
 
 
 def test_ranks_of_srun_without_mpi4py_meet_by_torch() -> None:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
     kept = {name: value for name, value in os.environ.items() if not name.startswith("OMPI_")}
-    step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    store = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", **store}
     subprocess.run([sys.executable, "-c", _RANKS], env={**kept, **step}, timeout=PATIENCE, check=True)
 
 
@@ -67,16 +65,15 @@ def test_ranks_that_evaluate_do_not_wait_for_ever_for_one_that_is_missing() -> N
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("OMPI_", "SLURM_"))}
     launch = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     lines = """
-import os, socket
+import os
 from pathlib import Path
 from dist_train.cluster import rendezvous
 from dist_train.cluster.rendezvous import join_points
 from dist_train.training.evaluation import evaluate_stored
+from tests.services.servers import free_port
 rendezvous._MEASURING_SECONDS = 0.5
 for join in (join_points, lambda: evaluate_stored(Path("run"), "test", [])):
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        os.environ["MASTER_PORT"] = str(found.getsockname()[1])
+    os.environ["MASTER_PORT"] = str(free_port())
     if os.fork() == 0:
         join()
         os._exit(0)
