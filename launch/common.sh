@@ -23,10 +23,23 @@ note_stop_request() {
     stop_signals=$((stop_signals + 1))
     if ((stop_signals == 1)); then
         first_stop=$now
+        if [[ -n ${launcher:-} ]]; then
+            keep_waking "$launcher" >/dev/null 2>&1 &
+            waker=$!
+        fi
     elif ((now - first_stop >= 100 * escalate_after)); then
         end_now=1
     fi
 }
+
+# keep_waking LAUNCHER: interrupts `wait` again and again, since a signal that arrives right before it does not.
+waker=
+keep_waking() {
+    while sleep 0.5 && kill -0 "$1"; do
+        kill -URG $$
+    done
+}
+trap : URG
 
 # Schedulers may repeat these signals, so they never escalate.
 note_gentle_stop_request() {
@@ -322,6 +335,11 @@ launch() {
         wait "$launcher" || launcher_status=$?
         kill -0 "$launcher" 2>/dev/null || break
     done
+    [[ -z $waker ]] || kill "$waker" 2>/dev/null || true
+    if ((launcher_status > 128)); then # maybe not the launcher's: a signal interrupts `wait`
+        launcher_status=0
+        wait "$launcher" || launcher_status=$?
+    fi
     [[ -z $watcher ]] || kill "$watcher" 2>/dev/null || true
     end_leftovers
     # Before bash 5.1 wait knows only the last of them.
@@ -370,6 +388,7 @@ end_leftovers() {
 # The end of a launch script: exits with the status that the run's status.json gives.
 lost=
 finish() {
+    trap '' TERM INT USR1 USR2 HUP # the run has ended
     if [[ -n $run_directory ]]; then
         exec "${dist_train[@]}" outcome "$run_directory" --launch "$launch_id" --record-lost "$lost" --code "$launcher_status"
     fi

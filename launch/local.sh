@@ -55,6 +55,7 @@ if [[ $transport == mpi ]]; then
     exec "$root/launch/mpirun.sh" -np "$rank_count" "$@"
 fi
 find_programs
+[[ $transport != torch ]] || trap - TERM INT USR1 USR2 HUP # a signal right before exec would be lost
 ((!stop_signals)) || stopped_before_launch
 [[ $transport != torch ]] || exec "$python" -m dist_train launch -np "$rank_count" "$@"
 need_horovodrun

@@ -15,14 +15,14 @@
     }
 }
 # Its notices about ranks that ended with a code of ours (kept in the hold space), and about others that it then ended
-# itself with SIGTERM (143), as those that were still exiting. Its threads print at once, so that two notices may be on one
-# line.
+# itself, as those that were still exiting, with SIGTERM (143) or, 5 s later, with SIGKILL (137). Its threads print at
+# once, so that two notices may be on one line.
 /^(Process [0-9]+ exit with status code [0-9]+\.|Terminating remaining workers after failure of Process [0-9]+\.)+$/{
     s/Terminating remaining workers after failure of Process [0-9]+\.//g
     /^$/d
     /code (2|3|4|75)\./h
     G
-    /^(Process [0-9]+ exit with status code (2|3|4|75|143)\.)+\n.*code (2|3|4|75)\./d
+    /^(Process [0-9]+ exit with status code (2|3|4|75|137|143)\.)+\n.*code (2|3|4|75)\./d
     s/\n.*//
 }
 # What the shell of a rank says to that.

@@ -68,6 +68,40 @@ def test_a_second_signal_ends_the_ranks_after_two_whole_seconds_alone() -> None:
     assert int(milliseconds) >= 1990
 
 
+@pytest.mark.parametrize("moment", range(1, 9))  # the last: right before it waits for the launcher
+def test_a_signal_between_any_two_commands_of_the_script_stops_the_ranks(moment: int, tmp_path: Path) -> None:
+    script = f"""
+        . launch/common.sh
+        set_rank_environment 1
+        run_directory='' saves=1 commands=0
+        stop_ranks() {{
+            touch {tmp_path}/stopped
+            kill -TERM "$launcher"
+        }}
+        signal_self() {{
+            if [[ ${{FUNCNAME[1]:-}} == launch && -n $launcher ]] && ((++commands == {moment})); then
+                kill -TERM $$
+            fi
+        }}
+        set -o functrace
+        trap signal_self DEBUG
+        launch stop_ranks sleep 30
+    """
+    subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=ROOT, check=True, timeout=PATIENCE)
+    assert (tmp_path / "stopped").exists()
+
+
+def test_a_signal_that_comes_after_the_end_of_the_ranks_does_not_change_the_exit_code() -> None:
+    late = "kill -TERM $$; kill -INT $$; kill -USR2 $$; exit 3"
+    script = f"""
+        . launch/common.sh
+        dist_train=(bash -c '{late}') run_directory=run launch_id=7 launcher_status=0
+        finish
+    """
+    ended = subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=ROOT, timeout=PATIENCE)
+    assert ended.returncode == 3
+
+
 def test_ranks_on_other_machines_get_the_variables_of_libraries_and_caches(tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text("node1 slots=3\n")
     names = ("UCX_TLS", "GLOO_SOCKET_IFNAME", "TORCH_LOGS", "NCCL_DEBUG", "DIST_TRAIN_CACHE", "XDG_CACHE_HOME")
@@ -227,6 +261,15 @@ def test_a_request_to_stop_during_the_set_up_is_followed(script: tuple[str, ...]
     assert "landscape" not in (tmp_path / "calls").read_text()
 
 
+def test_a_request_to_stop_right_before_the_launch_is_not_lost(tmp_path: Path) -> None:
+    write_programs(tmp_path, python=f'echo "$@" >>{tmp_path}/calls')
+    (tmp_path / "first").write_text("""trap '[[ $BASH_COMMAND != exec* ]] || kill -TERM $$' DEBUG""")
+    environment = {**os.environ, "DIST_TRAIN_PYTHON": f"{tmp_path}/python", "BASH_ENV": f"{tmp_path}/first"}
+    ended = subprocess.run([str(ROOT / "launch/local.sh"), "evaluate", "runs/demo"], env=environment, check=False)
+    assert ended.returncode == -signal.SIGTERM
+    assert "evaluate" not in (tmp_path / "calls").read_text()
+
+
 def other_end(pair: tuple[int, int]) -> int:
     """Close one end of a pipe or a terminal, and return the other one."""
     os.close(pair[0])
@@ -276,6 +319,8 @@ def test_output_after_a_traceback_is_shown_at_once_and_that_of_horovodrun_is_lef
         pytest.param("{0:3}{1:3}\n{T}\nstep 1\n", "step 1\n", id="two on one line"),
         pytest.param("{1:2}\n{T}\n{0:143}\nstep 1\n", "step 1\n", id="one still exiting"),
         pytest.param("{1:2}{0:143}\n{T}\n", "", id="one still exiting, on one line"),
+        pytest.param("{1:2}\n{T}\n{0:137}\nstep 1\n", "step 1\n", id="one that takes long to exit"),
+        pytest.param("{1:137}\n{T}\n{0:143}\n", "{1:137}\n{0:143}\n", id="one killed"),
         pytest.param("{0:143}\n{T}\n{1:2}\n", "{0:143}\n", id="one ended by another first"),
         pytest.param("{0:1}\n{T}\n{1:143}\n", "{0:1}\n{1:143}\n", id="an error"),
         pytest.param("{1:2}{0:1}\n", "{1:2}{0:1}\n", id="an error beside"),
