@@ -123,9 +123,10 @@ class Ranks:
             self._deadline = now
 
     def _collect(self) -> None:
-        for rank, process in enumerate(self._processes):
-            code = process.poll()
-            if code is None or rank in self._ended:
+        codes = {rank: process.poll() for rank, process in enumerate(self._processes) if rank not in self._ended}
+        # Of those that have ended since the last look, who ended with 1 may have done so because another had failed.
+        for rank, code in sorted(codes.items(), key=lambda each: each[1] == ExitCode.FAULT):
+            if code is None:
                 continue
             self._ended.add(rank)
             how = f"was killed by {signal_name(-code)}" if code < 0 else f"ended with code {code}"

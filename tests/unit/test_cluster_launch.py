@@ -8,7 +8,7 @@ import resource
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from unittest.mock import Mock
@@ -19,11 +19,12 @@ from dist_train.cluster import horovod, inspection, rendezvous
 from dist_train.cluster.communicator import SingleProcess
 from dist_train.cluster.elastic_launch import launch_elastic
 from dist_train.cluster.launch import MEMBERSHIP_VARIABLE, Launch, StoreAddress, current_launch, engine_of
+from dist_train.cluster.local_launch import Ranks
 from dist_train.cluster.membership import Elasticity
 from dist_train.cluster.torch_engine import TorchCommunicator
 from dist_train.config.sections import Engine
 from dist_train.outcome import UsageError
-from dist_train.rundir.status import read_status
+from dist_train.rundir.status import StatusFile, read_status
 from tests.raising import raises
 from tests.waiting import PATIENCE, wait_for
 
@@ -155,6 +156,20 @@ def test_launcher_records_that_all_ranks_are_lost(tmp_path: Path) -> None:
     assert status is not None
     assert (status.state, status.step, status.exit_code) == ("failed", 7, 1)
     assert "was killed by SIGKILL" in status.reason
+
+
+@pytest.mark.parametrize(("ends", "code", "first"), [(("exit 1", "exit 2"), 2, 1), (("exit 1", "kill -9 $$"), 1, 1)])
+def test_a_rank_that_ended_because_another_had_failed_is_not_the_first(
+    ends: Sequence[str], code: int, first: int, tmp_path: Path
+) -> None:
+    StatusFile(tmp_path / "status.json", 2).change("running")
+    processes = [subprocess.Popen(["sh", "-c", end]) for end in ends]
+    for process in processes:  # both, before the launcher looks
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert Ranks(processes).wait_and_record(tmp_path, "") == code
+    status = read_status(tmp_path / "status.json")
+    assert status is not None
+    assert f"rank {first} (process {processes[first].pid})" in status.reason
 
 
 _UNSTOPPABLE = """
