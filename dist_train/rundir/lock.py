@@ -124,8 +124,8 @@ class LockRequest:
     def wait(self, seconds: float) -> RunLock | None:
         """Return the lock; None if its holder has not ended after `seconds`, but may still do so in time.
 
-        Raises UsageError if another launch uses the directory, FaultError if an earlier start of this job does; the
-        message names it; OSError if the lock file cannot be made.
+        Raises UsageError if another launch uses the directory, FaultError if it is one of this Slurm job; the message
+        names it; OSError if the lock file cannot be made.
         """
         until = time.monotonic() + seconds
         path = self.directory.lock
@@ -146,9 +146,11 @@ class LockRequest:
             raise
 
     def _refuse_or_announce(self, holder: Holder | None, waited: float) -> None:
-        is_predecessor = _is_predecessor(holder)
+        is_of_job = _is_of_our_job(holder)
+        is_predecessor = holder is not None and is_of_job and holder.host != socket.gethostname()
         if waited >= (self.lease if is_predecessor else self.patience):
-            kind = FaultError if is_predecessor else UsageError  # the lock of a lost node is free at a later start
+            # at a later start the lock of a lost node is free, and that of a killed rank that takes long to end
+            kind = FaultError if is_of_job else UsageError
             raise kind(
                 f"{self.directory.root} is in use by {_holder_name(holder)}: two launches must not write into one run "
                 f"directory; wait for it or end it, or choose another by run.name or --run-dir",
@@ -211,9 +213,8 @@ def _read_holder(descriptor: int) -> Holder | None:
         return None
 
 
-def _is_predecessor(holder: Holder | None) -> bool:
-    job = os.environ.get("SLURM_JOB_ID", "")
-    return holder is not None and job != "" and holder.slurm_job == job and holder.host != socket.gethostname()
+def _is_of_our_job(holder: Holder | None) -> bool:
+    return holder is not None and holder.slurm_job != "" and holder.slurm_job == os.environ.get("SLURM_JOB_ID", "")
 
 
 def _holder_name(holder: Holder | None) -> str:

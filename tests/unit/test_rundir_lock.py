@@ -111,6 +111,16 @@ def test_a_requeued_job_waits_for_the_lease_of_the_node_that_it_ran_on(
         os.close(descriptor)
 
 
+def test_a_rank_of_the_same_job_on_this_node_that_takes_long_to_end_is_a_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    former = lock(tmp_path)
+    with raises(FaultError, "run-in-use"):  # the run is started again
+        lock(tmp_path, lease=60.0)
+    former.release()
+
+
 def test_a_lock_file_that_says_nothing_is_still_a_lock(tmp_path: Path) -> None:
     first = lock(tmp_path)
     (tmp_path / "run.lock").write_bytes(b"\xff{")
