@@ -691,14 +691,16 @@ answering_nodes() {
 }
 
 # srun waits for a lost node, and ranks for a rank that was on it. Ends both once Slurm reports a node failure, or once
-# the run has failed and its ranks have had time to end.
+# the run has failed and its ranks have had time to end. Spares shells: the guard's, and those of users.
 end_lingering_ranks() {
     local waited=0 status=$run_directory/status.json
     until grep -q '^srun: error: Node failure on' "$error_log"; do
         sleep 1
         ! grep -qs "\"$launch_id\"" "$status" || ! grep -qs '"state": "failed"' "$status" || ((++waited < 10)) || break
     done
-    squeue --noheader --steps --jobs "$job" --format %i | grep -E '\.[0-9]+$' | xargs -r scancel --signal=KILL
+    await_controller # without which no rank on another node can be ended
+    squeue --noheader --steps --jobs "$job" --format '%i %j' | sed -nE '/ bash$/d; s/^([^ ]*\.[0-9]+) .*/\1/p' |
+        xargs -r scancel --signal=KILL || true
     sleep 1
     kill -KILL "$launcher"
 }

@@ -566,6 +566,28 @@ def test_a_restart_without_the_node_of_the_guard_guards_the_batch_host_anew(
     assert (ended.returncode, ended.stdout) == (0, guards), ended.stderr
 
 
+def test_lingering_ranks_are_ended_once_the_controller_answers_and_the_guard_stays(
+    programs: str, tmp_path: Path
+) -> None:
+    silence = "slurm_load_jobs error: Unable to contact slurm controller (connect failure)"
+    asked = tmp_path / "asked"
+    squeue = f"""[ -e {asked} ] || {{ touch {asked}; echo '{silence}' >&2; exit 1; }}
+        printf '%s\\n' '17.0 rank.sh' '17.1 bash' '17.batch batch'"""
+    write_programs(tmp_path, squeue=squeue, scancel=f'echo "$@" >{tmp_path}/ended')
+    lines = f"""
+        sleep() {{ :; }}
+        run_directory={tmp_path} launch_id=x error_log={tmp_path}/errors
+        echo 'srun: error: Node failure on n2' >"$error_log"
+        (exec sleep 10) &
+        launcher=$!
+        end_lingering_ranks &
+        wait "$launcher" || echo "$?"
+    """
+    ended = start(script_of(tmp_path, lines), PATH=programs, **TWO_NODES)
+    assert ended.stdout == "137\n", ended.stderr
+    assert (tmp_path / "ended").read_text() == "--signal=KILL 17.0\n"
+
+
 def test_the_check_of_the_nodes_requests_the_gpus_that_the_run_uses(programs: str, tmp_path: Path) -> None:
     with_scontrol(tmp_path, *(f"Nodes=n{count} CPU_IDs=0-3 Mem=0 GRES=gpu:{count}(IDX:0-1)" for count in (4, 2)))
     lines = """
