@@ -533,11 +533,14 @@ guard_batch_host() {
 # requeue_once_lost JOB HOST LOG: requeues the job once it has lost HOST.
 requeue_once_lost() {
     trap '' USR1 USR2 HUP
-    local left
+    local began='' begins left names
     while sleep "${GUARD_SECONDS:-30}"; do
-        left=$(squeue --noheader --jobs "$1" --states RUNNING --format %N 2>/dev/null) || continue
+        read -r begins left < <(squeue --noheader --jobs "$1" --states RUNNING --format '%S %N' 2>/dev/null) || continue
         [[ -n $left ]] || continue
-        ! scontrol show hostnames "$left" | grep -qx "$2" || continue
+        names=$(scontrol show hostnames "$left") || continue
+        # After a time off the network this step may be left over from before a requeue, perhaps to other nodes.
+        [[ ${began:=$begins} == "$begins" ]] || return 0
+        ! grep -qx "$2" <<<"$names" || continue
         echo "job $1: the job has lost $2, where its batch script ran: requeued" >>"$3"
         scontrol requeue "$1"
     done

@@ -704,6 +704,28 @@ def test_the_step_that_guards_the_batch_script_s_node_holds_no_memory_nor_gpus(p
 
 
 @pytest.mark.parametrize(
+    ("answers", "requeues"),
+    [
+        pytest.param(["10:00 n[1-2]", "10:00 n2"], 1, id="the batch host is lost"),
+        pytest.param(["10:00 n[1-2]", "11:00 n[3-4]"], 0, id="the job has been requeued to other nodes"),
+        pytest.param(["10:00 n[1-2]", "", "10:00 n[1-2]"], 0, id="the job is suspended for a while"),
+    ],
+)
+def test_only_a_job_that_has_lost_its_batch_host_is_requeued_by_the_guard(
+    programs: str, tmp_path: Path, answers: list[str], requeues: int
+) -> None:
+    (tmp_path / "answers").write_text("".join(f"{answer}\n" for answer in answers))
+    nodes = "case $3 in 'n[1-2]') printf 'n1\\nn2\\n' ;; *) echo $3 ;; esac"
+    scontrol = f'case $1 in requeue) echo "$@" >>{tmp_path}/calls ;; *) {nodes} ;; esac'
+    write_programs(tmp_path, squeue=f"sed -n '1p' {tmp_path}/answers; sed -i 1d {tmp_path}/answers", scontrol=scontrol)
+    lines = f"sleep() {{ [[ -s {tmp_path}/answers ]]; }}\nrequeue_once_lost 17 n1 {tmp_path}/log"
+    ended = start(script_of(tmp_path, lines), PATH=programs, **TWO_NODES)
+    assert ended.returncode == 0, ended.stderr
+    calls = tmp_path / "calls"
+    assert (calls.read_text().splitlines() if calls.exists() else []) == ["requeue 17"] * requeues
+
+
+@pytest.mark.parametrize(
     ("script", "variables", "requeues"),
     [
         ("lb_8192.sh", {}, ["requeue 17"]),
