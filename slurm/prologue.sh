@@ -741,11 +741,17 @@ run_in_job() {
     done
 }
 
+# undisturbed COMMAND...: runs a command by which the job ends. Slurm sends a stop request to every process of the batch
+# script, and it would end this one, too.
+undisturbed() {
+    (trap '' TERM INT USR1 USR2 HUP && exec "$@")
+}
+
 # Ends the job, requeued if that can help; returns if the run is to be restarted within the job.
 end_job() {
     local status=0 restarts=${MAX_RESTARTS:-${MAX_REQUEUES:-3}}
     rm -f "$run_directory/join-$launch_id.json" # in case the launcher was killed
-    "${dist_train[@]}" outcome "$run_directory" --launch "$launch_id" || status=$?
+    undisturbed "${dist_train[@]}" outcome "$run_directory" --launch "$launch_id" || status=$?
     case $status in
         1 | "$stopped_status") ;;
         *) exit "$status" ;;
@@ -763,14 +769,14 @@ decide_what_follows() {
     # Linux limits an argument to 128 KiB.
     messages=$(tail -n 100 "$error_log" 2>/dev/null | cut -b 1-1000) || messages=
     # The exit status of a run that is given up is not 75, by which a site may requeue.
-    verdict=$("${dist_train[@]}" requeue "$run_directory" --launch "$launch_id" --code "${launcher_status:-0}" \
+    verdict=$(undisturbed "${dist_train[@]}" requeue "$run_directory" --launch "$launch_id" --code "${launcher_status:-0}" \
         --limit "${MAX_REQUEUES:-3}" --restarts "$1" "--messages=$messages") || exit
 }
 
 # Waits up to ten minutes while Slurm's controller does not answer.
 await_controller() {
     local deadline=$((SECONDS + 600)) said=''
-    while [[ $(squeue --noheader --jobs "$job" 2>&1) =~ 'contact slurm controller'|'timed out'|'Zero Bytes' ]] &&
+    while [[ $(undisturbed squeue --noheader --jobs "$job" 2>&1) =~ 'contact slurm controller'|'timed out'|'Zero Bytes' ]] &&
         ((SECONDS < deadline)); do
         [[ -n $said ]] || say "waiting for Slurm's controller, which does not answer"
         said=1
@@ -788,7 +794,7 @@ requeue_instead() {
 exit_if_slurm_ends_job() {
     local state
     await_controller
-    state=$(squeue --noheader --jobs "$job" --format %T 2>/dev/null) || state=
+    state=$(undisturbed squeue --noheader --jobs "$job" --format %T 2>/dev/null) || state=
     [[ -n $state && $state != RUNNING ]] || return 0
     say "not requeued by this script: Slurm is ending the job ($state), and requeues it if it preempted it"
     exit "$1"
@@ -797,7 +803,7 @@ exit_if_slurm_ends_job() {
 requeue_job() {
     [[ ${MAX_REQUEUES:-} != 0 ]] || exit "$stopped_status"
     exit_if_slurm_ends_job "$stopped_status"
-    if scontrol requeue "$job"; then
+    if undisturbed scontrol requeue "$job"; then
         say "requeued"
     else
         say "scontrol cannot requeue the job, which ends with $stopped_status: submit it again, unless the site requeues by RequeueExit"

@@ -755,6 +755,23 @@ def test_a_job_that_is_stopped_during_its_set_up_does_not_check_its_nodes(progra
     assert "doctor" not in (tmp_path / "calls").read_text()
 
 
+def test_a_stop_request_at_the_end_of_a_launch_does_not_end_what_decides_about_the_job(
+    programs: str, tmp_path: Path
+) -> None:
+    # Slurm sends SIGTERM to every process of the batch script.
+    python = """case "$3 $4" in
+        'config run-directory') echo runs/run ;;
+        outcome*) kill -TERM $PPID $$; exit 1 ;;
+        requeue*) kill -TERM $$; echo requeue ;;
+    esac"""
+    scontrol = f'[ "$1" != requeue ] || kill -TERM $$; echo "$@" >>{tmp_path}/calls'
+    write_programs(tmp_path, squeue="kill -TERM $$; echo RUNNING", scontrol=scontrol, python=python)
+    ended = start("lb_8192.sh", PATH=programs, **{**SETTLED, "DIST_TRAIN_PYTHON": f"{tmp_path}/python"})
+    assert ended.returncode == ExitCode.STOPPED, ended.stderr
+    assert "requeue 17" in (tmp_path / "calls").read_text().splitlines()
+    assert "job 17: requeued" in ended.stderr
+
+
 @pytest.mark.parametrize("messages", ["dist-train: ä" + "é" * 1400, "-" * 76], ids=["long", "dashed"])
 def test_any_messages_of_the_launcher_let_a_job_be_requeued(programs: str, tmp_path: Path, messages: str) -> None:
     log = tmp_path / "errors"
