@@ -170,6 +170,35 @@ def test_diverged_run_exits_with_3(launcher: tuple[str, ...], configuration: str
     assert status(run)["state"] == "failed"
 
 
+SLOW_LOGGER = """
+import time
+from dist_train import Observer
+
+class Slow(Observer):
+    def record(self, record):
+        if getattr(record, "event", "") == "not_finite":
+            time.sleep(8)  # longer than launchers let a rank live once another has ended with an error
+
+def slow(directory):
+    return Slow()
+"""
+
+
+@pytest.mark.lengthy
+@LAUNCHERS
+def test_diverged_run_exits_with_3_also_if_rank_0_takes_long_to_report_it(
+    launcher: tuple[str, ...], configuration: str, tmp_path: Path, mark: str
+) -> None:
+    (tmp_path / "slow.py").write_text(SLOW_LOGGER)
+    run = tmp_path / "run"
+    logger = f"metrics.loggers=[{{name: {tmp_path / 'slow.py'}:slow}}]"
+    settings = ("optimizer.learning_rate=1e30", "model.norm=none", "run.max_steps=200", logger)
+    code, _, err = finish(start(mark, *launcher, "train", configuration, *settings, "--run-dir", str(run)))
+    assert code == ExitCode.DIVERGED, err
+    assert status(run)["exit_code"] == ExitCode.DIVERGED
+    assert err.count("[step-not-finite]") == 1, err
+
+
 @LAUNCHERS
 def test_killed_rank_ends_the_run_with_1(
     launcher: tuple[str, ...], configuration: str, tmp_path: Path, mark: str
