@@ -535,7 +535,8 @@ requeue_once_lost() {
     trap '' USR1 USR2 HUP
     local began='' begins left names
     while sleep "${GUARD_SECONDS:-30}"; do
-        read -r begins left < <(squeue --noheader --jobs "$1" --states RUNNING --format '%S %N' 2>/dev/null) || continue
+        read -r begins left < <(SLURM_TIME_FORMAT=standard squeue --noheader --jobs "$1" --states RUNNING --format '%S %N' 2>/dev/null) ||
+            continue
         [[ -n $left ]] || continue
         names=$(scontrol show hostnames "$left") || continue
         # After a time off the network this step may be left over from before a requeue, perhaps to other nodes.
