@@ -31,6 +31,7 @@ _REFUSAL = re.compile(
 )
 """Messages of srun and mpirun about a launch that they would refuse again."""
 _KILLED = re.compile(r"was killed by signal|^srun: error: .*: tasks? .*: Killed$")
+_DEATH = re.compile(r"(rank \d+ \(.*, process \d+\)) was killed by signal ")
 _NO_CAUSE = re.compile(r"-*$|dist-train: warning|srun: (job|Job|Step|jobid)\b|srun: error: .*: Exited with exit code")
 _MOST_LINES = 3
 _LARGEST_PROBE = 1 << 20
@@ -68,6 +69,10 @@ class EndedLaunch:
         ours = [line.removeprefix("dist-train: ") for line in lines if line.startswith("dist-train: ")]
         return "; ".join((exact[:1] or killed or ours[:1] or list(dict.fromkeys(lines)))[:_MOST_LINES])
 
+    def death_in(self, reason: str) -> str:
+        """Return the line that says of a rank which `reason` names that it was killed; empty if there is none."""
+        return next((line for line in self.words if (killed := _DEATH.match(line)) and killed[1] in reason), "")
+
 
 Action = Literal["requeue", "restart", "end"]
 
@@ -92,7 +97,7 @@ def decide(run: Path, limit: int, launch: EndedLaunch = EndedLaunch(), restarts:
     is_silent = status is None or (launch.id is not None and status.launch != launch.id)
     if is_silent and launch.was_refused:
         return _give_up(files, status, launch.cause or "the ranks refused to start", ExitCode.USAGE)
-    reason = _end_of(None if is_silent else status, launch.cause)
+    reason = _end_of(None if is_silent else status, launch)
     if status is not None and is_silent:
         status = replace(status, state="stopped", exit_code=None, reason="")
     if status is not None and status.exit_code == ExitCode.FINISHED:
@@ -161,13 +166,15 @@ def _has_room(files: RunDirectory) -> bool:
         return error.errno not in DISK_FULL
 
 
-def _end_of(status: Status | None, cause: str) -> str:
-    cause = f": {cause}" if cause else ""
+def _end_of(status: Status | None, launch: EndedLaunch) -> str:
+    cause = f": {launch.cause}" if launch.cause else ""
     if status is None:
         return f"the last launch ended before it wrote a status{cause}"
     if status.exit_code is None and status.state not in ("failed", "stopped"):
         return f"it died in state {status.state} at step {status.step}{cause}"
-    return status.reason or f"it ended in state {status.state} at step {status.step}"
+    reason = status.reason or f"it ended in state {status.state} at step {status.step}"
+    # The others may notice its loss, and end, before its parent process says that it was killed.
+    return "; ".join(filter(None, (reason, launch.death_in(reason))))
 
 
 def _give_up(files: RunDirectory, status: Status | None, reason: str, code: ExitCode) -> Decision:

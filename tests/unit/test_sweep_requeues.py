@@ -133,6 +133,15 @@ def test_without_requeues_the_reason_is_the_fault_itself_and_names_the_rank_that
     assert (status.state, status.reason) == ("failed", f"it died in state running at step 7: {death}")
 
 
+def test_of_a_rank_that_the_others_miss_the_reason_says_that_it_was_killed(run: Path) -> None:
+    lost = "rank 3 (node2, process 42) does not answer; a rank was lost, so the others stop"
+    StatusFile(run / "status.json", world_size=4).end("failed", ExitCode.FAULT, lost)
+    death = "rank 3 (node2, process 42) was killed by signal 9"
+    by_the_launcher = "rank 1 (node1, process 7) was killed by signal 9"
+    assert decide(run, limit=0, launch=EndedLaunch(words=(by_the_launcher, death))).action == "end"
+    assert load_status(run / "status.json").reason == f"{lost}; {death}"
+
+
 def test_without_requeues_a_run_that_has_saved_and_stopped_has_not_failed(run: Path) -> None:
     end(run, ExitCode.STOPPED)
     before = (run / "status.json").read_text()
