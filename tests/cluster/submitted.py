@@ -13,6 +13,38 @@ from tests.cluster.runs import Undisturbed
 from tests.launching import status, weights_digest
 from tests.waiting import wait_for
 
+_PACED = """
+import time
+from pathlib import Path
+from dist_train.optim.noise import SmoothOut
+
+
+class Paced(SmoothOut):
+    def perturb(self, step):
+        if step >= 40 and not Path(__file__).with_name("hurry").exists():
+            time.sleep(1.0)
+        super().perturb(step)
+"""
+
+
+def paced(folder: Path, **variables: str) -> dict[str, str]:
+    """Return `variables` of a job of the long run, which after 40 updates makes one a second, until `hurry(folder)`.
+
+    What a test does in the middle of the run does not come too late then, also on a busy machine.
+    """
+    return {**variables, "OVERRIDES": f"noise.method={paced_noise(folder)} {variables.get('OVERRIDES', '')}"}
+
+
+def paced_noise(folder: Path) -> str:
+    """Return the noise method that does this."""
+    (folder / "paced.py").write_text(_PACED)
+    return f"{folder}/paced.py:Paced"
+
+
+def hurry(folder: Path) -> None:
+    """Let the run that is `paced` in `folder` continue without pauses."""
+    (folder / "hurry").touch()
+
 
 class SubmittedRun:
     """A submitted run, and its job."""
@@ -37,8 +69,8 @@ class SubmittedRun:
         self.wait_for(lambda found: found.get("state") == "running" and found["step"] >= step)
 
     def wait_for_restarts(self, count: int) -> None:
-        """Wait until Slurm has restarted the job so many times."""
-        wait_for(lambda: self._cluster.job(self.job).restarts == count, lambda: self._cluster.job(self.job).output)
+        """Wait until Slurm has restarted the job at least so many times."""
+        wait_for(lambda: self._cluster.job(self.job).restarts >= count, lambda: self._cluster.job(self.job).output)
 
     def wait(self) -> Job:
         """Wait for the final state of the job and return it."""

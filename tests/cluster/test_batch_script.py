@@ -13,7 +13,7 @@ import pytest
 from dist_train.outcome import ExitCode
 from tests.cluster.cluster import ROOT, Cluster
 from tests.cluster.runs import Undisturbed
-from tests.cluster.submitted import SubmittedRun, assert_finished_like, train_with
+from tests.cluster.submitted import SubmittedRun, assert_finished_like, hurry, paced, train_with
 from tests.launching import status
 from tests.waiting import wait_for
 
@@ -49,7 +49,7 @@ def test_documented_script_saves_on_request_and_resumes(
     # The cluster's GPUs are null devices, which torch cannot use.
     for documented, small in {
         "--ntasks-per-node=4 --gpus-per-node=4 --cpus-per-task=8": "--ntasks-per-node=2 --cpus-per-task=2",
-        "configs/lb_8192.yaml": f"{long_run.config} --run-dir {tmp_path}/run",
+        "configs/lb_8192.yaml": f"{long_run.config} {paced(tmp_path)['OVERRIDES']} --run-dir {tmp_path}/run",
         ".venv/bin/dist-train": f"{sys.executable} -m dist_train",
     }.items():
         assert documented in text
@@ -66,6 +66,7 @@ def test_documented_script_saves_on_request_and_resumes(
     wait_for(lambda: status(tmp_path / "run").get("step", 0) >= 20, lambda: cluster.job(job).output)
     cluster.run("scancel", "--signal=USR2", str(job), folder=tmp_path)
     stopped = cluster.wait(job)
+    hurry(tmp_path)
     assert (stopped.state, stopped.code) == ("FAILED", ExitCode.STOPPED), stopped.output
     assert status(tmp_path / "run")["world_size"] == 4
     assert_finished_like(cluster.wait(submit()), tmp_path / "run", long_run)
@@ -94,16 +95,16 @@ def test_steps_have_the_environment_of_the_script_where_sbatch_exports_none(
 
 @pytest.mark.lengthy
 def test_run_at_its_time_limit_saves_and_is_requeued(cluster: Cluster, tmp_path: Path, long_run: Undisturbed) -> None:
-    # Slurm checks time limits every 30 s.
-    python = train_with(tmp_path, "tests.cluster.slow_first_attempts 1")
-    submitted = SubmittedRun(cluster, tmp_path, long_run.config, "--time=10", "--signal=B:USR1@58", **python)
+    options = ("--time=60", "--signal=B:USR1@1800")
+    submitted = SubmittedRun(cluster, tmp_path, long_run.config, *options, **paced(tmp_path))
     submitted.wait_for_step(5)
-    # The shortest limit is a minute, so that Slurm sends the signal at its next check.
-    cluster.control("update", f"jobid={submitted.job}", "timelimit=1")
+    # Slurm sends the signal at its next check of time limits, every 30 s, and there is time left to save.
+    cluster.control("update", f"jobid={submitted.job}", "timelimit=20")
     submitted.wait_for_restarts(1)
-    assert status(submitted.run)["state"] == "stopped"
-    cluster.control("update", f"jobid={submitted.job}", "timelimit=10")
+    cluster.control("update", f"jobid={submitted.job}", "timelimit=60")
+    hurry(tmp_path)
     ended = submitted.wait_for_weights_of(long_run)
+    assert "stopped on request" in ended.output
     assert "resuming from step" in ended.output
 
 
@@ -125,18 +126,20 @@ def test_run_with_too_little_time_is_requeued_until_it_finishes(
 def test_preempted_run_resumes_after_the_other_job(
     launcher: str, cluster: Cluster, tmp_path: Path, long_run: Undisturbed
 ) -> None:
-    submitted = SubmittedRun(cluster, tmp_path, long_run.config, **LAUNCHERS[launcher])
+    submitted = SubmittedRun(cluster, tmp_path, long_run.config, **paced(tmp_path, **LAUNCHERS[launcher]))
     submitted.wait_for_step(20)
     cluster.preempt(2, tmp_path)
-    ended = submitted.wait_for_weights_of(long_run)
-    assert ended.restarts >= 1
+    submitted.wait_for_restarts(1)
+    hurry(tmp_path)
+    submitted.wait_for_weights_of(long_run)
 
 
 @pytest.mark.lengthy
 def test_manually_requeued_run_resumes(cluster: Cluster, tmp_path: Path, long_run: Undisturbed) -> None:
-    submitted = SubmittedRun(cluster, tmp_path, long_run.config)
+    submitted = SubmittedRun(cluster, tmp_path, long_run.config, **paced(tmp_path))
     submitted.wait_for_step(20)
     cluster.control("requeue", str(submitted.job))
+    hurry(tmp_path)
     ended = submitted.wait_for_weights_of(long_run)
     assert ended.restarts == 1
 
@@ -147,10 +150,11 @@ def test_manually_requeued_run_resumes(cluster: Cluster, tmp_path: Path, long_ru
 def test_run_that_loses_a_node_resumes_with_half_the_ranks(
     lost: str, launcher: str, cluster: Cluster, tmp_path: Path, long_run: Undisturbed
 ) -> None:
-    submitted = SubmittedRun(cluster, tmp_path, long_run.config, **LAUNCHERS[launcher])
-    submitted.wait_for_step(50)
+    submitted = SubmittedRun(cluster, tmp_path, long_run.config, **paced(tmp_path, **LAUNCHERS[launcher]))
+    submitted.wait_for_step(35)
     assert cluster.batch_host(submitted.job) == "node1"
     cluster.kill_node(lost)
+    hurry(tmp_path)
     try:
         ended = submitted.wait()
     finally:
@@ -163,7 +167,7 @@ def test_run_that_loses_a_node_resumes_with_half_the_ranks(
 
 @pytest.mark.lengthy
 def test_cancelled_run_is_not_requeued(cluster: Cluster, tmp_path: Path, long_run: Undisturbed) -> None:
-    submitted = SubmittedRun(cluster, tmp_path, long_run.config)
+    submitted = SubmittedRun(cluster, tmp_path, long_run.config, **paced(tmp_path))
     submitted.wait_for_step(20)
     cluster.run("scancel", str(submitted.job), folder=tmp_path)
     ended = submitted.wait()

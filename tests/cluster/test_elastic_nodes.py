@@ -15,25 +15,11 @@ import pytest
 
 from tests.cluster.cluster import Cluster, booted_cluster
 from tests.cluster.runs import Undisturbed
-from tests.cluster.submitted import SubmittedRun, assert_finished_like
+from tests.cluster.submitted import SubmittedRun, assert_finished_like, hurry, paced
 from tests.launching import events, status
 from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.ranks, pytest.mark.services, pytest.mark.lengthy]
-
-SLOW = """
-import time
-from pathlib import Path
-from dist_train.optim.noise import SmoothOut
-
-
-class Slow(SmoothOut):
-    def perturb(self, step):
-        if not Path(__file__).with_name("hurry").exists():
-            time.sleep(0.3)
-        super().perturb(step)
-"""
-"""A noise method like `smoothout`, slow until there is a file `hurry`."""
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +29,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 def variables(folder: Path, **more: str) -> Mapping[str, str]:
-    """Return the variables of an elastic job whose run is slow until there is a file `hurry` in `folder`."""
-    (folder / "slow.py").write_text(SLOW)
-    overrides = f"comm.timeout=10 noise.method={folder}/slow.py:Slow metrics.enabled=true"
-    return {"OVERRIDES": overrides, "MIN_RANKS": "2", "GUARD_SECONDS": "5", **more}
+    """Return the variables of an elastic job, `paced` in `folder`."""
+    defaults = {"OVERRIDES": "comm.timeout=10 metrics.enabled=true", "MIN_RANKS": "2", "GUARD_SECONDS": "5"}
+    return paced(folder, **{**defaults, **more})
 
 
 def has_ranks(ranks: int) -> Callable[[Mapping[str, Any]], bool]:
@@ -89,7 +74,7 @@ def test_lost_nodes_rejoin_in_the_same_job(cluster: Cluster, tmp_path: Path, lon
     started = time.monotonic()
     submitted.wait_for(lambda found: has_ranks(6)(found) and found["generation"] >= generation + 2)
     print(f"with node3 again after {time.monotonic() - started:.1f} s")
-    (tmp_path / "hurry").touch()
+    hurry(tmp_path)
     ended = submitted.wait_for_weights_of(long_run)
     assert ended.restarts == 0, ended.output
     ending = status(submitted.run)
@@ -107,7 +92,7 @@ def test_spare_node_replaces_a_lost_one(cluster: Cluster, tmp_path: Path, long_r
     try:
         submitted.wait_for(has_ranks(2))
         submitted.wait_for(has_ranks(4))
-        (tmp_path / "hurry").touch()
+        hurry(tmp_path)
         ended = submitted.wait()
     finally:
         cluster.start_node("node2")
@@ -123,7 +108,7 @@ def test_job_with_too_few_ranks_left_is_requeued(cluster: Cluster, tmp_path: Pat
     submitted.wait_for_restarts(1)
     assert status(submitted.run)["state"] == "stopped"
     cluster.start_node("node2")
-    (tmp_path / "hurry").touch()
+    hurry(tmp_path)
     ended = submitted.wait_for_weights_of(long_run)
     assert "4 ranks are left of at least 5" in ended.output
 
@@ -136,7 +121,7 @@ def test_run_starts_where_users_cannot_reach_slurmd(cluster: Cluster, tmp_path: 
         f'#!/bin/sh\n[ "$*" != "show config" ] || exec echo SlurmdPort = 9\nexec {shutil.which("scontrol")} "$@"\n'
     )
     scontrol.chmod(0o755)
-    (tmp_path / "hurry").touch()
+    hurry(tmp_path)
     path = f"{scontrol.parent}:{os.environ['PATH']}"
     submitted = SubmittedRun(cluster, tmp_path, long_run.config, "--nodes=3", **variables(tmp_path, PATH=path))
     ended = submitted.wait_for_weights_of(long_run)
@@ -150,12 +135,12 @@ def test_run_resumes_after_a_preemption_and_the_loss_of_its_first_node(
     submitted.wait_for_step(5)
     cluster.preempt(3, tmp_path)
     submitted.wait_for_restarts(1)
-    saved = status(submitted.run)
-    assert saved["state"] == "stopped", cluster.job(submitted.job).output
-    submitted.wait_for(lambda found: has_ranks(6)(found) and found["step"] > saved["step"])
+    submitted.wait_for(lambda found: has_ranks(6)(found) and bool(events(submitted.run, "resumed")))
     assert cluster.batch_host(submitted.job) == "node1"
+    preempted = cluster.job(submitted.job).restarts
     cluster.kill_node("node1")
-    submitted.wait_for_restarts(2)
+    submitted.wait_for_restarts(preempted + 1)
     cluster.start_node("node1")
-    (tmp_path / "hurry").touch()
-    submitted.wait_for_weights_of(long_run)
+    hurry(tmp_path)
+    ended = submitted.wait_for_weights_of(long_run)
+    assert "stopped on request" in ended.output

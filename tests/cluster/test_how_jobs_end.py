@@ -13,7 +13,7 @@ import pytest
 from dist_train.outcome import ExitCode
 from tests.cluster.cluster import ROOT, Cluster
 from tests.cluster.runs import Undisturbed
-from tests.cluster.submitted import SubmittedRun, assert_finished_like, train_with
+from tests.cluster.submitted import SubmittedRun, assert_finished_like, hurry, paced, train_with
 from tests.launching import status, weights_digest
 from tests.waiting import wait_for
 
@@ -60,9 +60,11 @@ def test_full_disk_is_reported_and_the_run_resumes_once_there_is_space(
     cluster: Cluster, tmp_path: Path, long_run: Undisturbed
 ) -> None:
     run, ballast = cluster.disk / "run", cluster.disk / "ballast"
-    submitted = SubmittedRun(cluster, tmp_path, long_run.config, RUN_DIR=str(run))
-    wait_for(lambda: status(run).get("step", 0) >= 100, lambda: cluster.job(submitted.job).output)
+    variables = paced(tmp_path, RUN_DIR=str(run))
+    submitted = SubmittedRun(cluster, tmp_path, long_run.config, **variables)
+    wait_for(lambda: status(run).get("step", 0) >= 35, lambda: cluster.job(submitted.job).output)
     fill_disk(ballast)
+    hurry(tmp_path)
     ended = submitted.wait()
     found = status(run)
     assert "Traceback" not in ended.output
@@ -74,7 +76,7 @@ def test_full_disk_is_reported_and_the_run_resumes_once_there_is_space(
     )
     assert "No space left on device" in comment.stdout
     ballast.unlink()
-    again = SubmittedRun(cluster, tmp_path, long_run.config, RUN_DIR=str(run)).wait()
+    again = SubmittedRun(cluster, tmp_path, long_run.config, **variables).wait()
     assert_finished_like(again, run, long_run)
 
 
@@ -83,10 +85,12 @@ def test_run_resumes_from_the_fallback_directory_after_a_full_disk(
     cluster: Cluster, tmp_path: Path, long_run: Undisturbed
 ) -> None:
     run, ballast = cluster.disk / "other", cluster.disk / "ballast"
-    variables = {"RUN_DIR": str(run), "OVERRIDES": f"'checkpoint.fallback_directory={tmp_path / 'fall back'}'"}
+    fallback = f"'checkpoint.fallback_directory={tmp_path / 'fall back'}'"
+    variables = paced(tmp_path, RUN_DIR=str(run), OVERRIDES=fallback)
     submitted = SubmittedRun(cluster, tmp_path, long_run.config, **variables)
-    wait_for(lambda: status(run).get("step", 0) >= 100, lambda: cluster.job(submitted.job).output)
+    wait_for(lambda: status(run).get("step", 0) >= 35, lambda: cluster.job(submitted.job).output)
     fill_disk(ballast)
+    hurry(tmp_path)
     ended = submitted.wait()
     assert ended.state == "FAILED", ended.output
     ballast.unlink()
@@ -164,15 +168,15 @@ def test_signalled_run_stops_where_scontrol_fails(cluster: Cluster, tmp_path: Pa
     programs.mkdir()
     (programs / "scontrol").write_text("#!/bin/sh\nexit 1\n")
     (programs / "scontrol").chmod(0o755)
-    path = f"{programs}:{os.environ['PATH']}"
-    submitted = SubmittedRun(
-        cluster, tmp_path, long_run.config, "--nodes=1", RANKS_PER_NODE="1", PATH=path, DIST_TRAIN_ROOT=str(ROOT)
-    )
+    variables = paced(tmp_path, RANKS_PER_NODE="1")
+    broken = {"PATH": f"{programs}:{os.environ['PATH']}", "DIST_TRAIN_ROOT": str(ROOT)}
+    submitted = SubmittedRun(cluster, tmp_path, long_run.config, "--nodes=1", **variables, **broken)
     submitted.wait_for_step(5)
     cluster.run("scancel", "--batch", "--signal=USR1", str(submitted.job), folder=tmp_path)
     ended = submitted.wait()
     assert (ended.state, ended.code) == ("FAILED", ExitCode.STOPPED), ended.output
     assert status(submitted.run)["state"] == "stopped"
-    again = SubmittedRun(cluster, tmp_path, long_run.config, "--nodes=1", RANKS_PER_NODE="1").wait()
+    hurry(tmp_path)
+    again = SubmittedRun(cluster, tmp_path, long_run.config, "--nodes=1", **variables).wait()
     assert again.state == "COMPLETED"
     assert weights_digest(submitted.run) == long_run.weights

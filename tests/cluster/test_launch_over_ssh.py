@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -49,8 +50,14 @@ def test_promise_7_horovodrun_forwards_sigterm_to_other_hosts(
     run = tmp_path / "run"
     script = str(ROOT / "launch/horovodrun.sh")
     command = (script, "-H", "node1:1,node2:1", "train", long_run.config, "run.epochs=10000", "--run-dir", str(run))
-    # Run on the login node, which has no ranks; an early signal is kept until they are ready.
-    ended = cluster.run("timeout", "--foreground", "--preserve-status", "10", *command, folder=tmp_path)
+    # On the login node, which has no ranks.
+    stopped_in_training = f"""
+        {shlex.join(command)} &
+        while kill -0 $! && ! grep -qs '"state": "running"' {run}/status.json; do sleep 0.1; done
+        kill -TERM $!
+        wait $!
+    """
+    ended = cluster.run("bash", "-c", stopped_in_training, folder=tmp_path)
     assert ended.returncode == ExitCode.STOPPED, ended.stdout + ended.stderr
     assert status(run)["state"] == "stopped"
 

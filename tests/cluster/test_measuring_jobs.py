@@ -28,8 +28,7 @@ def test_landscape_waits_for_the_run_and_the_report_for_both(cluster: Cluster, t
     measure = cluster.sbatch(tmp_path, "landscape.sh", f"--dependency=afterok:{train}", **_MEASURE, **options)
     page = cluster.sbatch(tmp_path, "report.sh", f"--dependency=afterok:{measure}", DIRECTORY="runs/smoke")
     after_failure = cluster.sbatch(tmp_path, "landscape.sh", f"--dependency=afternotok:{train}", **_MEASURE)
-    reported = cluster.wait(page)
-    measured = cluster.job(measure)
+    _, measured, reported = (cluster.wait(job) for job in (train, measure, page))
     assert status(tmp_path / "runs/smoke")["state"] == "finished"
     assert (measured.state, measured.code) == ("COMPLETED", 0), measured.output
     assert "2 nodes (node[1-2]) x 2 ranks" in measured.output
@@ -49,17 +48,19 @@ def test_analyses_of_a_study_run_as_an_array(cluster: Cluster, tmp_path: Path) -
     (tmp_path / ".venv").symlink_to(ROOT / ".venv")
     # The cluster's GPUs are null devices, which torch cannot use.
     commands_of_study = lines[0].replace("studies/paper.yaml", study).replace(" --gpus-per-node=1", "")
-    commands_of_study = commands_of_study.replace("sbatch ", "sbatch --parsable --wait ")
+    commands_of_study = commands_of_study.replace("sbatch ", "sbatch --parsable ")
     commands = f"""
         set -e
         PATH=$PWD/.venv/bin:$PATH
         dist-train sweep {study} --only 1
         {commands_of_study}
     """
-    ended = cluster.run("bash", "-c", commands, folder=tmp_path)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    outputs = [path.read_text() for path in tmp_path.glob("slurm-*.out")]
-    assert len(outputs) == 2, outputs
+    submitted = cluster.run("bash", "-c", commands, folder=tmp_path)
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    array = submitted.stdout.split()[-1]
+    tasks = [cluster.wait(f"{array}_{task}") for task in (1, 2)]
+    outputs = [task.output for task in tasks]
+    assert [(task.state, task.code) for task in tasks] == [("COMPLETED", 0)] * 2, outputs
     [run] = (tmp_path / "runs/smoke").glob("*-seed-0")
     assert len(list(run.glob("analysis/direction-*/points.csv"))) == 1, outputs
     assert len(list(run.glob("analysis/sharpness-*.json"))) == 1, outputs

@@ -11,6 +11,7 @@ import yaml
 
 from tests.cluster.cluster import ROOT, Cluster
 from tests.cluster.runs import LONG
+from tests.cluster.submitted import hurry, paced_noise
 from tests.launching import status, write_config
 from tests.unit.studies import write_study
 from tests.waiting import wait_for
@@ -24,7 +25,9 @@ REQUEUED = 6  # the last task has the number of the whole array
 def test_requeue_and_resubmission_run_only_the_tasks_that_need_it(cluster: Cluster, tmp_path: Path) -> None:
     study = tmp_path / "study.yaml"
     variants = {f"momentum-{number}": {"settings": {"optimizer.momentum": number / 10}} for number in (1, 5, 9)}
-    base = write_config(tmp_path, {**LONG, "run": {"directory": str(tmp_path / "runs"), "epochs": 25, "device": "cpu"}})
+    run_settings = {"directory": str(tmp_path / "runs"), "epochs": 25, "device": "cpu"}
+    noise = {"method": paced_noise(tmp_path), "amplitude": 0.01}
+    base = write_config(tmp_path, {**LONG, "run": run_settings, "noise": noise})
     study.write_text(yaml.safe_dump({"name": "array", "base": base, "seeds": [0, 1], "variants": variants}))
     options = ("--gpus-per-node=0", "--cpus-per-task=1", "--mem=0")
     runs = [tmp_path / "runs" / "array" / f"{variant}-seed-{seed}" for seed in (0, 1) for variant in variants]
@@ -49,6 +52,7 @@ def test_requeue_and_resubmission_run_only_the_tasks_that_need_it(cluster: Clust
     cluster.run("scancel", "--full", "--signal=KILL", f"{first}_{KILLED}", folder=tmp_path)
     wait_for(lambda: status(requeued).get("step", 0) >= 30, lambda: cluster.job(f"{first}_{REQUEUED}").output)
     cluster.run("scancel", "--batch", "--signal=USR1", f"{first}_{REQUEUED}", folder=tmp_path)
+    hurry(tmp_path)
     ended = {task: cluster.wait(f"{first}_{task}") for task in TASKS}
     assert {task for task in TASKS if ended[task].state == "COMPLETED"} == set(TASKS) - {KILLED}
     assert [ended[task].restarts for task in TASKS if task != KILLED] == [0, 0, 0, 0, 1], ended[REQUEUED].output

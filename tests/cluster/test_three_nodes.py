@@ -10,7 +10,7 @@ import pytest
 
 from tests.cluster.cluster import Cluster, booted_cluster
 from tests.cluster.runs import Undisturbed
-from tests.cluster.submitted import SubmittedRun, assert_finished_like
+from tests.cluster.submitted import SubmittedRun, assert_finished_like, hurry, paced
 from tests.cluster.test_batch_script import LAUNCHERS
 from tests.launching import status
 from tests.waiting import wait_for
@@ -37,8 +37,9 @@ def test_three_nodes_without_pmix_are_bit_identical_to_one_rank(
 def test_run_continues_without_a_lost_node_in_the_same_job(
     launcher: str, cluster: Cluster, tmp_path: Path, long_run: Undisturbed
 ) -> None:
-    submitted = SubmittedRun(cluster, tmp_path, long_run.config, "--nodes=3", **LAUNCHERS[launcher])
-    submitted.wait_for_step(50)
+    variables = paced(tmp_path, **LAUNCHERS[launcher])
+    submitted = SubmittedRun(cluster, tmp_path, long_run.config, "--nodes=3", **variables)
+    submitted.wait_for_step(35)
     before = status(submitted.run)
     assert (before["world_size"], cluster.batch_host(submitted.job)) == (6, "node1")
     cluster.kill_node("node2")
@@ -47,6 +48,7 @@ def test_run_continues_without_a_lost_node_in_the_same_job(
         submitted.wait_for(lambda found: found["launch"] != before["launch"] and found["step"] >= before["step"])
         print(f"{launcher}: training again {time.monotonic() - started:.1f} s after the loss")
         assert status(submitted.run)["world_size"] == 4
+        hurry(tmp_path)
         ended = submitted.wait()
     finally:
         cluster.start_node("node2")
@@ -55,15 +57,16 @@ def test_run_continues_without_a_lost_node_in_the_same_job(
 
 
 def test_spare_node_replaces_a_lost_one(cluster: Cluster, tmp_path: Path, long_run: Undisturbed) -> None:
-    variables = {**LAUNCHERS["torch"], "SPARE_NODES": "1"}
+    variables = paced(tmp_path, **LAUNCHERS["torch"], SPARE_NODES="1")
     submitted = SubmittedRun(cluster, tmp_path, long_run.config, "--nodes=3", **variables)
-    submitted.wait_for_step(50)
+    submitted.wait_for_step(35)
     first = status(submitted.run)
     assert first["world_size"] == 4
     cluster.kill_node("node2")
     try:
         submitted.wait_for(lambda found: found["launch"] != first["launch"] and found["state"] == "running")
         assert status(submitted.run)["world_size"] == 4
+        hurry(tmp_path)
         ended = submitted.wait()
     finally:
         cluster.start_node("node2")
@@ -86,9 +89,11 @@ def test_spare_node_replaces_an_unusable_one(cluster: Cluster, tmp_path: Path, l
 
 
 def test_preempted_run_on_three_nodes_resumes(cluster: Cluster, tmp_path: Path, long_run: Undisturbed) -> None:
-    submitted = SubmittedRun(cluster, tmp_path, long_run.config, "--nodes=3", **LAUNCHERS["torch"])
+    variables = paced(tmp_path, **LAUNCHERS["torch"])
+    submitted = SubmittedRun(cluster, tmp_path, long_run.config, "--nodes=3", **variables)
     submitted.wait_for_step(20)
     cluster.preempt(3, tmp_path)
-    ended = submitted.wait_for_weights_of(long_run)
-    assert ended.restarts >= 1
+    submitted.wait_for_restarts(1)
+    hurry(tmp_path)
+    submitted.wait_for_weights_of(long_run)
     wait_for(lambda: not cluster.processes(), lambda: f"left behind: {cluster.processes()}")
