@@ -128,10 +128,10 @@ def test_services_find_a_run_beside_them(engine: Engine, image: str, stand_ins: 
     try:
         with health_checks(engine):
             engine.call(*compose, "up", "--detach", timeout=180, variables=variables)
-            wait_for(lambda: any(targets.glob("*.json")), "the run's target", 120)
-            wait_for(steps_seen, "the run in Prometheus", 60)
-            wait_for(all_healthy, "health of Prometheus, Alertmanager and Grafana", 60)
-            wait_for(lambda: status().get("finished"), "the end of the run", 180)
+            wait_for(lambda: any(targets.glob("*.json")), "the run's target")
+            wait_for(steps_seen, "the run in Prometheus")
+            wait_for(all_healthy, "health of Prometheus, Alertmanager and Grafana")
+            wait_for(lambda: status().get("finished"), "the end of the run")
         assert (status()["state"], status()["world_size"]) == ("finished", 2)
     finally:
         print(engine.call(*compose, "logs", check=False, variables=variables).stdout[-6000:])
