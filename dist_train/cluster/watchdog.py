@@ -126,11 +126,6 @@ class Watchdog:
         with self._changed:
             return not self._is_first and 0 in self._monitor.present
 
-    def await_leave_of_rank_0(self) -> None:
-        """Wait on the other ranks until rank 0, if they hear it, has left; for `timeout` at most."""
-        with self._changed:
-            self._changed.wait_for(lambda: 0 not in self._monitor.present, self.timeout)
-
     def close(self, error: BaseException | None = None) -> None:
         """Leave by LEAVE, or by FAIL where `error` is not a stop on request, and end the thread."""
         # a forked child has the object, but not the thread, and is no rank

@@ -290,9 +290,6 @@ class Session:
         elif is_recorded and (told := read_status(self.directory.status)) is not None and told.exit_code is not None:
             reason, code = told.reason, ExitCode(told.exit_code)
         self._end(state, code, reason, is_recorded=is_recorded, is_left=is_exit or others_may_continue)
-        if self.watchdog is not None and isinstance(error, (*SHARED_ERRORS, PeerFailedError)):
-            # Once a rank has ended with an error, mpirun and horovodrun end those that are left within seconds.
-            self.watchdog.await_leave_of_rank_0()
 
     def _ends_launch_alone(self, error: BaseException) -> bool:
         """Whether `error` happened on this rank alone, and the others do not continue without it."""

@@ -117,28 +117,6 @@ def test_rank_that_has_left_is_not_reported(error: Exception | None) -> None:
     assert [member.messages for member in run_members(act)] == [[], [], []]
 
 
-def test_ranks_wait_for_rank_0_to_leave() -> None:
-    left: list[int] = []
-
-    def act(members: list[Member]) -> None:
-        def wait(member: Member) -> None:
-            member.watchdog.await_leave_of_rank_0()
-            left.append(member.rank)
-
-        waiting = [threading.Thread(target=wait, args=(member,)) for member in members]
-        for thread in waiting:
-            thread.start()
-        waiting[0].join(PATIENCE)
-        time.sleep(TIMEOUT / 10)
-        assert left == [0]
-        members[0].watchdog.close()
-        for thread in waiting:
-            thread.join(PATIENCE)
-
-    run_members(act)
-    assert sorted(left) == [0, 1, 2]
-
-
 def test_failed_rank_ends_the_hanging_others() -> None:
     def act(members: list[Member]) -> None:
         with pytest.raises(OSError, match="disk"), members[1].watchdog:
