@@ -15,8 +15,9 @@ import os
 import secrets
 import stat
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
@@ -85,6 +86,26 @@ def write_bytes(path: Path, content: bytes, *, is_shared: bool = False) -> None:
 def write_text(path: Path, content: str, *, is_shared: bool = False) -> None:
     """Write `content` to `path` in UTF-8, as `write_bytes` does."""
     write_bytes(path, content.encode(), is_shared=is_shared)
+
+
+def keep_lines(path: Path, is_kept: Callable[[bytes], bool]) -> None:
+    """Remove from `path` the lines that are not to be kept, atomically; add the newline that the last one may lack.
+
+    `is_kept` is called once for each line that is kept, in order. The file may be large: it is read in small parts, and
+    written only if it changes. Who may read it: see `replacing`. Raises OSError.
+    """
+    with open_regular(path) as before, _naming(path):
+        unchanged = 0
+        for line in before:
+            if not (line.endswith(b"\n") and is_kept(line)):
+                break
+            unchanged += 1
+        else:
+            return
+        before.seek(0)
+        with replacing(path, is_shared=True) as after:
+            after.writelines(islice(before, unchanged))
+            after.writelines(line.removesuffix(b"\n") + b"\n" for line in before if is_kept(line))
 
 
 def flush_directory(directory: Path) -> None:

@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -286,6 +287,29 @@ def test_rewind_leaves_a_file_that_needs_nothing_untouched(tmp_path: Path) -> No
     before = path.stat()
     rewind(path, 2)
     assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+@pytest.mark.parametrize("step", [2000, 1990])
+def test_rewind_does_not_take_the_memory_of_a_long_file(tmp_path: Path, step: int) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [f"{to_json(train(each))}\n" for each in range(1, 2001)]
+    path.write_text("".join(lines))
+    tracemalloc.start()
+    try:
+        rewind(path, step)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert path.read_text() == "".join(lines[:step])
+    assert peak < path.stat().st_size / 5
+
+
+def test_rewind_drops_a_line_that_is_not_text(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    line = f"{to_json(train(1))}\n".encode()
+    path.write_bytes(line.replace(b"accuracy", b"acc\xffracy") + line)
+    rewind(path, 1)
+    assert path.read_bytes() == line
 
 
 def test_rewind_of_a_file_that_is_not_there_makes_none(tmp_path: Path) -> None:
