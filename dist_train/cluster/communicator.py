@@ -6,7 +6,7 @@ import hashlib
 import socket
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -311,17 +311,18 @@ def await_on_all_ranks(comm: Communicator, attempt: Callable[[], bool], name: st
 
 
 def run_long_on_all_ranks(comm: Communicator, action: Callable[[], Result], name: str) -> Result:
-    """Do what `run_on_all_ranks` does, for an `action` that may take longer than an engine lets ranks wait."""
-    if comm.size == 1:
+    """Do what `run_on_all_ranks` does, for an `action` that may take longer than an engine lets ranks wait.
+
+    A thread talks to the other ranks meanwhile: an action of the user's code may need to stay in its own.
+    """
+    if comm.size == 1 or comm.is_joining:  # which does not hear the others yet
         return action()
+    future: Future[Result] = Future()
     with ThreadPoolExecutor(max_workers=1) as thread:
-        future = thread.submit(action)
-
-        def has_ended() -> bool:
-            if not wait([future], _POLL_SECONDS).done:
-                return False
-            future.result()  # raises its error
-            return True
-
-        await_on_all_ranks(comm, has_ended, name)
-        return future.result()
+        others = thread.submit(await_on_all_ranks, comm, lambda: bool(wait([future], _POLL_SECONDS).done), name)
+        try:
+            future.set_result(action())
+        except BaseException as error:
+            future.set_exception(error)
+        others.result()
+    return run_on_all_ranks(comm, future.result, name)

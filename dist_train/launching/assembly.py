@@ -23,7 +23,14 @@ from dist_train.checkpoint.state import (
     shared_progress,
 )
 from dist_train.checkpoint.writer import CheckpointWriter
-from dist_train.cluster.communicator import Communicator, Generation, SingleProcess, gather_int, run_on_all_ranks
+from dist_train.cluster.communicator import (
+    Communicator,
+    Generation,
+    SingleProcess,
+    gather_int,
+    run_long_on_all_ranks,
+    run_on_all_ranks,
+)
 from dist_train.cluster.devices import assign_devices
 from dist_train.config import Config
 from dist_train.config.plugins import is_plugin
@@ -84,7 +91,7 @@ def assemble(
     directory, comm = session.directory, session.comm
     config, compute = _set_up_device(resume_point.config, comm)
     open_data = partial(open_splits, config.data, config.run.seed, compute.device, config.precision.channels_last)
-    splits = run_on_all_ranks(comm, open_data, "load the data")
+    splits = run_long_on_all_ranks(comm, open_data, "load the data")
     check_same_data(comm, splits.identity, config.data.name)
     if stack is not None:
         stack.callback(splits.close)

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from dist_train.checkpoint.files import Contents, find_checkpoint, read_same
 from dist_train.checkpoint.state import Weights, load_model, stored_state
-from dist_train.cluster.communicator import Communicator, run_on_all_ranks
+from dist_train.cluster.communicator import Communicator, run_long_on_all_ranks, run_on_all_ranks
 from dist_train.cluster.devices import assign_devices, device_type
 from dist_train.cluster.rendezvous import join_to_measure
 from dist_train.config import Config, differences, parse_config
@@ -207,7 +207,7 @@ def evaluate_stored(target: Path, split: Split, overrides: Sequence[str], weight
         device = assign_devices(comm, config.run.device, timeout)
         compute = run_on_all_ranks(comm, partial(set_up_compute, config.precision, device), "set up its device")
         open_data = partial(open_splits, config.data, config.run.seed, compute.device, config.precision.channels_last)
-        splits = run_on_all_ranks(comm, open_data, "load the data")
+        splits = run_long_on_all_ranks(comm, open_data, "load the data")
         stack.callback(splits.close)
         if comm.rank == 0 and splits.differ_from(contents.data):
             _logger.warning("the data set is not that with which %s was trained: files or labels differ", stored.path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_train.cluster.communicator import (
+    Communicator,
     SingleProcess,
     broadcast_str,
     gather,
@@ -19,6 +21,7 @@ from dist_train.cluster.communicator import (
 )
 from dist_train.outcome import ExitCode, PeerFailedError, exit_code_of
 from tests.unit.simulated_ranks import SimulatedRanks, on_ranks, results
+from tests.waiting import wait_for
 
 SIZES = [1, 2, 3, 5]
 
@@ -52,13 +55,8 @@ def test_what_succeeds_everywhere_gives_each_rank_its_own_result(size: int, run:
     assert squares == [rank**2 for rank in range(size)]
 
 
-@pytest.mark.parametrize(
-    ("run", "failing"),
-    [
-        *((run_on_all_ranks, failing) for failing in ([0], [2], [1, 3], [0, 1, 2, 3])),
-        *((run_long_on_all_ranks, failing) for failing in ([0], [2])),  # several may fail one after the other
-    ],
-)
+@pytest.mark.parametrize("run", [run_on_all_ranks, run_long_on_all_ranks])
+@pytest.mark.parametrize("failing", [[0], [2], [1, 3], [0, 1, 2, 3]])
 def test_what_fails_somewhere_fails_everywhere_and_is_told_once(run: Callable[..., None], failing: list[int]) -> None:
     def act(comm: SimulatedRanks) -> None:
         def action() -> None:
@@ -76,6 +74,29 @@ def test_what_fails_somewhere_fails_everywhere_and_is_told_once(run: Callable[..
             assert isinstance(error, PeerFailedError)
             assert exit_code_of(error) == ExitCode.FAULT, "that of the first that failed"
             assert all(str(rank) in str(error) for rank in failing)
+
+
+def test_no_wait_lasts_as_long_as_a_long_action_which_stays_in_its_thread() -> None:
+    comms: dict[int, SimulatedRanks] = {}
+
+    def work(comm: SimulatedRanks) -> bool:
+        comms[comm.rank] = comm
+        caller = threading.current_thread()
+
+        def action() -> bool:
+            if comm.rank == 1:
+                wait_for(lambda: 0 in comms and comms[0].names.count("load: done") >= 3, "rank 0 to look again")
+            return threading.current_thread() is caller
+
+        return run_long_on_all_ranks(comm, action, "load")
+
+    assert results(2, work) == [True, True]
+
+
+def test_a_rank_that_joins_does_not_wait_for_those_that_it_has_not_met() -> None:
+    comm = Communicator()
+    comm.rank, comm.size, comm.is_joining = 1, 2, True
+    assert run_long_on_all_ranks(comm, lambda: "loaded", "load") == "loaded"
 
 
 def test_alone_a_sum_is_the_value_itself_and_an_error_its_own() -> None:

@@ -29,7 +29,7 @@ import dist_train
 from dist_train.checkpoint.files import newest_whole, write_checkpoint
 from dist_train.cli.main import main
 from dist_train.cluster.communicator import Generation, GroupBrokenError, RankLostError, SingleProcess
-from dist_train.config import Config
+from dist_train.config import Config, DataSettings
 from dist_train.config.sections import MetricsSettings
 from dist_train.launching import run
 from dist_train.launching.assembly import assemble
@@ -64,11 +64,13 @@ from dist_train.training.recovery import ElasticTrainer
 from dist_train.training.stopping import StopRequests
 from dist_train.training.trainer import Trainer
 from tests.raising import raises
+from tests.unit import drawing_data
 from tests.unit.checkpoint_files import write
+from tests.unit.drawing_data import SIZE, Drawing
 from tests.unit.exporting import FACTS, OUTCOME
 from tests.unit.image_folders import write_folder
 from tests.unit.simulated_ranks import SimulatedRanks, on_ranks, results
-from tests.unit.small_trainers import small_config
+from tests.unit.small_trainers import build_trainer, small_config
 from tests.unit.test_cli_commands import write_config
 from tests.waiting import wait_for
 
@@ -116,6 +118,29 @@ def begun(
     session.trainer = trainer
     session.begin(resume_point)
     return session, told
+
+
+def test_a_rank_may_take_longer_to_load_its_data_than_ranks_wait_for_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comms: dict[int, SimulatedRanks] = {}
+    slow = threading.Lock()
+
+    def waiting(settings: DataSettings, split: str, seed: int) -> Drawing:
+        if split == "train" and slow.acquire(blocking=False):
+            looks = "load the data: done"
+            wait_for(lambda: any(each.names.count(looks) >= 3 for each in comms.values()), "the other rank")
+        return Drawing(60)
+
+    monkeypatch.setattr(drawing_data, "drawing", waiting)
+    own = {"name": "tests.unit.drawing_data:drawing", "shape": (3, SIZE, SIZE), "classes": 2}
+    config = small_config(data=own, evaluation={"train_samples": 9})
+
+    def launch(comm: SimulatedRanks) -> int:
+        comms[comm.rank] = comm
+        return len(build_trainer(config, tmp_path, comm).splits.train)
+
+    assert results(2, launch) == [60, 60]
 
 
 def test_a_run_that_cannot_begin_closes_its_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
