@@ -59,25 +59,33 @@ def list_folder(settings: DataSettings, split: Split, seed: int = 0) -> Listing:
                 f"{train} and {folder} hold different classes: only one of them has {differing[0]}",
                 code="classes-differ",
             )
+    joined, lengths = bytearray(), []  # paths, each with a NUL: millions of strings would take twice the memory
     with reading(folder, code="image-folder-unreadable"):
-        files = [_images_in(folder / name) for name in class_names]
+        for name in class_names:
+            paths = [os.fsencode(os.path.join(name, image)) + b"\0" for image in _images_in(folder / name)]
+            joined += b"".join(paths)
+            lengths.append(np.array(list(map(len, paths)), np.int64))
     if len(class_names) != classes:
         fix = f"set data.classes to {len(class_names)}" if len(class_names) > 1 else _LAYOUT
         raise UsageError(
             f"{folder} holds {len(class_names)} class folders, but data.classes is {classes}: {fix}", code="class-count"
         )
-    for name, images in zip(class_names, files, strict=True):
-        if not images:
+    for name, images in zip(class_names, lengths, strict=True):
+        if not len(images):
             raise UsageError(
                 f"the class folder {folder / name} holds no image ({', '.join(_SUFFIXES)}): "
                 "fill it, or remove the class from both splits and lower data.classes",
                 code="class-empty",
             )
-    counts = torch.tensor([len(images) for images in files])
-    paths = [os.path.join(name, image) for name, images in zip(class_names, files, strict=True) for image in images]
-    labels, source = torch.arange(classes).repeat_interleave(counts), digest_of("\0".join(paths))
-    whole = Listing(lambda number: os.path.join(folder, paths[number]), torch.arange(len(paths)), labels, source)
-    return _shuffled(whole, split, seed)
+    counts = torch.tensor([len(images) for images in lengths])
+    ends, labels = np.cumsum(np.concatenate(lengths)), torch.arange(classes).repeat_interleave(counts)
+
+    def refer(number: int) -> str:
+        start = ends[number - 1] if number else 0
+        return os.path.join(folder, os.fsdecode(bytes(joined[start : ends[number] - 1])))
+
+    source = digest_of(memoryview(joined)[:-1])
+    return _shuffled(Listing(refer, torch.arange(len(labels)), labels, source), split, seed)
 
 
 def _shuffled(listing: Listing, split: Split, seed: int) -> Listing:

@@ -57,9 +57,9 @@ class ImageSet:
         return digest_of("", self.images, self.labels)
 
 
-def digest_of(text: str, *tensors: Tensor) -> str:
+def digest_of(text: str | memoryview, *tensors: Tensor) -> str:
     """Return a digest of `text`, which may hold names of files, and of `tensors`: 16 hexadecimal digits."""
-    hashed = hashlib.sha256(text.encode("utf-8", "surrogateescape"))
+    hashed = hashlib.sha256(text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text)
     for tensor in tensors:
         for part in tensor.split(_HASHED_ROWS):  # copies are then small
             hashed.update(part.contiguous().numpy())
