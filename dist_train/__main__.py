@@ -6,13 +6,9 @@ import sys
 
 
 def run() -> int:
-    """Run the command and return its exit code; a rank of torch.distributed that fails ends here.
-
-    A group that is broken, or that this rank has left because of an error, still has threads of torch's: at the
-    interpreter's own end they may abort the process, and the exit code is lost.
-    """
+    """Run the command and return its exit code."""
     try:
-        # imported here, for Ctrl-C while they are
+        # It imports everything else, so that a Ctrl-C meanwhile comes here, too.
         return _run()
     except KeyboardInterrupt:
         # As Python ends, but without a traceback; shells must see that the signal ended this process.
@@ -22,6 +18,11 @@ def run() -> int:
 
 
 def _run() -> int:
+    """Run the command; as a rank of torch.distributed that fails, end the process here.
+
+    A process group that is broken, or that this rank has left because of an error, still has threads. They may abort
+    the process while the interpreter shuts down, and the exit code would be lost.
+    """
     import traceback
 
     from dist_train.cli.main import main
@@ -39,7 +40,7 @@ def _run() -> int:
 
 
 def _has_group_of_torch() -> bool:
-    """Whether this process has joined ranks by torch.distributed; MPI's ranks must end in order."""
+    """Whether this process has joined ranks by torch.distributed. Ranks over MPI must shut down in order."""
     modules = sys.modules
     return "dist_train.cluster.torch_engine" in modules and "dist_train.cluster.horovod" not in modules
 

@@ -49,7 +49,7 @@ class UsageError(CodedError, ValueError):
 
 
 class PluginResultError(UsageError):
-    """A plug-in returned something other than required, or something of which training would be wrong. Exit code 2."""
+    """A plug-in returned something that is not what it must return, or that cannot be trained with. Exit code 2."""
 
     code = "plugin-result"
 
@@ -110,26 +110,25 @@ def writing(place: Path, fix: str, code: str = "output-unwritable") -> Iterator[
         raise UsageError(f"cannot write {place} ({error.strerror or error}): {fix}", code=code) from error
 
 
-OF_THE_DISK = frozenset(
+DISK_FAILED = frozenset(
     {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ESHUTDOWN, errno.EHOSTDOWN, errno.EREMOTEIO}
 )
+"""Errors of a disk or a file server, which may work again later."""
 
 
 @contextmanager
 def reading(place: Path, fix: str = "", code: str = "data-unreadable") -> Iterator[None]:
-    """Turn an OSError in the block into a UsageError that says which file or folder cannot be read, and the `fix`; into
-    a FaultError if a disk or a file server fails, which may come back.
-    """
+    """Turn an OSError in the block into a UsageError that names file and `fix`; a FaultError if the disk has failed."""
     try:
         yield
     except OSError as error:
         ending = f". {fix}" if fix else ""
-        kind = FaultError if error.errno in OF_THE_DISK else UsageError
+        kind = FaultError if error.errno in DISK_FAILED else UsageError
         raise kind(f"cannot read {error.filename or place}: {error.strerror or error}{ending}", code=code) from error
 
 
 def check_choice(name: str, value: object, choices: object) -> None:
-    """Raise UsageError if the argument `name` is not one of `choices`, a Literal."""
+    """Raise UsageError if `value`, of the argument `name`, is not one of `choices`, a Literal."""
     if value not in get_args(choices):
         raise UsageError(f"{name} must be one of {', '.join(get_args(choices))}, not {value!r}", code="no-such-choice")
 
@@ -180,11 +179,11 @@ def printable(message: str) -> str:
 
 def say_on_stderr(text: str) -> None:
     """Print `text` to standard error, if that can be written."""
-    # Its terminal or reader may be gone, or its disk full. There is no other place for the message, and what the
-    # process does next, such as saving the run, matters more.
+    # The terminal or reader may be gone, or the disk full. The message has no other place to go, and what the process
+    # does next, such as saving the run, matters more.
     if sys.stderr is not None:
         with suppress(OSError):
-            # In one piece: `print` writes the line's end apart where Python does not buffer, and ranks' lines then mix.
+            # One write: where Python does not buffer, `print` writes the newline separately, and ranks' lines mix.
             sys.stderr.write(f"{text}\n")
             sys.stderr.flush()
 
@@ -197,7 +196,7 @@ _FIX_FOR_TRAINING = (
 
 
 def refuse_nondeterministic(error: BaseException, fix: str = _FIX_FOR_TRAINING) -> None:
-    """Raise UsageError if `error` is torch's, that an operator has no deterministic kernel here; else do nothing."""
+    """Raise UsageError if `error` is torch's report that an operator has no deterministic kernel; else do nothing."""
     if "CUBLAS_WORKSPACE_CONFIG" in str(error):
         raise UsageError(
             "this process has multiplied matrices on a GPU before: train in a new process, or set "
@@ -206,6 +205,6 @@ def refuse_nondeterministic(error: BaseException, fix: str = _FIX_FOR_TRAINING) 
         ) from error
     if found := _NOT_DETERMINISTIC.search(str(error)):
         raise UsageError(
-            f"the model needs {found[1]}, of which torch has no deterministic kernel: {fix}",
+            f"the model needs {found[1]}, for which torch has no deterministic kernel: {fix}",
             code="kernel-not-deterministic",
         ) from error

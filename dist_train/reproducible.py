@@ -2,8 +2,8 @@
 
 Randomness is a pure function of (seed, purpose, indices): every random choice of a run has its own generator, so any
 step can be reproduced alone, on any rank, and a checkpoint needs no random state. Layers such as dropout draw from
-torch's global generators: `LayerRng` seeds these for each micro-batch and restores them afterwards. So may plug-ins,
-also from Python's and NumPy's: `seeded_generators` makes that a function of the seed, too.
+torch's global generators: `LayerRng` seeds these for each micro-batch and restores them afterwards. Plug-ins may draw
+from Python's and NumPy's, too: `seeded_generators` makes that a function of the seed.
 
 Floats are summed as 64-bit integers at a power-of-two scale, since integer addition is associative. Scaling a float32
 by a power of two is exact; the only loss is the rounding of each value to a multiple of 2^-bits.
@@ -36,7 +36,7 @@ _HASH_GOLDEN = 0x9E3779B9
 _HASH_MIX_1 = 0x7FEB352D
 _HASH_MIX_2 = 0x846CA68B
 
-_CACHED = 1 << 16  # hashes made at once on a CPU: they stay in a core's cache
+_HASHES_AT_ONCE = 1 << 16  # on a CPU: they stay in a core's cache
 
 
 def key(seed: int, purpose: str, *indices: int | str) -> int:
@@ -55,35 +55,35 @@ _GENERATOR_LOCK = Lock()
 holds the generator's own one, so that two threads, one of which sets a seed, would wait for each other forever."""
 
 
-def generator_state(of: torch.Generator) -> torch.Tensor:
-    """Return the state of the generator `of`, which other threads may use meanwhile."""
+def generator_state(source: torch.Generator) -> torch.Tensor:
+    """Return the state of `source`, which other threads may use meanwhile."""
     with _GENERATOR_LOCK:
-        return of.get_state()
+        return source.get_state()
 
 
-def set_generator_state(of: torch.Generator, state: torch.Tensor) -> None:
-    """Set the state of the generator `of`, which other threads may use meanwhile."""
+def set_generator_state(source: torch.Generator, state: torch.Tensor) -> None:
+    """Set the state of `source`, which other threads may use meanwhile."""
     with _GENERATOR_LOCK:
-        of.set_state(state)
+        source.set_state(state)
 
 
-def seed_generator(of: torch.Generator, seed: int) -> None:
-    """Seed the generator `of`, which other threads may use meanwhile."""
+def seed_generator(source: torch.Generator, seed: int) -> None:
+    """Seed `source`, which other threads may use meanwhile."""
     with _GENERATOR_LOCK:
-        of.manual_seed(seed)
+        source.manual_seed(seed)
 
 
 @contextmanager
 def preserved_generators() -> Iterator[None]:
     """Restore the global generators of torch, on the CPU, of Python and of NumPy after the block."""
-    of_torch, of_python = generator_state(torch.default_generator), random.getstate()
-    of_numpy = numpy.random.get_state()
+    torch_state, python_state = generator_state(torch.default_generator), random.getstate()
+    numpy_state = numpy.random.get_state()
     try:
         yield
     finally:
-        set_generator_state(torch.default_generator, of_torch)
-        random.setstate(of_python)
-        numpy.random.set_state(of_numpy)
+        set_generator_state(torch.default_generator, torch_state)
+        random.setstate(python_state)
+        numpy.random.set_state(numpy_state)
 
 
 def seed_generators(seed: int) -> None:
@@ -108,9 +108,9 @@ def seeded_generators(seed: int) -> Iterator[None]:
 class LayerRng:
     """Seeds torch's global generators, from which dropout and other layers draw, for each micro-batch or batch.
 
-    So draws do not depend on which rank computes a micro-batch, and all passes over it in an update, also in a repeated
-    one, have the same masks. A plug-in's own code may draw from Python's and NumPy's global generators as well. To
-    restore those takes 0.1 ms for each update, which built-in models do not need; evaluations seed all of them.
+    Draws then do not depend on which rank computes a micro-batch, and all passes over it in an update, a repeated one
+    included, have the same masks. With `of_plugin`, Python's and NumPy's global generators are seeded, too, since a
+    plug-in may draw from them. Restoring these takes 0.1 ms per update, which built-in models are spared.
     """
 
     def __init__(self, seed: int, device: torch.device, *, of_plugin: bool = False) -> None:
@@ -141,7 +141,7 @@ class LayerRng:
             _seed_others(number)
 
     def has_drawn(self, step: int, start: int) -> bool:
-        """Whether anything has been drawn since `seed(step, start)`, after which the generators are seeded so again."""
+        """Whether anything has been drawn since `seed(step, start)`; leaves the generators as that call did."""
         found = []
         for _ in range(2):
             draws = [float(torch.rand((), generator=each, device=each.device)) for each in self._generators]
@@ -150,26 +150,26 @@ class LayerRng:
         return found[0] != found[1]
 
     @contextmanager
-    def of_update(self, step: int) -> Iterator[None]:
-        """Seed the generators for the block, in which a plug-in's optimizer makes an update, and restore them after."""
+    def seeded_for_update(self, step: int) -> Iterator[None]:
+        """Seed the generators for the block, in which a plug-in's optimizer makes update `step`; then restore them."""
         with self.preserved():
             self.seed(step, -1)  # no micro-batch starts there
             yield
 
 
 def bits(stream: int, count: int, device: torch.device) -> Iterator[torch.Tensor]:
-    """Yield `count` int16 of random bits, `count` even, on `device`; they are the same on every kind of device.
+    """Yield parts of `count` int16 of random bits (`count` is even) on `device`: the same on every kind of device.
 
     Each 32-bit hash of (the key `stream`, position) gives two: lowbias32 (github.com/skeeto/hash-prospector) of a Weyl
     sequence, with half of the key added before the first multiplication and the other half after it. On a CPU, NumPy
     computes parts that stay in the cache, each overwritten by the next; a GPU computes all at once.
     """
-    assert count % 2 == 0, "two of each hash"
+    assert count % 2 == 0, "each hash gives two"
     if device.type == "cpu":
-        numbers = numpy.arange(min(count // 2, _CACHED), dtype=numpy.uint32) * numpy.uint32(_HASH_GOLDEN)
+        numbers = numpy.arange(min(count // 2, _HASHES_AT_ONCE), dtype=numpy.uint32) * numpy.uint32(_HASH_GOLDEN)
         buffers = numpy.empty_like(numbers), numpy.empty_like(numbers)
-        for start in range(0, count // 2, _CACHED):
-            part = min(_CACHED, count // 2 - start)
+        for start in range(0, count // 2, _HASHES_AT_ONCE):
+            part = min(_HASHES_AT_ONCE, count // 2 - start)
             hashes, scratch = buffers[0][:part], buffers[1][:part]
             numpy.add(numbers[:part], numpy.uint32((start * _HASH_GOLDEN + stream) & _LOW), out=hashes)
             yield torch.from_numpy(_hash_by_numpy(hashes, scratch, stream >> 32).view(numpy.int16))

@@ -1,4 +1,4 @@
-"""How a process of this program is started, and a rank's set up: garbage collection, heap, cores, open files."""
+"""Starts processes of this program, and sets up a rank's: garbage collection, heap, cores, open files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 
 _CGROUP = Path("/sys/fs/cgroup")  # in a container its own
 _LARGE_PAGE = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
-# Where one of these is set, OpenMP binds the main thread to the first place, often one core, as torch is loaded.
+# If one of these is set, OpenMP binds the main thread to its first place, often one core, when torch is loaded.
 _OPENMP_BINDING = {"OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY"}
 _BOUND_TO = os.sched_getaffinity(0)  # before that: commands import this module first
 
@@ -25,7 +25,7 @@ _BOUND_TO = os.sched_getaffinity(0)  # before that: commands import this module 
 def own_command(*words: str) -> list[str]:
     """Return the command line of another process that runs `dist-train WORDS`.
 
-    It runs this package: files of the current folder, such as a queue.py, replace none of its modules.
+    It runs this package, none of whose modules is replaced by a file of the current folder, such as a queue.py.
     """
     folder = Path(__file__).absolute().parents[1]
     program = [sys.executable, "-P", "-m", "dist_train", *words]
@@ -56,9 +56,9 @@ _MOST_FILES = 1 << 16
 
 
 def allow_open_files() -> None:
-    """Raise this process's soft limit of open files, as far as it may: it needs one for each rank, or two.
+    """Raise this process's soft limit of open files as far as allowed: it may need two files for each rank.
 
-    In a Slurm job it is that of the shell that submitted it, usually 1,024.
+    A Slurm job has the limit of the shell that submitted it, usually 1,024.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
@@ -66,8 +66,8 @@ def allow_open_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def learn_how_children_end() -> None:
-    """Undo an ignored SIGCHLD, which programs inherit: without it every child process seems to end with code 0."""
+def stop_ignoring_sigchld() -> None:
+    """Undo an inherited SIG_IGN for SIGCHLD, with which every child process seems to end with code 0."""
     if signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
@@ -75,7 +75,8 @@ def learn_how_children_end() -> None:
 def restore_handlers(before: Mapping[int, Any]) -> None:
     """Give signals the handlers that `signal.signal` returned for them.
 
-    None stands for a library's, from before Python began, which only the library could set again: they get the default.
+    None stands for a handler that a library set before Python started. Python cannot set it again: the signal gets the
+    default.
     """
     for number, handler in before.items():
         signal.signal(number, signal.SIG_DFL if handler is None else handler)
@@ -96,8 +97,8 @@ def without_collection() -> Iterator[None]:
             gc.enable()
 
 
-# mallopt(3): up to which size the heap serves allocations, how many are mapped instead, and how much free heap is kept;
-# the reserved part is in it.
+# Parameters of mallopt(3): the largest allocation that the heap serves, how many larger ones may be mapped, and how
+# much free heap is kept, the reserved part included.
 _MMAP_THRESHOLD, _MMAP_MAX, _TRIM_THRESHOLD = -3, -4, -1
 _LARGEST_PIECE, _KEPT_BYTES = 1 << 30, (1 << 31) - 1
 _RESERVED_BYTES = _LARGEST_PIECE - (1 << 20)
@@ -106,7 +107,7 @@ _RESERVED_BYTES = _LARGEST_PIECE - (1 << 20)
 def keep_freed_memory() -> bool:
     """Let this process keep up to 2 GiB of freed memory for reuse; return whether that was set.
 
-    It is left alone with a C library other than glibc, and if the user has set glibc's variables.
+    Nothing is set with a C library other than glibc, or if the user has set glibc's variables.
 
     Every step allocates the same activations. By default glibc returns large ones to the system, which zeroes their
     pages at the next use: a tenth of a step's time on a CPU (`python -m benchmarks --only allocator`).
@@ -125,8 +126,8 @@ def use_large_pages() -> bool:
 
     Fewer pages save 3 % of a step at width 1 (`python -m benchmarks --only allocator`). Only address space is reserved.
     torch's own THP_MEM_ALLOC_ENABLE=1 aligns each large array to 2 MiB, which leaves holes: a quarter more memory at
-    width 1. If the user has set that variable, nothing is requested here, nor where large pages are larger, as the
-    512 MiB of aarch64 with pages of 64 KiB: one touched byte would take all of it.
+    width 1. Nothing is requested if the user has set that variable, or if large pages are larger, such as 512 MiB on
+    aarch64 with pages of 64 KiB: one touched byte would take all of it.
     """
     if "THP_MEM_ALLOC_ENABLE" in os.environ:
         return False
@@ -135,7 +136,7 @@ def use_large_pages() -> bool:
             return False
     libc = _libc()
     libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    # Freed again below, it is the free top of the heap; untouched, it has no pages yet.
+    # Freed again below, this is the free top of the heap. It has no pages yet, since nothing has touched it.
     place = libc.malloc(_RESERVED_BYTES)
     if place is None:  # beyond a limit of the address space
         return False
@@ -159,7 +160,7 @@ def keep_small_objects_together() -> None:
     of them, since glibc looks for 96 bytes more than it needs. The heap of VGG9 at width 1 grew to 480 to 550 MB, with
     at most 410 in use.
 
-    Of exactly fitting pieces glibc takes the one that has been free longest: one of these.
+    Among the pieces that fit exactly, glibc takes the one that has been free longest: one of these.
     """
     libc = _libc()
     pieces = [libc.malloc(_HELD_BYTES) for _ in range(2 * _SMALL_PIECES)]

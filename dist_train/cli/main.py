@@ -24,7 +24,7 @@ from dist_train.cli import (
 )
 from dist_train.cluster.launch import current_launch
 from dist_train.outcome import (
-    OF_THE_DISK,
+    DISK_FAILED,
     SHARED_ERRORS,
     CodedError,
     ExitCode,
@@ -100,7 +100,7 @@ def _run(words: list[str]) -> int:
             return _report(UsageError(f"permission denied: {error.filename}", code="permission-denied"))
         if error.errno == errno.ENAMETOOLONG:
             return _report(UsageError(f"the name is too long: {error.filename}", code="name-too-long"))
-        if error.filename is not None and error.errno in OF_THE_DISK:
+        if error.filename is not None and error.errno in DISK_FAILED:
             return _report(FaultError(f"{error.strerror}: {error.filename}", code="disk-failed"))
         raise
 

@@ -17,7 +17,7 @@ from dist_train.cluster.launch import LISTEN_FD, without_launcher
 from dist_train.outcome import ExitCode, FaultError, printable, say_on_stderr, signal_name
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.status import LAUNCH_VARIABLE, record_lost
-from dist_train.start_up import learn_how_children_end, usable_cores
+from dist_train.start_up import stop_ignoring_sigchld, usable_cores
 
 _STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP}
 SIGNALS = _STOP_SIGNALS | {signal.SIGCHLD}
@@ -175,7 +175,7 @@ def blocked_signals() -> Iterator[set[int | signal.Signals]]:
 
     SIGINT and SIGHUP that are ignored, as under nohup, stay so: blocked, they would arrive.
     """
-    learn_how_children_end()
+    stop_ignoring_sigchld()
     ignored = {each for each in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(each) == signal.SIG_IGN}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS - ignored)
     try:

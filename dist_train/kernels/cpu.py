@@ -1,4 +1,4 @@
-"""Batch norm over groups of samples on CPUs, by the compiled kernels of `_cpu.c`; as `norms.py` has it for GPUs."""
+"""Batch norm over groups of samples on CPUs, by the compiled kernels of `_cpu.c`; `norms.py` is the same for GPUs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dist_train.kernels import _cpu
 
-_FEW_VALUES = 32768  # which threads would take longer to share than to compute; torch's own limit
+_FEW_VALUES = 32768  # one thread computes them sooner than several share them; torch's own limit
 
 
 def normalize(

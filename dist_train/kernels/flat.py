@@ -62,16 +62,16 @@ def _accumulate_on_grids(
 
 
 def random_bits(out: Tensor, low: int, high: int) -> None:
-    """Fill int32 `out` [n] with the hashes of 0, 1, ... by the halves of a key, as `hash_by_torch` does."""
-    # Of integers alone, but Triton 3.9 warns where a launch does not say it.
+    """Fill int32 `out` [n] with the hashes of 0, 1, ... for the key of halves `low` and `high`, as `hash_by_torch`."""
+    # It computes with integers only, but Triton 3.9 warns if a launch leaves the option out.
     programs = triton.cdiv(len(out), _BLOCK)
     _random_bits[(programs,)](out, len(out), low, high, block=_BLOCK, enable_fp_fusion=False)
 
 
 def accumulate(gradients: Tensor, total: Tensor, scale: float, begun: bool) -> Tensor:
-    """Add `gradients` [n] times `scale`, a power of two, rounded towards zero, to int64 `total`; or begin it with them.
+    """Add `gradients` [n] times `scale`, a power of two, rounded towards zero, to int64 `total` [n].
 
-    Return absolute values of gradients, the largest among them, infinity for a NaN.
+    Unless `begun`, `total` is overwritten. Return the largest absolute gradient of each block, infinity for a NaN.
     """
     programs = triton.cdiv(len(gradients), _BLOCK)
     largest = gradients.new_empty(programs)
@@ -84,11 +84,11 @@ def accumulate(gradients: Tensor, total: Tensor, scale: float, begun: bool) -> T
 def accumulate_on_grids(
     gradients: Tensor, total: Tensor, largest: Tensor, places: Tensor, scales: Tensor, offset: int, begun: bool
 ) -> Tensor:
-    """Add `gradients` [n], each filter's times its scale and rounded to integers, to `total`; or begin it with them.
+    """Add `gradients` [n], each filter's times its scale and rounded to integers, to `total` [n].
 
-    `places` [filters, 3], int64: where a filter begins, beyond `offset`, how long it is, which of `scales`, float32, is
-    its. Add each filter's largest absolute integer to `largest` [filters], int64, and return them as float32, infinity
-    where there is a NaN.
+    `places` [filters, 3], int64: each filter's start, to be reduced by `offset`, its length, and the index of its scale
+    in `scales`, float32. Unless `begun`, `total` is overwritten. Add each filter's largest absolute integer to
+    `largest` [filters], int64, and return them as float32, infinity where there is a NaN.
     """
     sizes = gradients.new_empty(len(places))
     _accumulate_on_grids[(len(places),)](

@@ -101,7 +101,9 @@ def _check_channels(channels: int, *vectors: Tensor) -> None:
             raise ValueError(f"a norm of {len(each)} channels was given {channels}")
 
 
-def _of_flat(name: str) -> Callable[..., object]:
+def _flat_kernel(name: str) -> Callable[..., object]:
+    """Return a function that calls the kernel `name` of `flat`, which loads Triton, on its first argument's device."""
+
     def call(tensor: Tensor, *others: object) -> object:
         from dist_train.kernels import flat
 
@@ -111,7 +113,7 @@ def _of_flat(name: str) -> Callable[..., object]:
     return call
 
 
-# schema, computation, and what FakeTensor and torch.compile see of it: the shapes
+# schema, kernel, and the shapes of its results, for FakeTensor and torch.compile
 _OPERATORS: tuple[tuple[str, Callable[..., object], Callable[..., object]], ...] = (
     (
         "ghost_norm(Tensor inputs, Tensor weight, Tensor bias, float epsilon, int size, int groups, bool relu) "
@@ -131,21 +133,21 @@ _OPERATORS: tuple[tuple[str, Callable[..., object], Callable[..., object]], ...]
             torch.empty_like(moments[:2]),
         ),
     ),
-    ("random_bits_(Tensor(a!) out, int low, int high) -> ()", _of_flat("random_bits"), lambda out, low, high: None),
+    ("random_bits_(Tensor(a!) out, int low, int high) -> ()", _flat_kernel("random_bits"), lambda out, low, high: None),
     (
         "accumulate_(Tensor gradients, Tensor(a!) total, float scale, bool begun) -> Tensor largest",
-        _of_flat("accumulate"),
+        _flat_kernel("accumulate"),
         lambda gradients, total, scale, begun: gradients.new_empty(1),
     ),
     (
         "accumulate_on_grids_(Tensor gradients, Tensor(a!) total, Tensor(b!) largest, Tensor places, Tensor scales, "
         "int offset, bool begun) -> Tensor sizes",
-        _of_flat("accumulate_on_grids"),
+        _flat_kernel("accumulate_on_grids"),
         lambda gradients, total, largest, places, scales, offset, begun: gradients.new_empty(len(places)),
     ),
 )
 _LIBRARY = torch.library.Library("dist_train", "DEF")
-for _schema, _computed, _described in _OPERATORS:
+for _schema, _kernel, _shapes in _OPERATORS:
     _name = _LIBRARY.define(_schema)
-    _LIBRARY.impl(_name, _computed, "CompositeExplicitAutograd")
-    _LIBRARY.impl(_name, _described, "Meta")
+    _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
+    _LIBRARY.impl(_name, _shapes, "Meta")

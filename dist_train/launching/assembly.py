@@ -210,7 +210,7 @@ def build_step(
     passes = max(size for _, size in config.batch.sizes) * len(state.noise.points(0))
     statistics = BatchStatistics(norms, compute.device, passes)
     plugin_rng = LayerRng(config.run.seed, compute.device, of_plugin=True)
-    updates = PluginUpdates(state.optimizer, config.optimizer.name, plugin_rng.of_update)
+    updates = PluginUpdates(state.optimizer, config.optimizer.name, plugin_rng.seeded_for_update)
     return TrainingStep(
         model=model,
         weights=state.weights,

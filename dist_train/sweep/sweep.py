@@ -17,7 +17,7 @@ from dist_train.monitoring import wording
 from dist_train.outcome import ExitCode, signal_name
 from dist_train.rundir.lock import try_to_lock
 from dist_train.rundir.status import read_status
-from dist_train.start_up import learn_how_children_end, own_command, restore_handlers, usable_cores
+from dist_train.start_up import own_command, restore_handlers, stop_ignoring_sigchld, usable_cores
 from dist_train.sweep.planned_runs import Plan, PlannedRun
 from dist_train.sweep.standing import Standing, standing_of
 
@@ -150,7 +150,7 @@ class StopSignals:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
-        learn_how_children_end()
+        stop_ignoring_sigchld()
         handled = [number for number in self._SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
         self._before = {number: signal.signal(number, self._handle) for number in handled}
         return self
