@@ -38,7 +38,7 @@ from dist_train.data.plan import BatchPlan
 from dist_train.kernels import operators
 from dist_train.launching.assembly import build_step
 from dist_train.models import build_model
-from dist_train.models.norms import join_relus
+from dist_train.models.norms import fuse_relus
 from dist_train.optim.averaging import Averaging
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.optim.noise import build_noise
@@ -319,7 +319,7 @@ def _our_step(config: Config, network: nn.Module, ranks: int, recorder: GraphRec
     """Return a function that makes one update as our program does; `network` is the model of `config`."""
     comm, compute = _Rank0(ranks), _Compute(_DEVICE, _PRECISIONS[config.precision.compute])
     splits = open_splits(config.data, config.run.seed, _DEVICE, config.precision.channels_last)
-    join_relus(network)
+    fuse_relus(network)
     weights = FlatWeights(network)
     state = TrainState(
         network,

@@ -50,7 +50,7 @@ from dist_train.cluster.elastic import DeviceGroup, abortable_nccl
 from dist_train.config import NoiseSettings, dump_config
 from dist_train.kernels import operators
 from dist_train.models import build_model
-from dist_train.models.norms import GroupedBatchNorm, join_relus
+from dist_train.models.norms import GroupedBatchNorm, fuse_relus
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.optim.noise import build_noise
 from dist_train.optim.noise_draws import NoiseDraws
@@ -286,7 +286,7 @@ def norms(device: Device, folder: Path) -> Finding:
         expected = _both_passes(nn.Sequential(reference, nn.ReLU()), inputs.double(), upstream.double())
         for name in whose:
             model = nn.Sequential(GroupedBatchNorm(shape[1], _GROUP), nn.ReLU(inplace=True)).to(device)
-            join_relus(model)
+            fuse_relus(model)
             both_passes = partial(_both_passes, model, inputs, upstream)
             with patch.object(operators, "has_triton", return_value=name == "Triton's"):
                 found = both_passes()

@@ -41,7 +41,7 @@ from dist_train.data.plan import BatchPlan, check_shared_micro_batches
 from dist_train.launching.preflight import ResumePoint
 from dist_train.launching.session import Session
 from dist_train.models import build_model, check_training, restoring_buffers, runs_sequentials_whole
-from dist_train.models.norms import BatchStatistics, join_relus, norm_modules
+from dist_train.models.norms import BatchStatistics, fuse_relus, norm_modules
 from dist_train.optim.averaging import Averaging
 from dist_train.optim.flat_weights import FlatWeights, check_memory
 from dist_train.optim.noise import Noise, SmoothOut, build_noise
@@ -55,8 +55,13 @@ from dist_train.rundir.records import EventRecord, from_json
 from dist_train.training.compute import Compute, LossScale, compiled, fitting_memory, set_up_compute
 from dist_train.training.consistency import check_same_data, setup_digests
 from dist_train.training.graphs import CudaGraphRecorder, GraphRecorder
-from dist_train.training.measuring import Measuring, Profiler, StepClock, WeightNorms, read_usage_of
-from dist_train.training.micro_batches import fewest_samples, find_micro_size, forward_and_backward, sum_over
+from dist_train.training.measuring import Measuring, Profiler, StepClock, WeightNorms, usage_reader
+from dist_train.training.micro_batches import (
+    fewest_samples,
+    find_micro_size,
+    forward_and_backward,
+    sum_for_sync_norm,
+)
 from dist_train.training.recovery import ElasticTrainer
 from dist_train.training.reduction import Tally, set_up_reduction
 from dist_train.training.step import TrainingStep
@@ -136,7 +141,7 @@ def assemble(
         stop=stop,
         progress=progress,
         profiler=Profiler(profile_steps, directory.profile, comm) if profile_steps else None,
-        measuring=Measuring(comm, read_usage_of(compute.device)) if is_measured else None,
+        measuring=Measuring(comm, usage_reader(compute.device)) if is_measured else None,
         may_shrink=may_shrink,
     )
 
@@ -229,7 +234,7 @@ def build_step(
         label_smoothing=config.regularization.label_smoothing,
         mix=build_mix(config.regularization, config.run.seed, len(samples)),
         loss_scale=LossScale(progress if compute.precision == torch.float16 else None),
-        sum_over_ranks=sum_over(config.model, comm, clock),
+        sum_over_ranks=sum_for_sync_norm(config.model, comm, clock),
         clock=clock,
         graph_recorder=graph_recorder,
     )
@@ -253,7 +258,7 @@ def _build_network(config: Config, device: torch.device) -> tuple[nn.Module, Fla
         check_memory(network)
         network = network.to(device)
         if runs_sequentials_whole(config.model.name):
-            join_relus(network)
+            fuse_relus(network)
         return network, FlatWeights(network)
 
 
@@ -338,7 +343,7 @@ def _warn_of_lost_noise(noise: Noise, precision: torch.dtype, step: int) -> None
     # where it is strongest: a schedule that rises is meant to begin with little noise
     steps = range(step, noise.total_steps, max(1, (noise.total_steps - step) // _TRIED_STEPS))
     step = max(steps, key=noise.amplitude, default=step)
-    lost = noise.lost_in(precision, step)
+    lost = noise.rounded_away(precision, step)
     if lost > _LOST_NOISE:
         _logger.warning(
             f"precision.compute: {str(precision).removeprefix('torch.')} rounds the noise away on {100 * lost:.0f} % "

@@ -40,7 +40,7 @@ _MIN_STRIDED_CHANNELS = 8  # with fewer, the backward pass of a strided 1x1 conv
 def _vgg(
     plan: Sequence[int | None], images: ImageFormat, width: float, norm: NormFactory, hidden: int | None = None
 ) -> nn.Module:
-    """Return VGG, with one linear layer after the `hidden` one, if any, instead of three with dropout as published."""
+    """Return VGG, with one linear layer after the `hidden` one, if any; the published has three, with dropout."""
     channels, height, breadth = images.shape
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     block, place = 1, 1
@@ -132,7 +132,7 @@ _MODELS: Mapping[str, Callable[[ImageFormat, float, NormFactory], nn.Module]] = 
 
 def build_model(config: Config) -> nn.Module:
     """Return the network [n, C, H, W] -> logits [n, classes], on the CPU, with initial weights from `run.seed`."""
-    # torch's layers draw initial values, which are overwritten, and what a plug-in keeps may be random, too
+    # torch's layers draw initial values, which are overwritten; but a plug-in may keep others that it has drawn
     with seeded_generators(key(config.run.seed, "model")):
         model = _network(config)
     initialize(model, config.run.seed)
@@ -140,9 +140,9 @@ def build_model(config: Config) -> nn.Module:
 
 
 def runs_sequentials_whole(name: str) -> bool:
-    """Whether the model `name` runs each `nn.Sequential` as a whole, as `join_relus` requires: ours, and torchvision's.
+    """Whether the model `name` runs each `nn.Sequential` as a whole, as `fuse_relus` requires: ours, and torchvision's.
 
-    The code of a plug-in or another library may as well take layers out of one, slice it or add hooks to its layers.
+    Plug-ins and other libraries may take layers out of one, slice it, or add hooks to its layers.
     """
     return name in _MODELS or name.startswith("torchvision:")
 
@@ -163,13 +163,13 @@ def initialize(model: nn.Module, seed: int) -> None:
     Each parameter has its own random stream, drawn on the CPU, so that the device does not matter. Frozen parameters,
     gains, such as layer scales, and an embedding's row for padding keep the values with which the model was built.
     """
-    of_norms = norm_parameters(model)
+    norm_names = norm_parameters(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
                 continue
             owner = model.get_submodule(name.rpartition(".")[0])
-            if name in of_norms:
+            if name in norm_names:
                 parameter.fill_(1.0 if name.endswith("weight") else 0.0)
             elif parameter.dim() < 2 and "bias" in name.rpartition(".")[2]:
                 parameter.zero_()
@@ -182,7 +182,7 @@ def initialize(model: nn.Module, seed: int) -> None:
                 parameter.copy_(sample)
         for module in model.modules():
             for parts in getattr(module, "parametrizations", {}).values():
-                # Of weight_norm: with the norm of the direction as its gain, the weight is the direction as drawn.
+                # In weight_norm, with the direction's norm as the gain the weight is the direction as drawn.
                 if isinstance(parts[0], _WeightNorm) and parts.original0.requires_grad:
                     parts.original0.copy_(torch.norm_except_dim(parts.original1, 2, parts[0].dim))
             for hook in module._forward_pre_hooks.values():
@@ -193,9 +193,9 @@ def initialize(model: nn.Module, seed: int) -> None:
 
 
 def _is_gain(parameter: Tensor, module: nn.Module) -> bool:
-    """Whether all of several elements are equal, and not 0: weights that are to be random would differ.
+    """Whether `parameter` of `module` is a gain: its elements are equal, and not 0, as those of random weights are not.
 
-    A single element is a gain unless it is of a linear layer or a convolution.
+    A single element is a gain, except in a linear layer or a convolution.
     """
     if parameter.numel() == 1:
         return not isinstance(module, nn.Linear | _ConvNd)
@@ -248,7 +248,7 @@ def _refuse_weights(name: str, options: Mapping[str, Any], *loading: str) -> Non
     """Raise UsageError for options that load weights: the run's initial weights would silently replace them."""
     if found := [option for option in loading if options.get(option)]:
         raise UsageError(
-            f"{name}: weights loaded by model.options.{found[0]} would be overwritten by initial weights of the seed; "
+            f"{name}: weights loaded by model.options.{found[0]} would be overwritten by the seed's initial weights; "
             f"set run.init_from to a file or torchvision:NAME instead",
             code="library-model",
         )

@@ -34,8 +34,8 @@ def normalize(
     """Normalize `inputs` [n, C] or [n, C, H, W] group by group and apply a ReLU, if `relu`.
 
     Return the outputs and the groups' means and unbiased variances [g, C], float32, without gradients; the variance of
-    a single value is 0. Groups are consecutive samples, as many in each as `group_sizes` says. With `across`, the
-    samples of all ranks form one group; then every rank must call this, with at least one sample.
+    a single value is 0. Groups are consecutive samples, in numbers of `group_sizes`. With `across`, the samples of all
+    ranks form one group; then every rank must call this, with at least one sample.
     """
     if torch.compiler.is_compiling() and across is None:
         # The compiler fuses plain operations, but does not handle kernels that write to parts of a tensor.
@@ -62,7 +62,7 @@ def _rectified(outputs: Tensor, relu: bool) -> Tensor:
 
 
 def _kernels_support(inputs: Tensor, weight: Tensor, group_sizes: Sequence[int]) -> bool:
-    """Whether our kernels can normalize `inputs`. If they are contiguous (NCHW), torch's need no copy."""
+    """Whether our kernels can normalize `inputs`; for contiguous ones (NCHW) torch's kernels need no copy."""
     has_layout = inputs.dim() == 2 or inputs.is_contiguous(memory_format=torch.channels_last)
     has_equal_groups = len({*group_sizes[:-1]}) <= 1
     return has_layout and has_equal_groups and operators.has_norm_kernels(inputs, weight)
@@ -179,7 +179,7 @@ class _NormalizeAcrossRanks(torch.autograd.Function):
 
 
 def _plain_gradients(ctx: Any, upstream: Tensor, relu: bool) -> tuple[Tensor | None, ...]:
-    """Return the gradients that are needed, by operations that can be differentiated once more, as for Hessians."""
+    """Return the gradients that are needed, by operations that can be differentiated again, as Hessians require."""
     inputs, weight, bias = ctx.saved_tensors[:3]
     needed = ctx.needs_input_grad[:3]
     outputs = _plain(inputs, weight, bias, ctx.epsilon, ctx.group_sizes, relu)
@@ -205,7 +205,7 @@ def _plain(
 def _torch_is_accurate(inputs: Tensor) -> bool:
     """Whether torch's batch norm keeps float32 precision for `inputs` [n, C] or [n, C, ...] in their layout.
 
-    Given `out`, it also takes the mean for 0 (torch 2.13) if they are not contiguous, such as a part of the channels.
+    For ones that are not contiguous, such as a part of the channels, torch 2.13 even takes 0 as the mean, given `out`.
     """
     is_plain = inputs.is_contiguous() and not inputs.is_contiguous(memory_format=torch.channels_last)
     return inputs.is_cuda or (inputs.dim() > 2 and is_plain)

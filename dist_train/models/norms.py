@@ -25,14 +25,14 @@ from dist_train.models.norm_arithmetic import SumOverRanks, normalize
 from dist_train.outcome import PluginResultError
 from dist_train.reproducible import STATISTICS
 
-VECTOR_GROUP = 8  # fewest channels per group norm's group of single values: of two, only the order would be left
+VECTOR_GROUP = 8  # fewest channels in a group of single values: normalizing two would leave only their order
 
 
 @dataclass(frozen=True)
 class SeenGroups:
-    """Means and unbiased variances [g, C] of the groups of a forward pass, and the rows of each on this rank.
+    """Means and unbiased variances [g, C] of the groups of a forward pass, and `sizes`, the rows of each on this rank.
 
-    Rows are samples, or parts of them: `inputs` may have several for each sample, such as its patches or tokens.
+    A row is a sample or a part of one, such as a patch or a token.
     """
 
     means: torch.Tensor
@@ -56,7 +56,7 @@ class GroupedBatchNorm(nn.Module):
         self.group_size = group_size
         self.epsilon = 1e-5
         self.across_ranks: SumOverRanks | None = None
-        self.has_relu = False  # that follows: see `join_relus`
+        self.has_relu = False  # whether it also computes the ReLU that follows: see `fuse_relus`
         self.seen: list[SeenGroups] = []  # in training mode; `BatchStatistics` clears them
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
@@ -104,7 +104,7 @@ def collect_statistics(model: nn.Module) -> None:
 def check_norms(model: nn.Module, name: str, mode: str, *, samples: int) -> None:
     """Raise UsageError if the last forward pass, of `samples`, did not use each norm of `model`, called `name`, once.
 
-    Forget what they have seen.
+    Clears `seen` of each norm.
     """
     for path, norm in model.named_modules():
         if not isinstance(norm, GroupedBatchNorm):
@@ -118,17 +118,17 @@ def check_norms(model: nn.Module, name: str, mode: str, *, samples: int) -> None
             )
         if norm.group_size is not None and sum(norm.seen[0].sizes) != samples:
             raise PluginResultError(
-                f"{name} has a norm over more than the samples, of which ghost norm cannot make groups: set "
-                f"model.norm=batch or group"
+                f"{name} has a norm over more than the samples, which ghost norm cannot group: set model.norm=batch "
+                f"or group"
             )
         norm.seen.clear()
 
 
-def join_relus(model: nn.Module) -> None:
-    """Fuse each ReLU after a norm in an `nn.Sequential` into the norm: one pass over memory less.
+def fuse_relus(model: nn.Module) -> None:
+    """Fuse each ReLU after a norm in an `nn.Sequential` into the norm, and replace it by an identity.
 
-    Only for a model that runs each `nn.Sequential` as a whole, without hooks: after that the norm's own outputs are
-    those of the ReLU, whose place an identity has.
+    This saves a pass over memory. It is only for models that run each `nn.Sequential` as a whole, without hooks, since
+    the norm's outputs become those of the ReLU.
     """
     for parent in list(model.modules()):
         # A subclass may do something between the two, such as an addition, and a norm of timm calls its children.
@@ -151,12 +151,12 @@ def running_statistics(model: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def restoring_buffers(model: nn.Module) -> Iterator[list[str]]:
-    """Restore the buffers of `model` after the block; the list yielded then has the names of those that it changed."""
+    """Restore the buffers of `model` after the block; then the list that is yielded has the names of changed ones."""
     buffers = {name: each for name, each in model.named_buffers(remove_duplicate=False) if not is_lazy(each)}
     before = {name: (buffer, buffer.clone()) for name, buffer in buffers.items()}
     changed: list[str] = []
     yield changed
-    after = dict(model.named_buffers(remove_duplicate=False))  # others, where the model has assigned new tensors
+    after = dict(model.named_buffers(remove_duplicate=False))  # may be other tensors, which the model has assigned
     with torch.no_grad():
         for name, (buffer, value) in before.items():
             if name not in after or not torch.equal(after[name], value):
@@ -169,9 +169,9 @@ def restoring_buffers(model: nn.Module) -> Iterator[list[str]]:
 
 @contextmanager
 def restoring_parameters(model: nn.Module) -> Iterator[list[str]]:
-    """Restore the parameters of `model` after the block; the list yielded then has the names of those that it changed.
+    """Restore the parameters of `model` after the block, as `restoring_buffers` does its buffers.
 
-    Also of those that it gave another tensor, and of those on which it called an operator that may change them.
+    One also counts as changed if it was given another tensor, or if an operator that may change it was called on it.
     """
     named = list(model.named_parameters())
     before = [(each.data_ptr(), each._version, each.detach().clone()) for _, each in named]
@@ -186,7 +186,10 @@ def restoring_parameters(model: nn.Module) -> Iterator[list[str]]:
 
 @contextmanager
 def sync_batch_norm(norms: Sequence[GroupedBatchNorm], sum_over_ranks: SumOverRanks | None) -> Iterator[None]:
-    """Within the block, normalize over the samples of all ranks, which must make the same passes. None: do nothing."""
+    """Within the block, let `norms` normalize over the samples of all ranks, unless `sum_over_ranks` is None.
+
+    The ranks must then make the same passes.
+    """
     if sum_over_ranks is None:
         yield
         return
@@ -200,11 +203,11 @@ def sync_batch_norm(norms: Sequence[GroupedBatchNorm], sum_over_ranks: SumOverRa
 
 
 def norm_parameters(model: nn.Module) -> frozenset[str]:
-    """Return the names of the parameters of `model` that belong to norms, its own layer and RMS norms included."""
+    """Return the names of the parameters of `model` that belong to norms: ours, torch's, and layer and RMS norms."""
     return frozenset(
         f"{prefix}.{name}"
         for prefix, module in model.named_modules()
-        # timm's RMS norms have no base class but that of all modules
+        # timm's RMS norms have no base class but nn.Module
         if isinstance(module, GroupedBatchNorm | nn.GroupNorm | _NormBase) or hasattr(module, "normalized_shape")
         for name, _ in module.named_parameters(recurse=False)
     )
@@ -241,7 +244,7 @@ def norm_factory(settings: ModelSettings) -> NormFactory:
 
 
 def replace_batch_norms(model: nn.Module, norm: NormFactory) -> None:
-    """Replace each batch norm of `model` by `norm`; those of timm may contain dropout and an activation, which stay."""
+    """Replace each batch norm of `model` by `norm`; dropout and activations that timm's norms contain are kept."""
     for path, module in list(model.named_modules()):
         if isinstance(module, _BatchNorm):
             replacement = norm(module.num_features, least=VECTOR_GROUP if isinstance(module, nn.BatchNorm1d) else 2)
@@ -263,12 +266,13 @@ def _apply_children(module: nn.Module, inputs: tuple[Tensor, ...], output: Tenso
 
 
 class BatchStatistics:
-    """Adds up the statistics that norms see: `sums`, int64 [2 C of all norms], holds for each norm the means and then
-    the variances, weighted by samples.
+    """Adds up the statistics that norms see, weighted by samples, in `sums`: each norm's means, then its variances.
+
+    `sums` is int64 [twice the channels of all norms].
     """
 
     def __init__(self, norms: Sequence[GroupedBatchNorm], device: torch.device, samples: int) -> None:
-        """`samples`: the most that are added up between two calls of `clear`, on all ranks."""
+        """`samples`: the most that all ranks together add between two calls of `clear`."""
         self.samples = samples
         self._norms = tuple(norms)
         self._limit = STATISTICS.limit / samples  # no sum of values below it, weighted by samples, leaves the range
@@ -303,7 +307,7 @@ class BatchStatistics:
         if self._norms:
             seen = [norm.seen[0] for norm in self._norms]
             weighted = torch.cat([average for groups in seen for average in (groups.means, groups.variances)], dim=1)
-            # Of a single group, norms may see different numbers of rows for the same samples.
+            # A single group is weighted by samples: norms may see different numbers of rows for them.
             sizes = seen[0].sizes if len(seen[0].sizes) > 1 else (samples,)
             # Written so that NaN, for which every comparison is false, is out of range.
             self.out_of_range |= ~(weighted.abs().amax() < self._limit)

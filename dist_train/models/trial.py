@@ -1,4 +1,4 @@
-"""Tries a plug-in's model before training, and refuses it or warns where it could not be trained reproducibly."""
+"""Tries a plug-in's model before training; refuses it, or warns, if it could not be trained reproducibly."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ _logger = logging.getLogger("dist_train.models")
 def check_outputs(model: nn.Module, config: Config) -> None:
     """Try a plug-in's `model` on blank images, in training and in evaluation mode; initialize its lazy layers.
 
-    Raises UsageError if its logits are none, or if it cannot be trained reproducibly.
+    Raises UsageError if it does not return logits, or cannot be trained reproducibly.
     """
     name, images = config.model.name, config.data.image_format
     if isinstance(model, torch.jit.ScriptModule):
-        raise PluginResultError(f"{name} returned a module of TorchScript: return that of which it was made")
+        raise PluginResultError(f"{name} returned a module of TorchScript: return the module that it was made from")
     _check_buffers(model, name)
     blank = _blank(config)
     with failing_clearly(name), _noting_layer(model):
@@ -49,11 +49,11 @@ def check_outputs(model: nn.Module, config: Config) -> None:
             model.eval()  # where new running statistics stay as they begin
             with torch.no_grad():
                 model(blank)
-        model.train()  # not to be chained: a method `train` of the model's own may return nothing
+        model.train()  # not chained: the model's own method `train` may return nothing
         with torch.enable_grad(), restoring_buffers(model):
             outputs = {" in training": model(blank)}
         model.eval()
-        # Last: a model that stores activations could not be copied with those of a graph.
+        # Last, since a model that stores activations of a graph cannot be copied.
         with torch.no_grad():
             outputs[""] = model(blank)
         model.train()
@@ -66,7 +66,7 @@ def check_outputs(model: nn.Module, config: Config) -> None:
         is_tensor = isinstance(logits, Tensor)
         if not is_tensor or logits.shape != (_TRIAL_SAMPLES, images.classes) or not logits.is_floating_point():
             form = f"{logits.dtype} of {list(logits.shape)}" if is_tensor else type(logits).__name__
-            fix = "" if is_tensor else ": return them alone, of torchvision's by model.options={aux_logits: false}"
+            fix = "" if is_tensor else ": return them alone; for torchvision's set model.options={aux_logits: false}"
             raise PluginResultError(
                 f"{name} gives {form}, not real logits of [2, {images.classes}], for 2 images{mode}{fix}"
             )
@@ -77,7 +77,9 @@ def check_outputs(model: nn.Module, config: Config) -> None:
 
 
 def check_training(model: nn.Module, config: Config) -> None:
-    """Try training a plug-in's `model`, and leave it as it was; warn of what would depend on ranks or is not trained.
+    """Try training a plug-in's `model`, which is left as it was; warn if results would depend on the ranks.
+
+    Also warn of parameters that get no gradient, softmax before the loss, and pretrained weights that are replaced.
 
     Raises UsageError if a gradient is sparse or arrives in parts, if passes change trained weights, if what checkpoints
     hold depends on the number of images, or if norms whose statistics are to be recomputed are not used in evaluations.
@@ -89,10 +91,10 @@ def check_training(model: nn.Module, config: Config) -> None:
     seed = key(config.run.seed, "model")
     with seeded_generators(seed), failing_clearly(name):
         more = _blank(config, 2 * _TRIAL_SAMPLES)
-        # Of blank images dropout leaves no trace; these have values of 0 and 1 where a model counts in 255 steps.
+        # Not blank, on which dropout leaves no trace; a model that converts pixels to 0 ... 255 gets 0 and 1.
         more.uniform_(0.0, 1 / 255, generator=generator(config.run.seed, "trial images"))
         shapes = {path: value.shape for path, value in model.state_dict().items()}
-        with restoring_buffers(model) as changed, restoring_parameters(model) as moved:
+        with restoring_buffers(model) as buffers_changed, restoring_parameters(model) as parameters_changed:
             model.train()
             logits = model(more)
             _check_shapes(model, name, shapes)
@@ -100,7 +102,7 @@ def check_training(model: nn.Module, config: Config) -> None:
         with restoring_buffers(model), restoring_parameters(model):
             seed_generators(seed)
             is_repeatable = torch.allclose(model(more), logits, rtol=0.0, atol=0.0, equal_nan=True)
-        with restoring_buffers(model), restoring_parameters(model) as moved_at_rest, torch.no_grad():
+        with restoring_buffers(model), restoring_parameters(model) as changed_in_evaluation, torch.no_grad():
             model.eval()
             evaluated = model(more)
             _check_shapes(model, name, shapes)
@@ -113,7 +115,8 @@ def check_training(model: nn.Module, config: Config) -> None:
                 model(images)
             check_norms(model, name, " of an evaluation", samples=_TRIAL_SAMPLES)
         model.train()
-    if trained := [path for path in moved + moved_at_rest if model.get_parameter(path).requires_grad]:
+    every_change = parameters_changed + changed_in_evaluation
+    if trained := [path for path in every_change if model.get_parameter(path).requires_grad]:
         raise PluginResultError(
             f"{name} changes its parameter {trained[0]} in a forward pass, by max_norm or .data: ranks would differ, "
             f"and averages and noise miss it; compute with a changed copy, such as functional.normalize(weight)"
@@ -144,8 +147,9 @@ def check_training(model: nn.Module, config: Config) -> None:
             f"of its own, or keeps something outside of its buffers, so that results depend on the number of ranks, "
             f"and those of a resumed run differ; draw from the global generators, which are seeded for each micro-batch"
         )
-    if changed or moved:
-        kind, names = ("frozen parameters", moved) if moved else ("buffers", changed)
+    if buffers_changed or parameters_changed:
+        kind = "frozen parameters" if parameters_changed else "buffers"
+        names = parameters_changed or buffers_changed
         _logger.warning(
             f"{name} changes {kind} in training ({', '.join(names[:_MAX_NAMES])}), on each rank by its own samples: "
             f"results depend on the number of ranks, and model.norm_statistics does not apply to them; build norms by "
@@ -154,7 +158,7 @@ def check_training(model: nn.Module, config: Config) -> None:
 
 
 def _replaced(model: nn.Module, config: Config) -> list[str]:
-    """Return the trained parameters of `model` that have lost values, other than 0, which no seed determines."""
+    """Return the trained parameters whose values, other than 0, no seed determines, but which `model` has lost."""
     settings, builds = config.model, list[dict[str, tuple[float, float]]]()
     if config.run.init_from is not None:
         return []
@@ -170,9 +174,9 @@ def _replaced(model: nn.Module, config: Config) -> list[str]:
 
 
 def _sums(model: nn.Module) -> dict[str, tuple[float, float]]:
-    """Return the sums of each trained parameter's values and absolute values, by path: to compare builds one by one.
+    """Return the sums of each trained parameter's values and absolute values, by path, to compare builds of a model.
 
-    Keeping the parameters themselves would take the memory of further models.
+    Keeping the parameters themselves would take a model's memory for each build.
     """
     with torch.no_grad():
         return {
@@ -183,14 +187,14 @@ def _sums(model: nn.Module) -> dict[str, tuple[float, float]]:
 
 
 def _blank(config: Config, samples: int = _TRIAL_SAMPLES) -> Tensor:
-    """Return blank images in the layout of training, in which for example Tensor.view may fail."""
+    """Return blank images in the layout that training uses, in which Tensor.view, for example, may fail."""
     layout = torch.channels_last if config.precision.channels_last else torch.contiguous_format
     return torch.zeros(samples, *config.data.image_format.shape).to(memory_format=layout)
 
 
 @contextmanager
 def _noting_layer(model: nn.Module) -> Iterator[None]:
-    """Note in an error what `model` was given, and its layer: one of torch's has no line in the plug-in's file."""
+    """Add to an error what `model` was given and which layer failed: a layer of torch's is no line of the plug-in."""
     try:
         yield
     except Exception as error:
@@ -208,7 +212,7 @@ def _are_probabilities(logits: Tensor) -> bool:
 
 
 def _single(model: nn.Module, name: str, classes: int, image: Tensor) -> Tensor:
-    """Return the logits of one `image`, as the last batch of an evaluation may be; raise UsageError without such."""
+    """Return the logits of one `image`: an evaluation's last batch may be one. Raises UsageError for other shapes."""
     try:
         logits: Tensor = model(image)
     except Exception as error:
@@ -223,7 +227,7 @@ def _single(model: nn.Module, name: str, classes: int, image: Tensor) -> Tensor:
 
 
 def _check_shapes(model: nn.Module, name: str, before: Mapping[str, torch.Size]) -> None:
-    """Raise UsageError if a pass over more images has changed shapes of the state dict, of which a checkpoint is."""
+    """Raise UsageError if a pass over more images has changed shapes in the state dict, which checkpoints hold."""
     for path, value in model.state_dict().items():
         if value.shape != before.get(path, value.shape):
             raise PluginResultError(

@@ -64,7 +64,7 @@ class Averaging:
 
     def digest(self) -> int:
         """Return a digest of `kept`, equal on ranks that agree."""
-        return reduce(xor, map(digest, self.kept), 0)  # row by row, since a digest needs four times its row's memory
+        return reduce(xor, map(digest, self.kept), 0)  # row by row: a digest needs four times the memory of its input
 
     def _filled(self, steps: int) -> int:
         return min(len(self.kept), steps // self._every)
@@ -120,11 +120,11 @@ class AveragedModel:
 
 
 def mean_of(rows: Sequence[Tensor] | Tensor) -> Tensor:
-    """Return the mean of `rows`, summed in order: an element's bits depend neither on the others nor on the device."""
+    """Return the mean of `rows`, summed in order: each element depends on its own values alone, on any device."""
     total = rows[0].clone()
     for row in rows[1:]:
         total.add_(row)
-    # By a tensor: CUDA multiplies by the reciprocal of a number, and a checkpoint's mean is taken on the CPU.
+    # Divided by a tensor: by a number, CUDA would multiply by its reciprocal, unlike the CPU that reads checkpoints.
     return total.div_(total.new_full((), len(rows)))
 
 

@@ -37,18 +37,18 @@ class Segment:
 class FlatWeights:
     """Moves a model's trainable parameters into one buffer `values` [n], and their gradients into `gradients` [n].
 
-    The parameters become views of them. Between tensors there is padding, which is zero in both. Tensors that share
-    memory with others, which `check_memory` refuses, would lose that.
+    The parameters become views of them. Between tensors there is padding, which is zero in both. Tensors that shared
+    memory no longer would, so `check_memory` refuses them.
     """
 
     def __init__(self, model: nn.Module) -> None:
         named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         self.parameters: tuple[nn.Parameter, ...] = tuple(parameter for _, parameter in named)
-        of_norms = norm_parameters(model)
+        norm_names = norm_parameters(model)
         segments: list[Segment] = []
         end = 0
         for name, parameter in named:
-            kind = "norm" if name in of_norms else "bias" if parameter.dim() < 2 else "weight"
+            kind = "norm" if name in norm_names else "bias" if parameter.dim() < 2 else "weight"
             segments.append(Segment(name, kind, parameter.shape, end, end + parameter.numel()))
             end += -(-parameter.numel() // _ALIGNMENT) * _ALIGNMENT
         self.segments: tuple[Segment, ...] = tuple(segments)
@@ -72,7 +72,7 @@ class FlatWeights:
     def check_in_place(self) -> None:
         """Raise PluginResultError if the model has moved a parameter out of `values`.
 
-        On a GPU `flatten_parameters` of torch's recurrent layers does so; the trial pass, on a CPU, cannot see it.
+        torch's recurrent layers do so by `flatten_parameters`, but only on a GPU, where no trial pass is made.
         """
         place = _storage(self.values)
         moved = [
@@ -96,7 +96,7 @@ class FlatWeights:
         self.compute_with(self._value_views)
 
     def reclaim(self) -> None:
-        """Take over the values of parameters that have been given tensors of their own, and make all views again."""
+        """Copy the values of parameters that were given other tensors into `values`, and make them views again."""
         for parameter, view, gradient in zip(self.parameters, self._value_views, self._gradient_views, strict=True):
             if parameter.data_ptr() != view.data_ptr():
                 view.copy_(parameter.detach())
@@ -126,7 +126,7 @@ class FlatWeights:
             torch._foreach_copy_(views, computed)
 
     def clear_padding(self) -> None:
-        """Make the padding of `gradients` zero again: no backward pass overwrites it, and so it would be summed up."""
+        """Make the padding of `gradients` zero again: no backward pass overwrites it, but the reduction sums it."""
         self.gradients.index_fill_(0, self._padding, 0.0)
 
     @cached_property
@@ -174,14 +174,14 @@ def check_movable(weights: FlatWeights, exclude: Sequence[str], setting: str) ->
 
 
 def check_memory(model: nn.Module) -> None:
-    """Raise UsageError if two tensors of `model`, one of them to be trained, have memory in common.
+    """Raise UsageError if two tensors of `model`, at least one of them trained, share memory.
 
-    Call it before the model changes its device, which gives each tensor memory of its own.
+    Call it before the model is moved to its device, which gives each tensor memory of its own.
     """
     named = [each for each in chain(model.named_parameters(), model.named_buffers()) if not is_lazy(each[1])]
     named.sort(key=lambda each: not each[1].requires_grad)  # overlaps of the others do not matter
     sharing = Counter(map(_storage, (tensor for _, tensor in named)))
-    owners: dict[object, torch.Tensor] = {}  # of each element of a storage: one more than the place in `named`
+    owners: dict[object, torch.Tensor] = {}  # by storage: each element's owner, as its number in `named`, from 1
     for number, (name, tensor) in enumerate(named, start=1):
         if sharing[storage := _storage(tensor)] == 1 or not tensor.numel():
             continue
@@ -198,9 +198,9 @@ def check_memory(model: nn.Module) -> None:
 
 
 def with_tied(tensors: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return `tensors`, of a file, also by the other names that a tied parameter has in the model's `state`.
+    """Return a file's `tensors`, those of tied parameters under all names that these have in the model's `state`.
 
-    Files that Hugging Face's libraries write hold it by one of its names.
+    Files of Hugging Face's libraries have only one of the names.
     """
     given = {_place(state[name]): tensor for name, tensor in tensors.items() if name in state}
     missing = {name: given.get(_place(tensor)) for name, tensor in state.items() if name not in tensors}
@@ -221,8 +221,8 @@ _NORM_PART = 1 << 16
 def norm(values: torch.Tensor) -> torch.Tensor:
     """Return the Euclidean norm [] of float32 `values` [n], computed on their device.
 
-    In parts, since torch adds up the squares of all of them in float32 on CPUs: of 25 million normal values the norm
-    would be 0.14 % too small.
+    In parts, since on CPUs torch adds up all squares in float32: for 25 million normal values, the norm would be 0.14 %
+    too small.
     """
     length: torch.Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(values.split(_NORM_PART))))
     return length

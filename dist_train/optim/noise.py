@@ -27,7 +27,7 @@ from dist_train.outcome import PluginResultError
 Ascend = Callable[[], None]  # takes a micro-batch's gradient at the current weights into `FlatWeights.gradients`
 
 
-_FASTEST = 1.1  # factor by which an amplitude may change in one update
+_MAX_CHANGE = 1.1  # factor by which `target_rise` may change the amplitude in one update
 
 _AMPLITUDE_PER_DEVIATION = math.sqrt(3.0)  # a draw of amplitude 1 has variance 1/3
 
@@ -66,13 +66,13 @@ class Noise:
             view.copy_(kept[name])
 
     def state(self) -> dict[str, Tensor]:
-        """Return `kept` as checkpoints hold it: a view for each name and, where it has n values, parameter."""
+        """Return `kept` as checkpoints hold it: views by name or, where there is a value for each weight, parameter."""
         whole = {name: values for name, values in self.kept.items() if values.shape != self.weights.values.shape}
         named = {name: self.weights.named(values) for name, values in self.kept.items() if name not in whole}
         return whole | {f"{name}.{each}": view for name, views in named.items() for each, view in views.items()}
 
     def points(self, micro_batch: int) -> Sequence[Point]:
-        """Return the points at which the gradient of a micro-batch is taken; every micro-batch has as many."""
+        """Return the points at which the gradient of a micro-batch is taken: equally many for every micro-batch."""
         return (Point(),)
 
     def amplitude(self, step: int) -> float:
@@ -94,13 +94,13 @@ class Noise:
         """Let the model compute with the clean weights again."""
 
     def before_update(self, step: int, learning_rate: float) -> None:
-        """Read or change the clipped global gradient, before the optimizer makes update `step` from it."""
+        """Read or change the clipped global gradient, before the optimizer makes update `step` with it."""
 
     def after_update(self, step: int) -> None:
         """Change the weights after the optimizer has made update `step`."""
 
     def adapt(self, step: int, rise: float) -> None:
-        """Adapt the noise to `rise`, by which it raised the mean loss of the first micro-batch of `step`."""
+        """Adapt the noise to `rise`: by how much it raised the mean loss of the first micro-batch of `step`."""
 
     def digest(self, step: int) -> int:
         """Return a digest of the noise of `step`, the last update; equal on ranks that agree."""
@@ -143,8 +143,8 @@ class SmoothOut(_Perturbing):
     batch, whichever rank computes it. `draws` multiplies them; with `antithetic`, each draw is also taken with the
     opposite sign (NSO, arXiv 2306.08553); `mix` below 1 adds the clean weights as a point (m-RWP, arXiv 2404.00357).
 
-    With `target_rise` the amplitude follows the measured rises, as `kept["strength"]` says: three float64 on the
-    host, an update's number, and the factors on the amplitude before it and from it on.
+    With `target_rise` the amplitude follows the measured rises: `kept["strength"]` holds three float64 on the host, the
+    number of an update, and the factors on the amplitude before that update and from it on.
     """
 
     def __post_init__(self) -> None:
@@ -178,13 +178,12 @@ class SmoothOut(_Perturbing):
         """
         if self.settings.target_rise is None:
             return
-        # Of roots, all computers give the same bits.
-        factor = math.sqrt(math.sqrt(self.settings.target_rise / rise)) if rise > 0 else _FASTEST
+        # Square roots have the same bits on all computers.
+        factor = math.sqrt(math.sqrt(self.settings.target_rise / rise)) if rise > 0 else _MAX_CHANGE
         strength = self.kept["strength"]
         now = float(strength[2])
-        strength.copy_(
-            torch.tensor((step + 1.0, now, now * min(max(factor, 1 / _FASTEST), _FASTEST)), dtype=torch.float64)
-        )
+        following = now * min(max(factor, 1 / _MAX_CHANGE), _MAX_CHANGE)
+        strength.copy_(torch.tensor((step + 1.0, now, following), dtype=torch.float64))
 
     def points(self, micro_batch: int) -> Sequence[Point]:
         """Return all points or, if micro-batches take turns, the one of `micro_batch` with the weight of all."""
@@ -221,8 +220,8 @@ class SmoothOut(_Perturbing):
         """Add the clean weights to the draw, which is already in the buffer of the perturbed ones."""
         self._perturbed[part].add_(clean[part])
 
-    def lost_in(self, precision: torch.dtype, step: int) -> float:
-        """Return the share of the perturbed weights whose noise at `step` is rounded away by a cast to `precision`."""
+    def rounded_away(self, precision: torch.dtype, step: int) -> float:
+        """Return the share of the perturbed weights whose noise at `step` is lost in a cast to `precision`."""
         clean, self._step = self.weights.values, step
         self._move_to(self._points[0], 0, self.rank)
         noisy = self._perturbed != clean

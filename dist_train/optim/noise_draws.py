@@ -19,17 +19,17 @@ from dist_train.reproducible import bits, key
 
 _DEVIATION_OF_UNIFORM = 3.0**-0.5
 _LARGEST = 2**15 - 1
-_SQUARES = 2.0**40  # squares of weights are summed as integers, in units of its inverse
+_SQUARE_UNITS = 2.0**40  # units in 1: squares of weights are summed as integers
 
-Parts = Iterator[slice]  # the parts of a draw, each yielded as soon as it is in the buffer
+Parts = Iterator[slice]  # parts of the buffer, each yielded as soon as the draw is in it
 
 
 class NoiseDraws:
     """Draws noise for one set of weights into one buffer; bit-identical on CPUs and GPUs.
 
-    A draw is made part by part, so that each part is still in the cache when it is used. Draws are integers. They, and
-    each scale, are converted to floats by single operations, whose rounding IEEE 754 defines: no sum of floats, no
-    function but the square root, no multiply-add that a compiler might fuse.
+    A draw is made part by part, so that each part is still in the cache when it is used. Draws are integers. They are
+    scaled and converted to floats by single operations whose rounding IEEE 754 defines: no sums of floats, no functions
+    but the square root, no multiply-adds that a compiler might fuse.
     """
 
     def __init__(self, settings: NoiseSettings, weights: FlatWeights, seed: int, values: Tensor | None = None) -> None:
@@ -51,7 +51,7 @@ class NoiseDraws:
         """Make the same draw; yield each part's slice of `values` as soon as it is filled."""
         drawn = self._integers(key(self._seed, "noise", step, *indices))
         for part in self._scale(self.values, weights, self._filters, drawn, amplitude, self._distribution.unit):
-            # By NumPy: torch is slower, and an emulated GPU's tensors hold no values.
+            # NumPy's, since torch's is slower, and the tensors of an emulated GPU hold no values.
             first, last = np.searchsorted(self._excluded, (part.start, part.stop))
             self.values.index_fill_(0, self._excluded_on_device[first:last], 0.0)
             yield part
@@ -89,7 +89,7 @@ def _normal(device: torch.device) -> _Distribution:
 
 
 class Filters:
-    """The filters of flat `weights`: slices along dimension 0, tensors of one dimension, and each padding."""
+    """The filters of flat `weights`: slices along dimension 0, whole tensors of one dimension, and padding."""
 
     def __init__(self, weights: FlatWeights) -> None:
         self._count = len(weights.values)
@@ -131,9 +131,9 @@ def _filter(noise: Tensor, weights: Tensor, filters: Filters, drawn: Parts, ampl
     """Scale the draw to a u_f ||w_f|| / ||u_f|| for each filter f: AdaSmoothOut (Wen et al., arXiv 1805.07898)."""
     for _ in drawn:
         pass
-    of_weights = filters.sum(weights.square().mul_(_SQUARES).to(torch.int64))
-    of_noise = filters.sum(noise.to(torch.int64).square_())
-    ratios = (of_weights / of_noise.clamp_(min=1.0)).sqrt_().mul_(amplitude * _SQUARES**-0.5)
+    weight_squares = filters.sum(weights.square().mul_(_SQUARE_UNITS).to(torch.int64))
+    noise_squares = filters.sum(noise.to(torch.int64).square_())
+    ratios = (weight_squares / noise_squares.clamp_(min=1.0)).sqrt_().mul_(amplitude * _SQUARE_UNITS**-0.5)
     noise.mul_(filters.repeat(ratios.to(noise.dtype)))
     yield slice(0, len(noise))
 
@@ -142,7 +142,8 @@ def _filter_norm(
     noise: Tensor, weights: Tensor, filters: Filters, drawn: Parts, amplitude: float, unit: float
 ) -> Parts:
     """Scale the draw to a u ||w_f|| for each filter f, as in LPF-SGD (arXiv 2201.08025) and RWP."""
-    norms = filters.sum(weights.square().mul_(_SQUARES).to(torch.int64)).sqrt_().mul_(amplitude * unit * _SQUARES**-0.5)
+    squares = filters.sum(weights.square().mul_(_SQUARE_UNITS).to(torch.int64))
+    norms = squares.sqrt_().mul_(amplitude * unit * _SQUARE_UNITS**-0.5)
     factors = filters.repeat(norms.to(noise.dtype))
     for part in drawn:
         noise[part].mul_(factors[part])
@@ -160,7 +161,7 @@ def _plugin_parts(settings: NoiseSettings, noise: Tensor, weights: Tensor, *argu
         if not isinstance(part, slice) or part.start != stop or not isinstance(part.stop, int):
             raise PluginResultError(f"{settings.scale} yields {part} after {stop} weights")
         yield part
-        stop, version = part.stop, weights._version  # whoever takes the parts may change the weights
+        stop, version = part.stop, weights._version  # the consumer of the parts may change the weights
     _check_unchanged(weights, version, settings.scale)
     if stop != len(noise):
         raise PluginResultError(

@@ -1,4 +1,4 @@
-"""The optimizers: torch's, and LARS and LAMB of timm. Their whole state is created at once, before the first update."""
+"""The optimizers: torch's, and timm's LARS and LAMB. Their whole state is created before the first update."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Group:
 
 
 def build_optimizer(settings: OptimizerSettings, weights: FlatWeights) -> Optimizer:
-    """Return the optimizer that `settings` select, for `weights`. Raises UsageError if a plug-in's is of no use."""
+    """Return the optimizer that `settings` select, for `weights`. Raises UsageError if a plug-in's cannot be used."""
     left_out = set(weights.excluded(settings.exclude, "optimizer.exclude"))
     named = list(zip(weights.segments, weights.parameters, strict=True))
     groups: list[Group] = []
@@ -69,7 +69,7 @@ def build_optimizer(settings: OptimizerSettings, weights: FlatWeights) -> Optimi
 
 def _check_usable(optimizer: Optimizer, name: str) -> None:
     """Raise UsageError if `step` cannot be called, or checkpoints, or other ranks, would lose settings or state."""
-    # one in its place, as torch's schedulers set, has the signature of the function that it wraps, with `self`
+    # a wrapper that an attribute holds, as torch's schedulers set one, has the signature of the function, with `self`
     if "step" not in vars(optimizer) and any(
         each.default is each.empty and each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
         for each in inspect.signature(optimizer.step).parameters.values()
@@ -99,10 +99,10 @@ def _check_storable(packed: Callable[[], bytes], name: str) -> None:
 
 @dataclass(eq=False)
 class PluginUpdates:
-    """The updates that a plug-in's `optimizer` makes, each within a call: checks what these leave in it.
+    """Checks a plug-in's `optimizer` after each of its updates; a call returns the context for one.
 
-    Most optimizers create their state at the first update. One that no checkpoint could hold is refused at once, before
-    a resume misses it, and attributes that change are warned of: a resumed run would begin with other ones.
+    Most optimizers create their state at the first update. State that no checkpoint could hold is refused at once,
+    before a resume misses it. A warning names attributes that change, with which a resumed run would not begin.
     """
 
     optimizer: Optimizer
@@ -112,12 +112,12 @@ class PluginUpdates:
 
     def __post_init__(self) -> None:
         self._stored = frozenset[object]()
-        saves_itself = type(self.optimizer).state_dict is not Optimizer.state_dict  # and so may well save these, too
+        saves_itself = type(self.optimizer).state_dict is not Optimizer.state_dict  # which may save attributes, too
         self._attributes = {} if saves_itself else _own_attributes(self.optimizer)
 
     @contextmanager
     def __call__(self, step: int) -> Iterator[None]:
-        """Raise UsageError after the update if its state cannot be stored."""
+        """Raise UsageError after the block, in which update `step` is made, if the state cannot be stored then."""
         with self.seeded(step):
             yield
         if (stored := frozenset(_kinds(self.optimizer))) != self._stored:
@@ -193,9 +193,9 @@ def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
 
 
 def optimizer_step(optimizer: Optimizer, weights: FlatWeights | None = None) -> None:
-    """Call `optimizer.step()`, of torch and timm without wrappers that load the compiler: seconds, 70 MiB per rank.
+    """Call `optimizer.step()`; torch's and timm's without their wrappers, which load the compiler: seconds, and 70 MiB.
 
-    Others may replace `p.data` and `p.grad` of the parameters: `weights` take the values over.
+    Other optimizers may replace `p.data` and `p.grad` of the parameters: `weights` then reclaims them.
     """
     is_known = type(optimizer).__module__.startswith(("torch.optim.", "timm.optim.")) and "step" not in vars(optimizer)
     hooks = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
@@ -219,7 +219,7 @@ def state_tensors(optimizer: Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def packed_numbers(optimizer: Optimizer) -> bytes:
-    """Return what the optimizer's groups and state hold besides `state_tensors`, and the forms of these."""
+    """Return what the optimizer's groups and state hold besides `state_tensors`, and the shapes and types of these."""
     content = io.BytesIO()
     saved = optimizer.state_dict()["param_groups"]  # a plug-in's may leave out what no checkpoint can hold
     names = [*(group.keys() for group in saved), *(state.keys() for state in _states(optimizer))]
@@ -227,17 +227,17 @@ def packed_numbers(optimizer: Optimizer) -> bytes:
         {name: part[name] for name in kept if name != "params" and not isinstance(part[name], torch.Tensor)}
         for part, kept in zip((*optimizer.param_groups, *_states(optimizer)), names, strict=True)
     ]
-    of_no_parameter = {key: value for key, value in optimizer.state.items() if not isinstance(key, torch.Tensor)}
+    unattached = {key: value for key, value in optimizer.state.items() if not isinstance(key, torch.Tensor)}
     forms = [
         {name: (each.dtype, each.shape, each.device.type) for name, each in part.items() if torch.is_tensor(each)}
         for part in (*optimizer.param_groups, *_states(optimizer))
     ]
-    torch.save((numbers, of_no_parameter, forms), content)
+    torch.save((numbers, unattached, forms), content)
     return content.getvalue()
 
 
 def create_missing(optimizer: Optimizer, packed: bytes) -> None:
-    """Create the tensors that another rank's has, which sent `packed`: most appear with an update."""
+    """Create the tensors that the optimizer of the rank that sent `packed` has; most appear with an update."""
     *_, forms = torch.load(io.BytesIO(packed), map_location="meta", weights_only=True)
     for part, others in zip((*optimizer.param_groups, *_states(optimizer)), forms, strict=True):
         for name, (dtype, shape, kind) in others.items():
@@ -247,17 +247,17 @@ def create_missing(optimizer: Optimizer, packed: bytes) -> None:
 
 def set_numbers(optimizer: Optimizer, packed: bytes, device: torch.device) -> None:
     """Set what `packed_numbers` returned on another rank, with tensors on `device`."""
-    values, of_no_parameter, _ = torch.load(io.BytesIO(packed), map_location=device, weights_only=True)
+    values, unattached, _ = torch.load(io.BytesIO(packed), map_location=device, weights_only=True)
     for part, numbers in zip((*optimizer.param_groups, *_states(optimizer)), values, strict=True):
         part.update(numbers)
-    optimizer.state.update(of_no_parameter)
+    optimizer.state.update(unattached)
 
 
 def load_state(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
-    """Load what `state_dict` returned; raises RuntimeError or ValueError if it is of another optimizer.
+    """Load what `state_dict` returned. Raises RuntimeError or ValueError if it belongs to another optimizer.
 
-    The state keeps its types: torch casts all of it but `step` to the type of its parameter. Where the optimizer has
-    converted it back to the types that it has in the beginning, these stay.
+    The state keeps its types, although torch casts all of it but `step` to the parameter's type; unless the optimizer
+    itself has converted it to the types that it has at first.
     """
     before = [{name: getattr(value, "dtype", None) for name, value in state.items()} for state in _states(optimizer)]
     # The optimizer must not be wrapped yet: a wrapper would drop the loaded state.
@@ -276,7 +276,7 @@ def _with_types_of(saved: Any, loaded: Any) -> Any:
         return {key: _with_types_of(saved[key], value) if key in saved else value for key, value in loaded.items()}
     if isinstance(saved, list | tuple) and isinstance(loaded, list | tuple):
         return type(loaded)(map(_with_types_of, saved, loaded))
-    return saved if isinstance(saved, str) else loaded  # of a text, torch makes that of a generator
+    return saved if isinstance(saved, str) else loaded  # torch turns a text into that of a generator object
 
 
 def _states(optimizer: Optimizer) -> list[dict[str, Any]]:
@@ -353,7 +353,7 @@ def _adapted(settings: OptimizerSettings, groups: Sequence[Group]) -> list[dict[
 
 
 def _create_state(optimizer: Optimizer, *names: str) -> None:
-    """Create the buffers that the first update would create: the broadcast and a checkpoint before it need them."""
+    """Create the buffers that the first update would create: a broadcast or a checkpoint before it needs them."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             for name in names:
@@ -370,10 +370,10 @@ _OPTIMIZERS: Mapping[str, Callable[[OptimizerSettings, Sequence[Group]], Optimiz
 
 
 def _avoid_loading_the_compiler() -> None:
-    """Let the methods of `Optimizer` for which torch disables its compiler be called without loading the compiler.
+    """Let methods of `Optimizer` that torch excludes from compilation be called without loading the compiler.
 
-    The wrapper of such a method (`torch/_compile.py`) calls the attribute `_DYNAMO_DISABLE` of the method, which it
-    creates by means of the compiler if it is missing. A torch without these wrappers is left as it is.
+    The wrapper of such a method (`torch/_compile.py`) calls the method's attribute `_DYNAMO_DISABLE`, and loads the
+    compiler to create it if it is missing. A torch without these wrappers is left as it is.
     """
     for wrapper in vars(Optimizer).values():
         if not isinstance(wrapper, FunctionType) or _DYNAMO_DISABLE not in wrapper.__code__.co_consts:

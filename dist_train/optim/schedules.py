@@ -47,7 +47,7 @@ def _decay_progress(rate: LearningRate, epoch: float) -> float:
 
 
 def _plugin_factor(name: str, options: Options, step: int, *arguments: float) -> float:
-    """Return what the plug-in `name` gives for update `step`. Raises UsageError unless it is finite and at least 0."""
+    """Return the plug-in's factor for update `step`. Raises UsageError unless it is finite and at least 0."""
     result = call_plugin(name, options, SupportsFloat, *arguments)
     with failing_clearly(name):
         factor = float(result)
@@ -75,7 +75,7 @@ _DECAYS: Mapping[str, Callable[[LearningRate, float], float]] = {
 def noise_factor(schedule: NoiseSchedule, step: int, total_steps: int) -> float:
     """Return c(t), the factor on the noise amplitude, at update `step` of `total_steps`, counted from 0.
 
-    Raises UsageError if a plug-in's is not a finite number of at least 0.
+    Raises UsageError if a plug-in's factor is not finite and at least 0.
     """
     return float(_FACTORS[schedule.kind](schedule, step, total_steps))
 

@@ -1,4 +1,4 @@
-"""How gradients are summed: over the micro-batches of a rank, and over the ranks on the way.
+"""Sums of gradients, over the micro-batches of a rank and over the ranks.
 
 Sums of integers give the same bits in any order, and so on any number of ranks; sums of floats do not.
 """
@@ -38,7 +38,7 @@ class Bucket:
 
 
 class GradientAccumulator(ABC):
-    """How the gradients of `weights` are summed: over micro-batches here, over ranks on the way."""
+    """Sums the gradients of `weights` over this rank's micro-batches, and then over the ranks."""
 
     def __init__(self, weights: FlatWeights, comm: Communicator, limit: float = math.inf) -> None:
         self._gradients = weights.gradients
@@ -48,9 +48,9 @@ class GradientAccumulator(ABC):
         self._begun: set[int] = set()
         """The buckets of which `_total` holds a sum."""
         self._range_checks: list[torch.Tensor] = []
-        """Scalars whose absolute values are within `limit` if all gradients so far are."""
+        """Scalars whose absolute values are all below `limit` only if those of all gradients so far are."""
         self.largest = torch.zeros(0, dtype=torch.int64, device=self._gradients.device)
-        """What this rank adds to the sums that `settle` takes, int64 on the device; here none are needed."""
+        """This rank's summands of what `settle` takes, int64 on the device; empty if it needs nothing."""
 
     def clear(self) -> None:
         """Begin a step."""
@@ -72,7 +72,7 @@ class GradientAccumulator(ABC):
         return out_of_range
 
     def begin(self, bucket: Bucket) -> None:
-        """Begin the bucket's sum at zero: the first `add` then launches the kernels of later ones, as graphs need."""
+        """Begin the bucket's sum at zero, so that all calls of `add` launch the same kernels, as graphs need."""
         self._total[bucket.part].zero_()
         self._begun.add(bucket.index)
 
@@ -97,13 +97,13 @@ class GradientAccumulator(ABC):
 
     @abstractmethod
     def receive(self, bucket: Bucket) -> None:
-        """Leave the sum where the gradients are."""
+        """Write the received sum to the gradients."""
 
     def settle(self, largest: Sequence[int]) -> bool:
-        """Prepare the next sums by that of `largest` over all ranks; return whether those received are correct.
+        """Return whether the received sums are correct, and prepare the next; `largest`: its sums over all ranks.
 
-        If they are not, the update must be repeated; what has changed for that is the same on all ranks. Call this
-        once, after everything has been received.
+        If they are not, the update must be repeated, as prepared here, the same on all ranks. Call this once, after
+        everything has been received.
         """
         return True
 
@@ -149,26 +149,26 @@ def _add_as_integers(gradients: torch.Tensor, total: torch.Tensor) -> None:
 class Grids:
     """The grid of each parameter tensor: its gradients are rounded to multiples of 2^-exponent.
 
-    The exponents follow from the integers of the updates before, which are the same on all ranks; kept in `progress`,
-    they are saved.
+    The exponents follow from the integers of earlier updates, which are the same on all ranks. They are kept in
+    `progress`, which checkpoints hold.
     """
 
     def __init__(self, progress: Progress, tensors: int, terms: int, bits: int = 32) -> None:
-        """Fit the grids of so many `tensors` to the sums of `terms` micro-batches' gradients in integers of `bits`."""
+        """Fit the grids of `tensors` parameter tensors to sums of `terms` gradients, in integers of `bits` bits."""
         self._progress = progress
         self._tensors = tensors
         self._is_steady = terms >= _MANY
-        of_few = _HEADROOM if terms > 1 else 2 * _HEADROOM
-        self._room = 2 ** (bits - 1) / (_HEADROOM_OF_MANY if self._is_steady else of_few)
+        headroom = _HEADROOM_OF_MANY if self._is_steady else _HEADROOM if terms > 1 else 2 * _HEADROOM
+        self._room = 2 ** (bits - 1) / headroom
 
     @property
     def exponents(self) -> Sequence[int] | None:
-        """One for each tensor; None where no update has been made yet from which they would follow."""
+        """One for each tensor; None before the first update."""
         exponents = self._progress.grid_exponents
         return exponents if exponents is not None and len(exponents) == self._tensors else None
 
-    def follow(self, bounds: Sequence[int]) -> None:
-        """Choose the next update's grids, by what bounds the integers of each tensor's sum in this one.
+    def choose(self, bounds: Sequence[int]) -> None:
+        """Choose the next update's grids; `bounds`: of each tensor's integers, summed, in this update.
 
         A grid becomes coarser at once. It becomes finer at once where many micro-batches keep the sums steady, else by
         degrees: a tensor whose gradients leap from batch to batch keeps room for the next leap.
@@ -184,24 +184,23 @@ class Grids:
 
 
 _MANY = 16
-"""Micro-batches whose sum changes little from update to update."""
+"""With this many micro-batches, their sum changes little from update to update."""
 _HEADROOM_OF_MANY = 1.75
-"""By what factor a bound may grow before an update is made again; with 64 micro-batches the sum is then as accurate as
-in float32, which a test shows."""
+"""Factor by which a bound may grow between updates before the update is repeated, with `_MANY` micro-batches or more;
+with 64 of them the sum is then as accurate as in float32, as a test shows."""
 _HEADROOM = 4.0
-"""Factor by which a tensor's gradients may grow between updates before the update is repeated, with fewer than `_MANY`
-micro-batches; twice that with a single one."""
+"""The same with fewer micro-batches; twice that with a single one."""
 _UNUSED_BITS = 4
 """A grid is refined at once if more than this many bits above the headroom are unused."""
 _UPDATES_UNTIL_FINER = 16
 
 
 class GridAccumulator(GradientAccumulator):
-    """Sums of integers of 32 or 16 bits, on a grid for each parameter tensor: exact, at float32's or float16's bytes.
+    """Exact sums in the bytes of float32 or float16: of integers of as many bits, on a grid for each parameter tensor.
 
-    A filter's sums are at most the sum over the micro-batches of its largest integer: where that fits the bits, so do
-    they, whatever their order. Where it does not, the update is made again on coarser grids. The first update, without
-    grids yet, takes 64 bits.
+    No sum of a filter exceeds the sum, over the micro-batches, of its largest integer. If that fits the bits, so do
+    all of them, in any order; if not, the update is repeated on coarser grids. The first update has no grids yet, and
+    takes 64 bits.
     """
 
     def __init__(
@@ -216,7 +215,7 @@ class GridAccumulator(GradientAccumulator):
         ]
         """The gradient of each parameter [filters, weights of a filter]; one of a single dimension is one filter."""
         self._filters = [0, *accumulate(len(tensor) for tensor in self._tensors)]
-        """Where each parameter's filters begin within all, and their number."""
+        """The index of each parameter's first filter among all filters; last, their number."""
         self._places = torch.tensor(
             [
                 (each.start + filter * tensor.shape[1], tensor.shape[1], index)
@@ -225,7 +224,7 @@ class GridAccumulator(GradientAccumulator):
             ],
             device=self._gradients.device,
         )
-        """Of each filter where it begins, its length, and which parameter's it is."""
+        """Each filter's start, its length, and the index of its parameter."""
         self._padding = torch.tensor(weights.masked_indices(()), device=self._gradients.device)
         self._grids = Grids(progress, len(self._tensors), terms, bits)
         self.largest = torch.zeros(self._filters[-1], dtype=torch.int64, device=self._gradients.device)
@@ -239,13 +238,13 @@ class GridAccumulator(GradientAccumulator):
         exponents = self._grids.exponents
         self._exponents = exponents or [GRADIENTS.bits] * len(self._tensors)
         scales = torch.tensor([2.0**exponent for exponent in self._exponents])
-        # From memory that is not pinned, CUDA would first wait for the stream: for the update before this one.
+        # Pinned: otherwise CUDA would first wait for the stream, and so for the previous update.
         self._scales.copy_(scales.pin_memory() if self._scales.is_cuda else scales, non_blocking=True)
         integers = torch.int32 if exponents else torch.int64
         if self._total.dtype != integers or len(self._total) == 0:
             self._total = torch.zeros_like(self._gradients, dtype=integers)
-        if self._travel_in_pairs:
-            # A sum that left its bits, or never came back, leaves its mark on what it was paired with.
+        if self._is_sent_in_pairs:
+            # A sum that overflowed, or was never received, has changed the padding that it was paired with.
             for each in (self._total, self._gradients):
                 each.index_fill_(0, self._padding, 0)
 
@@ -273,32 +272,32 @@ class GridAccumulator(GradientAccumulator):
 
     def _packed(self, bucket: Bucket) -> torch.Tensor:
         total = self._total[bucket.part]
-        return pack_halves(total) if self._travel_in_pairs else total
+        return pack_halves(total) if self._is_sent_in_pairs else total
 
     def receive(self, bucket: Bucket) -> None:
         total = self._total[bucket.part]
-        if self._travel_in_pairs:
+        if self._is_sent_in_pairs:
             unpack_halves(total)
         self._gradients[bucket.part].copy_(total)
         which = slice(bucket.first, bucket.last)
         torch._foreach_mul_(self._tensors[which], [2.0**-exponent for exponent in self._exponents[which]])
 
     def settle(self, largest: Sequence[int]) -> bool:
-        """Choose the grids of the update to come, or of this one anew; return whether all sums fitted."""
+        """Choose the grids of the next update, or of this one's repetition; return whether all sums fitted."""
         bounds = [max(largest[first:last]) for first, last in pairwise(self._filters)]
         fits = self._total.dtype == torch.int64 or max(bounds) < 2 ** (self._bits - 1)
-        self._grids.follow(bounds)
+        self._grids.choose(bounds)
         return fits
 
     @property
-    def _travel_in_pairs(self) -> bool:
+    def _is_sent_in_pairs(self) -> bool:
         return self._bits == 16 and self._total.dtype == torch.int32
 
 
 def pack_halves(integers: torch.Tensor) -> torch.Tensor:
     """Add 2^16 times the second half of int32 `integers` [n], n even, to the first half, in place, and return that.
 
-    Sums of such halves, in any order, hold the sums of both: neither Gloo nor NCCL sums 16-bit integers.
+    Sums of what it returns, in any order, hold the sums of both halves. Neither Gloo nor NCCL sums 16-bit integers.
     """
     low, high = integers.chunk(2)
     return low.add_(high, alpha=1 << 16)
@@ -320,7 +319,7 @@ def _largest(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 class FloatAccumulator(GradientAccumulator):
-    """Sums of float32, or of float16 on the way: fast, and rounded differently on each number of ranks."""
+    """Sums of float32, sent as float32 or float16: fast, but rounded differently with each number of ranks."""
 
     def __init__(self, weights: FlatWeights, comm: Communicator, sent_as: torch.dtype = torch.float32) -> None:
         """Sum the gradients of `weights`, sent between ranks as `sent_as`."""

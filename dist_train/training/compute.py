@@ -65,7 +65,7 @@ def set_up_compute(settings: PrecisionSettings, device: torch.device) -> Compute
     if settings.compute == "float16" and device.type != "cuda":
         raise UsageError("precision.compute: float16 needs a GPU; use bfloat16", code="float16-on-cpu")
     uses_triton = device.type == "cuda" and operators.has_triton()
-    # torch emulates it there, but our kernels do not compile: ptxas has no .bf16 before sm_80.
+    # Before sm_80 torch emulates bfloat16, but our kernels do not compile: ptxas has no .bf16.
     compiles_bfloat16 = settings.compute == "bfloat16" and uses_triton and not torch.version.hip
     if compiles_bfloat16 and torch.cuda.get_device_capability(device) < (8, 0):
         raise UsageError("precision.compute: this GPU has no bfloat16; use float16", code="bfloat16-on-old-gpu")
@@ -79,7 +79,7 @@ def set_up_compute(settings: PrecisionSettings, device: torch.device) -> Compute
         use_large_pages()
         keep_small_objects_together()
     for products in _precisions():
-        products.fp32_precision = "none"  # the flags below leave some of them to what these inherit
+        products.fp32_precision = "none"  # a caller's value would outlast the flags below, which do not set all
     torch.set_float32_matmul_precision("highest")  # a caller's "medium" means bfloat16 on CPUs
     # Not torch's newer fp32_precision: with it set, torch.compile fails to read these flags (2.15).
     torch.backends.cuda.matmul.allow_tf32 = settings.tf32
@@ -93,7 +93,7 @@ def set_up_compute(settings: PrecisionSettings, device: torch.device) -> Compute
 def _set_deterministic(is_deterministic: bool) -> None:
     _use_deterministic_algorithms(is_deterministic, warn_only=False)
     torch.backends.cudnn.deterministic = is_deterministic
-    # Read at the process's first matrix product on a GPU alone, by torch and cuBLAS: a later run may need it.
+    # torch and cuBLAS read it only at the process's first matrix product on a GPU, and a later run may need it.
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     if not is_deterministic:
         return
@@ -147,12 +147,12 @@ def restoring_torch() -> Iterator[None]:
 
 
 def _set_gpu(index: int) -> None:
-    with suppress(RuntimeError):  # of a GPU that has failed, which the error that ends the block says
+    with suppress(RuntimeError):  # the GPU has failed, as the error says that ends the block
         torch.cuda.set_device(index)
 
 
 def _leave_autocasts(stack: ExitStack) -> None:
-    """Leave the caller's autocasts until `stack` ends; another one, which disables them, would still count as one."""
+    """Leave the caller's autocasts until `stack` ends: an inner autocast that is disabled would still count as one."""
     for kind in ("cpu", "cuda"):
         stack.callback(torch.set_autocast_enabled, kind, torch.is_autocast_enabled(kind))
         torch.set_autocast_enabled(kind, False)
@@ -167,7 +167,7 @@ def _set_precision(products: Any, precision: str) -> None:
 
 
 def _precisions() -> list[Any]:
-    """Return what has torch's newer `fp32_precision` (2.9 on), each before that from which it inherits "none"."""
+    """Return torch's owners of the newer `fp32_precision` (2.9 on), each before the one that its "none" refers to."""
     backends = torch.backends
     names = ((backend, name) for backend in (backends.cuda, backends.cudnn, backends.mkldnn) for name in _PRODUCTS)
     owners = (*(getattr(backend, name, None) for backend, name in names), backends.cudnn, backends.mkldnn, backends)
@@ -192,9 +192,8 @@ def _check_triton(device: torch.device) -> None:
 def compiled(network: nn.Module, sizes: int) -> nn.Module:
     """Return `network` compiled for batches of `sizes` sizes, each with kernels of its own.
 
-    By default torch compiles the second size that it sees for all others, too: the kernels, and with them the bits,
-    would depend on which sizes a process has seen before. If kernels must be deterministic, it does not choose between
-    any by their time, either.
+    By default torch compiles the second size that it sees for all further sizes, too: the kernels, and with them the
+    bits, would depend on which sizes a process has seen. If kernels must be deterministic, none is chosen by its time.
     """
     from torch._dynamo import config
 
@@ -205,7 +204,7 @@ def compiled(network: nn.Module, sizes: int) -> nn.Module:
 
 
 def _untimed_kernels() -> dict[str, Any]:
-    """Return the options of Inductor without which older torch times kernels that sum in different orders."""
+    """Return the options that keep Inductor from choosing, by time, between kernels that sum in different orders."""
     from torch._inductor import config
 
     wanted = {"deterministic": True, "dynamic_scale_rblock": False, "shape_padding": False}
@@ -240,9 +239,9 @@ def runs_in_memory(work: Callable[[], object]) -> bool:
 
 
 def free_device_memory() -> None:
-    """Give back the memory that nothing uses any more; on CPUs, free only what reference cycles still hold.
+    """Return unused memory to the device; on CPUs, only free what reference cycles still hold.
 
-    A model of one's own or torch.compile may leave such cycles behind.
+    A user's model or torch.compile may leave such cycles behind.
     """
     gc.collect()
     torch.cuda.empty_cache()  # does nothing if no GPU is in use
@@ -251,9 +250,9 @@ def free_device_memory() -> None:
 def failed_allocations() -> int:
     """Return how often the GPU's memory has run out in this process, if kernels must be deterministic; else 0.
 
-    It need not have raised an error. If the workspace of a cuDNN convolution does not fit, torch takes another
-    algorithm, of other bits, from then on. Torch's allocator counts such an attempt, but none that succeeds once the
-    allocator's cache is emptied.
+    It need not have raised an error: if the workspace of a cuDNN convolution does not fit, torch uses another
+    algorithm, with other bits, from then on. Torch's allocator counts that, but no attempt that succeeds once its cache
+    is emptied.
     """
     if not torch.are_deterministic_algorithms_enabled():
         return 0
@@ -280,9 +279,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     return is_foreign and any(text in str(error) for text in _OUT_OF_MEMORY)
 
 
-FIRST = 2.0**16
-LOWEST = 1.0
-HIGHEST = 2.0**24
+FIRST_LOSS_SCALE = 2.0**16
+LOWEST_LOSS_SCALE = 1.0
+HIGHEST_LOSS_SCALE = 2.0**24
 UPDATES_UNTIL_RAISED = 2000
 _logger = logging.getLogger("dist_train.training")
 
@@ -297,16 +296,16 @@ class LossScale:
     def __init__(self, progress: Progress | None = None) -> None:
         self._progress = progress
         if progress is not None and progress.loss_scale is None:
-            progress.loss_scale, progress.updates_since_overflow = FIRST, 0
+            progress.loss_scale, progress.updates_since_overflow = FIRST_LOSS_SCALE, 0
 
     @property
     def value(self) -> float:
         """The factor: a power of two."""
-        return self._progress.loss_scale or FIRST if self._progress is not None else 1.0
+        return self._progress.loss_scale or FIRST_LOSS_SCALE if self._progress is not None else 1.0
 
     def lower(self) -> bool:
         """Halve the factor after an overflow; return False if it is the lowest: then the run has diverged."""
-        if self._progress is None or self.value <= LOWEST:
+        if self._progress is None or self.value <= LOWEST_LOSS_SCALE:
             return False
         self._set(self._progress, self.value / 2, self._progress.step + 1)
         return True
@@ -318,7 +317,7 @@ class LossScale:
         self._progress.updates_since_overflow = (self._progress.updates_since_overflow or 0) + 1
         if self._progress.updates_since_overflow >= UPDATES_UNTIL_RAISED:
             # This update is not yet counted in `step`.
-            self._set(self._progress, min(HIGHEST, self.value * 2), self._progress.step + 2)
+            self._set(self._progress, min(HIGHEST_LOSS_SCALE, self.value * 2), self._progress.step + 2)
 
     def _set(self, progress: Progress, value: float, first_step: int) -> None:
         if value != progress.loss_scale:

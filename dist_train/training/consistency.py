@@ -1,6 +1,6 @@
 """Checks that all ranks run the same code with the same settings and data, and hold the same weights and noise.
 
-And what computes, whose versions a run records, and compares with those of its last launch.
+It also lists the versions of libraries and devices, which a run records and compares with those of its last launch.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ _MAX_DIFFERENCES = 4
 
 
 def check_consistent_across_ranks(comm: Communicator, config: Config) -> None:
-    """Raise UsageError on all ranks if their code or settings differ; it names what differs, and on which ranks."""
+    """Raise UsageError on all ranks if their code or settings differ; the message says what differs, on which ranks."""
     if comm.size == 1:
         return
     # The code first: with other code, settings may have another form.
@@ -110,23 +110,22 @@ def launch_environment(revision: str, backend: str, devices: str, kernels: Mappi
     }
 
 
-_COMPUTING = ("torch", "torchvision", "timm", "NumPy", "Triton", "CPU kernels")  # whose versions may change the bits
+_BITS_DEPEND_ON = ("torch", "torchvision", "timm", "NumPy", "Triton", "CPU kernels")
 
 
 def changed_versions(before: Mapping[str, str], now: Mapping[str, str]) -> tuple[str, str] | None:
-    """Return which of what computes `launch_environment` named in another version `before`, then and now; None: none.
+    """Return the versions that may change the bits and differ between two `launch_environment`s; None if none do.
 
-    What it did not name at all, as in an earlier version, counts as the same.
+    What either does not name, as that of an older dist_train may not, counts as the same.
     """
-    changed = [name for name in _COMPUTING if name in before and name in now and before[name] != now[name]]
-    if not changed:
-        return None
+    common = [name for name in _BITS_DEPEND_ON if name in before and name in now]
+    changed = [name for name in common if before[name] != now[name]]
     then, here = (", ".join(f"{name} {versions[name]}" for name in changed) for versions in (before, now))
-    return then, here
+    return (then, here) if changed else None
 
 
 def code_listing(folder: Path = Path(dist_train.__file__).parent) -> dict[str, str]:
-    """Return the digest of every source file in `folder`, and the versions of Python and of what computes."""
+    """Return the digest of every source file in `folder`, and the versions of Python and of the libraries."""
     files = {
         str(path.relative_to(folder.parent)): hashlib.sha256(path.read_bytes()).hexdigest()[:16]
         for path in sorted(folder.rglob("*.py"))
@@ -148,7 +147,7 @@ def _compare(comm: Communicator, what: str, listing: Mapping[str, str], fix: str
     outliers = minority([each for (each,) in gather(comm, [signed_digest(content)], f"consistency.{what}")])
     if not outliers:
         return
-    # The reporter compares its listing with rank 0's. If rank 0 is in the minority, a rank of the majority reports.
+    # The reporter compares its listing with rank 0's; if rank 0 is in the minority, it is a rank of the majority.
     reporter = outliers[0] if outliers[0] != 0 else next(rank for rank in range(comm.size) if rank not in outliers)
     first: dict[str, str] = json.loads(broadcast_str(comm, json.dumps(listing), f"consistency.{what}.listing"))
 

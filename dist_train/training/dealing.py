@@ -52,7 +52,7 @@ def deal(times: Sequence[int], micro_batches: int) -> tuple[int, ...]:
 def deal_if_faster(counts: Sequence[int], times: Sequence[int]) -> tuple[int, ...]:
     """Return what `deal` returns if that makes the slowest rank at least a sixteenth faster, else `counts`."""
     best = deal(times, sum(counts))
-    return best if 16 * _longest(best, times) <= 15 * _longest(counts, times) else tuple(counts)
+    return best if 16 * _slowest(best, times) <= 15 * _slowest(counts, times) else tuple(counts)
 
 
 def smooth(average: int, measured: int) -> int:
@@ -81,7 +81,7 @@ def _without_unknown(times: Sequence[int]) -> list[int]:
     return [time or shortest for time in times]
 
 
-def _longest(counts: Sequence[int], times: Sequence[int]) -> int:
+def _slowest(counts: Sequence[int], times: Sequence[int]) -> int:
     """Return the time of the slowest rank."""
     return max(count * time for count, time in zip(counts, _without_unknown(times), strict=True))
 
@@ -114,9 +114,9 @@ class Dealing:
 class MeasuredDealing(Dealing):
     """Shares that follow the paces that ranks report; all ranks compute the same shares from them.
 
-    What a rank measures in a step it reports in the next one: by then a GPU has reached the end of the measured step,
+    A rank reports what it measures in a step in the next step: by then a GPU has reached the end of the measured step,
     so that reading its timers causes no wait. New shares apply from the step after that, since samples of the step in
-    between are already being read. Shares begin even, also when a run resumes.
+    between are already being read. Shares are even at first, also when a run resumes.
     """
 
     def __init__(self, plan: BatchPlan, rank: int, size: int) -> None:
@@ -137,7 +137,7 @@ class MeasuredDealing(Dealing):
         seconds = times.seconds_of("data_wait") + times.seconds_of("forward_backward")
         self.pace = round(1e6 * seconds * self._plan.micro_size / samples) if samples else 0
         self._averages = tuple(
-            # The average of a rank without micro-batches is old: a new pace replaces it.
+            # The average of a rank that had no micro-batches is old, and replaced by a new pace.
             smooth(average, pace) if count else pace or average
             for average, pace, count in zip(self._averages, paces, self._counts, strict=True)
         )
@@ -148,7 +148,7 @@ class MeasuredDealing(Dealing):
 
 
 class DynamicDealing(Dealing):
-    """At first half of an even share, whose samples can be read early; then any rank that is ready takes the next."""
+    """First half of an even share, whose samples can be read early; then each rank takes the next when it is ready."""
 
     def __init__(self, plan: BatchPlan, rank: int, size: int, counters: Counters) -> None:
         first = size * max(1, len(plan.micro_batches) // (2 * size))
@@ -163,20 +163,20 @@ class DynamicDealing(Dealing):
 
     def _claim(self, step: int) -> MicroBatch | None:
         """Return the next micro-batch that no rank has claimed; None, once for each rank, if there is none."""
-        # An update for which memory ran out is made again, with smaller micro-batches.
+        # An update that ran out of memory is repeated with smaller micro-batches, which are counted separately.
         name = f"micro-batches of {self._micro_size}, step {step}"
         index = self._counters.fetch_and_add(name)
         if index == len(self._common) + self._size - 1:
-            # All ranks know that none is left; if the gradient is computed again, all are claimed anew.
+            # All ranks know that none is left. If the gradient is computed again, all are claimed again.
             self._counters.delete(name)
         return self._common[index] if index < len(self._common) else None
 
 
 def build_dealing(config: Config, plan: BatchPlan, comm: Communicator) -> Dealing:
-    """Return how the micro-batches of `plan` are dealt to the ranks of `comm`, without any measurement so far.
+    """Return how the micro-batches of `plan` are dealt to the ranks of `comm`; nothing is measured yet.
 
     Raises UsageError if ranks share every micro-batch, and one has fewer samples than there are ranks; or if ranks
-    that claim micro-batches cannot reach rank 0.
+    that claim micro-batches cannot connect to rank 0.
     """
     rank, size, count = comm.rank, comm.size, len(plan.micro_batches)
     dealing = config.batch.dealing
@@ -197,7 +197,7 @@ def build_dealing(config: Config, plan: BatchPlan, comm: Communicator) -> Dealin
 
 
 class Batches:
-    """The global batches of a run of `epochs` over `samples` samples, of `steps` updates. Call `deal` at first."""
+    """The global batches of a run of `steps` updates in `epochs` over `samples` samples. Call `deal` first."""
 
     def __init__(self, config: Config, epochs: Epochs, samples: int, steps: int) -> None:
         self._config = config
@@ -226,7 +226,7 @@ class Batches:
         return self._dealings[self._epochs.number(step)]
 
     def changed(self, step: int) -> int | None:
-        """Return the previous batch size if update `step` is the first of another size, else None."""
+        """Return the previous batch size if update `step` is the first with another one, else None."""
         number = self._epochs.number(step)
         is_first = number > 0 and step == self._epochs.stages[number].step
         return self._plans[number - 1].global_size if is_first else None
@@ -234,18 +234,25 @@ class Batches:
     def batch(self, step: int) -> GlobalBatch:
         """Return the global batch of update `step`: the next update or the one after it."""
         epoch, index = self._epochs.place(step)
-        indices = batch_indices(self._order(epoch), index, self.plan(step).global_size)
-        partners, dealing = int(self._config.regularization.mixes), self.dealing(step)
-        share, claim, following = dealing.share(step), dealing.claim_in(step), partial(self._known, step + 1)
-        return GlobalBatch(step, epoch, indices, share, claim, following, partners, dealing.pace)
+        dealing = self.dealing(step)
+        return GlobalBatch(
+            step=step,
+            epoch=epoch,
+            indices=batch_indices(self._order(epoch), index, self.plan(step).global_size),
+            micro_batches=dealing.share(step),
+            claim=dealing.claim_in(step),
+            following=partial(self._unclaimed, step + 1),
+            partners=int(self._config.regularization.mixes),
+            pace=dealing.pace,
+        )
 
     def requests(self, step: int) -> Iterator[BatchRequest]:
         """Yield the known requests of this rank in update `step` and, if no more can follow, in the next one."""
-        yield from self._known(step)
+        yield from self._unclaimed(step)
         if self.batch(step).claim is None:
-            yield from self._known(step + 1)
+            yield from self._unclaimed(step + 1)
 
-    def _known(self, step: int) -> Iterator[BatchRequest]:
+    def _unclaimed(self, step: int) -> Iterator[BatchRequest]:
         """Yield the requests of the micro-batches that this rank need not claim in `step`; none after the last one."""
         if step < self._steps:
             batch = self.batch(step)

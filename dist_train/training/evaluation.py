@@ -74,8 +74,8 @@ def evaluate(
     own slot in the sums. Losses are float64, so that all finite float32 logits have a finite loss. A sample whose loss
     is not finite counts as misclassified. `after_batch` is called after each batch of this rank.
 
-    Raises OutOfMemoryError if a batch does not fit the device of some rank; on all ranks. In an elastic launch, whose
-    other ranks continue, the rank alone raises UsageError.
+    Raises OutOfMemoryError on all ranks if a batch does not fit the device of one. In an elastic launch, whose other
+    ranks continue, that rank alone raises UsageError.
     """
     plan = BatchPlan(count, batch_size)
     # Losses, samples classified correctly, and whether a rank ran out of memory, by batch.
@@ -114,9 +114,9 @@ def evaluate(
 
 
 def statistics_samples(training_samples: int, wanted: int, micro_size: int, seed: int) -> torch.Tensor:
-    """Return the training samples for norm statistics: a fixed random choice, int64 [`wanted` or all, or one less].
+    """Return the training samples for norm statistics: a fixed random choice of `wanted`, or all if there are fewer.
 
-    One less if the last micro-batch would have a single sample, which has no variance.
+    It is int64, and one shorter if the last micro-batch would have a single sample, which has no variance.
     """
     order = torch.randperm(training_samples, generator=generator(seed, "norm statistics"))
     count = min(wanted, training_samples)
@@ -133,7 +133,7 @@ def recompute_statistics(
     comm: Communicator,
     after_batch: Callable[[], None] = lambda: None,
 ) -> None:
-    """Replace the running statistics in the norms of `model` by those of the training samples `indices`, unaugmented.
+    """Replace the running statistics in the norms of `model` by those of the training samples `indices`.
 
     As in training, the samples are cut into micro-batches and dealt to ranks, and statistics are summed as integers.
     `after_batch` is called after each micro-batch of this rank.
@@ -249,7 +249,7 @@ def stored_model(contents: Contents, config: Config, weights: Weights = "raw") -
 
 def warn_of_edited_plugins(contents: Contents, config: Config) -> None:
     """Warn if the code of plug-ins that `config` names is not that with which the checkpoint was saved."""
-    with suppress(UsageError):  # another plug-in's module has taken the place of one that they had imported
+    with suppress(UsageError):  # a module that a plug-in imported has been replaced by another plug-in's
         saved, now = by_content(contents.plugins), by_content(plugin_files(config.model_dump(mode="json")))
         known = {name for name, _ in saved}
         if edited := sorted(now[each] for each in now.keys() - saved.keys() if each[0] in known):
@@ -261,8 +261,7 @@ def warn_of_edited_plugins(contents: Contents, config: Config) -> None:
 def stored_config(contents: Contents, overrides: Sequence[str]) -> Config:
     """Return a checkpoint's configuration with overrides, the device set to `auto`, and no CUDA graphs.
 
-    Overrides may give plug-ins the places where they are now. Raises UsageError if an override would change the model
-    or its data.
+    Overrides may say where plug-ins are now. Raises UsageError if an override would change the model or its data.
     """
     given = dict(contents.config)
     if isinstance(given.get("metrics"), Mapping):

@@ -34,7 +34,7 @@ class GraphRecorder(Protocol):
 
 
 class CudaGraphRecorder:
-    """Records CUDA graphs; those that exist at the same time share a pool of memory."""
+    """Records CUDA graphs, which share a pool of memory."""
 
     def __init__(self) -> None:
         self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
@@ -73,7 +73,7 @@ class CudaGraphRecorder:
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
-            # What fails may also make the end of the recording fail: with an error that says less, and before torch
+            # The failure may also make the end of the recording fail: with an error that says less, and before torch
             # has left the stream of the recording.
             torch.cuda.set_stream(current)
             first = error.__context__ or error
@@ -88,7 +88,7 @@ class CudaGraphRecorder:
 
 
 class MicroBatchGraphs:
-    """Graphs of the passes of a training step, by what they depend on. The first pass of a kind is not recorded."""
+    """Graphs of a training step's passes, one for each kind of pass. The first pass of a kind is not recorded."""
 
     def __init__(self, recorder: GraphRecorder) -> None:
         self._recorder = recorder
@@ -99,8 +99,8 @@ class MicroBatchGraphs:
     def run(self, add_gradient: Pass, inputs: Tensor, target: Target, *constants: Hashable) -> None:
         """Do what `add_gradient(inputs, target)` does.
 
-        `constants` are all numbers and addresses within it that may change from one call to another: a graph keeps
-        those that it was recorded with.
+        `constants` are all numbers and addresses in it that may change between calls: a graph keeps those that it was
+        recorded with.
         """
         given = tuple(each for each in (inputs, target.labels, target.partners, target.share) if each is not None)
         layout = tuple((each.shape, each.stride(), each.dtype) for each in given)

@@ -99,7 +99,7 @@ class StepClock:
         if self._steps <= 1:
             return  # the first step also allocates, tunes and compiles
         if part in (None, "data_wait", "checkpoint_stall"):
-            self._comm.note_rest()  # what a slow file system may delay is no hang
+            self._comm.note_rest()  # a delay by a slow file system is not a hang
         else:
             self._comm.note_work()
 
@@ -112,7 +112,7 @@ class StepClock:
 
 
 _STATM = Path("/proc/self/statm")
-_PACE_SECONDS = 2.0
+_USAGE_SECONDS = 2.0
 """Seconds between two readings: NVML averages over up to a second, and a query takes up to a millisecond."""
 _logger = logging.getLogger("dist_train.training")
 
@@ -176,7 +176,7 @@ class UsageReader:
 
     def read(self) -> Mapping[str, float]:
         """Return values by field of `RankMeasurement`, at most two seconds old; unknown ones are NaN or missing."""
-        if time.monotonic() - self._read_at >= _PACE_SECONDS:
+        if time.monotonic() - self._read_at >= _USAGE_SECONDS:
             self._read_at = time.monotonic()
             self._usage = {"resident_bytes": _resident_bytes(), **self._read_gpu()}
             if self._device.type == "cuda":
@@ -187,7 +187,7 @@ class UsageReader:
         return self._usage
 
 
-def read_usage_of(device: torch.device) -> UsageReader:
+def usage_reader(device: torch.device) -> UsageReader:
     """Return a reader for `device`, which queries NVML if that is an NVIDIA GPU."""
     if device.type != "cuda" or torch.version.hip:
         return UsageReader(device)
@@ -287,11 +287,11 @@ class Measuring:
         self._finish = finish
 
     def drop(self) -> None:
-        """Drop the measurement that was started: its group of ranks is broken."""
+        """Drop the measurement that was started, since its group of ranks is broken."""
         self._finish = None
 
     def result(self) -> Measurement | None:
-        """Return the measurement that was started, once; None if none was."""
+        """Return the measurement that was started, and only once; None if none was."""
         finish, self._finish = self._finish, None
         return finish() if finish else None
 

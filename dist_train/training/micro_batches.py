@@ -37,10 +37,10 @@ def share_of(settings: ModelSettings, plan: BatchPlan, rank: int, size: int) -> 
     return plan.slices(rank, size) if shares_micro_batches(settings) else plan.share(rank, size)
 
 
-def sum_over(settings: ModelSettings, comm: Communicator, clock: StepClock) -> SumOverRanks | None:
+def sum_for_sync_norm(settings: ModelSettings, comm: Communicator, clock: StepClock) -> SumOverRanks | None:
     """Return the sum over ranks that sync norm needs; None without sync norm or with one rank.
 
-    `clock` counts it as time spent waiting for the allreduce.
+    `clock` counts its time as waiting for the allreduce.
     """
     if not shares_micro_batches(settings) or comm.size == 1:
         return None
@@ -52,7 +52,7 @@ def sum_over(settings: ModelSettings, comm: Communicator, clock: StepClock) -> S
     return sum_over_ranks
 
 
-_LARGEST = {"cpu": 128, "cuda": 2048}
+_LARGEST_SIZES = {"cpu": 128, "cuda": 2048}
 """By device type. On a CPU, larger micro-batches are no faster: they do not fit its caches."""
 
 
@@ -66,18 +66,18 @@ def find_micro_size(
 ) -> int:
     """Return the largest size that fits on every rank; `try_size` runs a forward and backward pass of a given size.
 
-    Sizes are powers of two up to a rank's even share of the first of `global_sizes`, those of the batch schedule, or to
-    the first that is not less than `fewest`. The result may be a little smaller, so that no micro-batch has fewer than
-    `fewest` samples.
+    Sizes are powers of two, up to a rank's even share of the first of `global_sizes` (the sizes of the batch schedule)
+    or, if that is larger, the first that is at least `fewest`. The result may be a little smaller, so that every
+    micro-batch has `fewest` samples or more.
 
     Raises UsageError if not even the smallest size fits, or none leaves every micro-batch enough samples.
     """
     enough = 1 << (fewest - 1).bit_length()
-    largest = min(max(_LARGEST[device.type], enough), global_sizes[0], max(enough, global_sizes[0] // comm.size))
+    largest = min(max(_LARGEST_SIZES[device.type], enough), global_sizes[0], max(enough, global_sizes[0] // comm.size))
     fits = run_on_all_ranks(comm, lambda: _largest_that_fits(try_size, largest), "fit a micro-batch")
     smallest = min(gather_int(comm, fits, "micro_size"))
 
-    def without_short_ones() -> int:
+    def choose_size() -> int:
         size = avoid_short_last_micro_batch(smallest, global_sizes, fewest)
         if size is None:
             raise UsageError(
@@ -87,7 +87,7 @@ def find_micro_size(
             )
         return size
 
-    return run_on_all_ranks(comm, without_short_ones, "divide the batch")
+    return run_on_all_ranks(comm, choose_size, "divide the batch")
 
 
 def _largest_that_fits(try_size: Callable[[int], None], largest: int) -> int:
@@ -112,9 +112,9 @@ def avoid_short_last_micro_batch(micro_size: int, global_sizes: Sequence[int], f
 
 
 def halve(micro_size: int, global_sizes: Sequence[int], fewest: int) -> int:
-    """Return about half of `micro_size`, which has run out of memory.
+    """Return about half of `micro_size`, with which memory ran out.
 
-    Raises OutOfMemoryError if that is none, or leaves a micro-batch of fewer than `fewest` samples.
+    Raises OutOfMemoryError if no smaller size leaves every micro-batch `fewest` samples.
     """
     smaller = avoid_short_last_micro_batch(-(-micro_size // 2), global_sizes, fewest)
     if smaller is None or smaller == micro_size:

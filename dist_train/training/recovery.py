@@ -33,11 +33,11 @@ _IDENTITY = ("code", "settings", "data", "observers")
 
 @dataclass(frozen=True)
 class RankState:
-    """How far a rank has come: it has made `step` updates.
+    """The state of a rank, which has made `step` updates.
 
     `has_state` is false for a rank that joins. `is_step_complete`: the records, evaluation and checkpoint due after the
     last update are done. `is_writer`: the rank writes records and checkpoints, as rank 0 does. `identity`: digests of
-    its code, settings and data, and whether observers or settings want measurements, which all ranks take part in.
+    its code, settings and data, and whether observers or settings want measurements, in which all ranks take part.
     """
 
     has_state: bool
@@ -53,7 +53,10 @@ class RankState:
 
 @dataclass(frozen=True)
 class Recovery:
-    """Rank `source` sends its state to the ranks `receivers`; the work after its last update may be done again."""
+    """Rank `source` sends its state to the ranks `receivers`.
+
+    `is_step_complete`: the work due after its last update need not be done again.
+    """
 
     source: int
     receivers: tuple[int, ...]
@@ -67,7 +70,7 @@ def plan_recovery(states: Sequence[RankState]) -> Recovery:
         raise FaultError("no rank is left that holds the state of the run", code="rank-lost")
     newest = [rank for rank, state in enumerate(states) if state.has_state and state.step == max(steps)]
     receivers = tuple(rank for rank in range(len(states)) if rank not in newest)
-    # A rank 0 that is new, or that has not made the last update itself, has not written what is due after it.
+    # A rank that is new as rank 0, or has not made the last update itself, has not written what is due after it.
     has_written = newest[0] == 0 and states[0].is_writer
     is_step_complete = has_written and all(states[rank].is_step_complete for rank in newest)
     return Recovery(newest[0], receivers, is_step_complete)
@@ -170,7 +173,7 @@ MAX_RECORDS = 10_000
 class RecentRecords:
     """The latest records, which a rank that takes over from rank 0 may have to write again.
 
-    Rank 0 alone knows which of them it could write. Tells repeated records apart: work that is redone is recorded once.
+    Only rank 0 knows which of them it has written. Repeated records are recognized: redone work is recorded once.
     """
 
     def __init__(self, limit: int) -> None:
@@ -189,7 +192,7 @@ class RecentRecords:
         return True
 
     def share(self, comm: Communicator, root: int, *, takes: bool) -> None:
-        """Add those of rank `root` if this rank `takes` them. All ranks call it."""
+        """Add the records of rank `root`, if this rank `takes` them. All ranks call it."""
         mine = "\n".join(map(to_json, self.all())) if comm.rank == root else ""
         lines = broadcast_str(comm, mine, "records", root)
         for record in map(from_json, lines.split("\n") if takes else ()):
@@ -295,7 +298,7 @@ class ElasticTrainer(Trainer):
         own = SharedState(self.progress, self.plan.micro_size, self._last_update)
         shared = broadcast_shared_state(self.comm, own, recovery.source)
         if recovery.receivers:
-            # What is due after the last update rank 0 does again itself.
+            # Rank 0 itself does again what is due after the last update.
             takes = self.comm.rank in recovery.receivers and not is_writer
             self.recent.share(self.comm, recovery.source, takes=takes)
             self.state.broadcast(self.comm, recovery.source)

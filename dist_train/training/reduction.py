@@ -36,9 +36,9 @@ from dist_train.training.accumulators import (
 from dist_train.training.micro_batches import share_of, shares_micro_batches
 
 _BUCKET = 1 << 20
-"""Gradients in a bucket, at the least: the last bucket's allreduce is what no backward pass hides."""
+"""Fewest gradients in a bucket. No backward pass hides the allreduce of the last bucket."""
 _MOST_IN_16_BITS = 256
-"""Gradients of micro-batches: with so many, each is left about six bits of the sixteen."""
+"""Most gradients of micro-batches that are summed in 16 bits, of which each then has about six."""
 
 
 class GradientReduction:
@@ -52,9 +52,9 @@ class GradientReduction:
         self._loss_scale = 1.0
         self._missing: dict[int, int] = {}
         self._pending: dict[int, Pending] = {}
-        # The last bucket is complete when the backward pass is: nobody need watch it.
+        # The last bucket needs no hooks: it is complete when the backward pass is.
         self._hooks = [
-            parameter.register_post_accumulate_grad_hook(partial(self._arrived, bucket))
+            parameter.register_post_accumulate_grad_hook(partial(self._note_gradient, bucket))
             for bucket in self._buckets[:-1]
             for parameter in weights.parameters[bucket.first : bucket.last]
         ]
@@ -67,7 +67,7 @@ class GradientReduction:
     def start(self, loss_scale: float = 1.0, *, at_zero: bool = False) -> None:
         """Begin a step, in which losses are multiplied by `loss_scale`, a power of two, and gradients divided by it.
 
-        With `at_zero`, sums begin there: every micro-batch then makes the same operations, as a CUDA graph needs.
+        With `at_zero`, sums begin at zero: every micro-batch then runs the same operations, as a CUDA graph needs.
         """
         self._loss_scale = loss_scale
         self.accumulator.clear()
@@ -100,7 +100,7 @@ class GradientReduction:
             self._missing.clear()
 
     def send(self) -> None:
-        """Start the sum of what is not under way: all of it, on a rank that had no micro-batch."""
+        """Start the sums that are not under way yet: all of them, on a rank that had no micro-batch."""
         self._send_before(len(self._buckets))
 
     def finish(self) -> None:
@@ -109,7 +109,8 @@ class GradientReduction:
             self._pending[bucket.index].wait()
             self.accumulator.receive(bucket)
 
-    def _arrived(self, bucket: Bucket, parameter: nn.Parameter) -> None:
+    def _note_gradient(self, bucket: Bucket, parameter: nn.Parameter) -> None:
+        """Note that the gradient of `parameter`, in `bucket`, is complete, and send the buckets that are."""
         if bucket.index not in self._missing:
             return
         self._missing[bucket.index] -= 1
@@ -137,11 +138,11 @@ def set_up_reduction(
 
     `progress` keeps what a reduction carries from one update to the next.
 
-    Raises UsageError if Adasum cannot work with this group, or 16 bits not with so many micro-batches.
+    Raises UsageError if Adasum cannot work with this group, or 16 bits are too few for so many micro-batches.
     """
     build = partial(_build_accumulator, config, weights, len(noise.points(0)), comm, progress)
     accumulator = run_on_all_ranks(comm, build, "set up the reduction")
-    # Not before all ranks have one: a reduction's hooks would stay after the failure of another rank.
+    # Only once all ranks have one: if another rank failed, the hooks of a reduction would remain.
     smallest_bucket = 1 if config.comm.op == "adasum" else _BUCKET  # Adasum combines each parameter by itself
     return GradientReduction(weights, accumulator, buckets_of(weights, smallest_bucket))
 
@@ -174,7 +175,7 @@ def _build_accumulator(
 
 
 def buckets_of(weights: FlatWeights, size: int) -> list[Bucket]:
-    """Return buckets of at least `size` gradients where there are as many, the last parameters' first."""
+    """Return buckets of at least `size` gradients, if there are as many; the last parameters' come first."""
     buckets: list[Bucket] = []
     last = len(weights.segments)
     stop = len(weights.gradients)
@@ -211,9 +212,9 @@ _TERM_LIMIT = LOSSES.limit / 4096
 
 @dataclass(frozen=True)
 class TallyResult:
-    """The sum over all ranks: mean loss and accuracy of `samples` samples, and how many ranks report what.
+    """The sum over all ranks: mean loss and accuracy of `samples` samples, and how many ranks report each condition.
 
-    The means are also over the points where gradients were taken.
+    A sample counts once for each point at which its gradient was taken.
     """
 
     loss: float
@@ -233,16 +234,16 @@ class TallyResult:
     statistics: torch.Tensor = field(compare=False, repr=False)
     """The sums of `BatchStatistics`."""
     gradient_norm: float
-    """Of the global gradient, before clipping, as `Tally.result` was given it; 0 if none was."""
+    """The norm that `Tally.result` was given: of the global gradient, before clipping; 0 if none was."""
 
 
 class Tally:
-    """Counts on the device, without waiting for it, until `result` is asked for."""
+    """Counts on the device, and waits for it only in `result`."""
 
     def __init__(self, comm: Communicator, statistics: BatchStatistics, device: torch.device) -> None:
         self._comm = comm
         self._statistics = statistics
-        # However many micro-batches there are, no sum of losses whose means are below it leaves the range.
+        # However many micro-batches there are, sums of losses stay in range if every mean loss is below it.
         self._mean_limit = LOSSES.limit / statistics.samples
         self._counts = torch.zeros(_SLOTS, dtype=torch.int64, device=device)
         self._noted: list[tuple[torch.Tensor, torch.Tensor, int]] = []
@@ -252,7 +253,7 @@ class Tally:
         self._pending: Pending | None = None
 
     def clear(self) -> None:
-        """Begin anew, the norms' statistics too."""
+        """Set the counts and the norms' statistics to zero."""
         self._counts.zero_()
         self._noted.clear()
         self._statistics.clear()
@@ -270,7 +271,7 @@ class Tally:
     def count(self, out_of_range: torch.Tensor | None = None) -> None:
         """Add to the counts on the device what was noted since the last call, and whether a gradient was out of range.
 
-        Within a CUDA graph, each replay adds its micro-batch's.
+        Recorded in a CUDA graph, it adds the counts of each replay's micro-batch.
         """
         if self._noted:
             sums, correct, samples = zip(*self._noted, strict=True)
@@ -298,7 +299,7 @@ class Tally:
         largest: torch.Tensor | None = None,
         pace: int = 0,
     ) -> None:
-        """Start the sum over the ranks, with what this rank has to say beside its counts."""
+        """Start the sum over the ranks, of this rank's counts and of the arguments."""
         self._largest = self._counts[:0] if largest is None else largest
         self.count(out_of_range)
         self._counts[_OUT_OF_RANGE].add_(self._statistics.out_of_range)

@@ -63,14 +63,14 @@ class GlobalBatch:
     claim: Callable[[], MicroBatch | None] | None = None
     """Claims a further micro-batch for this rank; returns None, once in each pass over the batch, if none is left."""
     following: Callable[[], Iterable[BatchRequest]] = tuple
-    """Returns what is known of this rank's reading in the next update: read ahead once there is nothing to claim."""
+    """Returns this rank's known requests of the next update: read ahead once there is nothing left to claim."""
     partners: int = 0
     """Extra samples read after each micro-batch, to be mixed with its own by mixup or CutMix."""
     pace: int = 0
     """Microseconds per micro-batch, which this rank reports to the others; 0 if it does not."""
 
     def in_turn(self, prefetch: Callable[[Iterable[BatchRequest]], None]) -> Iterator[tuple[MicroBatch, bool]]:
-        """Yield this rank's micro-batches, and whether each is the last: the next one is claimed, and read, before."""
+        """Yield each of this rank's micro-batches, and whether it is the last; the next is claimed and read ahead."""
         ahead = deque(self.micro_batches)
         while ahead:
             if self.claim is not None and len(ahead) == 1:
@@ -90,7 +90,7 @@ class GlobalBatch:
 
 @dataclass(eq=False)
 class TrainingStep:
-    """Makes one update per call, with everything it needs."""
+    """Makes one update per call."""
 
     model: nn.Module
     weights: FlatWeights
@@ -108,7 +108,7 @@ class TrainingStep:
     clip_norm: float | None
     averaging: Averaging
     optimizer_draws: Callable[[int], AbstractContextManager[object]] = nullcontext
-    """Seeds the global generators for an update, whose number it takes, by an optimizer that draws from them."""
+    """Given the number of an update, seeds the global generators for an optimizer that draws from them."""
     label_smoothing: float = 0.0
     mix: Mix = unmixed
     loss_scale: LossScale = field(default_factory=LossScale)
@@ -120,10 +120,10 @@ class TrainingStep:
     graph_recorder: GraphRecorder | None = None
     """Set if all micro-batches but the last are replayed as graphs."""
     fails_alone: bool = False
-    """Whether the others continue without a rank that runs out of memory, since micro-batches may not shrink."""
+    """Whether a rank that runs out of memory fails alone: the others continue, and micro-batches may not shrink."""
 
     def __post_init__(self) -> None:
-        # A step that `replace` makes has other tensors, and so records graphs of its own.
+        # A step made by `replace` has other tensors, and so records its own graphs.
         self._graphs = MicroBatchGraphs(self.graph_recorder) if self.graph_recorder else None
 
     def __call__(self, batch: GlobalBatch, learning_rate: float, stop_requested: Callable[[], bool]) -> Update:
@@ -139,7 +139,7 @@ class TrainingStep:
         repeats = 0
         while self._must_repeat(total := self._compute_gradient(batch, stop_requested)):
             repeats += 1
-        _check(total, batch, len(self.noise.points(0)))
+        _check_total(total, batch, len(self.noise.points(0)))
         with self._phase("optimizer"):
             clip_gradient(self.weights.gradients, total.gradient_norm, self.clip_norm)
             with self.clock.part("checkpoint_stall"):
@@ -158,7 +158,7 @@ class TrainingStep:
         return Update(total, repeats, self.clock.times())
 
     def _must_repeat(self, total: TallyResult) -> bool:
-        """Return whether to compute the gradient again: at a lower loss scale, or on coarser grids, chosen here."""
+        """Return whether to compute the gradient again: at a lower loss scale, or on coarser grids; chooses these."""
         if total.out_of_memory:
             return False
         if total.out_of_range:
@@ -205,7 +205,7 @@ class TrainingStep:
         what, fix = f"update {batch.step + 1}", "begin with a smaller batch.micro_size"
 
         def add_up() -> None:
-            # With sync norm the others already wait for this rank in a collective of the forward or backward pass.
+            # With sync norm, the others already wait for this rank in the forward or backward pass: it fails alone.
             with nullcontext() if self.sum_over_ranks is None else fitting_memory(what, fix):
                 for micro_batch, is_last in batch.in_turn(self.samples.prefetch):
                     self._add_gradient(batch, micro_batch, is_last)
@@ -216,7 +216,7 @@ class TrainingStep:
         return fits
 
     def _add_gradient(self, batch: GlobalBatch, micro_batch: MicroBatch, is_last: bool) -> None:
-        """Add the gradient of `micro_batch` at each point that the noise names; `is_last`: of this rank's."""
+        """Add the gradient of `micro_batch`, this rank's last if `is_last`, at each point that the noise requests."""
         with self.clock.part("data_wait"):
             request = batch.request(micro_batch)
             inputs, target = self.mix(*self.samples.read(request), request)
@@ -237,8 +237,8 @@ class TrainingStep:
             elif self._graphs is None:
                 self._differentiate(inputs, target, divisor, self.reduction.micro_batch)
             else:
-                of_weights, of_sums = self.weights.parameters[0].data_ptr(), self.reduction.accumulator.dtype
-                constants = divisor, self.loss_scale.value, of_weights, of_sums
+                address, sums = self.weights.parameters[0].data_ptr(), self.reduction.accumulator.dtype
+                constants = divisor, self.loss_scale.value, address, sums
                 self._graphs.run(partial(self._differentiate_and_count, divisor), inputs, target, *constants)
 
     def _differentiate(
@@ -253,7 +253,7 @@ class TrainingStep:
         self.statistics.forget()  # what activation checkpointing has computed a second time
 
     def _differentiate_and_count(self, divisor: float, inputs: Tensor, target: Target) -> None:
-        """Do what a graph records: keep results only in tensors allocated before."""
+        """Do what a graph records: leave results only in tensors that existed before."""
         self._differentiate(inputs, target, divisor, self.reduction.micro_batch)
         self.tally.count(self.reduction.accumulator.take_out_of_range())
 
@@ -264,7 +264,7 @@ class TrainingStep:
         return logits, loss_sum(logits.float(), target, self.label_smoothing)
 
     def _measure_rise(self, inputs: Tensor, target: Target, seed_layers: Callable[[], None]) -> None:
-        """Note by how much the loss of a micro-batch is larger with the noise; no gradients, no norm statistics."""
+        """Note by how much the noise raises the loss of a micro-batch, without gradients and norm statistics."""
         with self.clock.part("forward_backward"), torch.no_grad():
             seed_layers()
             _, loss = self._forward(inputs, target)
@@ -288,7 +288,7 @@ class TrainingStep:
 
 
 def loss_sum(logits: Tensor, target: Target, label_smoothing: float) -> Tensor:
-    """Return the sum of the cross entropies of `logits` [n, classes]; for mixed images, of both labels by share."""
+    """Return the summed cross entropy of `logits` [n, classes]; for mixed images, of both labels, in their shares."""
     cross_entropy = partial(functional.cross_entropy, logits, label_smoothing=label_smoothing)
     if target.partners is None or target.share is None:
         return cross_entropy(target.labels, reduction="sum")
@@ -302,7 +302,7 @@ def clip_gradient(gradient: Tensor, norm: float, max_norm: float | None) -> None
         gradient.mul_(max_norm / norm)
 
 
-def _check(total: TallyResult, batch: GlobalBatch, points: int) -> None:
+def _check_total(total: TallyResult, batch: GlobalBatch, points: int) -> None:
     if total.out_of_memory:
         raise OutOfMemoryError(
             f"{total.out_of_memory} of the ranks ran out of memory in step {batch.step + 1}: begin with a smaller "

@@ -69,7 +69,7 @@ class TimeLimit:
     """Decides when a run must stop to be done by `end`, from how long its steps and checkpoints take."""
 
     def __init__(self, end: float | None, ask_end: Callable[[], float | None] | None = None) -> None:
-        """`ask_end`: returns the end as it is now, if known; called when the known one is near."""
+        """`ask_end` returns the present end, which may have been moved, if known; called when `end` is near."""
         self.end = end
         """In seconds since 1970; None: no limit."""
         self._ask_end = ask_end
@@ -82,15 +82,15 @@ class TimeLimit:
         self._longest_save = max(self._longest_save, seconds)
 
     def take_over(self, other: TimeLimit) -> None:
-        """Take over how long the steps were that `other` has seen."""
+        """Take over the longest step that `other` has seen."""
         self._longest_step = max(self._longest_step, other._longest_step)
 
     def interrupt(self) -> None:
-        """Note that what follows, until the end of a step, is no step of usual length, such as waiting for a rank."""
+        """Do not count what follows, such as a wait for a rank, towards the length of the step that ends next."""
         self._last_step_end = None
 
     def check(self, now: float, uptime: float) -> bool:
-        """Note the end of a step, and return whether the run must be asked to stop now; may ask Slurm for the limit.
+        """Note the end of a step, and return whether the run must be asked to stop now; may ask Slurm for the end.
 
         `now`: seconds since 1970; `uptime`: seconds of a clock that is never set. Ranks learn of a request in the
         next step, and this is next called a step later: hence room for two steps, each as long as the longest so far,
@@ -122,7 +122,7 @@ class EarlyStopping:
     def note(self, progress: Progress, values: Mapping[str, float]) -> None:
         """Update `progress`, which checkpoints hold, by an evaluation: its `values` by metric.
 
-        Without a finite loss on its split, a value does not count as an improvement: the accuracy is a mere guess then.
+        No value counts as an improvement if the loss on its split is not finite: the accuracy is then that of guessing.
         """
         if self._settings.patience is None:
             return

@@ -34,7 +34,7 @@ from dist_train.training.consistency import verify_agreement
 from dist_train.training.dealing import Batches
 from dist_train.training.evaluation import Evaluation, evaluate, recompute_statistics, statistics_samples
 from dist_train.training.measuring import Measuring, Profiler, WeightNorms
-from dist_train.training.micro_batches import fewest_samples, halve, sum_over
+from dist_train.training.micro_batches import fewest_samples, halve, sum_for_sync_norm
 from dist_train.training.reduction import set_up_reduction
 from dist_train.training.step import TrainingStep
 from dist_train.training.stopping import EarlyStopping, StopRequests, TimeLimit
@@ -202,7 +202,7 @@ class Trainer:
             if not self.may_shrink:
                 raise
             update = None
-        if update is None:  # here the error no longer holds what the step used
+        if update is None:  # not in the except clause, where the error holds the tensors of the step
             self._shrink()
             return None
         seconds, total = time.perf_counter() - begun, update.total
@@ -238,16 +238,16 @@ class Trainer:
             self.directory.update_config(self.config)
 
     def _divide_work(self, micro_size: int) -> None:
-        """Divide batches into micro-batches of `micro_size`, over the ranks that there are now."""
+        """Divide batches into micro-batches of `micro_size`, and these over the present ranks."""
         self.config = with_setting(self.config, "batch.micro_size", micro_size)
         self._batches.deal(micro_size, self.comm)
         step = self.take_step
         step.reduction.close()
-        # A broken group may still write to its buffers: sums get new ones.
+        # The reduction gets new buffers, since a broken group may still write to the old ones.
         self.take_step = replace(
             step,
             reduction=set_up_reduction(self.config, step.weights, step.noise, self.comm, self.progress),
-            sum_over_ranks=sum_over(self.config.model, self.comm, step.clock),
+            sum_over_ranks=sum_for_sync_norm(self.config.model, self.comm, step.clock),
         )
 
     def _complete_step(self, update: LastUpdate) -> None:
@@ -279,7 +279,7 @@ class Trainer:
             self._stop()
 
     def _verify(self, noise: Noise | None) -> None:
-        """Check, once per step, that all ranks agree; `noise`: that of the last update, if they still hold it."""
+        """Check, once per step, that all ranks agree; `noise` is that of the last update, if they still hold it."""
         step = self.progress.step
         if self.config.comm.verify_every and self._verified_step != step:
             verify_agreement(self.comm, self.take_step.weights, noise, step - 1, self.take_step.averaging)
@@ -370,7 +370,7 @@ class Trainer:
         )
 
     def _save(self) -> None:
-        self._verify(self.take_step.noise)  # else checkpoints would hold weights that differ, until that is found
+        self._verify(self.take_step.noise)  # otherwise a checkpoint could hold weights on which the ranks differ
         self._update_clean_statistics()
         self.progress.note_saved()
         average = self._averaged.contents(self.progress.step)

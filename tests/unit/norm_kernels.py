@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dist_train.kernels import operators
-from dist_train.models.norms import GroupedBatchNorm, join_relus
+from dist_train.models.norms import GroupedBatchNorm, fuse_relus
 
 EPSILON = 1e-5
 CASES = [
@@ -133,7 +133,7 @@ class NormKernels:
         def run() -> list[Tensor]:
             norm = GroupedBatchNorm(6, 4)
             model = torch.nn.Sequential(norm, torch.nn.ReLU(inplace=True))
-            join_relus(model)
+            fuse_relus(model)
             with torch.no_grad():
                 norm.weight.copy_(weight)
                 norm.bias.copy_(bias)

@@ -17,7 +17,7 @@ from dist_train.models.norms import (
     GroupedBatchNorm,
     NormFactory,
     channel_groups,
-    join_relus,
+    fuse_relus,
     norm_factory,
     norm_modules,
     sync_batch_norm,
@@ -149,7 +149,7 @@ def test_a_norm_that_a_relu_was_joined_to_has_the_bits_of_both(shape: tuple[int,
         return [outputs, *torch.autograd.grad(outputs.square().sum(), (inputs, *norm.parameters()))]
 
     apart, joined = (nn.Sequential(a_norm(4), nn.ReLU(inplace=True), nn.ReLU()) for _ in range(2))
-    join_relus(joined)
+    fuse_relus(joined)
     assert [type(module) for module in joined] == [GroupedBatchNorm, nn.Identity, nn.ReLU]
     assert joined.state_dict().keys() == apart.state_dict().keys()
     for found, expected in zip(run(joined), run(apart), strict=True):
@@ -180,11 +180,11 @@ class Residual(nn.Sequential):
 
 def test_a_relu_that_does_not_directly_follow_its_norm_stays() -> None:
     apart, joined = (Residual(a_norm(4), nn.ReLU()) for _ in range(2))
-    join_relus(joined)
+    fuse_relus(joined)
     assert torch.equal(joined(batch(11, (5, 4))), apart(batch(11, (5, 4))))
     with_child = nn.Sequential(a_norm(4), nn.ReLU())
     with_child[0].add_module("act", nn.SiLU())
-    join_relus(with_child)
+    fuse_relus(with_child)
     assert isinstance(with_child[1], nn.ReLU)
 
 

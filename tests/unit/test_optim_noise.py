@@ -314,5 +314,5 @@ def test_the_share_of_weights_whose_noise_bfloat16_loses_is_that_of_the_method_s
     model = build_model(parse_config({"data": data, "model": {"name": "vgg9", "width": 0.25}}, source="test"))
     noise = a_noise(FlatWeights(model), amplitude=amplitude, exclude=("norm",))
     assert isinstance(noise, SmoothOut)
-    assert noise.lost_in(torch.bfloat16, 0) == pytest.approx(share, abs=0.006)
-    assert noise.lost_in(torch.float32, 0) == 0
+    assert noise.rounded_away(torch.bfloat16, 0) == pytest.approx(share, abs=0.006)
+    assert noise.rounded_away(torch.float32, 0) == 0

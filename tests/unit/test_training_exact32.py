@@ -228,29 +228,29 @@ def test_a_sum_fits_up_to_the_largest_integer_of_its_bits(bits: Bits) -> None:
 def test_a_grid_becomes_coarser_at_once_and_finer_by_degrees_but_never_finer_than_that_of_64_bits() -> None:
     progress = Progress(step=1)
     grids = Grids(progress, 1, terms=4)
-    grids.follow([2**39])
+    grids.choose([2**39])
     assert progress.grid_exponents == [48 - 10], "to a quarter of 2^31, from the grid of 64 bits"
-    grids.follow([2**32])
+    grids.choose([2**32])
     assert progress.grid_exponents == [38 - 3]
     exponents = []
     for step in range(1, 40):
         progress.step = step
-        grids.follow([2**26])
+        grids.choose([2**26])
         exponents.append(progress.grid_exponents)
     assert exponents[0] == [35]
     assert exponents[15] == [36], "in update 16"
     assert exponents[31] == [37]
-    grids.follow([2**10])
+    grids.choose([2**10])
     assert progress.grid_exponents == [48 - 4], "at once where more than four bits are unused"
     for step in range(0, 160, 16):
         progress.step = step
-        grids.follow([0])
+        grids.choose([0])
     assert progress.grid_exponents == [48]
 
 
 def test_the_grids_of_many_micro_batches_become_finer_at_once_too() -> None:
     progress = Progress(step=1, grid_exponents=[20, 20, 20])
-    Grids(progress, 3, terms=16).follow([2**28, 2**31, 4 * 2**31 // 7])
+    Grids(progress, 3, terms=16).choose([2**28, 2**31, 4 * 2**31 // 7])
     assert progress.grid_exponents == [22, 19, 20]
 
 

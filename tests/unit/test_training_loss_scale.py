@@ -16,9 +16,9 @@ from dist_train.checkpoint.state import Progress, restored_progress
 from dist_train.cluster.communicator import Communicator, SingleProcess
 from dist_train.outcome import DivergedError
 from dist_train.training.compute import (
-    FIRST,
-    HIGHEST,
-    LOWEST,
+    FIRST_LOSS_SCALE,
+    HIGHEST_LOSS_SCALE,
+    LOWEST_LOSS_SCALE,
     UPDATES_UNTIL_RAISED,
     Compute,
     LossScale,
@@ -41,8 +41,8 @@ def test_an_overflow_halves_it_down_to_a_floor() -> None:
     values = [scale.value]
     while scale.lower():
         values.append(scale.value)
-    assert values == [FIRST / 2**index for index in range(len(values))]
-    assert values[-1] == LOWEST
+    assert values == [FIRST_LOSS_SCALE / 2**index for index in range(len(values))]
+    assert values[-1] == LOWEST_LOSS_SCALE
 
 
 def test_only_changes_are_logged_with_the_first_update_that_has_them(caplog: pytest.LogCaptureFixture) -> None:
@@ -51,8 +51,8 @@ def test_only_changes_are_logged_with_the_first_update_that_has_them(caplog: pyt
     progress.step, scale = UPDATES_UNTIL_RAISED - 1, LossScale(progress)
     progress.updates_since_overflow = UPDATES_UNTIL_RAISED - 1
     scale.note_update()
-    assert caplog.messages == [f"the loss scale is {2 * FIRST:g} from step {UPDATES_UNTIL_RAISED + 1} on"]
-    progress.loss_scale, progress.updates_since_overflow = HIGHEST, UPDATES_UNTIL_RAISED - 1
+    assert caplog.messages == [f"the loss scale is {2 * FIRST_LOSS_SCALE:g} from step {UPDATES_UNTIL_RAISED + 1} on"]
+    progress.loss_scale, progress.updates_since_overflow = HIGHEST_LOSS_SCALE, UPDATES_UNTIL_RAISED - 1
     scale.note_update()
     assert len(caplog.messages) == 1
 
@@ -61,16 +61,16 @@ def test_it_doubles_after_many_updates_without_an_overflow_up_to_a_ceiling() -> 
     scale = LossScale(Progress())
     for _ in range(UPDATES_UNTIL_RAISED - 1):
         scale.note_update()
-    assert scale.value == FIRST
+    assert scale.value == FIRST_LOSS_SCALE
     scale.lower()
     for _ in range(UPDATES_UNTIL_RAISED - 1):
         scale.note_update()
-    assert scale.value == FIRST / 2
+    assert scale.value == FIRST_LOSS_SCALE / 2
     scale.note_update()
-    assert scale.value == FIRST
+    assert scale.value == FIRST_LOSS_SCALE
     for _ in range(20 * UPDATES_UNTIL_RAISED):
         scale.note_update()
-    assert scale.value == HIGHEST
+    assert scale.value == HIGHEST_LOSS_SCALE
 
 
 def test_it_goes_on_with_what_a_checkpoint_holds(tmp_path: Path) -> None:
@@ -79,8 +79,8 @@ def test_it_goes_on_with_what_a_checkpoint_holds(tmp_path: Path) -> None:
     for _ in range(5):
         trainer.take_step.loss_scale.note_update()
     progress = restored_progress(trainer.contents())
-    assert (progress.loss_scale, progress.updates_since_overflow) == (FIRST / 2, 5)
-    assert LossScale(progress).value == FIRST / 2
+    assert (progress.loss_scale, progress.updates_since_overflow) == (FIRST_LOSS_SCALE / 2, 5)
+    assert LossScale(progress).value == FIRST_LOSS_SCALE / 2
 
 
 def test_without_float16_there_is_none(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_gradients_too_small_for_float16_survive_through_the_scale(tmp_path: Pat
     for trainer in (scaled, bare):
         trainer.network.register_forward_hook(lambda module, inputs, logits: logits.float() * 2.0**-24)
         trainer.advance()
-    assert scaled.progress.loss_scale == FIRST
+    assert scaled.progress.loss_scale == FIRST_LOSS_SCALE
     assert not bare.take_step.weights.gradients.any()
     assert scaled.take_step.weights.gradients.count_nonzero() > scaled.take_step.weights.count / 2
 
@@ -160,7 +160,7 @@ def test_all_ranks_lower_it_when_one_overflows(tmp_path: Path) -> None:
         return spoil
 
     alone, *rest = results(1, train) + results(3, train)
-    assert alone[0] == FIRST / 2
+    assert alone[0] == FIRST_LOSS_SCALE / 2
     assert all(other == alone for other in rest)
 
 
@@ -170,5 +170,5 @@ def test_an_overflow_at_the_lowest_scale_is_a_divergence(tmp_path: Path) -> None
     trainer.take_step.weights.parameters[0].register_hook(lambda gradient: gradient * float("inf"))
     with raises(DivergedError, "step-not-finite"):
         trainer.advance()
-    assert trainer.progress.loss_scale == LOWEST
+    assert trainer.progress.loss_scale == LOWEST_LOSS_SCALE
     assert torch.equal(trainer.take_step.weights.values, before)
