@@ -41,11 +41,11 @@ def _add_runs(subparsers: Subparsers) -> None:
 
 
 def _runs(arguments: argparse.Namespace) -> int:
-    from dist_train.watch.run_table import as_json, beside_slurm, read_runs, render
+    from dist_train.watch.run_table import as_json, corrected_by_slurm, read_runs, render
 
     runs = read_runs(arguments.directory)
     jobs = job_states([run.slurm_job for run in runs if run.slurm_job])
-    runs = beside_slurm(runs, jobs)
+    runs = corrected_by_slurm(runs, jobs)
     if arguments.json:
         print(as_json(runs, jobs))
     elif runs:

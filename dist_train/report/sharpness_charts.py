@@ -20,7 +20,7 @@ from dist_train.report.measures import (
     mean_points,
     sharpness_measures,
 )
-from dist_train.report.stored_run import StoredRun
+from dist_train.report.stored_run import EIGENVALUE, StoredRun
 from dist_train.report.tables import lost_note, measured_note
 from dist_train.report.variants import Panel, Variant, counted_runs, duplicates_of
 from dist_train.rundir.records import EvaluationRecord, TrainRecord
@@ -209,7 +209,6 @@ def _scatter(key: str, measure: Measure, related: Sequence[_Related]) -> Chart:
     return Chart(key, measure.title, description, axis, accuracies, series)
 
 
-EIGENVALUE = "largest Hessian eigenvalue"
 _MOST_POINTS = 400
 
 
@@ -227,7 +226,7 @@ def sharpness_courses(panels: Sequence[Panel]) -> tuple[Chart, ...]:
     # Towards the end of a decay the limit grows without bound.
     eigenvalues = [point.y for _, series in drawn for each in _measured(series) for point in each.points]
     low, high = min(values), min(max(values), 30 * max(eigenvalues))
-    axis = Axis("largest Hessian eigenvalue", low / 1.4, high * 1.4, plain, is_logarithmic=True)
+    axis = Axis(EIGENVALUE, low / 1.4, high * 1.4, plain, is_logarithmic=True)
     return tuple(
         Chart(f"course-{number}", panel.title, _described(panel, series), epochs_axis(series), axis, series)
         for number, (panel, series) in enumerate(drawn)

@@ -34,6 +34,7 @@ PLUGIN = "plug-in "
 """Begins the names of plug-ins among the versions in `status.json`."""
 _OPTION = re.compile(r"[._]options\.")
 """In the path of an option of a plug-in."""
+EIGENVALUE = "largest Hessian eigenvalue"  # a measure of `Sharpness`
 
 
 @dataclass(frozen=True)
@@ -305,7 +306,7 @@ def _measures(record: SharpnessRecord) -> Iterator[tuple[str, float | None]]:
     """Yield the measures by name; None if one is not finite."""
     if record.hessian is not None:
         known = [each for each in record.hessian.eigenvalues if each is not None]
-        yield "largest Hessian eigenvalue", max(known, default=None)
+        yield EIGENVALUE, max(known, default=None)
         yield "Hessian trace", record.hessian.trace
     if record.keskar is not None:
         yield "Keskar, full space", record.keskar.full

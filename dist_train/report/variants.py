@@ -20,7 +20,7 @@ from dist_train.report.stored_run import PLUGIN, StoredRun
 from dist_train.rundir.records import EvaluationRecord, TrainRecord
 
 _MATTERS = ("data.root", "evaluation.every_epochs", "evaluation.train_samples", "early_stopping", "run.max_steps")
-"""Settings that a resume may change although they change a run's results; of data.root only the name of one's own."""
+"""Settings that a resume may change although they can change a run's results."""
 
 DEFAULTS: Mapping[str, object] = dict(flat_settings(Config().model_dump(mode="json")))
 _USUAL_NOISE = {path: value for path, value in DEFAULTS.items() if path.startswith("noise.")}

@@ -39,7 +39,7 @@ from dist_train.sweep.study_file import (
 
 @dataclass(frozen=True, kw_only=True)
 class _Variant:
-    """A variant, or one combination of its grid, or one trial, number `trial`, of the searched variant `searched`.
+    """A variant, one combination of its grid, or, of the searched variant `searched`, the trial number `trial`.
 
     `variant` is its name. The variants of a grid share a `family`; without a grid it is the variant itself. It
     `has_title` if the study gives it one. `settings` are the study's, keyed by dotted path; `origins` maps them to

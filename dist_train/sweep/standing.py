@@ -25,7 +25,7 @@ from dist_train.rundir.records import EvaluationRecord, read_last_records
 from dist_train.rundir.status import read_status
 from dist_train.sweep.planned_runs import Plan, PlannedRun, optuna_trials, plan_study, write_plan
 from dist_train.sweep.study_file import OptunaTrials
-from dist_train.watch.run_state import ALIVE, beside_job, how_to_continue
+from dist_train.watch.run_state import ALIVE, corrected_by_job, how_to_continue
 from dist_train.watch.run_table import COLOURS, Column, RunSummary, read_runs, table_of
 
 Next = Literal["start", "skip", "busy", "unrecoverable"]
@@ -81,7 +81,7 @@ def _summary_of(run: PlannedRun) -> RunSummary | None:
 def _standing(run: PlannedRun, summary: RunSummary | None, states: Mapping[str, str]) -> Standing:
     if summary is None:
         return Standing(run, "waiting", "", "start")
-    state, note, waits = _beside_job(summary, states)
+    state, note, waits = _corrected_by_job(summary, states)
     tested = _last_evaluation(run, "test")
     if state in ALIVE and _was_killed(run):  # tables wait for a rank that takes over; the next launch does not
         state, note = "lost", f"its process is gone; {how_to_continue(run.files)}"
@@ -179,8 +179,8 @@ def _patience(config: Config) -> float:
     return math.inf if patience is None else patience
 
 
-def _beside_job(summary: RunSummary, states: Mapping[str, str]) -> tuple[str, str, bool]:
-    """Return the state and note of a run that has not finished beside its Slurm job, and whether that will start it."""
+def _corrected_by_job(summary: RunSummary, states: Mapping[str, str]) -> tuple[str, str, bool]:
+    """Return the run's state and note, corrected by the state of its Slurm job, and whether that job will start it."""
     state, note, job = summary.state, summary.note, summary.slurm_job
     if state == "finished" or not job:
         return state, note, False
@@ -196,7 +196,7 @@ def _beside_job(summary: RunSummary, states: Mapping[str, str]) -> tuple[str, st
     waits = job_state in JOB_WAITS
     if waits and state == "stopped":
         note = "; ".join(filter(None, (note, f"its job {job} is {job_state}")))
-    return *beside_job(state, note, job, job_state), waits
+    return *corrected_by_job(state, note, job, job_state), waits
 
 
 def _last_evaluation(run: PlannedRun, split: str) -> EvaluationRecord | None:
@@ -255,9 +255,9 @@ def with_trials(plan: Plan, number: int | None = None) -> Plan:
 
 
 def _report_results(plan: Plan, trials: OptunaTrials) -> None:
-    untold = {variant: trials.untold(variant) for variant in {run.searched for run in plan.runs}}
+    without_result = {variant: trials.without_result(variant) for variant in {run.searched for run in plan.runs}}
     groups: dict[tuple[str, int], list[Standing]] = {}
-    for standing in standings_of([run for run in plan.runs if run.trial in untold[run.searched]]):
+    for standing in standings_of([run for run in plan.runs if run.trial in without_result[run.searched]]):
         assert standing.run.trial is not None
         groups.setdefault((standing.run.searched, standing.run.trial), []).append(standing)
     for variant, trial in sorted(groups):

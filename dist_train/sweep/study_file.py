@@ -226,7 +226,7 @@ def _problems_of_variants(study: Study) -> Iterator[Problem]:
         seeds[f"variants.{name}.seeds"] = variant.seeds
         if variant.like is not None:
             named[f"variants.{name}.like"] = [variant.like]
-            if _is_like_itself(study, name):
+            if _inherits_from_itself(study, name):
                 wrong = "the variant inherits from itself, through others"
                 yield Problem(f"variants.{name}.like", wrong, code="like-itself", value=variant.like)
         for path in sorted(set(variant.grid) & set(study.grid)):
@@ -285,7 +285,7 @@ def _has_grid(study: Study, variant: str) -> bool:
     return bool(study.grid or (variant in study.variants and study.variants[variant].grid))
 
 
-def _is_like_itself(study: Study, name: str) -> bool:
+def _inherits_from_itself(study: Study, name: str) -> bool:
     seen = {name}
     following = study.variants[name].like
     while following in study.variants and following not in seen:
@@ -412,7 +412,7 @@ class OptunaTrials:
             value = distributions[path].to_internal_repr(drawn[path])
             self._storage.set_trial_param(identity, path, value, distributions[path])
 
-    def untold(self, variant: str) -> Sequence[int]:
+    def without_result(self, variant: str) -> Sequence[int]:
         """Return the trials without a result."""
         return [trial.number for trial in self._trials(variant) if not trial.state.is_finished()]
 

@@ -29,9 +29,9 @@ _PART = re.compile(
     r"|--gres=.*\bgpu\b.*|-[nGc].*"
 )
 """Options that request part of a node; 0 does not, and neither does binding."""
-_OF_THE_ARRAY = re.compile(r"--(?:array|dependency|output|error)=.*|-[adoe].*")
+_ARRAY_OPTIONS = re.compile(r"--(?:array|dependency|output|error)=.*|-[adoe].*")
 """Options that a study's other jobs do not share."""
-_OF_THE_REPORT = re.compile(
+_REPORT_OPTIONS = re.compile(
     r"--(?:account|partition|qos|reservation|clusters?|wckey|mail-\w+|exclude|constraint|export|chdir|comment)=.*"
     r"|-[ApqMxCD].*"
 )
@@ -111,7 +111,7 @@ def write_script(submission: Submission) -> str:
     plugins = [word for plugin in submission.plugins for word in ("--plugin", plugin)]
     directory = ["--run-dir", str(submission.run_directory)]
     run = ["train", str(submission.config_file), *submission.overrides, *plugins, *directory]
-    requests = (*_requests(submission), *_OF_RUNS, _log_option(submission.run_directory, "%j"))
+    requests = (*_requests(submission), *_RUN_OPTIONS, _log_option(submission.run_directory, "%j"))
     return _script(submission, (*requests, *submission.options), f"run_in_job {shlex.join(run)}")
 
 
@@ -133,17 +133,17 @@ def study_jobs(plan: Plan, numbers: str, submission: Submission) -> tuple[Job, .
         f"DIRECTORY={shlex.quote(str(folder.parent))}",
         f"OVERRIDES={shlex.quote(shlex.join(submission.overrides))}",
     )
-    array = (*_requests(submission), *_OF_RUNS, f"--array={numbers}")
+    array = (*_requests(submission), *_RUN_OPTIONS, f"--array={numbers}")
     runs = (*array, _log_option(folder, "%A_%a"), *submission.options)
     dependent = ("--kill-on-invalid-dep=yes", "--open-mode=append", _log_option(folder, "%j"))
     jobs = [Job("runs", _script(submission, runs, *variables, "sweep_in_job"))]
     if plan.study.analyse:
-        shared = (option for option in submission.options if not _OF_THE_ARRAY.fullmatch(option))
+        shared = (option for option in submission.options if not _ARRAY_OPTIONS.fullmatch(option))
         analyses = (*_requests(submission), *dependent, *shared)
         line = f"analyses_in_job {shlex.join(study)}"
         jobs.append(Job("analyses", _script(submission, analyses, line), "afterany"))
     partition = [f"--partition={submission.partition}"] if submission.partition else []
-    site = filter(_OF_THE_REPORT.fullmatch, submission.options)
+    site = filter(_REPORT_OPTIONS.fullmatch, submission.options)
     report = ("--nodes=1", *dependent, *partition, *site)
     # DIRECTORY and OUTPUT may be exported for other scripts, for which DIRECTORY is the folder of studies.
     body = (f"DIRECTORY={shlex.quote(str(folder))}", "OUTPUT=", "report_in_job runs")
@@ -172,7 +172,7 @@ def submit_study(jobs: Sequence[Job], folder: Path) -> dict[str, str]:
 
 
 _PYTHON = "[[ -n ${{DIST_TRAIN_PYTHON:-}} || ! -x {0} ]] || export DIST_TRAIN_PYTHON={0}"
-_OF_RUNS = ("--requeue", "--no-kill", "--signal=B:USR1@120", "--open-mode=append")
+_RUN_OPTIONS = ("--requeue", "--no-kill", "--signal=B:USR1@120", "--open-mode=append")
 
 
 def _log_option(folder: Path, job: str) -> str:

@@ -118,8 +118,8 @@ class RunProcess:
         return " ".join(" ".join(lines[:20]).split())
 
 
-def take(run: PlannedRun) -> int | None:
-    """Return a file descriptor that locks `run` for this sweep; None if another process holds the lock."""
+def lock_for_sweep(run: PlannedRun) -> int | None:
+    """Lock `run` for this sweep; return the file descriptor that holds the lock, or None if another process does."""
     run.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     descriptor = os.open(run.files.sweep_lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     if not try_to_lock(descriptor, run.files.sweep_lock):
@@ -128,7 +128,7 @@ def take(run: PlannedRun) -> int | None:
     return descriptor
 
 
-_PACE_SECONDS = 0.1
+_POLL_SECONDS = 0.1
 _INSIST_SECONDS = 2.0  # a second signal within this time counts as the same request
 
 Say = Callable[[str], None]
@@ -198,9 +198,9 @@ class _StartedRuns:
     def start_if_needed(self, run: PlannedRun) -> None:
         lock: int | None = None
         try:
-            lock = take(run)
+            lock = lock_for_sweep(run)
             standing = standing_of(run)
-            # While another sweep reads the state of a finished run, it has that one's lock, too.
+            # Another sweep that only reads the state of a finished run holds its lock, too.
             if lock is None and standing.then != "skip":
                 standing = Standing(run, standing.state, "another sweep is running it", "busy")
             match standing.then:
@@ -225,7 +225,7 @@ class _StartedRuns:
     def wait_a_moment(self) -> None:
         self.active = [process for process in self.active if not self._has_ended(process)]
         if self.active:
-            time.sleep(_PACE_SECONDS)
+            time.sleep(_POLL_SECONDS)
 
     def _has_ended(self, process: RunProcess) -> bool:
         code, run = process.ended(), process.run

@@ -66,7 +66,7 @@ def how_to_continue(run: RunDirectory) -> str:
     return f"start it again: it holds no checkpoint{elsewhere}"
 
 
-def beside_job(state: str, note: str, job: str, job_state: str) -> tuple[str, str]:
+def corrected_by_job(state: str, note: str, job: str, job_state: str) -> tuple[str, str]:
     """Return the state of a run, and the note about it, corrected by Slurm's state of its `job` (empty if unknown).
 
     A run marked as active whose job is pending or has ended is lost. A failed run whose job is pending is stopped: it

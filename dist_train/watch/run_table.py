@@ -24,7 +24,7 @@ from dist_train.rundir.atomic import json_text
 from dist_train.rundir.paths import BrokenFileError, RunDirectory
 from dist_train.rundir.records import EvaluationRecord, EventRecord, TrainRecord, better, read_last_records
 from dist_train.rundir.status import load_status, read_settings
-from dist_train.watch.run_state import ALIVE, beside_job, read_measurements, state_of, walk_runs
+from dist_train.watch.run_state import ALIVE, corrected_by_job, read_measurements, state_of, walk_runs
 
 COLOURS = {
     **dict.fromkeys(ALIVE, "cyan"),
@@ -73,11 +73,11 @@ def read_runs(directory: Path, now: datetime | None = None) -> tuple[RunSummary,
     return tuple(_read_run(run, directory, moment) for run in runs)
 
 
-def beside_slurm(summaries: Sequence[RunSummary], job_states: Mapping[str, str]) -> tuple[RunSummary, ...]:
-    """Return the runs with states corrected by those of their Slurm jobs, as by `beside_job`."""
+def corrected_by_slurm(summaries: Sequence[RunSummary], job_states: Mapping[str, str]) -> tuple[RunSummary, ...]:
+    """Return the runs with states corrected by those of their Slurm jobs, as `corrected_by_job` does."""
     corrected = []
     for run in summaries:
-        state, note = beside_job(run.state, run.note, run.slurm_job, job_states.get(run.slurm_job, ""))
+        state, note = corrected_by_job(run.state, run.note, run.slurm_job, job_states.get(run.slurm_job, ""))
         left = run.seconds_left if state == run.state else None
         corrected.append(replace(run, state=state, note=note, seconds_left=left))
     return tuple(corrected)

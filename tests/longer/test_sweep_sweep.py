@@ -23,7 +23,7 @@ from dist_train.rundir.status import StatusFile
 from dist_train.start_up import own_command
 from dist_train.sweep.planned_runs import Plan, PlannedRun, plan_study
 from dist_train.sweep.standing import as_ranges, publish, standing_of
-from dist_train.sweep.sweep import Launcher, Tally, summary, sweep, take, threads_per_rank
+from dist_train.sweep.sweep import Launcher, Tally, lock_for_sweep, summary, sweep, threads_per_rank
 from tests.unit.studies import small_plan, write_study
 from tests.waiting import PATIENCE
 
@@ -165,7 +165,7 @@ class TestFailures:
         plan.runs[0].files.output_log.parent.touch()
         tally = run_all(plan, "exit 0")
         assert tally.failed[0][1].startswith("cannot be started: ")
-        lock = take(plan.runs[0])
+        lock = lock_for_sweep(plan.runs[0])
         assert lock is not None
         os.close(lock)
 
@@ -272,7 +272,7 @@ class TestContinuing:
 
     def test_run_of_another_sweep_is_left_to_it(self, tmp_path: Path) -> None:
         plan = small_plan(tmp_path)
-        lock = take(plan.runs[0])
+        lock = lock_for_sweep(plan.runs[0])
         assert lock is not None
         try:
             tally = run_all(plan, "exit 0")
@@ -285,7 +285,7 @@ class TestContinuing:
     def test_finished_run_whose_state_another_sweep_reads_counts_as_finished(self, tmp_path: Path) -> None:
         plan = small_plan(tmp_path)
         write_run(plan.runs[0], "finished", ExitCode.FINISHED)
-        lock = take(plan.runs[0])
+        lock = lock_for_sweep(plan.runs[0])
         assert lock is not None
         try:
             tally = run_all(plan, "exit 0")

@@ -74,7 +74,7 @@ def test_optuna_is_asked_trial_by_trial_and_told_the_mean_over_the_seeds(tmp_pat
     plan = with_trials(plan)
     trials = optuna_trials(plan.study, plan.directory)
     assert trials is not None
-    assert trials.untold("plain") == []
+    assert trials.without_result("plain") == []
     assert [found.value for found in trials._trials("plain")] == [pytest.approx(0.6)]
     [(variant, value, _)] = best_trials(plan)
     assert variant == "plain"
@@ -107,7 +107,7 @@ def test_a_mistaken_override_does_not_fail_the_trials(tmp_path: Path) -> None:
     with_trials(plan_study(plan.file, overrides=["optimizer.weight_decay=0.5"]))
     trials = optuna_trials(plan.study, plan.directory)
     assert trials is not None
-    assert trials.untold("plain") == [0]
+    assert trials.without_result("plain") == [0]
     publish(plan)
     assert [trial.value for trial in trials._trials("plain")] == [0.5]
 

@@ -31,7 +31,7 @@ from dist_train.rundir.paths import BrokenFileError, RunDirectory
 from dist_train.rundir.records import EventRecord, Record, from_json
 from dist_train.rundir.status import Status, load_status
 from dist_train.watch.run import WatchedRun
-from dist_train.watch.run_table import RunSummary, as_json, beside_slurm, read_runs, render
+from dist_train.watch.run_table import RunSummary, as_json, corrected_by_slurm, read_runs, render
 from tests.raising import raises
 from tests.unit.exporting import FACTS
 from tests.unit.records import STEPS_PER_EPOCH, evaluation, train, write_records
@@ -317,9 +317,9 @@ def test_a_run_on_another_host_or_in_a_container_is_lost_when_it_has_been_silent
 )
 def test_a_run_and_its_job_never_contradict_each_other(state: str, job: str, shown: str) -> None:
     run = RunSummary(Path("run"), "run", state, "", slurm_job="17")
-    [beside] = beside_slurm([run], {"17": job} if job else {})
-    assert beside.state == shown
-    assert bool(beside.note) is (shown != state)
+    [corrected] = corrected_by_slurm([run], {"17": job} if job else {})
+    assert corrected.state == shown
+    assert bool(corrected.note) is (shown != state)
 
 
 def test_a_metrics_file_that_grows_is_a_sign_of_life(tmp_path: Path) -> None:
