@@ -47,10 +47,10 @@ _NO_INTERFACE = "Unable to find address for: "  # Gloo's
 def naming_lost_ranks(
     operation: str = "", kind: type[RankLostError] = RankLostError, opening: str = "a rank was lost, so the others stop"
 ) -> Iterator[None]:
-    """Raise `kind` in place of an engine's RuntimeError in the block.
+    """Raise `kind` in place of an engine's RuntimeError in the block, unless its cause is this rank alone.
 
-    Or UsageError if this rank's GPU is full, FaultError if it has failed: the others can continue without it. The same
-    if this node lacks the network interface that the user has named, or that is down.
+    Then, since the others can continue without it: UsageError if its GPU is full, or its node lacks the network
+    interface that the user has named; FaultError if the GPU has failed, or that interface is down.
     """
     try:
         yield
@@ -198,7 +198,7 @@ class Communicator:
         """Report that the run can continue from this rank's state."""
 
     def note_working_group(self) -> None:
-        """Report the same, and that this generation works: it begins the run, or has made an update."""
+        """Report as `note_state` does, and that this generation works: it begins the run, or has made an update."""
 
     def rendezvous(self, why: str, on_begin: Callable[[Generation], None] = lambda generation: None) -> Generation:
         """Leave this generation, wait for the next one, switch this object to it and return it.

@@ -96,10 +96,10 @@ class ElasticCommunicator(TorchOperations):
         self._member.pulse.rest()
 
     def note_state(self) -> None:
-        self._member.trains(works=False)
+        self._member.report_state(works=False)
 
     def note_working_group(self) -> None:
-        self._member.trains(works=True)
+        self._member.report_state(works=True)
 
     def rendezvous(self, why: str, on_begin: Callable[[Generation], None] = lambda generation: None) -> Generation:
         """Switch to the next generation; raise UsageError if this rank joins, and another rank has its GPU."""

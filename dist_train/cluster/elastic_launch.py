@@ -228,7 +228,7 @@ class _ElasticRanks(Ranks):
             is_late = view.has_state and started < latest and self._local.slots[index] not in view.joiners
             if self._has_ended or is_late:
                 if self._has_ended:
-                    self._is_terminating = True  # that it is killed is no news
+                    self._is_terminating = True  # it is killed without a message
                 else:
                     say(f"{self._name(index)} has not connected within {seconds:g} s: it is killed")
                 del self._joining[index]

@@ -20,10 +20,10 @@ from dist_train.outcome import UsageError
 MEMBERSHIP_VARIABLE = "DIST_TRAIN_MEMBERSHIP"  # where the ranks of an elastic launch find its coordinator: HOST:PORT
 LISTEN_FD = "DIST_TRAIN_LISTEN_FD"  # rank 0's listening socket for the store; -1 for the other ranks
 
-_OF_SLURM_COMMANDS = frozenset({"SLURM_CLUSTERS", "SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT", "SLURM_TIME_FORMAT"})
+_SLURM_SETTINGS = frozenset({"SLURM_CLUSTERS", "SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT", "SLURM_TIME_FORMAT"})
 """Variables of Slurm that configure its commands; all others describe a job."""
-_OF_LAUNCHERS = ("OMPI_", "PMIX_", "PMI_", "MV2_COMM_WORLD_", "HOROVOD_RANK", "HOROVOD_SIZE", "TORCHELASTIC_")
-_OF_STEPS_AND_TORCH = frozenset({"SLURM_STEP_ID", "SLURM_PROCID", "RANK", "WORLD_SIZE"})
+_LAUNCHER_PREFIXES = ("OMPI_", "PMIX_", "PMI_", "MV2_COMM_WORLD_", "HOROVOD_RANK", "HOROVOD_SIZE", "TORCHELASTIC_")
+_STEP_AND_TORCH_VARIABLES = frozenset({"SLURM_STEP_ID", "SLURM_PROCID", "RANK", "WORLD_SIZE"})
 _SLURM_PORTS = range(15000, 30000)  # below Linux's ephemeral ports
 _LONGEST_COMMENT = 1000
 
@@ -72,14 +72,14 @@ def current_launch(environment: Mapping[str, str] = os.environ) -> Launch:
         return Launch("mpirun", int(environment["OMPI_COMM_WORLD_SIZE"]), int(environment["OMPI_COMM_WORLD_RANK"]))
     # of MPICH, Intel MPI, Cray PALS; of MVAPICH2's mpirun_rsh
     counts = {name: environment.get(name, "") for name in ("PMI_SIZE", "MV2_COMM_WORLD_SIZE")}
-    of_other_mpis = {name: int(count) for name, count in counts.items() if count.isdecimal() and int(count) > 1}
+    other_mpi_sizes = {name: int(count) for name, count in counts.items() if count.isdecimal() and int(count) > 1}
     names_rank = "RANK" in environment and environment.get("WORLD_SIZE", "1") != "1"
     # A batch script has SLURM_NTASKS, too; only srun's tasks have a step of their own.
     if "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment and "HOROVOD_RANK" not in environment:
         size = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
         # Other launchers may run within a step: in an interactive one, or as a task on each node, as mpirun of Intel
         # MPI does. With srun --mpi=pmi2, PMI_SIZE is the step's size.
-        if {size, *of_other_mpis.values()} == {size} and (size > 1 or not names_rank):
+        if {size, *other_mpi_sizes.values()} == {size} and (size > 1 or not names_rank):
             return Launch("srun", size, int(environment["SLURM_PROCID"]), _store_of_slurm(environment))
     if "HOROVOD_SIZE" in environment:
         return Launch("horovodrun", int(environment["HOROVOD_SIZE"]), int(environment["HOROVOD_RANK"]))
@@ -98,7 +98,7 @@ def current_launch(environment: Mapping[str, str] = os.environ) -> Launch:
                 code="launch-variables",
             )
         return Launch("env://", int(ranks), int(rank), _store_of_torch(environment))
-    for name, count in of_other_mpis.items():
+    for name, count in other_mpi_sizes.items():
         raise UsageError(
             f"{name}={count}: this mpirun is not Open MPI's, and its ranks cannot meet: start with dist-train "
             f"launch, srun, torchrun or Open MPI's mpirun, or unset {name} to train with one rank",
@@ -112,7 +112,7 @@ def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
     return {
         name: value
         for name, value in environment.items()
-        if not name.startswith(_OF_LAUNCHERS) and name not in _OF_STEPS_AND_TORCH
+        if not name.startswith(_LAUNCHER_PREFIXES) and name not in _STEP_AND_TORCH_VARIABLES
     }
 
 
@@ -240,7 +240,7 @@ def submit(script: str, options: Sequence[str]) -> str:
     environment = {
         name: value
         for name, value in os.environ.items()
-        if not (is_in_job and name.startswith("SLURM_")) or name in _OF_SLURM_COMMANDS
+        if not (is_in_job and name.startswith("SLURM_")) or name in _SLURM_SETTINGS
     }
     ended = subprocess.run(
         ["sbatch", "--parsable", *options],

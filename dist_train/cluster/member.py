@@ -104,8 +104,8 @@ class Member:
         self._thread = threading.Thread(target=self._run, name="membership", daemon=True)
         self._thread.start()
 
-    def trains(self, *, works: bool) -> None:
-        """Report that the run can continue from this rank's state; `works`: its group has made an update."""
+    def report_state(self, *, works: bool) -> None:
+        """Report that the run can continue from this rank's state; `works`: and that its generation works."""
         self._connection.send({"kind": "trains", "works": works})
 
     def await_generation(self, store_port: int, why: str) -> Generation:

@@ -73,7 +73,7 @@ class Watchdog:
     end: Callable[[], None]
 
     def __post_init__(self) -> None:
-        self._is_first = self.comm.rank == 0  # all others send it heartbeats
+        self._is_rank_0 = self.comm.rank == 0  # all others send it heartbeats
         self._beat = min(_LONGEST_BEAT, self.timeout / BEATS_IN_TIMEOUT)
         self._monitor = HeartbeatMonitor(timeout=self.timeout, beat=self._beat, now=time.monotonic())
         self._peers: dict[int, str] = {}
@@ -93,7 +93,7 @@ class Watchdog:
 
     def await_answer(self, seconds: float) -> bool:
         """Return whether rank 0 and this rank have found each other."""
-        if self._is_first:
+        if self._is_rank_0:
             return True
         with self._changed:
             return self._changed.wait_for(lambda: self._path is not None, seconds)
@@ -124,7 +124,7 @@ class Watchdog:
     def hears_rank_0(self) -> bool:
         """Whether this is another rank than 0, which has answered and has not left."""
         with self._changed:
-            return not self._is_first and 0 in self._monitor.present
+            return not self._is_rank_0 and 0 in self._monitor.present
 
     def close(self, error: BaseException | None = None) -> None:
         """Leave by LEAVE, or by FAIL where `error` is not a stop on request, and end the thread."""
@@ -164,12 +164,12 @@ class Watchdog:
             self._receive()
             if self._is_probe_due:
                 self._is_probe_due = False
-                self._send_to_peers(Kind.CALL if self._is_first else Kind.BEAT, since=self._probed_since)
+                self._send_to_peers(Kind.CALL if self._is_rank_0 else Kind.BEAT, since=self._probed_since)
             message = self._loss_from_rank_0
             now = time.monotonic()
             if message is None and now >= due:
                 due = now + (interval if self._have_met else _SEARCH_SECONDS)
-                if not self._is_first:
+                if not self._is_rank_0:
                     self._send_to_peers(Kind.BEAT)
                 message = self._loss(now)
             if message is not None and self._parting is None:
@@ -181,7 +181,7 @@ class Watchdog:
         reporting = threading.Thread(target=self._report, args=(message,), daemon=True)
         reporting.start()
         reporting.join(_REPORT_SECONDS)
-        if self._is_first:  # which alone can reach the others
+        if self._is_rank_0:  # which alone can reach the others
             self._send_to_peers(Kind.LOST, message)
         self.end()
 
@@ -195,7 +195,7 @@ class Watchdog:
     @property
     def _have_met(self) -> bool:
         """Whether rank 0 and this rank, or all others, have found each other."""
-        return len(self._peers) == self.comm.size - 1 if self._is_first else self._path is not None
+        return len(self._peers) == self.comm.size - 1 if self._is_rank_0 else self._path is not None
 
     @property
     def _may_pause(self) -> bool:
@@ -224,7 +224,7 @@ class Watchdog:
         those not heard since then.
         """
         text = self._node_and_process if text is None else text
-        if self._is_first:
+        if self._is_rank_0:
             for rank in self._monitor.unheard_since(math.inf if since is None else since):
                 self._send(Datagram(kind, 0, text=text), self._addresses[rank])
             return
@@ -247,7 +247,7 @@ class Watchdog:
 
     def _handle(self, datagram: Datagram, source: Address) -> None:
         now, rank, kind = time.monotonic(), datagram.rank, datagram.kind
-        if self._is_first == (rank == 0):
+        if self._is_rank_0 == (rank == 0):
             return  # rank 0 hears the others, the others hear rank 0
         match kind:
             case Kind.BEAT:

@@ -214,8 +214,8 @@ def _data(config: Config) -> Iterator[Problem]:
 def unused_settings(config: Config) -> dict[str, str]:
     """Return a sentence for each setting, by its path, that was given but has no effect in combination with the others.
 
-    And for a shape of images that seems to have its channels last, and a warm-up without a rise. None if most settings
-    were given, as in a run's `config.yaml`, also of an older version: nobody chose each of them.
+    Also for a shape of images that seems to have its channels last, and for a warm-up without a rise. Empty if most
+    settings were given, as in a run's `config.yaml`, even of an older version: nobody chose each of them.
     """
     sections: dict[str, Section] = {name: getattr(config, name) for name in type(config).model_fields}
     given = sum(len(section.model_fields_set) for section in sections.values())
@@ -273,7 +273,7 @@ _ONLY_WITH = (
     ("averaging.kind", "lawa", "last"),
     ("data.name", "synthetic", "synthetic_samples synthetic_shape synthetic_classes"),
 )
-"""A setting, its value that the others of its section need, and these."""
+"""Settings with an effect at one value of another only: that other setting, the value, and their names."""
 
 
 def _unused(config: Config) -> Iterator[tuple[str, str, bool, str]]:

@@ -24,10 +24,10 @@ _NEVER_BESIDE = sys.stdlib_module_names | {"dist_train"}
 _ELSEWHERE = "{} was imported from {}, not from {}, beside the plug-in: rename one of them, or use a new process"
 
 _folders: list[str] = []
-"""Those of the plug-ins imported from files, the latest first, as at the end of `sys.path`."""
+"""The folders of plug-ins imported from files, the latest first; `sys.path` ends with them."""
 
 _DIGEST, _FOLDER = "_dist_train_digest", "_dist_train_folder"
-"""Attributes of a plug-in's module, and of those that it imported from its folder: the digest then, and the folder."""
+"""Attributes set in modules of a plug-in's folder when they are imported: the file's digest, and the folder."""
 
 
 def plugin_module(place: str) -> ModuleType:
@@ -130,7 +130,7 @@ def _imports(path: str) -> set[str]:
 
 
 def source_digests(places: Collection[str]) -> dict[str, str]:
-    """Return the digests of the source files of the plug-ins at `places`, and of files beside that they import.
+    """Return the digests of the source files of the plug-ins at `places`, and of those beside them that they import.
 
     The keys are the files' paths, beginning with the name of the plug-in's folder; installed packages are left out.
     Raises UsageError if a plug-in imports a module that has been taken from another one's folder.
@@ -166,7 +166,7 @@ def is_installed(file: str | Path) -> bool:
 
 
 def forget_edited() -> None:
-    """Let the plug-ins of a folder in which they, or what they imported from it, were edited be imported again."""
+    """Let plug-ins be imported again, with what they import from their folder, if any of these files was edited."""
     folders = {folder for folder, _ in edited_files()}
     forgotten = {name.partition(".")[0] for name, module in _noted() if vars(module)[_FOLDER] in folders}
     for name in [each for each in sys.modules if each.partition(".")[0] in forgotten]:

@@ -82,13 +82,13 @@ _CALLS: Mapping[Kind, tuple[str, str]] = {
 """The arguments of each kind, of which those with `=` are passed by name, and what it returns."""
 
 _LIBRARY_FORMS: Mapping[Kind, str] = {"optimizers": "params", "data_sets": "root"}
-"""The first parameter of torch's optimizers and torchvision's data sets, which would take our arguments for theirs."""
+"""The first parameter of torch's optimizers and torchvision's data sets: one of these is refused as a plug-in."""
 
 OPTION_KEYS: Mapping[str, str] = {"noise.scale": "scale_options", "data.augment": "augment_options"}
 """The key of a plug-in's options, if it is not `options`: sections with more than one plug-in."""
 
 _MARK = "_dist_train_plugin"
-"""Attribute of what is registered: each kind and short name with the object, which a copy of the attribute is not."""
+"""Attribute of registered objects: each kind and short name, with the object, which tells it from others' copies."""
 
 _Target = TypeVar("_Target", bound=Callable[..., Any])
 
@@ -401,12 +401,12 @@ def plugin_files(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def by_content(files: Mapping[str, str]) -> dict[tuple[str, str], str]:
-    """Return the names of plug-ins' `files` by their names within their folders, which may move, and their digests."""
+    """Return the names of plug-ins' `files`, keyed by name within the plug-in's folder, which may move, and digest."""
     return {(name.partition("/")[2], digest): name for name, digest in files.items()}
 
 
 def check_unedited(settings: Mapping[str, Any]) -> None:
-    """Raise UsageError if the file of a plug-in in complete `settings` was edited since: loaders would import that."""
+    """Raise UsageError if a plug-in in complete `settings` was edited since its import: loaders would import that."""
     folders = {os.path.dirname(os.path.abspath(place)) for place in _modules_of(settings) if place.endswith(".py")}
     for folder, file in edited_files():
         if folder in folders:
@@ -427,8 +427,8 @@ def _absolute(folder: Path, place: object) -> Any:
 def _registered(module: ModuleType) -> Iterator[tuple[tuple[Kind, str], str, Any]]:
     """Yield the kind and short name of each plug-in that `module` registers, its name there, and itself.
 
-    Subclasses, and functions that have its attributes by `functools.wraps`, are other code. But if it was decorated
-    after it was registered, the module has no more than the decorated one.
+    A subclass is other code, and so is a function to which `functools.wraps` has copied its attributes, unless the
+    module has only that one: then the plug-in was decorated after it was registered.
     """
     marked = [
         (name, value, *mark)

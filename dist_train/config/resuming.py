@@ -64,7 +64,7 @@ def differences(before: Config, after: Config) -> list[Difference]:
 
 
 def differing_lengths(before: Config, after: Config) -> list[Difference]:
-    """Return the settings that differ of those that decide after how many updates a run has finished."""
+    """Return the settings among `LENGTHS` that differ."""
     found = (Difference(path, before.value(path), after.value(path)) for path in LENGTHS)
     return [difference for difference in found if difference.before != difference.after]
 
@@ -112,14 +112,14 @@ def _differences(before: BaseModel, after: BaseModel, prefix: str) -> Iterator[D
 
 
 SAVED = "the checkpoint, which another version of dist_train may have saved (status.json names it)"
-"""What settings in a checkpoint are called where they cannot be read."""
+"""How messages call the settings in a checkpoint that cannot be read."""
 
 STREAM_OF_A_RANK = "worker"
 """Name of the random stream of one rank's noise. Renaming it would change the noise, also that of resumed runs."""
 
 
 def with_present_names(settings: Mapping[str, Any], note: Callable[[str], object]) -> Mapping[str, Any]:
-    """Return nested `settings` with former names and values replaced by present ones; `note` is told of each."""
+    """Return nested `settings` with present names and values for former ones; `note` gets a sentence about each."""
     changed = dict(settings)
     noise, metrics = settings.get("noise"), settings.get("metrics")
     if isinstance(noise, Mapping) and noise.get("sharing") == "worker":

@@ -151,7 +151,7 @@ def assemble(
         # The records and checkpoints of a run that is already longer than run.max_steps are of the earlier settings.
         if progress.step <= trainer.last_step or not directory.config.exists():
             directory.save_config(config)
-        let_write(trainer, session, initial)
+        set_up_writing(trainer, session, initial)
         _warn_of_lost_noise(state.noise, compute.precision, progress.step)
 
     run_on_all_ranks(comm, begin_writing, "write the run directory")
@@ -178,7 +178,7 @@ def _set_up_device(config: Config, comm: Communicator) -> tuple[Config, Compute]
     return config, run_on_all_ranks(comm, set_up, "set up its device")
 
 
-def let_write(trainer: Trainer, session: Session, initial: torch.Tensor | None = None) -> None:
+def set_up_writing(trainer: Trainer, session: Session, initial: torch.Tensor | None = None) -> None:
     """Let `trainer`, of rank 0, write checkpoints, and what `session` reports.
 
     `initial`: the weights that its run began with; None: they are built again, if they are needed.
@@ -186,8 +186,9 @@ def let_write(trainer: Trainer, session: Session, initial: torch.Tensor | None =
     config, directory = trainer.config, trainer.directory
     other_disk = config.checkpoint.fallback_directory
     fallback = directory.fallback(other_disk) if other_disk else None
-    hooks = session.before_publishing, fallback, session.waiting_records
-    writer = CheckpointWriter(directory.checkpoints, config.checkpoint, *hooks)
+    writer = CheckpointWriter(
+        directory.checkpoints, config.checkpoint, session.before_publishing, fallback, session.waiting_records
+    )
     norms = None
     if trainer.measuring:
         values = trainer.state.weights.values
@@ -207,10 +208,7 @@ def build_step(
     clock: StepClock,
     graph_recorder: GraphRecorder | None,
 ) -> TrainingStep:
-    """Return the training step of `config` that changes `state` by its network, or `model`, that compiled.
-
-    Raises UsageError.
-    """
+    """Return the step by which `config` trains `state`; `model` is its network, maybe compiled. Raises UsageError."""
     norms = tuple(norm_modules(model))
     passes = max(size for _, size in config.batch.sizes) * len(state.noise.points(0))
     statistics = BatchStatistics(norms, compute.device, passes)
@@ -271,10 +269,10 @@ def _build_state(
     scheduled: Epochs,
     measured_run: RunDirectory | None,
 ) -> tuple[TrainState, Progress, torch.Tensor | None]:
-    """Return the state and the progress with which training begins; those of rank 0, unless this rank is joining.
+    """Return the state and progress with which training begins, and the weights with which `measured_run` began.
 
-    And the weights that the run in `measured_run` began with, from which its distance is measured; None without one.
-    They take memory that `batch.micro_size: auto` must not count on.
+    State and progress are those of rank 0, unless this rank is joining. The distance is measured from those weights,
+    which take memory that `batch.micro_size: auto` must not count on; they are None without a `measured_run`.
     """
     network, weights = run_on_all_ranks(comm, partial(_build_network, config, device), "build the model")
     steps = scheduled.steps(config.run.epochs)
@@ -385,10 +383,10 @@ def _with_micro_size(
 ) -> Config:
     """Return `config` with a micro-batch size that fits every rank's device, if it is `auto`."""
     if config.batch.micro_size != "auto":
-        # Given, or chosen by an earlier launch, perhaps for fewer ranks: now, and not when the last of them joins.
+        # It may be of an earlier launch with fewer ranks. This raises now, and not only when the last rank joins.
         run_on_all_ranks(comm, partial(check_shared_micro_batches, config, comm.most_ranks), "divide the batch")
         return config
-    # That of training, on which the kernels and their memory depend.
+    # The layout of training: the kernels and their memory depend on it.
     layout = torch.channels_last if config.precision.channels_last else torch.contiguous_format
     run_passes = partial(forward_and_backward, model, config.data.image_format, compute, layout)
     # The graphs of a rank's micro-batches keep their memory, beside that of its last one, which is not replayed.

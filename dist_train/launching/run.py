@@ -32,7 +32,7 @@ from dist_train.config.combinations import unused_settings
 from dist_train.config.loading import parse_yaml
 from dist_train.config.plugins import check_unedited
 from dist_train.config.resuming import with_setting
-from dist_train.launching.assembly import assemble, let_write
+from dist_train.launching.assembly import assemble, set_up_writing
 from dist_train.launching.preflight import ResumePoint, check_launch, find_resume_point
 from dist_train.launching.session import Session, build_observers
 from dist_train.monitoring.console import open_logs
@@ -219,7 +219,7 @@ class Regrouping:
         self._owes_records = True
         rewind(trainer.directory.metrics, _KEEP_ALL_STEPS)
         self.session.take_over(lock)
-        let_write(trainer, self.session)
+        set_up_writing(trainer, self.session)
         return True
 
     def _write_owed_records(self, trainer: ElasticTrainer) -> None:

@@ -148,20 +148,7 @@ class Session:
         devices = self._compare_devices(environment.get("device", "") if resumes else "")
         if self.status is None:
             return
-        parts = len(trainer.plan.micro_batches)
-        ghost, micro = trainer.config.model.ghost_size, trainer.plan.micro_size
-        is_ghost = trainer.config.model.norm == "ghost" and bool(trainer.take_step.norms)
-        if self.comm.size > parts and trainer.config.model.norm != "sync":  # of which every rank computes a part
-            smaller = "" if is_ghost and micro <= ghost else "set a smaller batch.micro_size, or "
-            _logger.warning(
-                f"a batch of {parts} micro-batches of {micro} samples leaves {self.comm.size - parts} of the "
-                f"{self.comm.size} ranks without work: {smaller}use fewer ranks"
-            )
-        if is_ghost and micro < min(ghost, trainer.config.batch.global_size) and resume_point.contents is None:
-            _logger.warning(
-                f"ghost norm takes its statistics over micro-batches of {micro} samples, not over model.ghost_size, "
-                f"{ghost}: set batch.micro_size to {ghost} or more, or model.ghost_size to {micro}"
-            )
+        self._warn_of_micro_batches(is_new=resume_point.contents is None)
         if resume_point.gone is not None:
             step = trainer.progress.step
             _logger.warning(f"{resume_point.gone} is gone: the run resumes from its own last checkpoint, step {step}")
@@ -198,6 +185,22 @@ class Session:
         if trainer.has_work or not environment:
             environment = now | {f"plug-in {name}": digest for name, digest in trainer.plugins.items()}
         self.status.change("running", **trainer.status_fields(), environment=environment)
+
+    def _warn_of_micro_batches(self, is_new: bool) -> None:
+        config, plan = self._running.config, self._running.plan
+        parts, ghost, micro = len(plan.micro_batches), config.model.ghost_size, plan.micro_size
+        is_ghost = config.model.norm == "ghost" and bool(self._running.take_step.norms)
+        if self.comm.size > parts and config.model.norm != "sync":  # of which every rank computes a part
+            smaller = "" if is_ghost and micro <= ghost else "set a smaller batch.micro_size, or "
+            _logger.warning(
+                f"a batch of {parts} micro-batches of {micro} samples leaves {self.comm.size - parts} of the "
+                f"{self.comm.size} ranks without work: {smaller}use fewer ranks"
+            )
+        if is_ghost and micro < min(ghost, config.batch.global_size) and is_new:
+            _logger.warning(
+                f"ghost norm takes its statistics over micro-batches of {micro} samples, not over model.ghost_size, "
+                f"{ghost}: set batch.micro_size to {ghost} or more, or model.ghost_size to {micro}"
+            )
 
     def _note_initial_weights(self, initial: InitialWeights) -> None:
         trainer = self._running

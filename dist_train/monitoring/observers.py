@@ -319,8 +319,8 @@ _FLUSH_SECONDS = 5.0
 _PARAMS, _METRICS = 100, 1000  # MLflow's limits for one call
 _STATES = {"finished": "FINISHED", "stopped": "KILLED"}
 _LIMITS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
-"""So that a call to a server that is away fails within a minute, before the other ranks give up; by MLflow's own limits
-it takes four minutes or more. The user's variables take precedence."""
+"""With these, a call to a server that is away fails within a minute, before the other ranks give up; with MLflow's own
+limits it takes four minutes or more. The user's variables take precedence."""
 
 
 class Mlflow(Tracker):
@@ -387,5 +387,5 @@ class Mlflow(Tracker):
                 self.sync()
                 self._client.set_terminated(self._run, status=_STATES.get(outcome.state, "FAILED"))
         finally:
-            for name in self._limited:  # what the user logs next, in a notebook, has MLflow's own
+            for name in self._limited:  # what a notebook logs next has MLflow's own limits
                 os.environ.pop(name, None)

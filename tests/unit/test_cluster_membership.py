@@ -237,7 +237,7 @@ def meet(members: Sequence[Member], why: str = "") -> list[Generation]:
 def begin_training(server: MembershipServer, members: Sequence[Member]) -> None:
     """Report that `members` train, and wait until the server has heard all of them."""
     for each in members:
-        each.trains(works=True)
+        each.report_state(works=True)
     wait_for(lambda: sum(peer.has_state for peer in server.state.peers) == len(members))
 
 
@@ -478,7 +478,7 @@ def test_a_node_that_is_not_needed_to_begin_waits_until_ranks_train() -> None:
         alone = member(server, 0)
         meet([alone])
         assert not server.view.has_state
-        alone.trains(works=True)
+        alone.report_state(works=True)
         assert slots_of(node) == [1]
         alone.leave("")
 

@@ -277,7 +277,7 @@ def test_a_gpu_s_usage_is_what_torch_holds_of_it_and_a_share_read_every_other_se
     assert (read["device_bytes"], read["device_peak_bytes"], read["device_total_bytes"]) == (1001, 2001, 3001)
     assert read["device_utilization"] == 0.42
     assert ask.call_count == 1
-    monkeypatch.setattr("dist_train.training.measuring._PACE_SECONDS", 0.0)
+    monkeypatch.setattr("dist_train.training.measuring._USAGE_SECONDS", 0.0)
     usage.read()
     assert ask.call_count == 2
 

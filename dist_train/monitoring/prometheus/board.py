@@ -103,7 +103,7 @@ class Snapshot:
 
 
 def outcome_label(outcome: Outcome) -> str:
-    """Return the value of the label `outcome`: the run's final state, "diverged", or `KILLED` for one that is left."""
+    """Return the value of the label `outcome`: "diverged", `KILLED` if `is_left`, or else the run's final state."""
     state = KILLED if outcome.is_left else outcome.state
     return "diverged" if outcome.exit_code == ExitCode.DIVERGED else state
 

@@ -1,6 +1,6 @@
-"""All metrics: name, kind, meaning, and how each is read from a snapshot. To add a metric, add a row to METRICS.
+"""All metrics, and the page that shows them in Prometheus's text format.
 
-And the page that shows them, in Prometheus's text format.
+To add a metric, add a row to METRICS: its name, kind and meaning, and how it is read from a snapshot.
 """
 
 from __future__ import annotations

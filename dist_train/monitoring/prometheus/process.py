@@ -71,7 +71,7 @@ def _group(facts: RunFacts) -> dict[str, str]:
     return {"run": facts.name, "run_id": facts.run_id} | ({"rank": str(facts.rank)} if facts.rank else {})
 
 
-def _failure(request: Callable[..., None], *arguments: object) -> str:
+def _gateway_error(request: Callable[..., None], *arguments: object) -> str:
     """Send a request to a Pushgateway; return the error, or an empty string."""
     try:
         request(*arguments, timeout=PUSH_SECONDS)
@@ -229,7 +229,7 @@ class _Service:
         if gateway:
             self._forgetting.join(PUSH_SECONDS)
             now = self._board.snapshot()
-            failure = _failure(push_to_gateway, gateway, targets.JOB, Families(now), _group(now.facts))
+            failure = _gateway_error(push_to_gateway, gateway, targets.JOB, Families(now), _group(now.facts))
             if failure not in ("", self._gateway_failure):
                 self._warn(f"the Pushgateway at {gateway} did not take the last values: {failure}")
         self._await_scrape(ended, patience)
@@ -237,7 +237,7 @@ class _Service:
     def _forget_earlier_values(self) -> None:
         """Delete what an earlier launch has pushed: rules would take it for this launch's values."""
         gateway = self._plan.pushgateway
-        self._gateway_failure = _failure(delete_from_gateway, gateway, targets.JOB, _group(self._facts))
+        self._gateway_failure = _gateway_error(delete_from_gateway, gateway, targets.JOB, _group(self._facts))
         if self._gateway_failure:
             self._warn(
                 f"the Pushgateway at {gateway} may keep values of an earlier launch, and not take the last ones: "
