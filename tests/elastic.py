@@ -150,6 +150,20 @@ class Failing(SmoothOut):
 """
 """A noise method like `smoothout` that raises on a rank where a file tells it to."""
 
+HELD = """
+import time
+from pathlib import Path
+from dist_train.optim.noise import SmoothOut
+
+
+class Held(SmoothOut):
+    def perturb(self, step):
+        while step == 12 and not Path(__file__).with_name("go-on").exists():
+            time.sleep(0.01)
+        super().perturb(step)
+"""
+"""A noise method like `smoothout` whose run does not end before a file tells it to."""
+
 Fault = Literal["kill", "stop", "pause", "fail"]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dist_train.outcome import ExitCode
-from tests.elastic import ElasticRun
+from tests.elastic import HELD, ElasticRun
 from tests.launching import (
     assert_same_run,
     events,
@@ -28,18 +28,26 @@ from tests.waiting import PATIENCE, is_alive, wait_for, wait_for_lines, wait_unt
 pytestmark = pytest.mark.ranks
 
 SETTINGS = small_settings(
-    run={"epochs": 24}, comm={"verify_every": 1, "timeout": 20}, metrics={"enabled": True, "port": 0, "ranks": "all"}
+    run={"epochs": 24}, comm={"verify_every": 1, "timeout": 60}, metrics={"enabled": True, "port": 0, "ranks": "all"}
 )
 
 
+def write_held_config(folder: Path) -> str:
+    """Write `SETTINGS` and the plug-in `HELD` into `folder`, and return the path of the settings."""
+    plugin = folder / "held.py"
+    plugin.write_text(HELD)
+    return write_config(folder, {**SETTINGS, "noise": {**SETTINGS["noise"], "method": f"{plugin}:Held"}})
+
+
 def test_another_rank_replaces_rank_0_and_finishes(tmp_path: Path) -> None:
-    config, run = write_config(tmp_path, SETTINGS), tmp_path / "run"
+    config, run = write_held_config(tmp_path), tmp_path / "run"
     with ElasticRun(config, run, 2, ("--min-ranks", "1")) as launch:
         wait_for_lines(run / "metrics.jsonl", 4)
         # as of a checkpoint that rank 0 was writing
         partial = run / "checkpoints" / ".step-00000002.pt.0123456789abcdef.part"
         partial.touch()
         lost = launch.send(0, signal.SIGKILL)
+        (tmp_path / "go-on").touch()
         ended = launch.wait()
     assert ended.code == ExitCode.FINISHED, ended.output
     assert not partial.exists()
@@ -214,10 +222,11 @@ def test_rank_with_a_hanging_main_thread_is_expelled_and_a_busy_one_is_not(tmp_p
 
 
 def test_too_few_ranks_end_the_launch_and_the_same_command_resumes(tmp_path: Path) -> None:
-    config, run = write_config(tmp_path, SETTINGS), tmp_path / "run"
+    config, run = write_held_config(tmp_path), tmp_path / "run"
     with ElasticRun(config, run, 3, ("--min-ranks", "3")) as launch:
         wait_for(lambda: list((run / "checkpoints").glob("*.json")), "a checkpoint")
         launch.send(1, signal.SIGKILL)
+        (tmp_path / "go-on").touch()
         ended = launch.wait()
     assert ended.code == ExitCode.FAULT, ended.output
     assert "2 ranks are left of at least 3" in status(run)["reason"]
