@@ -276,13 +276,17 @@ def _build_state(
     """
     network, weights = run_on_all_ranks(comm, partial(_build_network, config, device), "build the model")
     steps = scheduled.steps(config.run.epochs)
-    state = TrainState(
-        network,
-        weights,
-        build_optimizer(config.optimizer, weights),
-        Averaging(config.averaging, weights, epochs.stages[0].steps_per_epoch),
-        build_noise(config.noise, weights, seed=config.run.seed, total_steps=steps, rank=comm.rank),
-    )
+
+    def build_rest() -> TrainState:
+        return TrainState(
+            network,
+            weights,
+            build_optimizer(config.optimizer, weights),
+            Averaging(config.averaging, weights, epochs.stages[0].steps_per_epoch),
+            build_noise(config.noise, weights, seed=config.run.seed, total_steps=steps, rank=comm.rank),
+        )
+
+    state = run_on_all_ranks(comm, build_rest, "build the optimizer and the noise")
 
     def restore() -> tuple[Progress, torch.Tensor | None]:
         is_seeded = config.run.init_from is None

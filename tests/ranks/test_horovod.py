@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -145,22 +147,29 @@ class Slow(Observer):
 """A logger that takes its time at the end, as a tracker does, or the exporter that waits for a last scrape."""
 
 
+DIVERGING = {"optimizer": {"learning_rate": 1e30}}
+REFUSED = {"noise": {"method": "smoothout", "exclude": ["gone.*"]}}
+
+
 @pytest.mark.parametrize(
-    ("controller", "timeout"),
+    ("controller", "timeout", "sections", "code", "message"),
     # horovodrun kills the others 5 s after the first has ended; the watchdog of rank 0 after two thirds of `timeout`
-    mostly_lengthy([("gloo", 60), ("torch", 9)]),
+    mostly_lengthy(
+        [
+            ("gloo", 60, DIVERGING, 3, "[step-not-finite]"),
+            ("gloo", 60, REFUSED, 2, "[no-such-weight]"),
+            ("torch", 9, DIVERGING, 3, "[step-not-finite]"),
+        ]
+    ),
 )
-def test_a_rank_that_has_diverged_does_not_leave_before_rank_0_is_done(
-    tmp_path: Path, controller: str, timeout: int
+def test_with_an_error_that_all_ranks_have_none_leaves_before_rank_0_is_done(
+    tmp_path: Path, controller: str, timeout: int, sections: Mapping[str, Mapping[str, Any]], code: int, message: str
 ) -> None:
     plugin, run = tmp_path / "slow.py", tmp_path / "run"
     plugin.write_text(SLOW)
-    settings = small_settings(
-        optimizer={"learning_rate": 1e30},
-        comm={"timeout": timeout},
-        metrics={"loggers": [{"name": f"{plugin}:Slow"}]},
-    )
-    ended = launch(2, controller, "train", write_config(tmp_path, settings), "--run-dir", str(run))
+    loggers = {"loggers": [{"name": f"{plugin}:Slow"}]}
+    config = write_config(tmp_path, small_settings(**sections, comm={"timeout": timeout}, metrics=loggers))
+    ended = launch(2, controller, "train", config, "--run-dir", str(run))
     assert (run / "uploaded").exists(), ended.output
-    assert "-not-finite]" in ended.output
-    assert status(run)["exit_code"] == 3
+    assert ended.output.count(message) == 1, ended.output
+    assert status(run)["exit_code"] == code
