@@ -170,6 +170,8 @@ def _map_array(path: Path, sha256: str) -> NDArray[Any]:
             if kind.hasobject:
                 raise ValueError("it holds Python objects")
             return np.memmap(file, kind, "c", file.tell(), shape, "F" if is_by_column else "C")
+        except OSError:  # of this process, which may have no file or no memory left
+            raise
         except Exception as error:
             # Bytes that NumPy did not write raise errors of nearly any type.
             raise DamagedError(f"{path.name} is not an array: {error}") from error

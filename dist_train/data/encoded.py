@@ -218,7 +218,8 @@ def cached_index(
             return False
         return not len(index) or (place.exists() and place.stat().st_size >= (index[:, 0] + index[:, 1]).max())
 
-    return place, cached_arrays(stem, ("index",), make_index, is_sound)[0]
+    # A copy: a mapped array keeps its file open, and there may be more shards than a process may open files.
+    return place, np.array(cached_arrays(stem, ("index",), make_index, is_sound)[0])
 
 
 _HEADER = 512

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import io
+import logging
 import os
+import resource
 import shutil
 import sys
 import tarfile
@@ -368,6 +370,25 @@ def test_shards_need_no_cache_and_one_warning_says_that_it_cannot_be_used(
     assert torch.equal(training_labels(settings, SEED), expected)
     assert len(list(folders["webdataset"].glob("train/*.tar"))) > 1
     assert [record.levelname for record in caplog.records if record.levelname != "INFO"] == ["WARNING"]
+
+
+def test_there_may_be_more_shards_than_a_process_may_open_files(
+    folders: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shards = shutil.copytree(folders["webdataset"], tmp_path / "shards")
+    first = min(shards.glob("train/*.tar"))
+    for number in range(40):
+        shutil.copy(first, first.with_name(f"copy-{number:02d}.tar"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    is_open = set(map(int, os.listdir("/proc/self/fd")))
+    resource.setrlimit(resource.RLIMIT_NOFILE, ([each for each in range(4096) if each not in is_open][20], hard))
+    try:
+        for _ in ("indexes made", "indexes kept"):
+            splits = open_splits(data("webdataset", shards), SEED, CPU)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(splits.train) > 40
+    assert not [each for each in caplog.records if each.levelno >= logging.WARNING]
 
 
 def test_a_parquet_file_without_rows_among_others_is_read(folders: dict[str, Path], tmp_path: Path) -> None:
