@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import re
+import secrets
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -139,9 +140,13 @@ def packed_listing(settings: DataSettings, split: Split, seed: int, find: FileFi
     `find` returns the split's files; `index_of` one of these, or a copy of its images in the cache, and the index.
     """
     classes, origins, files, parts, labels = settings.image_format.classes, find(settings, split), [], [], []
-    for number, origin in enumerate(origins):
+    indexed: dict[Path, tuple[Path, Index]] = {}
+    start = secrets.randbelow(max(1, len(origins)))  # each rank at another, so that they make indexes side by side
+    for origin in (*origins[start:], *origins[:start]):
         with reading(origin):
-            file, index = index_of(origin, settings)
+            indexed[origin] = index_of(origin, settings)
+    for number, origin in enumerate(origins):
+        file, index = indexed[origin]
         files.append(str(file))
         rows = np.arange(len(index))
         parts.append(np.stack([np.full_like(rows, number), *index.T[:2], rows], axis=1))
