@@ -17,12 +17,13 @@ from dist_train.cluster.launch import JOB_WAITS, current_job, job_states
 from dist_train.config import Config, differences, differing_lengths, parse_config
 from dist_train.config.loading import read_mapping
 from dist_train.config.plugins import with_places_of
+from dist_train.config.resuming import Difference
 from dist_train.monitoring import wording
 from dist_train.outcome import ExitCode, UsageError, escaped, writing
 from dist_train.rundir.lock import is_locked
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import EvaluationRecord, read_last_records
-from dist_train.rundir.status import read_status
+from dist_train.rundir.status import Status, read_status
 from dist_train.sweep.planned_runs import Plan, PlannedRun, optuna_trials, plan_study, write_plan
 from dist_train.sweep.study_file import OptunaTrials
 from dist_train.watch.run_state import ALIVE, corrected_by_job, how_to_continue
@@ -101,24 +102,13 @@ def _standing(run: PlannedRun, summary: RunSummary | None, states: Mapping[str, 
         # with more it continues where it stopped, but with less it would have stopped earlier
         changed += [each for each in lengths if each.path == "early_stopping.patience"]
     status = read_status(run.files.status)
-    steps = run.files.checkpoint_steps(run.config.checkpoint.fallback_directory)
-    trained = max([0, *steps, *([status.step] if status and state == "finished" else [])])
-    most = run.config.run.max_steps
     fix = f"move {run.directory} away to run it from the start"
-    other_settings = ""
-    # Without a checkpoint there is nothing that the settings must match.
-    if changed and (state == "finished" or any(steps)):
+    if mismatch := _mismatch(run, state, status, changed, fault):
         longer = run.config.run.epochs
         if began and state == "finished" and longer > began.run.epochs and [each.path for each in changed] == _LENGTH:
             words = ["dist-train", "train", run.files.config, f"run.epochs={longer}", "--run-dir", run.directory]
             fix += f"; or lengthen it: {shlex.join(map(str, words))}"
-        other_settings = f"it was started with other settings ({'; '.join(map(str, changed))})"
-    elif most is not None and trained > most:
-        other_settings = f"it has trained {trained} steps, more than run.max_steps={most}"
-    elif state == "finished" and fault:
-        other_settings = f"the settings that it was started with cannot be read: {fault}"
-    if other_settings:
-        return replace(standing, then="unrecoverable", note=f"{other_settings}; {fix}", has_other_settings=True)
+        return replace(standing, then="unrecoverable", note=f"{mismatch}; {fix}", has_other_settings=True)
     if state == "finished" and lengths:
         paths = " and ".join(each.path for each in lengths)
         return replace(standing, note=f"{paths} {'have' if len(lengths) > 1 else 'has'} changed")
@@ -127,6 +117,19 @@ def _standing(run: PlannedRun, summary: RunSummary | None, states: Mapping[str, 
     if status is not None and status.exit_code == ExitCode.DIVERGED and not changed:
         return replace(standing, then="unrecoverable", note=f"{note}; {fix}")
     return standing
+
+
+def _mismatch(run: PlannedRun, state: str, status: Status | None, changed: Sequence[Difference], fault: str) -> str:
+    """Return how the plan contradicts what `run` has done with settings that have `changed`; empty if it does not."""
+    steps = run.files.checkpoint_steps(run.config.checkpoint.fallback_directory)
+    # Without a checkpoint there is nothing that the settings must match.
+    if changed and (state == "finished" or any(steps)):
+        return f"it was started with other settings ({'; '.join(map(str, changed))})"
+    trained = max([0, *steps, *([status.step] if status and state == "finished" else [])])
+    most = run.config.run.max_steps
+    if most is not None and trained > most:
+        return f"it has trained {trained} steps, more than run.max_steps={most}"
+    return f"the settings that it was started with cannot be read: {fault}" if state == "finished" and fault else ""
 
 
 def render(standings: Sequence[Standing], width: int | None = None) -> Table:
