@@ -213,8 +213,8 @@ def _check_replayable(run: Run, step: int, begun_at: int) -> None:
         reason = "the run was lengthened since"
     if any(max(begun_at, 1) <= each.step < step for each in _events(run, "micro_size")):
         reason = "its micro-batches were halved since, when memory ran out"
-    of_start = (each for each in run.records if not (isinstance(each, EventRecord) and each.event in _BEFORE_START))
-    first = next(of_start, None)
+    since_start = (each for each in run.records if not (isinstance(each, EventRecord) and each.event in _BEFORE_START))
+    first = next(since_start, None)
     if not begun_at and isinstance(first, EventRecord) and first.event == "resumed":
         reason = "the run began from a checkpoint of another one"
     if reason:

@@ -221,8 +221,8 @@ def choose_samples(labels: Tensor, classes: int, settings: SharpnessSettings) ->
             f"--samples is {samples}: choose at most {len(labels)}, the number of training images",
             code="option-range",
         )
-    of_class = torch.bincount(labels, minlength=classes)
-    are_equal = samples == len(labels) or int(of_class.max() - of_class.min()) <= 1
+    counts = torch.bincount(labels, minlength=classes)
+    are_equal = samples == len(labels) or int(counts.max() - counts.min()) <= 1
     choose = balanced_choice if are_equal else stratified_choice
     chosen = choose(labels, samples, classes, settings.seed)
     return chosen[torch.randperm(len(chosen), generator=generator(settings.seed, "sharpness batches"))]

@@ -84,11 +84,11 @@ def _path(arguments: argparse.Namespace) -> int:
 
 def _schema(arguments: argparse.Namespace) -> int:
     schema = Config.model_json_schema()
-    of_files = {
+    file_keys = {
         "base": {"type": "string", "description": "Another file, whose settings this one starts from."},
         "plugins": {"type": "array", "items": {"type": "string"}, "description": "Files that register names."},
     }
-    print(json.dumps({**schema, "properties": {**of_files, **schema["properties"]}}, indent=2))
+    print(json.dumps({**schema, "properties": {**file_keys, **schema["properties"]}}, indent=2))
     return ExitCode.FINISHED
 
 

@@ -143,7 +143,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-_OF_LAUNCH = ("-np", "--min-ranks", "--max-ranks", "--restarts", "--start-with", "--listen", "--join")
+_LAUNCH_OPTIONS = ("-np", "--min-ranks", "--max-ranks", "--restarts", "--start-with", "--listen", "--join")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -161,7 +161,7 @@ class _Parser(argparse.ArgumentParser):
         if unknown:
             option = unknown[0].partition("=")[0]
             hint = did_you_mean(option, self._option_string_actions)
-            if option in _OF_LAUNCH:
+            if option in _LAUNCH_OPTIONS:
                 hint = f"; {option} is an option of launch, before its command: dist-train launch -np 2 train CONFIG"
             elif "." in option and "=" in unknown[0]:
                 hint = f"; a setting has no dashes: {unknown[0].lstrip('-')}"

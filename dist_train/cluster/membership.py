@@ -17,7 +17,7 @@ Kind = Literal["break", "meet", "members", "end"]
 _TRIES_OF_JOINERS = 2
 """Groups in a row that may break before an update, with nobody lost, before the processes that joined must go."""
 _TRIES = 3
-"""The same before the run ends."""
+"""Groups in a row that may break so before the run ends."""
 
 
 @dataclass(frozen=True)

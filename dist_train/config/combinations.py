@@ -289,7 +289,7 @@ def _unused(config: Config) -> Iterator[tuple[str, str, bool, str]]:
     has_no_warmup = schedule.scaling == "none" and schedule.decay in ("constant", "step")
     never_stops, is_listed = config.early_stopping.patience is None, metrics.targets_directory is not None
     always = ("enabled", "every_steps", "loggers")
-    of_exporter = " ".join(name for name in type(metrics).model_fields if name not in always)
+    exporter_settings = " ".join(name for name in type(metrics).model_fields if name not in always)
     yield from (
         ("noise", "amplitude sharing schedule exclude distribution scale", is_clean, "noise.method is none"),
         ("noise", "distribution", _is_sam(config), "this method draws nothing"),
@@ -313,7 +313,7 @@ def _unused(config: Config) -> Iterator[tuple[str, str, bool, str]]:
         ("data", "classes", not data.has_own_format, "this data set has fixed classes"),
         ("data", "shape", not _needs_shape(data), "data.name is neither numpy nor a plug-in"),
         ("data", "image_column label_column", not data.data_set.has_columns, "this data set has no columns"),
-        ("metrics", of_exporter, not metrics.enabled, "metrics.enabled is false"),
+        ("metrics", exporter_settings, not metrics.enabled, "metrics.enabled is false"),
         ("metrics", "advertised_host", metrics.enabled and not is_listed, "metrics.targets_directory is not set"),
     )
     for setting in (*_GIVEN_SECTIONS, "model.name", "data.augment", "noise.scale", "schedule.decay"):

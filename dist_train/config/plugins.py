@@ -465,6 +465,6 @@ def _changed(folder: str) -> int:
 def _entry_points_in(folders: tuple[tuple[str, int], ...]) -> Mapping[str, Mapping[str, str]]:
     """Return the plug-ins in `folders`, Python's path with the time of each folder's last change, by kind and name."""
     points = metadata.entry_points()
-    of_kind = {kind: tuple(points.select(group=f"dist_train.{kind}")) for kind in _CALLS}
+    by_kind = {kind: tuple(points.select(group=f"dist_train.{kind}")) for kind in _CALLS}
     # of two packages with one name, that of the first folder counts
-    return {kind: {point.name: point.value for point in reversed(found)} for kind, found in of_kind.items()}
+    return {kind: {point.name: point.value for point in reversed(found)} for kind, found in by_kind.items()}

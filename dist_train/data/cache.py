@@ -192,9 +192,9 @@ def cache_folder() -> Path:
     own = os.environ.get("DIST_TRAIN_CACHE")
     if own:
         return Path(own).expanduser()
-    of_user = os.environ.get("XDG_CACHE_HOME")
+    user_cache = os.environ.get("XDG_CACHE_HOME")
     try:
-        return (Path(of_user) if of_user else Path("~/.cache").expanduser()) / "dist_train"
+        return (Path(user_cache) if user_cache else Path("~/.cache").expanduser()) / "dist_train"
     except RuntimeError:  # neither HOME nor an entry of the user in passwd
         return Path(tempfile.gettempdir(), f"dist_train-{os.getuid()}")
 

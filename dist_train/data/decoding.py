@@ -29,7 +29,7 @@ Part = tuple[str, int, int, str]  # an image in a file: the file, offset and len
 _OPEN_FILES = 64
 
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP", "JPEG2000")
-"""Of which Pillow's code decodes images by itself: for PostScript it would start Ghostscript."""
+"""Formats that Pillow decodes by itself: for PostScript, which is not among them, it starts Ghostscript."""
 
 
 def fitted(image: Image.Image, size: int, draws: Sequence[float] | None) -> NDArray[np.uint8]:

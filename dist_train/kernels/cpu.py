@@ -32,11 +32,11 @@ def gradients(
 
     `upstream` has the type and layout of `inputs`; `moments` is what `normalize` returned.
     """
-    of_inputs, of_groups = torch.empty_like(inputs), moments.new_empty(2, *moments.shape[1:])
+    grad_inputs, grad_groups = torch.empty_like(inputs), moments.new_empty(2, *moments.shape[1:])
     weight, bias = weight.contiguous(), bias.contiguous()
-    tensors = _addresses(upstream, inputs, weight, bias, moments, of_inputs, of_groups)
+    tensors = _addresses(upstream, inputs, weight, bias, moments, grad_inputs, grad_groups)
     _cpu.gradients(tensors, _geometry(inputs, size, moments.shape[1]), rectify, _threads(inputs))
-    return of_inputs, of_groups
+    return grad_inputs, grad_groups
 
 
 def _addresses(*tensors: Tensor) -> tuple[int, ...]:

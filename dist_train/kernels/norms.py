@@ -203,8 +203,8 @@ def _write_gradients(
     means,
     scales,
     sums,
-    of_inputs,
-    of_groups,
+    grad_inputs,
+    grad_groups,
     rows,
     total,
     parts,
@@ -212,7 +212,7 @@ def _write_gradients(
     width: tl.constexpr,
     rectify: tl.constexpr,
 ):
-    """Write the gradient of the inputs, and to `of_groups` [2, groups, C] the parts' sums added up by group."""
+    """Write the gradient of the inputs, and to `grad_groups` [2, groups, C] the parts' sums added up by group."""
     group, first, length, part, lanes = _place(rows, total, width)
     known = lanes < channels
     groups = tl.num_programs(1)
@@ -226,7 +226,7 @@ def _write_gradients(
         totals += found
     product, gradients = tl.sum(products, 0), tl.sum(totals, 0)
     if part == 0:
-        place = of_groups + group * channels + lanes
+        place = grad_groups + group * channels + lanes
         tl.store(place, product, mask=known)
         tl.store(place + groups * channels, gradients, mask=known)
     count = length.to(tl.float32)
@@ -239,7 +239,7 @@ def _write_gradients(
             upstream, inputs, mean, scale, factor, term, first + part * _PART, row, filled, lanes, channels, rectify
         )
         result = (gradient - gradients[None, :] - standard * product[None, :]) * (scale * factor)[None, :]
-        tl.store(of_inputs + places, result, mask=within)
+        tl.store(grad_inputs + places, result, mask=within)
 
 
 def normalize(
@@ -268,12 +268,12 @@ def gradients(
     """
     means, _, scales = moments.unbind()
     grid, geometry = _launch(inputs, size, len(means))
-    of_inputs, of_groups = torch.empty_like(inputs), moments.new_empty(2, *means.shape)
+    grad_inputs, grad_groups = torch.empty_like(inputs), moments.new_empty(2, *means.shape)
     sums = moments.new_empty(2, len(means), grid[0], len(weight))
     shared = (upstream, inputs, weight, bias, means, scales, sums)
     _part_sums[grid](*shared, rectify=rectify, **geometry)
-    _write_gradients[grid](*shared, of_inputs, of_groups, rectify=rectify, **geometry)
-    return of_inputs, of_groups
+    _write_gradients[grid](*shared, grad_inputs, grad_groups, rectify=rectify, **geometry)
+    return grad_inputs, grad_groups
 
 
 def _launch(inputs: Tensor, size: int, groups: int) -> tuple[tuple[int, int, int], dict[str, Any]]:

@@ -126,7 +126,7 @@ _OPERATORS: tuple[tuple[str, Callable[..., object], Callable[..., object]], ...]
     ),
     (
         "ghost_norm_backward(Tensor upstream, Tensor inputs, Tensor weight, Tensor bias, Tensor moments, int size, "
-        "bool relu) -> (Tensor of_inputs, Tensor of_groups)",
+        "bool relu) -> (Tensor grad_inputs, Tensor grad_groups)",
         _gradients,
         lambda upstream, inputs, weight, bias, moments, size, relu: (
             torch.empty_like(inputs),

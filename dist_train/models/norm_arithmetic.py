@@ -88,11 +88,11 @@ class _NormalizeByKernels(torch.autograd.Function):
         inputs, weight, bias, moments = ctx.saved_tensors
         if torch.is_grad_enabled():
             return *_plain_gradients(ctx, upstream, ctx.relu), None, None, None
-        of_inputs, of_groups = torch.ops.dist_train.ghost_norm_backward(
+        grad_inputs, grad_groups = torch.ops.dist_train.ghost_norm_backward(
             _channels_last(upstream), _channels_last(inputs), weight, bias, moments, ctx.group_sizes[0], ctx.relu
         )
-        of_weight, of_bias = (of_groups.sum(1) if len(ctx.group_sizes) > 1 else of_groups[:, 0]).unbind()
-        return of_inputs, of_weight, of_bias, None, None, None
+        grad_weight, grad_bias = (grad_groups.sum(1) if len(ctx.group_sizes) > 1 else grad_groups[:, 0]).unbind()
+        return grad_inputs, grad_weight, grad_bias, None, None, None
 
 
 class _NormalizeByTorch(torch.autograd.Function):
@@ -104,8 +104,8 @@ class _NormalizeByTorch(torch.autograd.Function):
         moments = weight.new_zeros(4, len(group_sizes), len(weight))
         groups = zip(inputs.split(group_sizes), outputs.split(group_sizes), moments.unbind(1), strict=True)
         copies = not _torch_is_accurate(inputs)
-        for group, output, of_group in groups:
-            mean, variance, scale, saved_mean = of_group.unbind()
+        for group, output, group_moments in groups:
+            mean, variance, scale, saved_mean = group_moments.unbind()
             values = _by_channel(group) if copies else group
             result = torch.empty_like(values) if copies else output
             # With momentum 1 the running statistics become those of this group.
@@ -129,22 +129,22 @@ class _NormalizeByTorch(torch.autograd.Function):
         if torch.is_grad_enabled():
             return *_plain_gradients(ctx, upstream, relu=False), None, None
         sizes = ctx.group_sizes
-        of_groups = []
+        grad_groups = []
         for group, gradient, mean, scale in zip(
             inputs.split(sizes), upstream.split(sizes), means.unbind(), scales.unbind(), strict=True
         ):
             values, slopes = (_by_channel(group), _by_channel(gradient)) if ctx.copies else (group, gradient)
-            of_values, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
+            grad_values, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
                 slopes, values, weight, None, None, mean, scale, True, ctx.epsilon, [True, True, True]
             )
             if ctx.copies:
-                of_values = _by_sample(of_values, group).to(group.dtype)
-            of_groups.append((of_values, of_weight, of_bias))
-        if len(of_groups) == 1:
-            return *of_groups[0], None, None
-        parts, of_weights, of_biases = zip(*of_groups, strict=True)
-        of_weight, of_bias = torch.stack((*of_weights, *of_biases)).view(2, len(parts), -1).sum(1).unbind()
-        return torch.cat(parts), of_weight, of_bias, None, None
+                grad_values = _by_sample(grad_values, group).to(group.dtype)
+            grad_groups.append((grad_values, grad_weight, grad_bias))
+        if len(grad_groups) == 1:
+            return *grad_groups[0], None, None
+        parts, grad_weights, grad_biases = zip(*grad_groups, strict=True)
+        grad_weight, grad_bias = torch.stack((*grad_weights, *grad_biases)).view(2, len(parts), -1).sum(1).unbind()
+        return torch.cat(parts), grad_weight, grad_bias, None, None
 
 
 class _NormalizeAcrossRanks(torch.autograd.Function):
@@ -169,13 +169,13 @@ class _NormalizeAcrossRanks(torch.autograd.Function):
         dimensions, shape = [0, *range(2, inputs.dim())], (-1, *(1,) * (inputs.dim() - 2))
         standard = (inputs.float() - mean.view(shape)) * scale.view(shape)
         gradient = upstream.float()
-        of_weight, of_bias = (gradient * standard).sum(dimensions), gradient.sum(dimensions)
-        values = of_bias.new_full((1,), inputs.numel() // len(mean))
-        sums = torch.cat([of_weight, of_bias, values]).double()
+        grad_weight, grad_bias = (gradient * standard).sum(dimensions), gradient.sum(dimensions)
+        values = grad_bias.new_full((1,), inputs.numel() // len(mean))
+        sums = torch.cat([grad_weight, grad_bias, values]).double()
         ctx.across(sums, "backward")
         mean_product, mean_gradient = (share.view(shape) for share in (sums[:-1] / sums[-1]).float().chunk(2))
-        of_inputs = (gradient - mean_gradient - standard * mean_product) * (weight * scale).view(shape)
-        return of_inputs.to(inputs.dtype), of_weight, of_bias, None, None
+        grad_inputs = (gradient - mean_gradient - standard * mean_product) * (weight * scale).view(shape)
+        return grad_inputs.to(inputs.dtype), grad_weight, grad_bias, None, None
 
 
 def _plain_gradients(ctx: Any, upstream: Tensor, relu: bool) -> tuple[Tensor | None, ...]:

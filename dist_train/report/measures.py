@@ -313,7 +313,7 @@ _EXPLANATIONS = {
     "gradient noise scale": "tr(Sigma) / |G|^2 in samples (McCandlish et al.): larger batches gain little. Runs whose "
     "scale is larger than their samples can show have none, so a mean leaves out the largest.",
 }
-"""Of measures of sharpness, by how their titles begin."""
+"""Meanings of measures of sharpness, by how their titles begin."""
 
 
 def _sharpness_measures(runs: Sequence[StoredRun]) -> Iterator[Measure]:

@@ -63,11 +63,11 @@ def partial_spearman(first: Sequence[float], second: Sequence[float], given: Seq
     if len(first) < 4:
         return None
     pairs = ((first, second), (first, given), (second, given))
-    plain, of_first, of_second = (spearman(one, other) for one, other in pairs)
-    if plain is None or of_first is None or of_second is None:
+    plain, first_given, second_given = (spearman(one, other) for one, other in pairs)
+    if plain is None or first_given is None or second_given is None:
         return None
-    unexplained = (1 - of_first**2) * (1 - of_second**2)
-    return (plain - of_first * of_second) / math.sqrt(unexplained) if unexplained > 1e-12 else None
+    unexplained = (1 - first_given**2) * (1 - second_given**2)
+    return (plain - first_given * second_given) / math.sqrt(unexplained) if unexplained > 1e-12 else None
 
 
 def rank_correlation(

@@ -153,13 +153,13 @@ def panels_of(runs: Sequence[StoredRun]) -> tuple[Panel, ...]:
     for batch in batches:
         members = {name: group for name, group in groups.items() if sizes[name] == batch}
         base = _choose_base(members)
-        of_base = None if base is None else _settings(members[base])
+        base_settings = None if base is None else _settings(members[base])
         if not panels:
-            first = of_base
+            first = base_settings
         variants = []
         for name, label in _labels(members, base, shorts[batch]).items():
             settings = _settings(members[name])
-            reference = first if name == base else of_base
+            reference = first if name == base else base_settings
             changes = changes_between(reference, settings) if reference and settings else ()
             colour = 0 if name == base else colours.setdefault(label, len(colours) + 1)
             runs, repeated = tuple(members[name]), duplicates_of(members[name])

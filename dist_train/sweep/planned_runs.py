@@ -237,7 +237,7 @@ def _points(study: Study, trials: OptunaTrials | None) -> Iterator[tuple[int, in
             continue
         known, drawn = asked.get(variant.variant, ()), drawn_settings(study.search, variant.variant, trial)
         chosen = known[trial] if trial < len(known) else drawn
-        of_trial = replace(
+        trial_variant = replace(
             variant,
             variant=f"{variant.variant}-trial-{trial}",
             title=f"{variant.title}, trial {trial}",
@@ -248,7 +248,7 @@ def _points(study: Study, trials: OptunaTrials | None) -> Iterator[tuple[int, in
             is_asked=trials is None or trial < len(known),
             sample=overlaid(variant.settings, drawn) if trials else None,
         )
-        yield number, seed, of_trial
+        yield number, seed, trial_variant
 
 
 def optuna_trials(study: Study, folder: Path) -> OptunaTrials | None:
@@ -293,7 +293,7 @@ def variants_of(study: Study) -> Iterator[_Variant]:
     for variant, described in study.variants.items():
         settings, origins = study.settings_of(variant), _origins(study, variant)
         grid = {**described.grid, **study.grid}
-        of_grid = dict.fromkeys(described.grid, f"variants.{variant}.grid") | dict.fromkeys(study.grid, "grid")
+        grid_origins = dict.fromkeys(described.grid, f"variants.{variant}.grid") | dict.fromkeys(study.grid, "grid")
         shorts = _short_names(list(grid))
         for values in itertools.product(*grid.values()):
             chosen = dict(zip(grid, values, strict=True))
@@ -304,7 +304,7 @@ def variants_of(study: Study) -> Iterator[_Variant]:
                 title=", ".join([described.title or variant, *labels]),
                 has_title=bool(described.title),
                 settings=overlaid(settings, chosen),
-                origins=overlaid(origins, of_grid),
+                origins=overlaid(origins, grid_origins),
             )
 
 

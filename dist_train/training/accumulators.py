@@ -189,7 +189,7 @@ _HEADROOM_OF_MANY = 1.75
 """Factor by which a bound may grow between updates before the update is repeated, with `_MANY` micro-batches or more;
 with 64 of them the sum is then as accurate as in float32, as a test shows."""
 _HEADROOM = 4.0
-"""The same with fewer micro-batches; twice that with a single one."""
+"""That factor with fewer micro-batches; with a single one it is doubled."""
 _UNUSED_BITS = 4
 """A grid is refined at once if more than this many bits above the headroom are unused."""
 _UPDATES_UNTIL_FINER = 16

@@ -292,8 +292,8 @@ def loss_sum(logits: Tensor, target: Target, label_smoothing: float) -> Tensor:
     cross_entropy = partial(functional.cross_entropy, logits, label_smoothing=label_smoothing)
     if target.partners is None or target.share is None:
         return cross_entropy(target.labels, reduction="sum")
-    of_labels, of_partners = (cross_entropy(each, reduction="none") for each in (target.labels, target.partners))
-    return torch.lerp(of_partners, of_labels, target.share).sum()
+    label_losses, partner_losses = (cross_entropy(each, reduction="none") for each in (target.labels, target.partners))
+    return torch.lerp(partner_losses, label_losses, target.share).sum()
 
 
 def clip_gradient(gradient: Tensor, norm: float, max_norm: float | None) -> None:

@@ -265,7 +265,7 @@ class WatchedRun:
         alive = state in ALIVE
         gap = history.longest_gap()
         patience = _SILENT_UNKNOWN if gap is None else max(_SILENT_AFTER, _SILENT_GAPS * gap)
-        of_this_launch = ranks and (status is None or ranks.time >= seconds_of(status.started) - 1.0)
+        are_current = ranks and (status is None or ranks.time >= seconds_of(status.started) - 1.0)
         return Snapshot(
             run=self._run,
             state=state,
@@ -273,7 +273,7 @@ class WatchedRun:
             status=status,
             settings=self._settings,
             history=history,
-            ranks=ranks if of_this_launch else None,
+            ranks=ranks if are_current else None,
             step=step,
             total_steps=status.total_steps if status else None,
             epoch=epoch,

@@ -19,7 +19,7 @@ ALIVE = frozenset({"starting", "running", "stopping"})
 _STALE_AFTER = 600.0  # seconds of silence after which a run on another host, or in a container, counts as lost
 _GONE_AFTER = 10.0  # seconds of silence after which a process that cannot be found has ended without a final status
 _LAUNCHED_GONE_AFTER = 60.0
-"""The same for one that was launched: another rank may take over from it, or the launcher records how the run ended."""
+"""The same if it was launched: another rank may take over from it, or the launcher record how the run ended."""
 
 
 def read_state(directory: RunDirectory) -> tuple[str, str]:

@@ -147,7 +147,7 @@ for capability in (80, 90):
     for kind in ("*i32", "*i64"):
         compile(flat._accumulate_on_grids, {**known, "places": "*i64", "largest": "*i64", "total": kind})
     for kind in ("*fp32", "*bf16", "*fp16"):
-        of_activations = dict.fromkeys(("inputs", "outputs", "upstream", "of_inputs"), kind)
+        of_activations = dict.fromkeys(("inputs", "outputs", "upstream", "grad_inputs"), kind)
         for kernel in kernels:
             compile(kernel, {**known, **of_activations})
 """

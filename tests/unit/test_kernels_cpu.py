@@ -70,8 +70,8 @@ def test_many_equal_values_do_not_lose_digits() -> None:
     inputs[:, :, :, 14:] = 0.3  # the black background of Fashion-MNIST: torch's error is 1e-4 and more
     found = norm_by(cpu, inputs, upstream, weight, bias, [120], relu=False)
     expected = norm_in_float64(inputs, upstream, weight, bias, [120], relu=False)
-    outputs, moments, of_inputs, of_groups = found
-    for result, true in zip((outputs, moments[:2], of_inputs, *of_groups[:, 0]), expected, strict=True):
+    outputs, moments, grad_inputs, grad_groups = found
+    for result, true in zip((outputs, moments[:2], grad_inputs, *grad_groups[:, 0]), expected, strict=True):
         assert float((result.double() - true).abs().max() / true.abs().max()) < 5e-7
 
 

@@ -35,7 +35,7 @@ class Scope(StrEnum):
 
 Readings: TypeAlias = Mapping[tuple[str, ...], float | Buckets]  # by the values of the metric's labels, in order
 _Value: TypeAlias = Callable[[Snapshot], float | None]
-_OfRank: TypeAlias = Callable[[RankMeasurement], float]
+_ReadRank: TypeAlias = Callable[[RankMeasurement], float]
 
 _UNITS = {"_timestamp_seconds": "seconds since 1970"}
 _UNITS |= {f"_{unit}": unit for unit in ("seconds", "bytes", "ratio", "watts", "hertz")}
@@ -102,24 +102,24 @@ def _rank_labels(now: Snapshot, rank: int) -> tuple[str, str]:
     return str(rank), now.facts.nodes[rank] if rank < len(now.facts.nodes) else ""
 
 
-def _of_ranks(
-    name: str, meaning: str, value: str | Mapping[str, _OfRank], label: str = "", kind: Kind = "gauge", unit: str = ""
+def _by_rank(
+    name: str, meaning: str, value: str | Mapping[str, _ReadRank], label: str = "", kind: Kind = "gauge", unit: str = ""
 ) -> Metric:
     """Return the metric of a field of `RankMeasurement`, or of several values keyed by `label`; NaN has no reading."""
     values = [((), attrgetter(value))] if isinstance(value, str) else [((key,), read) for key, read in value.items()]
 
     def take(now: Snapshot) -> Readings:
         return {
-            (*_rank_labels(now, rank), *of_label): number
+            (*_rank_labels(now, rank), *label_values): number
             for rank, measured in enumerate(now.measured.ranks if now.measured else ())
-            for of_label, read in values
+            for label_values, read in values
             if not math.isnan(number := read(measured))
         }
 
     return Metric(name, kind, meaning, take, (*_RANK, label) if label else _RANK, unit_in_words=unit)
 
 
-def _of_this_rank(name: str, meaning: str, field: str) -> Metric:
+def _own_value(name: str, meaning: str, field: str) -> Metric:
     def take(now: Snapshot) -> Readings:
         ranks = now.measured.ranks if now.measured else ()
         # A rank other than 0 gets only its own measurement.
@@ -180,7 +180,7 @@ def _samples(now: Snapshot) -> int:
 _THROTTLING = {"power": 0x84, "thermal": 0x60, "hardware": 0x08}
 
 
-def _is_throttled(bits: int) -> _OfRank:
+def _is_throttled(bits: int) -> _ReadRank:
     def read(measured: RankMeasurement) -> float:
         reasons = measured.device_throttle_reasons
         return reasons if math.isnan(reasons) else float(int(reasons) & bits > 0)
@@ -272,14 +272,14 @@ METRICS: tuple[Metric, ...] = (
     ),
     _gauge("micro_batches", "Micro-batches of a step, of all ranks together.", "facts.micro_batches", "micro-batches"),
     _gauge("micro_batch_size", "Samples of a micro-batch.", "facts.micro_size", "samples"),
-    _of_ranks(
+    _by_rank(
         "rank_micro_batches",
         "Micro-batches of the latest measured step that the rank has computed.",
         "micro_batches",
         unit="micro-batches",
     ),
-    _of_ranks("rank_busy_seconds", "Time of the latest measured step outside of allreduces.", "busy_seconds"),
-    _of_ranks(
+    _by_rank("rank_busy_seconds", "Time of the latest measured step outside of allreduces.", "busy_seconds"),
+    _by_rank(
         "rank_wait_seconds",
         "Time of the latest measured step in allreduces, for the other ranks and for the sum itself.",
         "wait_seconds",
@@ -296,27 +296,27 @@ METRICS: tuple[Metric, ...] = (
         _busy_ratios,
         _RANK,
     ),
-    _of_ranks("rank_resident_memory_bytes", "Resident memory of the rank.", "resident_bytes"),
-    _of_ranks("rank_device_memory_bytes", "Memory of its device that the rank holds.", "device_bytes"),
-    _of_ranks("rank_device_memory_peak_bytes", "Peak of the device memory that the rank held.", "device_peak_bytes"),
-    _of_ranks("rank_device_memory_used_bytes", "Memory of the device that all processes hold.", "device_used_bytes"),
-    _of_ranks("rank_device_memory_limit_bytes", "Memory of the rank's device.", "device_total_bytes"),
-    _of_ranks("rank_device_utilization_ratio", "Share of time that the device was busy.", "device_utilization"),
-    _of_ranks("rank_device_power_watts", "Power that the device draws.", "device_power_watts"),
-    _of_ranks(
+    _by_rank("rank_resident_memory_bytes", "Resident memory of the rank.", "resident_bytes"),
+    _by_rank("rank_device_memory_bytes", "Memory of its device that the rank holds.", "device_bytes"),
+    _by_rank("rank_device_memory_peak_bytes", "Peak of the device memory that the rank held.", "device_peak_bytes"),
+    _by_rank("rank_device_memory_used_bytes", "Memory of the device that all processes hold.", "device_used_bytes"),
+    _by_rank("rank_device_memory_limit_bytes", "Memory of the rank's device.", "device_total_bytes"),
+    _by_rank("rank_device_utilization_ratio", "Share of time that the device was busy.", "device_utilization"),
+    _by_rank("rank_device_power_watts", "Power that the device draws.", "device_power_watts"),
+    _by_rank(
         "rank_device_clock_hertz",
         "Clock of the device: of its cores (core), of its memory (memory).",
         {clock: attrgetter(f"device_{clock}_clock_hertz") for clock in ("core", "memory")},
         "clock",
     ),
-    _of_ranks(
+    _by_rank(
         "rank_device_throttled",
         "1 if the device is throttled: by its power limit (power), its temperature (thermal), or its hardware "
         "(hardware).",
         {reason: _is_throttled(bits) for reason, bits in _THROTTLING.items()},
         "reason",
     ),
-    _of_ranks(
+    _by_rank(
         "rank_device_memory_errors_total",
         "ECC errors of the device's memory since its driver was loaded: corrected and uncorrected.",
         {kind: attrgetter(f"device_{kind}_errors") for kind in ("corrected", "uncorrected")},
@@ -376,9 +376,9 @@ METRICS: tuple[Metric, ...] = (
         ("part",),
         Scope.RANK,
     ),
-    _of_this_rank("resident_memory_bytes", "Resident memory of this rank.", "resident_bytes"),
-    _of_this_rank("device_memory_bytes", "Memory of its device that this rank holds.", "device_bytes"),
-    _of_this_rank("device_utilization_ratio", "Share of time that its device was busy.", "device_utilization"),
+    _own_value("resident_memory_bytes", "Resident memory of this rank.", "resident_bytes"),
+    _own_value("device_memory_bytes", "Memory of its device that this rank holds.", "device_bytes"),
+    _own_value("device_utilization_ratio", "Share of time that its device was busy.", "device_utilization"),
 )
 """Counters of events include all launches of the run, except that of the exporter's restarts."""
 
