@@ -127,6 +127,10 @@ def read_mapping(path: Path, based: str = "") -> dict[str, Any]:
         place = f" at {os.path.abspath(located(path))}, which is the base of {based}" if based else ""
         fault = f"there is no such file{place}{_nearest_file(path)}"
         raise ConfigError.of(str(path), _FILE, fault, code="file-missing") from None
+    except IsADirectoryError:
+        names = ", ".join(sorted(each.name for each in located(path).glob("*.y*ml")))
+        fault = f"is a folder; name a YAML file in it{names and ': '}{names}"
+        raise ConfigError.of(str(path), _FILE, fault, code="unreadable") from None
     except (OSError, ValueError) as error:
         raise ConfigError.of(str(path), _FILE, f"cannot be read: {error}", code="unreadable") from None
     try:

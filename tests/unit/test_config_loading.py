@@ -150,6 +150,13 @@ def test_a_path_that_cannot_be_read_is_a_config_error(tmp_path: Path, name: str)
         load_config(tmp_path / name)
 
 
+def test_a_folder_is_refused_with_its_files(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").touch()
+    with raises_problems(("(file)", "unreadable")) as refused:
+        load_config(tmp_path)
+    assert "config.yaml" in str(refused.value)
+
+
 @pytest.mark.parametrize(
     ("text", "place"),
     [
