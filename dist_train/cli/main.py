@@ -163,8 +163,9 @@ class _Parser(argparse.ArgumentParser):
             hint = did_you_mean(option, self._option_string_actions)
             if option in _LAUNCH_OPTIONS:
                 hint = f"; {option} is an option of launch, before its command: dist-train launch -np 2 train CONFIG"
-            elif "." in option and "=" in unknown[0]:
-                hint = f"; a setting has no dashes: {unknown[0].lstrip('-')}"
+            elif "." in option:
+                setting = unknown[0].lstrip("-")
+                hint = f"; a setting has no dashes: {setting if '=' in setting else f'{setting}=VALUE'}"
             self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         return parsed, rest
 

@@ -312,11 +312,14 @@ class TestProgram:
         assert ended.value.code == 2
         assert "dist-train launch -np 2 train" in capsys.readouterr().err
 
-    def test_a_setting_with_dashes_is_told_without_them(self, capsys: pytest.CaptureFixture[str]) -> None:
+    @pytest.mark.parametrize(("words", "value"), [(["--run.epochs=3"], "3"), (["--run.epochs", "3"], "VALUE")])
+    def test_a_setting_with_dashes_is_told_without_them(
+        self, words: list[str], value: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         with pytest.raises(SystemExit) as ended:
-            main(["train", "x.yaml", "--batch.global_size=3"])
+            main(["train", "x.yaml", *words])
         assert ended.value.code == 2
-        assert capsys.readouterr().err.rstrip().endswith(": batch.global_size=3")
+        assert capsys.readouterr().err.rstrip().endswith(f": run.epochs={value}")
 
     def test_a_file_in_place_of_a_run_is_named_once(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         path = write_config(tmp_path)
