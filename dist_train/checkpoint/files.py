@@ -165,8 +165,7 @@ def read_record(path: Path) -> CheckpointFile:
         )
     except FileNotFoundError as error:
         raise DamagedCheckpointError(
-            f"{path} cannot be verified: there is no record {record.name} beside it; a checkpoint that is copied needs "
-            f"both files",
+            f"{path} is no checkpoint, or was copied without its record: there is no {record.name} beside it",
             code="checkpoint-record",
         ) from error
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
@@ -208,7 +207,7 @@ def find_checkpoint(target: Path) -> Path:
         raise UsageError(f"{run.root} holds no checkpoint: {fix}", code="no-checkpoint")
     wanted = "best checkpoint" if which == "best" else f"checkpoint of step {which}"
     steps = ", ".join(str(file.step) for file in files)
-    raise UsageError(f"{run.root} has no {wanted}; it has those of steps {steps}", code="checkpoint-missing")
+    raise UsageError(f"{run.root} has no {wanted}; it has those of step {steps}", code="checkpoint-missing")
 
 
 def _named(files: Sequence[CheckpointFile], which: str) -> CheckpointFile | None:

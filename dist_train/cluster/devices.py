@@ -189,7 +189,7 @@ def kind_of_device(asked: Device, signs: GpuSigns, found: TorchGpus) -> Literal[
     if found.count:
         return "cuda"
     why = obstacle(signs, found)
-    asks = "run.device is cuda" if asked == "cuda" else f"there are GPUs here ({signs})"
+    asks = "run.device=cuda asks for a GPU" if asked == "cuda" else f"there are GPUs here ({signs})"
     raise UsageError(f"{asks}, but torch cannot use any: {why.reason}. Either {why.fix}; or {_USE_CPU}", code=why.code)
 
 

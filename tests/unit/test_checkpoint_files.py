@@ -145,7 +145,7 @@ def test_promise_6_a_record_that_cannot_be_read_is_damage(tmp_path: Path, record
         path.write_text(record)
     with raises(DamagedCheckpointError, "checkpoint-record") as refused:
         read_checkpoint(file.path)
-    missing = f"there is no record {path.name} beside it; a checkpoint that is copied needs both files"
+    missing = f"there is no {path.name} beside it"
     assert (missing in str(refused.value)) is (record is None)
     assert list_checkpoints(tmp_path) == []
 
