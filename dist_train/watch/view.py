@@ -145,7 +145,7 @@ def _below_each_other(run: Snapshot, columns: int, parts: Plan) -> list[Layout]:
 
 def _ranks_panel(run: Snapshot, rows: int) -> Panel:
     if run.ranks is None:
-        return Panel(Text("not measured yet", style="dim"), title="ranks")
+        return Panel(Text("not measured" if run.is_over else "not measured yet", style="dim"), title="ranks")
     return Panel(_ranks(run.ranks, rows - _BORDER), title=f"ranks at step {run.ranks.step:,}")
 
 

@@ -435,6 +435,8 @@ class TestEnd:
         run = watched.look(NOW + 99.0)
         assert run.is_over
         assert run.seconds_left is None
+        (directory / "ranks.json").unlink()
+        assert "not measured yet" not in drawn(watched.look(NOW + 99.0))
         console = Console(file=io.StringIO(), width=400)
         console.print(summary(run, box=None))
         told = words(console.file.getvalue())  # type: ignore[attr-defined]  # it is a StringIO
