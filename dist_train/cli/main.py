@@ -178,4 +178,6 @@ class _Parser(argparse.ArgumentParser):
             super()._check_value(action, value)
         except argparse.ArgumentError as error:
             hint = did_you_mean(str(value), map(str, action.choices or ()))
+            if action.metavar == "COMMAND" and str(value).endswith((".yaml", ".yml")):
+                hint = f"; the command comes first: train {value}"
             raise argparse.ArgumentError(action, f"{error.message}{hint}") from None

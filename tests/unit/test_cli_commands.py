@@ -312,6 +312,15 @@ class TestProgram:
         assert ended.value.code == 2
         assert "dist-train launch -np 2 train" in capsys.readouterr().err
 
+    @pytest.mark.parametrize("words", ["x.yaml", "launch -np 2 x.yaml run.seed=1"])
+    def test_a_configuration_without_a_command_is_told_which(
+        self, words: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with pytest.raises(SystemExit) as ended:
+            main(words.split())
+        assert ended.value.code == 2
+        assert capsys.readouterr().err.rstrip().endswith(": train x.yaml")
+
     @pytest.mark.parametrize(("words", "value"), [(["--run.epochs=3"], "3"), (["--run.epochs", "3"], "VALUE")])
     def test_a_setting_with_dashes_is_told_without_them(
         self, words: list[str], value: str, capsys: pytest.CaptureFixture[str]
