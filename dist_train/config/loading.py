@@ -128,8 +128,8 @@ def read_mapping(path: Path, based: str = "") -> dict[str, Any]:
         fault = f"there is no such file{place}{_nearest_file(path)}"
         raise ConfigError.of(str(path), _FILE, fault, code="file-missing") from None
     except IsADirectoryError:
-        names = ", ".join(sorted(each.name for each in located(path).glob("*.y*ml")))
-        fault = f"is a folder; name a YAML file in it{names and ': '}{names}"
+        names = ", ".join(sorted(each.name for each in located(path).glob("*.y*ml"))[:5])
+        fault = f"is a folder; name a YAML file in it{names and ', such as '}{names}"
         raise ConfigError.of(str(path), _FILE, fault, code="unreadable") from None
     except (OSError, ValueError) as error:
         raise ConfigError.of(str(path), _FILE, f"cannot be read: {error}", code="unreadable") from None

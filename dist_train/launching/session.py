@@ -160,8 +160,7 @@ class Session:
         for name, text in resume_point.damage.items():
             _logger.warning("%s; the checkpoint before it is used", text)
             trainer.event("corrupt_checkpoint", path=name)
-        job = current_job()
-        if job is not None and job.restarts:
+        if (job := current_job()) is not None and job.restarts:
             trainer.event("requeued", restart=job.restarts)
         if resume_point.contents is not None:
             if resumes:
