@@ -56,12 +56,7 @@ from dist_train.training.compute import Compute, LossScale, compiled, fitting_me
 from dist_train.training.consistency import check_same_data, setup_digests
 from dist_train.training.graphs import CudaGraphRecorder, GraphRecorder
 from dist_train.training.measuring import Measuring, Profiler, StepClock, WeightNorms, usage_reader
-from dist_train.training.micro_batches import (
-    fewest_samples,
-    find_micro_size,
-    forward_and_backward,
-    sum_for_sync_norm,
-)
+from dist_train.training.micro_batches import fewest_samples, find_micro_size, forward_and_backward, sum_for_sync_norm
 from dist_train.training.recovery import ElasticTrainer
 from dist_train.training.reduction import Tally, set_up_reduction
 from dist_train.training.step import TrainingStep
