@@ -26,7 +26,7 @@
     s/\n.*//
 }
 # What the shell of a rank says to that.
-/^(\[[0-9]+\]<stderr>:)?(.*: line [0-9]+: +[0-9]+ )?Terminated( .*)?$/d
+/^(\[[0-9]+\]<stderr>:)?(Terminated|.*: line [0-9]+: +[0-9]+ Terminated .*)$/d
 
 # mpirun's notice about the same, if the code is one of ours: status.json has the reason.
 /^-{60,}$/{

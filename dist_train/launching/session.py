@@ -148,7 +148,7 @@ class Session:
         devices = self._compare_devices(environment.get("device", "") if resumes else "")
         if self.status is None:
             return
-        self._warn_of_micro_batches(is_new=resume_point.contents is None)
+        self._warn_of_micro_batches(resume_point)
         if resume_point.gone is not None:
             step = trainer.progress.step
             _logger.warning(f"{resume_point.gone} is gone: the run resumes from its own last checkpoint, step {step}")
@@ -185,7 +185,7 @@ class Session:
             environment = now | {f"plug-in {name}": digest for name, digest in trainer.plugins.items()}
         self.status.change("running", **trainer.status_fields(), environment=environment)
 
-    def _warn_of_micro_batches(self, is_new: bool) -> None:
+    def _warn_of_micro_batches(self, resume_point: ResumePoint) -> None:
         config, plan = self._running.config, self._running.plan
         parts, ghost, micro = len(plan.micro_batches), config.model.ghost_size, plan.micro_size
         is_ghost = config.model.norm == "ghost" and bool(self._running.take_step.norms)
@@ -195,7 +195,7 @@ class Session:
                 f"a batch of {parts} micro-batches of {micro} samples leaves {self.comm.size - parts} of the "
                 f"{self.comm.size} ranks without work: {smaller}use fewer ranks"
             )
-        if is_ghost and micro < min(ghost, config.batch.global_size) and is_new:
+        if is_ghost and micro < min(ghost, config.batch.global_size) and resume_point.contents is None:
             _logger.warning(
                 f"ghost norm takes its statistics over micro-batches of {micro} samples, not over model.ghost_size, "
                 f"{ghost}: set batch.micro_size to {ghost} or more, or model.ghost_size to {micro}"

@@ -325,6 +325,7 @@ def test_output_after_a_traceback_is_shown_at_once_and_that_of_horovodrun_is_lef
         pytest.param("{0:1}\n{T}\n{1:143}\n", "{0:1}\n{1:143}\n", id="an error"),
         pytest.param("{1:2}{0:1}\n", "{1:2}{0:1}\n", id="an error beside"),
         pytest.param("Terminated\n[1]<stderr>:Terminated\n", "", id="what the shells say"),
+        pytest.param("Terminated early\\n", "Terminated early\\n", id="what a program says"),
         pytest.param("sh: line 1: 812 Terminated   env A=1 python\n", "", id="what bash as sh says"),
     ],
 )
