@@ -12,8 +12,9 @@ from benchmarks.launching import finish, module, on_ranks
 from benchmarks.subject import settings
 from dist_train.checkpoint.files import find_checkpoint, read_checkpoint
 from dist_train.config import dump_config
+from dist_train.rundir.metrics_file import read_records
 from dist_train.rundir.paths import RunDirectory
-from dist_train.rundir.records import Record, TrainRecord, read_records
+from dist_train.rundir.records import Record, TrainRecord
 
 _SECTIONS: Mapping[str, Mapping[str, Any]] = {
     "batch": {"micro_size": 64},

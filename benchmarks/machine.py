@@ -10,9 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from dist_train.cluster.devices import device_type
+from dist_train.cluster.devices import device_name, device_type
 from dist_train.cluster.inspection import installed_version
-from dist_train.launching.session import device_name
 
 _PACKAGES = ("torch", "torchvision", "numpy", "horovod", "mpi4py")
 

@@ -28,8 +28,9 @@ from dist_train.data.loader import Splits, open_splits
 from dist_train.data.plan import BatchPlan
 from dist_train.outcome import CodedError, UsageError, check_choice, writing
 from dist_train.report.drawing import draw_learning_curve
+from dist_train.rundir.metrics_file import read_records
 from dist_train.rundir.paths import RunDirectory, in_utf8, run_folder
-from dist_train.rundir.records import EvaluationRecord, Record, TrainRecord, read_records
+from dist_train.rundir.records import EvaluationRecord, Record, TrainRecord
 from dist_train.rundir.status import Status, load_status
 from dist_train.training.compute import restoring_torch
 from dist_train.training.evaluation import (

@@ -29,8 +29,9 @@ from dist_train.cluster.communicator import (
 from dist_train.outcome import UsageError
 from dist_train.rundir import atomic
 from dist_train.rundir.atomic import json_text
+from dist_train.rundir.metrics_file import read_records
 from dist_train.rundir.paths import RunDirectory, checkpoint_name, in_utf8, refuse_foreign, run_folder
-from dist_train.rundir.records import EventRecord, read_records
+from dist_train.rundir.records import EventRecord
 from dist_train.rundir.status import fallback_directory, read_status
 
 FORMAT = 1

@@ -6,6 +6,7 @@ What scheduler and driver say about GPUs is compared with what torch finds; the 
 from __future__ import annotations
 
 import os
+import platform
 import re
 import socket
 import warnings
@@ -329,3 +330,19 @@ def why_no_gpu(signs: GpuSigns) -> str:
     if torch.version.cuda and not signs.present:
         return f"no GPU is visible here, though this torch is built for CUDA {torch.version.cuda}"
     return ""
+
+
+def device_name(device: torch.device, processors: Path = Path("/proc/cpuinfo")) -> str:
+    """Return the name of the GPU, or of the CPU according to `processors`, or else the CPU's architecture."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = processors.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+
+    def first(field: str) -> str:
+        return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")
+
+    # ARM has a number instead of a name, which tells its processors apart; some architectures have neither
+    return first("model name") or f"{platform.machine()} {first('CPU part')}".rstrip()

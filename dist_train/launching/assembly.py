@@ -5,10 +5,8 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, nullcontext
 from functools import partial
-from itertools import islice
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -50,8 +48,8 @@ from dist_train.optim.schedules import LearningRate
 from dist_train.outcome import CodedError, UsageError
 from dist_train.reproducible import LayerRng
 from dist_train.rundir.epochs import Epochs
+from dist_train.rundir.metrics_file import digest_of_initial_weights
 from dist_train.rundir.paths import RunDirectory
-from dist_train.rundir.records import EventRecord, from_json
 from dist_train.training.compute import Compute, LossScale, compiled, fitting_memory, set_up_compute
 from dist_train.training.consistency import check_same_data, setup_digests
 from dist_train.training.graphs import CudaGraphRecorder, GraphRecorder
@@ -67,7 +65,6 @@ _logger = logging.getLogger("dist_train.training")
 
 _LOST_NOISE = 0.01  # a run warns if more than this share of the weights is left without noise
 _TRIED_STEPS = 100  # of a run, to find where the noise is strongest
-_EVENTS_BEFORE_TRAINING = 100  # more than there are
 
 
 def assemble(
@@ -356,25 +353,13 @@ def _initial_values(config: Config, directory: RunDirectory) -> torch.Tensor:
     if config.run.init_from is not None:
         try:
             initial = read_initial(config.run.init_from, config.model.name)
-            if initial.sha256 != _recorded_digest(directory.metrics):
+            if initial.sha256 != digest_of_initial_weights(directory.metrics):
                 raise UsageError(f"{initial.path} is no longer the file that the run began with", code="target-missing")
             _load_initial(initial, network, config)
         except (OSError, CodedError) as error:
             _logger.warning("the distance from the initial weights is not measured: %s", error)
             return torch.full_like(values, torch.nan)
     return values
-
-
-def _recorded_digest(metrics: Path) -> str:
-    """Return the digest of the file whose weights the run of these records began with; empty if none is named.
-
-    The event comes before the first update.
-    """
-    with suppress(OSError), metrics.open("rb") as lines:
-        for record in map(from_json, islice(lines, _EVENTS_BEFORE_TRAINING)):
-            if isinstance(record, EventRecord) and record.event == "initialized":
-                return str(record.details.get("sha256", ""))
-    return ""
 
 
 def _with_micro_size(

@@ -39,17 +39,9 @@ from dist_train.monitoring.console import open_logs
 from dist_train.monitoring.prometheus.http_server import access_warnings
 from dist_train.outcome import SHARED_ERRORS, CodedError, FaultError, UsageError, say_on_stderr
 from dist_train.rundir.lock import LEASE_SECONDS, LockRequest, RunLock
+from dist_train.rundir.metrics_file import RECENT_BYTES, JsonLines, read_last_records, record_key, rewind
 from dist_train.rundir.paths import RunDirectory, oserror_to_fault
-from dist_train.rundir.records import (
-    RECENT_BYTES,
-    EventRecord,
-    JsonLines,
-    Observer,
-    Outcome,
-    read_last_records,
-    record_key,
-    rewind,
-)
+from dist_train.rundir.records import EventRecord, Observer, Outcome
 from dist_train.start_up import without_collection
 from dist_train.training.compute import free_device_memory, is_out_of_memory, restoring_torch, share_of_threads
 from dist_train.training.consistency import check_consistent_across_ranks

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import platform
 import re
 import socket
 import time
@@ -20,7 +19,7 @@ import dist_train
 from dist_train.checkpoint.files import CheckpointFile, Contents, list_checkpoints
 from dist_train.checkpoint.state import InitialWeights, Progress
 from dist_train.cluster.communicator import Communicator, RankLostError, broadcast_str, gather_str
-from dist_train.cluster.devices import find_gpus, why_no_gpu
+from dist_train.cluster.devices import device_name, find_gpus, why_no_gpu
 from dist_train.cluster.launch import command_output, current_job
 from dist_train.cluster.watchdog import Watchdog
 from dist_train.config import Config
@@ -44,8 +43,9 @@ from dist_train.outcome import (
     shortened,
 )
 from dist_train.rundir.lock import RunLock, check_of_run
+from dist_train.rundir.metrics_file import JsonLines
 from dist_train.rundir.paths import RunDirectory
-from dist_train.rundir.records import JsonLines, Observer, Outcome, RunFacts
+from dist_train.rundir.records import Observer, Outcome, RunFacts
 from dist_train.rundir.status import EventCounts, RanksFile, State, StatusFile, another_failed, read_status
 from dist_train.training.consistency import changed_versions, kernels_on, launch_environment
 
@@ -425,22 +425,6 @@ def revision(root: Path = Path(dist_train.__file__).parents[1]) -> str:
         kept = {name: value for name, value in os.environ.items() if not re.match("GIT_(?!CONFIG)", name)}
         commit = command_output(*git, *describe, seconds=_GIT_SECONDS, env=kept)
     return f"{dist_train.__version__} ({commit})" if commit else dist_train.__version__
-
-
-def device_name(device: torch.device, processors: Path = Path("/proc/cpuinfo")) -> str:
-    """Return the name of the GPU, or of the CPU according to `processors`, or else the CPU's architecture."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = processors.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-
-    def first(field: str) -> str:
-        return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")
-
-    # ARM has a number instead of a name, which tells its processors apart; some architectures have neither
-    return first("model name") or f"{platform.machine()} {first('CPU part')}".rstrip()
 
 
 def run_facts(trainer: Trainer, launched: float, revision: str, run_id: str, nodes: tuple[str, ...]) -> RunFacts:

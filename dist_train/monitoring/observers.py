@@ -29,19 +29,9 @@ from dist_train.cluster.launch import IN_CALLBACK
 from dist_train.config.loading import flat_settings
 from dist_train.config.plugins import place_of
 from dist_train.outcome import UsageError
+from dist_train.rundir.metrics_file import RecordKey, read_records, record_key
 from dist_train.rundir.paths import RunDirectory
-from dist_train.rundir.records import (
-    EvaluationRecord,
-    Measurement,
-    Observer,
-    Outcome,
-    Record,
-    RecordKey,
-    RunFacts,
-    TrainRecord,
-    read_records,
-    record_key,
-)
+from dist_train.rundir.records import EvaluationRecord, Measurement, Observer, Outcome, Record, RunFacts, TrainRecord
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

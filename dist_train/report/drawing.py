@@ -23,8 +23,9 @@ from dist_train.monitoring.wording import epochs
 from dist_train.outcome import UsageError, writing
 from dist_train.report.chart import LIGHT, SeriesStyle, style_of, ticks
 from dist_train.rundir import atomic
+from dist_train.rundir.metrics_file import read_records
 from dist_train.rundir.paths import RunDirectory
-from dist_train.rundir.records import TrainRecord, read_records
+from dist_train.rundir.records import TrainRecord
 from dist_train.watch.figure import (
     ACCURACY,
     BATCH,

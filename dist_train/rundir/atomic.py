@@ -196,6 +196,11 @@ def json_text(value: object, indent: int | None = None) -> str:
     return json.dumps(_plain(value), indent=indent, allow_nan=False)
 
 
+def nan_for_null(fields: Mapping[str, object]) -> dict[str, object]:
+    """Return `fields` with NaN in place of null, as `json_text` writes numbers that are not finite."""
+    return {name: math.nan if value is None else value for name, value in fields.items()}
+
+
 def _plain(value: object) -> object:
     match value:
         case float():

@@ -25,10 +25,10 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from dist_train.config.loading import flat_settings, parse_yaml, yaml_fault
 from dist_train.outcome import ExitCode, shortened
 from dist_train.rundir import atomic
-from dist_train.rundir.atomic import json_text, read_regular
+from dist_train.rundir.atomic import json_text, nan_for_null, read_regular
 from dist_train.rundir.lock import check_of_run, pid_namespace
 from dist_train.rundir.paths import BrokenFileError, RunDirectory
-from dist_train.rundir.records import EventRecord, Measurement, Observer, Outcome, RankMeasurement, Record, nan_for_null
+from dist_train.rundir.records import EventRecord, Measurement, Observer, Outcome, RankMeasurement, Record
 
 State = Literal["starting", "running", "stopping", "stopped", "finished", "failed"]
 

@@ -21,8 +21,9 @@ from dist_train.config.resuming import Difference
 from dist_train.monitoring import wording
 from dist_train.outcome import ExitCode, UsageError, escaped, writing
 from dist_train.rundir.lock import is_locked
+from dist_train.rundir.metrics_file import read_last_records
 from dist_train.rundir.paths import RunDirectory
-from dist_train.rundir.records import EvaluationRecord, read_last_records
+from dist_train.rundir.records import EvaluationRecord
 from dist_train.rundir.status import Status, read_status
 from dist_train.sweep.planned_runs import Plan, PlannedRun, optuna_trials, plan_study, write_plan
 from dist_train.sweep.study_file import OptunaTrials

@@ -25,7 +25,8 @@ from dist_train.cluster.communicator import (
 )
 from dist_train.optim.noise import Noise
 from dist_train.outcome import FaultError, PeerFailedError, UsageError
-from dist_train.rundir.records import Detail, Record, RecordKey, from_json, record_key, to_json
+from dist_train.rundir.metrics_file import RecordKey, from_json, record_key, to_json
+from dist_train.rundir.records import Detail, Record
 from dist_train.training.trainer import LastUpdate, Trainer
 
 _IDENTITY = ("code", "settings", "data", "observers")

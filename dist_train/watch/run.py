@@ -14,8 +14,9 @@ from pathlib import Path
 
 from dist_train.outcome import UsageError
 from dist_train.rundir.atomic import open_regular
+from dist_train.rundir.metrics_file import TRAIN_LINE, from_json
 from dist_train.rundir.paths import BrokenFileError, RunDirectory, run_folder
-from dist_train.rundir.records import TRAIN_LINE, EvaluationRecord, EventRecord, Record, TrainRecord, better, from_json
+from dist_train.rundir.records import EvaluationRecord, EventRecord, Record, TrainRecord, better
 from dist_train.rundir.status import RanksReading, Status, read_ranks, read_settings, read_status
 from dist_train.watch.run_state import ALIVE, has_gone, process_is_gone, seconds_of
 from dist_train.watch.run_table import Settings, seconds_left

@@ -11,8 +11,9 @@ from pathlib import Path
 from dist_train.cluster.launch import JOB_IS_ALIVE, JOB_WAITS
 from dist_train.monitoring import wording
 from dist_train.rundir.lock import process_runs
+from dist_train.rundir.metrics_file import read_records
 from dist_train.rundir.paths import BrokenFileError, RunDirectory
-from dist_train.rundir.records import Record, read_records
+from dist_train.rundir.records import Record
 from dist_train.rundir.status import Status, fallback_directory, load_status
 
 ALIVE = frozenset({"starting", "running", "stopping"})

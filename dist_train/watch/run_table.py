@@ -21,8 +21,9 @@ from dist_train.monitoring import wording
 from dist_train.monitoring.wording import Pace
 from dist_train.outcome import UsageError, escaped
 from dist_train.rundir.atomic import json_text
+from dist_train.rundir.metrics_file import read_last_records
 from dist_train.rundir.paths import BrokenFileError, RunDirectory
-from dist_train.rundir.records import EvaluationRecord, EventRecord, TrainRecord, better, read_last_records
+from dist_train.rundir.records import EvaluationRecord, EventRecord, TrainRecord, better
 from dist_train.rundir.status import load_status, read_settings
 from dist_train.watch.run_state import ALIVE, corrected_by_job, read_measurements, state_of, walk_runs
 

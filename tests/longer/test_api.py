@@ -28,8 +28,9 @@ from dist_train.config.resuming import with_setting
 from dist_train.data.images import BatchRequest
 from dist_train.data.loader import open_splits
 from dist_train.outcome import DivergedError, ExitCode, StoppedError, UsageError
+from dist_train.rundir.metrics_file import to_json
 from dist_train.rundir.paths import RunDirectory
-from dist_train.rundir.records import EvaluationRecord, EventRecord, Record, to_json
+from dist_train.rundir.records import EvaluationRecord, EventRecord, Record
 from tests.launching import launch, mostly_lengthy, small_settings, start, train_alone, wait_for_ends, write_config
 from tests.raising import raises
 from tests.unit.image_folders import write_folder

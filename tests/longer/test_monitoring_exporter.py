@@ -25,7 +25,8 @@ from dist_train.config.sections import MetricsSettings
 from dist_train.monitoring.observers import Observers
 from dist_train.monitoring.prometheus import exporter as exporter_module
 from dist_train.monitoring.prometheus.exporter import Exporter
-from dist_train.rundir.records import EvaluationRecord, EventRecord, Outcome, Record, to_json
+from dist_train.rundir.metrics_file import to_json
+from dist_train.rundir.records import EvaluationRecord, EventRecord, Outcome, Record
 from tests.ipv6 import needs_ipv6
 from tests.services.servers import free_port
 from tests.unit.exporting import FACTS, LEFT, OUTCOME, STOPPED, get, measurement, port_of, read, scrape, serving, train

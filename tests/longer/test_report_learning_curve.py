@@ -10,7 +10,8 @@ import pytest
 from dist_train.cli.main import parse
 from dist_train.outcome import UsageError
 from dist_train.report.drawing import draw_learning_curve
-from dist_train.rundir.records import EvaluationRecord, EventRecord, Record, TrainRecord, to_json
+from dist_train.rundir.metrics_file import to_json
+from dist_train.rundir.records import EvaluationRecord, EventRecord, Record, TrainRecord
 from tests.raising import raises
 from tests.unit import records as plausible
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from dist_train.rundir.records import EvaluationRecord, Record, TrainRecord, to_json
+from dist_train.rundir.metrics_file import to_json
+from dist_train.rundir.records import EvaluationRecord, Record, TrainRecord
 
 STEPS_PER_EPOCH = 7
 

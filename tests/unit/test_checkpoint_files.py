@@ -38,8 +38,9 @@ from dist_train.checkpoint.files import (
 )
 from dist_train.outcome import PeerFailedError, UsageError
 from dist_train.rundir import atomic
+from dist_train.rundir.metrics_file import JsonLines, rewind
 from dist_train.rundir.paths import RunDirectory
-from dist_train.rundir.records import EventRecord, JsonLines, rewind
+from dist_train.rundir.records import EventRecord
 from tests.raising import raises
 from tests.unit.checkpoint_files import contents, write
 from tests.unit.simulated_ranks import SimulatedRanks, on_ranks, results

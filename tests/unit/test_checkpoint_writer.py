@@ -29,8 +29,8 @@ from dist_train.checkpoint.writer import CheckpointWriter, NotWritten, Saving, W
 from dist_train.cluster.communicator import SingleProcess
 from dist_train.config.sections import CheckpointSettings
 from dist_train.outcome import FaultError, UsageError
+from dist_train.rundir.metrics_file import JsonLines, read_records, rewind
 from dist_train.rundir.paths import RunDirectory
-from dist_train.rundir.records import JsonLines, read_records, rewind
 from tests.raising import raises
 from tests.unit.checkpoint_files import contents, write
 from tests.unit.records import train

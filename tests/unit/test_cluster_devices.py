@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -22,6 +23,7 @@ from dist_train.cluster.devices import (
     check_placements,
     choose_device,
     connect,
+    device_name,
     device_type,
     find_gpus,
     kind_of_device,
@@ -316,3 +318,18 @@ def test_a_run_on_the_cpu_says_why_where_torch_is_built_for_gpus(monkeypatch: py
     assert why_no_gpu(GpuSigns(("SLURM_JOB_GPUS=0",))) == ""
     monkeypatch.setattr(torch.version, "cuda", None)
     assert why_no_gpu(NOTHING) == ""
+
+
+def test_a_processor_has_its_name_or_else_its_architecture(tmp_path: Path) -> None:
+    (tmp_path / "x86").write_text("processor\t: 0\nmodel name\t: Abacus 9000: fast\n\nmodel name\t: another\n")
+    (tmp_path / "variant").write_text("processor\t: 0\nBogoMIPS\t: 50.00\n")
+    (tmp_path / "graviton").write_text("processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd4f\n")
+    assert device_name(torch.device("cpu"), tmp_path / "x86") == "Abacus 9000: fast"
+    assert device_name(torch.device("cpu"), tmp_path / "graviton") == f"{platform.machine()} 0xd4f"
+    assert device_name(torch.device("cpu"), tmp_path / "variant") == platform.machine()
+    assert device_name(torch.device("cpu"), tmp_path / "missing") == platform.machine()
+
+
+def test_a_gpu_has_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device.index}")
+    assert device_name(torch.device("cuda", 1)) == "card 1"

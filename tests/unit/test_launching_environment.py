@@ -16,14 +16,16 @@ import torch
 
 from dist_train.cluster import inspection
 from dist_train.cluster.communicator import Communicator, SingleProcess
+from dist_train.cluster.devices import device_name
 from dist_train.cluster.inspection import horovod_build, installed_version, loaded_mpi_version, mpi_library
 from dist_train.config import Config
 from dist_train.launching.run import train
-from dist_train.launching.session import Session, device_name, revision
+from dist_train.launching.session import Session, revision
 from dist_train.monitoring.observers import Observers
 from dist_train.outcome import FaultError
+from dist_train.rundir.metrics_file import read_records
 from dist_train.rundir.paths import RunDirectory
-from dist_train.rundir.records import EventRecord, read_records
+from dist_train.rundir.records import EventRecord
 from dist_train.rundir.status import read_status
 from dist_train.training.consistency import kernels_on, launch_environment
 from tests.unit.simulated_ranks import results
@@ -84,21 +86,6 @@ def test_a_package_that_is_missing_is_told_so(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(metadata, "version", missing)
     assert launch_environment("", "alone", "", {})["Horovod"] == "not installed"
-
-
-def test_a_processor_has_its_name_or_else_its_architecture(tmp_path: Path) -> None:
-    (tmp_path / "x86").write_text("processor\t: 0\nmodel name\t: Abacus 9000: fast\n\nmodel name\t: another\n")
-    (tmp_path / "variant").write_text("processor\t: 0\nBogoMIPS\t: 50.00\n")
-    (tmp_path / "graviton").write_text("processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd4f\n")
-    assert device_name(CPU, tmp_path / "x86") == "Abacus 9000: fast"
-    assert device_name(CPU, tmp_path / "graviton") == f"{platform.machine()} 0xd4f"
-    assert device_name(CPU, tmp_path / "variant") == platform.machine()
-    assert device_name(CPU, tmp_path / "missing") == platform.machine()
-
-
-def test_a_gpu_has_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device.index}")
-    assert device_name(torch.device("cuda", 1)) == "card 1"
 
 
 @pytest.fixture(scope="module")

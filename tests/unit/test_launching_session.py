@@ -48,17 +48,9 @@ from dist_train.outcome import (
     exit_code_of,
 )
 from dist_train.rundir.lock import LockRequest
+from dist_train.rundir.metrics_file import JsonLines, read_records, to_json
 from dist_train.rundir.paths import RunDirectory
-from dist_train.rundir.records import (
-    EventRecord,
-    JsonLines,
-    Observer,
-    Outcome,
-    Record,
-    RunFacts,
-    read_records,
-    to_json,
-)
+from dist_train.rundir.records import EventRecord, Observer, Outcome, Record, RunFacts
 from dist_train.rundir.status import Status, read_status
 from dist_train.training.recovery import ElasticTrainer
 from dist_train.training.stopping import StopRequests

@@ -24,7 +24,8 @@ from dist_train.report.sharpness_charts import sharpness_scatters
 from dist_train.report.stored_run import Subject, read_run, read_subject
 from dist_train.report.tables import contrast_tables, effect_tables, run_cells, variant_cell
 from dist_train.report.variants import changes_between, panels_of, shown
-from dist_train.rundir.records import EvaluationRecord, EventRecord, TrainRecord, to_json
+from dist_train.rundir.metrics_file import to_json
+from dist_train.rundir.records import EvaluationRecord, EventRecord, TrainRecord
 from tests.raising import raises
 from tests.unit.foreign_files import without_root
 from tests.unit.records import evaluation, write_records

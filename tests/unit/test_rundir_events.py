@@ -12,7 +12,8 @@ import pytest
 
 from dist_train.monitoring.prometheus.board import Board
 from dist_train.monitoring.prometheus.process import _history
-from dist_train.rundir.records import EVENTS, EventRecord, from_json, to_json
+from dist_train.rundir.metrics_file import from_json, to_json
+from dist_train.rundir.records import EVENTS, EventRecord
 from dist_train.watch.view import _BAD_EVENTS
 from tests.unit.exporting import FACTS
 

@@ -19,20 +19,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_train.rundir import records
-from dist_train.rundir.records import (
-    EvaluationRecord,
-    EventRecord,
-    JsonLines,
-    Outcome,
-    Record,
-    TrainRecord,
-    from_json,
-    read_last_records,
-    read_records,
-    rewind,
-    to_json,
-)
+from dist_train.rundir import metrics_file
+from dist_train.rundir.metrics_file import JsonLines, from_json, read_last_records, read_records, rewind, to_json
+from dist_train.rundir.records import EvaluationRecord, EventRecord, Outcome, Record, TrainRecord
 from tests.unit.records import evaluation, train
 from tests.waiting import wait_for
 
@@ -110,10 +99,10 @@ def test_of_a_long_file_the_latest_records_alone_are_remembered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "metrics.jsonl"
-    monkeypatch.setattr(records, "_BACKLOG_LIMIT", 3)
+    monkeypatch.setattr(metrics_file, "_BACKLOG_LIMIT", 3)
     write(path, *map(train, (1, 2, 3, 4, 3, 1)))
     assert [record.step for record in read_records(path)] == [1, 2, 3, 4, 1]
-    monkeypatch.setattr(records, "RECENT_BYTES", 2 * len(to_json(train(1))))
+    monkeypatch.setattr(metrics_file, "RECENT_BYTES", 2 * len(to_json(train(1))))
     write(path, *map(train, (1, 2)))
     assert [record.step for record in read_records(path)] == [1, 2, 3, 4, 1, 2]
 
@@ -203,7 +192,7 @@ def test_lines_that_a_file_server_drops_at_a_flush_are_written_again(
 
 
 def test_a_record_after_a_failed_flush_of_many_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(records, "_BACKLOG_LIMIT", 3)
+    monkeypatch.setattr(metrics_file, "_BACKLOG_LIMIT", 3)
     path = tmp_path / "metrics.jsonl"
     lines = JsonLines(path)
     for step in range(1, 6):

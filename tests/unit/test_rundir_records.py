@@ -7,15 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_train.rundir.records import (
-    EvaluationRecord,
-    EventRecord,
-    Record,
-    TrainRecord,
-    better,
-    from_json,
-    to_json,
-)
+from dist_train.rundir.metrics_file import from_json, to_json
+from dist_train.rundir.records import EvaluationRecord, EventRecord, Record, TrainRecord, better
 from tests.unit.records import evaluation
 
 numbers = st.floats(allow_nan=False, allow_infinity=False)

@@ -16,7 +16,8 @@ from dist_train.config import ConfigError
 from dist_train.outcome import ExitCode, UsageError
 from dist_train.report.page import render, tables_in_markdown
 from dist_train.report.stored_run import read_subject
-from dist_train.rundir.records import EvaluationRecord, JsonLines
+from dist_train.rundir.metrics_file import JsonLines
+from dist_train.rundir.records import EvaluationRecord
 from dist_train.rundir.status import StatusFile
 from dist_train.sweep.planned_runs import Plan, PlannedRun, optuna_trials, plan_study
 from dist_train.sweep.standing import best_trials, publish, with_trials

@@ -21,8 +21,9 @@ from dist_train.cli.main import main
 from dist_train.cluster.communicator import SingleProcess
 from dist_train.models.norms import norm_modules
 from dist_train.outcome import DivergedError, ExitCode, FaultError, PeerFailedError, StoppedError, UsageError
+from dist_train.rundir.metrics_file import read_records
 from dist_train.rundir.paths import RunDirectory
-from dist_train.rundir.records import EventRecord, read_records
+from dist_train.rundir.records import EventRecord
 from dist_train.rundir.status import StatusFile
 from dist_train.training.evaluation import evaluate_stored
 from tests.raising import raises

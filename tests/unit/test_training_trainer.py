@@ -24,13 +24,7 @@ from dist_train.launching import assembly
 from dist_train.models import build_model
 from dist_train.optim.noise import SmoothOut
 from dist_train.outcome import FaultError, StoppedError, UsageError
-from dist_train.rundir.records import (
-    EvaluationRecord,
-    EventRecord,
-    Observer,
-    Record,
-    TrainRecord,
-)
+from dist_train.rundir.records import EvaluationRecord, EventRecord, Observer, Record, TrainRecord
 from dist_train.rundir.status import StatusFile, read_status
 from dist_train.training import trainer as training_loop
 from dist_train.training.consistency import verify_agreement

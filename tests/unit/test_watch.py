@@ -20,8 +20,9 @@ from rich.console import Console
 
 from dist_train.outcome import ExitCode, UsageError
 from dist_train.rundir.epochs import Epochs
+from dist_train.rundir.metrics_file import to_json
 from dist_train.rundir.paths import RunDirectory
-from dist_train.rundir.records import EventRecord, Measurement, RankMeasurement, Record, StepParts, to_json
+from dist_train.rundir.records import EventRecord, Measurement, RankMeasurement, Record, StepParts
 from dist_train.rundir.status import RanksFile, StatusFile
 from dist_train.watch.run import History, Snapshot, WatchedRun, find_run
 from dist_train.watch.run_table import seconds_left

@@ -27,8 +27,9 @@ from dist_train.cli.main import main, parse
 from dist_train.monitoring.prometheus.board import Board
 from dist_train.outcome import UsageError
 from dist_train.rundir.epochs import Epochs
+from dist_train.rundir.metrics_file import from_json
 from dist_train.rundir.paths import BrokenFileError, RunDirectory
-from dist_train.rundir.records import EventRecord, Record, from_json
+from dist_train.rundir.records import EventRecord, Record
 from dist_train.rundir.status import Status, load_status
 from dist_train.watch.run import WatchedRun
 from dist_train.watch.run_table import RunSummary, as_json, corrected_by_slurm, read_runs, render
@@ -167,7 +168,7 @@ def test_only_the_end_of_the_records_is_read(tmp_path: Path, monkeypatch: pytest
         parsed.append(line)
         return from_json(line)
 
-    monkeypatch.setattr("dist_train.rundir.records.from_json", parse_line)
+    monkeypatch.setattr("dist_train.rundir.metrics_file.from_json", parse_line)
     run = only_run(path)
     assert run.samples_per_second == 100.0
     assert run.seconds_left == pytest.approx(200.0)

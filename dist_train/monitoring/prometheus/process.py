@@ -20,7 +20,8 @@ from dist_train.monitoring.prometheus import messages, targets
 from dist_train.monitoring.prometheus.board import KILLED, Board, is_stalled, outcome_label
 from dist_train.monitoring.prometheus.http_server import CANNOT_LISTEN, Site, bind, read_credentials, tls_context
 from dist_train.monitoring.prometheus.metrics import Families, MetricsPage
-from dist_train.rundir.records import TRAIN_LINE, EvaluationRecord, EventRecord, Outcome, Record, RunFacts, from_json
+from dist_train.rundir.metrics_file import TRAIN_LINE, from_json
+from dist_train.rundir.records import EvaluationRecord, EventRecord, Outcome, Record, RunFacts
 
 PUSH_SECONDS = 5.0
 RECENT_SECONDS = 60.0  # who scraped so shortly before the end is waited for, to get the last values
