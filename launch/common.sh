@@ -154,7 +154,7 @@ passed_variables() {
             case $name in
                 PATH | LD_LIBRARY_PATH | PYTHONPATH | PYTHONSAFEPATH | OMP_NUM_THREADS | MKL_NUM_THREADS) printf '%s\n' "$name" ;;
                 HOROVOD_* | NCCL_* | UCX_* | GLOO_* | TORCH_* | PYTORCH_*) printf '%s\n' "$name" ;;
-                DIST_TRAIN_SETUP | DIST_TRAIN_CACHE | DIST_TRAIN_TRITON | TRITON_CACHE_DIR | XDG_CACHE_HOME) printf '%s\n' "$name" ;;
+                DIST_TRAIN_SETUP | DIST_TRAIN_REQUEUE | DIST_TRAIN_CACHE | DIST_TRAIN_TRITON | TRITON_CACHE_DIR | XDG_CACHE_HOME) printf '%s\n' "$name" ;;
                 # In a Slurm job the GPU numbers differ by node.
                 CUDA_VISIBLE_DEVICES) [[ -n ${SLURM_JOB_ID:-} ]] || printf '%s\n' "$name" ;;
             esac

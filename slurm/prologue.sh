@@ -732,6 +732,9 @@ run_in_job() {
     done
     # Without a pause, Slurm's controller would be asked all the time.
     [[ ${GUARD_SECONDS:-1} =~ ^[1-9][0-9]*$ ]] || usage_error "GUARD_SECONDS takes a number, 1 or more, not '$GUARD_SECONDS'"
+    # Whether the job comes back after its time limit: the run tells those who would else be warned of its end.
+    export DIST_TRAIN_REQUEUE=0
+    [[ ${MAX_REQUEUES:-} == 0 || $(scontrol show job "$job" --oneliner 2>/dev/null) != *' Requeue=1 '* ]] || DIST_TRAIN_REQUEUE=1
     [[ -z ${MIN_RANKS:-} ]] || be_elastic
     prepare_ranks "${@:2}"
     launch_or_show "$@" "${more_overrides[@]}"

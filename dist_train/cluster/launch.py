@@ -172,12 +172,14 @@ class SlurmJob:
     """The job of a process, its end by its time limit (seconds since 1970) if known, and Slurm's restarts of it.
 
     `name` selects the job in squeue and scontrol: the id of an array's last task is also that of the whole array.
+    `is_requeued`: its batch script requeues it if the run has saved and stopped, as at the time limit.
     """
 
     id: str
     name: str
     end: float | None
     restarts: int
+    is_requeued: bool = False
 
 
 def current_job(environment: Mapping[str, str] = os.environ) -> SlurmJob | None:
@@ -188,7 +190,13 @@ def current_job(environment: Mapping[str, str] = os.environ) -> SlurmJob | None:
     array, task = environment.get("SLURM_ARRAY_JOB_ID", ""), environment.get("SLURM_ARRAY_TASK_ID", "")
     name = f"{array}_{task}" if array and task else job
     end, restarts = environment.get("SLURM_JOB_END_TIME", ""), environment.get("SLURM_RESTART_COUNT", "")
-    return SlurmJob(job, name, int(end) if end.isdecimal() else None, int(restarts) if restarts.isdecimal() else 0)
+    return SlurmJob(
+        id=job,
+        name=name,
+        end=int(end) if end.isdecimal() else None,
+        restarts=int(restarts) if restarts.isdecimal() else 0,
+        is_requeued=environment.get("DIST_TRAIN_REQUEUE") == "1",
+    )
 
 
 JOB_WAITS = frozenset({"PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT"})

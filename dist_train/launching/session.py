@@ -433,6 +433,7 @@ def run_facts(trainer: Trainer, launched: float, revision: str, run_id: str, nod
     noise, device = config.noise, trainer.take_step.compute.device
     steps_per_epoch = max(stage.steps_per_epoch for stage in trainer.epochs.stages)
     intervals = (config.checkpoint.every_steps or 0, config.checkpoint.every_epochs * steps_per_epoch)
+    job = current_job()
     noise_parts = (
         *(noise.method, f"{noise.distribution} {noise.amplitude:g}", noise.sharing, noise.schedule.kind),
         f"draws {noise.draws}" if noise.draws > 1 else "",
@@ -459,7 +460,7 @@ def run_facts(trainer: Trainer, launched: float, revision: str, run_id: str, nod
         controller=ranks.backend,
         rank=ranks.rank,
         revision=revision,
-        slurm_job=os.environ.get("SLURM_JOB_ID", ""),
+        slurm_job=job.id if job else "",
         node=nodes[ranks.rank],
         nodes=nodes,
         launched=launched,
@@ -467,6 +468,7 @@ def run_facts(trainer: Trainer, launched: float, revision: str, run_id: str, nod
         run_id=run_id,
         checkpoint_interval=min((each for each in intervals if 0 < each < trainer.last_step), default=0),
         time_limit=trainer.time_limit.end or 0.0,
+        is_requeued=job is not None and job.is_requeued,
         generation=ranks.generation,
     )
 

@@ -175,6 +175,7 @@ class RunFacts:
     run_id: str = ""  # shared by all launches of the run, and by no other run
     checkpoint_interval: int = 0  # updates between two checkpoints, at most; 0 if the run writes only its last
     time_limit: float = 0.0  # when the batch system ends the job, seconds since 1970; 0 if unknown
+    is_requeued: bool = False  # whether the batch script then requeues the job
     generation: int = 1  # how often the ranks of this launch have met: more than once if some were lost or joined
     best_accuracy: float | None = None  # of the test split, before the first step of this launch
     stages: tuple[Stage, ...] = ()  # of a batch schedule; without one, the fields above hold throughout

@@ -22,12 +22,13 @@ def test_the_environment_names_the_job() -> None:
         "SLURM_JOB_ID": "17",
         "SLURM_JOB_END_TIME": "1795522619",
         "SLURM_RESTART_COUNT": "1",
+        "DIST_TRAIN_REQUEUE": "1",
     }
-    assert current_job(environment) == SlurmJob(id="17", name="17", end=1795522619, restarts=1)
+    assert current_job(environment) == SlurmJob(id="17", name="17", end=1795522619, restarts=1, is_requeued=True)
 
 
 def test_what_slurm_does_not_say_is_not_made_up() -> None:
-    assert current_job({"SLURM_JOB_ID": "17"}) == SlurmJob(id="17", name="17", end=None, restarts=0)
+    assert current_job({"SLURM_JOB_ID": "17"}) == SlurmJob(id="17", name="17", end=None, restarts=0, is_requeued=False)
 
 
 def test_the_last_task_of_an_array_is_not_named_like_the_array(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -270,6 +270,13 @@ def test_what_nvml_tells_of_each_rank_s_device_is_shown_with_the_rank_s_own_node
     assert shown["node2"] == {key: value for key, value in shown["node1"].items() if key not in unknown}
 
 
+@pytest.mark.parametrize(("is_requeued", "then"), [(False, "end"), (True, "requeue")])
+def test_the_time_limit_is_shown_with_what_follows_it(is_requeued: bool, then: str) -> None:
+    board = Board(replace(FACTS, time_limit=2e9, is_requeued=is_requeued))
+    limits = {labels: value for (name, labels), value in values_of(board).items() if "time_limit" in name}
+    assert limits == {(then,): 2e9}
+
+
 def test_time_left_is_the_pace_times_the_steps_left(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [100.0]
     monkeypatch.setattr("dist_train.monitoring.prometheus.board.time.monotonic", lambda: clock[0])

@@ -772,6 +772,29 @@ def test_a_stop_request_at_the_end_of_a_launch_does_not_end_what_decides_about_t
     assert "job 17: requeued" in ended.stderr
 
 
+@pytest.mark.parametrize(
+    ("facts", "limit", "requeue"),
+    [("Requeue=1", "", "1"), ("Requeue=1", "0", "0"), ("Requeue=0", "", "0"), ("", "", "0")],
+)
+@pytest.mark.parametrize("launcher", ["srun", "mpirun"])
+def test_ranks_know_whether_their_job_comes_back(
+    programs: str, tmp_path: Path, launcher: str, facts: str, limit: str, requeue: str
+) -> None:
+    with_scontrol(tmp_path, f"JobId=17 {facts} Restarts=0")
+    lines = f"""
+        need_mpirun() {{ mpirun={tmp_path}/mpirun; }}
+        launch_or_show() {{ echo "${{command[*]}} DIST_TRAIN_REQUEUE=$DIST_TRAIN_REQUEUE"; }}
+        end_job() {{ exit; }}
+        run_in_job train {ROOT}/configs/lb_8192.yaml
+    """
+    job = {**SETTLED, "LAUNCHER": launcher, "MAX_REQUEUES": limit, "DIST_TRAIN_REQUEUE": "1"}
+    ended = start(script_of(tmp_path, lines), PATH=programs, **job)
+    assert ended.returncode == 0, ended.stderr
+    words = ended.stdout.split()
+    assert words[-1] == f"DIST_TRAIN_REQUEUE={requeue}"
+    assert "--export=ALL" in words or ("-x", "DIST_TRAIN_REQUEUE") in pairwise(words)
+
+
 @pytest.mark.parametrize("messages", ["dist-train: ä" + "é" * 1400, "-" * 76], ids=["long", "dashed"])
 def test_any_messages_of_the_launcher_let_a_job_be_requeued(programs: str, tmp_path: Path, messages: str) -> None:
     log = tmp_path / "errors"

@@ -172,6 +172,11 @@ def _run_info(now: Snapshot) -> Readings:
     return {tuple(str(read(now)) for read in _INFO.values()): 1}
 
 
+def _time_limit(now: Snapshot) -> Readings:
+    limit = now.facts.time_limit
+    return {("requeue" if now.facts.is_requeued else "end",): limit} if limit else {}
+
+
 def _samples(now: Snapshot) -> int:
     return now.facts.passes.samples(now.step)
 
@@ -237,7 +242,13 @@ METRICS: tuple[Metric, ...] = (
         "samples",
     ),
     _gauge("time_left_seconds", "Time to the last step at the pace of the last minute.", "seconds_left"),
-    _gauge("time_limit_timestamp_seconds", "When the batch system ends the run's job.", _nonzero("facts.time_limit")),
+    Metric(
+        "time_limit_timestamp_seconds",
+        "gauge",
+        "When the batch system ends the run's job, and what happens then: requeue or end.",
+        _time_limit,
+        ("then",),
+    ),
     _gauge("launch_timestamp_seconds", "When this launch of the run began.", _nonzero("facts.launched")),
     _gauge(
         "last_progress_timestamp_seconds",
