@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.metrics_table import metrics_markdown, with_table
 from dist_train.monitoring.prometheus.board import STEP_SECONDS, Board, bounds_around, is_stalled
-from dist_train.monitoring.prometheus.messages import Progress
+from dist_train.monitoring.prometheus.messages import Begin, Progress, ServingPlan
 from dist_train.monitoring.prometheus.metrics import METRICS, MetricsPage
 from dist_train.outcome import UsageError
 from dist_train.rundir.epochs import Stage
@@ -238,6 +238,17 @@ def test_a_rank_other_than_0_shows_its_own_and_the_run_it_belongs_to() -> None:
     assert values["dist_train_device_memory_bytes", ()] == 1e9
     assert values["dist_train_device_utilization_ratio", ()] == 0.75
     assert values["dist_train_step_duration_seconds_count", ()] == 1
+
+
+def test_measurements_of_lost_ranks_are_not_shown_on_the_nodes_of_those_that_are_left() -> None:
+    board = Board(replace(FACTS, world_size=3, nodes=("n0", "n1", "n2")))
+    board.apply(measurement(20, ranks=3))
+    left = replace(FACTS, world_size=2, nodes=("n0", "n2"), generation=2)
+    board.apply(Begin(ServingPlan("", 0), left, {}))
+    assert not [labels for name, labels in values_of(board) if "_rank_" in name or "slowest" in name]
+    board.apply(measurement(30, ranks=2))
+    busy = {labels: value for (name, labels), value in values_of(board).items() if name.endswith("_rank_busy_seconds")}
+    assert busy == {("n0", "0"): 0.25, ("n2", "1"): 0.3}
 
 
 def test_what_nvml_tells_of_each_rank_s_device_is_shown_with_the_rank_s_own_node() -> None:

@@ -168,7 +168,8 @@ class Board:
             now = self._now
             match message:
                 case Begin(facts=facts):
-                    self._change(facts=replace(facts, start_step=now.facts.start_step))
+                    # The last measurement is by the former ranks' numbers: it would be shown on other nodes.
+                    self._change(facts=replace(facts, start_step=now.facts.start_step), measured=None)
                 case Progress(step=step):
                     self._advance(step)
                 case TrainRecord(step=step):
