@@ -431,7 +431,8 @@ def run_facts(trainer: Trainer, launched: float, revision: str, run_id: str, nod
     """Return the facts of the run of `trainer`; `launched`: when this launch began, in seconds since 1970."""
     config, plan, ranks = trainer.config, trainer.plan, trainer.comm
     noise, device = config.noise, trainer.take_step.compute.device
-    steps_per_epoch = max(stage.steps_per_epoch for stage in trainer.epochs.stages)
+    to_come = trainer.epochs.stages[trainer.epochs.number(trainer.progress.step) :]
+    steps_per_epoch = max(stage.steps_per_epoch for stage in to_come)
     intervals = (config.checkpoint.every_steps or 0, config.checkpoint.every_epochs * steps_per_epoch)
     job = current_job()
     noise_parts = (

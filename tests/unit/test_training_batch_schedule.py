@@ -226,6 +226,10 @@ def test_metrics_count_the_samples_and_epochs_and_the_batch_in_force(tmp_path: P
     assert (facts.global_size, facts.micro_batches, facts.epochs, facts.total_steps) == (12, 2, 5.0, 18)
     assert [facts.passes.samples(step) for step in (8, 9, 18)] == [96, 126, 96 + 180 + 200]
     assert [facts.passes.done(step) for step in (4, 8, 16)] == [0.5, 1.0, 4.0]
+    intervals = []
+    for trainer.progress.step in (0, 8, 14):  # where the launch resumes
+        intervals.append(run_facts(trainer, 0.0, "", "", ("here",)).checkpoint_interval)
+    assert intervals == [8, 3, 2], "an epoch each"
     trainer.close()
     assert FACTS.passes.samples(10) == 10 * FACTS.global_size
     board = Board(replace(FACTS, global_size=12, micro_size=6, micro_batches=2))
