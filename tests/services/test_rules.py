@@ -273,6 +273,15 @@ def test_the_last_step_of_a_lost_run_is_ever_longer_ago(tmp_path: Path) -> None:
 
 
 @promtool
+def test_the_job_and_node_of_a_lost_run_are_those_of_its_latest_launch(tmp_path: Path) -> None:
+    places = [f'{{{A_RUN}, slurm_job="{job}", node="n{job}"}}' for job in (1, 2)]
+    launches = ("5x4 stale", "_x6 90x4 stale")
+    series = {f"dist_train_launch_timestamp_seconds{of}": each for of, each in zip(places, launches, strict=True)}
+    expected = {60: {places[0]: "5"}, 240: {places[1]: "90"}}
+    check_values(series, "Job and node/A", expected, tmp_path, function="max_over_time")
+
+
+@promtool
 def test_the_slowest_ranks_of_a_run_that_has_ended_are_shown(tmp_path: Path) -> None:
     ranks = [f'{{{A_RUN}, rank="{rank}", node="n"}}' for rank in range(7)]
     series = {f"run_rank:dist_train_rank_busy_ratio:avg5m{of}": f"{rank}x4 stale" for rank, of in enumerate(ranks)}

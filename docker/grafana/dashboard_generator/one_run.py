@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from grafana_foundation_sdk.builders import dashboard, stat
+from grafana_foundation_sdk.models import common as common_model
 from grafana_foundation_sdk.models import dashboard as model
 
 from dashboard_generator.frame import add_sections, choice, event, frame, one_choice, source_choice
@@ -130,10 +131,16 @@ def _latest(title: str, description: str, unit: str, metric: str) -> stat.Panel:
 
 def _status() -> Panels:
     yield states(
-        PanelSpec("State", "The state of the run over time; gaps are times without an exporter.", "none", 9, 4),
+        PanelSpec("State", "The state of the run over time; gaps are times without an exporter.", "none", 6, 4),
         Query(state_number(OF_RUN), "{{run}}"),
         STATES,
     )
+    launches = f"last_over_time(dist_train_launch_timestamp_seconds{{{OF_RUN}}}[$__range] @ end())"
+    latest = f"topk by (run, run_id) (1, max by (run, run_id, slurm_job, node) ({launches}))"
+    yield number(
+        PanelSpec("Job and node", "The Slurm job, if any, and the node of rank 0, of the latest launch.", "none", 3, 4),
+        Query(latest, "{{slurm_job}} {{node}}"),
+    ).text_mode(common_model.BigValueTextMode.NAME)
     for title, description, unit, metric in (
         ("Progress", "Samples used, as a share of the planned ones.", "percentunit", "run:dist_train_progress:ratio"),
         ("Epoch", "Epochs done, with their fraction.", "none", "dist_train_epoch"),

@@ -22,7 +22,7 @@ def build(markdown: str) -> model.Dashboard:
     """Return the dashboard of the runbook. Raises KeyError for an alert without a section."""
     found = sections(markdown)
     built = frame(RUNBOOK, "dist-train: runbook", "What each alert means, what to look at, what to do.")
-    built.with_panel(words("About", _without_links(found[""]), 24, 6))
+    built.with_panel(words("About", _without_links(found[""]), 24, 7))
     for alert in ALERTS:
         built.with_panel(words(alert, _without_links(found[alert]), 12, 11))
     return built.build()
