@@ -230,6 +230,14 @@ def test_an_ended_run_has_the_labels_that_it_had_and_no_address_that_another_may
     assert after["labels"] == {**before["labels"], "outcome": "failed", "instance": before["targets"][0]}
 
 
+def test_of_an_ended_run_rank_0_s_file_alone_stays(tmp_path: Path) -> None:
+    first, second = mine(tmp_path), mine(tmp_path, rank=1)
+    for target in (first, second):
+        end(target, "finished")
+    assert labels_of(first.path)["outcome"] == "finished"
+    assert not second.path.exists()
+
+
 @pytest.mark.parametrize(
     ("outcome", "label"),
     [

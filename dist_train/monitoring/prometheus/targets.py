@@ -112,8 +112,9 @@ def record_outcome(path: Path, process: str, outcome: str) -> None:
     """Record in the target file at `path` how the run of the trainer `process` ended.
 
     Alert rules read it there, since they cannot rely on a last scrape. Nothing changes if an outcome is recorded
-    already, or if a later launch of the run has taken the file over. If the rank has become rank 0 instead, whose file
-    is another, it is removed. Raises OSError, also if something else is there.
+    already, or if a later launch of the run has taken the file over. The file of a rank other than 0, which no rule
+    reads, is removed: Prometheus would try to scrape it for a day. So it is if the rank has become rank 0 instead.
+    Raises OSError, also if something else is there.
     """
     try:
         with _open_ours(path) as file:
@@ -122,7 +123,7 @@ def record_outcome(path: Path, process: str, outcome: str) -> None:
         return
     match entry:
         case (address, labels) if labels[_PROCESS_LABEL] == process and _OUTCOME_LABEL not in labels:
-            if outcome in OUTCOMES:
+            if outcome in OUTCOMES and labels.get("rank") == "0":
                 _write(path, _content(_NOWHERE, {**labels, _OUTCOME_LABEL: outcome, "instance": address}))
             else:
                 path.unlink()
