@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import http.client
 import select
 import socket
@@ -108,6 +109,18 @@ def test_a_head_is_answered_without_a_body() -> None:
         status, body, headers = ask(server, method="HEAD")
         assert (status, body, headers["Content-Length"]) == (200, b"", "18")
         assert server.last_scrape is None
+
+
+@pytest.mark.parametrize(
+    ("accepted", "is_compressed"), [("gzip", True), ("br, gzip;q=0.5", True), ("identity", False), ("x-gzip2", False)]
+)
+def test_the_page_is_compressed_for_those_who_ask(accepted: str, is_compressed: bool) -> None:
+    with serving() as server:
+        _, body, headers = ask(server, headers={"Accept-Encoding": accepted})
+        assert headers["Content-Encoding"] == ("gzip" if is_compressed else None)
+        assert (gzip.decompress(body) if is_compressed else body) == b"dist_train_step 1\n"
+        assert headers["Content-Type"].startswith("text/plain; version=0.0.4")
+        assert headers["Content-Length"] == str(len(body))
 
 
 def test_a_health_page_is_served_to_everybody(tmp_path: Path) -> None:
