@@ -199,6 +199,20 @@ def test_a_run_stands_still_after_ten_of_its_steps_or_two_minutes() -> None:
     assert not is_stalled(board.snapshot(), began + 1e6)
 
 
+def test_a_run_that_waits_for_its_checkpoint_has_not_stalled() -> None:
+    board = Board(FACTS)
+
+    def patience() -> float:
+        return values_of(board)["dist_train_stall_timeout_seconds", ()]
+
+    board.apply(measurement(15, seconds=1.0))
+    assert patience() == 120
+    board.apply(Progress(FACTS.total_steps))
+    assert patience() == 600, "the last checkpoint is written after the last step"
+    board.apply(EventRecord(200, "checkpoint", 1.0, {"seconds": 480.0}))
+    assert patience() == 960
+
+
 def test_a_larger_batch_has_longer_steps_until_it_stands_still() -> None:
     stages = (Stage(0, 0, 256, 100), Stage(1, 100, 16_384, 2), Stage(2, 102, 256, 100))
     board = Board(replace(FACTS, start_step=0, stages=stages))

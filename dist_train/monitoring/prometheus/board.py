@@ -109,20 +109,25 @@ def outcome_label(outcome: Outcome) -> str:
 
 
 _LEAST_SECONDS = 120.0
-_FIRST_STEP_SECONDS = 600.0
+_OUTSIDE_STEPS_SECONDS = 600.0  # before the first step, and after the last one, when the last checkpoint is written
 
 
 def stall_timeout_seconds(now: Snapshot) -> float:
     """Return the time without progress after which a run has stalled.
 
-    It is two minutes or ten mean steps, whichever is longer; ten minutes before the first step. Where a schedule has
-    made the batch larger than that of the measured steps, a step counts as that much longer.
+    It is two minutes, ten mean steps, or twice the time to write the latest checkpoint, whichever is longest; at least
+    ten minutes before the first step and after the last one. Where a schedule has made the batch larger than that of
+    the measured steps, a step counts as that much longer.
     """
     count = sum(now.step_seconds.counts)
     if not count:
-        return _FIRST_STEP_SECONDS
+        return _OUTSIDE_STEPS_SECONDS
     growth = max(1.0, now.facts.passes.stage(now.step).global_size * count / now.measured_samples)
-    return max(_LEAST_SECONDS, 10 * growth * now.step_seconds.total / count)
+    least = _LEAST_SECONDS if now.step < now.facts.total_steps else _OUTSIDE_STEPS_SECONDS
+    writing = now.checkpoint.details.get("seconds") if now.checkpoint else None
+    return max(
+        least, 10 * growth * now.step_seconds.total / count, 2 * writing if isinstance(writing, int | float) else 0.0
+    )
 
 
 def is_stalled(now: Snapshot, moment: float) -> bool:
