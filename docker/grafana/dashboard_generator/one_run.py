@@ -481,9 +481,9 @@ def _memory() -> Panels:
     yield from_zero(
         PanelSpec(
             "Time to the limit",
-            "Until the batch system ends the job; compare it with the time left. No data without a time limit.",
+            "Until the batch system ends or requeues the job; compare it with the time left. No data without a limit.",
             "s",
             alert="DistTrainTimeLimitNear",
         ),
-        Query(f"{_of('dist_train_time_limit_timestamp_seconds')} - time()", "until the limit"),
+        Query(f"{_of('dist_train_time_limit_timestamp_seconds', 'then')} - time()", "until the limit, then: {{then}}"),
     )
