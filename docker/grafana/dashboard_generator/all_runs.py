@@ -168,7 +168,7 @@ def _by_step() -> Panels:
 
 def _cost() -> Panels:
     yield from_zero(
-        PanelSpec("Samples per second", "All ranks of a run together.", "ops", 8, 9, "DistTrainThroughputDown"),
+        PanelSpec("Samples per second", "All ranks of a run together.", "short", 8, 9, "DistTrainThroughputDown"),
         Query(_of("dist_train_samples_per_second"), KIND),
     )
     p95 = f"run:dist_train_step_duration_seconds:p95_rate5m{{{OF_RUNS}}}"

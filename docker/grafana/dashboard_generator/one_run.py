@@ -235,7 +235,7 @@ def _speed() -> Panels:
         PanelSpec(
             "Samples per second",
             "All ranks together, and the run's mean of the last hour.",
-            "ops",
+            "short",
             8,
             9,
             "DistTrainThroughputDown",
