@@ -39,7 +39,7 @@ OTHER_FALLBACK = "choose another checkpoint.fallback_directory"
 WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 _DAMAGED = ".damaged"
 _LOOKS = 5  # for the last checkpoint of a run at work
-_NAME = re.compile(r"step-(\d{8,})\.pt")
+_NAME = re.compile(r"step-(\d{8,})\.(?:pt|json)")
 _TYPES: Mapping[str, type | tuple[type, ...]] = {
     "step": int,
     "epoch": (float, int),
@@ -140,7 +140,7 @@ def _whole(path: Path) -> CheckpointFile | None:
 def list_checkpoints(directory: Path) -> list[CheckpointFile]:
     """Return the checkpoints in `directory` with a whole record, earliest first, digests unverified. Raises OSError."""
     files = []
-    for path in _step_files(directory):
+    for path in filter(atomic.exists, _step_files(directory)):
         try:
             files.append(read_record(path))
         except DamagedCheckpointError:
@@ -237,7 +237,10 @@ def read_checkpoint(path: Path) -> Contents:
 
 def _read_verified(path: Path) -> Stored:
     if not (atomic.exists(path) and path.is_file()):
-        raise UsageError(f"{path}: there is no such checkpoint", code="checkpoint-missing")
+        # Records are deleted first, and written last: a copy may have been interrupted, or a large file deleted.
+        is_recorded = atomic.exists(path.with_suffix(".json"))
+        kind, more = (DamagedCheckpointError, ", only its record") if is_recorded else (UsageError, "")
+        raise kind(f"{path}: there is no such checkpoint{more}", code="checkpoint-missing")
     record = read_record(path)
     content = atomic.read_regular(path)
     if len(content) != record.size:
@@ -344,7 +347,7 @@ def newest_whole(directory: Path, damage: dict[str, str]) -> Contents | None:
     Call `set_aside` for these before training.
 
     Raises:
-        NoCompleteCheckpointError: all are damaged or without a record, now or when the run was started before.
+        NoCompleteCheckpointError: all are damaged or incomplete, now or when the run was started before.
         OSError: a file cannot be read at the moment.
     """
     without_record = 0
@@ -363,10 +366,10 @@ def newest_whole(directory: Path, damage: dict[str, str]) -> Contents | None:
             f"directory (run.name), or delete them to begin again",
             code="no-whole-checkpoint",
         )
-    if damage or any(name.endswith(f".pt{_DAMAGED}") for name in _names(directory)):
+    if damage or any(name.endswith(_DAMAGED) for name in _names(directory)):
         raise NoCompleteCheckpointError(
-            f"every checkpoint in {directory} is damaged: copy an intact one and its record there, start a new run in "
-            f"another directory (run.name), or delete them to begin again",
+            f"every checkpoint in {directory} is damaged or incomplete: copy a whole one and its record there, start a "
+            f"new run in another directory (run.name), or delete all step-* there to begin again",
             code="no-whole-checkpoint",
         )
     return None
@@ -375,7 +378,7 @@ def newest_whole(directory: Path, damage: dict[str, str]) -> Contents | None:
 def set_aside(directory: Path, names: Iterable[str]) -> None:
     """Rename the damaged checkpoints `names`, the record of each first: none counts as the run's. Raises OSError."""
     for path in (directory / name for name in names):
-        for file in (path.with_suffix(".json"), path):
+        for file in filter(atomic.exists, (path.with_suffix(".json"), path)):
             file.rename(f"{file}{_DAMAGED}")
 
 
@@ -473,8 +476,9 @@ def has_checkpoints(directory: Path) -> bool:
 
 
 def _step_files(directory: Path) -> list[Path]:
-    """Return the checkpoints in `directory`, whole or not, by step. Raises OSError."""
-    return sorted((directory / name for name in _names(directory) if _NAME.fullmatch(name)), key=_step_of)
+    """Return the checkpoints in `directory`, whole, without a record, or a record alone, by step. Raises OSError."""
+    steps = {found[1] for name in _names(directory) if (found := _NAME.fullmatch(name))}
+    return sorted((directory / f"step-{step}.pt" for step in steps), key=_step_of)
 
 
 def _names(directory: Path) -> list[str]:

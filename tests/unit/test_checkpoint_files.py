@@ -25,6 +25,7 @@ from dist_train.checkpoint.files import (
     DamagedCheckpointError,
     NoCompleteCheckpointError,
     find_checkpoint,
+    has_checkpoints,
     has_published,
     list_checkpoints,
     newest_whole,
@@ -260,6 +261,25 @@ class TestNewestWhole:
             lines.flush()
         with raises(NoCompleteCheckpointError, "no-whole-checkpoint"):
             newest(directory.checkpoints)
+
+    def test_promise_6_one_of_which_only_the_record_is_there_is_not_passed_over(self, tmp_path: Path) -> None:
+        """A copy was interrupted, in which names that end in .json come first; or the large files were deleted."""
+        for step in (1, 2):
+            write(tmp_path, step)
+        (tmp_path / "step-00000002.pt").unlink()
+        assert [file.step for file in list_checkpoints(tmp_path)] == [1]
+        found, damage = newest(tmp_path)
+        assert found is not None
+        assert (found.step, list(damage)) == (1, ["step-00000002.pt"])
+        (tmp_path / "step-00000001.pt").unlink()
+        with raises(NoCompleteCheckpointError, "no-whole-checkpoint"):
+            newest(tmp_path)
+        assert has_checkpoints(tmp_path)
+        set_aside(tmp_path, damage)
+        assert names(tmp_path) == ["step-00000001.json", "step-00000002.json.damaged"]
+        (tmp_path / "step-00000001.json").unlink()
+        with raises(NoCompleteCheckpointError, "no-whole-checkpoint"):
+            newest(tmp_path)
 
     def test_promise_6_one_that_cannot_be_read_at_the_moment_is_not_damaged(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
