@@ -35,6 +35,7 @@ from dist_train.outcome import UsageError
 from dist_train.rundir.paths import RunDirectory, StudyDirectory, checkpoint_name, refusing_unusable
 from dist_train.rundir.status import fallback_directory
 
+_NOT_THERE = ("checkpoint-missing", "no-checkpoint", "target-missing")
 _logger = logging.getLogger("dist_train.training")
 
 
@@ -140,7 +141,7 @@ class ResumePoint:
     damage: Mapping[str, str] = field(default_factory=dict)  # what is wrong with damaged checkpoints, by file name
     epochs_before: int | None = None  # if the run is lengthened: those that its schedules spanned so far
     initial: InitialWeights | None = None  # of a new run, if its weights do not come from the seed
-    gone: Path | None = None  # what `run.resume` names, if it is no longer there, and not needed
+    gone: Path | None = None  # what `run.resume` names, if it is not there or cannot be read, and not needed
     source: Path | None = None  # the other run's checkpoint with which a new run begins
     former_records: Path | None = None  # those of the run so far, if it has no whole checkpoint any more
 
@@ -159,11 +160,11 @@ def find_resume_point(config: Config, directory: RunDirectory) -> ResumePoint:
     _adopt_from_fallbacks(config, directory)
     named = None if config.run.resume == "auto" else Path(config.run.resume)
     contents, source, is_missing, damage = None, None, False, dict[str, str]()
-    if named is not None and not named.is_dir():
+    if named is not None:
         try:
-            named = find_checkpoint(named)
-        except UsageError as error:  # it is needed only if the run has no checkpoint of its own
-            is_missing = error.code in ("checkpoint-missing", "no-checkpoint", "target-missing")
+            named = named if named.is_dir() else find_checkpoint(named)
+        except (UsageError, OSError) as error:  # it is needed only if the run has no checkpoint of its own
+            is_missing = getattr(error, "code", "target-missing") in _NOT_THERE
     try:
         contents = newest_whole(checkpoints, damage)
     except NoCompleteCheckpointError:

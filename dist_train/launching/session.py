@@ -151,7 +151,10 @@ class Session:
         self._warn_of_micro_batches(resume_point)
         if resume_point.gone is not None:
             step = trainer.progress.step
-            _logger.warning(f"{resume_point.gone} is gone: the run resumes from its own last checkpoint, step {step}")
+            _logger.warning(
+                f"{resume_point.gone} is not there or cannot be read: the run resumes from its own last checkpoint, "
+                f"step {step}"
+            )
         if resume_point.former_records is not None:
             _logger.warning(
                 f"the run has no whole checkpoint of its own any more, so its records begin anew: the former are in "

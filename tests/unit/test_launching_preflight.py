@@ -224,7 +224,13 @@ def test_an_earlier_checkpoint_of_the_run_itself_is_refused(tmp_path: Path, name
 
 @pytest.mark.parametrize(
     ("source", "is_gone"),
-    [("run@2", True), ("run@7", False), ("run/checkpoints/step-00000002.pt", True), ("removed@2", True)],
+    [
+        ("run@2", True),
+        ("run@7", False),
+        ("run/checkpoints/step-00000002.pt", True),
+        ("removed@2", True),
+        ("x" * 300, True),  # the system refuses to look for it, as for what a user may not read or a server has lost
+    ],
 )
 def test_a_checkpoint_to_resume_from_that_is_gone_is_named(tmp_path: Path, source: str, is_gone: bool) -> None:
     directory = run_with(tmp_path / "run", 4, 7)
