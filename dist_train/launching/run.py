@@ -342,8 +342,9 @@ def _open_records(session: Session, resume_point: ResumePoint) -> None:
 
 def _shared_config(comm: Communicator, config: Config) -> Config:
     """Return rank 0's settings, with a number of threads that suits all ranks."""
-    if (folder := config.metrics.targets_directory) is not None:  # other programs read it from config.yaml
-        config = with_setting(config, "metrics.targets_directory", folder.absolute())
+    for path in ("checkpoint.fallback_directory", "metrics.targets_directory"):
+        if (folder := config.value(path)) is not None:  # later launches and other programs read it from config.yaml
+            config = with_setting(config, path, folder.absolute())
     text = broadcast_str(comm, json.dumps(config.model_dump(mode="json")), "config")
     config = parse_config(json.loads(text), source="rank 0")
     threads = min(gather_int(comm, share_of_threads(comm), "threads"))

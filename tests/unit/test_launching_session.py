@@ -430,6 +430,29 @@ def test_a_run_directory_that_was_replaced_gets_no_checkpoint(tmp_path: Path) ->
         session.before_publishing()
 
 
+def test_a_relative_fallback_directory_is_that_of_the_launch_also_for_one_in_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = RunDirectory(tmp_path / "run")
+
+    class FillsTheDisk(Observer):
+        def begin(self, facts: RunFacts) -> None:
+            directory.checkpoints.rename(tmp_path / "kept")
+            directory.checkpoints.touch()
+
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    config = small_config(checkpoint={"fallback_directory": "spare"}, run={"max_steps": 2})
+    with raises(FaultError, "checkpoint-not-written"):
+        train(config, directory.root, [FillsTheDisk()])
+    directory.checkpoints.unlink()
+    (tmp_path / "kept").rename(directory.checkpoints)
+    monkeypatch.chdir(tmp_path / "there")
+    train(config, directory.root, [told := Told()])
+    assert [facts.start_step for facts in told.facts] == [2]
+
+
 def test_a_resume_with_other_data_records_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root = write_folder(tmp_path / "data", per_class=10)
 
