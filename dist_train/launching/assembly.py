@@ -140,8 +140,8 @@ def assemble(
     def begin_writing() -> None:
         if comm.rank != 0:
             return
-        # The records and checkpoints of a run that is already longer than run.max_steps are of the earlier settings.
-        if progress.step <= trainer.last_step or not directory.config.exists():
+        # A run that has finished, and is longer than run.max_steps, is one of the earlier settings.
+        if progress.step <= trainer.last_step or not session.was_finished or not directory.config.exists():
             directory.save_config(config)
         set_up_writing(trainer, session, initial)
         _warn_of_lost_noise(state.noise, compute.precision, progress.step)

@@ -73,7 +73,7 @@ class Session:
     def __post_init__(self) -> None:
         self._check = check_of_run(self.directory)
         before = read_status(self.directory.status) if self.comm.rank == 0 else None
-        self._was_finished = before is not None and before.state == "finished"
+        self.was_finished = before is not None and before.state == "finished"
         self.status = self._status_file() if self.comm.rank == 0 else None
         self._launched = time.time()
         self._begun = time.monotonic()
@@ -370,7 +370,7 @@ class Session:
                 self.status.progress(**self.trainer.status_fields())
             # A launch that is refused leaves a finished run finished.
             is_refused = self.trainer is None and code == ExitCode.USAGE
-            self.status.end("finished" if self._was_finished and is_refused else state, code, reason)
+            self.status.end("finished" if self.was_finished and is_refused else state, code, reason)
         self.observers.end(outcome)
         return outcome
 

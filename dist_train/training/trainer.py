@@ -130,11 +130,12 @@ class Trainer:
 
     def status_fields(self) -> ProgressFields:
         """Return how far the run is, for its status."""
+        last_step = max(self.last_step, self.progress.step)  # a resumed run may have done more than `run.max_steps`
         return {
             "step": self.progress.step,
             "epoch": self.epoch,
-            "total_steps": self.last_step,
-            "total_epochs": self.epochs.done(self.last_step),
+            "total_steps": last_step,
+            "total_epochs": self.epochs.done(last_step),
             "best_accuracy": self.progress.best_accuracy,
             "samples_per_second": self.samples_per_second,
         }

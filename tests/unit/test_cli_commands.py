@@ -473,11 +473,14 @@ class TestTrain:
         assert [line["step"] for line in lines if line["kind"] == "train"] == [1, 2, 3, 4, 5]
         assert [line["step"] for line in lines if line.get("event") == "resumed"] == [2]
 
-    def test_fewer_steps_than_trained_are_not_recorded(self, tmp_path: Path) -> None:
+    def test_fewer_steps_than_trained_are_not_recorded_of_a_finished_run(self, tmp_path: Path) -> None:
         config, run = write_config(tmp_path), tmp_path / "run"
         for until in (3, 2):
             assert main(["train", config, f"run.max_steps={until}", "--run-dir", str(run)]) == 0
             assert load_config(run / "config.yaml").run.max_steps == 3
+            status = read_status(run / "status.json")
+            assert status is not None
+            assert (status.step, status.total_steps, status.epoch, status.total_epochs) == (3, 3, 1.0, 1.0)
 
     def test_a_bad_configuration_ends_with_2_and_leaves_nothing(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -29,7 +29,7 @@ import dist_train
 from dist_train.checkpoint.files import newest_whole, write_checkpoint
 from dist_train.cli.main import main
 from dist_train.cluster.communicator import Generation, GroupBrokenError, RankLostError, SingleProcess
-from dist_train.config import Config, DataSettings
+from dist_train.config import Config, DataSettings, load_config
 from dist_train.config.sections import MetricsSettings
 from dist_train.launching import run
 from dist_train.launching.assembly import assemble
@@ -532,6 +532,17 @@ def test_a_finished_run_stays_finished_if_a_later_launch_is_refused(tmp_path: Pa
     assert after is not None
     assert (after.state, after.exit_code, after.step) == ("finished", ExitCode.USAGE, before.step)
     assert str(root) in after.reason
+
+
+def test_a_stopped_run_that_fewer_steps_make_a_finished_one_has_these_settings(tmp_path: Path) -> None:
+    class Stops(Observer):
+        def record(self, record: Record) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with raises(StoppedError, "stopped"):
+        train(small_config(), tmp_path, [Stops()])
+    assert train(small_config(run={"max_steps": 1}), tmp_path).state == "finished"
+    assert load_config(tmp_path / "config.yaml").run.max_steps == 1
 
 
 def test_a_damaged_checkpoint_that_a_refused_launch_finds_is_recorded_by_the_next(tmp_path: Path) -> None:
