@@ -234,7 +234,7 @@ class Trackio(Tracker):
 
         with suppress(ValueError):  # there is no such project yet
             for run in trackio.Api().runs(self._project):
-                if (run.config or {}).get("run_id") == facts.run_id:
+                if run.name == facts.name and (run.config or {}).get("run_id") == facts.run_id:
                     run.delete()
         # trackio prints a greeting, which does not belong on stdout.
         with redirect_stdout(sys.stderr):
@@ -335,7 +335,8 @@ class Mlflow(Tracker):
 
         client, experiment = self._open_experiment()
         for run in client.search_runs([experiment], f"tags.`{_RUN_ID}` = '{facts.run_id}'"):
-            client.delete_run(run.info.run_id)
+            if run.info.run_name == facts.name:  # not that of the run which this one's folder was copied from
+                client.delete_run(run.info.run_id)
         opened = client.create_run(experiment, run_name=facts.name, tags={_RUN_ID: facts.run_id})
         self._client, self._run = client, opened.info.run_id
         params = [Param(name, str(value)) for name, value in flat_settings(settings)]

@@ -127,6 +127,18 @@ def test_values_equal_the_recorded_ones_after_a_kill_and_a_resume(
     assert names == ["run"], "one run, or runs of one name"
 
 
+def test_a_copy_of_the_run_under_another_name_leaves_the_run_alone(
+    folder: Path, read: dict[str, tuple[list[str], dict[str, Any]]], python: Path, tmp_path: Path
+) -> None:
+    """`read` has read the libraries' files before."""
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    copy = (tmp_path / "run").rename(tmp_path / "copy")
+    run_python(python, tmp_path, "-m", "dist_train", "train", str(copy / "config.yaml"), "--run-dir", str(copy))
+    found = json.loads(run_python(python, tmp_path, "-m", "tests.longer.read_trackers", str(copy), uri(tmp_path)))
+    assert found["trackio"][0] == found["mlflow"][0] == ["run", "copy"]
+    assert found["mlflow"][1] == read["mlflow"][1]
+
+
 def test_tensorboard_has_the_recorded_values(folder: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
