@@ -40,7 +40,7 @@ from dist_train.monitoring.prometheus.http_server import access_warnings
 from dist_train.outcome import SHARED_ERRORS, CodedError, FaultError, UsageError, say_on_stderr
 from dist_train.rundir.lock import LEASE_SECONDS, LockRequest, RunLock
 from dist_train.rundir.metrics_file import RECENT_BYTES, JsonLines, read_last_records, record_key, rewind
-from dist_train.rundir.paths import RunDirectory, oserror_to_fault
+from dist_train.rundir.paths import RunDirectory, may_be_written, oserror_to_fault
 from dist_train.rundir.records import EventRecord, Observer, Outcome
 from dist_train.start_up import without_collection
 from dist_train.training.compute import free_device_memory, is_out_of_memory, restoring_torch, share_of_threads
@@ -99,6 +99,9 @@ def train(config: Config, run_directory: Path | str | None = None, observers: Se
                 exposed = access_warnings(metrics) if metrics.enabled else ()
                 for warning in (*unused_settings(config).values(), *exposed):
                     _logger.warning("%s", warning)
+                other_disk = config.checkpoint.fallback_directory
+                if other_disk is not None and not may_be_written(other_disk):
+                    _logger.warning("checkpoint.fallback_directory: %s cannot be made or written here", other_disk)
             with without_collection():
                 trainer = assemble(resume_point, session, stop, given=config, regroup=regroup, stack=stack)
             stack.callback(trainer.close)

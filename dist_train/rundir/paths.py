@@ -225,6 +225,12 @@ def in_utf8(path: Path) -> Path:
     return path
 
 
+def may_be_written(folder: Path) -> bool:
+    """Whether permissions let this user write to `folder` or, if it does not exist, make it."""
+    nearest = next(filter(os.path.lexists, (folder, *folder.absolute().parents)))
+    return os.path.isdir(nearest) and os.access(nearest, os.W_OK | os.X_OK)
+
+
 def refuse_foreign(folder: Path, otherwise: str) -> None:
     """Refuse a folder whose files another user could replace; `otherwise` says what else the user may do.
 

@@ -152,6 +152,17 @@ def test_a_run_begun_from_python_warns_of_settings_without_effect(
     assert "noise.amplitude has no effect" in (tmp_path / "run/logs/rank-0.log").read_text()
 
 
+@pytest.mark.parametrize(("folder", "warns"), [("new/spare", False), ("file/spare", True)])
+def test_a_fallback_directory_that_is_of_no_use_is_reported_before_it_is_needed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, folder: str, warns: bool
+) -> None:
+    (tmp_path / "file").touch()
+    settings = {"fallback_directory": str(tmp_path / folder)}
+    train(small_config(checkpoint=settings, run={"max_steps": 1}), tmp_path / "run")
+    assert ("checkpoint.fallback_directory" in caplog.text) == warns
+    assert not (tmp_path / "new").exists()
+
+
 def test_status_has_the_address_of_the_metrics_while_they_are_served(tmp_path: Path) -> None:
     addresses: list[str] = []
 
