@@ -7,7 +7,7 @@ import logging
 import socket
 import time
 import traceback
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -339,8 +339,15 @@ def _open_records(session: Session, resume_point: ResumePoint) -> None:
     metrics = session.directory.metrics
     if resume_point.former_records is not None:
         metrics.rename(resume_point.former_records)
-    rewind(metrics, resume_point.contents.step if resume_point.contents else 0)
+    step = resume_point.contents.step if resume_point.contents else 0
+    rewind(metrics, step)
     session.observers.add_first(JsonLines(metrics))
+    if resume_point.contents is not None and resume_point.source is None:
+        saved = resume_point.contents.config.get("metrics")
+        every = saved.get("every_steps", 1) if isinstance(saved, Mapping) else 1
+        last = max((record.step for record in read_last_records(metrics)), default=0)
+        if last < step - step % every:
+            _logger.warning(f"{metrics} ends at step {last}: records up to the checkpoint, step {step}, are lost")
 
 
 def _shared_config(comm: Communicator, config: Config) -> Config:

@@ -48,7 +48,7 @@ from dist_train.outcome import (
     exit_code_of,
 )
 from dist_train.rundir.lock import LockRequest
-from dist_train.rundir.metrics_file import JsonLines, read_records, to_json
+from dist_train.rundir.metrics_file import JsonLines, read_records, rewind, to_json
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import EventRecord, Observer, Outcome, Record, RunFacts
 from dist_train.rundir.status import Status, read_status
@@ -462,6 +462,21 @@ def test_a_relative_fallback_directory_is_that_of_the_launch_also_for_one_in_ano
     monkeypatch.chdir(tmp_path / "there")
     train(config, directory.root, [told := Told()])
     assert [facts.start_step for facts in told.facts] == [2]
+
+
+@pytest.mark.parametrize(
+    ("every", "kept", "warns"), [(1, 2, True), (1, 3, False), (2, 1, True), (2, 2, False), (9, 0, False)]
+)
+def test_records_that_end_before_the_checkpoint_are_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, every: int, kept: int, warns: bool
+) -> None:
+    """A copy of the run directory may have those of an earlier moment, or none."""
+    settings = {"metrics": {"enabled": False, "every_steps": every}, "evaluation": {"every_epochs": 0}}
+    train(small_config(**settings, run={"max_steps": 3}), tmp_path)
+    metrics = tmp_path / "metrics.jsonl"
+    rewind(metrics, kept)
+    train(small_config(**settings), tmp_path)
+    assert (f"{metrics} ends at step" in caplog.text) == warns
 
 
 def test_a_resume_with_other_data_records_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
