@@ -184,8 +184,8 @@ def _give_up(files: RunDirectory, status: Status | None, reason: str, code: Exit
 
 def _write_end(files: RunDirectory, status: Status | None, state: State, reason: str, code: ExitCode) -> None:
     """Write the run's status, unless another job is running it; on a disk error the old status stays."""
-    if not files.has_begun and StudyDirectory(files.root).runs.exists():
-        return  # the launch was refused: with a status, the next would take the study's folder for its own
+    if not files.has_begun and (StudyDirectory(files.root).runs.exists() or files.config.exists()):
+        return  # the launch was refused: with a status, the next would take the folder for its own, and replace files
     job = current_job()
     holder = read_holder(files.lock)
     if holder is not None and holder.slurm_job != (job.id if job else ""):

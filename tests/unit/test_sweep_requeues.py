@@ -12,11 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_train.outcome import ExitCode
+from dist_train.launching.preflight import check_folder
+from dist_train.outcome import ExitCode, UsageError
 from dist_train.rundir.lock import LockRequest
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.status import StatusFile, load_status, read_status
 from dist_train.sweep.requeues import EndedLaunch, decide, read_requeues
+from tests.raising import raises
 from tests.torture.disk import can_mount
 from tests.unit.checkpoint_files import write
 
@@ -56,10 +58,15 @@ def test_it_depends_on_how_the_run_ended(run: Path, code: ExitCode, requeued: bo
     assert (decide(run, limit=3).action == "requeue") is requeued
 
 
-def test_a_launch_refused_in_a_study_s_folder_leaves_no_status_there(tmp_path: Path) -> None:
-    (tmp_path / "runs.json").write_text("[]")
-    assert decide(tmp_path, 0, EndedLaunch("one")).action == "end"
-    assert not (tmp_path / "status.json").exists()
+@pytest.mark.parametrize(("file", "code"), [("runs.json", "folder-is-study"), ("config.yaml", "folder-foreign-file")])
+@pytest.mark.parametrize("exit_code", [ExitCode.USAGE, ExitCode.FAULT])
+def test_a_folder_in_which_a_launch_was_refused_is_refused_again(
+    tmp_path: Path, file: str, code: str, exit_code: ExitCode
+) -> None:
+    (tmp_path / file).write_text("[]")
+    decide(tmp_path, 3, EndedLaunch("one", exit_code))
+    with raises(UsageError, code):
+        check_folder(RunDirectory(tmp_path))
 
 
 def test_a_run_without_progress_is_given_up_after_the_limit(run: Path) -> None:
