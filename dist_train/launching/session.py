@@ -445,7 +445,7 @@ def run_facts(trainer: Trainer, launched: float, revision: str, run_id: str, nod
         f"mix {noise.mix:g}" if noise.mix < 1 else "",
     )
     return RunFacts(
-        name=trainer.directory.root.name,
+        name=trainer.directory.root.resolve().name,
         run_directory=trainer.directory.root,
         model=f"{config.model.name}, width {config.model.width:g}, {config.model.norm} norm",
         data=config.data.name,

@@ -205,7 +205,7 @@ def _runs_below(directory: Path) -> Iterator[RunDirectory]:
 
 
 def _read_run(run: RunDirectory, root: Path, now: float) -> RunSummary:
-    name = run.root.name if run.root == root else str(run.root.relative_to(root))
+    name = run.root.resolve().name if run.root == root else str(run.root.relative_to(root))
     try:
         return _summary(run, name, now)
     except BrokenFileError as error:

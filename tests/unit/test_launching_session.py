@@ -55,6 +55,7 @@ from dist_train.rundir.status import Status, read_status
 from dist_train.training.recovery import ElasticTrainer
 from dist_train.training.stopping import StopRequests
 from dist_train.training.trainer import Trainer
+from dist_train.watch.run_table import read_runs
 from tests.raising import raises
 from tests.unit import drawing_data
 from tests.unit.checkpoint_files import write
@@ -215,6 +216,12 @@ def test_every_rank_s_observers_are_told_the_facts_and_the_end(tmp_path: Path, m
         assert before <= facts.launched <= time.time()
         assert facts.revision.startswith(dist_train.__version__) == (rank == 0)
         assert [end.state for end in told.ends] == ["finished"]
+
+
+def test_a_run_in_the_current_folder_has_the_name_of_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    train(small_config(run={"max_steps": 1}), ".", [told := Told()])
+    assert [facts.name for facts in told.facts] == [summary.name for summary in read_runs(Path())] == [tmp_path.name]
 
 
 def test_all_ranks_of_a_launch_know_when_it_began_and_a_rank_that_joins_learns_it(tmp_path: Path) -> None:
