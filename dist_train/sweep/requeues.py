@@ -193,4 +193,4 @@ def _write_end(files: RunDirectory, status: Status | None, state: State, reason:
     ended = (status or StatusFile(files.status, world_size=0).current).ended(state, code, reason)
     with suppress(OSError):
         files.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        files.spend_reserve(lambda: atomic.write_text(files.status, ended.to_json()))
+        files.spend_reserve(lambda: atomic.write_text(files.status, ended.to_json(), is_shared=True))

@@ -69,6 +69,13 @@ def test_a_folder_in_which_a_launch_was_refused_is_refused_again(
         check_folder(RunDirectory(tmp_path))
 
 
+def test_those_who_may_read_the_status_may_read_it_while_the_job_waits(run: Path) -> None:
+    end(run, ExitCode.STOPPED)
+    (run / "status.json").chmod(0o640)
+    decide(run, limit=3)
+    assert (run / "status.json").stat().st_mode & 0o777 == 0o640
+
+
 def test_a_run_without_progress_is_given_up_after_the_limit(run: Path) -> None:
     checkpoint(run, 5)
     # The first crash follows a checkpoint, and so do the three after it, but the same one.
