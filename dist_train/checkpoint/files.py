@@ -203,8 +203,10 @@ def find_checkpoint(target: Path) -> Path:
         has_ended = status is not None and status.exit_code is not None
         fix = "it has ended without one; start it again" if has_ended else "wait for its first"
         fix = f"{fix}, or train with checkpoint.every_epochs above 0"
-        if elsewhere := run.checkpoint_records(fallback_directory(run)):
-            fix = f"name that of its fallback directory, {elsewhere[-1].with_suffix('.pt')}"
+        if records := run.checkpoint_records(fallback_directory(run)):
+            last = records[-1].with_suffix(".pt")
+            is_own = last.parent == run.checkpoints
+            fix = f"{last} is missing or damaged" if is_own else f"name that of its fallback directory, {last}"
         raise UsageError(f"{run.root} holds no checkpoint: {fix}", code="no-checkpoint")
     wanted = "best checkpoint" if which == "best" else f"checkpoint of step {which}"
     steps = ", ".join(str(file.step) for file in files)

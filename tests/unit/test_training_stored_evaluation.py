@@ -90,6 +90,12 @@ class TestFinding:
             find_checkpoint(tmp_path)
         assert "has ended" in str(refused.value)
         run = RunDirectory(tmp_path)
+        run.create()
+        (lost := write(run.checkpoints, 2).path).unlink()
+        with raises(UsageError, "no-checkpoint") as refused:
+            find_checkpoint(tmp_path)
+        assert str(lost) in str(refused.value)
+        assert "fallback" not in str(refused.value)
         run.config.write_text(f"checkpoint: {{fallback_directory: {tmp_path / 'spare'}}}\n")
         run.fallback(tmp_path / "spare").mkdir(parents=True)
         written = write(run.fallback(tmp_path / "spare"), 3)
