@@ -340,7 +340,8 @@ def _open_records(session: Session, resume_point: ResumePoint) -> None:
     if resume_point.former_records is not None:
         metrics.rename(resume_point.former_records)
     step = resume_point.contents.step if resume_point.contents else 0
-    rewind(metrics, step)
+    # Before it has a checkpoint of its own, a run may begin at another one's again, which has advanced since.
+    rewind(metrics, step, first=0 if resume_point.source is None else step)
     session.observers.add_first(JsonLines(metrics))
     if resume_point.contents is not None and resume_point.source is None:
         saved = resume_point.contents.config.get("metrics")

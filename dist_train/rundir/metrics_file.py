@@ -211,17 +211,17 @@ class JsonLines(Observer):
 _LAUNCH_EVENTS = frozenset(name for name, kind in EVENTS.items() if kind.begins_launch)
 
 
-def rewind(path: Path, step: int) -> None:
+def rewind(path: Path, step: int, first: int = 0) -> None:
     """Restore `path` to what it was when the checkpoint at `step` was saved, for a run that resumes from it.
 
-    Drops incomplete lines, records after `step`, duplicates by `RecordKey`, and events at `step` that say how a launch
-    began, since this launch writes its own. Atomic; does nothing if there is no such file.
+    Drops incomplete lines, records before `first` and after `step`, duplicates by `RecordKey`, and events at `step`
+    that say how a launch began, since this launch writes its own. Atomic; does nothing if there is no such file.
     """
     seen: defaultdict[tuple[str, str], array[int]] = defaultdict(lambda: array("q"))  # steps, ascending
 
     def is_kept(line: bytes) -> bool:
         key = _key_of_line(line)
-        if key is None or not 0 <= key.step <= step or (key.step == step and key.part in _LAUNCH_EVENTS):
+        if key is None or not first <= key.step <= step or (key.step == step and key.part in _LAUNCH_EVENTS):
             return False
         steps = seen[key.kind, key.part]
         place = bisect_left(steps, key.step)

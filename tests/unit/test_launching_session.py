@@ -50,7 +50,7 @@ from dist_train.outcome import (
 from dist_train.rundir.lock import LockRequest
 from dist_train.rundir.metrics_file import JsonLines, read_records, rewind, to_json
 from dist_train.rundir.paths import RunDirectory
-from dist_train.rundir.records import EventRecord, Observer, Outcome, Record, RunFacts
+from dist_train.rundir.records import EventRecord, Observer, Outcome, Record, RunFacts, TrainRecord
 from dist_train.rundir.status import Status, read_status
 from dist_train.training.recovery import ElasticTrainer
 from dist_train.training.stopping import StopRequests
@@ -469,6 +469,25 @@ def test_a_relative_fallback_directory_is_that_of_the_launch_also_for_one_in_ano
     monkeypatch.chdir(tmp_path / "there")
     train(config, directory.root, [told := Told()])
     assert [facts.start_step for facts in told.facts] == [2]
+
+
+def test_a_run_that_begins_again_at_another_run_s_later_checkpoint_has_no_records_before_it(tmp_path: Path) -> None:
+    class LeavesAt4(Observer):
+        def record(self, record: Record) -> None:
+            if record.step == 4:
+                sys.exit()
+
+    def continued(*observers: Observer) -> None:
+        settings = {"checkpoint": {"every_epochs": 0}, "evaluation": {"every_epochs": 0}}
+        train(small_config(**settings, run={"resume": str(tmp_path / "one")}), tmp_path / "other", observers)
+
+    train(small_config(run={"max_steps": 2}), tmp_path / "one")
+    with pytest.raises(SystemExit):
+        continued(LeavesAt4())
+    train(small_config(run={"max_steps": 5}), tmp_path / "one")
+    continued()
+    records = read_records(tmp_path / "other" / "metrics.jsonl")
+    assert [record.step for record in records if isinstance(record, TrainRecord)] == [6]
 
 
 @pytest.mark.parametrize(
