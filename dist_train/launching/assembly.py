@@ -144,7 +144,7 @@ def assemble(
         if progress.step <= trainer.last_step or not session.was_finished or not directory.config.exists():
             directory.save_config(config)
         set_up_writing(trainer, session, initial)
-        _warn_of_lost_noise(state.noise, compute.precision, progress.step)
+        _warn_of_lost_noise(state.noise, compute, progress.step)
 
     run_on_all_ranks(comm, begin_writing, "write the run directory")
     return trainer
@@ -330,19 +330,20 @@ def _load_initial(initial: InitialWeights, network: nn.Module, config: Config) -
     load_model(initial.fitted(network.state_dict(), config.data.image_format.classes), network, str(initial.path))
 
 
-def _warn_of_lost_noise(noise: Noise, precision: torch.dtype, step: int) -> None:
+def _warn_of_lost_noise(noise: Noise, compute: Compute, step: int) -> None:
     """Warn if the precision of forward passes is too coarse for some of the noise."""
-    if precision == torch.float32 or not isinstance(noise, SmoothOut):
+    is_float32 = compute.precision == torch.float32
+    if (is_float32 and not compute.uses_tf32) or not isinstance(noise, SmoothOut):
         return
     # where it is strongest: a schedule that rises is meant to begin with little noise
     steps = range(step, noise.total_steps, max(1, (noise.total_steps - step) // _TRIED_STEPS))
     step = max(steps, key=noise.amplitude, default=step)
-    lost = noise.rounded_away(precision, step)
+    lost = noise.rounded_away(compute.rounded, step)
     if lost > _LOST_NOISE:
+        what = "tf32" if is_float32 else f"compute: {str(compute.precision).removeprefix('torch.')}"
         _logger.warning(
-            f"precision.compute: {str(precision).removeprefix('torch.')} rounds the noise away on {100 * lost:.0f} % "
-            f"of the weights (amplitude {noise.amplitude(step):g} at step {step}); float32 keeps it, or raise "
-            f"noise.amplitude"
+            f"precision.{what} rounds the noise away on {100 * lost:.0f} % of the weights (amplitude "
+            f"{noise.amplitude(step):g} at step {step}); float32 without TF32 keeps it, or raise noise.amplitude"
         )
 
 

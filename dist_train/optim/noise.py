@@ -220,12 +220,12 @@ class SmoothOut(_Perturbing):
         """Add the clean weights to the draw, which is already in the buffer of the perturbed ones."""
         self._perturbed[part].add_(clean[part])
 
-    def rounded_away(self, precision: torch.dtype, step: int) -> float:
-        """Return the share of the perturbed weights whose noise at `step` is lost in a cast to `precision`."""
+    def rounded_away(self, rounded: Callable[[Tensor], Tensor], step: int) -> float:
+        """Return the share of the perturbed weights whose noise at `step` is lost where weights are `rounded`."""
         clean, self._step = self.weights.values, step
         self._move_to(self._points[0], 0, self.rank)
         noisy = self._perturbed != clean
-        lost = noisy & (self._perturbed.to(precision) == clean.to(precision))
+        lost = noisy & (rounded(self._perturbed) == rounded(clean))
         return float(lost.sum() / noisy.sum().clamp_(min=1))
 
     def digest(self, step: int) -> int:

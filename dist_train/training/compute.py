@@ -50,10 +50,18 @@ class Compute:
 
     device: torch.device
     precision: torch.dtype
+    uses_tf32: bool = False
+    """Whether convolutions and matrix products round float32 to TF32."""
 
     def autocast(self) -> AbstractContextManager[None]:
         """Return a context in which forward passes use `precision`."""
         return torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision != torch.float32)
+
+    def rounded(self, weights: torch.Tensor) -> torch.Tensor:
+        """Return float32 `weights` as convolutions and linear layers read them."""
+        if self.uses_tf32:  # 10 bits behind the leading one, of the 23 of float32
+            return weights.view(torch.int32).add(1 << 12).bitwise_and_(-1 << 13).view(torch.float32)
+        return weights.to(self.precision)
 
 
 def set_up_compute(settings: PrecisionSettings, device: torch.device) -> Compute:
@@ -87,7 +95,9 @@ def set_up_compute(settings: PrecisionSettings, device: torch.device) -> Compute
     _set_deterministic(settings.deterministic is True)
     if uses_triton:
         _check_triton(device)
-    return Compute(device, _PRECISIONS[settings.compute])
+    is_float32 = settings.compute == "float32"
+    uses_tf32 = is_float32 and settings.tf32 and device.type == "cuda" and torch.cuda.is_tf32_supported()
+    return Compute(device, _PRECISIONS[settings.compute], uses_tf32)
 
 
 def _set_deterministic(is_deterministic: bool) -> None:

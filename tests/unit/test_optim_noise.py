@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from dist_train.models.norms import GroupedBatchNorm
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.optim.noise import Noise, SmoothOut, _normalized, build_noise
 from dist_train.outcome import UsageError
+from dist_train.training.compute import Compute
 from tests.raising import raises
 from tests.unit.weights_in_force import in_force, perturbed
 
@@ -306,13 +308,24 @@ def test_a_draw_a_perturbation_and_a_restoration_are_a_handful_of_kernels_for_an
     assert len(counts[0]) <= most, counts[0]
 
 
-@pytest.mark.parametrize(("amplitude", "share"), [(1e-2, 0.01), (1e-3, 0.13), (1e-4, 0.65)])
-def test_the_share_of_weights_whose_noise_bfloat16_loses_is_that_of_the_method_s_page(
-    amplitude: float, share: float
+@pytest.mark.parametrize(
+    ("amplitude", "in_bfloat16", "in_tf32"), [(1e-2, 0.01, 0.002), (1e-3, 0.13, 0.016), (1e-4, 0.65, 0.17)]
+)
+def test_the_shares_of_weights_whose_noise_is_rounded_away_are_those_of_the_method_s_page(
+    amplitude: float, in_bfloat16: float, in_tf32: float
 ) -> None:
     data = {"name": "synthetic", "synthetic_shape": [1, 28, 28]}
     model = build_model(parse_config({"data": data, "model": {"name": "vgg9", "width": 0.25}}, source="test"))
     noise = a_noise(FlatWeights(model), amplitude=amplitude, exclude=("norm",))
     assert isinstance(noise, SmoothOut)
-    assert noise.rounded_away(torch.bfloat16, 0) == pytest.approx(share, abs=0.006)
-    assert noise.rounded_away(torch.float32, 0) == 0
+    bfloat16, float32 = (Compute(torch.device("cpu"), dtype) for dtype in (torch.bfloat16, torch.float32))
+    assert noise.rounded_away(bfloat16.rounded, 0) == pytest.approx(in_bfloat16, abs=0.006)
+    assert noise.rounded_away(replace(float32, uses_tf32=True).rounded, 0) == pytest.approx(in_tf32, abs=0.006)
+    assert noise.rounded_away(float32.rounded, 0) == 0
+
+
+def test_tf32_has_ten_bits_behind_the_leading_one() -> None:
+    tf32 = Compute(torch.device("cpu"), torch.float32, uses_tf32=True)
+    values = torch.tensor([1 + 2**-10, 1 + 2**-11, 1 + 2**-12, -1 - 2**-11, 1e-30, 0.0])
+    expected = torch.tensor([1 + 2**-10, 1 + 2**-10, 1, -1 - 2**-10, 1e-30, 0.0])
+    torch.testing.assert_close(tf32.rounded(values), expected, rtol=0, atol=1e-33)

@@ -15,13 +15,14 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from dist_train.cluster.communicator import Communicator, RankLostError, SingleProcess
-from dist_train.config import ImageFormat
+from dist_train.config import ImageFormat, PrecisionSettings
 from dist_train.data.images import BatchRequest
 from dist_train.data.plan import batch_indices, epoch_order
 from dist_train.models import build_model
 from dist_train.models.norms import NormFactory, running_statistics
 from dist_train.optim.noise import Noise
 from dist_train.outcome import DivergedError, OutOfMemoryError, PluginResultError, UsageError
+from dist_train.training.compute import Compute, set_up_compute
 from dist_train.training.step import GlobalBatch, Update, clip_gradient
 from dist_train.training.trainer import Trainer
 from tests.raising import raises
@@ -580,3 +581,15 @@ def test_a_run_warns_of_noise_that_its_precision_rounds_away(
     config = small_config(noise={"amplitude": amplitude, "schedule": schedule}, precision={"compute": compute})
     build_trainer(config, tmp_path, SingleProcess())
     assert ("rounds the noise away" in caplog.text) == warned
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+def test_a_run_warns_of_noise_that_tf32_rounds_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tf32: bool
+) -> None:
+    def as_on_a_gpu(settings: PrecisionSettings, device: torch.device) -> Compute:
+        return replace(set_up_compute(settings, device), uses_tf32=settings.tf32)
+
+    monkeypatch.setattr("dist_train.launching.assembly.set_up_compute", as_on_a_gpu)
+    build_trainer(small_config(noise={"amplitude": 1e-4}, precision={"tf32": tf32}), tmp_path, SingleProcess())
+    assert ("precision.tf32 rounds the noise away" in caplog.text) == tf32
