@@ -287,6 +287,7 @@ def _unused(config: Config) -> Iterator[tuple[str, str, bool, str]]:
     has_no_base = schedule.scaling == "none" and not schedule.keep_updates
     # cosine and poly decay from the end of the warm-up
     has_no_warmup = schedule.scaling == "none" and schedule.decay in ("constant", "step")
+    is_never_cut = schedule.decay == "step" and min(schedule.milestones, default=0) >= config.run.epochs
     never_stops, is_listed = config.early_stopping.patience is None, metrics.targets_directory is not None
     always = ("enabled", "every_steps", "loggers")
     exporter_settings = " ".join(name for name in type(metrics).model_fields if name not in always)
@@ -303,6 +304,7 @@ def _unused(config: Config) -> Iterator[tuple[str, str, bool, str]]:
         ("optimizer", "epsilon", not has_betas, "this optimizer does not use it"),
         ("schedule", "base_batch", has_no_base, "schedule.scaling is none"),
         ("schedule", "warmup_epochs", has_no_warmup, "schedule.scaling is none, so there is no higher rate to rise to"),
+        ("schedule", "milestones", is_never_cut, f"the run ends before them, after run.epochs, {config.run.epochs}"),
         ("averaging", "every_steps", config.averaging.kind == "none", "averaging.kind is none"),
         ("early_stopping", "min_delta metric", never_stops, "early_stopping.patience is not set"),
         ("precision", "tf32", config.run.device == "cpu", "run.device is cpu"),

@@ -216,6 +216,10 @@ def test_all_conflicts_are_told_at_once() -> None:
         ("schedule.base_batch=8", "schedule.scaling is none"),
         ("schedule.warmup_epochs=2", "schedule.scaling is none, so there is no higher rate to rise to"),
         ("schedule.milestones=[3]", "schedule.decay is not step"),
+        (
+            "schedule.milestones=[30,45] schedule.decay=step run.epochs=30",
+            "the run ends before them, after run.epochs, 30",
+        ),
         ("schedule.factor=0.5", "schedule.decay is not step"),
         ("precision.tf32=true run.device=cpu", "run.device is cpu"),
         ("data.download=true", "only CIFAR can be downloaded"),
