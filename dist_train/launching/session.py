@@ -22,7 +22,7 @@ from dist_train.cluster.communicator import Communicator, RankLostError, broadca
 from dist_train.cluster.devices import device_name, find_gpus, why_no_gpu
 from dist_train.cluster.launch import command_output, current_job
 from dist_train.cluster.watchdog import Watchdog
-from dist_train.config import Config
+from dist_train.config import Config, NoiseSettings
 from dist_train.config.plugins import by_content, call_plugin
 from dist_train.config.sections import MetricsSettings
 from dist_train.kernels.operators import why_no_triton
@@ -433,17 +433,11 @@ def revision(root: Path = Path(dist_train.__file__).parents[1]) -> str:
 def run_facts(trainer: Trainer, launched: float, revision: str, run_id: str, nodes: tuple[str, ...]) -> RunFacts:
     """Return the facts of the run of `trainer`; `launched`: when this launch began, in seconds since 1970."""
     config, plan, ranks = trainer.config, trainer.plan, trainer.comm
-    noise, device = config.noise, trainer.take_step.compute.device
+    device = trainer.take_step.compute.device
     to_come = trainer.epochs.stages[trainer.epochs.number(trainer.progress.step) :]
     steps_per_epoch = max(stage.steps_per_epoch for stage in to_come)
     intervals = (config.checkpoint.every_steps or 0, config.checkpoint.every_epochs * steps_per_epoch)
     job = current_job()
-    noise_parts = (
-        *(noise.method, f"{noise.distribution} {noise.amplitude:g}", noise.sharing, noise.schedule.kind),
-        f"draws {noise.draws}" if noise.draws > 1 else "",
-        "antithetic" if noise.antithetic else "",
-        f"mix {noise.mix:g}" if noise.mix < 1 else "",
-    )
     return RunFacts(
         name=trainer.directory.root.resolve().name,
         run_directory=trainer.directory.root,
@@ -458,7 +452,7 @@ def run_facts(trainer: Trainer, launched: float, revision: str, run_id: str, nod
         steps_per_epoch=trainer.epochs.stage(min(trainer.progress.step, trainer.last_step - 1)).steps_per_epoch,
         epochs=trainer.epochs.done(trainer.last_step),
         stages=trainer.epochs.stages if len(trainer.epochs.stages) > 1 else (),
-        noise="none" if noise.method == "none" else ", ".join(filter(None, noise_parts)),
+        noise=describe_noise(config.noise),
         device=describe_device(config, device),
         start_step=trainer.progress.step,
         controller=ranks.backend,
@@ -475,6 +469,21 @@ def run_facts(trainer: Trainer, launched: float, revision: str, run_id: str, nod
         is_requeued=job is not None and job.is_requeued,
         generation=ranks.generation,
     )
+
+
+def describe_noise(noise: NoiseSettings) -> str:
+    """Return the method, and the settings of what it draws, if it uses them."""
+    if noise.method in ("none", "ivon"):  # whose estimate of the Hessian determines the draw
+        return noise.method
+    draws_nothing = noise.method in ("sam", "asam")
+    drawn = ("" if draws_nothing else f"{noise.distribution} ") + f"{noise.amplitude:g}"
+    points = (
+        f"draws {noise.draws}" if noise.draws > 1 else "",
+        "antithetic" if noise.antithetic else "",
+        f"mix {noise.mix:g}" if noise.mix < 1 else "",
+    )
+    parts = (noise.method, drawn, noise.sharing, noise.schedule.kind, *(() if draws_nothing else points))
+    return ", ".join(filter(None, parts))
 
 
 def describe_device(config: Config, device: torch.device) -> str:

@@ -260,7 +260,8 @@ class Settings:
             for path in ("model.name", "data.name", "noise.method", "noise.amplitude")
         )
         size = settings.get("batch.global_size")
-        noise = method if method in (None, "none") or amplitude is None else f"{method} {amplitude}"
+        has_no_amplitude = method in (None, "none", "ivon") or amplitude is None
+        noise = method if has_no_amplitude else f"{method} {amplitude}"
         return cls(model, data, size if isinstance(size, int) and 0 < size < 2**63 else None, noise)
 
 

@@ -112,6 +112,11 @@ def test_a_running_run_shows_progress_best_accuracy_throughput_and_time_left(tmp
     )
 
 
+def test_noise_whose_amplitude_is_not_used_is_shown_without_it(tmp_path: Path) -> None:
+    make_run(tmp_path / "lb", config="noise: {method: ivon, amplitude: 0.01}\n")
+    assert only_run(tmp_path).noise == "ivon"
+
+
 def test_time_left_does_not_count_the_pause_before_a_resume(tmp_path: Path) -> None:
     before = [train(step, time=step * 2.0) for step in range(1, 41)]
     after = [train(step, time=90_000.0 + step * 2.0) for step in range(41, 46)]
