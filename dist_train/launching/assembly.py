@@ -65,6 +65,7 @@ _logger = logging.getLogger("dist_train.training")
 
 _LOST_NOISE = 0.01  # a run warns if more than this share of the weights is left without noise
 _TRIED_STEPS = 100  # of a run, to find where the noise is strongest
+_OLD_SHARE = 0.01  # a run warns if its average consists of its first weights to more than this share
 
 
 def assemble(
@@ -145,6 +146,7 @@ def assemble(
             directory.save_config(config)
         set_up_writing(trainer, session, initial)
         _warn_of_lost_noise(state.noise, compute, progress.step)
+        _warn_of_old_average(state.averaging, total_steps)
 
     run_on_all_ranks(comm, begin_writing, "write the run directory")
     return trainer
@@ -344,6 +346,16 @@ def _warn_of_lost_noise(noise: Noise, compute: Compute, step: int) -> None:
         _logger.warning(
             f"precision.{what} rounds the noise away on {100 * lost:.0f} % of the weights (amplitude "
             f"{noise.amplitude(step):g} at step {step}); float32 without TF32 keeps it, or raise noise.amplitude"
+        )
+
+
+def _warn_of_old_average(averaging: Averaging, steps: int) -> None:
+    """Warn if the first weights still count in the average after all `steps` updates of the run."""
+    share = averaging.share_of_first(steps)
+    if share > _OLD_SHARE:
+        _logger.warning(
+            f"averaging.decay: after the run's {steps} updates, {100 * share:.0f} % of the average are still its first "
+            f"weights: choose a smaller one"
         )
 
 

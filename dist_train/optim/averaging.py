@@ -52,6 +52,11 @@ class Averaging:
         rows = self.kept[: self._filled(steps)]
         return mean_of(rows) if len(rows) else self.weights.values
 
+    def share_of_first(self, steps: int) -> float:
+        """Return the share in the ema after `steps` updates of the first weights that it includes; 0 if it is none."""
+        included = max(1, steps // self._every)
+        return float(self.settings.decay ** (included - 1)) if self.settings.kind == "ema" else 0.0
+
     def state(self, steps: int) -> list[dict[str, Tensor]]:
         """Return what a checkpoint holds: for each row in use, tensors by the parameters' names."""
         return [self.weights.named(row) for row in self.kept[: self._filled(steps)]]

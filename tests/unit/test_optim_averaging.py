@@ -44,6 +44,19 @@ def test_the_moving_average_is_that_of_torch(decay: float) -> None:
         assert torch.equal(value, named[name].detach()), name
 
 
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("steps", [0, 1, 2, 7, 12])
+def test_the_share_of_the_first_weights_in_the_moving_average(every: int, steps: int) -> None:
+    weights = FlatWeights(a_model())
+    averaging = Averaging(AveragingSettings(kind="ema", decay=0.75, every_steps=every), weights, 4)
+    for step in range(steps):
+        weights.values.fill_(float(step + 1 <= every))  # those after the first `every` updates are 0
+        averaging.after_update(step)
+    expected = float(averaging.value(steps)[0]) if steps else 1.0
+    assert averaging.share_of_first(steps) == pytest.approx(expected)
+    assert Averaging(AveragingSettings(kind="lawa"), weights, 4).share_of_first(steps) == 0.0
+
+
 @given(st.integers(2, 5), st.integers(1, 3), st.integers(0, 20))
 def test_the_latest_weights_are_averaged_however_many_there_are(last: int, every: int, steps: int) -> None:
     weights = FlatWeights(a_model())

@@ -101,3 +101,12 @@ def test_averaged_weights_have_norm_statistics_of_their_own(tmp_path: Path) -> N
     for name, value in running_statistics(model).items():
         assert torch.equal(value, stored[name]), name
         assert not torch.equal(value, contents.model[name]), name
+
+
+@pytest.mark.parametrize(("decay", "is_told"), [(0.999, True), (0.5, True), (0.3, False)])
+def test_a_run_too_short_for_its_moving_average_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, decay: float, is_told: bool
+) -> None:
+    averaging = {"kind": "ema", "decay": decay}  # of six updates: 0.5^5 is 3 %
+    build_trainer(small_config(averaging=averaging, run={"max_steps": 1}), tmp_path, SingleProcess())
+    assert ("averaging.decay" in caplog.text) == is_told
