@@ -365,7 +365,7 @@ class VariationalNewton(_Perturbing):
         m <- b1 m + (1 - b1) g
         f = l (h + d) e g
         h <- b2 h + (1 - b2) f + (1 - b2)^2 (h - f)^2 / (2 (h + d))
-        w <- w - eta (h0 + d) (m / (1 - b1^t) + d w) / (h + d)
+        w <- w - eta (h0 + d) (m / (1 - b1^(t+1)) + d w) / (h + d)
 
     The optimizer gets the factor of eta in the last line as its gradient, so that plain SGD makes this update. All
     ranks share one sample of all weights per step, so that f needs only the sum of the gradients.
