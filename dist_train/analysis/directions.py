@@ -194,11 +194,12 @@ def basin_width(
     basin: str = "A",
     among: Sequence[int] | None = None,
 ) -> Width | None:
-    """Return the width of the basin around the lowest loss at the indices `among` (default: all).
+    """Return the width of the basin around the lowest minimum at the indices `among` (default: all); None without one.
 
-    Ends are interpolated linearly between points. A loss that is not finite counts as above the limit; None if all are.
+    No neighbour of a minimum is lower: a slope that leads down, out of `among`, belongs to another basin. Ends are
+    interpolated linearly between points. A loss that is not finite counts as above the limit.
     """
-    candidates = [index for index in (range(len(losses)) if among is None else among) if math.isfinite(losses[index])]
+    candidates = [index for index in (range(len(losses)) if among is None else among) if _is_minimum(losses, index)]
     if not candidates:
         return None
     lowest = min(candidates, key=lambda index: losses[index])
@@ -209,6 +210,11 @@ def basin_width(
     return Width(
         direction, basin, factor, alphas[lowest], losses[lowest], left, right, is_open_left, is_open_right, points
     )
+
+
+def _is_minimum(losses: Sequence[float], index: int) -> bool:
+    neighbours = losses[max(0, index - 1) : index + 2]
+    return math.isfinite(losses[index]) and not any(loss < losses[index] for loss in neighbours)
 
 
 def _end(alphas: Sequence[float], losses: Sequence[float], start: int, step: int, limit: float) -> tuple[float, bool]:

@@ -181,7 +181,7 @@ def _measure_all(
 
 
 def _widths(settings: LandscapeSettings, points: Sequence[Point], rows: Sequence[PointRow]) -> list[Width]:
-    """Return the basin widths along each line; a line between two checkpoints has one basin at each of them."""
+    """Return the basin widths along each line; on a line between two checkpoints each may have a basin of its own."""
     if settings.kind == "plane":
         return []
     widths = []

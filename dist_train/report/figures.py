@@ -284,7 +284,7 @@ def _widths(landscapes: Sequence[Landscape]) -> str:
         if mean:
             deviation = "" if mean.deviation is None else f" ± {spread(three_digits, mean.mean, mean.deviation)}"
             least = "\u2265 " if mean.censored else ""
-            where = f" of {basin}" if len({basin for basin, _ in keys}) > 1 else ""
+            where = f" of {basin}" if chosen[0][0].kind == "interpolate" else ""
             note = limits(mean.count, mean.censored, sum(item.unresolved(width) > 0 for item, width in chosen))
             found.append(f"{least}{three_digits(mean.mean)}{deviation}{where} (loss under {factor} x; {note})")
     return "width " + "; ".join(found) if found else ""

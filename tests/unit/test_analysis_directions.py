@@ -198,6 +198,27 @@ def test_the_minimum_is_looked_for_in_its_basin() -> None:
     assert width.minimum_alpha == 0.0
 
 
+LINE = [index / 20 - 0.5 for index in range(41)]
+HALVES = [[at for at, alpha in enumerate(LINE) if side(alpha)] for side in (lambda x: x < 0.5, lambda x: x > 0.5)]
+
+
+def test_a_slope_towards_the_other_checkpoint_is_no_basin() -> None:
+    losses = [0.1 + (alpha - 1) ** 2 for alpha in LINE]
+    assert basin_width(LINE, losses, 2.0, among=HALVES[0]) is None
+    width = basin_width(LINE, losses, 2.0, among=HALVES[1])
+    assert width is not None
+    assert (width.minimum_alpha, width.width) == (1.0, pytest.approx(2 * math.sqrt(0.1), rel=0.02))
+
+
+def test_a_narrow_basin_is_not_taken_for_the_flank_of_a_wide_and_deeper_one() -> None:
+    losses = [min(0.4 + 100 * alpha**2, 0.01 + 4 * (alpha - 1) ** 4) for alpha in LINE]
+    assert losses[HALVES[0][-1]] < losses[LINE.index(0.0)]
+    widths = [basin_width(LINE, losses, 2.0, among=half) for half in HALVES]
+    assert [width and width.minimum_alpha for width in widths] == [0.0, 1.0]
+    assert widths[0] is not None
+    assert widths[0].width == pytest.approx(2 * math.sqrt(0.004), rel=0.1)
+
+
 def test_a_summary_has_mean_deviation_and_each_direction() -> None:
     widths = [
         width

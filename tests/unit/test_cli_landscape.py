@@ -52,7 +52,8 @@ def test_between_two_checkpoints_and_into_another_folder(
     words = ["landscape", "interpolate", str(first), str(trained_run), "--points", "5"]
     assert main([*words, "--output", str(tmp_path / "there"), "--samples", "all", "precision.channels_last=true"]) == 0
     told = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in told[:-1]] == [f"basin of {basin}" for basin in "AABB"]
+    assert [line.split(":")[0] for line in told[:-1]] == [f"basin of {basin}" for basin in "BBA"]
+    assert "none" in told[2], "the loss falls from the early checkpoint to the last one"
     assert Path(told[-1]).parent == tmp_path / "there"
 
 
