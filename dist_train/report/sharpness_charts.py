@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -213,7 +214,7 @@ _MOST_POINTS = 400
 
 
 def sharpness_courses(panels: Sequence[Panel]) -> tuple[Chart, ...]:
-    """Return a chart per panel: the eigenvalue of runs with two or more measured checkpoints, and its stability limit.
+    """Return a chart per panel: the eigenvalue of runs with two or more measured checkpoints, and the limit of SGD.
 
     Only measurements with the commonest settings are used. All charts share a logarithmic y axis.
     """
@@ -253,7 +254,7 @@ def epoch_at(run: StoredRun, step: int) -> float | None:
 
 
 def _series(panel: Panel, settings: str | None) -> tuple[Series, ...]:
-    """Return each variant's eigenvalues and, for SGD, the limit above which it is unstable."""
+    """Return each variant's eigenvalues and, for SGD, the limit above which it is unstable, if these are comparable."""
     series: list[Series] = []
     for variant in panel.variants:
         runs = [run for run in variant.counted if len(eigenvalues_of(run, settings)) > 1]
@@ -261,10 +262,16 @@ def _series(panel: Panel, settings: str | None) -> tuple[Series, ...]:
             style = f"s{variant.colour}"
             series.append(Series(variant.label, style, points))
             factor = stability_factor(runs[0].settings)
-            if factor is not None:
+            if factor is not None and _is_of_training(runs[0], settings):
                 limit = _stability_limit(runs[0], factor)
                 series.append(Series(f"{variant.label}, limit of stability", style, limit, "dashed"))
     return tuple(series)
+
+
+def _is_of_training(run: StoredRun, settings: str | None) -> bool:
+    """Whether eigenvalues measured with `settings` are of the loss that SGD descends, by each batch's statistics."""
+    is_normalized = run.settings.get("model.norm") not in ("group", "none")
+    return not is_normalized or json.loads(settings or "{}").get("statistics") == "batch"
 
 
 def _measured(series: Sequence[Series]) -> list[Series]:
@@ -302,6 +309,7 @@ def _stability_limit(run: StoredRun, factor: float) -> tuple[Point, ...]:
 
 
 def _described(panel: Panel, series: Sequence[Series]) -> str:
-    return f"Largest eigenvalue of the Hessian along training, and its limit of stability, {panel.title}; " + "; ".join(
-        f"{each.label} {each.points[-1].text}" for each in _measured(series)
-    )
+    measured = _measured(series)
+    limit = ", and the limit of stability" if len(measured) < len(series) else ""
+    ends = "; ".join(f"{each.label} {each.points[-1].text}" for each in measured)
+    return f"Largest eigenvalue of the Hessian along training{limit}, {panel.title}; {ends}"

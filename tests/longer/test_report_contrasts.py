@@ -310,9 +310,15 @@ def test_label_and_changes_name_the_settings_of_a_noise(
         assert inner.items() <= changes.items()
 
 
-def test_sharpness_along_training_is_drawn_with_its_stability_limit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("statistics", ["batch", "checkpoint"])
+def test_sharpness_along_training_is_drawn_with_the_stability_limit_of_its_loss(
+    tmp_path: Path, statistics: str
+) -> None:
     study = make_study(tmp_path / "study", (0, 1))
     assert "Sharpness along training" not in rendered(study).text
+    for record in study.glob("*/analysis/sharpness-*.json"):
+        fields = json.loads(record.read_text())
+        record.write_text(json.dumps({**fields, "settings": {**fields["settings"], "statistics": statistics}}))
     measured: dict[int, list[float]] = {20: [], 80: []}
     for seed in (0, 1):
         run = study / f"lb-seed-{seed}"
@@ -329,10 +335,13 @@ def test_sharpness_along_training_is_drawn_with_its_stability_limit(tmp_path: Pa
     # two updates per epoch
     assert [point[3] for point in frame["baseline"]] == [10.0, 40.0]
     assert frame["baseline"][0][2] == f"{fmean(measured[20]):.2f} (n = 2)"
+    # the table still shows the last checkpoint
+    assert page.of("sharpness-largest Hessian eigenvalue", run="lb-seed-0")[0] == measured[80][0]
+    assert ("baseline, limit of stability" in frame) == (statistics == "batch")
+    if statistics != "batch":
+        return
     rates = [record.learning_rate for record in read_run(study / "lb-seed-0", "lb").train]
     texts = [point[2] for point in frame["baseline, limit of stability"]]
     limit = 3.8 / 2.8  # Nesterov momentum of 0.9
     assert texts[0] == f"1.36 / rate = {limit / rates[0]:.2f}"
     assert len(texts) == sum(rate > 0 for rate in rates)
-    # the table still shows the last checkpoint
-    assert page.of("sharpness-largest Hessian eigenvalue", run="lb-seed-0")[0] == measured[80][0]
