@@ -204,6 +204,7 @@ def _run_content(run: StoredRun) -> dict[str, Any]:
         "run": run,
         "numbers": tuple(zip(measures, run_cells(run, measures), strict=True)),
         "sharpness_left_out": sharpness_left_out([run]),
+        "sharpness_settings": sharpness_settings([run]),
         "figures": figures_of_run(run),
         "styles": {"s0"},
         "sections": _sections_of(run.settings),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -69,6 +70,13 @@ def test_the_page_shows_the_runs_versions_and_none_of_this_machine_s(tmp_path: P
     assert "<div><dt>device</dt><dd>Abacus &amp; Sons</dd></div>" in page
     for version in (torch.__version__, np.__version__):
         assert version not in page
+
+
+def test_the_page_of_a_run_has_the_settings_of_its_sharpness(tmp_path: Path) -> None:
+    treatment = treatments()[0]
+    directory = make_run(tmp_path / "run", treatment, 0, dict(treatment.settings))
+    [settings] = re.findall("Sharpness: (.*)\\.</p>", html.unescape(render(read_subject(directory))))
+    assert {"samples: 2000", 'statistics: "checkpoint"'} <= set(settings.split("; "))
 
 
 def test_the_command_that_repeats_a_run_is_one_command_whatever_its_files_say(tmp_path: Path) -> None:
