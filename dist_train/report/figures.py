@@ -194,8 +194,8 @@ def landscape_axes(landscapes: Sequence[Landscape], scale: str = "auto") -> Land
 
 
 def _around(key: str, drawn: _Drawn, letter: str, axes: LandscapeAxes) -> Chart:
-    curves = sum(len(item.lines("train")) for item in drawn.landscapes)
-    note = f"{wording.plural(curves, 'direction')}, {wording.plural(len(drawn.landscapes), 'run')}"
+    lines = sum(len(item.lines("train")) for item in drawn.landscapes)
+    note = f"{wording.plural(lines, 'line')}, {wording.plural(len(drawn.landscapes), 'run')}"
     title = drawn.variant.title
     described = f", around the solution of {title}; {note}"
     return replace(landscape_chart(key, title, described, drawn.landscapes, note, axes), letter=letter)

@@ -306,8 +306,10 @@ def _line_rise(landscape: Landscape, distance: float) -> float | None:
 
 
 _EXPLANATIONS = {
-    "Keskar": "100 (max L - L)/(1 + L), the maximum of the training loss L over a small box around the weights.",
-    "expected rise": "Mean rise of the training loss under uniform noise of this amplitude on the weights.",
+    "Keskar": "100 (max L - L)/(1 + L), the maximum of the training loss L over a small box around the weights. "
+    "Runs in which it is not finite, the sharpest, are left out.",
+    "expected rise": "Mean rise of the training loss under uniform noise of this amplitude on the weights. "
+    "Runs in which it is not finite, the sharpest, are left out.",
     "basin width": "Interval around the weights, along random filter-normalized directions, where the training loss "
     "rises by at most this absolute amount. \u2265: in some direction it ends beyond the reach (censored).",
     "gradient noise scale": "tr(Sigma) / |G|^2 in samples (McCandlish et al.): larger batches gain little. Runs whose "

@@ -130,7 +130,7 @@ def test_repeated_configuration_and_seed_counts_once(tmp_path: Path) -> None:
     assert table[ACCURACY, row, TEST] == f"{fmean(values) * 100:.2f} \u00b1 {stdev(values) * 100:.2f} (n = 2)"
     assert table[SHARPNESS, row, TRACE].endswith("(n = 2)")
     assert "lb-0-again : lb-0 counts" in page.text
-    assert "4 directions, 2 runs" in page.text
+    assert "4 lines, 2 runs" in page.text
     assert all("(n = 2)" in point[2] for _, points in page.series for point in points if "\u00b1" in point[2])
     # Every run still has its row.
     assert page.of("final_test", run="lb-0-again")[0] == values[0]
