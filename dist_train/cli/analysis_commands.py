@@ -85,9 +85,10 @@ def _landscape(arguments: argparse.Namespace) -> int:
             # A line between two checkpoints is the only one.
             direction = "" if settings.kind == "interpolate" else f"direction {width.direction}, "
             print(f"{direction}{describe(width)}")
-        missing = {"A", "B"} - {width.basin for width in finished.widths} if settings.kind == "interpolate" else ()
-        for basin in sorted(missing):
-            print(f"basin of {basin}: none, the loss has no minimum on its side of alpha 0.5")
+        found = {width.basin for width in finished.widths}
+        for basin in ("A", "B"):
+            if settings.kind == "interpolate" and basin not in found:
+                print(f"basin of {basin}: none, the loss has no minimum on its side of alpha 0.5")
         print(finished.folder)
     return ExitCode.FINISHED
 
