@@ -29,7 +29,13 @@ from dist_train.cluster.devices import choose_device
 from dist_train.config import Config
 from dist_train.config.plugins import with_places_of
 from dist_train.data.loader import SampleSource, open_splits
-from dist_train.models.norms import BatchStatistics, GroupedBatchNorm, collect_statistics, norm_modules
+from dist_train.models.norms import (
+    BatchStatistics,
+    GroupedBatchNorm,
+    collect_statistics,
+    norm_modules,
+    norms_of_torch,
+)
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import UsageError
 from dist_train.reproducible import LayerRng, generator
@@ -283,6 +289,8 @@ def open_subject(stored: Stored, overrides: Sequence[str], settings: LandscapeSe
     if local_rank == 0:
         warn_of_edited_plugins(stored.contents, config)
     model = stored_model(stored.contents, config)
+    if local_rank == 0 and settings.statistics == "recomputed":
+        warn_of_kept_statistics(model)
     with closing(open_splits(config.data, config.run.seed, compute.device, channels_last)) as splits:
         train, test = (
             list(samples.read_all(_subset(samples, wanted, settings.subset_seed).split(batch_size)))
@@ -295,6 +303,15 @@ def open_subject(stored: Stored, overrides: Sequence[str], settings: LandscapeSe
             chosen = statistics_samples(len(splits.train), wanted, micro_size, config.run.seed)
             statistics = list(splits.train.read_all(chosen.split(micro_size)))
     return Subject(config, model, place_of(model), compute, channels_last, batch_size, train, test, statistics)
+
+
+def warn_of_kept_statistics(model: nn.Module) -> None:
+    """Warn if `model`, which is put into evaluation mode, has norms that only keep the checkpoint's statistics."""
+    if names := norms_of_torch(model):
+        _logger.warning(
+            "the statistics of torch's own norms (%s) stay the checkpoint's: build norms by norm(channels)",
+            ", ".join(names),
+        )
 
 
 def place_in(other: Stored, subject: Subject) -> Place:

@@ -13,7 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dist_train.analysis.landscape_points import Batch, Replicas, Result, cross_entropy_sum, digest
+from dist_train.analysis.landscape_points import (
+    Batch,
+    Replicas,
+    Result,
+    cross_entropy_sum,
+    digest,
+    warn_of_kept_statistics,
+)
 from dist_train.analysis.sharpness_record import MeasuredCheckpoint, MeasuredData, SharpnessSettings
 from dist_train.checkpoint.files import Stored
 from dist_train.cluster.communicator import SingleProcess
@@ -189,6 +196,8 @@ def open_stored_subset(
     compute = set_up_compute(exact, choose_device(config.run.device, local_rank=0))
     chosen = choose_samples(training_labels(config.data, config.run.seed), config.data.image_format.classes, settings)
     model = stored_model(stored.contents, config).to(compute.device)
+    if settings.statistics != "checkpoint":
+        warn_of_kept_statistics(model)
     with closing(open_splits(config.data, config.run.seed, compute.device, precision.channels_last)) as splits:
         if settings.statistics == "recomputed":
             _recompute(model, splits.train, config, compute)

@@ -94,6 +94,14 @@ def norm_modules(model: nn.Module) -> list[GroupedBatchNorm]:
     return [module for module in model.modules() if isinstance(module, GroupedBatchNorm)]
 
 
+def norms_of_torch(model: nn.Module) -> list[str]:
+    """Put `model` into evaluation mode; return the names of norms other than ours whose statistics training updates."""
+    model.train()  # in which a model may keep parts of it in evaluation mode
+    trained = [(name, module) for name, module in model.named_modules() if module.training]
+    model.eval()
+    return [name for name, module in trained if isinstance(module, _NormBase) and module.running_mean is not None]
+
+
 def collect_statistics(model: nn.Module) -> None:
     """Put `model` into evaluation mode, without dropout, but let its norms collect statistics in forward passes."""
     model.eval()

@@ -5,12 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from dist_train.analysis.landscape import make_landscape
+from dist_train.analysis.landscape_files import LandscapeSettings, Statistics
 from dist_train.analysis.sharpness import measure_sharpness
 from dist_train.analysis.sharpness_record import SharpnessSettings, read_record
 from dist_train.analysis.subset_loss import choose_samples, cut
@@ -212,6 +217,39 @@ def test_dropout_is_off_with_each_pass_s_statistics(tmp_path: Path) -> None:
     settings = QUICK.model_copy(update={"statistics": "batch"})
     first, second = (measure_sharpness(tmp_path, settings, ["rise"], folder=tmp_path / name)[0] for name in "ab")
     assert (first.loss, first.accuracy, first.expected_rise) == (second.loss, second.accuracy, second.expected_rise)
+
+
+NET = """from torch import nn
+def net(images, width, norm):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, images.classes))
+"""
+
+
+def test_norms_of_torch_that_keep_their_statistics_are_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "net.py").write_text(NET)
+    config = small_config(run={"epochs": 1}, model={"name": f"{tmp_path / 'net.py'}:net", "width": 1.0})
+    build_trainer(config, tmp_path / "run", SingleProcess()).run()
+
+    def is_warned(measure: Callable[[], object]) -> bool:
+        caplog.clear()
+        measure()
+        return "statistics of torch's own norms (2)" in caplog.text
+
+    losses = {}
+    for statistics in ("checkpoint", "recomputed", "batch"):
+        settings = QUICK.model_copy(update={"statistics": statistics})
+        measure = partial(measure_sharpness, tmp_path / "run", settings, ["rise"])
+        assert is_warned(measure) == (statistics != "checkpoint")
+        losses[statistics] = measure_sharpness(tmp_path / "run", settings, ["rise"])[0].loss
+    assert len(set(losses.values())) == 1
+    line = LandscapeSettings("direction", -1.0, 1.0, 3, samples=20, test_samples=20)
+    kinds: tuple[Statistics, ...] = ("recomputed", "interpolated")
+    for kind in kinds:
+        chosen = replace(line, statistics=kind)
+        draw = partial(make_landscape, [tmp_path / "run"], chosen, SingleProcess(), lambda done, total: None)
+        assert is_warned(draw) == (kind == "recomputed")
 
 
 @pytest.mark.parametrize(
