@@ -135,6 +135,7 @@ def _content_of_tables(subject: Subject) -> dict[str, Any]:
         "contrasts": contrast_tables(panels, subject.contrasts),
         "evaluates_along_training": evaluates_along_training(panels),
         "scatters": sharpness_scatters(panels),
+        "sharpness_settings": sharpness_settings(counted_runs(panels)),
     }
 
 
@@ -189,7 +190,6 @@ def _study_content(subject: Subject) -> dict[str, Any]:
         "trained_noisily": any(run.train and not run.split("train") for run in counted),
         "landscape": landscape,
         "sharpness_left_out": sharpness_left_out(counted),
-        "sharpness_settings": sharpness_settings(counted),
         "measures": measures,
         "runs": [(run, variant, run_cells(run, measures)) for variant in variants for run in variant.runs],
         "problems": [(run, problem) for run in subject.runs for problem in run.analyses.problems],

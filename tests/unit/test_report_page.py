@@ -79,6 +79,12 @@ def test_the_page_of_a_run_has_the_settings_of_its_sharpness(tmp_path: Path) -> 
     assert {"samples: 2000", 'statistics: "checkpoint"'} <= set(settings.split("; "))
 
 
+def test_the_tables_have_the_settings_of_the_sharpness_once(tmp_path: Path) -> None:
+    tables = tables_in_markdown(read_subject(make_study(tmp_path / "study", (0, 1))))
+    [settings] = re.findall(r"^Sharpness: (.*)\.$", tables, re.MULTILINE)
+    assert {"samples: 2000", 'statistics: "checkpoint"'} <= set(settings.split("; "))
+
+
 def test_the_command_that_repeats_a_run_is_one_command_whatever_its_files_say(tmp_path: Path) -> None:
     directory = make_run(tmp_path / "my run", treatment := treatments()[0], 0, dict(treatment.settings))
     (directory / "config.yaml").write_text("run: {name: 'x; touch pwned #'}\n")
