@@ -105,9 +105,14 @@ def run_landscapes(run: StoredRun) -> tuple[Chart, ...]:
     found = [item for item in run.analyses.landscapes if item.kind != "plane"]
     titles = _told_apart([(_line_title(item), item) for item in found])
     return tuple(
-        landscape_chart(f"run-landscape-{number}", title, f". {title}", [item])
+        landscape_chart(f"run-landscape-{number}", title, f". {title}", [item], _statistics_of(item))
         for number, (title, item) in enumerate(zip(titles, found, strict=True))
     )
+
+
+def _statistics_of(item: Landscape) -> str:
+    found = item.settings.get("statistics", "none")
+    return "" if found == "none" else f"norm statistics {found}"
 
 
 def _line_title(item: Landscape) -> str:
@@ -252,7 +257,8 @@ def lines_between(panels: Sequence[Panel]) -> tuple[Chart, ...]:
         left_out = pairs[title] - len(comparable)
         words = [f"{len(comparable)} lines"] if len(comparable) > 1 else []
         words += [f"{left_out} left out (earlier checkpoints, other settings or the way back)"] if left_out else []
-        charts.append(landscape_chart(f"between-{len(charts)}", title, f". {title}", comparable, ", ".join(words)))
+        note = ", ".join(filter(None, [*words, _statistics_of(comparable[0])]))
+        charts.append(landscape_chart(f"between-{len(charts)}", title, f". {title}", comparable, note))
     return tuple(charts)
 
 

@@ -787,7 +787,9 @@ def test_lines_of_a_run_are_told_apart(tmp_path: Path) -> None:
     copy_line(run, "fine", (200, 80), points=201)
     copy_line(run, "earlier", (100, 80))
     copy_line(run, "other", (200, 80), exclude="norm")
-    assert sorted(chart.title for chart in run_landscapes(read_subject(run).runs[0])) == [
+    notes = {chart.title: chart.note for chart in run_landscapes(read_subject(run).runs[0])}
+    assert notes["Along random directions, step 200"].startswith("norm statistics recomputed; width ")
+    assert sorted(notes) == [
         "Along random directions, step 200",
         "From sb-seed-0 step 100 (0) to lb-seed-0 step 80 (1)",
         "From sb-seed-0 step 200 (0) to lb-seed-0 step 80 (1), points 201, exclude -",
