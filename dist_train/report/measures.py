@@ -312,6 +312,8 @@ _EXPLANATIONS = {
     "Runs in which it is not finite, the sharpest, are left out.",
     "basin width": "Interval around the weights, along random filter-normalized directions, where the training loss "
     "rises by at most this absolute amount. \u2265: in some direction it ends beyond the reach (censored).",
+    "largest Hessian eigenvalue": "Of the training loss, at the last checkpoint. Runs in which not all of those "
+    "requested converged are left out.",
     "gradient noise scale": "tr(Sigma) / |G|^2 in samples (McCandlish et al.): larger batches gain little. Runs whose "
     "scale is larger than their samples can show have none, so a mean leaves out the largest.",
 }
