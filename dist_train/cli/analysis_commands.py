@@ -40,7 +40,7 @@ def _add_landscape(subparsers: Subparsers) -> None:
     direction = add_kind("direction", help="random directions from one checkpoint")
     direction.add_argument("targets", nargs=1, type=Path, metavar="CHECKPOINT", help=TARGET)
     direction.add_argument("--directions", dest="lines", type=int, metavar="N", help="how many directions (default: 1)")
-    _add_axis(direction, (-1.0, 1.0), 51)
+    _add_axis(direction, (-1.0, 1.0), 41)
     _add_directions(direction)
     plane = add_kind("plane", help="the plane of two directions from one checkpoint")
     plane.add_argument("targets", nargs=1, type=Path, metavar="CHECKPOINT", help=TARGET)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from dist_train.analysis.landscape_points import axis
 from dist_train.cli.main import main, parse
 
 pytestmark = pytest.mark.usefixtures("threads_as_before")
@@ -30,6 +31,11 @@ def test_it_prints_widths_and_the_folder(trained_run: Path, capsys: pytest.Captu
     assert main(words) == 2
     (Path(folder) / "figure.svg").rmdir()
     assert "[output-unwritable]" in capsys.readouterr().err
+
+
+def test_directions_have_points_at_the_distances_of_the_report_by_default() -> None:
+    arguments = parse(["landscape", "direction", "runs/sb"])
+    assert {-0.5, -0.1, 0.0, 0.1, 0.5} <= set(axis(*arguments.range, arguments.points))
 
 
 def test_points_whose_loss_is_not_finite_are_told(
