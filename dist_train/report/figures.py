@@ -263,19 +263,19 @@ def lines_between(panels: Sequence[Panel]) -> tuple[Chart, ...]:
 
 
 def _mean_line(landscapes: Sequence[Landscape], split: str, quantity: Quantity) -> Series:
-    lines = [line for item in landscapes for line in item.lines(split)]
     values: dict[float, list[float]] = {}
-    for point in chain.from_iterable(lines):
+    for point in chain.from_iterable(line for item in landscapes for line in item.lines(split)):
         values.setdefault(point.alpha, []).append(quantity.take(point))
+    # Where one is not finite, the mean of the others would be too low.
+    complete = (each for each in sorted(values.items()) if all(map(math.isfinite, each[1])))
 
     def words(found: Summary) -> str:
-        text = three_digits(found.mean) if quantity is LOSS else quantity.text(found.mean)
-        return text if found.count == len(lines) else f"{text} (on {found.count} of {len(lines)} lines)"
+        return three_digits(found.mean) if quantity is LOSS else quantity.text(found.mean)
 
     return Series(
         f"{split} {quantity.name}",
         f"{quantity.name} {split}",
-        mean_points(sorted(values.items()), words),
+        mean_points(complete, words),
         "dashed" if split == "test" else "line",
         "left" if quantity is LOSS else "right",
     )

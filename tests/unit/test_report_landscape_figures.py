@@ -97,6 +97,16 @@ def test_several_directions_give_mean_and_band() -> None:
     ]
 
 
+def test_a_mean_line_ends_where_one_of_its_lines_is_not_finite() -> None:
+    def steep(point: Point, split: str) -> float:
+        return math.inf if point.direction == 1 and point.alpha > 0.7 else bowl(point, split) * 100**point.direction
+
+    drawn = landscape_chart("line", "", "", [landscape("direction", line_points(ALPHAS, 2), steep)]).series
+    [losses] = [series.points for series in drawn if series.label == "train loss"]
+    # the other line alone is far lower
+    assert [point.x for point in losses] == [-1.0, -0.5, 0.0, 0.5]
+
+
 @pytest.mark.parametrize("scale", ["linear", "log"])
 def test_a_plane_is_drawn_as_contours(tmp_path: Path, scale: str) -> None:
     draw_landscape(landscape("plane", plane_points(ALPHAS, ALPHAS)), [tmp_path / "figure.svg"], scale)
