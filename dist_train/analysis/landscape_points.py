@@ -279,6 +279,8 @@ class Subject:
 def open_subject(stored: Stored, overrides: Sequence[str], settings: LandscapeSettings, *, local_rank: int) -> Subject:
     """Build the network of `stored` and load its data. Raises UsageError if they do not fit."""
     config = stored_config(stored.contents, overrides)
+    if settings.precision == "float32":
+        refuse_precision(stored, config, "landscapes are computed in float32: add --precision run")
     # One thread per operation, so that the bits do not depend on a rank's number of cores.
     changes = {"threads": 1} if settings.precision == "run" else {"threads": 1, "compute": "float32", "tf32": False}
     device = choose_device(config.run.device, local_rank=local_rank)
@@ -303,6 +305,13 @@ def open_subject(stored: Stored, overrides: Sequence[str], settings: LandscapeSe
             chosen = statistics_samples(len(splits.train), wanted, micro_size, config.run.seed)
             statistics = list(splits.train.read_all(chosen.split(micro_size)))
     return Subject(config, model, place_of(model), compute, channels_last, batch_size, train, test, statistics)
+
+
+def refuse_precision(stored: Stored, config: Config, message: str) -> None:
+    """Raise UsageError with `message` if an override asks in vain for less precision than the run had."""
+    before, now = stored_config(stored.contents, []).precision, config.precision
+    if now.compute not in (before.compute, "float32") or now.tf32 > before.tf32:
+        raise UsageError(f"precision.compute and precision.tf32 have no effect here: {message}", code="option-alone")
 
 
 def warn_of_kept_statistics(model: nn.Module) -> None:

@@ -19,6 +19,7 @@ from dist_train.analysis.landscape_points import (
     Result,
     cross_entropy_sum,
     digest,
+    refuse_precision,
     warn_of_kept_statistics,
 )
 from dist_train.analysis.sharpness_record import MeasuredCheckpoint, MeasuredData, SharpnessSettings
@@ -191,6 +192,7 @@ def open_stored_subset(
     config = stored_config(stored.contents, overrides)
     warn_of_edited_plugins(stored.contents, config)
     precision = config.precision
+    refuse_precision(stored, config, "sharpness is measured in float32: leave them out")
     # TF32's errors would look like curvature.
     exact = precision.model_copy(update={"compute": "float32", "tf32": False, "threads": 1})
     compute = set_up_compute(exact, choose_device(config.run.device, local_rank=0))

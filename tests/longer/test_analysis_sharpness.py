@@ -264,6 +264,8 @@ def test_norms_of_torch_that_keep_their_statistics_are_warned_of(
         (["--samples", "50", "--keskar-dimensions", "5000"], "option-range"),
         (["--samples", "50", "--exclude", "nothing.*"], "no-such-weight"),
         (["--samples", "50", "model.width=1"], "settings-changed"),
+        (["--samples", "50", "precision.compute=bfloat16"], "option-alone"),
+        (["--samples", "50", "precision.tf32=true"], "option-alone"),
     ],
 )
 def test_invalid_options_are_refused(

@@ -79,6 +79,7 @@ def test_range_may_begin_with_any_negative_number(start: str) -> None:
         (["direction", "RUN", "--samples", "0"], "option-range"),
         (["direction", "RUN", "--exclude", "nothing"], "no-such-weight"),
         (["direction", "RUN", "model.width=2"], "settings-changed"),
+        (["direction", "RUN", "--precision", "float32", "precision.compute=bfloat16"], "option-alone"),
         (["plane", "RUN", "--trajectory"], "too-few-checkpoints"),
         (["plane", "RUN", "--trajectory", "--range", "-1", "2"], "option-alone"),
         (["plane", "RUN", "--trajectory", "--seed", "1"], "option-alone"),
