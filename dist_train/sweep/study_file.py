@@ -417,10 +417,11 @@ class OptunaTrials:
         return [trial.number for trial in self._trials(variant) if not trial.state.is_finished()]
 
     def tell(self, variant: str, trial: int, value: float | None) -> None:
-        """Report the result of a trial to Optuna; None: it failed for good."""
+        """Report the result of a trial to Optuna; None: it failed for good, which is worse than any result."""
         study = self._study(variant)
         if value is None:
-            study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
+            # Not FAIL: the sampler ignores such trials, and would suggest the settings that diverge again and again.
+            study.tell(trial, state=self._optuna.trial.TrialState.PRUNED)
         else:
             study.tell(trial, value)
 

@@ -21,7 +21,7 @@ from dist_train.rundir.records import EvaluationRecord
 from dist_train.rundir.status import StatusFile
 from dist_train.sweep.planned_runs import Plan, PlannedRun, optuna_trials, plan_study
 from dist_train.sweep.standing import best_trials, publish, with_trials
-from dist_train.sweep.study_file import OptunaTrials
+from dist_train.sweep.study_file import OptunaTrials, Search
 from tests.raising import raises, raises_problems
 from tests.unit.studies import small_plan, write_study
 
@@ -99,6 +99,19 @@ def test_what_optuna_suggests_is_a_function_of_the_results(tmp_path: Path) -> No
     assert found[0] == found[1]
     momenta = [settings["optimizer.momentum"] for settings in found[0]]
     assert len(set(momenta)) == 4
+
+
+def test_settings_that_diverge_are_not_suggested_again_and_again(tmp_path: Path) -> None:
+    space = {"optimizer.learning_rate": {"kind": "log_uniform", "low": 0.001, "high": 10.0}}
+    search = Search.model_validate({"method": "optuna", "trials": 20, "space": space})
+    trials = OptunaTrials(search, tmp_path / "trials.log")
+    diverged = []
+    for number in range(search.trials):
+        trials.ask("plain")
+        rate = trials.settings("plain")[number]["optimizer.learning_rate"]
+        diverged.append(rate > 0.5)
+        trials.tell("plain", number, None if diverged[-1] else rate)
+    assert sum(diverged[10:]) <= 5, "the first ten are drawn at random"
 
 
 def test_a_mistaken_override_does_not_fail_the_trials(tmp_path: Path) -> None:
