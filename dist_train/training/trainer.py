@@ -397,7 +397,7 @@ class Trainer:
             self._save()
         self._finish_saving()
         raise StoppedError(
-            f"stopped on request after step {self.progress.step}, checkpoint saved: the same command resumes the run"
+            f"asked to stop after step {self.progress.step}, checkpoint saved: the same command resumes the run"
         )
 
     def event(self, name: str, step: int | None = None, /, **details: Detail) -> None:

@@ -13,6 +13,7 @@ from dist_train.rundir.records import EvaluationRecord, Record, TrainRecord
 _LOG_RANGE = 25.0
 _BLOW_UP = 1e3  # loss above which a few values do not extend the axis
 _SETTLED = 0.35  # fraction of a curve, at its start, that may lie outside the frame so that its end is readable
+_FEW_POINTS = 12  # a curve of at most as many lies within the frame: of a short run each point counts
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,8 @@ def _accuracy_axis(title: str, curves: Sequence[Sequence[Point]]) -> Axis:
         value
         for points in curves
         for point in points
-        if point.x >= points[0].x + _SETTLED * (points[-1].x - points[0].x) and math.isfinite(point.y)
+        if len(points) <= _FEW_POINTS or point.x >= points[0].x + _SETTLED * (points[-1].x - points[0].x)
+        if math.isfinite(point.y)
         for value in (point.y if point.low is None else point.low, point.y if point.high is None else point.high)
     ]
     axis = linear_axis(title, settled, percent_tick, margin=0.06)

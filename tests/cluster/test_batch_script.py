@@ -104,7 +104,7 @@ def test_run_at_its_time_limit_saves_and_is_requeued(cluster: Cluster, tmp_path:
     cluster.control("update", f"jobid={submitted.job}", "timelimit=60")
     hurry(tmp_path)
     ended = submitted.wait_for_weights_of(long_run)
-    assert "stopped on request" in ended.output
+    assert "asked to stop after step" in ended.output
     assert "resuming from step" in ended.output
 
 

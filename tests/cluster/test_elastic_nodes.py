@@ -140,4 +140,4 @@ def test_run_resumes_after_a_preemption_and_the_loss_of_its_first_node(
     cluster.start_node("node1")
     hurry(tmp_path)
     ended = submitted.wait_for_weights_of(long_run)
-    assert "stopped on request" in ended.output
+    assert "asked to stop after step" in ended.output

@@ -26,9 +26,19 @@ from dist_train.report.drawing import draw_learning_curve, range_test
 from dist_train.report.figures import NumberedFigure, StripPlot
 from dist_train.report.page import figures_of
 from dist_train.report.stored_run import read_run, read_subject
-from dist_train.watch.figure import Axis, Chart, Point, Series, percent_tick, plain
+from dist_train.watch.figure import (
+    ACCURACY,
+    Axis,
+    Chart,
+    Point,
+    Series,
+    learning_curve,
+    measured_of,
+    percent_tick,
+    plain,
+)
 from tests.launching import write_config
-from tests.unit.records import evaluation, write_records
+from tests.unit.records import evaluation, train, write_records
 from tests.unit.report_study import make_run, make_study, treatments
 from tests.unit.small_trainers import SETTINGS
 
@@ -187,6 +197,18 @@ def test_dollar_signs_of_a_name_are_drawn_as_they_are(tmp_path: Path) -> None:
     run = make_run(tmp_path / r"$\wrong$", treatments()[0], 0, treatments()[0].settings)
     draw_learning_curve([run], tmp_path / "curve.svg")
     assert r"$\wrong$" in (tmp_path / "curve.svg").read_text()
+
+
+@pytest.mark.parametrize(("count", "is_whole"), [(1, True), (8, True), (40, False)])
+def test_each_evaluation_of_a_short_run_lies_within_the_frame(count: int, is_whole: bool) -> None:
+    """Of a long one the beginning may lie outside, so that its end is readable."""
+    batches = [train(step, accuracy=1 - 0.9 / step) for step in range(1, 7 * count + 1)]
+    tests = [evaluation(7 * epoch, accuracy=0.9 - 0.2 / epoch) for epoch in range(1, count + 1)]
+    chart = learning_curve(ACCURACY, measured_of("run", [*batches, *tests]), 1_000)
+    assert chart is not None
+    assert (chart.left.low < tests[0].accuracy < chart.left.high) == is_whole
+    assert chart.left.low < tests[-1].accuracy < chart.left.high
+    assert (chart.left.low < batches[0].accuracy) == (count == 1), "more updates than can all be shown"
 
 
 def test_the_best_accuracy_of_a_curve_is_not_that_of_an_evaluation_that_is_not_finite(tmp_path: Path) -> None:

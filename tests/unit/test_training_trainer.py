@@ -229,6 +229,7 @@ def test_promise_7_a_request_to_stop_on_one_rank_saves_once_and_stops_all(tmp_pa
 
     ended = on_ranks(3, stopped)
     assert all(isinstance(error, StoppedError) for error in ended), ended
+    assert not str(ended[0]).startswith("stopped"), "tables and reports show it after the state"
     assert [file.step for file in list_checkpoints(tmp_path / "checkpoints")] == [2]
     [events] = [notebook.events for notebook in notebooks if notebook.events]
     assert [(event.event, event.step) for event in events] == [("signal", 2), ("checkpoint", 2)]
