@@ -93,7 +93,8 @@ def _trials(search: Search, best: Iterable[str]) -> Iterator[tuple[str, dict[str
         try:
             fields = json.loads(line)
             variant, settings = fields["variant"], fields["settings"]
-            is_of_search = search.objective in fields and settings.keys() == search.space.keys()
+            is_judged = search.objective in fields or "objective" not in search.model_fields_set
+            is_of_search = is_judged and settings.keys() == search.space.keys()
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise _refused(f"the input is not what `dist-train sweep --best` prints: {line.strip()!r}") from error
         if not is_of_search:

@@ -143,8 +143,9 @@ def plan_study(
         wrong = "the runs of a study resume: leave it out"
         raise ConfigError.of(str(base_file), "run.resume", wrong, code="set-by-study", value="never")
     folder = (directory or base.run.directory) / study.name
-    _check_folder(folder, {path: _dumped(study), base_file: dump_config(base)})
+    trials = optuna_trials(study, folder)
     planned: list[PlannedRun] = []
+    configs: list[Config] = []
     found: list[Problem] = []
     unasked: dict[int, str] = {}
     left_out: dict[int, str] = {}
@@ -155,7 +156,7 @@ def plan_study(
         own |= {"run.name": name, "run.directory": str(folder), "run.seed": seed}
         return (*(write_override(place, value) for place, value in own.items()), *overrides)
 
-    for number, seed, variant in _points(study, optuna_trials(study, folder)):
+    for number, seed, variant in _points(study, trials):
         name = f"{variant.variant}-seed-{seed}"
         arguments = arguments_of(variant.settings, name, seed)
         if not variant.is_asked:
@@ -174,18 +175,39 @@ def plan_study(
             else:
                 found += (_located(fault, variant, overrides) for fault in error.problems)
             continue
-        if study.search is not None and not config.measures(study.search.objective):
-            objective = study.search.objective
-            found.append(Problem("search.objective", NOT_MEASURED, code="metric-not-measured", value=objective))
+        configs.append(config)
         if variant.is_asked:
             planned.append(
                 PlannedRun(**vars(variant), number=number, name=name, seed=seed, overrides=arguments, config=config)
             )
     found += _duplicates(planned)
+    if before and before.study.search:
+        study = _with_objective(study, before.study.search.objective, configs)
+    else:
+        study = _with_objective(study, trials.objective if trials else None, configs)
+    objective = study.search.objective if study.search else "test.accuracy"
+    if not all(config.measures(objective) for config in configs):
+        found.append(Problem("search.objective", NOT_MEASURED, code="metric-not-measured", value=objective))
     if found:
         # A problem of a variant recurs with every seed: list it once.
         raise ConfigError(str(path), list({str(fault): fault for fault in found}.values()))
+    _check_folder(folder, {path: _dumped(study), base_file: dump_config(base)})
     return Plan(study, path, base_file, base, folder, tuple(planned), tuple(overrides), unasked, left_out)
+
+
+def _with_objective(study: Study, known: str | None, configs: Sequence[Config]) -> Study:
+    """Return `study` with the objective of its search where it names none: that of its trials, if it is `known`.
+
+    Otherwise it is accuracy on the validation split if all `configs` have one, else on the test split.
+    """
+    search = study.search
+    if search is None or "objective" in search.model_fields_set:
+        return study
+    judged = "validation.accuracy"
+    chosen = known or (judged if all(config.measures(judged) for config in configs) else search.objective)
+    if chosen == search.objective:
+        return study
+    return study.model_copy(update={"search": search.model_copy(update={"objective": chosen})})
 
 
 def _is_valid(settings: Mapping[str, Any]) -> bool:

@@ -127,7 +127,11 @@ class Search(Section):
     )
     trials: PositiveInt = Field(description="Trials of each variant.")
     seed: NonNegativeInt = Field(0, description="Seed of the trials.")
-    objective: Metric = Field("test.accuracy", description="The metric of a trial, at its last evaluation.")
+    objective: Metric = Field(
+        "test.accuracy",
+        description="The metric of a trial, at its last evaluation. Without it validation.accuracy, if all runs have a "
+        "validation split; a plan has that in its place.",
+    )
     space: dict[str, Distribution] = Field(min_length=1, description="A distribution by dotted path.")
 
 
@@ -368,6 +372,12 @@ class OptunaTrials:
         content = self._journal.read_bytes() if self._journal.exists() else b""
         return content.rfind(b"\n") + 1 if content and not content.endswith(b"\n") else None
 
+    @property
+    def objective(self) -> str | None:
+        """The objective of the trials in the journal; None if there are none."""
+        studies = self._storage.get_all_studies() if self._journal.exists() else []
+        return next((each.user_attrs["search"]["objective"] for each in studies if "search" in each.user_attrs), None)
+
     def settings(self, variant: str) -> Sequence[Settings]:
         """Return the settings of the trials asked so far, by number, up to the first that lacks some."""
         return [self._settings(trial.params) for trial in itertools.takewhile(self._is_asked, self._trials(variant))]
@@ -434,7 +444,10 @@ class OptunaTrials:
     def _study(self, variant: str) -> optuna.Study:
         """Return the Optuna study of `variant`, without writing to the journal. Raises KeyError if there is none."""
         study = self._optuna.load_study(study_name=variant, storage=self._storage)
-        if study.user_attrs.get("search", self._described) != self._described:
+        of_journal = study.user_attrs.get("search", self._described)
+        # A study that names no objective keeps that of its trials.
+        is_named = "objective" in self._search.model_fields_set
+        if of_journal != (self._described if is_named else {**self._described, "objective": of_journal["objective"]}):
             held = "trials of another search (its objective or space has changed)"
             raise self._refused(held, code="search-changed")
         return study

@@ -56,6 +56,14 @@ def test_the_file_of_a_plug_in_is_still_that_beside_the_search(tmp_path: Path, f
     assert found["variants"]["a"]["settings"] == placed
 
 
+def test_a_search_that_names_no_objective_is_confirmed_by_the_one_it_has_used(tmp_path: Path) -> None:
+    space = {"optimizer.learning_rate": {"kind": "uniform", "low": 0.1, "high": 1.0}}
+    search = write_study(tmp_path, search={"method": "random", "trials": 1, "space": space}, variants={"plain": {}})
+    for objective in ("validation.accuracy", "test.accuracy"):
+        found = confirming(search, [best("plain", objective, **RATE)], [100], tmp_path / "confirm.yaml")
+        assert found["variants"]["plain"]["settings"] == RATE
+
+
 @pytest.mark.parametrize(("left_out", "seeds"), [(1, [100]), (0, [0, 100]), (0, [100, 100])])
 def test_an_unfinished_search_and_its_own_seeds_are_refused(tmp_path: Path, left_out: int, seeds: list[int]) -> None:
     with pytest.raises(UsageError):

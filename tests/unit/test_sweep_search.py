@@ -319,7 +319,8 @@ def test_finished_and_diverged_runs_that_the_study_does_not_have_are_listed(
 
 
 def test_without_a_finished_trial_there_is_no_best(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plan = small_plan(tmp_path, search={"method": "random", "trials": 2, "space": SPACE}, variants={"a": {}}, seeds=[0])
+    search = {"method": "random", "trials": 2, "objective": "test.accuracy", "space": SPACE}
+    plan = small_plan(tmp_path, search=search, variants={"a": {}}, seeds=[0])
     assert main(["sweep", str(plan.file), "--best"]) == ExitCode.FAULT
     printed = capsys.readouterr()
     assert (printed.out, "see --list" in printed.err) == ("", True)
@@ -333,15 +334,33 @@ def test_without_a_finished_trial_there_is_no_best(tmp_path: Path, capsys: pytes
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("method", ["random", "optuna"])
 @pytest.mark.parametrize(
-    ("size", "objective", "is_said"),
-    [(10, {}, True), (10, {"objective": "test.accuracy"}, False), (None, {}, False)],
+    ("sizes", "named", "objective", "is_warned"),
+    [
+        ((10, 10), {}, "validation.accuracy", False),
+        ((10, None), {}, "test.accuracy", True),
+        ((None, None), {}, "test.accuracy", True),
+        ((10, 10), {"objective": "test.accuracy"}, "test.accuracy", False),
+        ((10, 10), {"objective": "validation.loss"}, "validation.loss", False),
+    ],
 )
-def test_a_validation_split_that_the_search_does_not_use_is_a_warning(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], size: int | None, objective: dict[str, str], is_said: bool
+def test_trials_are_compared_on_the_test_split_only_where_there_is_no_other_or_it_is_named(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    method: str,
+    sizes: tuple[int | None, int | None],
+    named: dict[str, str],
+    objective: str,
+    is_warned: bool,
 ) -> None:
-    search = {"method": "random", "trials": 1, "space": SPACE, **objective}
-    study = str(write_study(tmp_path, search=search, settings={"data.validation_size": size}))
+    variants = {name: {"settings": {"data.validation_size": size}} for name, size in zip("ab", sizes, strict=True)}
+    search = {"method": method, "trials": 1, "space": SPACE, **named}
+    plan = small_plan(tmp_path, search=search, variants=variants, settings={"noise.method": "none"}, seeds=[0])
+    for each in (plan, with_trials(plan), with_trials(with_trials(plan))):
+        assert each.study.search is not None
+        assert each.study.search.objective == objective
+    study = str(plan.file)
     commands = {
         ("sweep", study, "--list"): 0,
         ("sweep", study, "--best"): 1,
@@ -349,7 +368,23 @@ def test_a_validation_split_that_the_search_does_not_use_is_a_warning(
     }
     for command, code in commands.items():
         assert main(list(command)) == code
-        assert ("set search.objective" in capsys.readouterr().err) == is_said
+        assert ("warning: the search compares" in capsys.readouterr().err) == is_warned
+
+
+def test_a_search_that_has_begun_by_test_accuracy_stays_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """That was the default before, also beside a validation split."""
+    search = {"method": "optuna", "trials": 4, "space": SPACE}
+    settings = {"data.validation_size": 10}
+    plan = with_trials(small_plan(tmp_path, search={**search, "objective": "test.accuracy"}, settings=settings))
+    for run, accuracy in zip(plan.runs, (0.5, 0.7), strict=True):
+        finish(run, accuracy)
+    plan = with_trials(small_plan(tmp_path, search=search, settings=settings))
+    assert len(plan.runs) == 4
+    assert [value for _, value, _ in best_trials(plan)] == [pytest.approx(0.6)]
+    assert main(["sweep", str(plan.file), "--best"]) == ExitCode.FINISHED
+    assert "warning: the search compares" in capsys.readouterr().err
+    with raises(UsageError, "search-changed"):
+        small_plan(tmp_path, search={**search, "objective": "validation.accuracy"}, settings=settings)
 
 
 @pytest.mark.parametrize("method", ["random", "optuna"])
