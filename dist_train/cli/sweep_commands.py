@@ -255,7 +255,7 @@ def _analyses(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun,
 
 
 def _best(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ...]) -> int:
-    from dist_train.sweep.standing import best_trials, numbers_left
+    from dist_train.sweep.standing import best_trials, numbers_without_result
 
     search = plan.study.search
     if search is None:
@@ -266,8 +266,9 @@ def _best(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ...
     if not found:
         print(f"dist-train: no trial of {plan.study.name} has finished; see --list", file=sys.stderr)
         return ExitCode.FAULT
-    if left := numbers_left(runs, plan.unasked):
-        say_on_stderr(f"dist-train: warning: runs {left} have not finished: the best of all trials may be another one")
+    if lacking := numbers_without_result(plan):
+        wrong = f"runs {lacking} have no result with the study's settings (see --list)"
+        say_on_stderr(f"dist-train: warning: {wrong}: the best of all trials may be another one")
     for variant, value, best in found:
         settings = {path: best[0].settings[path] for path in search.space}
         names = [run.name for run in best]

@@ -38,8 +38,9 @@ _ENOUGH = 1 << 20  # bytes at the end of metrics.jsonl, in which the last evalua
 
 @dataclass(frozen=True)
 class Standing:
-    """The state of a run, its last test accuracy, and what a sweep does `then` (skip: it has finished).
+    """The state of a run, how it was last `evaluated`, and what a sweep does `then` (skip: it has finished).
 
+    That is on the test split, of a search's trial on the validation split, if it has one: tests are for the best trial.
     A run that `has_other_settings` than the plan, or has finished with settings that cannot be read, is unrecoverable.
     """
 
@@ -48,7 +49,7 @@ class Standing:
     note: str
     then: Next
     done: float | None = None
-    accuracy: float | None = None
+    evaluated: EvaluationRecord | None = None
     has_other_settings: bool = False
 
     @property
@@ -84,12 +85,11 @@ def _standing(run: PlannedRun, summary: RunSummary | None, states: Mapping[str, 
     if summary is None:
         return Standing(run, "waiting", "", "start")
     state, note, waits = _corrected_by_job(summary, states)
-    tested = _last_evaluation(run, "test")
+    is_compared = run.trial is not None and run.config.measures("validation.accuracy")
+    evaluated = _last_evaluation(run, "validation" if is_compared else "test")
     if state in ALIVE and _was_killed(run):  # tables wait for a rank that takes over; the next launch does not
         state, note = "lost", f"its process is gone; {how_to_continue(run.files)}"
-    standing = Standing(
-        run, state, note, "busy" if waits else "start", summary.done, tested.accuracy if tested else None
-    )
+    standing = Standing(run, state, note, "busy" if waits else "start", summary.done, evaluated)
     if state in ALIVE:
         return replace(standing, then="busy", note=note or "another process is running it")
     began, fault = None, ""
@@ -135,7 +135,7 @@ def _mismatch(run: PlannedRun, state: str, status: Status | None, changed: Seque
 
 def render(standings: Sequence[Standing], width: int | None = None) -> Table:
     """Return the runs as a table of at most `width` characters, in which notes are folded; names are complete."""
-    accuracies = ["" if each.accuracy is None else wording.percent(each.accuracy) for each in standings]
+    accuracies = ["" if each.evaluated is None else wording.percent(each.evaluated.accuracy) for each in standings]
     styles = [COLOURS.get(each.state, "") for each in standings]
     columns = [
         Column("number", [str(each.run.number) for each in standings], 4),
@@ -153,6 +153,12 @@ def numbers_left(runs: Sequence[PlannedRun], unasked: Iterable[int]) -> str:
     """Return the numbers of the `runs` to be started and of those `unasked`, as ranges; empty if none."""
     left = (standing.run.number for standing in standings_of(runs) if standing.then == "start")
     return as_ranges(sorted([*left, *unasked]))
+
+
+def numbers_without_result(plan: Plan) -> str:
+    """Return the numbers of the runs that have neither finished nor diverged with the plan's settings, as ranges."""
+    lacking = (each for each in standings_of(plan.runs) if each.then in ("start", "busy") or each.has_other_settings)
+    return as_ranges(sorted([*(each.run.number for each in lacking), *plan.unasked]))
 
 
 def as_ranges(numbers: Sequence[int]) -> str:

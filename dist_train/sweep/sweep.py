@@ -311,4 +311,5 @@ def summary(tally: Tally) -> list[str]:
 
 
 def _accuracy(standing: Standing) -> str:
-    return "" if standing.accuracy is None else f", test accuracy {wording.percent(standing.accuracy)}"
+    last = standing.evaluated
+    return "" if last is None else f", {last.split} accuracy {wording.percent(last.accuracy)}"

@@ -48,9 +48,10 @@ def test_concurrent_sweeps_share_a_search_and_a_killed_one_loses_no_trial(
     assert all(standing_of(run).then == "skip" for run in plan.runs)
     trials = optuna_trials(plan.study, plan.directory)
     assert trials is not None
-    accuracies = [standing_of(run).accuracy for run in plan.runs]
+    evaluated = [standing_of(run).evaluated for run in plan.runs]
+    accuracies = [last_of_run.accuracy for last_of_run in evaluated if last_of_run is not None]
     assert [trial.value for trial in trials._trials("plain")] == accuracies
     assert main(["sweep", str(study), "--best"]) == 0
     best = json.loads(capsys.readouterr().out)
-    assert best["test.accuracy"] == max(accuracy for accuracy in accuracies if accuracy is not None)
+    assert best["test.accuracy"] == max(accuracies)
     assert main(["sweep", str(study), "--array"]) == 1

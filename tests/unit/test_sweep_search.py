@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import sys
@@ -20,7 +21,7 @@ from dist_train.rundir.metrics_file import JsonLines
 from dist_train.rundir.records import EvaluationRecord
 from dist_train.rundir.status import StatusFile
 from dist_train.sweep.planned_runs import Plan, PlannedRun, optuna_trials, plan_study
-from dist_train.sweep.standing import best_trials, publish, with_trials
+from dist_train.sweep.standing import best_trials, publish, standing_of, with_trials
 from dist_train.sweep.study_file import OptunaTrials, Search
 from tests.raising import raises, raises_problems
 from tests.unit.studies import small_plan, write_study
@@ -43,6 +44,8 @@ def finish(run: PlannedRun, accuracy: float) -> None:
     run.files.save_config(run.config)
     lines = JsonLines(run.files.metrics)
     lines.record(EvaluationRecord(3, 1.0, "test", 1.0, accuracy, 10, 0.0))
+    if run.config.data.validation_size:
+        lines.record(EvaluationRecord(3, 1.0, "validation", 1.0, 1 - accuracy, 10, 0.0))
     lines.flush()
     StatusFile(run.files.status, 1).end("finished", ExitCode.FINISHED, "")
 
@@ -328,7 +331,15 @@ def test_without_a_finished_trial_there_is_no_best(tmp_path: Path, capsys: pytes
     assert main(["sweep", str(plan.file), "--best"]) == ExitCode.FINISHED
     printed = capsys.readouterr()
     assert json.loads(printed.out)["runs"] == [plan.runs[1].name]
-    assert "runs 1 have not finished" in printed.err
+    assert "runs 1 have" in printed.err
+    files = plan.runs[0].files
+    files.create()
+    files.save_config(plan.runs[0].config)
+    StatusFile(files.status, 1).change("running")
+    with files.lock.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert main(["sweep", str(plan.file), "--best"]) == ExitCode.FINISHED
+    assert "runs 1 have" in capsys.readouterr().err
     finish(plan.runs[0], 0.4)
     assert main(["sweep", str(plan.file), "--best"]) == ExitCode.FINISHED
     assert capsys.readouterr().err == ""
@@ -369,6 +380,20 @@ def test_trials_are_compared_on_the_test_split_only_where_there_is_no_other_or_i
     for command, code in commands.items():
         assert main(list(command)) == code
         assert ("warning: the search compares" in capsys.readouterr().err) == is_warned
+
+
+@pytest.mark.parametrize(("size", "expected"), [(10, ("validation", 0.75)), (None, ("test", 0.25))])
+def test_the_test_accuracy_of_trials_is_not_shown_beside_a_validation_split(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], size: int | None, expected: tuple[str, float]
+) -> None:
+    search = {"method": "random", "trials": 1, "space": SPACE}
+    plan = small_plan(tmp_path, search=search, settings={"data.validation_size": size}, variants={"a": {}}, seeds=[0])
+    finish(plan.runs[0], 0.25)
+    evaluated = standing_of(plan.runs[0]).evaluated
+    assert evaluated is not None
+    assert (evaluated.split, evaluated.accuracy) == expected
+    assert main(["sweep", str(plan.file)]) == ExitCode.FINISHED
+    assert f"{expected[0]} accuracy {expected[1]:.2%}".replace("%", " %") in capsys.readouterr().out
 
 
 def test_a_search_that_has_begun_by_test_accuracy_stays_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
