@@ -219,7 +219,7 @@ def _array(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ..
 
     left = numbers_left(runs, plan.unasked if arguments.only is None else ())
     if not left:
-        print(f"dist-train: no run of {plan.study.name} is left to do; see --list", file=sys.stderr)
+        print(f"dist-train: no run of {plan.study.name} is left to start; see --list", file=sys.stderr)
         return ExitCode.FAULT
     print(left)
     return ExitCode.FINISHED
@@ -389,8 +389,8 @@ def _submit_study(arguments: argparse.Namespace) -> int:
     if not left:
         analyses = shlex.join([*sweep, "--analyses"])
         report = shlex.join(["dist-train", "report", str(plan.directory)])
-        what = f"commands of its analyses: {analyses}; of its report: {report}"
-        print(f"dist-train: no run of {plan.study.name} is left to do; {what}", file=sys.stderr)
+        what = f"see --list of sweep; commands of its analyses: {analyses}; of its report: {report}"
+        print(f"dist-train: no run of {plan.study.name} is left to start; {what}", file=sys.stderr)
         return ExitCode.FAULT
     submission = _submission(arguments, plan.file, plan.directory.absolute(), plan.study.name)
     jobs = study_jobs(plan, left, submission)
