@@ -41,7 +41,8 @@ EIGENVALUE = "largest Hessian eigenvalue"  # a measure of `Sharpness`
 class Planned:
     """A study's plan for a run; `title` is the variant's; `batch`, `noise` (the method) and `data_root` may be unset.
 
-    Older folders do not record the `family`, the variant as the study names it, nor whether the variant `has_title`.
+    Older folders do not record the `family`, the variant as the study names it, whether the variant `has_title`, nor
+    the number of a search's `trial`.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Planned:
     family: str = ""
     title: Title = ""
     has_title: bool | None = None
+    trial: int | None = None
     seed: int | None = None
     overrides: tuple[str, ...] = ()
     batch: int | None = None
@@ -229,20 +231,9 @@ def _read_run(root: Path, name: str, planned: Planned | None) -> StoredRun:
     events = tuple(record for record in records if isinstance(record, EventRecord))
     # The file is only there once the test has ended, and the tests of older versions have no name of their own.
     is_range_test = str(settings.get("run.name")).endswith(RANGE_TEST) or directory.range_test.is_file()
-    return StoredRun(
-        root,
-        name,
-        state,
-        note,
-        planned,
-        settings,
-        read_status(directory.status),
-        train,
-        evaluations,
-        events,
-        read_analyses(directory),
-        is_range_test=is_range_test,
-    )
+    status, analyses = read_status(directory.status), read_analyses(directory)
+    measured = (train, evaluations, events, analyses)
+    return StoredRun(root, name, state, note, planned, settings, status, *measured, is_range_test=is_range_test)
 
 
 def read_analyses(directory: RunDirectory) -> Analyses:

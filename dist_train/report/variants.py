@@ -303,7 +303,15 @@ def _batch(runs: Sequence[StoredRun]) -> int | None:
 
 
 def _choose_base(members: Mapping[str, Sequence[StoredRun]]) -> str | None:
-    """Return the first variant without noise, by its plan if no run has started, otherwise the first that has."""
+    """Return the first variant without noise, by its plan if no run has started, otherwise the first that has.
+
+    That is never a trial of a search: its settings are as accidental as the others'.
+    """
+    members = {
+        name: runs
+        for name, runs in members.items()
+        if all(not run.planned or run.planned.trial is None for run in runs)
+    }
     known = {name: settings for name, runs in members.items() if (settings := _settings(runs))}
     planned = {
         name for name, runs in members.items() if any(run.planned and run.planned.noise == "none" for run in runs)

@@ -42,9 +42,10 @@ class _Variant:
     """A variant, one combination of its grid, or, of the searched variant `searched`, the trial number `trial`.
 
     `variant` is its name. The variants of a grid share a `family`; without a grid it is the variant itself. It
-    `has_title` if the study gives it one. `settings` are the study's, keyed by dotted path; `origins` maps them to
-    their place in the study file. As long as Optuna has not suggested a trial (`is_asked` is False), its settings are
-    those with a random `sample`, so that they can be validated.
+    `has_title` if the study gives it one, or it is a trial, whose title names what was searched. `settings` are the
+    study's, keyed by dotted path; `origins` maps them to their place in the study file. As long as Optuna has not
+    suggested a trial (`is_asked` is False), its settings are those with a random `sample`, so that they can be
+    validated.
     """
 
     variant: str
@@ -85,7 +86,7 @@ class PlannedRun(_Variant):
 
 _LONGEST_NAME = 255  # of a file on Linux
 
-_RECORDED = ("number", "name", "variant", "family", "title", "has_title", "seed", "settings", "overrides")
+_RECORDED = ("number", "name", "variant", "family", "title", "has_title", "trial", "seed", "settings", "overrides")
 
 
 @dataclass(frozen=True)
@@ -262,7 +263,8 @@ def _points(study: Study, trials: OptunaTrials | None) -> Iterator[tuple[int, in
         trial_variant = replace(
             variant,
             variant=f"{variant.variant}-trial-{trial}",
-            title=f"{variant.title}, trial {trial}",
+            title=", ".join([variant.title, f"trial {trial}", *_labels_of(chosen)]),
+            has_title=True,
             settings=overlaid(variant.settings, chosen),
             origins=overlaid(variant.origins, dict.fromkeys(chosen, "search.space")),
             searched=variant.variant,
@@ -316,10 +318,9 @@ def variants_of(study: Study) -> Iterator[_Variant]:
         settings, origins = study.settings_of(variant), _origins(study, variant)
         grid = {**described.grid, **study.grid}
         grid_origins = dict.fromkeys(described.grid, f"variants.{variant}.grid") | dict.fromkeys(study.grid, "grid")
-        shorts = _short_names(list(grid))
         for values in itertools.product(*grid.values()):
             chosen = dict(zip(grid, values, strict=True))
-            labels = [f"{shorts[path]} {_label(value)}" for path, value in chosen.items()]
+            labels = _labels_of(chosen)
             yield _Variant(
                 variant="-".join([variant, *(re.sub(r"[^A-Za-z0-9._-]+", "-", label).strip("-") for label in labels)]),
                 family=variant,
@@ -337,12 +338,13 @@ def _origins(study: Study, variant: str) -> dict[str, str]:
     return overlaid(inherited, dict.fromkeys(described.settings, f"variants.{variant}.settings"))
 
 
-def _short_names(paths: Sequence[str]) -> dict[str, str]:
-    lasts = [path.rpartition(".")[2] for path in paths]
-    return {
-        path: last if lasts.count(last) == 1 else path.replace(".", "_")
-        for path, last in zip(paths, lasts, strict=True)
-    }
+def _labels_of(settings: Settings) -> list[str]:
+    """Return the values of `settings`, each after its path's last part, or after all of it if that is ambiguous."""
+    lasts = [path.rpartition(".")[2] for path in settings]
+    return [
+        f"{last if lasts.count(last) == 1 else path.replace('.', '_')} {_label(value)}"
+        for (path, value), last in zip(settings.items(), lasts, strict=True)
+    ]
 
 
 def _label(value: Any) -> str:

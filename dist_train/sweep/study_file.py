@@ -127,11 +127,7 @@ class Search(Section):
     )
     trials: PositiveInt = Field(description="Trials of each variant.")
     seed: NonNegativeInt = Field(0, description="Seed of the trials.")
-    objective: Metric = Field(
-        "test.accuracy",
-        description="The metric of a trial, at its last evaluation. Without it validation.accuracy, if all runs have a "
-        "validation split; a plan has that in its place.",
-    )
+    objective: Metric = Field("test.accuracy", description="A trial's metric; a plan chooses it if it is not given.")
     space: dict[str, Distribution] = Field(min_length=1, description="A distribution by dotted path.")
 
 

@@ -303,6 +303,19 @@ def test_a_batch_script_gets_the_numbers_and_the_arguments_of_runs_that_are_stil
     assert "[no-such-run-number]" in capsys.readouterr().err
 
 
+def test_the_report_of_a_search_names_what_was_searched_and_has_no_baseline(tmp_path: Path) -> None:
+    plan = searched(tmp_path, "random", trials=2)
+    publish(plan)
+    for run in plan.runs:
+        finish(run, 0.5 + run.number / 100)
+    subject = read_subject(plan.directory)
+    tables, page = tables_in_markdown(subject), render(subject)
+    for run in plan.runs:
+        assert f"{run.family}, trial {run.trial}, learning_rate {run.settings['optimizer.learning_rate']}, " in tables
+    assert "baseline" not in tables
+    assert "difference" not in page.split("<h2>Every run")[0].lower().split("<body")[1]
+
+
 def test_finished_and_diverged_runs_that_the_study_does_not_have_are_listed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
