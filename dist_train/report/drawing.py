@@ -149,7 +149,10 @@ def _height(panel: Chart | StripPlot) -> float:
 
 
 def _labels(strip: StripPlot) -> list[str]:
-    return [textwrap.fill(variant.label, _LETTERS_OF_LABEL) for variant in strip.variants]
+    notes = (" (not finished)" if variant.is_provisional else "" for variant in strip.variants)
+    return [
+        textwrap.fill(each.label + note, _LETTERS_OF_LABEL) for each, note in zip(strip.variants, notes, strict=True)
+    ]
 
 
 def stacked(charts: Sequence[Chart], heights: Sequence[float], title: str) -> Figure:

@@ -364,9 +364,9 @@ class StripPlot:
         return label if len(label) <= room else f"{label[:half].rstrip()}…{label[half + 1 - room :].lstrip()}"
 
     def words(self, variant: Variant) -> str:
-        """Return the mean of a variant as text."""
+        """Return the mean of a variant as text, and whether it is of unfinished runs."""
         cell = variant_cell(variant, self.measure)
-        return f"{cell.as_text}, {cell.note}"
+        return ", ".join([cell.as_text, cell.note, *(["not finished"] if variant.is_provisional else [])])
 
 
 def strip_plots(panels: Sequence[Panel], measure: Measure) -> tuple[StripPlot, ...]:

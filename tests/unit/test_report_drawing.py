@@ -252,6 +252,23 @@ def test_the_axis_of_a_strip_holds_the_line_of_one_deviation(tmp_path: Path) -> 
     assert strip.rim < low < high < strip.width - strip.rim
 
 
+def test_a_strip_says_which_means_are_of_unfinished_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, noise, *_ = treatments()
+    make_run(tmp_path / "base", base, 0, base.settings)
+    make_run(tmp_path / "noise", noise, 0, noise.settings)
+    status = tmp_path / "noise" / "status.json"
+    status.write_text(status.read_text().replace('"finished"', '"stopped"'))
+    drawn: list[Figure] = []
+    monkeypatch.setattr(drawing, "save", lambda figure, path: drawn.append(figure))
+    [glance, *_] = figures_of(read_subject(tmp_path))
+    [strip] = glance.rows[0]
+    assert isinstance(strip, StripPlot)
+    drawing.save_figures([glance], tmp_path, "png")
+    labels = [label.get_text() for label in drawn[0].axes[0].get_yticklabels()]
+    for texts in (labels, [strip.words(variant) for variant in strip.variants]):
+        assert ["not finished" in text.replace("\n", " ") for text in texts] == [False, True]
+
+
 def test_a_band_below_0_does_not_fall_at_once_on_a_logarithmic_axis() -> None:
     points = (Point(0.0, 2.0, low=1.0, high=3.0), Point(1.0, 1.0, low=-1.0, high=3.0), Point(2.0, 0.0))
     height = Axis("loss", 0.1, 10.0, plain, is_logarithmic=True)
