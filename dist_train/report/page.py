@@ -161,6 +161,15 @@ def _notices(subject: Subject, panels: Sequence[Panel]) -> Iterator[str]:
                 "and noise may depend: set batch.micro_size, which by default each run chooses for its ranks."
             )
     counted = counted_runs(panels)
+    codes: dict[str, set[str]] = {}
+    for name, digest in (item for run in counted for item in run.plugins.items()):
+        codes.setdefault(name, set()).add(digest)
+    # In a folder of runs another code makes another variant.
+    if subject.kind == "study" and (edited := [name for name, digests in codes.items() if len(digests) > 1]):
+        yield (
+            f"The code of {', '.join(edited)} was edited between these runs, which differ by that, too: move those "
+            "with the other code away, and start the sweep again."
+        )
     lengthened = [run.name for run in counted if any(event.event == "lengthened" for event in run.events)]
     if 0 < len(lengthened) < len(counted):
         yield (

@@ -648,6 +648,16 @@ def test_report_says_that_runs_of_a_variant_have_chosen_other_micro_batches(tmp_
         assert report.count("have micro-batches of") == 1
 
 
+def test_report_says_that_the_code_of_a_study_s_runs_was_edited(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "study", seeds=(0, 1))
+    for name, digest in (("sb-seed-0", "a"), ("sb-seed-1", "a"), ("lb-seed-0", "b")):
+        environment = {"plug-in mine/net.py": digest * 64, f"plug-in mine/{name}.py": digest * 64}
+        write_status(study / name, "finished", 200, environment=environment)
+        subject = read_subject(study)
+        for report in (tables_in_markdown(subject), unescape(render(subject))):
+            assert ("The code of plug-in mine/net.py was edited" in report) == (digest == "b")
+
+
 def test_report_says_that_lengthened_runs_are_beside_others(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study", seeds=(0,))
     for number, run in enumerate(path for path in sorted(study.iterdir()) if path.is_dir()):
