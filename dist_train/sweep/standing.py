@@ -156,9 +156,18 @@ def numbers_left(runs: Sequence[PlannedRun], unasked: Iterable[int]) -> str:
 
 
 def numbers_without_result(plan: Plan) -> str:
-    """Return the numbers of the runs that have neither finished nor diverged with the plan's settings, as ranges."""
-    lacking = (each for each in standings_of(plan.runs) if each.then in ("start", "busy") or each.has_other_settings)
-    return as_ranges(sorted([*(each.run.number for each in lacking), *plan.unasked]))
+    """Return the numbers of a search's runs that have neither diverged nor the objective, as ranges.
+
+    These are unfinished, have other settings than the plan, or records that cannot be read.
+    """
+
+    def lacks(standing: Standing) -> bool:
+        is_finished = standing.then == "skip"
+        has_diverged = standing.then == "unrecoverable" and not standing.has_other_settings
+        return not has_diverged and not (is_finished and objective_of(plan, [standing.run]) is not None)
+
+    lacking = (standing.run.number for standing in standings_of(plan.runs) if lacks(standing))
+    return as_ranges(sorted([*lacking, *plan.unasked]))
 
 
 def as_ranges(numbers: Sequence[int]) -> str:
@@ -277,7 +286,9 @@ def _report_results(plan: Plan, trials: OptunaTrials) -> None:
         if any(standing.then == "unrecoverable" for standing in standings):
             trials.tell(variant, trial, None)
         elif all(standing.then == "skip" for standing in standings):
-            trials.tell(variant, trial, objective_of(plan, [standing.run for standing in standings]))
+            value = objective_of(plan, [standing.run for standing in standings])
+            if value is not None:  # its records may be readable again later
+                trials.tell(variant, trial, value)
 
 
 def objective_of(plan: Plan, runs: Sequence[PlannedRun]) -> float | None:

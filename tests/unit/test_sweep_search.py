@@ -129,6 +129,20 @@ def test_a_mistaken_override_does_not_fail_the_trials(tmp_path: Path) -> None:
     assert [trial.value for trial in trials._trials("plain")] == [0.5]
 
 
+def test_a_trial_whose_records_cannot_be_read_has_not_failed(tmp_path: Path) -> None:
+    plan = with_trials(searched(tmp_path, "optuna"))
+    for run in plan.runs:
+        finish(run, 0.5)
+    records = plan.runs[0].files.metrics.rename(tmp_path / "metrics.jsonl")
+    publish(plan)
+    trials = optuna_trials(plan.study, plan.directory)
+    assert trials is not None
+    assert trials.without_result("plain") == [0]
+    records.rename(plan.runs[0].files.metrics)
+    publish(plan)
+    assert [trial.value for trial in trials._trials("plain")] == [0.5]
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -356,6 +370,9 @@ def test_without_a_finished_trial_there_is_no_best(tmp_path: Path, capsys: pytes
     finish(plan.runs[0], 0.4)
     assert main(["sweep", str(plan.file), "--best"]) == ExitCode.FINISHED
     assert capsys.readouterr().err == ""
+    files.metrics.unlink()
+    assert main(["sweep", str(plan.file), "--best"]) == ExitCode.FINISHED
+    assert "runs 1 have" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", ["random", "optuna"])
