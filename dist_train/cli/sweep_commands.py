@@ -89,9 +89,11 @@ def _study(arguments: argparse.Namespace) -> int:
         _warn_of_objective(plan)
     runs: tuple[PlannedRun, ...] = plan.runs
     if arguments.only is not None:
-        if arguments.only in plan.unasked and arguments.action in (_sweep, _arguments):
-            from dist_train.sweep.standing import with_trials
+        from dist_train.sweep.standing import run_of_requeued_task, with_trials
 
+        if begun := run_of_requeued_task(plan, arguments.only):
+            arguments.only = begun.number
+        if arguments.only in plan.unasked and arguments.action in (_sweep, _arguments):
             plan = with_trials(plan, arguments.only)
         if arguments.only in plan.left_out:
             name = plan.left_out[arguments.only]

@@ -170,6 +170,18 @@ def numbers_without_result(plan: Plan) -> str:
     return as_ranges(sorted([*lacking, *plan.unasked]))
 
 
+def run_of_requeued_task(plan: Plan, number: int) -> PlannedRun | None:
+    """Return the run that task `number` of our array has begun before Slurm requeued it; None if there is none.
+
+    Another run may have this number by now, if a variant or a seed was added to the study.
+    """
+    job = current_job()
+    if job is None or not job.restarts or not job.name.endswith(f"_{number}"):
+        return None
+    begun = (run for run in plan.runs if (status := read_status(run.files.status)) and status.slurm_job == job.id)
+    return next(begun, None)
+
+
 def as_ranges(numbers: Sequence[int]) -> str:
     """Return ascending numbers in the syntax of `sbatch --array`, such as 1-3,7."""
     ranges: list[list[int]] = []

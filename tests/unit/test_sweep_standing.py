@@ -13,6 +13,7 @@ import pytest
 import yaml
 from rich.console import Console
 
+from dist_train.cli.main import main
 from dist_train.config.resuming import with_setting
 from dist_train.outcome import ExitCode
 from dist_train.rundir.lock import pid_namespace
@@ -165,6 +166,38 @@ def test_a_run_of_our_own_job_is_at_work_unless_the_job_was_restarted_on_another
     run.files.status.write_text(replace(current, host=host or current.host).to_json())
     standing = standing_of(run)
     assert (standing.state, standing.then) == expected
+
+
+@pytest.mark.parametrize(
+    ("restarts", "task", "number", "name"),
+    [
+        ("1", "2", "2", "noisy-seed-0"),
+        ("", "2", "2", "plain-seed-0"),
+        ("1", "2", "5", "plain-seed-1"),
+        ("1", "", "2", "plain-seed-0"),
+    ],
+)
+def test_a_requeued_task_keeps_its_run_if_the_study_has_another_variant_by_then(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    restarts: str,
+    task: str,
+    number: str,
+    name: str,
+) -> None:
+    variants = {"plain": {"settings": {"noise.method": "none"}}, "noisy": {"settings": {"noise.amplitude": 0.02}}}
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    begun = small_plan(tmp_path, variants=variants).runs[1]
+    begun.files.create()
+    begun.files.save_config(begun.config)
+    StatusFile(begun.files.status, 1).end("stopped", ExitCode.STOPPED, "")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "16")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", task)
+    study = write_study(tmp_path, variants={"first": {"settings": {"noise.amplitude": 0.5}}, **variants})
+    assert main(["sweep", str(study), "--only", number, "--arguments"]) == ExitCode.FINISHED
+    assert f"run.name={name}" in capsys.readouterr().out.splitlines()
 
 
 @pytest.mark.parametrize(
