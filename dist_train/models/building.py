@@ -161,7 +161,7 @@ def initialize(model: nn.Module, seed: int) -> None:
     """Initialize weights after He et al. (arXiv 1502.01852), biases to 0, norms to the identity.
 
     Each parameter has its own random stream, drawn on the CPU, so that the device does not matter. Frozen parameters,
-    gains, such as layer scales, and an embedding's row for padding keep the values with which the model was built.
+    constants, such as layer scales, and an embedding's row for padding keep the values with which the model was built.
     """
     norm_names = norm_parameters(model)
     with torch.no_grad():
@@ -171,9 +171,9 @@ def initialize(model: nn.Module, seed: int) -> None:
             owner = model.get_submodule(name.rpartition(".")[0])
             if name in norm_names:
                 parameter.fill_(1.0 if name.endswith("weight") else 0.0)
-            elif parameter.dim() < 2 and "bias" in name.rpartition(".")[2]:
-                parameter.zero_()
-            elif parameter.dim() >= 2 and not _is_gain(parameter, owner):
+            elif parameter.numel() == max(parameter.shape, default=1) and "bias" in name.rpartition(".")[2]:
+                parameter.zero_()  # a vector, also as [1, C, 1, 1]
+            elif parameter.dim() >= 2 and not _is_constant(parameter, owner):
                 fan_in = parameter[0].numel()
                 sample = torch.empty(parameter.shape).normal_(generator=generator(seed, "initial weights", name))
                 sample.mul_((2.0 / fan_in) ** 0.5)
@@ -192,14 +192,17 @@ def initialize(model: nn.Module, seed: int) -> None:
                         gain.copy_(torch.norm_except_dim(direction, 2, hook.dim))
 
 
-def _is_gain(parameter: Tensor, module: nn.Module) -> bool:
-    """Whether `parameter` of `module` is a gain: its elements are equal, and not 0, as those of random weights are not.
+def _is_constant(parameter: Tensor, module: nn.Module) -> bool:
+    """Whether all elements of `parameter` of `module` are equal, as those of random weights are not: a gain or a shift.
 
-    A single element is a gain, except in a linear layer or a convolution.
+    Zeros count if each channel has one, as in [C, 1, 1]: of others, such as tokens, the values are to be drawn. Zeros
+    and single elements do not count in a linear layer or a convolution.
     """
+    is_layer = isinstance(module, nn.Linear | _ConvNd)
     if parameter.numel() == 1:
-        return not isinstance(module, nn.Linear | _ConvNd)
-    return bool(parameter.all()) and bool((parameter == parameter.flatten()[0]).all())
+        return not is_layer
+    is_filled = bool((parameter == parameter.flatten()[0]).all())
+    return is_filled and (bool(parameter.any()) or (parameter[0].numel() == 1 and not is_layer))
 
 
 Builder = Callable[..., nn.Module]

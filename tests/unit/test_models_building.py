@@ -425,12 +425,15 @@ def test_gains_and_frozen_parameters_keep_the_values_with_which_they_were_built(
         "temperature": torch.tensor(2.5),
         "rates": torch.linspace(1, 2, 4),
         "scale_of_all": torch.ones(1, 1, 1, 1),
+        "shift_of_channels": torch.zeros(4, 1, 1),
         "begins_at_zero": torch.zeros(1, 1),
     }
     for name, value in built_with.items():
         model.register_parameter(name, nn.Parameter(value.clone()))
     model.register_parameter("positions", nn.Parameter(torch.arange(6.0).view(2, 3), requires_grad=False))
-    model.register_parameter("in_proj_bias", nn.Parameter(torch.ones(4)))
+    biases = ("in_proj_bias", (4,)), ("bias", (4, 1, 1)), ("bias_of_maps", (1, 4, 1, 1))
+    for name, shape in biases:
+        model.register_parameter(name, nn.Parameter(torch.ones(shape)))
     model.register_parameter("token", nn.Parameter(torch.zeros(1, 4)))
     single: dict[str, nn.Linear | nn.Conv2d] = {"linear": nn.Linear(1, 1), "convolution": nn.Conv2d(1, 1, 1)}
     for name, layer in single.items():
@@ -440,7 +443,7 @@ def test_gains_and_frozen_parameters_keep_the_values_with_which_they_were_built(
     parameters = dict(model.named_parameters())
     assert all(torch.equal(parameters[name], value) for name, value in built_with.items())
     assert torch.equal(parameters["positions"], torch.arange(6.0).view(2, 3))
-    assert not parameters["in_proj_bias"].any()
+    assert not any(parameters[name].any() for name, _ in biases)
     assert parameters["token"].all()
     assert all(parameters[f"{name}.weight"].item() not in (0.0, 1.0) for name in single)
 
