@@ -45,15 +45,58 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+PAGE = (Path(__file__).parents[2] / "docs" / "python.md").read_text(encoding="utf-8")
+
+
+def example(heading: str) -> str:
+    """Return the first block of Python on the page below `heading`."""
+    return PAGE.partition(f"{heading}\n")[2].partition("```python\n")[2].partition("```")[0]
+
+
 def test_the_examples_of_the_page_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "python.md").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
-    exec(page.partition("```python\n")[2].partition("```")[0], names)
+    exec(example("# From Python"), names)
     assert names["model"](torch.rand(3, *names["config"].data.image_format.shape)).shape == (3, 10)
-    exec(page.partition("## A metric")[2].partition("```python\n")[2].partition("```")[0], names)
+    exec(example("## A metric of your own"), names)
     counts = names["confusion"].sum(), names["confusion"].diagonal().sum()
     assert counts[1] / counts[0] == pytest.approx(names["run"].evaluate()["accuracy"])
+
+
+def test_the_script_of_the_page_trains_alike_on_one_rank_and_on_two(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = []
+    for ranks, controller in ((1, "alone"), (2, "torchrun")):
+        folder = tmp_path / controller
+        folder.mkdir()
+        (folder / "train_mine.py").write_text(example("## Your own model and data"))
+        monkeypatch.chdir(folder)
+        ended = launch(ranks, controller, program=["train_mine.py"])
+        assert ended.code == 0, ended.output
+        assert ended.output.count("finished 1.0") == ranks
+        models.append(dist_train.load_run("runs/halves").model().state_dict())
+    one, two = models
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_the_page_prepares_new_images_as_evaluations_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, normalize: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    images = write_folder(Path("images"), per_class=4, test_per_class=1)
+    data = {"name": "imagefolder", "root": images, "classes": 3, "image_size": 32, "normalize": normalize}
+    settings = small_settings(data=data, run={"max_steps": 1}, batch={"global_size": 4, "micro_size": 4})
+    dist_train.train(dist_train.load_config(settings), "runs/mine")
+    run = dist_train.load_run("mine")
+    spread = min(run.normalization().deviation) if normalize else 1.0
+    for image, label in zip(*next(run.batches()), strict=True):
+        names: dict[str, Any] = {}
+        [file] = Path("images/val", ("ant", "bee", "cat")[label]).iterdir()
+        exec(example("## Predicting new images").replace("new.jpg", str(file)), names)
+        torch.testing.assert_close(names["image"] * spread, image * spread, rtol=0, atol=1.01 / 255)
+        assert names["names"][label] == file.parent.name
 
 
 def test_public_names_are_listed_for_completion() -> None:

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 
+from dist_train.api import load_run
 from dist_train.cli.main import main
 from dist_train.config import load_config
 from dist_train.config.plugins import plugin_files
 from dist_train.launching.run import train
 from dist_train.models import build_model
 from dist_train.outcome import UsageError
+from dist_train.rundir.records import TrainRecord
 from tests.launching import launch, train_alone
 from tests.raising import raises, raises_problems
 
@@ -111,6 +113,26 @@ def test_run_records_its_plugins_and_their_changes(folder: Path) -> None:
     assert ended.code == 0, ended.output
     events = (folder / "runs" / "mine" / "metrics.jsonl").read_text()
     assert '"plugins_changed"' in events
+
+
+def test_a_noise_of_one_s_own_is_the_same_on_all_ranks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    noise = ("noise.method=gradient.py:GradientNoise", "noise.amplitude=0.01", "run.max_steps=2")
+    for ranks, controller in ((1, "alone"), (2, "torch")):
+        words = ("train", "dist_train:configs/smoke.yaml", f"run.name={controller}", *noise)
+        ended = launch(ranks, controller, *words)
+        assert ended.code == 0, ended.output
+    one, two = (saved(folder, name)["model"] for name in ("alone", "torch"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    first, second = (each for each in load_run("alone").records if isinstance(each, TrainRecord))
+    assert first.noise_amplitude == 0.01
+    assert second.noise_amplitude == pytest.approx(0.01 * 2**-0.275)
+
+
+def test_short_example_has_a_run_of_its_own(folder: Path) -> None:
+    config = load_config(folder / "short.yaml")
+    assert config.model.name == f"{folder / 'short.py'}:perceptron"
+    assert config.run.name == "short"
 
 
 def test_short_example_works_without_registration(folder: Path) -> None:
