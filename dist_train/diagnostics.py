@@ -21,7 +21,7 @@ from dist_train.config import Config, ScheduleSettings, parse_config
 from dist_train.config.loading import with_overrides
 from dist_train.config.resuming import SAVED, with_setting
 from dist_train.data.plan import BatchPlan
-from dist_train.launching.run import train
+from dist_train.launching.run import check_is_config, train
 from dist_train.outcome import CodedError, DivergedError, ExitCode, UsageError
 from dist_train.report.drawing import RangeTest, read_range_test, write_range_test
 from dist_train.rundir.paths import RANGE_TEST, RunDirectory
@@ -53,6 +53,7 @@ def learning_rate_range(config: Config, low: float, high: float, updates: int, r
     Raises:
         UsageError: the rates do not rise, or `train` refuses the settings.
     """
+    check_is_config(config)
     low, high, updates = float(low), float(high), int(updates)  # NumPy's have another text
     if not (0 < low < high and high / low < math.inf) or updates < 2:
         raise UsageError(

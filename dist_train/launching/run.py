@@ -75,8 +75,7 @@ def train(config: Config, run_directory: Path | str | None = None, observers: Se
         RankLostError: a rank is gone.
         FaultError: the run directory could not be written, or something else failed that is not the user's mistake.
     """
-    if not isinstance(config, Config):
-        raise UsageError(f"not a Config but {config!r}: train(load_config(PATH, overrides))", code="wrong-type")
+    check_is_config(config)
     if not (isinstance(observers, Sequence) and all(isinstance(each, Observer) for each in observers)):
         raise UsageError(f"observers: not a list of Observer objects but {observers!r}", code="wrong-type")
     directory = RunDirectory(config.run_directory if run_directory is None else Path(run_directory))
@@ -119,6 +118,12 @@ def train(config: Config, run_directory: Path | str | None = None, observers: Se
             session.fail(error)
             raise
         return session.finish()
+
+
+def check_is_config(config: object) -> None:
+    """Raise UsageError if a caller of the Python API gave something else, such as a path."""
+    if not isinstance(config, Config):
+        raise UsageError(f"not a Config but {config!r}: give load_config(PATH, overrides)", code="wrong-type")
 
 
 @contextmanager

@@ -283,6 +283,8 @@ def test_arguments_of_another_kind_are_refused_or_converted(run: Path, tmp_path:
         arguments.export(run, "foo")
     with raises(UsageError, code="wrong-type"):
         arguments.train("config.yaml", tmp_path / "run")
+    with raises(UsageError, code="wrong-type"):
+        arguments.learning_rate_range("config.yaml", 0.1, 1.0, 5, tmp_path / "range")
     for observers in (dist_train.Observer(), [dist_train.Observer]):
         with raises(UsageError, code="wrong-type"):
             arguments.train(dist_train.load_config("dist_train:configs/smoke.yaml"), tmp_path / "run", observers)
