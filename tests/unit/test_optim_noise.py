@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -329,3 +330,37 @@ def test_tf32_has_ten_bits_behind_the_leading_one() -> None:
     values = torch.tensor([1 + 2**-10, 1 + 2**-11, 1 + 2**-12, -1 - 2**-11, 1e-30, 0.0])
     expected = torch.tensor([1 + 2**-10, 1 + 2**-10, 1, -1 - 2**-10, 1e-30, 0.0])
     torch.testing.assert_close(tf32.rounded(values), expected, rtol=0, atol=1e-33)
+
+
+@pytest.mark.parametrize("method", ["smoothout", "sam"])
+def test_the_documented_loop_trains_and_its_sam_is_that_of_plain_torch(method: str) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "method.md").read_text(encoding="utf-8")
+    [loop] = re.findall(r"```python\n# loop\.py\n(.*?)```", page, re.DOTALL)
+    ours: dict[str, Any] = {}
+    exec(loop.replace("smoothout", method), ours)
+    plain: dict[str, Any] = {}
+    exec(loop.partition("weights = ")[0], plain)
+    model, rate = plain["model"], plain["RATE"]
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
+    for _ in range(plain["STEPS"]):
+        inputs = torch.rand(64, 2)
+        labels = (inputs[:, 0] > inputs[:, 1]).long()
+        clean = [parameter.detach().clone() for parameter in model.parameters()]
+        nn.functional.cross_entropy(model(inputs), labels).backward()
+        length = nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(parameter.grad / length, alpha=0.05)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(inputs), labels).backward()
+        with torch.no_grad():
+            for parameter, value in zip(model.parameters(), clean, strict=True):
+                parameter.copy_(value)
+        optimizer.step()
+        optimizer.zero_grad()
+    points = torch.rand(1000, 2)
+    right = ours["model"](points).argmax(1) == (points[:, 0] > points[:, 1]).long()
+    assert right.float().mean() > 0.9
+    parts = zip(ours["model"].parameters(), model.parameters(), strict=True)
+    is_sam = all(torch.allclose(one, other, rtol=1e-3, atol=1e-4) for one, other in parts)
+    assert is_sam == (method == "sam")
