@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import io
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -62,6 +63,11 @@ def build_optimizer(settings: OptimizerSettings, weights: FlatWeights) -> Optimi
                 f"the schedule sets the rate of the first parameter group of {settings.name}, here {first:g}, and "
                 f"scales the others alike: begin with the group whose rate is optimizer.learning_rate; freeze "
                 f"parameters by requires_grad=False in the model"
+            )
+        if first and not math.isclose(first, settings.learning_rate, rel_tol=1e-6):  # it may be a float32
+            _logger.warning(
+                f"{settings.name} builds its optimizer with the rate {first:g}, which the schedule replaces by "
+                f"optimizer.learning_rate, {settings.learning_rate:g}: set that to the rate you want"
             )
         return optimizer
     return _OPTIMIZERS[settings.name](settings, groups)

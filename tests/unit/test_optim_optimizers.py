@@ -454,6 +454,23 @@ def test_a_plugin_may_give_rates_by_the_names_of_parameters() -> None:
         assert rates[parameter] == pytest.approx(2.0 if segment.name.startswith("1.") else 0.2), segment.name
 
 
+def with_a_rate_of_its_own(
+    settings: OptimizerSettings, groups: Sequence[Group], options: dict[str, Any]
+) -> torch.optim.Optimizer:
+    return torch.optim.SGD([each for group in groups for each in group.parameters], lr=options["rate"])
+
+
+@pytest.mark.parametrize("rate", [0.5, torch.tensor(0.1), 1e-3])
+def test_a_rate_that_the_schedule_replaces_is_warned_of(rate: Any, caplog: pytest.LogCaptureFixture) -> None:
+    for wanted in (0.1, 0.5):
+        caplog.clear()
+        name, options = f"{__name__}:with_a_rate_of_its_own", {"rate": rate}
+        settings = OptimizerSettings(name=name, options=options, learning_rate=wanted)
+        build_optimizer(settings, FlatWeights(a_model()))
+        is_replaced = float(rate) != pytest.approx(wanted)
+        assert [f"{float(rate):g}" in message for message in caplog.messages] == [True] * is_replaced
+
+
 def with_a_first_group_of(
     settings: OptimizerSettings, groups: Sequence[Group], options: dict[str, float]
 ) -> torch.optim.Optimizer:
