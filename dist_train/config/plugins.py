@@ -76,13 +76,20 @@ _CALLS: Mapping[Kind, tuple[str, str]] = {
     "noise_scales": ("noise, weights, filters, drawn, amplitude, unit", "an iterator of the parts scaled"),
     "noise_schedules": ("step, total_steps", "the factor on the amplitude"),
     "optimizers": ("settings, groups", "a torch.optim.Optimizer"),
-    "schedules": ("over", "the factor on the rate"),
+    "schedules": ("over", "the factor on the rate at the fraction `over` of the time after warm-up"),
     "loggers": ("directory", "an Observer"),
 }
 """The arguments of each kind, of which those with `=` are passed by name, and what it returns."""
 
-_LIBRARY_FORMS: Mapping[Kind, str] = {"optimizers": "params", "data_sets": "root"}
-"""The first parameter of torch's optimizers and torchvision's data sets: one of these is refused as a plug-in."""
+_OTHER_FORMS: Mapping[Kind, frozenset[str]] = {
+    "optimizers": frozenset({"params"}),
+    "data_sets": frozenset({"root"}),
+    "schedules": frozenset({"epoch", "step"}),
+    "augmentations": frozenset({"image", "img"}),
+}
+"""First parameters of what is refused as a plug-in: torch's optimizers, torchvision's data sets, functions of an epoch
+as torch's LambdaLR takes them, and transforms themselves.
+"""
 
 OPTION_KEYS: Mapping[str, str] = {"noise.scale": "scale_options", "data.augment": "augment_options"}
 """The key of a plug-in's options, if it is not `options`: sections with more than one plug-in."""
@@ -308,7 +315,7 @@ def _problems_of_call(named: _Named, target: Any) -> Iterator[Problem]:
     except TypeError:
         wrong = f"takes {signature}"
     is_function = inspect.isroutine(target) or inspect.isclass(target) or isinstance(target, partial)
-    if (first := next(iter(signature.parameters), "")) == _LIBRARY_FORMS.get(named.kind):
+    if (first := next(iter(signature.parameters), "")) in _OTHER_FORMS.get(named.kind, ()):
         wrong = f"takes `{first}` first"
     if named.kind == "augmentations" and not is_function:  # a transform itself would take any arguments
         wrong = f"is a {type(target).__name__}"

@@ -285,6 +285,8 @@ class Transform:
 transform = Transform()
 class Mine(dist_train.Observer): ...
 def takes_anything(*_, **__): ...
+def of_epoch(epoch): return 0.9**epoch
+def of_image(image): return image.flip(-1)
 """
 
 
@@ -296,6 +298,8 @@ def takes_anything(*_, **__): ...
         ("optimizer: {name: torch.optim:RMSprop}", "optimizer.name"),
         ("model: {name: mine.py:Net}", "model.name"),
         ("data: {augment: mine.py:transform}", "data.augment"),
+        ("data: {augment: mine.py:of_image}", "data.augment"),
+        ("schedule: {decay: mine.py:of_epoch}", "schedule.decay"),
         ("metrics: {loggers: [{name: mine.py:takes_anything}, {name: mine.py:Mine}]}", "metrics.loggers.1.name"),
     ],
 )
