@@ -275,19 +275,20 @@ class InitialWeights:
                 yield name
 
     def _named_as(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return the tensors, without the first parts that all names share if only the rest are names of `state`.
+        """Return the tensors by the names of `state`: those below the attributes that hold the network, if any do.
 
-        They are the attributes that hold the network, as in a LightningModule, DistributedDataParallel (`module`),
-        torch.compile (`_orig_mod`), and AveragedModel, which also has a count.
+        They are the attributes of a LightningModule, where a loss may hold others, of DistributedDataParallel
+        (`module`), torch.compile (`_orig_mod`), and AveragedModel, which also has a count.
         """
-        named = tensors = dict(self.tensors)
-        if "n_averaged" in tensors and "n_averaged" not in state and not tensors["n_averaged"].ndim:
-            del tensors["n_averaged"]
-        while not state.keys() & named.keys():
-            parts = [name.partition(".") for name in named]
-            if len({first for first, _, _ in parts}) != 1 or not all(rest for _, _, rest in parts):
-                return tensors
-            named = {rest: tensor for (_, _, rest), tensor in zip(parts, named.values(), strict=True)}
+        named = dict(self.tensors)
+        if not state.keys() & named.keys():
+            holders = sorted({name[: dot.end()] for name in named for dot in re.finditer(r"\.", name)})
+            below = [
+                {name.removeprefix(each): named[name] for name in named if name.startswith(each)} for each in holders
+            ]
+            shared = [len(state.keys() & part.keys()) for part in below]
+            if (most := max(shared, default=0)) and shared.count(most) == 1:  # not a student's and its teacher's
+                named = below[shared.index(most)]
         return with_tied(named, state)
 
 

@@ -240,11 +240,15 @@ def test_a_run_of_other_classes_gives_all_but_the_head(tmp_path: Path) -> None:
 def test_weights_are_found_below_the_attributes_that_hold_the_network(
     prefix: str, published: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
-    count = {"n_averaged": torch.tensor(7)} if prefix == "module." else {}  # of torch's AveragedModel
-    torch.save({**count, **{f"{prefix}{name}": tensor for name, tensor in published.items()}}, tmp_path / "weights.pth")
+    others = {"n_averaged": torch.tensor(7), "loss.weight": torch.ones(3)}  # of torch's AveragedModel, of a loss
+    saved = {f"{prefix}{name}": tensor for name, tensor in published.items()}
+    torch.save({**others, **saved}, tmp_path / "weights.pth")
     network = model(1000)
     assert loaded(tmp_path / "weights.pth", network, 1000) == []
     assert all(torch.equal(tensor, published[name]) for name, tensor in network.state_dict().items())
+    torch.save(saved | {f"teacher.{name}": tensor for name, tensor in published.items()}, tmp_path / "two.pth")
+    with raises(UsageError, "checkpoint-of-another-model"):
+        loaded(tmp_path / "two.pth", network, 1000)
 
 
 def test_weights_of_a_network_whose_attribute_has_a_wrappers_name_are_taken(tmp_path: Path) -> None:
