@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+import traceback
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
 
+import dist_train
 from dist_train.checkpoint.state import (
     InitialWeights,
     Progress,
@@ -31,7 +34,7 @@ from dist_train.cluster.communicator import (
 )
 from dist_train.cluster.devices import assign_devices
 from dist_train.config import Config
-from dist_train.config.plugins import is_plugin
+from dist_train.config.plugins import is_plugin, plugin_files
 from dist_train.config.resuming import with_device, with_setting
 from dist_train.data.augmentation import build_mix
 from dist_train.data.loader import SampleSource, open_splits
@@ -50,7 +53,14 @@ from dist_train.reproducible import LayerRng
 from dist_train.rundir.epochs import Epochs
 from dist_train.rundir.metrics_file import digest_of_initial_weights
 from dist_train.rundir.paths import RunDirectory
-from dist_train.training.compute import Compute, LossScale, compiled, fitting_memory, set_up_compute
+from dist_train.training.compute import (
+    Compute,
+    LossScale,
+    compiled,
+    fitting_memory,
+    is_out_of_memory,
+    set_up_compute,
+)
 from dist_train.training.consistency import check_same_data, setup_digests
 from dist_train.training.graphs import CudaGraphRecorder, GraphRecorder
 from dist_train.training.measuring import Measuring, Profiler, StepClock, WeightNorms, usage_reader
@@ -388,10 +398,13 @@ def _with_micro_size(
     run_passes = partial(forward_and_backward, model, config.data.image_format, compute, layout)
     # The graphs of a rank's micro-batches keep their memory, beside that of its last one, which is not replayed.
     kept = 2 if config.precision.cuda_graphs else 1
+    # a model may fail on a GPU alone, as with a tensor that is no buffer and so stays on the host
+    plugins = () if comm.is_elastic else plugin_files(config.model_dump(mode="json"))
 
     def try_size(size: int) -> None:
         try:
-            run_passes(kept * size)
+            with naming_plugins(plugins):
+                run_passes(kept * size)
         finally:
             if config.precision.compile:
                 torch.compiler.reset()  # a size that is tried counts towards torch's limits
@@ -407,3 +420,28 @@ def _with_micro_size(
         )
     weights.gradients.zero_()
     return with_setting(config, "batch.micro_size", size)
+
+
+@contextmanager
+def naming_plugins(files: Collection[str]) -> Iterator[None]:
+    """Turn an error raised by one of the plug-ins' `files` into a UsageError that says where.
+
+    The file is that of the innermost call that is a plug-in's or this package's, which plug-ins call in turn. Faults of
+    a GPU or of a disk, after which a restart may succeed, are left as they are: they appear in a plug-in's calls, too.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, CodedError | OSError) or is_out_of_memory(error) or "CUDA error" in str(error):
+            raise
+        for frame in reversed(traceback.extract_tb(error.__traceback__)):
+            if Path(frame.filename).is_relative_to(_PACKAGE):
+                break
+            if any(frame.filename.endswith(f"/{file}") for file in files):
+                place = f"{Path(frame.filename).name}:{frame.lineno}"
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                raise UsageError(f"the plug-in failed at {place}: {reason}", code="plugin-failed") from error
+        raise
+
+
+_PACKAGE = Path(dist_train.__file__).parent

@@ -6,14 +6,12 @@ import json
 import logging
 import socket
 import time
-import traceback
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-import dist_train
 from dist_train.checkpoint.files import has_published, set_aside
 from dist_train.cluster.communicator import (
     Communicator,
@@ -32,7 +30,7 @@ from dist_train.config.combinations import unused_settings
 from dist_train.config.loading import parse_yaml
 from dist_train.config.plugins import check_unedited
 from dist_train.config.resuming import with_setting
-from dist_train.launching.assembly import assemble, set_up_writing
+from dist_train.launching.assembly import assemble, naming_plugins, set_up_writing
 from dist_train.launching.preflight import ResumePoint, check_launch, find_resume_point
 from dist_train.launching.session import Session, build_observers
 from dist_train.monitoring.console import open_logs
@@ -43,7 +41,7 @@ from dist_train.rundir.metrics_file import RECENT_BYTES, JsonLines, read_last_re
 from dist_train.rundir.paths import RunDirectory, may_be_written, oserror_to_fault
 from dist_train.rundir.records import EventRecord, Observer, Outcome
 from dist_train.start_up import without_collection
-from dist_train.training.compute import free_device_memory, is_out_of_memory, restoring_torch, share_of_threads
+from dist_train.training.compute import free_device_memory, restoring_torch, share_of_threads
 from dist_train.training.consistency import check_consistent_across_ranks
 from dist_train.training.recovery import ElasticTrainer
 from dist_train.training.stopping import StopRequests
@@ -112,7 +110,7 @@ def train(config: Config, run_directory: Path | str | None = None, observers: Se
                 put_away = partial(set_aside, directory.checkpoints, resume_point.damage)
                 run_on_all_ranks(comm, put_away, "set damaged checkpoints aside")
             # An elastic launch restarts a rank that fails alone, but not one that ends with exit code 2.
-            with _naming_plugins(() if comm.is_elastic else trainer.plugins):
+            with naming_plugins(() if comm.is_elastic else trainer.plugins):
                 trainer.run()
         except BaseException as error:  # after a second Ctrl-C, or sys.exit in a callback, a notebook lives on
             session.fail(error)
@@ -126,29 +124,6 @@ def check_is_config(config: object) -> None:
         raise UsageError(f"not a Config but {config!r}: give load_config(PATH, overrides)", code="wrong-type")
 
 
-@contextmanager
-def _naming_plugins(files: Collection[str]) -> Iterator[None]:
-    """Turn an error raised by one of the plug-ins' `files` into a UsageError that says where.
-
-    The file is that of the innermost call that is a plug-in's or this package's, which plug-ins call in turn. Faults of
-    a GPU or of a disk, after which a restart may succeed, are left as they are: they appear in a plug-in's calls, too.
-    """
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, CodedError | OSError) or is_out_of_memory(error) or "CUDA error" in str(error):
-            raise
-        for frame in reversed(traceback.extract_tb(error.__traceback__)):
-            if Path(frame.filename).is_relative_to(_PACKAGE):
-                break
-            if any(frame.filename.endswith(f"/{file}") for file in files):
-                place = f"{Path(frame.filename).name}:{frame.lineno}"
-                reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-                raise UsageError(f"the plug-in failed at {place}: {reason}", code="plugin-failed") from error
-        raise
-
-
-_PACKAGE = Path(dist_train.__file__).parent
 _KEEP_ALL_STEPS = 2**62
 
 

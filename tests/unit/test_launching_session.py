@@ -693,6 +693,12 @@ class Model(torch.nn.Module):
             raise ValueError("a batch's last micro-batch is smaller")
         self.last = len(images)
         return self.layer(images.flatten(1))
+
+class Few(Model):
+    def forward(self, images):
+        if len(images) > 4:
+            raise RuntimeError("more than in the trial")
+        return super().forward(images)
 """
 
 
@@ -702,6 +708,7 @@ class Model(torch.nn.Module):
         ({"optimizer": {"name": "Optimizer"}}, "torch.ones(2) @"),
         ({"noise": {"method": "Noise"}}, "KeyError"),
         ({"model": {"name": "Model", "norm": "none", "width": 1.0}, "batch": {"global_size": 26}}, "ValueError"),
+        ({"model": {"name": "Few", "norm": "none", "width": 1.0}, "batch": {"micro_size": "auto"}}, "RuntimeError"),
     ],
 )
 def test_a_plugin_that_fails_in_training_is_named_with_the_line(
