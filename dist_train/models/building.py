@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrizations import _WeightNorm
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.weight_norm import WeightNorm
 
 from dist_train.config import Config, ImageFormat
@@ -161,7 +162,8 @@ def initialize(model: nn.Module, seed: int) -> None:
     """Initialize weights after He et al. (arXiv 1502.01852), biases to 0, norms to the identity.
 
     Each parameter has its own random stream, drawn on the CPU, so that the device does not matter. Frozen parameters,
-    constants, such as layer scales, and an embedding's row for padding keep the values with which the model was built.
+    constants, such as layer scales, what a parametrization other than weight norm holds, and an embedding's row for
+    padding keep the values with which the model was built.
     """
     norm_names = norm_parameters(model)
     with torch.no_grad():
@@ -169,6 +171,8 @@ def initialize(model: nn.Module, seed: int) -> None:
             if not parameter.requires_grad:
                 continue
             owner = model.get_submodule(name.rpartition(".")[0])
+            if "parametrizations" in name.split(".") and not _has_weight_norm(owner):
+                continue  # a draw may break the constraint: torch's orthogonal weights would be 0
             if name in norm_names:
                 parameter.fill_(1.0 if name.endswith("weight") else 0.0)
             elif parameter.numel() == max(parameter.shape, default=1) and "bias" in name.rpartition(".")[2]:
@@ -183,13 +187,17 @@ def initialize(model: nn.Module, seed: int) -> None:
         for module in model.modules():
             for parts in getattr(module, "parametrizations", {}).values():
                 # In weight_norm, with the direction's norm as the gain the weight is the direction as drawn.
-                if isinstance(parts[0], _WeightNorm) and parts.original0.requires_grad:
+                if _has_weight_norm(parts) and parts.original0.requires_grad:
                     parts.original0.copy_(torch.norm_except_dim(parts.original1, 2, parts[0].dim))
             for hook in module._forward_pre_hooks.values():
                 if isinstance(hook, WeightNorm):  # torch's older function of that name
                     gain, direction = (getattr(module, f"{hook.name}_{part}") for part in "gv")
                     if gain.requires_grad:
                         gain.copy_(torch.norm_except_dim(direction, 2, hook.dim))
+
+
+def _has_weight_norm(module: nn.Module) -> bool:
+    return isinstance(module, ParametrizationList) and isinstance(module[0], _WeightNorm)
 
 
 def _is_constant(parameter: Tensor, module: nn.Module) -> bool:

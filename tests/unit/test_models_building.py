@@ -14,7 +14,7 @@ import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 from torch.utils.checkpoint import checkpoint
 from torchvision import models
 
@@ -454,6 +454,16 @@ def test_the_weight_of_a_layer_with_weight_norm_is_drawn_as_any_other() -> None:
     lengths = layer.weight.detach().norm(dim=1)
     assert lengths.min() > 0.8 * 2**0.5
     assert lengths.max() < 1.2 * 2**0.5
+
+
+@pytest.mark.parametrize("constrained", [orthogonal, spectral_norm])
+def test_a_weight_under_a_constraint_satisfies_it(constrained: Callable[[nn.Module], nn.Module]) -> None:
+    """torch's orthogonal weights take their signs from a diagonal of 1 and -1, and spectral norm keeps two vectors."""
+    torch.manual_seed(0)
+    layer = constrained(nn.Linear(16, 4)).eval()
+    initialize(layer, seed=0)
+    assert isinstance(layer.weight, torch.Tensor)
+    assert float(torch.linalg.svdvals(layer.weight.detach())[0]) == pytest.approx(1.0, abs=0.05)
 
 
 @pytest.mark.parametrize("layer", [nn.Embedding(64, 8, padding_idx=-1), nn.EmbeddingBag(64, 8, padding_idx=3)])
