@@ -162,8 +162,8 @@ def initialize(model: nn.Module, seed: int) -> None:
     """Initialize weights after He et al. (arXiv 1502.01852), biases to 0, norms to the identity.
 
     Each parameter has its own random stream, drawn on the CPU, so that the device does not matter. Frozen parameters,
-    constants, such as layer scales, what a parametrization other than weight norm holds, and an embedding's row for
-    padding keep the values with which the model was built.
+    vectors, gains, such as layer scales, what a parametrization other than weight norm holds, and an embedding's row
+    for padding keep the values with which the model was built.
     """
     norm_names = norm_parameters(model)
     with torch.no_grad():
@@ -177,7 +177,7 @@ def initialize(model: nn.Module, seed: int) -> None:
                 parameter.fill_(1.0 if name.endswith("weight") else 0.0)
             elif parameter.numel() == max(parameter.shape, default=1) and "bias" in name.rpartition(".")[2]:
                 parameter.zero_()  # a vector, also as [1, C, 1, 1]
-            elif parameter.dim() >= 2 and not _is_constant(parameter, owner):
+            elif parameter.dim() >= 2 and not _is_vector_or_gain(parameter, owner):
                 fan_in = parameter[0].numel()
                 sample = torch.empty(parameter.shape).normal_(generator=generator(seed, "initial weights", name))
                 sample.mul_((2.0 / fan_in) ** 0.5)
@@ -200,17 +200,15 @@ def _has_weight_norm(module: nn.Module) -> bool:
     return isinstance(module, ParametrizationList) and isinstance(module[0], _WeightNorm)
 
 
-def _is_constant(parameter: Tensor, module: nn.Module) -> bool:
-    """Whether all elements of `parameter` of `module` are equal, as those of random weights are not: a gain or a shift.
+def _is_vector_or_gain(parameter: Tensor, module: nn.Module) -> bool:
+    """Whether `parameter` of `module` is a vector, such as [C, 1, 1], or filled with one value that is not 0.
 
-    Zeros count if each channel has one, as in [C, 1, 1]: of others, such as tokens, the values are to be drawn. Zeros
-    and single elements do not count in a linear layer or a convolution.
+    Such a value is a layer scale, for example: random weights differ. In a linear layer or a convolution [C, 1] and a
+    single element are weights.
     """
-    is_layer = isinstance(module, nn.Linear | _ConvNd)
-    if parameter.numel() == 1:
-        return not is_layer
-    is_filled = bool((parameter == parameter.flatten()[0]).all())
-    return is_filled and (bool(parameter.any()) or (parameter[0].numel() == 1 and not is_layer))
+    if parameter[0].numel() == 1 and not isinstance(module, nn.Linear | _ConvNd):
+        return True
+    return parameter.numel() > 1 and bool(parameter.all()) and bool((parameter == parameter.flatten()[0]).all())
 
 
 Builder = Callable[..., nn.Module]

@@ -426,6 +426,7 @@ def test_gains_and_frozen_parameters_keep_the_values_with_which_they_were_built(
         "rates": torch.linspace(1, 2, 4),
         "scale_of_all": torch.ones(1, 1, 1, 1),
         "shift_of_channels": torch.zeros(4, 1, 1),
+        "rates_of_channels": torch.linspace(1, 2, 4).view(4, 1, 1),
         "begins_at_zero": torch.zeros(1, 1),
     }
     for name, value in built_with.items():
