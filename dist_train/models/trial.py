@@ -152,8 +152,8 @@ def check_training(model: nn.Module, config: Config) -> None:
         names = parameters_changed or buffers_changed
         _logger.warning(
             f"{name} changes {kind} in training ({', '.join(names[:_MAX_NAMES])}), on each rank by its own samples: "
-            f"results depend on the number of ranks, and model.norm_statistics does not apply to them; build norms by "
-            f"norm(channels)"
+            f"results depend on the number of ranks, and model.norm_statistics does not apply to them; build batch "
+            f"norms by norm(channels)"
         )
 
 
