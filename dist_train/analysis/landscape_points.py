@@ -309,8 +309,8 @@ def open_subject(stored: Stored, overrides: Sequence[str], settings: LandscapeSe
 
 def refuse_precision(stored: Stored, config: Config, message: str) -> None:
     """Raise UsageError with `message` if an override asks in vain for less precision than the run had."""
-    before, now = stored_config(stored.contents, []).precision, config.precision
-    if now.compute not in (before.compute, "float32") or now.tf32 > before.tf32:
+    before, now = stored.contents.config.get("precision", {}), config.precision
+    if now.compute not in ("float32", before.get("compute")) or (now.tf32 and not before.get("tf32")):
         raise UsageError(f"precision.compute and precision.tf32 have no effect here: {message}", code="option-alone")
 
 
