@@ -203,10 +203,10 @@ def _has_weight_norm(module: nn.Module) -> bool:
 def _is_vector_or_gain(parameter: Tensor, module: nn.Module) -> bool:
     """Whether `parameter` of `module` is a vector, such as [C, 1, 1], or filled with one value that is not 0.
 
-    Such a value is a layer scale, for example: random weights differ. In a linear layer or a convolution [C, 1] and a
-    single element are weights.
+    Such a value is a layer scale, for example: random weights differ. In a linear layer or a convolution, also one with
+    weight norm, [C, 1] and a single element are weights.
     """
-    if parameter[0].numel() == 1 and not isinstance(module, nn.Linear | _ConvNd):
+    if parameter[0].numel() == 1 and not isinstance(module, nn.Linear | _ConvNd | ParametrizationList):
         return True
     return parameter.numel() > 1 and bool(parameter.all()) and bool((parameter == parameter.flatten()[0]).all())
 

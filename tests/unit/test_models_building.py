@@ -455,6 +455,10 @@ def test_the_weight_of_a_layer_with_weight_norm_is_drawn_as_any_other() -> None:
     lengths = layer.weight.detach().norm(dim=1)
     assert lengths.min() > 0.8 * 2**0.5
     assert lengths.max() < 1.2 * 2**0.5
+    narrow = weight_norm(nn.Linear(1, 64))
+    built_with = narrow.weight.detach().clone()
+    initialize(narrow, seed=0)
+    assert not torch.isclose(narrow.weight, built_with).any()
 
 
 @pytest.mark.parametrize("constrained", [orthogonal, spectral_norm])
