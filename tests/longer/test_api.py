@@ -90,7 +90,8 @@ def test_the_page_prepares_new_images_as_evaluations_do(
     settings = small_settings(data=data, run={"max_steps": 1}, batch={"global_size": 4, "micro_size": 4})
     dist_train.train(dist_train.load_config(settings), "runs/mine")
     run = dist_train.load_run("mine")
-    spread = min(run.normalization().deviation) if normalize else 1.0
+    statistics = run.normalization()
+    spread = min(statistics.deviation) if statistics else 1.0
     for image, label in zip(*next(run.batches()), strict=True):
         names: dict[str, Any] = {}
         [file] = Path("images/val", ("ant", "bee", "cat")[label]).iterdir()

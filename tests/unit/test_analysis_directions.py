@@ -199,7 +199,7 @@ def test_the_minimum_is_looked_for_in_its_basin() -> None:
 
 
 LINE = [index / 20 - 0.5 for index in range(41)]
-HALVES = [[at for at, alpha in enumerate(LINE) if side(alpha)] for side in (lambda x: x < 0.5, lambda x: x > 0.5)]
+HALVES = [at for at, alpha in enumerate(LINE) if alpha < 0.5], [at for at, alpha in enumerate(LINE) if alpha > 0.5]
 
 
 def test_a_slope_towards_the_other_checkpoint_is_no_basin() -> None:
@@ -207,7 +207,8 @@ def test_a_slope_towards_the_other_checkpoint_is_no_basin() -> None:
     assert basin_width(LINE, losses, 2.0, among=HALVES[0]) is None
     width = basin_width(LINE, losses, 2.0, among=HALVES[1])
     assert width is not None
-    assert (width.minimum_alpha, width.width) == (1.0, pytest.approx(2 * math.sqrt(0.1), rel=0.02))
+    assert width.minimum_alpha == 1.0
+    assert width.width == pytest.approx(2 * math.sqrt(0.1), rel=0.02)
 
 
 def test_a_narrow_basin_is_not_taken_for_the_flank_of_a_wide_and_deeper_one() -> None:

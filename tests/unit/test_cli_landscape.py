@@ -35,7 +35,8 @@ def test_it_prints_widths_and_the_folder(trained_run: Path, capsys: pytest.Captu
 
 def test_directions_have_points_at_the_distances_of_the_report_by_default() -> None:
     arguments = parse(["landscape", "direction", "runs/sb"])
-    assert {-0.5, -0.1, 0.0, 0.1, 0.5} <= set(axis(*arguments.range, arguments.points))
+    start, stop = arguments.range
+    assert {-0.5, -0.1, 0.0, 0.1, 0.5} <= set(axis(start, stop, arguments.points))
 
 
 def test_points_whose_loss_is_not_finite_are_told(
