@@ -170,9 +170,9 @@ def test_missing_failed_and_broken_runs_are_named_but_not_counted(tmp_path: Path
     (study / "sb-seed-0" / "metrics.jsonl").unlink()
     page = rendered(study)
     assert "21 of 24 runs finished" in page.text
-    assert "lb-seed-2 missing it has not started: its folder is missing" in page.text
-    assert "lb-seed-1 failed the loss is not finite at step 40" in page.text
-    assert "sb-seed-0 broken it has no metrics.jsonl" in page.text
+    assert "lb-seed-2 missing : it has not started: its folder is missing" in page.text
+    assert "lb-seed-1 failed : the loss is not finite at step 40" in page.text
+    assert "sb-seed-0 broken : it has no metrics.jsonl" in page.text
     only = evaluations(study / "lb-seed-0", "test")[-1]["accuracy"]
     assert page.of("final_test", variant="lb")[0] == only
     assert "1 of 3" in page.text
