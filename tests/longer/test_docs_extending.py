@@ -127,10 +127,12 @@ def test_a_noise_of_one_s_own_is_the_same_on_all_ranks(folder: Path, monkeypatch
     assert second.noise_amplitude == pytest.approx(0.01 * 2**-0.275)
 
 
-def test_short_example_has_a_run_of_its_own(folder: Path) -> None:
-    config = load_config(folder / "short.yaml")
-    assert config.model.name == f"{folder / 'short.py'}:perceptron"
-    assert config.run.name == "short"
+def test_short_example_has_a_run_of_its_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    small = ("data.name=synthetic", "data.synthetic_samples=64", "batch.global_size=32", "batch.micro_size=16")
+    ended = launch(1, "alone", "train", "short.yaml", *small, "run.max_steps=1")
+    assert ended.code == 0, ended.output
+    assert load_run("short").config.model.name == f"{folder / 'short.py'}:perceptron"
 
 
 def test_short_example_works_without_registration(folder: Path) -> None:

@@ -41,8 +41,8 @@ TESTED_ELSEWHERE = {
     r"^pip ": "longer/test_wheel.py",
     r"^trackio |name: trackio": "longer/test_loggers.py",
     r"^curl ": "unit/test_monitoring_access.py",
-    r"mine\.yaml|runs/mine": "longer/test_docs_extending.py",
-    r"^dist-train (export|replay) ": "longer/test_api.py",
+    r"(mine|short|gradient)\.yaml|runs/mine": "longer/test_docs_extending.py",
+    r"^dist-train (export|replay) |train_mine\.py": "longer/test_api.py",
     r"sweep .*(--only \d|fashion\.yaml --jobs)|fashion\.yaml --analyses": "longer/test_sweep_sweep.py",
 }
 """Commands that need more than a folder and two processes (a cluster, Docker, GPUs, hours), and their tests."""
