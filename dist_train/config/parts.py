@@ -298,6 +298,21 @@ class NoiseSettings(Section):
         """Number of points at which gradients are taken, for methods that draw them."""
         return self.draws * (2 if self.antithetic else 1) + (self.mix < 1)
 
+    @property
+    def summary(self) -> str:
+        """The method and, if it uses them, the settings of what it draws, for display."""
+        if self.method in ("none", "ivon"):  # whose estimate of the Hessian determines the draw
+            return self.method
+        draws_nothing = self.method in ("sam", "asam")
+        drawn = ("" if draws_nothing else f"{self.distribution} ") + f"{self.amplitude:g}"
+        points = (
+            f"draws {self.draws}" if self.draws > 1 else "",
+            "antithetic" if self.antithetic else "",
+            f"mix {self.mix:g}" if self.mix < 1 else "",
+        )
+        parts = (self.method, drawn, self.sharing, self.schedule.kind, *(() if draws_nothing else points))
+        return ", ".join(filter(None, parts))
+
 
 Metric = Annotated[str, Field(pattern=r"^(train|validation|test)(-averaged)?\.(accuracy|loss)$")]
 """A quantity that evaluations measure: a split, with `-averaged` for the averaged weights, and accuracy or loss."""

@@ -22,7 +22,7 @@ from dist_train.cluster.communicator import Communicator, RankLostError, broadca
 from dist_train.cluster.devices import device_name, find_gpus, why_no_gpu
 from dist_train.cluster.launch import command_output, current_job
 from dist_train.cluster.watchdog import Watchdog
-from dist_train.config import Config, NoiseSettings
+from dist_train.config import Config
 from dist_train.config.plugins import by_content, call_plugin
 from dist_train.config.sections import MetricsSettings
 from dist_train.kernels.operators import why_no_triton
@@ -452,7 +452,7 @@ def run_facts(trainer: Trainer, launched: float, revision: str, run_id: str, nod
         steps_per_epoch=trainer.epochs.stage(min(trainer.progress.step, trainer.last_step - 1)).steps_per_epoch,
         epochs=trainer.epochs.done(trainer.last_step),
         stages=trainer.epochs.stages if len(trainer.epochs.stages) > 1 else (),
-        noise=describe_noise(config.noise),
+        noise=config.noise.summary,
         device=describe_device(config, device),
         start_step=trainer.progress.step,
         controller=ranks.backend,
@@ -469,21 +469,6 @@ def run_facts(trainer: Trainer, launched: float, revision: str, run_id: str, nod
         is_requeued=job is not None and job.is_requeued,
         generation=ranks.generation,
     )
-
-
-def describe_noise(noise: NoiseSettings) -> str:
-    """Return the method, and the settings of what it draws, if it uses them."""
-    if noise.method in ("none", "ivon"):  # whose estimate of the Hessian determines the draw
-        return noise.method
-    draws_nothing = noise.method in ("sam", "asam")
-    drawn = ("" if draws_nothing else f"{noise.distribution} ") + f"{noise.amplitude:g}"
-    points = (
-        f"draws {noise.draws}" if noise.draws > 1 else "",
-        "antithetic" if noise.antithetic else "",
-        f"mix {noise.mix:g}" if noise.mix < 1 else "",
-    )
-    parts = (noise.method, drawn, noise.sharing, noise.schedule.kind, *(() if draws_nothing else points))
-    return ", ".join(filter(None, parts))
 
 
 def describe_device(config: Config, device: torch.device) -> str:

@@ -226,14 +226,22 @@ def _read_run(root: Path, name: str, planned: Planned | None) -> StoredRun:
             raise BrokenFileError(f"it has finished, but {directory.metrics.name} holds no evaluation")
     except BrokenFileError as error:
         state, note = "broken", str(error)
-    train = tuple(record for record in records if isinstance(record, TrainRecord))
-    evaluations = tuple(record for record in records if isinstance(record, EvaluationRecord))
-    events = tuple(record for record in records if isinstance(record, EventRecord))
     # The file is only there once the test has ended, and the tests of older versions have no name of their own.
     is_range_test = str(settings.get("run.name")).endswith(RANGE_TEST) or directory.range_test.is_file()
-    status, analyses = read_status(directory.status), read_analyses(directory)
-    measured = (train, evaluations, events, analyses)
-    return StoredRun(root, name, state, note, planned, settings, status, *measured, is_range_test=is_range_test)
+    return StoredRun(
+        root,
+        name,
+        state,
+        note,
+        planned,
+        settings,
+        read_status(directory.status),
+        train=tuple(record for record in records if isinstance(record, TrainRecord)),
+        evaluations=tuple(record for record in records if isinstance(record, EvaluationRecord)),
+        events=tuple(record for record in records if isinstance(record, EventRecord)),
+        analyses=read_analyses(directory),
+        is_range_test=is_range_test,
+    )
 
 
 def read_analyses(directory: RunDirectory) -> Analyses:

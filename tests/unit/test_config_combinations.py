@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dist_train.config import Config, parse_config
+from dist_train.config import Config, NoiseSettings, parse_config
 from dist_train.config.combinations import _unused, unused_settings
 from dist_train.config.loading import with_overrides
 from tests.raising import raises_problems
@@ -318,3 +318,19 @@ def test_statistics_are_recomputed_where_noise_is_on_or_where_it_is_asked_for(
 ) -> None:
     model = {"norm": norm, "norm_statistics": statistics}
     assert parse({"model": model, "noise": {"method": method}}).recomputes_statistics is recomputed
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"method": "none"}, "none"),
+        (
+            {"method": "smoothout", "mix": 0.5, "draws": 2},
+            "smoothout, uniform 0.01, global, constant, draws 2, mix 0.5",
+        ),
+        ({"method": "sam", "sharing": "micro_batch", "draws": 2}, "sam, 0.01, micro_batch, constant"),
+        ({"method": "ivon", "draws": 2}, "ivon"),
+    ],
+)
+def test_of_the_noise_only_what_its_method_uses_is_told(settings: dict[str, Any], told: str) -> None:
+    assert NoiseSettings(**settings).summary == told

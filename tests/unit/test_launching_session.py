@@ -29,13 +29,13 @@ import dist_train
 from dist_train.checkpoint.files import newest_whole, write_checkpoint
 from dist_train.cli.main import main
 from dist_train.cluster.communicator import Generation, GroupBrokenError, RankLostError, SingleProcess
-from dist_train.config import Config, DataSettings, NoiseSettings, load_config
+from dist_train.config import Config, DataSettings, load_config
 from dist_train.config.sections import MetricsSettings
 from dist_train.launching import run
 from dist_train.launching.assembly import assemble
 from dist_train.launching.preflight import ResumePoint
 from dist_train.launching.run import Regrouping, _leave, train
-from dist_train.launching.session import Session, build_observers, describe_noise, revision
+from dist_train.launching.session import Session, build_observers, revision
 from dist_train.monitoring.observers import Observers
 from dist_train.monitoring.prometheus.exporter import Exporter
 from dist_train.outcome import (
@@ -1170,19 +1170,3 @@ def test_group_that_cannot_be_left_does_not_hide_the_error_of_the_run(error: Exc
     with pytest.raises(RuntimeError, match="NCCL error"):
         _leave(comm, None, None, None)
     _leave(comm, type(error), error, None)
-
-
-@pytest.mark.parametrize(
-    ("settings", "told"),
-    [
-        ({"method": "none"}, "none"),
-        (
-            {"method": "smoothout", "mix": 0.5, "draws": 2},
-            "smoothout, uniform 0.01, global, constant, draws 2, mix 0.5",
-        ),
-        ({"method": "sam", "sharing": "micro_batch", "draws": 2}, "sam, 0.01, micro_batch, constant"),
-        ({"method": "ivon", "draws": 2}, "ivon"),
-    ],
-)
-def test_of_the_noise_only_what_its_method_uses_is_told(settings: dict[str, Any], told: str) -> None:
-    assert describe_noise(NoiseSettings(**settings)) == told
