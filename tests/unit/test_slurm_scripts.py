@@ -717,7 +717,7 @@ def test_only_a_job_that_has_lost_its_batch_host_is_requeued_by_the_guard(
     (tmp_path / "answers").write_text("".join(f"{answer}\n" for answer in answers))
     nodes = "case $3 in 'n[1-2]') printf 'n1\\nn2\\n' ;; *) echo $3 ;; esac"
     scontrol = f'case $1 in requeue) echo "$@" >>{tmp_path}/calls ;; *) {nodes} ;; esac'
-    # The guard goes on as soon as it has read the line, whatever squeue still does.
+    # The guard does not wait for the end of squeue once it has read the line.
     squeue = f'answer=$(head -n 1 {tmp_path}/answers); sed -i 1d {tmp_path}/answers; echo "$answer"'
     write_programs(tmp_path, squeue=squeue, scontrol=scontrol)
     lines = f"sleep() {{ [[ -s {tmp_path}/answers ]]; }}\nrequeue_once_lost 17 n1 {tmp_path}/log"
