@@ -37,7 +37,7 @@ from dist_train.data.loader import open_splits
 from dist_train.data.plan import BatchPlan
 from dist_train.kernels import operators
 from dist_train.launching.assembly import build_step
-from dist_train.models import build_model
+from dist_train.models import build_loss, build_model
 from dist_train.models.norms import fuse_relus
 from dist_train.optim.averaging import Averaging
 from dist_train.optim.flat_weights import FlatWeights
@@ -331,6 +331,7 @@ def _our_step(config: Config, network: nn.Module, ranks: int, recorder: GraphRec
     step = build_step(
         config,
         network,
+        build_loss(config, compute.device),
         state,
         splits.train,
         comm,

@@ -147,6 +147,9 @@ def _optimizer(config: Config) -> Iterator[Problem]:
     if schedule.warmup_epochs > config.run.epochs:
         wrong, allowed = "the warm-up is longer than the run", f"at most run.epochs, {config.run.epochs}"
         yield Problem("schedule.warmup_epochs", wrong, code="warmup-too-long", allowed=allowed)
+    if config.regularization.label_smoothing and is_plugin(config.loss.name):
+        wrong = f"the loss {config.loss.name} decides itself how labels are smoothed; set it to 0"
+        yield Problem("regularization.label_smoothing", wrong, code="smoothing-of-loss", allowed="0")
 
 
 def _noise(config: Config) -> Iterator[Problem]:
@@ -318,7 +321,7 @@ def _unused(config: Config) -> Iterator[tuple[str, str, bool, str]]:
         ("metrics", exporter_settings, not metrics.enabled, "metrics.enabled is false"),
         ("metrics", "advertised_host", metrics.enabled and not is_listed, "metrics.targets_directory is not set"),
     )
-    for setting in (*_GIVEN_SECTIONS, "model.name", "data.augment", "noise.scale", "schedule.decay"):
+    for setting in (*_GIVEN_SECTIONS, "model.name", "data.augment", "noise.scale", "loss.name", "schedule.decay"):
         options = OPTION_KEYS.get(setting, "options")
         yield setting.partition(".")[0], options, not is_plugin(config.value(setting)), f"{setting} is not a plug-in"
 

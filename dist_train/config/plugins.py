@@ -43,6 +43,7 @@ Kind = Literal[
     "noise_methods",
     "noise_scales",
     "noise_schedules",
+    "losses",
     "optimizers",
     "schedules",
     "loggers",
@@ -62,6 +63,7 @@ _PLACES: Mapping[str, Kind] = {
     "noise.method": "noise_methods",
     "noise.scale": "noise_scales",
     "noise.schedule.function": "noise_schedules",
+    "loss.name": "losses",
     "optimizer.name": "optimizers",
     "schedule.decay": "schedules",
     "metrics.loggers.*.name": "loggers",
@@ -75,6 +77,7 @@ _CALLS: Mapping[Kind, tuple[str, str]] = {
     "noise_methods": ("settings, weights, seed=, total_steps=, rank=", "a Noise"),
     "noise_scales": ("noise, weights, filters, drawn, amplitude, unit", "an iterator of the parts scaled"),
     "noise_schedules": ("step, total_steps", "the factor on the amplitude"),
+    "losses": ("images", "a loss of logits and labels, such as nn.CrossEntropyLoss(reduction='none')"),
     "optimizers": ("settings, groups", "a torch.optim.Optimizer"),
     "schedules": ("over", "the factor on the rate at the fraction `over` of the time after warm-up"),
     "loggers": ("directory", "an Observer"),
@@ -86,9 +89,10 @@ _OTHER_FORMS: Mapping[Kind, frozenset[str]] = {
     "data_sets": frozenset({"root"}),
     "schedules": frozenset({"epoch", "step"}),
     "augmentations": frozenset({"image", "img"}),
+    "losses": frozenset({"weight", "size_average", "reduction"}),
 }
 """First parameters of what is refused as a plug-in: torch's optimizers, torchvision's data sets, functions of an epoch
-as torch's LambdaLR takes them, and transforms themselves.
+as torch's LambdaLR takes them, and transforms and torch's losses themselves.
 """
 
 OPTION_KEYS: Mapping[str, str] = {"noise.scale": "scale_options", "data.augment": "augment_options"}

@@ -127,6 +127,14 @@ class BatchSettings(Section):
         return ((0, self.global_size), *((change.epoch, change.global_size) for change in self.schedule))
 
 
+class LossSettings(Section):
+    """What training minimizes. Evaluations measure cross entropy, whatever it is."""
+
+    name: Literal["cross_entropy"] | PluginName = Field("cross_entropy", examples=["mine.py:focal"])
+    """cross_entropy: with `regularization.label_smoothing`. Any other is a plug-in's."""
+    options: Options = options_of("loss.name")
+
+
 class OptimizerSettings(Section):
     """The update rule."""
 
@@ -348,6 +356,7 @@ class Config(Section):
     model: ModelSettings = Field(default_factory=ModelSettings)
     batch: BatchSettings = Field(default_factory=BatchSettings)
     noise: NoiseSettings = Field(default_factory=NoiseSettings)
+    loss: LossSettings = Field(default_factory=LossSettings)
     optimizer: OptimizerSettings = Field(default_factory=OptimizerSettings)
     schedule: ScheduleSettings = Field(default_factory=ScheduleSettings)
     regularization: RegularizationSettings = Field(default_factory=RegularizationSettings)

@@ -41,7 +41,7 @@ from dist_train.data.loader import SampleSource, open_splits
 from dist_train.data.plan import BatchPlan, check_shared_micro_batches
 from dist_train.launching.preflight import ResumePoint
 from dist_train.launching.session import Session
-from dist_train.models import build_model, check_training, restoring_buffers, runs_sequentials_whole
+from dist_train.models import Loss, build_loss, build_model, check_training, restoring_buffers, runs_sequentials_whole
 from dist_train.models.norms import BatchStatistics, fuse_relus, norm_modules
 from dist_train.optim.averaging import Averaging
 from dist_train.optim.flat_weights import FlatWeights, check_memory
@@ -115,14 +115,15 @@ def assemble(
     model: nn.Module = state.network
     if config.precision.compile:
         model = compiled(state.network, sizes=2 * len(config.batch.sizes))  # a batch's last micro-batch may be smaller
-    config = _with_micro_size(config, comm, model, state.weights, compute)
+    loss = run_on_all_ranks(comm, partial(build_loss, config, compute.device), "build the loss")
+    config = _with_micro_size(config, comm, model, loss, state.weights, compute)
     may_shrink = given is not None and given.batch.micro_size == "auto"
     # With torch.compile any pass may compile again for minutes: no progress is reported then.
     clock = StepClock(
         SingleProcess() if config.precision.compile else comm, on_gpu=has_clock and compute.device.type == "cuda"
     )
     graph_recorder = CudaGraphRecorder() if config.precision.cuda_graphs else None
-    step = build_step(config, model, state, splits.train, comm, compute, progress, clock, graph_recorder)
+    step = build_step(config, model, loss, state, splits.train, comm, compute, progress, clock, graph_recorder)
     step.fails_alone = comm.is_elastic and not may_shrink
     base_rate, profile_steps = config.optimizer.learning_rate, config.run.profile_steps
     build: Callable[..., Trainer] = Trainer
@@ -204,6 +205,7 @@ def set_up_writing(trainer: Trainer, session: Session, initial: torch.Tensor | N
 def build_step(
     config: Config,
     model: nn.Module,
+    loss: Loss,
     state: TrainState,
     samples: SampleSource,
     comm: Communicator,
@@ -213,6 +215,7 @@ def build_step(
     graph_recorder: GraphRecorder | None,
 ) -> TrainingStep:
     """Return the step by which `config` trains `state`; `model` is its network, maybe compiled. Raises UsageError."""
+    plugins = (config.model.name, config.loss.name)
     norms = tuple(norm_modules(model))
     passes = max(size for _, size in config.batch.sizes) * len(state.noise.points(0))
     statistics = BatchStatistics(norms, compute.device, passes)
@@ -228,12 +231,12 @@ def build_step(
         reduction=set_up_reduction(config, state.weights, state.noise, comm, progress),
         optimizer=state.optimizer,
         tally=Tally(comm, statistics, compute.device),
+        loss=loss,
         compute=compute,
-        layer_rng=LayerRng(config.run.seed, compute.device, of_plugin=is_plugin(config.model.name)),
+        layer_rng=LayerRng(config.run.seed, compute.device, of_plugin=any(map(is_plugin, plugins))),
         clip_norm=config.optimizer.clip_norm,
         averaging=state.averaging,
         optimizer_draws=updates if is_plugin(config.optimizer.name) else nullcontext,
-        label_smoothing=config.regularization.label_smoothing,
         mix=build_mix(config.regularization, config.run.seed, len(samples)),
         loss_scale=LossScale(progress if compute.precision == torch.float16 else None),
         sum_over_ranks=sum_for_sync_norm(config.model, comm, clock),
@@ -386,7 +389,7 @@ def _initial_values(config: Config, directory: RunDirectory) -> torch.Tensor:
 
 
 def _with_micro_size(
-    config: Config, comm: Communicator, model: nn.Module, weights: FlatWeights, compute: Compute
+    config: Config, comm: Communicator, model: nn.Module, loss: Loss, weights: FlatWeights, compute: Compute
 ) -> Config:
     """Return `config` with a micro-batch size that fits every rank's device, if it is `auto`."""
     if config.batch.micro_size != "auto":
@@ -395,7 +398,7 @@ def _with_micro_size(
         return config
     # The layout of training: the kernels and their memory depend on it.
     layout = torch.channels_last if config.precision.channels_last else torch.contiguous_format
-    run_passes = partial(forward_and_backward, model, config.data.image_format, compute, layout)
+    run_passes = partial(forward_and_backward, model, loss, config.data.image_format, compute, layout)
     # The graphs of a rank's micro-batches keep their memory, beside that of its last one, which is not replayed.
     kept = 2 if config.precision.cuda_graphs else 1
     # a model may fail on a GPU alone, as with a tensor that is no buffer and so stays on the host

@@ -1,4 +1,6 @@
-"""Builds the network of a configuration. A parameter's initial values depend on the seed and its name alone.
+"""Builds the network and the loss of a configuration.
+
+A parameter's initial values depend on the seed and its name alone.
 
 VGG9 is the network of Li et al. (arXiv 1712.09913). VGG16 and VGG19 (arXiv 1409.1556) are for small images. Residual
 networks (arXiv 1512.03385) consist of torchvision's blocks, with its parameter names, for images of any size. All
@@ -11,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +24,9 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.weight_norm import WeightNorm
 
 from dist_train.config import Config, ImageFormat
-from dist_train.config.plugins import call_plugin
+from dist_train.config.plugins import call_plugin, is_plugin
 from dist_train.models.norms import VECTOR_GROUP, NormFactory, norm_factory, norm_parameters, replace_batch_norms
-from dist_train.models.trial import check_outputs
+from dist_train.models.trial import check_loss, check_outputs, sample_losses
 from dist_train.outcome import UsageError, did_you_mean
 from dist_train.reproducible import generator, key, seeded_generators
 
@@ -138,6 +140,33 @@ def build_model(config: Config) -> nn.Module:
         model = _network(config)
     initialize(model, config.run.seed)
     return model
+
+
+class Loss(Protocol):
+    """What training minimizes: the sum of the samples' losses, or with `none` each of them [n].
+
+    `logits` are float32 [n, classes], `labels` int64 [n].
+    """
+
+    def __call__(self, logits: Tensor, labels: Tensor, *, reduction: Literal["none", "sum"]) -> Tensor: ...
+
+
+def build_loss(config: Config, device: torch.device) -> Loss:
+    """Return the loss of `config`, on `device`. Raises UsageError if it is a plug-in's and fails its trial."""
+    name = config.loss.name
+    if not is_plugin(name):
+        return partial(functional.cross_entropy, label_smoothing=config.regularization.label_smoothing)
+    with seeded_generators(key(config.run.seed, "loss")):
+        of_samples = call_plugin(name, config.loss.options, object, config.data.image_format)
+    if isinstance(of_samples, nn.Module):
+        of_samples = of_samples.to(device)
+    check_loss(of_samples, config, device)
+
+    def loss(logits: Tensor, labels: Tensor, *, reduction: Literal["none", "sum"]) -> Tensor:
+        losses = sample_losses(name, of_samples, logits, labels)
+        return losses.sum() if reduction == "sum" else losses
+
+    return loss
 
 
 def runs_sequentials_whole(name: str) -> bool:

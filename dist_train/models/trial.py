@@ -1,9 +1,9 @@
-"""Tries a plug-in's model before training; refuses it, or warns, if it could not be trained reproducibly."""
+"""Tries a plug-in's model or loss before training; refuses it, or warns, if training would not be reproducible."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import chain
@@ -155,6 +155,50 @@ def check_training(model: nn.Module, config: Config) -> None:
             f"results depend on the number of ranks, and model.norm_statistics does not apply to them; build batch "
             f"norms by norm(channels)"
         )
+
+
+def check_loss(loss: Callable[[Tensor, Tensor], Tensor], config: Config, device: torch.device) -> None:
+    """Try a plug-in's `loss` on random logits; warn if results would depend on how samples are divided, or on a state.
+
+    Raises UsageError if it does not return each sample's loss, differentiably, or has parameters to train.
+    """
+    name, seed = config.loss.name, key(config.run.seed, "loss")
+    if not callable(loss):
+        raise PluginResultError(f"{name} returned {type(loss).__name__}, not a function of logits and labels")
+    if isinstance(loss, nn.Module) and any(parameter.requires_grad for parameter in loss.parameters()):
+        raise PluginResultError(f"{name} has parameters, which would not be trained: make them a part of the model")
+    classes, samples = config.data.image_format.classes, 2 * _TRIAL_SAMPLES
+    drawn = torch.randn(samples, classes, generator=generator(config.run.seed, "trial logits"))
+    logits, labels = drawn.to(device).requires_grad_(), torch.arange(samples, device=device) % classes
+
+    def tried(count: int) -> Tensor:
+        with seeded_generators(seed), failing_clearly(name):
+            return sample_losses(name, loss, logits[:count], labels[:count])
+
+    losses = tried(samples)
+    if not losses.requires_grad:
+        raise PluginResultError(f"the losses of {name} do not depend on the logits differentiably")
+    losses = losses.detach()
+    noticeable = _NOTICEABLE * float(losses.abs().max())
+    if not losses.isfinite().all():
+        raise PluginResultError(f"{name} gives losses that are not finite for random logits: {losses.tolist()}")
+    if not torch.equal(losses, tried(samples)):
+        _logger.warning(f"{name} gives other losses when called again: it has a state, which no checkpoint holds")
+    elif not torch.allclose(losses[:_TRIAL_SAMPLES], tried(_TRIAL_SAMPLES), atol=noticeable):
+        _logger.warning(
+            f"a sample's loss by {name} depends on the other samples: results depend on batch.micro_size, and with "
+            f"sync norm on the number of ranks"
+        )
+
+
+def sample_losses(name: str, loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the samples' losses [n], float32, by the plug-in `name`. Raises PluginResultError for anything else."""
+    losses = loss(logits, labels)
+    if not isinstance(losses, Tensor) or losses.shape != labels.shape or not losses.is_floating_point():
+        given = f"{losses.dtype} of {list(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+        fix = "; torch's losses do with reduction='none'" if isinstance(losses, Tensor) and not losses.dim() else ""
+        raise PluginResultError(f"{name} gives {given}: return each sample's loss, here [{len(labels)}]{fix}")
+    return losses.float()
 
 
 def _replaced(model: nn.Module, config: Config) -> list[str]:

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from torch.nn import functional
 
 from dist_train.cluster.communicator import Communicator, gather_int, run_on_all_ranks
 from dist_train.config import ImageFormat, ModelSettings
 from dist_train.data.plan import BatchPlan, MicroBatch
+from dist_train.models import Loss
 from dist_train.models.norm_arithmetic import SumOverRanks
 from dist_train.outcome import OutOfMemoryError, UsageError
 from dist_train.training.compute import Compute, free_device_memory, runs_in_memory
@@ -126,13 +126,13 @@ def halve(micro_size: int, global_sizes: Sequence[int], fewest: int) -> int:
 
 
 def forward_and_backward(
-    model: torch.nn.Module, images: ImageFormat, compute: Compute, layout: torch.memory_format, size: int
+    model: torch.nn.Module, loss: Loss, images: ImageFormat, compute: Compute, layout: torch.memory_format, size: int
 ) -> None:
-    """Run a forward and a backward pass of `model` on a blank micro-batch of `size` images in `layout`."""
+    """Run a forward and a backward pass of `model` and `loss` on a blank micro-batch of `size` images in `layout`."""
     inputs = torch.empty(size, *images.shape, device=compute.device, memory_format=layout).zero_()
     labels = torch.arange(size, device=compute.device) % images.classes
     with compute.autocast():
         logits = model(inputs)
-    torch.autograd.backward(functional.cross_entropy(logits.float(), labels))
+    torch.autograd.backward(loss(logits.float(), labels, reduction="sum"))
     if compute.device.type == "cuda":
         torch.cuda.synchronize(compute.device)

@@ -15,7 +15,6 @@ from itertools import chain
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.optim import Optimizer
 from torch.profiler import record_function
 
@@ -25,6 +24,7 @@ from dist_train.data.augmentation import Mix, Target, unmixed
 from dist_train.data.images import BatchRequest
 from dist_train.data.loader import SampleSource
 from dist_train.data.plan import MicroBatch
+from dist_train.models import Loss
 from dist_train.models.norm_arithmetic import SumOverRanks
 from dist_train.models.norms import BatchStatistics, GroupedBatchNorm, sync_batch_norm
 from dist_train.optim.averaging import Averaging
@@ -102,6 +102,7 @@ class TrainingStep:
     reduction: GradientReduction
     optimizer: Optimizer
     tally: Tally
+    loss: Loss
     compute: Compute
     layer_rng: LayerRng
     """Random generator of the model's stochastic layers, such as dropout."""
@@ -109,7 +110,6 @@ class TrainingStep:
     averaging: Averaging
     optimizer_draws: Callable[[int], AbstractContextManager[object]] = nullcontext
     """Given the number of an update, seeds the global generators for an optimizer that draws from them."""
-    label_smoothing: float = 0.0
     mix: Mix = unmixed
     loss_scale: LossScale = field(default_factory=LossScale)
     sum_over_ranks: SumOverRanks | None = None
@@ -261,7 +261,7 @@ class TrainingStep:
         """Return the logits and the sum of the samples' losses."""
         with self.compute.autocast():
             logits = self.model(inputs)
-        return logits, loss_sum(logits.float(), target, self.label_smoothing)
+        return logits, loss_sum(self.loss, logits.float(), target)
 
     def _measure_rise(self, inputs: Tensor, target: Target, seed_layers: Callable[[], None]) -> None:
         """Note by how much the noise raises the loss of a micro-batch, without gradients and norm statistics."""
@@ -287,12 +287,11 @@ class TrainingStep:
         self.statistics.forget()
 
 
-def loss_sum(logits: Tensor, target: Target, label_smoothing: float) -> Tensor:
-    """Return the summed cross entropy of `logits` [n, classes]; for mixed images, of both labels, in their shares."""
-    cross_entropy = partial(functional.cross_entropy, logits, label_smoothing=label_smoothing)
+def loss_sum(loss: Loss, logits: Tensor, target: Target) -> Tensor:
+    """Return the summed `loss` of `logits` [n, classes]; for mixed images, of both labels, in their shares."""
     if target.partners is None or target.share is None:
-        return cross_entropy(target.labels, reduction="sum")
-    label_losses, partner_losses = (cross_entropy(each, reduction="none") for each in (target.labels, target.partners))
+        return loss(logits, target.labels, reduction="sum")
+    label_losses, partner_losses = (loss(logits, each, reduction="none") for each in (target.labels, target.partners))
     return torch.lerp(partner_losses, label_losses, target.share).sum()
 
 

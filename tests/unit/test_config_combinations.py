@@ -96,6 +96,12 @@ PLAIN = "optimizer.momentum=0 optimizer.nesterov=false"
             "warmup-too-long",
         ),
         (
+            "loss.name=tests.unit.test_models_loss:squared regularization.label_smoothing=0.1",
+            "regularization.label_smoothing=0",
+            "regularization.label_smoothing",
+            "smoothing-of-loss",
+        ),
+        (
             "noise.method=langevin noise.sharing=rank noise.scale=filter noise.distribution=normal",
             "noise.sharing=global",
             "noise.sharing",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -211,12 +212,12 @@ def test_the_loss_is_the_cross_entropy_with_soft_labels(smoothing: float) -> Non
     hot = functional.one_hot(labels, CLASSES) * share[:, None] + functional.one_hot(partners, CLASSES) * (
         1 - share[:, None]
     )
+    loss = partial(functional.cross_entropy, label_smoothing=smoothing)
     expected = functional.cross_entropy(logits, hot, label_smoothing=smoothing, reduction="sum")
-    found = loss_sum(logits, Target(labels, partners, share), smoothing)
+    found = loss_sum(loss, logits, Target(labels, partners, share))
     assert float(found) == pytest.approx(float(expected), rel=1e-6)
     assert torch.equal(Target(labels, partners, share).main, torch.where(share >= 0.5, labels, partners))
-    plain = functional.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="sum")
-    assert torch.equal(loss_sum(logits, Target(labels), smoothing), plain)
+    assert torch.equal(loss_sum(loss, logits, Target(labels)), loss(logits, labels, reduction="sum"))
 
 
 def test_without_settings_nothing_is_mixed() -> None:

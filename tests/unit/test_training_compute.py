@@ -30,6 +30,7 @@ from dist_train.config import PrecisionSettings
 from dist_train.kernels import operators
 from dist_train.launching.assembly import _set_up_device, _with_micro_size
 from dist_train.launching.run import train
+from dist_train.models import build_loss
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import UsageError
 from dist_train.training import compute as compute_module
@@ -501,8 +502,8 @@ def test_all_sizes_of_a_long_batch_schedule_are_compiled(compiler: Compiler, mon
 def test_sizes_that_were_tried_leave_no_compiled_kernels(compiler: Compiler) -> None:
     config = small_config(batch={"global_size": 16, "micro_size": "auto"}, precision={"compile": True})
     network = nn.Sequential(nn.Conv2d(1, 1, 1), nn.Flatten(), nn.Linear(64, 10))
-    model = compiled(network, sizes=2)
-    assert _with_micro_size(config, SingleProcess(), model, FlatWeights(network), Compute(CPU, torch.float32)) != config
+    model, weights, compute = compiled(network, sizes=2), FlatWeights(network), Compute(CPU, torch.float32)
+    assert _with_micro_size(config, SingleProcess(), model, build_loss(config, CPU), weights, compute) != config
     model(torch.zeros(16, 1, 8, 8))
     assert compiler.sizes == [2, 4, 8, 16, 16]
 
@@ -510,6 +511,7 @@ def test_sizes_that_were_tried_leave_no_compiled_kernels(compiler: Compiler) -> 
 def test_sizes_that_were_tried_leave_no_trace_in_buffers() -> None:
     config = small_config(batch={"global_size": 16, "micro_size": "auto"})
     model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(64, 10))
-    assert _with_micro_size(config, SingleProcess(), model, FlatWeights(model), Compute(CPU, torch.float32)) != config
+    loss, weights, compute = build_loss(config, CPU), FlatWeights(model), Compute(CPU, torch.float32)
+    assert _with_micro_size(config, SingleProcess(), model, loss, weights, compute) != config
     buffers = dict(model.named_buffers())
     assert [buffers[f"1.{name}"].item() for name in ("running_var", "num_batches_tracked")] == [1, 0]

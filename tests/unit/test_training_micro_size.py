@@ -15,7 +15,7 @@ from torch import Tensor
 from dist_train.cluster.communicator import Communicator, SingleProcess
 from dist_train.config import ImageFormat
 from dist_train.launching.assembly import _with_micro_size
-from dist_train.models import build_model
+from dist_train.models import build_loss, build_model
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import OutOfMemoryError, UsageError
 from dist_train.training.compute import Compute, runs_in_memory
@@ -174,10 +174,11 @@ def test_fewer_samples_than_a_norm_needs_are_refused(before: int, size: int, few
 
 
 def test_a_trial_runs_the_model_both_ways_in_the_layout_of_training() -> None:
-    model = build_model(small_config(data={"synthetic_shape": [3, 8, 8]}))
+    config, compute = small_config(data={"synthetic_shape": [3, 8, 8]}), Compute(CPU, torch.float32)
+    model, loss = build_model(config), build_loss(config, CPU)
     seen: list[Tensor] = []
     model.register_forward_pre_hook(lambda module, inputs: seen.extend(inputs))
-    forward_and_backward(model, ImageFormat((3, 8, 8), 10), Compute(CPU, torch.float32), torch.channels_last, 4)
+    forward_and_backward(model, loss, ImageFormat((3, 8, 8), 10), compute, torch.channels_last, 4)
     assert seen[0].is_contiguous(memory_format=torch.channels_last)
     assert not seen[0].any()
     assert all(parameter.grad is not None for parameter in model.parameters())
@@ -196,6 +197,5 @@ def test_micro_batches_leave_room_for_the_graphs_of_the_others(cuda_graphs: bool
             raise torch.OutOfMemoryError
 
     model.register_forward_pre_hook(take_memory)
-    assert (
-        _with_micro_size(config, SingleProcess(), model, weights, Compute(CPU, torch.float32)).batch.micro_size == found
-    )
+    loss, compute = build_loss(config, CPU), Compute(CPU, torch.float32)
+    assert _with_micro_size(config, SingleProcess(), model, loss, weights, compute).batch.micro_size == found
