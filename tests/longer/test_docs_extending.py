@@ -81,6 +81,16 @@ def test_parts_of_a_model_have_rates_of_their_own(folder: Path, monkeypatch: pyt
     assert rates == pytest.approx([0.00875] * 2 + [0.000875] * 4)
 
 
+def test_classes_have_weights_in_the_loss(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    for weights in ([1.0, 3.0], [2.0, 6.0]):
+        options = (f"loss.options={{'weights': {weights}}}", "loss.name=weights.py:weighted", "run.max_steps=1")
+        train_alone("mine.yaml", Path(f"runs/{weights}"), *options, "metrics.enabled=false")
+    once, twice = (load_run(f"{folder}/runs/{weights}").records for weights in ("[1.0, 3.0]", "[2.0, 6.0]"))
+    [[first], [second]] = ([each for each in run if isinstance(each, TrainRecord)] for run in (once, twice))
+    assert second.loss == pytest.approx(2 * first.loss)
+
+
 def test_installed_package_provides_names_by_entry_points(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path
 ) -> None:
