@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dist_train.checkpoint.files import find_checkpoint, list_checkpoints, read_stored
+from dist_train.checkpoint.files import Stored, find_checkpoint, list_checkpoints, read_stored
 from dist_train.checkpoint.state import Weights
 from dist_train.cluster.inspection import installed_version
 from dist_train.config import Config, load_config
@@ -155,9 +156,17 @@ class Run:
     def normalization(self) -> ChannelStatistics | None:
         """Return the `mean` and `deviation` of each channel by which `data.normalize` normalizes inputs; None without.
 
-        They are computed again from the run's training images. Raises UsageError if these are missing.
+        They are those in the last checkpoint. If it has none, as in an older version's run, they are computed again
+        from the training images. Raises UsageError if these are missing.
         """
-        return splits_of(self.config).normalization
+        config = self.config
+        if not config.data.normalize:
+            return None
+        has_checkpoint = bool(list_checkpoints(self.directory.checkpoints))
+        stored = read_stored(self.directory.root).contents.normalization if has_checkpoint else {}
+        if not stored:
+            return splits_of(config).normalization
+        return ChannelStatistics(tuple(stored["mean"]), tuple(stored["deviation"]))
 
     def learning_curve(self, output: Path | str | None = None) -> Path:
         """Draw loss and accuracy against epoch into `output` (.png, .svg or .pdf), and return its path."""
@@ -229,6 +238,10 @@ def export(
     safetensors: the tensors by name. torch-export and onnx: also the network, for any number of images. The file is
     loaded back and compared with the model on four random images or, if your model takes none such, test images.
 
+    Each holds as `dist_train`, in JSON, the checkpoint's `step` and `sha256`, the input's `shape` and `normalization`
+    (`mean` and `deviation` of each channel; null without), and the number of `classes`: as metadata in a safetensors
+    or onnx file, as an extra file in torch-export's.
+
     Examples:
         >>> written = dist_train.export("runs/demo", "safetensors", "demo.safetensors")
         >>> written.step, written.difference
@@ -253,11 +266,11 @@ def export(
     named = next((other for other, (ending, _) in _FORMATS.items() if ending == output.suffix), to)
     if named != to:
         raise UsageError(f"{output} is named as {named}: name it *{suffix}, or choose --to {named}", code="output-form")
-    images = _compared_images(model, config)
+    images, notes = _compared_images(model, config), {_NOTES: json.dumps(_notes(stored, config))}
     try:
         with torch.no_grad(), _replacing(output) as part:
             expected = model(images)  # first, since safetensors loads the file into `model`
-            loaded = write(model, images, part)
+            loaded = write(model, images, part, notes)
             difference = float((loaded(images) - expected).abs().max())
     except ImportError as error:
         reason = f"{to}: {error}"
@@ -273,6 +286,15 @@ def export(
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UsageError(f"{to} cannot represent {config.model.name}: {reason}", code="plugin-failed") from error
     return Export(output, contents.step, difference)
+
+
+def _notes(stored: Stored, config: Config) -> dict[str, Any]:
+    """Return what an exported file says of its model, beside the weights."""
+    images, contents = config.data.image_format, stored.contents
+    notes = {"step": contents.step, "sha256": stored.sha256, "shape": images.shape, "classes": images.classes}
+    if config.data.normalize and not contents.normalization:
+        return notes  # a checkpoint of an older version
+    return {**notes, "normalization": contents.normalization or None}
 
 
 def _compared_images(model: nn.Module, config: Config) -> Tensor:
@@ -319,39 +341,41 @@ def _replacing(output: Path) -> Iterator[Path]:
             os.replace(Path(folder, output.name), target)
 
 
+_NOTES = "dist_train"
 _Loaded = Callable[[Tensor], Tensor]
 
 
-def _safetensors(model: nn.Module, images: Tensor, output: Path) -> _Loaded:
+def _safetensors(model: nn.Module, images: Tensor, output: Path, notes: dict[str, str]) -> _Loaded:
     from safetensors.torch import load_file, save
 
     # copies: safetensors refuses tied parameters, which share memory
     copies = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in model.state_dict().items()}
-    output.write_bytes(save(copies))  # its `save_file` raises no OSError if the disk is full
+    output.write_bytes(save(copies, notes))  # its `save_file` raises no OSError if the disk is full
     model.load_state_dict(load_file(output))
     return model
 
 
-def _torch_export(model: nn.Module, images: Tensor, output: Path) -> _Loaded:
+def _torch_export(model: nn.Module, images: Tensor, output: Path, notes: dict[str, str]) -> _Loaded:
     program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("images", min=1)},))
     content = io.BytesIO()  # given a path, torch raises no OSError if the disk is full
-    torch.export.save(program, content)
+    torch.export.save(program, content, extra_files=notes)
     output.write_bytes(content.getvalue())
     return torch.export.load(output).module()
 
 
-def _onnx(model: nn.Module, images: Tensor, output: Path) -> _Loaded:
+def _onnx(model: nn.Module, images: Tensor, output: Path, notes: dict[str, str]) -> _Loaded:
     import onnxruntime
 
     sizes = ({0: torch.export.Dim("images", min=1)},)
-    # in one file: only networks of more than 2 GB need a second one
-    options: dict[str, Any] = {"dynamo": True, "external_data": False, "verbose": False}
-    torch.onnx.export(model, (images,), output, dynamic_shapes=sizes, input_names=["images"], **options)
+    options: dict[str, Any] = {"dynamo": True, "verbose": False}
+    program: Any = torch.onnx.export(model, (images,), dynamic_shapes=sizes, input_names=["images"], **options)
+    program.model.metadata_props.update(notes)
+    program.save(output, external_data=False)  # in one file: only networks of more than 2 GB need a second one
     session = onnxruntime.InferenceSession(output)
     return lambda given: torch.from_numpy(session.run(None, {"images": given.numpy()})[0])
 
 
-_FORMATS: Mapping[Format, tuple[str, Callable[[nn.Module, Tensor, Path], _Loaded]]] = {
+_FORMATS: Mapping[Format, tuple[str, Callable[[nn.Module, Tensor, Path, dict[str, str]], _Loaded]]] = {
     "safetensors": (".safetensors", _safetensors),
     "torch-export": (".pt2", _torch_export),
     "onnx": (".onnx", _onnx),

@@ -85,6 +85,7 @@ class Contents:
     metrics: Metrics
     plugins: Mapping[str, str] = field(default_factory=dict)  # digests of the plug-ins' files, by name
     data: str = ""  # identifies the data set (`Splits.identity`); empty if unknown
+    normalization: Mapping[str, Sequence[float]] = field(default_factory=dict)  # `mean` and `deviation` of each channel
     average: Mapping[str, Any] = field(default_factory=dict)  # weights that make the average (`kept`), and `statistics`
     noise: Mapping[str, torch.Tensor] = field(default_factory=dict)  # the state of the noise method, if it has one
     grid_exponents: Sequence[int] | None = None  # of `exact32` and `exact16`: the next update's, per tensor
@@ -337,7 +338,7 @@ def _contents(path: Path, fields: Mapping[str, Any]) -> Contents:
         raise UsageError(f"{path} is not a checkpoint of format {FORMAT}: {fault}", code="checkpoint-format")
     return Contents(
         **{name: fields[name] for name in _TYPES},
-        **{name: fields.get(name, {}) for name in ("plugins", "average", "noise")},
+        **{name: fields.get(name, {}) for name in ("plugins", "normalization", "average", "noise")},
         data=fields.get("data", ""),
         grid_exponents=fields.get("grid_exponents"),
     )

@@ -150,10 +150,8 @@ class TrainState:
     averaging: Averaging
     noise: Noise
 
-    def contents(
-        self, progress: Progress, epoch: float, config: Config, plugins: Mapping[str, str], data: str
-    ) -> Contents:
-        """Return the contents of a checkpoint, with views of the tensors, and without averaged weights.
+    def contents(self, progress: Progress, epoch: float, config: Config, plugins: Mapping[str, str]) -> Contents:
+        """Return the contents of a checkpoint, with views of the tensors, without averaged weights and what is of data.
 
         Its tensors may change at the next update, but not before: what the next forward pass may change is copied.
         """
@@ -167,7 +165,6 @@ class TrainState:
             config=config.model_dump(mode="json"),
             metrics=progress.metrics(),
             plugins=plugins,
-            data=data,
             noise=self.noise.state(),
             grid_exponents=progress.grid_exponents,
         )

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 from torch import nn
@@ -382,7 +382,10 @@ class Trainer:
 
     def contents(self) -> Contents:
         """Return the contents of a checkpoint of the current state, without averaged weights."""
-        return self.state.contents(self.progress, self.epoch, self.config, self.plugins, self.splits.identity)
+        contents = self.state.contents(self.progress, self.epoch, self.config, self.plugins)
+        statistics = self.splits.normalization
+        normalization = {name: [*values] for name, values in asdict(statistics).items()} if statistics else {}
+        return replace(contents, data=self.splits.identity, normalization=normalization)
 
     def _finish_saving(self) -> None:
         """Wait for the last checkpoint; raises what that raises."""

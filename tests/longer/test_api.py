@@ -16,6 +16,7 @@ import onnxruntime
 import onnxscript._framework_apis
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 import dist_train
@@ -149,19 +150,41 @@ def test_the_statistics_of_a_run_normalize_its_images(tmp_path: Path) -> None:
     torch.testing.assert_close((plain - mean) / deviation, normalized)
 
 
+def test_the_statistics_of_a_run_need_no_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = small_settings(data={"normalize": True}, run={"max_steps": 1})
+    dist_train.train(dist_train.load_config(settings), tmp_path / "run")
+    run = dist_train.load_run(tmp_path / "run")
+    expected = open_splits(run.config.data, run.config.run.seed, torch.device("cpu")).normalization
+    dist_train.export(run, "safetensors", tmp_path / "model.safetensors")
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        notes = json.loads(file.metadata()["dist_train"])
+    monkeypatch.delattr("dist_train.api.open_splits")
+    assert expected is not None
+    assert run.normalization() == expected
+    assert notes["normalization"] == {"mean": [*expected.mean], "deviation": [*expected.deviation]}
+
+
 @pytest.mark.parametrize("to", mostly_lengthy(["safetensors", "torch-export", "onnx"]))
 def test_exported_model_gives_the_same_logits(run: Path, tmp_path: Path, to: str) -> None:
     ended = launch(1, "alone", "export", str(run), "--to", to, "-o", str(tmp_path / "model"))
     assert ended.code == 0, ended.output
+    notes = {"dist_train": ""}
+    if to == "safetensors":
+        with safe_open(tmp_path / "model", "pt") as file:
+            notes = file.metadata()
     if to == "torch-export":
         images = torch.rand(7, *dist_train.load_run(run).config.data.image_format.shape)
-        exported = torch.export.load(tmp_path / "model").module()(images)
+        exported = torch.export.load(tmp_path / "model", extra_files=notes).module()(images)
         torch.testing.assert_close(exported, dist_train.load_run(run).model()(images))
     if to == "onnx":
         session = onnxruntime.InferenceSession(tmp_path / "model")
+        notes = session.get_modelmeta().custom_metadata_map
         images = torch.rand(7, *dist_train.load_run(run).config.data.image_format.shape)
         [logits] = session.run(None, {"images": images.numpy()})
         torch.testing.assert_close(torch.from_numpy(logits), dist_train.load_run(run).model()(images))
+    stored, data = read_stored(run), dist_train.load_run(run).config.data.image_format
+    form = {"shape": [*data.shape], "classes": data.classes, "normalization": None}
+    assert json.loads(notes["dist_train"]) == {"step": stored.contents.step, "sha256": stored.sha256, **form}
 
 
 def test_an_onnxscript_too_old_for_torch_is_told_from_a_missing_one(

@@ -330,7 +330,7 @@ def test_plugins_have_changed_if_they_could_change_the_result(
     assert trainer is not None
     assert [*trainer.plugins] == ["logs/logs.py", "mine/mine.py"]
     plugins = {**trainer.plugins, **{f"mine/{name}": digest for name, digest in before.items()}}
-    saved = trainer.state.contents(trainer.progress, 0.0, trainer.config, plugins, "")
+    saved = trainer.state.contents(trainer.progress, 0.0, trainer.config, plugins)
     write_checkpoint(session.directory.checkpoints, saved, lambda: None)
     if not keeps_logger:
         del settings["metrics"]
