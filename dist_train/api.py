@@ -156,8 +156,8 @@ class Run:
     def normalization(self) -> ChannelStatistics | None:
         """Return the `mean` and `deviation` of each channel by which `data.normalize` normalizes inputs; None without.
 
-        They are those in the last checkpoint. If it has none, as in an older version's run, they are computed again
-        from the training images. Raises UsageError if these are missing.
+        They are in the last checkpoint. Without one, or if an older version wrote it, they are computed again from the
+        training images. Raises UsageError if these are missing.
         """
         config = self.config
         if not config.data.normalize:
@@ -289,11 +289,11 @@ def export(
 
 
 def _notes(stored: Stored, config: Config) -> dict[str, Any]:
-    """Return what an exported file says of its model, beside the weights."""
+    """Return what an exported file says of its model and input; without `normalization` if that is not known."""
     images, contents = config.data.image_format, stored.contents
     notes = {"step": contents.step, "sha256": stored.sha256, "shape": images.shape, "classes": images.classes}
     if config.data.normalize and not contents.normalization:
-        return notes  # a checkpoint of an older version
+        return notes  # an older version wrote the checkpoint
     return {**notes, "normalization": contents.normalization or None}
 
 

@@ -151,7 +151,7 @@ class TrainState:
     noise: Noise
 
     def contents(self, progress: Progress, epoch: float, config: Config, plugins: Mapping[str, str]) -> Contents:
-        """Return the contents of a checkpoint, with views of the tensors, without averaged weights and what is of data.
+        """Return a checkpoint's contents, with views of the tensors, but no averaged weights and facts of the data.
 
         Its tensors may change at the next update, but not before: what the next forward pass may change is copied.
         """
