@@ -168,6 +168,13 @@ class Run:
             return splits_of(config).normalization
         return ChannelStatistics(tuple(stored["mean"]), tuple(stored["deviation"]))
 
+    def class_names(self) -> tuple[str, ...]:
+        """Return the names of classes in the order of labels, of an image folder its folders; else, none.
+
+        They are in the last checkpoint, unless an older version wrote it. Raises UsageError without a checkpoint.
+        """
+        return tuple(read_stored(self.directory.root).contents.class_names)
+
     def learning_curve(self, output: Path | str | None = None) -> Path:
         """Draw loss and accuracy against epoch into `output` (.png, .svg or .pdf), and return its path."""
         output = Path(output or self.directory.learning_curve)
@@ -239,8 +246,8 @@ def export(
     loaded back and compared with the model on four random images or, if your model takes none such, test images.
 
     Each holds as `dist_train`, in JSON, the checkpoint's `step` and `sha256`, the input's `shape` and `normalization`
-    (`mean` and `deviation` of each channel; null without), and the number of `classes`: as metadata in a safetensors
-    or onnx file, as an extra file in torch-export's.
+    (`mean` and `deviation` of each channel; null without), the number of `classes`, and `class_names`, if known: as
+    metadata in a safetensors or onnx file, as an extra file in torch-export's.
 
     Examples:
         >>> written = dist_train.export("runs/demo", "safetensors", "demo.safetensors")
@@ -291,7 +298,8 @@ def export(
 def _notes(stored: Stored, config: Config) -> dict[str, Any]:
     """Return what an exported file says of its model and input; without `normalization` if that is not known."""
     images, contents = config.data.image_format, stored.contents
-    notes = {"step": contents.step, "sha256": stored.sha256, "shape": images.shape, "classes": images.classes}
+    notes: dict[str, Any] = {"step": contents.step, "sha256": stored.sha256}
+    notes |= {"shape": images.shape, "classes": images.classes, "class_names": contents.class_names}
     if config.data.normalize and not contents.normalization:
         return notes  # an older version wrote the checkpoint
     return {**notes, "normalization": contents.normalization or None}

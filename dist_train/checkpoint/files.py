@@ -86,6 +86,7 @@ class Contents:
     plugins: Mapping[str, str] = field(default_factory=dict)  # digests of the plug-ins' files, by name
     data: str = ""  # identifies the data set (`Splits.identity`); empty if unknown
     normalization: Mapping[str, Sequence[float]] = field(default_factory=dict)  # `mean` and `deviation` of each channel
+    class_names: Sequence[str] = ()  # in the order of labels, if the data set has them
     average: Mapping[str, Any] = field(default_factory=dict)  # weights that make the average (`kept`), and `statistics`
     noise: Mapping[str, torch.Tensor] = field(default_factory=dict)  # the state of the noise method, if it has one
     grid_exponents: Sequence[int] | None = None  # of `exact32` and `exact16`: the next update's, per tensor
@@ -340,6 +341,7 @@ def _contents(path: Path, fields: Mapping[str, Any]) -> Contents:
         **{name: fields[name] for name in _TYPES},
         **{name: fields.get(name, {}) for name in ("plugins", "normalization", "average", "noise")},
         data=fields.get("data", ""),
+        class_names=fields.get("class_names", ()),
         grid_exponents=fields.get("grid_exponents"),
     )
 

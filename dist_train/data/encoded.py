@@ -86,7 +86,7 @@ def list_folder(settings: DataSettings, split: Split, seed: int = 0) -> Listing:
         return os.path.join(folder, os.fsdecode(bytes(joined[start : ends[number] - 1])))
 
     source = digest_of(memoryview(joined)[:-1])
-    return _shuffled(Listing(refer, torch.arange(len(labels)), labels, source), split, seed)
+    return _shuffled(Listing(refer, torch.arange(len(labels)), labels, source, tuple(class_names)), split, seed)
 
 
 def _shuffled(listing: Listing, split: Split, seed: int) -> Listing:

@@ -90,6 +90,7 @@ class Listing:
     numbers: Tensor  # int64 [n]
     labels: Tensor | None  # int64 [n]; None if a label is known only after its sample has been read
     source: str  # identifies the source by names, places and labels, not by the contents of samples
+    class_names: tuple[str, ...] = ()  # in the order of labels, if the source has them
 
     def __len__(self) -> int:
         return len(self.numbers)

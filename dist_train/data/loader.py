@@ -87,6 +87,7 @@ class Splits:
     identity: str = ""  # identifies the files of the data set; empty for images that are generated from the settings
     validation: SampleSource | None = None  # the part of the training set that is held out, if the settings ask for one
     normalization: ChannelStatistics | None = None  # by which inputs are normalized, with `data.normalize`
+    class_names: tuple[str, ...] = ()  # in the order of labels: the folders of an image folder
 
     @property
     def present(self) -> dict[Split, SampleSource]:
@@ -318,7 +319,8 @@ def _open(
         for split, listing in listings.items()
     }
     identity = f"{listings['train'].digest()} {listings['test'].digest()}"
-    return Splits(samples["train"], samples["test"], identity, samples.get("validation"), pixels.statistics)
+    names = listings["train"].class_names
+    return Splits(samples["train"], samples["test"], identity, samples.get("validation"), pixels.statistics, names)
 
 
 def _try_samples(settings: DataSettings, listings: Mapping[Split, Listing], decoder: Decoder, seed: int) -> None:

@@ -385,7 +385,8 @@ class Trainer:
         contents = self.state.contents(self.progress, self.epoch, self.config, self.plugins)
         statistics = self.splits.normalization
         normalization = {name: [*values] for name, values in asdict(statistics).items()} if statistics else {}
-        return replace(contents, data=self.splits.identity, normalization=normalization)
+        names = [*self.splits.class_names]
+        return replace(contents, data=self.splits.identity, normalization=normalization, class_names=names)
 
     def _finish_saving(self) -> None:
         """Wait for the last checkpoint; raises what that raises."""

@@ -99,6 +99,9 @@ def test_the_page_prepares_new_images_as_evaluations_do(
         exec(example("## Predicting new images").replace("new.jpg", str(file)), names)
         torch.testing.assert_close(names["image"] * spread, image * spread, rtol=0, atol=1.01 / 255)
         assert names["names"][label] == file.parent.name
+    dist_train.export(run, "safetensors", tmp_path / "model.safetensors")
+    with safe_open(tmp_path / "model.safetensors", "pt") as written:
+        assert json.loads(written.metadata()["dist_train"])["class_names"] == ["ant", "bee", "cat"]
 
 
 def test_public_names_are_listed_for_completion() -> None:
@@ -183,7 +186,7 @@ def test_exported_model_gives_the_same_logits(run: Path, tmp_path: Path, to: str
         [logits] = session.run(None, {"images": images.numpy()})
         torch.testing.assert_close(torch.from_numpy(logits), dist_train.load_run(run).model()(images))
     stored, data = read_stored(run), dist_train.load_run(run).config.data.image_format
-    form = {"shape": [*data.shape], "classes": data.classes, "normalization": None}
+    form = {"shape": [*data.shape], "classes": data.classes, "class_names": [], "normalization": None}
     assert json.loads(notes["dist_train"]) == {"step": stored.contents.step, "sha256": stored.sha256, **form}
 
 
