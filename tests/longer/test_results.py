@@ -357,6 +357,7 @@ def test_page_of_batch_8192_has_the_numbers_of_its_tables(batch_8192: dict[str, 
         "rivals-16384-rates": "rivals_16384_rates",
         "rivals-50000": "rivals_50000",
         "rivals-50000-strong": "rivals_50000_strong",
+        "rivals-50000-rivals": "rivals_50000_rivals",
     }
     for folder, name in studies.items():
         study = load_study(ROOT / f"studies/{name}.yaml")

@@ -75,7 +75,7 @@ def test_a_checkpoint_is_a_plain_dict_with_a_record_beside_it(tmp_path: Path) ->
     file = write(tmp_path, 40)
     fields = torch.load(file.path, weights_only=True)
     assert list(fields)[:7] == ["format", "step", "epoch", "model", "optimizer", "config", "metrics"]
-    assert list(fields)[7:] == ["plugins", "data", "average", "noise", "grid_exponents"]
+    assert list(fields)[7:] == ["plugins", "data", "normalization", "class_names", "average", "noise", "grid_exponents"]
     record = json.loads(file.path.with_suffix(".json").read_text())
     content = file.path.read_bytes()
     assert record == {
