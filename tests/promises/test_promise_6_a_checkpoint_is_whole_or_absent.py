@@ -44,7 +44,8 @@ def test_checkpoint_has_the_documented_contents(tmp_path: Path) -> None:
     train_alone(write_config(tmp_path, settings), tmp_path / "run")
     contents = final_checkpoint(tmp_path / "run")
     required = {"format", "step", "epoch", "model", "optimizer", "config", "metrics"}
-    assert contents.keys() == required | {"plugins", "data", "average", "noise", "grid_exponents"}
+    known = {"plugins", "data", "normalization", "class_names", "average", "noise", "grid_exponents"}
+    assert contents.keys() == required | known
     build_model(parse_config(contents["config"], source="test")).load_state_dict(contents["model"])
     assert (contents["step"], contents["epoch"]) == (8, 1.0)
 
