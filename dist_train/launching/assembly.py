@@ -64,7 +64,13 @@ from dist_train.training.compute import (
 from dist_train.training.consistency import check_same_data, setup_digests
 from dist_train.training.graphs import CudaGraphRecorder, GraphRecorder
 from dist_train.training.measuring import Measuring, Profiler, StepClock, WeightNorms, usage_reader
-from dist_train.training.micro_batches import fewest_samples, find_micro_size, forward_and_backward, sum_for_sync_norm
+from dist_train.training.micro_batches import (
+    fewest_samples,
+    find_micro_size,
+    forward_and_backward,
+    shares_micro_batches,
+    sum_for_sync_norm,
+)
 from dist_train.training.recovery import ElasticTrainer
 from dist_train.training.reduction import Tally, set_up_reduction
 from dist_train.training.step import TrainingStep
@@ -165,7 +171,8 @@ def assemble(
 
 def _set_up_device(config: Config, comm: Communicator) -> tuple[Config, Compute]:
     """Return `config` with the device that it leaves to `auto`, and what this rank computes with. Raises UsageError."""
-    if config.precision.deterministic is True and not config.comm.is_exact:
+    sums_floats = not config.comm.is_exact or shares_micro_batches(config.model)
+    if sums_floats and with_device(config, "cuda").precision.deterministic:
         # NVLink's switches add floats in any order. Torch leaves them out, but not from groups made before it is told.
         os.environ.setdefault("NCCL_ALGO", "^NVLS,NVLSTree")
     device = assign_devices(comm, config.run.device, config.comm.timeout)

@@ -171,24 +171,27 @@ def test_deterministic_sets_all_that_torch_offers() -> None:
 
 @pytest.mark.usefixtures("_kernels_as_before")
 @pytest.mark.parametrize(
-    ("reduction", "deterministic", "given", "algorithms"),
+    ("reduction", "norm", "deterministic", "given", "algorithms"),
     [
-        ("float", True, {}, "^NVLS,NVLSTree"),
-        ("float", True, {"NCCL_ALGO": "NVLS"}, "NVLS"),
-        ("float", "auto", {}, None),
-        ("exact", True, {}, None),
+        ("float", "ghost", True, {}, "^NVLS,NVLSTree"),
+        ("float", "ghost", True, {"NCCL_ALGO": "NVLS"}, "NVLS"),
+        ("float", "ghost", "auto", {}, None),
+        ("exact", "ghost", True, {}, None),
+        ("exact", "sync", "auto", {}, "^NVLS,NVLSTree"),  # the norms' sums are of floats
+        ("exact", "sync", False, {}, None),
     ],
 )
 def test_only_where_floats_are_summed_deterministically_nccl_leaves_out_nvlink_s_switches(
     reduction: str,
+    norm: str,
     deterministic: object,
     given: dict[str, str],
     algorithms: str | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(os, "environ", {**given})
-    precision = {"deterministic": deterministic}
-    config = small_config(run={"device": "cpu"}, comm={"reduction": reduction}, precision=precision)
+    precision, model = {"deterministic": deterministic}, {"norm": norm}
+    config = small_config(run={"device": "cpu"}, comm={"reduction": reduction}, precision=precision, model=model)
     _set_up_device(config, SingleProcess())
     assert os.environ.get("NCCL_ALGO") == algorithms
 
