@@ -122,12 +122,15 @@ class _OnGpu(Operation):
 
     is_completed: Callable[[], bool]
     seconds: float
+    abort: Callable[[], object]
+    """Aborts the group, so that streams which wait for it continue, and with them whoever waits for the GPU."""
 
     def wait_on_host(self) -> None:
         end = time.monotonic() + self.seconds
         with naming_lost_ranks(self.name):
             while not self.is_completed():
                 if time.monotonic() > end:
+                    self.abort()
                     raise RuntimeError(f"not done within {self.seconds:g} s: a rank does not come, or NCCL hangs")
                 time.sleep(DEVICE_POLL_SECONDS)
         self.wait()
@@ -174,23 +177,31 @@ class TorchCommunicator(TorchOperations):
         return StoreCounters(self._store)
 
     def close(self, error: BaseException | None = None) -> None:
-        if self._device is not None:
-            aborted, self._device = [self._device], None
-            is_aborted = threading.Event()
-            thread = abort_in_thread(aborted, is_aborted)
-            if not is_aborted.wait(CLOSE_SECONDS):  # the watchdog, which would end a rank that hangs, has left already
-                say_on_stderr("dist-train: NCCL does not let go of its GPU; this rank ends without waiting for it")
-            elif error is None:
-                thread.join(CLOSE_SECONDS)  # of NCCL's threads the same holds as of Gloo's, below
+        aborting = self._abort()
         if error is None:
             # Joins Gloo's threads. One that releases a tensor while the interpreter is taken down aborts the process.
             self._host = None
+            if aborting is not None:
+                aborting.join(CLOSE_SECONDS)  # of NCCL's threads the same holds
+
+    def _abort(self) -> threading.Thread | None:
+        """Abort the NCCL group, if there is one; return the thread that ends with the group, None if NCCL hangs."""
+        if self._device is None:
+            return None
+        aborted, self._device = [self._device], None
+        is_aborted = threading.Event()
+        thread = abort_in_thread(aborted, is_aborted)
+        if is_aborted.wait(CLOSE_SECONDS):  # the watchdog, which would end a rank that hangs, may have left already
+            return thread
+        say_on_stderr("dist-train: NCCL does not let go of its GPU; this rank ends without waiting for it")
+        return None
 
     def _start(self, tensor: torch.Tensor, operation: Callable[[Any], Any], name: str) -> Pending:
         with naming_lost_ranks(name):
             work = operation(self._device if tensor.is_cuda else self._host)
         if tensor.is_cuda:
-            return _OnGpu(work.wait, name, is_completed=work.is_completed, seconds=self._longest_wait)
+            seconds = self._longest_wait
+            return _OnGpu(work.wait, name, is_completed=work.is_completed, seconds=seconds, abort=self._abort)
         return Operation(work.wait, name)
 
 

@@ -143,6 +143,8 @@ def test_the_host_waits_for_a_sum_on_gpus_only_before_it_reads_it(on_gpus: tuple
 
 def test_a_sum_on_gpus_that_does_not_end_ends_the_rank(on_gpus: tuple[TorchCommunicator, Mock]) -> None:
     comm, work = on_gpus
+    group = comm._device
+    assert isinstance(group, Mock)
     with FakeTensorMode():
         pending = comm.allreduce_async(torch.zeros(1, device="cuda"), "tally")
     work.is_completed.return_value = False
@@ -150,6 +152,10 @@ def test_a_sum_on_gpus_that_does_not_end_ends_the_rank(on_gpus: tuple[TorchCommu
         pending.wait_on_host()
     assert "tally: not done within 0.05 s" in str(caught.value)
     work.wait.assert_not_called()
+    # Otherwise the stream, which waits for the sums of gradients, and a checkpoint's copies after them, would hang.
+    group.abort.assert_called_once()
+    comm.close(caught.value)
+    group.abort.assert_called_once()
     work.is_completed.side_effect = RuntimeError("CUDA error: an illegal memory access was encountered")
     with raises(FaultError, "gpu-failed"):
         pending.wait_on_host()
