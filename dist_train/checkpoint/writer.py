@@ -170,11 +170,13 @@ class CheckpointWriter:
             try:
                 copies = {name: self._copy(name, value) for name, value in vars(contents).items()}
                 contents = replace(contents, **copies)
+                end = self._stream.record_event() if self._stream is not None else None
             finally:
                 self._copied.set()
-            if self._stream is not None:
-                # Not the whole device: that is an error while a CUDA graph is recorded.
-                self._stream.synchronize()
+            if end is not None:
+                # Not the whole device: that is an error while a CUDA graph is recorded. Nor the stream, in which the
+                # next update is queued by now: its sums never end if a rank is lost.
+                end.synchronize()
             written = self._write_with_retries(contents, begun)
             if written is None:
                 return

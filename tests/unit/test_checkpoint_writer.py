@@ -120,15 +120,18 @@ def test_the_optimizer_may_move_on_also_after_a_fault_in_copying(tmp_path: Path)
     assert list_checkpoints(tmp_path) == []
 
 
-def test_copies_from_a_gpu_are_made_and_waited_for_in_the_stream_that_trains(
+def test_copies_from_a_gpu_are_made_in_the_stream_that_trains_of_which_nothing_later_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     current = threading.local()  # as in CUDA: a stream of each thread, at first the default one of the first GPU
     done: list[tuple[str, object]] = []
 
     class Stream:
-        def synchronize(self) -> None:
-            done.append(("wait", self))
+        """A stream in which an update is queued after the copies, and never ends: it cannot be waited for."""
+
+        def record_event(self) -> SimpleNamespace:
+            done.append(("end", self))
+            return SimpleNamespace(synchronize=lambda: done.append(("wait", self)))
 
     def copy(writer: CheckpointWriter, name: str, value: object) -> object:
         done.append(("copy", getattr(current, "stream", "default")))
@@ -146,8 +149,8 @@ def test_copies_from_a_gpu_are_made_and_waited_for_in_the_stream_that_trains(
     writer.close()
     [result] = writer.results()
     assert isinstance(result, Written)
-    assert {*done[:-1]} == {("copy", trains)}
-    assert done[-1] == ("wait", trains)
+    assert {*done[:-2]} == {("copy", trains)}
+    assert done[-2:] == [("end", trains), ("wait", trains)]
 
 
 def test_submission_does_not_wait_for_the_disk_but_the_next_one_waits_for_its_turn(tmp_path: Path) -> None:
