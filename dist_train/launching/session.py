@@ -198,6 +198,13 @@ class Session:
                 f"a batch of {parts} micro-batches of {micro} samples leaves {self.comm.size - parts} of the "
                 f"{self.comm.size} ranks without work: {smaller}use fewer ranks"
             )
+        step, largest = self._running.take_step, max(size for _, size in config.batch.sizes)
+        passes = -(-largest // (micro * self.comm.size)) * len(step.noise.points(0))  # of a rank in an update, at most
+        if step.graph_recorder is not None and passes == 1:
+            _logger.warning(
+                f"precision.cuda_graphs has no effect: a rank's last pass in an update is no graph, and with "
+                f"micro-batches of {micro} samples it is its only one: choose a smaller batch.micro_size"
+            )
         if is_ghost and micro < min(ghost, config.batch.global_size) and resume_point.contents is None:
             _logger.warning(
                 f"ghost norm takes its statistics over micro-batches of {micro} samples, not over model.ghost_size, "

@@ -62,6 +62,7 @@ from tests.unit.checkpoint_files import write
 from tests.unit.drawing_data import SIZE, Drawing
 from tests.unit.exporting import FACTS, OUTCOME
 from tests.unit.image_folders import write_folder
+from tests.unit.operator_recorder import OperatorRecorder
 from tests.unit.simulated_ranks import SimulatedRanks, on_ranks, results
 from tests.unit.small_trainers import build_trainer, small_config
 from tests.unit.test_cli_commands import write_config
@@ -289,6 +290,22 @@ def test_micro_batches_smaller_than_the_ghost_size_are_warned_of_once(
     # an even share of 26 samples among six ranks: 4
     results(6, lambda comm: begun(tmp_path / "run", comm, model=model, batch=batch))
     assert sum("model.ghost_size" in message for message in caplog.messages) == warnings
+
+
+@pytest.mark.parametrize(
+    ("micro_size", "ranks", "draws", "warnings"), [(26, 1, 1, 1), (13, 2, 1, 1), (13, 1, 1, 0), (26, 1, 2, 0)]
+)
+def test_graphs_that_no_rank_would_use_are_warned_of_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, micro_size: int, ranks: int, draws: int, warnings: int
+) -> None:
+    def launch(comm: SimulatedRanks) -> None:
+        session, _ = begun(tmp_path / "run", comm, batch={"micro_size": micro_size}, noise={"draws": draws})
+        assert session.trainer is not None
+        session.trainer.take_step = replace(session.trainer.take_step, graph_recorder=OperatorRecorder())
+        session.begin(ResumePoint(session.trainer.config))
+
+    results(ranks, launch)
+    assert caplog.text.count("precision.cuda_graphs has no effect") == warnings
 
 
 NORMLESS = """
