@@ -39,6 +39,7 @@ from dist_train.training.evaluation import (
     evaluate_stored,
     stored_config,
     stored_model,
+    stored_normalization,
     warn_of_edited_plugins,
 )
 
@@ -146,7 +147,8 @@ class Run:
         They are on the CPU, not augmented, in batches of `evaluation.batch_size`. Raises UsageError without the data,
         or without that split.
         """
-        samples = splits_of(self.config).of(split)
+        config = self.config
+        samples = splits_of(config, self._stored_normalization(config)).of(split)
         plan = BatchPlan(len(samples), self.config.evaluation.batch_size)
         batches = samples.read_all(torch.arange(each.start, each.stop) for each in plan.micro_batches)
         # each is read when it is asked for, and then, too, whatever the caller has set of torch by then
@@ -162,11 +164,11 @@ class Run:
         config = self.config
         if not config.data.normalize:
             return None
-        has_checkpoint = bool(list_checkpoints(self.directory.checkpoints))
-        stored = read_stored(self.directory.root).contents.normalization if has_checkpoint else {}
-        if not stored:
-            return splits_of(config).normalization
-        return ChannelStatistics(tuple(stored["mean"]), tuple(stored["deviation"]))
+        return self._stored_normalization(config) or splits_of(config).normalization
+
+    def _stored_normalization(self, config: Config) -> ChannelStatistics | None:
+        has_checkpoint = config.data.normalize and bool(list_checkpoints(self.directory.checkpoints))
+        return stored_normalization(read_stored(self.directory.root).contents) if has_checkpoint else None
 
     def class_names(self) -> tuple[str, ...]:
         """Return the names of classes in the order of labels, of an image folder its folders; else, none.
@@ -326,10 +328,13 @@ def _compared_images(model: nn.Module, config: Config) -> Tensor:
     return images
 
 
-def splits_of(config: Config) -> Splits:
-    """Return the splits on the CPU, read without loader processes, so that there is nothing to close."""
+def splits_of(config: Config, normalization: ChannelStatistics | None = None) -> Splits:
+    """Return the splits on the CPU, read without loader processes, so that there is nothing to close.
+
+    With `data.normalize` they are normalized by `normalization`; None: by the training images.
+    """
     settings = config.data.model_copy(update={"loader_workers": 0})
-    return open_splits(settings, config.run.seed, torch.device("cpu"))
+    return open_splits(settings, config.run.seed, torch.device("cpu"), statistics=normalization)
 
 
 @contextmanager

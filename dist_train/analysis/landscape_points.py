@@ -40,7 +40,13 @@ from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import UsageError
 from dist_train.reproducible import LayerRng, generator
 from dist_train.training.compute import Compute, fitting_memory, set_up_compute
-from dist_train.training.evaluation import statistics_samples, stored_config, stored_model, warn_of_edited_plugins
+from dist_train.training.evaluation import (
+    statistics_samples,
+    stored_config,
+    stored_model,
+    stored_normalization,
+    warn_of_edited_plugins,
+)
 
 
 @dataclass(frozen=True)
@@ -293,7 +299,8 @@ def open_subject(stored: Stored, overrides: Sequence[str], settings: LandscapeSe
     model = stored_model(stored.contents, config)
     if local_rank == 0 and settings.statistics == "recomputed":
         warn_of_kept_statistics(model)
-    with closing(open_splits(config.data, config.run.seed, compute.device, channels_last)) as splits:
+    normalization = stored_normalization(stored.contents)
+    with closing(open_splits(config.data, config.run.seed, compute.device, channels_last, normalization)) as splits:
         train, test = (
             list(samples.read_all(_subset(samples, wanted, settings.subset_seed).split(batch_size)))
             for samples, wanted in ((splits.train, settings.samples), (splits.test, settings.test_samples))

@@ -39,6 +39,7 @@ from dist_train.training.evaluation import (
     statistics_samples,
     stored_config,
     stored_model,
+    stored_normalization,
     warn_of_edited_plugins,
 )
 
@@ -200,7 +201,8 @@ def open_stored_subset(
     model = stored_model(stored.contents, config).to(compute.device)
     if settings.statistics != "checkpoint":
         warn_of_kept_statistics(model)
-    with closing(open_splits(config.data, config.run.seed, compute.device, precision.channels_last)) as splits:
+    layout, normalization = precision.channels_last, stored_normalization(stored.contents)
+    with closing(open_splits(config.data, config.run.seed, compute.device, layout, normalization)) as splits:
         if settings.statistics == "recomputed":
             _recompute(model, splits.train, config, compute)
         batches = tuple(splits.train.read_all(cut(chosen, settings.batch_size)))

@@ -154,20 +154,29 @@ class Samples(SampleSource):
         return staging.to(self._device, non_blocking=True)
 
 
-def open_splits(settings: DataSettings, seed: int, device: torch.device, channels_last: bool = False) -> Splits:
-    """Open the splits. Only training samples are augmented; all splits are normalized by the training images.
+def open_splits(
+    settings: DataSettings,
+    seed: int,
+    device: torch.device,
+    channels_last: bool = False,
+    statistics: ChannelStatistics | None = None,
+) -> Splits:
+    """Open the splits. Only training samples are augmented.
+
+    With `data.normalize` all splits are normalized by `statistics`, those with which a stored model was trained; None:
+    by the training images.
 
     Raises UsageError if files are missing or damaged, or do not match the settings; FaultError if a sample that is read
     at the start is damaged.
     """
-    pixels = PixelFormat(torch.channels_last if channels_last else torch.contiguous_format)
+    pixels = PixelFormat(torch.channels_last if channels_last else torch.contiguous_format, statistics)
     names: tuple[Split, ...] = ("train", "test")
     opened = {split: load_data(settings, split, seed) for split in names}
     train, test = opened["train"], opened["test"]
     if isinstance(train, ImageSet):
         kept, held_out = divided(train.labels, settings, seed)
         numbers = kept if len(kept) < len(train) else None
-        if settings.normalize:
+        if settings.normalize and statistics is None:
             parts = (train.images[part] for part in torch.split(kept, _STATISTICS_CHUNK))
             pixels = replace(pixels, statistics=channel_statistics(parts))
         if isinstance(test, ImageSet) and not is_plugin(settings.augment):

@@ -24,8 +24,9 @@ from dist_train.config import Config, differences, parse_config
 from dist_train.config.loading import with_overrides
 from dist_train.config.plugins import by_content, plugin_files, with_places_of
 from dist_train.config.resuming import SAVED, with_setting
+from dist_train.data.augmentation import ChannelStatistics
 from dist_train.data.images import Split
-from dist_train.data.loader import SampleSource, open_splits
+from dist_train.data.loader import SampleSource, Splits, open_splits
 from dist_train.data.plan import BatchPlan
 from dist_train.models import build_model
 from dist_train.models.norms import BatchStatistics, collect_statistics, norm_modules
@@ -206,12 +207,16 @@ def evaluate_stored(target: Path, split: Split, overrides: Sequence[str], weight
             config = with_setting(config, "precision.threads", share_of_threads(comm))
         device = assign_devices(comm, config.run.device, timeout)
         compute = run_on_all_ranks(comm, partial(set_up_compute, config.precision, device), "set up its device")
-        open_data = partial(open_splits, config.data, config.run.seed, compute.device, config.precision.channels_last)
+        layout, statistics = config.precision.channels_last, stored_normalization(contents)
+        open_data = partial(open_splits, config.data, config.run.seed, compute.device, layout, statistics)
         splits = run_long_on_all_ranks(comm, open_data, "load the data")
         stack.callback(splits.close)
-        if comm.rank == 0 and splits.differ_from(contents.data):
-            _logger.warning("the data set is not that with which %s was trained: files or labels differ", stored.path)
         if comm.rank == 0:
+            if splits.differ_from(contents.data):
+                _logger.warning(
+                    "the data set is not that with which %s was trained: files or labels differ", stored.path
+                )
+            _warn_of_other_classes(contents, splits)
             warn_of_edited_plugins(contents, config)
 
         def build() -> nn.Module:
@@ -245,6 +250,23 @@ def stored_model(contents: Contents, config: Config, weights: Weights = "raw") -
             # An average has only the first of a tied parameter's names.
             parameter.copy_(state[name])
     return model
+
+
+def stored_normalization(contents: Contents) -> ChannelStatistics | None:
+    """Return how a checkpoint's model was trained to have its inputs normalized, whatever the data are now.
+
+    None without `data.normalize`, or if an older version wrote the checkpoint.
+    """
+    stored = contents.normalization
+    return ChannelStatistics(tuple(stored["mean"]), tuple(stored["deviation"])) if stored else None
+
+
+def _warn_of_other_classes(contents: Contents, splits: Splits) -> None:
+    """Warn if a class of `splits` has another name than in training: its images then count as those of that class."""
+    for label, (trained, here) in enumerate(zip(contents.class_names, splits.class_names, strict=False)):
+        if trained != here:
+            _logger.warning("label %d is the class %s here, but was %s in training", label, here, trained)
+            return
 
 
 def warn_of_edited_plugins(contents: Contents, config: Config) -> None:

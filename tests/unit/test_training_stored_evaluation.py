@@ -10,6 +10,7 @@ from contextlib import closing
 from pathlib import Path
 from unittest.mock import Mock, call
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -142,6 +143,41 @@ def test_other_data_than_those_of_the_run_are_told(tmp_path: Path, caplog: pytes
     (moved / "val" / "bee" / "0000.png").unlink()
     assert evaluate_stored(tmp_path / "run", "test", [f"data.root={moved}"])["samples"] == 11
     assert str(find_checkpoint(tmp_path / "run")) in caplog.text
+
+
+def test_other_data_are_normalized_as_the_model_s_were_in_training(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 120, (16, 3, 8, 8), dtype=np.uint8)
+    labels = np.arange(16) % 2
+    for name, pixels in (("here", images), ("there", images // 2 + 100)):
+        (tmp_path / name).mkdir()
+        for split in ("train", "test"):
+            np.save(tmp_path / name / f"{split}_images.npy", pixels)
+            np.save(tmp_path / name / f"{split}_labels.npy", labels)
+    data = {"name": "numpy", "root": tmp_path / "here", "shape": [3, 8, 8], "classes": 2, "normalize": True}
+    batches = {"batch": {"global_size": 8, "micro_size": 8}, "evaluation": {"batch_size": 16, "train_samples": 0}}
+    config = small_config(data=data, **batches)
+    build_trainer(config, tmp_path / "run", SingleProcess()).run()
+    run = load_run(tmp_path / "run", [f"data.root={tmp_path / 'there'}"])
+    statistics = run.normalization()
+    assert statistics
+    mean, deviation = (torch.tensor(each)[:, None, None] for each in (statistics.mean, statistics.deviation))
+    inputs = (torch.from_numpy(images // 2 + 100) / 255 - mean) / deviation
+    [(found, _)] = run.batches("test")
+    torch.testing.assert_close(found, inputs)
+    with torch.no_grad():
+        expected = functional.cross_entropy(run.model()(inputs), torch.from_numpy(labels)).item()
+    assert run.evaluate("test")["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_class_that_had_another_name_in_training_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = write_folder(tmp_path / "data", per_class=10)
+    data = {"name": "imagefolder", "root": root, "classes": 3, "image_size": 16}
+    with closing(build_trainer(small_config(data=data), tmp_path / "run", SingleProcess())) as trainer:
+        trainer.run()
+    for split in ("train", "val"):
+        (root / split / "bee").rename(root / split / "ape")
+    evaluate_stored(tmp_path / "run", "test", [])
+    assert "label 1 is the class ape here, but was bee in training" in caplog.messages
 
 
 def test_it_is_what_the_run_itself_measured(run: Path) -> None:
