@@ -419,7 +419,8 @@ def _with_micro_size(
             if config.precision.compile:
                 torch.compiler.reset()  # a size that is tried counts towards torch's limits
 
-    layer_rng = LayerRng(config.run.seed, compute.device, of_plugin=is_plugin(config.model.name))
+    of_plugin = is_plugin(config.model.name) or is_plugin(config.loss.name)
+    layer_rng = LayerRng(config.run.seed, compute.device, of_plugin=of_plugin)
     with layer_rng.preserved(), restoring_buffers(model):
         size = find_micro_size(
             try_size,

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional
 
 from dist_train.cluster.communicator import SingleProcess
 from dist_train.training.trainer import Trainer
@@ -31,6 +35,21 @@ def test_runs_are_bit_identical_and_leave_the_global_generators_as_they_were(tmp
         states.append(state_bits(trained(tmp_path / f"{seed}").take_step.model))
         assert drawn() == before
     assert states[0] == states[1]
+
+
+def jittered(images: object) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return cross entropy times a factor from NumPy's global generator."""
+    return lambda logits, labels: functional.cross_entropy(logits, labels, reduction="none") * np.random.random()
+
+
+@pytest.mark.parametrize("micro_size", [6, "auto"])
+def test_a_loss_that_draws_leaves_the_global_generators_as_they_were(tmp_path: Path, micro_size: int | str) -> None:
+    config = small_config(loss={"name": f"{__name__}:jittered"}, batch={"micro_size": micro_size})
+    seed_all(1)
+    before = drawn()
+    seed_all(1)
+    build_trainer(config, tmp_path, SingleProcess()).run()
+    assert drawn() == before
 
 
 def test_another_seed_gives_other_masks(tmp_path: Path) -> None:
