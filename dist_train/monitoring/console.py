@@ -300,12 +300,14 @@ def open_logs(directory: Path, rank: int) -> Iterator[Path]:
     path = directory / f"rank-{rank}.log"
     handlers = [_RankFile(path, rank), *([_Stderr()] if rank == 0 else ())]
     logger = logging.getLogger(_LOGGER)
+    level = logger.level
     logger.setLevel(logging.INFO)
     for handler in handlers:
         logger.addHandler(handler)
     try:
         yield path
     finally:
+        logger.setLevel(level)
         for handler in handlers:
             logger.removeHandler(handler)
             handler.close()

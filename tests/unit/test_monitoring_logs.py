@@ -13,11 +13,13 @@ logger = logging.getLogger("dist_train.somewhere")
 
 
 @pytest.fixture(autouse=True)
-def no_handler_is_left_behind() -> Iterator[None]:
+def the_logger_is_left_as_it_was() -> Iterator[None]:
     root = logging.getLogger("dist_train")
-    before = list(root.handlers)
+    before, level = list(root.handlers), root.level
+    root.setLevel(logging.ERROR)  # a caller's own
     yield
-    assert root.handlers == before
+    assert (root.handlers, root.level) == (before, logging.ERROR)
+    root.setLevel(level)
 
 
 def test_a_line_tells_time_level_and_rank(tmp_path: Path) -> None:
