@@ -59,13 +59,14 @@ def based_on(path: Path, name: str) -> Path:
 
 
 def load_config(
-    path: Path | str | Mapping[str, Any],
+    path: Path | str | Mapping[str, Any] | Config,
     overrides: Sequence[str] | Mapping[str, object] = (),
     plugins: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
 ) -> Config:
     """Return the checked configuration of the YAML file at `path`, with `section.key=value` overrides.
 
-    In place of a file, a mapping of sections may be given, and for the overrides a mapping `{"section.key": value}`.
+    In place of a file, a mapping of sections or another `Config` may be given, and for the overrides a mapping
+    `{"section.key": value}`.
     Values from Python may be paths and NumPy's scalars. A mapping changes only the settings of its section that it has.
     `plugins`: a file or module, or several, whose registered names the configuration may use, besides those it lists.
 
@@ -78,11 +79,15 @@ def load_config(
         (1, 8192)
         >>> dist_train.load_config({"run": {"seed": 1}}, {"noise.method": "none"}).run.seed
         1
+        >>> dist_train.load_config(config, {"run.seed": 2}).run.seed
+        2
 
     Raises:
         ConfigError: the file cannot be read, or something in it or in the overrides is wrong.
     """
     forget_edited()
+    if isinstance(path, Config):
+        path = path.model_dump(mode="json", exclude_unset=True)  # what was not given has no effect to be warned of
     if isinstance(path, Mapping):
         source, settings = "settings", _with_base(from_folder(path, Path()), Path("settings"))
     else:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from dist_train.config import Config, ConfigError, dump_config, load_config, parse_config
+from dist_train.config.combinations import unused_settings
 from dist_train.config.loading import override_texts, parse_yaml, with_overrides
 from dist_train.config.plugins import load_plugin, register
 from dist_train.outcome import UsageError
@@ -459,6 +460,15 @@ class TestOverrides:
             load_config({"run": {"seed": 1}}, {"run.seed.deep": 3})
         with raises_problems(("run.", "unknown-key")):
             load_config({}, {"run.": 3})
+
+    def test_a_config_stands_for_what_it_was_loaded_from(self, tmp_path: Path) -> None:
+        plugin = write(tmp_path, "def model(images, width, norm): ...\n", "mine.py")
+        text = f"model: {{name: {plugin}:model}}\nnoise: {{schedule: {{kind: late}}}}\nbatch: {{global_size: 64}}\n"
+        config = load(tmp_path, text)
+        changed = load_config(config, {"noise.schedule.start": 0.5, "run.seed": 1})
+        assert changed == load(tmp_path, text, "noise.schedule.start=0.5", "run.seed=1")
+        assert unused_settings(changed) == unused_settings(load(tmp_path, text)) != {}
+        assert load_config(config) == config
 
     def test_a_mapping_changes_only_what_it_has_as_over_a_base(self, tmp_path: Path) -> None:
         schedule = "{kind: late, start: 0.5}"
