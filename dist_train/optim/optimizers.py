@@ -74,21 +74,38 @@ def build_optimizer(settings: OptimizerSettings, weights: FlatWeights) -> Optimi
 
 
 def _check_usable(optimizer: Optimizer, name: str) -> None:
-    """Raise UsageError if `step` cannot be called, or checkpoints, or other ranks, would lose settings or state."""
+    """Raise UsageError if `step` cannot be called as training does, or state, settings or the rate would be lost."""
     # a wrapper that an attribute holds, as torch's schedulers set one, has the signature of the function, with `self`
     if "step" not in vars(optimizer) and any(
         each.default is each.empty and each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
         for each in inspect.signature(optimizer.step).parameters.values()
     ):
         raise PluginResultError(f"the step of {name} needs arguments: it is called without any")
-    for attribute, value in vars(optimizer).items():
-        held = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else (value,)
-        if any(isinstance(each, Optimizer) and each.state is not optimizer.state for each in held):
+    if callable(getattr(optimizer, "eval", None)):  # of schedule-free optimizers (arXiv 2405.15682)
+        raise PluginResultError(
+            f"{name} has other weights for evaluations, by its method eval, which is not called: use an optimizer "
+            f"without, and averaging.kind for an average of the weights"
+        )
+    groups = set(map(id, optimizer.param_groups))
+    for attribute, held in _held_by(optimizer):
+        if held.state is not optimizer.state:
             raise PluginResultError(
                 f"{name} holds another optimizer, in its attribute {attribute}, whose state a resume on several ranks "
                 f"would not share: return that one alone, or make one class that keeps all in its own self.state"
             )
+        if not groups.issuperset(map(id, held.param_groups)):
+            raise PluginResultError(
+                f"{name} holds another optimizer, in its attribute {attribute}, whose rates the schedule would not "
+                f"set: let its param_groups be among {name}'s own"
+            )
     _check_storable(partial(packed_numbers, optimizer), name)
+
+
+def _held_by(optimizer: Optimizer) -> Iterator[tuple[str, Optimizer]]:
+    """Yield the optimizers that attributes of `optimizer` hold, alone or in a list or mapping, with the attribute."""
+    for attribute, value in vars(optimizer).items():
+        held = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else (value,)
+        yield from ((attribute, each) for each in held if isinstance(each, Optimizer))
 
 
 def _check_storable(packed: Callable[[], bytes], name: str) -> None:
@@ -263,11 +280,16 @@ def load_state(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
     """Load what `state_dict` returned. Raises RuntimeError or ValueError if it belongs to another optimizer.
 
     The state keeps its types, although torch casts all of it but `step` to the parameter's type; unless the optimizer
-    itself has converted it to the types that it has at first.
+    itself has converted it to the types that it has at first. Optimizers that share it, and groups, keep doing so,
+    although torch puts others in their place.
     """
+    places = {id(group): place for place, group in enumerate(optimizer.param_groups)}
+    sharing = [(held, [places[id(group)] for group in held.param_groups]) for _, held in _held_by(optimizer)]
     before = [{name: getattr(value, "dtype", None) for name, value in state.items()} for state in _states(optimizer)]
     # The optimizer must not be wrapped yet: a wrapper would drop the loaded state.
     optimizer.load_state_dict({**saved})
+    for held, own in sharing:
+        held.state, held.param_groups = optimizer.state, [optimizer.param_groups[place] for place in own]
     for index, (state, types) in enumerate(zip(_states(optimizer), before, strict=True)):
         for name, value in saved["state"].get(index, {}).items():
             if name in state and not (isinstance(state[name], torch.Tensor) and state[name].dtype == types.get(name)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import io
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +25,7 @@ from dist_train.optim.optimizers import (
     Group,
     PluginUpdates,
     build_optimizer,
+    load_state,
     optimizer_step,
     packed_numbers,
     set_learning_rate,
@@ -280,33 +282,79 @@ def by_timms_lookahead(settings: OptimizerSettings, groups: Sequence[Group]) -> 
 
 
 class Mixture(torch.optim.Optimizer):
-    """An optimizer for weights, and another one for all others, which keep their states themselves or share one."""
+    """An optimizer for weights, and another one for all others: it may share their state, and their groups."""
 
     def __init__(self, settings: OptimizerSettings, groups: Sequence[Group], options: dict[str, Any]) -> None:
         self.parts = [torch.optim.SGD(group.parameters, momentum=0.9) for group in groups]
         super().__init__([parameter for group in groups for parameter in group.parameters], {"lr": 0.1})
-        for part in self.parts if options else ():
+        for part in self.parts if options.get("state") else ():
             part.state = self.state
+        if options.get("groups"):
+            self.param_groups = [group for part in self.parts for group in part.param_groups]
 
     def step(self) -> None:  # type: ignore[override]  # no closure
         for part in self.parts:
             part.step()
 
 
-@pytest.mark.parametrize(("name", "holder"), [("by_timms_lookahead", "_base_optimizer"), ("Mixture", "parts")])
-def test_a_plugin_whose_state_another_optimizer_keeps_is_refused(name: str, holder: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "options", "holder"),
+    [
+        ("by_timms_lookahead", {}, "_base_optimizer"),
+        ("Mixture", {"groups": True}, "parts"),
+        ("Mixture", {"state": True}, "parts"),
+    ],
+)
+def test_a_plugin_whose_state_or_rates_another_optimizer_keeps_is_refused(
+    name: str, options: dict[str, bool], holder: str
+) -> None:
     with raises(UsageError, code="plugin-result") as refused:
-        build_optimizer(OptimizerSettings(name=f"{__name__}:{name}"), FlatWeights(a_model()))
+        build_optimizer(OptimizerSettings(name=f"{__name__}:{name}", options=options), FlatWeights(a_model()))
     assert holder in str(refused.value)
 
 
-def test_a_plugin_may_hold_other_optimizers_that_share_its_state() -> None:
-    optimizer = build_optimizer(
-        OptimizerSettings(name=f"{__name__}:Mixture", options={"shares": True}), FlatWeights(model := a_model())
-    )
+def test_a_plugin_may_hold_other_optimizers_that_share_its_state_and_rates() -> None:
+    weights = FlatWeights(model := a_model())
+    shared = {"state": True, "groups": True}
+    optimizer = build_optimizer(OptimizerSettings(name=f"{__name__}:Mixture", options=shared), weights)
     set_gradients(model, 0)
     optimizer_step(optimizer)
     assert len(list(state_tensors(optimizer))) == 4
+    before = weights.values.clone()
+    set_learning_rate(optimizer, 0.0)
+    optimizer_step(optimizer)
+    assert torch.equal(weights.values, before)
+
+
+def test_promise_5_optimizers_that_share_their_state_share_it_after_a_resume() -> None:
+    settings = OptimizerSettings(name=f"{__name__}:Mixture", options={"state": True, "groups": True})
+    models = [a_model() for _ in range(2)]
+    weights, resumed = map(FlatWeights, models)
+    before, after = (build_optimizer(settings, each) for each in (weights, resumed))
+    set_gradients(models[0], 0)
+    optimizer_step(before)
+    resumed.values.copy_(weights.values)
+    load_state(after, copy.deepcopy(before.state_dict()))
+    for model, optimizer in zip(models, (before, after), strict=True):
+        set_learning_rate(optimizer, 0.5)
+        set_gradients(model, 1)
+        optimizer_step(optimizer)
+    assert torch.equal(weights.values, resumed.values)
+
+
+class ScheduleFree(torch.optim.SGD):
+    """One with other weights for evaluations, as those of the package schedulefree."""
+
+    def __init__(self, settings: OptimizerSettings, groups: Sequence[Group]) -> None:
+        super().__init__([parameter for group in groups for parameter in group.parameters], settings.learning_rate)
+
+    def eval(self) -> None:
+        """Exchange the weights for their average."""
+
+
+def test_an_optimizer_whose_weights_are_others_in_evaluations_is_refused() -> None:
+    with raises(UsageError, code="plugin-result"):
+        build_optimizer(OptimizerSettings(name=f"{__name__}:ScheduleFree"), FlatWeights(a_model()))
 
 
 class Descent(torch.optim.Optimizer):
