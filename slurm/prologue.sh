@@ -90,8 +90,9 @@ trap note_gentle_stop_request TERM INT USR1 USR2 HUP
 # libraries for mpirun's daemons.
 export SLURM_EXPORT_ENV=ALL
 
-# The user's filters, such as SQUEUE_PARTITION, would hide this job from us: a cancelled one would be requeued.
-unset "${!SQUEUE_@}" "${!SINFO_@}"
+# The user's filters, such as SQUEUE_PARTITION, would hide this job from us: a cancelled one would be requeued. With
+# SCANCEL_INTERACTIVE=true, scancel would ask here for ever.
+unset "${!SQUEUE_@}" "${!SINFO_@}" "${!SCANCEL_@}"
 
 # sbatch passes on the variables of the job in which it is called, and Slurm sets only some of them anew.
 if [[ -n ${SLURM_JOB_ID:-} && -n ${SLURM_ARRAY_TASK_ID:-} ]] &&
@@ -198,7 +199,8 @@ check_gpus() {
 # be configured.
 choose_network() {
     [[ -n ${NETWORK_INTERFACE:-} ]] || return 0
-    export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$NETWORK_INTERFACE}
+    # NCCL takes names for prefixes: for it, eth1 is eth10, too, and ib0 is ib0.8001.
+    export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-=$NETWORK_INTERFACE}
     export OMPI_MCA_btl_tcp_if_include=${OMPI_MCA_btl_tcp_if_include:-$NETWORK_INTERFACE}
     export HOROVOD_GLOO_IFACE=${HOROVOD_GLOO_IFACE:-$NETWORK_INTERFACE}
     export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$NETWORK_INTERFACE}

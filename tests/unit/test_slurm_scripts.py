@@ -343,6 +343,17 @@ def test_mpirun_gets_what_ranks_on_other_nodes_need(programs: str) -> None:
         assert f" -x {name} " in command
 
 
+def test_ranks_communicate_over_the_interface_alone(programs: str, tmp_path: Path) -> None:
+    (tmp_path / "srun").write_text(f"#!/bin/sh\nenv >{tmp_path}/variables\n")
+    script = script_of(tmp_path, 'prepare_ranks\n"${command[@]}"')
+    ended = start(script, PATH=programs, NETWORK_INTERFACE="eth1", HOROVOD_GLOO_IFACE="ib0", **SETTLED)
+    assert ended.returncode == 0, ended.stderr
+    variables = (tmp_path / "variables").read_text().splitlines()
+    # NCCL takes a name without = for a prefix.
+    expected = {"NCCL_SOCKET_IFNAME==eth1", "GLOO_SOCKET_IFNAME=eth1", "OMPI_MCA_btl_tcp_if_include=eth1"}
+    assert {*expected, "HOROVOD_GLOO_IFACE=ib0"} <= {*variables}
+
+
 def test_an_image_file_is_run_by_apptainer(programs: str, tmp_path: Path) -> None:
     image = tmp_path / "image.sif"
     image.touch()
@@ -573,7 +584,8 @@ def test_lingering_ranks_are_ended_once_the_controller_answers_and_the_guard_sta
     asked = tmp_path / "asked"
     squeue = f"""[ -e {asked} ] || {{ touch {asked}; echo '{silence}' >&2; exit 1; }}
         printf '%s\\n' '17.0 rank.sh' '17.1 bash' '17.batch batch'"""
-    write_programs(tmp_path, squeue=squeue, scancel=f'echo "$@" >{tmp_path}/ended')
+    scancel = f'[ -n "$SCANCEL_INTERACTIVE$SCANCEL_STATE" ] || echo "$@" >{tmp_path}/ended'
+    write_programs(tmp_path, squeue=squeue, scancel=scancel)
     lines = f"""
         sleep() {{ :; }}
         run_directory={tmp_path} launch_id=x error_log={tmp_path}/errors
@@ -583,7 +595,8 @@ def test_lingering_ranks_are_ended_once_the_controller_answers_and_the_guard_sta
         end_lingering_ranks &
         wait "$launcher" || echo "$?"
     """
-    ended = start(script_of(tmp_path, lines), PATH=programs, **TWO_NODES)
+    own = {"SCANCEL_INTERACTIVE": "true", "SCANCEL_STATE": "PENDING"}  # of the user's shell
+    ended = start(script_of(tmp_path, lines), PATH=programs, **own, **TWO_NODES)
     assert ended.stdout == "137\n", ended.stderr
     assert (tmp_path / "ended").read_text() == "--signal=KILL 17.0\n"
 
