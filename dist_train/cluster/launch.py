@@ -35,8 +35,8 @@ class StoreAddress:
     host: str
     port: int
     prefix: str = "dist_train"  # separates launches that share a store
-    is_served: bool = False  # by the launcher; otherwise rank 0 serves it
-    listen_fd: int | None = None  # rank 0's listening socket, if it has one already
+    serves: bool = False  # whether this process serves it: one of the ranks, or none where the launcher does
+    listen_fd: int | None = None  # the listening socket of the rank that serves it, if it has one already
 
 
 @dataclass(frozen=True)
@@ -143,13 +143,16 @@ def _store_of_torch(environment: Mapping[str, str]) -> StoreAddress:
         environment["MASTER_ADDR"],
         _port(environment["MASTER_PORT"]),
         prefix=f"dist_train.{run}",
-        is_served=environment.get("TORCHELASTIC_USE_AGENT_STORE", "") == "True",
+        serves=int(environment["RANK"]) == 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE", "") != "True",
         listen_fd=listen_fd if listen_fd >= 0 else None,
     )
 
 
 def _store_of_slurm(environment: Mapping[str, str]) -> StoreAddress | None:
-    """Return the first node of the step and a port derived from its id; MASTER_ADDR and MASTER_PORT take precedence."""
+    """Return the first node of the step and a port derived from its id; MASTER_ADDR and MASTER_PORT take precedence.
+
+    The first process there serves the store. It need not be rank 0: Slurm 26.05 orders ranks by the network's topology.
+    """
     nodes = environment.get("SLURM_STEP_NODELIST", "")
     first = re.match(r"([^\[,]+)(?:\[(\w+))?", nodes)
     if first is None and "MASTER_ADDR" not in environment:
@@ -158,7 +161,8 @@ def _store_of_slurm(environment: Mapping[str, str]) -> StoreAddress | None:
     step = f"{environment.get('SLURM_JOB_ID', '')}.{environment['SLURM_STEP_ID']}"
     port = _SLURM_PORTS[zlib.crc32(step.encode()) % len(_SLURM_PORTS)]
     address, port = environment.get("MASTER_ADDR", host), _port(environment.get("MASTER_PORT", str(port)))
-    return StoreAddress(address, port, prefix=f"dist_train.{step}")
+    serves = (environment.get("SLURM_NODEID"), environment.get("SLURM_LOCALID")) == ("0", "0")
+    return StoreAddress(address, port, prefix=f"dist_train.{step}", serves=serves)
 
 
 def _port(text: str) -> int:

@@ -33,7 +33,7 @@ def rendezvous_within(
     launch, cut_off = current_launch(), "cannot be reached"
     store = launch.store if launch.launcher in ("srun", "env://") else None  # the others have chosen or checked theirs
     if store is not None and engine_of(launch.launcher, engine, is_installed("horovod")) == "torch":
-        cut_off = f"cannot reach rank 0 at {store.host}:{store.port} (MASTER_ADDR, MASTER_PORT)"
+        cut_off = f"cannot reach the others at {store.host}:{store.port} (MASTER_ADDR, MASTER_PORT)"
     return ending_after(
         seconds,
         f"the {launch.size} ranks have not all met within {seconds:g} s: one has not started, hangs, or {cut_off}; "

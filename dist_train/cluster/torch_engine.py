@@ -153,7 +153,7 @@ class TorchCommunicator(TorchOperations):
         self._longest_wait = longest_wait(timeout)
         operation_timeout = timedelta(seconds=self._longest_wait)
         self._device: dist.ProcessGroupNCCL | None = None
-        # A rank may be lost while the others meet, and with rank 0 the store.
+        # A rank may be lost while the others meet, and with one of them the store.
         with naming_lost_ranks("meeting"):
             # All ranks may join several times: the keys of an earlier group must not be taken for those of this one.
             group = store.add(f"groups of rank {self.rank}", 1)
@@ -224,9 +224,8 @@ def abort_in_thread(aborted: list[Any], is_aborted: threading.Event) -> threadin
 
 
 def _open_store(launch: Launch, address: StoreAddress) -> dist.Store:
-    serves = launch.rank == 0 and not address.is_served
     try:
-        store = _serve_store(address) if serves else _connect_to(address)
+        store = _serve_store(address) if address.serves else _connect_to(address)
     except RuntimeError as error:
         # The next step of a Slurm job has another port.
         kind = FaultError if launch.launcher == "srun" and "EADDRINUSE" in str(error) else UsageError

@@ -235,11 +235,14 @@ def test_its_variables_suffice_to_start_ranks(tmp_path: Path, launcher: str) -> 
     if launcher == "srun":
         # not that of another session of tests on this machine: the port where the ranks meet is derived from it
         step = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}
-        shared, of_rank = {**step, "SLURM_STEP_NODELIST": "localhost"}, "SLURM_PROCID"
+        step |= {"SLURM_STEP_NODELIST": "localhost", "SLURM_NODEID": "0"}
+        # the first task of the first node is not rank 0: Slurm may number them by the network's topology
+        variables = [{**step, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(1 - rank)} for rank in range(2)]
     else:
-        shared, of_rank = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}, "RANK"
+        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+        variables = [{**shared, "RANK": str(rank)} for rank in range(2)]
     command = ("train", config, "comm.engine=torch", "--run-dir", str(tmp_path / "run"))
-    ended = wait_for_ends(*(start(1, "alone", *command, extra={**shared, of_rank: str(rank)}) for rank in range(2)))
+    ended = wait_for_ends(*(start(1, "alone", *command, extra=each) for each in variables))
     assert [each.code for each in ended] == [0, 0], ended
     assert weights_digest(tmp_path / "run") == weights_digest(tmp_path / "alone")
 
@@ -301,7 +304,7 @@ dist.PrefixStore("dist_train", store).wait(["here"])
 """
     with subprocess.Popen([sys.executable, "-c", server], stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout is not None
-        address = StoreAddress("127.0.0.1", int(first.stdout.readline()), is_served=True)
+        address = StoreAddress("127.0.0.1", int(first.stdout.readline()))
         dist.PrefixStore(address.prefix, dist.TCPStore(address.host, address.port)).set("here", "1")
         with pytest.raises(RankLostError):
             TorchCommunicator(Launch("test", 2, 1, address), timeout=PATIENCE, device_type="cpu")

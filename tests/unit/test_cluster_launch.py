@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -34,6 +35,7 @@ MPIRUN = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3"}
 SRUN = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "8", "SLURM_NTASKS": "8"}
 HOROVODRUN = {"HOROVOD_SIZE": "2", "HOROVOD_RANK": "1"}
 STEP = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n[03-05,7],x"}
+FIRST_TASK = {"SLURM_NODEID": "0", "SLURM_LOCALID": "0"}
 STEP_STORE = StoreAddress("n03", 18719, "dist_train.7.0")
 NAMED_STORE = StoreAddress("ib0", 99, "dist_train.7.0")
 TORCHRUN = {
@@ -53,8 +55,8 @@ OURS = {
     "DIST_TRAIN_LISTEN_FD": "5",
 }
 ENV = {"RANK": "5", "WORLD_SIZE": "8", "MASTER_ADDR": "job-master-0", "MASTER_PORT": "23456"}
-STORE_OF_TORCHRUN = StoreAddress("n1", 29400, "dist_train.r.2", is_served=True)
-STORE_OF_OURS = StoreAddress("127.0.0.1", 4711, "dist_train..0", listen_fd=5)
+STORE_OF_TORCHRUN = StoreAddress("n1", 29400, "dist_train.r.2")
+STORE_OF_OURS = StoreAddress("127.0.0.1", 4711, "dist_train..0", serves=True, listen_fd=5)
 STORE_OF_ENV = StoreAddress("job-master-0", 23456, "dist_train..0")
 SHELL = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}
 BATCH_SCRIPT = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}
@@ -69,9 +71,14 @@ BATCH_SCRIPT = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}
         (SRUN, Launch("srun", 8, 2)),
         ({**SRUN, **STEP}, Launch("srun", 8, 2, STEP_STORE)),
         ({**SRUN, **STEP, "MASTER_ADDR": "ib0", "MASTER_PORT": "99"}, Launch("srun", 8, 2, NAMED_STORE)),
+        # where Slurm orders ranks by the network's topology
+        ({**SRUN, **STEP, **FIRST_TASK}, Launch("srun", 8, 2, replace(STEP_STORE, serves=True))),
+        ({**SRUN, **STEP, **FIRST_TASK, "SLURM_NODEID": "1", "SLURM_PROCID": "0"}, Launch("srun", 8, 0, STEP_STORE)),
         (TORCHRUN, Launch("torchrun", 4, 3, STORE_OF_TORCHRUN)),
         (OURS, Launch("dist-train launch", 2, 0, STORE_OF_OURS)),
         (ENV, Launch("env://", 8, 5, STORE_OF_ENV)),
+        ({**ENV, "RANK": "0"}, Launch("env://", 8, 0, replace(STORE_OF_ENV, serves=True))),
+        ({**TORCHRUN, "RANK": "0"}, Launch("torchrun", 4, 0, STORE_OF_TORCHRUN)),
         ({**ENV, **MPIRUN}, Launch("mpirun", 4, 3)),
         ({"RANK": "0", "WORLD_SIZE": "1"}, Launch("alone", 1, 0)),
         ({"WORLD_SIZE": "8"}, Launch("alone", 1, 0)),

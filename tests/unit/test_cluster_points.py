@@ -45,7 +45,7 @@ sys.modules["mpi4py"] = None
 from dist_train.cluster.rendezvous import join_points
 for rank in range(2):
     if os.fork() == 0:
-        os.environ["SLURM_PROCID"] = str(rank)
+        os.environ |= {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(1 - rank)}  # Slurm may number ranks in any order
         comm = join_points()
         assert (comm.rank, comm.size, comm.backend) == (rank, 2, "torch-gloo"), (comm.rank, comm.size, comm.backend)
         sys.exit()
@@ -57,7 +57,7 @@ assert [os.wait()[1] for _ in range(2)] == [0, 0]
 def test_ranks_of_srun_without_mpi4py_meet_by_torch() -> None:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("OMPI_")}
     store = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", **store}
+    step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NODEID": "0", **store}
     subprocess.run([sys.executable, "-c", _RANKS], env={**kept, **step}, timeout=PATIENCE, check=True)
 
 

@@ -67,7 +67,7 @@ def test_a_usable_name_and_a_chosen_interface_are_kept(chosen: dict[str, str], m
 
 def test_an_interface_that_a_node_lacks_is_no_lost_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no-such-interface")
-    launch = Launch("env://", 2, 0, StoreAddress("localhost", free_port()))
+    launch = Launch("env://", 2, 0, StoreAddress("localhost", free_port(), serves=True))
     with raises(UsageError, "ranks-cannot-meet") as caught:
         TorchCommunicator(launch, timeout=5.0, device_type="cpu")
     assert "no-such-interface" in str(caught.value)
@@ -87,7 +87,7 @@ def test_a_port_in_use_is_a_fault_where_the_next_start_has_another(
     launcher: str, error: type[FaultError | UsageError]
 ) -> None:
     with socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True) as other:
-        place = StoreAddress("127.0.0.1", other.getsockname()[1])
+        place = StoreAddress("127.0.0.1", other.getsockname()[1], serves=True)
         with raises(error, "ranks-cannot-meet"):
             torch_engine._open_store(Launch(launcher, 2, 0, place), place)
 
