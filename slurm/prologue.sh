@@ -729,11 +729,13 @@ run_in_job() {
         guard_batch_host "${names[@]}"
     }
     local name
-    for name in MAX_RESTARTS MAX_REQUEUES LOSS_SECONDS; do
+    for name in MAX_RESTARTS MAX_REQUEUES; do
         [[ ${!name:-0} =~ ^[0-9]+$ ]] || usage_error "$name takes a number, 0 or more, not '${!name}'"
     done
-    # Without a pause, Slurm's controller would be asked all the time.
-    [[ ${GUARD_SECONDS:-1} =~ ^[1-9][0-9]*$ ]] || usage_error "GUARD_SECONDS takes a number, 1 or more, not '$GUARD_SECONDS'"
+    # With 0 srun would wait without end, and Slurm's controller be asked all the time.
+    for name in LOSS_SECONDS GUARD_SECONDS; do
+        [[ ${!name:-1} =~ ^[1-9][0-9]*$ ]] || usage_error "$name takes a number, 1 or more, not '${!name}'"
+    done
     # Whether the job comes back after its time limit: the run tells those who would else be warned of its end.
     export DIST_TRAIN_REQUEUE=0
     [[ ${MAX_REQUEUES:-} == 0 || $(scontrol show job "$job" --oneliner 2>/dev/null) != *' Requeue=1 '* ]] || DIST_TRAIN_REQUEUE=1

@@ -409,6 +409,7 @@ def test_the_shell_of_an_interactive_allocation_may_be_a_step_of_it(programs: st
         ({"LAUNCHER": "ssh"}, "LAUNCHER is srun or mpirun, not 'ssh'"),
         ({"MAX_RESTARTS": "three"}, "MAX_RESTARTS takes a number, 0 or more, not 'three'"),
         ({"MAX_REQUEUES": "-1"}, "MAX_REQUEUES takes a number, 0 or more, not '-1'"),
+        ({"LOSS_SECONDS": "0"}, "LOSS_SECONDS takes a number, 1 or more, not '0'"),
         ({"GUARD_SECONDS": "0"}, "GUARD_SECONDS takes a number, 1 or more, not '0'"),
         ({"RANKS_PER_NODE": "all"}, "RANKS_PER_NODE takes a number, 1 or more, not 'all'"),
         ({"SPARE_NODES": "one"}, "SPARE_NODES takes a number, 0 or more, not 'one'"),
