@@ -63,6 +63,8 @@ _EXIT_SECONDS = 15.0
 """Time for the ranks to exit and for the batch script to requeue the job."""
 _ASK_SECONDS = 5.0
 """How long Slurm may take to say whether the job's time limit has been extended."""
+_SUSPEND_SECONDS = 10.0
+"""By how much a suspension of the job may be shorter for its processes than for Slurm."""
 
 
 class TimeLimit:
@@ -74,7 +76,7 @@ class TimeLimit:
         """In seconds since 1970; None: no limit."""
         self._ask_end = ask_end
         self._last_step_end: float | None = None
-        self._longest_step = 0.0
+        self._longest_steps = (0.0, 0.0)  # of all, and of the others
         self._longest_save = 0.0
 
     def note_saved(self, seconds: float) -> None:
@@ -82,8 +84,8 @@ class TimeLimit:
         self._longest_save = max(self._longest_save, seconds)
 
     def take_over(self, other: TimeLimit) -> None:
-        """Take over the longest step that `other` has seen."""
-        self._longest_step = max(self._longest_step, other._longest_step)
+        """Take over the longest steps that `other` has seen."""
+        self._longest_steps = max(self._longest_steps, other._longest_steps)
 
     def interrupt(self) -> None:
         """Do not count what follows, such as a wait for a rank, towards the length of the step that ends next."""
@@ -97,18 +99,27 @@ class TimeLimit:
         its evaluation included. A checkpoint gets twice its longest time.
         """
         if self._last_step_end is not None:
-            self._longest_step = max(self._longest_step, uptime - self._last_step_end)
+            longest, second = self._longest_steps
+            step = uptime - self._last_step_end
+            self._longest_steps = max(longest, step), max(second, min(longest, step))
         self._last_step_end = uptime
         if self.end is None:
             return False
-        needed = 2 * self._longest_step + 2 * self._longest_save + _ASK_SECONDS + _EXIT_SECONDS
-        if now + needed >= self.end and self._ask_end:
+        if self._is_near(now, self.end) and self._ask_end:
             latest = self._ask_end()
             if latest is None or latest <= self.end:
                 self._ask_end = None  # the run stops: there is no time to ask at each step
             else:
+                longest, second = self._longest_steps
+                rest = longest - (latest - self.end) + _SUSPEND_SECONDS
+                if rest > 0:  # the longest step may contain a suspension, by which Slurm has moved the limit
+                    self._longest_steps = max(rest, second), second
                 self.end = latest
-        return now + needed >= self.end
+        return self._is_near(now, self.end)
+
+    def _is_near(self, now: float, end: float) -> bool:
+        needed = 2 * self._longest_steps[0] + 2 * self._longest_save + _ASK_SECONDS + _EXIT_SECONDS
+        return now + needed >= end
 
 
 class EarlyStopping:

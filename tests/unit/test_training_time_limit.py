@@ -98,6 +98,28 @@ def test_an_extended_limit_is_noticed_before_the_run_stops() -> None:
     assert limit.check(asked + 1, asked + 1), "Slurm is not asked again"
 
 
+@pytest.mark.parametrize("seconds", [700.0, 7000.0])
+@pytest.mark.parametrize("stopped_late", [0.0, 3.0])
+def test_a_suspension_of_the_job_is_no_long_step(seconds: float, stopped_late: float) -> None:
+    ends = [1000.0 + seconds, 1000.0 + seconds]
+    limit = TimeLimit(1000.0, lambda: ends.pop(0))
+    assert not any(limit.check(now, now) for now in (0.0, 1.0, 2.0))
+    resumed = 3.0 + seconds - stopped_late
+    assert not limit.check(resumed, resumed)
+    while not limit.check(resumed, resumed):
+        resumed += 1.0
+    assert 1000 + seconds - 60 < resumed < 1000 + seconds - 20
+
+
+def test_in_an_extended_limit_an_evaluation_fits_as_before() -> None:
+    ends = [5000.0, 5000.0]
+    limit = TimeLimit(1000.0, lambda: ends.pop(0))
+    assert not any(limit.check(now, now) for now in (0.0, 1.0, 101.0, 102.0))
+    assert not limit.check(900.0, 103.0)
+    assert not limit.check(4700.0, 104.0)
+    assert limit.check(4800.0, 105.0)
+
+
 def test_a_limit_that_slurm_does_not_know_stays() -> None:
     assert 1000 - 30 < first_near(TimeLimit(1000.0, lambda: None), 1.0) < 1000 - 15
 
