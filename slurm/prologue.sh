@@ -271,8 +271,10 @@ compose_command() {
             need_mpirun
             # No binding: bound to one core, a rank's threads would share it.
             command=("$mpirun" -np "$rank_count" --map-by "ppr:$ranks_here:node:OVERSUBSCRIBE" --bind-to none --stdin none)
-            # mpirun starts its daemons with srun, which gives them the GPUs that this requests.
+            # mpirun starts a daemon on each node with srun, which gives it the GPUs that this requests. It would also give
+            # it the cores of one task alone, for all of the node's ranks, unless srun and mpirun know --external-launcher.
             ((gpus == 0)) || export SLURM_GPUS_PER_NODE=$gpus
+            unset SLURM_CPUS_PER_TASK
             while read -r name; do
                 command+=(-x "$name")
             done < <(passed_variables)
