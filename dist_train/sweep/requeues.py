@@ -31,6 +31,7 @@ _REFUSAL = re.compile(
 )
 """Messages of srun and mpirun about a launch that they would refuse again."""
 _KILLED = re.compile(r"was killed by signal|^srun: error: .*: tasks? .*: Killed$")
+_OUT_OF_MEMORY = re.compile(r"oom.kill event|: Out Of Memory$")  # what Slurm says of the memory that it limits
 _DEATH = re.compile(r"(rank \d+ \(.*, process \d+\)) was killed by signal ")
 _NO_CAUSE = re.compile(r"-*$|dist-train: warning|srun: (job|Job|Step|jobid)\b|srun: error: .*: Exited with exit code")
 _MOST_LINES = 3
@@ -69,6 +70,11 @@ class EndedLaunch:
         ours = [line.removeprefix("dist-train: ") for line in lines if line.startswith("dist-train: ")]
         return "; ".join((exact[:1] or killed or ours[:1] or list(dict.fromkeys(lines)))[:_MOST_LINES])
 
+    @property
+    def lack_of_memory(self) -> str:
+        """Slurm's message that processes were killed since the job's memory on their node was full; empty if none."""
+        return next(filter(_OUT_OF_MEMORY.search, self.words), "")
+
     def death_in(self, reason: str) -> str:
         """Return the line that says of a rank which `reason` names that it was killed; empty if there is none."""
         return next((line for line in self.words if (killed := _DEATH.match(line)) and killed[1] in reason), "")
@@ -98,6 +104,8 @@ def decide(run: Path, limit: int, launch: EndedLaunch = EndedLaunch(), restarts:
     if is_silent and launch.was_refused:
         return _give_up(files, status, launch.cause or "the ranks refused to start", ExitCode.USAGE)
     reason = _end_of(None if is_silent else status, launch)
+    if launch.lack_of_memory not in reason:
+        reason = f"{reason}; {launch.lack_of_memory}"
     if status is not None and is_silent:
         status = replace(status, state="stopped", exit_code=None, reason="")
     if status is not None and status.exit_code == ExitCode.FINISHED:

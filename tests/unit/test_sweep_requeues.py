@@ -156,6 +156,26 @@ def test_of_a_rank_that_the_others_miss_the_reason_says_that_it_was_killed(run: 
     assert load_status(run / "status.json").reason == f"{lost}; {death}"
 
 
+@pytest.mark.parametrize("begun", [True, False])
+@pytest.mark.parametrize(
+    "memory",
+    [
+        "slurmstepd: error: Detected 1 oom_kill event in StepId=17.0. Some of the step tasks have been OOM Killed.",
+        "slurmstepd: error: Detected 1 oom-kill event(s) in StepId=17.0. Some of your processes may have been killed",
+        "srun: error: node2: task 3: Out Of Memory",
+    ],
+)
+def test_the_reason_says_that_slurm_killed_a_rank_for_lack_of_memory(run: Path, memory: str, begun: bool) -> None:
+    death = "rank 3 (node2, process 42) was killed by signal 9"
+    lost = "rank 3 (node2, process 42) does not answer"
+    if begun:
+        StatusFile(run / "status.json", world_size=4).end("failed", ExitCode.FAULT, lost)
+    decide(run, limit=0, launch=EndedLaunch(words=(death, _NOISE, memory, memory)))
+    reason = load_status(run / "status.json").reason
+    assert death in reason
+    assert reason.count(memory) == 1
+
+
 def test_without_requeues_a_run_that_has_saved_and_stopped_has_not_failed(run: Path) -> None:
     end(run, ExitCode.STOPPED)
     before = (run / "status.json").read_text()
