@@ -118,6 +118,10 @@ say() {
 [[ -z ${SLURM_STEP_ID:-} || $asked == --help || ($SLURM_STEP_ID == 4294967290 && ${0##*/} != slurm_script) ]] ||
     usage_error "another job's variables are set, such as SLURM_STEP_ID: submit from a login node, or within a job by dist-train submit"
 
+# srun would start ranks in its first component alone, and squeue would answer about each of them.
+[[ -z ${SLURM_HET_SIZE:-} || $asked == --help ]] ||
+    usage_error "the other components of a heterogeneous job would stay idle: start its ranks by srun --het-group in a batch script of your own"
+
 # read_words ARRAY NAME TEXT: splits TEXT, the value of the variable NAME, into words, quoted as in a shell.
 read_words() {
     local split

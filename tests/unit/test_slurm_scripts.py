@@ -418,6 +418,7 @@ def test_the_shell_of_an_interactive_allocation_may_be_a_step_of_it(programs: st
         ({"LAUNCHER": "mpirun", "CONTAINER": "image"}, "Pyxis needs srun"),
         ({"CONTAINER": "/nowhere.sif"}, "CONTAINER /nowhere.sif cannot be read"),
         ({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "1"}, "another job's variables are set"),
+        ({"SLURM_HET_SIZE": "2"}, "the other components of a heterogeneous job would stay idle"),
         ({"MIN_RANKS": "3"}, "MIN_RANKS takes a number, 1 to the run's 2 ranks, not '3'"),
         ({"MIN_RANKS": "1", "LAUNCHER": "mpirun"}, "MIN_RANKS needs LAUNCHER=srun"),
         ({"MIN_RANKS": "1", "OVERRIDES": "comm.engine=horovod"}, "MIN_RANKS needs comm.engine=torch"),
