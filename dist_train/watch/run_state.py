@@ -70,9 +70,11 @@ def how_to_continue(run: RunDirectory) -> str:
 def corrected_by_job(state: str, note: str, job: str, job_state: str) -> tuple[str, str]:
     """Return the state of a run, and the note about it, corrected by Slurm's state of its `job` (empty if unknown).
 
-    A run marked as active whose job is pending or has ended is lost. A failed run whose job is pending is stopped: it
-    will be started again.
+    A run marked as active whose job is pending or has ended is lost; one whose job is suspended is not, however silent.
+    A failed run whose job is pending is stopped: it will be started again.
     """
+    if job_state == "SUSPENDED" and state in {*ALIVE, "lost"}:
+        return "running" if state == "lost" else state, f"its job {job} is {job_state}"
     waits, corrected = job_state in JOB_WAITS, state
     if state in ALIVE and job_state and (waits or job_state not in JOB_IS_ALIVE):
         corrected = "lost"

@@ -328,6 +328,14 @@ def test_a_run_and_its_job_never_contradict_each_other(state: str, job: str, sho
     assert bool(corrected.note) is (shown != state)
 
 
+@pytest.mark.parametrize(("state", "shown"), [("lost", "running"), ("stopping", "stopping"), ("stopped", "stopped")])
+def test_a_run_that_slurm_has_suspended_is_not_lost(state: str, shown: str) -> None:
+    run = RunSummary(Path("run"), "run", state, "silent for 11:00", slurm_job="17")
+    [corrected] = corrected_by_slurm([run], {"17": "SUSPENDED"})
+    assert corrected.state == shown
+    assert ("SUSPENDED" in corrected.note) is (shown != "stopped")
+
+
 def test_a_metrics_file_that_grows_is_a_sign_of_life(tmp_path: Path) -> None:
     run = make_run(tmp_path / "lb", [train(1)], host="node7", updated="2020-01-01T00:00:00Z")
     os.utime(run / "metrics.jsonl", (NOW.timestamp(), NOW.timestamp()))
