@@ -4,7 +4,8 @@
 #   sbatch --array="$(dist-train sweep studies/paper.yaml --array)" slurm/sweep.sh
 #   STUDY=studies/fashion.yaml sbatch --array=1-30%8 --gpus-per-node=0 slurm/sweep.sh
 #
-# Run the first command again to submit the remaining runs. Several nodes or GPUs per run: --nodes=1-2 --gpus-per-node=4.
+# Run the first command again to submit the remaining runs. Several nodes or GPUs per run, and cores for all ranks of a
+# node together: --nodes=1-2 --gpus-per-node=4 --cpus-per-task=16.
 #
 # Slurm options of each run; those on sbatch's command line take precedence.
 #SBATCH --job-name=sweep
