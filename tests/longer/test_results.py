@@ -43,6 +43,8 @@ SIX = range(100, 106)  # seeds
 _WIDTH_AT = "basin width at a rise of "
 _GIVEN: tuple[tuple[Measure, ...], ...] = ((), (TRAIN_LOSS,))
 Pairs = list[tuple[float, float]]
+CORRELATION = re.compile(r"\u2212?[0-9.]+ \(\u2212?[0-9.]+ to [0-9.]+; n = \d+")
+"""With its interval; one whose ends are both negative is found as a difference."""
 DIFFERENCE = re.compile(r"([+\u2212]\S+)(?: points)? \(([+\u2212]\S+ to [+\u2212][^ ;)]+)\)")
 
 
@@ -208,32 +210,37 @@ def test_page_of_rivals_has_the_numbers_of_its_tables(
 ) -> None:
     page = (ROOT / "docs/results.md").read_text()
     pilot = pairs_of(rivals, "lb-smoothout", "lb-smoothout-pilot", range(100, 110))
-    correlations = [*correlations_without_ivon(rivals), *correlations_of_later_methods(measured_rivals)]
+    correlations = [*correlations_without_some(rivals), *correlations_of_later_methods(measured_rivals)]
     differences = [
         [after - before for before, after in pairs_of(each, "lb", "lb-smoothout", range(100, 110))]
         for each in (rivals, later_rivals)
     ]
     computed = [" {} ({};".format(*in_words(pilot)), *correlations, correlation_in_words(*differences)]
-    tables = "\n".join([*map(tables_in_markdown, (rivals, later_rivals, measured_rivals)), *computed])
+    tables = "\n ".join([*map(tables_in_markdown, (rivals, later_rivals, measured_rivals)), *computed])
     detail = page.partition("## The tables")[2]
     missing = [line for line in detail.splitlines() if line.startswith("| ") and line not in tables.splitlines()]
     assert not missing
-    found = DIFFERENCE.findall(" ".join(page.partition("## The tables")[0].split()))
-    assert len(found) > 25
+    found = DIFFERENCE.findall(re.sub(r"; n = \d+\)", ")", " ".join(page.partition("## The tables")[0].split())))
+    assert len(found) > 100
     assert not [(mean, ends) for mean, ends in found if f" {mean} ({ends};" not in tables.replace("*", "")]
     summary = page.partition("## Limits")[0]
-    others = re.findall(r"[0-9.]+ ± [0-9.]+", summary) + re.findall(r"[0-9.]+ \([0-9.]+ to [0-9.]+; n = \d+\)", summary)
-    assert len(others) == 55
+    others = re.findall(r"[0-9.]+ ± [0-9.]+", summary) + CORRELATION.findall(" ".join(summary.split()))
+    assert len(others) == 70
     assert not [
         words for words in (*others, *computed[1:]) if words not in tables or words not in " ".join(page.split())
     ]
 
 
-def correlations_without_ivon(rivals: Subject) -> list[str]:
-    """Return the rank correlations of sharpness with test accuracy over the means of all variants but IVON."""
-    runs = [run for run in rivals.runs if "ivon" not in run.name]
-    titles = (f"{_WIDTH_AT}0.05", f"{_WIDTH_AT}0.5", "Hessian trace", "largest Hessian eigenvalue")
-    return [correlation_of_means(runs, title, FINAL_ACCURACY) for title in titles]
+def correlations_without_some(rivals: Subject) -> list[str]:
+    """Return the rank correlations over variants' means without IVON or label smoothing: with the gap, given the loss.
+
+    And without IVON those with test accuracy.
+    """
+    titles = (f"{_WIDTH_AT}0.5", "Hessian trace", "largest Hessian eigenvalue")
+    without = {each: [run for run in rivals.runs if each not in run.name] for each in ("ivon", "smoothing")}
+    of_gap = [correlation_of_means(runs, title, GAP, TRAIN_LOSS) for runs in without.values() for title in titles]
+    accuracy = [correlation_of_means(without["ivon"], title, FINAL_ACCURACY) for title in (f"{_WIDTH_AT}0.05", *titles)]
+    return [*of_gap, *accuracy]
 
 
 def correlations_of_later_methods(measured_rivals: Subject) -> list[str]:
@@ -328,7 +335,7 @@ def test_documented_sharpness_along_training_is_that_of_the_runs(later_rivals: S
 
 
 def assert_page_has_numbers_of(page: str, *subjects: Subject, at_least: int, elsewhere: Sequence[str] = ()) -> None:
-    """Check the page against its tables, but for the differences whose ends are tested `elsewhere`."""
+    """Check the page against its tables, but for what is tested `elsewhere`: correlations, and ends of differences."""
     summary, _, detail = (ROOT / "docs" / page).read_text().partition("## The tables")
     tables = "\n".join(map(tables_in_markdown, subjects))
     assert not [line for line in detail.splitlines() if line.startswith("| ") and line not in tables.splitlines()]
@@ -336,8 +343,8 @@ def assert_page_has_numbers_of(page: str, *subjects: Subject, at_least: int, els
     assert len(differences) >= at_least
     in_tables = [each for each in differences if each[1] not in elsewhere]
     assert not [(mean, ends) for mean, ends in in_tables if f" {mean} ({ends};" not in tables.replace("*", "")]
-    correlations = re.findall(r"[0-9.]+ \([0-9.]+ to [0-9.]+; n = [0-9]+", " ".join(summary.split()))
-    assert all(words in tables for words in (*re.findall(r"[0-9.]+ ± [0-9.]+", summary), *correlations))
+    found = [*re.findall(r"[0-9.]+ ± [0-9.]+", summary), *CORRELATION.findall(" ".join(summary.split()))]
+    assert not [words for words in found if words not in tables and words not in elsewhere]
 
 
 @pytest.fixture(scope="module")
@@ -364,6 +371,7 @@ def test_page_of_batch_8192_has_the_numbers_of_its_tables(batch_8192: dict[str, 
         assert len(batch_8192[folder].runs) == sum(len(each.seeds or study.seeds) for each in study.variants.values())
     subjects = [batch_8192[folder] for folder in studies]
     elsewhere = [ends for _, ends in differences_across_studies(batch_8192)]
+    elsewhere += [words.removesuffix(")") for words in correlations_without_150_updates(batch_8192)]
     assert_page_has_numbers_of("results_16384.md", *subjects, at_least=85, elsewhere=elsewhere)
 
 
@@ -523,15 +531,22 @@ def test_runs_repeated_on_another_day_are_bit_identical(batch_8192: dict[str, Su
                 assert (one.loss, one.accuracy) == (other.loss, other.accuracy)
 
 
-def test_documented_correlation_without_the_runs_of_150_updates(batch_8192: dict[str, Subject]) -> None:
+def correlations_without_150_updates(batch_8192: dict[str, Subject]) -> list[str]:
+    """Return the rank correlations of width and trace with the gap, given the loss, of the runs that fit best."""
     runs = batch_8192["rivals-16384"].runs
     fitted = [run for run in runs if re.match(r"sb-|lb-.*00-seed", run.name)]
-    text = " ".join((ROOT / "docs/results_16384.md").read_text().split())
+    found = []
     for title in ("basin width at a rise of 0.5", "Hessian trace"):
         [sharpness] = [each for each in sharpness_measures(runs) if each.title == title]
         rows = [[measure.take(run) for measure in (sharpness, GAP, TRAIN_LOSS)] for run in fitted]
         values = [[value for value in row if value is not None] for row in rows]
-        assert correlation_in_words(*zip(*(row for row in values if len(row) == 3), strict=True)) in text
+        found.append(correlation_in_words(*zip(*(row for row in values if len(row) == 3), strict=True)))
+    return found
+
+
+def test_documented_correlations_without_the_runs_of_150_updates(batch_8192: dict[str, Subject]) -> None:
+    text = " ".join((ROOT / "docs/results_16384.md").read_text().split())
+    assert all(words in text for words in correlations_without_150_updates(batch_8192))
 
 
 def test_page_of_updates_enough_has_the_numbers_of_its_runs(tmp_path: Path) -> None:
