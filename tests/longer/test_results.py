@@ -564,7 +564,12 @@ def test_page_of_updates_enough_has_the_numbers_of_its_runs(tmp_path: Path) -> N
     trials = read_subject(tmp_path / "rivals-updates-tune").runs
     found = {run.name.removesuffix("-seed-0"): run.split("validation")[-1].accuracy for run in trials}
     plan = " ".join((ROOT / "docs/study_plan.md").read_text().split())
-    by_strength = [f"{100 * found[f'so-0{strength}-600']:.2f}" for strength in range(3, 8)]
+    names = [f"so-0{strength}-600" for strength in range(3, 8)]
+    by_strength = [f"{100 * found[name]:.2f}" for name in names]
+    fitted = {run.name.removesuffix("-seed-0"): f"{100 * run.split('train')[-1].accuracy:.2f}" for run in trials}
+    page = (ROOT / "docs/results_updates.md").read_text()
+    assert f"| validation accuracy, % | {' | '.join(by_strength)} |" in page
+    assert f"| train accuracy, % | {' | '.join(fitted[name] for name in names)} |" in page
     assert f"strength 0.3, 0.4, 0.5, 0.6 and 0.7 ({', '.join(by_strength)} %)" in plan
     assert max(found[name] for name in found if not name.startswith("sb")) == found["so-05-600"]
 
