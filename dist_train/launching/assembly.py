@@ -68,8 +68,8 @@ from dist_train.training.micro_batches import (
     fewest_samples,
     find_micro_size,
     forward_and_backward,
-    shares_micro_batches,
     sum_for_sync_norm,
+    sums_floats,
 )
 from dist_train.training.recovery import ElasticTrainer
 from dist_train.training.reduction import Tally, set_up_reduction
@@ -171,8 +171,7 @@ def assemble(
 
 def _set_up_device(config: Config, comm: Communicator) -> tuple[Config, Compute]:
     """Return `config` with the device that it leaves to `auto`, and what this rank computes with. Raises UsageError."""
-    sums_floats = not config.comm.is_exact or shares_micro_batches(config.model)
-    if sums_floats and with_device(config, "cuda").precision.deterministic:
+    if sums_floats(config) and with_device(config, "cuda").precision.deterministic:
         # NVLink's switches add floats in any order. Torch leaves them out, but not from groups made before it is told.
         os.environ.setdefault("NCCL_ALGO", "^NVLS,NVLSTree")
     device = assign_devices(comm, config.run.device, config.comm.timeout)

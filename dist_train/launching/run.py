@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -43,6 +44,7 @@ from dist_train.rundir.records import EventRecord, Observer, Outcome
 from dist_train.start_up import without_collection
 from dist_train.training.compute import free_device_memory, restoring_torch, share_of_threads
 from dist_train.training.consistency import check_consistent_across_ranks
+from dist_train.training.micro_batches import sums_floats
 from dist_train.training.recovery import ElasticTrainer
 from dist_train.training.stopping import StopRequests
 
@@ -213,6 +215,9 @@ class Regrouping:
 def _meet(config: Config, stack: ExitStack) -> tuple[Communicator, Watchdog | None]:
     """Return the ranks of this launch, which `stack` leaves, and their watchdog. Raises UsageError if they differ."""
     timeout, micro_size = config.comm.timeout, config.batch.micro_size
+    if sums_floats(config):
+        # Horovod sums what is ready at the same time as one tensor, whose length decides in what order ranks are added.
+        os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")
     with without_collection(), rendezvous_within(timeout * _RENDEZVOUS_TIMEOUTS, engine=config.comm.engine):
         comm = join_ranks(
             timeout=timeout,

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from dist_train.cluster.communicator import Communicator, gather_int, run_on_all_ranks
-from dist_train.config import ImageFormat, ModelSettings
+from dist_train.config import Config, ImageFormat, ModelSettings
 from dist_train.data.plan import BatchPlan, MicroBatch
 from dist_train.models import Loss
 from dist_train.models.norm_arithmetic import SumOverRanks
@@ -20,6 +20,11 @@ from dist_train.training.measuring import StepClock
 def shares_micro_batches(settings: ModelSettings) -> bool:
     """Whether each rank computes a part of every micro-batch, because sync norm normalizes its samples together."""
     return settings.norm == "sync"
+
+
+def sums_floats(config: Config) -> bool:
+    """Whether ranks sum floats, gradients or sync norm's statistics: their bits depend on the order of the ranks."""
+    return not config.comm.is_exact or shares_micro_batches(config.model)
 
 
 def fewest_samples(settings: ModelSettings, ranks: int) -> int:

@@ -34,7 +34,7 @@ from dist_train.config.sections import MetricsSettings
 from dist_train.launching import run
 from dist_train.launching.assembly import assemble
 from dist_train.launching.preflight import ResumePoint
-from dist_train.launching.run import Regrouping, _leave, train
+from dist_train.launching.run import Regrouping, _leave, _meet, train
 from dist_train.launching.session import Session, build_observers, revision
 from dist_train.monitoring.observers import Observers
 from dist_train.monitoring.prometheus.exporter import Exporter
@@ -238,6 +238,24 @@ def test_all_ranks_of_a_launch_know_when_it_began_and_a_rank_that_joins_learns_i
     before = time.time()
     first, joined = results(2, launch)
     assert before < first == joined
+
+
+@pytest.mark.parametrize(
+    ("reduction", "norm", "given", "threshold"),
+    [
+        ("float", "ghost", {}, "0"),
+        ("exact", "sync", {}, "0"),
+        ("exact", "ghost", {}, None),
+        ("float", "ghost", {"HOROVOD_FUSION_THRESHOLD": "1"}, "1"),
+    ],
+)
+def test_horovod_sums_floats_one_by_one_so_that_their_bits_do_not_depend_on_what_is_ready_in_time(
+    reduction: str, norm: str, given: dict[str, str], threshold: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", {**given})
+    with ExitStack() as stack:
+        _meet(small_config(comm={"reduction": reduction}, model={"norm": norm}), stack)
+    assert os.environ.get("HOROVOD_FUSION_THRESHOLD") == threshold
 
 
 @pytest.mark.parametrize(("reduction", "warnings"), [("exact", 2), ("float", 0)])
