@@ -279,7 +279,7 @@ def _measured(series: Sequence[Series]) -> list[Series]:
 
 
 def stability_factor(settings: Mapping[str, object]) -> float | None:
-    """Return the Hessian's eigenvalue times the learning rate up to which SGD is stable on a quadratic loss.
+    """Return the Hessian's eigenvalue times the learning rate above which SGD is unstable on a quadratic loss.
 
     2, with momentum m 2 + 2 m, with Nesterov's (2 + 2 m) / (1 + 2 m): Cohen et al., arXiv 2103.00065, appendix B. None
     for other optimizers and for IVON, which scales the gradient itself, or if the settings are missing.
