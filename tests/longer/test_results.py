@@ -381,6 +381,7 @@ def differences_across_studies(batch_8192: dict[str, Subject]) -> list[tuple[str
         *differences_from_former_rates(batch_8192),
         *differences_in_validation(batch_8192["rivals-16384-strong"]),
         in_words(pairs_of(batch_8192["rivals-16384-strong"], "sb", "lb-smoothout-1200", range(106, 110))),
+        in_words(pairs_of(batch_8192["rivals-50000-rivals"], "lb", "lb-smoothing", range(100, 103))),
     ]
 
 
