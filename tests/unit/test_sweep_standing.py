@@ -85,18 +85,16 @@ def test_a_run_that_was_killed_is_started_at_once(tmp_path: Path, namespace: str
 
 
 def test_a_run_that_slurm_has_suspended_for_long_is_not_started_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, squeue: Callable[[str], Path]
+    tmp_path: Path, squeue: Callable[[str], Path]
 ) -> None:
     squeue("17 SUSPENDED")
     run = small_plan(tmp_path).runs[0]
     run.files.create()
     run.files.save_config(run.config)
-    monkeypatch.setenv("SLURM_JOB_ID", "17")
     status = StatusFile(run.files.status, 1)
     status.change("running")
-    monkeypatch.delenv("SLURM_JOB_ID")
-    then = "2020-01-01T00:00:00Z"
-    run.files.status.write_text(replace(status.current, host="node7", started=then, updated=then).to_json())
+    silent = replace(status.current, host="node7", slurm_job="17", updated="2020-01-01T00:00:00Z")
+    run.files.status.write_text(silent.to_json())
     assert (standing_of(run).state, standing_of(run).then) == ("running", "busy")
 
 
