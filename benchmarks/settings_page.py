@@ -21,7 +21,8 @@ _HEAD = """\
 # Settings
 
 Every setting of a configuration: what it takes, its default, its meaning, and an example for the command line. How
-files, bases and overrides fit together: [configuration.md](configuration.md).
+files, bases and overrides fit together: [configuration.md](configuration.md). The formulas of the noise and of the
+learning rate, whose letters some meanings use: [method.md](method.md).
 
 ```sh
 dist-train train configs/demo.yaml run.name=louder noise.amplitude=0.03 optimizer.learning_rate=0.2
