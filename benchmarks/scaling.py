@@ -53,7 +53,7 @@ _PERFORMANCE = Path(__file__).parents[1] / "results" / "performance-cpu.json"
 RANKS = (1, 8, 16, 32, 64, 128, 256, 512, 1024)
 _RUN_RANKS = (1, 8, 64, 256, 1024)
 _REDUCTION_RANKS = (8, 64, 128, 256, 1024)
-_WIRE_RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
+_WIRE_RANKS = (8, 32, 64, 128, 1024)
 _FIGURE_RANKS = 64
 
 
