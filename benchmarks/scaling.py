@@ -55,6 +55,7 @@ _RUN_RANKS = (1, 8, 64, 256, 1024)
 _REDUCTION_RANKS = (8, 64, 128, 256, 1024)
 _WIRE_RANKS = (8, 32, 64, 128, 1024)
 _FIGURE_RANKS = 64
+_PRINTED_ALONE = ("sums", "steps")  # tables that judge the parts of the model: the page has what they show in words
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -86,9 +87,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def update_page(page: Path, tables: Sequence[Table]) -> None:
-    """Write `tables` between their markers in `page`."""
+    """Write `tables` between their markers in `page`, but for those that are only printed."""
     text = page.read_text(encoding="utf-8")
     for table in tables:
+        if table.key in _PRINTED_ALONE:
+            continue
         content = f"{table.caption}\n\n{markdown_table(table.head, table.rows)}"
         text = replaced_between(text, f"<!-- {table.key} -->", f"<!-- end of {table.key} -->", content)
     page.write_text(text, encoding="utf-8")
@@ -159,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--record", type=Path, default=RECORD, help="file of the measurements")
     parser.add_argument("--updates", type=int, default=5, help="timed updates per launch")
     parser.add_argument("--launches", type=int, default=2, help="launches of each kind")
-    parser.add_argument("--page", type=Path, help="also write all tables into this page, between their markers")
+    parser.add_argument("--page", type=Path, help="also write the tables into this page, between their markers")
     parser.add_argument("--figure", type=Path, help="draw the effect of each guess into this file, SVG or PNG")
     parser.add_argument("--rate", type=float, default=20_000.0, help="VGG9: images/s of a GPU on large micro-batches")
     parser.add_argument("--least", type=float, default=3.0, help="VGG9: shortest time of a micro-batch, ms")
