@@ -28,11 +28,14 @@ Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 def add_config(parser: argparse.ArgumentParser) -> None:
     """Add CONFIG, its overrides, and --run-dir."""
     parser.add_argument(
-        "config", type=Path, metavar="CONFIG", help="a YAML file; one of the package: dist_train:configs/demo.yaml"
+        "config",
+        type=Path,
+        metavar="CONFIG",
+        help="a YAML file, or one that comes with the package, such as dist_train:configs/demo.yaml",
     )
     add_overrides(parser, "settings to override")
     parser.add_argument(
-        "--run-dir", type=folder_path, metavar="DIR", help="the run's folder (default: by run.directory and run.name)"
+        "--run-dir", type=folder_path, metavar="DIR", help="the run directory (default: run.directory/run.name)"
     )
     parser.add_argument(
         "--plugin", action="append", default=[], metavar="FILE.py", help="a Python file of plug-ins; may be repeated"

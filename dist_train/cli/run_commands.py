@@ -67,7 +67,8 @@ def _add_lr_range(subparsers: Subparsers) -> None:
         help="suggest a learning rate, by a range test: loss against a rising rate",
         description="Train as CONFIG says, with a learning rate that rises from A to B over N updates by a constant "
         "factor, without warm-up or decay, and suggest the rate at which the smoothed loss falls steepest. Writes "
-        "lr_range.csv, lr_range.json and lr_range.png into the run directory. Runs on many ranks as train does.",
+        "lr_range.csv, lr_range.json and lr_range.png into the run directory, whose default name ends in -lr-range. "
+        "Runs on many ranks as train does.",
     )
     add_config(parser)
     parser.add_argument(
