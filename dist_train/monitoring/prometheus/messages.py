@@ -16,7 +16,6 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields
-from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, get_args
 
@@ -110,16 +109,8 @@ Message: TypeAlias = ToExporter | FromExporter
 
 def _to_builtin(value: object) -> object:
     """Convert `value`, of a type that msgspec does not know, to a MessagePack type."""
-    match value:
-        case Path():
-            return os.fsencode(value)  # a file's name need not be UTF-8
-        case Mapping():
-            return dict(value)
-        # scalars of NumPy
-        case Integral():
-            return int(value)
-        case Real():
-            return float(value)
+    if isinstance(value, Path):
+        return os.fsencode(value)  # a file's name need not be UTF-8
     raise TypeError(f"{value!r} cannot be sent")
 
 
