@@ -56,7 +56,7 @@ def _runs(arguments: argparse.Namespace) -> int:
 
 
 def _clean(arguments: argparse.Namespace) -> int:
-    from dist_train.monitoring.prometheus.targets import SEEN_SECONDS, Cleaning, remove_stale
+    from dist_train.monitoring.prometheus.targets import SEEN_SECONDS, remove_stale
     from dist_train.watch.run_table import targets_directories
 
     folders = targets_directories(arguments.directory)
@@ -69,14 +69,14 @@ def _clean(arguments: argparse.Namespace) -> int:
             continue
         with writing(folder, "use an account that can write there", code="folder-unwritable"):
             try:
-                cleaning = remove_stale(folder, SEEN_SECONDS)
+                removed, skipped = remove_stale(folder, SEEN_SECONDS)
             except FileNotFoundError:
-                cleaning = Cleaning((), {})
-        if cleaning.warning:
-            print(escaped(f"dist-train: warning: {folder}: {cleaning.warning}"), file=sys.stderr)
-        for path in cleaning.removed:
+                removed, skipped = (), ""
+        if skipped:
+            print(escaped(f"dist-train: warning: {folder}: {skipped}"), file=sys.stderr)
+        for path in removed:
             print(escaped(f"removed {path}"))
-        if not cleaning.removed:
+        if not removed:
             print(escaped(f"nothing to clean in {folder}"))
     return ExitCode.FINISHED
 

@@ -178,8 +178,9 @@ class _Service:
             is_cleaner = self._facts.node not in self._facts.nodes[: self._facts.rank]
             if self._target is not None and is_cleaner:
                 with self._warning(f"target files of runs that are gone may stay in {directory}"):
-                    if warning := targets.remove_stale(directory, resumed=self._facts.run_id).warning:
-                        self._warn(f"{directory}: {warning}")
+                    _, skipped = targets.remove_stale(directory, resumed=self._facts.run_id)
+                    if skipped:
+                        self._warn(f"{directory}: {skipped}")
         host = self._plan.host_for_others(self._facts.node)
         address = f"{self._plan.scheme}://{host}:{self._server.server_port}/metrics"
         self._send(messages.Serving(address, None if self._target is None else self._target.path))

@@ -13,7 +13,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,32 +139,20 @@ def _content(address: str, labels: Mapping[str, str]) -> str:
     return json.dumps([{"targets": [address], "labels": labels}], indent=2) + "\n"
 
 
-@dataclass(frozen=True)
-class Cleaning:
-    """The result of cleaning a folder of target files: files `removed`, and reasons for those `skipped`, by path."""
-
-    removed: tuple[Path, ...]
-    skipped: Mapping[Path, str]
-
-    @property
-    def warning(self) -> str:
-        """One line about the skipped files; empty if there are none."""
-        shown = [f"{path.name} ({why})" for path, why in list(self.skipped.items())[:_MOST_NAMES]]
-        more = len(self.skipped) - len(shown)
-        ending = f" and {more} more" if more else ""
-        return f"skipped target files: {', '.join(shown)}{ending}" if shown else ""
-
-
-def remove_stale(directory: Path, ended_seconds: float = ENDED_SECONDS, resumed: str = "") -> Cleaning:
+def remove_stale(
+    directory: Path, ended_seconds: float = ENDED_SECONDS, resumed: str = ""
+) -> tuple[Sequence[Path], str]:
     """Remove the target files in `directory` whose runs are gone. Raises OSError.
+
+    Return the removed files, and one line about those that were skipped, and why; empty if there are none.
 
     A file with an outcome is kept for `ended_seconds`, or until its run resumes: `resumed` is the id of the run that
     starts now, if any. At such a start, the file of another run that has just died is not removed but marked as killed.
     While that run's exporter still lives, it will do so itself. Files whose name, owner or content are not ours are
     left alone; those of other users, whose own runs remove them, are then no reason for a warning.
     """
-    removed = []
-    skipped = {}
+    removed: list[Path] = []
+    skipped: list[str] = []
     for path in sorted(path for path in directory.iterdir() if _NAME.fullmatch(path.name)):
         try:
             with _open_ours(path) as file:
@@ -173,7 +161,7 @@ def remove_stale(directory: Path, ended_seconds: float = ENDED_SECONDS, resumed:
             continue
         except OSError as error:
             if not (resumed and isinstance(error, PermissionError)):
-                skipped[path] = error.strerror or str(error)
+                skipped.append(f"{path.name} ({error.strerror or error})")
             continue
         if entry is None:
             continue
@@ -194,10 +182,11 @@ def remove_stale(directory: Path, ended_seconds: float = ENDED_SECONDS, resumed:
             except OSError as error:
                 if error.errno != errno.EPERM:
                     raise
-                skipped[path] = "another user's, in a folder with the sticky bit"
+                skipped.append(f"{path.name} (another user's, in a folder with the sticky bit)")
             else:
                 removed.append(path)
-    return Cleaning(tuple(removed), skipped)
+    more = f" and {len(skipped) - _MOST_NAMES} more" if len(skipped) > _MOST_NAMES else ""
+    return removed, f"skipped target files: {', '.join(skipped[:_MOST_NAMES])}{more}" if skipped else ""
 
 
 def _open_ours(path: Path) -> BinaryIO:
