@@ -30,7 +30,7 @@ from dist_train.sweep.study_file import OptunaTrials
 from dist_train.watch.run_state import ALIVE, corrected_by_job, how_to_continue
 from dist_train.watch.run_table import COLOURS, Column, RunSummary, read_runs, table_of
 
-Next = Literal["start", "skip", "busy", "unrecoverable"]
+Next = Literal["start", "skip", "busy", "diverged", "mismatch"]
 _LENGTH = ["run.epochs"]
 _OTHER_FOLDER = "choose another folder with --directory"
 _ENOUGH = 1 << 20  # bytes at the end of metrics.jsonl, in which the last evaluation is found
@@ -38,10 +38,10 @@ _ENOUGH = 1 << 20  # bytes at the end of metrics.jsonl, in which the last evalua
 
 @dataclass(frozen=True)
 class Standing:
-    """The state of a run, how it was last `evaluated`, and what a sweep does `then` (skip: it has finished).
+    """The state of a run, how it was last `evaluated`, and what a sweep does `then`.
 
     That is on the test split, of a search's trial on the validation split, if it has one: tests are for the best trial.
-    A run that `has_other_settings` than the plan, or has finished with settings that cannot be read, is unrecoverable.
+    A finished run is skipped; one that has diverged, or does not match the plan, is not started.
     """
 
     run: PlannedRun
@@ -50,7 +50,6 @@ class Standing:
     then: Next
     done: float | None = None
     evaluated: EvaluationRecord | None = None
-    has_other_settings: bool = False
 
     @property
     def announcement(self) -> str:
@@ -109,14 +108,14 @@ def _standing(run: PlannedRun, summary: RunSummary | None, states: Mapping[str, 
         if began and state == "finished" and longer > began.run.epochs and [each.path for each in changed] == _LENGTH:
             words = ["dist-train", "train", run.files.config, f"run.epochs={longer}", "--run-dir", run.directory]
             fix += f"; or lengthen it: {shlex.join(map(str, words))}"
-        return replace(standing, then="unrecoverable", note=f"{mismatch}; {fix}", has_other_settings=True)
+        return replace(standing, then="mismatch", note=f"{mismatch}; {fix}")
     if state == "finished" and lengths:
         paths = " and ".join(each.path for each in lengths)
         return replace(standing, note=f"{paths} {'have' if len(lengths) > 1 else 'has'} changed")
     if state == "finished":
         return replace(standing, then="skip")
     if status is not None and status.exit_code == ExitCode.DIVERGED and not changed:
-        return replace(standing, then="unrecoverable", note=f"{note}; {fix}")
+        return replace(standing, then="diverged", note=f"{note}; {fix}")
     return standing
 
 
@@ -162,9 +161,8 @@ def numbers_without_result(plan: Plan) -> str:
     """
 
     def lacks(standing: Standing) -> bool:
-        is_finished = standing.then == "skip"
-        has_diverged = standing.then == "unrecoverable" and not standing.has_other_settings
-        return not has_diverged and not (is_finished and objective_of(plan, [standing.run]) is not None)
+        has_result = standing.then == "skip" and objective_of(plan, [standing.run]) is not None
+        return not has_result and standing.then != "diverged"
 
     lacking = (standing.run.number for standing in standings_of(plan.runs) if lacks(standing))
     return as_ranges(sorted([*lacking, *plan.unasked]))
@@ -258,7 +256,7 @@ def publish(plan: Plan, only: int | None = None) -> None:
             plan = renewed(plan)
             _report_results(plan, trials)
         chosen = [run for run in plan.runs if only in (None, run.number)]
-        if plan.unasked or not all(standing.has_other_settings for standing in standings_of(chosen)):
+        if plan.unasked or not all(standing.then == "mismatch" for standing in standings_of(chosen)):
             write_plan(plan)
 
 
@@ -293,11 +291,12 @@ def _report_results(plan: Plan, trials: OptunaTrials) -> None:
         groups.setdefault((standing.run.searched, standing.run.trial), []).append(standing)
     for variant, trial in sorted(groups):
         standings = groups[variant, trial]
-        if any(standing.has_other_settings for standing in standings):
+        following = {standing.then for standing in standings}
+        if "mismatch" in following:
             continue  # the plan may be the mistaken one, and Optuna takes no result back
-        if any(standing.then == "unrecoverable" for standing in standings):
+        if "diverged" in following:
             trials.tell(variant, trial, None)
-        elif all(standing.then == "skip" for standing in standings):
+        elif following == {"skip"}:
             value = objective_of(plan, [standing.run for standing in standings])
             if value is not None:  # its records may be readable again later
                 trials.tell(variant, trial, value)

@@ -207,7 +207,7 @@ class _StartedRuns:
                 case "skip":
                     self.tally.finished.append(run)
                     self._say(run, f"finished before{_accuracy(standing)}")
-                case "busy" | "unrecoverable":
+                case "busy" | "diverged" | "mismatch":
                     (self.tally.busy if standing.then == "busy" else self.tally.failed).append((run, standing.note))
                     self._say(run, f"{standing.state}, {standing.note}")
                 case "start":
@@ -233,7 +233,7 @@ class _StartedRuns:
             return False
         took = wording.duration(process.seconds)
         finished = standing_of(run) if code == ExitCode.FINISHED else None
-        if finished is not None and finished.then != "unrecoverable":
+        if finished is not None and finished.then != "mismatch":
             self.tally.finished.append(run)
             self._say(run, f"finished in {took}{_accuracy(finished)}")
         elif code in (ExitCode.STOPPED, -signal.SIGTERM):

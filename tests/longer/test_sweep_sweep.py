@@ -213,7 +213,7 @@ class TestContinuing:
             write_run(run, "finished", ExitCode.FINISHED)
         after = small_plan(tmp_path, settings={"optimizer.momentum": 0.5})
         standing = standing_of(after.runs[0])
-        assert standing.then == "unrecoverable"
+        assert standing.then == "mismatch"
         assert "optimizer.momentum: 0.9 when the run began, 0.5 now" in standing.note
         assert run_all(after, "exit 0").exit_code == ExitCode.FAULT
 
@@ -229,7 +229,7 @@ class TestContinuing:
         assert standing_of(longer.runs[0]).note.endswith(command)
         others = plan_study(plan.file, overrides=["run.epochs=7", "optimizer.momentum=0.5"])
         for standing in (standing_of(longer.runs[1]), standing_of(others.runs[0])):
-            assert standing.has_other_settings
+            assert standing.then == "mismatch"
             assert "lengthen it" not in standing.note
 
     def test_plan_that_fits_no_run_does_not_replace_the_study_s_files(self, tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ def test_a_run_whose_only_checkpoint_is_in_its_fallback_directory_continues(tmp_
     (run.files.fallback(spare) / "step-00000040.json").touch()
     assert standing_of(run).announcement.startswith("continues")
     run.files.save_config(with_setting(run.config, "run.seed", 7))
-    assert standing_of(run).then == "unrecoverable"
+    assert standing_of(run).then == "mismatch"
 
 
 def test_a_diverged_run_does_not_wait_for_its_job(
@@ -140,7 +140,7 @@ def test_a_diverged_run_does_not_wait_for_its_job(
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     StatusFile(run.files.status, 1).end("failed", ExitCode.DIVERGED, "the loss is not finite")
     monkeypatch.delenv("SLURM_JOB_ID")
-    assert standing_of(run).then == "unrecoverable"
+    assert standing_of(run).then == "diverged"
 
 
 def test_slurm_is_asked_once_for_the_jobs_of_all_runs_that_have_not_finished(
@@ -218,13 +218,13 @@ def test_a_requeued_task_keeps_its_run_if_the_study_has_another_variant_by_then(
     ("state", "changes", "then"),
     [
         ("finished", {}, "skip"),
-        ("finished", {"run.max_steps": 3}, "unrecoverable"),
+        ("finished", {"run.max_steps": 3}, "mismatch"),
         ("finished", {"run.max_steps": 5}, "start"),
         ("finished", {"run.max_steps": None}, "start"),
-        ("finished", {"early_stopping.patience": 2}, "unrecoverable"),
+        ("finished", {"early_stopping.patience": 2}, "mismatch"),
         ("finished", {"early_stopping.patience": None}, "start"),
         ("finished", {"early_stopping.patience": 4}, "start"),
-        ("stopped", {"run.max_steps": 3}, "unrecoverable"),
+        ("stopped", {"run.max_steps": 3}, "mismatch"),
         ("stopped", {"run.max_steps": 5}, "start"),
         ("stopped", {"early_stopping.patience": 2}, "start"),
     ],
@@ -240,8 +240,7 @@ def test_a_run_that_began_with_another_length(
     status = StatusFile(before.files.status, 1)
     status.progress(step=4)
     status.end(state, ExitCode.FINISHED if state == "finished" else ExitCode.STOPPED, "")
-    standing = standing_of(small_plan(tmp_path, settings={**settings, **changes}).runs[0])
-    assert (standing.then, standing.has_other_settings) == (then, then == "unrecoverable")
+    assert standing_of(small_plan(tmp_path, settings={**settings, **changes}).runs[0]).then == then
 
 
 def _finish(run: PlannedRun) -> None:
@@ -258,8 +257,7 @@ def test_a_finished_run_whose_settings_cannot_be_read_does_not_count(tmp_path: P
         run.files.config.unlink()
     else:
         run.files.config.write_text(content)
-    standing = standing_of(run)
-    assert (standing.then, standing.has_other_settings) == ("unrecoverable", True)
+    assert standing_of(run).then == "mismatch"
 
 
 def test_a_run_counts_in_a_project_that_was_moved_with_its_plug_ins(tmp_path: Path) -> None:
@@ -287,7 +285,7 @@ def test_a_run_counts_in_a_project_that_was_moved_with_its_plug_ins(tmp_path: Pa
 def test_a_list_keeps_names_whole_on_a_narrow_terminal(tmp_path: Path, width: int, headings: list[str]) -> None:
     first, second, *_ = small_plan(tmp_path, variants={"noise-amplitude-0.01": {}}).runs
     note = "the loss is not finite; move runs/small away to run it from the start"
-    standings = [Standing(first, "running", "", "busy", 0.5), Standing(second, "failed", note, "unrecoverable")]
+    standings = [Standing(first, "running", "", "busy", 0.5), Standing(second, "failed", note, "mismatch")]
     console = Console(width=width, file=io.StringIO(), record=True)
     console.print(render(standings, width))
     heading, _, *lines = console.export_text().splitlines()
