@@ -29,7 +29,7 @@ from dist_train.monitoring.prometheus.messages import (
     socket_pair,
 )
 from dist_train.rundir.records import EvaluationRecord, EventRecord, Measurement
-from tests.unit.exporting import FACTS, ON_A_DEVICE, OUTCOME, measurement, train
+from tests.unit.exporting import FACTS, ON_A_DEVICE, OUTCOME, measurement, serving, train
 
 PLAN = ServingPlan(host="::", port=9400, token_file=Path("/etc/token"), last_scrape_seconds=2.5)
 MESSAGES: tuple[Message, ...] = (
@@ -193,6 +193,16 @@ def test_a_process_that_talks_another_way_is_given_up_with_the_reason(monkeypatc
     assert exporter._link is None
     with pytest.raises(ProcessLookupError):
         os.kill(process, 0)
+
+
+def test_the_process_runs_its_trainer_s_code_although_another_copy_is_installed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "dist_train").mkdir()
+    (tmp_path / "dist_train" / "__init__.py").touch()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with serving() as exporter:
+        assert exporter.address is not None
 
 
 def _seconds_to_write(message: Message) -> float:

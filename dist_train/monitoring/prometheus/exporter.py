@@ -38,9 +38,9 @@ _HUNG_SECONDS = 0.5
 _LONGEST_PAUSE = 64.0  # seconds between attempts to restart the process; the first pause is one second, then it doubles
 _ROOT = Path(__file__).parents[3]
 _CHILD = (
-    "import sys; sys.path.append(sys.argv[1]); from dist_train.monitoring.prometheus.process import main; "
-    "main(int(sys.argv[2]), int(sys.argv[3]))"
-)
+    "import sys; sys.path.insert(0, sys.argv[1]); import dist_train; sys.path.append(sys.path.pop(0)); "
+    "from dist_train.monitoring.prometheus.process import main; main(int(sys.argv[2]), int(sys.argv[3]))"
+)  # the trainer's copy of the package, before others; but no module beside it in place of another one
 
 
 class _Link:
