@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from grafana_foundation_sdk.models import dashboard as model
 
-from dashboard_generator.frame import add_sections, choice, event, frame, one_of, source_choice
+from dashboard_generator.frame import add_sections, choice, event, frame, one_of, source_choice, split_choice
 from dashboard_generator.links import ALL_RUNS
 from dashboard_generator.one_run import STATES, run_ids, state_number
 from dashboard_generator.panels import (
@@ -69,14 +69,7 @@ def build() -> model.Dashboard:
     built.with_variable(
         choice("noise", "Noise", "Kinds of weight noise", f"label_values(dist_train_run_info{{{OF_RUNS}}}, noise)")
     )
-    built.with_variable(
-        choice(
-            "split",
-            "Split",
-            "batch: training batches as trained; others: clean weights, of train the first evaluation.train_samples",
-            f"label_values(dist_train_loss{{{OF_RUNS}}}, split)",
-        )
-    )
+    built.with_variable(split_choice(OF_RUNS))
     built.with_variable(one_of("x", "Compare at equal", "The x axis of curves that are not drawn over time", _AXIS))
     firing = f'max by (run, run_id, alertname) (ALERTS{{{OF_RUNS}, alertstate="firing"}}) > 0'
     built.annotation(event("Alerts", RED, firing, "{{run}} {{run_id}}: {{alertname}}"))

@@ -68,6 +68,12 @@ def choice(name: str, label: str, description: str, query: str) -> dashboard.Que
     return one_choice(name, label, description, query).multi(True).include_all(True).all_value(".*").current(everything)
 
 
+def split_choice(matchers: str) -> dashboard.QueryVariable:
+    """Return the variable `split`, of the runs that `matchers` select."""
+    text = "batch: training batches as trained; others: clean weights, of train the first evaluation.train_samples"
+    return choice("split", "Split", text, f"label_values(dist_train_loss{{{matchers}}}, split)")
+
+
 def one_of(name: str, label: str, description: str, values: Mapping[str, str]) -> dashboard.CustomVariable:
     """Return a variable with one of `values`, keyed by their labels; initially the first."""
     text, value = next(iter(values.items()))

@@ -37,25 +37,18 @@ def runbook_path(alert: str) -> str:
 
 def runbook_link(alert: str) -> dashboard.DashboardLink:
     """Return a link to an alert's runbook section."""
-    return (
-        dashboard.DashboardLink(f"What to do: {alert}")
-        .type(model.DashboardLinkType.LINK)
-        .icon("question-circle")
-        .tooltip("The runbook's section")
-        .url(runbook_path(alert))
-        .target_blank(True)
-    )
+    link = _to_runbook(f"What to do: {alert}", "The runbook's section", runbook_path(alert))
+    return link.target_blank(True)
 
 
 def runbook_address() -> dashboard.DashboardLink:
     """Return a link to the whole runbook."""
-    return (
-        dashboard.DashboardLink("Runbook")
-        .type(model.DashboardLinkType.LINK)
-        .icon("question-circle")
-        .tooltip("What each alert means, and what to do")
-        .url(f"/d/{RUNBOOK}")
-    )
+    return _to_runbook("Runbook", "What each alert means, and what to do", f"/d/{RUNBOOK}")
+
+
+def _to_runbook(title: str, tooltip: str, path: str) -> dashboard.DashboardLink:
+    link = dashboard.DashboardLink(title).type(model.DashboardLinkType.LINK)
+    return link.icon("question-circle").tooltip(tooltip).url(path)
 
 
 def siblings() -> dashboard.DashboardLink:

@@ -6,7 +6,7 @@ from grafana_foundation_sdk.builders import dashboard, stat
 from grafana_foundation_sdk.models import common as common_model
 from grafana_foundation_sdk.models import dashboard as model
 
-from dashboard_generator.frame import add_sections, choice, event, frame, one_choice, source_choice
+from dashboard_generator.frame import add_sections, event, frame, one_choice, source_choice, split_choice
 from dashboard_generator.links import ONE_RUN
 from dashboard_generator.panels import (
     BLUE,
@@ -86,14 +86,7 @@ def build() -> model.Dashboard:
     built.with_variable(source_choice())
     built.with_variable(one_choice("run", "Run", "The run to show", "label_values(dist_train_state, run)"))
     built.with_variable(one_choice("run_id", "Run id", "Tells runs of one name apart", run_ids("=")))
-    built.with_variable(
-        choice(
-            "split",
-            "Split",
-            "batch: training batches as trained; others: clean weights, of train the first evaluation.train_samples",
-            f"label_values(dist_train_loss{{{OF_RUN}}}, split)",
-        )
-    )
+    built.with_variable(split_choice(OF_RUN))
     _events(built)
     sections = {
         "Now": _status(),
