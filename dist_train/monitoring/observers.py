@@ -156,7 +156,6 @@ class TensorBoard(Observer):
             self.sync()
 
     def measurement(self, measurement: Measurement) -> None:
-        """Add the weights' norms and the parts of the step."""
         parts = {f"step_parts/{name}": seconds for name, seconds in asdict(measurement.parts).items()}
         norms = {"weights/norm": measurement.weight_norm, "weights/distance_from_initial": measurement.distance}
         self._add(norms | parts, measurement.step, measurement.time)
