@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import socket
 import time
@@ -283,11 +284,7 @@ def _join(directory: RunDirectory) -> ResumePoint:
 def _lock(config: Config, directory: RunDirectory, comm: Communicator) -> RunLock | None:
     """Make and lock the run directory on rank 0; return the lock there, None on the ranks that wait for it."""
     request = run_on_all_ranks(comm, partial(_request_lock, config, directory, comm.rank), "make the run directory")
-    seconds = config.comm.timeout / _POLLS_IN_TIMEOUT
-    while True:
-        lock = run_on_all_ranks(comm, lambda: request.wait(seconds) if request else None, "lock the run directory")
-        if any(gather_int(comm, lock is not None, "lock the run directory: done")):
-            return lock
+    return run_long_on_all_ranks(comm, lambda: request.wait(math.inf) if request else None, "lock the run directory")
 
 
 def _request_lock(config: Config, directory: RunDirectory, rank: int) -> LockRequest | None:
