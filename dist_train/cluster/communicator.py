@@ -269,11 +269,10 @@ def broadcast_bytes(comm: Communicator, content: bytes, name: str, root: int = 0
     """Return the `content` of rank `root`; the other ranks' is ignored."""
     length = torch.tensor([len(content)], dtype=torch.int64)
     comm.broadcast(length, f"{name}.length", root)
-    sent = torch.zeros(int(length), dtype=torch.uint8)
-    if not len(sent):
+    if not length:
         return b""
-    if comm.rank == root:
-        sent.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+    place = bytearray(content) if comm.rank == root else bytearray(int(length))
+    sent = torch.frombuffer(place, dtype=torch.uint8)
     comm.broadcast(sent, name, root)
     return sent.numpy().tobytes()
 

@@ -159,18 +159,18 @@ def find_resume_point(config: Config, directory: RunDirectory) -> ResumePoint:
         return ResumePoint(config, initial=_initial_weights(config))
     _adopt_from_fallbacks(config, directory)
     named = None if config.run.resume == "auto" else Path(config.run.resume)
-    contents, source, is_missing, damage = None, None, False, dict[str, str]()
+    contents, source, gone, damage = None, None, None, dict[str, str]()
     if named is not None:
         try:
             named = named if named.is_dir() else find_checkpoint(named)
         except (UsageError, OSError) as error:  # it is needed only if the run has no checkpoint of its own
-            is_missing = getattr(error, "code", "target-missing") in _NOT_THERE
+            gone = named if getattr(error, "code", "target-missing") in _NOT_THERE else None
     try:
         contents = newest_whole(checkpoints, damage)
     except NoCompleteCheckpointError:
         if named is None:
             raise
-    is_own = named is not None and not is_missing and named.resolve().parent == checkpoints.resolve()
+    is_own = named is not None and gone is None and named.resolve().parent == checkpoints.resolve()
     last = () if contents is None else (checkpoint_name(contents.step), *damage)
     if contents is not None and named is not None and is_own and named.name not in last:
         # The later ones, and their records, would be lost, or undo this one at the next start.
@@ -189,7 +189,6 @@ def find_resume_point(config: Config, directory: RunDirectory) -> ResumePoint:
         return ResumePoint(config, None, damage, initial=_initial_weights(config))
     saved = saved_config(contents, config)
     epochs_before = saved.run.epochs if config.run.epochs > saved.run.epochs else None
-    gone = named if is_missing else None
     return ResumePoint(with_decisions(config, saved), contents, damage, epochs_before, gone=gone, source=source)
 
 
