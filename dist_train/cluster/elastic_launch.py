@@ -185,9 +185,9 @@ class _ElasticRanks(Ranks):
     def _poll(self) -> signal.struct_siginfo | None:
         self._coordinator.poll(_POLL_SECONDS)
         while self._coordinator.expelled:
-            expelled = self._coordinator.expelled.pop()
-            process = self._processes[self._local.slots.index(expelled.slot)]
-            if process.pid == expelled.process:
+            slot, pid = self._coordinator.expelled.pop()
+            process = self._processes[self._local.slots.index(slot)]
+            if process.pid == pid:
                 process.kill()
         if self._coordinator.view.stop_requested and self._stop_requested_at is None:
             self._stop_requested_at = time.monotonic()  # announced by the launcher that received the signal

@@ -22,7 +22,7 @@ from pydantic import TypeAdapter
 
 from dist_train.cluster.heartbeats import BEATS_IN_TIMEOUT, SuspensionDetector
 from dist_train.cluster.local_launch import say
-from dist_train.cluster.membership_server import ENDS_OF_A_RUN, TOKEN_VARIABLE, Expelled, View
+from dist_train.cluster.membership_server import ENDS_OF_A_RUN, TOKEN_VARIABLE, View
 from dist_train.cluster.messages import MessageConnection
 from dist_train.outcome import FaultError, UsageError
 from dist_train.rundir import atomic
@@ -78,7 +78,7 @@ class RemoteCoordinator:
         self.awaits_others = False
         self._view = View()
         self._code: int | None = None
-        self.expelled: list[Expelled] = []  # processes of this node that are to be killed
+        self.expelled: list[tuple[int, int]] = []  # slots and processes of this node: they must not write any more
         self._processes = count
         self._launch_spec: Mapping[str, Any] | None = None
         place = f"{entry.host}:{entry.port}"
@@ -178,7 +178,7 @@ class RemoteCoordinator:
                 case "refused":
                     raise UsageError(fields["why"], code="join-refused")
                 case "expelled":
-                    self.expelled.append(Expelled(fields["slot"], fields["process"]))
+                    self.expelled.append((fields["slot"], fields["process"]))
                 case "view":
                     self._view = _VIEW.validate_python(fields)
 

@@ -44,14 +44,6 @@ class View:
     stop_requested: bool = False  # all ranks are to save and stop
 
 
-@dataclass(frozen=True)
-class Expelled:
-    """A process that was expelled because it does not answer: it must not write any more."""
-
-    slot: int
-    process: int
-
-
 @dataclass
 class JoinedNode:
     """The launcher of `node`, connected for `wanted` ranks."""
@@ -95,7 +87,7 @@ class MembershipServer:
         self._alone_since = time.monotonic()
         self._server = MessageServer((self.host, self.port), self.token, self._handle, self._lose)
         self._stopping_since: dict[int, float] = {}  # when ranks that still work were told to stop, by connection
-        self.expelled: list[Expelled] = []  # processes of this launcher that are to be killed
+        self.expelled: list[tuple[int, int]] = []  # slots and processes of this launcher: they must not write any more
         self._suspensions = SuspensionDetector(self.timeout / BEATS_IN_TIMEOUT, time.monotonic())
 
     @property
@@ -302,7 +294,7 @@ class MembershipServer:
         if peer is not None:
             self.say(f"{peer.name} {why}: it is expelled")
             if peer.slot in self._own_slots:
-                self.expelled.append(Expelled(peer.slot, peer.process))
+                self.expelled.append((peer.slot, peer.process))
             elif (owner := self._owner(peer.slot)) is not None:
                 self._server.send(owner, {"kind": "expelled", "slot": peer.slot, "process": peer.process})
         self._lose(peer_id, why)

@@ -269,7 +269,7 @@ def test_who_is_silent_is_expelled_and_ends_when_it_wakes(monkeypatch: pytest.Mo
         wait_for(lambda: members[0].interruption)
         assert "has not answered" in members[0].interruption
         wait_for(lambda: ended)
-        assert [each.slot for each in server.expelled] == [1]
+        assert [slot for slot, _ in server.expelled] == [1]
         for each in members:
             each.leave("")
 
@@ -286,7 +286,7 @@ def test_who_beats_but_does_not_move_on_is_expelled() -> None:
         wait_for(lambda: members[0].interruption)
         assert "has not moved on" in members[0].interruption
         wait_for(lambda: ended == [1])
-        assert [each.slot for each in server.expelled] == [1]
+        assert [slot for slot, _ in server.expelled] == [1]
         for each in members:
             each.leave("")
 
@@ -402,7 +402,7 @@ def test_who_is_busy_when_others_join_is_not_expelled_as_if_the_group_were_broke
         wait_for_a_poll(server, busy)
         assert not server.expelled, "its time begins with the break"
         server._stopping_since[busy] -= 6.0
-        wait_for(lambda: [each.slot for each in server.expelled] == [0])
+        wait_for(lambda: [slot for slot, _ in server.expelled] == [0])
         for each in members:
             each.leave("")
 
