@@ -118,7 +118,7 @@ def train(config: Config, run_directory: Path | str | None = None, observers: Se
         except BaseException as error:  # after a second Ctrl-C, or sys.exit in a callback, a notebook lives on
             session.fail(error)
             raise
-        return session.finish()
+        return _finish(session)
 
 
 def check_is_config(config: object) -> None:
@@ -235,6 +235,16 @@ def _meet(config: Config, stack: ExitStack) -> tuple[Communicator, Watchdog | No
             stack.enter_context(watchdog)
         stack.push(partial(_await_others, comm))
     return comm, watchdog
+
+
+def _finish(session: Session) -> Outcome:
+    """Report on all ranks that the run is done, and return how it ended.
+
+    None leaves before rank 0, which may wait for a last scrape, or for a tracker: srun would end it soon after another.
+    """
+    if session.comm.is_elastic:  # whose launcher ends none
+        return session.finish()
+    return run_long_on_all_ranks(session.comm, session.finish, "report its end")
 
 
 def _await_others(comm: Communicator, kind: object, error: BaseException | None, traceback: object) -> None:

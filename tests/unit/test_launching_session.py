@@ -997,6 +997,26 @@ def test_ranks_do_not_wait_in_one_operation_while_rank_0_reads_a_large_checkpoin
     results(2, launch)
 
 
+def test_no_rank_leaves_a_run_that_is_done_before_rank_0(tmp_path: Path) -> None:
+    """Slurm's srun, which lets the other ranks end within LOSS_SECONDS, killed rank 0 while a tracker uploaded."""
+    comms: dict[int, SimulatedRanks] = {}
+    is_done = threading.Event()
+
+    class Uploads(Observer):
+        def end(self, outcome: Outcome) -> None:
+            wait_for(lambda: len(comms[1].names) > 3, "rank 1 waits in one operation")
+            is_done.set()
+
+    def finish(comm: SimulatedRanks) -> bool:
+        comms[comm.rank] = comm
+        comm.barrier()
+        session = Session(RunDirectory(tmp_path), comm, Observers([Uploads()] if comm.rank == 0 else []))
+        assert run._finish(session).state == "finished"
+        return is_done.is_set()
+
+    assert results(2, finish) == [True, True]
+
+
 def test_a_launch_whose_log_cannot_be_opened_has_failed(tmp_path: Path) -> None:
     """It was `starting` for ever."""
     directory = RunDirectory(tmp_path)
