@@ -229,8 +229,7 @@ def _elasticity(arguments: argparse.Namespace, config: Config) -> Elasticity | N
 
 
 def _join(arguments: argparse.Namespace) -> int:
-    from dist_train.cluster.elastic_launch import launch_joining
-    from dist_train.cluster.joined_launch import entry_of
+    from dist_train.cluster.elastic_launch import entry_of, launch_joining
 
     others = (arguments.min_ranks, arguments.max_ranks, arguments.start_with, arguments.listen)
     if arguments.command or arguments.restarts or any(option is not None for option in others):

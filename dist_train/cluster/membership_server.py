@@ -1,7 +1,7 @@
 """The coordinator of an elastic launch: it watches the processes of the launch and decides which of them are ranks.
 
 One object in the loop of the launcher that began the run, without a thread. Ranks, and the launchers of other nodes
-(`joined_launch.py`), connect by TCP and send JSON, one object a line; a process that does not know the launch's token
+(`RemoteCoordinator`), connect by TCP and send JSON, one object a line; a process that does not know the launch's token
 is disconnected. A process whose connection breaks has died; one that is silent for `timeout`, or reports that its main
 thread does not move on, hangs.
 """

@@ -19,8 +19,14 @@ from unittest.mock import Mock
 import pytest
 
 from dist_train.cluster.communicator import Generation, RankLostError
-from dist_train.cluster.elastic_launch import LocalProcesses, _admitting_others, _ElasticRanks
-from dist_train.cluster.joined_launch import Entry, RemoteCoordinator, entry_of
+from dist_train.cluster.elastic_launch import (
+    Entry,
+    LocalProcesses,
+    RemoteCoordinator,
+    _admitting_others,
+    _ElasticRanks,
+    entry_of,
+)
 from dist_train.cluster.member import Member, Pulse
 from dist_train.cluster.membership import (
     Elasticity,
