@@ -24,7 +24,7 @@ from dist_train.cluster.heartbeats import resolve
 from dist_train.cluster.launch import command_output, is_installed
 from dist_train.cluster.nodes import Survey
 from dist_train.config import Config, DataSettings
-from dist_train.config.sections import Device
+from dist_train.config.sections import Device, Engine
 from dist_train.monitoring.prometheus.http_server import CANNOT_LISTEN, Site, bind
 from dist_train.outcome import CodedError
 from dist_train.start_up import usable_cores
@@ -75,7 +75,7 @@ def examine(config: Config, data_named: bool) -> tuple[Check, ...]:
         python,
         torch,
         check_devices(config.run.device),
-        check_horovod(config.run.device),
+        check_horovod(config.run.device, config.comm.engine),
         check_mpi(),
         check_libraries(),
         check_launchers(),
@@ -141,6 +141,8 @@ def check_devices(asked: Device) -> Check:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / _GIBIBYTE
     processor = f"{cores} CPU cores ({torch.backends.cpu.get_cpu_capability()}), {memory:.0f} GiB of memory"
     signs, found = devices.find_gpus(os.environ), devices.torch_gpus()
+    if found.count and asked == "cpu":
+        return Check("devices", "fine", f"{processor}; run.device=cpu leaves the GPUs unused")
     if found.count:
         names = ", ".join(torch.cuda.get_device_name(index) for index in range(found.count))
         detail = f"{names}: at most {found.count} ranks on this node; {processor}"
@@ -156,7 +158,7 @@ def check_devices(asked: Device) -> Check:
     return Check("devices", state, f"{processor}; {there}: {why.reason}", f"{why.fix}; or run.device=cpu")
 
 
-def check_horovod(asked: Device) -> Check:
+def check_horovod(asked: Device, engine: Engine) -> Check:
     """Check that Horovod loads, and that its build suits the ranks' devices if run.device is `asked`."""
     from dist_train.cluster.devices import torch_gpus
 
@@ -164,7 +166,9 @@ def check_horovod(asked: Device) -> Check:
     try:
         build = inspection.horovod_build()
     except ImportError as error:
-        detail = "not installed: ranks talk by torch.distributed" if not is_installed("horovod") else str(error)
+        is_needed = engine == "horovod"
+        instead = "comm.engine=horovod needs it for several ranks" if is_needed else "ranks talk by torch.distributed"
+        detail = f"not installed: {instead}" if not is_installed("horovod") else str(error)
         return Check("Horovod", "note", detail, f"for horovodrun and mpirun, {_SET_UP}")
     listed = ", ".join(name for name, built in build.items() if built)
     detail = f"{inspection.installed_version('horovod')}, built with {listed or 'nothing'}"

@@ -18,7 +18,7 @@ from rich.console import Console
 from dist_train.cli.main import parse
 from dist_train.cluster import devices, inspection
 from dist_train.config import Config
-from dist_train.config.sections import Device
+from dist_train.config.sections import Device, Engine
 from dist_train.kernels import operators
 from dist_train.launching import doctor
 from dist_train.outcome import ExitCode
@@ -277,6 +277,9 @@ def test_gpus_without_our_kernels_are_noted(why: str, state: str, monkeypatch: p
     check = doctor.check_devices("auto")
     assert (check.state, bool(check.fix)) == (state, bool(why))
     assert why in check.detail
+    check = doctor.check_devices("cpu")
+    assert check.state == "fine"
+    assert "at most 1 rank" not in check.detail, "as many as there are cores"
 
 
 @pytest.mark.parametrize(
@@ -295,16 +298,27 @@ def test_a_horovod_without_nccl_beside_a_torch_for_gpus_is_noted(
 ) -> None:
     monkeypatch.setattr(inspection, "horovod_build", lambda: {"MPI": True, "Gloo": True, "NCCL": nccl})
     monkeypatch.setattr(devices, "torch_gpus", lambda: devices.TorchGpus("2.15.0", "CUDA 13.2", gpus))
-    check = doctor.check_horovod(asked)
+    check = doctor.check_horovod(asked, "auto")
     assert check.state == state
     assert bool(check.fix) is (state != "fine")
 
 
 def test_a_horovod_that_does_not_load_is_noted_with_a_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "horovod.torch", None)
-    check = doctor.check_horovod("auto")
+    check = doctor.check_horovod("auto", "auto")
     assert check.state == "note"
     assert "make setup" in check.fix
+
+
+@pytest.mark.parametrize(("engine", "named"), [("auto", "torch.distributed"), ("horovod", "comm.engine=horovod")])
+def test_a_horovod_that_is_missing_is_said_to_be_needed_where_it_is_asked_for(
+    engine: Engine, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "horovod.torch", None)
+    monkeypatch.setattr(doctor, "is_installed", lambda module: False)
+    check = doctor.check_horovod("auto", engine)
+    assert check.state == "note"
+    assert named in check.detail
 
 
 def test_the_libraries_of_analyses_reports_and_models_are_listed_with_their_versions() -> None:
@@ -342,7 +356,7 @@ def test_libraries_that_fail_in_any_way_are_named(tmp_path: Path, monkeypatch: p
             monkeypatch.delitem(sys.modules, loaded)
     monkeypatch.syspath_prepend(tmp_path)
     assert "torchvision, needed by ResNets, cannot be loaded" in doctor.check_libraries().detail
-    assert doctor.check_horovod("auto").state == "note"
+    assert doctor.check_horovod("auto", "auto").state == "note"
 
 
 def test_a_host_name_that_does_not_resolve_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
