@@ -637,7 +637,7 @@ supervise_nodes() {
                 [[ ${guard_node:-} != "$node" ]] || guard_step=0
             fi
         done
-        if ((${#steps[@]} < wanted_nodes && SECONDS >= next_look)); then
+        if ((${#steps[@]} < wanted_nodes && SECONDS >= next_look)) && ! has_ended; then
             # The longer a node has been away, the less often Slurm's controller is asked.
             wait=$(((SECONDS - ended_at) / 10))
             next_look=$((SECONDS + (wait < 5 ? 5 : wait > 60 ? 60 : wait)))
@@ -657,6 +657,11 @@ supervise_nodes() {
         fi
         sleep 1
     done
+}
+
+# Whether this launch has recorded how the run ended; rank 0 may still wait for a last scrape, or for a tracker.
+has_ended() {
+    has_begun && grep -q '"exit_code": [0-9]' "$run_directory/status.json"
 }
 
 # start_on_node NODE FILE: starts a launcher there in the background, whose ranks join the run of FILE.

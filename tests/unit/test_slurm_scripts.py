@@ -662,6 +662,31 @@ def test_a_node_whose_ranks_always_end_soon_is_given_up(
     assert ("n1 is given up" in ended.stderr) is (starts < 6)
 
 
+@pytest.mark.parametrize("code", ["null", "0"])
+def test_a_node_whose_ranks_have_finished_is_not_started_again(programs: str, tmp_path: Path, code: str) -> None:
+    """Rank 0, on another node, may still upload to a tracker: errors of launchers that were refused ended the log."""
+    lines = f"""
+        run_directory={tmp_path} launch_id=x wanted_nodes=1 fit_nodes=() guard_step=1
+        echo '{{"nodes": []}}' >"$run_directory/join-x.json"
+        living_nodes() {{ echo n1; }}
+        start_on_node() {{
+            echo "$1"
+            echo '{{"exit_code": {code}, "launch": "x"}}' >"$run_directory/status.json"
+            command sleep 0 &
+        }}
+        sleep() {{ # drives the clock
+            ((++ticks < 20)) || exit 0
+            SECONDS=$((SECONDS + 1))
+            command sleep 0.05
+        }}
+        ticks=0
+        supervise_nodes
+    """
+    ended = start(script_of(tmp_path, lines), PATH=programs, **TWO_NODES)
+    assert ended.stdout.startswith("n1\n"), ended.stderr
+    assert (ended.stdout == "n1\n") is (code == "0")
+
+
 def test_the_longer_a_node_is_away_the_less_often_it_is_looked_for(programs: str, tmp_path: Path) -> None:
     lines = f"""
         unset SECONDS # the clock
