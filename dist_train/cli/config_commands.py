@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from dist_train.cli.common import Subparsers, add_config, add_overrides, named_config, warn_of_unused
-from dist_train.cluster.launch import engine_of, is_installed
+from dist_train.cluster.launch import engine_of
 from dist_train.config import Config, dump_config, load_config
 from dist_train.config.loading import located
 from dist_train.outcome import ExitCode, UsageError, printable, text_with_code
@@ -70,7 +70,7 @@ def _run_directory(arguments: argparse.Namespace) -> int:
 
 
 def _engine(arguments: argparse.Namespace) -> int:
-    print(engine_of("srun", named_config(arguments).comm.engine, is_installed("horovod")))
+    print(engine_of("srun", named_config(arguments).comm.engine))
     return ExitCode.FINISHED
 
 

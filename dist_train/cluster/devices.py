@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 
 from dist_train.cluster.communicator import Communicator, RankLostError, gather, run_on_all_ranks, signed_digest
-from dist_train.cluster.rendezvous import end_process, ending_after
+from dist_train.cluster.rendezvous import ending_after
 from dist_train.config.sections import Device
 from dist_train.outcome import UsageError
 
@@ -246,8 +246,8 @@ def assign_devices(comm: Communicator, asked: Device, timeout: float) -> torch.d
     return device
 
 
-def connect(comm: Communicator, device: torch.device, seconds: float, end: Callable[[], None] = end_process) -> None:
-    """Connect the ranks' devices by `FIRST_SUMS`, in which NCCL may hang; call `end` if it takes longer.
+def connect(comm: Communicator, device: torch.device, seconds: float) -> None:
+    """Connect the ranks' devices by `FIRST_SUMS`, in which NCCL may hang: the process ends if it takes longer.
 
     Raises UsageError if NCCL's memory does not fit, RankLostError if NCCL fails otherwise.
     """
@@ -257,7 +257,7 @@ def connect(comm: Communicator, device: torch.device, seconds: float, end: Calla
         "NCCL_SOCKET_IFNAME avoid the usual reasons"
     )
     late = f"{gpus} have not connected within {seconds:g} s: NCCL hangs. {fix}"
-    with ending_after(seconds, f"{late}. Or raise comm.timeout if connecting takes that long [{code}]", end):
+    with ending_after(seconds, f"{late}. Or raise comm.timeout if connecting takes that long [{code}]"):
         try:
             for count in FIRST_SUMS:
                 first = torch.zeros(count, dtype=torch.int64, device=device)

@@ -121,13 +121,12 @@ def is_elastic() -> bool:
     return MEMBERSHIP_VARIABLE in os.environ
 
 
-def engine_of(launcher: str, asked: Engine, has_horovod: bool) -> Literal["horovod", "torch"]:
+def engine_of(launcher: str, asked: Engine) -> Literal["horovod", "torch"]:
     """Return the engine under `launcher` if comm.engine is `asked`."""
     if asked != "auto":
         return asked
-    if launcher in ("horovodrun", "mpirun"):
-        return "horovod"
-    return "horovod" if launcher == "srun" and has_horovod else "torch"
+    needs_horovod = launcher in ("horovodrun", "mpirun")
+    return "horovod" if needs_horovod or (launcher == "srun" and is_installed("horovod")) else "torch"
 
 
 def is_installed(module: str) -> bool:

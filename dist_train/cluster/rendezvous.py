@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 from dist_train.cluster.communicator import Communicator, MpiCommunicator, SingleProcess
@@ -25,31 +25,29 @@ _HEAD_START_SECONDS = 2.0  # rank 0 reports for all; the others later, in case i
 
 def rendezvous_within(
     seconds: float,
-    end: Callable[[], None] = end_process,
     advice: str = "start again, or raise comm.timeout if starting takes that long",
     engine: Engine = "auto",
 ) -> AbstractContextManager[None]:
     """End this process with a message if the ranks have not all met in the block after `seconds`."""
     launch, cut_off = current_launch(), "cannot be reached"
     store = launch.store if launch.launcher in ("srun", "env://") else None  # the others have chosen or checked theirs
-    if store is not None and engine_of(launch.launcher, engine, is_installed("horovod")) == "torch":
+    if store is not None and engine_of(launch.launcher, engine) == "torch":
         cut_off = f"cannot reach the others at {store.host}:{store.port} (MASTER_ADDR, MASTER_PORT)"
     return ending_after(
         seconds,
         f"the {launch.size} ranks have not all met within {seconds:g} s: one has not started, hangs, or {cut_off}; "
         f"{advice} [ranks-cannot-meet]",
-        end,
     )
 
 
 @contextmanager
-def ending_after(seconds: float, message: str, end: Callable[[], None] = end_process) -> Iterator[None]:
+def ending_after(seconds: float, message: str) -> Iterator[None]:
     """End this process with `message` if the block takes longer than `seconds`, on a launch of several ranks."""
     launch = current_launch()
 
     def give_up() -> None:
         say_on_stderr(f"dist-train: {message}")
-        end()
+        end_process()
 
     if launch.size == 1:
         yield
@@ -86,7 +84,7 @@ def join_ranks(
         return ElasticCommunicator(timeout=timeout, device_type=device_type)
     if launch.size == 1 and launch.launcher not in ("horovodrun", "mpirun"):
         return SingleProcess()
-    if engine_of(launch.launcher, engine, is_installed("horovod")) == "torch":
+    if engine_of(launch.launcher, engine) == "torch":
         from dist_train.cluster.torch_engine import TorchCommunicator
 
         return TorchCommunicator(launch, timeout=timeout, device_type=device_type)

@@ -263,7 +263,8 @@ def test_a_process_whose_gpu_does_not_connect_ends(
 
     monkeypatch.setattr(rendezvous, "current_launch", lambda: Launch("torchrun", 8, 3))
     monkeypatch.setattr(rendezvous, "_HEAD_START_SECONDS", 0.0)
-    connect(Hanging(), torch.device("cpu"), 0.05, ended.set)
+    monkeypatch.setattr(rendezvous, "end_process", ended.set)
+    connect(Hanging(), torch.device("cpu"), 0.05)
     assert "the 8 ranks have not connected" in capsys.readouterr().err
 
 

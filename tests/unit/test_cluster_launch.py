@@ -16,7 +16,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from dist_train.cluster import horovod, inspection, rendezvous
+from dist_train.cluster import horovod, inspection, launch, rendezvous
 from dist_train.cluster.communicator import SingleProcess
 from dist_train.cluster.elastic_launch import launch_elastic
 from dist_train.cluster.launch import MEMBERSHIP_VARIABLE, Launch, StoreAddress, current_launch, engine_of
@@ -250,7 +250,8 @@ def test_ranks_that_do_not_meet_are_not_waited_for(
 ) -> None:
     monkeypatch.setattr(rendezvous, "current_launch", lambda: Launch("mpirun", 3, 0))
     ended = threading.Event()
-    with rendezvous.rendezvous_within(0.05, ended.set):
+    monkeypatch.setattr(rendezvous, "end_process", ended.set)
+    with rendezvous.rendezvous_within(0.05):
         assert ended.wait(PATIENCE)
     assert "[ranks-cannot-meet]" in capsys.readouterr().err
 
@@ -262,7 +263,8 @@ def test_ranks_that_do_not_meet_name_the_place_where_those_of_torch_look_for_ran
     launch = Launch(launcher, 3, 0, StoreAddress("no-such-node", 29500))
     monkeypatch.setattr(rendezvous, "current_launch", lambda: launch)
     ended = threading.Event()
-    with rendezvous.rendezvous_within(0.05, ended.set, engine=engine):
+    monkeypatch.setattr(rendezvous, "end_process", ended.set)
+    with rendezvous.rendezvous_within(0.05, engine=engine):
         assert ended.wait(PATIENCE)
     assert ("no-such-node:29500" in capsys.readouterr().err) is (engine != "horovod")
 
@@ -271,14 +273,15 @@ def test_ranks_that_do_not_meet_end_without_a_terminal_too(monkeypatch: pytest.M
     monkeypatch.setattr(rendezvous, "current_launch", lambda: Launch("mpirun", 3, 0))
     monkeypatch.setattr("sys.stderr", Mock(write=Mock(side_effect=OSError(errno.EIO, "Input/output error"))))
     ended = threading.Event()
-    with rendezvous.rendezvous_within(0.05, ended.set):
+    monkeypatch.setattr(rendezvous, "end_process", ended.set)
+    with rendezvous.rendezvous_within(0.05):
         assert ended.wait(PATIENCE)
 
 
 def test_ranks_that_have_met_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rendezvous, "current_launch", lambda: Launch("mpirun", 3, 0))
     before = set(threading.enumerate())
-    with rendezvous.rendezvous_within(PATIENCE, Mock()):
+    with rendezvous.rendezvous_within(PATIENCE):
         assert set(threading.enumerate()) - before
     wait_for(lambda: set(threading.enumerate()) <= before, "the end of its clock")
 
@@ -320,9 +323,10 @@ def test_horovod_takes_turns_at_the_device_s_pace_and_copies_integers_whole(
     ],
 )
 def test_the_engine_follows_the_launcher_unless_it_is_named(
-    launcher: str, asked: Engine, has_horovod: bool, engine: str
+    launcher: str, asked: Engine, has_horovod: bool, engine: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert engine_of(launcher, asked, has_horovod) == engine
+    monkeypatch.setattr(launch, "is_installed", lambda module: has_horovod)
+    assert engine_of(launcher, asked) == engine
 
 
 @pytest.mark.parametrize(
