@@ -93,19 +93,13 @@ def loaded_mpi_version() -> str:
 
 def launcher(name: str) -> Path | None:
     """Return the program `name` (horovodrun, mpirun) of this Python environment, else the one on the PATH."""
-    candidates = (_setup_record().get(name), str(Path(sys.prefix) / "bin" / name), name)
-    found = next((path for candidate in candidates if candidate and (path := shutil.which(candidate))), None)
+    recorded = ""
+    with suppress(OSError):  # `make setup` records what it has found
+        lines = (Path(sys.prefix) / "setup.env").read_text(encoding="utf-8").splitlines()
+        recorded = next((line.removeprefix(f"{name}=") for line in lines if line.startswith(f"{name}=")), "")
+    found = next(filter(None, map(shutil.which, (recorded, str(Path(sys.prefix) / "bin" / name), name))), None)
     return Path(found) if found else None
 
 
 def _first_part(version: str) -> str:
     return version.split(",")[0].rstrip("\0 \n")
-
-
-def _setup_record() -> dict[str, str]:
-    """Return what `make setup` recorded in the virtual environment; empty in any other environment."""
-    try:
-        lines = (Path(sys.prefix) / "setup.env").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return {}
-    return {name: value for name, separator, value in (line.partition("=") for line in lines) if separator}
