@@ -17,7 +17,7 @@ from dist_train.data.images import BatchRequest
 from dist_train.data.plan import BatchPlan, MicroBatch, batch_indices, epoch_order
 from dist_train.rundir.epochs import Epochs
 from dist_train.training.measuring import StepTimes
-from dist_train.training.micro_batches import share_of
+from dist_train.training.micro_batches import shares_micro_batches
 from dist_train.training.step import GlobalBatch
 
 _logger = logging.getLogger("dist_train.training")
@@ -175,8 +175,7 @@ class DynamicDealing(Dealing):
 def build_dealing(config: Config, plan: BatchPlan, comm: Communicator) -> Dealing:
     """Return how the micro-batches of `plan` are dealt to the ranks of `comm`; nothing is measured yet.
 
-    Raises UsageError if ranks share every micro-batch, and one has fewer samples than there are ranks; or if ranks
-    that claim micro-batches cannot connect to rank 0.
+    Raises UsageError if ranks that claim micro-batches cannot connect to rank 0.
     """
     rank, size, count = comm.rank, comm.size, len(plan.micro_batches)
     dealing = config.batch.dealing
@@ -185,7 +184,7 @@ def build_dealing(config: Config, plan: BatchPlan, comm: Communicator) -> Dealin
         is_near = comm.has_counters and comm.local_size == size and config.run.device == "cpu"
         dealing = "dynamic" if is_near and 1 < size <= count // _MANY and may_deal_unevenly(config) else "even"
     if dealing == "even":
-        return Dealing(share_of(config.model, plan, rank, size))
+        return Dealing(plan.slices(rank, size) if shares_micro_batches(config.model) else plan.share(rank, size))
     if rank == 0 and size > 1 and count < _FEW * size:
         _logger.warning(
             f"batch.dealing: {count} micro-batches are too few to deal to {size} ranks by their speed: set a smaller "
@@ -211,8 +210,6 @@ class Batches:
         """Cut batches into micro-batches of `micro_size` and deal these to the ranks of `comm`, which all call this.
 
         Earlier measurements of the ranks' speed are discarded.
-
-        Raises UsageError if ranks share every micro-batch, and one has fewer samples than there are ranks.
         """
         self._plans = tuple(BatchPlan(stage.global_size, micro_size) for stage in self._epochs.stages)
         self._dealings = tuple(build_dealing(self._config, plan, comm) for plan in self._plans)

@@ -9,7 +9,6 @@ import torch
 
 from dist_train.cluster.communicator import Communicator, gather_int, run_on_all_ranks
 from dist_train.config import Config, ImageFormat, ModelSettings
-from dist_train.data.plan import BatchPlan, MicroBatch
 from dist_train.models import Loss
 from dist_train.models.norm_arithmetic import SumOverRanks
 from dist_train.outcome import OutOfMemoryError, UsageError
@@ -32,14 +31,6 @@ def fewest_samples(settings: ModelSettings, ranks: int) -> int:
     if settings.norm in ("group", "none"):
         return 1
     return max(2, ranks) if shares_micro_batches(settings) else 2
-
-
-def share_of(settings: ModelSettings, plan: BatchPlan, rank: int, size: int) -> tuple[MicroBatch, ...]:
-    """Return the micro-batches, or parts of them, that rank `rank` of `size` computes.
-
-    Raises UsageError if ranks share every micro-batch, and one has fewer samples than there are ranks.
-    """
-    return plan.slices(rank, size) if shares_micro_batches(settings) else plan.share(rank, size)
 
 
 def sum_for_sync_norm(settings: ModelSettings, comm: Communicator, clock: StepClock) -> SumOverRanks | None:

@@ -33,7 +33,7 @@ from dist_train.training.accumulators import (
     GradientAccumulator,
     GridAccumulator,
 )
-from dist_train.training.micro_batches import share_of, shares_micro_batches
+from dist_train.training.micro_batches import shares_micro_batches
 
 _BUCKET = 1 << 20
 """Fewest gradients in a bucket. No backward pass hides the allreduce of the last bucket."""
@@ -152,12 +152,9 @@ def _build_accumulator(
 ) -> GradientAccumulator:
     settings, micro_size = config.comm, config.batch.micro_size
     assert micro_size != "auto", "decided before"
-    plans = [BatchPlan(size, micro_size) for _, size in config.batch.sizes]
-    plan = max(plans, key=lambda each: len(each.micro_batches))
-    # Of every plan, since each may have micro-batches with fewer samples than there are ranks.
-    shares = [share_of(config.model, each, comm.rank, comm.size) for each in plans]
+    plan = BatchPlan(max(size for _, size in config.batch.sizes), micro_size)
     if settings.op == "adasum":
-        share = sum(micro_batch.size for micro_batch in shares[plans.index(plan)]) / plan.global_size
+        share = sum(micro_batch.size for micro_batch in plan.share(comm.rank, comm.size)) / plan.global_size
         _check_adasum(comm, share)
         return AdasumAccumulator(weights, comm, share)
     if settings.reduction == "float":
