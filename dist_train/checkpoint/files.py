@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
 import io
@@ -337,13 +338,8 @@ def _contents(path: Path, fields: Mapping[str, Any]) -> Contents:
         fault = "its model holds more than tensors"
     if fault:
         raise UsageError(f"{path} is not a checkpoint of format {FORMAT}: {fault}", code="checkpoint-format")
-    return Contents(
-        **{name: fields[name] for name in _TYPES},
-        **{name: fields.get(name, {}) for name in ("plugins", "normalization", "average", "noise")},
-        data=fields.get("data", ""),
-        class_names=fields.get("class_names", ()),
-        grid_exponents=fields.get("grid_exponents"),
-    )
+    # Older versions wrote fewer fields than there are now, newer ones may write more.
+    return Contents(**{each.name: fields[each.name] for each in dataclasses.fields(Contents) if each.name in fields})
 
 
 def newest_whole(directory: Path, damage: dict[str, str]) -> Contents | None:
