@@ -210,6 +210,7 @@ def test_all_conflicts_are_told_at_once() -> None:
         ("noise.distribution=normal", "noise.method is none"),
         ("noise.scale=filter", "noise.method is none"),
         ("noise.mix=0.5 noise.method=langevin", "this noise.method does not average over draws"),
+        (f"noise.passes=one {PERTURBED}", "each micro-batch has a single point"),
         (f"noise.amplitude=0.1 noise.method=ivon {PLAIN}", "ivon has its own way of drawing"),
         (f"noise.offset=0.1 {PERTURBED}", "noise.method is not asam"),
         (
@@ -228,6 +229,7 @@ def test_all_conflicts_are_told_at_once() -> None:
         ),
         ("schedule.factor=0.5", "schedule.decay is not step"),
         ("precision.tf32=true run.device=cpu", "run.device is cpu"),
+        (f"comm.compression=fp16 {ADASUM}", "adasum combines float32 gradients"),
         ("data.download=true", "only CIFAR can be downloaded"),
         ("data.root=/data data.name=synthetic", "synthetic images are generated"),
         ("data.loader_workers=2", "this data set is held in memory"),
