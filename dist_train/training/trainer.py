@@ -7,7 +7,6 @@ import math
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 
 from torch import nn
 
@@ -332,19 +331,19 @@ class Trainer:
 
     def _evaluate_splits(self, suffix: str) -> dict[str, Evaluation]:
         """Evaluate the network on every split; record and return the results by the split's name plus `suffix`."""
-        results, settings, compute = {}, self.config.evaluation, self.take_step.compute
-        measure = partial(
-            evaluate,
-            self.network,
-            batch_size=settings.batch_size,
-            compute=compute,
-            comm=self.comm,
-            after_batch=self._note_progress,
-        )
+        results, settings = {}, self.config.evaluation
         for split, samples in self.splits.present.items():
             count = min(settings.train_samples, len(samples)) if split == "train" else len(samples)
             if count > 0:
-                result = results[f"{split}{suffix}"] = measure(samples, count)
+                result = results[f"{split}{suffix}"] = evaluate(
+                    self.network,
+                    samples,
+                    count,
+                    batch_size=settings.batch_size,
+                    compute=self.take_step.compute,
+                    comm=self.comm,
+                    after_batch=self._note_progress,
+                )
                 measured = result.loss, result.accuracy, result.samples, time.time()
                 self._record(EvaluationRecord(self.progress.step, self.epoch, f"{split}{suffix}", *measured))
         return results
