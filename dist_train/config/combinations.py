@@ -291,6 +291,8 @@ def _unused(config: Config) -> Iterator[tuple[str, str, bool, str]]:
     # cosine and poly decay from the end of the warm-up
     has_no_warmup = schedule.scaling == "none" and schedule.decay in ("constant", "step")
     is_never_cut = schedule.decay == "step" and min(schedule.milestones, default=0) >= config.run.epochs
+    has_statistics, is_averaged = model.norm not in ("group", "none"), config.averaging.kind != "none"
+    recomputes_statistics = config.recomputes_statistics or (is_averaged and has_statistics)
     never_stops, is_listed = config.early_stopping.patience is None, metrics.targets_directory is not None
     always = ("enabled", "every_steps", "loggers")
     exporter_settings = " ".join(name for name in type(metrics).model_fields if name not in always)
@@ -301,15 +303,15 @@ def _unused(config: Config) -> Iterator[tuple[str, str, bool, str]]:
         ("noise", "target_rise", not perturbs, "this noise.method does not average over draws"),
         ("noise", "passes", perturbs and noise.points == 1, "each micro-batch has a single point"),
         ("noise", "amplitude distribution scale schedule exclude", is_ivon, "ivon has its own way of drawing"),
-        ("model", "norm_statistics", model.norm in ("group", "none"), "this norm has no running statistics"),
-        ("model", "norm_samples", not config.recomputes_statistics, "the norm statistics are not recomputed"),
+        ("model", "norm_statistics", not has_statistics, "this norm has no running statistics"),
+        ("model", "norm_samples", not recomputes_statistics, "the norm statistics are not recomputed"),
         ("optimizer", "momentum", has_betas, "this optimizer has betas instead"),
         ("optimizer", "betas", not has_betas, "this optimizer has momentum instead"),
         ("optimizer", "epsilon", not has_betas, "this optimizer does not use it"),
         ("schedule", "base_batch", has_no_base, "schedule.scaling is none"),
         ("schedule", "warmup_epochs", has_no_warmup, "schedule.scaling is none, so there is no higher rate to rise to"),
         ("schedule", "milestones", is_never_cut, f"the run ends before them, after run.epochs, {config.run.epochs}"),
-        ("averaging", "every_steps", config.averaging.kind == "none", "averaging.kind is none"),
+        ("averaging", "every_steps", not is_averaged, "averaging.kind is none"),
         ("early_stopping", "min_delta metric", never_stops, "early_stopping.patience is not set"),
         ("precision", "tf32", config.run.device == "cpu", "run.device is cpu"),
         ("comm", "compression", config.comm.op == "adasum", "adasum combines float32 gradients"),

@@ -109,7 +109,7 @@ def check_training(model: nn.Module, config: Config) -> None:
             alone = _single(model, name, config.data.image_format.classes, more[:1])
         for norm in norm_modules(model):
             norm.seen.clear()
-        if config.recomputes_statistics:
+        if config.recomputes_statistics or config.averaging.kind != "none":  # an average has statistics of its own
             collect_statistics(model)
             with torch.no_grad():
                 model(images)

@@ -505,10 +505,10 @@ def test_weights_are_named_by_init_from_alone(name: str, options: dict[str, obje
         built(name, options=options)
 
 
-def tried(kind: str, **model: object) -> nn.Module:
+def tried(kind: str, averaging: str = "none", **model: object) -> nn.Module:
     """Return the network after `check_training`."""
     settings = {"name": f"{HERE}:network", "options": {"kind": kind}, **model}
-    config = parse_config({"data": IMAGES, "model": settings}, source="test")
+    config = parse_config({"data": IMAGES, "model": settings, "averaging": {"kind": averaging}}, source="test")
     network = build_model(config)
     check_training(network, config)
     return network
@@ -621,6 +621,8 @@ def test_a_norm_that_evaluations_do_not_use_is_refused_where_its_statistics_are_
     assert tried("norm-in-training", norm_statistics="running").training
     with raises(UsageError, code="plugin-result"):
         tried("norm-in-training", norm_statistics="recomputed")
+    with raises(UsageError, code="plugin-result"):
+        tried("norm-in-training", averaging="ema", norm_statistics="running")
 
 
 def test_buffers_to_which_training_assigns_new_tensors_are_found_and_restored(
