@@ -99,11 +99,11 @@ class GradientAccumulator(ABC):
     def receive(self, bucket: Bucket) -> None:
         """Write the received sum to the gradients."""
 
-    def settle(self, largest: Sequence[int]) -> bool:
-        """Return whether the received sums are correct, and prepare the next; `largest`: its sums over all ranks.
+    def settle(self, largest: Sequence[int], gradients: int) -> bool:
+        """Return whether the received sums, of so many `gradients`, are correct, and prepare the next.
 
-        If they are not, the update must be repeated, as prepared here, the same on all ranks. Call this once, after
-        everything has been received.
+        `largest`: its sums over all ranks. If the sums are not correct, the update must be repeated, as prepared here,
+        the same on all ranks. Call this once, after everything has been received.
         """
         return True
 
@@ -153,13 +153,11 @@ class Grids:
     `progress`, which checkpoints hold.
     """
 
-    def __init__(self, progress: Progress, tensors: int, terms: int, bits: int = 32) -> None:
-        """Fit the grids of `tensors` parameter tensors to sums of `terms` gradients, in integers of `bits` bits."""
+    def __init__(self, progress: Progress, tensors: int, bits: int = 32) -> None:
+        """Fit the grids of `tensors` parameter tensors to sums in integers of `bits` bits."""
         self._progress = progress
         self._tensors = tensors
-        self._is_steady = terms >= _MANY
-        headroom = _HEADROOM_OF_MANY if self._is_steady else _HEADROOM if terms > 1 else 2 * _HEADROOM
-        self._room = 2 ** (bits - 1) / headroom
+        self._bits = bits
 
     @property
     def exponents(self) -> Sequence[int] | None:
@@ -167,18 +165,21 @@ class Grids:
         exponents = self._progress.grid_exponents
         return exponents if exponents is not None and len(exponents) == self._tensors else None
 
-    def choose(self, bounds: Sequence[int]) -> None:
-        """Choose the next update's grids; `bounds`: of each tensor's integers, summed, in this update.
+    def choose(self, bounds: Sequence[int], gradients: int) -> None:
+        """Choose the next update's grids; `bounds`: of each tensor's integers, summed, in this one, of `gradients`.
 
         A grid becomes coarser at once. It becomes finer at once where many micro-batches keep the sums steady, else by
         degrees: a tensor whose gradients leap from batch to batch keeps room for the next leap.
         """
-        at_once = self._is_steady or self.exponents is None
+        is_steady = gradients >= _MANY
+        headroom = _HEADROOM_OF_MANY if is_steady else _HEADROOM if gradients > 1 else 2 * _HEADROOM
+        room = 2 ** (self._bits - 1) / headroom
+        at_once = is_steady or self.exponents is None
         rise = int(self._progress.step % _UPDATES_UNTIL_FINER == 0)
         chosen = []
         for now, bound in zip(self.exponents or [GRADIENTS.bits] * self._tensors, bounds, strict=True):
             # frexp, unlike a logarithm, is exact: the same on every machine
-            best = min(GRADIENTS.bits, now + math.frexp(self._room / max(bound, 1))[1] - 1)
+            best = min(GRADIENTS.bits, now + math.frexp(room / max(bound, 1))[1] - 1)
             chosen.append(best if at_once or best <= now else max(min(now + rise, best), best - _UNUSED_BITS))
         self._progress.grid_exponents = chosen
 
@@ -226,7 +227,7 @@ class GridAccumulator(GradientAccumulator):
         )
         """Each filter's start, its length, and the index of its parameter."""
         self._padding = torch.tensor(weights.masked_indices(()), device=self._gradients.device)
-        self._grids = Grids(progress, len(self._tensors), terms, bits)
+        self._grids = Grids(progress, len(self._tensors), bits)
         self.largest = torch.zeros(self._filters[-1], dtype=torch.int64, device=self._gradients.device)
         self._exponents: Sequence[int] = ()
         self._scales = torch.zeros(len(self._tensors), device=self._gradients.device)
@@ -282,11 +283,11 @@ class GridAccumulator(GradientAccumulator):
         which = slice(bucket.first, bucket.last)
         torch._foreach_mul_(self._tensors[which], [2.0**-exponent for exponent in self._exponents[which]])
 
-    def settle(self, largest: Sequence[int]) -> bool:
+    def settle(self, largest: Sequence[int], gradients: int) -> bool:
         """Choose the grids of the next update, or of this one's repetition; return whether all sums fitted."""
         bounds = [max(largest[first:last]) for first, last in pairwise(self._filters)]
         fits = self._total.dtype == torch.int64 or max(bounds) < 2 ** (self._bits - 1)
-        self._grids.choose(bounds)
+        self._grids.choose(bounds, gradients)
         return fits
 
     @property

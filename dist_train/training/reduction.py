@@ -201,7 +201,8 @@ def _check_adasum(comm: Communicator, share: float) -> None:
         )
 
 
-_LOSS, _CORRECT, _SAMPLES, _RISE, _RISE_SAMPLES, _OUT_OF_RANGE, _OUT_OF_MEMORY, _STOP, _RENDEZVOUS, _SLOTS = range(10)
+_LOSS, _CORRECT, _SAMPLES, _RISE, _RISE_SAMPLES, _OUT_OF_RANGE, _OUT_OF_MEMORY, _STOP, _RENDEZVOUS = range(9)
+_GRADIENTS, _SLOTS = 9, 10
 
 _TERM_LIMIT = LOSSES.limit / 4096
 """A micro-batch whose losses add up to more is out of range."""
@@ -222,6 +223,8 @@ class TallyResult:
     out_of_range: int
     out_of_memory: int
     stop: int
+    gradients: int
+    """How many gradients were summed: one for each micro-batch, or part of one, at each point."""
     largest: list[int] = field(compare=False)
     """Upper bound of each filter's integer sum, from which the next grids are chosen; empty without grids."""
     paces: tuple[int, ...] = field(compare=False, repr=False)
@@ -283,6 +286,7 @@ class Tally:
             self._counts[_OUT_OF_RANGE].add_((~finite).sum())
             self._counts[_CORRECT].add_(torch.cat(correct).sum())
             self._counts[_SAMPLES].add_(sum(samples))
+            self._counts[_GRADIENTS].add_(len(samples))
         if out_of_range is not None:
             self._counts[_OUT_OF_RANGE].add_(out_of_range)
         self._noted.clear()
@@ -330,6 +334,7 @@ class Tally:
             out_of_memory=counts[_OUT_OF_MEMORY],
             stop=counts[_STOP],
             rendezvous=counts[_RENDEZVOUS],
+            gradients=counts[_GRADIENTS],
             largest=counts[ranks:read],
             paces=tuple(counts[_SLOTS:ranks]),
             statistics=self._sent[read:],

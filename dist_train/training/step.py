@@ -163,7 +163,7 @@ class TrainingStep:
             return False
         if total.out_of_range:
             return self.loss_scale.lower()
-        return not self.reduction.accumulator.settle(total.largest)
+        return not self.reduction.accumulator.settle(total.largest, total.gradients)
 
     @contextmanager
     def _phase(self, part: Part) -> Iterator[None]:

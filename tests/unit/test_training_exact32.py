@@ -52,6 +52,7 @@ class Updates:
 
     def __init__(self, comm: Communicator, terms: int, bits: Bits = 32, progress: Progress | None = None) -> None:
         self.comm = comm
+        self.terms = terms
         self.progress = progress or Progress()
         self.weights = FlatWeights(nn.ParameterList([nn.Parameter(torch.zeros(shape)) for shape in SHAPES]))
         accumulator = GridAccumulator(self.weights, comm, terms, self.progress, bits)
@@ -88,7 +89,7 @@ class Updates:
     def make(self, mine: Sequence[Tensor]) -> Reduced:
         """Make an update by the gradients `mine` of this rank."""
         repeats, exponents = 0, self.exponents
-        while not self.reduction.accumulator.settle(largest := self.once(mine)):
+        while not self.reduction.accumulator.settle(largest := self.once(mine), self.terms):
             repeats, exponents = repeats + 1, self.exponents
             assert repeats < 10
         self.progress.step += 1
@@ -170,7 +171,7 @@ def test_wherever_the_bound_holds_the_sum_is_that_in_64_bits(
     expected = integers_of(gradients, start)
     parts = expected.abs().split(SIZES)
     assert all(int(part.max()) <= bound for part, bound in zip(parts, updates.bounds(largest), strict=True))
-    if updates.reduction.accumulator.settle(largest):
+    if updates.reduction.accumulator.settle(largest, updates.terms):
         assert torch.equal(summed, expected.float().double() / scales_of(start))
     else:
         assert max(largest) >= 2 ** (bits - 1)
@@ -222,36 +223,47 @@ def test_a_sum_fits_up_to_the_largest_integer_of_its_bits(bits: Bits) -> None:
     updates, gradients = Updates(SingleProcess(), 2, bits), some_gradients(2, 0)
     updates.make(gradients)
     for bound, fits in ((2 ** (bits - 1) - 1, True), (2 ** (bits - 1), False)):
-        assert updates.reduction.accumulator.settle([bound] * len(updates.once(gradients))) is fits
+        assert updates.reduction.accumulator.settle([bound] * len(updates.once(gradients)), 2) is fits
 
 
 def test_a_grid_becomes_coarser_at_once_and_finer_by_degrees_but_never_finer_than_that_of_64_bits() -> None:
     progress = Progress(step=1)
-    grids = Grids(progress, 1, terms=4)
-    grids.choose([2**39])
+    grids = Grids(progress, 1)
+    grids.choose([2**39], 4)
     assert progress.grid_exponents == [48 - 10], "to a quarter of 2^31, from the grid of 64 bits"
-    grids.choose([2**32])
+    grids.choose([2**32], 4)
     assert progress.grid_exponents == [38 - 3]
     exponents = []
     for step in range(1, 40):
         progress.step = step
-        grids.choose([2**26])
+        grids.choose([2**26], 4)
         exponents.append(progress.grid_exponents)
     assert exponents[0] == [35]
     assert exponents[15] == [36], "in update 16"
     assert exponents[31] == [37]
-    grids.choose([2**10])
+    grids.choose([2**10], 4)
     assert progress.grid_exponents == [48 - 4], "at once where more than four bits are unused"
     for step in range(0, 160, 16):
         progress.step = step
-        grids.choose([0])
+        grids.choose([0], 4)
     assert progress.grid_exponents == [48]
 
 
 def test_the_grids_of_many_micro_batches_become_finer_at_once_too() -> None:
     progress = Progress(step=1, grid_exponents=[20, 20, 20])
-    Grids(progress, 3, terms=16).choose([2**28, 2**31, 4 * 2**31 // 7])
+    Grids(progress, 3).choose([2**28, 2**31, 4 * 2**31 // 7], 16)
     assert progress.grid_exponents == [22, 19, 20]
+
+
+def test_a_batch_of_few_micro_batches_has_their_headroom_though_a_larger_one_follows(tmp_path: Path) -> None:
+    def grids(*schedule: dict[str, int]) -> Sequence[int] | None:
+        batch = {"global_size": 6, "micro_size": 6, "schedule": schedule}
+        config = small_config(comm={"reduction": "exact32"}, batch=batch, run={"epochs": 2})
+        trainer = build_trainer(config, tmp_path, SingleProcess())
+        trainer.advance()
+        return trainer.progress.grid_exponents
+
+    assert grids({"epoch": 1, "global_size": 96}) == grids()
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e30])
