@@ -211,6 +211,7 @@ def test_all_conflicts_are_told_at_once() -> None:
         ("noise.scale=filter", "noise.method is none"),
         ("noise.mix=0.5 noise.method=langevin", "this noise.method does not average over draws"),
         (f"noise.passes=one {PERTURBED}", "each micro-batch has a single point"),
+        ("model.norm_samples=100 model.norm=group averaging.kind=ema", "the norm statistics are not recomputed"),
         (f"noise.amplitude=0.1 noise.method=ivon {PLAIN}", "ivon has its own way of drawing"),
         (f"noise.offset=0.1 {PERTURBED}", "noise.method is not asam"),
         (
@@ -220,7 +221,6 @@ def test_all_conflicts_are_told_at_once() -> None:
         ("model.ghost_size=8 model.norm=batch", "model.norm is not ghost"),
         ("model.norm_statistics=running model.norm=none", "this norm has no running statistics"),
         ("model.norm_samples=100", "the norm statistics are not recomputed"),
-        ("model.norm_samples=100 model.norm=group averaging.kind=ema", "the norm statistics are not recomputed"),
         ("schedule.base_batch=8", "schedule.scaling is none"),
         ("schedule.warmup_epochs=2", "schedule.scaling is none, so there is no higher rate to rise to"),
         ("schedule.milestones=[3]", "schedule.decay is not step"),
@@ -283,6 +283,8 @@ def test_settings_with_effect_and_settings_not_given_are_not_told() -> None:
     assert unused_settings(parse(recorded)) == {}
     del recorded["early_stopping"], recorded["noise"]["offset"]  # as by an older version
     assert unused_settings(parse(recorded)) == {}
+    # the average has statistics of its own
+    assert unused_settings(parse({"averaging": {"kind": "ema"}, "model": {"norm_samples": 64}})) == {}
     used = {
         "noise": {**NOISE, "amplitude": 0.1, "sharing": "global", "schedule": {"kind": "cosine"}},
         "model": {"norm": "ghost", "ghost_size": 8, "norm_samples": 64, "norm_statistics": "auto"},
@@ -292,8 +294,6 @@ def test_settings_with_effect_and_settings_not_given_are_not_told() -> None:
     }
     assert unused_settings(parse(used)) == {}
     assert unused_settings(parse({"data": {"name": "cifar100", "download": True}})) == {}
-    # the average has statistics of its own
-    assert unused_settings(parse({"averaging": {"kind": "ema"}, "model": {"norm_samples": 64}})) == {}
 
 
 def any_plugin(*arguments: object, **keywords: object) -> None: ...
