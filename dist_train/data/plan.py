@@ -75,12 +75,6 @@ class BatchPlan:
 
     def steps_per_epoch(self, samples: int) -> int:
         """Return the number of whole global batches in `samples`; raise UsageError if there is none."""
-        if samples <= 0:
-            raise UsageError(
-                f"no training samples are left for a global batch of {self.global_size}: "
-                f"train on more samples (data.train_size, data.validation_size)",
-                code="too-few-samples",
-            )
         if samples < self.global_size:
             raise UsageError(
                 f"{samples} training samples do not fill a global batch of {self.global_size}: "
