@@ -16,7 +16,7 @@ from dist_train.config import DataSettings
 from dist_train.config.plugins import call_plugin, failing_clearly, is_plugin
 from dist_train.data.columns import find_arrays, find_parquet, find_saved, parquet_index, read_arrays, saved_index
 from dist_train.data.encoded import FileFinder, FileIndexer, list_folder, packed_listing, shard_index, split_files
-from dist_train.data.images import DataSource, ImageSet, Listing, MapDataset, Split
+from dist_train.data.images import DataSource, ImageSet, Listing, MapDataset, Split, check_labels
 from dist_train.data.plan import divided
 from dist_train.data.published import find_cifar, find_fashion_mnist, read_cifar, read_fashion_mnist
 from dist_train.outcome import PluginResultError, UsageError
@@ -85,13 +85,7 @@ def _plugin(settings: DataSettings, split: Split, seed: int) -> ImageSet | MapDa
             f"set data.shape and data.classes accordingly",
             code="plugin-data-form",
         )
-    least, most = (int(each) for each in images.labels.aminmax()) if len(images) else (0, 0)
-    if not 0 <= least <= most < images.classes:
-        raise UsageError(
-            f"{settings.name} returned labels from {least} to {most}: data.classes is {images.classes}, labels count "
-            f"from 0",
-            code="plugin-data-form",
-        )
+    check_labels(images.labels, images.classes, f"{settings.name} ({split})", code="plugin-data-form")
     return replace(images, identity=images.identity or images.digest())
 
 

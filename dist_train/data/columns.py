@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from dist_train.config import DataSettings
 from dist_train.data.cache import cache_folder
 from dist_train.data.encoded import SPLIT_NAMES, Index, cached_index, split_files
-from dist_train.data.images import ImageSet, Split, channels_first, digest_of, evenly_spread
+from dist_train.data.images import ImageSet, Split, channels_first, check_labels, digest_of, evenly_spread
 from dist_train.outcome import UsageError, reading
 from dist_train.rundir.atomic import replacing
 
@@ -218,15 +218,10 @@ def read_arrays(settings: DataSettings, split: Split) -> ImageSet:
             f"images",
             code="data-counts",
         )
-    if len(labels) and not 0 <= labels.min() <= labels.max() < image_format.classes:
-        raise UsageError(
-            f"{labels_file} holds labels from {labels.min()} to {labels.max()}, but data.classes is "
-            f"{image_format.classes}: labels count from 0",
-            code="data-labels",
-        )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         tensors = torch.from_numpy(pixels), torch.from_numpy(labels.astype(np.int64))
+    check_labels(tensors[1], image_format.classes, str(labels_file))
     # Of the labels and of some images, since reading all of them takes as long as an epoch.
     digested = evenly_spread(max(1, len(labels)), _DIGESTED)[: len(labels)]
     identity = digest_of(f"{pixels.shape}", tensors[1], tensors[0][digested])

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from dist_train.config import DataSettings
 from dist_train.data.cache import cache_folder, cached_arrays
 from dist_train.data.decoding import Part
-from dist_train.data.images import Listing, Split, digest_of
+from dist_train.data.images import Listing, Split, check_labels, digest_of
 from dist_train.outcome import UsageError, reading
 from dist_train.reproducible import generator
 
@@ -150,15 +150,9 @@ def packed_listing(settings: DataSettings, split: Split, seed: int, find: FileFi
         files.append(str(file))
         rows = np.arange(len(index))
         parts.append(np.stack([np.full_like(rows, number), *index.T[:2], rows], axis=1))
-        file_labels = index[:, 2]
-        if len(wrong := np.flatnonzero((file_labels < 0) | (file_labels >= classes))):
-            raise UsageError(
-                f"sample {wrong[0]} of {origin} has the label {file_labels[wrong[0]]}, but data.classes is "
-                f"{classes}: labels count from 0",
-                code="data-labels",
-            )
-        labels.append(file_labels)
-    places, all_labels = np.concatenate(parts), torch.from_numpy(np.concatenate(labels))
+        labels.append(torch.from_numpy(index[:, 2]))
+        check_labels(labels[-1], classes, str(origin))
+    places, all_labels = np.concatenate(parts), torch.cat(labels)
     source = digest_of("\0".join(each.name for each in origins), torch.from_numpy(places), all_labels)
 
     def refer(number: int) -> Part:

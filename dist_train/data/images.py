@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dist_train.outcome import UsageError
+
 Split = Literal["train", "validation", "test"]
 
 _HASHED_ROWS = 1024
@@ -64,6 +66,17 @@ def digest_of(text: str | memoryview, *tensors: Tensor) -> str:
         for part in tensor.split(_HASHED_ROWS):  # copies are then small
             hashed.update(part.contiguous().numpy())
     return hashed.hexdigest()[:16]
+
+
+def check_labels(labels: Tensor, classes: int, place: str, code: str = "data-labels") -> None:
+    """Raise UsageError, with `code`, if one of `labels`, int64 [n] of the samples in `place`, is not of a class."""
+    if len(wrong := ((labels < 0) | (labels >= classes)).nonzero()):
+        sample = int(wrong[0])
+        raise UsageError(
+            f"sample {sample} of {place} has the label {int(labels[sample])}: data.classes is {classes}, labels count "
+            f"from 0",
+            code=code,
+        )
 
 
 def evenly_spread(samples: int, count: int) -> Tensor:
