@@ -17,7 +17,7 @@ import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from itertools import islice
+from itertools import compress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -91,21 +91,18 @@ def write_text(path: Path, content: str, *, is_shared: bool = False) -> None:
 def keep_lines(path: Path, is_kept: Callable[[bytes], bool]) -> None:
     """Remove from `path` the lines that are not to be kept, atomically; add the newline that the last one may lack.
 
-    `is_kept` is called once for each line that is kept, in order. The file may be large: it is read in small parts, and
-    written only if it changes. Who may read it: see `replacing`. Raises OSError.
+    `is_kept` is called once for each line, in order. The file may be large: it is read line by line, and written only
+    if it changes. Who may read it: see `replacing`. Raises OSError.
     """
     with open_regular(path) as before, _naming(path):
-        unchanged = 0
+        line, kept = b"\n", bytearray()
         for line in before:
-            if not (line.endswith(b"\n") and is_kept(line)):
-                break
-            unchanged += 1
-        else:
+            kept.append(is_kept(line))
+        if all(kept) and line.endswith(b"\n"):
             return
         before.seek(0)
         with replacing(path, is_shared=True) as after:
-            after.writelines(islice(before, unchanged))
-            after.writelines(line.removesuffix(b"\n") + b"\n" for line in before if is_kept(line))
+            after.writelines(line.removesuffix(b"\n") + b"\n" for line in compress(before, kept))
 
 
 def flush_directory(directory: Path) -> None:
