@@ -141,17 +141,10 @@ def divided(labels: Tensor, settings: DataSettings, seed: int) -> tuple[Tensor, 
     classes, held_out, kept = settings.image_format.classes, None, torch.arange(labels.numel())
     if settings.validation_size is not None:
         held_out = stratified_choice(labels, settings.validation_size, classes, seed)
-        kept = others(held_out, labels.numel())
+        kept = kept[~torch.isin(kept, held_out)]
     if settings.train_size is not None:
         kept = kept[balanced_choice(labels[kept], settings.train_size, classes, seed)]
     return kept, held_out
-
-
-def others(chosen: Tensor, samples: int) -> Tensor:
-    """Return the samples of 0..samples-1 that are not in `chosen`, int64, ascending."""
-    is_left = torch.ones(samples, dtype=torch.bool)
-    is_left[chosen] = False
-    return is_left.nonzero().view(-1)
 
 
 def _shuffled_positions(labels: Tensor, classes: int, seed: int, purpose: str) -> tuple[Tensor, Tensor, Tensor]:

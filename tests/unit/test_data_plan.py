@@ -8,14 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_train.config import parse_config
+from dist_train.config import DataSettings, parse_config
 from dist_train.data.plan import (
     BatchPlan,
     MicroBatch,
     balanced_choice,
     batch_indices,
+    divided,
     epoch_order,
-    others,
     stratified_choice,
 )
 from dist_train.launching.preflight import check_batches
@@ -148,7 +148,9 @@ def test_what_is_held_out_has_the_shares_of_the_classes(labels: list[int], data:
     chosen = stratified_choice(known, size, 7, seed)
     assert chosen.tolist() == sorted(set(chosen.tolist()))
     assert len(chosen) == size
-    assert sorted([*chosen.tolist(), *others(chosen, len(labels)).tolist()]) == list(range(len(labels)))
+    held_out = DataSettings(name="synthetic", synthetic_classes=7, validation_size=size)
+    kept, _ = divided(known, held_out, seed)
+    assert sorted([*chosen.tolist(), *kept.tolist()]) == list(range(len(labels)))
     present = known.unique()
     taken, whole = torch.bincount(known[chosen], minlength=7)[present], torch.bincount(known, minlength=7)[present]
     # One share of every class, rounded to whole samples, by Webster's method of apportionment.
