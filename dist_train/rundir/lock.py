@@ -146,7 +146,8 @@ class LockRequest:
             raise
 
     def _refuse_or_announce(self, holder: Holder | None, waited: float) -> None:
-        is_of_job = _is_of_our_job(holder)
+        job = os.environ.get("SLURM_JOB_ID", "")
+        is_of_job = holder is not None and holder.slurm_job == job != ""
         is_predecessor = holder is not None and is_of_job and holder.host != socket.gethostname()
         if waited >= (self.lease if is_predecessor else self.patience):
             # at a later start the lock of a lost node is free, and that of a killed rank that takes long to end
@@ -211,10 +212,6 @@ def _read_holder(descriptor: int) -> Holder | None:
         return Holder(str(fields["host"]), int(fields["pid"]), str(fields["since"]), str(fields["slurm_job"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _is_of_our_job(holder: Holder | None) -> bool:
-    return holder is not None and holder.slurm_job != "" and holder.slurm_job == os.environ.get("SLURM_JOB_ID", "")
 
 
 def _holder_name(holder: Holder | None) -> str:
