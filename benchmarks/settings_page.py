@@ -12,10 +12,9 @@ from typing import get_args
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from dist_train.cli.completion import choices_of
 from dist_train.config import Config
 from dist_train.config.loading import write_override
-from dist_train.config.problems import allowed_at, is_collection, models_of, schema_of
+from dist_train.config.problems import allowed_at, choices_in, is_collection, models_of, schema_of
 
 _HEAD = """\
 # Settings
@@ -81,7 +80,7 @@ def settings_of(model: type[BaseModel], prefix: str = "") -> Iterator[Setting]:
             if "examples" in schema:
                 example = write_override(path, schema["examples"][0])
             else:
-                example = _other(path, choices_of(schema), default)
+                example = _other(path, choices_in(field.annotation), default)
             yield Setting(path, allowed_at(name, model), default, _meaning(field), shlex.quote(example))
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 from pydantic import BaseModel
 
 from dist_train.cli.common import Subparsers
 from dist_train.config import Config
-from dist_train.config.problems import is_collection, models_of, schema_of
+from dist_train.config.problems import choices_in, is_collection, models_of
 from dist_train.outcome import ExitCode
 
 _SCRIPT = """\
@@ -113,20 +112,12 @@ def choices_by_setting(model: type[BaseModel], prefix: str = "") -> dict[str, li
     for name, field in model.model_fields.items():
         path, models = f"{prefix}{name}", models_of(field)
         if not models or is_collection(field):
-            found[path] = list(choices_of(schema_of(field)))
+            found[path] = list(choices_in(field.annotation))
             continue
         for inner in models:
             for setting, choices in choices_by_setting(inner, f"{path}.").items():
                 found.setdefault(setting, []).extend(choices)
     return found
-
-
-def choices_of(schema: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the choices, if any, of a setting, by its JSON schema."""
-    for each in schema.get("anyOf", (schema,)):
-        yield from ("true", "false") if each.get("type") == "boolean" else each.get("enum", ())
-        if "const" in each:
-            yield each["const"]
 
 
 def _nodes(parser: argparse.ArgumentParser, name: str) -> Iterator[tuple[str, argparse.ArgumentParser]]:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from types import MappingProxyType
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
@@ -221,14 +221,22 @@ def _models_in(annotation: Any) -> tuple[type[BaseModel], ...]:
     return tuple(model for part in get_args(annotation) for model in _models_in(part))
 
 
-def choices_of(model: type[BaseModel], path: str) -> tuple[object, ...]:
+def choices_of(model: type[BaseModel], path: str) -> tuple[str, ...]:
     """Return the built-in choices of the setting at `path` of `model`; `*` stands for an index."""
     *sections, name = path.replace(".*", "").split(".")
     for section in sections:
         model = models_of(model.model_fields[section])[0]
     field = model.model_fields.get(name)
-    annotation = field.annotation if field else None
-    return tuple(choice for part in get_args(annotation) for choice in get_args(part))
+    return choices_in(field.annotation) if field else ()
+
+
+def choices_in(annotation: Any) -> tuple[str, ...]:
+    """Return the choices of a setting with `annotation`: the values of its Literals, true and false for a bool."""
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    if annotation is bool:
+        return "true", "false"
+    return tuple(choice for part in get_args(annotation) for choice in choices_in(part))
 
 
 def is_collection(field: FieldInfo | None) -> bool:
