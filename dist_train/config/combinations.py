@@ -287,6 +287,7 @@ def _unused(config: Config) -> Iterator[tuple[str, str, bool, str]]:
     noise, optimizer, schedule = config.noise, config.optimizer, config.schedule
     is_encoded, has_betas = data.data_set.is_encoded, optimizer.name not in ("sgd", "lars")
     is_clean, is_ivon, perturbs = noise.method == "none", noise.method == "ivon", _perturbs(config)
+    excludes = optimizer.weight_decay > 0 or optimizer.name in ("lars", "lamb")  # these adapt the other weights' rates
     has_no_base = schedule.scaling == "none" and not schedule.keep_updates
     # cosine and poly decay from the end of the warm-up
     has_no_warmup = schedule.scaling == "none" and schedule.decay in ("constant", "step")
@@ -308,6 +309,7 @@ def _unused(config: Config) -> Iterator[tuple[str, str, bool, str]]:
         ("optimizer", "momentum", has_betas, "this optimizer has betas instead"),
         ("optimizer", "betas", not has_betas, "this optimizer has momentum instead"),
         ("optimizer", "epsilon", not has_betas, "this optimizer does not use it"),
+        ("optimizer", "exclude", not excludes, "optimizer.weight_decay is 0"),
         ("schedule", "base_batch", has_no_base, "schedule.scaling is none"),
         ("schedule", "warmup_epochs", has_no_warmup, "schedule.scaling is none, so there is no higher rate to rise to"),
         ("schedule", "milestones", is_never_cut, f"the run ends before them, after run.epochs, {config.run.epochs}"),

@@ -221,6 +221,7 @@ def test_all_conflicts_are_told_at_once() -> None:
         ("model.ghost_size=8 model.norm=batch", "model.norm is not ghost"),
         ("model.norm_statistics=running model.norm=none", "this norm has no running statistics"),
         ("model.norm_samples=100", "the norm statistics are not recomputed"),
+        ("optimizer.exclude=[norm]", "optimizer.weight_decay is 0"),
         ("schedule.base_batch=8", "schedule.scaling is none"),
         ("schedule.warmup_epochs=2", "schedule.scaling is none, so there is no higher rate to rise to"),
         ("schedule.milestones=[3]", "schedule.decay is not step"),
@@ -294,6 +295,8 @@ def test_settings_with_effect_and_settings_not_given_are_not_told() -> None:
     }
     assert unused_settings(parse(used)) == {}
     assert unused_settings(parse({"data": {"name": "cifar100", "download": True}})) == {}
+    for optimizer in ({"weight_decay": 0.1}, {"name": "lars"}, {"name": "lamb"}):
+        assert unused_settings(parse({"optimizer": {**optimizer, "exclude": ["norm"]}})) == {}
 
 
 def any_plugin(*arguments: object, **keywords: object) -> None: ...
