@@ -16,6 +16,7 @@ NOT_MEASURED = "no evaluation measures it: see data.validation_size, evaluation.
 
 def conflicts(config: Config) -> Iterator[Problem]:
     """Yield a problem for every invalid combination of settings."""
+    settings = config.model_dump(mode="json")
     for problem in chain(
         _metrics(config),
         _reduction(config),
@@ -27,10 +28,8 @@ def conflicts(config: Config) -> Iterator[Problem]:
         _evaluation(config),
         _data(config),
     ):
-        value = config.value(problem.path)
-        if isinstance(value, tuple):
-            value = [each.model_dump() if isinstance(each, Section) else each for each in value]
-        yield replace(problem, value=value)
+        section, name = problem.path.split(".")
+        yield replace(problem, value=settings[section][name])
 
 
 def _metrics(config: Config) -> Iterator[Problem]:
