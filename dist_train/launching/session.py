@@ -107,10 +107,10 @@ class Session:
         self._show_facts(nodes)
         devices = self._compare_devices(self.status.current.environment.get("device", "") if self.status else "")
         if self.status:
-            fields = self._running.status_fields()
+            self.status.note(**self._running.status_fields())
             environment = {**self.status.current.environment, "device": devices}
             size, generation = self.comm.size, self.comm.generation
-            self.status.change("running", **fields, world_size=size, generation=generation, environment=environment)
+            self.status.change("running", world_size=size, generation=generation, environment=environment)
 
     def _show_facts(self, nodes: tuple[str, ...]) -> str:
         """Tell the observers the facts of this generation of ranks, and return the revision of the code, on rank 0.
@@ -186,7 +186,8 @@ class Session:
             self._note_initial_weights(initial)
         if trainer.has_work or not environment:
             environment = now | {f"plug-in {name}": digest for name, digest in trainer.plugins.items()}
-        self.status.change("running", **trainer.status_fields(), environment=environment)
+        self.status.note(**trainer.status_fields())
+        self.status.change("running", environment=environment)
 
     def _warn_of_micro_batches(self, resume_point: ResumePoint) -> None:
         config, plan = self._running.config, self._running.plan

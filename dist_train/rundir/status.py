@@ -82,8 +82,8 @@ class Status:
         return json_text(asdict(self), indent=2) + "\n"
 
 
-class ProgressFields(TypedDict, total=False):
-    """The fields of `Status` that say how far a run is."""
+class StatusFields(TypedDict, total=False):
+    """The fields of `Status` that a launch sets while it runs."""
 
     step: int
     epoch: float
@@ -91,11 +91,6 @@ class ProgressFields(TypedDict, total=False):
     total_epochs: float | None
     best_accuracy: float | None
     samples_per_second: float | None
-
-
-class StatusFields(ProgressFields, total=False):
-    """The fields of `Status` that a launch sets while it runs."""
-
     world_size: int
     reason: str
     generation: int
@@ -174,7 +169,7 @@ class StatusFile:
         )
         self._written = 0.0
 
-    def note(self, **fields: Unpack[ProgressFields]) -> None:
+    def note(self, **fields: Unpack[StatusFields]) -> None:
         """Set `fields`, to be written with the next write."""
         self.current = replace(self.current, **fields)
 
@@ -183,7 +178,7 @@ class StatusFile:
         self.current = replace(self.current, state=state, **fields)
         self._write()
 
-    def progress(self, **fields: Unpack[ProgressFields]) -> None:
+    def progress(self, **fields: Unpack[StatusFields]) -> None:
         """Set `fields`, and write them if the last write is at least a second ago.
 
         Does not overwrite a failure that another rank of this launch has recorded: this rank may be a step behind it.

@@ -27,7 +27,7 @@ from dist_train.outcome import DisagreementError, DivergedError, OutOfMemoryErro
 from dist_train.rundir.epochs import Epochs
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import Detail, EvaluationRecord, EventRecord, Record, TrainRecord
-from dist_train.rundir.status import ProgressFields, StatusFile
+from dist_train.rundir.status import StatusFields, StatusFile
 from dist_train.training.compute import free_device_memory
 from dist_train.training.consistency import verify_agreement
 from dist_train.training.dealing import Batches
@@ -127,7 +127,7 @@ class Trainer:
         """Training samples per second, over the updates of this launch."""
         return self._samples_done / self._busy_seconds if self._busy_seconds else None
 
-    def status_fields(self) -> ProgressFields:
+    def status_fields(self) -> StatusFields:
         """Return how far the run is, for its status."""
         last_step = max(self.last_step, self.progress.step)  # a resumed run may have done more than `run.max_steps`
         return {
