@@ -40,10 +40,9 @@ class PixelFormat:
         """Convert uint8 images [n, C, H, W] to float32 on the same device; images do not affect each other."""
         pixels = images.to(torch.float32, memory_format=self.memory_format).div_(255)
         if self.statistics is not None:
-            for channel, (mean, deviation) in enumerate(
-                zip(self.statistics.mean, self.statistics.deviation, strict=True)
-            ):
-                pixels[:, channel].sub_(mean).div_(deviation)
+            means, deviations = self.statistics.mean, self.statistics.deviation
+            for plane, mean, deviation in zip(pixels.unbind(1), means, deviations, strict=True):
+                plane.sub_(mean).div_(deviation)
         return pixels
 
 

@@ -64,8 +64,8 @@ class PluginSamples:
                 draws = None if work.draws is None else work.draws[index]
                 augment = None if work.epoch is None else self._augment
                 if isinstance(reference, int):
-                    image, labels[index] = self._sample(split, reference)
                     name = f"sample {reference} of {self._settings.name} ({split})"
+                    image, labels[index] = self._sample(split, reference, name)
                     if augment is not None:  # it may write to the image, a view of the data set's memory
                         with _naming(name, self._settings.name):
                             image = image.clone() if isinstance(image, Tensor) else copy.copy(image)
@@ -80,14 +80,13 @@ class PluginSamples:
                         image = augment(image)
                 pixels[index] = self._checked_pixels(image, name)
 
-    def _sample(self, split: Split, index: int) -> tuple[Any, int]:
+    def _sample(self, split: Split, index: int, name: str) -> tuple[Any, int]:
         if split not in self._opened:
             self._opened[split] = load_data(self._settings, split, self._seed)
         source = self._opened[split]
         if isinstance(source, ImageSet):
             return source.images[index], int(source.labels[index])
         assert not isinstance(source, Listing), "encoded images are decoded"
-        name = f"sample {index} of {self._settings.name} ({split})"
         with _naming(name, self._settings.name):
             match source[index]:
                 case (image, label):
