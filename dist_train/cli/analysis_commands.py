@@ -294,7 +294,6 @@ def _measures(text: str) -> list[Measure]:
 
 
 def _table(record: SharpnessRecord) -> Iterator[str]:
-    """Yield the lines of a table of the measurements."""
     settings = record.settings
     yield f"{record.checkpoint.path}, step {record.checkpoint.step}, {record.weights} weights"
     yield (

@@ -321,7 +321,6 @@ def _add_submit(subparsers: Subparsers) -> None:
 
 
 def _submission(arguments: argparse.Namespace, file: Path, directory: Path, name: str) -> Submission:
-    """Return the submission for the run, or the study, of `file` in `directory`."""
     from dist_train.sweep.submission import Submission
 
     return Submission(
