@@ -141,7 +141,9 @@ def divided(labels: Tensor, settings: DataSettings, seed: int) -> tuple[Tensor, 
     classes, held_out, kept = settings.image_format.classes, None, torch.arange(labels.numel())
     if settings.validation_size is not None:
         held_out = stratified_choice(labels, settings.validation_size, classes, seed)
-        kept = kept[~torch.isin(kept, held_out)]
+        is_kept = torch.ones_like(labels, dtype=torch.bool)
+        is_kept[held_out] = False
+        kept = kept[is_kept]
     if settings.train_size is not None:
         kept = kept[balanced_choice(labels[kept], settings.train_size, classes, seed)]
     return kept, held_out
