@@ -24,18 +24,23 @@ from dist_train.config import DataSettings
 from dist_train.data.cache import cache_folder
 from dist_train.data.encoded import SPLIT_NAMES, Index, cached_index, split_files
 from dist_train.data.images import ImageSet, Split, channels_first, check_labels, digest_of, evenly_spread
-from dist_train.outcome import UsageError, reading
+from dist_train.outcome import DISK_FAILED, UsageError, reading
 from dist_train.rundir.atomic import replacing
 
 _ROWS = 256
 
 
 def parquet_index(path: Path, settings: DataSettings) -> tuple[Path, Index]:
-    """Return the copy of a Parquet file's images in the cache, and its index. Raises UsageError."""
+    """Return the copy of a Parquet file's images in the cache, and its index.
+
+    Raises UsageError or FaultError; OSError if the file's size and time cannot be read.
+    """
     image, label = _columns(settings)
     try:
         return cached_index("parquet", path, f"{image} {label}", partial(_unpack, path, image, label))
     except OSError as error:
+        if error.filename == str(path):  # which was to be copied
+            raise
         fix = "set DIST_TRAIN_CACHE to a folder on a local disk"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             fix = f"the images of {path} need as much space again: set DIST_TRAIN_CACHE to a folder with enough"
@@ -63,10 +68,11 @@ def find_saved(settings: DataSettings, split: Split) -> list[Path]:
             f"that DatasetDict.save_to_disk wrote, with these splits",
             code="data-missing",
         )
+    with reading(folder / "state.json"):
+        state = (folder / "state.json").read_bytes()
     try:
-        state = json.loads((folder / "state.json").read_bytes())
-        paths = [folder / file["filename"] for file in state["_data_files"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        paths = [folder / file["filename"] for file in json.loads(state)["_data_files"]]
+    except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{folder / 'state.json'} cannot be read: {error}", code="data-unreadable") from error
     missing = next((path for path in paths if not path.is_file()), None)
     if missing or not paths:
@@ -91,10 +97,15 @@ def _pyarrow() -> Any:
 
 @contextmanager
 def _reading_as(form: str, path: Path) -> Iterator[None]:
-    """Turn errors of pyarrow in the block, of which some are OSErrors, into a UsageError."""
+    """Turn errors of pyarrow in the block, of which some are OSErrors, into a UsageError; into a FaultError if the disk
+    has failed.
+    """
     try:
         yield
     except (OSError, UnicodeError, _pyarrow().ArrowException) as error:  # it opens no file whose name is not UTF-8
+        if isinstance(error, OSError) and error.errno in DISK_FAILED:
+            with reading(path):
+                raise
         raise UsageError(f"{path} cannot be read as {form}: {error}", code="data-format") from error
 
 

@@ -246,7 +246,8 @@ def _unpack(path: Path, archive: Archive, names: tuple[str, ...], fix: str) -> d
     except Exception as error:
         # Damaged archives raise errors of nearly any type, of gzip, zlib and tarfile.
         if isinstance(error, OSError) and error.errno is not None:
-            raise UsageError(f"cannot read {path}: {error.strerror}. {fix}", code="data-unreadable") from error
+            with reading(path, fix):
+                raise
         raise UsageError(
             f"{path} is damaged: it cannot be unpacked ({error}). {fix}", code="data-unpackable"
         ) from error

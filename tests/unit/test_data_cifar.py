@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import pickle
 import tarfile
 from pathlib import Path
 from typing import Literal
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 
 from dist_train.data.images import ImageSet, Split
 from dist_train.data.published import CIFAR10, CIFAR100, Archive, decode_archive, find_archive
-from dist_train.outcome import UsageError
+from dist_train.outcome import FaultError, UsageError
 from tests.archives import (
     Written,
     cifar10_members,
@@ -192,6 +194,14 @@ def test_a_member_in_another_folder_or_that_is_no_file_is_not_taken(tmp_path: Pa
     (tmp_path / CIFAR10.file).write_bytes(buffer.getvalue())
     with raises(UsageError, "data-unpackable"):
         read(tmp_path, "test")
+
+
+def test_a_disk_that_fails_may_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / CIFAR10.file).touch()
+    monkeypatch.setattr(gzip, "open", Mock(side_effect=OSError(errno.EIO, "the reason")))
+    with raises(FaultError, "data-unreadable") as refused:
+        read(tmp_path, "test")
+    assert f"{tmp_path / CIFAR10.file}: the reason" in str(refused.value)
 
 
 @FUZZ

@@ -24,6 +24,7 @@ from pyarrow import parquet
 from dist_train.config import DataSettings, parse_config
 from dist_train.data import columns
 from dist_train.data.catalog import find_data
+from dist_train.data.encoded import packed_listing
 from dist_train.data.images import BatchRequest
 from dist_train.data.loader import Samples, Splits, open_splits, training_labels
 from dist_train.outcome import FaultError, UsageError
@@ -358,6 +359,25 @@ def test_a_cache_that_cannot_be_used_has_advice_for_the_reason(
         training_labels(data("parquet", folders["parquet"]), SEED)
     assert "(the reason)" in str(refused.value)
     assert ("as much space again" in str(refused.value), fix in str(refused.value)) == (number != errno.ENOSYS, True)
+
+
+def test_a_parquet_file_that_is_gone_is_no_fault_of_the_cache(tmp_path: Path) -> None:
+    with raises(UsageError, "data-unreadable") as refused:
+        packed_listing(data("parquet", tmp_path), "train", SEED, lambda *_: [tmp_path / "gone"], columns.parquet_index)
+    assert str(tmp_path / "gone") in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "function"),
+    [("parquet", parquet, "ParquetFile"), ("huggingface", pyarrow, "memory_map"), ("huggingface", Path, "read_bytes")],
+)
+def test_a_disk_that_fails_may_come_back(
+    name: str, module: object, function: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, function, Mock(side_effect=OSError(errno.EIO, "the reason")))
+    with raises(FaultError, "data-unreadable") as refused:
+        training_labels(data(name, folders[name]), SEED)
+    assert str(folders[name]) in str(refused.value)
 
 
 def test_shards_need_no_cache_and_one_warning_says_that_it_cannot_be_used(
