@@ -144,11 +144,7 @@ class Frame:
             axis = self.chart.right if series.axis == "right" and self.chart.right else self.chart.left
             points = [point for point in series.points if math.isfinite(point.x) and math.isfinite(point.y)]
             marks = [(round(self.x(point.x), 1), round(self.y(axis, point.y), 1), point.text) for point in points]
-            band = [
-                (self.x(point.x), self.y(axis, point.low), self.y(axis, point.high))
-                for point in points
-                if point.low is not None and point.high is not None
-            ]
+            band = [(self.x(point.x), *(self.y(axis, end) for end in point.band)) for point in points if point.band]
             outline = [(x, high) for x, _, high in band] + [(x, low) for x, low, _ in reversed(band)]
             is_marked = self.is_scatter or (series.form == "line" and len(marks) <= _MOST_MARKS)
             values = [

@@ -227,11 +227,7 @@ def _draw_series(axes: Axes, series: Series, axis: Axis) -> None:
         markerfacecolor=fill,
         markevery=math.ceil(len(points) / _MOST_MARKS) or 1,
     )
-    band = [
-        (point.x, axis.drawn(point.low), axis.drawn(point.high))
-        for point in points
-        if point.low is not None and point.high is not None
-    ]
+    band = [(point.x, *map(axis.drawn, point.band)) for point in points if point.band]
     if len(band) > 1:
         places, low, high = zip(*band, strict=True)
         axes.fill_between(places, low, high, color=colour, alpha=0.13, linewidth=0)

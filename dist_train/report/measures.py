@@ -63,8 +63,8 @@ def mean_points(values: Iterable[tuple[float, Sequence[float]]], words: Callable
     for x, measured in values:
         if found := summary(measured):
             spread = found.deviation
-            low, high = (None, None) if spread is None else (found.mean - spread, found.mean + spread)
-            points.append(Point(x, found.mean, words(found), low, high))
+            band = None if spread is None else (found.mean - spread, found.mean + spread)
+            points.append(Point(x, found.mean, words(found), band))
     return tuple(points)
 
 

@@ -39,13 +39,12 @@ class Axis:
 
 @dataclass(frozen=True)
 class Point:
-    """A value with its band; `text` is its tooltip, `step` the last update that it is of, if it is of updates."""
+    """A value with the ends of its band; `text` is its tooltip, `step` the last update that it is of, if of updates."""
 
     x: float
     y: float
     text: str = ""
-    low: float | None = None
-    high: float | None = None
+    band: tuple[float, float] | None = None
     step: int | None = None
 
 
@@ -125,7 +124,7 @@ def _accuracy_axis(title: str, curves: Sequence[Sequence[Point]]) -> Axis:
         for point in points
         if len(points) <= _FEW_POINTS or point.x >= points[0].x + _SETTLED * (points[-1].x - points[0].x)
         if math.isfinite(point.y)
-        for value in (point.y if point.low is None else point.low, point.y if point.high is None else point.high)
+        for value in point.band or (point.y,)
     ]
     axis = linear_axis(title, settled, percent_tick, margin=0.06)
     high = min(1.0, axis.high) if max(settled, default=1.0) > 0.97 else axis.high

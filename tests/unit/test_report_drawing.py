@@ -270,7 +270,7 @@ def test_a_strip_says_which_means_are_of_unfinished_runs(tmp_path: Path, monkeyp
 
 
 def test_a_band_below_0_does_not_fall_at_once_on_a_logarithmic_axis() -> None:
-    points = (Point(0.0, 2.0, low=1.0, high=3.0), Point(1.0, 1.0, low=-1.0, high=3.0), Point(2.0, 0.0))
+    points = (Point(0.0, 2.0, band=(1.0, 3.0)), Point(1.0, 1.0, band=(-1.0, 3.0)), Point(2.0, 0.0))
     height = Axis("loss", 0.1, 10.0, plain, is_logarithmic=True)
     chart = Chart("key", "", "", Axis("epoch", 0.0, 2.0, plain), height, (Series("a", "s1", points),))
     [axes] = drawing.stacked([chart], (3.0,), "").axes

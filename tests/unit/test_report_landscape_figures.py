@@ -92,9 +92,7 @@ def test_a_very_large_loss_changes_the_axis_of_the_report_alone(scale: str, is_l
 def test_several_directions_give_mean_and_band() -> None:
     train = landscape_chart("line", "", "", [landscape("direction", line_points(ALPHAS, 3))]).series[0].points
     assert [point.y for point in train] == pytest.approx([0.2 + alpha**2 for alpha in ALPHAS])
-    assert [(point.low, point.high) for point in train] == [
-        pytest.approx((0.1 + alpha**2, 0.3 + alpha**2)) for alpha in ALPHAS
-    ]
+    assert [point.band for point in train] == [pytest.approx((0.1 + alpha**2, 0.3 + alpha**2)) for alpha in ALPHAS]
 
 
 def test_a_mean_line_ends_where_one_of_its_lines_is_not_finite() -> None:
