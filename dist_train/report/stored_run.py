@@ -9,10 +9,10 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from dist_train.analysis.landscape_files import Landscape, read_landscape, shared_settings
 from dist_train.analysis.sharpness_record import SharpnessRecord, WidthResult, read_record
@@ -29,7 +29,7 @@ from dist_train.rundir.status import Status, read_settings, read_status, runs_wi
 from dist_train.sweep.study_file import Contrast, Study, Title
 from dist_train.watch.run_state import read_measurements, read_state, walk_runs
 
-_BATCH, _LOGGERS = "batch.global_size", "metrics.loggers"
+_LOGGERS = "metrics.loggers"
 PLUGIN = "plug-in "
 """Begins the names of plug-ins among the versions in `status.json`."""
 _OPTION = re.compile(r"[._]options\.")
@@ -39,7 +39,7 @@ EIGENVALUE = "largest Hessian eigenvalue"  # a measure of `Sharpness`
 
 @dataclass(frozen=True)
 class Planned:
-    """A study's plan for a run; `title` is the variant's; `batch`, `noise` (the method) and `data_root` may be unset.
+    """A study's plan for a run; `title` is the variant's; `resolved` maps dotted paths to the settings planned for it.
 
     Older folders do not record the `family`, the variant as the study names it, whether the variant `has_title`, nor
     the number of a search's `trial`.
@@ -52,10 +52,8 @@ class Planned:
     has_title: bool | None = None
     trial: int | None = None
     seed: int | None = None
-    overrides: tuple[str, ...] = ()
-    batch: int | None = None
-    noise: str | None = None
-    data_root: str | None = None
+    overrides: tuple[Annotated[str, Field(pattern="=")], ...] = ()
+    resolved: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def is_titled(self) -> bool:
@@ -146,7 +144,7 @@ class StoredRun:
         # Published and generated images are the same in every folder.
         if name == "synthetic" or DATA_SETS.get(name, DataSet()).image_format:
             return None
-        root = self.planned.data_root if self.planned else self.settings.get("data.root")
+        root = (self.planned.resolved if self.planned else self.settings).get("data.root")
         return None if root is None else Path(str(root)).name or str(root)
 
     @property
@@ -166,8 +164,8 @@ class StoredRun:
 
     @property
     def batch(self) -> int | None:
-        """Return the global batch size."""
-        size = self.settings.get(_BATCH)
+        """Return the global batch size from the settings, or else from the study's plan."""
+        size = self.settings.get("batch.global_size", self.planned and self.planned.resolved.get("batch.global_size"))
         return size if isinstance(size, int) else None
 
     def last(self, split: str) -> EvaluationRecord | None:
@@ -436,39 +434,42 @@ def _runs_below(directory: Path, onerror: Callable[[OSError], object]) -> Iterat
 
 def _study_runs(directory: Path, prefix: str) -> Iterator[StoredRun]:
     path = StudyDirectory(directory).runs
-    base: Mapping[str, object] = {}
-    nested: Mapping[str, Any] = {}
+    base: Mapping[str, Any] = {}
     with suppress(BrokenFileError, ConfigError):
-        base = read_settings(StudyDirectory(directory).base)
-        nested = with_overrides({}, base)
+        base = with_overrides({}, read_settings(StudyDirectory(directory).base))
     try:
-        plan = [_completed(planned, base) for planned in _PLAN.validate_json(read_regular(path))]
+        plan = _PLAN.validate_json(read_regular(path))
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror or error}", code="plan-damaged") from error
     except ValueError as error:
         raise UsageError(f"{path} is not a list of runs: start the study's sweep again", code="plan-damaged") from error
-    for planned in plan:
+    for each in plan:
+        planned = replace(each, title=each.title or each.variant, resolved=_planned_settings(base, each.overrides))
         run = read_run(directory / planned.name, prefix + planned.name, planned)
         # Its numbers would stand under the title of settings that it did not have.
-        changed = "; ".join(_changes(run.settings, nested, planned.overrides))
+        changed = "; ".join(_changes(run.settings, planned.resolved))
         note = f"it was started with other settings than the study has now ({changed})"
         other = StoredRun(run.directory, run.name, "broken", note, planned, has_other_settings=True)
         yield other if changed else run
 
 
-def _changes(settings: Mapping[str, object], base: Mapping[str, Any], overrides: Sequence[str]) -> Iterator[str]:
-    """Yield how `settings` differ from nested `base` with `overrides`, as far as that can change a result.
-
-    What the run itself has decided does not count.
-    """
+def _planned_settings(base: Mapping[str, Any], overrides: Sequence[str]) -> Mapping[str, object]:
+    """Return the settings of nested `base` with `overrides`, by dotted path."""
     for override in overrides:
         with suppress(ConfigError):
             base = with_overrides(base, [override])
-    expected = dict(flat_settings(with_present_names(base, lambda text: None)))
-    for path in sorted(settings.keys() | expected.keys()):
-        had, has = settings.get(path), expected.get(path)
+    return dict(flat_settings(with_present_names(base, lambda text: None)))
+
+
+def _changes(settings: Mapping[str, object], planned: Mapping[str, object]) -> Iterator[str]:
+    """Yield how `settings` differ from those `planned`, as far as that can change a result.
+
+    What the run itself has decided does not count.
+    """
+    for path in sorted(settings.keys() | planned.keys()):
+        had, has = settings.get(path), planned.get(path)
         # Runs of older versions lack settings, and base.yaml may be missing; but options are the user's own.
-        is_known = (path in settings and path in expected) or bool(settings and base and _OPTION.search(path))
+        is_known = (path in settings and path in planned) or bool(settings and planned and _OPTION.search(path))
         if is_known and had != has and not _may_be_same(path, had, has) and (path in LENGTHS or not may_change(path)):
             yield f"{path}: {had}, not {has}"
 
@@ -484,16 +485,3 @@ def _may_be_same(path: str, had: object, has: object) -> bool:
         return all(each.endswith(f"/{homes[0]}") for each in (had, has))
     # A path is spelled in the plan as in the study, such as ./runs/first/, and in the run as runs/first.
     return Path(had) == Path(has) or may_name_one_plugin(path, had, has, Config)
-
-
-def _completed(planned: Planned, base: Mapping[str, object]) -> Planned:
-    """Return `planned` with a title and, if it or the base sets them, a batch, the noise's method and data.root."""
-    chosen = dict(base) | dict(override.split("=", 1) for override in planned.overrides)
-    batch, noise, root = str(chosen.get(_BATCH)), chosen.get("noise.method"), chosen.get("data.root")
-    return replace(
-        planned,
-        title=planned.title or planned.variant,
-        batch=int(batch) if batch.isdecimal() else None,
-        noise=None if noise is None else str(noise),
-        data_root=None if root is None else str(root),
-    )

@@ -297,9 +297,8 @@ def _settings(runs: Sequence[StoredRun]) -> Mapping[str, object]:
 
 
 def _batch(runs: Sequence[StoredRun]) -> int | None:
-    """Return the global batch size of a variant, from its plan if no run has started."""
-    sizes = (*(run.batch for run in runs), *(run.planned.batch for run in runs if run.planned))
-    return next((size for size in sizes if size is not None), None)
+    """Return the global batch size of a variant."""
+    return next((run.batch for run in runs if run.batch is not None), None)
 
 
 def _choose_base(members: Mapping[str, Sequence[StoredRun]]) -> str | None:
@@ -307,17 +306,17 @@ def _choose_base(members: Mapping[str, Sequence[StoredRun]]) -> str | None:
 
     That is never a trial of a search: its settings are as accidental as the others'.
     """
-    members = {
-        name: runs
-        for name, runs in members.items()
-        if all(not run.planned or run.planned.trial is None for run in runs)
-    }
-    known = {name: settings for name, runs in members.items() if (settings := _settings(runs))}
-    planned = {
-        name for name, runs in members.items() if any(run.planned and run.planned.noise == "none" for run in runs)
-    }
-    quiet = planned - known.keys() | {name for name, settings in known.items() if _is_without_noise(settings)}
-    return next((name for name in members if name in quiet), next(iter(known), None))
+
+    def is_quiet(name: str) -> bool:
+        if settings := _settings(members[name]):
+            return _is_without_noise(settings)
+        return any(run.planned and run.planned.resolved.get("noise.method") == "none" for run in members[name])
+
+    candidates = [
+        name for name, runs in members.items() if all(not run.planned or run.planned.trial is None for run in runs)
+    ]
+    started = (name for name in candidates if _settings(members[name]))
+    return next(filter(is_quiet, candidates), next(started, None))
 
 
 def _is_without_noise(settings: Mapping[str, object]) -> bool:

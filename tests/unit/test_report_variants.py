@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dist_train.config.loading import parse_yaml
+from dist_train.config.loading import parse_yaml, write_override
 from dist_train.outcome import UsageError
 from dist_train.report.figures import landscape_figure, lines_between, run_landscapes
 from dist_train.report.measures import JUDGED_ACCURACY, JUDGED_LOSS, Measure, measures_of, sharpness_left_out
@@ -208,6 +208,19 @@ def test_runs_of_a_study_whose_jobs_copied_the_data_elsewhere_are_paired(tmp_pat
     assert len(other.pairs(base, measures(read_subject(study))["final_test"])) == 2
 
 
+def test_planned_data_whose_folder_has_a_space_in_its_name_are_those_of_the_base(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "study", seeds=(0, 1))
+    data = {"name": "imagefolder", "classes": 5, "root": "/data/my photos"}
+    for config in study.glob("*/config.yaml"):
+        config.write_text(yaml.safe_dump({**yaml.safe_load(config.read_text()), "data": data}))
+    (study / "base.yaml").write_text(yaml.safe_dump({"data": data}))
+    plan = json.loads((study / "runs.json").read_text())
+    for entry in plan[::2]:
+        entry["overrides"].append(write_override("data.root", data["root"]))
+    (study / "runs.json").write_text(json.dumps(plan))
+    assert {run.data for run in read_subject(study).runs} == {"imagefolder in my photos"}
+
+
 @pytest.mark.parametrize("has_ended", [True, False])
 def test_range_test_in_a_folder_of_runs_is_named_and_does_not_count(tmp_path: Path, has_ended: bool) -> None:
     treatment = treatments()[0]
@@ -273,10 +286,11 @@ def test_a_plan_that_cannot_be_read_needs_no_new_sweep(tmp_path: Path, monkeypat
         read_subject(study)
     assert "sweep" not in str(refused.value)
     (study / "runs.json").chmod(0o600)
-    (study / "runs.json").write_text("{torn")
-    with raises(UsageError, "plan-damaged") as refused:
-        read_subject(study)
-    assert "sweep" in str(refused.value)
+    for damaged in ("{torn", '[{"name": "sb-seed-0", "overrides": ["run.seed"]}]'):
+        (study / "runs.json").write_text(damaged)
+        with raises(UsageError, "plan-damaged") as refused:
+            read_subject(study)
+        assert "sweep" in str(refused.value)
 
 
 def test_diverged_run_counts_as_guessing_and_has_no_other_number(tmp_path: Path) -> None:
