@@ -213,22 +213,12 @@ def _comparable(results: Mapping[str, Sequence[_Result]]) -> dict[str, _Result]:
 
 
 def _last(name: str, split: str) -> Callable[[StoredRun], float | None]:
-    def take(run: StoredRun) -> float | None:
-        record = None if run.is_diverged else run.last(split)
-        value: float | None = getattr(record, name, None)
-        return value
-
-    return take
+    return lambda run: getattr(None if run.is_diverged else run.last(split), name, None)
 
 
 def _judged(name: str) -> Callable[[StoredRun], float | None]:
-    """Return a function for the last value on the test split, of the averaged weights where the run averages them."""
-
-    def take(run: StoredRun) -> float | None:
-        is_averaged = any(record.split == "test-averaged" for record in run.evaluations)
-        return _last(name, "test-averaged" if is_averaged else "test")(run)
-
-    return take
+    """Return a function for the last value on the test split, of the weights by which the run is judged."""
+    return lambda run: _last(name, f"test{run.judged}")(run)
 
 
 def _gap(run: StoredRun) -> float | None:

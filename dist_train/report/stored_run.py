@@ -168,6 +168,11 @@ class StoredRun:
         size = self.settings.get("batch.global_size", self.planned and self.planned.resolved.get("batch.global_size"))
         return size if isinstance(size, int) else None
 
+    @property
+    def judged(self) -> Literal["-averaged", ""]:
+        """Return the end of the names of the splits that judge it: of averaged weights where it evaluates them."""
+        return "-averaged" if any(record.split == "test-averaged" for record in self.evaluations) else ""
+
     def last(self, split: str) -> EvaluationRecord | None:
         """Return the run's last evaluation, of `split`; None if it left that split out or is not finite."""
         final = max((record.step for record in self.evaluations), default=None)

@@ -295,13 +295,12 @@ def accuracy_at(run: StoredRun, level: float) -> float | None:
 def _losses_and_accuracies(run: StoredRun) -> list[tuple[float, float]]:
     """Return training loss and test accuracy of each step that evaluated both; empty for a run that diverged.
 
-    Of the averaged weights where the run averages them, as the final accuracy.
+    They are of the weights by which the run is judged, as its final accuracy is.
     """
     if run.is_diverged:
         return []
-    suffix = "-averaged" if run.split("test-averaged") else ""
-    tests = {record.step: record.accuracy for record in run.split(f"test{suffix}")}
-    return [(it.loss, tests[it.step]) for it in run.split(f"train{suffix}") if it.step in tests and it.loss > 0]
+    tests = {record.step: record.accuracy for record in run.split(f"test{run.judged}")}
+    return [(it.loss, tests[it.step]) for it in run.split(f"train{run.judged}") if it.step in tests and it.loss > 0]
 
 
 def _seeds(variant: Variant) -> set[int]:
