@@ -94,8 +94,7 @@ class SubsetLoss:
 
         def work(model: nn.Module, batch: Batch) -> tuple[float, Tensor]:
             loss = self._loss_of(model, batch)
-            gradients = torch.autograd.grad(loss, self.weights.parameters, materialize_grads=True)
-            return float(loss.detach()), _concatenated(gradients)
+            return float(loss.detach()), self._gradient(loss)
 
         values, gradients = zip(*self._map_batches(work, self._flat(point)), strict=True)
         return sum(values), self._sum(gradients)
@@ -104,10 +103,9 @@ class SubsetLoss:
         """Return the mean gradient of each batch at the clean weights, and the batches' sizes."""
 
         def work(model: nn.Module, batch: Batch) -> Vector:
-            loss = self._loss_of(model, batch) * (self._samples / len(batch[1]))
-            gradients = torch.autograd.grad(loss, self.weights.parameters, materialize_grads=True)
-            joined: Vector = _concatenated(gradients).cpu().numpy()
-            return joined
+            mean = self._loss_of(model, batch) * (self._samples / len(batch[1]))
+            gradient: Vector = self._gradient(mean).cpu().numpy()
+            return gradient
 
         return self._map_batches(work, self.clean), [len(labels) for _, labels in self._batches]
 
@@ -115,14 +113,13 @@ class SubsetLoss:
         """Return the product of `direction` and the Hessian at the clean weights."""
         flat = self._flat(direction)
         parts = [flat[segment.start : segment.stop].view(segment.shape) for segment in self.weights.segments]
-        weights = self.weights.parameters
 
         def work(model: nn.Module, batch: Batch) -> Tensor:
-            loss = self._loss_of(model, batch)
+            loss, weights = self._loss_of(model, batch), self.weights.parameters
             gradients = torch.autograd.grad(loss, weights, create_graph=True, materialize_grads=True)
             # Not torch's `grad_outputs`, which gives the same bits but imports SymPy, which takes most of a second.
             products = [(gradient * part).sum() for gradient, part in zip(gradients, parts, strict=True)]
-            return _concatenated(torch.autograd.grad(torch.stack(products).sum(), weights, materialize_grads=True))
+            return self._gradient(torch.stack(products).sum())
 
         # torch's other kernels of attention have no second derivative
         with sdpa_kernel(SDPBackend.MATH):
@@ -167,6 +164,11 @@ class SubsetLoss:
     def _loss_of(self, model: nn.Module, batch: Batch) -> Tensor:
         return self._summed_loss(self._logits(model, batch[0]), batch[1]) / self._samples
 
+    def _gradient(self, value: Tensor) -> Tensor:
+        """Return the gradient of `value`, float64 [count]."""
+        gradients = torch.autograd.grad(value, self.weights.parameters, materialize_grads=True)
+        return torch.cat([gradient.detach().reshape(-1) for gradient in gradients]).double()
+
     def _flat(self, vector: Vector) -> Tensor:
         flat = torch.zeros_like(self.clean)
         flat[self._positions] = torch.from_numpy(vector).to(self.clean.device, torch.float32)
@@ -175,10 +177,6 @@ class SubsetLoss:
     def _sum(self, parts: Sequence[Tensor]) -> Vector:
         summed: Vector = sum(parts, torch.zeros_like(parts[0])).cpu().numpy()
         return summed
-
-
-def _concatenated(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors]).double()
 
 
 def open_stored_subset(
