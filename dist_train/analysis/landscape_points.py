@@ -46,6 +46,7 @@ from dist_train.training.evaluation import (
     stored_model,
     stored_normalization,
     warn_of_edited_plugins,
+    warn_of_other_data,
 )
 
 
@@ -264,6 +265,7 @@ class Subject:
     train: list[Batch]
     test: list[Batch]
     statistics: list[Batch]  # batches that the norms' statistics are recomputed from; empty: they are not recomputed
+    data: str  # identifies the data set of its training (`Splits.identity`); empty if unknown
 
     def record(self) -> dict[str, Any]:
         """Return everything else that the numbers depend on, beside the checkpoints and `LandscapeSettings`."""
@@ -301,6 +303,8 @@ def open_subject(stored: Stored, overrides: Sequence[str], settings: LandscapeSe
         warn_of_kept_statistics(model)
     normalization = stored_normalization(stored.contents)
     with closing(open_splits(config.data, config.run.seed, compute.device, channels_last, normalization)) as splits:
+        if local_rank == 0:
+            warn_of_other_data(stored, splits)
         train, test = (
             list(samples.read_all(_subset(samples, wanted, settings.subset_seed).split(batch_size)))
             for samples, wanted in ((splits.train, settings.samples), (splits.test, settings.test_samples))
@@ -311,7 +315,8 @@ def open_subject(stored: Stored, overrides: Sequence[str], settings: LandscapeSe
             assert micro_size != "auto", "a run resolves it before it saves"
             chosen = statistics_samples(len(splits.train), wanted, micro_size, config.run.seed)
             statistics = list(splits.train.read_all(chosen.split(micro_size)))
-    return Subject(config, model, place_of(model), compute, channels_last, batch_size, train, test, statistics)
+    place, data = place_of(model), stored.contents.data
+    return Subject(config, model, place, compute, channels_last, batch_size, train, test, statistics, data)
 
 
 def refuse_precision(stored: Stored, config: Config, message: str) -> None:
@@ -343,7 +348,7 @@ def place_in(other: Stored, subject: Subject) -> Place:
             f"{other.path} holds another network: only networks of the same shape have a line between them",
             code="another-network",
         )
-    _check_data(other, subject.config, config)
+    _check_data(other, subject, config)
     # Built as the subject is, so that the same weights are trainable.
     return place_of(stored_model(other.contents, subject.config))
 
@@ -374,8 +379,9 @@ def check_fixed(other: Stored, model: nn.Module) -> None:
         )
 
 
-def _check_data(other: Stored, ours: Config, theirs: Config) -> None:
-    """Raise UsageError if the checkpoint's data differ; warn if it was trained on another part of the same data."""
+def _check_data(other: Stored, subject: Subject, theirs: Config) -> None:
+    """Raise UsageError if the checkpoint's data differ; warn if other files, or another part of them, trained it."""
+    ours, digests = subject.config, {subject.data, other.contents.data} - {""}
     names = ["data.name", "data.normalize"]
     if ours.data.name == "synthetic":
         names += ["run.seed", "data.synthetic_shape", "data.synthetic_classes", "data.synthetic_samples"]
@@ -386,7 +392,7 @@ def _check_data(other: Stored, ours: Config, theirs: Config) -> None:
     seeds = (ours.run.seed, theirs.run.seed)
     sizes = [(data.train_size, data.validation_size) for data in (ours.data, theirs.data)]
     # The seed chooses the training subset and the images that are held out.
-    if sizes[0] != sizes[1] or (sizes[0] != (None, None) and seeds[0] != seeds[1]):
+    if len(digests) > 1 or sizes[0] != sizes[1] or (sizes[0] != (None, None) and seeds[0] != seeds[1]):
         _logger.warning(
             "%s was trained on other training images than the first checkpoint, whose images are used", other.path
         )

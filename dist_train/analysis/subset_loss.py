@@ -41,6 +41,7 @@ from dist_train.training.evaluation import (
     stored_model,
     stored_normalization,
     warn_of_edited_plugins,
+    warn_of_other_data,
 )
 
 Vector = NDArray[np.float64]
@@ -201,6 +202,7 @@ def open_stored_subset(
         warn_of_kept_statistics(model)
     layout, normalization = precision.channels_last, stored_normalization(stored.contents)
     with closing(open_splits(config.data, config.run.seed, compute.device, layout, normalization)) as splits:
+        warn_of_other_data(stored, splits)
         if settings.statistics == "recomputed":
             _recompute(model, splits.train, config, compute)
         batches = tuple(splits.train.read_all(cut(chosen, settings.batch_size)))

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from dist_train.checkpoint.files import Contents, find_checkpoint, read_same
+from dist_train.checkpoint.files import Contents, Stored, find_checkpoint, read_same
 from dist_train.checkpoint.state import Weights, load_model, stored_state
 from dist_train.cluster.communicator import Communicator, run_long_on_all_ranks, run_on_all_ranks
 from dist_train.cluster.devices import assign_devices, device_type
@@ -212,11 +212,7 @@ def evaluate_stored(target: Path, split: Split, overrides: Sequence[str], weight
         splits = run_long_on_all_ranks(comm, open_data, "load the data")
         stack.callback(splits.close)
         if comm.rank == 0:
-            if splits.differ_from(contents.data):
-                _logger.warning(
-                    "the data set is not that with which %s was trained: files or labels differ", stored.path
-                )
-            _warn_of_other_classes(contents, splits)
+            warn_of_other_data(stored, splits)
             warn_of_edited_plugins(contents, config)
 
         def build() -> nn.Module:
@@ -261,9 +257,14 @@ def stored_normalization(contents: Contents) -> ChannelStatistics | None:
     return ChannelStatistics(tuple(stored["mean"]), tuple(stored["deviation"])) if stored else None
 
 
-def _warn_of_other_classes(contents: Contents, splits: Splits) -> None:
-    """Warn if a class of `splits` has another name than in training: its images then count as those of that class."""
-    for label, (trained, here) in enumerate(zip(contents.class_names, splits.class_names, strict=False)):
+def warn_of_other_data(stored: Stored, splits: Splits) -> None:
+    """Warn if `splits` are not the data of training, or one of their classes has another name than it had then.
+
+    Its images then count as those of that class.
+    """
+    if splits.differ_from(stored.contents.data):
+        _logger.warning("the data set is not that with which %s was trained: files or labels differ", stored.path)
+    for label, (trained, here) in enumerate(zip(stored.contents.class_names, splits.class_names, strict=False)):
         if trained != here:
             _logger.warning("label %d is the class %s here, but was %s in training", label, here, trained)
             return

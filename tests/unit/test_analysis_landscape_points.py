@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -269,4 +270,17 @@ def test_other_training_images_are_warned_of(
     model = build_model(first)
     with caplog.at_level(logging.WARNING, "dist_train.analysis"):
         place_in(stored(model, second), Mock(config=first, model=model))
+    assert bool(caplog.records) == is_warned
+
+
+@pytest.mark.parametrize(("theirs", "is_warned"), [("", False), ("0123", False), ("4567", True)])
+def test_a_checkpoint_of_other_files_is_warned_of(
+    theirs: str, is_warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = small_config()
+    model = build_model(config)
+    other = stored(model, config)
+    other = replace(other, contents=replace(other.contents, data=theirs))
+    with caplog.at_level(logging.WARNING, "dist_train.analysis"):
+        place_in(other, Mock(config=config, model=model, data="0123"))
     assert bool(caplog.records) == is_warned

@@ -17,7 +17,10 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
 
-from dist_train.analysis.landscape_points import PointEvaluator, place_in, place_of
+from dist_train.analysis.landscape_files import LandscapeSettings
+from dist_train.analysis.landscape_points import PointEvaluator, open_subject, place_in, place_of
+from dist_train.analysis.sharpness_record import SharpnessSettings
+from dist_train.analysis.subset_loss import open_stored_subset
 from dist_train.api import Format, Run, evaluate, export, load_run
 from dist_train.checkpoint.files import find_checkpoint, list_checkpoints, read_checkpoint, read_stored
 from dist_train.cluster.communicator import Communicator, SingleProcess
@@ -176,8 +179,15 @@ def test_a_class_that_had_another_name_in_training_is_told(tmp_path: Path, caplo
         trainer.run()
     for split in ("train", "val"):
         (root / split / "bee").rename(root / split / "ape")
+    caplog.clear()
     evaluate_stored(tmp_path / "run", "test", [])
-    assert "label 1 is the class ape here, but was bee in training" in caplog.messages
+    stored = read_stored(tmp_path / "run")
+    open_subject(stored, [], LandscapeSettings("direction", -1.0, 1.0, 3), local_rank=0)
+    open_stored_subset(stored, SharpnessSettings(), [])
+    assert caplog.messages == 3 * [
+        f"the data set is not that with which {stored.path} was trained: files or labels differ",
+        "label 1 is the class ape here, but was bee in training",
+    ]
 
 
 def test_it_is_what_the_run_itself_measured(run: Path) -> None:
