@@ -121,11 +121,6 @@ class Frame:
         return self.width - (42 if self.chart.right else 14)
 
     @property
-    def is_scatter(self) -> bool:
-        """Whether the pointer selects single points rather than a position along x."""
-        return any(series.form in ("dots", "squares") for series in self.chart.series)
-
-    @property
     def x_ticks(self) -> tuple[float, ...]:
         """The ticks of the horizontal axis; the labels of a logarithmic one, unevenly spaced, need more room."""
         return ticks(self.chart.x, 3 if self.chart.x.is_logarithmic else 6)
@@ -146,14 +141,14 @@ class Frame:
             marks = [(round(self.x(point.x), 1), round(self.y(axis, point.y), 1), point.text) for point in points]
             band = [(self.x(point.x), *(self.y(axis, end) for end in point.band)) for point in points if point.band]
             outline = [(x, high) for x, _, high in band] + [(x, low) for x, low, _ in reversed(band)]
-            is_marked = self.is_scatter or (series.form == "line" and len(marks) <= _MOST_MARKS)
+            is_marked = self.chart.is_scatter or (series.form == "line" and len(marks) <= _MOST_MARKS)
             values = [
                 [*mark, round(point.x, 4), *([] if point.step is None else [point.step])]
                 for mark, point in zip(marks, points, strict=True)
             ]
             yield Drawn(
                 series,
-                "" if self.is_scatter else _path([(x, y) for x, y, _ in marks]),
+                "" if self.chart.is_scatter else _path([(x, y) for x, y, _ in marks]),
                 f"{_path(outline)}Z" if len(band) > 1 else "",
                 tuple(marks) if is_marked else (),
                 json.dumps(values, ensure_ascii=False, separators=(",", ":")),

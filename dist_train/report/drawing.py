@@ -176,8 +176,7 @@ def _draw_chart(axes: Axes, chart: Chart) -> tuple[Axes, ...]:
     if chart.note:
         axes.set_title(chart.note, loc="right", color="#606060")
     # A logarithmic axis has uneven gaps. Only that of a range test, without dots, has the whole width of a page.
-    is_scatter = any(series.form in _MARKS for series in chart.series)
-    _set_axis(axes, "x", chart.x, 3 if is_scatter and chart.x.is_logarithmic else 6)
+    _set_axis(axes, "x", chart.x, 3 if chart.is_scatter and chart.x.is_logarithmic else 6)
     _set_axis(axes, "y", chart.left)
     right = axes
     if chart.right:

@@ -74,6 +74,11 @@ class Chart:
     note: str = ""
     upright: float | None = None  # position of a vertical line, for instance at the solution
 
+    @property
+    def is_scatter(self) -> bool:
+        """Whether it shows single points rather than curves."""
+        return any(series.form in ("dots", "squares") for series in self.series)
+
 
 def linear_axis(title: str, values: Iterable[float], write: Callable[[float], str], *, margin: float = 0.05) -> Axis:
     """Return an axis that holds all finite `values`, with `margin` as a fraction of their range at both ends."""
