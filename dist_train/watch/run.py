@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from dist_train.outcome import UsageError
-from dist_train.rundir.atomic import open_regular
+from dist_train.rundir.atomic import exists, open_regular
 from dist_train.rundir.metrics_file import TRAIN_LINE, from_json
 from dist_train.rundir.paths import BrokenFileError, RunDirectory, run_folder
 from dist_train.rundir.records import EvaluationRecord, EventRecord, Record, TrainRecord, better
@@ -221,7 +221,10 @@ class WatchedRun:
         If the directory is gone, everything stays as it was; after a few such looks the run is lost.
         """
         now = time.time() if now is None else now
-        self._misses = self._misses + 1 if _is_gone(self._run.root) else 0
+        is_gone = False
+        with suppress(OSError):  # of a file server, which may pass
+            is_gone = not exists(self._run.root)
+        self._misses = self._misses + 1 if is_gone else 0
         if self._misses:
             return self._snapshot("the run's directory is gone", now)
         problem, is_changed = self._follow()
@@ -295,14 +298,6 @@ class WatchedRun:
         if self._status is not None:
             signs.append(seconds_of(self._status.updated))
         return max(now - max(signs), time.monotonic() - self._first_look) if signs else None
-
-
-def _is_gone(folder: Path) -> bool:
-    try:
-        folder.stat()
-    except OSError as error:
-        return isinstance(error, FileNotFoundError)  # others, as of a file server, may pass
-    return False
 
 
 def _state(run: RunDirectory, status: Status | None, silence: float | None, now: float) -> tuple[str, str]:
