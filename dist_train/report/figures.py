@@ -18,7 +18,6 @@ from dist_train.report.chart import WIDTH
 from dist_train.report.measures import (
     FINAL_ACCURACY,
     Measure,
-    Summary,
     commonest_settings,
     directions_of,
     mean_points,
@@ -268,14 +267,11 @@ def _mean_line(landscapes: Sequence[Landscape], split: str, quantity: Quantity) 
         values.setdefault(point.alpha, []).append(quantity.take(point))
     # Where one is not finite, the mean of the others would be too low.
     complete = (each for each in sorted(values.items()) if all(map(math.isfinite, each[1])))
-
-    def words(found: Summary) -> str:
-        return three_digits(found.mean) if quantity is LOSS else quantity.text(found.mean)
-
+    write = three_digits if quantity is LOSS else quantity.text
     return Series(
         f"{split} {quantity.name}",
         f"{quantity.name} {split}",
-        mean_points(complete, words),
+        mean_points(complete, lambda found: write(found.mean)),
         "dashed" if split == "test" else "line",
         "left" if quantity is LOSS else "right",
     )

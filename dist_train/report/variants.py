@@ -262,10 +262,8 @@ def _without_unused_noise(settings: Mapping[str, object]) -> dict[str, object]:
 
 def shown(value: object) -> str:
     """Return the value of a setting in short YAML; numbers have the digits that distinguish them."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true" if value else "false"
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
     if isinstance(value, Mapping):
         return " ".join(f"{name} {shown(inner)}" for name, inner in value.items())
     if isinstance(value, list | tuple):
