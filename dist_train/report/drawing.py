@@ -365,11 +365,11 @@ class RangeTest:
 def range_test(rates: Sequence[float], losses: Sequence[float]) -> RangeTest:
     """Return the range test of `losses` at rising `rates`; it suggests the steepest descent per log rate.
 
-    The smoothed loss is a centred mean over a tenth of the updates, which does not lag. Losses are capped at twice the
-    first one, because the height of a jump means nothing but that the rate is too high.
+    The smoothed loss is a centred mean over a tenth of the updates, which does not lag. Losses are capped at a rise by
+    the size of the first one, because the height of a jump means nothing but that the rate is too high.
     """
     half = max(1, len(losses) // 20)
-    capped = [min(loss, 2 * losses[0]) for loss in losses]
+    capped = [min(loss, losses[0] + abs(losses[0])) for loss in losses]
     smoothed = [fmean(capped[max(0, at - half) : at + half + 1]) for at in range(len(capped))]
     least = min(range(len(smoothed)), key=smoothed.__getitem__)
     slopes = {

@@ -92,8 +92,14 @@ def linear_axis(title: str, values: Iterable[float], write: Callable[[float], st
 
 
 def loss_axis(title: str, values: Iterable[float]) -> Axis:
-    """Return an axis from 0, or a logarithmic axis if a linear one would hide the small values."""
-    positive = [value for value in values if math.isfinite(value) and value > 0]
+    """Return an axis from 0, or a logarithmic axis if a linear one would hide the small values.
+
+    It begins below 0 if some values do, as a plug-in's loss may.
+    """
+    finite = [value for value in values if math.isfinite(value)]
+    if min(finite, default=0.0) < 0:
+        return linear_axis(title, finite, plain)
+    positive = [value for value in finite if value > 0]
     if not positive:
         return Axis(title, 0.0, 1.0, plain)
     least, most = min(positive), max(positive)

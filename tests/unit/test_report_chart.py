@@ -105,6 +105,12 @@ def test_a_blow_up_does_not_hide_the_losses() -> None:
     assert loss_axis("loss", [1e9, 1e8, 1e7]).high > 1e9, "losses that are large throughout are shown"
 
 
+def test_losses_below_0_lie_within_their_axis() -> None:
+    axis = loss_axis("loss", [2.0, 0.5, math.nan, -1.0])
+    assert not axis.is_logarithmic
+    assert 0 < axis.share(-1.0) < axis.share(2.0) < 1
+
+
 @pytest.mark.parametrize(("last", "count"), [(6.0, 7), (10.0, 6), (30.0, 7), (200.0, 5)])
 def test_the_last_point_lies_within_the_axis_and_ticks_are_those_of_its_epochs(last: float, count: int) -> None:
     axis = epochs_axis([Series("test", "test", (Point(last, 1.0),))])

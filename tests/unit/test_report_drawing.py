@@ -48,9 +48,10 @@ pytestmark = pytest.mark.usefixtures("threads_as_before")
 RATES = [1e-4 * 10 ** (at / 20) for at in range(100)]
 
 
-def test_the_suggestion_is_where_the_loss_falls_steepest() -> None:
+@pytest.mark.parametrize("first", [2.5, -2.5])
+def test_the_suggestion_is_where_the_loss_falls_steepest(first: float) -> None:
     # a fall around 0.01, a jump from 1 on
-    losses = [2.5 - 2 / (1 + (0.01 / rate) ** 3) + (40 if rate > 1 else 0) for rate in RATES]
+    losses = [first - 2 / (1 + (0.01 / rate) ** 3) + (40 if rate > 1 else 0) for rate in RATES]
     test = range_test(RATES, losses)
     assert test.suggestion == pytest.approx(0.01, rel=0.3)
     assert len(test.smoothed) == 100
