@@ -296,8 +296,10 @@ def _commands(subject: Subject) -> tuple[str, ...]:
     report = f"dist-train report {folder}"
     if subject.kind != "run":
         return (report,)
-    name, config = subject.runs[0].settings.get("run.name", "run"), RunDirectory(subject.directory).config
-    words = ["dist-train", "train", str(config), f"run.name={name}-again", "run.resume=never"]
+    settings, config = subject.runs[0].settings, RunDirectory(subject.directory).config
+    words = ["dist-train", "train", str(config), f"run.name={settings.get('run.name', 'run')}-again"]
+    # One that began from the checkpoint of another run begins from that again.
+    words += ["run.resume=never"] if settings.get("run.resume", "auto") == "auto" else []
     return (shlex.join(words), report)
 
 

@@ -92,6 +92,13 @@ def test_the_command_that_repeats_a_run_is_one_command_whatever_its_files_say(tm
     assert command in html.unescape(render(read_subject(directory)))
 
 
+def test_the_command_that_repeats_a_run_begins_where_the_run_began(tmp_path: Path) -> None:
+    treatment = treatments()[0]
+    directory = make_run(tmp_path / "run", treatment, 0, {**treatment.settings, "run.resume": "runs/first@32"})
+    page = render(read_subject(directory))
+    assert f"<code>dist-train train {directory}/config.yaml run.name=run-again</code>" in page
+
+
 def test_stored_titles_of_several_lines_give_the_same_tables(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study", seeds=(0,))
     tables = tables_in_markdown(read_subject(study))
