@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -101,11 +101,10 @@ def landscape_figure(panels: Sequence[Panel]) -> LandscapeFigure:
 
 def run_landscapes(run: StoredRun) -> tuple[Chart, ...]:
     """Return a chart of every landscape along lines from a checkpoint of `run`."""
-    found = [item for item in run.analyses.landscapes if item.kind != "plane"]
-    titles = _told_apart([(_line_title(item), item) for item in found])
+    found = _told_apart((_line_title(item), item) for item in run.analyses.landscapes if item.kind != "plane")
     return tuple(
         landscape_chart(f"run-landscape-{number}", title, f". {title}", [item], _statistics_of(item))
-        for number, (title, item) in enumerate(zip(titles, found, strict=True))
+        for number, (title, item) in enumerate(found)
     )
 
 
@@ -121,17 +120,15 @@ def _line_title(item: Landscape) -> str:
     return f"From {first} (0) to {last} (1)"
 
 
-def _told_apart(titled: Sequence[tuple[str, Landscape]]) -> list[str]:
-    """Return the titles; equal ones with the settings that differ between their landscapes."""
-    settings = [json.loads(item.shared_settings) for _, item in titled]
-    titles = []
-    for (title, _), own in zip(titled, settings, strict=True):
-        alike = [each for (other, _), each in zip(titled, settings, strict=True) if other == title]
+def _told_apart(titled: Iterable[tuple[str, Landscape]]) -> Iterator[tuple[str, Landscape]]:
+    """Yield titles and landscapes; equal titles with the settings that differ between their landscapes."""
+    found = [(title, item, json.loads(item.shared_settings)) for title, item in titled]
+    for title, item, own in found:
+        alike = [settings for other, _, settings in found if other == title]
         names = dict.fromkeys(name for each in alike for name in each)
         differing = [name for name in names if any(each.get(name) != own.get(name) for each in alike)]
         words = [f"{name.replace('_', ' ')} {shown(own.get(name, ABSENT))}" for name in differing]
-        titles.append(", ".join([title, *words]))
-    return titles
+        yield ", ".join([title, *words]), item
 
 
 @dataclass(frozen=True)
@@ -148,8 +145,8 @@ class Plane:
 
 def planes_of(runs: Sequence[StoredRun]) -> tuple[Plane, ...]:
     """Return the planes of `runs` whose figure exists."""
-    found = [(f"{run.name}{_step(item)}", item) for run in runs for item in run.analyses.of_kind("plane")]
-    every = (Plane(title, item.folder) for title, (_, item) in zip(_told_apart(found), found, strict=True))
+    found = _told_apart((f"{run.name}{_step(item)}", item) for run in runs for item in run.analyses.of_kind("plane"))
+    every = (Plane(title, item.folder) for title, item in found)
     return tuple(plane for plane in every if plane.picture("svg").is_file())
 
 
