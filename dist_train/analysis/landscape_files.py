@@ -239,9 +239,7 @@ class LandscapeFolder:
 
     def save_settings(self, found: Mapping[str, Any]) -> None:
         """Write settings.json: the identity, and the results `found`. Raises UsageError."""
-        identity = self.identity
-        fields = {"kind": identity.kind, "checkpoints": list(identity.checkpoints), "settings": dict(identity.settings)}
-        text = json_text({**fields, "widths": {}, **found}, indent=2)
+        text = json_text({**vars(self.identity), "widths": {}, **found}, indent=2)
         with writing(self.settings, OTHER_OUTPUT):
             atomic.write_text(self.settings, text + "\n")
 

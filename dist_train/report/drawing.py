@@ -149,10 +149,8 @@ def _height(panel: Chart | StripPlot) -> float:
 
 
 def _labels(strip: StripPlot) -> list[str]:
-    notes = (" (not finished)" if variant.is_provisional else "" for variant in strip.variants)
-    return [
-        textwrap.fill(each.label + note, _LETTERS_OF_LABEL) for each, note in zip(strip.variants, notes, strict=True)
-    ]
+    labels = (each.label + (" (not finished)" if each.is_provisional else "") for each in strip.variants)
+    return [textwrap.fill(label, _LETTERS_OF_LABEL) for label in labels]
 
 
 def stacked(charts: Sequence[Chart], heights: Sequence[float], title: str) -> Figure:
