@@ -92,6 +92,9 @@ class LandscapeSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"--{name.replace('_', '-')} is {value}: it must be 1 or more", code="option-range")
+        if self.statistics_samples is not None and self.statistics == "interpolated":
+            wrong = "--statistics-samples are for recomputed statistics: leave it out, or --statistics interpolated"
+            raise UsageError(wrong, code="option-alone")
 
     def record(self) -> dict[str, Any]:
         """Return every setting that the numbers depend on; results record them and are named by their digest."""

@@ -78,6 +78,7 @@ def test_range_may_begin_with_any_negative_number(start: str) -> None:
         (["direction", "RUN", "--points", "4"], "option-range"),
         (["direction", "RUN", "--range", "0.5", "1"], "option-range"),
         (["direction", "RUN", "--samples", "0"], "option-range"),
+        (["direction", "RUN", "--statistics", "interpolated", "--statistics-samples", "9"], "option-alone"),
         (["direction", "RUN", "--exclude", "nothing"], "no-such-weight"),
         (["direction", "RUN", "model.width=2"], "settings-changed"),
         (["direction", "RUN", "--precision", "float32", "precision.compute=bfloat16"], "option-alone"),
