@@ -50,15 +50,23 @@ from dist_train.watch.figure import (
 
 _MOST_LINEAR = 12.0
 LandscapeAxes = tuple[Axis, Axis, Axis]  # along the line; of the loss; of the accuracy
+_LINES = {"loss": "loss, left axis", "accuracy": "accuracy, right axis", "train": "train", "test": "test"}
 
 
 @dataclass(frozen=True)
-class LandscapeFigure:
-    """Landscapes around solutions: a row as in the paper, a row of the other variants', and their settings."""
+class NumberedFigure:
+    """Rows of panels, or planes, under one title, with a note below.
 
-    rows: tuple[tuple[Chart, ...], ...] = ()
-    settings: tuple[tuple[str, str], ...] = ()
-    left_out: int = 0  # number of `direction` landscapes not drawn, because of other settings or an earlier step
+    `legend` maps the styles that readers can switch to their labels.
+    """
+
+    key: str
+    title: str
+    rows: tuple[tuple[Chart | StripPlot, ...], ...] = ()
+    planes: tuple[Plane, ...] = ()
+    legend: Mapping[str, str] = field(default_factory=dict)
+    note: str = ""
+    number: int = 0
 
 
 @dataclass(frozen=True)
@@ -70,7 +78,7 @@ class _Drawn:
     landscapes: tuple[Landscape, ...]
 
 
-def landscape_figure(panels: Sequence[Panel]) -> LandscapeFigure:
+def landscape_figure(panels: Sequence[Panel]) -> NumberedFigure:
     """Return the charts around solutions: baseline and one noise variant of each panel, then the other variants."""
     runs = counted_runs(panels)
     chosen = directions_of(runs)
@@ -84,7 +92,6 @@ def landscape_figure(panels: Sequence[Panel]) -> LandscapeFigure:
     rest = [item for item in drawn if item not in first]
     # The same axes for all, so that widths can be compared.
     axes = landscape_axes([item for group in drawn for item in group.landscapes])
-    settings = json.loads(next(iter(chosen.values())).shared_settings) if chosen else {}
     # Letters as in the paper: a and b for SB without and with noise, c and d for LB.
     places = [2 * panels.index(item.panel) + (not item.variant.is_base) for item in first]
     as_in_the_paper = tuple(
@@ -92,11 +99,13 @@ def landscape_figure(panels: Sequence[Panel]) -> LandscapeFigure:
         for at, (item, place) in enumerate(zip(first, places, strict=True))
     )
     others = tuple(_around(f"landscape-other-{index}", item, "", axes) for index, item in enumerate(rest))
-    return LandscapeFigure(
-        rows=tuple(filter(None, (as_in_the_paper, others))),
-        settings=tuple((name.replace("_", " "), json.dumps(value).strip('"')) for name, value in settings.items()),
-        left_out=sum(len(run.analyses.of_kind("direction")) for run in runs) - len(chosen),
-    )
+    settings = json.loads(next(iter(chosen.values())).shared_settings) if chosen else {}
+    values = {name.replace("_", " "): json.dumps(value).strip('"') for name, value in settings.items()}
+    note = f"{'; '.join(f'{name}: {value}' for name, value in values.items())}."
+    if left_out := sum(len(run.analyses.of_kind("direction")) for run in runs) - len(chosen):
+        note += f" {left_out} results made with other settings or at earlier steps are not drawn."
+    rows = tuple(filter(None, (as_in_the_paper, others)))
+    return NumberedFigure("landscapes", "The loss around the solutions", rows, legend=_LINES, note=note)
 
 
 def run_landscapes(run: StoredRun) -> tuple[Chart, ...]:
@@ -379,19 +388,6 @@ _SERIES_NAMES = {
     **{split: f"{split} split" for split in ("train", "test", "validation")},
     **{f"{split}-averaged": f"{split} split, averaged weights" for split in ("train", "validation", "test")},
 }
-_LINES = {"loss": "loss, left axis", "accuracy": "accuracy, right axis", "train": "train", "test": "test"}
-
-
-@dataclass(frozen=True)
-class NumberedFigure:
-    """Rows of panels, or planes, under one title; `legend` maps the styles that readers can switch to their labels."""
-
-    key: str
-    title: str
-    rows: tuple[tuple[Chart | StripPlot, ...], ...] = ()
-    planes: tuple[Plane, ...] = ()
-    legend: Mapping[str, str] = field(default_factory=dict)
-    number: int = 0
 
 
 def figures_of_run(run: StoredRun) -> dict[str, NumberedFigure]:
@@ -409,11 +405,7 @@ def figures_of_run(run: StoredRun) -> dict[str, NumberedFigure]:
 
 
 def figures_of_study(
-    panels: Sequence[Panel],
-    runs: Sequence[StoredRun],
-    measure: Measure | None,
-    landscape: LandscapeFigure,
-    scatters: Sequence[Scatter],
+    panels: Sequence[Panel], runs: Sequence[StoredRun], measure: Measure | None, scatters: Sequence[Scatter]
 ) -> dict[str, NumberedFigure]:
     """Return the non-empty figures of several runs, by key; `measure` is the one shown "at a glance"."""
     labels: dict[str, dict[str, None]] = {}  # baselines may differ by panel
@@ -424,7 +416,7 @@ def figures_of_study(
     return _numbered(
         NumberedFigure("glance", "At a glance", (strip_plots(panels, measure),) if measure else ()),
         NumberedFigure("curves", "Learning curves", study_curves(panels), legend=legend),
-        NumberedFigure("landscapes", "The loss around the solutions", landscape.rows, legend=_LINES),
+        landscape_figure(panels),
         NumberedFigure("between", "Between two solutions", (lines_between(panels),), legend=_LINES),
         NumberedFigure("planes", "Planes through the solutions", planes=planes_of(runs)),
         NumberedFigure("sharpness", "Sharpness against generalization", (against,), legend=legend),

@@ -19,7 +19,7 @@ from dist_train import __version__
 from dist_train.monitoring import wording
 from dist_train.outcome import UsageError, writing
 from dist_train.report.chart import ROLES, Frame, style_rules, ticks
-from dist_train.report.figures import NumberedFigure, figures_of_run, figures_of_study, landscape_figure
+from dist_train.report.figures import NumberedFigure, figures_of_run, figures_of_study
 from dist_train.report.measures import measures_of, mixes_statistics, sharpness_left_out, sharpness_settings
 from dist_train.report.sharpness_charts import sharpness_scatters
 from dist_train.report.stored_run import StoredRun, Subject, read_subject
@@ -187,17 +187,16 @@ def _notices(subject: Subject, panels: Sequence[Panel]) -> Iterator[str]:
 def _study_content(subject: Subject) -> dict[str, Any]:
     tables = _content_of_tables(subject)
     panels: Sequence[Panel] = tables["panels"]
-    landscape, counted = landscape_figure(panels), counted_runs(panels)
+    counted = counted_runs(panels)
     variants = [variant for panel in panels for variant in panel.variants]
     measures = measures_of([run for variant in variants for run in variant.runs])
     glance = measures[0] if tables["tables"] else None
     return {
         **tables,
-        "figures": figures_of_study(panels, subject.runs, glance, landscape, tables["scatters"]),
+        "figures": figures_of_study(panels, subject.runs, glance, tables["scatters"]),
         "styles": {f"s{variant.colour}" for variant in variants},
         # Some curve of the training split shows updates, because the split was not evaluated.
         "trained_noisily": any(run.train and not run.split("train") for run in counted),
-        "landscape": landscape,
         "sharpness_left_out": sharpness_left_out(counted),
         "measures": measures,
         "runs": [(run, variant, run_cells(run, measures)) for variant in variants for run in variant.runs],
