@@ -9,7 +9,6 @@ from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Protocol
 
 import numpy as np
 import scipy
@@ -300,17 +299,7 @@ def noise_scale(gradients: Sequence[Vector], sizes: Sequence[int]) -> NoiseScale
     )
 
 
-class SmoothLoss(Protocol):
-    """A differentiable loss, evaluated by value and gradient."""
-
-    def point(self) -> Vector:
-        """Return the point at which sharpness is measured."""
-
-    def value_and_gradient(self, point: Vector) -> tuple[float, Vector]:
-        """Return the loss at `point` and its gradient."""
-
-
-def full_space(loss: SmoothLoss, settings: SharpnessSettings) -> float:
+def full_space(loss: SubsetLoss, settings: SharpnessSettings) -> float:
     """Return 100 (max L(x + y) - L(x)) / (1 + L(x)) over |y_i| <= epsilon (|x_i| + 1) for each weight i."""
     point = loss.point()
     radii = settings.keskar_epsilon * (np.abs(point) + 1.0)
@@ -322,7 +311,7 @@ def full_space(loss: SmoothLoss, settings: SharpnessSettings) -> float:
     return _sharpness(within, len(point), settings)
 
 
-def subspace(loss: SmoothLoss, settings: SharpnessSettings) -> float:
+def subspace(loss: SubsetLoss, settings: SharpnessSettings) -> float:
     """Return 100 (max L(x + A y) - L(x)) / (1 + L(x)) over |y_i| <= epsilon (|(A+ x)_i| + 1).
 
     The columns of A [weights, dimensions] are random directions of length 1; A+ is its pseudo-inverse.

@@ -42,7 +42,7 @@ from tests.unit.small_trainers import small_config, state_bits
 EPSILON = 1e-3
 
 
-class Parabola:
+class Parabola(SubsetLoss):
     """c + 1/2 sum of h_i (x_i - m_i)^2."""
 
     def __init__(self, curvatures: Vector, minimum: Vector, point: Vector, least: float) -> None:
