@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, islice
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
@@ -191,14 +191,13 @@ class PointEvaluator:
         if self._statistics_batches and not self._recompute_statistics():
             return [Measured(math.nan, math.nan)] * len(self._splits)
         batches = [batch for split in self._splits for batch in split]
-        sums = torch.stack(self._replicas.map(self._measure, batches)).tolist()
+        sums = iter(torch.stack(self._replicas.map(self._measure, batches)).tolist())
         measured = []
         for split in self._splits:
             samples = sum(len(labels) for _, labels in split)
             # Summed in the order of the batches, so the threads' order does not show in the bits.
-            losses, correct = zip(*sums[: len(split)], strict=True)
+            losses, correct = zip(*islice(sums, len(split)), strict=True)
             measured.append(Measured(sum(losses) / samples, sum(correct) / samples))
-            del sums[: len(split)]
         return measured
 
     def _recompute_statistics(self) -> bool:
