@@ -142,7 +142,7 @@ def panels_of(runs: Sequence[StoredRun]) -> tuple[Panel, ...]:
     to the first panel's baseline.
     """
     groups = _groups(runs)
-    sizes = {name: _batch(group) for name, group in groups.items()}
+    sizes = {name: next((run.batch for run in group if run.batch is not None), None) for name, group in groups.items()}
     batches = sorted(set(sizes.values()), key=lambda size: (size is None, size or 0))
     shorts = {size: "batch unknown" if size is None else f"batch {size:,}" for size in batches}
     if len(known := [size for size in batches if size is not None]) == 2:
@@ -292,11 +292,6 @@ def _groups(runs: Sequence[StoredRun]) -> dict[str, list[StoredRun]]:
 
 def _settings(runs: Sequence[StoredRun]) -> Mapping[str, object]:
     return next((_settings_of(run) for run in runs if run.settings), {})
-
-
-def _batch(runs: Sequence[StoredRun]) -> int | None:
-    """Return the global batch size of a variant."""
-    return next((run.batch for run in runs if run.batch is not None), None)
 
 
 def _choose_base(members: Mapping[str, Sequence[StoredRun]]) -> str | None:
