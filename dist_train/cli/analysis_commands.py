@@ -56,7 +56,7 @@ def _add_landscape(subparsers: Subparsers) -> None:
         kind.set_defaults(run=_landscape, check=_landscape_settings)
 
 
-def _landscape(arguments: argparse.Namespace) -> None:
+def _landscape(arguments: argparse.Namespace) -> int:
     from dist_train.analysis.directions import describe
     from dist_train.analysis.landscape import make_landscape
     from dist_train.analysis.landscape_files import OTHER_OUTPUT, read_landscape
@@ -90,6 +90,7 @@ def _landscape(arguments: argparse.Namespace) -> None:
             if settings.kind == "interpolate" and basin not in found:
                 print(f"basin of {basin}: none, the loss has no minimum on its side of alpha 0.5")
         print(finished.folder)
+    return ExitCode.FINISHED
 
 
 def _add_axis(parser: argparse.ArgumentParser, reach: tuple[float, float], points: int) -> None:
@@ -213,7 +214,7 @@ def _add_sharpness(subparsers: Subparsers) -> None:
     parser.set_defaults(run=_sharpness, check=_sharpness_settings)
 
 
-def _sharpness(arguments: argparse.Namespace) -> None:
+def _sharpness(arguments: argparse.Namespace) -> int:
     settings, measures = _sharpness_settings(arguments)
 
     from dist_train.analysis.sharpness import measure_sharpness
@@ -228,6 +229,7 @@ def _sharpness(arguments: argparse.Namespace) -> None:
     )
     print("\n".join(_table(record)))
     print(path)
+    return ExitCode.FINISHED
 
 
 def _sharpness_settings(arguments: argparse.Namespace) -> tuple[SharpnessSettings, list[Measure]]:
@@ -352,12 +354,13 @@ def _add_export(subparsers: Subparsers) -> None:
     parser.set_defaults(run=_export)
 
 
-def _export(arguments: argparse.Namespace) -> None:
+def _export(arguments: argparse.Namespace) -> int:
     from dist_train.api import export
 
     written = export(arguments.target, arguments.to, arguments.output, arguments.weights, arguments.overrides)
     path = escaped(str(written.path))
     print(f"{path}: step {written.step}; loaded back, its logits differ by at most {written.difference:g}")
+    return ExitCode.FINISHED
 
 
 def _add_replay(subparsers: Subparsers) -> None:

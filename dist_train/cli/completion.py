@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from dist_train.cli.common import Subparsers
 from dist_train.config import Config
 from dist_train.config.problems import choices_in, is_collection, models_of
+from dist_train.outcome import ExitCode
 
 _SCRIPT = """\
 _dist_train() {
@@ -69,10 +70,11 @@ def _add_completion(subparsers: Subparsers) -> None:
     parser.set_defaults(run=_completion)
 
 
-def _completion(arguments: argparse.Namespace) -> None:
+def _completion(arguments: argparse.Namespace) -> int:
     from dist_train.cli.main import build_parser
 
     print((_FOR_ZSH if arguments.shell == "zsh" else "") + completion_script(build_parser()), end="")
+    return ExitCode.FINISHED
 
 
 def completion_script(parser: argparse.ArgumentParser) -> str:

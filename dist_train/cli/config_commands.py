@@ -58,33 +58,38 @@ def _check(arguments: argparse.Namespace) -> int:
     return ExitCode.FINISHED
 
 
-def _show(arguments: argparse.Namespace) -> None:
+def _show(arguments: argparse.Namespace) -> int:
     print(dump_config(named_config(arguments)), end="")
+    return ExitCode.FINISHED
 
 
-def _run_directory(arguments: argparse.Namespace) -> None:
+def _run_directory(arguments: argparse.Namespace) -> int:
     config = named_config(arguments)
     print(in_utf8(config.run_directory if arguments.run_dir is None else arguments.run_dir))
+    return ExitCode.FINISHED
 
 
-def _engine(arguments: argparse.Namespace) -> None:
+def _engine(arguments: argparse.Namespace) -> int:
     print(engine_of("srun", named_config(arguments).comm.engine))
+    return ExitCode.FINISHED
 
 
-def _path(arguments: argparse.Namespace) -> None:
+def _path(arguments: argparse.Namespace) -> int:
     path = located(arguments.file).absolute()
     if not path.is_file():
         raise UsageError(f"there is no file at {path}", code="file-missing")
     print(path)
+    return ExitCode.FINISHED
 
 
-def _schema(arguments: argparse.Namespace) -> None:
+def _schema(arguments: argparse.Namespace) -> int:
     schema = Config.model_json_schema()
     file_keys = {
         "base": {"type": "string", "description": "Another file, whose settings this one starts from."},
         "plugins": {"type": "array", "items": {"type": "string"}, "description": "Files that register names."},
     }
     print(json.dumps({**schema, "properties": {**file_keys, **schema["properties"]}}, indent=2))
+    return ExitCode.FINISHED
 
 
 def _add_doctor(subparsers: Subparsers) -> None:

@@ -92,7 +92,7 @@ def _run(words: list[str]) -> int:
         # All ranks of a launch have the same arguments: only rank 0 reports errors in them.
         with nullcontext() if current_launch().rank == 0 else redirect_stderr(io.StringIO()):
             parsed = parse(words)
-        return int(parsed.run(parsed) or ExitCode.FINISHED)
+        return int(parsed.run(parsed))
     except CodedError as error:
         return _report(error)
     except OSError as error:
@@ -114,10 +114,7 @@ def _report(error: CodedError) -> int:
 
 
 def parse(words: list[str]) -> argparse.Namespace:
-    """Return the arguments of the command line `words`. Exits if they are wrong.
-
-    `run` is the command's function, which returns an exit code, or None if that can only be 0.
-    """
+    """Return the arguments of the command line `words`; `run` is the command's function. Exits if they are wrong."""
     parser = build_parser()
     end = words.index("--") if words[:1] == ["submit"] and "--" in words else len(words)
     parsed, rest = parser.parse_known_args(words[:end])

@@ -48,7 +48,7 @@ def _add_train(subparsers: Subparsers) -> None:
     parser.set_defaults(run=_train)
 
 
-def _train(arguments: argparse.Namespace) -> None:
+def _train(arguments: argparse.Namespace) -> int:
     # prints a traceback if a library crashes the process
     faulthandler.enable(file=_STANDARD_ERROR)
     with without_collection():
@@ -58,6 +58,7 @@ def _train(arguments: argparse.Namespace) -> None:
 
         gc.freeze()  # modules live as long as this process: later collections skip them
     train(config, arguments.run_dir)
+    return ExitCode.FINISHED
 
 
 def _add_lr_range(subparsers: Subparsers) -> None:
@@ -78,7 +79,7 @@ def _add_lr_range(subparsers: Subparsers) -> None:
     parser.set_defaults(run=_lr_range)
 
 
-def _lr_range(arguments: argparse.Namespace) -> None:
+def _lr_range(arguments: argparse.Namespace) -> int:
     from dist_train.diagnostics import learning_rate_range
 
     config = named_config(arguments)
@@ -92,6 +93,7 @@ def _lr_range(arguments: argparse.Namespace) -> None:
             result += "" if config.schedule.scaling == "none" else ", with schedule.scaling=none"
         print(f"{len(test.rates)} updates, rates {test.rates[0]:.3g} to {test.rates[-1]:.3g}; {result}")
         print(escaped(str(run_directory / "lr_range.png")))
+    return ExitCode.FINISHED
 
 
 def _add_launch(subparsers: Subparsers) -> None:

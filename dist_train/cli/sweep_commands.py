@@ -77,7 +77,7 @@ def _add_sweep(subparsers: Subparsers) -> None:
     parser.set_defaults(run=_study, action=_sweep)
 
 
-def _study(arguments: argparse.Namespace) -> int | None:
+def _study(arguments: argparse.Namespace) -> int:
     from dist_train.sweep.planned_runs import plan_study
 
     plan = plan_study(arguments.study, arguments.directory, arguments.overrides)
@@ -105,7 +105,7 @@ def _study(arguments: argparse.Namespace) -> int | None:
             wrong = f"the study {plan.study.name} has the runs 1 to {plan.total}, not {arguments.only}{asked}"
             raise UsageError(wrong, code="no-such-run-number")
         runs = (only,)
-    action: Callable[[argparse.Namespace, Plan, tuple[PlannedRun, ...]], int | None] = arguments.action
+    action: Callable[[argparse.Namespace, Plan, tuple[PlannedRun, ...]], int] = arguments.action
     return action(arguments, plan, runs)
 
 
@@ -200,7 +200,7 @@ def _sweep(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ..
     return tally.exit_code
 
 
-def _list(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ...]) -> None:
+def _list(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ...]) -> int:
     from dist_train.rundir.status import runs_with_result
     from dist_train.sweep.standing import render, standings_of
 
@@ -213,6 +213,7 @@ def _list(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ...
     if others := [name for name in runs_with_result(plan.directory) if name not in planned]:
         names = escaped(", ".join(others))
         print(f"finished or diverged runs in {plan.directory} that the study does not have: {names}")
+    return ExitCode.FINISHED
 
 
 def _array(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ...]) -> int:
@@ -245,13 +246,14 @@ def _arguments(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun
     return ExitCode.STOPPED if standing.then == "busy" else ExitCode.FAULT
 
 
-def _analyses(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ...]) -> None:
+def _analyses(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ...]) -> int:
     from dist_train.sweep.planned_runs import analysis_commands
     from dist_train.sweep.standing import standings_of
 
     finished = [standing.run for standing in standings_of(runs) if standing.then == "skip"]
     for command in analysis_commands(plan.study, finished):
         print(shlex.join(["dist-train", *command]))
+    return ExitCode.FINISHED
 
 
 def _best(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ...]) -> int:
@@ -338,7 +340,7 @@ def _submission(arguments: argparse.Namespace, file: Path, directory: Path, name
     )
 
 
-def _submit(arguments: argparse.Namespace) -> None:
+def _submit(arguments: argparse.Namespace) -> int:
     from dist_train.launching.preflight import refusals
     from dist_train.sweep.submission import describe_batch, submit_run, write_script
 
@@ -357,7 +359,7 @@ def _submit(arguments: argparse.Namespace) -> None:
     print("\n".join(plan), file=sys.stderr if arguments.dry_run else sys.stdout)
     if arguments.dry_run:
         print(write_script(submission), end="")
-        return
+        return ExitCode.FINISHED
 
     job = submit_run(submission)
     print(f"job            {job}")
@@ -365,6 +367,7 @@ def _submit(arguments: argparse.Namespace) -> None:
     print(f"watch it       {shlex.join(['dist-train', 'runs', str(directory.parent)])}")
     print(f"               {shlex.join(['tail', '-F', str(submission.log_of(job))])}")
     print(f"               squeue --jobs {job}; scancel {job}")
+    return ExitCode.FINISHED
 
 
 def _submit_study(arguments: argparse.Namespace) -> int:

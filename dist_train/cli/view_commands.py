@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dist_train.cli.common import Subparsers, is_on_terminal, print_table, terminal_width
 from dist_train.cluster.launch import job_states
-from dist_train.outcome import UsageError, escaped, writing
+from dist_train.outcome import ExitCode, UsageError, escaped, writing
 from dist_train.rundir.paths import RunDirectory, has_run_or_study, in_utf8, run_folder
 
 _VIEW = (100, 36)  # columns and rows of a view that is not printed on a terminal
@@ -40,7 +40,7 @@ def _add_runs(subparsers: Subparsers) -> None:
     parser.set_defaults(run=_runs)
 
 
-def _runs(arguments: argparse.Namespace) -> None:
+def _runs(arguments: argparse.Namespace) -> int:
     from dist_train.watch.run_table import as_json, corrected_by_slurm, read_runs, render
 
     runs = read_runs(arguments.directory)
@@ -52,9 +52,10 @@ def _runs(arguments: argparse.Namespace) -> None:
         print_table(render(runs, jobs, terminal_width()))
     else:
         print(escaped(f"no runs in {arguments.directory}"))
+    return ExitCode.FINISHED
 
 
-def _clean(arguments: argparse.Namespace) -> None:
+def _clean(arguments: argparse.Namespace) -> int:
     from dist_train.monitoring.prometheus.targets import SEEN_SECONDS, remove_stale
     from dist_train.watch.run_table import targets_directories
 
@@ -77,6 +78,7 @@ def _clean(arguments: argparse.Namespace) -> None:
             print(escaped(f"removed {path}"))
         if not removed:
             print(escaped(f"nothing to clean in {folder}"))
+    return ExitCode.FINISHED
 
 
 def _add_watch(subparsers: Subparsers) -> None:
@@ -94,7 +96,7 @@ def _add_watch(subparsers: Subparsers) -> None:
     parser.set_defaults(run=_watch)
 
 
-def _watch(arguments: argparse.Namespace) -> None:
+def _watch(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from dist_train.watch.run import WatchedRun, find_run
@@ -110,6 +112,7 @@ def _watch(arguments: argparse.Namespace) -> None:
         show_once(watched, console)
     else:
         watch(watched, console, arguments.interval)
+    return ExitCode.FINISHED
 
 
 def _seconds(text: str) -> float:
@@ -136,7 +139,7 @@ def _add_curve(subparsers: Subparsers) -> None:
     parser.set_defaults(run=_curve)
 
 
-def _curve(arguments: argparse.Namespace) -> None:
+def _curve(arguments: argparse.Namespace) -> int:
     from dist_train.report.drawing import draw_learning_curve
 
     if arguments.output is None and len(arguments.runs) > 1:
@@ -145,6 +148,7 @@ def _curve(arguments: argparse.Namespace) -> None:
     output = arguments.output or RunDirectory(runs[0]).learning_curve
     draw_learning_curve(runs, output)
     print(output)
+    return ExitCode.FINISHED
 
 
 def _add_report(subparsers: Subparsers) -> None:
@@ -170,7 +174,7 @@ def _add_report(subparsers: Subparsers) -> None:
     parser.set_defaults(run=_report)
 
 
-def _report(arguments: argparse.Namespace) -> None:
+def _report(arguments: argparse.Namespace) -> int:
     from dist_train.report.page import figures_of, write_report
 
     if arguments.figures is None and arguments.format is not None:
@@ -182,10 +186,11 @@ def _report(arguments: argparse.Namespace) -> None:
 
         for path in save_figures(figures_of(read_subject(directory)), arguments.figures, arguments.format or "svg"):
             print(path)
-        return
+        return ExitCode.FINISHED
     output = arguments.output or directory / "report.html"
     write_report(directory, output)
     print(output)
+    return ExitCode.FINISHED
 
 
 COMMANDS = (_add_runs, _add_watch, _add_curve, _add_report)

@@ -394,7 +394,7 @@ def test_a_folder_that_is_not_there_is_an_error_of_the_user(tmp_path: Path) -> N
 
 def run_command(*words: str) -> int:
     arguments = parse(["runs", *words])
-    return int(arguments.run(arguments) or 0)
+    return int(arguments.run(arguments))
 
 
 def test_the_command_prints_one_whole_line_a_run_into_a_pipe(
