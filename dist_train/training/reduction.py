@@ -201,8 +201,19 @@ def _check_adasum(comm: Communicator, share: float) -> None:
         )
 
 
-_LOSS, _CORRECT, _SAMPLES, _RISE, _RISE_SAMPLES, _OUT_OF_RANGE, _OUT_OF_MEMORY, _STOP, _RENDEZVOUS = range(9)
-_GRADIENTS, _SLOTS = 9, 10
+(
+    _LOSS,
+    _CORRECT,
+    _SAMPLES,
+    _GRADIENTS,
+    _RISE,
+    _RISE_SAMPLES,
+    _OUT_OF_RANGE,
+    _OUT_OF_MEMORY,
+    _STOP,
+    _RENDEZVOUS,
+    _SLOTS,
+) = range(11)
 
 _TERM_LIMIT = LOSSES.limit / 4096
 """A micro-batch whose losses add up to more is out of range."""
