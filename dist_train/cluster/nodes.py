@@ -23,6 +23,8 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
 from dist_train.cluster.heartbeats import interface_addresses, is_loopback, resolve
 from dist_train.cluster.inspection import installed_version
 from dist_train.cluster.launch import command_output
@@ -76,6 +78,9 @@ class NodeReport:
     unreachable: Mapping[str, str] = field(default_factory=dict)
 
 
+_REPORT = TypeAdapter(NodeReport)
+
+
 @dataclass(frozen=True)
 class Fault:
     """What is wrong with `nodes`, and how to fix it; `is_fatal`: no run can begin on them."""
@@ -123,8 +128,8 @@ def survey_nodes(directory: Path, environment: Mapping[str, str] = os.environ) -
                 ended = time.time()
     by_node: dict[str, NodeReport] = {}
     for line in output.splitlines():
-        with suppress(ValueError, TypeError):  # of a line that srun, or the node's shell, has printed
-            report = NodeReport(**json.loads(line))
+        with suppress(ValueError):  # of a line that srun, or the node's shell, has printed
+            report = _REPORT.validate_json(line)  # of another version it may have other fields, too
             by_node[report.node] = report
     reports = tuple(by_node[node] for node in nodes if node in by_node)
     shared, interface = _shared_addresses(reports)
@@ -239,7 +244,7 @@ def _differences(reports: Sequence[NodeReport], begun: float, ended: float, requ
             yield Fault((report.node,), f"its clock differs by {late:.0f} s", "set it by NTP or chrony", is_fatal=False)
     compared = {"GPUs": {report.node: str(report.gpus) for report in reports}}
     for name in reports[0].versions if reports else ():
-        compared[name] = {report.node: report.versions[name] for report in reports}
+        compared[name] = {report.node: report.versions.get(name, "") for report in reports}
     for what, values in compared.items():
         usual = max(values.values(), key=list(values.values()).count, default="")
         for node, value in values.items():

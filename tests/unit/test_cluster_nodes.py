@@ -88,6 +88,20 @@ def survey(folder: Path, reports: Sequence[NodeReport], monkeypatch: pytest.Monk
     return {node: fault.text for fault in found.faults for node in fault.nodes}
 
 
+def test_a_node_whose_report_is_of_another_version_is_named_with_its_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = NodeReport("node1", time.time(), {}, "10.0.0.1", {"dist_train": "1.0", "horovod": ""}, 0, reached=1)
+    later = replace(own, node="node2", versions={"dist_train": "2.0", "triton": "3.5"})
+    lines = [as_line(own), as_line(later).replace("{", '{"cores": 4, ', 1), '["of the node\'s shell"]', "7"]
+    monkeypatch.setattr(nodes, "command_output", lambda *command: "node1 node2")
+    monkeypatch.setattr(nodes, "_output", lambda command, seconds: ("\n".join(lines), ""))
+    found = survey_nodes(tmp_path, {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]"})
+    assert [(fault.nodes, fault.text) for fault in found.faults] == [
+        (("node2",), "dist_train: 2.0, where the others have 1.0")
+    ]
+
+
 def test_lines_of_a_node_s_shell_that_are_no_utf8_do_not_end_the_survey() -> None:
     output, errors = nodes._output(["sh", "-c", "printf 'caf\\351\\n'; printf 'caf\\351\\n' >&2"], 30.0)
     assert (output, errors) == ("caf\ufffd\n", "caf\ufffd\n")
