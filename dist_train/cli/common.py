@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from dist_train.config import Config, ConfigError, load_config
 from dist_train.config.combinations import unused_settings
-from dist_train.config.loading import located
+from dist_train.config.loading import located, with_overrides
 from dist_train.outcome import UsageError, say_on_stderr
 from dist_train.rundir.paths import RunDirectory
 
@@ -59,7 +59,7 @@ def config_to_train(arguments: argparse.Namespace) -> Config:
     """
     config = named_config(arguments)
     file = located(Path(arguments.config))
-    is_named = any(each.startswith(("run.name=", "run.directory=")) for each in arguments.overrides)
+    is_named = not {"name", "directory"}.isdisjoint(with_overrides({}, arguments.overrides).get("run", ()))
     folder = RunDirectory(file.parent)
     is_of_run = file.name == folder.config.name and folder.has_begun
     is_elsewhere = folder.root.resolve() != config.run_directory.resolve()

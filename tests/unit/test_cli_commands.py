@@ -657,8 +657,10 @@ def test_configuration_of_a_copied_run_does_not_train_elsewhere(
         assert main([*command, str(run / "config.yaml")]) == ExitCode.USAGE
         assert "[run-moved]" in capsys.readouterr().err
     assert main(["train", str(run / "config.yaml"), "--run-dir", str(run)]) == ExitCode.FINISHED
-    assert main(["train", str(run / "config.yaml"), "run.name=new", f"run.directory={tmp_path}"]) == ExitCode.FINISHED
+    for names in (["run.name=new", f"run.directory={tmp_path}"], [f"run={{name: newer, directory: {tmp_path}}}"]):
+        assert main(["train", str(run / "config.yaml"), *names]) == ExitCode.FINISHED
     assert (tmp_path / "new" / "status.json").is_file()
+    assert (tmp_path / "newer" / "status.json").is_file()
 
 
 class TestOutcome:
