@@ -708,12 +708,13 @@ answering_nodes() {
 }
 
 # srun waits for a lost node, and ranks for a rank that was on it. Ends both once Slurm reports a node failure, or once
-# the run has failed and its ranks have had time to end. Spares shells: the guard's, and those of users.
+# a fault has ended the run and its ranks have had time to end. After another end, as of a run that diverged, no rank is
+# missing, and rank 0 may wait for a last scrape. Spares shells: the guard's, and those of users.
 end_lingering_ranks() {
     local waited=0 status=$run_directory/status.json
     until grep -q '^srun: error: Node failure on' "$error_log"; do
         sleep 1
-        ! grep -qs "\"$launch_id\"" "$status" || ! grep -qs '"state": "failed"' "$status" || ((++waited < 10)) || break
+        ! grep -qs "\"$launch_id\"" "$status" || ! grep -qs '"exit_code": 1,' "$status" || ((++waited < 10)) || break
     done
     await_controller # without which no rank on another node can be ended
     squeue --noheader --steps --jobs "$job" --format '%i %j' | sed -nE '/ bash$/d; s/^([^ ]*\.[0-9]+) .*/\1/p' |

@@ -605,6 +605,25 @@ def test_lingering_ranks_are_ended_once_the_controller_answers_and_the_guard_sta
     assert (tmp_path / "ended").read_text() == "--signal=KILL 17.0\n"
 
 
+@pytest.mark.parametrize(("code", "launcher"), [(ExitCode.FAULT, "137\n"), (ExitCode.DIVERGED, "0\n")])
+def test_ranks_that_a_fault_has_ended_do_not_linger_but_those_of_a_run_that_diverged_may_wait_for_a_scrape(
+    programs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: ExitCode, launcher: str
+) -> None:
+    monkeypatch.setenv("DIST_TRAIN_LAUNCH", "x")
+    StatusFile(tmp_path / "status.json", 2).end("failed", code, "")
+    write_programs(tmp_path, squeue="", scancel="")
+    lines = f"""
+        sleep() {{ ((++seconds <= 20)) || {{ touch {tmp_path}/late; exit; }}; }}
+        seconds=0 run_directory={tmp_path} launch_id=x error_log=/dev/null
+        (until [[ -e {tmp_path}/late ]]; do command sleep 0.05; done) &
+        launcher=$! code=0
+        end_lingering_ranks &
+        wait "$launcher" || code=$?
+        echo "$code"
+    """
+    assert start(script_of(tmp_path, lines), PATH=programs, **TWO_NODES).stdout == launcher
+
+
 def test_the_check_of_the_nodes_requests_the_gpus_that_the_run_uses(programs: str, tmp_path: Path) -> None:
     with_scontrol(tmp_path, *(f"Nodes=n{count} CPU_IDs=0-3 Mem=0 GRES=gpu:{count}(IDX:0-1)" for count in (4, 2)))
     lines = """
