@@ -186,7 +186,8 @@ def _end_of(status: Status | None, launch: EndedLaunch) -> str:
 
 
 def _give_up(files: RunDirectory, status: Status | None, reason: str, code: ExitCode) -> Decision:
-    _write_end(files, status, "failed", reason, code)
+    was_finished = status is not None and status.state == "finished"  # which a launch that is refused does not change
+    _write_end(files, status, "finished" if was_finished else "failed", reason, code)
     return Decision("end", reason, code)
 
 

@@ -221,6 +221,15 @@ def test_what_the_launcher_or_the_ranks_refuse_is_not_tried_again(
     assert status.reason.startswith(reason)
 
 
+def test_a_finished_run_stays_finished_if_a_later_job_is_refused(run: Path) -> None:
+    file = StatusFile(run / "status.json", world_size=2)
+    file.end("finished", ExitCode.FINISHED, "")
+    decision = decide(run, 3, EndedLaunch("another", 2, ("dist-train: it is in use [run-in-use]",)))
+    assert (decision.action, decision.code) == ("end", ExitCode.USAGE)
+    status = load_status(run / "status.json")
+    assert (status.state, status.exit_code, status.reason) == ("finished", ExitCode.USAGE, "it is in use [run-in-use]")
+
+
 def test_what_may_go_better_the_next_time_is_tried_again(tmp_path: Path) -> None:
     words = ("srun: error: Unable to create step for job 5: Requested nodes are busy",)
     assert decide(tmp_path / "run", 3, EndedLaunch("one", 1, words)).action == "requeue"
