@@ -20,7 +20,9 @@ import torch
 
 from dist_train.cluster.communicator import Communicator, RankLostError, gather, run_on_all_ranks, signed_digest
 from dist_train.cluster.rendezvous import ending_after
+from dist_train.config import Config
 from dist_train.config.sections import Device
+from dist_train.kernels.operators import why_no_triton
 from dist_train.outcome import UsageError
 
 _GPU_COUNTS = (
@@ -346,3 +348,16 @@ def device_name(device: torch.device, processors: Path = Path("/proc/cpuinfo")) 
 
     # ARM has a number instead of a name, which tells its processors apart; some architectures have neither
     return first("model name") or f"{platform.machine()} {first('CPU part')}".rstrip()
+
+
+def describe_device(config: Config, device: torch.device) -> str:
+    """Return the device's name; for a GPU, also what kernels it uses; for a CPU, why it is no GPU."""
+    remarks = [why_no_gpu(find_gpus(os.environ))]
+    if device.type == "cuda":
+        reason = f", since comm.reduction is {config.comm.reduction}" if config.comm.is_exact else ""
+        why = why_no_triton()
+        remarks = [
+            f"deterministic kernels alone{reason}" if config.precision.deterministic is True else "",
+            f"torch's slower operators instead of our kernels ({why})" if why else "",
+        ]
+    return "; ".join(filter(None, (device_name(device), *remarks)))

@@ -1,8 +1,9 @@
-"""The communication software on this machine: Horovod's build, the MPI library, the launchers."""
+"""The versions of software on this machine, and what ranks communicate by: Horovod's build, MPI, the launchers."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 import shutil
 import sys
@@ -11,9 +12,12 @@ from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
+import dist_train
+from dist_train.cluster.launch import command_output
 from dist_train.outcome import UsageError
 
 _LONGEST_MPI_VERSION = 8192  # MPI_MAX_LIBRARY_VERSION_STRING of MPICH; that of Open MPI is 256
+_GIT_SECONDS = 5.0
 
 
 def installed_version(package: str) -> str:
@@ -22,6 +26,20 @@ def installed_version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return ""
+
+
+def revision(root: Path = Path(dist_train.__file__).parents[1]) -> str:
+    """Return dist_train's version, and its commit if `root` is a git repository: `0.1.0 (063e7bc-dirty)`."""
+    commit = ""
+    if (root / ".git").exists():
+        # git describe must not write to a repository that others may share.
+        git = ("git", "--no-optional-locks", "-C", str(root))
+        describe = ("describe", "--always", "--dirty", "--exclude=*")
+        # In hooks, GIT_DIR and GIT_INDEX_FILE would name another repository whatever -C says. GIT_CONFIG_* may say that
+        # a repository of another user is safe.
+        kept = {name: value for name, value in os.environ.items() if not re.match("GIT_(?!CONFIG)", name)}
+        commit = command_output(*git, *describe, seconds=_GIT_SECONDS, env=kept)
+    return f"{dist_train.__version__} ({commit})" if commit else dist_train.__version__
 
 
 def recovers_on_gpus(torch_version: str) -> bool:

@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import logging
-import os
-import re
 import socket
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
-import dist_train
 from dist_train.checkpoint.files import CheckpointFile, Contents, list_checkpoints
 from dist_train.checkpoint.state import InitialWeights, Progress
 from dist_train.cluster.communicator import Communicator, RankLostError, broadcast_str, gather_str
-from dist_train.cluster.devices import device_name, find_gpus, why_no_gpu
-from dist_train.cluster.launch import command_output, current_job
+from dist_train.cluster.devices import describe_device, device_name
+from dist_train.cluster.inspection import revision
+from dist_train.cluster.launch import current_job
 from dist_train.cluster.watchdog import Watchdog
-from dist_train.config import Config
 from dist_train.config.plugins import by_content, call_plugin
 from dist_train.config.sections import MetricsSettings
-from dist_train.kernels.operators import why_no_triton
 from dist_train.launching.preflight import ResumePoint
 from dist_train.monitoring.console import open_console
 from dist_train.monitoring.observers import Observers
@@ -53,8 +46,6 @@ if TYPE_CHECKING:
     from dist_train.training.trainer import Trainer
 
 _logger = logging.getLogger("dist_train.training")
-
-_GIT_SECONDS = 5.0
 
 
 @dataclass(eq=False)
@@ -424,20 +415,6 @@ def _observers_of_rank_0(settings: MetricsSettings, directory: RunDirectory, mor
     return Observers([*files, *([Exporter(settings)] if settings.enabled else []), *more])
 
 
-def revision(root: Path = Path(dist_train.__file__).parents[1]) -> str:
-    """Return dist_train's version, and its commit if `root` is a git repository: `0.1.0 (063e7bc-dirty)`."""
-    commit = ""
-    if (root / ".git").exists():
-        # git describe must not write to a repository that others may share.
-        git = ("git", "--no-optional-locks", "-C", str(root))
-        describe = ("describe", "--always", "--dirty", "--exclude=*")
-        # In hooks, GIT_DIR and GIT_INDEX_FILE would name another repository whatever -C says. GIT_CONFIG_* may say that
-        # a repository of another user is safe.
-        kept = {name: value for name, value in os.environ.items() if not re.match("GIT_(?!CONFIG)", name)}
-        commit = command_output(*git, *describe, seconds=_GIT_SECONDS, env=kept)
-    return f"{dist_train.__version__} ({commit})" if commit else dist_train.__version__
-
-
 def run_facts(trainer: Trainer, launched: float, revision: str, run_id: str, nodes: tuple[str, ...]) -> RunFacts:
     """Return the facts of the run of `trainer`; `launched`: when this launch began, in seconds since 1970."""
     config, plan, ranks = trainer.config, trainer.plan, trainer.comm
@@ -477,16 +454,3 @@ def run_facts(trainer: Trainer, launched: float, revision: str, run_id: str, nod
         is_requeued=job is not None and job.is_requeued,
         generation=ranks.generation,
     )
-
-
-def describe_device(config: Config, device: torch.device) -> str:
-    """Return the device's name; for a GPU, also what kernels it uses; for a CPU, why it is no GPU."""
-    remarks = [why_no_gpu(find_gpus(os.environ))]
-    if device.type == "cuda":
-        reason = f", since comm.reduction is {config.comm.reduction}" if config.comm.is_exact else ""
-        why = why_no_triton()
-        remarks = [
-            f"deterministic kernels alone{reason}" if config.precision.deterministic is True else "",
-            f"torch's slower operators instead of our kernels ({why})" if why else "",
-        ]
-    return "; ".join(filter(None, (device_name(device), *remarks)))

@@ -23,6 +23,7 @@ from dist_train.cluster.devices import (
     check_placements,
     choose_device,
     connect,
+    describe_device,
     device_name,
     device_type,
     find_gpus,
@@ -36,8 +37,6 @@ from dist_train.cluster.launch import Launch
 from dist_train.config import Config
 from dist_train.config.resuming import with_device
 from dist_train.config.sections import Device
-from dist_train.launching import session
-from dist_train.launching.session import describe_device
 from dist_train.outcome import CodedError, FaultError, PeerFailedError, UsageError
 from dist_train.training.reduction import _BUCKET
 from tests.raising import raises
@@ -306,10 +305,10 @@ def test_a_run_on_gpus_says_how_it_keeps_to_the_same_bits(
     settings: dict[str, object], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device.index}")
-    monkeypatch.setattr(session, "why_no_triton", lambda: "")
+    monkeypatch.setattr(devices, "why_no_triton", lambda: "")
     config = with_device(Config.model_validate(settings), "cuda")
     assert describe_device(config, torch.device("cuda", 1)) == words
-    monkeypatch.setattr(session, "why_no_triton", lambda: "no compiler")
+    monkeypatch.setattr(devices, "why_no_triton", lambda: "no compiler")
     assert describe_device(config, torch.device("cuda", 1)).endswith("instead of our kernels (no compiler)")
 
 

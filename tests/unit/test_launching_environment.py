@@ -6,7 +6,9 @@ import json
 import mmap
 import os
 import platform
+import re
 import shutil
+import subprocess
 from importlib import metadata
 from pathlib import Path
 
@@ -14,13 +16,20 @@ import numpy as np
 import pytest
 import torch
 
+import dist_train
 from dist_train.cluster import inspection
 from dist_train.cluster.communicator import Communicator, SingleProcess
 from dist_train.cluster.devices import device_name
-from dist_train.cluster.inspection import horovod_build, installed_version, loaded_mpi_version, mpi_library
+from dist_train.cluster.inspection import (
+    horovod_build,
+    installed_version,
+    loaded_mpi_version,
+    mpi_library,
+    revision,
+)
 from dist_train.config import Config
 from dist_train.launching.run import train
-from dist_train.launching.session import Session, revision
+from dist_train.launching.session import Session
 from dist_train.monitoring.observers import Observers
 from dist_train.outcome import FaultError
 from dist_train.rundir.metrics_file import read_records
@@ -167,3 +176,59 @@ def test_a_status_whose_environment_is_none_is_no_status(run: Path) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "environment": 5}))
     assert read_status(path) is None
     assert train(updates(1), run).state == "finished"
+
+
+needs_git = pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+
+
+def git(folder: Path, *arguments: str) -> None:
+    identity = ("-c", "user.name=someone", "-c", "user.email=someone@example.org")
+    # GIT_DIR, which git sets for hooks, would name another repository whatever -C says.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    subprocess.run(["git", "-C", str(folder), *identity, *arguments], env=environment, check=True, capture_output=True)
+
+
+@needs_git
+def test_the_revision_names_the_commit_and_whether_files_differ_from_it(tmp_path: Path) -> None:
+    version = dist_train.__version__
+    assert revision(tmp_path) == version, "no repository"
+    git(tmp_path, "init")
+    assert revision(tmp_path) == version, "no commit yet"
+    (tmp_path / "file").write_text("1")
+    git(tmp_path, "add", "file")
+    git(tmp_path, "commit", "-m", "first")
+    git(tmp_path, "tag", "-m", "named", "v9")
+    clean = revision(tmp_path)
+    assert re.fullmatch(rf"{re.escape(version)} \([0-9a-f]{{7,}}\)", clean)
+    (tmp_path / "file").write_text("2")
+    assert revision(tmp_path) == f"{clean[:-1]}-dirty)"
+
+
+@needs_git
+@pytest.mark.parametrize(("variable", "value"), [("GIT_DIR", ".git"), ("GIT_INDEX_FILE", ".git/index")])
+def test_in_a_hook_of_another_repository_the_revision_is_our_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    for name in ("ours", "other"):
+        git(tmp_path, "init", name)
+        (tmp_path / name / f"file-{name}").touch()
+        git(tmp_path / name, "add", ".")
+        git(tmp_path / name, "commit", "-m", name)
+    git(tmp_path / "ours", "worktree", "add", "../worktree")
+    expected = revision(tmp_path / "worktree")
+    monkeypatch.setenv(variable, str(tmp_path / "other" / value))
+    assert revision(tmp_path / "ours") == revision(tmp_path / "worktree") == expected != dist_train.__version__
+
+
+@needs_git
+def test_a_package_below_another_s_repository_is_not_of_that_commit(tmp_path: Path) -> None:
+    git(tmp_path, "init")
+    git(tmp_path, "commit", "--allow-empty", "-m", "another project")
+    (tmp_path / "site-packages").mkdir()
+    assert revision(tmp_path / "site-packages") == dist_train.__version__
+
+
+def test_without_git_the_revision_is_the_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".git").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert revision(tmp_path) == dist_train.__version__

@@ -7,10 +7,8 @@ import json
 import logging
 import os
 import re
-import shutil
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -35,7 +33,7 @@ from dist_train.launching import run
 from dist_train.launching.assembly import assemble
 from dist_train.launching.preflight import ResumePoint
 from dist_train.launching.run import Regrouping, _leave, _meet, train
-from dist_train.launching.session import Session, build_observers, revision
+from dist_train.launching.session import Session, build_observers
 from dist_train.monitoring.observers import Observers
 from dist_train.monitoring.prometheus.exporter import Exporter
 from dist_train.outcome import (
@@ -1161,62 +1159,6 @@ def test_a_token_that_cannot_be_read_is_said_before_training_starts(tmp_path: Pa
     with raises(UsageError, "secret-unreadable"):
         train(small_config(metrics=metrics), tmp_path / "run")
     assert not (tmp_path / "run").exists()
-
-
-needs_git = pytest.mark.skipif(not shutil.which("git"), reason="needs git")
-
-
-def git(folder: Path, *arguments: str) -> None:
-    identity = ("-c", "user.name=someone", "-c", "user.email=someone@example.org")
-    # GIT_DIR, which git sets for hooks, would name another repository whatever -C says.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-    subprocess.run(["git", "-C", str(folder), *identity, *arguments], env=environment, check=True, capture_output=True)
-
-
-@needs_git
-def test_the_revision_names_the_commit_and_whether_files_differ_from_it(tmp_path: Path) -> None:
-    version = dist_train.__version__
-    assert revision(tmp_path) == version, "no repository"
-    git(tmp_path, "init")
-    assert revision(tmp_path) == version, "no commit yet"
-    (tmp_path / "file").write_text("1")
-    git(tmp_path, "add", "file")
-    git(tmp_path, "commit", "-m", "first")
-    git(tmp_path, "tag", "-m", "named", "v9")
-    clean = revision(tmp_path)
-    assert re.fullmatch(rf"{re.escape(version)} \([0-9a-f]{{7,}}\)", clean)
-    (tmp_path / "file").write_text("2")
-    assert revision(tmp_path) == f"{clean[:-1]}-dirty)"
-
-
-@needs_git
-@pytest.mark.parametrize(("variable", "value"), [("GIT_DIR", ".git"), ("GIT_INDEX_FILE", ".git/index")])
-def test_in_a_hook_of_another_repository_the_revision_is_our_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
-) -> None:
-    for name in ("ours", "other"):
-        git(tmp_path, "init", name)
-        (tmp_path / name / f"file-{name}").touch()
-        git(tmp_path / name, "add", ".")
-        git(tmp_path / name, "commit", "-m", name)
-    git(tmp_path / "ours", "worktree", "add", "../worktree")
-    expected = revision(tmp_path / "worktree")
-    monkeypatch.setenv(variable, str(tmp_path / "other" / value))
-    assert revision(tmp_path / "ours") == revision(tmp_path / "worktree") == expected != dist_train.__version__
-
-
-@needs_git
-def test_a_package_below_another_s_repository_is_not_of_that_commit(tmp_path: Path) -> None:
-    git(tmp_path, "init")
-    git(tmp_path, "commit", "--allow-empty", "-m", "another project")
-    (tmp_path / "site-packages").mkdir()
-    assert revision(tmp_path / "site-packages") == dist_train.__version__
-
-
-def test_without_git_the_revision_is_the_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / ".git").mkdir()
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert revision(tmp_path) == dist_train.__version__
 
 
 @pytest.mark.parametrize("error", [DivergedError("not finite"), ValueError("of this rank alone")])
