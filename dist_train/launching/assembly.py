@@ -155,17 +155,7 @@ def assemble(
         may_shrink=may_shrink,
     )
 
-    def begin_writing() -> None:
-        if comm.rank != 0:
-            return
-        # A run that has finished, and is longer than run.max_steps, is one of the earlier settings.
-        if progress.step <= trainer.last_step or not session.was_finished or not directory.config.exists():
-            directory.save_config(config)
-        set_up_writing(trainer, session, initial)
-        _warn_of_lost_noise(state.noise, compute, progress.step)
-        _warn_of_old_average(state.averaging, total_steps)
-
-    run_on_all_ranks(comm, begin_writing, "write the run directory")
+    run_on_all_ranks(comm, partial(_begin_writing, trainer, session, initial), "write the run directory")
     return trainer
 
 
@@ -187,6 +177,19 @@ def _set_up_device(config: Config, comm: Communicator) -> tuple[Config, Compute]
         return set_up_compute(config.precision, device)
 
     return config, run_on_all_ranks(comm, set_up, "set up its device")
+
+
+def _begin_writing(trainer: Trainer, session: Session, initial: torch.Tensor | None) -> None:
+    """Save the settings on rank 0, call `set_up_writing`, and warn of settings that fit the weights badly."""
+    if trainer.comm.rank != 0:
+        return
+    # A run that has finished, and is longer than run.max_steps, is one of the earlier settings.
+    is_longer = trainer.progress.step > trainer.last_step
+    if not (is_longer and session.was_finished and trainer.directory.config.exists()):
+        trainer.directory.save_config(trainer.config)
+    set_up_writing(trainer, session, initial)
+    _warn_of_lost_noise(trainer.state.noise, trainer.take_step.compute, trainer.progress.step)
+    _warn_of_old_average(trainer.state.averaging, trainer.total_steps)
 
 
 def set_up_writing(trainer: Trainer, session: Session, initial: torch.Tensor | None = None) -> None:
