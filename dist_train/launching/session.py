@@ -407,11 +407,7 @@ def build_observers(
 
 def _observers_of_rank_0(settings: MetricsSettings, directory: RunDirectory, more: Sequence[Observer]) -> Observers:
     """Return those that write files, the exporter, and `more`."""
-    files = (
-        EventCounts(directory.event_counts),
-        open_console(),
-        RanksFile(directory.ranks),
-    )
+    files = (EventCounts(directory.event_counts), open_console(), RanksFile(directory.ranks))
     return Observers([*files, *([Exporter(settings)] if settings.enabled else []), *more])
 
 

@@ -20,13 +20,7 @@ import dist_train
 from dist_train.cluster import inspection
 from dist_train.cluster.communicator import Communicator, SingleProcess
 from dist_train.cluster.devices import device_name
-from dist_train.cluster.inspection import (
-    horovod_build,
-    installed_version,
-    loaded_mpi_version,
-    mpi_library,
-    revision,
-)
+from dist_train.cluster.inspection import horovod_build, installed_version, loaded_mpi_version, mpi_library, revision
 from dist_train.config import Config
 from dist_train.launching.run import train
 from dist_train.launching.session import Session
