@@ -181,10 +181,12 @@ class StatusFile:
     def progress(self, **fields: Unpack[StatusFields]) -> None:
         """Set `fields`, and write them if the last write is at least a second ago.
 
-        Does not overwrite a failure that another rank of this launch has recorded: this rank may be a step behind it.
+        Does not overwrite a failure that another rank of this launch has recorded, which may be a step behind this one.
+        One two steps behind was of an earlier launch: under torchrun and mpirun launches have no names.
         """
         self.note(**fields)
-        if time.monotonic() - self._written >= _WRITE_INTERVAL_SECONDS and not another_failed(self._file.path):
+        is_due = time.monotonic() - self._written >= _WRITE_INTERVAL_SECONDS
+        if is_due and not another_failed(self._file.path, since=self.current.step - 1):
             self._write()
 
     def end(self, state: State, exit_code: ExitCode, reason: str) -> None:
@@ -254,13 +256,15 @@ def record_end(path: Path, state: State, exit_code: ExitCode, reason: str) -> No
     atomic.swap_text(path, load_status(path).ended(state, exit_code, reason).to_json())
 
 
-def another_failed(path: Path) -> bool:
-    """Whether another process of this launch has recorded in the status at `path` that it failed."""
+def another_failed(path: Path, since: int = 0) -> bool:
+    """Whether another process of this launch has recorded in the status at `path` that it failed, at step `since` or
+    later.
+    """
     status = read_status(path)
     if status is None or status.state != "failed" or status.launch != os.environ.get(LAUNCH_VARIABLE, ""):
         return False
     # Processes of two nodes, or of two containers, may have the same number.
-    return not status.is_here or status.pid != os.getpid()
+    return status.step >= since and (not status.is_here or status.pid != os.getpid())
 
 
 def _now() -> str:

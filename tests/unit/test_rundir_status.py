@@ -132,15 +132,16 @@ def test_the_end_says_how_and_when(path: Path) -> None:
         ({}, False),
         ({"host": "node2", "launch": "an earlier one"}, False),
         ({"host": "node2", "state": "running"}, False),
+        ({"host": "node2", "step": 5}, False),
     ],
 )
 def test_a_failure_that_another_process_of_the_launch_told_is_not_overwritten_by_progress(
     path: Path, told: dict[str, object], is_another: bool
 ) -> None:
     file = StatusFile(path, 2)
-    file.change("failed", reason="the disk is gone")
+    file.change("failed", reason="the disk is gone", step=6)
     path.write_text(json.dumps(json.loads(path.read_text()) | told))
-    assert another_failed(path) == is_another
+    assert another_failed(path, since=6) == is_another
     late = StatusFile(path, 2)
     late.progress(step=7)
     status = read_status(path)
