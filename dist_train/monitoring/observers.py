@@ -29,7 +29,7 @@ from dist_train.cluster.launch import IN_CALLBACK
 from dist_train.config.loading import flat_settings
 from dist_train.config.plugins import place_of
 from dist_train.outcome import UsageError
-from dist_train.rundir.metrics_file import RecordKey, read_records, record_key
+from dist_train.rundir.metrics_file import RecordKey, from_json, record_key
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import EvaluationRecord, Measurement, Observer, Outcome, Record, RunFacts, TrainRecord
 
@@ -187,8 +187,10 @@ class Tracker(Observer, ABC):
         """Open the tracker's run and log the records of earlier launches."""
         run = RunDirectory(facts.run_directory)
         self.open(facts, yaml.safe_load(run.config.read_text(encoding="utf-8")))
-        for record in read_records(run.metrics):
-            self.record(record)
+        with run.metrics.open("rb") as lines:  # one at a time: a million records would take 1.2 GB
+            for line in lines:
+                if (record := from_json(line)) is not None:
+                    self.record(record)
 
     def record(self, record: Record) -> None:
         """Log the numbers of `record`, once: a resumed run may repeat an evaluation."""

@@ -3,19 +3,23 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import tracemalloc
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from threading import Barrier, Thread
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from pydantic import BaseModel
 
 from dist_train.api import evaluate
 from dist_train.config.sections import CommSettings
-from dist_train.monitoring.observers import Mlflow, MlflowOptions, Observers, Wandb, WandbOptions
+from dist_train.monitoring.observers import Mlflow, MlflowOptions, Observers, Tracker, Wandb, WandbOptions
+from dist_train.rundir.metrics_file import to_json
 from dist_train.rundir.records import EventRecord, Measurement, Observer, Outcome, Record, RunFacts
-from tests.unit.exporting import FACTS, OUTCOME, measurement
+from tests.unit.exporting import FACTS, OUTCOME, measurement, train
 from tests.waiting import PATIENCE
 
 EVENT = EventRecord(1, "signal", 0.0, {})
@@ -93,6 +97,27 @@ def test_the_end_of_a_run_waits_a_minute_for_a_wandb_server_that_is_away(
         monkeypatch.setattr(os, "environ", environment)
         Wandb(tmp_path, WandbOptions()).open(FACTS, {})
     assert limits == [60.0, None]
+
+
+class Steps(Tracker):
+    def open(self, facts: RunFacts, settings: Mapping[str, Any]) -> None:
+        self.first = self.last = 0
+
+    def log(self, numbers: Mapping[str, float], step: int, moment: float) -> None:
+        self.first, self.last = self.first or step, step
+
+
+def test_a_tracker_logs_the_records_of_earlier_launches_one_at_a_time(tmp_path: Path) -> None:
+    line = to_json(train(1)).replace('"step": 1,', '"step": %d,')
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{line % step}\n" for step in range(1, 5001)) + line[:40])
+    (tmp_path / "config.yaml").write_text("{}")
+    tracker = Steps()
+    tracemalloc.start()
+    tracker.begin(replace(FACTS, run_directory=tmp_path))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (tracker.first, tracker.last) == (1, 5000)
+    assert peak < 2 * (tmp_path / "metrics.jsonl").stat().st_size, "of which the keys of what is logged are most"
 
 
 def test_an_observer_that_raises_is_reported_once_and_dropped_and_the_others_go_on(
