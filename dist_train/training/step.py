@@ -223,15 +223,15 @@ class TrainingStep:
         scaled_size = len(batch.indices) / self.loss_scale.value
         seed_layers = partial(self.layer_rng.seed, batch.step, micro_batch.start)
         points = self.noise.points(micro_batch.index)
-        for point in points:
+        for number, point in enumerate(points, start=1):
             seed_layers()
             with self.clock.part("perturb_restore"):
                 self.noise.perturb_for(micro_batch.index, partial(self._ascend, inputs, target, scaled_size), point)
             divisor = scaled_size / point.weight
-            if self.noise.settings.target_rise is not None and micro_batch.index == 0 and point is points[0]:
+            if self.noise.settings.target_rise is not None and micro_batch.index == 0 and number == 1:
                 self._measure_rise(inputs, target, seed_layers)
             seed_layers()
-            if is_last and point is points[-1]:
+            if is_last and number == len(points):
                 # Never a graph: it sends buckets while its backward pass is under way.
                 self._differentiate(inputs, target, divisor, self.reduction.last_micro_batch)
             elif self._graphs is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from dist_train.data.images import BatchRequest
 from dist_train.data.plan import batch_indices, epoch_order
 from dist_train.models import build_model
 from dist_train.models.norms import NormFactory, running_statistics
-from dist_train.optim.noise import Noise
+from dist_train.optim.noise import Noise, Point
 from dist_train.outcome import DivergedError, OutOfMemoryError, PluginResultError, UsageError
 from dist_train.training.compute import Compute, set_up_compute
 from dist_train.training.step import GlobalBatch, Update, clip_gradient
@@ -149,6 +150,26 @@ def test_noise_of_a_plug_in_on_all_gradients_does_not_reach_the_next_update(tmp_
     trainer = build_trainer(small_config(noise=noise, comm={"reduction": reduction}), tmp_path, SingleProcess())
     first, second = (take(trainer, 1, rate=0.0).total.gradient_norm for _ in range(2))
     assert first == second
+
+
+class TwiceAtAPoint(Noise):
+    """Noise that names one and the same point twice."""
+
+    def points(self, micro_batch: int) -> Sequence[Point]:
+        return (Point(weight=0.5),) * 2
+
+
+def test_a_point_that_is_named_twice_counts_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dist_train.training.reduction._BUCKET", 1)
+
+    def step(method: str, comm: SimulatedRanks) -> dict[str, Tensor]:
+        trainer = build_trainer(small_config(noise={"method": method}), tmp_path, comm)
+        take(trainer, rate=0.0)
+        return gradients_of(trainer)
+
+    once, twice = (results(2, partial(step, method)) for method in ("none", f"{__name__}:TwiceAtAPoint"))
+    for gradients, expected in zip(twice, once, strict=True):
+        assert_equal_gradients(gradients, expected)
 
 
 @pytest.mark.parametrize("noise", [SAM, {"method": "langevin"}])
