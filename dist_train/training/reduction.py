@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import groupby, takewhile
+from itertools import accumulate, groupby, takewhile
+from typing import Literal, get_args
 
 import torch
 from torch import nn
@@ -201,19 +202,18 @@ def _check_adasum(comm: Communicator, share: float) -> None:
         )
 
 
-(
-    _LOSS,
-    _CORRECT,
-    _SAMPLES,
-    _GRADIENTS,
-    _RISE,
-    _RISE_SAMPLES,
-    _OUT_OF_RANGE,
-    _OUT_OF_MEMORY,
-    _STOP,
-    _RENDEZVOUS,
-    _SLOTS,
-) = range(11)
+_Count = Literal[
+    "loss",
+    "correct",
+    "samples",
+    "gradients",
+    "rise",
+    "rise_samples",
+    "out_of_range",
+    "out_of_memory",
+    "stop",
+    "rendezvous",
+]
 
 _TERM_LIMIT = LOSSES.limit / 4096
 """A micro-batch whose losses add up to more is out of range."""
@@ -256,16 +256,17 @@ class Tally:
         self._statistics = statistics
         # However many micro-batches there are, sums of losses stay in range if every mean loss is below it.
         self._mean_limit = LOSSES.limit / statistics.samples
-        self._counts = torch.zeros(_SLOTS, dtype=torch.int64, device=device)
+        self._slots = torch.zeros(len(get_args(_Count)), dtype=torch.int64, device=device)
+        self._counts: dict[_Count, torch.Tensor] = dict(zip(get_args(_Count), self._slots.unbind(), strict=True))
         self._noted: list[tuple[torch.Tensor, torch.Tensor, int]] = []
         """The summed loss of each micro-batch since the last `count`, which labels were right, and how many it has."""
-        self._largest = self._counts[:0]
-        self._sent = self._counts
+        self._largest = self._slots[:0]
+        self._sent = self._slots
         self._pending: Pending | None = None
 
     def clear(self) -> None:
         """Set the counts and the norms' statistics to zero."""
-        self._counts.zero_()
+        self._slots.zero_()
         self._noted.clear()
         self._statistics.clear()
 
@@ -276,8 +277,8 @@ class Tally:
     def add_rise(self, loss_sum: torch.Tensor, clean_loss_sum: torch.Tensor, samples: int) -> None:
         """Count by how much the summed loss of `samples` samples is larger with the noise than without."""
         rise = (loss_sum.detach() - clean_loss_sum).to(torch.float64)
-        self._counts[_RISE].add_(LOSSES.encode(torch.where(rise.abs() < _TERM_LIMIT, rise, 0.0)))
-        self._counts[_RISE_SAMPLES].add_(samples)
+        self._counts["rise"] += LOSSES.encode(torch.where(rise.abs() < _TERM_LIMIT, rise, 0.0))
+        self._counts["rise_samples"] += samples
 
     def count(self, out_of_range: torch.Tensor | None = None) -> None:
         """Add to the counts on the device what was noted since the last call, and whether a gradient was out of range.
@@ -292,14 +293,13 @@ class Tally:
                 for size, equal in groupby(samples)
             ]
             finite = losses.abs() < torch.cat(limits)
-            # An assignment to an element would copy it onto itself.
-            self._counts[_LOSS].add_(LOSSES.encode(torch.where(finite, losses, 0.0)).sum())
-            self._counts[_OUT_OF_RANGE].add_((~finite).sum())
-            self._counts[_CORRECT].add_(torch.cat(correct).sum())
-            self._counts[_SAMPLES].add_(sum(samples))
-            self._counts[_GRADIENTS].add_(len(samples))
+            self._counts["loss"] += LOSSES.encode(torch.where(finite, losses, 0.0)).sum()
+            self._counts["out_of_range"] += (~finite).sum()
+            self._counts["correct"] += torch.cat(correct).sum()
+            self._counts["samples"] += sum(samples)
+            self._counts["gradients"] += len(samples)
         if out_of_range is not None:
-            self._counts[_OUT_OF_RANGE].add_(out_of_range)
+            self._counts["out_of_range"] += out_of_range
         self._noted.clear()
 
     def send(
@@ -312,42 +312,43 @@ class Tally:
         pace: int = 0,
     ) -> None:
         """Start the sum over the ranks, of this rank's counts and of the arguments."""
-        self._largest = self._counts[:0] if largest is None else largest
+        self._largest = self._slots[:0] if largest is None else largest
         self.count(out_of_range)
-        self._counts[_OUT_OF_RANGE].add_(self._statistics.out_of_range)
+        self._counts["out_of_range"] += self._statistics.out_of_range
         # By `fill_`: an assignment to an element would copy the number from host memory, for which CUDA waits.
-        self._counts[_OUT_OF_MEMORY].fill_(int(out_of_memory))
-        self._counts[_STOP].fill_(int(stop))
-        self._counts[_RENDEZVOUS].fill_(int(self._comm.wants_rendezvous))
-        paces = self._counts.new_zeros(self._comm.size)
+        self._counts["out_of_memory"].fill_(int(out_of_memory))
+        self._counts["stop"].fill_(int(stop))
+        self._counts["rendezvous"].fill_(int(self._comm.wants_rendezvous))
+        paces = self._slots.new_zeros(self._comm.size)
         if pace:
             paces[self._comm.rank].fill_(pace)
-        self._sent = torch.cat([self._counts, paces, self._largest, self._statistics.sums])
+        self._sent = torch.cat([self._slots, paces, self._largest, self._statistics.sums])
         self._pending = self._comm.allreduce_async(self._sent, "tally")
 
     def result(self, gradient_norm: torch.Tensor | None = None) -> TallyResult:
         """Wait for the sum and return it, together with `gradient_norm`, a float32: the host waits only once."""
         assert self._pending is not None, "nothing was sent"
         self._pending.wait_on_host()
-        ranks = _SLOTS + self._comm.size
-        read = ranks + len(self._largest)
-        sent = self._sent[:read]
+        # Where these parts of what was sent begin.
+        paces, largest, statistics = accumulate((len(self._slots), self._comm.size, len(self._largest)))
+        read = self._sent[:statistics]
         if gradient_norm is not None:
-            sent = torch.cat([sent, gradient_norm.view(1).view(torch.int32)])
-        counts: list[int] = sent.tolist()
-        samples = counts[_SAMPLES]
+            read = torch.cat([read, gradient_norm.view(1).view(torch.int32)])
+        numbers: list[int] = read.tolist()
+        counts = dict(zip(self._counts, numbers, strict=False))
+        samples = counts["samples"]
         return TallyResult(
-            loss=counts[_LOSS] * 2.0**-LOSSES.bits / samples if samples else 0.0,
-            accuracy=counts[_CORRECT] / samples if samples else 0.0,
+            loss=counts["loss"] * 2.0**-LOSSES.bits / samples if samples else 0.0,
+            accuracy=counts["correct"] / samples if samples else 0.0,
             samples=samples,
-            rise=counts[_RISE] * 2.0**-LOSSES.bits / max(counts[_RISE_SAMPLES], 1),
-            out_of_range=counts[_OUT_OF_RANGE],
-            out_of_memory=counts[_OUT_OF_MEMORY],
-            stop=counts[_STOP],
-            rendezvous=counts[_RENDEZVOUS],
-            gradients=counts[_GRADIENTS],
-            largest=counts[ranks:read],
-            paces=tuple(counts[_SLOTS:ranks]),
-            statistics=self._sent[read:],
-            gradient_norm=struct.unpack("f", struct.pack("i", counts[read]))[0] if gradient_norm is not None else 0.0,
+            rise=counts["rise"] * 2.0**-LOSSES.bits / max(counts["rise_samples"], 1),
+            out_of_range=counts["out_of_range"],
+            out_of_memory=counts["out_of_memory"],
+            stop=counts["stop"],
+            rendezvous=counts["rendezvous"],
+            gradients=counts["gradients"],
+            largest=numbers[largest:statistics],
+            paces=tuple(numbers[paces:largest]),
+            statistics=self._sent[statistics:],
+            gradient_norm=struct.unpack("f", struct.pack("i", numbers[-1]))[0] if gradient_norm is not None else 0.0,
         )

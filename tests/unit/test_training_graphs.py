@@ -59,7 +59,7 @@ def state_of(trainer: Trainer) -> list[Tensor]:
     """Return all tensors of the step that live as long as it does, and change."""
     step = trainer.take_step
     accumulator, noise = step.reduction.accumulator, step.noise
-    tensors = [step.weights.values, step.weights.gradients, accumulator._total, accumulator.largest, step.tally._counts]
+    tensors = [step.weights.values, step.weights.gradients, accumulator._total, accumulator.largest, step.tally._slots]
     tensors += [step.statistics.sums, step.statistics.out_of_range, *step.noise.kept.values()]
     return tensors + [
         getattr(of, name) for of, name in ((accumulator, "_scales"), (noise, "_perturbed")) if hasattr(of, name)
