@@ -50,7 +50,7 @@ class GradientAccumulator(ABC):
         self._range_checks: list[torch.Tensor] = []
         """Scalars whose absolute values are all below `limit` only if those of all gradients so far are."""
         self.largest = torch.zeros(0, dtype=torch.int64, device=self._gradients.device)
-        """This rank's summands of what `settle` takes, int64 on the device; empty if it needs nothing."""
+        """This rank's summands of what `choose_grids` takes, int64 on the device; empty without grids."""
 
     def clear(self) -> None:
         """Begin a step."""
@@ -99,13 +99,12 @@ class GradientAccumulator(ABC):
     def receive(self, bucket: Bucket) -> None:
         """Write the received sum to the gradients."""
 
-    def settle(self, largest: Sequence[int], gradients: int) -> bool:
-        """Return whether the received sums, of so many `gradients`, are correct, and prepare the next.
+    def has_overflowed(self, largest: Sequence[int]) -> bool:
+        """Return whether the received sums may have left their bits; `largest`: its sums over all ranks."""
+        return False
 
-        `largest`: its sums over all ranks. If the sums are not correct, the update must be repeated, as prepared here,
-        the same on all ranks. Call this once, after everything has been received.
-        """
-        return True
+    def choose_grids(self, largest: Sequence[int], gradients: int) -> None:  # noqa: B027, most have none
+        """Choose the grids of the next sums from `largest` of those received, of so many `gradients`; once for each."""
 
 
 class ExactAccumulator(GradientAccumulator):
@@ -283,12 +282,12 @@ class GridAccumulator(GradientAccumulator):
         which = slice(bucket.first, bucket.last)
         torch._foreach_mul_(self._tensors[which], [2.0**-exponent for exponent in self._exponents[which]])
 
-    def settle(self, largest: Sequence[int], gradients: int) -> bool:
-        """Choose the grids of the next update, or of this one's repetition; return whether all sums fitted."""
+    def has_overflowed(self, largest: Sequence[int]) -> bool:
+        return self._total.dtype != torch.int64 and max(largest) >= 2 ** (self._bits - 1)
+
+    def choose_grids(self, largest: Sequence[int], gradients: int) -> None:
         bounds = [max(largest[first:last]) for first, last in pairwise(self._filters)]
-        fits = self._total.dtype == torch.int64 or max(bounds) < 2 ** (self._bits - 1)
         self._grids.choose(bounds, gradients)
-        return fits
 
     @property
     def _is_sent_in_pairs(self) -> bool:

@@ -313,12 +313,10 @@ class LossScale:
         """The factor: a power of two."""
         return self._progress.loss_scale or FIRST_LOSS_SCALE if self._progress is not None else 1.0
 
-    def lower(self) -> bool:
-        """Halve the factor after an overflow; return False if it is the lowest: then the run has diverged."""
-        if self._progress is None or self.value <= LOWEST_LOSS_SCALE:
-            return False
+    def lower(self) -> None:
+        """Halve the factor after an overflow, unless it is LOWEST_LOSS_SCALE: then the run has diverged."""
+        assert self._progress is not None, "it is always the lowest"
         self._set(self._progress, self.value / 2, self._progress.step + 1)
-        return True
 
     def note_update(self) -> None:
         """Count an update without overflow; double the factor after many of them."""

@@ -48,7 +48,7 @@ class GradientReduction:
     def __init__(self, weights: FlatWeights, accumulator: GradientAccumulator, buckets: Sequence[Bucket]) -> None:
         self._weights = weights
         self.accumulator = accumulator
-        """Its `out_of_range` is valid after `send`, and `settle` may be called after `finish`."""
+        """Its `out_of_range` is valid after `send`."""
         self._buckets = tuple(buckets)
         self._loss_scale = 1.0
         self._missing: dict[int, int] = {}

@@ -33,7 +33,7 @@ from dist_train.optim.noise import Noise
 from dist_train.optim.optimizers import optimizer_step, set_learning_rate
 from dist_train.outcome import DivergedError, OutOfMemoryError, UsageError
 from dist_train.reproducible import LayerRng
-from dist_train.training.compute import Compute, LossScale, fitting_memory, runs_in_memory
+from dist_train.training.compute import LOWEST_LOSS_SCALE, Compute, LossScale, fitting_memory, runs_in_memory
 from dist_train.training.graphs import GraphRecorder, MicroBatchGraphs
 from dist_train.training.measuring import Part, StepClock, StepTimes
 from dist_train.training.reduction import GradientReduction, Tally, TallyResult
@@ -139,6 +139,10 @@ class TrainingStep:
         repeats = 0
         while self._must_repeat(total := self._compute_gradient(batch, stop_requested)):
             repeats += 1
+            if total.out_of_range:
+                self.loss_scale.lower()
+            else:
+                self.reduction.accumulator.choose_grids(total.largest, total.gradients)
         _check_total(total, batch, len(self.noise.points(0)))
         with self._phase("optimizer"):
             clip_gradient(self.weights.gradients, total.gradient_norm, self.clip_norm)
@@ -153,17 +157,18 @@ class TrainingStep:
             self.noise.after_update(batch.step)
             self.noise.adapt(batch.step, total.rise)
             self.averaging.after_update(batch.step)
-            self.statistics.absorb(total.statistics, total.samples, _STATISTICS_MOMENTUM)
             self.loss_scale.note_update()
+            self.reduction.accumulator.choose_grids(total.largest, total.gradients)
+            self.statistics.absorb(total.statistics, total.samples, _STATISTICS_MOMENTUM)
         return Update(total, repeats, self.clock.times())
 
     def _must_repeat(self, total: TallyResult) -> bool:
-        """Return whether to compute the gradient again: at a lower loss scale, or on coarser grids; chooses these."""
+        """Return whether a lower loss scale, or coarser grids, could bring the gradient's numbers into their range."""
         if total.out_of_memory:
             return False
         if total.out_of_range:
-            return self.loss_scale.lower()
-        return not self.reduction.accumulator.settle(total.largest, total.gradients)
+            return self.loss_scale.value > LOWEST_LOSS_SCALE
+        return self.reduction.accumulator.has_overflowed(total.largest)
 
     @contextmanager
     def _phase(self, part: Part) -> Iterator[None]:

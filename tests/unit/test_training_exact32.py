@@ -88,10 +88,12 @@ class Updates:
 
     def make(self, mine: Sequence[Tensor]) -> Reduced:
         """Make an update by the gradients `mine` of this rank."""
-        repeats, exponents = 0, self.exponents
-        while not self.reduction.accumulator.settle(largest := self.once(mine), self.terms):
+        repeats, exponents, accumulator = 0, self.exponents, self.reduction.accumulator
+        while accumulator.has_overflowed(largest := self.once(mine)):
+            accumulator.choose_grids(largest, self.terms)
             repeats, exponents = repeats + 1, self.exponents
             assert repeats < 10
+        accumulator.choose_grids(largest, self.terms)
         self.progress.step += 1
         return Reduced(self.gradient(), exponents, largest, repeats)
 
@@ -171,10 +173,10 @@ def test_wherever_the_bound_holds_the_sum_is_that_in_64_bits(
     expected = integers_of(gradients, start)
     parts = expected.abs().split(SIZES)
     assert all(int(part.max()) <= bound for part, bound in zip(parts, updates.bounds(largest), strict=True))
-    if updates.reduction.accumulator.settle(largest, updates.terms):
-        assert torch.equal(summed, expected.float().double() / scales_of(start))
-    else:
+    if updates.reduction.accumulator.has_overflowed(largest):
         assert max(largest) >= 2 ** (bits - 1)
+    else:
+        assert torch.equal(summed, expected.float().double() / scales_of(start))
 
 
 @PROPERTY
@@ -222,8 +224,9 @@ def test_where_the_integers_leave_their_bits_the_update_is_made_again_once(bits:
 def test_a_sum_fits_up_to_the_largest_integer_of_its_bits(bits: Bits) -> None:
     updates, gradients = Updates(SingleProcess(), 2, bits), some_gradients(2, 0)
     updates.make(gradients)
-    for bound, fits in ((2 ** (bits - 1) - 1, True), (2 ** (bits - 1), False)):
-        assert updates.reduction.accumulator.settle([bound] * len(updates.once(gradients)), 2) is fits
+    for bound, overflows in ((2 ** (bits - 1) - 1, False), (2 ** (bits - 1), True)):
+        largest = [bound] * len(updates.once(gradients))
+        assert updates.reduction.accumulator.has_overflowed(largest) is overflows
 
 
 def test_a_grid_becomes_coarser_at_once_and_finer_by_degrees_but_never_finer_than_that_of_64_bits() -> None:
