@@ -59,7 +59,8 @@ def dealing_rows(comm: Communicator, pairs: int) -> Iterator[Ratio]:
                 warm_up=_SETTLING_UPDATES,
                 images=_BATCH,
             )
-            assert side.take_step.weights.values.equal(even.take_step.weights.values), "bits depend on the shares"
+            weights, others = (each.training_step.weights.values for each in (side, even))
+            assert weights.equal(others), "bits depend on the shares"
 
 
 def rows(pairs: int) -> Iterator[Ratio]:

@@ -332,7 +332,7 @@ def graphs(device: Device, folder: Path) -> Finding:
         ]
         sides = (("graphs", trainers[0].advance), ("without", trainers[1].advance))
         ratio = compare("update", *sides, pairs=2 * _PAIRS, bar=None, warm_up=3)
-        same = torch.equal(*(trainer.take_step.weights.values for trainer in trainers))
+        same = torch.equal(*(trainer.training_step.weights.values for trainer in trainers))
         holds = holds and same
         seconds = f"{ratio.amount_ours * 1e3:.2f} ms | {ratio.amount_theirs * 1e3:.2f} ms | {ratio.median:.3f}"
         lines.append(f"| {reduction}, {compute} | {'equal' if same else 'DIFFERENT'} | {seconds} |")

@@ -81,7 +81,7 @@ def evaluate_both(trainer: Trainer) -> Point:
         trainer.splits.train,
         statistics_samples(len(trainer.splits.train), trainer.config.model.norm_samples, size, 0),
         micro_size=size,
-        compute=trainer.take_step.compute,
+        compute=trainer.training_step.compute,
         comm=trainer.comm,
     )
     recomputed = _evaluate(trainer)
@@ -96,7 +96,7 @@ def _evaluate(trainer: Trainer) -> Evaluation:
         trainer.splits.test,
         _TEST_SAMPLES,
         batch_size=trainer.config.evaluation.batch_size,
-        compute=trainer.take_step.compute,
+        compute=trainer.training_step.compute,
         comm=trainer.comm,
     )
 

@@ -42,10 +42,10 @@ class Times:
 
 def summed_afterwards(trainer: Trainer) -> None:
     """Make `trainer` sum its gradients after the backward pass, still exactly."""
-    step = trainer.take_step
+    step = trainer.training_step
     step.reduction.close()
     accumulator = ExactAccumulator(step.weights, trainer.comm, len(trainer.plan.micro_batches))
-    trainer.take_step = replace(
+    trainer.training_step = replace(
         step, reduction=SummedAfterwards(step.weights, accumulator, buckets_of(step.weights, _BUCKET))
     )
 
@@ -53,7 +53,7 @@ def summed_afterwards(trainer: Trainer) -> None:
 def times_of(trainer: Trainer) -> Times:
     """Make an update and return its times."""
     step = timed(trainer.advance)
-    return Times(step, trainer.take_step.clock.times().seconds_of("allreduce_wait"))
+    return Times(step, trainer.training_step.clock.times().seconds_of("allreduce_wait"))
 
 
 def rows(controller: str, width: float, global_size: int, pairs: int) -> Iterator[Ratio]:

@@ -50,7 +50,7 @@ def rows_on(comm: Communicator, width: float, global_size: int, pairs: int) -> I
         }
         apart = open_trainer(settings(width, share, **QUIET), SingleProcess(), folder / f"apart-{comm.rank}")
         measured = [_round(comm, together, apart, turn) for turn in range(_WARM_UP + pairs)][_WARM_UP:]
-        even, dynamic = (trainer.take_step.weights.values for trainer in together.values())
+        even, dynamic = (trainer.training_step.weights.values for trainer in together.values())
         assert even.equal(dynamic), "results must not depend on the shares"
         for trainer in (*together.values(), apart):
             trainer.close()
@@ -76,7 +76,7 @@ def _round(comm: Communicator, together: Mapping[str, Trainer], apart: Trainer, 
         side = (place + turn) % len(trainers)
         comm.barrier()
         seconds[side] = timed(trainers[side].advance)
-    waits = [trainer.take_step.clock.times().seconds_of("allreduce_wait") for trainer in together.values()]
+    waits = [trainer.training_step.clock.times().seconds_of("allreduce_wait") for trainer in together.values()]
     mine = [round(value * _NANO) for value in (*seconds, *waits)]
     rows = [[value / _NANO for value in each] for each in zip(*gather(comm, mine, "seconds"), strict=True)]
     count = len(together)

@@ -141,7 +141,7 @@ def assemble(
         comm=comm,
         splits=splits,
         state=state,
-        take_step=step,
+        training_step=step,
         directory=directory,
         learning_rate=LearningRate(config.schedule, base_rate, config.batch.global_size, config.run.epochs, scheduled),
         epochs=epochs,
@@ -188,7 +188,7 @@ def _begin_writing(trainer: Trainer, session: Session, initial: torch.Tensor | N
     if not (is_longer and session.was_finished and trainer.directory.config.exists()):
         trainer.directory.save_config(trainer.config)
     set_up_writing(trainer, session, initial)
-    _warn_of_lost_noise(trainer.state.noise, trainer.take_step.compute, trainer.progress.step)
+    _warn_of_lost_noise(trainer.state.noise, trainer.training_step.compute, trainer.progress.step)
     _warn_of_old_average(trainer.state.averaging, trainer.total_steps)
 
 

@@ -121,7 +121,7 @@ class Session:
     def _compare_devices(self, before: str) -> str:
         """Return the names of the ranks' devices; warn if they differ, also from those `before`. All ranks call it."""
         trainer = self._running
-        names = {*gather_str(self.comm, device_name(trainer.take_step.compute.device), "device names")}
+        names = {*gather_str(self.comm, device_name(trainer.training_step.compute.device), "device names")}
         devices = ", ".join(sorted(names))
         if self.status and trainer.config.comm.is_exact and devices != before and (before or len(names) > 1):
             which = f"{devices}; before: {before}" if before else devices
@@ -166,7 +166,8 @@ class Session:
                     "on other data, start a new run with run.init_from"
                 )
                 trainer.event("data_changed", before=resume_point.contents.data, now=trainer.splits.identity)
-        now = launch_environment(code, self.comm.backend, devices, kernels_on(trainer.take_step.compute.device.type))
+        kernels = kernels_on(trainer.training_step.compute.device.type)
+        now = launch_environment(code, self.comm.backend, devices, kernels)
         if resumes and (changed := changed_versions(environment, now)):
             before, here = changed
             _logger.warning("the run resumes with %s; before: %s. They may round differently", here, before)
@@ -183,14 +184,14 @@ class Session:
     def _warn_of_micro_batches(self, resume_point: ResumePoint) -> None:
         config, plan = self._running.config, self._running.plan
         parts, ghost, micro = len(plan.micro_batches), config.model.ghost_size, plan.micro_size
-        is_ghost = config.model.norm == "ghost" and bool(self._running.take_step.norms)
+        is_ghost = config.model.norm == "ghost" and bool(self._running.training_step.norms)
         if self.comm.size > parts and config.model.norm != "sync":  # of which every rank computes a part
             smaller = "" if is_ghost and micro <= ghost else "set a smaller batch.micro_size, or "
             _logger.warning(
                 f"a batch of {parts} micro-batches of {micro} samples leaves {self.comm.size - parts} of the "
                 f"{self.comm.size} ranks without work: {smaller}use fewer ranks"
             )
-        step, largest = self._running.take_step, max(size for _, size in config.batch.sizes)
+        step, largest = self._running.training_step, max(size for _, size in config.batch.sizes)
         passes = -(-largest // (micro * self.comm.size)) * len(step.noise.points(0))  # of a rank in an update, at most
         if step.graph_recorder is not None and passes == 1:
             _logger.warning(
@@ -229,7 +230,7 @@ class Session:
     def _record_lengthening(self, before: int) -> None:
         trainer = self._running
         now, step = trainer.config.run.epochs, trainer.progress.step
-        rate, amplitude = trainer.learning_rate.at(step), trainer.take_step.noise.amplitude(step)
+        rate, amplitude = trainer.learning_rate.at(step), trainer.training_step.noise.amplitude(step)
         _logger.info(
             f"lengthened from {before} to {now} epochs: schedules are laid out anew over {trainer.total_steps} "
             f"updates; the next one has learning rate {rate:g}, noise amplitude {amplitude:g}"
@@ -414,7 +415,7 @@ def _observers_of_rank_0(settings: MetricsSettings, directory: RunDirectory, mor
 def run_facts(trainer: Trainer, launched: float, revision: str, run_id: str, nodes: tuple[str, ...]) -> RunFacts:
     """Return the facts of the run of `trainer`; `launched`: when this launch began, in seconds since 1970."""
     config, plan, ranks = trainer.config, trainer.plan, trainer.comm
-    device = trainer.take_step.compute.device
+    device = trainer.training_step.compute.device
     to_come = trainer.epochs.stages[trainer.epochs.number(trainer.progress.step) :]
     steps_per_epoch = max(stage.steps_per_epoch for stage in to_come)
     intervals = (config.checkpoint.every_steps or 0, config.checkpoint.every_epochs * steps_per_epoch)
@@ -424,7 +425,7 @@ def run_facts(trainer: Trainer, launched: float, revision: str, run_id: str, nod
         run_directory=trainer.directory.root,
         model=f"{config.model.name}, width {config.model.width:g}, {config.model.norm} norm",
         data=config.data.name,
-        parameters=trainer.take_step.weights.count,
+        parameters=trainer.training_step.weights.count,
         global_size=plan.global_size,
         micro_size=plan.micro_size,
         micro_batches=len(plan.micro_batches),

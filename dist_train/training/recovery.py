@@ -290,7 +290,7 @@ class ElasticTrainer(Trainer):
         self.time_limit.interrupt()
         generation = self.comm.rendezvous(self._interruption.why, self._interruption.add)
         # What follows may replace the weights and, in an evaluation that is redone, the norms' statistics.
-        self.take_step.wait_for_checkpoint_copy()
+        self.training_step.wait_for_checkpoint_copy()
         if self.measuring:
             self.measuring.drop()
         is_writer = self.saving.writer is not None
@@ -312,6 +312,6 @@ class ElasticTrainer(Trainer):
         self._has_last_noise = False
         self._statistics_step = self._verified_step = self.saving.saved_step = None
         self._averaged.forget()
-        self.take_step.noise.rank = self.comm.rank
+        self.training_step.noise.rank = self.comm.rank
         self._divide_work(shared.micro_size)
         self.regroup(self, generation)

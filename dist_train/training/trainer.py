@@ -61,7 +61,7 @@ class Trainer:
     comm: Communicator
     splits: Splits
     state: TrainState
-    take_step: TrainingStep
+    training_step: TrainingStep
     """Changes `state`; it may use a compiled network with the same weights."""
     directory: RunDirectory
     learning_rate: LearningRate
@@ -82,7 +82,7 @@ class Trainer:
         self._batches.deal(self.config.batch.micro_size, self.comm)
         self._statistics_step: int | None = None
         self._verified_step: int | None = None
-        self._averaged = AveragedModel(self.network, self.take_step.averaging, self._recompute_statistics)
+        self._averaged = AveragedModel(self.network, self.training_step.averaging, self._recompute_statistics)
         self._early_stopping = EarlyStopping(self.config.early_stopping, self.config.stopping_metric)
         self.plugins = plugin_files(self.config.model_dump(mode="json"))
         self.status: StatusFile | None = None
@@ -103,7 +103,7 @@ class Trainer:
         time_limit.take_over(self.time_limit)
         self.observers, self.status, self.time_limit = observers, status, time_limit
         self.saving = Saving(self.comm, self.event, writer, time_limit.note_saved)
-        self.take_step.wait_for_checkpoint_copy = writer.wait_until_copied
+        self.training_step.wait_for_checkpoint_copy = writer.wait_until_copied
         if self.measuring:
             self.measuring.norms = norms
 
@@ -197,7 +197,7 @@ class Trainer:
         begun = time.perf_counter()
         self.splits.train.prefetch(self._batches.requests(step))
         try:
-            update = self.take_step(self._batches.batch(step), self.learning_rate.at(step), self.stop.requested)
+            update = self.training_step(self._batches.batch(step), self.learning_rate.at(step), self.stop.requested)
         except OutOfMemoryError:
             if not self.may_shrink:
                 raise
@@ -216,7 +216,7 @@ class Trainer:
             loss=total.loss,
             accuracy=total.accuracy,
             learning_rate=self.learning_rate.at(step),
-            noise_amplitude=float(self.take_step.noise.amplitude(step)),  # a plug-in's may be NumPy's or a tensor
+            noise_amplitude=float(self.training_step.noise.amplitude(step)),  # a plug-in's may be NumPy's or a tensor
             gradient_norm=total.gradient_norm,
             step_seconds=seconds,
             samples_per_second=size / seconds,
@@ -241,10 +241,10 @@ class Trainer:
         """Divide batches into micro-batches of `micro_size`, and these over the present ranks."""
         self.config = with_setting(self.config, "batch.micro_size", micro_size)
         self._batches.deal(micro_size, self.comm)
-        step = self.take_step
+        step = self.training_step
         step.reduction.close()
         # The reduction gets new buffers, since a broken group may still write to the old ones.
-        self.take_step = replace(
+        self.training_step = replace(
             step,
             reduction=set_up_reduction(self.config, step.weights, step.noise, self.comm, self.progress),
             sum_over_ranks=sum_for_sync_norm(self.config.model, self.comm, step.clock),
@@ -261,10 +261,10 @@ class Trainer:
         if step % self.config.metrics.every_steps == 0 or step == self.last_step:
             self._record(update.record)
             if self.measuring:
-                self.measuring.start(step, update.record.step_seconds, self.take_step.clock.times())
+                self.measuring.start(step, update.record.step_seconds, self.training_step.clock.times())
         every = self.config.comm.verify_every
         if every and (step % every == 0 or step == self.last_step):
-            self._verify(self.take_step.noise)
+            self._verify(self.training_step.noise)
         if self._is_due(self.config.evaluation.every_epochs):
             self._evaluate()
         every_steps = self.config.checkpoint.every_steps
@@ -282,7 +282,7 @@ class Trainer:
         """Check, once per step, that all ranks agree; `noise` is that of the last update, if they still hold it."""
         step = self.progress.step
         if self.config.comm.verify_every and self._verified_step != step:
-            verify_agreement(self.comm, self.take_step.weights, noise, step - 1, self.take_step.averaging)
+            verify_agreement(self.comm, self.training_step.weights, noise, step - 1, self.training_step.averaging)
             self._verified_step = step
 
     def _note_progress(self) -> None:
@@ -311,7 +311,7 @@ class Trainer:
         if self._averaged:
             with self._averaged.in_force(self.progress.step):
                 results |= self._evaluate_splits("-averaged")
-        not_finite = [] if bool(self.take_step.weights.values.isfinite().all()) else ["weights"]
+        not_finite = [] if bool(self.training_step.weights.values.isfinite().all()) else ["weights"]
         for split, result in results.items():
             if not math.isfinite(result.loss):
                 not_finite.append(f"{split} loss")
@@ -340,7 +340,7 @@ class Trainer:
                     samples,
                     count,
                     batch_size=settings.batch_size,
-                    compute=self.take_step.compute,
+                    compute=self.training_step.compute,
                     comm=self.comm,
                     after_batch=self._note_progress,
                 )
@@ -356,7 +356,7 @@ class Trainer:
 
     def _recompute_statistics(self) -> None:
         """Recompute the norm statistics, if there are norms, at the weights that the network currently uses."""
-        if not self.take_step.norms:
+        if not self.training_step.norms:
             return
         count, micro_size = len(self.splits.train), self.plan.micro_size
         recompute_statistics(
@@ -364,13 +364,13 @@ class Trainer:
             self.splits.train,
             statistics_samples(count, self.config.model.norm_samples, micro_size, self.config.run.seed),
             micro_size=micro_size,
-            compute=self.take_step.compute,
+            compute=self.training_step.compute,
             comm=self.comm,
             after_batch=self._note_progress,
         )
 
     def _save(self) -> None:
-        self._verify(self.take_step.noise)  # otherwise a checkpoint could hold weights on which the ranks differ
+        self._verify(self.training_step.noise)  # otherwise a checkpoint could hold weights on which the ranks differ
         self._update_clean_statistics()
         self.progress.note_saved()
         average = self._averaged.contents(self.progress.step)

@@ -184,7 +184,7 @@ def test_gradient_of_a_step_is_accurate_to_a_ten_thousandth(
         share = trainer.plan.slices if norm == "sync" else trainer.plan.share
         indices = batch_indices(order, 0, config.batch.global_size)
         batch = GlobalBatch(0, 0, indices, share(comm.rank, comm.size))
-        update = trainer.take_step(batch, 0.0, lambda: False)
+        update = trainer.training_step(batch, 0.0, lambda: False)
         gradients = [p.grad.double().flatten() for p in trainer.network.parameters() if p.grad is not None]
         return update.total.loss, torch.cat(gradients), trainer
 

@@ -58,12 +58,12 @@ RANKS = 8
 
 def errors_along(trainer: Trainer, updates: tuple[int, ...], bits: Literal[16, 32] = 32) -> list[Errors]:
     """Train, and return the errors of the gradients of `updates`."""
-    step = trainer.take_step
+    step = trainer.training_step
     step.reduction.close()
     accumulator = RecordingAccumulator(step.weights, trainer.comm, MICRO_BATCHES, trainer.progress, bits)
     # With one bucket each gradient is kept in one piece.
     whole = GradientReduction(step.weights, accumulator, buckets_of(step.weights, len(step.weights.values)))
-    trainer.take_step = replace(step, reduction=whole)
+    trainer.training_step = replace(step, reduction=whole)
     found = []
     while trainer.progress.step < updates[-1]:
         trainer.advance()

@@ -87,7 +87,7 @@ def state_bits(model: nn.Module) -> dict[str, bytes]:
 
 def gradient_bits(trainer: Trainer) -> bytes:
     """Return the flat gradient as bytes."""
-    gradients: torch.Tensor = trainer.take_step.weights.gradients
+    gradients: torch.Tensor = trainer.training_step.weights.gradients
     return gradients.numpy().tobytes()
 
 

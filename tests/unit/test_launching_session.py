@@ -317,7 +317,7 @@ def test_graphs_that_no_rank_would_use_are_warned_of_once(
     def launch(comm: SimulatedRanks) -> None:
         session, _ = begun(tmp_path / "run", comm, batch={"micro_size": micro_size}, noise={"draws": draws})
         assert session.trainer is not None
-        session.trainer.take_step = replace(session.trainer.take_step, graph_recorder=OperatorRecorder())
+        session.trainer.training_step = replace(session.trainer.training_step, graph_recorder=OperatorRecorder())
         session.begin(ResumePoint(session.trainer.config))
 
     results(ranks, launch)

@@ -96,7 +96,7 @@ def test_averaged_weights_have_norm_statistics_of_their_own(tmp_path: Path) -> N
     trainer = build_trainer(config, tmp_path / "other", SingleProcess())
     indices = statistics_samples(len(splits.train), config.model.norm_samples, 6, 0)
     recompute_statistics(
-        model, splits.train, indices, micro_size=6, compute=trainer.take_step.compute, comm=SingleProcess()
+        model, splits.train, indices, micro_size=6, compute=trainer.training_step.compute, comm=SingleProcess()
     )
     for name, value in running_statistics(model).items():
         assert torch.equal(value, stored[name]), name

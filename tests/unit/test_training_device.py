@@ -60,7 +60,7 @@ def strict_trainer(folder: Path, set_mode: SetMode, **sections: dict[str, Any]) 
     trainer = build_trainer(small_config(**sections), folder, SingleProcess())
     for _ in range(2):
         trainer.advance()
-    trainer.take_step = replace(trainer.take_step, clock=StrictClock(set_mode))
+    trainer.training_step = replace(trainer.training_step, clock=StrictClock(set_mode))
     return trainer
 
 
@@ -72,12 +72,12 @@ def test_every_part_of_a_step_but_the_reading_of_its_result_is_forbidden_to_wait
         seen.append((name, modes[-1]))
 
     trainer = strict_trainer(tmp_path, modes.append, checkpoint={"every_epochs": 0})
-    step = trainer.take_step
+    step = trainer.training_step
     parts: dict[str, Any] = {
         name: Noting(getattr(step, name), partial(note, name))
         for name in ("samples", "tally", "reduction", "statistics")
     }
-    trainer.take_step = replace(step, **parts)
+    trainer.training_step = replace(step, **parts)
     trainer.advance()
     allowed = [index for index, (_, state) in enumerate(seen) if state == "default"]
     # The sums are received, the result is read, and the reduction is asked, on the host, whether they fit.

@@ -430,7 +430,7 @@ def test_a_loss_that_is_not_finite_is_a_divergence_and_leaves_the_grids(tmp_path
     trainer = build_trainer(small_config(**CONFIG), tmp_path, SingleProcess())
     trainer.advance()
     before = trainer.progress.grid_exponents
-    trainer.take_step.weights.parameters[0].register_hook(lambda gradient: gradient * math.nan)
+    trainer.training_step.weights.parameters[0].register_hook(lambda gradient: gradient * math.nan)
     with raises(DivergedError, "step-not-finite"):
         trainer.advance()
     assert trainer.progress.grid_exponents == before

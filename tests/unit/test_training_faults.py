@@ -39,7 +39,7 @@ def test_statistics_out_of_range_are_a_divergence(tmp_path: Path) -> None:
         trainer.network.get_parameter("convolution1_1.weight").mul_(1e7)
     with raises(DivergedError, "step-not-finite"):
         take(trainer)
-    assert all(norm.running_var.min() >= 0 for norm in trainer.take_step.norms)
+    assert all(norm.running_var.min() >= 0 for norm in trainer.training_step.norms)
 
 
 def sizes_at_norms(network: nn.Module) -> list[int]:
@@ -76,7 +76,7 @@ def test_shrinking_leaves_no_single_sample(tmp_path: Path) -> None:
         tmp_path,
         SingleProcess(),
     )
-    trainer.take_step = replace(trainer.take_step, model=Limited(trainer.network, 12))
+    trainer.training_step = replace(trainer.training_step, model=Limited(trainer.network, 12))
     trainer.may_shrink = True
     sizes = sizes_at_norms(trainer.network)
     trainer.run()
@@ -209,7 +209,7 @@ def test_another_run_s_checkpoint_with_other_settings_is_refused(tmp_path: Path)
 
 def test_checkpoint_config_after_shrinking(tmp_path: Path) -> None:
     trainer = build_trainer(small_config(), tmp_path, SingleProcess())
-    trainer.take_step = replace(trainer.take_step, model=Limited(trainer.network, 3))
+    trainer.training_step = replace(trainer.training_step, model=Limited(trainer.network, 3))
     trainer.may_shrink = True
     trainer.run()
     assert read_checkpoint(list_checkpoints(tmp_path / "checkpoints")[-1].path).config["batch"]["micro_size"] == 3
@@ -219,7 +219,7 @@ def test_shrinking_does_not_need_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     trainer = build_trainer(small_config(), tmp_path, SingleProcess())
-    trainer.take_step = replace(trainer.take_step, model=Limited(trainer.network, 3))
+    trainer.training_step = replace(trainer.training_step, model=Limited(trainer.network, 3))
     trainer.may_shrink = True
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))

@@ -37,7 +37,7 @@ Sections = Mapping[str, Mapping[str, Any]]
 def trainer_of(folder: Path, sections: Sections, recorder: OperatorRecorder | None, comm: Communicator) -> Trainer:
     """Return a trainer that has its micro-batches recorded by `recorder`, if there is one."""
     trainer = build_trainer(small_config(**{"evaluation": {"every_epochs": 0}, **sections}), folder, comm)
-    trainer.take_step = replace(trainer.take_step, graph_recorder=recorder)
+    trainer.training_step = replace(trainer.training_step, graph_recorder=recorder)
     return trainer
 
 
@@ -57,7 +57,7 @@ def train(trainer: Trainer, state: list[Tensor] | None = None) -> list[tuple[flo
 
 def state_of(trainer: Trainer) -> list[Tensor]:
     """Return all tensors of the step that live as long as it does, and change."""
-    step = trainer.take_step
+    step = trainer.training_step
     accumulator, noise = step.reduction.accumulator, step.noise
     tensors = [step.weights.values, step.weights.gradients, accumulator._total, accumulator.largest, step.tally._slots]
     tensors += [step.statistics.sums, step.statistics.out_of_range, *step.noise.kept.values()]
@@ -89,7 +89,7 @@ def test_graphs_give_the_same_bits_and_read_what_changes_from_their_buffers(tmp_
     assert train(graphed, state) == train(plain)
     assert state_bits(graphed.network) == state_bits(plain.network)
     assert recorder.replays > recorder.warm_ups
-    graphs = graphed.take_step._graphs
+    graphs = graphed.training_step._graphs
     assert graphs is not None
     buffers = {address_of(buffer) for group in graphs._buffers.values() for buffer in group}
     assert buffers <= recorder.changed.keys()
@@ -120,7 +120,7 @@ def test_a_gradient_out_of_range_within_a_graph_ends_the_run_with_clean_weights(
 ) -> None:
     trainer = trainer_of(tmp_path, {}, OperatorRecorder(), SingleProcess())
     trainer.advance()
-    step = trainer.take_step
+    step = trainer.training_step
     before, read = step.weights.values.clone(), step.samples.read
 
     def read_with_a_damaged_pixel(request: BatchRequest) -> tuple[Tensor, Tensor]:
@@ -159,9 +159,9 @@ def test_a_step_with_another_reduction_records_anew(tmp_path: Path) -> None:
     recorder = OperatorRecorder()
     trainer = trainer_of(tmp_path, {}, recorder, SingleProcess())
     trainer.advance()
-    step = trainer.take_step
-    trainer.take_step = replace(step, clock=step.clock)
-    assert trainer.take_step._graphs is not step._graphs
+    step = trainer.training_step
+    trainer.training_step = replace(step, clock=step.clock)
+    assert trainer.training_step._graphs is not step._graphs
 
 
 @pytest.fixture

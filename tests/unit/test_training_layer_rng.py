@@ -32,7 +32,7 @@ def test_runs_are_bit_identical_and_leave_the_global_generators_as_they_were(tmp
         seed_all(seed)
         before = drawn()
         seed_all(seed)
-        states.append(state_bits(trained(tmp_path / f"{seed}").take_step.model))
+        states.append(state_bits(trained(tmp_path / f"{seed}").training_step.model))
         assert drawn() == before
     assert states[0] == states[1]
 
@@ -58,7 +58,7 @@ def test_another_seed_gives_other_masks(tmp_path: Path) -> None:
 
 
 def masks(trainer: Trainer) -> list[torch.Tensor]:
-    found = trainer.take_step.model.masks
+    found = trainer.training_step.model.masks
     assert isinstance(found, list)
     return found
 

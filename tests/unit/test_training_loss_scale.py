@@ -32,7 +32,7 @@ from tests.unit.small_trainers import build_trainer, gradient_bits, small_config
 def in_half(trainer: Trainer, precision: torch.dtype = torch.float16) -> Trainer:
     """Return `trainer` as the assembly builds it for float16 on a GPU."""
     compute = Compute(torch.device("cpu"), precision)
-    trainer.take_step = replace(trainer.take_step, compute=compute, loss_scale=LossScale(trainer.progress))
+    trainer.training_step = replace(trainer.training_step, compute=compute, loss_scale=LossScale(trainer.progress))
     return trainer
 
 
@@ -76,9 +76,9 @@ def test_it_doubles_after_many_updates_without_an_overflow_up_to_a_ceiling() -> 
 
 def test_it_goes_on_with_what_a_checkpoint_holds(tmp_path: Path) -> None:
     trainer = in_half(build_trainer(small_config(), tmp_path, SingleProcess()))
-    trainer.take_step.loss_scale.lower()
+    trainer.training_step.loss_scale.lower()
     for _ in range(5):
-        trainer.take_step.loss_scale.note_update()
+        trainer.training_step.loss_scale.note_update()
     progress = restored_progress(trainer.contents())
     assert (progress.loss_scale, progress.updates_since_overflow) == (FIRST_LOSS_SCALE / 2, 5)
     assert LossScale(progress).value == FIRST_LOSS_SCALE / 2
@@ -86,7 +86,7 @@ def test_it_goes_on_with_what_a_checkpoint_holds(tmp_path: Path) -> None:
 
 def test_without_float16_there_is_none(tmp_path: Path) -> None:
     trainer = build_trainer(small_config(), tmp_path, SingleProcess())
-    assert trainer.take_step.loss_scale.value == LOWEST_LOSS_SCALE == 1.0
+    assert trainer.training_step.loss_scale.value == LOWEST_LOSS_SCALE == 1.0
     trainer.advance()
     assert trainer.progress.loss_scale is None
 
@@ -108,7 +108,7 @@ def test_half_precision_finds_about_the_gradient_of_float32(tmp_path: Path) -> N
     full = build_trainer(config, tmp_path / "full", SingleProcess())
     for trainer in (half, full):
         trainer.advance()
-    ours, theirs = half.take_step.weights.gradients, full.take_step.weights.gradients
+    ours, theirs = half.training_step.weights.gradients, full.training_step.weights.gradients
     assert not torch.equal(ours, theirs)
     assert torch.nn.functional.cosine_similarity(ours, theirs, dim=0) > 0.99
     assert float(ours.norm() / theirs.norm()) == pytest.approx(1.0, abs=0.02)
@@ -118,13 +118,13 @@ def test_gradients_too_small_for_float16_survive_through_the_scale(tmp_path: Pat
     config = small_config(model={"norm": "group"})
     scaled = in_half(build_trainer(config, tmp_path / "scaled", SingleProcess()))
     bare = in_half(build_trainer(config, tmp_path / "bare", SingleProcess()))
-    bare.take_step = replace(bare.take_step, loss_scale=LossScale())
+    bare.training_step = replace(bare.training_step, loss_scale=LossScale())
     for trainer in (scaled, bare):
         trainer.network.register_forward_hook(lambda module, inputs, logits: logits.float() * 2.0**-24)
         trainer.advance()
     assert scaled.progress.loss_scale == FIRST_LOSS_SCALE
-    assert not bare.take_step.weights.gradients.any()
-    assert scaled.take_step.weights.gradients.count_nonzero() > scaled.take_step.weights.count / 2
+    assert not bare.training_step.weights.gradients.any()
+    assert scaled.training_step.weights.gradients.count_nonzero() > scaled.training_step.weights.count / 2
 
 
 def test_an_overflow_repeats_the_step_and_skips_no_update(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_all_ranks_lower_it_when_one_overflows(tmp_path: Path) -> None:
     def train(comm: Communicator) -> tuple[float | None, dict[str, bytes]]:
         trainer = in_half(build_trainer(small_config(), tmp_path / f"{comm.size}", comm), torch.float32)
         if comm.rank == comm.size - 1:
-            trainer.take_step.weights.parameters[0].register_hook(overflow_once())
+            trainer.training_step.weights.parameters[0].register_hook(overflow_once())
         trainer.advance()
         return trainer.progress.loss_scale, state_bits(trainer.network)
 
@@ -166,9 +166,9 @@ def test_all_ranks_lower_it_when_one_overflows(tmp_path: Path) -> None:
 
 def test_an_overflow_at_the_lowest_scale_is_a_divergence(tmp_path: Path) -> None:
     trainer = in_half(build_trainer(small_config(), tmp_path, SingleProcess()))
-    before = trainer.take_step.weights.values.clone()
-    trainer.take_step.weights.parameters[0].register_hook(lambda gradient: gradient * float("inf"))
+    before = trainer.training_step.weights.values.clone()
+    trainer.training_step.weights.parameters[0].register_hook(lambda gradient: gradient * float("inf"))
     with raises(DivergedError, "step-not-finite"):
         trainer.advance()
     assert trainer.progress.loss_scale == LOWEST_LOSS_SCALE
-    assert torch.equal(trainer.take_step.weights.values, before)
+    assert torch.equal(trainer.training_step.weights.values, before)

@@ -50,7 +50,7 @@ class Sheet(Observer):
 
     def progress(self, step: int) -> None:
         assert self.trainer is not None
-        self.weights[step] = self.trainer.take_step.weights.values.clone()
+        self.weights[step] = self.trainer.training_step.weights.values.clone()
 
     @property
     def steps(self) -> list[int]:
@@ -246,7 +246,7 @@ def test_a_run_that_fails_drops_the_measurement_under_way(tmp_path: Path) -> Non
         sheet, trainer = prepare(tmp_path, comm, metrics=ON)
         sheets.append(sheet)
         trainer.advance()
-        trainer.take_step.weights.values.fill_(math.nan)
+        trainer.training_step.weights.values.fill_(math.nan)
         trainer.run()
 
     assert all(isinstance(error, DivergedError) for error in on_ranks(2, diverge))

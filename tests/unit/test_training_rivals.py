@@ -298,7 +298,7 @@ def check_promises_3_and_5(config: Config, tmp_path: Path) -> None:
         bits = []
         for each in (trainer, resumed):
             take(each, 1, RATES[1])
-            bits.append(each.take_step.weights.values.numpy().tobytes())
+            bits.append(each.training_step.weights.values.numpy().tobytes())
         return bits
 
     [alone] = results(1, train)

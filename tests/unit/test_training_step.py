@@ -43,7 +43,7 @@ def take(trainer: Trainer, step: int = 0, rate: float = 0.05, stop: Callable[[],
     order = epoch_order(len(trainer.splits.train), trainer.config.run.seed, 0)
     indices = batch_indices(order, step, trainer.plan.global_size)
     mine = trainer.plan.share(trainer.comm.rank, trainer.comm.size)
-    return trainer.take_step(GlobalBatch(step, 0, indices, mine), rate, stop)
+    return trainer.training_step(GlobalBatch(step, 0, indices, mine), rate, stop)
 
 
 def assert_equal_gradients(gradients: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
@@ -99,9 +99,9 @@ def test_sam_s_gradient_is_that_of_plain_pytorch(tmp_path: Path, reduction: str,
 
     def step(comm: SimulatedRanks) -> dict[str, Tensor]:
         trainer = build_trainer(config, tmp_path, comm)
-        before = trainer.take_step.weights.values.clone()
+        before = trainer.training_step.weights.values.clone()
         take(trainer, 1, rate=0.0)
-        assert torch.equal(trainer.take_step.weights.values, before)
+        assert torch.equal(trainer.training_step.weights.values, before)
         return gradients_of(trainer)
 
     for gradients in results(ranks, step):
@@ -178,24 +178,24 @@ def test_an_optimizer_may_replace_the_tensors_of_parameters(tmp_path: Path, nois
     for name in ("in_place", "replacing"):
         config = small_config(optimizer={"name": f"{__name__}:{name}"}, noise=noise, averaging={"kind": "ema"})
         trainer = build_trainer(config, tmp_path / name, SingleProcess())
-        before = trainer.take_step.weights.values.clone()
+        before = trainer.training_step.weights.values.clone()
         take(trainer, 0)
         take(trainer, 1)
-        assert not torch.equal(before, trainer.take_step.weights.values)
-        trained.append((state_bits(trainer.network), trainer.take_step.weights.values.tolist()))
+        assert not torch.equal(before, trainer.training_step.weights.values)
+        trained.append((state_bits(trainer.network), trainer.training_step.weights.values.tolist()))
     assert trained[0] == trained[1]
 
 
 def test_a_model_that_moves_its_weights_is_refused_before_they_are_updated(tmp_path: Path) -> None:
     """As flatten_parameters of torch's recurrent layers does on a GPU."""
     trainer = build_trainer(small_config(noise={"method": "none"}), tmp_path, SingleProcess())
-    weights = trainer.take_step.weights
+    weights = trainer.training_step.weights
     before = weights.values.clone()
 
     def move(*_: object) -> None:
         weights.parameters[1].data = weights.parameters[1].data.clone()
 
-    trainer.take_step.model.register_forward_pre_hook(move)
+    trainer.training_step.model.register_forward_pre_hook(move)
     with raises(PluginResultError, code="plugin-result"):
         take(trainer, 1)
     assert torch.equal(weights.values, before)
@@ -229,7 +229,7 @@ def test_langevin_s_updates_are_equation_1_and_its_momentum_has_no_noise(
     noise = {"method": "langevin", "amplitude": 0.05, "scale": scale, "schedule": {"kind": "linear"}}
     config = small_config(noise=noise, optimizer={"momentum": 0.9, "nesterov": nesterov})
     trainer = build_trainer(config, tmp_path, SingleProcess())
-    segments = trainer.take_step.weights.segments
+    segments = trainer.training_step.weights.segments
     parameters = list(trainer.network.parameters())
     buffers = [torch.zeros_like(parameter) for parameter in parameters]
     for step, amplitude in enumerate((0.05, 0.05 * 5 / 6, 0.05 * 4 / 6)):
@@ -242,7 +242,7 @@ def test_langevin_s_updates_are_equation_1_and_its_momentum_has_no_noise(
             descent = g + 0.9 * v if nesterov else v
             expected = theta - 0.1 * descent + amplitude * scaled(config, u, theta)
             torch.testing.assert_close(parameter.detach(), expected, rtol=1e-5, atol=1e-6)
-            buffer = trainer.take_step.optimizer.state[parameter]["momentum_buffer"]
+            buffer = trainer.training_step.optimizer.state[parameter]["momentum_buffer"]
             torch.testing.assert_close(buffer, v, rtol=1e-5, atol=1e-6)
 
 
@@ -285,7 +285,7 @@ def test_langevin_s_gradient_is_taken_at_the_weights_themselves_and_a_rate_of_ze
     take(trainer, 0, rate=0.0)
     assert_equal_gradients(gradients_of(trainer), plain)
     take(trainer, 1, rate=0.0)
-    segments = trainer.take_step.weights.segments
+    segments = trainer.training_step.weights.segments
     draws = (noise_of(config, 0, segments), noise_of(config, 1, segments))
     for parameter, value, first, second in zip(trainer.network.parameters(), start, *draws, strict=True):
         torch.testing.assert_close(parameter.detach(), value + 0.05 * first + 0.05 * second, rtol=0, atol=1e-6)
@@ -301,11 +301,11 @@ def test_promise_4_with_a_rate_of_zero_the_weights_stay_bit_identically(tmp_path
     shared: list[dict[str, Any]] = [{"sharing": sharing} for sharing in ("global", "rank", "micro_batch")]
     for noise in (*shared, {"scale": "filter", "distribution": "normal"}, SAM):
         trainer = build_trainer(small_config(noise=noise), tmp_path, SingleProcess())
-        before = trainer.take_step.weights.values.clone()
+        before = trainer.training_step.weights.values.clone()
         for step in range(3):
             take(trainer, step, rate=0.0)
-        assert torch.equal(trainer.take_step.weights.values, before)
-        assert torch.equal(in_force(trainer.take_step.weights), before)
+        assert torch.equal(trainer.training_step.weights.values, before)
+        assert torch.equal(in_force(trainer.training_step.weights), before)
 
 
 def test_loss_and_accuracy_are_means_over_the_global_batch(tmp_path: Path) -> None:
@@ -323,9 +323,9 @@ def test_loss_and_accuracy_are_means_over_the_global_batch(tmp_path: Path) -> No
 def test_the_global_gradient_is_clipped_not_each_rank_s(tmp_path: Path, ranks: int) -> None:
     def moved(comm: SimulatedRanks, clip: float | None) -> tuple[Tensor, Update]:
         trainer = build_trainer(small_config(optimizer={**PLAIN, "clip_norm": clip}), tmp_path, comm)
-        before = trainer.take_step.weights.values.clone()
+        before = trainer.training_step.weights.values.clone()
         update = take(trainer, rate=1.0)
-        return trainer.take_step.weights.values - before, update
+        return trainer.training_step.weights.values - before, update
 
     def both(comm: SimulatedRanks) -> tuple[tuple[Tensor, Update], tuple[Tensor, Update]]:
         return moved(comm, None), moved(comm, 0.25)
@@ -368,12 +368,12 @@ def test_a_sample_that_is_not_finite_on_one_rank_stops_all_and_leaves_the_weight
         trainer = build_trainer(small_config(comm={"reduction": reduction}), tmp_path, comm)
         sample = int(epoch_order(100, 0, 0)[place])
         bad: Any = Changed(trainer.splits.train, sample, lambda inputs: inputs * math.nan)
-        trainer.take_step = replace(trainer.take_step, samples=bad)
-        before, state = trainer.take_step.weights.values.clone(), state_bits(trainer.network)
+        trainer.training_step = replace(trainer.training_step, samples=bad)
+        before, state = trainer.training_step.weights.values.clone(), state_bits(trainer.network)
         try:
             take(trainer)
         finally:
-            states.append((before, trainer.take_step.weights.values, state, state_bits(trainer.network)))
+            states.append((before, trainer.training_step.weights.values, state, state_bits(trainer.network)))
 
     ended = on_ranks(ranks, diverge)
     assert all(isinstance(error, DivergedError) for error in ended), ended
@@ -388,7 +388,7 @@ def test_a_gradient_out_of_the_integers_range_is_a_divergence_said_so(tmp_path: 
         config = small_config(model={"norm": "none", "width": 0.0625}, comm={"reduction": reduction})
         trainer = build_trainer(config, tmp_path, comm)
         large: Any = Changed(trainer.splits.train, int(epoch_order(100, 0, 0)[3]), lambda inputs: inputs * 1e7)
-        trainer.take_step = replace(trainer.take_step, samples=large)
+        trainer.training_step = replace(trainer.training_step, samples=large)
         return take(trainer)
 
     assert step(SingleProcess(), "float").total.gradient_norm > 16384
@@ -405,11 +405,11 @@ def test_a_gradient_that_float16_cannot_hold_on_its_way_is_a_divergence_and_leav
     def steepen(module: nn.Module, inputs: object, outputs: Tensor) -> None:
         outputs.register_hook(lambda gradient: gradient * 1e7)
 
-    trainer.take_step.model.register_forward_hook(steepen)
-    before = trainer.take_step.weights.values.clone()
+    trainer.training_step.model.register_forward_hook(steepen)
+    before = trainer.training_step.weights.values.clone()
     with raises(DivergedError, "step-not-finite"):
         take(trainer)
-    assert torch.equal(trainer.take_step.weights.values, before)
+    assert torch.equal(trainer.training_step.weights.values, before)
 
 
 def test_promise_7_one_rank_s_request_to_stop_reaches_all(tmp_path: Path) -> None:
@@ -481,7 +481,7 @@ def test_a_run_that_runs_out_of_memory_goes_on_with_smaller_micro_batches(
         trainer = build_trainer(config, tmp_path / folder, comm)
         if micro_size > 3 and comm.rank in short:
             limited = Limited(trainer.network, 3, backward)
-            trainer.take_step = replace(trainer.take_step, model=limited)
+            trainer.training_step = replace(trainer.training_step, model=limited)
         trainer.may_shrink = True
         trainer.run()
         saved = (tmp_path / folder / "config.yaml").read_text()
@@ -517,11 +517,11 @@ def test_an_exact_run_does_not_go_on_with_another_algorithm_of_a_convolution(
 
 def test_a_size_that_was_asked_for_is_not_changed_and_the_weights_are_as_before(tmp_path: Path) -> None:
     trainer = build_trainer(small_config(), tmp_path, SingleProcess())
-    trainer.take_step = replace(trainer.take_step, model=Limited(trainer.network, 3))
-    before = trainer.take_step.weights.values.clone()
+    trainer.training_step = replace(trainer.training_step, model=Limited(trainer.network, 3))
+    before = trainer.training_step.weights.values.clone()
     with raises(UsageError, "out-of-memory"):
         trainer.run()
-    assert torch.equal(trainer.take_step.weights.values, before)
+    assert torch.equal(trainer.training_step.weights.values, before)
 
 
 def test_a_rank_of_an_elastic_launch_that_runs_out_of_memory_fails_alone(tmp_path: Path) -> None:
@@ -529,7 +529,7 @@ def test_a_rank_of_an_elastic_launch_that_runs_out_of_memory_fails_alone(tmp_pat
         comm.is_elastic = True
         trainer = build_trainer(small_config(), tmp_path, comm)
         if comm.rank:
-            trainer.take_step = replace(trainer.take_step, model=Limited(trainer.network, 3))
+            trainer.training_step = replace(trainer.training_step, model=Limited(trainer.network, 3))
         take(trainer)
 
     other, short = on_ranks(2, run_out)
@@ -541,13 +541,13 @@ def test_a_rank_of_an_elastic_launch_that_runs_out_of_memory_fails_alone(tmp_pat
 
 def test_an_error_of_another_kind_is_not_taken_for_a_lack_of_memory(tmp_path: Path) -> None:
     trainer = build_trainer(small_config(), tmp_path, SingleProcess())
-    trainer.take_step = replace(trainer.take_step, model=nn.Unflatten(0, (5,)))
+    trainer.training_step = replace(trainer.training_step, model=nn.Unflatten(0, (5,)))
     trainer.may_shrink = True
-    before = trainer.take_step.weights.values.clone()
+    before = trainer.training_step.weights.values.clone()
     with pytest.raises((RuntimeError, IndexError)) as caught:
         trainer.run()
     assert not isinstance(caught.value, OutOfMemoryError)
-    assert torch.equal(trainer.take_step.weights.values, before)
+    assert torch.equal(trainer.training_step.weights.values, before)
 
 
 class Putting(nn.Module):

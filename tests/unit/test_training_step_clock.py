@@ -97,7 +97,7 @@ def test_slow_data_a_slow_rank_and_slow_noise_show_in_their_own_parts(tmp_path: 
         trainer = build_trainer(small_config(), tmp_path, comm)
         take(trainer)
         if comm.rank == 1:
-            noise = trainer.take_step.noise
+            noise = trainer.training_step.noise
             perturb, restore = noise.perturb, noise.restore
             micro_batch = trainer.splits.train.read
 
@@ -143,7 +143,7 @@ def test_with_sync_norm_the_wait_within_passes_is_a_wait_for_the_others(tmp_path
             trainer.splits.train.read = slow_data  # type: ignore[method-assign, assignment]
         mine = trainer.plan.slices(comm.rank, comm.size)
         order = torch.arange(trainer.plan.global_size)
-        return trainer.take_step(GlobalBatch(0, 0, order, mine), 0.05, lambda: False).times.parts()
+        return trainer.training_step(GlobalBatch(0, 0, order, mine), 0.05, lambda: False).times.parts()
 
     def quick_rank_waits() -> bool:
         quick, slow = results(2, step)

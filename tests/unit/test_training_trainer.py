@@ -199,7 +199,7 @@ def test_a_checkpoint_holds_the_clean_weights_the_progress_and_the_settings(tmp_
     contents = read_checkpoint(list_checkpoints(tmp_path / "checkpoints")[-1].path)
     assert (contents.step, contents.epoch) == (6, 2.0)
     assert {name: tensor.numpy().tobytes() for name, tensor in contents.model.items()} == state
-    clean = trainer.take_step.weights
+    clean = trainer.training_step.weights
     assert all(torch.equal(contents.model[name], value) for name, value in clean.named(clean.values).items())
     assert contents.config == trainer.config.model_dump(mode="json")
     assert contents.metrics == trainer.progress.metrics()
@@ -355,7 +355,7 @@ def test_promise_4_what_is_evaluated_and_saved_has_statistics_of_the_clean_weigh
             trainer.splits.train,
             statistics_samples(100, 30, 6, 0),
             micro_size=6,
-            compute=trainer.take_step.compute,
+            compute=trainer.training_step.compute,
             comm=SingleProcess(),
         )
         recomputed = model.state_dict()
