@@ -147,7 +147,7 @@ class Communicator:
     is_elastic: bool = False  # whether ranks may leave and join: after a GroupBrokenError `rendezvous` continues
     is_joining: bool = False  # whether this rank joins a run under way and has not met the others yet
     generation: int = 1  # number of the current process group, from 1
-    is_failing: bool = False  # whether the last action of `run_on_all_ranks` has failed, as all ranks know
+    last_action_failed: bool = False  # of `run_on_all_ranks`, on any rank, as all ranks know
 
     @property
     def most_ranks(self) -> int:
@@ -291,7 +291,7 @@ def run_on_all_ranks(comm: Communicator, action: Callable[[], Result], name: str
         failure = error
     codes = gather_int(comm, 0 if failure is None else exit_code_of(failure), name)
     failed = [rank for rank, code in enumerate(codes) if code]
-    comm.is_failing = bool(failed)
+    comm.last_action_failed = bool(failed)
     if failure is not None and failed[0] == comm.rank:
         raise failure
     if failed:

@@ -254,7 +254,7 @@ def _await_others(comm: Communicator, kind: object, error: BaseException | None,
 
     Launchers end a rank that the others have left, and rank 0 may be waiting for a last scrape, or for a tracker.
     """
-    is_shared = isinstance(error, SHARED_ERRORS) or (isinstance(error, Exception) and comm.is_failing)
+    is_shared = isinstance(error, SHARED_ERRORS) or (isinstance(error, Exception) and comm.last_action_failed)
     if is_shared and not comm.is_elastic:  # whose launcher ends none
         with suppress(RankLostError):
             comm.barrier()
