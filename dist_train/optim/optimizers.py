@@ -222,13 +222,13 @@ def optimizer_step(optimizer: Optimizer, weights: FlatWeights | None = None) -> 
     """
     is_known = type(optimizer).__module__.startswith(("torch.optim.", "timm.optim.")) and "step" not in vars(optimizer)
     hooks = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
-    if not is_known or any((*hooks, _global_optimizer_pre_hooks, _global_optimizer_post_hooks)):
-        optimizer.step()
-        if weights is not None:
-            weights.reclaim()
+    if is_known and not any((*hooks, _global_optimizer_pre_hooks, _global_optimizer_post_hooks)):
+        with torch.no_grad():  # the wrappers do this, and call the hooks
+            inspect.unwrap(type(optimizer).step)(optimizer)
         return
-    with torch.no_grad():
-        inspect.unwrap(type(optimizer).step)(optimizer)
+    optimizer.step()
+    if weights is not None:
+        weights.reclaim()
 
 
 def state_tensors(optimizer: Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
