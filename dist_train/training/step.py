@@ -69,7 +69,7 @@ class GlobalBatch:
     pace: int = 0
     """Microseconds per micro-batch, which this rank reports to the others; 0 if it does not."""
 
-    def in_turn(self, prefetch: Callable[[Iterable[BatchRequest]], None]) -> Iterator[tuple[MicroBatch, bool]]:
+    def iterate(self, prefetch: Callable[[Iterable[BatchRequest]], None]) -> Iterator[tuple[MicroBatch, bool]]:
         """Yield each of this rank's micro-batches, and whether it is the last; the next is claimed and read ahead."""
         ahead = deque(self.micro_batches)
         while ahead:
@@ -212,7 +212,7 @@ class TrainingStep:
         def add_up() -> None:
             # With sync norm, the others already wait for this rank in the forward or backward pass: it fails alone.
             with nullcontext() if self.sum_over_ranks is None else fitting_memory(what, fix):
-                for micro_batch, is_last in batch.in_turn(self.samples.prefetch):
+                for micro_batch, is_last in batch.iterate(self.samples.prefetch):
                     self._add_gradient(batch, micro_batch, is_last)
 
         fits = runs_in_memory(add_up)

@@ -203,7 +203,7 @@ def test_whoever_is_ready_every_micro_batch_is_claimed_once(
         batches = [global_batch(plan, each, step) for each in ranks]
         for _ in range(2):  # a gradient that is computed again
             held: list[list[tuple[MicroBatch, bool]]] = [[] for _ in ranks]
-            at_work = {rank: batch.in_turn(lambda requests: None) for rank, batch in enumerate(batches)}
+            at_work = {rank: batch.iterate(lambda requests: None) for rank, batch in enumerate(batches)}
             while at_work:
                 rank = random.choice(sorted(at_work))
                 if (following := next(at_work[rank], None)) is None:
@@ -218,7 +218,7 @@ def test_a_rank_that_is_three_times_slower_computes_a_quarter() -> None:
     plan, counters = BatchPlan(64, 1), Counters()
     times, ends, counts = (100, 300), [0, 0], [0, 0]
     ranks = [
-        global_batch(plan, DynamicDealing(plan, rank, 2, counters)).in_turn(lambda requests: None) for rank in (0, 1)
+        global_batch(plan, DynamicDealing(plan, rank, 2, counters)).iterate(lambda requests: None) for rank in (0, 1)
     ]
     at_work = {0, 1}
     while at_work:
@@ -240,7 +240,7 @@ def test_samples_are_read_as_soon_as_they_are_claimed() -> None:
     def prefetch(requests: Iterable[BatchRequest]) -> None:
         told.append([request.indices.tolist() for request in requests])
 
-    turns = batch.in_turn(prefetch)
+    turns = batch.iterate(prefetch)
     assert [micro_batch.index for micro_batch, _ in (next(turns), next(turns))] == [0, 1]
     assert told == [], "of the first half, all is known"
     next(turns)
@@ -281,7 +281,7 @@ def test_the_counters_of_past_updates_are_deleted() -> None:
     ranks = [DynamicDealing(PLAN, rank, 3, counters) for rank in range(3)]
     for step in range(3):
         for rank in ranks:
-            list(global_batch(PLAN, rank, step).in_turn(lambda requests: None))
+            list(global_batch(PLAN, rank, step).iterate(lambda requests: None))
     assert not counters.used
 
 
