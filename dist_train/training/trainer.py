@@ -201,9 +201,7 @@ class Trainer:
         except OutOfMemoryError:
             if not self.may_shrink:
                 raise
-            update = None
-        if update is None:  # not in the except clause, where the error holds the tensors of the step
-            self._shrink()
+            self._shrink()  # the error holds no tensors of the failed passes: see `runs_in_memory`
             return None
         seconds, total = time.perf_counter() - begun, update.total
         size = self._batches.plan(step).global_size
