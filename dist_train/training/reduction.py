@@ -84,7 +84,7 @@ class GradientReduction:
         try:
             yield
             for bucket in self._buckets:
-                if self._missing.get(bucket.index) != 0:
+                if self._missing.get(bucket.index) != 0:  # else a hook has added it
                     self._add(bucket)
         finally:
             # Nothing is left to gather unless the pass failed.

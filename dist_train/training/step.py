@@ -151,7 +151,7 @@ class TrainingStep:
             set_learning_rate(self.optimizer, learning_rate)
             self.noise.before_update(batch.step, learning_rate)
             if is_plugin(self.noise.settings.method):
-                self.weights.clear_padding()
+                self.weights.clear_padding()  # `before_update` may have written to all of the gradients
             with self.optimizer_draws(batch.step):
                 optimizer_step(self.optimizer, self.weights)
             self.noise.after_update(batch.step)
