@@ -150,8 +150,6 @@ class TrainingStep:
                 self.wait_for_checkpoint_copy()
             set_learning_rate(self.optimizer, learning_rate)
             self.noise.before_update(batch.step, learning_rate)
-            if is_plugin(self.noise.settings.method):
-                self.weights.clear_padding()  # `before_update` may have written to all of the gradients
             with self.optimizer_draws(batch.step):
                 optimizer_step(self.optimizer, self.weights)
             self.noise.after_update(batch.step)
@@ -232,6 +230,8 @@ class TrainingStep:
             seed_layers()
             with self.clock.part("perturb_restore"):
                 self.noise.perturb_for(micro_batch.index, partial(self._ascend, inputs, target, scaled_size), point)
+                if is_plugin(self.noise.settings.method):
+                    self.weights.clear_padding()  # its methods may have written to all of the gradients
             divisor = scaled_size / point.weight
             if self.noise.settings.target_rise is not None and micro_batch.index == 0 and number == 1:
                 self._measure_rise(inputs, target, seed_layers)
