@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-cluster test-containers test-lengthy test-cuda-build test-unit test-hermetic lint study-smoke bench gpu dashboards docs torture clean
+.PHONY: help setup debian-packages demo test test-cluster test-containers test-lengthy test-cuda-build test-unit test-hermetic lint study-smoke bench gpu dashboards docs torture clean
 
 # Where it is set, as in many containers, each of the hundreds of processes that the tests start compiles the package anew.
 unexport PYTHONDONTWRITEBYTECODE
@@ -20,23 +20,24 @@ slow_tests := $(long_files) $(filter-out $(long_files) tests/unit/,$(dir $(wildc
 setup: ## make .venv with everything in it (PYTHON=python3.12, DIST_TRAIN_MPI=system|wheel and DEVICE=cpu|cuda choose)
 	@DEVICE=$(if $(filter bench,$(MAKECMDGOALS)),,$(DEVICE)) docker/environment.sh
 
-demo: ## train on Fashion-MNIST with two ranks, and write a report to open
+# Those that some tests need, as root; else it says which tests are left out.
+debian-packages:
+	@docker/debian_packages.sh
+
+demo: setup ## train on Fashion-MNIST with two ranks, and write a report to open
 	@launch/demo.sh
 
-test: setup ## every test but the lengthy ones of test-cluster, test-containers and test-cuda-build; as root, installs the Debian packages that some need
-	@docker/debian_packages.sh
+test: setup debian-packages ## every test but the lengthy ones of test-cluster, test-containers and test-cuda-build; as root, installs the Debian packages that some need
 	$(python) -m pytest -n auto tests/unit
 	$(python) -m pytest $(by_file) -m "not lengthy" $(slow_tests)
 
-test-cluster: setup ## every test on a Slurm of several nodes, also those that wait for its clocks
-	@docker/debian_packages.sh
+test-cluster: setup debian-packages ## every test on a Slurm of several nodes, also those that wait for its clocks
 	$(python) -m pytest tests/cluster
 
-test-containers: setup ## build the images of docker/Dockerfile, for CPUs and for CUDA, and run them; needs root, 35 GiB and half an hour
-	@docker/debian_packages.sh
+test-containers: setup debian-packages ## build the images of docker/Dockerfile, for CPUs and for CUDA, and run them; needs root, 35 GiB and half an hour
 	$(python) -m pytest tests/containers
 
-test-lengthy: setup ## the tests that take long: every launcher, alerts, faults, elastic ranks, GPU kernels in an interpreter, the wheel; downloads Triton and torch
+test-lengthy: setup debian-packages ## the tests that take long: every launcher, alerts, faults, elastic ranks, GPU kernels in an interpreter, the wheel; downloads Triton and torch
 	$(python) -m pytest -m lengthy tests/ranks tests/promises tests/services tests/torture tests/longer $(addprefix --ignore=tests/longer/test_,cuda_build.py hermetic.py kernels.py)
 	@$(python) -c 'import triton' 2> /dev/null || test -d build/triton || $(python) -m pip install --quiet --no-deps --target build/triton triton
 	PYTHONPATH="$(CURDIR)/build/triton" TRITON_INTERPRET=1 $(python) -m pytest tests/longer/test_kernels.py

@@ -39,6 +39,22 @@ def test_make_help_has_every_target_with_its_whole_text() -> None:
     assert [line.split(maxsplit=2)[1:] for line in shown] == [[target, text] for target, text in written]
 
 
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("demo", ["docker/environment.sh", "launch/demo.sh"]),
+        *(
+            (target, ["docker/environment.sh", "docker/debian_packages.sh", "pytest"])
+            for target in ("test", "test-cluster", "test-containers", "test-lengthy")
+        ),
+    ],
+)
+def test_a_target_comes_after_what_it_needs(target: str, words: list[str]) -> None:
+    planned = subprocess.run(["make", "--dry-run", target], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert all(word in planned for word in words), planned
+    assert sorted(words, key=planned.index) == words
+
+
 def test_ci_runs_lint_and_tests_on_the_oldest_and_the_newest_python() -> None:
     [job] = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"].values()
     assert [step["run"] for step in job["steps"] if "run" in step] == ["make lint", "make docs", "make test"]
