@@ -95,10 +95,9 @@ export SLURM_EXPORT_ENV=ALL
 unset "${!SQUEUE_@}" "${!SINFO_@}" "${!SCANCEL_@}"
 
 # sbatch passes on the variables of the job in which it is called, and Slurm sets only some of them anew.
-if [[ -n ${SLURM_JOB_ID:-} && -n ${SLURM_ARRAY_TASK_ID:-} ]] &&
-    facts=$(scontrol show job "$SLURM_JOB_ID" --oneliner 2>/dev/null) && [[ -n $facts && $facts != *' ArrayTaskId='* ]]; then
-    unset "${!SLURM_ARRAY_@}"
-fi
+facts=$(scontrol show job "${SLURM_JOB_ID:-none}" --oneliner 2>/dev/null) || facts=
+[[ -z $facts || $facts == *' ArrayTaskId='* ]] || unset "${!SLURM_ARRAY_@}"
+[[ $facts != *' Restarts=0 '* ]] || unset SLURM_RESTART_COUNT
 
 # SLURM_JOB_ID of an array task may be the array's id, so name the task explicitly.
 job=${SLURM_JOB_ID:-}
@@ -120,7 +119,7 @@ say() {
 
 # srun would start ranks in its first component alone, and squeue would answer about each of them.
 [[ -z ${SLURM_HET_SIZE:-} || $asked == --help ]] ||
-    usage_error "the other components of a heterogeneous job would stay idle: start its ranks by srun --het-group in a batch script of your own"
+    usage_error "the other components of a heterogeneous job would stay idle: start its ranks by srun --het-group in a batch script of your own; if this job is none, SLURM_HET_SIZE is of that in which you submitted it: use dist-train submit"
 
 # read_words ARRAY NAME TEXT: splits TEXT, the value of the variable NAME, into words, quoted as in a shell.
 read_words() {
@@ -750,7 +749,7 @@ run_in_job() {
     done
     # Whether the job comes back after its time limit: the run tells those who would else be warned of its end.
     export DIST_TRAIN_REQUEUE=0
-    [[ ${MAX_REQUEUES:-} == 0 || $(scontrol show job "$job" --oneliner 2>/dev/null) != *' Requeue=1 '* ]] || DIST_TRAIN_REQUEUE=1
+    [[ ${MAX_REQUEUES:-} == 0 || $facts != *' Requeue=1 '* ]] || DIST_TRAIN_REQUEUE=1
     [[ -z ${MIN_RANKS:-} ]] || be_elastic
     prepare_ranks "${@:2}"
     launch_or_show "$@" "${more_overrides[@]}"

@@ -230,6 +230,16 @@ def test_what_one_rank_for_each_gpu_is_not_is_refused(programs: str, asked: dict
     assert "each rank drives one GPU" in ended.stderr
 
 
+@pytest.mark.parametrize(("facts", "count"), [("Restarts=0", ""), ("Restarts=1", "1"), ("", "1")])
+def test_a_job_submitted_by_one_that_was_restarted_is_itself_not_restarted(
+    programs: str, tmp_path: Path, facts: str, count: str
+) -> None:
+    write_programs(tmp_path, scontrol=f"echo 'JobId=17 Requeue=1 {facts} BatchFlag=1'")
+    lines = 'echo "restart ${SLURM_RESTART_COUNT:-}"'
+    ended = start(script_of(tmp_path, lines), PATH=programs, SLURM_RESTART_COUNT="1", **TWO_NODES)
+    assert ended.stdout.removeprefix("restart ").strip() == count, ended.stderr
+
+
 @pytest.mark.parametrize(("facts", "name"), [("JobId=20 JobName=x", "20"), ("JobId=20 ArrayTaskId=7", "19_7")])
 def test_a_job_submitted_by_an_array_s_task_does_not_take_its_name(
     programs: str, tmp_path: Path, facts: str, name: str
@@ -419,6 +429,7 @@ def test_the_shell_of_an_interactive_allocation_may_be_a_step_of_it(programs: st
         ({"CONTAINER": "/nowhere.sif"}, "CONTAINER /nowhere.sif cannot be read"),
         ({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "1"}, "another job's variables are set"),
         ({"SLURM_HET_SIZE": "2"}, "the other components of a heterogeneous job would stay idle"),
+        ({"SLURM_HET_SIZE": "2"}, "use dist-train submit"),
         ({"MIN_RANKS": "3"}, "MIN_RANKS takes a number, 1 to the run's 2 ranks, not '3'"),
         ({"MIN_RANKS": "1", "LAUNCHER": "mpirun"}, "MIN_RANKS needs LAUNCHER=srun"),
         ({"MIN_RANKS": "1", "OVERRIDES": "comm.engine=horovod"}, "MIN_RANKS needs comm.engine=torch"),
