@@ -7,6 +7,7 @@ set -euo pipefail
 # package: the tests that need it
 needed=(
     "dataset-fashion-mnist: the tests on real images"
+    "zsh: the test of the completion in zsh"
     "openssl: the test of the commands in docs/monitoring.md"
     "prometheus: the tests of the exporter, the rules and the alerts (tests/services)"
     "prometheus-alertmanager: the test of an alert on its way to a webhook (tests/services)"

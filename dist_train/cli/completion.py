@@ -16,7 +16,7 @@ _SCRIPT = """\
 _dist_train() {
   local cur="${COMP_WORDS[COMP_CWORD]}" at='' prev='' word words='' options='' settings='' value='' prefix=''
   local every='%(every)s'
-  for word in "${COMP_WORDS[@]:1:COMP_CWORD-1}"; do
+  for word in "${COMP_WORDS[@]:1:$COMP_CWORD-1}"; do
     case "$at:$word" in
 %(commands)s
     esac
