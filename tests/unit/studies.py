@@ -7,7 +7,9 @@ from typing import Any
 
 import yaml
 
-from dist_train.sweep.planned_runs import Plan, plan_study
+from dist_train.outcome import ExitCode
+from dist_train.rundir.status import StatusFile
+from dist_train.sweep.planned_runs import Plan, PlannedRun, plan_study
 from tests.unit.small_trainers import SETTINGS
 
 
@@ -30,3 +32,15 @@ def write_study(folder: Path, **changes: Any) -> Path:
 def small_plan(folder: Path, **changes: Any) -> Plan:
     """Return the plan of that study."""
     return plan_study(write_study(folder, **changes))
+
+
+def begin_run(run: PlannedRun) -> StatusFile:
+    """Leave what a run that begins does; return its status file."""
+    run.files.create()
+    run.files.save_config(run.config)
+    return StatusFile(run.files.status, 1)
+
+
+def finish_run(run: PlannedRun) -> None:
+    """Leave what a run that has finished does, but for its results."""
+    begin_run(run).end("finished", ExitCode.FINISHED, "")

@@ -18,11 +18,10 @@ from dist_train.cli.main import main, parse
 from dist_train.config import load_config
 from dist_train.config.loading import project_root
 from dist_train.outcome import ExitCode, UsageError
-from dist_train.rundir.status import StatusFile
 from dist_train.sweep.submission import describe_batch
 from tests.archives import write_fashion_mnist
 from tests.raising import raises
-from tests.unit.studies import small_plan, write_study
+from tests.unit.studies import finish_run, small_plan, write_study
 
 SCRIPT = """\
 #!/usr/bin/env bash
@@ -245,9 +244,7 @@ def test_the_commands_that_analyse_and_report_a_finished_study_are_named(
 ) -> None:
     plan = small_plan(tmp_path, analyse=[{"kind": "direction"}])
     for run in plan.runs:
-        run.files.create()
-        run.files.save_config(run.config)
-        StatusFile(run.files.status, 1).end("finished", ExitCode.FINISHED, "")
+        finish_run(run)
     assert main(["submit", "--study", str(plan.file), "--directory", str(tmp_path / "runs")]) == ExitCode.FAULT
     analyse = f"dist-train sweep {plan.file} --directory {tmp_path}/runs --analyses"
     assert f"{analyse}; of its report: dist-train report {plan.directory}\n" in capsys.readouterr().err

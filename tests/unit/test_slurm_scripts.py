@@ -15,9 +15,8 @@ import pytest
 
 from dist_train.cli.main import main
 from dist_train.outcome import ExitCode
-from dist_train.rundir.status import StatusFile
 from tests.programs import write_programs
-from tests.unit.studies import small_plan, write_study
+from tests.unit.studies import finish_run, small_plan, write_study
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(path.name for path in (ROOT / "slurm").glob("*.sh") if path.name != "prologue.sh")
@@ -505,10 +504,7 @@ class TestSweep:
 
     def test_a_task_whose_run_has_finished_ends_at_once(self, programs: str, tmp_path: Path) -> None:
         plan = small_plan(tmp_path)
-        run = plan.runs[1]
-        run.files.create()
-        run.files.save_config(run.config)
-        StatusFile(run.files.status, 1).end("finished", ExitCode.FINISHED, "")
+        finish_run(plan.runs[1])
         ended = start("sweep.sh", PATH=programs, STUDY=str(plan.file), **self.TASK)
         assert (ended.returncode, ended.stdout) == (0, "")
         assert "run 2, noisy-seed-0, has finished" in ended.stderr

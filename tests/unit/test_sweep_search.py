@@ -24,7 +24,7 @@ from dist_train.sweep.planned_runs import Plan, PlannedRun, optuna_trials, plan_
 from dist_train.sweep.standing import best_trials, publish, standing_of, with_trials
 from dist_train.sweep.study_file import OptunaTrials, Search
 from tests.raising import raises, raises_problems
-from tests.unit.studies import small_plan, write_study
+from tests.unit.studies import begin_run, finish_run, small_plan, write_study
 
 SPACE: dict[str, Any] = {
     "optimizer.learning_rate": {"kind": "log_uniform", "low": 0.001, "high": 1.0},
@@ -40,14 +40,12 @@ def searched(folder: Path, method: str, trials: int = 4, **changes: Any) -> Plan
 
 def finish(run: PlannedRun, accuracy: float) -> None:
     """Leave what a finished run does."""
-    run.files.create()
-    run.files.save_config(run.config)
+    finish_run(run)
     lines = JsonLines(run.files.metrics)
     lines.record(EvaluationRecord(3, 1.0, "test", 1.0, accuracy, 10, 0.0))
     if run.config.data.validation_size:
         lines.record(EvaluationRecord(3, 1.0, "validation", 1.0, 1 - accuracy, 10, 0.0))
     lines.flush()
-    StatusFile(run.files.status, 1).end("finished", ExitCode.FINISHED, "")
 
 
 def test_random_trials_are_a_function_of_the_seed_and_more_of_them_leave_the_first(tmp_path: Path) -> None:
@@ -359,18 +357,15 @@ def test_without_a_finished_trial_there_is_no_best(tmp_path: Path, capsys: pytes
     printed = capsys.readouterr()
     assert json.loads(printed.out)["runs"] == [plan.runs[1].name]
     assert "runs 1 have" in printed.err
-    files = plan.runs[0].files
-    files.create()
-    files.save_config(plan.runs[0].config)
-    StatusFile(files.status, 1).change("running")
-    with files.lock.open("w") as lock:
+    begin_run(plan.runs[0]).change("running")
+    with plan.runs[0].files.lock.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert main(["sweep", str(plan.file), "--best"]) == ExitCode.FINISHED
     assert "runs 1 have" in capsys.readouterr().err
     finish(plan.runs[0], 0.4)
     assert main(["sweep", str(plan.file), "--best"]) == ExitCode.FINISHED
     assert capsys.readouterr().err == ""
-    files.metrics.unlink()
+    plan.runs[0].files.metrics.unlink()
     assert main(["sweep", str(plan.file), "--best"]) == ExitCode.FINISHED
     assert "runs 1 have" in capsys.readouterr().err
 

@@ -18,9 +18,9 @@ from dist_train.config.resuming import with_setting
 from dist_train.outcome import ExitCode
 from dist_train.rundir.lock import pid_namespace
 from dist_train.rundir.status import State, StatusFile
-from dist_train.sweep.planned_runs import PlannedRun, plan_study
+from dist_train.sweep.planned_runs import plan_study
 from dist_train.sweep.standing import Standing, render, standing_of, standings_of
-from tests.unit.studies import small_plan, write_study
+from tests.unit.studies import begin_run, finish_run, small_plan, write_study
 
 
 @pytest.fixture
@@ -61,10 +61,8 @@ def test_a_run_is_judged_beside_its_job(
 ) -> None:
     squeue(f"17 {job_state}")
     run = small_plan(tmp_path).runs[0]
-    run.files.create()
-    run.files.save_config(run.config)
     monkeypatch.setenv("SLURM_JOB_ID", "17")
-    StatusFile(run.files.status, 1).change(state)
+    begin_run(run).change(state)
     monkeypatch.setenv("SLURM_JOB_ID", ours)
     standing = standing_of(run)
     assert (standing.state, standing.then) == expected
@@ -73,9 +71,7 @@ def test_a_run_is_judged_beside_its_job(
 @pytest.mark.parametrize("namespace", [pid_namespace(), "pid:[1]"], ids=["killed", "in a container that is gone"])
 def test_a_run_that_was_killed_is_started_at_once(tmp_path: Path, namespace: str) -> None:
     run = small_plan(tmp_path).runs[0]
-    run.files.create()
-    run.files.save_config(run.config)
-    status = StatusFile(run.files.status, 1)
+    status = begin_run(run)
     status.change("running")
     run.files.status.write_text(replace(status.current, pid=2**22 + 1, pid_namespace=namespace).to_json())
     with run.files.lock.open("w") as lock:
@@ -89,9 +85,7 @@ def test_a_run_that_slurm_has_suspended_for_long_is_not_started_again(
 ) -> None:
     squeue("17 SUSPENDED")
     run = small_plan(tmp_path).runs[0]
-    run.files.create()
-    run.files.save_config(run.config)
-    status = StatusFile(run.files.status, 1)
+    status = begin_run(run)
     status.change("running")
     silent = replace(status.current, host="node7", slurm_job="17", updated="2020-01-01T00:00:00Z")
     run.files.status.write_text(silent.to_json())
@@ -101,9 +95,7 @@ def test_a_run_that_slurm_has_suspended_for_long_is_not_started_again(
 def test_a_killed_run_without_a_checkpoint_is_not_said_to_continue(tmp_path: Path) -> None:
     run = small_plan(tmp_path).runs[0]
     assert standing_of(run).announcement == "starts"
-    run.files.create()
-    run.files.save_config(run.config)
-    status = StatusFile(run.files.status, 1)
+    status = begin_run(run)
     status.change("running", step=98, epoch=0.98, total_epochs=1.0)
     run.files.status.write_text(replace(status.current, pid=2**22 + 1).to_json())
     run.files.lock.touch()
@@ -119,9 +111,7 @@ def test_a_run_whose_only_checkpoint_is_in_its_fallback_directory_continues(tmp_
     spare = tmp_path / "spare"
     plain = {"settings": {"noise.method": "none", "checkpoint.fallback_directory": str(spare)}}
     run = small_plan(tmp_path, variants={"plain": plain}).runs[0]
-    run.files.create()
-    run.files.save_config(run.config)
-    StatusFile(run.files.status, 1).end("failed", ExitCode.FAULT, "the disk is full")
+    begin_run(run).end("failed", ExitCode.FAULT, "the disk is full")
     assert "without a checkpoint" in standing_of(run).announcement
     run.files.fallback(spare).mkdir(parents=True)
     (run.files.fallback(spare) / "step-00000040.json").touch()
@@ -135,10 +125,8 @@ def test_a_diverged_run_does_not_wait_for_its_job(
 ) -> None:
     squeue("17 PENDING")
     run = small_plan(tmp_path).runs[0]
-    run.files.create()
-    run.files.save_config(run.config)
     monkeypatch.setenv("SLURM_JOB_ID", "17")
-    StatusFile(run.files.status, 1).end("failed", ExitCode.DIVERGED, "the loss is not finite")
+    begin_run(run).end("failed", ExitCode.DIVERGED, "the loss is not finite")
     monkeypatch.delenv("SLURM_JOB_ID")
     assert standing_of(run).then == "diverged"
 
@@ -150,10 +138,8 @@ def test_slurm_is_asked_once_for_the_jobs_of_all_runs_that_have_not_finished(
     plan = small_plan(tmp_path)
     states: list[State] = ["stopped", "stopped", "finished"]
     for job, state, run in zip((17, 18, 19), states, plan.runs[:3], strict=True):
-        run.files.create()
-        run.files.save_config(run.config)
         monkeypatch.setenv("SLURM_JOB_ID", str(job))
-        StatusFile(run.files.status, 1).change(state)
+        begin_run(run).change(state)
     monkeypatch.delenv("SLURM_JOB_ID")
     assert [standing.then for standing in standings_of(plan.runs)] == ["busy", "start", "skip", "start"]
     [call] = calls.read_text().splitlines()
@@ -203,9 +189,7 @@ def test_a_requeued_task_keeps_its_run_if_the_study_has_another_variant_by_then(
     variants = {"plain": {"settings": {"noise.method": "none"}}, "noisy": {"settings": {"noise.amplitude": 0.02}}}
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     begun = small_plan(tmp_path, variants=variants).runs[1]
-    begun.files.create()
-    begun.files.save_config(begun.config)
-    StatusFile(begun.files.status, 1).end("stopped", ExitCode.STOPPED, "")
+    begin_run(begun).end("stopped", ExitCode.STOPPED, "")
     monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "16")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", task)
@@ -234,25 +218,17 @@ def test_a_run_that_began_with_another_length(
 ) -> None:
     settings = {"run.max_steps": 4, "early_stopping.patience": 3}
     before = small_plan(tmp_path, settings=settings).runs[0]
-    before.files.create()
-    before.files.save_config(before.config)
+    status = begin_run(before)
     (before.files.checkpoints / "step-00000004.json").touch()
-    status = StatusFile(before.files.status, 1)
     status.progress(step=4)
     status.end(state, ExitCode.FINISHED if state == "finished" else ExitCode.STOPPED, "")
     assert standing_of(small_plan(tmp_path, settings={**settings, **changes}).runs[0]).then == then
 
 
-def _finish(run: PlannedRun) -> None:
-    run.files.create()
-    run.files.save_config(run.config)
-    StatusFile(run.files.status, 1).end("finished", ExitCode.FINISHED, "")
-
-
 @pytest.mark.parametrize("content", ["run: {no_such_setting: 1}\n", "model: {name: gone.py:net}\n", None])
 def test_a_finished_run_whose_settings_cannot_be_read_does_not_count(tmp_path: Path, content: str | None) -> None:
     run = small_plan(tmp_path).runs[0]
-    _finish(run)
+    finish_run(run)
     if content is None:
         run.files.config.unlink()
     else:
@@ -268,7 +244,7 @@ def test_a_run_counts_in_a_project_that_was_moved_with_its_plug_ins(tmp_path: Pa
     base = yaml.safe_load((tmp_path / "before/base.yaml").read_text())
     base["run"].pop("directory")
     (tmp_path / "before/base.yaml").write_text(yaml.safe_dump({**base, "model": {"name": "nets.py:net"}}))
-    _finish(plan_study(study, tmp_path / "before/runs").runs[0])
+    finish_run(plan_study(study, tmp_path / "before/runs").runs[0])
     moved = (tmp_path / "before").rename(tmp_path / "after")
     assert standing_of(plan_study(moved / study.name, moved / "runs").runs[0]).then == "skip"
 
