@@ -95,7 +95,8 @@ export SLURM_EXPORT_ENV=ALL
 unset "${!SQUEUE_@}" "${!SINFO_@}" "${!SCANCEL_@}"
 
 # sbatch passes on the variables of the job in which it is called, and Slurm sets only some of them anew.
-facts=$(scontrol show job "${SLURM_JOB_ID:-none}" --oneliner 2>/dev/null) || facts=
+# An array's id is also that of one of its tasks, and brings the lines of all of them.
+facts=$(scontrol show job "${SLURM_JOB_ID:-none}" --oneliner 2>/dev/null | sed -n "/^JobId=${SLURM_JOB_ID:-} /p") || facts=
 [[ -z $facts || $facts == *' ArrayTaskId='* ]] || unset "${!SLURM_ARRAY_@}"
 [[ $facts != *' Restarts=0 '* ]] || unset SLURM_RESTART_COUNT
 

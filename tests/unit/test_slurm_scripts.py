@@ -15,6 +15,7 @@ import pytest
 
 from dist_train.cli.main import main
 from dist_train.outcome import ExitCode
+from dist_train.rundir.status import StatusFile
 from tests.programs import write_programs
 from tests.unit.studies import finish_run, small_plan, write_study
 
@@ -233,7 +234,8 @@ def test_what_one_rank_for_each_gpu_is_not_is_refused(programs: str, asked: dict
 def test_a_job_submitted_by_one_that_was_restarted_is_itself_not_restarted(
     programs: str, tmp_path: Path, facts: str, count: str
 ) -> None:
-    write_programs(tmp_path, scontrol=f"echo 'JobId=17 Requeue=1 {facts} BatchFlag=1'")
+    tasks = f"JobId=16 ArrayJobId=17 Requeue=1 Restarts=0 \nJobId=17 ArrayJobId=17 Requeue=1 {facts} BatchFlag=1"
+    write_programs(tmp_path, scontrol=f"echo '{tasks}'")
     lines = 'echo "restart ${SLURM_RESTART_COUNT:-}"'
     ended = start(script_of(tmp_path, lines), PATH=programs, SLURM_RESTART_COUNT="1", **TWO_NODES)
     assert ended.stdout.removeprefix("restart ").strip() == count, ended.stderr
@@ -850,7 +852,7 @@ def test_a_stop_request_at_the_end_of_a_launch_does_not_end_what_decides_about_t
 def test_ranks_know_whether_their_job_comes_back(
     programs: str, tmp_path: Path, launcher: str, facts: str, limit: str, requeue: str
 ) -> None:
-    with_scontrol(tmp_path, f"JobId=17 {facts} Restarts=0")
+    write_programs(tmp_path, scontrol=f"echo 'JobId=17 {facts} Restarts=0'")
     lines = f"""
         need_mpirun() {{ mpirun={tmp_path}/mpirun; }}
         launch_or_show() {{ echo "${{command[*]}} DIST_TRAIN_REQUEUE=$DIST_TRAIN_REQUEUE"; }}
