@@ -325,7 +325,7 @@ def trainers() -> list[Trainer]:
 def test_the_memory_of_a_run_is_free_for_the_next_one(tmp_path: Path) -> None:
     before, exempt = trainers(), gc.get_freeze_count()
     assert train(small_config(), tmp_path).state == "finished"
-    assert gc.get_freeze_count() == exempt
+    assert gc.get_freeze_count() <= exempt  # less if something that was imported has been freed meanwhile
     gc.collect()
     assert [id(each) for each in trainers()] == [id(each) for each in before]
 
