@@ -25,7 +25,9 @@ _MEASURE = {"TARGETS": "runs/smoke", "RANKS_PER_NODE": "2", "OVERRIDES": "run.de
 def test_landscape_waits_for_the_run_and_the_report_for_both(cluster: Cluster, tmp_path: Path) -> None:
     train = cluster.sbatch(tmp_path, "lb_8192.sh", "--nodes=1", **_TRAIN)
     options = {"OPTIONS": "--directions 2 --points 5 --samples 256"}
-    measure = cluster.sbatch(tmp_path, "landscape.sh", f"--dependency=afterok:{train}", **_MEASURE, **options)
+    # Not the script's 1-2 nodes: Slurm would not wait for the run's node, which is still busy ending its job.
+    on_both = ("--nodes=2", f"--dependency=afterok:{train}")
+    measure = cluster.sbatch(tmp_path, "landscape.sh", *on_both, **_MEASURE, **options)
     page = cluster.sbatch(tmp_path, "report.sh", f"--dependency=afterok:{measure}", DIRECTORY="runs/smoke")
     after_failure = cluster.sbatch(tmp_path, "landscape.sh", f"--dependency=afternotok:{train}", **_MEASURE)
     _, measured, reported = (cluster.wait(job) for job in (train, measure, page))
