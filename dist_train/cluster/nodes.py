@@ -78,9 +78,6 @@ class NodeReport:
     unreachable: Mapping[str, str] = field(default_factory=dict)
 
 
-_REPORT = TypeAdapter(NodeReport)
-
-
 @dataclass(frozen=True)
 class Fault:
     """What is wrong with `nodes`, and how to fix it; `is_fatal`: no run can begin on them."""
@@ -126,10 +123,11 @@ def survey_nodes(directory: Path, environment: Mapping[str, str] = os.environ) -
                 limit = _ANSWER_SECONDS + len(nodes)
                 output, errors = _output(_command(nodes, folder, environment), limit)
                 ended = time.time()
+    as_report = TypeAdapter(NodeReport)
     by_node: dict[str, NodeReport] = {}
     for line in output.splitlines():
         with suppress(ValueError):  # of a line that srun, or the node's shell, has printed
-            report = _REPORT.validate_json(line)  # of another version it may have other fields, too
+            report = as_report.validate_json(line)  # of another version it may have other fields, too
             by_node[report.node] = report
     reports = tuple(by_node[node] for node in nodes if node in by_node)
     shared, interface = _shared_addresses(reports)
