@@ -119,8 +119,8 @@ def decide(run: Path, limit: int, launch: EndedLaunch = EndedLaunch(), restarts:
         return _give_up(files, status, why, ExitCode.FAULT)
     step = max(files.checkpoint_steps(fallback_directory(files)), default=0)
     before = read_requeues(files)
-    if step > before.step:
-        before = Requeues(step=step)
+    # A lower step, as after newer checkpoints were deleted, is no progress, but what comes after it is.
+    before = Requeues(step=step) if step > before.step else replace(before, step=step)
     count = before.without_progress
     place = f"from step {step}" if step else "from the beginning"
     try:

@@ -109,6 +109,17 @@ def test_a_run_that_resumes_from_an_earlier_checkpoint_has_made_no_progress(run:
     assert decide(run, limit=1).action == "end"
 
 
+def test_progress_is_what_comes_after_the_checkpoint_that_the_run_has_resumed_from(run: Path) -> None:
+    for step in (5, 9):
+        checkpoint(run, step)
+    decide(run, limit=1, restarts=2)
+    (run / "checkpoints" / "step-00000009.json").unlink()  # by the user, who distrusts it
+    for step in (5, 6, 7, 8):
+        checkpoint(run, step)
+        end(run, ExitCode.FAULT)
+        assert decide(run, limit=1, restarts=2).action == "restart"
+
+
 def test_a_checkpoint_in_the_fallback_directory_is_progress(tmp_path: Path) -> None:
     files, spare = RunDirectory(tmp_path / "run"), tmp_path / "spare"
     files.create()
