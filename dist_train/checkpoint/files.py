@@ -393,23 +393,31 @@ def has_published(directory: Path) -> bool:
 def prune(directory: Path, *, keep: int, best_step: int | None) -> None:
     """Delete all checkpoints but the last `keep` and that of `best_step`, and older ones that were never published.
 
-    If that of `best_step` could not be written, the best one before it is kept.
+    If that of `best_step` could not be written, the best one before it is kept. Raises OSError.
     """
     published = list_checkpoints(directory)
     best = _published_best(published, best_step)
-    for file in published[:-keep]:
-        if file != best:
-            remove_checkpoint(file.path)
-    for path in _step_files(directory):
-        if published and _step_of(path) < published[-1].step and not atomic.exists(path.with_suffix(".json")):
-            path.unlink()
+    old = [file.path for file in published[:-keep] if file != best]
+    earlier = [path for path in _step_files(directory) if published and _step_of(path) < published[-1].step]
+    _remove_each(old + [path for path in earlier if not atomic.exists(path.with_suffix(".json"))])
 
 
 def remove_others(kept: CheckpointFile) -> None:
     """Delete all checkpoints beside `kept`, also damaged ones of later steps. Raises OSError."""
-    for path in _step_files(kept.path.parent):
-        if path != kept.path and (_step_of(path) < kept.step or _whole(path) is None):
+    others = [path for path in _step_files(kept.path.parent) if path != kept.path]
+    _remove_each(path for path in others if _step_of(path) < kept.step or _whole(path) is None)
+
+
+def _remove_each(paths: Iterable[Path]) -> None:
+    """Delete the checkpoints at `paths`; raise the first OSError after all that can be deleted are."""
+    first: OSError | None = None
+    for path in paths:
+        try:
             remove_checkpoint(path)
+        except OSError as error:
+            first = first or error
+    if first is not None:
+        raise first
 
 
 def remove_checkpoint(path: Path) -> None:

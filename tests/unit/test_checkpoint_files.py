@@ -359,6 +359,20 @@ class TestPrune:
         assert [file.step for file in list_checkpoints(tmp_path)] == left
         assert len(names(tmp_path)) == 2 * len(left)
 
+    def test_one_that_cannot_be_deleted_does_not_keep_the_others(self, tmp_path: Path) -> None:
+        for step in range(1, 7):
+            write(tmp_path, step)
+        write(tmp_path, 4).path.with_suffix(".json").unlink()  # never published
+        for step in (2, 3):  # no more to be deleted than an immutable file
+            path = tmp_path / f"step-{step:08d}.pt"
+            path.unlink()
+            path.mkdir()
+        for _ in range(2):  # also with the next checkpoint, when these have no records any more
+            with pytest.raises(OSError, match="step-00000002"):
+                prune(tmp_path, keep=1, best_step=None)
+            left = ["step-00000002.pt", "step-00000003.pt", "step-00000006.json", "step-00000006.pt"]
+            assert names(tmp_path) == left
+
     def test_a_best_that_could_not_be_written_leaves_the_best_before_it(self, tmp_path: Path) -> None:
         directory = RunDirectory(tmp_path)
         directory.create()
