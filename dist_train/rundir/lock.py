@@ -52,23 +52,36 @@ class RunLock:
     def __init__(self, path: Path, descriptor: int) -> None:
         self._path = path
         self._descriptor = descriptor
+        self._holder = _read_holder(descriptor)  # this process, unless the disk was full
         # open, so that no other folder gets its inode
         self._folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def check(self) -> None:
         """Raise OSError if the run directory is no longer the locked one: removed, moved, replaced or locked anew.
 
-        A lock file that was deleted by itself, by a person or where old files are purged, is made again.
+        A file server may have given the lock to another launch while this node was cut off. A lock file that was
+        deleted by itself, by a person or where old files are purged, is made again.
         """
         _check_same(self._path.parent, os.fstat(self._folder))
         try:
             is_ours = os.path.samestat(os.stat(self._path), os.fstat(self._descriptor))
         except FileNotFoundError:
             is_ours = self._make_again()
-        if not is_ours:
+        if not is_ours or not self._is_held():
             raise OSError(errno.ESTALE, "another launch has locked the run directory", str(self._path.parent))
         with suppress(OSError):
             os.utime(self._descriptor)  # as young as the run's other files, for those who purge old ones
+
+    def _is_held(self) -> bool:
+        """Lock the file again, which changes nothing while it is locked; return False if another launch did that."""
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno not in _WITHOUT_LOCKS:
+                raise
+        return _read_holder(self._descriptor) in (None, self._holder)  # that launch may have ended
 
     def _make_again(self) -> bool:
         """Make and lock the file; return False if another process has locked it at once."""
@@ -79,6 +92,7 @@ class RunLock:
                 with suppress(OSError):
                     _write_holder(descriptor)
                 os.dup2(descriptor, self._descriptor, inheritable=False)
+                self._holder = _read_holder(descriptor)
             return is_ours
         finally:
             os.close(descriptor)

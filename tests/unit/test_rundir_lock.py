@@ -136,7 +136,9 @@ def test_without_locks_a_warning_says_that_nobody_is_kept_out(
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    lock(tmp_path).release()
+    held = lock(tmp_path)
+    held.check()
+    held.release()
     assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 
@@ -171,6 +173,22 @@ def test_a_file_that_was_deleted_by_itself_is_made_again(tmp_path: Path) -> None
     other.release()
     held.release()
     lock(tmp_path).release()
+
+
+def test_a_lock_that_the_file_server_has_taken_back_is_noticed_if_another_launch_got_it(tmp_path: Path) -> None:
+    held = lock(tmp_path)
+    holder = (tmp_path / "run.lock").read_bytes()
+    fcntl.flock(held._descriptor, fcntl.LOCK_UN)  # as for a client that was cut off for longer than its lease
+    held.check()
+    with raises(UsageError, "run-in-use"):
+        lock(tmp_path)
+    fcntl.flock(held._descriptor, fcntl.LOCK_UN)
+    with held_by_another(tmp_path), pytest.raises(OSError, match="another launch"):
+        held.check()
+    (tmp_path / "run.lock").write_bytes(holder.replace(b'"pid": ', b'"pid": 1'))  # of one that has ended since
+    with pytest.raises(OSError, match="another launch"):
+        held.check()
+    held.release()
 
 
 def test_it_does_not_become_an_old_file_that_is_purged(tmp_path: Path) -> None:
