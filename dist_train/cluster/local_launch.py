@@ -16,7 +16,7 @@ from pathlib import Path
 from dist_train.cluster.launch import LISTEN_FD, without_launcher
 from dist_train.outcome import ExitCode, FaultError, printable, say_on_stderr, signal_name
 from dist_train.rundir.paths import RunDirectory
-from dist_train.rundir.status import LAUNCH_VARIABLE, record_lost
+from dist_train.rundir.status import LAUNCH_VARIABLE, read_status, record_lost
 from dist_train.start_up import stop_ignoring_sigchld, usable_cores
 
 _STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP}
@@ -37,7 +37,8 @@ def launch_ranks(command: Sequence[str], size: int, run: Path | None = None, *, 
     and so does the first signal if `command` does not save on request. When one rank fails, the others end by
     themselves, or are terminated. If none of them could record in the status of the directory `run` how the launch
     ended, this does. Call it from a process without threads.
-    Returns the exit code of the first rank that failed, 1 if a signal killed it; 0 if none failed.
+    Returns the exit code of the first rank that failed, 1 if a signal killed it; 0 if none failed before the run was
+    done.
     """
     environment = {LAUNCH_VARIABLE: secrets.token_hex(8), **os.environ}
     with blocked_signals() as mask:
@@ -68,10 +69,17 @@ class Ranks:
         self._first_end = ""  # of a rank that failed, for people
 
     def wait_and_record(self, run: Path | None, launch: str) -> int:
-        """Wait; if no rank of `launch` has recorded an end in the status of `run`, record that all are lost."""
+        """Wait; if no rank of `launch` has recorded an end in the status of `run`, record that all are lost.
+
+        Returns the exit code of the launch: 0 if the run was done before a rank failed.
+        """
         code = self.wait()
         if run is not None:
-            record_lost(RunDirectory(run).status, launch, f"no rank is left: {self._why_none_is_left()}")
+            path = RunDirectory(run).status
+            record_lost(path, launch, f"no rank is left: {self._why_none_is_left()}")
+            status = read_status(path)
+            if status is not None and status.launch == launch and status.exit_code == ExitCode.FINISHED:
+                code = ExitCode.FINISHED
         while signal.sigtimedwait(_STOP_SIGNALS, 0):  # requests to stop that came too late must not kill this process
             pass
         return code

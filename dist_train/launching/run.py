@@ -118,7 +118,7 @@ def train(config: Config, run_directory: Path | str | None = None, observers: Se
             with naming_plugins(() if comm.is_elastic else trainer.plugins):
                 trainer.run()
         except BaseException as error:  # after a second Ctrl-C, or sys.exit in a callback, a notebook lives on
-            session.fail(error)
+            _fail(session, error)
             raise
         return _finish(session)
 
@@ -246,16 +246,36 @@ def _finish(session: Session) -> Outcome:
     """
     if session.comm.is_elastic:  # whose launcher ends none
         return session.finish()
-    return run_long_on_all_ranks(session.comm, session.finish, "report its end")
+    try:
+        return run_long_on_all_ranks(session.comm, session.finish, "report its end")
+    except RankLostError:
+        if (outcome := session.recorded_outcome()) is None:
+            raise
+        return outcome  # nobody needs the lost rank any more
+
+
+def _fail(session: Session, error: BaseException) -> None:
+    """Report that the launch ends with `error`; if all ranks have it, none leaves before rank 0, as in `_finish`."""
+    if not _is_shared(error, session.comm):
+        session.fail(error)
+        return
+    with suppress(RankLostError):
+        run_long_on_all_ranks(session.comm, partial(session.fail, error), "report its end")
+    session.comm.last_action_failed = True  # again, for `_await_others`
+
+
+def _is_shared(error: BaseException | None, comm: Communicator) -> bool:
+    """Whether all ranks have `error`, and wait for each other; in an elastic launch, whose launcher ends none: no."""
+    is_shared = isinstance(error, SHARED_ERRORS) or (isinstance(error, Exception) and comm.last_action_failed)
+    return is_shared and not comm.is_elastic
 
 
 def _await_others(comm: Communicator, kind: object, error: BaseException | None, traceback: object) -> None:
-    """Wait until all ranks are done, as an exit callback, with an error that all of them have.
+    """Wait until all ranks have closed their files, as an exit callback, with an error that all of them have.
 
-    Launchers end a rank that the others have left, and rank 0 may be waiting for a last scrape, or for a tracker.
+    Launchers end a rank that the others have left.
     """
-    is_shared = isinstance(error, SHARED_ERRORS) or (isinstance(error, Exception) and comm.last_action_failed)
-    if is_shared and not comm.is_elastic:  # whose launcher ends none
+    if _is_shared(error, comm):
         with suppress(RankLostError):
             comm.barrier()
 

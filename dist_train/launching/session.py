@@ -263,6 +263,13 @@ class Session:
                 self.directory.reserve.unlink(missing_ok=True)
         return outcome
 
+    def recorded_outcome(self) -> Outcome | None:
+        """Return how the run ended if rank 0 has recorded that it is done; None if not."""
+        status = read_status(self.directory.status)
+        if status is None or status.exit_code != ExitCode.FINISHED:
+            return None
+        return self._outcome("finished", ExitCode.FINISHED, status.reason)
+
     def fail(self, error: BaseException) -> None:
         """Report that the launch ends with `error`, after the checkpoint being written is on disk."""
         is_for_rank_0 = False

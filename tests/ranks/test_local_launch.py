@@ -206,6 +206,41 @@ def test_ranks_die_with_their_launcher(running: subprocess.Popen[str]) -> None:
     kill(running)
 
 
+UPLOADS = """
+import time
+from pathlib import Path
+from dist_train import Observer
+
+class Uploads(Observer):
+    def __init__(self, directory):
+        self.done = Path(directory, "uploaded")
+
+    def end(self, outcome):
+        while not self.done.exists():
+            time.sleep(0.05)
+"""
+
+
+def test_a_rank_that_dies_after_the_run_has_finished_changes_nothing(tmp_path: Path) -> None:
+    """Rank 0 may still wait for a last scrape, or for a tracker."""
+    (tmp_path / "uploads.py").write_text(UPLOADS)
+    logger = {"loggers": [{"name": f"{tmp_path / 'uploads.py'}:Uploads"}]}
+    config, run = write_config(tmp_path, small_settings(run={"max_steps": 2}, metrics=logger)), tmp_path / "run"
+    process = start(2, "torch", "train", config, "--run-dir", str(run))
+    try:
+        wait_for(lambda: (run / "status.json").exists() and status(run)["state"] == "finished")
+        lost = process_of_rank(process.pid, 1)
+        os.kill(lost, signal.SIGKILL)
+        wait_until_gone([lost])
+        (run / "uploaded").touch()
+        code, output = wait_for_end(process)
+    finally:
+        kill(process)
+    assert code == ExitCode.FINISHED, output
+    assert "[rank-lost]" not in output
+    assert status(run)["exit_code"] == ExitCode.FINISHED
+
+
 @pytest.mark.parametrize(
     ("settings", "code"),
     [

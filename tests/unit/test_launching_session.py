@@ -995,7 +995,8 @@ def test_ranks_do_not_wait_in_one_operation_while_rank_0_reads_a_large_checkpoin
     results(2, launch)
 
 
-def test_no_rank_leaves_a_run_that_is_done_before_rank_0(tmp_path: Path) -> None:
+@pytest.mark.parametrize("error", [None, DivergedError("the loss is inf"), FaultError("the last save failed")])
+def test_no_rank_leaves_a_run_that_has_ended_before_rank_0(tmp_path: Path, error: Exception | None) -> None:
     """Slurm's srun, which lets the other ranks end within LOSS_SECONDS, killed rank 0 while a tracker uploaded."""
     comms: dict[int, SimulatedRanks] = {}
     is_done = threading.Event()
@@ -1009,7 +1010,11 @@ def test_no_rank_leaves_a_run_that_is_done_before_rank_0(tmp_path: Path) -> None
         comms[comm.rank] = comm
         comm.barrier()
         session = Session(RunDirectory(tmp_path), comm, Observers([Uploads()] if comm.rank == 0 else []))
-        assert run._finish(session).state == "finished"
+        if error is None:
+            assert run._finish(session).state == "finished"
+        else:
+            comm.last_action_failed = isinstance(error, FaultError)
+            run._fail(session, error)
         return is_done.is_set()
 
     assert results(2, finish) == [True, True]
