@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -211,6 +212,26 @@ def test_killed_rank_ends_the_run_with_1(
     assert code == ExitCode.FAULT
     assert "[rank-lost]" in out + err
     assert (status(run)["state"], status(run)["exit_code"]) == ("failed", ExitCode.FAULT)
+
+
+@LAUNCHERS
+def test_the_last_values_of_a_killed_run_are_served_until_they_are_scraped(
+    launcher: tuple[str, ...], configuration: str, tmp_path: Path, mark: str
+) -> None:
+    """With the other leftovers of the launch the exporter was killed, before it had recorded the end for Prometheus."""
+    run, targets = tmp_path / "run", tmp_path / "targets"
+    settings = f"port: 0, targets_directory: {targets}, last_scrape_seconds: {PATIENCE}"
+    Path(configuration).write_text(CONFIGURATION.replace("enabled: false", settings))
+    process = start_training(mark, *launcher, configuration=configuration, run=run)
+    page = status(run)["metrics"]
+    with urllib.request.urlopen(page):
+        os.kill(status(run)["pid"], signal.SIGKILL)
+    code, _, err = finish(process)
+    assert code == ExitCode.FAULT, err
+    with urllib.request.urlopen(page) as response:
+        assert b"dist_train_step" in response.read()
+    [target] = targets.glob("*.json")
+    wait_for(lambda: '"killed"' in target.read_text(), "the end in the target file")
 
 
 @LAUNCHERS

@@ -25,7 +25,7 @@ from dist_train.monitoring.prometheus.targets import process_identity, record_ou
 from dist_train.outcome import signal_name
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import Measurement, Observer, Outcome, Record, RunFacts, TrainRecord
-from dist_train.rundir.status import read_counts
+from dist_train.rundir.status import LAUNCH_VARIABLE, read_counts
 
 if TYPE_CHECKING:
     from dist_train.config.sections import MetricsSettings
@@ -52,10 +52,18 @@ class _Link:
             descriptor = theirs.fileno()
             command = [sys.executable, "-P", "-c", _CHILD, str(_ROOT), str(descriptor), str(os.getpid())]
             null, pipe = subprocess.DEVNULL, subprocess.PIPE
+            # It may outlive the launch, until the last values are scraped: launch scripts end what is left by this.
+            environment = {name: value for name, value in os.environ.items() if name != LAUNCH_VARIABLE}
             try:
                 # It inherits none of the trainer's open files; otherwise a launcher would wait for its end.
                 self.process = subprocess.Popen(
-                    command, stdin=null, stdout=null, stderr=pipe, pass_fds=[descriptor], start_new_session=True
+                    command,
+                    stdin=null,
+                    stdout=null,
+                    stderr=pipe,
+                    env=environment,
+                    pass_fds=[descriptor],
+                    start_new_session=True,
                 )
             except OSError:
                 ours.close()
