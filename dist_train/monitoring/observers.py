@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import signal
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -19,7 +20,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext, redirect_stdout, suppress
 from dataclasses import asdict
 from pathlib import Path
-from threading import Lock
+from threading import Lock, current_thread, main_thread
+from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
@@ -32,12 +34,16 @@ from dist_train.outcome import UsageError
 from dist_train.rundir.metrics_file import RecordKey, from_json, record_key
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import EvaluationRecord, Measurement, Observer, Outcome, Record, RunFacts, TrainRecord
+from dist_train.start_up import restore_handlers
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 
 _logger = logging.getLogger(__name__)
+
+
+_LONGEST_END_SECONDS = 600.0  # for an upload to a tracker; one that hangs would keep the job's nodes to its time limit
 
 
 class Observers(Observer):
@@ -76,7 +82,7 @@ class Observers(Observer):
         self._call_each(lambda observer: observer.sync())
 
     def end(self, outcome: Outcome) -> None:
-        self._call_each(lambda observer: observer.end(outcome))
+        self._call_each(lambda observer: _end(observer, outcome))
 
     def _call_each(self, call: Callable[[Observer], None]) -> None:
         token = IN_CALLBACK.set(True)
@@ -98,6 +104,24 @@ class Observers(Observer):
         name, reason = type(failed).__name__, f"{type(error).__name__}: {error}{place_of(error, type(failed))}"
         _logger.warning("%s failed and is disabled; training continues: %s", name, reason)
         _logger.info("where %s failed", name, exc_info=error)
+
+
+def _end(observer: Observer, outcome: Outcome) -> None:
+    """Call `observer.end`; in the main thread, raise TimeoutError if that takes too long."""
+    if current_thread() is not main_thread():
+        observer.end(outcome)
+        return
+
+    def give_up(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"its end() has not returned for {_LONGEST_END_SECONDS:g} s")
+
+    before: dict[int, Any] = {signal.SIGALRM: signal.signal(signal.SIGALRM, give_up)}
+    try:
+        signal.setitimer(signal.ITIMER_REAL, _LONGEST_END_SECONDS)
+        observer.end(outcome)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        restore_handlers(before)
 
 
 _MODULES = {"tensorboard": "torch.utils.tensorboard", "trackio": "trackio", "wandb": "wandb", "mlflow": "mlflow"}

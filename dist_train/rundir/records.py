@@ -249,4 +249,7 @@ class Observer:
         """Flush records to disk. Called, from any thread, before a checkpoint becomes durable."""
 
     def end(self, outcome: Outcome) -> None:
-        """Called when the run has ended, in whatever way, also if it was refused before `begin`; release everything."""
+        """Called when the run has ended, in whatever way, also if it was refused before `begin`; release everything.
+
+        After ten minutes it is interrupted by a TimeoutError, so that an upload that hangs does not hold up the job.
+        """

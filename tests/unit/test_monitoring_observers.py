@@ -2,18 +2,20 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import tracemalloc
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from threading import Barrier, Thread
+from threading import Barrier, Event, Thread
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from pydantic import BaseModel
 
+import dist_train.monitoring.observers
 from dist_train.api import evaluate
 from dist_train.config.sections import CommSettings
 from dist_train.monitoring.observers import Mlflow, MlflowOptions, Observers, Tracker, Wandb, WandbOptions
@@ -134,6 +136,23 @@ def test_an_observer_that_raises_is_reported_once_and_dropped_and_the_others_go_
     (warning,) = caplog.records
     assert "Failing" in warning.getMessage()
     assert f"OSError: no space left at {Path(__file__).name}:" in warning.getMessage()
+
+
+def test_an_observer_whose_end_hangs_is_reported_and_holds_up_neither_the_others_nor_the_run(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Hanging(Observer):
+        def end(self, outcome: Outcome) -> None:
+            Event().wait(PATIENCE)  # for a server that is away
+
+    after, handler = Notebook(), signal.getsignal(signal.SIGALRM)
+    monkeypatch.setattr(dist_train.monitoring.observers, "_LONGEST_END_SECONDS", 0.2)
+    Observers([Hanging(), after]).end(OUTCOME)
+    assert after.calls == ["end"]
+    (warning,) = caplog.records
+    assert "Hanging" in warning.getMessage()
+    assert "0.2 s" in warning.getMessage()
+    assert (signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)) == (handler, (0.0, 0.0))
 
 
 def test_an_observer_cannot_call_what_every_rank_must(
