@@ -90,7 +90,7 @@ class Contents:
     class_names: Sequence[str] = ()  # in the order of labels, if the data set has them
     average: Mapping[str, Any] = field(default_factory=dict)  # weights that make the average (`kept`), and `statistics`
     noise: Mapping[str, torch.Tensor] = field(default_factory=dict)  # the state of the noise method, if it has one
-    grid_exponents: Sequence[int] | None = None  # of `exact32` and `exact16`: the next update's, per tensor
+    grid_exponents: Sequence[int] | None = None  # per tensor, of `exact32` and `exact16`; of fp16 its scale's
 
     def to_dict(self) -> dict[str, Any]:
         """Return the dictionary that `torch.load(path, weights_only=True)` returns."""

@@ -52,7 +52,7 @@ class Progress:
     train_accuracy: float | None = None
     loss_scale: float | None = None
     updates_since_overflow: int | None = None  # or since its last change; both None unless float16
-    grid_exponents: Sequence[int] | None = None  # of `exact32` and `exact16`: the next update's, per tensor
+    grid_exponents: Sequence[int] | None = None  # per tensor, of `exact32` and `exact16`; of fp16 its scale's
     non_finite_step: int | None = None  # of the latest values not finite: its checkpoint is never the best
 
     stopping_best: float | None = None  # the best value of early stopping's metric so far

@@ -233,7 +233,7 @@ class CommSettings(Section):
     errors of about 1 %. float: as floats.
     """
     compression: Literal["none", "fp16"] = "none"
-    """Send gradients as float16 (only with reduction float)."""
+    """Send gradients as float16, at a power-of-two scale that follows their size (only with reduction float)."""
     op: Literal["average", "adasum"] = "average"
     """How the ranks' gradients are combined. adasum: only with reduction float; GPUs of one node are averaged.
     Horovod's DistributedOptimizer combines the optimizer's updates instead.

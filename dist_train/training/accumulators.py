@@ -319,13 +319,11 @@ def _largest(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 class FloatAccumulator(GradientAccumulator):
-    """Sums of float32, sent as float32 or float16: fast, but rounded differently with each number of ranks."""
+    """Sums of float32: fast, but rounded differently with each number of ranks."""
 
-    def __init__(self, weights: FlatWeights, comm: Communicator, sent_as: torch.dtype = torch.float32) -> None:
-        """Sum the gradients of `weights`, sent between ranks as `sent_as`."""
+    def __init__(self, weights: FlatWeights, comm: Communicator) -> None:
         super().__init__(weights, comm)
         self._total = torch.zeros_like(self._gradients)
-        self._sent = self._total if sent_as == torch.float32 else torch.zeros_like(self._total, dtype=sent_as)
 
     def add(self, bucket: Bucket) -> None:
         if bucket.index not in self._begun:
@@ -334,14 +332,56 @@ class FloatAccumulator(GradientAccumulator):
         self._range_checks.append(gradients.sum())
         self._total[bucket.part] += gradients
 
+    def receive(self, bucket: Bucket) -> None:
+        self._gradients[bucket.part].copy_(self._total[bucket.part])
+
+
+_BOUND_BITS = 32
+"""The largest value of a rank travels as an integer, in units of 2^-32."""
+_FIRST_EXPONENT = 8
+_LIMIT_EXPONENT = 15
+"""Sums stay below 2^15: rounding cannot carry them beyond float16's 65504."""
+_ROOM_EXPONENT = 7
+"""The largest value may grow by 2^7 between updates; values of 2^-22 of it still have all bits of a float16."""
+
+
+class HalfAccumulator(FloatAccumulator):
+    """Sums of float32, sent as float16 at a power-of-two scale: a rank's share of a gradient may be below its range.
+
+    No sum over ranks exceeds the sum of their largest values. If that leaves the range, the update is repeated at a
+    lower scale; else it determines the scale of the next update, kept in `progress` as the exponent of a grid is.
+    """
+
+    def __init__(self, weights: FlatWeights, comm: Communicator, progress: Progress) -> None:
+        super().__init__(weights, comm)
+        self._progress = progress
+        self._exponent = _FIRST_EXPONENT
+        self._sent = torch.zeros_like(self._total, dtype=torch.float16)
+        self.largest = torch.zeros(1, dtype=torch.int64, device=self._total.device)
+
+    def clear(self) -> None:
+        super().clear()
+        self.largest.zero_()
+        [self._exponent] = Grids(self._progress, tensors=1).exponents or [_FIRST_EXPONENT]
+
     def _packed(self, bucket: Bucket) -> torch.Tensor:
-        sent = self._sent[bucket.part]
-        if self._sent is not self._total:
-            sent.copy_(self._total[bucket.part])
-        return sent
+        total, sent = self._total[bucket.part], self._sent[bucket.part]
+        most = 2.0**62 / self._comm.size
+        largest = torch.stack(total.aminmax()).abs_().amax().to(torch.float64)  # NaN if one is
+        units = largest.mul_(2.0**_BOUND_BITS).nan_to_num_(most).clamp_(max=most).ceil_()
+        torch.maximum(self.largest, units.to(torch.int64), out=self.largest)
+        return torch.mul(total, 2.0**self._exponent, out=sent)
 
     def receive(self, bucket: Bucket) -> None:
-        self._gradients[bucket.part].copy_(self._sent[bucket.part])
+        # Scaled only as float32: torch would compute the product of a float16 in float16.
+        self._gradients[bucket.part].copy_(self._sent[bucket.part]).mul_(2.0**-self._exponent)
+
+    def has_overflowed(self, largest: Sequence[int]) -> bool:
+        return math.frexp(largest[0])[1] - _BOUND_BITS + self._exponent > _LIMIT_EXPONENT
+
+    def choose_grids(self, largest: Sequence[int], gradients: int) -> None:
+        bound = math.frexp(max(largest[0], 1))[1] - _BOUND_BITS  # it is below 2^bound
+        self._progress.grid_exponents = [_LIMIT_EXPONENT - _ROOM_EXPONENT - bound]
 
 
 class AdasumAccumulator(FloatAccumulator):

@@ -33,6 +33,7 @@ from dist_train.training.accumulators import (
     FloatAccumulator,
     GradientAccumulator,
     GridAccumulator,
+    HalfAccumulator,
 )
 from dist_train.training.micro_batches import shares_micro_batches
 
@@ -159,7 +160,9 @@ def _build_accumulator(
         _check_adasum(comm, share)
         return AdasumAccumulator(weights, comm, share)
     if settings.reduction == "float":
-        return FloatAccumulator(weights, comm, torch.float16 if settings.compression == "fp16" else torch.float32)
+        if settings.compression == "fp16":
+            return HalfAccumulator(weights, comm, progress)
+        return FloatAccumulator(weights, comm)
     gradients = len(plan.micro_batches) * points * (comm.size if shares_micro_batches(config.model) else 1)
     if settings.reduction == "exact":
         return ExactAccumulator(weights, comm, gradients)

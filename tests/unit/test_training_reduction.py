@@ -22,6 +22,7 @@ from dist_train.training.accumulators import (
     FloatAccumulator,
     GradientAccumulator,
     GridAccumulator,
+    HalfAccumulator,
 )
 from dist_train.training.reduction import GradientReduction, buckets_of
 from tests.raising import raises
@@ -74,11 +75,11 @@ def on_grids(weights: FlatWeights, comm: Communicator) -> GradientAccumulator:
 
 
 def as_float32(weights: FlatWeights, comm: Communicator) -> GradientAccumulator:
-    return FloatAccumulator(weights, comm, torch.float32)
+    return FloatAccumulator(weights, comm)
 
 
 def as_float16(weights: FlatWeights, comm: Communicator) -> GradientAccumulator:
-    return FloatAccumulator(weights, comm, torch.float16)
+    return HalfAccumulator(weights, comm, Progress())
 
 
 def some_gradients(count: int, scale: float = 1.0, seed: int = 0) -> list[Tensor]:
@@ -151,10 +152,32 @@ def test_as_many_terms_as_were_promised_fit_without_overflow() -> None:
     torch.testing.assert_close(reduced, gradients[0] * 16)
 
 
-def test_float16_that_overflows_is_not_finite_on_all_ranks() -> None:
-    gradients = [torch.full((COUNT,), 6e4)] * 2
-    for reduced, _ in results(2, lambda each: reduce(each, gradients, as_float16)):
-        assert not reduced.isfinite().any()
+@pytest.mark.parametrize("scale", [1e-9, 1e-6, 1.0, 1e6])
+def test_float16_is_as_accurate_for_gradients_of_any_size_on_many_ranks(scale: float) -> None:
+    """Of a gradient of 1e-6 that is the sum of 64 ranks' shares, nothing is left in float16 without a scale."""
+    source = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(COUNT, generator=source) * (scale / 64) for _ in range(64)]
+    true = torch.stack(gradients).double().sum(dim=0)
+
+    def second_of_two(comm: Communicator) -> tuple[Tensor, int]:
+        progress, repeats, reduced = Progress(), 0, torch.zeros(COUNT)
+        kept: list[GradientAccumulator] = []
+
+        def build(weights: FlatWeights, comm: Communicator) -> GradientAccumulator:
+            kept.append(HalfAccumulator(weights, comm, progress))
+            return kept[-1]
+
+        for _ in range(2):
+            reduced, _ = reduce(comm, gradients, build)
+            largest = kept[-1].largest
+            comm.allreduce_async(largest, "largest").wait()
+            repeats += kept[-1].has_overflowed(largest.tolist())
+            kept[-1].choose_grids(largest.tolist(), len(gradients))
+        return reduced, repeats
+
+    for reduced, repeats in results(64, second_of_two):
+        assert (reduced.double() - true).norm() <= 2e-3 * true.norm()
+        assert repeats == (scale > 100.0)
 
 
 @pytest.mark.parametrize("build", [exact, as_float32])

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dist_train.cluster.communicator import Communicator, RankLostError, SingleProcess
 from dist_train.config import ImageFormat, PrecisionSettings
+from dist_train.config.resuming import with_setting
 from dist_train.data.images import BatchRequest
 from dist_train.data.plan import batch_indices, epoch_order
 from dist_train.models import build_model
@@ -402,19 +403,27 @@ def test_a_gradient_out_of_the_integers_range_is_a_divergence_said_so(tmp_path: 
         assert error.code == "step-not-finite"
 
 
-def test_a_gradient_that_float16_cannot_hold_on_its_way_is_a_divergence_and_leaves_the_weights(tmp_path: Path) -> None:
-    comm = {"reduction": "float", "compression": "fp16"}
-    config = small_config(model={"norm": "none", "width": 0.0625}, comm=comm)
-    trainer = build_trainer(config, tmp_path, SingleProcess())
+@pytest.mark.parametrize("factor", [1e-7, 1.0, 1e7])
+def test_float16_on_its_way_costs_a_gradient_of_any_size_a_thousandth_at_most(tmp_path: Path, factor: float) -> None:
+    config = small_config(model={"norm": "none", "width": 0.0625}, comm={"reduction": "float", "verify_every": 0})
 
     def steepen(module: nn.Module, inputs: object, outputs: Tensor) -> None:
-        outputs.register_hook(lambda gradient: gradient * 1e7)
+        outputs.register_hook(lambda gradient: gradient * factor)
 
-    trainer.training_step.model.register_forward_hook(steepen)
-    before = trainer.training_step.weights.values.clone()
-    with raises(DivergedError, "step-not-finite"):
-        take(trainer)
-    assert torch.equal(trainer.training_step.weights.values, before)
+    def gradient(comm: Communicator, compression: str) -> tuple[Tensor, int, object]:
+        trainer = build_trainer(with_setting(config, "comm.compression", compression), tmp_path, comm)
+        trainer.training_step.model.register_forward_hook(steepen)
+        repeats = take(trainer, rate=0.0).repeats
+        take(trainer, rate=0.0)
+        return trainer.training_step.weights.gradients.clone(), repeats, trainer.progress.grid_exponents
+
+    true, *_ = gradient(SingleProcess(), "none")
+    for ranks in (1, 3):
+        compressed = results(ranks, lambda comm: gradient(comm, "fp16"))
+        for each, repeats, exponents in compressed:
+            assert (each - true).norm() <= 1e-3 * true.norm()
+            assert repeats == (factor > 1.0)
+            assert exponents == compressed[0][2]
 
 
 def test_promise_7_one_rank_s_request_to_stop_reaches_all(tmp_path: Path) -> None:
