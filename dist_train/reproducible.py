@@ -73,6 +73,15 @@ def seed_generator(source: torch.Generator, seed: int) -> None:
         source.manual_seed(seed)
 
 
+def shown_state(source: object) -> object:
+    """Return the state of a generator of Python, torch or NumPy as a value that shows a change; None for all else."""
+    if isinstance(source, random.Random):
+        return source.getstate()
+    if isinstance(source, torch.Generator):
+        return generator_state(source).tolist()
+    return repr(source.bit_generator.state) if isinstance(source, numpy.random.Generator) else None
+
+
 @contextmanager
 def preserved_generators() -> Iterator[None]:
     """Restore the global generators of torch, on the CPU, of Python and of NumPy after the block."""

@@ -24,6 +24,7 @@ from dist_train.config import OptimizerSettings
 from dist_train.config.plugins import call_plugin, is_plugin
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import PluginResultError
+from dist_train.reproducible import shown_state
 
 _logger = logging.getLogger("dist_train.optim")
 
@@ -179,7 +180,7 @@ def _without_tensors(value: Any) -> Any:
 
 
 def _own_attributes(optimizer: Optimizer) -> dict[str, object]:
-    """Return the attributes that are numbers, or tensors other than parameters, as values that show a change."""
+    """Return the attributes that show a change: numbers, generators, and tensors other than parameters."""
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
     def shown(value: Any) -> object:
@@ -189,7 +190,7 @@ def _own_attributes(optimizer: Optimizer) -> dict[str, object]:
             return tuple(map(shown, value.values()))
         if isinstance(value, list | tuple):
             return tuple(map(shown, value))
-        return value if type(value) in (int, float) else None
+        return value if type(value) in (int, float) else shown_state(value)
 
     others = {name: each for name, each in vars(optimizer).items() if name not in ("defaults", "state", "param_groups")}
     return {name: shown(value) for name, value in others.items()}
@@ -242,10 +243,11 @@ def state_tensors(optimizer: Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def packed_numbers(optimizer: Optimizer) -> bytes:
-    """Return what the optimizer's groups and state hold besides `state_tensors`, and the shapes and types of these."""
+    """Return what the optimizer saves besides `state_tensors`, and the shapes and types of these."""
     content = io.BytesIO()
-    saved = optimizer.state_dict()["param_groups"]  # a plug-in's may leave out what no checkpoint can hold
-    names = [*(group.keys() for group in saved), *(state.keys() for state in _states(optimizer))]
+    saved = optimizer.state_dict()  # a plug-in's may leave out what no checkpoint can hold
+    further = {name: value for name, value in saved.items() if name not in ("state", "param_groups")}
+    names = [*(group.keys() for group in saved["param_groups"]), *(state.keys() for state in _states(optimizer))]
     numbers = [
         {name: part[name] for name in kept if name != "params" and not isinstance(part[name], torch.Tensor)}
         for part, kept in zip((*optimizer.param_groups, *_states(optimizer)), names, strict=True)
@@ -255,7 +257,7 @@ def packed_numbers(optimizer: Optimizer) -> bytes:
         {name: (each.dtype, each.shape, each.device.type) for name, each in part.items() if torch.is_tensor(each)}
         for part in (*optimizer.param_groups, *_states(optimizer))
     ]
-    torch.save((numbers, unattached, forms), content)
+    torch.save((numbers, unattached, further, forms), content)
     return content.getvalue()
 
 
@@ -270,10 +272,12 @@ def create_missing(optimizer: Optimizer, packed: bytes) -> None:
 
 def set_numbers(optimizer: Optimizer, packed: bytes, device: torch.device) -> None:
     """Set what `packed_numbers` returned on another rank, with tensors on `device`."""
-    values, unattached, _ = torch.load(io.BytesIO(packed), map_location=device, weights_only=True)
+    values, unattached, further, _ = torch.load(io.BytesIO(packed), map_location=device, weights_only=True)
     for part, numbers in zip((*optimizer.param_groups, *_states(optimizer)), values, strict=True):
         part.update(numbers)
     optimizer.state.update(unattached)
+    if further:  # such as the state of a generator of its own: only the optimizer knows where it belongs
+        load_state(optimizer, {**optimizer.state_dict(), **further})
 
 
 def load_state(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:

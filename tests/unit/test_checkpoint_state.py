@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,41 @@ def test_a_new_rank_gets_the_state_that_an_optimizer_creates_at_its_first_update
 
     first, second = results(2, job)
     assert "exp_avg" in first
+    assert first == second
+
+
+class Drawing(torch.optim.SGD):
+    """Keeps a generator, which it saves, and lists of tensors in another type than the weights, as timm's Kron does."""
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        super().__init__(parameters)
+        self.rng = random.Random(7)
+
+    def step(self) -> None:  # type: ignore[override]  # no closure
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["Q"] = [torch.full((2,), self.rng.random(), dtype=torch.bfloat16)]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "rng_state": self.rng.getstate()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict({name: state_dict[name] for name in ("state", "param_groups")})
+        self.rng.setstate(state_dict["rng_state"])
+
+
+def test_a_new_rank_gets_what_an_optimizer_saves_besides_its_state() -> None:
+    def job(comm: Communicator) -> tuple[str, float]:
+        network = torch.nn.Linear(2, 3)
+        weights = FlatWeights(network)
+        optimizer = Drawing(weights.parameters)
+        if comm.rank == 0:
+            optimizer.step()
+        state_of(network, weights, optimizer).broadcast(comm)
+        return repr(optimizer.state_dict()["state"]), optimizer.rng.random()
+
+    first, second = results(2, job)
+    assert "'Q': [tensor" in first[0]
+    assert "bfloat16" in first[0]
     assert first == second
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import io
+import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -364,6 +365,7 @@ class Descent(torch.optim.Optimizer):
         super().__init__([parameter for group in groups for parameter in group.parameters], {"lr": 0.1})
         self.kind = options["kind"]
         self.updates, self.moments, self.parameters = 0, [torch.zeros(1)], self.param_groups[0]["params"]
+        self.generators = random.Random(0), torch.Generator(), numpy.random.default_rng(0)
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]  # no closure
@@ -381,6 +383,12 @@ class Descent(torch.optim.Optimizer):
                 self.updates += 1
             case "tensors":
                 self.moments[0] += 1
+            case "generator of Python":
+                self.generators[0].random()
+            case "generator of torch":
+                torch.rand(1, generator=self.generators[1])
+            case "generator of NumPy":
+                self.generators[2].random()
         state["count"] = state.get("count", 0) + 1
 
 
@@ -411,7 +419,13 @@ def test_a_plugin_whose_state_of_an_update_checkpoints_could_not_give_back_is_re
 
 @pytest.mark.parametrize(
     ("kind", "name", "warnings"),
-    [("nothing", "Descent", 0), ("number", "Descent", 1), ("tensors", "Descent", 1), ("number", "Saving", 0)],
+    [
+        ("nothing", "Descent", 0),
+        ("number", "Descent", 1),
+        ("tensors", "Descent", 1),
+        *((f"generator of {library}", "Descent", 1) for library in ("Python", "torch", "NumPy")),
+        ("number", "Saving", 0),
+    ],
 )
 def test_what_a_plugin_keeps_outside_of_its_state_is_warned_of_once(
     kind: str, name: str, warnings: int, caplog: pytest.LogCaptureFixture
