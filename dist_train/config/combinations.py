@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain
@@ -216,8 +217,9 @@ def _data(config: Config) -> Iterator[Problem]:
 def unused_settings(config: Config) -> dict[str, str]:
     """Return a sentence for each setting, by its path, that was given but has no effect in combination with the others.
 
-    Also for a shape of images that seems to have its channels last, and for a warm-up without a rise. Empty if most
-    settings were given, as in a run's `config.yaml`, even of an older version: nobody chose each of them.
+    Also for a shape of images that seems to have its channels last, for a shift out of small images, and for a warm-up
+    without a rise. Empty if most settings were given, as in a run's `config.yaml`, even of an older version: nobody
+    chose each of them.
     """
     sections: dict[str, Section] = {name: getattr(config, name) for name in type(config).model_fields}
     given = sum(len(section.model_fields_set) for section in sections.values())
@@ -232,7 +234,7 @@ def unused_settings(config: Config) -> dict[str, str]:
         for name in names.split()
         if name in sections[section].model_fields_set
     }
-    return {**_channels_last(config), **_constant_warmup(config), **unused}
+    return {**_channels_last(config), **_blank_images(config), **_constant_warmup(config), **unused}
 
 
 def _channels_last(config: Config) -> dict[str, str]:
@@ -245,6 +247,16 @@ def _channels_last(config: Config) -> dict[str, str]:
             what = f"{given} is {channels} channels of {height} x {width} pixels, not {meant}"
             found[f"data.{name}"] = f"data.{name} holds channels, height and width: {what}"
     return found
+
+
+def _blank_images(config: Config) -> dict[str, str]:
+    """Return a sentence for images of which the shifts of crop-flip, by -4 to 4 pixels, leave nothing at times."""
+    if config.data.augment != "crop-flip" or config.data.data_set.is_encoded:
+        return {}
+    _, *sides = config.data.image_format.shape
+    blank = 1.0 - math.prod(min(2 * side - 1, 9) / 9 for side in sides)
+    why = f"shifts {sides[0]} x {sides[1]} pixels by up to 4, which leaves {blank:.0%} of the training images blank"
+    return {"data.augment": f"data.augment=crop-flip {why}: choose none, or a plug-in"} if blank else {}
 
 
 def _constant_warmup(config: Config) -> dict[str, str]:

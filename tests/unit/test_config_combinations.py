@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
+import torch
 
 from dist_train.config import Config, NoiseSettings, parse_config
 from dist_train.config.combinations import _unused, unused_settings
 from dist_train.config.loading import with_overrides
+from dist_train.data.augmentation import crop_flip
 from tests.raising import raises_problems
 
 FLOAT = {"reduction": "float"}
@@ -265,6 +268,17 @@ def test_a_shape_that_seems_to_have_its_channels_last_is_told(shape: list[int], 
     assert list(unused_settings(parse({"data": data}))) == (["data.shape"] if is_told else [])
     synthetic = {"name": "synthetic", "synthetic_shape": shape}
     assert list(unused_settings(parse({"data": synthetic}))) == (["data.synthetic_shape"] if is_told else [])
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 28), (28, 4), (2, 3), (5, 5)])
+def test_shifts_that_leave_images_blank_are_told(height: int, width: int) -> None:
+    data = {"name": "synthetic", "synthetic_shape": [1, height, width], "augment": "crop-flip"}
+    told = unused_settings(parse({"data": data}))
+    whole = crop_flip(torch.ones(9000, 1, height, width, dtype=torch.uint8), torch.arange(9000), seed=0, epoch=0)
+    blank = float((whole.flatten(1).amax(1) == 0).float().mean())
+    assert list(told) == (["data.augment"] if blank else [])
+    shares = [int(number) / 100 for number in re.findall(r"(\d+)%", str(told))]
+    assert shares == ([pytest.approx(blank, abs=0.02)] if blank else [])
 
 
 @pytest.mark.parametrize(
