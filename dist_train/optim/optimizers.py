@@ -237,7 +237,7 @@ def state_tensors(optimizer: Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
     groups = ((f"group.{index}", group) for index, group in enumerate(optimizer.param_groups))
     states = ((str(index), state) for index, state in enumerate(_states(optimizer)))
     for place, part in chain(groups, states):
-        for name, value in sorted(part.items()):
+        for name, value in sorted(part.items(), key=lambda item: str(item[0])):  # some are no texts
             if isinstance(value, torch.Tensor):
                 yield f"{place}.{name}", value
 

@@ -85,17 +85,19 @@ def test_every_rank_gets_frozen_parameters_and_buffers_of_any_type() -> None:
 
 
 def test_every_rank_gets_the_numbers_of_an_optimizer_with_their_types() -> None:
-    def job(comm: Communicator) -> tuple[dict[str, Any], dict[str, Any]]:
+    def job(comm: Communicator) -> tuple[dict[str, Any], dict[Any, Any]]:
         network = torch.nn.Linear(2, 3)
         weights = FlatWeights(network)
         optimizer = torch.optim.SGD(weights.parameters)
-        group, state = optimizer.param_groups[0], optimizer.state[network.weight]
+        group: dict[str, Any] = optimizer.param_groups[0]
+        state: dict[Any, Any] = optimizer.state[network.weight]
         state["step"] = 0
         every: dict[Any, Any] = optimizer.state
         if comm.rank == 1:
             every["updates"] = 7
             group.update(k=3, d=1e-6, betas=(0.9, 0.99), decays=None, kind="a")
             state.update(step=7, factors=[torch.ones(2)])
+            state[0] = 8
         state_of(network, weights, optimizer).broadcast(comm, root=1)
         assert all(mine is its for mine, its in zip(group["params"], weights.parameters, strict=True))
         assert every["updates"] == 7
@@ -103,7 +105,7 @@ def test_every_rank_gets_the_numbers_of_an_optimizer_with_their_types() -> None:
 
     (group, state), sent = results(2, job)
     assert (group, repr(state)) == (sent[0], repr(sent[1]))
-    assert (group["k"], group["d"], group["betas"], state["step"]) == (3, 1e-6, (0.9, 0.99), 7)
+    assert (group["k"], group["d"], group["betas"], state["step"], state[0]) == (3, 1e-6, (0.9, 0.99), 7, 8)
 
 
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, Lamb])  # of which the latter creates a tensor in its groups
