@@ -44,6 +44,9 @@ _RESIDENT_FRACTION = 4  # images stay on a GPU if they take less than one in so 
 class SampleSource(ABC):
     """The samples of one split, delivered on the device in the network's input format, without waiting for it."""
 
+    labels: Tensor | None
+    """The labels of all samples, int64 [n]; None if they are known only when a sample is read."""
+
     def __init__(self, device: torch.device, seed: int, augment: str, pixels: PixelFormat | None) -> None:
         """Only `augment` crop-flip is applied here."""
         self._device = device
@@ -115,6 +118,8 @@ class Splits:
 class Samples(SampleSource):
     """The samples of a split that is in memory: on the device if it fits there."""
 
+    labels: Tensor
+
     def __init__(
         self,
         images: ImageSet,
@@ -132,20 +137,20 @@ class Samples(SampleSource):
         if numbers is not None and self._is_resident and device.type != "cpu":
             images, numbers = images.select(numbers), None
         labels = images.labels if numbers is None else images.labels[numbers]
-        self._images, self._labels = (
+        self._images, self.labels = (
             tensor.to(device) if self._is_resident else tensor for tensor in (images.images, labels)
         )
         self._numbers = numbers
 
     def __len__(self) -> int:
-        return len(self._labels)
+        return len(self.labels)
 
     def _on_device(self, batch: BatchRequest) -> tuple[Tensor, Tensor]:
         indices = move(batch.indices, self._images.device)
         numbers = indices if self._numbers is None else self._numbers[indices]
         if self._is_resident:
-            return self._images.index_select(0, numbers), self._labels.index_select(0, indices)
-        return self._staged(self._images, numbers), self._staged(self._labels, indices)
+            return self._images.index_select(0, numbers), self.labels.index_select(0, indices)
+        return self._staged(self._images, numbers), self._staged(self.labels, indices)
 
     def _staged(self, source: Tensor, indices: Tensor) -> Tensor:
         """Copy rows from host memory to the device, through a pinned buffer, while the device computes."""
@@ -233,6 +238,7 @@ class LoadedSamples(SampleSource):
         self._split = split
         self._source: Split = "train" if split == "validation" else split
         self._listing = listing
+        self.labels = listing.labels
         self._decoder = decoder
         self._is_cropped = is_encoded and augment == "crop-flip"
         # a plug-in may draw random numbers in each epoch

@@ -82,6 +82,7 @@ _logger = logging.getLogger("dist_train.training")
 _LOST_NOISE = 0.01  # a run warns if more than this share of the weights is left without noise
 _TRIED_STEPS = 100  # of a run, to find where the noise is strongest
 _OLD_SHARE = 0.01  # a run warns if its average consists of its first weights to more than this share
+_LACKING_SHARE = 0.1  # a run warns if more than this share of its training images is of classes that it never evaluates
 
 
 def assemble(
@@ -190,6 +191,7 @@ def _begin_writing(trainer: Trainer, session: Session, initial: torch.Tensor | N
     set_up_writing(trainer, session, initial)
     _warn_of_lost_noise(trainer.state.noise, trainer.training_step.compute, trainer.progress.step)
     _warn_of_old_average(trainer.state.averaging, trainer.total_steps)
+    _warn_of_sorted_images(trainer.splits.train.labels, trainer.config)
 
 
 def set_up_writing(trainer: Trainer, session: Session, initial: torch.Tensor | None = None) -> None:
@@ -378,6 +380,20 @@ def _warn_of_old_average(averaging: Averaging, steps: int) -> None:
         _logger.warning(
             f"averaging.decay: after the run's {steps} updates, {100 * share:.0f} % of the average are still its first "
             f"weights: choose a smaller one"
+        )
+
+
+def _warn_of_sorted_images(labels: torch.Tensor | None, config: Config) -> None:
+    """Warn if the evaluated training images, the first ones, lack classes: the whole set is then sorted by class."""
+    count, classes = config.evaluation.train_samples, config.data.image_format.classes
+    if labels is None or not 10 * classes <= count < len(labels):  # of fewer images some classes lack by chance
+        return
+    whole, first = (torch.bincount(each, minlength=classes) for each in (labels, labels[:count]))
+    if float(whole[first == 0].sum()) > _LACKING_SHARE * len(labels):
+        _logger.warning(
+            f"evaluation.train_samples: the first {count} training images are of {int((first > 0).sum())} of the "
+            f"{int((whole > 0).sum())} classes, so that train loss and accuracy are of these alone: shuffle them, or "
+            f"set evaluation.train_samples to {len(labels)}, for all"
         )
 
 

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -628,3 +629,19 @@ def test_a_run_warns_of_noise_that_tf32_rounds_away(
     monkeypatch.setattr("dist_train.launching.assembly.set_up_compute", as_on_a_gpu)
     build_trainer(small_config(noise={"amplitude": 1e-4}, precision={"tf32": tf32}), tmp_path, SingleProcess())
     assert ("precision.tf32 rounds the noise away" in caplog.text) == tf32
+
+
+@pytest.mark.parametrize(
+    ("are_sorted", "evaluated", "warned"), [(True, 40, True), (False, 40, False), (True, 80, False), (True, 0, False)]
+)
+def test_a_run_warns_of_training_images_whose_first_ones_lack_classes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, are_sorted: bool, evaluated: int, warned: bool
+) -> None:
+    labels = np.repeat(np.arange(4), 20) if are_sorted else np.arange(80) % 4
+    for split in ("train", "test"):
+        np.savez(tmp_path / f"{split}.npz", images=np.zeros((80, 8, 8), np.uint8), labels=labels)
+    data = {"name": "numpy", "root": tmp_path, "shape": [1, 8, 8], "classes": 4}
+    config = small_config(data=data, evaluation={"train_samples": evaluated})
+    build_trainer(config, tmp_path / "run", SingleProcess())
+    assert ("evaluation.train_samples" in caplog.text) == warned
+    assert not warned or "2 of the 4 classes" in caplog.text
