@@ -100,9 +100,10 @@ class PluginSamples:
                         code="plugin-data-form",
                     )
         if number is None:
+            shown = f"{given.dtype} of {list(given.shape)}" if given.ndim else f"{label!r:.60}"
             raise UsageError(
-                f"{name} has the label {label!r:.60}, not a whole number: the loss is cross entropy, of one "
-                f"class for each image",
+                f"{name} has the label {shown}, not a whole number: each image has one class (of several labels, "
+                f"make each set of them a class, as docs/extending.md shows)",
                 code="plugin-data-form",
             )
         if not 0 <= number < self._settings.image_format.classes:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from dist_train.api import load_run
 from dist_train.cli.main import main
@@ -89,6 +90,24 @@ def test_classes_have_weights_in_the_loss(folder: Path, monkeypatch: pytest.Monk
     once, twice = (load_run(f"{folder}/runs/{weights}").records for weights in ("[1.0, 3.0]", "[2.0, 6.0]"))
     [[first], [second]] = ([each for each in run if isinstance(each, TrainRecord)] for run in (once, twice))
     assert second.loss == pytest.approx(2 * first.loss)
+
+
+def test_sets_of_labels_are_classes_with_the_loss_of_their_labels(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    train_alone("labels.yaml", Path("runs/labels"), "metrics.enabled=false")
+    run = load_run("runs/labels")
+    network, measured = run.model().get_submodule("network"), run.evaluate("test")
+    losses: list[float] = []
+    right: list[bool] = []
+    with torch.no_grad():
+        for images, classes in run.batches("test"):
+            logits, labels = network(images), classes[:, None] >> torch.arange(3) & 1
+            losses += binary_cross_entropy_with_logits(logits, labels.float(), reduction="none").sum(1).tolist()
+            right += ((logits > 0) == labels).all(1).tolist()
+    assert measured["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+    assert measured["accuracy"] == sum(right) / len(right) > 0.9
 
 
 def test_installed_package_provides_names_by_entry_points(

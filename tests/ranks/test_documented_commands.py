@@ -41,7 +41,7 @@ TESTED_ELSEWHERE = {
     r"^pip ": "longer/test_wheel.py",
     r"^trackio |name: trackio": "longer/test_loggers.py",
     r"^curl ": "unit/test_monitoring_access.py",
-    r"(mine|short|gradient)\.yaml|runs/mine": "longer/test_docs_extending.py",
+    r"(mine|short|gradient|labels)\.yaml|runs/mine": "longer/test_docs_extending.py",
     r"^dist-train (export|replay) |train_mine\.py": "longer/test_api.py",
     r"sweep .*(--only \d|fashion\.yaml --jobs)|fashion\.yaml --analyses": "longer/test_sweep_sweep.py",
 }

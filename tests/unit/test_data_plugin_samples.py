@@ -234,6 +234,8 @@ def test_labels_that_are_not_whole_numbers_are_refused(label: object, monkeypatc
     with raises(UsageError, "plugin-data-form") as refused:
         opened(**OWN)
     assert f"sample 0 of {HERE}:drawing (train)" in str(refused.value)
+    if isinstance(label, np.ndarray):
+        assert "the label int64 of [2]" in str(refused.value)
 
 
 def test_a_data_set_whose_length_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
