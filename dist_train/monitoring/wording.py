@@ -64,6 +64,8 @@ def introduction(facts: RunFacts) -> tuple[str, ...]:
         lines.append(f"on {facts.device}")
     if facts.start_step:
         lines.append(f"resuming from step {facts.start_step:,}")
+    if facts.start_step >= facts.total_steps:
+        lines.append("all steps are done: set another run.name to train anew, or raise run.epochs or run.max_steps")
     return tuple(map(escaped, lines))
 
 

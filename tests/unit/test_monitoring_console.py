@@ -222,6 +222,8 @@ def test_plain_lines_come_at_a_steady_pace_with_every_evaluation_and_event() -> 
     lines.record(EventRecord(56, "corrupt_checkpoint", 0.0, {"file": "a.pt", "size": 3}))
     shown = page.getvalue().splitlines()
     assert shown[2:4] == ["on one card", "resuming from step 14"]
+    lines.begin(replace(FACTS, start_step=FACTS.total_steps))
+    assert "all steps are done: set another run.name" in page.getvalue()
     steps = [line for line in shown if "images/s" in line]
     assert [line.split("step ")[1].split("/")[0] for line in steps] == ["15", "25", "35", "45", "55"]
     assert steps[1] == ("epoch 4/30  step 25/210  loss 0.4321  accuracy 85.12 %  16,384 images/s  3:05 left")
