@@ -23,6 +23,8 @@ from dist_train.cli import (
     view_commands,
 )
 from dist_train.cluster.launch import current_launch
+from dist_train.config import Config
+from dist_train.config.problems import settings_called
 from dist_train.outcome import (
     DISK_FAILED,
     SHARED_ERRORS,
@@ -160,12 +162,15 @@ class _Parser(argparse.ArgumentParser):
         unknown = [word for word in rest if word.startswith("-")]
         if unknown:
             option = unknown[0].partition("=")[0]
-            hint = did_you_mean(option, self._option_string_actions)
+            hint = did_you_mean(option, self._option_string_actions.keys() - {"--help"})  # which --lr would be near
             if option in _LAUNCH_OPTIONS:
                 hint = f"; {option} is an option of launch, before its command: dist-train launch -np 2 train CONFIG"
             elif "." in option:
                 setting = unknown[0].lstrip("-")
                 hint = f"; a setting has no dashes: {setting if '=' in setting else f'{setting}=VALUE'}"
+            elif not hint and any(action.dest == "config" for action in self._actions):
+                settings = settings_called(option.lstrip("-").replace("-", "_"), Config)
+                hint = f"; a setting has no dashes: {settings[0]}=VALUE" if len(settings) == 1 else ""
             self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         return parsed, rest
 
@@ -177,7 +182,8 @@ class _Parser(argparse.ArgumentParser):
         try:
             super()._check_value(action, value)
         except argparse.ArgumentError as error:
-            hint = did_you_mean(str(value), map(str, action.choices or ()))
+            options = self._option_string_actions if action.metavar == "COMMAND" else ()  # --help, --version
+            hint = did_you_mean(str(value), [*map(str, action.choices or ()), *options])
             if action.metavar == "COMMAND" and str(value).endswith((".yaml", ".yml")):
                 hint = f"; the command comes first: train {value}"
             raise argparse.ArgumentError(action, f"{error.message}{hint}") from None

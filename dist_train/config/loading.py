@@ -335,14 +335,17 @@ def _set(settings: dict[str, Any], path: str, value: object) -> None:
 
 
 def _nearest_file(path: Path) -> str:
-    name = located(path).name
-    for folder in ("configs", "studies"):
-        if (shipped_folder() / folder / name).is_file():
-            return f"; the package has {SHIPPED}{folder}/{name}"
+    name, near = located(path).name, ""
     with suppress(OSError):
         names = [entry.name for entry in located(path).parent.glob("*.y*ml")]
-        return did_you_mean(path.name, names, str(path).removesuffix(path.name))
-    return ""
+        near = did_you_mean(path.name, names, str(path).removesuffix(path.name))
+    return _shipped_file(name) or near or _shipped_file(f"{name}.yaml")
+
+
+def _shipped_file(name: str) -> str:
+    """Return "; the package has FILE" if it has a configuration or study of this `name`, else ""."""
+    found = (f"{folder}/{name}" for folder in ("configs", "studies") if (shipped_folder() / folder / name).is_file())
+    return next((f"; the package has {SHIPPED}{each}" for each in found), "")
 
 
 def _plain(value: Any, settings: Mapping[str, Any], source: str) -> object:

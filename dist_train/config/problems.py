@@ -101,7 +101,12 @@ def _problem(
         case "literal_error":
             more = names.get(".".join("*" if isinstance(name, int) else name for name in location.names), ())
             built_in = re.findall("'([^']*)'", fault["ctx"]["expected"])
-            wrong = f"not one of the choices{did_you_mean(str(fault['input']).lower(), [*built_in, *more])}"
+            given = str(fault["input"])
+            usual = _USUAL_VALUES.get(given.lower(), given.lower())
+            meant = did_you_mean(usual, [*built_in, *more])
+            if given.endswith(".py"):
+                meant = f"; write {given}:NAME, with the name of its function or class"
+            wrong = f"not one of the choices{meant}"
             allowed = "; also ".join(filter(None, (_allowed(location), ", ".join(more))))
             return Problem(path, wrong, code="no-such-choice", value=fault["input"], allowed=allowed)
         case "json_invalid":
@@ -150,6 +155,9 @@ _USUAL_NAMES: Mapping[str, str] = {
 }
 """What other programs call a setting."""
 
+_USUAL_VALUES: Mapping[str, str] = {"gpu": "cuda"}
+"""What other programs call a choice."""
+
 _SELECTORS = ("kind", "method", "name", "decay")
 """What sections call the setting that selects the method; one that has two of them, a kind and a decay, by the kind."""
 
@@ -174,12 +182,20 @@ def _locate(parts: tuple[int | str, ...], model: type[BaseModel]) -> _Location:
     return location
 
 
+def settings_called(key: str, model: type[BaseModel]) -> list[str]:
+    """Return the paths of the settings of `model` that are called `key`, here or in other programs, or nearly so."""
+    paths = _all_paths(model)
+    if _USUAL_NAMES.get(key) in paths:
+        return [_USUAL_NAMES[key]]
+    close = difflib.get_close_matches(key, [path.rpartition(".")[2] for path in paths], n=1, cutoff=0.8)
+    return [path for path in paths if path.rpartition(".")[2] in close]
+
+
 def _unknown_key(location: _Location, model: type[BaseModel], value: object) -> Problem:
     assert location.section is not None
     key, known = str(location.names[-1]), list(location.section.model_fields)
     prefix = "".join(f"{name}." for name in location.names[:-1])
-    paths = _all_paths(model)
-    namesakes = [path for path in paths if path == _USUAL_NAMES.get(key)]
+    namesakes = settings_called(key, model) if key in _USUAL_NAMES else []
     if key in ("kind", "method", "name", "type"):
         # A run has a name, too, but it selects nothing.
         own = (
@@ -190,9 +206,10 @@ def _unknown_key(location: _Location, model: type[BaseModel], value: object) -> 
     if not namesakes and (close := difflib.get_close_matches(key, known, n=1)):
         namesakes, allowed = [f"{prefix}{close[0]}"], ""
     elif not namesakes:
-        close = difflib.get_close_matches(key, [path.rpartition(".")[2] for path in paths], n=1, cutoff=0.8)
-        namesakes = [path for path in paths if path.rpartition(".")[2] in close]
+        namesakes = settings_called(key, model)
     hint = f"; did you mean {' or '.join(namesakes)}?" if namesakes else ""
+    if not namesakes and "settings" in known and isinstance(value, Mapping):  # a section in a study's variant
+        hint = f"; write settings: {{{key}.{next(iter(value), 'KEY')}: ...}}"
     first, *inner = key.split(".")
     if inner and first in known:
         nested = functools.reduce(lambda text, name: f"{{{name}: {text}}}", reversed(inner), "...")

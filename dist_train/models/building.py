@@ -255,7 +255,7 @@ def torchvision_model(name: str) -> Builder:
                 f"torchvision's models take 3 channels, not {images.shape[0]}: use vgg9, resnet18 or timm:NAME",
                 code="library-model",
             )
-        _refuse_weights(f"torchvision:{name}", options, "weights", "weights_backbone")
+        _refuse_weights(f"torchvision:{name}", options, "weights", "weights_backbone", "pretrained")
         model = models.get_model(name, num_classes=images.classes, **options)
         return _with_norm(model, f"torchvision:{name}", width, norm)
 

@@ -293,6 +293,8 @@ class TestProgram:
             (["train", "configs/demo.yaml", "--rundir=x"], "--run-dir"),
             (["train", "configs/demo.yaml", "run.seed=1", "-run-dir", "x"], "--run-dir"),
             (["evaluate", "x", "--split", "tset"], "test"),
+            (["help"], "--help"),
+            (["version"], "--version"),
         ],
     )
     def test_a_mistyped_word_ends_with_2_and_names_the_nearest(
@@ -329,6 +331,23 @@ class TestProgram:
             main(["train", "x.yaml", *words])
         assert ended.value.code == 2
         assert capsys.readouterr().err.rstrip().endswith(f": run.epochs={value}")
+
+    @pytest.mark.parametrize(
+        ("words", "setting"),
+        [
+            (["--epochs", "3"], "run.epochs"),
+            (["--batch-size=64"], "batch.global_size"),
+            (["--lr", "0.1"], "optimizer.learning_rate"),
+            (["--device", "cpu"], "run.device"),
+        ],
+    )
+    def test_an_option_of_other_programs_is_told_its_setting(
+        self, words: list[str], setting: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with pytest.raises(SystemExit) as ended:
+            main(["train", "x.yaml", *words])
+        assert ended.value.code == 2
+        assert capsys.readouterr().err.rstrip().endswith(f": {setting}=VALUE")
 
     def test_a_file_in_place_of_a_run_is_named_once(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         path = write_config(tmp_path)

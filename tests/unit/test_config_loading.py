@@ -134,7 +134,7 @@ def test_a_missing_file_is_named_with_the_nearest_one(tmp_path: Path) -> None:
     assert "lb_8192.yaml" in str(refused.value)
 
 
-@pytest.mark.parametrize("name", ["configs/demo.yaml", "demo.yaml", "dist_train:demo.yaml"])
+@pytest.mark.parametrize("name", ["configs/demo.yaml", "demo.yaml", "dist_train:demo.yaml", "demo"])
 def test_a_missing_file_of_the_package_is_named_as_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

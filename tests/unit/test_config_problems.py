@@ -183,10 +183,15 @@ def test_a_dotted_key_is_written_as_a_section(settings: dict[str, Any], fix: str
         ({"model": {"norm": "bach"}}, "batch"),
         ({"noise": {"schedule": {"kind": "cosin"}}}, "cosine"),
         ({"model": {"name": "torchvision"}}, "torchvision:NAME"),
+        ({"run": {"device": "gpu"}}, "cuda"),
     ],
 )
 def test_a_choice_that_does_not_exist_suggests_the_nearest(settings: dict[str, Any], suggestion: str) -> None:
     assert f"did you mean {suggestion}?" in only_problem(settings).wrong
+
+
+def test_a_plugin_s_file_alone_needs_the_name_of_its_function() -> None:
+    assert "write mine.py:NAME" in only_problem({"model": {"name": "mine.py"}}).wrong
 
 
 def test_names_that_plugins_register_are_among_the_choices(tmp_path: Path) -> None:

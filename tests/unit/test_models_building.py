@@ -498,7 +498,12 @@ def test_an_unknown_model_is_refused_before_the_run(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [("torchvision:resnet18", {"weights": "DEFAULT"}), ("timm:resnet18", {"pretrained": True})]
+    ("name", "options"),
+    [
+        ("torchvision:resnet18", {"weights": "DEFAULT"}),
+        ("torchvision:resnet18", {"pretrained": True}),
+        ("timm:resnet18", {"pretrained": True}),
+    ],
 )
 def test_weights_are_named_by_init_from_alone(name: str, options: dict[str, object]) -> None:
     with raises(UsageError, code="library-model"):

@@ -346,6 +346,11 @@ class TestFaults:
         found = faults(tmp_path, variants={"a": {"grid": {"noise.exclude": [["x y"], ["x  y"]]}}})
         assert ("variants", "name-twice") in found
 
+    def test_a_section_in_a_variant_is_told_its_place(self, tmp_path: Path) -> None:
+        with raises_problems(("variants.a.run", "unknown-key")) as refused:
+            plan_study(write_study(tmp_path, variants={"a": {"run": {"epochs": 1}}}))
+        assert "write settings: {run.epochs: ...}" in str(refused.value)
+
     def test_a_base_that_is_not_there_is_named_with_the_study(self, tmp_path: Path) -> None:
         study = write_study(tmp_path, base="bas.yaml")
         with raises_problems(("(file)", "file-missing")) as refused:
