@@ -136,6 +136,9 @@ def read_mapping(path: Path, based: str = "") -> dict[str, Any]:
         names = ", ".join(sorted(each.name for each in located(path).glob("*.y*ml"))[:5])
         fault = f"is a folder; name a YAML file in it{names and ', such as '}{names}"
         raise ConfigError.of(str(path), _FILE, fault, code="unreadable") from None
+    except UnicodeDecodeError as error:
+        fault = f"not UTF-8 at byte {error.start}: save the text as UTF-8"
+        raise ConfigError.of(str(path), _FILE, fault, code="unreadable") from None
     except (OSError, ValueError) as error:
         raise ConfigError.of(str(path), _FILE, f"cannot be read: {error}", code="unreadable") from None
     try:

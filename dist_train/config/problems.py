@@ -145,11 +145,17 @@ _FAULTS: Mapping[str, tuple[str, str]] = {
 
 
 _USUAL_NAMES: Mapping[str, str] = {
+    "amp": "precision.compute",
+    "arch": "model.name",
     "bs": "batch.global_size",
     "batch_size": "batch.global_size",
     "lr": "optimizer.learning_rate",
     "max_epochs": "run.epochs",
+    "max_grad_norm": "optimizer.clip_norm",
+    "num_classes": "data.classes",
     "num_workers": "data.loader_workers",
+    "output_dir": "run.directory",
+    "pretrained": "run.init_from",
     "warmup": "schedule.warmup_epochs",
     "wd": "optimizer.weight_decay",
 }

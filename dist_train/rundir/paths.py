@@ -208,7 +208,7 @@ def run_folder(name: Path, code: str = "run-missing", suits: Callable[[Path], bo
         with suppress(OSError, ValueError):
             runs |= {folder.name: folder for folder in parent.iterdir() if RunDirectory(folder).has_begun}
     close = difflib.get_close_matches(name.name.partition("@")[0], runs, n=1)  # of RUN@last, too
-    hint = f"; did you mean {runs[close[0]]}?" if close else ""
+    hint = f"; did you mean {runs[close[0]]}?" if close else "; dist-train runs lists what is there" if runs else ""
     places = "" if below == name else f": neither {name} nor {below} is there"
     raise UsageError(f"there is no run {name}{places}{hint}", code=code)
 

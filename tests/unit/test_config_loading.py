@@ -151,6 +151,14 @@ def test_a_path_that_cannot_be_read_is_a_config_error(tmp_path: Path, name: str)
         load_config(tmp_path / name)
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
+def test_a_file_in_another_encoding_is_to_be_saved_as_utf_8(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "mine.yaml").write_text("run: {name: mine} # ü\n", encoding=encoding)
+    with raises_problems(("(file)", "unreadable")) as refused:
+        load_config(tmp_path / "mine.yaml")
+    assert "save the text as UTF-8" in str(refused.value)
+
+
 def test_a_folder_is_refused_with_its_files(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").touch()
     with raises_problems(("(file)", "unreadable")) as refused:

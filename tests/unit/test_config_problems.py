@@ -148,6 +148,8 @@ def test_a_value_of_another_type_is_not_bent_into_shape(path: str, value: object
         ({"optimizer": {"lr": 1}}, "optimizer.learning_rate"),
         ({"batch_size": 1}, "batch.global_size"),
         ({"batch": {"batch_size": 1}}, "batch.global_size"),
+        ({"model": {"pretrained": True}}, "run.init_from"),
+        ({"num_classes": 3}, "data.classes"),
         ({"noise": {"kind": "sam"}}, "noise.method"),
         ({"noise": {"name": "sam"}}, "noise.method"),
         ({"averaging": {"method": "ema"}}, "averaging.kind"),

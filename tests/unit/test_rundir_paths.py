@@ -240,6 +240,9 @@ def test_the_name_of_no_checkpoint_of_a_run_leads_to_the_run(tmp_path: Path, mon
     with raises(UsageError, "run-missing") as refused:
         run_folder(Path("cp@last"))
     assert "did you mean runs/cp?" in str(refused.value)
+    with raises(UsageError, "run-missing") as refused:
+        run_folder(Path("another"))
+    assert "dist-train runs lists what is there" in str(refused.value)
 
 
 def test_a_folder_above_runs_does_not_hide_the_run_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
