@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -44,7 +43,7 @@ from dist_train.analysis.landscape_points import (
     variances_of,
 )
 from dist_train.checkpoint.files import Stored, find_checkpoint, read_record, read_same
-from dist_train.cluster.communicator import Communicator, broadcast_str, run_on_all_ranks
+from dist_train.cluster.communicator import Communicator, broadcast_value, run_on_all_ranks
 from dist_train.optim.flat_weights import FlatWeights, check_movable
 from dist_train.outcome import UsageError
 from dist_train.rundir.paths import RunDirectory
@@ -107,7 +106,7 @@ def make_landscape(
     identity = Identity(settings.kind, checkpoints, {**settings.record(), **subject.record()})
     folder = LandscapeFolder(output or RunDirectory.of_checkpoint(first.path.absolute()).analysis, identity)
     was_there = run_on_all_ranks(comm, lambda: comm.rank == 0 and folder.begin(), "begin the result")
-    if not json.loads(broadcast_str(comm, json.dumps(was_there), "result")):
+    if not broadcast_value(comm, was_there, "result"):
         _measure_all(folder, subject, plan, comm, threads, report)
     if comm.rank != 0:
         return None
@@ -156,7 +155,7 @@ def _measure_all(
     """Deal the unfinished points out to the ranks, evaluate them, and write all points."""
     measured = folder.finished() if comm.rank == 0 else {}
     unfinished = [number for number in range(len(plan.points)) if number not in measured]
-    mine = json.loads(broadcast_str(comm, json.dumps(unfinished), "points"))[comm.rank :: comm.size]
+    mine = broadcast_value(comm, unfinished, "points")[comm.rank :: comm.size]
     threads_of_rank = threads or share_of_threads(comm)
 
     def measure() -> None:
@@ -174,7 +173,7 @@ def _measure_all(
 
     run_on_all_ranks(comm, measure, "evaluate its points")
     for root in range(1, comm.size):  # not by the ranks' files: NFS may show those of other nodes late
-        theirs = json.loads(broadcast_str(comm, json.dumps(list(measured.items())), "measured", root))
+        theirs = broadcast_value(comm, list(measured.items()), "measured", root)
         measured.update((number, [Measured(*pair) for pair in pairs]) for number, pairs in theirs)
     if comm.rank == 0:
         folder.write_points(plan.points, measured)

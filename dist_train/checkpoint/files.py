@@ -22,7 +22,7 @@ import torch
 from dist_train.cluster.communicator import (
     Communicator,
     SingleProcess,
-    broadcast_str,
+    broadcast_value,
     gather_int,
     run_on_all_ranks,
     signed_digest,
@@ -298,7 +298,7 @@ def read_same(comm: Communicator, choose: Callable[[], Sequence[Path]]) -> Seque
     found: Sequence[Stored] | None = None
     for read in (*[_read_unless_gone] * (_LOOKS - 1), _read_all):
         chosen = run_on_all_ranks(comm, lambda: choose() if comm.rank == 0 else (), "find the checkpoint")
-        paths = [Path(name) for name in json.loads(broadcast_str(comm, json.dumps([*map(str, chosen)]), "chosen"))]
+        paths = [Path(name) for name in broadcast_value(comm, [*map(str, chosen)], "chosen")]
         found = run_on_all_ranks(comm, partial(read, paths), "read the checkpoint")
         if all(gather_int(comm, found is not None, "checkpoint")):
             break

@@ -24,7 +24,6 @@ from dist_train.checkpoint.files import (
 from dist_train.cluster.communicator import (
     Communicator,
     broadcast_bytes,
-    broadcast_str,
     gather_int,
     run_on_all_ranks,
     signed_digest,
@@ -91,11 +90,6 @@ def restored_progress(contents: Contents) -> Progress:
     """Return the progress in a checkpoint."""
     known = {name: contents.metrics.get(name) for name in Progress().metrics()}
     return Progress(step=contents.step, grid_exponents=contents.grid_exponents, **known)  # type: ignore[arg-type]  # as metrics() wrote them
-
-
-def shared_progress(comm: Communicator, progress: Progress) -> Progress:
-    """Return rank 0's progress on all ranks."""
-    return Progress(**json.loads(broadcast_str(comm, json.dumps(asdict(progress)), "progress")))
 
 
 Weights = Literal["raw", "averaged"]  # which weights of a checkpoint: those of its step, or their average (`averaging`)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import socket
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
+from pydantic import TypeAdapter
 
 from dist_train.outcome import ExitCode, FaultError, PeerFailedError, UsageError, exit_code_of
 
@@ -280,6 +282,15 @@ def broadcast_bytes(comm: Communicator, content: bytes, name: str, root: int = 0
 def broadcast_str(comm: Communicator, text: str, name: str, root: int = 0) -> str:
     """Return the `text` of rank `root`; the other ranks' is ignored."""
     return broadcast_bytes(comm, text.encode(), name, root).decode()
+
+
+def broadcast_value(comm: Communicator, value: Result, name: str, root: int = 0) -> Result:
+    """Return the `value` of rank `root`; the other ranks' is ignored, but for its type.
+
+    A data class, or numbers, texts and lists and dictionaries of them; tuples become lists, except in a data class.
+    """
+    text = json.dumps(value, default=asdict) if comm.rank == root else ""
+    return TypeAdapter(type(value)).validate_python(json.loads(broadcast_str(comm, text, name, root)))
 
 
 def run_on_all_ranks(comm: Communicator, action: Callable[[], Result], name: str) -> Result:

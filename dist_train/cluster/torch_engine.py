@@ -8,7 +8,6 @@ thread. The training step does so by design (`GradientReduction` sends its bucke
 from __future__ import annotations
 
 import atexit
-import json
 import os
 import socket
 import threading
@@ -30,7 +29,7 @@ from dist_train.cluster.communicator import (
     Operation,
     Pending,
     Result,
-    broadcast_str,
+    broadcast_value,
     gather_int,
     naming_lost_ranks,
     run_on_all_ranks,
@@ -80,8 +79,8 @@ def open_counters_at_rank_0(comm: Communicator) -> Counters:
     Raises UsageError if a rank cannot connect to rank 0.
     """
     served = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if comm.rank == 0 else None
-    place = json.dumps([served.port, own_addresses()]) if served is not None else ""
-    port, addresses = json.loads(broadcast_str(comm, place, "counters.place"))
+    place: list[Any] = [served.port, own_addresses()] if served is not None else []
+    port, addresses = broadcast_value(comm, place, "counters.place")
     store = run_on_all_ranks(comm, lambda: served or _connect_to_any(addresses, port), "connect to rank 0")
     return StoreCounters(store)
 

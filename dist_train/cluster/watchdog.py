@@ -9,7 +9,6 @@ libraries can hold it for seconds: use 10 s or more.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -23,7 +22,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from dist_train.cluster.communicator import Communicator, RankLostError, broadcast_str, gather_int
+from dist_train.cluster.communicator import Communicator, RankLostError, broadcast_value, gather_int
 from dist_train.cluster.heartbeats import (
     BEATS_IN_TIMEOUT,
     LARGEST,
@@ -314,8 +313,8 @@ def start_watchdog(
     if comm.size == 1 or comm.is_elastic:  # the coordinator of an elastic launch watches its ranks itself
         return None
     datagrams = open_datagrams()
-    own_place = json.dumps([secrets.token_hex(TOKEN_BYTES), datagrams.getsockname()[1], own_addresses()])
-    token, port, addresses = json.loads(broadcast_str(comm, own_place, "watchdog.address"))
+    own_place = [secrets.token_hex(TOKEN_BYTES), datagrams.getsockname()[1], own_addresses()]
+    token, port, addresses = broadcast_value(comm, own_place, "watchdog.address")
     paths = [(reachable_from(datagrams, address), port) for address in addresses]
     watchdog = Watchdog(comm, bytes.fromhex(token), paths, datagrams, timeout, on_loss, end)
     try:

@@ -21,13 +21,13 @@ from dist_train.checkpoint.state import (
     load_model,
     read_initial,
     restored_progress,
-    shared_progress,
 )
 from dist_train.checkpoint.writer import CheckpointWriter
 from dist_train.cluster.communicator import (
     Communicator,
     Generation,
     SingleProcess,
+    broadcast_value,
     gather_int,
     run_long_on_all_ranks,
     run_on_all_ranks,
@@ -317,7 +317,7 @@ def _build_state(
 
     progress, initial = run_on_all_ranks(comm, restore, "restore the checkpoint")
     if not comm.is_joining:
-        progress = shared_progress(comm, progress)
+        progress = broadcast_value(comm, progress, "progress")
         state.broadcast(comm)
     return state, progress, initial
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -20,6 +19,7 @@ from dist_train.cluster.communicator import (
     Generation,
     RankLostError,
     broadcast_str,
+    broadcast_value,
     gather_int,
     run_long_on_all_ranks,
     run_on_all_ranks,
@@ -370,7 +370,6 @@ def _shared_config(comm: Communicator, config: Config) -> Config:
     for path in ("checkpoint.fallback_directory", "metrics.targets_directory"):
         if (folder := config.value(path)) is not None:  # later launches and other programs read it from config.yaml
             config = with_setting(config, path, folder.absolute())
-    text = broadcast_str(comm, json.dumps(config.model_dump(mode="json")), "config")
-    config = parse_config(json.loads(text), source="rank 0")
+    config = parse_config(broadcast_value(comm, config.model_dump(mode="json"), "config"), source="rank 0")
     threads = min(gather_int(comm, share_of_threads(comm), "threads"))
     return with_setting(config, "precision.threads", threads) if config.precision.threads == "auto" else config

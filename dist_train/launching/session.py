@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from dist_train.checkpoint.files import CheckpointFile, Contents, list_checkpoints
 from dist_train.checkpoint.state import InitialWeights, Progress
-from dist_train.cluster.communicator import Communicator, RankLostError, broadcast_str, gather_str
+from dist_train.cluster.communicator import Communicator, RankLostError, broadcast_value, gather_str
 from dist_train.cluster.devices import describe_device, device_name
 from dist_train.cluster.inspection import revision
 from dist_train.cluster.launch import current_job
@@ -109,7 +109,7 @@ class Session:
         All ranks call it.
         """
         # One time for all, so that the exporter of a rank that takes over does not seem to be of an earlier launch.
-        self._launched = float(broadcast_str(self.comm, repr(self._launched), "launch time"))
+        self._launched = broadcast_value(self.comm, self._launched, "launch time")
         # Rank 0 alone: in a large launch every rank would start git on the same file system.
         code = revision() if self.status else ""
         if self.observers:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 import dist_train
-from dist_train.cluster.communicator import Communicator, broadcast_str, gather, run_on_all_ranks, signed_digest
+from dist_train.cluster.communicator import Communicator, broadcast_value, gather, run_on_all_ranks, signed_digest
 from dist_train.cluster.devices import device_type
 from dist_train.cluster.inspection import installed_version, loaded_mpi_version
 from dist_train.config import Config
@@ -149,7 +149,7 @@ def _compare(comm: Communicator, what: str, listing: Mapping[str, str], fix: str
         return
     # The reporter compares its listing with rank 0's; if rank 0 is in the minority, it is a rank of the majority.
     reporter = outliers[0] if outliers[0] != 0 else next(rank for rank in range(comm.size) if rank not in outliers)
-    first: dict[str, str] = json.loads(broadcast_str(comm, json.dumps(listing), f"consistency.{what}.listing"))
+    first = broadcast_value(comm, listing, f"consistency.{what}.listing")
 
     def report() -> None:
         if comm.rank != reporter:

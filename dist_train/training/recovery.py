@@ -6,13 +6,10 @@ progress, take the newest state that any of them has, and continue. docs/recover
 
 from __future__ import annotations
 
-import json
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-
-from pydantic import TypeAdapter
+from dataclasses import dataclass, replace
 
 from dist_train.checkpoint.state import Progress
 from dist_train.cluster.communicator import (
@@ -21,6 +18,7 @@ from dist_train.cluster.communicator import (
     GroupBrokenError,
     RendezvousRequestedError,
     broadcast_str,
+    broadcast_value,
     gather,
 )
 from dist_train.optim.noise import Noise
@@ -103,14 +101,6 @@ class SharedState:
     progress: Progress
     micro_size: int
     last_update: LastUpdate | None
-
-
-_SHARED_STATE = TypeAdapter(SharedState)
-
-
-def broadcast_shared_state(comm: Communicator, mine: SharedState, root: int) -> SharedState:
-    """Return the state of rank `root`. All ranks call it."""
-    return _SHARED_STATE.validate_json(broadcast_str(comm, json.dumps(asdict(mine)), "shared state", root))
 
 
 class Interruption:
@@ -297,7 +287,7 @@ class ElasticTrainer(Trainer):
         mine = RankState(self._has_state, self.progress.step, self._is_step_complete, is_writer, self.identity)
         recovery = agree_on_recovery(self.comm, mine)
         own = SharedState(self.progress, self.plan.micro_size, self._last_update)
-        shared = broadcast_shared_state(self.comm, own, recovery.source)
+        shared = broadcast_value(self.comm, own, "shared state", recovery.source)
         if recovery.receivers:
             # Rank 0 itself does again what is due after the last update.
             takes = self.comm.rank in recovery.receivers and not is_writer

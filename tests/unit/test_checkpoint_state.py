@@ -22,9 +22,8 @@ from dist_train.checkpoint.state import (
     load_model,
     read_initial,
     restored_progress,
-    shared_progress,
 )
-from dist_train.cluster.communicator import Communicator
+from dist_train.cluster.communicator import Communicator, broadcast_value
 from dist_train.config import parse_config
 from dist_train.models import build_model
 from dist_train.optim.flat_weights import FlatWeights
@@ -60,7 +59,7 @@ def test_it_comes_back_from_a_checkpoint() -> None:
 
 def test_every_rank_has_rank_0_s() -> None:
     progress = Progress(7, 0.8, 5, None, None, None, 0.9)
-    shared = results(3, lambda each: shared_progress(each, Progress() if each.rank else progress))
+    shared = results(3, lambda each: broadcast_value(each, Progress() if each.rank else progress, "progress"))
     assert shared == [progress] * 3
 
 

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dist_train.checkpoint.files import Contents
-from dist_train.checkpoint.state import Progress, restored_progress, shared_progress
-from dist_train.cluster.communicator import Communicator, Pending, SingleProcess
+from dist_train.checkpoint.state import Progress, restored_progress
+from dist_train.cluster.communicator import Communicator, Pending, SingleProcess, broadcast_value
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import DivergedError, UsageError
 from dist_train.training.accumulators import GridAccumulator, Grids, pack_halves, unpack_halves
@@ -422,7 +422,7 @@ def test_the_grids_come_back_from_a_checkpoint_and_every_rank_has_rank_0_s() -> 
     progress = restored_progress(contents(7, grid_exponents=[3, -4, 48]))
     assert progress.grid_exponents == [3, -4, 48]
     assert "grid_exponents" not in progress.metrics()
-    shared = results(3, lambda comm: shared_progress(comm, Progress() if comm.rank else progress))
+    shared = results(3, lambda comm: broadcast_value(comm, Progress() if comm.rank else progress, "progress"))
     assert [each.grid_exponents for each in shared] == [[3, -4, 48]] * 3
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from dist_train.checkpoint.state import Progress
-from dist_train.cluster.communicator import Generation, GroupBrokenError, RendezvousRequestedError
+from dist_train.cluster.communicator import Generation, GroupBrokenError, RendezvousRequestedError, broadcast_value
 from dist_train.outcome import FaultError, UsageError
 from dist_train.rundir.records import EventRecord, Record
 from dist_train.training.recovery import (
@@ -18,7 +18,6 @@ from dist_train.training.recovery import (
     SharedState,
     agree_on_recovery,
     assign_progress,
-    broadcast_shared_state,
     plan_recovery,
 )
 from dist_train.training.trainer import LastUpdate
@@ -75,7 +74,7 @@ def test_progress_and_the_last_update_travel_whole() -> None:
     none = SharedState(Progress(), 8, None)
 
     def job(comm: SimulatedRanks) -> SharedState:
-        return broadcast_shared_state(comm, whole if comm.rank == 1 else none, 1)
+        return broadcast_value(comm, whole if comm.rank == 1 else none, "state", 1)
 
     assert results(3, job) == [whole] * 3
     held = Progress()
