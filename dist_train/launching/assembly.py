@@ -74,7 +74,7 @@ from dist_train.training.micro_batches import (
 from dist_train.training.recovery import ElasticTrainer
 from dist_train.training.reduction import Tally, set_up_reduction
 from dist_train.training.step import TrainingStep
-from dist_train.training.stopping import EarlyStopping, StopRequests, job_time_limit
+from dist_train.training.stopping import StopRequests, job_time_limit, why_stop_early
 from dist_train.training.trainer import Trainer
 
 _logger = logging.getLogger("dist_train.training")
@@ -331,7 +331,7 @@ def _restore(resume_point: ResumePoint, scheduled: Epochs, state: TrainState) ->
         return Progress()
     config, progress = resume_point.config, restored_progress(contents)
     epochs_before = resume_point.epochs_before or 0
-    ends_early = EarlyStopping(config.early_stopping, config.stopping_metric).reason(progress)
+    ends_early = why_stop_early(config, progress)
     if contents.step < (planned := scheduled.steps(epochs_before)):
         limits = {"run.max_steps": (config.run.max_steps or planned) < planned, "early_stopping.patience": ends_early}
         lifted = "".join(f" {name}=null" for name, is_in_force in limits.items() if is_in_force)

@@ -12,7 +12,7 @@ from typing import Any
 
 from dist_train.checkpoint.state import Progress
 from dist_train.cluster.launch import current_job, job_end
-from dist_train.config.parts import EarlyStoppingSettings
+from dist_train.config import Config
 from dist_train.monitoring.wording import percent
 from dist_train.outcome import UsageError
 from dist_train.start_up import restore_handlers
@@ -122,45 +122,37 @@ class TimeLimit:
         return now + needed >= end
 
 
-class EarlyStopping:
-    """Ends a run whose evaluations no longer improve; it sees only values that all ranks share, so that they agree."""
+def note_evaluation(config: Config, progress: Progress, values: Mapping[str, float]) -> None:
+    """Update `progress`, which checkpoints hold, for early stopping by an evaluation: its `values` by metric.
 
-    def __init__(self, settings: EarlyStoppingSettings, metric: str) -> None:
-        """Watch `metric` (SPLIT.accuracy or SPLIT.loss); without `patience`, never end the run."""
-        self._metric = metric
-        self._settings = settings
+    Ranks agree when to stop, since they share these. No value counts as an improvement if the loss on its split is not
+    finite: the accuracy is then that of guessing.
+    """
+    settings, metric = config.early_stopping, config.stopping_metric
+    if settings.patience is None:
+        return
+    value, best = values.get(metric, math.nan), progress.stopping_best
+    loss = values.get(f"{metric.partition('.')[0]}.loss", value)
+    sign = -1.0 if metric.endswith(".loss") else 1.0
+    is_better = best is None or sign * (value - best) > settings.min_delta
+    if math.isfinite(value) and math.isfinite(loss) and is_better:
+        progress.stopping_best, progress.stopping_waited = value, 0
+    else:
+        progress.stopping_waited = (progress.stopping_waited or 0) + 1
 
-    def note(self, progress: Progress, values: Mapping[str, float]) -> None:
-        """Update `progress`, which checkpoints hold, by an evaluation: its `values` by metric.
 
-        No value counts as an improvement if the loss on its split is not finite: the accuracy is then that of guessing.
-        """
-        if self._settings.patience is None:
-            return
-        value, best = values.get(self._metric, math.nan), progress.stopping_best
-        loss = values.get(f"{self._metric.partition('.')[0]}.loss", value)
-        sign = -1.0 if self._metric.endswith(".loss") else 1.0
-        if (
-            math.isfinite(value)
-            and math.isfinite(loss)
-            and (best is None or sign * (value - best) > self._settings.min_delta)
-        ):
-            progress.stopping_best, progress.stopping_waited = value, 0
-        else:
-            progress.stopping_waited = (progress.stopping_waited or 0) + 1
-
-    def reason(self, progress: Progress) -> str:
-        """Return why the run ends at `progress`, before its last step; empty if it continues."""
-        waited = progress.stopping_waited or 0
-        if self._settings.patience is None or waited < self._settings.patience:
-            return ""
-        best = "never finite"
-        if (value := progress.stopping_best) is not None:
-            best = f"best {percent(value) if self._metric.endswith('.accuracy') else f'{value:.6g}'}"
-        return (
-            f"stopped early after step {progress.step}: {self._metric} has not improved in {waited} evaluations "
-            f"({best}); raise early_stopping.patience to continue"
-        )
+def why_stop_early(config: Config, progress: Progress) -> str:
+    """Return why early stopping ends the run at `progress`, before its last step; empty if it continues."""
+    patience, metric, waited = config.early_stopping.patience, config.stopping_metric, progress.stopping_waited or 0
+    if patience is None or waited < patience:
+        return ""
+    best = "never finite"
+    if (value := progress.stopping_best) is not None:
+        best = f"best {percent(value) if metric.endswith('.accuracy') else f'{value:.6g}'}"
+    return (
+        f"stopped early after step {progress.step}: {metric} has not improved in {waited} evaluations "
+        f"({best}); raise early_stopping.patience to continue"
+    )
 
 
 def job_time_limit() -> TimeLimit:

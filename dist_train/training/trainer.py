@@ -36,7 +36,7 @@ from dist_train.training.measuring import Measuring, Profiler, WeightNorms
 from dist_train.training.micro_batches import fewest_samples, halve, sum_for_sync_norm
 from dist_train.training.reduction import set_up_reduction
 from dist_train.training.step import TrainingStep
-from dist_train.training.stopping import EarlyStopping, StopRequests, TimeLimit
+from dist_train.training.stopping import StopRequests, TimeLimit, note_evaluation, why_stop_early
 
 _logger = logging.getLogger("dist_train.training")
 
@@ -83,7 +83,6 @@ class Trainer:
         self._statistics_step: int | None = None
         self._verified_step: int | None = None
         self._averaged = AveragedModel(self.network, self.training_step.averaging, self._recompute_statistics)
-        self._early_stopping = EarlyStopping(self.config.early_stopping, self.config.stopping_metric)
         self.plugins = plugin_files(self.config.model_dump(mode="json"))
         self.status: StatusFile | None = None
         self.time_limit = TimeLimit(None)
@@ -174,7 +173,7 @@ class Trainer:
     @property
     def stopped_early(self) -> str:
         """Why early stopping ends the run before its last step; empty if it does not."""
-        return self._early_stopping.reason(self.progress) if self.progress.step < self.last_step else ""
+        return why_stop_early(self.config, self.progress) if self.progress.step < self.last_step else ""
 
     def close(self) -> None:
         """Wait for the checkpoint being written, ignoring failures, and close the data."""
@@ -322,7 +321,7 @@ class Trainer:
         if self._ends_epochs(self.config.evaluation.every_epochs):
             values = {f"{split}.accuracy": result.accuracy for split, result in results.items()}
             values |= {f"{split}.loss": result.loss for split, result in results.items()}
-            self._early_stopping.note(self.progress, values)
+            note_evaluation(self.config, self.progress, values)
         if self.stopped_early:
             # the event's name and step say the rest
             self.event("stopped_early", reason=self.stopped_early.partition(": ")[2])

@@ -7,21 +7,24 @@ import math
 import pytest
 
 from dist_train.checkpoint.state import Progress
+from dist_train.config import Config
 from dist_train.config.parts import EarlyStoppingSettings
-from dist_train.training.stopping import EarlyStopping
+from dist_train.training.stopping import note_evaluation, why_stop_early
+from tests.unit.small_trainers import small_config
 
 
-def stopping(patience: int | None, min_delta: float = 0.0, metric: str = "test.accuracy") -> EarlyStopping:
-    return EarlyStopping(EarlyStoppingSettings(patience=patience, min_delta=min_delta), metric)
+def stopping(patience: int | None, min_delta: float = 0.0, metric: str = "test.accuracy") -> Config:
+    settings = EarlyStoppingSettings(patience=patience, min_delta=min_delta, metric=metric)
+    return small_config().model_copy(update={"early_stopping": settings})
 
 
 def stopped_at(values: list[float], patience: int | None, min_delta: float = 0.0, metric: str = "test.accuracy") -> int:
     """Return the evaluation, from 1, at which a run with these `values` stops; 0 where it does not."""
-    early, progress = stopping(patience, min_delta, metric), Progress()
+    config, progress = stopping(patience, min_delta, metric), Progress()
     for number, value in enumerate(values, start=1):
         progress.step = number
-        early.note(progress, {metric: value, "train.loss": 0.0})
-        if early.reason(progress):
+        note_evaluation(config, progress, {metric: value, "train.loss": 0.0})
+        if why_stop_early(config, progress):
             return number
     return 0
 
@@ -45,13 +48,13 @@ def test_it_ends_after_so_many_evaluations_without_an_improvement(
 
 @pytest.mark.parametrize("split", ["test", "validation-averaged"])
 def test_an_accuracy_beside_a_loss_that_is_not_finite_is_no_improvement(split: str) -> None:
-    early, progress = stopping(2, metric=f"{split}.accuracy"), Progress()
+    config, progress = stopping(2, metric=f"{split}.accuracy"), Progress()
     for loss in (math.nan, math.inf):
-        assert not early.reason(progress)
-        early.note(progress, {f"{split}.accuracy": 0.1, f"{split}.loss": loss, "train.loss": 0.0})
+        assert not why_stop_early(config, progress)
+        note_evaluation(config, progress, {f"{split}.accuracy": 0.1, f"{split}.loss": loss, "train.loss": 0.0})
     assert progress.stopping_best is None
-    assert early.reason(progress)
-    early.note(progress, {f"{split}.accuracy": 0.1, f"{split}.loss": 2.3, "train.loss": math.nan})
+    assert why_stop_early(config, progress)
+    note_evaluation(config, progress, {f"{split}.accuracy": 0.1, f"{split}.loss": 2.3, "train.loss": math.nan})
     assert progress.stopping_best == 0.1
 
 
@@ -62,10 +65,10 @@ def test_a_loss_improves_by_falling_and_only_by_more_than_min_delta() -> None:
 
 def test_what_it_has_seen_is_in_the_progress_and_more_patience_continues() -> None:
     progress = Progress(step=3, stopping_best=0.5, stopping_waited=2)
-    assert "test.accuracy" in stopping(2).reason(progress)
-    assert not stopping(3).reason(progress)
+    assert "test.accuracy" in why_stop_early(stopping(2), progress)
+    assert not why_stop_early(stopping(3), progress)
 
 
 @pytest.mark.parametrize(("metric", "best"), [("test.accuracy", "(best 100.00 %)"), ("test.loss", "(best 1)")])
 def test_its_reason_has_the_best_value_in_the_metric_s_unit(metric: str, best: str) -> None:
-    assert best in stopping(1, metric=metric).reason(Progress(stopping_best=1.0, stopping_waited=1))
+    assert best in why_stop_early(stopping(1, metric=metric), Progress(stopping_best=1.0, stopping_waited=1))
