@@ -127,10 +127,11 @@ class FlatWeights:
 
     def clear_padding(self) -> None:
         """Make the padding of `gradients` zero again: no backward pass overwrites it, but the reduction sums it."""
-        self.gradients.index_fill_(0, self._padding, 0.0)
+        self.gradients.index_fill_(0, self.padding, 0.0)
 
     @cached_property
-    def _padding(self) -> torch.Tensor:
+    def padding(self) -> torch.Tensor:
+        """The indices of the padding, in order."""
         return torch.tensor(self.masked_indices(()), device=self.gradients.device)
 
     @property

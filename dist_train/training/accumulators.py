@@ -225,7 +225,7 @@ class GridAccumulator(GradientAccumulator):
             device=self._gradients.device,
         )
         """Each filter's start, its length, and the index of its parameter."""
-        self._padding = torch.tensor(weights.masked_indices(()), device=self._gradients.device)
+        self._padding = weights.padding
         self._grids = Grids(progress, len(self._tensors), bits)
         self.largest = torch.zeros(self._filters[-1], dtype=torch.int64, device=self._gradients.device)
         self._exponents: Sequence[int] = ()
