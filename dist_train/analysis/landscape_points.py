@@ -326,7 +326,7 @@ def refuse_precision(stored: Stored, config: Config, message: str) -> None:
 
 
 def warn_of_kept_statistics(model: nn.Module) -> None:
-    """Warn if `model`, which is put into evaluation mode, has norms that only keep the checkpoint's statistics."""
+    """Warn if `model` has norms that only keep the checkpoint's statistics."""
     if names := norms_of_torch(model):
         _logger.warning(
             "the statistics of torch's own norms (%s) stay the checkpoint's: build norms by norm(channels)",

@@ -95,10 +95,11 @@ def norm_modules(model: nn.Module) -> list[GroupedBatchNorm]:
 
 
 def norms_of_torch(model: nn.Module) -> list[str]:
-    """Put `model` into evaluation mode; return the names of norms other than ours whose statistics training updates."""
+    """Return the names of the norms in `model`, other than ours, whose statistics training updates."""
+    was_training = model.training
     model.train()  # in which a model may keep parts of it in evaluation mode
     trained = [(name, module) for name, module in model.named_modules() if module.training]
-    model.eval()
+    model.train(was_training)
     return [name for name, module in trained if isinstance(module, _NormBase) and module.running_mean is not None]
 
 
