@@ -208,15 +208,14 @@ class RemoteCoordinator:
         node = os.environ.get("SLURMD_NODENAME", "") or socket.gethostname()
         try:
             limits = self._connection.introduce(entry.token, {"node": node, "ranks": count})
-            self.timeout = float(limits["timeout"])
-            self._connection.socket.settimeout(self.timeout)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            self._connection.socket.close()
+        except OSError as error:
             raise UsageError(
                 f"what listens at {place} does not know this token, or is no launcher: use the token of the launch "
                 f"that is running there",
                 code="join-token",
             ) from error
+        self.timeout = float(limits["timeout"])
+        self._connection.socket.settimeout(self.timeout)
         self._heard = time.monotonic()
         self._beat = self.timeout / BEATS_IN_TIMEOUT
         self._suspensions = SuspensionDetector(self._beat, self._heard)

@@ -87,18 +87,14 @@ class Member:
         self._is_leaving = False
         self.wants_rendezvous = False  # whether ranks are waiting to join
         self.on_break: Callable[[], None] = lambda: None  # called, from a thread not to be blocked, when it breaks
+        fields = {"slot": int(environment[SLOT_VARIABLE]), "node": socket.gethostname()}
         try:
             self._connection = MessageConnection(host, int(port))
+            welcome = self._connection.introduce(environment[TOKEN_VARIABLE], fields)
         except OSError as error:
             raise RankLostError(f"the launcher does not answer at {host}:{port}: {error}") from error
-        try:
-            fields = {"slot": int(environment[SLOT_VARIABLE]), "node": socket.gethostname()}
-            welcome = self._connection.introduce(environment[TOKEN_VARIABLE], fields)
-            self.joins = bool(welcome["joins"])  # a run that is under way
-            self.most_ranks = int(welcome["most"])  # that there may be at a time
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            self._connection.socket.close()
-            raise RankLostError(f"the launcher does not answer at {host}:{port}: {error}") from error
+        self.joins = bool(welcome["joins"])  # a run that is under way
+        self.most_ranks = int(welcome["most"])  # that there may be at a time
         self.address: str = self._connection.socket.getsockname()[0]  # this node's address on the network of the launch
         self._connection.socket.settimeout(None)
         self._thread = threading.Thread(target=self._run, name="membership", daemon=True)

@@ -39,13 +39,17 @@ class MessageConnection:
     def introduce(self, token: str, fields: Mapping[str, Any]) -> Mapping[str, Any]:
         """Prove that this process knows `token`, as the coordinator does; describe it by `fields`; return the answer.
 
-        Raises OSError, or ValueError, KeyError or TypeError if the other end is no coordinator that knows `token`.
+        Raises OSError, and closes the connection, if the other end is no coordinator that knows `token`.
         """
-        proof, challenge = proof_of("peer", token, str(self.next_message()["text"])), secrets.token_hex(16)
-        self.send({"kind": "hello", "proof": proof, "challenge": challenge, "process": os.getpid(), **fields})
-        if not hmac.compare_digest(str(self.next_message()["proof"]), proof_of("coordinator", token, challenge)):
-            raise ValueError("the proof is wrong")
-        return self.next_message()
+        try:
+            proof, challenge = proof_of("peer", token, str(self.next_message()["text"])), secrets.token_hex(16)
+            self.send({"kind": "hello", "proof": proof, "challenge": challenge, "process": os.getpid(), **fields})
+            if not hmac.compare_digest(str(self.next_message()["proof"]), proof_of("coordinator", token, challenge)):
+                raise ValueError("the proof is wrong")
+            return self.next_message()
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            self.socket.close()
+            raise OSError(str(error)) from error
 
     def send(self, fields: Mapping[str, Any]) -> None:
         """Send a message; a broken connection is noticed by the thread that receives."""
