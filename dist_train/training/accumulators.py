@@ -145,42 +145,28 @@ def _add_as_integers(gradients: torch.Tensor, total: torch.Tensor) -> None:
         integers += part.to(integers.dtype)
 
 
-class Grids:
-    """The grid of each parameter tensor: its gradients are rounded to multiples of 2^-exponent.
+def next_exponents(
+    before: Sequence[int] | None, bounds: Sequence[int], gradients: int, *, step: int, bits: int
+) -> list[int]:
+    """Return the exponents of the next update's grids, for sums in integers of `bits` bits, the same on all ranks.
 
-    The exponents follow from the integers of earlier updates, which are the same on all ranks. They are kept in
-    `progress`, which checkpoints hold.
+    `before`: those of the update that `step` others preceded; None in the first one. `bounds`: of each tensor's
+    integers in it, summed over its `gradients`.
+
+    A grid becomes coarser at once. It becomes finer at once where many micro-batches keep the sums steady, else by
+    degrees: a tensor whose gradients leap from batch to batch keeps room for the next leap.
     """
-
-    def __init__(self, progress: Progress, tensors: int, bits: int = 32) -> None:
-        """Fit the grids of `tensors` parameter tensors to sums in integers of `bits` bits."""
-        self._progress = progress
-        self._tensors = tensors
-        self._bits = bits
-
-    @property
-    def exponents(self) -> Sequence[int] | None:
-        """One for each tensor; None before the first update."""
-        exponents = self._progress.grid_exponents
-        return exponents if exponents is not None and len(exponents) == self._tensors else None
-
-    def choose(self, bounds: Sequence[int], gradients: int) -> None:
-        """Choose the next update's grids; `bounds`: of each tensor's integers, summed, in this one, of `gradients`.
-
-        A grid becomes coarser at once. It becomes finer at once where many micro-batches keep the sums steady, else by
-        degrees: a tensor whose gradients leap from batch to batch keeps room for the next leap.
-        """
-        is_steady = gradients >= _MANY
-        headroom = _HEADROOM_OF_MANY if is_steady else _HEADROOM if gradients > 1 else 2 * _HEADROOM
-        room = 2 ** (self._bits - 1) / headroom
-        at_once = is_steady or self.exponents is None
-        rise = int(self._progress.step % _UPDATES_UNTIL_FINER == 0)
-        chosen = []
-        for now, bound in zip(self.exponents or [GRADIENTS.bits] * self._tensors, bounds, strict=True):
-            # frexp, unlike a logarithm, is exact: the same on every machine
-            best = min(GRADIENTS.bits, now + math.frexp(room / max(bound, 1))[1] - 1)
-            chosen.append(best if at_once or best <= now else max(min(now + rise, best), best - _UNUSED_BITS))
-        self._progress.grid_exponents = chosen
+    is_steady = gradients >= _MANY
+    headroom = _HEADROOM_OF_MANY if is_steady else _HEADROOM if gradients > 1 else 2 * _HEADROOM
+    room = 2 ** (bits - 1) / headroom
+    at_once = is_steady or before is None
+    rise = int(step % _UPDATES_UNTIL_FINER == 0)
+    chosen = []
+    for now, bound in zip(before or [GRADIENTS.bits] * len(bounds), bounds, strict=True):
+        # frexp, unlike a logarithm, is exact: the same on every machine
+        best = min(GRADIENTS.bits, now + math.frexp(room / max(bound, 1))[1] - 1)
+        chosen.append(best if at_once or best <= now else max(min(now + rise, best), best - _UNUSED_BITS))
+    return chosen
 
 
 _MANY = 16
@@ -198,6 +184,8 @@ _UPDATES_UNTIL_FINER = 16
 class GridAccumulator(GradientAccumulator):
     """Exact sums in the bytes of float32 or float16: of integers of as many bits, on a grid for each parameter tensor.
 
+    The gradients of a tensor are rounded to multiples of 2^-exponent. The exponents are kept in `progress`, which
+    checkpoints hold; they follow from the integers of earlier updates.
     No sum of a filter exceeds the sum, over the micro-batches, of its largest integer. If that fits the bits, so do
     all of them, in any order; if not, the update is repeated on coarser grids. The first update has no grids yet, and
     takes 64 bits.
@@ -206,8 +194,9 @@ class GridAccumulator(GradientAccumulator):
     def __init__(
         self, weights: FlatWeights, comm: Communicator, terms: int, progress: Progress, bits: Literal[16, 32] = 32
     ) -> None:
-        """Sum the gradients of `weights`, of at most `terms` micro-batches a batch; keep the grids in `progress`."""
+        """Sum the gradients of `weights`, of at most `terms` micro-batches a batch."""
         super().__init__(weights, comm, 2.0**62 / terms)
+        self._progress = progress
         self._bits = bits
         self._tensors = [
             self._gradients[each.start : each.stop].view(each.shape[0] if len(each.shape) > 1 else 1, -1)
@@ -226,7 +215,6 @@ class GridAccumulator(GradientAccumulator):
         )
         """Each filter's start, its length, and the index of its parameter."""
         self._padding = weights.padding
-        self._grids = Grids(progress, len(self._tensors), bits)
         self.largest = torch.zeros(self._filters[-1], dtype=torch.int64, device=self._gradients.device)
         self._exponents: Sequence[int] = ()
         self._scales = torch.zeros(len(self._tensors), device=self._gradients.device)
@@ -235,7 +223,7 @@ class GridAccumulator(GradientAccumulator):
     def clear(self) -> None:
         super().clear()
         self.largest.zero_()
-        exponents = self._grids.exponents
+        exponents = self._kept_exponents
         self._exponents = exponents or [GRADIENTS.bits] * len(self._tensors)
         scales = torch.tensor([2.0**exponent for exponent in self._exponents])
         # Pinned: otherwise CUDA would first wait for the stream, and so for the previous update.
@@ -287,7 +275,14 @@ class GridAccumulator(GradientAccumulator):
 
     def choose_grids(self, largest: Sequence[int], gradients: int) -> None:
         bounds = [max(largest[first:last]) for first, last in pairwise(self._filters)]
-        self._grids.choose(bounds, gradients)
+        step, before = self._progress.step, self._kept_exponents
+        self._progress.grid_exponents = next_exponents(before, bounds, gradients, step=step, bits=self._bits)
+
+    @property
+    def _kept_exponents(self) -> Sequence[int] | None:
+        """Those of this update, one for each tensor; None before the first one."""
+        exponents = self._progress.grid_exponents
+        return exponents if exponents is not None and len(exponents) == len(self._tensors) else None
 
     @property
     def _is_sent_in_pairs(self) -> bool:

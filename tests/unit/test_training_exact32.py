@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from itertools import islice
+from functools import reduce
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ from dist_train.checkpoint.state import Progress, restored_progress
 from dist_train.cluster.communicator import Communicator, Pending, SingleProcess, broadcast_value
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import DivergedError, UsageError
-from dist_train.training.accumulators import GridAccumulator, Grids, pack_halves, unpack_halves
+from dist_train.training.accumulators import GridAccumulator, next_exponents, pack_halves, unpack_halves
 from dist_train.training.reduction import GradientReduction, buckets_of
 from dist_train.training.trainer import Trainer
 from tests.raising import raises
@@ -230,32 +231,22 @@ def test_a_sum_fits_up_to_the_largest_integer_of_its_bits(bits: Bits) -> None:
 
 
 def test_a_grid_becomes_coarser_at_once_and_finer_by_degrees_but_never_finer_than_that_of_64_bits() -> None:
-    progress = Progress(step=1)
-    grids = Grids(progress, 1)
-    grids.choose([2**39], 4)
-    assert progress.grid_exponents == [48 - 10], "to a quarter of 2^31, from the grid of 64 bits"
-    grids.choose([2**32], 4)
-    assert progress.grid_exponents == [38 - 3]
-    exponents = []
-    for step in range(1, 40):
-        progress.step = step
-        grids.choose([2**26], 4)
-        exponents.append(progress.grid_exponents)
-    assert exponents[0] == [35]
-    assert exponents[15] == [36], "in update 16"
-    assert exponents[31] == [37]
-    grids.choose([2**10], 4)
-    assert progress.grid_exponents == [48 - 4], "at once where more than four bits are unused"
-    for step in range(0, 160, 16):
-        progress.step = step
-        grids.choose([0], 4)
-    assert progress.grid_exponents == [48]
+    def following(before: Sequence[int] | None, bound: int, step: int = 1) -> list[int]:
+        return next_exponents(before, [bound], 4, step=step, bits=32)
+
+    assert following(None, 2**39) == [48 - 10], "to a quarter of 2^31, from the grid of 64 bits"
+    assert following([38], 2**32) == [38 - 3]
+    exponents = [*accumulate(range(1, 40), lambda before, step: following(before, 2**26, step), initial=[35])]
+    assert exponents[1] == [35]
+    assert exponents[16] == [36], "in update 16"
+    assert exponents[32] == [37]
+    assert following(exponents[-1], 2**10) == [48 - 4], "at once where more than four bits are unused"
+    assert reduce(lambda before, step: following(before, 0, step), range(0, 160, 16), [44]) == [48]
 
 
 def test_the_grids_of_many_micro_batches_become_finer_at_once_too() -> None:
-    progress = Progress(step=1, grid_exponents=[20, 20, 20])
-    Grids(progress, 3).choose([2**28, 2**31, 4 * 2**31 // 7], 16)
-    assert progress.grid_exponents == [22, 19, 20]
+    bounds = [2**28, 2**31, 4 * 2**31 // 7]
+    assert next_exponents([20, 20, 20], bounds, 16, step=1, bits=32) == [22, 19, 20]
 
 
 def test_a_batch_of_few_micro_batches_has_their_headroom_though_a_larger_one_follows(tmp_path: Path) -> None:
