@@ -31,8 +31,8 @@ def slot_of(pid: int) -> int | None:
         is_rank = b"launch" in Path(f"/proc/{parent}/cmdline").read_bytes().split(b"\0")
     except (OSError, ValueError):
         return None
-    named = [field for field in fields if field.startswith(b"DIST_TRAIN_SLOT=")]
-    return int(named[0].partition(b"=")[2]) if named and is_rank else None
+    variables = {name: value for name, _, value in (field.partition(b"=") for field in fields)}
+    return int(variables[b"RANK"]) if b"DIST_TRAIN_MEMBERSHIP" in variables and is_rank else None
 
 
 class _LaunchProcess:

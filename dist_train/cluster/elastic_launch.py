@@ -27,14 +27,12 @@ from typing import Any, TypeAlias
 from pydantic import TypeAdapter
 
 from dist_train.cluster.heartbeats import BEATS_IN_TIMEOUT, SuspensionDetector, is_loopback
-from dist_train.cluster.launch import MEMBERSHIP_VARIABLE
+from dist_train.cluster.launch import MEMBERSHIP_VARIABLE, TOKEN_VARIABLE
 from dist_train.cluster.local_launch import SIGNALS, Ranks, blocked_signals, rank_environment, say, start_rank
 from dist_train.cluster.membership import Elasticity
 from dist_train.cluster.membership_server import (
     ENDS_OF_A_RUN,
-    SLOT_VARIABLE,
     START_TIMEOUTS,
-    TOKEN_VARIABLE,
     MembershipServer,
     View,
 )
@@ -80,8 +78,7 @@ def launch_elastic(
             code="listen-address",
         ) from error
     with closing(server), _admitting_others(server, run, launch) if listen else nullcontext():
-        variables = {**server.variables, "WORLD_SIZE": str(limits.start_with)}
-        local = LocalProcesses(words, range(count), launch, variables)
+        local = LocalProcesses(words, range(count), launch, Entry(*server.address, server.token), limits.start_with)
         code = _run_ranks(local, server, limits.restarts, run)
         if server.state.generation == 0 and not server.state.has_ended:
             say(f"the run has not begun: there were fewer than the {limits.start_with} ranks that it begins with")
@@ -128,6 +125,11 @@ class Entry:
     host: str
     port: int
     token: str
+
+    @property
+    def variables(self) -> Mapping[str, str]:
+        """The environment variables by which ranks find it."""
+        return {MEMBERSHIP_VARIABLE: f"{self.host}:{self.port}", TOKEN_VARIABLE: self.token}
 
 
 def entry_of(place: str, environment: Mapping[str, str] = os.environ) -> Entry:
@@ -177,12 +179,7 @@ def launch_joining(entry: Entry, count: int) -> int:
                 f"nodes need the same folders",
                 code="join-folder",
             ) from error
-        variables = {
-            TOKEN_VARIABLE: entry.token,
-            MEMBERSHIP_VARIABLE: f"{entry.host}:{entry.port}",
-            "WORLD_SIZE": str(spec["size"]),
-        }
-        local = LocalProcesses(spec["words"], spec["slots"], spec["launch"], variables)
+        local = LocalProcesses(spec["words"], spec["slots"], spec["launch"], entry, spec["size"])
         return _run_ranks(local, coordinator, spec["restarts"])
 
 
@@ -312,12 +309,13 @@ class LocalProcesses:
     words: Sequence[str]
     slots: Sequence[int]
     launch: str
-    variables: Mapping[str, str]  # where the coordinator is, and how many ranks the run begins with
+    entry: Entry  # of the coordinator
+    size: int  # how many ranks the run begins with
 
     def start(self, index: int, mask: set[int | signal.Signals]) -> Popen[bytes]:
-        """Start the process of `slots[index]`."""
-        slot = str(self.slots[index])
-        variables = {**self.variables, "RANK": slot, SLOT_VARIABLE: slot, "MASTER_PORT": "0"}
+        """Start the process of `slots[index]`; restarted, it keeps that number."""
+        numbers = {"RANK": str(self.slots[index]), "WORLD_SIZE": str(self.size), "MASTER_PORT": "0"}
+        variables = {**self.entry.variables, **numbers}
         environment = {**os.environ, LAUNCH_VARIABLE: self.launch}
         return start_rank(
             own_command(*self.words), rank_environment(environment, index, len(self.slots), variables), mask

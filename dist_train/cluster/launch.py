@@ -18,6 +18,7 @@ from dist_train.config.sections import Engine
 from dist_train.outcome import UsageError
 
 MEMBERSHIP_VARIABLE = "DIST_TRAIN_MEMBERSHIP"  # where the ranks of an elastic launch find its coordinator: HOST:PORT
+TOKEN_VARIABLE = "DIST_TRAIN_MEMBERSHIP_TOKEN"  # nosec B105  # the token that the coordinator demands of them
 LISTEN_FD = "DIST_TRAIN_LISTEN_FD"  # rank 0's listening socket for the store; -1 for the other ranks
 
 _SLURM_SETTINGS = frozenset({"SLURM_CLUSTERS", "SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT", "SLURM_TIME_FORMAT"})

@@ -14,8 +14,7 @@ from pydantic import TypeAdapter
 
 from dist_train.cluster.communicator import Generation, RankLostError
 from dist_train.cluster.heartbeats import BEATS_IN_TIMEOUT, SuspensionDetector
-from dist_train.cluster.launch import MEMBERSHIP_VARIABLE
-from dist_train.cluster.membership_server import SLOT_VARIABLE, TOKEN_VARIABLE
+from dist_train.cluster.launch import MEMBERSHIP_VARIABLE, TOKEN_VARIABLE
 from dist_train.cluster.messages import MessageConnection
 from dist_train.cluster.rendezvous import end_process
 from dist_train.outcome import say_on_stderr
@@ -87,7 +86,7 @@ class Member:
         self._is_leaving = False
         self.wants_rendezvous = False  # whether ranks are waiting to join
         self.on_break: Callable[[], None] = lambda: None  # called, from a thread not to be blocked, when it breaks
-        fields = {"slot": int(environment[SLOT_VARIABLE]), "node": socket.gethostname()}
+        fields = {"slot": int(environment["RANK"]), "node": socket.gethostname()}
         try:
             self._connection = MessageConnection(host, int(port))
             welcome = self._connection.introduce(environment[TOKEN_VARIABLE], fields)

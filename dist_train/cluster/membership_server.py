@@ -17,13 +17,9 @@ from typing import Any
 
 from dist_train.cluster import membership
 from dist_train.cluster.heartbeats import BEATS_IN_TIMEOUT, SuspensionDetector, longest_wait
-from dist_train.cluster.launch import MEMBERSHIP_VARIABLE
 from dist_train.cluster.membership import Elasticity, Event, Membership, P, Peer, decide
 from dist_train.cluster.messages import MessageServer
 from dist_train.outcome import ExitCode
-
-TOKEN_VARIABLE = "DIST_TRAIN_MEMBERSHIP_TOKEN"  # nosec B105  # the name of a variable
-SLOT_VARIABLE = "DIST_TRAIN_SLOT"  # a process's number; restarted, it keeps that of the lost one
 
 ENDS_OF_A_RUN = (ExitCode.FINISHED, ExitCode.STOPPED, ExitCode.DIVERGED, ExitCode.DISAGREEMENT)
 """Exit codes that all ranks agree on: a rank that ends with one is not lost. The first that a rank has is the run's."""
@@ -94,12 +90,6 @@ class MembershipServer:
     def address(self) -> tuple[str, int]:
         """Host and port where it listens."""
         return self._server.address
-
-    @property
-    def variables(self) -> Mapping[str, str]:
-        """The environment variables by which processes find the coordinator."""
-        host, port = self.address
-        return {MEMBERSHIP_VARIABLE: f"{host}:{port}", TOKEN_VARIABLE: self.token}
 
     def poll(self, seconds: float) -> None:
         """Handle the messages that have arrived, waiting up to `seconds` for one, and expel silent processes."""

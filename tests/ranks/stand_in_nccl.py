@@ -23,7 +23,7 @@ from dist_train.cluster import elastic
 from dist_train.cluster.communicator import Pending
 from dist_train.cluster.elastic import _CONNECTING_SHARE, DeviceGroup, ElasticCommunicator
 from dist_train.cluster.heartbeats import longest_wait
-from dist_train.cluster.membership_server import SLOT_VARIABLE
+from dist_train.cluster.launch import MEMBERSHIP_VARIABLE
 
 _ON_DEVICE = ("gradient.", "tally", "evaluation", "state.")
 """Prefixes of the names of operations whose tensors would be on a GPU."""
@@ -33,7 +33,7 @@ _ORDERS = "STAND_IN_ORDERS"  # a folder: of a file die-PID there, that process d
 
 def stand_in_environment(folder: Path) -> dict[str, str]:
     """Return the environment of a launch whose ranks use the stand-in."""
-    lines = ["import os", f"if {SLOT_VARIABLE!r} in os.environ:", "    from tests.ranks import stand_in_nccl"]
+    lines = ["import os", f"if {MEMBERSHIP_VARIABLE!r} in os.environ:", "    from tests.ranks import stand_in_nccl"]
     (folder / "sitecustomize.py").write_text("\n".join([*lines, "    stand_in_nccl.install()", ""]))
     return {"PYTHONPATH": f"{folder}:{_ROOT}", _ORDERS: str(folder)}
 

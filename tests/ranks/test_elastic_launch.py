@@ -73,7 +73,7 @@ class Dying(Observer):
 
     def record(self, record):
         is_saved = record.step == 4 and getattr(record, "event", "") == "checkpoint"
-        if is_saved and os.environ["DIST_TRAIN_SLOT"] == "0":
+        if is_saved and os.environ["RANK"] == "0":
             os.kill(os.getpid(), signal.SIGKILL)
 """
 """A logger that kills rank 0 once the checkpoint of step 4 is written and recorded."""

@@ -27,6 +27,7 @@ from dist_train.cluster.elastic_launch import (
     _ElasticRanks,
     entry_of,
 )
+from dist_train.cluster.launch import TOKEN_VARIABLE
 from dist_train.cluster.member import Member, Pulse
 from dist_train.cluster.membership import (
     Elasticity,
@@ -41,7 +42,7 @@ from dist_train.cluster.membership import (
     request_stop,
     set_may_grow,
 )
-from dist_train.cluster.membership_server import SLOT_VARIABLE, TOKEN_VARIABLE, JoinedNode, MembershipServer
+from dist_train.cluster.membership_server import JoinedNode, MembershipServer
 from dist_train.cluster.messages import MessageServer, proof_of
 from dist_train.outcome import ExitCode, FaultError, UsageError
 from dist_train.rundir.paths import RunDirectory
@@ -221,9 +222,13 @@ def serving(size: int, timeout: float, most: int | None = None, host: str = "127
         server.close()
 
 
+def variables_of(server: MembershipServer, slot: int, token: str | None = None) -> dict[str, str]:
+    entry = Entry(*server.address, server.token if token is None else token)
+    return {**entry.variables, "RANK": str(slot)}
+
+
 def member(server: MembershipServer, slot: int, ended: list[int] | None = None) -> Member:
-    environment = {**server.variables, SLOT_VARIABLE: str(slot)}
-    return Member(server.timeout, environment, lambda: (ended if ended is not None else []).append(slot))
+    return Member(server.timeout, variables_of(server, slot), lambda: (ended if ended is not None else []).append(slot))
 
 
 def meet(members: Sequence[Member], why: str = "") -> list[Generation]:
@@ -415,7 +420,7 @@ def test_who_is_busy_when_others_join_is_not_expelled_as_if_the_group_were_broke
 
 def test_who_does_not_know_the_token_is_not_heard() -> None:
     with serving(1, 5.0) as server, pytest.raises(RankLostError, match="closed the connection"):
-        Member(5.0, {**server.variables, SLOT_VARIABLE: "0", TOKEN_VARIABLE: "guess"})
+        Member(5.0, variables_of(server, 0, token="guess"))
 
 
 def test_a_stranger_cannot_end_the_launch() -> None:
@@ -544,7 +549,8 @@ def test_launcher_without_ranks_records_why_those_of_other_nodes_are_lost(
     StatusFile(file, 1).change("running")
     with closing(MembershipServer(limits(1), here=0)) as server:
         server.state = replace(server.state, has_ended=True, lost=("rank 0 (node1, process 7) died",))
-        _ElasticRanks(LocalProcesses((), (), "abc", {}), set(), server, 0).wait_and_record(tmp_path, "abc")
+        local = LocalProcesses((), (), "abc", Entry(*server.address, server.token), 1)
+        _ElasticRanks(local, set(), server, 0).wait_and_record(tmp_path, "abc")
     status = read_status(file)
     assert status is not None
     assert "rank 0 (node1, process 7) died" in status.reason
@@ -608,7 +614,7 @@ def test_a_launcher_is_not_deceived_by_what_another_one_proves() -> None:
 def test_a_rank_obeys_no_coordinator_that_does_not_know_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MessageServer, "_knows_token", lambda *_: True)
     with serving(1, 5.0) as server, pytest.raises(RankLostError):
-        Member(server.timeout, {**server.variables, SLOT_VARIABLE: "0", TOKEN_VARIABLE: "another"}, lambda: None)
+        Member(server.timeout, variables_of(server, 0, token="another"), lambda: None)
 
 
 def test_nobody_runs_what_a_readable_file_names(tmp_path: Path) -> None:
