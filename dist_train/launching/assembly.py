@@ -111,7 +111,6 @@ def assemble(
     if stack is not None:
         stack.callback(splits.close)
     epochs, scheduled = run_on_all_ranks(comm, partial(_plan_epochs, config, len(splits.train)), "plan the batches")
-    total_steps = scheduled.steps(config.run.epochs)
 
     is_measured = config.metrics.enabled or bool(config.metrics.loggers)
     is_measured = is_measured or any(gather_int(comm, len(session.more_observers), "observers"))
@@ -146,8 +145,6 @@ def assemble(
         directory=directory,
         learning_rate=LearningRate(config.schedule, base_rate, config.batch.global_size, config.run.epochs, scheduled),
         epochs=epochs,
-        total_steps=total_steps,
-        last_step=min(total_steps, config.run.max_steps or total_steps),
         observers=session.observers,
         stop=stop,
         progress=progress,

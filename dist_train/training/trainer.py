@@ -55,7 +55,7 @@ class LastUpdate:
 
 @dataclass
 class Trainer:
-    """Trains until `last_step`. `launching/assembly.py` builds it; for an elastic launch, `recovery.ElasticTrainer`."""
+    """Trains to the end of a run. `launching/assembly.py` builds it; elastic launches: `recovery.ElasticTrainer`."""
 
     config: Config
     comm: Communicator
@@ -67,8 +67,6 @@ class Trainer:
     learning_rate: LearningRate
     epochs: Epochs
     """The passes over the data, and the size of the global batch in each."""
-    total_steps: int  # number of updates that the schedules span
-    last_step: int  # number of updates after which the run ends
     observers: Observers
     stop: StopRequests
     progress: Progress
@@ -78,6 +76,9 @@ class Trainer:
 
     def __post_init__(self) -> None:
         assert self.config.batch.micro_size != "auto", "decided when the run starts"
+        self.total_steps = self.learning_rate.calendar.steps(self.config.run.epochs)  # updates that the schedules span
+        self.last_step = min(self.total_steps, self.config.run.max_steps or self.total_steps)
+        """Number of updates after which the run ends."""
         self._batches = Batches(self.config, self.epochs, len(self.splits.train), self.last_step)
         self._batches.deal(self.config.batch.micro_size, self.comm)
         self._statistics_step: int | None = None
