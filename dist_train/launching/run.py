@@ -81,8 +81,10 @@ def train(config: Config, run_directory: Path | str | None = None, observers: Se
         raise UsageError(f"observers: not a list of Observer objects but {observers!r}", code="wrong-type")
     directory = RunDirectory(config.run_directory if run_directory is None else Path(run_directory))
     free_device_memory()  # of earlier runs of this process, whose trainers are in reference cycles
-    # In the end the stack closes trainer, data and log, releases the lock, waits for the other ranks if all have the
-    # error, ends the watchdog, leaves the ranks, and restores the signal handlers.
+    # The stack unwinds in this order: trainer and data, which still log; the log, which lies in the locked directory;
+    # the lock, now that nothing is written; the wait for the other ranks, if all have the error, in which the watchdog
+    # still reports one that hangs; the watchdog; the ranks; last the signal handlers, since until the others are done
+    # another request to stop must not kill this rank.
     with restoring_torch(), oserror_to_fault(directory), ExitStack() as stack:
         stop = stack.enter_context(StopRequests(config.run.stop_signal))
         comm, watchdog = _meet(config, stack)
