@@ -206,8 +206,7 @@ class TrainState:
             set_numbers(self.optimizer, numbers, self.weights.values.device)
 
     def _tensors(self) -> Iterator[Tensor]:
-        for _, tensor in state_tensors(self.optimizer):
-            yield tensor
+        yield from state_tensors(self.optimizer)
         trained = {segment.name for segment in self.weights.segments}
         yield from (value for name, value in self.network.state_dict().items() if name not in trained)
         yield self.weights.values

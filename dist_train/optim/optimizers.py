@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from types import FunctionType
 from typing import Any, cast
 
@@ -232,14 +231,11 @@ def optimizer_step(optimizer: Optimizer, weights: FlatWeights | None = None) -> 
         weights.reclaim()
 
 
-def state_tensors(optimizer: Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the name and value of every tensor of the optimizer's state, in the same order on all ranks."""
-    groups = ((f"group.{index}", group) for index, group in enumerate(optimizer.param_groups))
-    states = ((str(index), state) for index, state in enumerate(_states(optimizer)))
-    for place, part in chain(groups, states):
-        for name, value in sorted(part.items(), key=lambda item: str(item[0])):  # some are no texts
-            if isinstance(value, torch.Tensor):
-                yield f"{place}.{name}", value
+def state_tensors(optimizer: Optimizer) -> Iterator[torch.Tensor]:
+    """Yield every tensor of the optimizer's state, in the same order on all ranks."""
+    for part in _parts(optimizer):
+        named = sorted(part.items(), key=lambda item: str(item[0]))  # some are no texts
+        yield from (value for _, value in named if isinstance(value, torch.Tensor))
 
 
 def packed_numbers(optimizer: Optimizer) -> bytes:
@@ -250,12 +246,12 @@ def packed_numbers(optimizer: Optimizer) -> bytes:
     names = [*(group.keys() for group in saved["param_groups"]), *(state.keys() for state in _states(optimizer))]
     numbers = [
         {name: part[name] for name in kept if name != "params" and not isinstance(part[name], torch.Tensor)}
-        for part, kept in zip((*optimizer.param_groups, *_states(optimizer)), names, strict=True)
+        for part, kept in zip(_parts(optimizer), names, strict=True)
     ]
     unattached = {key: value for key, value in optimizer.state.items() if not isinstance(key, torch.Tensor)}
     forms = [
         {name: (each.dtype, each.shape, each.device.type) for name, each in part.items() if torch.is_tensor(each)}
-        for part in (*optimizer.param_groups, *_states(optimizer))
+        for part in _parts(optimizer)
     ]
     torch.save((numbers, unattached, further, forms), content)
     return content.getvalue()
@@ -264,7 +260,7 @@ def packed_numbers(optimizer: Optimizer) -> bytes:
 def create_missing(optimizer: Optimizer, packed: bytes) -> None:
     """Create the tensors that the optimizer of the rank that sent `packed` has; most appear with an update."""
     *_, forms = torch.load(io.BytesIO(packed), map_location="meta", weights_only=True)
-    for part, others in zip((*optimizer.param_groups, *_states(optimizer)), forms, strict=True):
+    for part, others in zip(_parts(optimizer), forms, strict=True):
         for name, (dtype, shape, kind) in others.items():
             if name not in part:
                 part[name] = torch.zeros(shape, dtype=dtype, device=kind)
@@ -273,7 +269,7 @@ def create_missing(optimizer: Optimizer, packed: bytes) -> None:
 def set_numbers(optimizer: Optimizer, packed: bytes, device: torch.device) -> None:
     """Set what `packed_numbers` returned on another rank, with tensors on `device`."""
     values, unattached, further, _ = torch.load(io.BytesIO(packed), map_location=device, weights_only=True)
-    for part, numbers in zip((*optimizer.param_groups, *_states(optimizer)), values, strict=True):
+    for part, numbers in zip(_parts(optimizer), values, strict=True):
         part.update(numbers)
     optimizer.state.update(unattached)
     if further:  # such as the state of a generator of its own: only the optimizer knows where it belongs
@@ -314,6 +310,11 @@ def _with_types_of(saved: Any, loaded: Any) -> Any:
 def _states(optimizer: Optimizer) -> list[dict[str, Any]]:
     """Return the state of each parameter, in the order of the groups."""
     return [optimizer.state[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _parts(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Return what holds the optimizer's values: its groups, then the state of each parameter."""
+    return [*optimizer.param_groups, *_states(optimizer)]
 
 
 def _sgd(settings: OptimizerSettings, groups: Sequence[Group]) -> Optimizer:

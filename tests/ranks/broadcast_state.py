@@ -21,13 +21,13 @@ if __name__ == "__main__":
     model = build_model(config)
     weights = FlatWeights(model)
     optimizer = build_optimizer(config.optimizer, weights)
-    for _, tensor in state_tensors(optimizer):
+    for tensor in state_tensors(optimizer):
         tensor.fill_(comm.rank + 1.0)
     before = gather(comm, [digest(weights.values)], "before")
     assert before[0] != before[1]
     state_of(model, weights, optimizer).broadcast(comm)
     assert digest(weights.values) == before[0][0]
-    assert all(bool((tensor == 1.0).all()) for _, tensor in state_tensors(optimizer))
+    assert all(bool((tensor == 1.0).all()) for tensor in state_tensors(optimizer))
     assert torch.equal(next(model.parameters()).flatten(), weights.values[: next(model.parameters()).numel()])
     print("equal", flush=True)
     comm.barrier()
