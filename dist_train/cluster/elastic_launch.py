@@ -9,34 +9,28 @@ themselves; they end if the coordinator is gone or silent. Each launcher manages
 from __future__ import annotations
 
 import json
-import math
 import os
 import secrets
-import select
 import signal
-import socket
 import stat
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from subprocess import Popen
-from typing import Any, TypeAlias
 
-from pydantic import TypeAdapter
-
-from dist_train.cluster.heartbeats import BEATS_IN_TIMEOUT, SuspensionDetector, is_loopback
-from dist_train.cluster.launch import MEMBERSHIP_VARIABLE, TOKEN_VARIABLE
+from dist_train.cluster.heartbeats import is_loopback
+from dist_train.cluster.launch import TOKEN_VARIABLE
 from dist_train.cluster.local_launch import SIGNALS, Ranks, blocked_signals, rank_environment, say, start_rank
 from dist_train.cluster.membership import Elasticity
 from dist_train.cluster.membership_server import (
-    ENDS_OF_A_RUN,
     START_TIMEOUTS,
+    Coordinator,
+    Entry,
     MembershipServer,
-    View,
+    RemoteCoordinator,
 )
-from dist_train.cluster.messages import MessageConnection
 from dist_train.outcome import ExitCode, FaultError, UsageError
 from dist_train.rundir import atomic
 from dist_train.rundir.paths import RunDirectory, oserror_to_fault, refusing_unusable
@@ -44,10 +38,8 @@ from dist_train.rundir.status import LAUNCH_VARIABLE
 from dist_train.start_up import allow_open_files, own_command
 
 _POLL_SECONDS = 0.05
-_WAIT_SECONDS = 1.0
 _FIRST_PAUSE_SECONDS = 0.5
 _LONGEST_PAUSE_SECONDS = 30.0  # before a restart; doubled after each whose process did not become a rank
-_VIEW = TypeAdapter(View)
 
 
 def launch_elastic(
@@ -118,20 +110,6 @@ def _admitting_others(server: MembershipServer, run: Path, launch: str) -> Itera
                 run.rmdir()  # of a run that was refused: otherwise it is not empty
 
 
-@dataclass(frozen=True)
-class Entry:
-    """Where the coordinator listens, and the token that it demands."""
-
-    host: str
-    port: int
-    token: str
-
-    @property
-    def variables(self) -> Mapping[str, str]:
-        """The environment variables by which ranks find it."""
-        return {MEMBERSHIP_VARIABLE: f"{self.host}:{self.port}", TOKEN_VARIABLE: self.token}
-
-
 def entry_of(place: str, environment: Mapping[str, str] = os.environ) -> Entry:
     """Return the entry at `place`: HOST:PORT, or the file that the coordinator wrote. Raises UsageError."""
     host, _, port = place.rpartition(":")
@@ -181,125 +159,6 @@ def launch_joining(entry: Entry, count: int) -> int:
             ) from error
         local = LocalProcesses(spec["words"], spec["slots"], spec["launch"], entry, spec["size"])
         return _run_ranks(local, coordinator, spec["restarts"])
-
-
-class RemoteCoordinator:
-    """A connection to the coordinator on another node, for a block; it has no thread: call `poll` often."""
-
-    def __init__(self, entry: Entry, count: int) -> None:
-        """Connect for `count` ranks; both sides prove that they know the token. Raises UsageError."""
-        self.awaits_others = False
-        self._view = View()
-        self._code: int | None = None
-        self.expelled: list[tuple[int, int]] = []  # slots and processes of this node: they must not write any more
-        self._processes = count
-        self._launch_spec: Mapping[str, Any] | None = None
-        place = f"{entry.host}:{entry.port}"
-        try:
-            self._connection = MessageConnection(entry.host, entry.port)
-        except (OSError, OverflowError) as error:
-            raise UsageError(
-                f"no launcher answers at {place} ({error}): the run has ended, or this node cannot reach that address",
-                code="join-unanswered",
-            ) from error
-        node = os.environ.get("SLURMD_NODENAME", "") or socket.gethostname()
-        try:
-            limits = self._connection.introduce(entry.token, {"node": node, "ranks": count})
-        except OSError as error:
-            raise UsageError(
-                f"what listens at {place} does not know this token, or is no launcher: use the token of the launch "
-                f"that is running there",
-                code="join-token",
-            ) from error
-        self.timeout = float(limits["timeout"])
-        self._connection.socket.settimeout(self.timeout)
-        self._heard = time.monotonic()
-        self._beat = self.timeout / BEATS_IN_TIMEOUT
-        self._suspensions = SuspensionDetector(self._beat, self._heard)
-        self._due = 0.0
-
-    @property
-    def view(self) -> View:
-        """What the coordinator has sent about the run, with the exit code that this node's ranks may know earlier."""
-        return self._view if self._view.code is not None else replace(self._view, code=self._code)
-
-    def await_start(self) -> Mapping[str, Any]:
-        """Return what to launch, once the coordinator sends it. Raises UsageError or FaultError."""
-        announced_at = time.monotonic() + _WAIT_SECONDS
-        self._handle_messages()  # which came with the proof
-        while self._launch_spec is None:
-            self.poll(_WAIT_SECONDS)
-            if time.monotonic() > announced_at:
-                announced_at = math.inf
-                say("waiting until the run has begun")
-        return self._launch_spec
-
-    def poll(self, seconds: float) -> None:
-        """Handle the messages that arrive within `seconds`, and send a beat if it is due. Raises FaultError."""
-        if select.select([self._connection.socket], [], [], min(seconds, self._beat))[0]:
-            try:
-                self._connection.receive()
-            except OSError:
-                raise _lost("is gone") from None
-            self._heard = time.monotonic()
-            self._handle_messages()
-        now = time.monotonic()
-        if self._suspensions.was_suspended(now):  # the coordinator may have sent beats meanwhile
-            self._heard = now
-        if now - self._heard >= self.timeout:
-            raise _lost(f"has not answered for {self.timeout:g} s")
-        if now >= self._due:
-            self._due = now + self._beat
-            self._connection.send({"kind": "beat"})
-
-    def expect(self, processes: int) -> None:
-        """Report how many processes are ranks or may become ranks, if that has changed."""
-        if processes != self._processes:
-            self._processes = processes
-            self._connection.send({"kind": "processes", "count": processes})
-
-    def note_code(self, code: int) -> None:
-        """Report the exit code of a process to the coordinator."""
-        if self._code is None and code in ENDS_OF_A_RUN:
-            self._code = code
-        self._connection.send({"kind": "ended", "code": code})
-
-    def first_failure(self) -> int | None:
-        """Return None: only this node's own ranks matter, and the launcher knows those."""
-        return None
-
-    def ask_to_stop(self) -> None:
-        """Ask the coordinator to make all launchers stop their ranks."""
-        self._connection.send({"kind": "stop"})
-
-    def abandon(self) -> None:
-        """Do nothing: this launcher waits for its own ranks only."""
-
-    def __enter__(self) -> RemoteCoordinator:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._connection.send({"kind": "leave"})
-        self._connection.socket.close()
-
-    def _handle_messages(self) -> None:
-        for fields in self._connection.messages():
-            match fields["kind"]:
-                case "welcome":
-                    self._launch_spec = fields
-                case "refused":
-                    raise UsageError(fields["why"], code="join-refused")
-                case "expelled":
-                    self.expelled.append((fields["slot"], fields["process"]))
-                case "view":
-                    self._view = _VIEW.validate_python(fields)
-
-
-def _lost(what: str) -> FaultError:
-    return FaultError(f"the launcher that began the run {what}: the ranks of this node end", code="rank-lost")
-
-
-Coordinator: TypeAlias = MembershipServer | RemoteCoordinator  # its own server, or that of another node
 
 
 @dataclass(frozen=True)

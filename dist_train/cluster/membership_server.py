@@ -4,26 +4,37 @@ One object in the loop of the launcher that began the run, without a thread. Ran
 (`RemoteCoordinator`), connect by TCP and send JSON, one object a line; a process that does not know the launch's token
 is disconnected. A process whose connection breaks has died; one that is silent for `timeout`, or reports that its main
 thread does not move on, hangs.
+
+A launcher uses either: the `MembershipServer` of its own, or a `RemoteCoordinator`, which stands for that of another.
 """
 
 from __future__ import annotations
 
+import math
+import os
 import secrets
+import select
+import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count, islice
-from typing import Any
+from typing import Any, TypeAlias
+
+from pydantic import TypeAdapter
 
 from dist_train.cluster import membership
 from dist_train.cluster.heartbeats import BEATS_IN_TIMEOUT, SuspensionDetector, longest_wait
+from dist_train.cluster.launch import MEMBERSHIP_VARIABLE, TOKEN_VARIABLE
+from dist_train.cluster.local_launch import say
 from dist_train.cluster.membership import Elasticity, Event, Membership, P, Peer, decide
-from dist_train.cluster.messages import MessageServer
-from dist_train.outcome import ExitCode
+from dist_train.cluster.messages import MessageConnection, MessageServer
+from dist_train.outcome import ExitCode, FaultError, UsageError
 
 ENDS_OF_A_RUN = (ExitCode.FINISHED, ExitCode.STOPPED, ExitCode.DIVERGED, ExitCode.DISAGREEMENT)
 """Exit codes that all ranks agree on: a rank that ends with one is not lost. The first that a rank has is the run's."""
 
+_WAIT_SECONDS = 1.0  # before a launcher that joins says that it waits
 START_TIMEOUTS = 4  # timeouts that a process has to connect, once it is started or awaited; loading torch takes seconds
 
 
@@ -38,6 +49,9 @@ class View:
     has_ended: bool = False  # the run cannot continue
     code: int | None = None  # the run's exit code, once a rank has ended with one that all ranks share
     stop_requested: bool = False  # all ranks are to save and stop
+
+
+_VIEW = TypeAdapter(View)
 
 
 @dataclass
@@ -302,3 +316,136 @@ class MembershipServer:
         for peer in self.state.peers:
             if peer.slot in node.slots:
                 self._lose(peer.id, "has lost its launcher")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where the coordinator listens, and the token that it demands."""
+
+    host: str
+    port: int
+    token: str
+
+    @property
+    def variables(self) -> Mapping[str, str]:
+        """The environment variables by which ranks find it."""
+        return {MEMBERSHIP_VARIABLE: f"{self.host}:{self.port}", TOKEN_VARIABLE: self.token}
+
+
+class RemoteCoordinator:
+    """A connection to the coordinator on another node, for a block; it has no thread: call `poll` often."""
+
+    def __init__(self, entry: Entry, count: int) -> None:
+        """Connect for `count` ranks; both sides prove that they know the token. Raises UsageError."""
+        self.awaits_others = False
+        self._view = View()
+        self._code: int | None = None
+        self.expelled: list[tuple[int, int]] = []  # slots and processes of this node: they must not write any more
+        self._processes = count
+        self._launch_spec: Mapping[str, Any] | None = None
+        place = f"{entry.host}:{entry.port}"
+        try:
+            self._connection = MessageConnection(entry.host, entry.port)
+        except (OSError, OverflowError) as error:
+            raise UsageError(
+                f"no launcher answers at {place} ({error}): the run has ended, or this node cannot reach that address",
+                code="join-unanswered",
+            ) from error
+        node = os.environ.get("SLURMD_NODENAME", "") or socket.gethostname()
+        try:
+            limits = self._connection.introduce(entry.token, {"node": node, "ranks": count})
+        except OSError as error:
+            raise UsageError(
+                f"what listens at {place} does not know this token, or is no launcher: use the token of the launch "
+                f"that is running there",
+                code="join-token",
+            ) from error
+        self.timeout = float(limits["timeout"])
+        self._connection.socket.settimeout(self.timeout)
+        self._heard = time.monotonic()
+        self._beat = self.timeout / BEATS_IN_TIMEOUT
+        self._suspensions = SuspensionDetector(self._beat, self._heard)
+        self._due = 0.0
+
+    @property
+    def view(self) -> View:
+        """What the coordinator has sent about the run, with the exit code that this node's ranks may know earlier."""
+        return self._view if self._view.code is not None else replace(self._view, code=self._code)
+
+    def await_start(self) -> Mapping[str, Any]:
+        """Return what to launch, once the coordinator sends it. Raises UsageError or FaultError."""
+        announced_at = time.monotonic() + _WAIT_SECONDS
+        self._handle_messages()  # which came with the proof
+        while self._launch_spec is None:
+            self.poll(_WAIT_SECONDS)
+            if time.monotonic() > announced_at:
+                announced_at = math.inf
+                say("waiting until the run has begun")
+        return self._launch_spec
+
+    def poll(self, seconds: float) -> None:
+        """Handle the messages that arrive within `seconds`, and send a beat if it is due. Raises FaultError."""
+        if select.select([self._connection.socket], [], [], min(seconds, self._beat))[0]:
+            try:
+                self._connection.receive()
+            except OSError:
+                raise _lost("is gone") from None
+            self._heard = time.monotonic()
+            self._handle_messages()
+        now = time.monotonic()
+        if self._suspensions.was_suspended(now):  # the coordinator may have sent beats meanwhile
+            self._heard = now
+        if now - self._heard >= self.timeout:
+            raise _lost(f"has not answered for {self.timeout:g} s")
+        if now >= self._due:
+            self._due = now + self._beat
+            self._connection.send({"kind": "beat"})
+
+    def expect(self, processes: int) -> None:
+        """Report how many processes are ranks or may become ranks, if that has changed."""
+        if processes != self._processes:
+            self._processes = processes
+            self._connection.send({"kind": "processes", "count": processes})
+
+    def note_code(self, code: int) -> None:
+        """Report the exit code of a process to the coordinator."""
+        if self._code is None and code in ENDS_OF_A_RUN:
+            self._code = code
+        self._connection.send({"kind": "ended", "code": code})
+
+    def first_failure(self) -> int | None:
+        """Return None: only this node's own ranks matter, and the launcher knows those."""
+        return None
+
+    def ask_to_stop(self) -> None:
+        """Ask the coordinator to make all launchers stop their ranks."""
+        self._connection.send({"kind": "stop"})
+
+    def abandon(self) -> None:
+        """Do nothing: this launcher waits for its own ranks only."""
+
+    def __enter__(self) -> RemoteCoordinator:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._connection.send({"kind": "leave"})
+        self._connection.socket.close()
+
+    def _handle_messages(self) -> None:
+        for fields in self._connection.messages():
+            match fields["kind"]:
+                case "welcome":
+                    self._launch_spec = fields
+                case "refused":
+                    raise UsageError(fields["why"], code="join-refused")
+                case "expelled":
+                    self.expelled.append((fields["slot"], fields["process"]))
+                case "view":
+                    self._view = _VIEW.validate_python(fields)
+
+
+def _lost(what: str) -> FaultError:
+    return FaultError(f"the launcher that began the run {what}: the ranks of this node end", code="rank-lost")
+
+
+Coordinator: TypeAlias = MembershipServer | RemoteCoordinator  # its own server, or that of another node

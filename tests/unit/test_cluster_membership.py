@@ -20,9 +20,7 @@ import pytest
 
 from dist_train.cluster.communicator import Generation, RankLostError
 from dist_train.cluster.elastic_launch import (
-    Entry,
     LocalProcesses,
-    RemoteCoordinator,
     _admitting_others,
     _ElasticRanks,
     entry_of,
@@ -42,7 +40,7 @@ from dist_train.cluster.membership import (
     request_stop,
     set_may_grow,
 )
-from dist_train.cluster.membership_server import JoinedNode, MembershipServer
+from dist_train.cluster.membership_server import Entry, JoinedNode, MembershipServer, RemoteCoordinator
 from dist_train.cluster.messages import MessageServer, proof_of
 from dist_train.outcome import ExitCode, FaultError, UsageError
 from dist_train.rundir.paths import RunDirectory
