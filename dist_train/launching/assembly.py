@@ -224,21 +224,19 @@ def build_step(
 ) -> TrainingStep:
     """Return the step by which `config` trains `state`; `model` is its network, maybe compiled. Raises UsageError."""
     plugins = (config.model.name, config.loss.name)
-    norms = tuple(norm_modules(model))
     passes = max(size for _, size in config.batch.sizes) * len(state.noise.points(0))
-    statistics = BatchStatistics(norms, compute.device, passes)
+    statistics = BatchStatistics(norm_modules(model), compute.device, passes)
     plugin_rng = LayerRng(config.run.seed, compute.device, of_plugin=True)
     updates = PluginUpdates(state.optimizer, config.optimizer.name, plugin_rng.seeded_for_update)
     return TrainingStep(
         model=model,
         weights=state.weights,
-        norms=norms,
         statistics=statistics,
         samples=samples,
         noise=state.noise,
         reduction=set_up_reduction(config, state.weights, state.noise, comm, progress),
         optimizer=state.optimizer,
-        tally=Tally(comm, statistics, compute.device),
+        tally=Tally(comm, statistics),
         loss=loss,
         compute=compute,
         layer_rng=LayerRng(config.run.seed, compute.device, of_plugin=any(map(is_plugin, plugins))),

@@ -184,7 +184,7 @@ class Session:
     def _warn_of_micro_batches(self, resume_point: ResumePoint) -> None:
         config, plan = self._running.config, self._running.plan
         parts, ghost, micro = len(plan.micro_batches), config.model.ghost_size, plan.micro_size
-        is_ghost = config.model.norm == "ghost" and bool(self._running.training_step.norms)
+        is_ghost = config.model.norm == "ghost" and bool(self._running.training_step.statistics.norms)
         if self.comm.size > parts and config.model.norm != "sync":  # of which every rank computes a part
             smaller = "" if is_ghost and micro <= ghost else "set a smaller batch.micro_size, or "
             _logger.warning(

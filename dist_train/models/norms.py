@@ -283,7 +283,7 @@ class BatchStatistics:
     def __init__(self, norms: Sequence[GroupedBatchNorm], device: torch.device, samples: int) -> None:
         """`samples`: the most that all ranks together add between two calls of `clear`."""
         self.samples = samples
-        self._norms = tuple(norms)
+        self.norms = tuple(norms)
         self._limit = STATISTICS.limit / samples  # no sum of values below it, weighted by samples, leaves the range
         self._running = [average for norm in norms for average in (norm.running_mean, norm.running_var)]
         self._lengths = [len(average) for average in self._running]
@@ -298,7 +298,7 @@ class BatchStatistics:
 
     def forget(self) -> None:
         """Drop the groups seen in forward passes that do not count."""
-        for norm in self._norms:
+        for norm in self.norms:
             norm.seen.clear()
 
     def collect(self, samples: int) -> None:
@@ -306,15 +306,15 @@ class BatchStatistics:
 
         Raises UsageError if the pass did not use each norm once.
         """
-        for index, norm in enumerate(self._norms, start=1):
+        for index, norm in enumerate(self.norms, start=1):
             if len(norm.seen) != 1:
                 raise PluginResultError(
-                    f"norm {index} of the model's {len(self._norms)} (of {len(norm.weight)} channels) was used "
+                    f"norm {index} of the model's {len(self.norms)} (of {len(norm.weight)} channels) was used "
                     f"{len(norm.seen)} times in a forward pass: use each norm once in every pass, in training and in "
                     f"evaluations alike, or set model.norm=group"
                 )
-        if self._norms:
-            seen = [norm.seen[0] for norm in self._norms]
+        if self.norms:
+            seen = [norm.seen[0] for norm in self.norms]
             weighted = torch.cat([average for groups in seen for average in (groups.means, groups.variances)], dim=1)
             # A single group is weighted by samples: norms may see different numbers of rows for them.
             sizes = seen[0].sizes if len(seen[0].sizes) > 1 else (samples,)
@@ -331,5 +331,5 @@ class BatchStatistics:
     def absorb(self, sums: Tensor, samples: int, momentum: float) -> None:
         """Move the running statistics by `momentum` towards `sums` / `samples`, both of all ranks; 1 replaces them."""
         means = (STATISTICS.decode(sums) / samples).to(torch.float32)
-        if self._norms:
+        if self.norms:
             torch._foreach_lerp_(self._running, list(means.split(self._lengths)), momentum)

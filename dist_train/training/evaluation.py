@@ -144,7 +144,7 @@ def recompute_statistics(
         OutOfMemoryError: a micro-batch does not fit the device of some rank (in an elastic launch: UsageError, there).
     """
     statistics = BatchStatistics(norm_modules(model), compute.device, len(indices))
-    tally = Tally(comm, statistics, compute.device)
+    tally = Tally(comm, statistics)
     was_training = model.training
     collect_statistics(model)
     share = BatchPlan(len(indices), micro_size).share(comm.rank, comm.size)

@@ -254,12 +254,12 @@ class TallyResult:
 class Tally:
     """Counts on the device, and waits for it only in `result`."""
 
-    def __init__(self, comm: Communicator, statistics: BatchStatistics, device: torch.device) -> None:
+    def __init__(self, comm: Communicator, statistics: BatchStatistics) -> None:
         self._comm = comm
         self._statistics = statistics
         # However many micro-batches there are, sums of losses stay in range if every mean loss is below it.
         self._mean_limit = LOSSES.limit / statistics.samples
-        self._slots = torch.zeros(len(get_args(_Count)), dtype=torch.int64, device=device)
+        self._slots = statistics.sums.new_zeros(len(get_args(_Count)))
         self._counts: dict[_Count, torch.Tensor] = dict(zip(get_args(_Count), self._slots.unbind(), strict=True))
         self._noted: list[tuple[torch.Tensor, torch.Tensor, int]] = []
         """The summed loss of each micro-batch since the last `count`, which labels were right, and how many it has."""

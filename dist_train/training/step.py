@@ -26,7 +26,7 @@ from dist_train.data.loader import SampleSource
 from dist_train.data.plan import MicroBatch
 from dist_train.models import Loss
 from dist_train.models.norm_arithmetic import SumOverRanks
-from dist_train.models.norms import BatchStatistics, GroupedBatchNorm, sync_batch_norm
+from dist_train.models.norms import BatchStatistics, sync_batch_norm
 from dist_train.optim.averaging import Averaging
 from dist_train.optim.flat_weights import FlatWeights, norm
 from dist_train.optim.noise import Noise
@@ -94,9 +94,8 @@ class TrainingStep:
 
     model: nn.Module
     weights: FlatWeights
-    norms: tuple[GroupedBatchNorm, ...]
     statistics: BatchStatistics
-    """The running statistics of `norms`."""
+    """The running statistics of the model's norms."""
     samples: SampleSource
     noise: Noise
     reduction: GradientReduction
@@ -183,7 +182,7 @@ class TrainingStep:
                 self.noise.perturb(batch.step)
             with (
                 self._phase("forward_backward"),
-                sync_batch_norm(self.norms, self.sum_over_ranks),
+                sync_batch_norm(self.statistics.norms, self.sum_over_ranks),
                 self.layer_rng.preserved(),
             ):
                 fits = self._add_gradients(batch)

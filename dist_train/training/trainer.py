@@ -354,7 +354,7 @@ class Trainer:
 
     def _recompute_statistics(self) -> None:
         """Recompute the norm statistics, if there are norms, at the weights that the network currently uses."""
-        if not self.training_step.norms:
+        if not self.training_step.statistics.norms:
             return
         count, micro_size = len(self.splits.train), self.plan.micro_size
         recompute_statistics(

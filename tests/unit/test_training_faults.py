@@ -39,7 +39,7 @@ def test_statistics_out_of_range_are_a_divergence(tmp_path: Path) -> None:
         trainer.network.get_parameter("convolution1_1.weight").mul_(1e7)
     with raises(DivergedError, "step-not-finite"):
         take(trainer)
-    assert all(norm.running_var.min() >= 0 for norm in trainer.training_step.norms)
+    assert all(norm.running_var.min() >= 0 for norm in trainer.training_step.statistics.norms)
 
 
 def sizes_at_norms(network: nn.Module) -> list[int]:

@@ -26,7 +26,7 @@ LABELS = torch.arange(23) % 4
 
 def count(comm: Communicator, size: int) -> TallyResult:
     """Tally micro-batches of `size` of the 23 samples, dealt out round robin."""
-    tally = Tally(comm, BatchStatistics((), CPU, 12), CPU)
+    tally = Tally(comm, BatchStatistics((), CPU, 12))
     tally.clear()
     parts = list(zip(torch.split(LOGITS, size), torch.split(LABELS, size), strict=True))
     for logits, labels in parts[comm.rank :: comm.size]:
@@ -48,7 +48,7 @@ def test_promise_3_loss_and_accuracy_are_the_global_means_on_any_number_of_ranks
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf, 2.0**31])
 def test_a_loss_that_is_not_finite_or_too_large_is_told_by_the_rank_that_met_it(loss: float) -> None:
     def tell(comm: Communicator) -> TallyResult:
-        tally = Tally(comm, BatchStatistics((), CPU, 12), CPU)
+        tally = Tally(comm, BatchStatistics((), CPU, 12))
         tally.add(torch.tensor(loss if comm.rank == 1 else 1.0), LOGITS[:2], LABELS[:2])
         tally.send()
         return tally.result()
@@ -61,7 +61,7 @@ def test_a_loss_that_is_not_finite_or_too_large_is_told_by_the_rank_that_met_it(
 def test_a_sum_of_losses_within_the_range_does_not_leave_it() -> None:
     limit = torch.tensor(LOSSES.limit / 4096)
     for loss, told in ((limit.nextafter(torch.zeros(())), 0), (limit, 4096)):
-        tally = Tally(SingleProcess(), BatchStatistics((), CPU, 12), CPU)
+        tally = Tally(SingleProcess(), BatchStatistics((), CPU, 12))
         for _ in range(4096):
             tally.add(loss, LOGITS[:2], LABELS[:2])
         tally.send()
@@ -72,7 +72,7 @@ def test_a_sum_of_losses_within_the_range_does_not_leave_it() -> None:
 
 def test_losses_too_large_for_a_sum_over_many_micro_batches_are_out_of_range() -> None:
     samples, many = 1 << 20, 1 << 14
-    tally = Tally(SingleProcess(), BatchStatistics((), CPU, samples), CPU)
+    tally = Tally(SingleProcess(), BatchStatistics((), CPU, samples))
     labels = torch.zeros(samples // many, dtype=torch.int64)
     logits = torch.zeros(len(labels), 1)
     for mean, out_of_range in ((16_000.0, 0), (40_000.0, many)):
@@ -87,7 +87,7 @@ def test_losses_too_large_for_a_sum_over_many_micro_batches_are_out_of_range() -
 
 def test_what_one_rank_has_to_say_reaches_all() -> None:
     def tell(comm: Communicator) -> TallyResult:
-        tally = Tally(comm, BatchStatistics((), CPU, 12), CPU)
+        tally = Tally(comm, BatchStatistics((), CPU, 12))
         said = torch.tensor(comm.rank == 0)
         tally.send(out_of_range=said, out_of_memory=comm.rank > 0, stop=comm.rank == 2)
         return tally.result()
@@ -118,7 +118,7 @@ def test_the_host_does_not_wait_without_end_for_what_it_reads(monkeypatch: pytes
 def test_it_begins_anew_with_the_norms_statistics() -> None:
     norm = GroupedBatchNorm(2)
     statistics = BatchStatistics((norm,), CPU, 12)
-    tally = Tally(SingleProcess(), statistics, CPU)
+    tally = Tally(SingleProcess(), statistics)
     norm(torch.ones(3, 2))
     statistics.collect(3)
     tally.add(torch.tensor(1.0), LOGITS[:2], LABELS[:2])
@@ -136,7 +136,7 @@ def test_promise_3_statistics_of_all_norms_are_summed_over_the_ranks_and_absorbe
     def gather(comm: Communicator) -> list[torch.Tensor]:
         norms = (GroupedBatchNorm(3), GroupedBatchNorm(1))
         statistics = BatchStatistics(norms, CPU, 12)
-        tally = Tally(comm, statistics, CPU)
+        tally = Tally(comm, statistics)
         for part in torch.split(inputs, 3)[comm.rank :: comm.size]:
             norms[0](part)
             norms[1](part[:, :1] * 5)
