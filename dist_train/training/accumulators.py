@@ -145,6 +145,12 @@ def _add_as_integers(gradients: torch.Tensor, total: torch.Tensor) -> None:
         integers += part.to(integers.dtype)
 
 
+def _kept_exponents(progress: Progress, tensors: int) -> Sequence[int] | None:
+    """Return those of this update, one for each of `tensors`; None before the first one."""
+    exponents = progress.grid_exponents
+    return exponents if exponents is not None and len(exponents) == tensors else None
+
+
 def next_exponents(
     before: Sequence[int] | None, bounds: Sequence[int], gradients: int, *, step: int, bits: int
 ) -> list[int]:
@@ -223,7 +229,7 @@ class GridAccumulator(GradientAccumulator):
     def clear(self) -> None:
         super().clear()
         self.largest.zero_()
-        exponents = self._kept_exponents
+        exponents = _kept_exponents(self._progress, len(self._tensors))
         self._exponents = exponents or [GRADIENTS.bits] * len(self._tensors)
         scales = torch.tensor([2.0**exponent for exponent in self._exponents])
         # Pinned: otherwise CUDA would first wait for the stream, and so for the previous update.
@@ -275,14 +281,8 @@ class GridAccumulator(GradientAccumulator):
 
     def choose_grids(self, largest: Sequence[int], gradients: int) -> None:
         bounds = [max(largest[first:last]) for first, last in pairwise(self._filters)]
-        step, before = self._progress.step, self._kept_exponents
+        step, before = self._progress.step, _kept_exponents(self._progress, len(self._tensors))
         self._progress.grid_exponents = next_exponents(before, bounds, gradients, step=step, bits=self._bits)
-
-    @property
-    def _kept_exponents(self) -> Sequence[int] | None:
-        """Those of this update, one for each tensor; None before the first one."""
-        exponents = self._progress.grid_exponents
-        return exponents if exponents is not None and len(exponents) == len(self._tensors) else None
 
     @property
     def _is_sent_in_pairs(self) -> bool:
@@ -357,7 +357,7 @@ class HalfAccumulator(FloatAccumulator):
     def clear(self) -> None:
         super().clear()
         self.largest.zero_()
-        [self._exponent] = Grids(self._progress, tensors=1).exponents or [_FIRST_EXPONENT]
+        [self._exponent] = _kept_exponents(self._progress, tensors=1) or [_FIRST_EXPONENT]
 
     def _packed(self, bucket: Bucket) -> torch.Tensor:
         total, sent = self._total[bucket.part], self._sent[bucket.part]
