@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -143,6 +143,8 @@ class TrainState:
     optimizer: Optimizer
     averaging: Averaging
     noise: Noise
+    changing: tuple[str, ...] = ()
+    """Names of the buffers and frozen parameters that the model's own layers change in training."""
 
     def contents(self, progress: Progress, epoch: float, config: Config, plugins: Mapping[str, str]) -> Contents:
         """Return a checkpoint's contents, with views of the tensors, but no averaged weights and facts of the data.
@@ -191,19 +193,22 @@ class TrainState:
         numbers = broadcast_bytes(comm, numbers, "state.numbers", root)
         if comm.rank != root:
             create_missing(self.optimizer, numbers)
-        groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-        for tensor in self._tensors():
-            groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
-        with torch.no_grad():
-            received = [torch.cat([tensor.reshape(-1) for tensor in tensors]) for tensors in groups.values()]
-            _check_same_layout(comm, [(str(flat.dtype), flat.device.type, len(flat)) for flat in received], root)
-            for index, flat in enumerate(received):
-                comm.broadcast(flat if flat.dtype in _SENT else flat.view(torch.uint8), f"state.{index}", root)
-            for flat, tensors in zip(received, groups.values(), strict=True):
-                for tensor, values in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
-                    tensor.copy_(values.view_as(tensor))
+        groups = _by_type(self._tensors())
+        layout = [(str(dtype), device.type, sum(map(Tensor.numel, each))) for (dtype, device), each in groups.items()]
+        _check_same_layout(comm, layout, root)
+        _broadcast(comm, groups.values(), "state", root)
         if comm.rank != root:
             set_numbers(self.optimizer, numbers, self.weights.values.device)
+
+    def share_changing(self, comm: Communicator) -> None:
+        """Give every rank what rank 0's passes have made of `changing`, as DistributedDataParallel does with buffers.
+
+        Otherwise ranks would evaluate different models, and a checkpoint hold only one of them.
+        """
+        if self.changing and comm.size > 1:
+            # Shapes of others, which checkpoints do not hold, may depend on the number of images.
+            saved = [tensor for name, tensor in self.network.state_dict().items() if name in self.changing]
+            _broadcast(comm, _by_type(saved).values(), "changing", root=0)
 
     def _tensors(self) -> Iterator[Tensor]:
         yield from state_tensors(self.optimizer)
@@ -212,6 +217,24 @@ class TrainState:
         yield self.weights.values
         yield self.averaging.kept
         yield from self.noise.kept.values()
+
+
+def _by_type(tensors: Iterable[Tensor]) -> dict[tuple[torch.dtype, torch.device], list[Tensor]]:
+    groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    return groups
+
+
+@torch.no_grad()
+def _broadcast(comm: Communicator, groups: Collection[Sequence[Tensor]], name: str, root: int) -> None:
+    """Overwrite tensors by those of rank `root`; those of a group are sent as one. If a rank is lost, none changes."""
+    received = [torch.cat([tensor.reshape(-1) for tensor in tensors]) for tensors in groups]
+    for index, flat in enumerate(received):
+        comm.broadcast(flat if flat.dtype in _SENT else flat.view(torch.uint8), f"{name}.{index}", root)
+    for flat, tensors in zip(received, groups, strict=True):
+        for tensor, values in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(values.view_as(tensor))
 
 
 def _check_same_layout(comm: Communicator, layout: Sequence[object], root: int) -> None:

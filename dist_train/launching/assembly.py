@@ -247,6 +247,7 @@ def build_step(
         loss_scale=LossScale(progress if compute.precision == torch.float16 else None),
         sum_over_ranks=sum_for_sync_norm(config.model, comm, clock),
         clock=clock,
+        share_buffers=partial(state.share_changing, comm),
         graph_recorder=graph_recorder,
     )
 
@@ -261,16 +262,19 @@ def _plan_epochs(config: Config, samples: int) -> tuple[Epochs, Epochs]:
     return passes, Epochs.of([(0, config.schedule.base_batch)], steps_of) if config.schedule.keep_updates else passes
 
 
-def _build_network(config: Config, device: torch.device) -> tuple[nn.Module, FlatWeights]:
-    """Return the network of `config` on `device`, and its weights. Raises UsageError if they do not fit the memory."""
+def _build_network(config: Config, device: torch.device) -> tuple[nn.Module, FlatWeights, tuple[str, ...]]:
+    """Return the network of `config` on `device`, its weights, and the names of `TrainState.changing`.
+
+    Raises UsageError if they do not fit the memory.
+    """
     with fitting_memory("the model", "set a smaller model.width"):
         network = build_model(config)
-        check_training(network, config)
+        changing = check_training(network, config)
         check_memory(network)
         network = network.to(device)
         if runs_sequentials_whole(config.model.name):
             fuse_relus(network)
-        return network, FlatWeights(network)
+        return network, FlatWeights(network), changing
 
 
 def _build_state(
@@ -287,7 +291,7 @@ def _build_state(
     State and progress are those of rank 0, unless this rank is joining. The distance is measured from those weights,
     which take memory that `batch.micro_size: auto` must not count on; they are None without a `measured_run`.
     """
-    network, weights = run_on_all_ranks(comm, partial(_build_network, config, device), "build the model")
+    network, weights, changing = run_on_all_ranks(comm, partial(_build_network, config, device), "build the model")
     steps = scheduled.steps(config.run.epochs)
 
     def build_rest() -> TrainState:
@@ -297,6 +301,7 @@ def _build_state(
             build_optimizer(config.optimizer, weights),
             Averaging(config.averaging, weights, epochs.stages[0].steps_per_epoch),
             build_noise(config.noise, weights, seed=config.run.seed, total_steps=steps, rank=comm.rank),
+            changing,
         )
 
     state = run_on_all_ranks(comm, build_rest, "build the optimizer and the noise")

@@ -76,8 +76,10 @@ def check_outputs(model: nn.Module, config: Config) -> None:
         raise PluginResultError(f"the logits of {name} depend on no parameter that is trained")
 
 
-def check_training(model: nn.Module, config: Config) -> None:
+def check_training(model: nn.Module, config: Config) -> tuple[str, ...]:
     """Try training a plug-in's `model`, which is left as it was; warn if results would depend on the ranks.
+
+    Return the names of the buffers and frozen parameters that a pass in training changes.
 
     Also warn of parameters that get no gradient, softmax before the loss, and pretrained weights that are replaced.
 
@@ -86,7 +88,7 @@ def check_training(model: nn.Module, config: Config) -> None:
     """
     name = config.model.name
     if not is_plugin(name):
-        return
+        return ()
     images = _blank(config)
     seed = key(config.run.seed, "model")
     with seeded_generators(seed), failing_clearly(name):
@@ -151,10 +153,11 @@ def check_training(model: nn.Module, config: Config) -> None:
         kind = "frozen parameters" if parameters_changed else "buffers"
         names = parameters_changed or buffers_changed
         _logger.warning(
-            f"{name} changes {kind} in training ({', '.join(names[:_MAX_NAMES])}), on each rank by its own samples: "
-            f"results depend on the number of ranks, and model.norm_statistics does not apply to them; build batch "
-            f"norms by norm(channels)"
+            f"{name} changes {kind} in training ({', '.join(names[:_MAX_NAMES])}), on each rank by its own samples; "
+            f"after each update all take rank 0's: results depend on the number of ranks, and model.norm_statistics "
+            f"does not apply to them; build batch norms by norm(channels)"
         )
+    return (*buffers_changed, *parameters_changed)
 
 
 def check_loss(loss: Callable[[Tensor, Tensor], Tensor], config: Config, device: torch.device) -> None:

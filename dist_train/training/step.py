@@ -116,6 +116,8 @@ class TrainingStep:
     clock: StepClock = field(default_factory=lambda: StepClock(SingleProcess()))
     wait_for_checkpoint_copy: Callable[[], None] = lambda: None
     """Returns once the checkpoint writer has copied the weights and the optimizer's state, so that they may change."""
+    share_buffers: Callable[[], None] = lambda: None
+    """Gives all ranks rank 0's buffers, as far as the model's own layers change them."""
     graph_recorder: GraphRecorder | None = None
     """Set if all micro-batches but the last are replayed as graphs."""
     fails_alone: bool = False
@@ -199,6 +201,7 @@ class TrainingStep:
             pace=batch.pace,
         )
         with self._phase("allreduce_wait"):
+            self.share_buffers()
             self.reduction.finish()
             return self.tally.result(norm(self.weights.gradients))
 

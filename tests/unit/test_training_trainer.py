@@ -28,7 +28,7 @@ from dist_train.rundir.records import EvaluationRecord, EventRecord, Observer, R
 from dist_train.rundir.status import StatusFile, read_status
 from dist_train.training import trainer as training_loop
 from dist_train.training.consistency import verify_agreement
-from dist_train.training.evaluation import recompute_statistics, statistics_samples
+from dist_train.training.evaluation import evaluate, recompute_statistics, statistics_samples
 from dist_train.training.recovery import ElasticTrainer
 from dist_train.training.step import GlobalBatch, TrainingStep, Update
 from dist_train.training.stopping import StopRequests
@@ -494,6 +494,24 @@ def test_a_model_without_norms_of_ours_makes_no_passes_for_their_statistics(
     monkeypatch.setattr(training_loop, "recompute_statistics", lambda *_, **__: pytest.fail("passes were made"))
     model = {"name": f"{__name__}:with_torchs_norm", "width": 1.0, "norm_statistics": "recomputed"}
     run(tmp_path, SingleProcess(), model=model, run={"max_steps": 2}, averaging={"kind": "ema"})
+
+
+def test_promises_4_and_5_ranks_share_the_buffers_that_a_model_s_own_layers_change(tmp_path: Path) -> None:
+    """Evaluations on all ranks are of the model that the checkpoint holds, also in a run that resumes."""
+    sections: dict[str, Any] = {
+        "model": {"name": f"{__name__}:with_torchs_norm", "width": 1.0, "norm_statistics": "running"},
+        "evaluation": {"every_epochs": 1, "batch_size": 9, "train_samples": 0},
+    }
+    whole = results(3, lambda comm: run(tmp_path / "whole", comm, **sections))
+    assert [state for state, _, _ in whole] == [whole[0][0]] * 3
+    _, notebook, trainer = whole[0]
+    test, compute = trainer.splits.test, trainer.training_step.compute
+    alone = evaluate(trainer.network, test, len(test), batch_size=9, compute=compute, comm=SingleProcess())
+    assert notebook.measured()[-1] == (6, "test", alone.loss, alone.accuracy, alone.samples)
+
+    results(3, lambda comm: run(tmp_path / "parts", comm, **sections, run={"max_steps": 2}))
+    resumed = results(3, lambda comm: run(tmp_path / "parts", comm, going_on=True, **sections))
+    assert [state for state, _, _ in resumed] == [whole[0][0]] * 3
 
 
 def test_promise_6_a_slow_copy_holds_the_buffers_of_its_step_though_a_forward_pass_changes_them(
