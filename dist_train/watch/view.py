@@ -134,7 +134,7 @@ def _side_by_side(run: Snapshot, columns: int, parts: Plan) -> list[Layout]:
 
 def _below_each_other(run: Snapshot, columns: int, parts: Plan) -> list[Layout]:
     pairs = [*([] if parts.accuracy else _accuracy_pairs(run)), *_rate_pairs(run)]
-    shown = [Layout(_ByEncoding(partial(_in_lines, pairs)), size=parts.rates)] if parts.rates else []
+    shown = [Layout(_in_lines(pairs, columns), size=parts.rates)] if parts.rates else []
     shown.append(Layout(_curves(run.history, LOSS, columns, parts.curves), size=parts.curves))
     if parts.accuracy:
         shown.append(Layout(_curves(run.history, ACCURACY, columns, parts.accuracy), size=parts.accuracy))
@@ -226,14 +226,15 @@ def _rates(run: Snapshot) -> Table:
     return table
 
 
-def _in_lines(pairs: Sequence[tuple[str, str]], is_ascii: bool) -> Text:
-    """Return names and values as running text, for narrow terminals."""
-    line = Text()
-    space = " " if is_ascii else "\N{NO-BREAK SPACE}"  # keeps a number with its name
+def _in_lines(pairs: Sequence[tuple[str, str]], columns: int) -> Text:
+    """Return names and values as running text, for narrow terminals; a value stays on the line of its name."""
+    lines = [Text()]
     for name, value in pairs:
-        line.append(f"{name} ".replace(" ", space), style="dim")
-        line.append(value.replace(" ", space)).append("  ")
-    return line
+        pair = Text.assemble((f"{name} ", "dim"), value, "  ")
+        if lines[-1] and lines[-1].cell_len + pair.cell_len > columns:
+            lines.append(Text())
+        lines[-1].append_text(pair)
+    return Text("\n").join(lines)
 
 
 def _rate_pairs(run: Snapshot) -> list[tuple[str, str]]:

@@ -218,7 +218,10 @@ class TestFacts:
         (directory / "ranks.json").unlink()
         if ranks:
             write_ranks(directory, ranks)
-        shown = words(drawn(look(directory), *size)).replace("\N{NO-BREAK SPACE}", " ")
+        page = drawn(look(directory), *size)
+        for name in ("images/s", "learning rate", "gradient norm"):
+            assert re.search(rf"{name}[^\S\n]+\d", page), f"{name} and its value are on two lines"
+        shown = words(page)
         for fact in ("demo running", "step 40/100", "2:00 left", "last activity", "test 0.0875", "images/s"):
             assert fact in shown, fact
         assert re.search(r"accuracy (batch )?70\.0", shown)
