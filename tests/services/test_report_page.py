@@ -43,7 +43,7 @@ def tab() -> Iterator[Page]:
         yield page
 
 
-@pytest.mark.parametrize(("width", "dark"), list(zip(WIDTHS, (False, True), strict=True)), ids=["light", "dark"])
+@pytest.mark.parametrize(("width", "dark"), [(WIDTHS[0], False), (1100, False), (WIDTHS[1], True)])
 @pytest.mark.parametrize("subject", SUBJECTS)
 def test_page_fits_without_errors(
     pages: dict[str, Path], tab: Page, tmp_path: Path, subject: str, width: int, dark: bool
