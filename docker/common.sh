@@ -21,6 +21,13 @@ fail() {
     exit 1
 }
 
+# answer_help ARGUMENT...: with -h or --help prints the header of the script, and exits.
+answer_help() {
+    [[ ${1:-} == -h || ${1:-} == --help ]] || return 0
+    sed -n '2,/^set /s/^# \{0,1\}//p' "$0"
+    exit 0
+}
+
 # own_folders FOLDER...: fails if one exists in which another user could replace files.
 own_folders() {
     local folder owner mode probe

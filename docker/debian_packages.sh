@@ -3,6 +3,7 @@
 # tests are left out.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+answer_help "$@"
 
 # package: the tests that need it
 needed=(

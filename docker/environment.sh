@@ -15,6 +15,8 @@
 # three.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+answer_help "$@"
+(($# == 0)) || fail "it takes no arguments, but environment variables: $0 --help"
 . "$(dirname "${BASH_SOURCE[0]}")/cuda.sh"
 cd "$root"
 

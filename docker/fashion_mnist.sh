@@ -4,6 +4,7 @@
 # from the package on Debian and Ubuntu, without root.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+answer_help "$@"
 
 package=dataset-fashion-mnist
 installed=/usr/share/datasets/fashion-mnist

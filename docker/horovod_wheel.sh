@@ -11,6 +11,7 @@
 # ~/.cache/dist_train/wheels), in a folder for each combination of these; its file `nvcc` names the nvcc that was used.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+answer_help "$@"
 . "$(dirname "${BASH_SOURCE[0]}")/cuda.sh"
 
 version=0.28.1

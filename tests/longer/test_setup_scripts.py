@@ -147,6 +147,22 @@ def record() -> dict[str, str]:
     return dict(line.split("=", 1) for line in lines)
 
 
+@pytest.mark.parametrize("script", ["environment", "horovod_wheel", "fashion_mnist", "debian_packages"])
+def test_help_is_the_header_of_the_script_and_changes_nothing(clone: Path, tmp_path: Path, script: str) -> None:
+    path = clone / f"docker/{script}.sh"
+    result = run(path, "--help", environment={"PATH": bare_path(tmp_path / "bin"), "HOME": str(tmp_path)})
+    assert result.returncode == 0, result.stderr
+    assert path.read_text().splitlines()[1] == f"# {result.stdout.splitlines()[0]}"
+    assert not (clone / ".venv").exists()
+
+
+def test_set_up_takes_no_arguments(clone: Path) -> None:
+    result = run(clone / "docker/environment.sh", "PYTHON=python3.12", environment=environment())
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: it takes no arguments")
+    assert not (clone / ".venv").exists()
+
+
 def test_missing_compiler_is_one_message_with_the_fix(clone: Path, tmp_path: Path) -> None:
     result = run(
         clone / "docker/environment.sh",
