@@ -111,7 +111,7 @@ def in_flat_minimum(ends: Sequence[float]) -> int:
 
 
 def table(ends: Ends) -> str:
-    """Return a Markdown table of how many seeds ended in the flat minimum."""
+    """Return a Markdown table of how many starts end in the flat minimum."""
     return (
         f"| {STEPS} updates from the same {len(ends.starts)} starts | end in the flat minimum |\n"
         "|---|---|\n"
@@ -121,7 +121,7 @@ def table(ends: Ends) -> str:
 
 
 def draw(ends: Ends, output: Path) -> None:
-    """Draw the landscape, and below it a histogram of the seeds' ends, into `output`."""
+    """Draw the landscape, and below it a histogram of the ends, into `output`."""
     figure = Figure(figsize=(8, 6.2), layout="constrained")
     landscape, counts = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     _draw_landscape(landscape)
@@ -134,7 +134,7 @@ def draw(ends: Ends, output: Path) -> None:
         text = f"{label}: {in_flat_minimum(values)} of {total} end in the flat minimum"
         counts.hist(values, bins=bins.tolist(), color=colour, alpha=0.75, label=text)
     counts.plot(ends.starts, [-0.05 * total] * total, "|", color="black", markersize=7, label="starts")
-    counts.set(xlabel="weight", ylabel="seeds that end here", xlim=INTERVAL)
+    counts.set(xlabel="weight", ylabel="starts that end here", xlim=INTERVAL)
     counts.legend(frameon=False, loc="upper right")
     for axes in (landscape, counts):
         axes.spines[["top", "right"]].set_visible(False)
