@@ -334,7 +334,7 @@ class MetricsSettings(Section):
     """Host in the target file; null: the node's name, or `host` if that is a single address."""
     pushgateway: str | None = Field(None, pattern=r"^https?://", examples=["http://pushgateway:9091"])
     """URL of a Pushgateway to which the last values are pushed, for short runs."""
-    last_scrape_seconds: NonNegativeFloat = Field(20.0, examples=[60.0])
+    last_scrape_seconds: float = Field(20.0, ge=0, le=300, examples=[60.0])
     """At the end of a run that is being scraped: longest wait for a scrape of the last values."""
     loggers: tuple[LoggerSettings, ...] = Field((), examples=[[{"name": "trackio"}]])
     """Further loggers of the run's records, on rank 0."""

@@ -43,7 +43,9 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 
-_LONGEST_END_SECONDS = 600.0  # for an upload to a tracker; one that hangs would keep the job's nodes to its time limit
+# For an upload to a tracker, and more than the exporter may wait for a last scrape. One that hangs would keep the job's
+# nodes to its time limit.
+_LONGEST_END_SECONDS = 600.0
 
 
 class Observers(Observer):
