@@ -254,7 +254,7 @@ class Watchdog:
                 self._addresses[rank] = source
                 self._send(Datagram(Kind.ANSWER, 0, datagram.path, self._node_and_process), source)
             case Kind.ANSWER:
-                if self._is_searching(now) and datagram.path < len(self.paths):
+                if self._is_searching(now):
                     self._path = datagram.path
                 self._answered_at = now
                 self._hear(datagram, now)

@@ -95,11 +95,8 @@ class GradientReduction:
     def last_micro_batch(self) -> Iterator[None]:
         """Take the gradients of the backward pass within the block, and send each bucket once it is complete."""
         self._missing = {bucket.index: bucket.last - bucket.first for bucket in self._buckets}
-        try:
-            with self.micro_batch():
-                yield
-        finally:
-            self._missing.clear()
+        with self.micro_batch():
+            yield
 
     def send(self) -> None:
         """Start the sums that are not under way yet: all of them, on a rank that had no micro-batch."""
