@@ -6,6 +6,7 @@ import hashlib
 import pickle
 import random
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,11 @@ from dist_train.checkpoint.state import (
     restored_progress,
 )
 from dist_train.cluster.communicator import Communicator, broadcast_value
-from dist_train.config import parse_config
+from dist_train.config import AveragingSettings, NoiseSettings, parse_config
 from dist_train.models import build_model
+from dist_train.optim.averaging import Averaging
 from dist_train.optim.flat_weights import FlatWeights
+from dist_train.optim.noise import build_noise
 from dist_train.outcome import PeerFailedError, UsageError
 from dist_train.rundir.paths import RunDirectory
 from tests.raising import raises
@@ -64,7 +67,9 @@ def test_every_rank_has_rank_0_s() -> None:
 
 
 def state_on(comm: Communicator) -> dict[str, torch.Tensor]:
-    """Return what a model with a frozen layer and buffers of its own holds after rank 0's was sent to all ranks."""
+    """Return what a run holds after rank 0's state was sent to all ranks: a model with a frozen layer and buffers of
+    its own, an average, and what the noise keeps.
+    """
     network = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 2)).requires_grad_(True)
     network[0].requires_grad_(False)
     for number, dtype in enumerate((torch.int16, torch.bool, torch.complex64, torch.float64)):
@@ -73,11 +78,16 @@ def state_on(comm: Communicator) -> dict[str, torch.Tensor]:
         for value in network.state_dict().values():
             value.fill_(1 + comm.rank)
     weights = FlatWeights(network)
-    state_of(network, weights, torch.optim.SGD(weights.parameters)).broadcast(comm)
-    return network.state_dict()
+    averaging = Averaging(AveragingSettings(kind="lawa", last=2), weights, 1)
+    noise = build_noise(NoiseSettings(method="ivon"), weights, seed=0, total_steps=1, rank=comm.rank)
+    for kept in (averaging.kept, *noise.kept.values()):
+        kept.fill_(1 + comm.rank)
+    plain = state_of(network, weights, torch.optim.SGD(weights.parameters))
+    replace(plain, averaging=averaging, noise=noise).broadcast(comm)
+    return {**network.state_dict(), "average": averaging.kept, **noise.kept}
 
 
-def test_every_rank_gets_frozen_parameters_and_buffers_of_any_type() -> None:
+def test_every_rank_gets_averages_noise_frozen_parameters_and_buffers_of_any_type() -> None:
     first, second = results(2, state_on)
     assert [name for name in first if not torch.equal(first[name], torch.ones_like(first[name]))] == []
     assert [name for name in first if not torch.equal(first[name], second[name])] == []

@@ -205,6 +205,20 @@ def test_a_reduction_begins_anew_at_every_step() -> None:
     assert torch.equal(weights.gradients[:5], torch.ones(5))
 
 
+def test_after_a_pass_that_failed_gradients_go_where_an_ascent_looks_for_them() -> None:
+    model = Given()
+    weights = FlatWeights(model)
+    reduction = GradientReduction(weights, exact(weights, SingleProcess()), buckets_of(weights, 20))
+    for micro_batch in (reduction.micro_batch, reduction.last_micro_batch):
+        reduction.start()
+        with pytest.raises(RuntimeError, match="no memory"), micro_batch():
+            raise RuntimeError("no memory")
+        reduction.start()
+        weights.gradients.zero_()
+        torch.autograd.backward(model.loss(torch.ones(COUNT)))
+        assert float(weights.gradients.sum()) == COUNT
+
+
 def test_buckets_but_the_last_are_sent_within_the_last_backward_pass_and_each_once() -> None:
     def names(comm: SimulatedRanks) -> tuple[list[str], list[str], list[str]]:
         model = Given()

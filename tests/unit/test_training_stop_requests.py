@@ -26,7 +26,8 @@ def test_promise_7_a_signal_sets_the_flag_and_nothing_else(number: signal.Signal
         assert not stop.requested()
         signal.raise_signal(number)
         assert stop.requested()
-        assert stop.reason == number.name
+        stop.request("time limit")
+        assert stop.reason == number.name, "what came first"
 
 
 def test_signals_other_than_a_second_interrupt_may_come_again() -> None:

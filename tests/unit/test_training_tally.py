@@ -123,6 +123,7 @@ def test_it_begins_anew_with_the_norms_statistics() -> None:
     statistics.collect(3)
     tally.add(torch.tensor(1.0), LOGITS[:2], LABELS[:2])
     tally.send(stop=True)
+    tally.add(torch.tensor(1.0), LOGITS[:2], LABELS[:2])  # in an update that breaks off before it is sent
     tally.clear()
     tally.send()
     total = tally.result()

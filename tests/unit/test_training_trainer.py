@@ -323,6 +323,20 @@ def test_a_rank_lost_while_the_others_meet_is_recorded(tmp_path: Path) -> None:
     assert (lost.details["who"], lost.details["generation"]) == ("rank 1 died; rank 2 died", 3)
 
 
+class Awaited(LeftAlone):
+    """A rank that others always wait to join."""
+
+    @property
+    def wants_rendezvous(self) -> bool:
+        return True
+
+
+def test_ranks_that_wait_to_join_are_met_between_updates_alone(tmp_path: Path) -> None:
+    comm = Awaited()
+    run(tmp_path, comm, run={"max_steps": 3})
+    assert comm.generation == 3, "after the last update there is nothing to join for"
+
+
 def test_a_model_that_does_not_fit_the_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def build(config: Config) -> nn.Module:
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried")
@@ -471,6 +485,85 @@ def test_promise_4_after_a_recovery_ranks_compare_anew_what_all_of_them_still_ho
     monkeypatch.setattr(SimulatedRanks, "rendezvous", rendezvous)
     ended = results(2, lambda comm: run(tmp_path, comm, comm={"verify_every": 1}, run={"max_steps": 2}))
     assert [trainer.progress.step for _, _, trainer in ended] == [2, 2]
+
+
+def test_promise_5_ranks_that_meet_again_under_other_numbers_end_with_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A first group breaks after an evaluation, the second in an update that has already chosen other grids."""
+    sections: dict[str, Any] = {
+        "noise": {"sharing": "rank"},
+        "averaging": {"kind": "ema", "decay": 0.5},
+        "comm": {"reduction": "exact32", "verify_every": 1},
+        "early_stopping": {"patience": 9, "metric": "test.accuracy", "min_delta": 1.0},
+    }
+    whole = results(2, lambda comm: run(tmp_path / "whole", comm, **sections))
+    update, report, broken = TrainingStep.__call__, Saving.report, set[int]()
+
+    def break_once(subject: object) -> None:
+        if id(subject) not in broken:
+            broken.add(id(subject))
+            raise GroupBrokenError("reset")
+
+    def break_after_the_evaluation(self: Saving) -> None:
+        if self.saved_step == 3:
+            break_once(self)
+        report(self)
+
+    def break_in_the_update(self: TrainingStep, batch: GlobalBatch, *rest: Any) -> Update:
+        if batch.step == 4 and id(self.weights) not in broken:
+            grids = self.reduction.accumulator
+            grids.choose_grids([1 << 40] * len(grids.largest), 1)
+            break_once(self.weights)
+        return update(self, batch, *rest)
+
+    def rendezvous(self: SimulatedRanks, *_: object) -> Generation:
+        self.rank = 1 - self.rank
+        return Generation(2, self.rank, self.size, ("", 0), ("a", "b"), (), "reset", ())
+
+    monkeypatch.setattr(Saving, "report", break_after_the_evaluation)
+    monkeypatch.setattr(TrainingStep, "__call__", break_in_the_update)
+    monkeypatch.setattr(SimulatedRanks, "is_elastic", True)
+    monkeypatch.setattr(SimulatedRanks, "rendezvous", rendezvous)
+    again = results(2, lambda comm: run(tmp_path / "again", comm, **sections))
+    assert len(broken) == 4
+    for (state, _, trainer), (expected, _, undisturbed) in zip(again, whole, strict=True):
+        assert state == expected
+        assert torch.equal(trainer.state.averaging.kept, undisturbed.state.averaging.kept)
+        assert trainer.progress == undisturbed.progress
+
+
+@pytest.mark.parametrize("done", [1, 2], ids=["those of the weights", "those of their average"])
+def test_promise_4_after_a_recovery_all_ranks_compute_statistics_anew_or_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: int
+) -> None:
+    """Rank 0 has noted that they are computed when the group breaks, rank 1 has not."""
+    recompute, evaluate, calls, broken = recompute_statistics, Trainer._evaluate_splits, [0, 0], set[int]()
+
+    def break_on_rank(rank: int, comm: Communicator) -> None:
+        if comm.rank == rank and calls[rank] == done and rank not in broken:
+            broken.add(rank)
+            raise GroupBrokenError("reset")
+
+    def recompute_first(*arguments: Any, comm: Communicator, **named: Any) -> None:
+        recompute(*arguments, comm=comm, **named)
+        calls[comm.rank] += 1
+        break_on_rank(1, comm)
+
+    def evaluate_later(self: Trainer, suffix: str) -> Any:
+        break_on_rank(0, self.comm)
+        return evaluate(self, suffix)
+
+    def rendezvous(self: SimulatedRanks, *_: object) -> Generation:
+        return Generation(2, self.rank, self.size, ("", 0), ("a", "b"), (), "reset", ())
+
+    monkeypatch.setattr(training_loop, "recompute_statistics", recompute_first)
+    monkeypatch.setattr(Trainer, "_evaluate_splits", evaluate_later)
+    monkeypatch.setattr(SimulatedRanks, "is_elastic", True)
+    monkeypatch.setattr(SimulatedRanks, "rendezvous", rendezvous)
+    ended = results(2, lambda comm: run(tmp_path, comm, averaging={"kind": "ema"}, run={"max_steps": 1}))
+    assert [trainer.progress.step for _, _, trainer in ended] == [1, 1]
+    assert (broken, calls) == ({0, 1}, [done + 2] * 2)
 
 
 def test_who_may_take_over_keeps_the_records_before_the_last_checkpoints(tmp_path: Path) -> None:
