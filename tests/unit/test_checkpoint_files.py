@@ -539,6 +539,19 @@ def test_promise_6_its_bytes_and_the_records_are_on_disk_before_the_checkpoint_h
     assert [name for name in there if name.startswith("step")] == []
 
 
+def test_promise_6_a_writer_that_is_interrupted_leaves_no_record_of_what_it_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    write(tmp_path, 1).path.write_bytes(b"damaged since")
+    monkeypatch.setattr(atomic, "write_text", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, 1)
+    assert list_checkpoints(tmp_path) == []
+
+
 def test_promise_6_a_writer_that_is_killed_leaves_the_one_before(tmp_path: Path) -> None:
     points = ("before", "between")
     script = """

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from dist_train.cluster.communicator import (
     Communicator,
+    Pending,
     SingleProcess,
     broadcast_str,
     gather,
@@ -19,7 +20,7 @@ from dist_train.cluster.communicator import (
     run_long_on_all_ranks,
     run_on_all_ranks,
 )
-from dist_train.outcome import ExitCode, PeerFailedError, exit_code_of
+from dist_train.outcome import ExitCode, PeerFailedError, UsageError, exit_code_of
 from tests.unit.simulated_ranks import SimulatedRanks, on_ranks, results
 from tests.waiting import wait_for
 
@@ -60,10 +61,17 @@ def test_what_succeeds_everywhere_gives_each_rank_its_own_result(size: int, run:
 def test_what_fails_somewhere_fails_everywhere_and_is_told_once(run: Callable[..., None], failing: list[int]) -> None:
     def act(comm: SimulatedRanks) -> None:
         def action() -> None:
-            if comm.rank in failing:
+            if comm.rank == failing[0]:
                 raise FileNotFoundError(f"on {comm.rank}")
+            if comm.rank in failing:
+                raise UsageError("of another exit code")
 
-        run(comm, action, "open the data")
+        run(comm, lambda: None, "begin")
+        assert not comm.last_action_failed
+        try:
+            run(comm, action, "open the data")
+        finally:
+            assert comm.last_action_failed
 
     ended = on_ranks(4, act)
     for rank, error in enumerate(ended):
@@ -91,6 +99,24 @@ def test_no_wait_lasts_as_long_as_a_long_action_which_stays_in_its_thread() -> N
         return run_long_on_all_ranks(comm, action, "load")
 
     assert results(2, work) == [True, True]
+
+
+class Doubled(SingleProcess):
+    """A rank whose only fellow says what it says."""
+
+    size = 2
+
+    def allreduce_async(self, tensor: torch.Tensor, name: str) -> Pending:
+        tensor[1] = tensor[0]
+        return super().allreduce_async(tensor, name)
+
+
+def test_a_long_action_that_is_interrupted_ends() -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_long_on_all_ranks(Doubled(), interrupt, "load")
 
 
 def test_a_rank_that_joins_does_not_wait_for_those_that_it_has_not_met() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,12 @@ def test_a_split_that_there_never_is_is_not_taken_for_one_of_validation() -> Non
     split: Any = "val"
     with raises(UsageError, "no-such-choice"):
         open_splits(DataSettings(name="synthetic", synthetic_samples=8), 0, CPU).of(split)
+
+
+def test_data_that_either_side_does_not_name_count_as_the_same() -> None:
+    splits = open_splits(DataSettings(name="synthetic", synthetic_samples=8), 0, CPU)
+    cases = (("a", "b", True), ("a", "a", False), ("", "b", False), ("a", "", False))
+    assert [replace(splits, identity=here).differ_from(there) for here, there, _ in cases] == [it[2] for it in cases]
 
 
 @pytest.fixture(params=["resident", "staged"])
@@ -60,18 +67,28 @@ def test_promise_2_augmented_samples_do_not_depend_on_the_micro_batch() -> None:
     assert torch.equal(samples.read(BatchRequest(torch.arange(0, 5)))[0], made().images[:5].to(torch.float32) / 255)
 
 
-def test_both_splits_are_normalized_by_the_training_images_in_use(tmp_path: Path) -> None:
-    settings = DataSettings(name="synthetic", synthetic_samples=200, train_size=50, normalize=True, augment="crop-flip")
+def test_all_splits_are_normalized_by_the_training_images_in_use(tmp_path: Path) -> None:
+    settings = DataSettings(
+        name="synthetic",
+        synthetic_samples=200,
+        train_size=50,
+        validation_size=20,
+        normalize=True,
+        augment="crop-flip",
+    )
     splits = open_splits(settings, seed=1, device=CPU, channels_last=True)
     whole = load_images(settings, "train", 1)
-    train = whole.select(divided(whole.labels, settings, 1)[0])
+    kept, held_out = divided(whole.labels, settings, 1)
+    assert held_out is not None
+    train, held = whole.select(kept), whole.select(held_out)
     test = load_images(settings, "test", 1)
     pixels = PixelFormat(statistics=channel_statistics([train.images]))
     assert len(splits.train) == 50
     assert torch.equal(splits.train.read(BatchRequest(torch.arange(0, 50)))[0], pixels.convert(train.images))
-    inputs, labels = splits.test.read(BatchRequest(torch.arange(50), epoch=0))
-    assert torch.equal(inputs, pixels.convert(test.images))
-    assert torch.equal(labels, test.labels)
+    for samples, images in ((splits.of("validation"), held), (splits.test, test)):
+        inputs, labels = samples.read(BatchRequest(torch.arange(len(images)), epoch=0))
+        assert torch.equal(inputs, pixels.convert(images.images))
+        assert torch.equal(labels, images.labels)
     assert inputs.is_contiguous(memory_format=torch.channels_last)
     assert not torch.equal(
         splits.train.read(BatchRequest(torch.arange(50), 0))[0], splits.train.read(BatchRequest(torch.arange(0, 50)))[0]

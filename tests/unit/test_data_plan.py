@@ -158,6 +158,12 @@ def test_what_is_held_out_has_the_shares_of_the_classes(labels: list[int], data:
     assert torch.equal(stratified_choice(known, size, 7, seed), chosen)
 
 
+def test_promise_5_a_resumed_run_has_the_subsets_of_the_version_that_began_it() -> None:
+    labels = torch.arange(40) % 4
+    assert stratified_choice(labels, 8, 4, seed=0).tolist() == [3, 4, 5, 6, 12, 30, 31, 37]
+    assert balanced_choice(labels, 8, 4, seed=0).tolist() == [9, 12, 17, 19, 22, 26, 28, 35]
+
+
 def test_no_sample_is_left_by_a_validation_split_as_large_as_the_training_set() -> None:
     with raises(UsageError, "too-few-samples"):
         stratified_choice(torch.tensor([0, 1, 0]), 3, 2, 0)

@@ -13,6 +13,7 @@ from torch.optim import swa_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_train.config import AveragingSettings
+from dist_train.models.norms import GroupedBatchNorm, running_statistics
 from dist_train.optim.averaging import AveragedModel, Averaging, averaged_state, mean_of
 from dist_train.optim.flat_weights import FlatWeights
 
@@ -106,6 +107,8 @@ def test_it_resumes_from_its_state_bit_identically(kind: str) -> None:
             twin.after_update(step)
     assert torch.equal(twin.value(17), averaging.value(17))
     assert twin.digest() == averaging.digest()
+    twin.kept[-1, 3] += 1
+    assert twin.digest() != averaging.digest()
     stored = averaged_state({"kept": averaging.state(17), "statistics": {}}, {})
     assert all(torch.equal(stored[name], value) for name, value in weights.named(averaging.value(17)).items())
 
@@ -122,6 +125,28 @@ def test_the_model_computes_with_the_average_within_the_block_alone() -> None:
     with AveragedModel(model, averaging, lambda: None).in_force(1):
         assert torch.equal(model(images), before)
     assert torch.equal(model(images), after)
+
+
+def test_the_average_has_statistics_of_its_own_computed_once_a_step() -> None:
+    model = nn.Sequential(nn.Linear(7, 5), GroupedBatchNorm(5))
+    averaging = Averaging(AveragingSettings(kind="ema"), FlatWeights(model), 4)
+    statistics = running_statistics(model)
+    before = {name: value.clone() for name, value in statistics.items()}
+    computed: list[int] = []
+
+    def recompute() -> None:
+        computed.append(len(computed))
+        for value in statistics.values():
+            value.fill_(10 + len(computed))
+
+    averaged = AveragedModel(model, averaging, recompute)
+    for steps, expected in ((1, 11), (1, 11), (2, 12), (2, 12)):
+        with averaged.in_force(steps):
+            assert all(bool((value == expected).all()) for value in statistics.values())
+        assert all(torch.equal(value, before[name]) for name, value in statistics.items())
+    averaged.forget()
+    with averaged.in_force(2):
+        assert all(bool((value == 13).all()) for value in statistics.values())
 
 
 def test_without_an_average_nothing_is_kept() -> None:

@@ -52,6 +52,7 @@ def held_by_another(root: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def test_the_second_is_refused_and_told_who_is_there(tmp_path: Path) -> None:
+    (tmp_path / "run.lock").write_text(f"{'an earlier launch with longer names' * 9}\n")
     first = lock(tmp_path)
     with raises(UsageError, "run-in-use") as refused:
         lock(tmp_path)
@@ -140,6 +141,15 @@ def test_without_locks_a_warning_says_that_nobody_is_kept_out(
     held.check()
     held.release()
     assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+def test_a_file_server_that_fails_lets_nobody_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        lock(tmp_path)
 
 
 def test_a_directory_made_anew_is_not_the_one_that_was_locked(tmp_path: Path) -> None:

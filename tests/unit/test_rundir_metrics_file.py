@@ -166,6 +166,22 @@ def test_a_full_disk_tears_no_line_and_loses_no_record_when_there_is_room_again(
     assert "records wait in memory" in warning.getMessage()
 
 
+def test_the_first_flush_also_keeps_the_name_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, flushed, fsync = tmp_path / "metrics.jsonl", [], os.fsync
+
+    def note(descriptor: int) -> None:
+        flushed.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    lines = JsonLines(path)
+    for step in (1, 2):
+        lines.record(train(step))
+        lines.flush()
+    file, folder = path.stat().st_ino, tmp_path.stat().st_ino
+    assert flushed == [file, folder, file]
+
+
 def test_lines_that_a_file_server_drops_at_a_flush_are_written_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

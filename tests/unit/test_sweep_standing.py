@@ -129,6 +129,9 @@ def test_a_diverged_run_does_not_wait_for_its_job(
     begin_run(run).end("failed", ExitCode.DIVERGED, "the loss is not finite")
     monkeypatch.delenv("SLURM_JOB_ID")
     assert standing_of(run).then == "diverged"
+    squeue("17 CANCELLED")
+    run.files.save_config(with_setting(run.config, "run.seed", 7))
+    assert standing_of(run).then == "start", "the settings of the plan may not diverge"
 
 
 def test_slurm_is_asked_once_for_the_jobs_of_all_runs_that_have_not_finished(

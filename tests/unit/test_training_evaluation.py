@@ -277,5 +277,6 @@ class TestRecomputedStatistics:
         chosen = statistics_samples(60, 40, 16, 3)
         assert torch.equal(chosen, statistics_samples(60, 40, 16, 3))
         assert not torch.equal(chosen, statistics_samples(60, 40, 16, 4))
+        assert statistics_samples(20, 6, 4, 0).tolist() == [0, 14, 17, 5, 9, 13], "as of the version that began a run"
         assert len(set(chosen.tolist())) == 40
         assert len(statistics_samples(60, 400, 16, 3)) == 60
