@@ -209,6 +209,17 @@ def test_runs_of_a_study_whose_jobs_copied_the_data_elsewhere_are_paired(tmp_pat
     assert len(other.pairs(base, measures(read_subject(study))["final_test"])) == 2
 
 
+def test_a_baseline_differs_from_that_of_the_smallest_batch_and_the_others_from_their_own(tmp_path: Path) -> None:
+    small, large = panels_of(read_subject(make_study(tmp_path / "study", seeds=(0,))).runs)
+    assert small.base is not None
+    assert large.base is not None
+    assert small.base.changes == ()
+    found = {change.path: (change.base, change.value) for change in large.base.changes}
+    assert found == {"batch.global_size": (128, 8192), "run.epochs": (20, 40)}
+    others = [variant for panel in (small, large) for variant in panel.variants if not variant.is_base]
+    assert {change.path for variant in others for change in variant.changes} == {"noise.method", "noise.amplitude"}
+
+
 def test_planned_data_whose_folder_has_a_space_in_its_name_are_those_of_the_base(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study", seeds=(0, 1))
     data = {"name": "imagefolder", "classes": 5, "root": "/data/my photos"}

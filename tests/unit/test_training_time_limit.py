@@ -111,6 +111,14 @@ def test_a_suspension_of_the_job_is_no_long_step(seconds: float, stopped_late: f
     assert 1000 + seconds - 60 < resumed < 1000 + seconds - 20
 
 
+def test_a_suspension_does_not_hide_how_long_an_evaluation_takes() -> None:
+    limit = TimeLimit(5000.0, lambda: 5700.0)
+    assert not any(limit.check(now, now) for now in (0.0, 1.0, 101.0, 802.0, 803.0))
+    assert not limit.check(3600.0, 804.0)
+    assert not limit.check(5475.0, 805.0)
+    assert limit.check(5485.0, 806.0), "twice the 100 s before the suspension, and 20 s"
+
+
 def test_in_an_extended_limit_an_evaluation_fits_as_before() -> None:
     ends = [5000.0, 5000.0]
     limit = TimeLimit(1000.0, lambda: ends.pop(0))
