@@ -29,6 +29,22 @@ def test_the_text_is_there_and_nothing_else(tmp_path: Path, write: Callable[[Pat
         assert names(tmp_path) == ["file"]
 
 
+def test_a_file_is_the_user_s_alone_or_stays_with_those_who_could_read_it(tmp_path: Path) -> None:
+    path, before = tmp_path / "file", os.umask(0o022)
+    try:
+        modes = []
+        for is_shared, present in ((False, None), (True, None), (True, 0o640), (False, 0o644)):
+            path.unlink(missing_ok=True)
+            if present is not None:
+                path.touch()
+                path.chmod(present)
+            atomic.write_bytes(path, b"", is_shared=is_shared)
+            modes.append(path.stat().st_mode & 0o777)
+    finally:
+        os.umask(before)
+    assert modes == [0o600, 0o644, 0o640, 0o600]
+
+
 def test_a_block_that_raises_leaves_the_old_file_and_no_temporary(tmp_path: Path) -> None:
     atomic.write_bytes(tmp_path / "file", b"old")
 

@@ -563,7 +563,7 @@ def test_an_error_of_another_kind_is_not_taken_for_a_lack_of_memory(tmp_path: Pa
         trainer.run()
     assert not isinstance(caught.value, OutOfMemoryError)
     assert torch.equal(trainer.training_step.weights.values, before)
-    assert torch.equal(in_force(trainer.training_step.weights), before), "an elastic run goes on with it"
+    assert torch.equal(in_force(trainer.training_step.weights), before), "an elastic run continues with it"
 
 
 class Putting(nn.Module):
