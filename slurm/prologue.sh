@@ -135,19 +135,25 @@ read_allocation() {
     gpus=${SLURM_GPUS_ON_NODE:-0} gpus_requested=0
     ((gpus > 0)) || return 0
     local each=${SLURM_GPUS_PER_NODE:-} total=${SLURM_GPUS:-}
-    # gres/gpu:2; gpu:2 or gres:gpu:2 from older versions of Slurm.
-    [[ -n $each ]] || each=$(scontrol show job "$job" 2>/dev/null | sed -nE '0,/TresPerNode=/s/^ *TresPerNode=(.*[,:/])?gpu[^,]*[:=]([0-9]+)([, ].*)?$/\2/p') || each=
+    # gres/gpu:2; gpu:2 or gres:gpu:2 from older versions of Slurm; gres/gpu for --gres=gpu.
+    [[ -n $each ]] || each=$(scontrol show job "$job" 2>/dev/null | sed -n '0,/TresPerNode=/s/^ *TresPerNode=\([^ ]*\).*/\1/p' | tr , '\n' | grep -E '(^|[:/])gpu([:=]|$)') || each=
     if [[ ${SLURM_TRES_PER_TASK:-} == *gpu* || -n ${SLURM_GPUS_PER_TASK:-} ]]; then
         total=${SLURM_NTASKS:-1}
     fi
-    each=${each##*:}
-    total=${total##*:}
-    if [[ -z $each && -n $total ]]; then
+    if [[ -n $each ]]; then
+        each=$(count_gpus "$each")
+    elif [[ -n $total ]]; then
+        total=$(count_gpus "$total")
         ((total % nodes == 0)) || usage_error "$total GPUs cannot be divided equally over $nodes nodes: use --gpus-per-node"
         each=$((total / nodes))
     fi
-    [[ $each =~ ^[1-9][0-9]*$ ]] || return 0
+    ((each > 0)) || return 0
     gpus_requested=1 gpus=$((each < gpus ? each : gpus))
+}
+
+# count_gpus REQUEST: prints how many GPUs that is: 2 for 2, a100:2, gres/gpu:a100:2, and a100,v100. One without a number.
+count_gpus() {
+    tr , '\n' <<<"$1" | awk '{ sub(/.*[:=]/, ""); total += /^[0-9]+$/ ? $0 : 1 } END { print total }'
 }
 
 # Sets `rank_count`, `ranks_here` (the most of any node), `node_cores` (the fewest of any node) and `cores_each`.
@@ -186,8 +192,8 @@ count_ranks() {
 check_gpus() {
     local each counts=() gpus_per_task=${SLURM_GPUS_PER_TASK:-1}
     # With --cpus-per-task only, SLURM_TRES_PER_TASK is cpu=4.
-    [[ ! ${SLURM_TRES_PER_TASK:-} =~ gres/gpu[^,]*[:=]([0-9]+)(,|$) ]] || gpus_per_task=${BASH_REMATCH[1]}
-    if [[ ${gpus_per_task##*:} != 1 || ${SLURM_NTASKS_PER_GPU:-1} != 1 ]] ||
+    [[ ! ${SLURM_TRES_PER_TASK:-} =~ (gres/gpu[^,]*) ]] || gpus_per_task=${BASH_REMATCH[1]}
+    if [[ $(count_gpus "$gpus_per_task") != 1 || ${SLURM_NTASKS_PER_GPU:-1} != 1 ]] ||
         (($1 != nodes && $1 != nodes * gpus)); then
         usage_error "each rank drives one GPU, but $1 tasks were requested with $((nodes * gpus)) GPUs: use only --gpus-per-node, or set RANKS_PER_NODE"
     fi

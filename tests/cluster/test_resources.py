@@ -71,17 +71,18 @@ def test_each_rank_has_the_gpus_of_its_own_node(launcher: str, cluster: Cluster,
 
 
 def test_batch_scripts_start_with_the_resources_that_they_request_themselves(cluster: Cluster, tmp_path: Path) -> None:
-    alone, task = tmp_path / "sb_128", tmp_path / "sweep"
-    for folder in (alone, task):
+    alone, task, one = tmp_path / "sb_128", tmp_path / "sweep", tmp_path / "lb_8192"
+    for folder in (alone, task, one):
         folder.mkdir()
     study = {**layout_recording_variables(task), "STUDY": str(ROOT / "studies/smoke.yaml")}
     jobs = [
         cluster.sbatch(alone, "sb_128.sh", **layout_recording_variables(alone)),
         cluster.sbatch(task, "sweep.sh", "--array=1", "--gpus-per-node=4", **study),
+        cluster.sbatch(one, "lb_8192.sh", "--nodes=1", "--gres=gpu", **layout_recording_variables(one)),
     ]
     ended = [cluster.wait(job) for job in jobs]
-    counts = [[(rank, len(gpus)) for _, rank, gpus in layout(folder)] for folder in (alone, task)]
-    assert counts == [[(0, 1)], [(rank, 4) for rank in range(4)]], "".join(job.output for job in ended)
+    counts = [[(rank, len(gpus)) for _, rank, gpus in layout(folder)] for folder in (alone, task, one)]
+    assert counts == [[(0, 1)], [(rank, 4) for rank in range(4)], [(0, 1)]], "".join(job.output for job in ended)
 
 
 @dataclass(frozen=True)

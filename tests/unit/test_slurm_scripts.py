@@ -178,6 +178,7 @@ def with_scontrol(folder: Path, *lines: str) -> None:
     [
         *(("gpu:2", 2), ("gres:gpu:2", 2), ("gpu:a100:2", 2), ("gres/gpu:2", 2), ("gres/gpu:a100:2", 2)),
         *(("gres:nvme:1,gpu:2", 2), ("gres/gpu:3g.20gb:2", 2), ("gpu:2,nvme:1", 2), ("gres:nvme:1", 8)),
+        *(("gres/gpu", 1), ("gpu", 1), ("gres/gpu:a100", 1), ("gres/gpu:a100:2,gres/gpu:v100:1", 3)),
     ],
 )
 def test_the_gpus_asked_for_by_gres_are_read_as_any_slurm_spells_them(
@@ -186,6 +187,18 @@ def test_the_gpus_asked_for_by_gres_are_read_as_any_slurm_spells_them(
     with_scontrol(tmp_path, f"TresPerNode={asked}")
     command = command_of(PATH=programs, SLURM_GPUS_ON_NODE="8")
     assert f" --gpus-per-node={gpus} " in command
+
+
+@pytest.mark.parametrize(
+    ("asked", "gpus"),
+    [
+        *(({"SLURM_GPUS_PER_NODE": "a100"}, 1), ({"SLURM_GPUS_PER_NODE": "a100:2,v100"}, 3)),
+        *(({"SLURM_GPUS": "gpu:4"}, 2), ({"SLURM_GPUS": "a100:4,v100:2"}, 3), ({"SLURM_GPUS": "a100,v100"}, 1)),
+        ({"SLURM_GPUS_PER_TASK": "a100", "SLURM_NTASKS": "4"}, 2),
+    ],
+)
+def test_gpus_may_be_asked_for_by_type_without_a_number(programs: str, asked: dict[str, str], gpus: int) -> None:
+    assert f" --gpus-per-node={gpus} " in command_of(PATH=programs, SLURM_GPUS_ON_NODE="8", **asked)
 
 
 @pytest.mark.parametrize(
@@ -208,7 +221,7 @@ def test_nodes_may_have_more_gpus_than_were_asked_for(
     assert ended.returncode == (2 if is_refused else 0), ended.stderr
 
 
-@pytest.mark.parametrize("asked", ["cpu=4", "cpu=2,gres/gpu:a100=1", "gres/gpu=1"])
+@pytest.mark.parametrize("asked", ["cpu=4", "cpu=2,gres/gpu:a100=1", "gres/gpu=1", "gres/gpu:a100"])
 def test_one_gpu_for_each_task_is_allowed_with_any_number_of_cores(programs: str, asked: str) -> None:
     variables = {"SLURM_TRES_PER_TASK": asked, "SLURM_NTASKS": "4", "SLURM_GPUS_ON_NODE": "2"}
     assert " --ntasks=4 --ntasks-per-node=2 " in command_of(PATH=programs, **variables)
