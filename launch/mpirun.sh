@@ -59,8 +59,11 @@ find_programs
 need_mpirun
 check_run "$@"
 
+# In a Slurm job mpirun starts the ranks on the job's nodes. A shell of salloc may run elsewhere, on a login node.
+this_node=$(uname -n)
+this_node=${SLURMD_NODENAME:-${this_node%%.*}}
 command=("$mpirun" -np "$rank_count" --bind-to none --stdin none)
-if [[ -n $hostfile || ${SLURM_JOB_NUM_NODES:-1} != 1 ]]; then
+if [[ -n $hostfile || ${SLURM_JOB_NODELIST:-$this_node} != "$this_node" ]]; then
     stop=stop_through_mpirun
     # This machine's number of cores says nothing about the others.
     set_rank_environment "${OMP_NUM_THREADS:-}"

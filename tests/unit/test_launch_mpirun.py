@@ -114,9 +114,27 @@ def test_ranks_on_other_machines_get_the_variables_of_libraries_and_caches(tmp_p
 def test_on_the_nodes_of_a_slurm_job_daemons_do_not_have_the_share_of_one_task(tmp_path: Path) -> None:
     asked = {"SLURM_CPUS_PER_TASK": "4", "SLURM_GPUS_PER_TASK": "1", "SLURM_TRES_PER_TASK": "cpu=4,gres/gpu=1"}
     environment = with_programs(tmp_path, f"env >{tmp_path}/variables")
-    job = {"SLURM_JOB_ID": "17", "SLURM_JOB_NUM_NODES": "2", **asked}
+    job = {"SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "node[1-2]", **asked}
     subprocess.run([str(ROOT / "launch/mpirun.sh"), "runs"], env={**environment, **job}, check=True)
     assert "_PER_TASK=" not in (tmp_path / "variables").read_text()
+
+
+@pytest.mark.parametrize(
+    ("job", "are_here"),
+    [
+        ({}, True),
+        ({"SLURM_JOB_NODELIST": "node1", "SLURMD_NODENAME": "node1"}, True),
+        ({"SLURM_JOB_NODELIST": os.uname().nodename.partition(".")[0]}, True),
+        ({"SLURM_JOB_NODELIST": "node1"}, False),  # a shell of salloc -N1 on a login node
+        ({"SLURM_JOB_NODELIST": "node[1-2]", "SLURMD_NODENAME": "node1"}, False),
+    ],
+)
+def test_the_cores_of_this_machine_are_shared_by_ranks_that_run_on_it(
+    job: dict[str, str], are_here: bool, tmp_path: Path
+) -> None:
+    command = command_of(tmp_path, "runs", **job)
+    assert ("OMP_NUM_THREADS" in command) is are_here
+    assert ("slot:OVERSUBSCRIBE" in command) is are_here
 
 
 def test_ranks_start_where_setpriv_lacks_an_option(tmp_path: Path) -> None:
