@@ -129,6 +129,29 @@ need_compiler() {
     have make || fail "make is missing, so Horovod cannot be built; install it: apt-get install make"
 }
 
+# build_jobs [TOP]: prints how many compilers may run at once: one on each core, each with 2 GB of the memory that is
+# free, and of what cgroups allow us, as on a login node with a limit for each user. TOP: the folder of proc and sys.
+build_jobs() {
+    local top=${1:-} controllers path folder file
+    {
+        awk '/^MemAvailable:/ { print $2 "000" }' "$top/proc/meminfo"
+        while IFS=: read -r _ controllers path; do
+            case ,$controllers, in
+                ,,) folder=$top/sys/fs/cgroup file=memory.max ;;
+                *,memory,*) folder=$top/sys/fs/cgroup/memory file=memory.limit_in_bytes ;;
+                *) continue ;;
+            esac
+            path=${path%/}/
+            while [[ -n $path ]]; do # what limits a group limits those in it
+                path=${path%/*}
+                cat "$folder$path/$file" 2>/dev/null || true
+            done
+        done <"$top/proc/self/cgroup"
+    } | awk -v cores="$(nproc)" '
+        /^[0-9]+$/ && (!least || $1 < least) { least = $1 }
+        END { jobs = int(least / 2e9); print jobs < 1 ? 1 : jobs < cores ? jobs : cores }'
+}
+
 # need_headers PYTHON: fails if Python's headers are missing, which Debian has in a separate package.
 need_headers() {
     local headers

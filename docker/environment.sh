@@ -36,8 +36,9 @@ new_enough() {
 }
 
 find_python() {
-    local candidate
-    for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
+    local candidate candidates=(python3 python3.13 python3.12 python3.11)
+    [[ -z ${PYTHON:-} ]] || candidates=("$PYTHON")
+    for candidate in "${candidates[@]}"; do
         if new_enough "$candidate"; then
             printf '%s\n' "$candidate"
             return
@@ -151,7 +152,7 @@ if [[ $standing != kept ]]; then
 fi
 python=$venv/bin/python
 
-# Compiled at the end, by all cores.
+# Compiled at the end, on several cores.
 pip_install() {
     logged "$python" -m pip install --no-compile "$@" || give_up "pip could not install: $*" "Then run this again; what has been installed is kept."
 }
@@ -195,7 +196,7 @@ if [[ $(recorded wheel || true) != "$wheel" ]]; then
     pip_install --force-reinstall --no-deps "$wheel"
 fi
 # compileall's status is not 0 where a package has templates, which are no Python; pip ignores them, too.
-logged "$python" -m compileall -qq -j 0 "$venv"/lib/python*/site-packages || true
+logged "$python" -m compileall -qq -j "$(build_jobs)" "$venv"/lib/python*/site-packages || true
 
 check() {
     "$python" - <<'END'

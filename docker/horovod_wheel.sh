@@ -172,7 +172,7 @@ export HOROVOD_WITH_MPI=1 HOROVOD_WITH_GLOO=1
 # Horovod does not include these itself, and fewer headers of g++ 14's standard library include them.
 export CXXFLAGS="${CXXFLAGS:-} -include stdexcept -include string -include cstdint -include memory -include functional"
 export CMAKE_POLICY_VERSION_MINIMUM=3.5 # CMake 4 refuses the older versions that parts of Horovod request
-MAKEFLAGS=-j$(nproc)
+MAKEFLAGS=-j$(build_jobs)
 export MAKEFLAGS
 if [[ -n $gpu ]]; then
     mkdir "$work/nccl"

@@ -285,10 +285,42 @@ def test_horovod_is_not_built_without_torch(tmp_path: Path) -> None:
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.parametrize(
+    ("available", "groups", "limits", "jobs"),
+    [
+        (256, "0::/\n", {}, 64),
+        (5, "0::/\n", {}, 2),
+        (1, "0::/\n", {}, 1),
+        (256, "0::/user.slice/user-7.slice/session-1.scope\n", {"user.slice/user-7.slice/memory.max": 8}, 4),
+        (256, "0::/user.slice\n", {"memory.max": None, "user.slice/memory.max": None}, 64),
+        (256, "3:cpu,memory:/user/7\n1:cpu:/\n0::/\n", {"memory/user/7/memory.limit_in_bytes": 16}, 8),
+        (256, "0::/\n", {"memory.max": 6}, 3),  # a container's
+        (256, "4:memory:/docker/7\n", {"memory/memory.limit_in_bytes": 6}, 3),
+    ],
+)
+def test_compilers_run_on_all_cores_as_far_as_memory_allows(
+    available: int, groups: str, limits: Mapping[str, int | None], jobs: int, tmp_path: Path
+) -> None:
+    files = {"proc/meminfo": f"MemTotal: 9 kB\nMemAvailable:  {available * 10**6} kB\n", "proc/self/cgroup": groups}
+    for name, gigabytes in limits.items():
+        files[f"sys/fs/cgroup/{name}"] = "max\n" if gigabytes is None else f"{gigabytes * 10**9}\n"
+    for name, text in files.items():
+        (tmp_path / "top" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "top" / name).write_text(text)
+    write_scripts(tmp_path / "bin", nproc="echo 64")
+    script = (".", ROOT / "docker/common.sh", "&&", "build_jobs", tmp_path / "top")
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    command = ("bash", "-euo", "pipefail", "-c", " ".join(map(str, script)))
+    assert run(*command, environment=environment(PATH=path)).stdout == f"{jobs}\n"
+
+
 def test_unreachable_index_is_a_short_error(clone: Path) -> None:
+    (clone.parent / "my tools").mkdir()
+    python = clone.parent / "my tools" / "python3"
+    python.symlink_to(os.path.realpath(sys.executable))
     # settings with which pip would refuse to install into .venv
     of_user = {"PIP_USER": "1", "PIP_TARGET": str(clone), "PIP_PREFIX": str(clone)}
-    variables = clean_environment(PYTHON=sys.executable, **UNREACHABLE, **of_user)
+    variables = clean_environment(PYTHON=str(python), **UNREACHABLE, **of_user)
     text = short_error(run(clone / "docker/environment.sh", environment=variables))
     assert "package index cannot be reached" in text
     assert Path(text.splitlines()[-1].removeprefix("the whole log: ")).is_file()
