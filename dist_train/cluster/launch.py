@@ -16,6 +16,7 @@ from typing import Literal
 
 from dist_train.config.sections import Engine
 from dist_train.outcome import UsageError
+from dist_train.rundir.status import LAUNCH_VARIABLE
 
 MEMBERSHIP_VARIABLE = "DIST_TRAIN_MEMBERSHIP"  # where the ranks of an elastic launch find its coordinator: HOST:PORT
 TOKEN_VARIABLE = "DIST_TRAIN_MEMBERSHIP_TOKEN"  # nosec B105  # the token that the coordinator demands of them
@@ -26,6 +27,7 @@ _SLURM_SETTINGS = frozenset({"SLURM_CLUSTERS", "SLURM_CONF", "SLURM_CONF_SERVER"
 _LAUNCHER_PREFIXES = ("OMPI_", "PMIX_", "PMI_", "MV2_COMM_WORLD_", "HOROVOD_RANK", "HOROVOD_SIZE", "TORCHELASTIC_")
 _STEP_AND_TORCH_VARIABLES = frozenset({"SLURM_STEP_ID", "SLURM_PROCID", "RANK", "WORLD_SIZE"})
 _SLURM_PORTS = range(15000, 30000)  # below Linux's ephemeral ports
+_NAMES_OF_STEP = ("SLURM_JOB_ID", "SLURM_STEP_ID", LAUNCH_VARIABLE)
 _LONGEST_COMMENT = 1000
 
 
@@ -151,14 +153,14 @@ def _store_of_torch(environment: Mapping[str, str]) -> StoreAddress:
 def _store_of_slurm(environment: Mapping[str, str]) -> StoreAddress | None:
     """Return the first node of the step and a port derived from its id; MASTER_ADDR and MASTER_PORT take precedence.
 
-    The first process there serves the store. It need not be rank 0: Slurm 26.05 orders ranks by the network's topology.
+    Batch scripts add a random number, without which other users could tell the port beforehand. The first process there serves the store. It need not be rank 0: Slurm 26.05 orders ranks by the network's topology.
     """
     nodes = environment.get("SLURM_STEP_NODELIST", "")
     first = re.match(r"([^\[,]+)(?:\[(\w+))?", nodes)
     if first is None and "MASTER_ADDR" not in environment:
         return None
     host = "".join(part or "" for part in first.groups()) if first else ""
-    step = f"{environment.get('SLURM_JOB_ID', '')}.{environment['SLURM_STEP_ID']}"
+    step = ".".join(environment[name] for name in _NAMES_OF_STEP if name in environment)
     port = _SLURM_PORTS[zlib.crc32(step.encode()) % len(_SLURM_PORTS)]
     address, port = environment.get("MASTER_ADDR", host), _port(environment.get("MASTER_PORT", str(port)))
     serves = (environment.get("SLURM_NODEID"), environment.get("SLURM_LOCALID")) == ("0", "0")

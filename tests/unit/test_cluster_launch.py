@@ -37,6 +37,7 @@ HOROVODRUN = {"HOROVOD_SIZE": "2", "HOROVOD_RANK": "1"}
 STEP = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n[03-05,7],x"}
 FIRST_TASK = {"SLURM_NODEID": "0", "SLURM_LOCALID": "0"}
 STEP_STORE = StoreAddress("n03", 18719, "dist_train.7.0")
+STORE_OF_SCRIPT = StoreAddress("n03", 23054, "dist_train.7.0.6f0a")
 NAMED_STORE = StoreAddress("ib0", 99, "dist_train.7.0")
 TORCHRUN = {
     "RANK": "3",
@@ -71,6 +72,7 @@ BATCH_SCRIPT = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}
         (SRUN, Launch("srun", 8, 2)),
         ({**SRUN, **STEP}, Launch("srun", 8, 2, STEP_STORE)),
         ({**SRUN, **STEP, "MASTER_ADDR": "ib0", "MASTER_PORT": "99"}, Launch("srun", 8, 2, NAMED_STORE)),
+        ({**SRUN, **STEP, "DIST_TRAIN_LAUNCH": "6f0a"}, Launch("srun", 8, 2, STORE_OF_SCRIPT)),
         # where Slurm orders ranks by the network's topology
         ({**SRUN, **STEP, **FIRST_TASK}, Launch("srun", 8, 2, replace(STEP_STORE, serves=True))),
         ({**SRUN, **STEP, **FIRST_TASK, "SLURM_NODEID": "1", "SLURM_PROCID": "0"}, Launch("srun", 8, 0, STEP_STORE)),
