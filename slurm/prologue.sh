@@ -714,19 +714,29 @@ answering_nodes() {
 }
 
 # srun waits for a lost node, and ranks for a rank that was on it. Ends both once Slurm reports a node failure, or once
-# a fault has ended the run and its ranks have had time to end. After another end, as of a run that diverged, no rank is
-# missing, and rank 0 may wait for a last scrape. Spares shells: the guard's, and those of users.
+# a fault has ended the run and its ranks have had time to end: rank 0, which holds the run's lock, as long as srun gives
+# it, since it may wait for a last scrape. So it may after another end, as of a run that diverged, when no rank is
+# missing. Spares shells: the guard's, and those of users.
 end_lingering_ranks() {
     local waited=0 status=$run_directory/status.json
     until grep -q '^srun: error: Node failure on' "$error_log"; do
         sleep 1
-        ! grep -qs "\"$launch_id\"" "$status" || ! grep -qs '"exit_code": 1,' "$status" || ((++waited < 10)) || break
+        if grep -qs "\"$launch_id\"" "$status" && grep -qs '"exit_code": 1,' "$status"; then
+            ((++waited < 10)) || { ((waited < ${LOSS_SECONDS:-40})) && is_locked "$run_directory/run.lock"; } || break
+        fi
     done
     await_controller # without which no rank on another node can be ended
     squeue --noheader --steps --jobs "$job" --format '%i %j' | sed -nE '/ bash$/d; s/^([^ ]*\.[0-9]+) .*/\1/p' |
         xargs -r scancel --signal=KILL || true
     sleep 1
     kill -KILL "$launcher"
+}
+
+# is_locked FILE: whether a process holds this lock, on any node; not where the file system has no locks.
+is_locked() {
+    local status=0
+    flock --shared --nonblock --conflict-exit-code 9 "$1" true 2>/dev/null || status=$?
+    ((status == 9))
 }
 
 # run_in_job train CONFIG [ARGUMENT ...]: runs a training job to its end.

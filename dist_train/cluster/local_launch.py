@@ -37,8 +37,8 @@ def launch_ranks(command: Sequence[str], size: int, run: Path | None = None, *, 
     and so does the first signal if `command` does not save on request. When one rank fails, the others end by
     themselves, or are terminated. If none of them could record in the status of the directory `run` how the launch
     ended, this does. Call it from a process without threads.
-    Returns the exit code of the first rank that failed, 1 if a signal killed it; 0 if none failed before the run was
-    done.
+    Returns the exit code that the status has. Without one, that of the first rank that failed, 1 if a signal killed it;
+    0 if none failed.
     """
     environment = {LAUNCH_VARIABLE: secrets.token_hex(8), **os.environ}
     with blocked_signals() as mask:
@@ -71,15 +71,15 @@ class Ranks:
     def wait_and_record(self, run: Path | None, launch: str) -> int:
         """Wait; if no rank of `launch` has recorded an end in the status of `run`, record that all are lost.
 
-        Returns the exit code of the launch: 0 if the run was done before a rank failed.
+        Returns the exit code that the status has; without one, that of the first rank that failed.
         """
         code = self.wait()
         if run is not None:
             path = RunDirectory(run).status
-            record_lost(path, launch, f"no rank is left: {self._why_none_is_left()}")
             status = read_status(path)
-            if status is not None and status.launch == launch and status.exit_code == ExitCode.FINISHED:
-                code = ExitCode.FINISHED
+            if status is not None and status.launch == launch and status.exit_code is not None:
+                code = status.exit_code  # which a rank does not change that dies while rank 0 waits for a last scrape
+            record_lost(path, launch, f"no rank is left: {self._why_none_is_left()}")
         while signal.sigtimedwait(_STOP_SIGNALS, 0):  # requests to stop that came too late must not kill this process
             pass
         return code

@@ -189,6 +189,33 @@ raise SystemExit(launch_ranks(["sh", "-c", {ending!r}], 2))
     assert ("was killed by signal 35" in ended.stderr) is ("35" in ending)
 
 
+def test_a_rank_that_dies_while_rank_0_waits_for_a_last_scrape_does_not_change_the_exit_code(tmp_path: Path) -> None:
+    diverged = tmp_path / "status.json"
+    rank_0 = f"""
+import time
+from pathlib import Path
+from dist_train.outcome import ExitCode
+from dist_train.rundir.status import StatusFile
+StatusFile(Path({str(diverged)!r}), 2).end("failed", ExitCode.DIVERGED, "")
+time.sleep(1.0)
+raise SystemExit(ExitCode.DIVERGED)
+"""
+    (tmp_path / "rank_0.py").write_text(rank_0)
+    ranks = f"""
+        [ "$RANK" != 0 ] || exec "{sys.executable}" "{tmp_path}/rank_0.py"
+        until [ -e "{diverged}" ]; do sleep 0.05; done
+        kill -KILL $$
+    """
+    lines = f"""
+from pathlib import Path
+from dist_train.cluster.local_launch import launch_ranks
+raise SystemExit(launch_ranks(["sh", "-c", {ranks!r}], 2, Path({str(tmp_path)!r})))
+"""
+    ended = subprocess.run([sys.executable, "-c", lines], env=environment(), capture_output=True, text=True)
+    assert ended.returncode == ExitCode.DIVERGED, ended.stderr
+    assert "rank 1 " in ended.stderr
+
+
 def test_stopped_rank_does_not_delay_the_end_of_the_launch(running: subprocess.Popen[str]) -> None:
     first, second = sorted(descendants(running.pid))
     started = time.monotonic()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shlex
@@ -627,9 +628,23 @@ def test_lingering_ranks_are_ended_once_the_controller_answers_and_the_guard_sta
     assert (tmp_path / "ended").read_text() == "--signal=KILL 17.0\n"
 
 
-@pytest.mark.parametrize(("code", "launcher"), [(ExitCode.FAULT, "137\n"), (ExitCode.DIVERGED, "0\n")])
-def test_ranks_that_a_fault_has_ended_do_not_linger_but_those_of_a_run_that_diverged_may_wait_for_a_scrape(
-    programs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: ExitCode, launcher: str
+@pytest.mark.parametrize(
+    ("code", "is_locked", "seconds", "launcher"),
+    [
+        (ExitCode.FAULT, False, "40", "137\n"),
+        (ExitCode.FAULT, True, "40", "0\n"),
+        (ExitCode.FAULT, True, "15", "137\n"),
+        (ExitCode.DIVERGED, False, "40", "0\n"),
+    ],
+)
+def test_ranks_that_a_fault_has_ended_do_not_linger_but_rank_0_may_wait_for_a_scrape(
+    programs: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    code: ExitCode,
+    is_locked: bool,
+    seconds: str,
+    launcher: str,
 ) -> None:
     monkeypatch.setenv("DIST_TRAIN_LAUNCH", "x")
     StatusFile(tmp_path / "status.json", 2).end("failed", code, "")
@@ -643,7 +658,11 @@ def test_ranks_that_a_fault_has_ended_do_not_linger_but_those_of_a_run_that_dive
         wait "$launcher" || code=$?
         echo "$code"
     """
-    assert start(script_of(tmp_path, lines), PATH=programs, **TWO_NODES).stdout == launcher
+    with (tmp_path / "run.lock").open("w") as lock:
+        if is_locked:  # as by rank 0
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        ended = start(script_of(tmp_path, lines), PATH=programs, LOSS_SECONDS=seconds, **TWO_NODES)
+    assert ended.stdout == launcher
 
 
 def test_the_check_of_the_nodes_requests_the_gpus_that_the_run_uses(programs: str, tmp_path: Path) -> None:
