@@ -47,7 +47,9 @@ _NO_INTERFACE = "Unable to find address for: "  # Gloo's
 
 @contextmanager
 def naming_lost_ranks(
-    operation: str = "", kind: type[RankLostError] = RankLostError, opening: str = "a rank was lost, so the others stop"
+    operation: str = "",
+    kind: type[RankLostError] = RankLostError,
+    opening: str = "a rank was lost or, as after a long suspension, did not come in time, so all stop",
 ) -> Iterator[None]:
     """Raise `kind` in place of an engine's RuntimeError in the block, unless its cause is this rank alone.
 
