@@ -401,7 +401,7 @@ def _submit_study(arguments: argparse.Namespace) -> int:
             print(f"# {job.name}{dependency}\n{job.script}")
         return ExitCode.FINISHED
     publish(plan)
-    for name, number in submit_study(jobs, submission.run_directory).items():
+    for name, number in submit_study(jobs, submission).items():
         print(f"{name:<14} {number}")
     print(f"study          {submission.run_directory}")
     print(f"watch it       {shlex.join([*sweep, '--list'])}")

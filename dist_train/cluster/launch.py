@@ -153,7 +153,8 @@ def _store_of_torch(environment: Mapping[str, str]) -> StoreAddress:
 def _store_of_slurm(environment: Mapping[str, str]) -> StoreAddress | None:
     """Return the first node of the step and a port derived from its id; MASTER_ADDR and MASTER_PORT take precedence.
 
-    Batch scripts add a random number, without which other users could tell the port beforehand. The first process there serves the store. It need not be rank 0: Slurm 26.05 orders ranks by the network's topology.
+    Batch scripts add a random number, without which other users could tell the port beforehand. The first process there
+    serves the store. It need not be rank 0: Slurm 26.05 orders ranks by the network's topology.
     """
     nodes = environment.get("SLURM_STEP_NODELIST", "")
     first = re.match(r"([^\[,]+)(?:\[(\w+))?", nodes)
@@ -218,6 +219,12 @@ def job_states(jobs: Sequence[str]) -> dict[str, str]:
     lines = _squeue("--states=all", "--format=%A %T", f"--jobs={','.join(jobs)}")
     states = dict(line.split(maxsplit=1) for line in lines.splitlines() if " " in line)
     return {job: state for job, state in states.items() if job in jobs}
+
+
+def array_states(arrays: Sequence[str]) -> dict[str, str]:
+    """Return those of the job `arrays` that have tasks which wait or run, each with the state of one of them."""
+    lines = _squeue("--format=%F %T", f"--jobs={','.join(arrays)}") if arrays else ""
+    return dict(line.split(maxsplit=1) for line in lines.splitlines() if " " in line)
 
 
 def job_end(job: str, seconds: float = 20.0) -> float | None:

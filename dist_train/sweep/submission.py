@@ -6,12 +6,12 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from dist_train.cluster.launch import JOB_IS_ALIVE, job_states, submit
+from dist_train.cluster.launch import JOB_IS_ALIVE, array_states, job_states, submit
 from dist_train.config import Config
 from dist_train.data.plan import BatchPlan
 from dist_train.outcome import UsageError, writing
@@ -72,15 +72,7 @@ def submit_run(submission: Submission) -> str:
     Raises UsageError if another job runs or will run it, its directory cannot be made, or sbatch is missing or refuses.
     """
     files = RunDirectory(submission.run_directory)
-    waits = any(re.match(r"--dependency\b|-d", option) for option in submission.options)
-    if not waits and (busy := jobs_of(files)):
-        job, state = next(iter(busy.items()))
-        raise UsageError(
-            f"{files.root} belongs to job {job}, which is {state}: two jobs must not write into one run directory; "
-            f"scancel {job}, let this job wait for it (-- --dependency=afterany:{job}), "
-            f"or choose another directory with run.name or --run-dir",
-            code="run-in-queue",
-        )
+    _refuse_second_job(submission, jobs_of(files))
     new = [folder for folder in (files.root, *files.root.parents) if not folder.exists()]
     with writing(files.root, "choose another by run.directory or --run-dir", code="run-directory-unwritable"):
         files.root.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -91,19 +83,38 @@ def submit_run(submission: Submission) -> str:
             for folder in new:
                 folder.rmdir()
         raise
-    with suppress(OSError), files.jobs.open("a") as file:
-        file.write(f"{job}\n")
+    _record_job(files, job)
     return job
 
 
 def jobs_of(files: RunDirectory) -> dict[str, str]:
     """Return the run's active and pending jobs with their Slurm states."""
-    submitted: list[str] = []
-    with suppress(OSError, UnicodeDecodeError):
-        submitted = files.jobs.read_text().split()[-_MOST_JOBS:]
     status = read_status(files.status)
-    known = dict.fromkeys(filter(str.isdecimal, [*submitted, status.slurm_job if status else ""]))
+    known = dict.fromkeys([*_recorded_jobs(files), *filter(str.isdecimal, [status.slurm_job if status else ""])])
     return {job: state for job, state in job_states(list(known)).items() if state in JOB_IS_ALIVE}
+
+
+def _recorded_jobs(files: RunDirectory) -> list[str]:
+    with suppress(OSError, UnicodeDecodeError):
+        return list(filter(str.isdecimal, files.jobs.read_text().split()[-_MOST_JOBS:]))
+    return []
+
+
+def _record_job(files: RunDirectory, job: str) -> None:
+    with suppress(OSError), files.jobs.open("a") as file:
+        file.write(f"{job}\n")
+
+
+def _refuse_second_job(submission: Submission, busy: Mapping[str, str]) -> None:
+    """Raise UsageError if jobs are `busy` with the same, unless ours waits, or the user has chosen an array's tasks."""
+    if busy and not any(re.match(r"--(?:dependency|array)\b|-[da]", option) for option in submission.options):
+        job, state = next(iter(busy.items()))
+        raise UsageError(
+            f"{submission.run_directory} belongs to job {job}, which is {state}: two jobs must not write into one run "
+            f"directory; scancel {job}, let this job wait for it (-- --dependency=afterany:{job}), "
+            f"or choose another directory with --run-dir",
+            code="run-in-queue",
+        )
 
 
 def write_script(submission: Submission) -> str:
@@ -151,12 +162,14 @@ def study_jobs(plan: Plan, numbers: str, submission: Submission) -> tuple[Job, .
     return tuple(jobs)
 
 
-def submit_study(jobs: Sequence[Job], folder: Path) -> dict[str, str]:
+def submit_study(jobs: Sequence[Job], submission: Submission) -> dict[str, str]:
     """Submit a study's jobs, each dependent on the previous one; return their ids by name.
 
-    Raises UsageError, which names the jobs that are in the queue already.
+    Raises UsageError, which names the jobs that are in the queue already, also if an earlier array still trains.
     """
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    files = RunDirectory(submission.run_directory)  # of which a study has the record of its arrays alone
+    _refuse_second_job(submission, array_states(_recorded_jobs(files)))
+    files.root.mkdir(mode=0o700, parents=True, exist_ok=True)
     ids: dict[str, str] = {}
     for job in jobs:
         before = list(ids.values())[-1:]
@@ -168,6 +181,8 @@ def submit_study(jobs: Sequence[Job], folder: Path) -> dict[str, str]:
             queued = " ".join(ids.values())
             text = f"{error}; in the queue already: {queued} (to start over, first scancel {queued})"
             raise UsageError(text, code=error.code) from None
+        if not before:
+            _record_job(files, ids[job.name])
     return ids
 
 

@@ -20,6 +20,7 @@ from dist_train.config.loading import project_root
 from dist_train.outcome import ExitCode, UsageError
 from dist_train.sweep.submission import describe_batch
 from tests.archives import write_fashion_mnist
+from tests.programs import write_programs
 from tests.raising import raises
 from tests.unit.studies import finish_run, small_plan, write_study
 
@@ -284,6 +285,25 @@ def test_a_study_s_jobs_in_the_queue_are_named_and_the_command_that_watches_them
     told = capsys.readouterr().err
     assert "[sbatch-refused]" in told
     assert "scancel 18" in told
+
+
+def test_a_second_array_for_one_study_is_refused_unless_it_waits_or_its_tasks_are_chosen(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    count, asked = tmp_path / "count", tmp_path / "asked"
+    (tmp_path / "bin").mkdir()
+    sbatch = f"n=$(cat {count} || echo 16); echo $((n + 1)) | tee {count}"
+    write_programs(tmp_path / "bin", sbatch=sbatch, squeue=f'echo "$@" >{asked}; echo 17 RUNNING; echo 17 PENDING')
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin", prepend=os.pathsep)
+    command = ["submit", "--study", str(write_study(tmp_path))]
+    assert main(command) == ExitCode.FINISHED
+    assert main(command) == ExitCode.USAGE
+    refusal = capsys.readouterr().err
+    assert "[run-in-queue]" in refusal
+    assert "job 17" in refusal
+    assert "--jobs=17" in asked.read_text().split()  # not the report, 18, which waits for the array
+    for option in ("--dependency=afterany:17", "--array=3-4"):
+        assert main([*command, "--", option]) == ExitCode.FINISHED
 
 
 @pytest.mark.parametrize("option", ["--run-dir", "--directory"])
