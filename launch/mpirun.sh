@@ -71,7 +71,7 @@ if [[ -n $hostfile || ${SLURM_JOB_NODELIST:-$this_node} != "$this_node" ]]; then
     [[ -z $hostfile ]] || command+=(--hostfile "$hostfile")
     # In a Slurm job mpirun starts its daemons, one on each node, with srun: they would have what the job requests for one
     # task.
-    unset SLURM_CPUS_PER_TASK SLURM_GPUS_PER_TASK SLURM_TRES_PER_TASK
+    unset SLURM_CPUS_PER_TASK SRUN_CPUS_PER_TASK SLURM_GPUS_PER_TASK SLURM_TRES_PER_TASK
 else
     stop=stop_local_ranks
     set_rank_environment "${OMP_NUM_THREADS:-$(threads_each "$rank_count")}"

@@ -284,7 +284,7 @@ compose_command() {
             # mpirun starts a daemon on each node with srun, which gives it the GPUs that this requests. It would also give
             # it the cores of one task alone, for all of the node's ranks, unless srun and mpirun know --external-launcher.
             ((gpus == 0)) || export SLURM_GPUS_PER_NODE=$gpus
-            unset SLURM_CPUS_PER_TASK
+            unset SLURM_CPUS_PER_TASK SRUN_CPUS_PER_TASK
             while read -r name; do
                 command+=(-x "$name")
             done < <(passed_variables)

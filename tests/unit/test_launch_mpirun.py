@@ -113,6 +113,7 @@ def test_ranks_on_other_machines_get_the_variables_of_libraries_and_caches(tmp_p
 
 def test_on_the_nodes_of_a_slurm_job_daemons_do_not_have_the_share_of_one_task(tmp_path: Path) -> None:
     asked = {"SLURM_CPUS_PER_TASK": "4", "SLURM_GPUS_PER_TASK": "1", "SLURM_TRES_PER_TASK": "cpu=4,gres/gpu=1"}
+    asked["SRUN_CPUS_PER_TASK"] = "4"
     environment = with_programs(tmp_path, f"env >{tmp_path}/variables")
     job = {"SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "node[1-2]", **asked}
     subprocess.run([str(ROOT / "launch/mpirun.sh"), "runs"], env={**environment, **job}, check=True)

@@ -120,7 +120,7 @@ def test_what_the_job_requests_does_not_reach_the_srun_of_the_launcher(
     (tmp_path / launcher).write_text(f"#!/bin/sh\nenv >{tmp_path}/variables\n")
     asked = {"SLURM_GPUS": "4", "SLURM_GPUS_PER_SOCKET": "1", "SLURM_GPUS_PER_TASK": "1", "SLURM_TRES_BIND": "gpu:1"}
     if launcher == "mpirun":  # the other one has an option for it
-        asked["SLURM_CPUS_PER_TASK"] = "4"
+        asked |= {"SLURM_CPUS_PER_TASK": "4", "SRUN_CPUS_PER_TASK": "4"}  # the latter, sites advise to set
     job = {**SETTLED, "SLURM_GPUS_ON_NODE": "2", "SLURM_NTASKS": "4", **asked}
     lines = f'need_mpirun() {{ mpirun={tmp_path}/mpirun; }}\nprepare_ranks\n"${{command[@]}}"'
     ended = start(script_of(tmp_path, lines), PATH=programs, LAUNCHER=launcher, **job)
