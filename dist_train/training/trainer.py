@@ -19,6 +19,7 @@ from dist_train.config.plugins import plugin_files
 from dist_train.config.resuming import with_setting
 from dist_train.data.loader import Splits
 from dist_train.data.plan import BatchPlan
+from dist_train.models.norms import norm_modules
 from dist_train.monitoring.observers import Observers
 from dist_train.optim.averaging import AveragedModel
 from dist_train.optim.noise import Noise
@@ -354,7 +355,7 @@ class Trainer:
 
     def _recompute_statistics(self) -> None:
         """Recompute the norm statistics, if there are norms, at the weights that the network currently uses."""
-        if not self.training_step.statistics.norms:
+        if not norm_modules(self.network):
             return
         count, micro_size = len(self.splits.train), self.plan.micro_size
         recompute_statistics(
