@@ -267,8 +267,9 @@ def create_missing(optimizer: Optimizer, packed: bytes) -> None:
 
 
 def set_numbers(optimizer: Optimizer, packed: bytes, device: torch.device) -> None:
-    """Set what `packed_numbers` returned on another rank, with tensors on `device`."""
-    values, unattached, further, _ = torch.load(io.BytesIO(packed), map_location=device, weights_only=True)
+    """Set what `packed_numbers` returned on another rank, with the tensors of groups and state on `device`."""
+    values, unattached, *_ = torch.load(io.BytesIO(packed), map_location=device, weights_only=True)
+    *_, further, _ = torch.load(io.BytesIO(packed), map_location="cpu", weights_only=True)  # as from a checkpoint
     for part, numbers in zip(_parts(optimizer), values, strict=True):
         part.update(numbers)
     optimizer.state.update(unattached)

@@ -30,6 +30,7 @@ from dist_train.models import build_model
 from dist_train.optim.averaging import Averaging
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.optim.noise import build_noise
+from dist_train.optim.optimizers import packed_numbers, set_numbers
 from dist_train.outcome import PeerFailedError, UsageError
 from dist_train.rundir.paths import RunDirectory
 from tests.raising import raises
@@ -142,17 +143,19 @@ class Drawing(torch.optim.SGD):
     def __init__(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         super().__init__(parameters)
         self.rng = random.Random(7)
+        self.source = torch.Generator()
 
     def step(self) -> None:  # type: ignore[override]  # no closure
         for parameter in self.param_groups[0]["params"]:
             self.state[parameter]["Q"] = [torch.full((2,), self.rng.random(), dtype=torch.bfloat16)]
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "rng_state": self.rng.getstate()}
+        return {**super().state_dict(), "rng_state": self.rng.getstate(), "source": self.source.get_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict({name: state_dict[name] for name in ("state", "param_groups")})
         self.rng.setstate(state_dict["rng_state"])
+        self.source.set_state(state_dict["source"])
 
 
 def test_a_new_rank_gets_what_an_optimizer_saves_besides_its_state() -> None:
@@ -169,6 +172,13 @@ def test_a_new_rank_gets_what_an_optimizer_saves_besides_its_state() -> None:
     assert "'Q': [tensor" in first[0]
     assert "bfloat16" in first[0]
     assert first == second
+
+
+def test_the_state_of_an_optimizer_s_own_generator_stays_on_the_cpu() -> None:
+    sender, receiver = (Drawing(torch.nn.Linear(2, 3).parameters()) for _ in range(2))
+    torch.rand(5, generator=sender.source)
+    set_numbers(receiver, packed_numbers(sender), torch.device("meta"))  # as a GPU, where no generator takes its state
+    assert torch.equal(torch.rand(5, generator=receiver.source), torch.rand(5, generator=sender.source))
 
 
 def test_a_state_that_only_other_ranks_have_is_refused_on_all() -> None:
