@@ -72,7 +72,7 @@ def submit_run(submission: Submission) -> str:
     Raises UsageError if another job runs or will run it, its directory cannot be made, or sbatch is missing or refuses.
     """
     files = RunDirectory(submission.run_directory)
-    _refuse_second_job(submission, jobs_of(files))
+    _refuse_second_job(submission, jobs_of(files), r"--dependency\b|-d")
     new = [folder for folder in (files.root, *files.root.parents) if not folder.exists()]
     with writing(files.root, "choose another by run.directory or --run-dir", code="run-directory-unwritable"):
         files.root.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -105,9 +105,9 @@ def _record_job(files: RunDirectory, job: str) -> None:
         file.write(f"{job}\n")
 
 
-def _refuse_second_job(submission: Submission, busy: Mapping[str, str]) -> None:
-    """Raise UsageError if jobs are `busy` with the same, unless ours waits, or the user has chosen an array's tasks."""
-    if busy and not any(re.match(r"--(?:dependency|array)\b|-[da]", option) for option in submission.options):
+def _refuse_second_job(submission: Submission, busy: Mapping[str, str], unless: str) -> None:
+    """Raise UsageError if jobs are `busy` with the same, unless an option of sbatch matches the pattern `unless`."""
+    if busy and not any(re.match(unless, option) for option in submission.options):
         job, state = next(iter(busy.items()))
         raise UsageError(
             f"{submission.run_directory} belongs to job {job}, which is {state}: two jobs must not write into one run "
@@ -168,7 +168,8 @@ def submit_study(jobs: Sequence[Job], submission: Submission) -> dict[str, str]:
     Raises UsageError, which names the jobs that are in the queue already, also if an earlier array still trains.
     """
     files = RunDirectory(submission.run_directory)  # of which a study has the record of its arrays alone
-    _refuse_second_job(submission, array_states(_recorded_jobs(files)))
+    # The user may have chosen tasks that the other array does not have.
+    _refuse_second_job(submission, array_states(_recorded_jobs(files)), r"--(dependency|array)\b|-[da]")
     files.root.mkdir(mode=0o700, parents=True, exist_ok=True)
     ids: dict[str, str] = {}
     for job in jobs:

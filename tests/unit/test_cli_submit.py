@@ -218,6 +218,7 @@ def test_a_second_job_for_one_run_is_refused_and_the_first_is_named(
     refusal = capsys.readouterr().err
     assert "[run-in-queue]" in refusal
     assert "job 17" in refusal
+    assert main(["submit", str(config), "--run-dir", run, "--", "--array=1-4%1"]) == ExitCode.USAGE
     assert main(["submit", str(config), "--run-dir", run, "--", "--dependency=afterany:17"]) == ExitCode.FINISHED
 
 
