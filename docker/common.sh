@@ -146,7 +146,7 @@ build_jobs() {
                 path=${path%/*}
                 cat "$folder$path/$file" 2>/dev/null || true
             done
-        done <"$top/proc/self/cgroup"
+        done < <(cat "$top/proc/self/cgroup" 2>/dev/null) # not there if the kernel has no cgroups
     } | awk -v cores="$(nproc)" '
         /^[0-9]+$/ && (!least || $1 < least) { least = $1 }
         END { jobs = int(least / 2e9); print jobs < 1 ? 1 : jobs < cores ? jobs : cores }'
