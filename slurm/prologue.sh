@@ -735,7 +735,7 @@ end_lingering_ranks() {
 # is_locked FILE: whether a process holds this lock, on any node; not where the file system has no locks.
 is_locked() {
     local status=0
-    flock --shared --nonblock --conflict-exit-code 9 "$1" true 2>/dev/null || status=$?
+    flock --shared --nonblock --conflict-exit-code 9 0 2>/dev/null <"$1" || status=$?
     ((status == 9))
 }
 

@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 
@@ -658,11 +659,13 @@ def test_ranks_that_a_fault_has_ended_do_not_linger_but_rank_0_may_wait_for_a_sc
         wait "$launcher" || code=$?
         echo "$code"
     """
-    with (tmp_path / "run.lock").open("w") as lock:
-        if is_locked:  # as by rank 0
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    lock = tmp_path / "run.lock"
+    with lock.open("w") if is_locked else nullcontext() as file:  # as by rank 0
+        if file is not None:
+            fcntl.flock(file, fcntl.LOCK_EX)
         ended = start(script_of(tmp_path, lines), PATH=programs, LOSS_SECONDS=seconds, **TWO_NODES)
     assert ended.stdout == launcher
+    assert lock.exists() == is_locked, "to ask makes no file"
 
 
 def test_the_check_of_the_nodes_requests_the_gpus_that_the_run_uses(programs: str, tmp_path: Path) -> None:
