@@ -151,12 +151,12 @@ class TrainState:
 
         Its tensors may change at the next update, but not before: what the next forward pass may change is copied.
         """
-        buffers = {name for name, _ in self.network.named_buffers(remove_duplicate=False)}
+        changing = {*self.changing, *(name for name, _ in self.network.named_buffers(remove_duplicate=False))}
         model = self.network.state_dict()
         return Contents(
             step=progress.step,
             epoch=epoch,
-            model={name: value.clone() if name in buffers else value for name, value in model.items()},
+            model={name: value.clone() if name in changing else value for name, value in model.items()},
             optimizer=self.optimizer.state_dict(),
             config=config.model_dump(mode="json"),
             metrics=progress.metrics(),

@@ -12,7 +12,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dist_train.checkpoint import writer
 from dist_train.checkpoint.files import list_checkpoints, newest_whole, read_checkpoint, write_checkpoint
@@ -607,16 +607,35 @@ def test_promises_4_and_5_ranks_share_the_buffers_that_a_model_s_own_layers_chan
     assert [state for state, _, _ in resumed] == [whole[0][0]] * 3
 
 
-def test_promise_6_a_slow_copy_holds_the_buffers_of_its_step_though_a_forward_pass_changes_them(
+class CountingPasses(nn.Module):
+    """Counts in a frozen parameter, as a teacher whose weights follow those that are trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.passes = nn.Parameter(torch.zeros(1), requires_grad=False)
+
+    def forward(self, values: Tensor) -> Tensor:
+        if self.training:
+            self.passes.add_(1.0)
+        return values
+
+
+def with_counts(images: Any, width: float, norm: object) -> nn.Module:
+    return nn.Sequential(*with_torchs_norm(images, width, norm).children(), CountingPasses())
+
+
+def test_promise_6_a_slow_copy_holds_what_forward_passes_change_as_it_was_at_its_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writer, "_YIELD_SECONDS", 0.2)
-    model = {"name": f"{__name__}:with_torchs_norm", "norm_statistics": "running"}
+    model = {"name": f"{__name__}:with_counts", "norm_statistics": "running"}
     _, _, trainer = run(tmp_path, SingleProcess(), model=model, checkpoint={"every_steps": 1, "keep": 9})
     trainer.close()
     files = list_checkpoints(tmp_path / "checkpoints")
-    passes = {file.step: int(read_checkpoint(file.path).model["1.num_batches_tracked"]) for file in files}
-    assert passes == {step: 5 * step for step in range(1, 7)}
+    models = {file.step: read_checkpoint(file.path).model for file in files}
+    for name in ("1.num_batches_tracked", "5.passes"):
+        since_first = {step: int(model[name] - models[1][name]) for step, model in models.items()}
+        assert since_first == {step: 5 * (step - 1) for step in range(1, 7)}, name
 
 
 class Slowing(torch.optim.SGD):
