@@ -187,6 +187,17 @@ def test_an_image_is_mixed_with_the_next_by_the_share_that_its_label_has(setting
     assert int((share < 1).sum()) > 0
 
 
+def test_cutmix_alone_cuts_every_image_and_with_mixup_half_of_them() -> None:
+    plan = BatchPlan(SAMPLES, 16)
+    (alone, *_, share), (both, *_) = (
+        mixed(RegularizationSettings(mixup=mixup, cutmix=1e6), plan.micro_batches, SAMPLES) for mixup in (0.0, 1e6)
+    )
+    assert all(len(image.unique()) == 2 for image in alone)
+    assert 10 <= sum(len(image.unique()) == 2 for image in both) <= 30
+    # all draw a half, and a box has the square root of that of each side, unless the edge clips it
+    assert float(share.min()) == pytest.approx(1 - 4 * 5 / (6 * 8))
+
+
 def test_each_epoch_mixes_otherwise() -> None:
     plan = BatchPlan(SAMPLES, 16)
     first, second = (mixed(BOTH, plan.micro_batches, SAMPLES, epoch)[3] for epoch in (0, 1))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import chain
+from itertools import chain, pairwise
 
 import torch
 from hypothesis import given, settings
@@ -62,6 +62,14 @@ def test_a_share_is_dealt_round_robin() -> None:
     plan = BatchPlan(global_size=10, micro_size=3)
     assert plan.share(0, 3) == (MicroBatch(0, 0, 3), MicroBatch(3, 9, 10))
     assert plan.share(2, 3) == (MicroBatch(2, 6, 9),)
+
+
+@given(PLANS, st.data())
+def test_promise_1_dealt_by_any_counts_each_rank_in_turn_gets_the_next(plan: BatchPlan, data: st.DataObject) -> None:
+    total = len(plan.micro_batches)
+    cuts = sorted(data.draw(st.lists(st.integers(0, total), max_size=8)))
+    counts = [stop - start for start, stop in pairwise([0, *cuts, total])]
+    assert tuple(chain.from_iterable(plan.dealt(counts, rank) for rank in range(len(counts)))) == plan.micro_batches
 
 
 def test_what_is_left_of_an_epoch_after_its_last_whole_batch_is_left_out() -> None:

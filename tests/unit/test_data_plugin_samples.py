@@ -148,6 +148,14 @@ def test_what_is_held_in_memory_and_parts_of_files_are_augmented_alike(root: Pat
     assert torch.equal(read(opened(**shards), [3, 1], 2), read(opened(**folder, name="imagefolder"), [3, 1], 2))
 
 
+def test_the_images_by_which_inputs_are_normalized_are_chosen_by_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "STATISTICS_SAMPLES", 10)
+    monkeypatch.setattr(Drawing, "__getitem__", lambda self, index: (torch.full((3, SIZE, SIZE), index).byte(), 0))
+    found = [opened(seed, **OWN, normalize=True).normalization for seed in (5, 5, 6)]
+    assert found[0] == found[1]
+    assert found[0] != found[2]
+
+
 def test_what_is_held_out_of_a_data_set_is_not_trained_on() -> None:
     splits = opened(**OWN, validation_size=6, train_size=12)
     samples = [splits.train, splits.of("validation")]

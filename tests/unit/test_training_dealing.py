@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from itertools import chain, pairwise
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -199,7 +199,10 @@ def test_whoever_is_ready_every_micro_batch_is_claimed_once(
 ) -> None:
     plan, counters = BatchPlan(global_size, micro_size), Counters()
     ranks = [DynamicDealing(plan, rank, size, counters) for rank in range(size)]
+    larger = BatchPlan(global_size, 2 * micro_size)
     for step in range(steps):
+        first_try = global_batch(larger, DynamicDealing(larger, 0, size, counters), step)
+        list(islice(first_try.iterate(lambda requests: None), 3))  # then memory runs out
         batches = [global_batch(plan, each, step) for each in ranks]
         for _ in range(2):  # a gradient that is computed again
             held: list[list[tuple[MicroBatch, bool]]] = [[] for _ in ranks]

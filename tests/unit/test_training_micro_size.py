@@ -60,6 +60,7 @@ def test_it_is_the_largest_power_of_two_that_fits(largest: int, global_size: int
 def test_it_is_what_fits_every_rank_and_no_more_than_an_even_share() -> None:
     assert results(3, lambda each: found((1000, 20, 50)[each.rank], 8192, each)) == [16] * 3
     assert results(4, lambda each: found(1000, 256, each)) == [64] * 4
+    assert results(4, lambda each: found(1000, 4, each)) == [2] * 4  # as many as a norm needs, though a share is 1
 
 
 @pytest.mark.parametrize(("global_size", "fewest", "size"), [(98, 2, 32), (98, 3, 31), (8192, 5, 128), (129, 2, 127)])
