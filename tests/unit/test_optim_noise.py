@@ -211,6 +211,20 @@ def test_excluded_weights_are_not_moved_and_all_others_are(exclude: list[str], k
     assert sorted(still + moved) == sorted(segment.name for segment in weights.segments)
 
 
+@pytest.mark.parametrize("method", ["sam", "asam"])
+def test_an_ascent_moves_all_weights_but_the_excluded_and_the_padding(method: str) -> None:
+    weights = weights_of()
+    noise = a_noise(weights, method=method, sharing="micro_batch", exclude=("bias",))
+
+    def ascend() -> None:
+        weights.gradients.fill_(1.0)
+
+    with perturbed(noise, 0):
+        noise.perturb_for(0, ascend)
+        moved = in_force(weights) != weights.values
+    assert torch.equal(moved, weights.mask(("bias",)) > 0)
+
+
 def test_an_exclude_that_leaves_nothing_is_refused_where_it_has_an_effect() -> None:
     for method in ("smoothout", "sam", "langevin"):
         with raises(UsageError, "nothing-to-move"):

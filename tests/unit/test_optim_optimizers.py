@@ -622,6 +622,24 @@ def test_what_a_plugin_s_optimizer_does_around_its_step_is_done() -> None:
     assert called == [hooked]
 
 
+class Replacing(torch.optim.SGD):
+    """Which gives each parameter new tensors."""
+
+    def step(self) -> None:  # type: ignore[override]  # no closure
+        for parameter in self.param_groups[0]["params"]:
+            parameter.data, parameter.grad = parameter.data * 0.5, None
+
+
+def test_weights_and_gradients_that_a_plugin_replaces_are_in_their_buffers_again() -> None:
+    optimizer, weights = optimizer_of(Replacing)
+    expected = weights.values * 0.5
+    optimizer_step(optimizer, weights)
+    assert torch.equal(weights.values, expected)
+    weights.gradients.zero_()
+    torch.autograd.backward([parameter.sum() for parameter in weights.parameters])  # as SAM's ascent
+    assert torch.equal(weights.gradients, weights.mask(()))
+
+
 @pytest.mark.parametrize(
     "register", [register_optimizer_step_pre_hook, register_optimizer_step_post_hook], ids=["pre", "post"]
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -83,6 +84,19 @@ def test_an_average_leaves_the_run_itself_as_it_is(tmp_path: Path) -> None:
     averaged = run(tmp_path / "averaged", SingleProcess(), {"averaging": {"kind": "lawa", "every_steps": 1}})
     assert averaged[0] == plain[0]
     assert [entry for entry in averaged[1] if not str(entry[1]).endswith("-averaged")] == plain[1]
+
+
+@pytest.mark.parametrize("kind", ["ema", "lawa"])
+def test_promise_5_a_resumed_run_goes_on_with_its_averages(tmp_path: Path, kind: str) -> None:
+    config = small_config(averaging={"kind": kind})
+    trainer = build_trainer(config, tmp_path, SingleProcess())
+    for _ in range(3):
+        trainer.advance()
+    contents = replace(trainer.contents(), average=trainer._averaged.contents(3))
+    resumed = build_trainer(config, tmp_path, SingleProcess(), contents=contents)
+    before, after = (each.training_step.averaging.kept for each in (trainer, resumed))
+    assert torch.equal(before, after)
+    assert before.any()
 
 
 def test_averaged_weights_have_norm_statistics_of_their_own(tmp_path: Path) -> None:

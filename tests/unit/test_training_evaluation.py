@@ -232,8 +232,12 @@ def test_a_loss_is_a_number_wherever_the_outputs_are(scale: float) -> None:
 
 
 class TestRecomputedStatistics:
-    def recompute(self, comm: SimulatedRanks | SingleProcess, micro_size: int = 9, seed: int = 0) -> nn.Module:
+    def recompute(
+        self, comm: SimulatedRanks | SingleProcess, micro_size: int = 9, seed: int = 0, factor: float = 1.0
+    ) -> nn.Module:
         model = a_model()
+        with torch.no_grad():
+            model.get_parameter("convolution1_1.weight").mul_(factor)
         norms = norm_modules(model)
         for norm in norms:
             norm.running_mean.fill_(1e6)
@@ -265,6 +269,11 @@ class TestRecomputedStatistics:
         groups = outputs.view(10, 4, -1, 8, 8)
         torch.testing.assert_close(first.running_mean, outputs.mean(dim=(0, 2, 3)))
         torch.testing.assert_close(first.running_var, groups.var(dim=(1, 3, 4)).mean(dim=0))
+
+    @pytest.mark.parametrize("factor", [1e7, math.nan])
+    def test_statistics_out_of_range_are_a_divergence_on_all_ranks(self, factor: float) -> None:
+        ended = on_ranks(2, lambda comm: self.recompute(comm, factor=factor))
+        assert [getattr(error, "code", "") for error in ended] == ["statistics-not-finite"] * 2
 
     def test_weights_stay_and_the_model_goes_on_training(self) -> None:
         model, fresh = self.recompute(SingleProcess()), a_model()

@@ -404,16 +404,33 @@ def test_a_gradient_out_of_the_integers_range_is_a_divergence_said_so(tmp_path: 
         assert error.code == "step-not-finite"
 
 
+def steepen(trainer: Trainer, factor: float) -> None:
+    """Multiply all gradients from now on."""
+
+    def multiply(module: nn.Module, inputs: object, outputs: Tensor) -> None:
+        outputs.register_hook(lambda gradient: gradient * factor)
+
+    trainer.training_step.model.register_forward_hook(multiply)
+
+
+def test_a_gradient_whose_norm_alone_is_not_finite_is_a_divergence(tmp_path: Path) -> None:
+    config = small_config(model={"norm": "none", "width": 0.0625}, comm={"reduction": "float"})
+    trainer = build_trainer(config, tmp_path, SingleProcess())
+    steepen(trainer, 1e24)
+    with raises(DivergedError, "step-not-finite"):
+        take(trainer)
+    gradients = trainer.training_step.weights.gradients
+    assert bool(gradients.isfinite().all())
+    assert gradients.any()
+
+
 @pytest.mark.parametrize("factor", [1e-7, 1.0, 1e7])
 def test_float16_on_its_way_costs_a_gradient_of_any_size_a_thousandth_at_most(tmp_path: Path, factor: float) -> None:
     config = small_config(model={"norm": "none", "width": 0.0625}, comm={"reduction": "float", "verify_every": 0})
 
-    def steepen(module: nn.Module, inputs: object, outputs: Tensor) -> None:
-        outputs.register_hook(lambda gradient: gradient * factor)
-
     def gradient(comm: Communicator, compression: str) -> tuple[Tensor, int, object]:
         trainer = build_trainer(with_setting(config, "comm.compression", compression), tmp_path, comm)
-        trainer.training_step.model.register_forward_hook(steepen)
+        steepen(trainer, factor)
         repeats = take(trainer, rate=0.0).repeats
         take(trainer, rate=0.0)
         return trainer.training_step.weights.gradients.clone(), repeats, trainer.progress.grid_exponents

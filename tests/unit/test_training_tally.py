@@ -89,11 +89,12 @@ def test_what_one_rank_has_to_say_reaches_all() -> None:
     def tell(comm: Communicator) -> TallyResult:
         tally = Tally(comm, BatchStatistics((), CPU, 12))
         said = torch.tensor(comm.rank == 0)
-        tally.send(out_of_range=said, out_of_memory=comm.rank > 0, stop=comm.rank == 2)
+        tally.send(out_of_range=said, out_of_memory=comm.rank > 0, stop=comm.rank == 2, pace=7 * comm.rank)
         return tally.result()
 
     for total in results(3, tell):
         assert (total.out_of_range, total.out_of_memory, total.stop) == (1, 2, 1)
+        assert total.paces == (0, 7, 14)
         assert (total.samples, total.loss, total.accuracy) == (0, 0.0, 0.0)
 
 
