@@ -292,6 +292,8 @@ def test_addresses_are_tried_until_one_answers() -> None:
     ]
     assert watches[1].await_answer(PATIENCE)
     assert watches[1]._path == 2
+    watches[1]._path = 0  # as if the one in use led nowhere any more
+    wait_for(lambda: watches[1]._path == 2)
     for each in watches:
         each.close()
     assert lost == []

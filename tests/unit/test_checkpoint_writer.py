@@ -262,6 +262,18 @@ def test_a_run_fails_by_its_last_one_unless_a_later_attempt_has_written_it(tmp_p
     assert events == ["checkpoint_failed", "checkpoint"][: 1 if times > 1 else 2]
 
 
+def test_a_step_that_the_writer_has_is_not_saved_again_although_a_recovery_asks_for_it(tmp_path: Path) -> None:
+    events: list[str] = []
+    writer = CheckpointWriter(tmp_path, CheckpointSettings(), nothing)
+    saving = Saving(SingleProcess(), lambda name, *_, **__: events.append(name), writer)
+    for _ in range(2):
+        saving.save(1, lambda: contents(1), None)
+        saving.settle()
+        saving.saved_step = None
+    saving.close()
+    assert events == ["checkpoint"]
+
+
 @pytest.mark.parametrize(
     ("number", "fix"), [(errno.ENOSPC, "space"), (errno.ENOENT, "back"), (errno.EROFS, "Fix that")]
 )
@@ -312,6 +324,7 @@ def test_records_that_the_disk_refuses_lie_in_the_fallback_beside_the_checkpoint
     lines.record(train(1))
     monkeypatch.setattr(os, "write", fail)
     lines.record(train(2))
+    assert lines.waiting.count(b"\n") == 2, "the disk may also lose the first, which nothing has flushed"
     writer.submit(contents(2), None)
     writer.close()
     monkeypatch.undo()

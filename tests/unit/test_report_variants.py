@@ -23,7 +23,7 @@ from dist_train.report.page import render, tables_in_markdown
 from dist_train.report.sharpness_charts import sharpness_scatters
 from dist_train.report.stored_run import Subject, read_run, read_subject
 from dist_train.report.tables import contrast_tables, effect_tables, run_cells, variant_cell
-from dist_train.report.variants import changes_between, panels_of, shown
+from dist_train.report.variants import changes_between, duplicates_of, panels_of, shown
 from dist_train.rundir.metrics_file import to_json
 from dist_train.rundir.records import EvaluationRecord, EventRecord, TrainRecord
 from dist_train.watch.figure import Chart
@@ -103,6 +103,15 @@ def test_runs_of_other_plugin_code_are_two_variants(tmp_path: Path, seeds: tuple
     [change] = panel.variants[1].changes
     assert (change.path, change.value) == ("plug-in mine/net.py", "b" * 64)
     assert panel.variants[1].label == f"plug-in mine/net.py {'b' * 8}"
+
+
+def test_planned_runs_whose_settings_are_lost_repeat_no_other(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "study", seeds=(0,))
+    for config in study.glob("*/config.yaml"):
+        config.unlink()
+    runs = read_subject(study).runs
+    assert ({run.seed for run in runs}, [run.name for run in runs if run.settings]) == ({0}, [])
+    assert duplicates_of(runs) == {}
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from dist_train.outcome import FaultError, UsageError
-from dist_train.rundir.lock import LockRequest, RunLock
+from dist_train.rundir.lock import LockRequest, RunLock, process_runs
 from dist_train.rundir.paths import RunDirectory
 from tests.raising import raises
 
@@ -72,6 +72,13 @@ def test_an_owner_that_is_about_to_end_is_waited_for(tmp_path: Path) -> None:
         threading.Timer(0.3, other.kill).start()
         lock(tmp_path, patience=60).release()
         assert other.wait() == -signal.SIGKILL
+
+
+def test_waiting_in_turns_for_an_owner_leaves_nothing_open(tmp_path: Path) -> None:
+    with held_by_another(tmp_path):
+        request, before = LockRequest(RunDirectory(tmp_path), patience=60), os.listdir("/proc/self/fd")
+        assert request.wait(0) is None
+        assert os.listdir("/proc/self/fd") == before
 
 
 def test_it_can_be_taken_again_once_it_is_released(tmp_path: Path) -> None:
@@ -207,6 +214,16 @@ def test_it_does_not_become_an_old_file_that_is_purged(tmp_path: Path) -> None:
     held.check()
     assert path.stat().st_mtime > 0
     held.release()
+
+
+def test_a_process_that_has_ended_or_that_has_the_pid_of_an_earlier_one_is_not_the_one_that_was_seen() -> None:
+    now = time.time()
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        assert process_runs(process.pid, now)
+        assert not process_runs(process.pid, now - 60)
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert not process_runs(process.pid, now), "a zombie"
 
 
 def test_only_the_user_may_read_the_lock(tmp_path: Path) -> None:

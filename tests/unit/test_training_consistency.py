@@ -8,6 +8,7 @@ from unittest.mock import Mock
 
 import pytest
 
+from dist_train.cluster.communicator import Communicator
 from dist_train.config import parse_config
 from dist_train.config.plugins import plugin_files
 from dist_train.kernels import operators
@@ -99,6 +100,17 @@ def test_the_files_of_plug_ins_are_part_of_the_code(tmp_path: Path) -> None:
     assert f"{tmp_path.name}/mine.py" in consistency.code_of(config)
 
 
+def test_other_code_of_a_plug_in_is_named_before_the_settings_that_name_it(tmp_path: Path) -> None:
+    configs = []
+    for rank in range(2):
+        file = tmp_path / f"node-{rank}" / "own" / "mine.py"
+        file.parent.mkdir(parents=True)
+        file.write_text(f"def model(images, width, norm): ...  # {rank}\n")
+        configs.append(parse_config({"model": {"name": f"{file}:model"}}, source="test"))
+    ended = on_ranks(2, lambda comm: check_consistent_across_ranks(comm, configs[comm.rank]))
+    assert "own/mine.py (" in told(ended, "ranks-differ-in-code")
+
+
 def test_an_environment_beside_a_plug_in_is_no_part_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     installed = tmp_path / ".venv" / "lib" / "python3" / "site-packages"
     installed.mkdir(parents=True)
@@ -133,3 +145,9 @@ def test_other_data_are_named() -> None:
 
     message = told(on_ranks(3, check), "ranks-differ-in-data")
     assert "fashion-mnist (other on rank 1, same on rank 0)" in message
+
+
+def test_a_rank_that_joins_does_not_compare_its_data_with_those_that_it_has_not_met() -> None:
+    comm = Communicator()  # which cannot reach anybody
+    comm.rank, comm.size, comm.is_joining = 1, 2, True
+    check_same_data(comm, "same", "fashion-mnist")

@@ -35,6 +35,11 @@ def test_all_continue_from_the_newest_state_and_the_others_take_it() -> None:
     assert (recovery.source, recovery.receivers, recovery.is_step_complete) == (1, (0, 3), False)
 
 
+def test_a_rank_that_joins_before_the_first_update_takes_the_state_of_the_others() -> None:
+    recovery = plan_recovery([rank(0, has_state=False), rank(0)])
+    assert (recovery.source, recovery.receivers) == (1, (0,))
+
+
 def test_equal_ranks_take_nothing_and_redo_what_one_of_them_has_not_done() -> None:
     assert plan_recovery([rank(5, is_writer=True), rank(5)]).is_step_complete
     recovery = plan_recovery([rank(5, is_writer=True), rank(5, is_complete=False)])
