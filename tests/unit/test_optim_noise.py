@@ -211,6 +211,20 @@ def test_excluded_weights_are_not_moved_and_all_others_are(exclude: list[str], k
     assert sorted(still + moved) == sorted(segment.name for segment in weights.segments)
 
 
+def test_micro_batches_that_take_turns_at_the_points_of_a_pair_share_its_draw() -> None:
+    weights = weights_of()
+    noise = a_noise(weights, sharing="micro_batch", antithetic=True, passes="one")
+    moves = []
+    with perturbed(noise, 0):
+        for micro_batch in range(4):
+            [point] = noise.points(micro_batch)
+            noise.perturb_for(micro_batch, nothing, point)
+            moves.append(in_force(weights) - weights.values)
+    for first, second in (moves[:2], moves[2:]):
+        torch.testing.assert_close(second, -first, rtol=0, atol=1e-6)
+    assert not torch.allclose(moves[2], moves[0], rtol=0, atol=1e-3)
+
+
 @pytest.mark.parametrize("method", ["sam", "asam"])
 def test_an_ascent_moves_all_weights_but_the_excluded_and_the_padding(method: str) -> None:
     weights = weights_of()

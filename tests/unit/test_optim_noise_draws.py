@@ -134,6 +134,12 @@ def test_the_test_of_the_distribution_sees_a_hundredth_and_tells_the_distributio
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_each_weight_s_noise_is_the_draw_times_the_weight_s_size_whatever_its_sign(distribution: Distribution) -> None:
+    expected = draw(distribution, "absolute") * weights().values.double().abs()
+    torch.testing.assert_close(draw(distribution, "weight"), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_each_filter_s_noise_has_the_filter_s_norm_and_the_draw_s_direction(distribution: Distribution) -> None:
     for name, filters in (("wide", FILTERS), ("bias", 1)):
         noise = part(name, draw(distribution, "filter")).reshape(filters, -1)
