@@ -305,6 +305,7 @@ def test_what_is_refused_lies_in_the_fallback_until_the_next_one_is_written(tmp_
     [result] = writer.results()
     assert isinstance(result, NotWritten)
     assert result.fallback is not None
+    assert fallback.stat().st_mode & 0o777 == 0o700
     assert read_checkpoint(result.fallback).step == 1
     adopt(fallback, disk)
     assert ([file.step for file in list_checkpoints(disk)], list_checkpoints(fallback)) == ([1], [])

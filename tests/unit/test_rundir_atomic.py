@@ -148,6 +148,12 @@ def test_an_error_of_the_disk_names_the_file() -> None:
         atomic.read_end(Path("/proc/self/mem"), 100)
 
 
+def test_a_last_line_that_is_kept_gets_the_newline_that_it_lacks(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"one\ntwo")
+    atomic.keep_lines(tmp_path / "file", lambda line: True)
+    assert (tmp_path / "file").read_bytes() == b"one\ntwo\n"
+
+
 def test_a_folder_that_is_not_there_is_an_error_of_the_system(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         atomic.write_text(tmp_path / "nowhere" / "file", "text")

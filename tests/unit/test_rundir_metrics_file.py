@@ -215,10 +215,12 @@ def test_a_record_after_a_failed_flush_of_many_is_kept(tmp_path: Path, monkeypat
         lines.record(train(step))
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", Mock(side_effect=OSError(errno.EIO, "Input/output error")))
-        with pytest.raises(OSError, match="Input"):
-            lines.flush()
+        for _ in range(2):
+            with pytest.raises(OSError, match="Input"):
+                lines.flush()
     lines.record(train(6))
     lines.end(OUTCOME)
+    assert lines.waiting == b""
     assert [record.step for record in read_records(path)] == [1, 2, 3, 4, 5, 6]
 
 
