@@ -17,7 +17,7 @@ from tests.elastic import FAILING, ElasticRun, Faults
 from tests.launching import final_checkpoint, results, small_settings, train_alone, write_config
 from tests.waiting import wait_for, wait_for_lines
 
-pytestmark = pytest.mark.ranks
+pytestmark = [pytest.mark.ranks, pytest.mark.timeout(3600)]  # a busy machine takes longer for a hundred faults
 
 Sections: TypeAlias = Mapping[str, Mapping[str, Any]]
 
