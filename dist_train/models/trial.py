@@ -79,9 +79,8 @@ def check_outputs(model: nn.Module, config: Config) -> None:
 def check_training(model: nn.Module, config: Config) -> tuple[str, ...]:
     """Try training a plug-in's `model`, which is left as it was; warn if results would depend on the ranks.
 
-    Return the names of the buffers and frozen parameters that a pass in training changes.
-
     Also warn of parameters that get no gradient, softmax before the loss, and pretrained weights that are replaced.
+    Returns the names of the buffers and frozen parameters that a pass in training changes.
 
     Raises UsageError if a gradient is sparse or arrives in parts, if passes change trained weights, if what checkpoints
     hold depends on the number of images, or if norms whose statistics are to be recomputed are not used in evaluations.
@@ -154,7 +153,7 @@ def check_training(model: nn.Module, config: Config) -> tuple[str, ...]:
         names = parameters_changed or buffers_changed
         _logger.warning(
             f"{name} changes {kind} in training ({', '.join(names[:_MAX_NAMES])}), on each rank by its own samples; "
-            f"after each update all take rank 0's: results depend on the number of ranks, and model.norm_statistics "
+            f"in each update all take rank 0's: results depend on the number of ranks, and model.norm_statistics "
             f"does not apply to them; build batch norms by norm(channels)"
         )
     return (*buffers_changed, *parameters_changed)

@@ -180,6 +180,14 @@ def test_float16_is_as_accurate_for_gradients_of_any_size_on_many_ranks(scale: f
         assert repeats == (scale > 100.0)
 
 
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 3e38])
+def test_float16_of_a_value_beyond_any_scale_is_not_finite_on_all_ranks(value: float) -> None:
+    gradients = [torch.ones(COUNT), torch.ones(COUNT)]
+    gradients[1][3] = value
+    for reduced, _ in results(2, lambda each: reduce(each, gradients, as_float16)):
+        assert reduced.isfinite().logical_not().nonzero().tolist() == [[3]]
+
+
 @pytest.mark.parametrize("build", [exact, as_float32])
 @pytest.mark.parametrize("unused", [0, 1, 3])
 def test_parameters_that_a_micro_batch_does_not_use_count_as_zero(build: Build, unused: int) -> None:
