@@ -75,7 +75,7 @@ def test_the_script_of_the_page_trains_alike_on_one_rank_and_on_two(
         monkeypatch.chdir(folder)
         ended = launch(ranks, controller, program=["train_mine.py"])
         assert ended.code == 0, ended.output
-        assert ended.output.count("finished 1.0") == ranks
+        assert ended.output.count("finished, test accuracy 1.0") == ranks
         models.append(dist_train.load_run("runs/halves").model().state_dict())
     one, two = models
     assert all(torch.equal(one[name], two[name]) for name in one)
