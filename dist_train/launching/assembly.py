@@ -42,7 +42,7 @@ from dist_train.data.plan import BatchPlan, check_shared_micro_batches
 from dist_train.launching.preflight import ResumePoint
 from dist_train.launching.session import Session
 from dist_train.models import Loss, build_loss, build_model, check_training, restoring_buffers, runs_sequentials_whole
-from dist_train.models.norms import BatchStatistics, fuse_relus, norm_modules
+from dist_train.models.norms import BatchStatistics, fuse_relus, norm_modules, restoring_parameters
 from dist_train.optim.averaging import Averaging
 from dist_train.optim.flat_weights import FlatWeights, check_memory
 from dist_train.optim.noise import Noise, SmoothOut, build_noise
@@ -122,7 +122,7 @@ def assemble(
     if config.precision.compile:
         model = compiled(state.network, sizes=2 * len(config.batch.sizes))  # a batch's last micro-batch may be smaller
     loss = run_on_all_ranks(comm, partial(build_loss, config, compute.device), "build the loss")
-    config = _with_micro_size(config, comm, model, loss, state.weights, compute)
+    config = _with_micro_size(config, comm, model, loss, state, compute)
     may_shrink = given is not None and given.batch.micro_size == "auto"
     # With torch.compile any pass may compile again for minutes: no progress is reported then.
     clock = StepClock(
@@ -414,7 +414,7 @@ def _initial_values(config: Config, directory: RunDirectory) -> torch.Tensor:
 
 
 def _with_micro_size(
-    config: Config, comm: Communicator, model: nn.Module, loss: Loss, weights: FlatWeights, compute: Compute
+    config: Config, comm: Communicator, model: nn.Module, loss: Loss, state: TrainState, compute: Compute
 ) -> Config:
     """Return `config` with a micro-batch size that fits every rank's device, if it is `auto`."""
     if config.batch.micro_size != "auto":
@@ -439,7 +439,7 @@ def _with_micro_size(
 
     of_plugin = is_plugin(config.model.name) or is_plugin(config.loss.name)
     layer_rng = LayerRng(config.run.seed, compute.device, of_plugin=of_plugin)
-    with layer_rng.preserved(), restoring_buffers(model):
+    with layer_rng.preserved(), restoring_buffers(model), restoring_parameters(state.network, state.changing):
         size = find_micro_size(
             try_size,
             global_sizes=[size for _, size in config.batch.sizes],
@@ -447,7 +447,7 @@ def _with_micro_size(
             comm=comm,
             fewest=fewest_samples(config.model, comm.most_ranks),
         )
-    weights.gradients.zero_()
+    state.weights.gradients.zero_()
     return with_setting(config, "batch.micro_size", size)
 
 

@@ -8,7 +8,7 @@ of the statistics.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby, pairwise
@@ -177,12 +177,12 @@ def restoring_buffers(model: nn.Module) -> Iterator[list[str]]:
 
 
 @contextmanager
-def restoring_parameters(model: nn.Module) -> Iterator[list[str]]:
-    """Restore the parameters of `model` after the block, as `restoring_buffers` does its buffers.
+def restoring_parameters(model: nn.Module, names: Collection[str] | None = None) -> Iterator[list[str]]:
+    """Restore the parameters of `model`, or those with `names`, after the block, as `restoring_buffers` does buffers.
 
     One also counts as changed if it was given another tensor, or if an operator that may change it was called on it.
     """
-    named = list(model.named_parameters())
+    named = [each for each in model.named_parameters() if names is None or each[0] in names]
     before = [(each.data_ptr(), each._version, each.detach().clone()) for _, each in named]
     changed: list[str] = []
     yield changed

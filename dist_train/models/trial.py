@@ -50,7 +50,7 @@ def check_outputs(model: nn.Module, config: Config) -> None:
             with torch.no_grad():
                 model(blank)
         model.train()  # not chained: the model's own method `train` may return nothing
-        with torch.enable_grad(), restoring_buffers(model):
+        with torch.enable_grad(), restoring_buffers(model), restoring_parameters(model):
             outputs = {" in training": model(blank)}
         model.eval()
         # Last, since a model that stores activations of a graph cannot be copied.

@@ -47,7 +47,7 @@ from dist_train.training.evaluation import evaluate_stored
 from dist_train.training.trainer import Trainer
 from tests.raising import raises
 from tests.unit.simulated_ranks import results
-from tests.unit.small_trainers import small_config
+from tests.unit.small_trainers import small_config, state_of
 
 pytestmark = pytest.mark.usefixtures("threads_as_before")
 
@@ -505,8 +505,9 @@ def test_all_sizes_of_a_long_batch_schedule_are_compiled(compiler: Compiler, mon
 def test_sizes_that_were_tried_leave_no_compiled_kernels(compiler: Compiler) -> None:
     config = small_config(batch={"global_size": 16, "micro_size": "auto"}, precision={"compile": True})
     network = nn.Sequential(nn.Conv2d(1, 1, 1), nn.Flatten(), nn.Linear(64, 10))
-    model, weights, compute = compiled(network, sizes=2), FlatWeights(network), Compute(CPU, torch.float32)
-    assert _with_micro_size(config, SingleProcess(), model, build_loss(config, CPU), weights, compute) != config
+    state = state_of(network, FlatWeights(network), torch.optim.SGD(network.parameters()))
+    model, loss, compute = compiled(network, sizes=2), build_loss(config, CPU), Compute(CPU, torch.float32)
+    assert _with_micro_size(config, SingleProcess(), model, loss, state, compute) != config
     model(torch.zeros(16, 1, 8, 8))
     assert compiler.sizes == [2, 4, 8, 16, 16]
 
@@ -514,7 +515,8 @@ def test_sizes_that_were_tried_leave_no_compiled_kernels(compiler: Compiler) -> 
 def test_sizes_that_were_tried_leave_no_trace_in_buffers() -> None:
     config = small_config(batch={"global_size": 16, "micro_size": "auto"})
     model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(64, 10))
-    loss, weights, compute = build_loss(config, CPU), FlatWeights(model), Compute(CPU, torch.float32)
-    assert _with_micro_size(config, SingleProcess(), model, loss, weights, compute) != config
+    state = state_of(model, FlatWeights(model), torch.optim.SGD(model.parameters()))
+    loss, compute = build_loss(config, CPU), Compute(CPU, torch.float32)
+    assert _with_micro_size(config, SingleProcess(), model, loss, state, compute) != config
     buffers = dict(model.named_buffers())
     assert [buffers[f"1.{name}"].item() for name in ("running_var", "num_batches_tracked")] == [1, 0]

@@ -22,7 +22,7 @@ from dist_train.training.compute import Compute, runs_in_memory
 from dist_train.training.micro_batches import find_micro_size, forward_and_backward, halve
 from tests.raising import raises
 from tests.unit.simulated_ranks import SimulatedRanks, results
-from tests.unit.small_trainers import build_trainer, small_config
+from tests.unit.small_trainers import build_trainer, small_config, state_of
 
 CPU = torch.device("cpu")
 
@@ -191,7 +191,7 @@ def test_micro_batches_leave_room_for_the_graphs_of_the_others(cuda_graphs: bool
         batch={"global_size": 32, "micro_size": "auto"}, precision={"cuda_graphs": cuda_graphs}, run={"device": "cuda"}
     )
     model = build_model(config)
-    weights = FlatWeights(model)
+    state = state_of(model, FlatWeights(model), torch.optim.SGD(model.parameters()))
 
     def take_memory(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if len(inputs[0]) > 16:
@@ -199,4 +199,4 @@ def test_micro_batches_leave_room_for_the_graphs_of_the_others(cuda_graphs: bool
 
     model.register_forward_pre_hook(take_memory)
     loss, compute = build_loss(config, CPU), Compute(CPU, torch.float32)
-    assert _with_micro_size(config, SingleProcess(), model, loss, weights, compute).batch.micro_size == found
+    assert _with_micro_size(config, SingleProcess(), model, loss, state, compute).batch.micro_size == found
