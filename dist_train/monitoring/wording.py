@@ -52,7 +52,8 @@ def introduction(facts: RunFacts) -> tuple[str, ...]:
     to_come = (stage for stage in facts.stages[1:] if stage.step > facts.start_step)
     sizes = ", ".join(f"{stage.global_size:,} from epoch {stage.epoch + 1}" for stage in to_come)
     lines = [
-        f"{facts.name}: {facts.data}; {facts.model}, {plural(facts.parameters, 'parameter')}; noise {facts.noise}",
+        f"{facts.name}: {facts.data}; {facts.model}, {plural(facts.parameters, 'trainable parameter')}; "
+        f"noise {facts.noise}",
         f"batch {facts.global_size:,} as {plural(facts.micro_batches, 'micro-batch')} of {facts.micro_size:,} on "
         f"{plural(facts.world_size, 'rank')} ({facts.controller}), "
         f"{epochs(facts.epochs)} epoch{'' if facts.epochs == 1 else 's'} of "

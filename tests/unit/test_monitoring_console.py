@@ -119,7 +119,7 @@ def test_the_bar_shows_progress_and_leaves_the_summary(terminal: Terminal) -> No
     bar.record(evaluation(14, accuracy=0.81))
     bar.record(EventRecord(15, "checkpoint", 0.0, {"file": "x"}))
     shown = begun + words(terminal.read()) + drawn(bar, 21, terminal)
-    assert "lb_[8192]: fashion-mnist; vgg9, 176,106 parameters; noise smoothout 0.01" in shown
+    assert "lb_[8192]: fashion-mnist; vgg9, 176,106 trainable parameters; noise smoothout 0.01" in shown
     assert "batch 8,192 as 32 micro-batches of 256 on 2 ranks (gloo)" in shown
     assert "resuming from step 14" in shown
     assert "epoch    2  step     14  test   loss 0.5000  accuracy 81.00 %  best so far" in shown
