@@ -6,6 +6,7 @@ import math
 import signal
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -14,7 +15,7 @@ from dist_train.checkpoint.state import Progress
 from dist_train.cluster.launch import current_job, job_end
 from dist_train.config import Config
 from dist_train.monitoring.wording import percent
-from dist_train.outcome import UsageError
+from dist_train.outcome import UsageError, say_on_stderr
 from dist_train.start_up import restore_handlers
 
 _ALWAYS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2})
@@ -23,8 +24,9 @@ _ALWAYS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR
 class StopRequests:
     """Within the block, SIGTERM, SIGINT, SIGHUP and SIGUSR2 request a stop instead of ending the process.
 
-    A second SIGINT ends the process as usual. SIGINT and SIGHUP stay ignored if they were: SIGINT in background jobs of
-    a shell script, SIGHUP under nohup, unless it is the `stop_signal`.
+    The first SIGINT, of a person who waits, is answered at once; a second one ends the process as usual. SIGINT and
+    SIGHUP stay ignored if they were: SIGINT in background jobs of a shell script, SIGHUP under nohup, unless it is the
+    `stop_signal`.
     """
 
     def __init__(self, stop_signal: str = "SIGUSR2") -> None:
@@ -54,9 +56,13 @@ class StopRequests:
         self.reason = self.reason or reason
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        self.reason = signal.Signals(number).name
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        self.reason = signal.Signals(number).name
+            with suppress(RuntimeError):  # the signal has interrupted a write to the same stream
+                say_on_stderr(
+                    "dist-train: asked to stop: saves after the present update; Ctrl-C again ends it at once, unsaved"
+                )
 
 
 _EXIT_SECONDS = 15.0

@@ -10,6 +10,7 @@ import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -37,11 +38,25 @@ def test_signals_other_than_a_second_interrupt_may_come_again() -> None:
         assert stop.requested()
 
 
-def test_a_second_interrupt_ends_the_process_as_usual() -> None:
+def test_the_first_interrupt_is_answered_at_once_and_a_second_ends_the_process(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     with StopRequests() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        assert capsys.readouterr().err == "", "of which no person waits for the answer"
         signal.raise_signal(signal.SIGINT)
+        assert capsys.readouterr().err.count("Ctrl-C again") == 1
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+        assert stop.requested()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("reentrant call"), OSError("the terminal is gone")])
+def test_an_interrupt_that_cannot_be_answered_is_obeyed(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if it interrupted a write to the same stream."""
+    monkeypatch.setattr(sys, "stderr", Mock(write=Mock(side_effect=error)))
+    with StopRequests() as stop:
+        signal.raise_signal(signal.SIGINT)
         assert stop.requested()
 
 
