@@ -95,6 +95,9 @@ def load_config(
         if "variants" in settings:
             wrong = "this is a study: train it by dist-train sweep, or submit --study"
             raise ConfigError.of(source, "variants", wrong, code="unknown-key")
+        if not settings and not overrides:
+            wrong = "holds no settings, and no overrides are given: for a run of defaults give one, such as run.seed=0"
+            raise ConfigError.of(source, _FILE, wrong, code="missing")
     files = [os.fspath(each) for each in ([plugins] if isinstance(plugins, str | os.PathLike) else plugins)]
     return parse_config(with_overrides(settings, overrides), source=source, plugins=files)
 

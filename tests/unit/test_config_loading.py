@@ -48,9 +48,10 @@ def refusal(folder: Path, text: str, *overrides: str) -> list[tuple[str, str]]:
     return [(problem.path, problem.code) for problem in caught.value.problems]
 
 
-def test_an_empty_file_gives_the_defaults(tmp_path: Path) -> None:
-    assert load(tmp_path, "") == Config()
-    assert load(tmp_path, "# nothing\n") == Config()
+@pytest.mark.parametrize("text", ["", "# nothing\n", "{}"])
+def test_an_empty_file_gives_the_defaults_to_overrides_and_is_no_run_alone(tmp_path: Path, text: str) -> None:
+    assert load(tmp_path, text, "run.seed=1") == load_config({}, {"run.seed": 1})
+    assert refusal(tmp_path, text) == [("(file)", "missing")]
 
 
 def test_a_config_is_frozen(tmp_path: Path) -> None:
