@@ -19,11 +19,8 @@ from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.status import read_status
 from dist_train.sweep.planned_runs import Plan
 
-_GPUS = re.compile(
-    r"(?:--gpus-per-node=|(?:--gres=|--tres-per-node=)(?:[^,]+,)*(?:gres/)?gpu(?=[:=,]|$))"
-    r"[:=]?(?:[A-Za-z][\w.-]*[:=]|\d+g\.\w+[:=])?(\d*)(?:,.*)?"
-)
-"""Options that request GPUs per node. Types that begin with a digit, such as 1g.10gb, are MIG slices."""
+_GPU = re.compile(r"(?:gres/)?gpu(?=[:=]|$)")
+"""How an item of --gres or --tres-per-node begins that requests GPUs."""
 _PART = re.compile(
     r"--(?:ntasks(?:-per-(?:node|gpu|socket))?|exclusive|(?:gpus|mem)(?:-per-\w+)?|(?:tres|cpus)-per-\w+)(?:=(?!0$).*)?"
     r"|--gres=.*\bgpu\b.*|-[nGc].*"
@@ -269,9 +266,18 @@ def _requests(submission: Submission) -> list[str]:
 
 
 def _gpus(options: Sequence[str]) -> int | None:
-    matches = (_GPUS.fullmatch(option) for option in options)
-    counts = (int(match[1] or 1) for match in matches if match)
-    return next((count for count in counts if count), None)
+    """Return how many GPUs of a node, of all types, `options` request; None if they request none."""
+    for option in options:
+        name, _, value = option.partition("=")
+        items = value.split(",")
+        if name in ("--gres", "--tres-per-node"):
+            items = list(filter(_GPU.match, items))
+        elif name != "--gpus-per-node":
+            continue
+        counts = (re.split("[:=]", item)[-1] for item in items)  # a type alone, such as a100 or 1g.10gb, is one GPU
+        if total := sum(int(count) if count.isdecimal() else 1 for count in counts):
+            return total
+    return None
 
 
 def _quoted(option: str) -> str:

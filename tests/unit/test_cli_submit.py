@@ -145,6 +145,8 @@ def test_without_a_word_on_resources_it_asks_for_whole_nodes(config: Path, capsy
         ("--tres-per-node=gres/gpu:2", 2),
         ("--tres-per-node=gres/gpu:a100=2", 2),
         ("--gpus-per-node=a100:2", 2),
+        ("--gpus-per-node=a100:2,v100", 3),
+        ("--gres=gpu:a100:2,nvme:1,gpu:v100:1", 3),
         ("--gpus=4", None),
         ("-G4", None),
         ("-Ga100:4", None),
