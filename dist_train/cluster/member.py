@@ -72,7 +72,10 @@ class Member:
     def __init__(
         self, timeout: float, environment: Mapping[str, str] = os.environ, end: Callable[[], None] = end_process
     ) -> None:
-        """Connect, and beat often enough for `timeout`; `end` ends this process if expelled. Raises RankLostError."""
+        """Connect, and beat often enough for `timeout`; `end` ends this process if expelled.
+
+        Raises RankLostError; UsageError if the launcher is of another version.
+        """
         host, _, port = environment[MEMBERSHIP_VARIABLE].rpartition(":")
         self._beat = min(_LONGEST_BEAT_SECONDS, timeout / BEATS_IN_TIMEOUT)
         self._check = min(_LONGEST_CHECK_SECONDS, self._beat)

@@ -15,7 +15,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from dist_train import __version__
 from dist_train.cluster.heartbeats import resolve
+from dist_train.outcome import UsageError
 
 _LONGEST_LINE = 1 << 20
 _CONNECT_SECONDS = 10.0
@@ -39,14 +41,25 @@ class MessageConnection:
     def introduce(self, token: str, fields: Mapping[str, Any]) -> Mapping[str, Any]:
         """Prove that this process knows `token`, as the coordinator does; describe it by `fields`; return the answer.
 
-        Raises OSError, and closes the connection, if the other end is no coordinator that knows `token`.
+        Raises OSError, and closes the connection, if the other end is no coordinator that knows `token`; UsageError if
+        it is one of another version, whose messages may have another form.
         """
         try:
             proof, challenge = proof_of("peer", token, str(self.next_message()["text"])), secrets.token_hex(16)
             self.send({"kind": "hello", "proof": proof, "challenge": challenge, "process": os.getpid(), **fields})
-            if not hmac.compare_digest(str(self.next_message()["proof"]), proof_of("coordinator", token, challenge)):
+            known = self.next_message()
+            if not hmac.compare_digest(str(known["proof"]), proof_of("coordinator", token, challenge)):
                 raise ValueError("the proof is wrong")
+            if (version := known.get("version", "of another version")) != __version__:
+                raise UsageError(
+                    f"the launcher that began the run is dist_train {version}, this one {__version__}: install the "
+                    f"same on all nodes, and start again",
+                    code="join-version",
+                )
             return self.next_message()
+        except UsageError:
+            self.socket.close()
+            raise
         except (OSError, ValueError, KeyError, TypeError) as error:
             self.socket.close()
             raise OSError(str(error)) from error
@@ -201,7 +214,7 @@ class MessageServer:
                 if not peer.is_known:
                     peer.is_known = True
                     proof = proof_of("coordinator", self._token, str(fields["challenge"]))
-                    self.send(peer_id, {"kind": "known", "proof": proof})
+                    self.send(peer_id, {"kind": "known", "proof": proof, "version": __version__})
                 self._handle(peer_id, fields)
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 self._lose(peer_id, "sent what is no message")

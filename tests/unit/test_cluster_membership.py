@@ -7,7 +7,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -588,6 +588,28 @@ def test_a_launcher_runs_nothing_for_a_coordinator_that_does_not_know_the_token(
     with serving(1, 5.0) as server, pytest.raises(UsageError) as refused:
         joining(server, 1, token="another")
     assert refused.value.code == "join-token"
+
+
+def joined_rank(entry: Entry) -> Member:
+    return Member(5.0, {**entry.variables, "RANK": "0"}, lambda: None)
+
+
+@pytest.mark.parametrize("version", [{}, {"version": "9.9"}], ids=["unnamed", "another"])
+@pytest.mark.parametrize("join", [lambda entry: RemoteCoordinator(entry, 1), joined_rank], ids=["launcher", "rank"])
+def test_nobody_joins_a_launcher_of_another_version_whose_messages_may_differ(
+    join: Callable[[Entry], object], version: dict[str, str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other, ThreadPoolExecutor() as pool:
+        host, port = other.getsockname()
+        attempt = pool.submit(join, Entry(host, port, "token"))
+        connection, _ = other.accept()
+        connection.sendall(b'{"kind": "challenge", "text": ""}\n')
+        hello = json.loads(connection.recv(1 << 16))
+        known = {"kind": "known", "proof": proof_of("coordinator", "token", hello["challenge"]), **version}
+        connection.sendall(json.dumps(known).encode() + b'\n{"kind": "welcome"}\n')
+        with raises(UsageError, "join-version"):
+            attempt.result()
+        connection.close()
 
 
 def test_a_launcher_is_not_deceived_by_what_another_one_proves() -> None:
