@@ -125,7 +125,8 @@ class PluginUpdates:
     """Checks a plug-in's `optimizer` after each of its updates; a call returns the context for one.
 
     Most optimizers create their state at the first update. State that no checkpoint could hold is refused at once,
-    before a resume misses it. A warning names attributes that change, with which a resumed run would not begin.
+    before a resume misses it. Warnings name attributes that change, with which a resumed run would not begin, and
+    tensors that would no longer be the same one.
     """
 
     optimizer: Optimizer
@@ -146,6 +147,13 @@ class PluginUpdates:
         if (stored := frozenset(_kinds(self.optimizer))) != self._stored:
             _check_storable(partial(_saved_without_tensors, self.optimizer), self.name)
             self._stored = stored
+            if names := _names_of_aliases(self.optimizer):
+                _logger.warning(
+                    "%s holds one tensor several times in its state (%s), which a resume makes several tensors, so "
+                    "that a resumed run differs if updates change it: hold each once",
+                    self.name,
+                    ", ".join(names),
+                )
         before, self._attributes = self._attributes, {}  # warned of once
         if before:
             now = _own_attributes(self.optimizer)
@@ -161,6 +169,18 @@ class PluginUpdates:
 def _kinds(optimizer: Optimizer) -> Iterator[object]:
     for part in (*optimizer.param_groups, *optimizer.state.values()):
         yield from ((name, type(value)) for name, value in part.items()) if isinstance(part, Mapping) else (type(part),)
+
+
+def _names_of_aliases(optimizer: Optimizer) -> list[str]:
+    """Return the names of the tensors that are several times in the state of the parameters."""
+    named = [
+        (name, each.data_ptr())
+        for state in _states(optimizer)
+        for name, each in state.items()
+        if isinstance(each, torch.Tensor) and each.layout == torch.strided and each.numel()
+    ]
+    times = Counter(place for _, place in named)
+    return list(dict.fromkeys(str(name) for name, place in named if times[place] > 1))
 
 
 def _saved_without_tensors(optimizer: Optimizer) -> bytes:

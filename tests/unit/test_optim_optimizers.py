@@ -387,6 +387,8 @@ class Descent(torch.optim.Optimizer):
                 self.updates += 1
             case "tensors":
                 self.moments[0] += 1
+            case "aliases":
+                state["last"] = state["mean"] = state.get("mean", torch.zeros(3))
             case "generator of Python":
                 self.generators[0].random()
             case "generator of torch":
@@ -427,11 +429,12 @@ def test_a_plugin_whose_state_of_an_update_checkpoints_could_not_give_back_is_re
         ("nothing", "Descent", 0),
         ("number", "Descent", 1),
         ("tensors", "Descent", 1),
+        ("aliases", "Descent", 1),
         *((f"generator of {library}", "Descent", 1) for library in ("Python", "torch", "NumPy")),
         ("number", "Saving", 0),
     ],
 )
-def test_what_a_plugin_keeps_outside_of_its_state_is_warned_of_once(
+def test_what_a_plugin_keeps_that_a_resume_would_change_is_warned_of_once(
     kind: str, name: str, warnings: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     updates_of(kind, name)
