@@ -349,7 +349,8 @@ class Session:
             return next((each.address or "" for each in self.observers if isinstance(each, Exporter)), "")
 
         before = read_status(self.directory.status)
-        return StatusFile(self.directory.status, self.comm.size, before, address, self._check)
+        check = self._check if self.lock is None else self.lock.check
+        return StatusFile(self.directory.status, self.comm.size, before, address, check)
 
     def _outcome(self, state: State, code: ExitCode, reason: str) -> Outcome:
         trainer = self.trainer

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING
 
 from dist_train.outcome import FaultError, UsageError
@@ -52,6 +53,7 @@ class RunLock:
     def __init__(self, path: Path, descriptor: int) -> None:
         self._path = path
         self._descriptor = descriptor
+        self._checking = Lock()
         self._holder = _read_holder(descriptor)  # this process, unless the disk was full
         # open, so that no other folder gets its inode
         self._folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -59,14 +61,15 @@ class RunLock:
     def check(self) -> None:
         """Raise OSError if the run directory is no longer the locked one: removed, moved, replaced or locked anew.
 
-        A file server may have given the lock to another launch while this node was cut off. A lock file that was
-        deleted by itself, by a person or where old files are purged, is made again.
+        From any thread. A file server may have given the lock to another launch while this node was cut off. A lock
+        file that was deleted by itself, by a person or where old files are purged, is made again.
         """
         _check_same(self._path.parent, os.fstat(self._folder))
-        try:
-            is_ours = os.path.samestat(os.stat(self._path), os.fstat(self._descriptor))
-        except FileNotFoundError:
-            is_ours = self._make_again()
+        with self._checking:
+            try:
+                is_ours = os.path.samestat(os.stat(self._path), os.fstat(self._descriptor))
+            except FileNotFoundError:
+                is_ours = self._make_again()
         if not is_ours or not self._is_held():
             raise OSError(errno.ESTALE, "another launch has locked the run directory", str(self._path.parent))
         with suppress(OSError):

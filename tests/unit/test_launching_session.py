@@ -45,7 +45,7 @@ from dist_train.outcome import (
     UsageError,
     exit_code_of,
 )
-from dist_train.rundir.lock import LockRequest
+from dist_train.rundir.lock import LockRequest, RunLock
 from dist_train.rundir.metrics_file import JsonLines, read_records, rewind, to_json
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import EventRecord, Observer, Outcome, Record, RunFacts, TrainRecord
@@ -479,6 +479,27 @@ def test_a_run_directory_that_was_replaced_gets_no_checkpoint(tmp_path: Path) ->
     LockRequest(session.directory).wait(0)
     with pytest.raises(OSError, match="replaced"):
         session.before_publishing()
+
+
+def test_a_launch_that_has_lost_its_lock_leaves_the_status_to_the_one_that_has_it(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path)
+    lost, held = (Session(directory, SingleProcess(), Observers(), locked_anew(directory)) for _ in range(2))
+    lost.fail(FaultError("the node was cut off"))
+    status = read_status(directory.status)
+    assert status is not None
+    assert status.state == "starting"
+    held.finish()
+    status = read_status(directory.status)
+    assert status is not None
+    assert status.state == "finished"
+
+
+def locked_anew(directory: RunDirectory) -> RunLock:
+    """Return the lock, of which a file server believes that the process which had it is gone."""
+    directory.lock.unlink(missing_ok=True)
+    lock = LockRequest(directory).wait(0)
+    assert lock is not None
+    return lock
 
 
 def test_a_relative_fallback_directory_is_that_of_the_launch_also_for_one_in_another_folder(
