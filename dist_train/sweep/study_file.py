@@ -21,7 +21,7 @@ from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, Validat
 from dist_train.config import Config
 from dist_train.config.loading import read_mapping
 from dist_train.config.parts import Metric, Section
-from dist_train.config.problems import ConfigError, Problem, problems_of
+from dist_train.config.problems import ConfigError, Problem, problems_of, settings_called
 from dist_train.outcome import UsageError, did_you_mean
 from dist_train.rundir.atomic import exclusive
 
@@ -202,7 +202,8 @@ def _problems_of_settings(study: Study) -> Iterator[Problem]:
             if path in _SET_BY_STUDY:
                 yield _set_by_study(f"{place}.{path}", value)
             elif not _SETTING.fullmatch(path):
-                allowed = "the dotted path of a setting, such as noise.amplitude"
+                meant = [each for each in settings_called(path, Config) if "." in each] or ["noise.amplitude"]
+                allowed = f"the dotted path of a setting, such as {' or '.join(meant)}"
                 yield Problem(f"{place}.{path}", "not a setting", code="wrong-form", value=value, allowed=allowed)
     for path, distribution in space.items():
         if isinstance(distribution, Choice):

@@ -258,6 +258,9 @@ class TestFaults:
         ("changes", "allowed"),
         [
             ({"grid": {"noise.amplitude": 0.1}}, "a list"),
+            ({"grid": {"lr": [0.1]}}, "the dotted path of a setting, such as optimizer.learning_rate"),
+            ({"settings": {"momentun": 0.9}}, "the dotted path of a setting, such as optimizer.momentum"),
+            ({"settings": {"noise": {}}}, "the dotted path of a setting, such as noise.amplitude"),
             ({"variants": {"a b": {}}}, "a name of the form ^[A-Za-z0-9][A-Za-z0-9._-]*$"),
             (
                 {"analyse": [{"kind": "sharpness", "options": {"keskar_starts": 1}}]},
