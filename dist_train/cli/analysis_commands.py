@@ -368,8 +368,8 @@ def _add_replay(subparsers: Subparsers) -> None:
         "replay",
         help="repeat one update of a run, and compare it with the record",
         description="Train from the checkpoint before STEP, or from the beginning, up to STEP, on any number of ranks. "
-        "Compare loss, accuracy and gradient norm with the run's record, and the weights with its checkpoint, if it "
-        "has one. Exit code: 0 if everything is bit-identical, else 4.",
+        "Compare loss, accuracy, learning rate, noise amplitude and gradient norm with the run's record, and the "
+        "weights with its checkpoint, if it has one. Exit code: 0 if everything is bit-identical, else 4.",
     )
     parser.add_argument(
         "update", metavar="RUN@STEP", help="a run directory, or its name below runs/, and the number of an update"

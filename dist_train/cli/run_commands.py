@@ -109,14 +109,15 @@ def _add_launch(subparsers: Subparsers) -> None:
         "--min-ranks",
         type=int,
         metavar="N",
-        help="continue without a rank that dies or hangs, down to N ranks (default: all: a lost rank ends the "
-        "launch or, with --restarts, is waited for)",
+        help="continue without a rank that dies or hangs, down to N ranks (default: CONFIG's launch.min_ranks, or else "
+        "all: a lost rank ends the launch or, with --restarts, is waited for)",
     )
     parser.add_argument(
         "--restarts",
         type=_limit,
         metavar="N",
-        help="restart a lost rank up to N times; it joins the others between two updates (default: 0)",
+        help="restart a lost rank up to N times; it joins the others between two updates (default: CONFIG's "
+        "launch.restarts, 0)",
     )
     parser.add_argument(
         "--listen",
@@ -128,7 +129,8 @@ def _add_launch(subparsers: Subparsers) -> None:
         "--max-ranks",
         type=int,
         metavar="N",
-        help="maximum number of ranks, including those of other nodes (default: as many as the run begins with)",
+        help="maximum number of ranks, including those of other nodes (default: CONFIG's launch.max_ranks, or else as "
+        "many as the run begins with)",
     )
     parser.add_argument(
         "--start-with",

@@ -26,6 +26,8 @@ from dist_train.cli.main import main
 from dist_train.cluster.launch import Launch
 from dist_train.cluster.membership import Elasticity
 from dist_train.config import load_config
+from dist_train.config.sections import LaunchSettings
+from dist_train.diagnostics import _COMPARED
 from dist_train.outcome import CodedError, DivergedError, ExitCode, OutOfMemoryError, PeerFailedError, UsageError
 from dist_train.rundir.status import StatusFile, load_status, read_status
 from tests.unit.small_trainers import SETTINGS
@@ -54,11 +56,17 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 class TestProgram:
     def test_it_answers_to_help_and_version(self, capsys: pytest.CaptureFixture[str]) -> None:
-        for arguments, text in ((["--help"], "train"), (["--version"], f"dist-train {__version__}")):
+        for arguments, *texts in (
+            ("--help", "train"),
+            ("--version", f"dist-train {__version__}"),
+            ("launch --help", *(f"launch.{name}" for name in LaunchSettings.model_fields)),
+            ("replay --help", *(name.replace("_", " ") for name in _COMPARED)),
+        ):
             with pytest.raises(SystemExit) as ended:
-                main(arguments)
+                main(arguments.split())
             assert ended.value.code == 0
-            assert text in capsys.readouterr().out
+            printed = " ".join(capsys.readouterr().out.split())
+            assert not [text for text in texts if text not in printed]
 
     @pytest.mark.parametrize(
         ("command", "unbuffered"), [(["config", "path", SMOKE], ""), (["config", "path", SMOKE], "1"), (["--help"], "")]
