@@ -14,6 +14,7 @@ import pytest
 
 from dist_train.cli.main import parse
 from dist_train.config import load_config
+from dist_train.rundir.paths import RunDirectory, StudyDirectory
 from dist_train.sweep.planned_runs import plan_study
 
 ROOT = Path(__file__).parents[2]
@@ -109,3 +110,18 @@ def test_each_row_of_a_table_has_the_cells_of_its_heading(page: Path) -> None:
         heading, rule, *rows = [re.split(r"(?<!\\)\|", row)[1:-1] for row in table.splitlines()]
         assert all(re.fullmatch(r" *:?-+:? *", cell) for cell in rule), table
         assert {len(row) for row in (rule, *rows)} == {len(heading)}, table
+
+
+def test_each_file_of_a_run_and_of_a_study_is_named() -> None:
+    text = "".join((ROOT / "docs" / page).read_text() for page in ("watching.md", "studies.md", "training_options.md"))
+    names = {path.name for files in (RunDirectory(ROOT), StudyDirectory(ROOT)) for path in vars(files).values()}
+    assert not [name for name in names - {ROOT.name} if not re.search(rf"[`/]{re.escape(name)}[`/]", text)]
+
+
+def test_each_variable_that_mpirun_passes_on_is_named() -> None:
+    function = re.search(r"^passed_variables\(\).*?^}", (ROOT / "launch" / "common.sh").read_text(), re.M | re.S)
+    assert function
+    patterns = " | ".join(re.findall(r"^ +([A-Z][\w*| ]+)\) ", function[0], re.M)).split(" | ")
+    text = (ROOT / "docs" / "cluster.md").read_text()
+    assert len(patterns) > 10
+    assert not [pattern for pattern in patterns if f"`{pattern}`" not in text]
