@@ -125,3 +125,11 @@ def test_each_variable_that_mpirun_passes_on_is_named() -> None:
     text = (ROOT / "docs" / "cluster.md").read_text()
     assert len(patterns) > 10
     assert not [pattern for pattern in patterns if f"`{pattern}`" not in text]
+
+
+def test_each_variable_that_a_run_sets_is_named() -> None:
+    sources = "".join(path.read_text() for path in (ROOT / "dist_train").rglob("*.py"))
+    names = set(re.findall(r"os\.environ(?:\.setdefault\(|\[)\"(\w+)\"(?:, |\] = )", sources))
+    text = "".join((ROOT / "docs" / page).read_text() for page in ("configuration.md", "recovery.md"))
+    assert len(names) > 9
+    assert not [name for name in names if not re.search(rf"`{name}[`=]", text)]
