@@ -22,6 +22,7 @@ from dist_train.checkpoint.files import (
     Contents,
     adopt,
     list_checkpoints,
+    newest_whole,
     read_checkpoint,
     write_checkpoint,
 )
@@ -29,6 +30,7 @@ from dist_train.checkpoint.writer import CheckpointWriter, NotWritten, Saving, W
 from dist_train.cluster.communicator import SingleProcess
 from dist_train.config.sections import CheckpointSettings
 from dist_train.outcome import FaultError, UsageError
+from dist_train.rundir import atomic
 from dist_train.rundir.metrics_file import JsonLines, read_records, rewind
 from dist_train.rundir.paths import RunDirectory
 from tests.raising import raises
@@ -451,6 +453,7 @@ def test_a_fallback_that_others_could_change_is_neither_written_nor_read(
         ((10, 20), "disk", [10, 15, 20], []),  # 20 is only named whole
         ((10,), "elsewhere", [10], [15]),
         ((20,), "", [20], []),
+        ((10, 15), "", [10, 15], []),
     ],
 )
 def test_the_fallback_is_emptied_once_a_whole_one_is_as_new(
@@ -464,9 +467,35 @@ def test_the_fallback_is_emptied_once_a_whole_one_is_as_new(
     write(fallback, 15)
     if damaged:
         list_checkpoints(tmp_path / damaged)[-1].path.write_bytes(b"?")
+    before = {path: path.stat().st_ino for path in disk.iterdir()}
     adopt(fallback, disk)
+    assert {path: path.stat().st_ino for path in before} == before, "none is written again"
     assert [file.step for file in list_checkpoints(disk)] == expected
     assert [file.step for file in list_checkpoints(fallback)] == left
+
+
+def test_promise_6_a_launch_killed_while_it_copies_from_the_fallback_leaves_no_record_without_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk, fallback = tmp_path / "disk", tmp_path / "elsewhere"
+    for folder, step in ((disk, 1), (fallback, 2)):
+        folder.mkdir()
+        write(folder, step)
+    copy, damage = atomic.write_bytes, dict[str, str]()
+
+    def copy_and_end(path: Path, content: bytes) -> None:
+        copy(path, content)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(atomic, "write_bytes", copy_and_end)
+    with pytest.raises(KeyboardInterrupt):
+        adopt(fallback, disk)
+    monkeypatch.undo()
+    found = newest_whole(disk, damage)
+    assert found is not None
+    assert (found.step, damage) == (1, {})
+    adopt(fallback, disk)
+    assert [file.step for file in list_checkpoints(disk)] == [1, 2]
 
 
 def wait_for_results(writer: CheckpointWriter, count: int) -> list[Written | NotWritten]:
