@@ -84,8 +84,7 @@ class Watchdog:
         self._is_probe_due = False
         self._probed_since: float | None = None  # while `absent` waits for those unheard since then
         self._changed = threading.Condition()
-        self._process = os.getpid()
-        self._node_and_process = f"{socket.gethostname()} {self._process}"
+        self._node_and_process = f"{socket.gethostname()} {os.getpid()}"
         self._wake = os.eventfd(0)
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._thread.start()
@@ -127,8 +126,7 @@ class Watchdog:
 
     def close(self, error: BaseException | None = None) -> None:
         """Leave by LEAVE, or by FAIL where `error` is not a stop on request, and end the thread."""
-        # a forked child has the object, but not the thread, and is no rank
-        if self._parting is not None or os.getpid() != self._process:
+        if self._parting is not None:
             return
         fails = error is not None and exit_code_of(error) != ExitCode.STOPPED
         self._parting = Kind.FAIL if fails else Kind.LEAVE

@@ -108,10 +108,14 @@ def test_all_ranks_report_a_silent_rank_0() -> None:
 
 
 @pytest.mark.parametrize("error", [None, StoppedError("asked to stop")])
-def test_rank_that_has_left_is_not_reported(error: Exception | None) -> None:
+def test_rank_that_has_left_is_not_reported(error: Exception | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog, "_FAREWELL_SECONDS", 2 * TIMEOUT)
+
     def act(members: list[Member]) -> None:
+        begun = time.monotonic()
         members[0].watchdog.close(error)
         members[2].watchdog.close(error)
+        assert time.monotonic() - begun < 2 * TIMEOUT, "the others have acknowledged it"
         time.sleep(TIMEOUT + 1)
 
     assert [member.messages for member in run_members(act)] == [[], [], []]
@@ -125,6 +129,23 @@ def test_failed_rank_ends_the_hanging_others() -> None:
 
     members = run_members(act)
     assert members[2].messages[0].startswith("rank 1 (")
+
+
+def test_rank_that_leaves_reports_no_loss_any_more() -> None:
+    def act(members: list[Member]) -> None:
+        dog = members[1].watchdog
+        leaving = threading.Thread(target=dog.close)
+
+        def lose_while_leaving(now: float) -> str:
+            leaving.start()
+            wait_for(lambda: dog._parting)
+            return "rank 0 is lost"
+
+        dog._loss = lose_while_leaving  # type: ignore[method-assign]  # the fault under test
+        wait_for(lambda: leaving.ident)
+        leaving.join()
+
+    assert [member.messages for member in run_members(act, size=2)] == [[], []]
 
 
 def test_hanging_report_of_a_loss_does_not_keep_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
