@@ -268,15 +268,12 @@ class Saving:
     """Is told how long writing a checkpoint took."""
 
     def __post_init__(self) -> None:
-        self.saved_step: int | None = None
-        """The step of the last `save`, the same on all ranks: they reset it after a recovery."""
         self._submitted_step: int | None = None
-        """The step of the last checkpoint that the writer was given, never reset."""
+        """The step of the last checkpoint that the writer was given."""
         self._not_written: NotWritten | None = None
 
     def save(self, step: int, contents: Callable[[], Contents], best_step: int | None) -> float:
         """Save the state of `step`, unless the writer has it already; return for how many seconds that stalled."""
-        self.saved_step = step
         if self.writer is None or self._submitted_step == step:
             return 0.0
         self._submitted_step = step

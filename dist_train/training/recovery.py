@@ -300,7 +300,7 @@ class ElasticTrainer(Trainer):
         assign_progress(self.progress, shared.progress if last is None or self._is_step_complete else last.progress)
         # Ranks that received the state, or had begun the next update, do not have the noise of the last one.
         self._has_last_noise = False
-        self._statistics_step = self._verified_step = self.saving.saved_step = None
+        self._statistics_step = self._verified_step = None
         self._averaged.forget()
         self.training_step.noise.rank = self.comm.rank
         self._divide_work(shared.micro_size)

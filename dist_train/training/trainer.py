@@ -262,7 +262,7 @@ class Trainer:
             if self.measuring:
                 self.measuring.start(step, update.record.step_seconds, self.training_step.clock.times())
         every = self.config.comm.verify_every
-        if every and (step % every == 0 or step == self.last_step):
+        if every and step % every == 0:
             self._verify(self.training_step.noise)
         if self._is_due(self.config.evaluation.every_epochs):
             self._evaluate()
@@ -395,8 +395,7 @@ class Trainer:
             self.status.change("stopping")
         self._publish_measurement()
         self.event("signal", signal=self.stop.reason or "on another rank")
-        if self.saving.saved_step != self.progress.step:
-            self._save()
+        self._save()
         self._finish_saving()
         raise StoppedError(
             f"asked to stop after step {self.progress.step}, checkpoint saved: the same command resumes the run"

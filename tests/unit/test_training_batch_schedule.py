@@ -142,6 +142,16 @@ def test_rates_epochs_evaluations_and_checkpoints_are_those_of_the_passes(tmp_pa
     assert trainer.plan.global_size == 50
 
 
+def test_a_batch_of_a_single_update_is_recorded_as_the_others(tmp_path: Path) -> None:
+    schedule = [{"epoch": 1, "global_size": 60}, {"epoch": 2, "global_size": 30}]
+    _, notebook, _ = run(tmp_path, SingleProcess(), **sections(run={"max_steps": 10}, batch={"schedule": schedule}))
+    changes = [event for event in notebook.events if event.event == "batch_size"]
+    assert [(event.step, dict(event.details)) for event in changes] == [
+        (9, {"before": 12, "now": 60}),
+        (10, {"before": 60, "now": 30}),
+    ]
+
+
 @pytest.mark.parametrize(("reduction", "noise"), [("exact", "smoothout"), ("exact32", "sam")])
 def test_promises_3_and_5_the_same_bits_on_any_number_of_ranks_and_over_any_interruption(
     tmp_path: Path, reduction: str, noise: str
@@ -230,6 +240,8 @@ def test_metrics_count_the_samples_and_epochs_and_the_batch_in_force(tmp_path: P
     for trainer.progress.step in (0, 8, 14):  # where the launch resumes
         intervals.append(run_facts(trainer, 0.0, "", "", ("here",)).checkpoint_interval)
     assert intervals == [8, 3, 2], "an epoch each"
+    trainer.last_step = trainer.progress.step = 8
+    assert run_facts(trainer, 0.0, "", "", ("here",)).global_size == 12, "that of the last update"
     trainer.close()
     assert FACTS.passes.samples(10) == 10 * FACTS.global_size
     board = Board(replace(FACTS, global_size=12, micro_size=6, micro_batches=2))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 
+from dist_train.checkpoint.files import list_checkpoints
 from dist_train.checkpoint.state import Progress
+from dist_train.cluster.communicator import SingleProcess
 from dist_train.config import Config
 from dist_train.config.parts import EarlyStoppingSettings
 from dist_train.training.stopping import note_evaluation, why_stop_early
-from tests.unit.small_trainers import small_config
+from tests.unit.small_trainers import build_trainer, small_config
 
 
 def stopping(patience: int | None, min_delta: float = 0.0, metric: str = "test.accuracy") -> Config:
@@ -72,3 +75,26 @@ def test_what_it_has_seen_is_in_the_progress_and_more_patience_continues() -> No
 @pytest.mark.parametrize(("metric", "best"), [("test.accuracy", "(best 100.00 %)"), ("test.loss", "(best 1)")])
 def test_its_reason_has_the_best_value_in_the_metric_s_unit(metric: str, best: str) -> None:
     assert best in why_stop_early(stopping(1, metric=metric), Progress(stopping_best=1.0, stopping_waited=1))
+
+
+@pytest.mark.parametrize("is_asked_to_stop", [False, True])
+def test_a_run_that_stops_early_is_saved_and_finished(tmp_path: Path, is_asked_to_stop: bool) -> None:
+    config = small_config(
+        run={"epochs": 5},
+        early_stopping={"patience": 1, "metric": "test.accuracy", "min_delta": 1.0},
+        checkpoint={"every_epochs": 0},
+    )
+    trainer = build_trainer(config, tmp_path, SingleProcess())
+    while trainer.progress.step < 5:
+        trainer.advance()
+    if is_asked_to_stop:
+        trainer.stop.request("SIGTERM")
+    trainer.run()
+    assert [file.step for file in list_checkpoints(tmp_path / "checkpoints")] == [6]
+
+
+def test_an_evaluation_that_a_longer_run_would_not_have_does_not_count(tmp_path: Path) -> None:
+    stops = {"patience": 9, "metric": "test.accuracy", "min_delta": 1.0}
+    trainer = build_trainer(small_config(run={"max_steps": 4}, early_stopping=stops), tmp_path, SingleProcess())
+    trainer.run()
+    assert (trainer.progress.evaluated_step, trainer.progress.stopping_waited) == (4, 0)

@@ -165,8 +165,9 @@ def test_overrides_may_follow_an_option(tmp_path: Path) -> None:
     assert main(["config", "run-directory", config, "--run-dir", "x", "run.seed=3"]) == 0
 
 
-def test_keep_best_keeps_the_best_of_what_was_saved(tmp_path: Path) -> None:
-    config = small_config(run={"epochs": 8}, checkpoint={"every_epochs": 2, "keep": 1})
+@pytest.mark.parametrize(("keep_best", "kept"), [(True, [6, 24]), (False, [24])])
+def test_keep_best_keeps_the_best_of_what_was_saved(tmp_path: Path, keep_best: bool, kept: list[int]) -> None:
+    config = small_config(run={"epochs": 8}, checkpoint={"every_epochs": 2, "keep": 1, "keep_best": keep_best})
     accuracies = iter([0.1, 0.8, 0.9, 0.2, 0.1, 0.3, 0.1, 0.1])
     trainer = build_trainer(config, tmp_path, SingleProcess())
     note = trainer.progress.note_accuracy
@@ -176,7 +177,7 @@ def test_keep_best_keeps_the_best_of_what_was_saved(tmp_path: Path) -> None:
 
     trainer.progress.note_accuracy = told  # type: ignore[method-assign]  # known accuracies
     trainer.run()
-    assert [f.step for f in list_checkpoints(tmp_path / "checkpoints")] == [6, 24]
+    assert [f.step for f in list_checkpoints(tmp_path / "checkpoints")] == kept
 
 
 def test_an_evaluation_decides_its_own_threads(tmp_path: Path) -> None:

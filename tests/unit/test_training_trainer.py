@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 from collections.abc import Callable, Sequence
@@ -23,8 +24,8 @@ from dist_train.config import Config
 from dist_train.launching import assembly
 from dist_train.models import build_model
 from dist_train.optim.noise import SmoothOut
-from dist_train.outcome import FaultError, StoppedError, UsageError
-from dist_train.rundir.records import EvaluationRecord, EventRecord, Observer, Record, TrainRecord
+from dist_train.outcome import DivergedError, FaultError, StoppedError, UsageError
+from dist_train.rundir.records import EvaluationRecord, EventRecord, Measurement, Observer, Record, TrainRecord
 from dist_train.rundir.status import StatusFile, read_status
 from dist_train.training import trainer as training_loop
 from dist_train.training.consistency import verify_agreement
@@ -32,7 +33,7 @@ from dist_train.training.evaluation import evaluate, recompute_statistics, stati
 from dist_train.training.recovery import ElasticTrainer
 from dist_train.training.step import GlobalBatch, TrainingStep, Update
 from dist_train.training.stopping import StopRequests
-from dist_train.training.trainer import Trainer
+from dist_train.training.trainer import LastUpdate, Trainer
 from tests.raising import raises
 from tests.unit.simulated_ranks import SimulatedRanks, on_ranks, results
 from tests.unit.small_trainers import build_trainer, small_config, state_bits
@@ -40,13 +41,17 @@ from tests.waiting import PATIENCE
 
 
 class Notebook(Observer):
-    """An observer that keeps every record."""
+    """An observer that keeps every record, and the steps of the measurements."""
 
     def __init__(self) -> None:
         self.records: list[Record] = []
+        self.measured_steps: list[int] = []
 
     def record(self, record: Record) -> None:
         self.records.append(record)
+
+    def measurement(self, measurement: Measurement) -> None:
+        self.measured_steps.append(measurement.step)
 
     @property
     def training(self) -> list[TrainRecord]:
@@ -346,11 +351,14 @@ def test_a_model_that_does_not_fit_the_memory_is_refused(tmp_path: Path, monkeyp
         build_trainer(small_config(), tmp_path, SingleProcess())
 
 
-def test_a_trainer_at_its_end_does_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("max_steps", [None, 4])
+def test_a_trainer_at_its_end_or_beyond_does_nothing(tmp_path: Path, max_steps: int | None) -> None:
     first, _, _ = run(tmp_path, SingleProcess())
-    again, notebook, _ = run(tmp_path, SingleProcess(), going_on=True)
+    again, notebook, trainer = run(tmp_path, SingleProcess(), going_on=True, run={"max_steps": max_steps})
     assert again == first
     assert notebook.measured() == []
+    fields = trainer.status_fields()
+    assert (fields["step"], fields["total_steps"], fields["total_epochs"]) == (6, 6, 2.0)
 
 
 @pytest.mark.parametrize("statistics", ["auto", "running"])
@@ -496,22 +504,23 @@ def test_promise_5_ranks_that_meet_again_under_other_numbers_end_with_the_same_b
         "averaging": {"kind": "ema", "decay": 0.5},
         "comm": {"reduction": "exact32", "verify_every": 1},
         "early_stopping": {"patience": 9, "metric": "test.accuracy", "min_delta": 1.0},
+        "metrics": {"enabled": True},
     }
     whole = results(2, lambda comm: run(tmp_path / "whole", comm, **sections))
-    update, report, broken = TrainingStep.__call__, Saving.report, set[int]()
+    update, complete, broken = TrainingStep.__call__, Trainer._complete_step, set[int]()
 
     def break_once(subject: object) -> None:
         if id(subject) not in broken:
             broken.add(id(subject))
             raise GroupBrokenError("reset")
 
-    def break_after_the_evaluation(self: Saving) -> None:
-        if self.saved_step == 3:
+    def break_after_the_evaluation(self: Trainer, last: LastUpdate) -> None:
+        complete(self, last)
+        if self.progress.step == 3:
             break_once(self)
-        report(self)
 
     def break_in_the_update(self: TrainingStep, batch: GlobalBatch, *rest: Any) -> Update:
-        if batch.step == 4 and id(self.weights) not in broken:
+        if batch.step == 3 and id(self.weights) not in broken:
             grids = self.reduction.accumulator
             grids.choose_grids([1 << 40] * len(grids.largest), 1)
             break_once(self.weights)
@@ -521,12 +530,13 @@ def test_promise_5_ranks_that_meet_again_under_other_numbers_end_with_the_same_b
         self.rank = 1 - self.rank
         return Generation(2, self.rank, self.size, ("", 0), ("a", "b"), (), "reset", ())
 
-    monkeypatch.setattr(Saving, "report", break_after_the_evaluation)
+    monkeypatch.setattr(Trainer, "_complete_step", break_after_the_evaluation)
     monkeypatch.setattr(TrainingStep, "__call__", break_in_the_update)
     monkeypatch.setattr(SimulatedRanks, "is_elastic", True)
     monkeypatch.setattr(SimulatedRanks, "rendezvous", rendezvous)
     again = results(2, lambda comm: run(tmp_path / "again", comm, **sections))
     assert len(broken) == 4
+    assert again[0][1].measured_steps == [1, 2, 4, 5, 6], "what a broken group has not measured to the end is dropped"
     for (state, _, trainer), (expected, _, undisturbed) in zip(again, whole, strict=True):
         assert state == expected
         assert torch.equal(trainer.state.averaging.kept, undisturbed.state.averaging.kept)
@@ -564,6 +574,27 @@ def test_promise_4_after_a_recovery_all_ranks_compute_statistics_anew_or_none(
     ended = results(2, lambda comm: run(tmp_path, comm, averaging={"kind": "ema"}, run={"max_steps": 1}))
     assert [trainer.progress.step for _, _, trainer in ended] == [1, 1]
     assert (broken, calls) == ({0, 1}, [done + 2] * 2)
+
+
+def test_ranks_that_have_met_share_the_statistics_of_sync_norm(tmp_path: Path) -> None:
+    config = small_config(model={"norm": "sync"})
+
+    def begin_together(comm: SimulatedRanks) -> dict[str, bytes]:
+        trainer = build_trainer(config, tmp_path / "together", comm)
+        trainer.advance()
+        return state_bits(trainer.network)
+
+    def begin_alone(comm: SimulatedRanks) -> dict[str, bytes]:
+        met, [alone] = dict(vars(comm)), results(1, lambda each: each)
+        vars(comm).update(vars(alone))
+        trainer = build_trainer(config, tmp_path / f"{met['rank']}", comm)
+        vars(comm).update(met)
+        trainer.training_step.noise.rank = comm.rank
+        trainer._divide_work(6)
+        trainer.advance()
+        return state_bits(trainer.network)
+
+    assert results(2, begin_alone) == results(2, begin_together)
 
 
 def test_who_may_take_over_keeps_the_records_before_the_last_checkpoints(tmp_path: Path) -> None:
@@ -722,6 +753,54 @@ def test_promise_5_what_a_plugin_s_optimizer_draws_depends_on_seed_and_step_alon
     assert torch.equal(torch.get_rng_state(), before)
 
 
+class Unused(nn.Module):
+    """Has a weight that no loss depends on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, values: Tensor) -> Tensor:
+        return values
+
+
+def with_an_unused_weight(images: Any, width: float, norm: object) -> nn.Module:
+    return nn.Sequential(*with_torchs_norm(images, width, norm).children(), Unused())
+
+
+class Overflowing(torch.optim.SGD):
+    """SGD whose third update leaves the last weight infinite, and whose next one 0 again."""
+
+    updates = 0
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]  # no closure
+        super().step()
+        self.updates += 1
+        self.param_groups[-1]["params"][-1].fill_(math.inf if self.updates == 3 else 0.0)
+
+
+def overflowing(settings: Any, groups: Sequence[Any]) -> torch.optim.Optimizer:
+    parameters = [parameter for group in groups for parameter in group.parameters]
+    return Overflowing(sorted(parameters, key=lambda each: -each.numel()), lr=settings.learning_rate)
+
+
+@pytest.mark.parametrize("last_step", [3, 6])
+def test_weights_that_are_not_finite_are_told_even_if_no_loss_shows_it(tmp_path: Path, last_step: int) -> None:
+    sections: dict[str, Any] = {
+        "model": {"name": f"{__name__}:with_an_unused_weight", "norm_statistics": "running"},
+        "optimizer": {"name": f"{__name__}:overflowing"},
+        "noise": {"method": "none"},
+        "run": {"max_steps": last_step},
+    }
+    notebook = Notebook()
+    subject = build_trainer(small_config(**sections), tmp_path, SingleProcess(), observers=[notebook])
+    with raises(DivergedError, "evaluation-not-finite") if last_step == 3 else nullcontext():
+        subject.run()
+    told = [event for event in notebook.events if event.event == "non_finite_evaluation"]
+    assert [(event.step, event.details["what"]) for event in told] == [(3, "weights")]
+
+
 @pytest.mark.parametrize("kind", [numpy.float32, torch.tensor])
 def test_an_amplitude_may_be_a_number_of_numpy_or_torch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Callable[[float], Any]
@@ -766,6 +845,7 @@ def test_promise_4_ranks_that_disagree_save_no_checkpoint(
     ended = on_ranks(2, job)
     if verify_every:
         assert [getattr(error, "code", None) for error in ended] == ["weights-differ"] * 2
+        assert "after step 2 " in str(ended[0])
     before = [] if reason else [1]
     assert [file.step for file in list_checkpoints(tmp_path / "checkpoints")] == before + [2] * (not verify_every)
 
