@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from torch import Tensor
 
 from dist_train.checkpoint.files import find_checkpoint, read_checkpoint
 from dist_train.checkpoint.state import Weights, stored_state
@@ -15,6 +16,7 @@ from dist_train.cluster.communicator import Communicator, SingleProcess
 from dist_train.data.loader import open_splits
 from dist_train.models import build_model
 from dist_train.models.norms import running_statistics
+from dist_train.optim.averaging import mean_of
 from dist_train.outcome import UsageError
 from dist_train.training.evaluation import recompute_statistics, statistics_samples
 from tests.raising import raises
@@ -84,6 +86,16 @@ def test_an_average_leaves_the_run_itself_as_it_is(tmp_path: Path) -> None:
     averaged = run(tmp_path / "averaged", SingleProcess(), {"averaging": {"kind": "lawa", "every_steps": 1}})
     assert averaged[0] == plain[0]
     assert [entry for entry in averaged[1] if not str(entry[1]).endswith("-averaged")] == plain[1]
+
+
+def test_an_average_is_of_the_weights_after_each_update_that_is_due(tmp_path: Path) -> None:
+    averaging = {"kind": "lawa", "every_steps": 2, "last": 2}
+    trainer = build_trainer(small_config(averaging=averaging), tmp_path, SingleProcess())
+    after: list[Tensor] = []
+    for _ in range(5):
+        trainer.advance()
+        after.append(trainer.training_step.weights.values.clone())
+    assert torch.equal(trainer.training_step.averaging.value(5), mean_of([after[1], after[3]]))
 
 
 @pytest.mark.parametrize("kind", ["ema", "lawa"])

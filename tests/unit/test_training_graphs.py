@@ -18,6 +18,7 @@ from dist_train.cluster.communicator import Communicator, SingleProcess
 from dist_train.data.augmentation import Target
 from dist_train.data.images import BatchRequest
 from dist_train.outcome import DivergedError, UsageError
+from dist_train.training.compute import LossScale
 from dist_train.training.graphs import CudaGraphRecorder, MicroBatchGraphs
 from dist_train.training.trainer import Trainer
 from tests.raising import raises
@@ -153,6 +154,22 @@ def test_a_graph_is_replayed_only_with_the_constants_and_the_layout_of_its_recor
         run(size, factor)
     assert total == 3 * (4 + 8 + 6)
     assert (recorder.warm_ups, recorder.recordings, recorder.replays) == (3, 3, 6)
+
+
+def test_a_batch_of_twice_the_size_at_twice_the_loss_scale_records_anew(tmp_path: Path) -> None:
+    """The sum of losses is divided by the same number, the gradient is not."""
+    sections: Sections = {"batch": {"schedule": [{"epoch": 1, "global_size": 52}]}, "model": {"norm": "group"}}
+
+    def bits(folder: Path, recorder: OperatorRecorder | None) -> dict[str, bytes]:
+        trainer = trainer_of(folder, sections, recorder, SingleProcess())
+        trainer.training_step = replace(trainer.training_step, loss_scale=LossScale(trainer.progress))
+        for _ in range(3):
+            trainer.advance()
+        trainer.progress.loss_scale = 2 * trainer.training_step.loss_scale.value
+        trainer.advance()
+        return state_bits(trainer.network)
+
+    assert bits(tmp_path / "graphed", OperatorRecorder()) == bits(tmp_path / "plain", None)
 
 
 def test_a_step_with_another_reduction_records_anew(tmp_path: Path) -> None:

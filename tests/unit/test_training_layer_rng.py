@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from dist_train.cluster.communicator import SingleProcess
+from dist_train.reproducible import LayerRng
 from dist_train.training.trainer import Trainer
+from tests.unit.simulated_ranks import results
 from tests.unit.small_trainers import build_trainer, drawn, seed_all, small_config, state_bits
 
 MODEL = {"name": "tests.unit.drawing_model:drawing"}
@@ -85,3 +87,14 @@ def test_passes_over_a_micro_batch_have_the_same_masks(
             distinct.append(of_micro_batch[0])
     assert not found
     assert len({tuple(each.tolist()) for each in distinct}) > 5, "of 10 micro-batches"
+
+
+def test_ranks_that_share_a_micro_batch_have_masks_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeded: list[tuple[int, ...]] = []
+    monkeypatch.setattr(LayerRng, "seed", lambda rng, *place: seeded.append(place))
+    results(2, lambda comm: build_trainer(small_config(model={"norm": "sync"}), tmp_path, comm).advance())
+    places = set(seeded)
+    assert len(places) == 2 * 5, "each micro-batch has a part on each rank"
+    assert len(seeded) == 2 * len(places), "each part is seeded before its noise and its pass"

@@ -139,7 +139,7 @@ def test_an_overflow_repeats_the_step_and_skips_no_update(tmp_path: Path) -> Non
     calm = in_half(build_trainer(small_config(), tmp_path / "low", SingleProcess()))
     calm.progress.loss_scale = settled
     calm.advance()
-    assert calm.progress.loss_scale == settled
+    assert (calm.progress.loss_scale, calm.progress.updates_since_overflow) == (settled, 1)
     assert state_bits(overflowing.network) == state_bits(calm.network)
 
 

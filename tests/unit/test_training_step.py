@@ -45,7 +45,7 @@ def take(trainer: Trainer, step: int = 0, rate: float = 0.05, stop: Callable[[],
     order = epoch_order(len(trainer.splits.train), trainer.config.run.seed, 0)
     indices = batch_indices(order, step, trainer.plan.global_size)
     mine = trainer.plan.share(trainer.comm.rank, trainer.comm.size)
-    return trainer.training_step(GlobalBatch(step, 0, indices, mine), rate, stop)
+    return trainer.training_step(GlobalBatch(step, 0, indices, mine, pace=trainer.comm.rank + 1), rate, stop)
 
 
 def assert_equal_gradients(gradients: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
@@ -453,6 +453,11 @@ def test_promise_7_one_rank_s_request_to_stop_reaches_all(tmp_path: Path) -> Non
     assert results(3, lambda comm: step(comm, None)) == [False] * 3
 
 
+def test_each_rank_s_pace_reaches_all(tmp_path: Path) -> None:
+    paces = results(3, lambda comm: take(build_trainer(small_config(), tmp_path, comm)).total.paces)
+    assert paces == [(1, 2, 3)] * 3
+
+
 @pytest.mark.parametrize(
     ("ranks", "noise"),
     [
@@ -506,8 +511,10 @@ class Limited(nn.Module):
     ],
 )
 def test_a_run_that_runs_out_of_memory_goes_on_with_smaller_micro_batches(
-    tmp_path: Path, short: list[int], sharing: str, backward: bool, dealing: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short: list[int], sharing: str, backward: bool, dealing: str
 ) -> None:
+    monkeypatch.setattr("dist_train.training.reduction._BUCKET", 1)  # so that there are hooks
+
     def train(comm: SimulatedRanks, micro_size: int, folder: str) -> tuple[dict[str, bytes], int, str]:
         config = small_config(batch={"micro_size": micro_size, "dealing": dealing}, noise={"sharing": sharing})
         trainer = build_trainer(config, tmp_path / folder, comm)
@@ -516,6 +523,7 @@ def test_a_run_that_runs_out_of_memory_goes_on_with_smaller_micro_batches(
             trainer.training_step = replace(trainer.training_step, model=limited)
         trainer.may_shrink = True
         trainer.run()
+        assert max(len(each._post_accumulate_grad_hooks or ()) for each in trainer.network.parameters()) == 1
         saved = (tmp_path / folder / "config.yaml").read_text()
         return state_bits(trainer.network), trainer.plan.micro_size, saved
 
