@@ -165,13 +165,12 @@ def next_exponents(
     is_steady = gradients >= _MANY
     headroom = _HEADROOM_OF_MANY if is_steady else _HEADROOM if gradients > 1 else 2 * _HEADROOM
     room = 2 ** (bits - 1) / headroom
-    at_once = is_steady or before is None
     rise = int(step % _UPDATES_UNTIL_FINER == 0)
     chosen = []
     for now, bound in zip(before or [GRADIENTS.bits] * len(bounds), bounds, strict=True):
         # frexp, unlike a logarithm, is exact: the same on every machine
         best = min(GRADIENTS.bits, now + math.frexp(room / max(bound, 1))[1] - 1)
-        chosen.append(best if at_once or best <= now else max(min(now + rise, best), best - _UNUSED_BITS))
+        chosen.append(best if is_steady or best <= now else max(min(now + rise, best), best - _UNUSED_BITS))
     return chosen
 
 

@@ -52,8 +52,7 @@ def verify_agreement(
 
 def minority(digests: Sequence[int]) -> list[int]:
     """Return the ranks whose digest is not the most frequent one; in a tie, rank 0's counts as the right one."""
-    counts = Counter(digests)
-    right = max(counts, key=lambda value: (counts[value], value == digests[0]))
+    [(right, _)] = Counter(digests).most_common(1)  # of several as frequent, the first
     return [rank for rank, value in enumerate(digests) if value != right]
 
 
