@@ -215,6 +215,17 @@ def test_an_accuracy_of_an_earlier_step_does_not_make_a_checkpoint_the_best() ->
     assert (progress.best_saved_step, progress.best_saved_accuracy) == (None, None)
 
 
+def test_a_checkpoint_whose_evaluation_is_not_finite_is_never_the_best() -> None:
+    """The accuracy may be one: that of other splits, or of weights that no output shows."""
+    progress = Progress(step=3)
+    for split in ("train", "validation", "test"):
+        progress.note_accuracy(split, 0.9)
+    progress.note_non_finite()
+    progress.note_saved()
+    assert (progress.best_saved_step, progress.non_finite_step) == (None, 3)
+    assert progress.train_accuracy is progress.validation_accuracy is progress.test_accuracy is None
+
+
 def test_the_best_checkpoint_is_chosen_by_the_validation_split_if_there_is_one() -> None:
     progress = Progress()
     for step, validation, test in ((1, 0.6, 0.7), (2, 0.5, 0.9)):

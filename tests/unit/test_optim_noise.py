@@ -103,6 +103,12 @@ def test_the_amplitude_reaches_that_of_the_target_rise(curvature: float, target:
     assert curvature * noise.amplitude(150) ** 2 == pytest.approx(target, rel=0.01)
 
 
+def test_the_amplitude_goes_half_of_the_way_at_once() -> None:
+    noise = a_noise(weights_of(), target_rise=0.1)
+    noise.adapt(0, 0.1 / 1.21)
+    assert noise.amplitude(1) == pytest.approx(math.sqrt(1.1) * AMPLITUDE)
+
+
 @pytest.mark.parametrize("rise", [0.0, -0.5])
 def test_noise_that_raises_no_loss_grows(rise: float) -> None:
     noise = a_noise(weights_of(), target_rise=0.1)

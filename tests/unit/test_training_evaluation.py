@@ -233,9 +233,15 @@ def test_a_loss_is_a_number_wherever_the_outputs_are(scale: float) -> None:
 
 class TestRecomputedStatistics:
     def recompute(
-        self, comm: SimulatedRanks | SingleProcess, micro_size: int = 9, seed: int = 0, factor: float = 1.0
+        self,
+        comm: SimulatedRanks | SingleProcess,
+        micro_size: int = 9,
+        seed: int = 0,
+        factor: float = 1.0,
+        *,
+        trains: bool = True,
     ) -> nn.Module:
-        model = a_model()
+        model = a_model().train(trains)
         with torch.no_grad():
             model.get_parameter("convolution1_1.weight").mul_(factor)
         norms = norm_modules(model)
@@ -259,8 +265,10 @@ class TestRecomputedStatistics:
         ended = results(ranks, lambda each: state_bits(self.recompute(each)))
         assert ended == [alone] * ranks
 
-    def test_promise_4_they_replace_the_old_ones_by_those_of_the_weights_as_they_are(self) -> None:
-        model = self.recompute(SingleProcess(), micro_size=40)
+    @pytest.mark.parametrize("trains", [True, False])
+    def test_promise_4_they_replace_the_old_ones_by_those_of_the_weights_as_they_are(self, trains: bool) -> None:
+        model = self.recompute(SingleProcess(), micro_size=40, trains=trains)
+        assert model.training is trains
         first = norm_modules(model)[0]
         inputs, _ = samples().read(BatchRequest(statistics_samples(60, 40, 16, 0)))
         with torch.no_grad():
@@ -275,9 +283,8 @@ class TestRecomputedStatistics:
         ended = on_ranks(2, lambda comm: self.recompute(comm, factor=factor))
         assert [getattr(error, "code", "") for error in ended] == ["statistics-not-finite"] * 2
 
-    def test_weights_stay_and_the_model_goes_on_training(self) -> None:
+    def test_weights_stay(self) -> None:
         model, fresh = self.recompute(SingleProcess()), a_model()
-        assert model.training
         for (_, parameter), (_, before) in zip(model.named_parameters(), fresh.named_parameters(), strict=True):
             assert torch.equal(parameter, before)
             assert parameter.grad is None
