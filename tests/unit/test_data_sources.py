@@ -97,6 +97,9 @@ def test_arrays_are_images_as_they_are(form: str, root: Path, tmp_path: Path) ->
         images, labels = (folder / f"{name}_{each}.npy" for each in ("images", "labels"))
         if form == "first":
             np.save(images, np.ascontiguousarray(np.load(images).transpose(0, 3, 1, 2)))
+        if form == "last":
+            (folder / name).mkdir()
+            shutil.copy(images, folder / name / "images.npy")  # without labels it is no split
         if form == "npz":
             np.savez(folder / f"{name}.npz", images=np.load(images), labels=np.load(labels))
             images.unlink()
@@ -112,6 +115,7 @@ def test_shards_that_webdataset_writes_are_read(tmp_path: Path) -> None:
 
     random = np.random.default_rng(0)
     for name in ("train", "val"):
+        (tmp_path / f"._imagenet-{name}-000.tar").write_bytes(b"of a Mac")
         with webdataset.TarWriter(str(tmp_path / f"imagenet-{name}-000.tar")) as shard:
             for number in range(6):
                 pixels = random.integers(0, 255, (20, 20, 3), dtype=np.uint8)
@@ -165,6 +169,20 @@ def test_an_index_of_a_shard_that_has_grown_is_refused(root: Path, tmp_path: Pat
         open_splits(data("webdataset", folder), SEED, CPU)
     index.unlink()
     assert len(training_labels(data("webdataset", folder), SEED)) == 25
+
+
+def test_a_shard_that_has_changed_is_indexed_anew_though_its_size_is_the_same(root: Path, tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "shards", root, 3)
+    settings = data("webdataset", folder)
+    assert training_labels(settings, SEED).any()
+    for shard in folder.rglob("*.tar"):
+        changed, content = shard.stat().st_mtime_ns + 10**9, bytearray(shard.read_bytes())
+        with tarfile.open(shard) as archive:
+            for label in (member for member in archive if member.name.endswith(".cls")):
+                content[label.offset_data : label.offset_data + label.size] = b"0" * label.size
+        shard.write_bytes(content)
+        os.utime(shard, ns=(changed, changed))
+    assert not training_labels(settings, SEED).any()
 
 
 def test_hidden_members_and_those_without_a_suffix_are_no_samples(root: Path, tmp_path: Path) -> None:
@@ -330,6 +348,28 @@ def test_columns_of_other_types_and_empty_fields_are_refused(change: dict[str, A
         parquet.write_table(table, tmp_path / f"{split}.parquet")
     with raises(UsageError, code):
         open_splits(data("parquet", tmp_path), SEED, CPU)
+
+
+def test_a_row_without_a_label_is_named_by_its_place_in_the_whole_file(tmp_path: Path) -> None:
+    labels = [None if row == 280 else 0 for row in range(300)]
+    for split in ("train", "test"):
+        parquet.write_table(pyarrow.table({"image": [b"x"] * 300, "label": labels}), tmp_path / f"{split}.parquet")
+    with raises(UsageError, "column-missing") as refused:
+        open_splits(data("parquet", tmp_path), SEED, CPU)
+    assert str(refused.value).startswith("row 280 of ")
+
+
+def test_an_arrow_file_whose_images_are_not_in_place_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(folders["huggingface"], tmp_path / "copy")
+    for path in folder.glob("*/*.arrow"):
+        with pyarrow.ipc.open_stream(path.read_bytes()) as stream:
+            table = stream.read_all()
+        options = pyarrow.ipc.IpcWriteOptions(compression="zstd")
+        with pyarrow.ipc.new_stream(path, table.schema, options=options) as compressed:
+            compressed.write_table(table)
+    with raises(UsageError, "data-format") as refused:
+        open_splits(data("huggingface", folder), SEED, CPU)
+    assert "is compressed" in str(refused.value)
 
 
 def test_a_parquet_file_whose_name_is_not_utf_8_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -522,6 +562,9 @@ def test_a_damaged_entry_of_the_cache_is_made_again(root: Path, folders: dict[st
         content = bytearray(path.read_bytes())
         content[-8] ^= 1  # of the last label
         path.write_bytes(content)
+    assert all(map(torch.equal, read(open_splits(settings, SEED, CPU), None), expected))
+    for path in cache.rglob("*.bin"):
+        os.truncate(path, path.stat().st_size - 1)
     assert all(map(torch.equal, read(open_splits(settings, SEED, CPU), None), expected))
     for path in cache.rglob("*.npy"):
         path.write_bytes(b"damaged")

@@ -24,7 +24,8 @@ import pytest
 import torch
 
 import dist_train
-from dist_train.checkpoint.files import newest_whole, write_checkpoint
+from dist_train.checkpoint import writer
+from dist_train.checkpoint.files import CheckpointFile, newest_whole, write_checkpoint
 from dist_train.cli.main import main
 from dist_train.cluster.communicator import Generation, GroupBrokenError, RankLostError, SingleProcess
 from dist_train.config import Config, DataSettings, load_config
@@ -45,7 +46,7 @@ from dist_train.outcome import (
     UsageError,
     exit_code_of,
 )
-from dist_train.rundir.lock import LockRequest, RunLock
+from dist_train.rundir.lock import LockRequest, RunLock, is_locked
 from dist_train.rundir.metrics_file import JsonLines, read_records, rewind, to_json
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import EventRecord, Observer, Outcome, Record, RunFacts, TrainRecord
@@ -64,7 +65,7 @@ from tests.unit.operator_recorder import OperatorRecorder
 from tests.unit.simulated_ranks import SimulatedRanks, on_ranks, results
 from tests.unit.small_trainers import build_trainer, small_config
 from tests.unit.test_cli_commands import write_config
-from tests.waiting import wait_for
+from tests.waiting import PATIENCE, wait_for
 
 LOGGER = """
 from dist_train import Observer
@@ -588,12 +589,31 @@ def test_a_resume_with_other_data_records_it(tmp_path: Path, caplog: pytest.LogC
 
 def test_the_last_good_checkpoint_is_not_one_whose_evaluation_was_not_finite(tmp_path: Path) -> None:
     session, told = begun(tmp_path, SingleProcess())
-    for step, non_finite in ((1, None), (2, 2)):
+    for step, non_finite in ((1, 1), (2, 1), (3, 3)):
         write(session.directory.checkpoints, step, metrics={"non_finite_step": non_finite})
     session.fail(DivergedError("the loss is not finite"))
     assert [end.reason for end in told.ends] == [
-        f"the loss is not finite; the last good checkpoint is {session.directory.checkpoint(1)}"
+        f"the loss is not finite; the last good checkpoint is {session.directory.checkpoint(2)}"
     ]
+
+
+def test_a_checkpoint_that_is_being_written_when_the_launch_fails_is_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, told = begun(tmp_path, SingleProcess(), checkpoint={"every_steps": 1})
+    trainer, failed = session._running, threading.Event()
+
+    def write_late(*arguments: Any) -> CheckpointFile:
+        assert failed.wait(PATIENCE)
+        return write_checkpoint(*arguments)
+
+    monkeypatch.setattr(writer, "write_checkpoint", write_late)
+    trainer.advance()
+    threading.Timer(0.2, failed.set).start()
+    session.fail(OSError("the data are gone"))
+    assert [(event.event, event.step) for event in told.events if event.event == "checkpoint"] == [("checkpoint", 1)]
+    assert [end.last_checkpoint for end in told.ends] == [session.directory.checkpoint(1)]
+    trainer.close()
 
 
 @pytest.mark.parametrize("error", [None, StoppedError("stopped"), DivergedError("the loss is not finite")])
@@ -649,6 +669,11 @@ def test_a_stopped_run_that_fewer_steps_make_a_finished_one_has_these_settings(t
         train(small_config(), tmp_path, [Stops()])
     assert train(small_config(run={"max_steps": 1}), tmp_path).state == "finished"
     assert load_config(tmp_path / "config.yaml").run.max_steps == 1
+    with raises(StoppedError, "stopped"):
+        train(small_config(), tmp_path, [Stops()])
+    status = read_status(tmp_path / "status.json")
+    assert status is not None
+    assert status.state == "stopped"
 
 
 def test_a_damaged_checkpoint_that_a_refused_launch_finds_is_recorded_by_the_next(tmp_path: Path) -> None:
@@ -906,6 +931,10 @@ class Collecting(Observer):
 
     def __init__(self) -> None:
         self.records: list[Record] = []
+        self.has_begun = False
+
+    def begin(self, facts: RunFacts) -> None:
+        self.has_begun = True
 
     def record(self, record: Record) -> None:
         self.records.append(record)
@@ -931,7 +960,7 @@ def test_a_loss_right_after_a_takeover_without_a_logger_s_server_loses_no_record
     (tmp_path / "connecting.py").write_text(CONNECTING)
     config = small_config(metrics={"loggers": [{"name": f"{tmp_path}/connecting.py:Connecting"}]})
     written, former = EventRecord(1, "signal", 4.0, {}), EventRecord(1, "dealing", 5.0, {})
-    of_rank_0 = EventRecord(1, "checkpoint", 4.5, {"path": "step-00000001.pt"})
+    of_rank_0 = EventRecord(1, "checkpoint", 4.5, {"path": "step-00000001.pt", "seconds": 30.5})
     directory.metrics.write_text(f"{to_json(written)}\n{to_json(of_rank_0)}\n")
     own = Collecting()
     generation = Generation(2, 0, 1, ("", 0), ("here",), ("rank 0 died",), "", ())
@@ -940,7 +969,8 @@ def test_a_loss_right_after_a_takeover_without_a_logger_s_server_loses_no_record
         comm.is_elastic = True
         opened = build_observers(config.metrics, directory, comm.rank)
         session = Session(directory, comm, opened, more_observers=[own])
-        trainer = assemble(ResumePoint(config), session, StopRequests())
+        session.trainer = trainer = assemble(ResumePoint(config), session, StopRequests())
+        session._show_facts(("here",))
         if comm.rank == 0:
             session.finish()
         comm.barrier()  # a rank takes over once rank 0 has ended
@@ -950,9 +980,9 @@ def test_a_loss_right_after_a_takeover_without_a_logger_s_server_loses_no_record
         with raises(UsageError, "plugin-failed"):
             build_observers(config.metrics, directory, 0)
         assert isinstance(trainer, ElasticTrainer)
+        trainer.progress.step = 1
         trainer.recent.add(written)
         trainer.recent.add(former)
-        session.trainer = trainer
         session.comm = trainer.comm = LosesOneWhileItMeets()
         with ExitStack() as stack:
             regroup = Regrouping(session, stack)
@@ -960,12 +990,21 @@ def test_a_loss_right_after_a_takeover_without_a_logger_s_server_loses_no_record
                 regroup(trainer, generation)
             regroup(trainer, generation)
             assert not trainer.recent.add(replace(of_rank_0, time=6.0)), "it would be counted twice"
+            assert trainer.time_limit._longest_save == 30.5
             session.finish()
 
     results(2, launch)
+    assert is_locked(directory.lock) is False
     assert all(record in read_records(directory.metrics) for record in (written, former))
     assert former in own.records
     assert written not in own.records
+    assert own.has_begun
+
+
+def test_threads_are_as_many_as_suit_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "share_of_threads", lambda comm: 4 - comm.rank)
+    shared = results(3, lambda comm: run._shared_config(comm, Config()))
+    assert [config.precision.threads for config in shared] == [2] * 3
 
 
 @pytest.mark.parametrize("is_held", [False, True])
@@ -1036,6 +1075,7 @@ def test_no_rank_leaves_a_run_that_has_ended_before_rank_0(tmp_path: Path, error
         else:
             comm.last_action_failed = isinstance(error, FaultError)
             run._fail(session, error)
+            assert run._is_shared(error, comm), "this rank waits for the others when it has closed its files"
         return is_done.is_set()
 
     assert results(2, finish) == [True, True]
@@ -1103,6 +1143,7 @@ def test_a_finished_run_started_again_keeps_its_records_and_the_versions_that_tr
     run = tmp_path / "run"
     words = ["train", write_config(tmp_path), "--run-dir", str(run)]
     assert main(words) == 0
+    assert not RunDirectory(run).reserve.exists()
     records, file = (run / "metrics.jsonl").read_bytes(), RunDirectory(run).status
     status = json.loads(file.read_text())
     status["environment"]["torch"] = "1.2.3"
@@ -1115,9 +1156,13 @@ def test_a_finished_run_started_again_keeps_its_records_and_the_versions_that_tr
     assert json.loads(file.read_text())["environment"]["torch"] == torch.__version__
 
 
-def test_a_run_whose_checkpoints_are_gone_begins_again_and_keeps_its_records(tmp_path: Path) -> None:
+@pytest.mark.parametrize("source", ["", "other@3"])
+def test_a_run_whose_checkpoints_are_gone_begins_again_and_keeps_its_records(tmp_path: Path, source: str) -> None:
     run = tmp_path / "run"
     words = ["train", write_config(tmp_path), "--run-dir", str(run)]
+    if source:
+        assert main([*words[:-1], str(tmp_path / "other")]) == 0
+        words.append(f"run.resume={tmp_path / source}")
     assert main(words) == 0
     records = (run / "metrics.jsonl").read_bytes()
     for path in (run / "checkpoints").iterdir():
