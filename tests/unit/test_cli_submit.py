@@ -222,6 +222,8 @@ def test_a_second_job_for_one_run_is_refused_and_the_first_is_named(
     assert "job 17" in refusal
     assert main(["submit", str(config), "--run-dir", run, "--", "--array=1-4%1"]) == ExitCode.USAGE
     assert main(["submit", str(config), "--run-dir", run, "--", "--dependency=afterany:17"]) == ExitCode.FINISHED
+    (programs / "squeue").write_text("#!/bin/sh\necho 17 COMPLETED\n")
+    assert main(["submit", str(config), "--run-dir", run]) == ExitCode.FINISHED
 
 
 def test_a_study_is_submitted_as_runs_analyses_and_report(
@@ -229,7 +231,8 @@ def test_a_study_is_submitted_as_runs_analyses_and_report(
 ) -> None:
     setup = tmp_path / "site set-up.sh"
     setup.touch()
-    monkeypatch.setenv("DIST_TRAIN_SETUP", str(setup))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DIST_TRAIN_SETUP", setup.name)
     study = write_study(tmp_path, analyse=[{"kind": "direction"}])
     command = ["submit", "--study", str(study), "optimizer.momentum=0.5", "--dry-run", "--time", "1:00:00"]
     assert main([*command, "--", "--gpus-per-node=1"]) == ExitCode.FINISHED
@@ -293,18 +296,19 @@ def test_a_study_s_jobs_in_the_queue_are_named_and_the_command_that_watches_them
 def test_a_second_array_for_one_study_is_refused_unless_it_waits_or_its_tasks_are_chosen(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    count, asked = tmp_path / "count", tmp_path / "asked"
+    count, asked, given = tmp_path / "count", tmp_path / "asked", tmp_path / "given"
     (tmp_path / "bin").mkdir()
-    sbatch = f"n=$(cat {count} || echo 16); echo $((n + 1)) | tee {count}"
+    sbatch = f'n=$(cat {count} || echo 16); echo "$@" >>{given}; echo $((n + 1)) | tee {count}'
     write_programs(tmp_path / "bin", sbatch=sbatch, squeue=f'echo "$@" >{asked}; echo 17 RUNNING; echo 17 PENDING')
     monkeypatch.setenv("PATH", f"{tmp_path}/bin", prepend=os.pathsep)
-    command = ["submit", "--study", str(write_study(tmp_path))]
+    command = ["submit", "--study", str(write_study(tmp_path, analyse=[{"kind": "direction"}]))]
     assert main(command) == ExitCode.FINISHED
+    assert re.findall(r"--dependency=(\S+)", given.read_text()) == ["afterany:17", "afterany:18"]
     assert main(command) == ExitCode.USAGE
     refusal = capsys.readouterr().err
     assert "[run-in-queue]" in refusal
     assert "job 17" in refusal
-    assert "--jobs=17" in asked.read_text().split()  # not the report, 18, which waits for the array
+    assert "--jobs=17" in asked.read_text().split()  # not the analyses and the report, which wait for the array
     for option in ("--dependency=afterany:17", "--array=3-4"):
         assert main([*command, "--", option]) == ExitCode.FINISHED
 
@@ -342,6 +346,16 @@ def test_options_that_an_analysis_refuses_are_refused_before_the_runs(
     assert printed.err.count("[analysis-options]") == 6
     for words in ("analyse.0.options: unrecognized arguments: --pionts; did you mean --points?", "--points is 4"):
         assert words in printed.err
+
+
+def test_what_slurm_would_replace_or_take_for_the_end_of_an_option_is_written_so_that_it_does_not(
+    config: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    command = ["submit", str(config), "--run-dir", "50%j", "--dry-run", "--", '--comment=say "yes"']
+    assert main(command) == ExitCode.FINISHED
+    script = capsys.readouterr().out
+    assert f"#SBATCH --output={tmp_path}/50%%j/slurm-%j.log\n" in script
+    assert '#SBATCH "--comment=say \\"yes\\""\n' in script
 
 
 @pytest.mark.parametrize(
