@@ -329,6 +329,12 @@ def test_diverged_run_counts_as_guessing_and_has_no_other_number(tmp_path: Path)
         tables_in_markdown(subject)
     )
     assert render(subject).count(counting) == 1
+    for seed in (1, 2):
+        write_status(study / f"sb-seed-{seed}", "failed", 100, "the loss is not finite", exit_code=3)
+    subject = read_subject(study)
+    base = panels_of(subject.runs)[0].variants[0]
+    known = {key for key, measure in measures(subject).items() if variant_cell(base, measure).text}
+    assert known == {"final_test"}, "none of them has finished"
 
 
 def test_texts_of_several_lines_stay_in_their_lines_of_the_tables(tmp_path: Path) -> None:
@@ -610,18 +616,21 @@ def test_equal_differences_have_no_interval_and_are_not_clear(tmp_path: Path) ->
     assert (none.text, none.ends, none.is_clear) == ("0.00", "0.00 to 0.00", False)
 
 
-def test_a_difference_is_clear_by_the_interval_that_is_corrected_for_all_comparisons(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("sign", "ends"), [(1, "+0.26 to +2.74"), (-1, "\u22122.74 to \u22120.26")])
+def test_a_difference_is_clear_by_the_interval_that_is_corrected_for_all_comparisons(
+    tmp_path: Path, sign: int, ends: str
+) -> None:
     study = make_study(tmp_path / "study")
     name = "sb-noise-amplitude-0.01"
     for seed, better in enumerate((0.01, 0.015, 0.02)):
-        for run, accuracy in (("sb", 0.5), (name, 0.5 + better)):
+        for run, accuracy in (("sb", 0.5), (name, 0.5 + sign * better)):
             with (study / f"{run}-seed-{seed}" / "metrics.jsonl").open("a") as metrics:
                 metrics.write(to_json(evaluation(1000, accuracy=accuracy)) + "\n")
     panels = panels_of(read_subject(study).runs)
     for tables, is_clear in ((effect_tables(panels), True), (contrast_tables(panels, ()), False)):
         [cell] = [row.cells[0] for _, rows in tables[0].groups for row in rows if row.variant.name == name]
         assert cell is not None
-        assert (cell.ends, cell.is_clear) == ("+0.26 to +2.74", is_clear)
+        assert (cell.ends, cell.is_clear) == (ends, is_clear)
 
 
 def test_contrast_counts_each_variant_once_and_not_its_reference(tmp_path: Path) -> None:
