@@ -15,7 +15,7 @@ from dist_train.checkpoint.state import Progress, restored_progress
 from dist_train.cluster.communicator import SingleProcess
 from dist_train.config import Config, load_config
 from dist_train.config.resuming import SAVED
-from dist_train.launching.preflight import find_resume_point, saved_config
+from dist_train.launching.preflight import check_batches, find_resume_point, saved_config
 from dist_train.outcome import UsageError
 from dist_train.rundir.paths import RunDirectory
 from dist_train.training.evaluation import stored_config
@@ -46,6 +46,24 @@ def test_a_run_is_gone_on_with_from_its_last_step_under_what_it_decided(tmp_path
     assert resume_point.contents.step == 4
     assert (resume_point.config.batch.micro_size, resume_point.config.precision.threads) == (64, 2)
     assert (resume_point.config.run.max_steps, resume_point.config.metrics.enabled) == (9, False)
+
+
+def test_a_logger_that_is_no_longer_there_keeps_no_run_from_being_resumed(tmp_path: Path) -> None:
+    directory, saved = run_with(tmp_path), DECIDED.model_dump(mode="json")
+    saved["metrics"]["loggers"] = [{"name": "removed.py:Logger", "options": {}}]
+    write(directory.checkpoints, 4, config=saved)
+    found = find_resume_point(parse(), directory).contents
+    assert found is not None
+    assert found.step == 4
+
+
+def test_a_batch_above_the_samples_that_are_left_to_train_on_is_refused_before_the_run_begins() -> None:
+    data = {"name": "synthetic", "synthetic_samples": 100, "validation_size": 40}
+    check_batches(parse(data=data, batch={"global_size": 60, "micro_size": 20}))
+    for schedule in ({}, {"keep_updates": True, "base_batch": 64}):
+        size = 60 if schedule else 64
+        with raises(UsageError, "too-few-samples"):
+            check_batches(parse(data=data, batch={"global_size": size, "micro_size": 4}, schedule=schedule))
 
 
 def with_fallback(directory: RunDirectory, spare: Path, config: Config = DECIDED) -> Path:
