@@ -64,6 +64,11 @@ def test_random_trials_are_a_function_of_the_seed_and_more_of_them_leave_the_fir
     assert plan.runs[0].config.optimizer.learning_rate == plan.runs[0].settings["optimizer.learning_rate"]
 
 
+def test_trials_may_have_the_same_settings(tmp_path: Path) -> None:
+    plan = searched(tmp_path, "random", space={"run.epochs": {"kind": "integer", "low": 1, "high": 2}})
+    assert len(plan.runs) == 16
+
+
 def test_optuna_is_asked_trial_by_trial_and_told_the_mean_over_the_seeds(tmp_path: Path) -> None:
     plan = searched(tmp_path, "optuna")
     assert (plan.runs, plan.total) == ((), 16)
