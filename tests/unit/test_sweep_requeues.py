@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
@@ -316,6 +317,12 @@ class TestFullDisk:
         assert status is not None
         assert status.state == "failed"
         assert status.reason.startswith("No space left on device; not started again")
+
+    def test_space_for_a_single_checkpoint_suffices(self, full: Path) -> None:
+        size = 40 << 10
+        (full / "checkpoints" / "step-00000005.pt").write_bytes(b"x" * size)
+        (full / "ballast").write_bytes(b"x" * (shutil.disk_usage(full).free - size - size // 2))
+        assert decide(full, limit=3).action == "requeue"
 
     def test_the_fallback_directory_says_how_much_space_a_checkpoint_takes(
         self, full: Path, tmp_path_factory: pytest.TempPathFactory
