@@ -278,9 +278,10 @@ def export(
     images, notes = _compared_images(model, config), {_NOTES: json.dumps(_notes(stored, config))}
     try:
         with torch.no_grad(), _replacing(output) as part:
-            expected = model(images)  # first, since safetensors loads the file into `model`
+            others = torch.cat((images, images[:1]))  # of another number than the file is made from
+            expected = model(others)  # first, since safetensors loads the file into `model`
             loaded = write(model, images, part, notes)
-            difference = float((loaded(images) - expected).abs().max())
+            difference = float((loaded(others) - expected).abs().max())
     except ImportError as error:
         reason = f"{to}: {error}"
         if isinstance(error, ModuleNotFoundError):
@@ -293,7 +294,10 @@ def export(
         if isinstance(error, CodedError) or not is_plugin(config.model.name):
             raise
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise UsageError(f"{to} cannot represent {config.model.name}: {reason}", code="plugin-failed") from error
+        fix = "take the number of images from images.shape[0], not len(images), and let no branch depend on pixels"
+        raise UsageError(
+            f"{to} cannot represent {config.model.name} ({fix}): {reason}", code="plugin-failed"
+        ) from error
     return Export(output, contents.step, difference)
 
 
@@ -368,8 +372,13 @@ def _safetensors(model: nn.Module, images: Tensor, output: Path, notes: dict[str
     return model
 
 
+def _any_number() -> Any:
+    """Return the `dynamic_shapes` of a network for any number of images."""
+    return ({0: torch.export.Dim("images", min=1)},)
+
+
 def _torch_export(model: nn.Module, images: Tensor, output: Path, notes: dict[str, str]) -> _Loaded:
-    program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("images", min=1)},))
+    program = torch.export.export(model, (images,), dynamic_shapes=_any_number())
     content = io.BytesIO()  # given a path, torch raises no OSError if the disk is full
     torch.export.save(program, content, extra_files=notes)
     output.write_bytes(content.getvalue())
@@ -379,9 +388,10 @@ def _torch_export(model: nn.Module, images: Tensor, output: Path, notes: dict[st
 def _onnx(model: nn.Module, images: Tensor, output: Path, notes: dict[str, str]) -> _Loaded:
     import onnxruntime
 
-    sizes = ({0: torch.export.Dim("images", min=1)},)
-    options: dict[str, Any] = {"dynamo": True, "verbose": False}
-    program: Any = torch.onnx.export(model, (images,), dynamic_shapes=sizes, input_names=["images"], **options)
+    # Given the network itself, torch.onnx falls back to a file for as many images as these alone.
+    network = torch.export.export(model, (images,), dynamic_shapes=(sizes := _any_number()))
+    options: dict[str, Any] = {"dynamo": True, "verbose": False, "dynamic_shapes": sizes}
+    program: Any = torch.onnx.export(network, input_names=["images"], **options)
     program.model.metadata_props.update(notes)
     program.save(output, external_data=False)  # in one file: only networks of more than 2 GB need a second one
     session = onnxruntime.InferenceSession(output)

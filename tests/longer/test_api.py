@@ -222,21 +222,26 @@ def test_export_to_an_unwritable_place_is_refused(run: Path, tmp_path: Path, to:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 
 
-def test_a_model_that_a_format_cannot_represent_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("to", "flat"),
+    [("torch-export", "images.flatten(1) * (1 if images.sum() > 0 else -1)"), ("onnx", "images.view(len(images), -1)")],
+)
+def test_a_model_that_a_format_cannot_represent_is_refused(tmp_path: Path, to: Format, flat: str) -> None:
     (tmp_path / "mine.py").write_text(
         "from torch import nn\n\n\n"
-        "class Branching(nn.Linear):\n"
+        "class Mine(nn.Linear):\n"
         "    def forward(self, images):\n"
-        "        flat = images.flatten(1)\n"
-        "        return super().forward(flat if flat.sum() > 0 else -flat)\n\n\n"
-        "def branching(images, width, norm):\n"
-        "    return Branching(64, images.classes)\n"
+        f"        return super().forward({flat})\n\n\n"
+        "def mine(images, width, norm):\n"
+        "    return Mine(64, images.classes)\n"
     )
-    sections = small_settings(model={"name": "mine.py:branching"}, data={"synthetic_shape": [1, 8, 8]})
+    sections = small_settings(model={"name": "mine.py:mine"}, data={"synthetic_shape": [1, 8, 8]})
     train_alone(write_config(tmp_path, sections), tmp_path / "run", "run.max_steps=1")
     with raises(UsageError, code="plugin-failed") as refused:
-        dist_train.export(tmp_path / "run", "torch-export", tmp_path / "model.pt2")
-    assert "torch-export cannot represent" in str(refused.value)
+        dist_train.export(tmp_path / "run", to, tmp_path / "model")
+    assert f"{to} cannot represent" in str(refused.value)
+    assert "images.shape[0]" in str(refused.value)
+    assert not (tmp_path / "model").exists()
     assert dist_train.export(tmp_path / "run", "safetensors", tmp_path / "model.safetensors").difference == 0
 
 
