@@ -276,7 +276,9 @@ def open_console(environment: Mapping[str, str] = os.environ) -> Observer:
         return TerminalBar(terminal)
     # mpirun gives every rank a pseudo-terminal even if its own output goes to a file.
     launched = "OMPI_COMM_WORLD_RANK" in environment or "PMIX_RANK" in environment
-    return TerminalBar(sys.stdout) if sys.stdout.isatty() and not launched else PlainLines(sys.stdout)
+    # An object of a script in place of the output, such as one that copies it into a file, may only write and flush.
+    is_terminal = hasattr(sys.stdout, "isatty") and sys.stdout.isatty()
+    return TerminalBar(sys.stdout) if is_terminal and not launched else PlainLines(sys.stdout)
 
 
 def launcher_terminal(address: str) -> TextIO | None:

@@ -283,14 +283,15 @@ def test_a_pipe_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(open_console({"TERM": "xterm"}), PlainLines)
 
 
-def test_an_output_that_only_writes_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("term", ["xterm", "dumb"])
+def test_an_output_that_only_writes_gets_plain_lines(term: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class Tee:
         def write(self, text: str) -> None: ...
 
         def flush(self) -> None: ...
 
     monkeypatch.setattr(sys, "stdout", Tee())
-    assert isinstance(open_console({"TERM": "dumb"}), PlainLines)
+    assert isinstance(open_console({"TERM": term}), PlainLines)
 
 
 @pytest.mark.parametrize("term", ["xterm", "dumb"])
