@@ -131,10 +131,16 @@ def _check_columns(path: Path, schema: Any, image: str, label: str) -> None:
     if types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
         kind = kind.field("bytes").type
     if not (types.is_binary(kind) or types.is_large_binary(kind)):
-        raise UsageError(f"the column {image} of {path} is {kind}, not encoded images", code="data-format")
+        raise UsageError(
+            f"the column {image} of {path} is {kind}, not encoded images: set data.image_column, or save the images' "
+            f"files as binary",
+            code="data-format",
+        )
     if not types.is_integer(schema.field(label).type):
         raise UsageError(
-            f"the column {label} of {path} is {schema.field(label).type}, not whole numbers", code="data-labels"
+            f"the column {label} of {path} is {schema.field(label).type}, not whole numbers: set data.label_column, or "
+            f"number the classes from 0",
+            code="data-labels",
         )
 
 
@@ -226,7 +232,7 @@ def read_arrays(settings: DataSettings, split: Split) -> ImageSet:
     if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
         raise UsageError(
             f"{labels_file} holds {labels.dtype} of {list(labels.shape)}, not an integer for each of {len(images)} "
-            f"images",
+            f"images: number the classes from 0, in an array [{len(images)}]",
             code="data-counts",
         )
     with warnings.catch_warnings():

@@ -130,14 +130,14 @@ class EncodedImages:
             raise
         except Exception as error:
             # Damaged files raise errors of many types: OSError, SyntaxError, ValueError, struct.error, ...
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason, fix = " ".join(str(error).split()) or type(error).__name__, "repair or remove it"
             if isinstance(error, UnidentifiedImageError):
                 reason = f"it is none of {', '.join(_FORMATS)}"
+            elif isinstance(error, Image.DecompressionBombError):
+                fix = "make it smaller"
             elif isinstance(error, OSError) and error.strerror:
                 reason = error.strerror
-            raise FaultError(
-                f"the image {name} cannot be read ({reason}): repair or remove it", code="image-unreadable"
-            ) from error
+            raise FaultError(f"the image {name} cannot be read ({reason}): {fix}", code="image-unreadable") from error
 
     def _content(self, reference: str | Part) -> bytes:
         """Return an encoded image, read at once: Pillow would make many small reads."""

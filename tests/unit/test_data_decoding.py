@@ -172,6 +172,13 @@ def test_files_that_are_no_images_missing_or_folders_are_named(tmp_path: Path) -
             decode(str(tmp_path / name), 8, None)
 
 
+def test_who_has_an_image_of_too_many_pixels_need_not_remove_it(tmp_path: Path) -> None:
+    (tmp_path / "huge.pgm").write_bytes(b"P5 20000 10000 255\n")
+    with raises(FaultError, "image-unreadable") as fault:
+        decode(str(tmp_path / "huge.pgm"), 8, None)
+    assert "make it smaller" in str(fault.value)
+
+
 def test_a_name_that_is_no_unicode_is_read_and_printed(tmp_path: Path) -> None:
     write_image(tmp_path / "a.png", 9, 9, seed=0)
     strange = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png")

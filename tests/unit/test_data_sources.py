@@ -332,22 +332,25 @@ def test_a_shard_that_is_cut_off_after_it_was_indexed_is_named(root: Path, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("change", "code"),
+    ("change", "code", "named"),
     [
-        ({"image": [1, 2]}, "data-format"),
-        ({"label": ["a", "b"]}, "data-labels"),
-        ({"image": [b"x", None]}, "column-missing"),
-        ({"label": [0, None]}, "column-missing"),
-        ({"label": [0, -1]}, "data-labels"),
-        ({"label": pyarrow.array([0, 2**64 - 1], pyarrow.uint64())}, "data-labels"),
+        ({"image": [1, 2]}, "data-format", "data.image_column"),
+        ({"label": ["a", "b"]}, "data-labels", "data.label_column"),
+        ({"image": [b"x", None]}, "column-missing", "row 1"),
+        ({"label": [0, None]}, "column-missing", "row 1"),
+        ({"label": [0, -1]}, "data-labels", "label -1"),
+        ({"label": pyarrow.array([0, 2**64 - 1], pyarrow.uint64())}, "data-labels", f"{2**64 - 1}"),
     ],
 )
-def test_columns_of_other_types_and_empty_fields_are_refused(change: dict[str, Any], code: str, tmp_path: Path) -> None:
+def test_columns_of_other_types_and_empty_fields_are_refused(
+    change: dict[str, Any], code: str, named: str, tmp_path: Path
+) -> None:
     for split in ("train", "test"):
         table = pyarrow.table({"image": [b"x", b"y"], "label": [0, 1], **change})
         parquet.write_table(table, tmp_path / f"{split}.parquet")
-    with raises(UsageError, code):
+    with raises(UsageError, code) as refused:
         open_splits(data("parquet", tmp_path), SEED, CPU)
+    assert named in str(refused.value)
 
 
 def test_a_row_without_a_label_is_named_by_its_place_in_the_whole_file(tmp_path: Path) -> None:
@@ -529,6 +532,7 @@ def test_damaged_arrays_are_refused(suffix: str, root: Path, tmp_path: Path) -> 
         ({"images": np.zeros((4, 8, 8, 3), np.float32)}, "data-shape"),
         ({"images": np.zeros((4, 9, 9, 3), np.uint8)}, "data-shape"),
         ({"labels": np.zeros(3, np.int64)}, "data-counts"),
+        ({"labels": np.zeros(4)}, "data-counts"),
         ({"labels": np.array([0, 1, 2, 3])}, "data-labels"),
         ({"labels": np.array([None, 1, 2, 3], dtype=object)}, "data-format"),
     ],
