@@ -116,8 +116,8 @@ def _start_second(scene: Scene) -> bool:
         scene.report(f"hang: the second job was not refused within {scene.patience:g} s")
         second.kill_all()
     elif second.code != 2 or "is in use by process" not in second.output or "Traceback" in second.output:
-        if not first.training():
-            # The first had ended, and the second resumed its run, as it should.
+        if not first.training() or "all steps are done" in second.output:
+            # The first had ended its run, if not its processes, and the second resumed it, as it should.
             return False
         scene.report(f"second job: code {second.code}, output: {second.output[-500:]}")
     if before and not whole_steps(scene.run):
