@@ -182,7 +182,8 @@ def restoring_parameters(model: nn.Module, names: Collection[str] | None = None)
 
     One also counts as changed if it was given another tensor, or if an operator that may change it was called on it.
     """
-    named = [each for each in model.named_parameters() if names is None or each[0] in names]
+    sized = (each for each in model.named_parameters() if not is_lazy(each[1]))
+    named = [each for each in sized if names is None or each[0] in names]
     before = [(each.data_ptr(), each._version, each.detach().clone()) for _, each in named]
     changed: list[str] = []
     yield changed

@@ -188,6 +188,7 @@ class Network(nn.Module):
             "sparse": lambda: nn.Embedding(2, 8, sparse=True),
             "norm-in-training": lambda: norm(8),
             "lazy": nn.LazyBatchNorm1d,
+            "lazy-in-training": lambda: nn.LazyLinear(8),
             "untracked": lambda: nn.BatchNorm2d(3, track_running_stats=False),
         }
         if kind.endswith("-moved"):
@@ -253,7 +254,7 @@ class Network(nn.Module):
             features = self.norm(features)
         if self.kind in ("layer-norm", "narrow", "lazy", "norm-of-fewer"):
             features = self.extra(features)
-        if self.kind == "norm-in-training" and self.training:
+        if self.kind in ("norm-in-training", "lazy-in-training") and self.training:
             features = self.extra(features)
         if self.kind in ("reentrant", "checkpointed") and self.training:
             for _ in range(2):
@@ -352,6 +353,10 @@ def test_buffers_may_get_their_size_from_the_first_images() -> None:
     model = tried("lazy")
     assert torch.equal(model.get_buffer("extra.running_mean"), torch.zeros(8))
     assert torch.equal(model.get_buffer("extra.running_var"), torch.ones(8))
+
+
+def test_weights_may_get_their_size_from_the_first_images_in_training() -> None:
+    assert tried("lazy-in-training").get_parameter("extra.weight").shape == (8, 8)
 
 
 def test_ghost_norm_over_more_than_the_samples_is_refused() -> None:
