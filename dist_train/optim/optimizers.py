@@ -177,7 +177,7 @@ def _names_of_aliases(optimizer: Optimizer) -> list[str]:
         (name, each.data_ptr())
         for state in _states(optimizer)
         for name, each in state.items()
-        if isinstance(each, torch.Tensor) and each.layout == torch.strided and each.numel()
+        if isinstance(each, torch.Tensor) and each.layout == torch.strided and each.data_ptr()
     ]
     times = Counter(place for _, place in named)
     return list(dict.fromkeys(str(name) for name, place in named if times[place] > 1))

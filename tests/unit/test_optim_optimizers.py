@@ -362,6 +362,18 @@ def test_an_optimizer_whose_weights_are_others_in_evaluations_is_refused() -> No
         build_optimizer(OptimizerSettings(name=f"{__name__}:ScheduleFree"), FlatWeights(a_model()))
 
 
+class Packed(torch.Tensor):
+    """A tensor without memory of its own, as those of optimizers whose state has 8 bits."""
+
+    @staticmethod
+    def __new__(cls, codes: torch.Tensor) -> Packed:
+        return torch.Tensor._make_wrapper_subclass(cls, codes.shape)
+
+    @classmethod
+    def __torch_dispatch__(cls, *arguments: Any) -> Any:
+        raise NotImplementedError
+
+
 class Descent(torch.optim.Optimizer):
     """Gradient descent that keeps one more thing, of a kind, at each update."""
 
@@ -389,6 +401,8 @@ class Descent(torch.optim.Optimizer):
                 self.moments[0] += 1
             case "aliases":
                 state["last"] = state["mean"] = state.get("mean", torch.zeros(3))
+            case "packed":
+                state["last"], state["mean"] = Packed(torch.zeros(3)), Packed(torch.zeros(3))
             case "generator of Python":
                 self.generators[0].random()
             case "generator of torch":
@@ -430,6 +444,7 @@ def test_a_plugin_whose_state_of_an_update_checkpoints_could_not_give_back_is_re
         ("number", "Descent", 1),
         ("tensors", "Descent", 1),
         ("aliases", "Descent", 1),
+        ("packed", "Descent", 0),
         *((f"generator of {library}", "Descent", 1) for library in ("Python", "torch", "NumPy")),
         ("number", "Saving", 0),
     ],
