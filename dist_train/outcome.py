@@ -182,7 +182,7 @@ def say_on_stderr(text: str) -> None:
     # The terminal or reader may be gone, or the disk full. The message has no other place to go, and what the process
     # does next, such as saving the run, matters more.
     if sys.stderr is not None:
-        with suppress(OSError):
+        with suppress(OSError, ValueError):  # a ValueError if it is closed
             # One write: where Python does not buffer, `print` writes the newline separately, and ranks' lines mix.
             sys.stderr.write(f"{text}\n")
             sys.stderr.flush()

@@ -51,7 +51,9 @@ def test_the_first_interrupt_is_answered_at_once_and_a_second_ends_the_process(
         assert stop.requested()
 
 
-@pytest.mark.parametrize("error", [RuntimeError("reentrant call"), OSError("the terminal is gone")])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("reentrant call"), OSError("the terminal is gone"), ValueError("it is closed")]
+)
 def test_an_interrupt_that_cannot_be_answered_is_obeyed(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if it interrupted a write to the same stream."""
     monkeypatch.setattr(sys, "stderr", Mock(write=Mock(side_effect=error)))
