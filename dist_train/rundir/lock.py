@@ -70,7 +70,8 @@ class RunLock:
                 is_ours = os.path.samestat(os.stat(self._path), os.fstat(self._descriptor))
             except FileNotFoundError:
                 is_ours = self._make_again()
-        if not is_ours or not self._is_held():
+            is_held = is_ours and self._is_held()
+        if not is_held:
             raise OSError(errno.ESTALE, "another launch has locked the run directory", str(self._path.parent))
         with suppress(OSError):
             os.utime(self._descriptor)  # as young as the run's other files, for those who purge old ones

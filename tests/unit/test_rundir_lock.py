@@ -13,15 +13,18 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from dist_train.outcome import FaultError, UsageError
-from dist_train.rundir.lock import LockRequest, RunLock, process_runs
+from dist_train.rundir.lock import Holder, LockRequest, RunLock, process_runs
 from dist_train.rundir.paths import RunDirectory
 from tests.raising import raises
+from tests.waiting import PATIENCE
 
 _HOLD = """
 import fcntl, sys, time
@@ -190,6 +193,34 @@ def test_a_file_that_was_deleted_by_itself_is_made_again(tmp_path: Path) -> None
     other.release()
     held.release()
     lock(tmp_path).release()
+
+
+def test_a_check_by_another_thread_meanwhile_is_not_deceived(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held, path = lock(tmp_path), tmp_path / "run.lock"
+    held._holder = Holder("here", os.getpid(), "an hour ago")
+    path.write_text(json.dumps(asdict(held._holder)))
+    has_looked, is_made, flock, copy = threading.Event(), threading.Event(), fcntl.flock, os.dup2
+
+    def flock_late(descriptor: int, operation: int) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            has_looked.set()
+            is_made.wait(0.2)
+        flock(descriptor, operation)
+
+    def copy_and_pause(one: int, other: int, inheritable: bool = True) -> None:
+        copy(one, other, inheritable)
+        is_made.set()
+        wait([checked], PATIENCE)
+
+    with ThreadPoolExecutor() as pool, monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", flock_late)
+        patch.setattr(os, "dup2", copy_and_pause)
+        checked = pool.submit(held.check)
+        assert has_looked.wait(PATIENCE)
+        path.unlink()
+        held.check()
+        checked.result()
+    held.release()
 
 
 def test_a_lock_that_the_file_server_has_taken_back_is_noticed_if_another_launch_got_it(tmp_path: Path) -> None:
