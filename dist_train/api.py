@@ -294,10 +294,11 @@ def export(
         if isinstance(error, CodedError) or not is_plugin(config.model.name):
             raise
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        fix = "take the number of images from images.shape[0], not len(images), and let no branch depend on pixels"
-        raise UsageError(
-            f"{to} cannot represent {config.model.name} ({fix}): {reason}", code="plugin-failed"
-        ) from error
+        if to != "safetensors":  # which holds tensors alone
+            reason += (
+                "; take the number of images from images.shape[0], not len(images), let no branch depend on pixels"
+            )
+        raise UsageError(f"{to} cannot represent {config.model.name}: {reason}", code="plugin-failed") from error
     return Export(output, contents.step, difference)
 
 
